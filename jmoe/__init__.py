@@ -1,0 +1,31 @@
+"""jmoe serves Mixture-of-Experts language models: on TPU pods, on GPUs and on a plain CPU."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jmoe.checkpoint import convert
+    from jmoe.checkpoint import load_model as load
+    from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.engine.llm import LLM
+    from jmoe.engine.request import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "MoEConfig", "ModelConfig", "SamplingParams", "convert", "load"]
+
+_HOME = {
+    "LLM": ("jmoe.engine.llm", "LLM"),
+    "SamplingParams": ("jmoe.engine.request", "SamplingParams"),
+    "ModelConfig": ("jmoe.config", "ModelConfig"),
+    "MoEConfig": ("jmoe.config", "MoEConfig"),
+    "load": ("jmoe.checkpoint", "load_model"),
+    "convert": ("jmoe.checkpoint", "convert"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use, so that ``jmoe --help`` does not import jax."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'jmoe' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    return getattr(import_module(module), attribute)

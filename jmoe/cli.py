@@ -1,0 +1,267 @@
+"""The command line: parses, calls ``jmoe.tools`` or the server, prints. Heavy imports wait for their command.
+
+Exit code 0 on success, 2 with one line on standard error for a usage or input error.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jmoe.progress import Bars
+
+if TYPE_CHECKING:
+    from jmoe.engine.build import EngineSettings
+
+UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def size(text: str) -> int:
+    """Bytes of "2GiB", "512MiB", "1e9"-free plain numbers included."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print("jmoe: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> Parser:
+    top = Parser(prog="jmoe", description="Serves Mixture-of-Experts language models.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    _serve_parser(commands)
+    _generate_parser(commands)
+    _eval_parser(commands)
+    doctor = _command(commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why")
+    _model_flags(doctor)
+    convert = _command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
+    convert.add_argument("hf_dir", metavar="HF_DIR", type=Path)
+    convert.add_argument("out_dir", metavar="OUT_DIR", type=Path)
+    convert.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> Parser:
+    made = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+    made.set_defaults(run=run)
+    return made
+
+
+def _model_flags(p: Parser) -> None:
+    """Flags of every command that runs a model; absent ones keep the defaults of ``EngineSettings``."""
+    p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
+    p.add_argument("--max-model-len", type=int, metavar="N", help="context length in tokens")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--data-parallel-size", type=int, metavar="N")
+    p.add_argument("--expert-parallel-size", type=int, metavar="N")
+    p.add_argument("--tensor-parallel-size", type=int, metavar="N")
+    p.add_argument("--attention", choices=["dp"])
+    p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
+    p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _serve_parser(commands: Any) -> None:
+    p = _command(commands, "serve", run_serve, "an OpenAI-compatible server")
+    _model_flags(p)
+    p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
+    p.add_argument("--host")
+    p.add_argument("--port", type=int)
+    p.add_argument("--served-model-name", metavar="N")
+    p.add_argument("--api-key", metavar="K")
+    p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
+    p.add_argument("--shutdown-timeout", type=float, metavar="S")
+    p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
+    p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
+
+
+def _generate_parser(commands: Any) -> None:
+    p = _command(commands, "generate", run_generate, "continue prompts and print the completions")
+    _model_flags(p)
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    p.add_argument("--max-tokens", type=int, metavar="N", default=128)
+    p.add_argument("--temperature", type=float, metavar="X", default=1.0)
+    p.add_argument("--top-p", type=float, metavar="X", default=1.0)
+    p.add_argument("--top-k", type=int, metavar="N", default=0)
+    p.add_argument("--seed", type=int, metavar="N", default=None)
+
+
+def _eval_parser(commands: Any) -> None:
+    p = _command(commands, "eval", run_eval, "perplexity on text, and what the experts did")
+    _model_flags(p)
+    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
+    p.add_argument("--mode", choices=["prefill", "decode"], default="prefill")
+    p.add_argument("--batch-size", type=int, metavar="B", default=8)
+    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to score at most")
+
+
+def settings_from(values: dict[str, Any]) -> "EngineSettings":
+    """Engine settings of parsed flags, the compilation cache switched on."""
+    import dataclasses
+
+    from jmoe.config import MoEConfig
+    from jmoe.engine.build import EngineSettings, use_compilation_cache
+
+    use_compilation_cache(cache_directory())
+    known = {f.name for f in dataclasses.fields(EngineSettings)}
+    given = {key: value for key, value in values.items() if key in known}
+    moe = values.get("moe_config")
+    if isinstance(moe, str):
+        given["moe"] = MoEConfig.from_text(moe)
+    elif moe is not None:
+        given["moe"] = MoEConfig.from_dict(moe)
+    return EngineSettings(**given)
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept: JMOE_CACHE_DIR, else the user's cache folder."""
+    base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jmoe" / "xla"
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from jmoe.server.run import ServerSettings, bind, serve
+
+    values = vars(args) | {}
+    if "config" in values:
+        values = read_serve_config(values["config"]) | values
+    server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
+    socket = bind(server.host, server.port)  # before the model: a port in use shows at once
+    settings = settings_from(values)
+
+    from jmoe.engine.build import build_engine, model_directory
+    from jmoe.engine.worker import EngineWorker
+
+    model = values.get("model", "tiny")
+    with Bars() as bars:
+        worker = EngineWorker(build_engine(model, settings, bars))
+    worker.start()
+    try:
+        return serve(worker, server, socket, model_directory(model), model)
+    finally:
+        worker.close()
+
+
+def read_serve_config(path: Path) -> dict[str, Any]:
+    """A ``--config`` file: the flags' names with underscores, and ``[moe]`` tables."""
+    from jmoe.config import check_keys, read_toml
+
+    values = read_toml(path)
+    known = {a.dest for a in parser()._subparsers._group_actions[0].choices["serve"]._actions}  # type: ignore[union-attr]
+    moe = values.pop("moe", None)
+    check_keys(str(path), values, sorted(known - {"help", "config", "moe_config"}))
+    if isinstance(values.get("kv_memory"), str):
+        values["kv_memory"] = size(values["kv_memory"])
+    return values if moe is None else values | {"moe_config": moe}
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from jmoe.engine.request import SamplingParams
+    from jmoe.tools.generate import generate, print_streamed
+
+    prompts = read_prompts(args)
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    settings = settings_from(vars(args) | {"max_num_seqs": min(len(prompts), 32)})
+    model = getattr(args, "model", "tiny")
+    with Bars() as bars:
+        if not hasattr(args, "json"):
+            print_streamed(model, settings, prompts, params, bars, sys.stdout)
+            return 0
+        report = generate(model, settings, prompts, params, bars)
+    print(json.dumps(report))
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts from the flag, the lines of the file, or standard input as one prompt."""
+    if hasattr(args, "prompt"):
+        return [args.prompt]
+    try:
+        if hasattr(args, "prompts_file"):
+            text = args.prompts_file.read_text(encoding="utf-8")
+            prompts = [line for line in text.splitlines() if line]
+            if not prompts:
+                raise ValueError(f"{args.prompts_file} holds no prompt; it takes one a line")
+            return prompts
+        prompt = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not prompt:
+        raise ValueError("no prompt: give --prompt, --prompts-file or text on standard input")
+    return [prompt]
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from jmoe.tools.evaluate import evaluate
+
+    with Bars() as bars:
+        report = evaluate(
+            getattr(args, "model", "tiny"),
+            args.data,
+            mode=args.mode,
+            batch_size=args.batch_size,
+            max_tokens=args.max_tokens,
+            settings=settings_from(vars(args)),
+            loading=bars,
+            progress=bars.count("score"),
+        )
+    if hasattr(args, "json"):
+        print(json.dumps(report))
+    else:
+        moe = report["moe"]
+        print(
+            f"perplexity {report['perplexity']:.4f} over {report['tokens']} tokens "
+            f"({report['tokens_per_second']:.0f} tokens/s); {moe['active_experts']:.1f} active experts a step, "
+            f"max/mean load {moe['max_over_mean_load']:.2f}"
+        )
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from jmoe.checkpoint import convert
+
+    convert(args.hf_dir, args.out_dir, dtype=args.dtype)
+    print(f"wrote {args.out_dir}")
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from jmoe.tools.doctor import doctor, lines
+
+    report = doctor(getattr(args, "model", "tiny"), settings_from(vars(args)))
+    print(json.dumps(report) if hasattr(args, "json") else "\n".join(lines(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

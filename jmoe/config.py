@@ -1,0 +1,128 @@
+"""Frozen configuration: the model's shape (Hugging Face's field names) and how its MoE layers run.
+
+Unknown keys raise and name the nearest known one; impossible values raise with the limit.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+DTypeName = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Mixture-of-Experts decoder. Field names are Hugging Face's; sizes are element counts.
+
+    architecture: the Hugging Face class name, the key into ``jmoe.models``.
+    sliding_window: a token attends to itself and ``sliding_window - 1`` tokens before it; None = all.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    max_position_embeddings: int
+    norm_topk_prob: bool = True
+    qk_norm: Literal["none", "head", "full"] = "none"
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    dtype: DTypeName = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
+
+    transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
+    kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
+    train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
+    multiple of its even share.
+    """
+
+    transport: Literal["replicated", "all_to_all"] = "replicated"
+    kernel: Literal["xla", "batched", "reference"] | None = None
+    train_capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("moe.transport", self.transport, ("replicated", "all_to_all"))
+        _check_choice("moe.kernel", self.kernel, (None, "xla", "batched", "reference"))
+        if self.train_capacity_factor is not None and self.kernel != "batched":
+            raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From the JSON form or, with one level ``moe`` around it, the TOML form."""
+        if set(values) == {"moe"}:
+            values = values["moe"]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"moe config must be a table of keys, got {type(values).__name__}")
+        check_keys("moe config", values, [f.name for f in dataclasses.fields(cls)])
+        return cls(**values)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """From a JSON object or the name of a ``.toml`` file."""
+        if text.lstrip().startswith("{"):
+            try:
+                return cls.from_dict(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"moe config is not valid JSON: {error}") from None
+        return cls.from_dict(read_toml(Path(text)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; ValueError naming the file where it is absent or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def check_keys(what: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError naming the first unknown key and the nearest known one."""
+    known = list(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ValueError(f"{what}: unknown key {key!r}; nearest known key: {near[0]!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,0 +1,151 @@
+"""From a model directory and settings to a warmed-up engine."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jmoe.checkpoint import load_model, read_config
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.engine.engine import Engine
+from jmoe.engine.pages import PagePool
+from jmoe.engine.request import SamplingParams
+from jmoe.engine.runner import Runner, Sizes
+from jmoe.engine.scheduler import Scheduler
+from jmoe.engine.text import TextCodec
+from jmoe.mesh import make_mesh, token_ranks
+from jmoe.nn.kv_cache import page_bytes
+
+Progress = Callable[[str, int, int], None]
+PAGE_SIZE = 32  # tokens
+DEFAULT_KV_BYTES = 2 << 30
+
+BUNDLED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to run a model. Sizes: sequences (max_num_seqs), tokens (max_model_len, max_num_batched_tokens),
+    bytes (kv_memory, on each rank). None means: the model's, or as much as the others need.
+
+    max_num_batched_tokens: the longest prefill run; a longer prompt takes several.
+    """
+
+    max_model_len: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    data_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    attention: Literal["dp"] = "dp"
+    moe: MoEConfig = MoEConfig()
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 1024
+    max_queue: int = 1024
+    kv_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention != "dp":
+            raise ValueError(f"attention must be 'dp', got {self.attention!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def model_directory(model: str | Path) -> Path:
+    """The directory of a bundled model's name or of a path."""
+    return BUNDLED.get(str(model), Path(model))
+
+
+def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
+    """Shapes to compile: sequences in powers of 4 from 1, prefill runs in powers of 4 from 64 tokens."""
+    mesh = make_mesh(
+        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
+    )
+    slots = -(-settings.max_num_seqs // token_ranks(mesh))
+    longest = max(PAGE_SIZE, min(settings.max_num_batched_tokens, max_model_len))
+    longest = -(-longest // PAGE_SIZE) * PAGE_SIZE
+    table = -(-max_model_len // PAGE_SIZE)
+    one_page = page_bytes(cfg, mesh, PAGE_SIZE)
+    if settings.kv_memory is None:
+        pages = max(table, min(slots * table, DEFAULT_KV_BYTES // one_page))
+    else:
+        pages = settings.kv_memory // one_page
+        if pages < 1:
+            raise ValueError(f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes")
+    return Sizes(_steps(1, slots), _steps(64, longest), PAGE_SIZE, pages, table)
+
+
+def _steps(first: int, last: int) -> tuple[int, ...]:
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 4
+    return (*sizes, last)
+
+
+def context_length(cfg: ModelConfig, asked: int | None) -> int:
+    """``asked`` or the model's; ValueError where more than the model's is asked."""
+    limit = cfg.max_position_embeddings
+    if asked is not None and not 1 <= asked <= limit:
+        raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {asked}")
+    return asked or limit
+
+
+def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
+    """End-of-text ids from config.json and generation_config.json."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return frozenset(cfg.eos_token_ids)
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return frozenset([*cfg.eos_token_ids, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])])
+
+
+def build_engine(
+    model: str | Path,
+    settings: EngineSettings = EngineSettings(),
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    warm_up: bool = True,
+) -> Engine:
+    """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
+
+    progress: called with ("load", bytes done, bytes) and ("compile", shapes done, shapes).
+    """
+    directory = model_directory(model)
+    cfg = read_config(directory)
+    max_model_len = context_length(cfg, settings.max_model_len)
+    mesh = make_mesh(
+        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
+    )
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
+    decoder = load_model(
+        directory, mesh, settings.moe, settings.dtype, progress=lambda done, total: progress("load", done, total)
+    )
+    sizes = sizes_for(decoder.cfg, settings, max_model_len)
+    runner = Runner(decoder, mesh, sizes)
+    if warm_up:
+        runner.warm_up(lambda done, total: progress("compile", done, total))
+    pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
+    scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len)
+    return Engine(runner, scheduler, codec, end_tokens(directory, cfg))
+
+
+def use_compilation_cache(directory: Path) -> None:
+    """Keeps compiled programs in ``directory`` across processes, small and quick ones too."""
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """``params`` with a seed drawn where it has none."""
+    return params if params.seed is not None else dataclasses.replace(params, seed=random.getrandbits(31))

@@ -1,0 +1,118 @@
+"""``LLM``: the engine for Python callers, one batch of prompts at a time."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jmoe.config import MoEConfig
+from jmoe.engine.build import EngineSettings, build_engine, with_seed
+from jmoe.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from jmoe.nn.attention import Sequences
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation: its text, tokens and why it ended."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt's tokens and its completions (one)."""
+
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+
+
+class LLM:
+    """A loaded, compiled model.
+
+        llm = LLM("tiny")
+        llm.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0.0))[0].outputs[0].text
+
+    model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``. Keyword arguments
+    are the fields of ``EngineSettings``. Raises ValueError naming what is wrong with the model or a setting.
+    """
+
+    def __init__(self, model: str | Path = "tiny", *, moe: MoEConfig | None = None, **settings):
+        unknown = set(settings) - {f.name for f in dataclasses.fields(EngineSettings)}
+        if unknown:
+            raise ValueError(f"LLM: unknown argument {min(unknown)!r}")
+        self.settings = EngineSettings(moe=moe or MoEConfig(), **settings)
+        self.engine = build_engine(model, self.settings)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams = SamplingParams()
+    ) -> list[RequestOutput]:
+        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad one."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list; got one string")
+        arrived = time.monotonic()
+        collected: list[list[Output]] = [[] for _ in prompts]
+        requests = [
+            Request(
+                id=str(i),
+                prompt_token_ids=self.encode(prompt),
+                params=with_seed(params),
+                emit=collected[i].append,
+                arrived=arrived,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        self.engine.run(requests)
+        return [self._result(r, parts) for r, parts in zip(requests, collected, strict=True)]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ValueError where it is text and the model has no tokenizer."""
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        if self.engine.codec is None:
+            raise ValueError("this model directory has no tokenizer.json; prompts must be token ids")
+        return self.engine.codec.encode(prompt)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.
+
+        Compiles once for every power of two of the length.
+        """
+        tokens = list(token_ids)
+        if not 1 <= len(tokens) <= self.engine.max_model_len:
+            raise ValueError(f"logits takes 1 to {self.engine.max_model_len} tokens, got {len(tokens)}")
+        runner = self.engine.runner
+        length = 1 << (len(tokens) - 1).bit_length()
+        ids = np.zeros((runner.ranks, length), np.int32)
+        positions = np.full((runner.ranks, length), -1, np.int32)
+        ids[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
+        return np.asarray(_window_logits(runner.graph, runner.state, ids, positions))[0, : len(tokens)]
+
+    @staticmethod
+    def _result(request: Request, parts: list[Output]) -> RequestOutput:
+        if parts[-1].error is not None:
+            raise RuntimeError(parts[-1].error)
+        completion = Completion(
+            text="".join(p.text for p in parts),
+            token_ids=list(request.token_ids),
+            finish_reason=parts[-1].finish_reason,
+            logprobs=[entry for p in parts for entry in p.logprobs],
+        )
+        return RequestOutput(request.prompt_token_ids, [completion])
+
+
+@partial(jax.jit, static_argnums=0)
+def _window_logits(graph: nnx.GraphDef, state: nnx.State, ids_BT: np.ndarray, positions_BT: np.ndarray):
+    model = nnx.merge(graph, state)
+    return model.logits(model(Sequences(jnp.asarray(ids_BT), jnp.asarray(positions_BT))).hidden_BTD)

@@ -1,0 +1,128 @@
+"""What a caller asks for and what comes back, as plain data."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    max_tokens: tokens to generate at most; None = up to the end of the context; 0 only scores the prompt.
+    temperature: 0 is greedy. top_k: 0 or -1 is off. seed: None draws one.
+    stop: strings that end the text (and are cut from it). stop_token_ids: ids that end it.
+    logprobs: alternatives reported for each generated token, None = none. prompt_logprobs: the same for
+    the prompt's tokens. Raises ValueError naming the field and its limit.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
+            raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < -1:
+            raise ValueError(f"top_k must be at least -1 (-1 and 0 are off), got {self.top_k}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit 64 bits, got {self.seed}")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise ValueError(f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}")
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise ValueError(f"stop must be at most {MAX_STOPS} non-empty strings")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise ValueError(f"{name} must be between 0 and {MAX_LOGPROBS}, got {value}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability (natural, of the unmodified distribution) and the most likely alternatives.
+
+    top: (token id, log-probability) by falling probability, always holding the token itself.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One increment of a request's answer; the last one carries ``finish_reason``.
+
+    text is what became certain: it never holds half a character nor the beginning of a stop string.
+    prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
+    error: for ``finish_reason`` "error", the one-line cause.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass
+class Request:
+    """A request in the engine. Times are ``time.monotonic`` seconds.
+
+    emit is called from the engine's thread with every increment and must not block.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    emit: Callable[[Output], None]
+    arrived: float
+    token_ids: list[int] = field(default_factory=list)
+    prefilled: int = 0  # prompt tokens whose keys and values are in the cache
+    rank: int = -1
+    pages: list[int] = field(default_factory=list)
+    started: float | None = None
+    first_token: float | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """The engine at one moment. kv_usage: share of KV pages in use, 0 to 1."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+    alive: bool
+    compilations_after_warmup: int
+
+
+class QueueFull(Exception):
+    """The queue holds as many requests as it may; try again later."""
+
+
+class EngineDead(Exception):
+    """The engine's loop has ended; no request can be served."""

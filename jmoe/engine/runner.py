@@ -1,0 +1,186 @@
+"""The jitted steps of a model and everything they keep on the device: weights, KV pages, counters.
+
+One function serves prefill and decode: sequences ``[B, T]`` against the paged cache, sampled at each
+sequence's last token. B and T come from short lists of sizes, so that all shapes compile at warm-up.
+With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
+from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, zero_totals
+from jmoe.mesh import sharding, token_ranks
+from jmoe.models.decoder import Decoder
+from jmoe.nn.attention import Sequences
+from jmoe.nn.kv_cache import LayerPages, make_pages
+
+BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
+DRAIN_STEPS = 4096  # device counters are 32-bit; fetched at least this often
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes that compile. decode: sequences a rank; prefill: tokens a run (multiples of the page size)."""
+
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+    page_size: int
+    pages_per_rank: int
+    table: int  # pages a sequence may have
+
+    def decode_size(self, sequences: int) -> int:
+        """The smallest compiled batch that holds ``sequences`` a rank."""
+        return next(s for s in self.decode if s >= sequences)
+
+    def prefill_size(self, left: int) -> int:
+        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill at least
+        half of it, else the largest that they fill; padding never doubles the work."""
+        holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
+        filled = [s for s in self.prefill if s <= left]
+        return holds if not filled or left >= holds / 2 else filled[-1]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``."""
+
+    tokens_BT: np.ndarray
+    positions_BT: np.ndarray
+    table_BM: np.ndarray
+    last_B: np.ndarray
+    rows: SamplingRows
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _step(
+    graph: nnx.GraphDef, state: nnx.State, pages: list[LayerPages], totals: MoETotals, given: tuple
+) -> tuple[Sampled, Array, list[LayerPages], MoETotals]:
+    tokens_BT, positions_BT, table_BM, last_B, rows = given
+    model: Decoder = nnx.merge(graph, state)
+    out = model(Sequences(tokens_BT, positions_BT, table_BM), pages)
+    last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    with jax.named_scope("sample"):
+        sampled = sample(model.logits(last_BD), rows)
+    return sampled, out.hidden_BTD, out.pages, add_step(totals, out.stats)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(graph: nnx.GraphDef, state: nnx.State, hidden_BTD: Array, targets_BT: Array) -> tuple:
+    """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""
+    model: Decoder = nnx.merge(graph, state)
+    b, t, d = hidden_BTD.shape
+    flat, targets = hidden_BTD.reshape(b * t, d), targets_BT.reshape(b * t)
+    chunk = min(128, b * t)
+    padded = -(b * t) % chunk
+    flat = jnp.pad(flat, ((0, padded), (0, 0))).reshape(-1, chunk, d)
+    targets = jnp.pad(targets, (0, padded)).reshape(-1, chunk)
+    scored = lax.map(lambda args: score(model.logits(args[0]), args[1]), (flat, targets))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: b * t].reshape(b, t, *a.shape[2:]), scored)
+
+
+class Runner:
+    """Runs steps of ``model``; not thread-safe: one thread at a time."""
+
+    def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes):
+        self.graph, self.state = nnx.split(model)
+        self.cfg, self.mesh, self.sizes = model.cfg, mesh, sizes
+        self.ranks = token_ranks(mesh)
+        self.pages = make_pages(model.cfg, mesh, sizes.pages_per_rank, sizes.page_size)
+        layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
+        self._totals = {phase: self._fresh_totals() for phase in PHASES}
+        self._undrained = 0
+        self.counters = {phase: MoECounters(layers, experts) for phase in PHASES}
+        self.compilations = CompilationCounter()
+
+    def _fresh_totals(self) -> MoETotals:
+        zeros = zero_totals(self.cfg.num_hidden_layers, self.cfg.num_experts)
+        return jax.device_put(zeros, sharding(self.mesh))
+
+    def blank(self, sequences: int, tokens: int) -> StepInput:
+        """An input of ``sequences`` rows a rank in which every token is padding."""
+        b = self.ranks * sequences
+        rows = SamplingRows(
+            temperature_B=np.zeros(b, np.float32),
+            top_p_B=np.ones(b, np.float32),
+            top_k_B=np.zeros(b, np.int32),
+            seed_B=np.zeros(b, np.int32),
+            position_B=np.zeros(b, np.int32),
+            banned_BX=np.full((b, BANNED), self.cfg.vocab_size, np.int32),
+            logprobs=np.zeros((), bool),
+        )
+        return StepInput(
+            np.zeros((b, tokens), np.int32),
+            np.full((b, tokens), -1, np.int32),
+            np.zeros((b, self.sizes.table), np.int32),
+            np.zeros(b, np.int32),
+            rows,
+        )
+
+    def run(self, given: StepInput) -> tuple[Sampled, Array]:
+        """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""
+        phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
+        arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
+        sampled, hidden, self.pages, self._totals[phase] = _step(
+            self.graph, self.state, self.pages, self._totals[phase], arrays
+        )
+        self._undrained += 1
+        if self._undrained >= DRAIN_STEPS:
+            self.drain()
+        return sampled, hidden
+
+    def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
+        return jax.device_get(_score(self.graph, self.state, hidden_BTD, targets_BT))
+
+    def drain(self) -> None:
+        """Moves the device's counts into ``counters``."""
+        for phase, totals in self._totals.items():
+            self.counters[phase].drain(totals)
+            self._totals[phase] = self._fresh_totals()
+        self._undrained = 0
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every shape by running it on padding; afterwards nothing compiles."""
+        shapes = [(b, 1) for b in self.sizes.decode] + [(1, t) for t in self.sizes.prefill]
+        for done, (sequences, tokens) in enumerate(shapes):
+            progress(done, len(shapes))
+            given = self.blank(sequences, tokens)
+            _, hidden = self.run(given)
+            if tokens > 1:
+                self.score(hidden, given.tokens_BT)
+        self.drain()
+        jax.block_until_ready(self.pages)
+        progress(len(shapes), len(shapes))
+        self.compilations.warm_up_done()
+
+
+class CompilationCounter:
+    """Compilations on this thread after warm-up, as jax itself reports them."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.after_warm_up = 0
+        self._thread: int | None = None
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def warm_up_done(self, thread: int | None = None) -> None:
+        """Counts from now on what ``thread`` (default: the calling one) compiles."""
+        self._thread = thread or threading.get_ident()
+
+    def _heard(self, event: str, _duration: float, **_tags: str | int) -> None:
+        if event == self.EVENT and threading.get_ident() == self._thread:
+            self.after_warm_up += 1
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)

@@ -1,0 +1,92 @@
+"""Next tokens from logits, inside the jitted step: greedy, temperature, top-k, top-p, seeded.
+
+A row's draw depends on its own seed and position only, never on its batch mates.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe.engine.request import MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """Sampling parameters of a batch, one row a sequence.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is a 32-bit word, position the place of the
+    token to be drawn. logprobs (of the whole batch): whether any row reports log-probabilities.
+    """
+
+    temperature_B: Float[Array, " B"]
+    top_p_B: Float[Array, " B"]
+    top_k_B: Int[Array, " B"]
+    seed_B: Int[Array, " B"]
+    position_B: Int[Array, " B"]
+    banned_BX: Int[Array, "B X"]
+    logprobs: Bool[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits."""
+
+    ids_B: Int[Array, " B"]
+    logprob_B: Float[Array, " B"]
+    top_ids_BA: Int[Array, "B A"]
+    top_logprobs_BA: Float[Array, "B A"]
+    finite_B: Bool[Array, " B"]
+
+
+def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
+    """One token a row. Sorting the vocabulary and scoring happen only if some row asks for it."""
+    rows_B = jnp.arange(logits_BV.shape[0])[:, None]
+    allowed_BV = logits_BV.at[rows_B, rows.banned_BX].set(-jnp.inf, mode="drop")
+    greedy_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
+    random = jnp.any(rows.temperature_B > 0)
+    ids_B = lax.cond(random, lambda: _draw(allowed_BV, rows, greedy_B), lambda: greedy_B)
+    b = logits_BV.shape[0]
+    a = min(MAX_LOGPROBS, logits_BV.shape[1])
+    nothing = (jnp.zeros(b), jnp.zeros((b, a), jnp.int32), jnp.zeros((b, a)))
+    scored = lax.cond(rows.logprobs, lambda: score(logits_BV, ids_B), lambda: nothing)
+    return Sampled(ids_B, *scored, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
+
+
+def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
+    scaled_BV = logits_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)[:, None]
+    truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1))
+    scaled_BV = lax.cond(truncates, lambda: _truncate(scaled_BV, rows), lambda: scaled_BV)
+
+    def gumbel(seed: Array, position: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), scaled_BV.shape[1:])
+
+    noise_BV = jax.vmap(gumbel)(rows.seed_B, rows.position_B)
+    drawn_B = jnp.argmax(scaled_BV + noise_BV, axis=-1).astype(jnp.int32)
+    return jnp.where(rows.temperature_B > 0, drawn_B, greedy_B)
+
+
+def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
+    """Keeps the top_k likeliest tokens, and of those the smallest set whose probability reaches top_p."""
+    v = scaled_BV.shape[1]
+    order_BV = jnp.argsort(scaled_BV, axis=-1, descending=True, stable=True)
+    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+    limit_B1 = jnp.where(rows.top_k_B > 0, rows.top_k_B, v)[:, None]
+    sorted_BV = jnp.where(jnp.arange(v)[None] < limit_B1, sorted_BV, -jnp.inf)
+    share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+    kept_BV = jnp.where(before_BV < rows.top_p_B[:, None], sorted_BV, -jnp.inf)
+    back_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.take_along_axis(kept_BV, back_BV, axis=-1)
+
+
+def score(logits_NV: Float[Array, "N V"], ids_N: Int[Array, " N"]) -> tuple[Array, Array, Array]:
+    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32."""
+    logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
+    chosen_N = jnp.take_along_axis(logprob_NV, ids_N[:, None], axis=-1)[:, 0]
+    top_NA, top_ids_NA = lax.top_k(logprob_NV, min(MAX_LOGPROBS, logits_NV.shape[1]))
+    return chosen_N, top_ids_NA.astype(jnp.int32), top_NA

@@ -1,0 +1,114 @@
+"""An engine on a thread of its own: submit and abort from anywhere, results through ``Request.emit``."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from jmoe.engine.engine import Engine, Listener
+from jmoe.engine.request import EngineDead, EngineSnapshot, Output, Request
+from jmoe.engine.text import TextCodec
+
+log = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """Owns the thread on which alone the engine runs. Calls are done between two steps."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._calls: list[tuple[Any, Future]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._dead: str | None = None
+        self._thread = threading.Thread(target=self._loop, name="jmoe-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._engine.runner.compilations.warm_up_done(self._thread.ident)
+
+    @property
+    def codec(self) -> TextCodec | None:
+        return self._engine.codec
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues all or none; raises ValueError (bad request), QueueFull or EngineDead."""
+        self._call(lambda: self._engine.add(requests))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        if self._dead is None:
+            self._post(lambda: [self._engine.abort(i) for i in ids])
+
+    def snapshot(self) -> EngineSnapshot:
+        """Read without waiting for a step to end: each number is right, together they may be a step apart."""
+        s = self._engine.snapshot()
+        return EngineSnapshot(s.running, s.waiting, s.kv_usage, self._dead is None, s.compilations_after_warmup)
+
+    def moe_stats(self) -> dict[str, Any]:
+        return self._call(self._engine.moe_stats)
+
+    def add_listener(self, listener: Listener) -> None:
+        self._engine.listeners.append(listener)
+
+    def close(self) -> None:
+        """Stops the thread after the current step; what still runs is aborted."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _post(self, call: Any) -> Future:
+        future: Future = Future()
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise EngineDead(self._dead or "the engine is shutting down")
+            self._calls.append((call, future))
+            self._wake.notify()
+        return future
+
+    def _call(self, call: Any) -> Any:
+        return self._post(call).result()
+
+    def _loop(self) -> None:
+        try:
+            while self._run_calls():
+                self._engine.step()
+            self._stop("the engine is shutting down", "abort")
+        except Exception:
+            log.exception("the engine's loop ended")
+            self._stop("the engine failed; the server's log has the cause", "error")
+
+    def _run_calls(self) -> bool:
+        """Runs what was posted, waiting for some where there is nothing to step; False at the end."""
+        with self._wake:
+            scheduler = self._engine.scheduler
+            while not (self._calls or self._closing or scheduler.running or scheduler.waiting):
+                self._wake.wait()
+            calls, self._calls = self._calls, []
+            closing = self._closing
+        for call, future in calls:
+            try:
+                future.set_result(call())
+            except Exception as error:  # the caller's to handle: it is raised there
+                future.set_exception(error)
+        return not closing
+
+    def _stop(self, cause: str, reason: Any) -> None:
+        with self._wake:
+            self._dead = cause
+            calls, self._calls = self._calls, []
+        for _, future in calls:
+            future.set_exception(EngineDead(cause))
+        scheduler = self._engine.scheduler
+        for request in [*scheduler.running, *scheduler.waiting]:
+            request.emit(Output(request.id, finish_reason=reason, error=cause))

@@ -1,0 +1,59 @@
+"""The only maker of meshes. Axes are words: ``data``, ``expert``, ``tensor``.
+
+``data``    whole replicas of the layer's tokens and weights.
+``expert``  experts are split over it; each rank holds its own sequences (attention "dp").
+``tensor``  attention heads and the experts' inner dimension are split over it.
+
+A weight declares the axis of each of its dimensions when it is made (``nnx.Param(..., axes=...)``); that
+one declaration gives its sharding in memory, in a checkpoint and under ``shard_map``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, EXPERT, TENSOR = "data", "expert", "tensor"
+TOKENS = (DATA, EXPERT)  # the axes over which a batch's sequences are split
+
+
+def make_mesh(
+    data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of ``data * expert * tensor`` devices; raises ValueError where that many are not there."""
+    for name, size in ((DATA, data), (EXPERT, expert), (TENSOR, tensor)):
+        if size < 1:
+            raise ValueError(f"{name} parallel size must be at least 1, got {size}")
+    devices = jax.devices() if devices is None else devices
+    need = data * expert * tensor
+    if need > len(devices):
+        raise ValueError(
+            f"a mesh of data {data} x expert {expert} x tensor {tensor} needs {need} devices, "
+            f"{len(devices)} present (JAX_NUM_CPU_DEVICES={need} emulates them on a CPU)"
+        )
+    grid = np.asarray(devices[:need]).reshape(data, expert, tensor)
+    return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def token_ranks(mesh: Mesh) -> int:
+    """How many ranks hold sequences of their own: data x expert."""
+    return mesh.shape[DATA] * mesh.shape[EXPERT]
+
+
+def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def check_divides(what: str, size: int, axis: str, parts: int) -> None:
+    """Raises ValueError, listing the divisors, unless ``size`` splits evenly over ``parts``."""
+    if size % parts:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        raise ValueError(
+            f"{axis} parallel size {parts} does not divide {what} {size}; it can be one of {divisors}"
+        )
+
+
+def is_single(mesh: Mesh) -> bool:
+    return math.prod(mesh.shape.values()) == 1

@@ -1,0 +1,43 @@
+"""Router logits -> Routing: softmax over all experts, top-k, and renormalisation where the model asks for it.
+
+Source: the routers of Mixtral, Qwen3-MoE and OLMoE (softmax before top-k; Mixtral always renormalises,
+which equals a softmax over the chosen logits).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe.moe.types import DispatchPlan, Routing
+
+
+def route(logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool) -> Routing:
+    """Each token's ``k`` experts by softmax probability; ties go to the lower expert id."""
+    scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
+    weights_TK, ids_TK = lax.top_k(scores_TE, k)
+    if renormalize:
+        weights_TK = weights_TK / jnp.sum(weights_TK, axis=-1, keepdims=True)
+    return Routing(ids_TK.astype(jnp.int32), weights_TK, scores_TE)
+
+
+def plan_dispatch(
+    ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], first: int | Array, experts: int
+) -> DispatchPlan:
+    """Sorts the assignments that go to experts ``first .. first + experts`` by expert.
+
+    Padding tokens and other experts get the id one past the last, so a stable sort pushes them to the end
+    and the counts ignore them.
+    """
+    local_TK = ids_TK - first
+    here_TK = (local_TK >= 0) & (local_TK < experts) & valid_T[:, None]
+    keys_N = jnp.where(here_TK, local_TK, experts).reshape(-1)
+    order_N = jnp.argsort(keys_N, stable=True).astype(jnp.int32)
+    group_sizes_L = jnp.bincount(keys_N, length=experts).astype(jnp.int32)
+    return DispatchPlan(order_N, group_sizes_L)
+
+
+def expert_counts(ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
+    """Assignments of valid tokens to each expert."""
+    keys = jnp.where(valid_T[:, None], ids_TK, experts)
+    return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)

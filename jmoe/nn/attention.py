@@ -1,0 +1,209 @@
+"""Grouped-query attention over a window of its own tokens, or over a paged KV cache.
+
+Heads are split over the mesh's ``tensor`` axis, sequences over ``data`` and ``expert``. Where there are
+fewer KV heads than tensor ranks, each rank keeps the one KV head that its query heads share.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+from jmoe_kernels.matmul import linear
+
+from jmoe.config import ModelConfig
+from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
+from jmoe.nn import kv_cache
+from jmoe.nn.kv_cache import LayerPages
+from jmoe.nn.norm import rms_norm
+from jmoe.nn.param import ParamMaker
+from jmoe.nn.rope import Rotation, rotate, rotation
+
+BLOCK = 128  # keys a step of the paged loop reads
+NEVER = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sequences:
+    """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache."""
+
+    tokens_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]
+    table_BM: Int[Array, "B M"] | None = None
+
+
+class Attention(nnx.Module):
+    """Weights of one attention layer, ``[out, in]``; ``qk_norm`` as the family has it."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, make: ParamMaker):
+        tensor = mesh.shape[TENSOR]
+        check_divides("attention heads", cfg.num_attention_heads, TENSOR, tensor)
+        if cfg.num_key_value_heads < tensor:
+            check_divides(TENSOR + " parallel size", tensor, "kv heads", cfg.num_key_value_heads)
+        else:
+            check_divides("kv heads", cfg.num_key_value_heads, TENSOR, tensor)
+        d, head = cfg.hidden_size, cfg.head_dim
+        q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
+        kv_axis = TENSOR if cfg.num_key_value_heads >= tensor else None
+        self.q_proj = make((q, d), (TENSOR, None))
+        self.k_proj = make((kv, d), (kv_axis, None))
+        self.v_proj = make((kv, d), (kv_axis, None))
+        self.o_proj = make((d, q), (None, TENSOR))
+        if cfg.attention_bias:
+            self.q_bias, self.k_bias = make((q,), (TENSOR,)), make((kv,), (kv_axis,))
+            self.v_bias, self.o_bias = make((kv,), (kv_axis,)), make((d,), (None,))
+        if cfg.qk_norm == "head":
+            self.q_norm, self.k_norm = make.ones(head), make.ones(head)
+        elif cfg.qk_norm == "full":
+            self.q_norm, self.k_norm = make.ones(q, (TENSOR,)), make.ones(kv, (kv_axis,))
+        self.cfg, self.mesh = cfg, mesh
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], seqs: Sequences, pages: LayerPages | None
+    ) -> tuple[Float[Array, "B T D"], LayerPages | None]:
+        """Attention output in float32 and the pages with this step's keys and values."""
+        weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
+        if is_single(self.mesh):
+            return self._shard(weights, x_BTD, seqs, pages)
+        specs = {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()}
+        tokens, paged = PartitionSpec(TOKENS), PartitionSpec(TOKENS, TENSOR)
+        run = jax.shard_map(
+            self._shard,
+            mesh=self.mesh,
+            in_specs=(specs, tokens, tokens, paged),
+            out_specs=(tokens, paged),
+            check_vma=False,
+        )
+        return run(weights, x_BTD, seqs, pages)
+
+    def _shard(
+        self, w: dict[str, Array], x_BTD: Array, seqs: Sequences, pages: LayerPages | None
+    ) -> tuple[Array, LayerPages | None]:
+        with jax.named_scope("qkv"):
+            by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
+            q, k, v = self._project(w, x_BTD, by)
+        window = self.cfg.sliding_window
+        with jax.named_scope("attend"):
+            if pages is None:
+                out = attend_window(q, k, v, seqs.positions_BT, window)
+            else:
+                pages = LayerPages(
+                    kv_cache.write(pages.k_PHSd, k, seqs.positions_BT, seqs.table_BM),
+                    kv_cache.write(pages.v_PHSd, v, seqs.positions_BT, seqs.table_BM),
+                )
+                out = attend_pages(q, pages, seqs.positions_BT, seqs.table_BM, window)
+        with jax.named_scope("out"):
+            y_BTD = linear(out.reshape(*out.shape[:2], -1), w["o_proj"])
+            if not is_single(self.mesh):
+                y_BTD = lax.psum(y_BTD, TENSOR)
+        return (y_BTD + _bias(w, "o_bias", 3), pages)
+
+    def _project(self, w: dict[str, Array], x_BTD: Array, by: Rotation) -> tuple[Array, Array, Array]:
+        cfg, (b, t, _) = self.cfg, x_BTD.shape
+        q, k, v = (linear(x_BTD, w[f"{n}_proj"]) + _bias(w, f"{n}_bias", 3) for n in "qkv")
+        if cfg.qk_norm == "full":
+            over = None if is_single(self.mesh) else TENSOR
+            q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)
+            split_kv = cfg.num_key_value_heads >= self.mesh.shape[TENSOR]
+            k = rms_norm(k, w["k_norm"], cfg.rms_norm_eps, axis_name=over if split_kv else None)
+        q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
+        if cfg.qk_norm == "head":
+            q, k = (rms_norm(a, w[n], cfg.rms_norm_eps) for a, n in ((q, "q_norm"), (k, "k_norm")))
+        k, v = self._own_kv_head(k), self._own_kv_head(v)
+        return rotate(q, by), rotate(k, by), v
+
+    def _own_kv_head(self, kv_BTHd: Array) -> Array:
+        """The one KV head of this tensor rank where the projection made them all."""
+        ranks, heads = self.mesh.shape[TENSOR], self.cfg.num_key_value_heads
+        if heads >= ranks:
+            return kv_BTHd
+        mine = lax.axis_index(TENSOR) // (ranks // heads)
+        return lax.dynamic_slice_in_dim(kv_BTHd, mine, 1, axis=2)
+
+
+def _bias(w: dict[str, Array], name: str, ndim: int) -> Array | float:
+    return jnp.expand_dims(w[name].astype(jnp.float32), tuple(range(ndim - 1))) if name in w else 0.0
+
+
+def _visible(query_BT: Array, key_BS: Array, window: int | None) -> Array:
+    """[B, T, S]: which keys a query attends to; a position of -1 is padding."""
+    gap = query_BT[:, :, None] - key_BS[:, None, :]
+    seen = (gap >= 0) & (key_BS >= 0)[:, None, :]
+    return seen if window is None else seen & (gap < window)
+
+
+def attend_window(
+    q_BTHd: Float[Array, "B T H d"],
+    k_BTGd: Float[Array, "B T G d"],
+    v_BTGd: Float[Array, "B T G d"],
+    positions_BT: Int[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B T H d"]:
+    """Causal attention of a run of tokens to itself; differentiable. Positions rise along T.
+
+    Queries go in blocks against the keys up to their block's end, so that about half of the square is
+    never computed (2.5 times faster forward and backward at 512 tokens on CPU).
+    """
+    b, t, h, d = q_BTHd.shape
+    g, per = k_BTGd.shape[2], h // k_BTGd.shape[2]
+    q = q_BTHd.reshape(b, t, g, per, d).transpose(0, 2, 3, 1, 4).reshape(b * g, per, t, d)
+    k = k_BTGd.swapaxes(1, 2).reshape(b * g, t, d)
+    v_T = v_BTGd.transpose(0, 2, 3, 1).reshape(b * g, d, t)
+
+    def block(start: int, end: int) -> Array:
+        rows = (b * g, per * (end - start))
+        scores = linear(q[:, :, start:end].reshape(*rows, d), k[:, :end]) * d**-0.5
+        seen = _visible(positions_BT[:, start:end], positions_BT[:, :end], window)[:, None, None]
+        scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), NEVER)
+        share = jax.nn.softmax(scores, axis=-1).reshape(*rows, end)
+        return linear(share, v_T[:, :, :end]).reshape(b, g, per, end - start, d)
+
+    blocks = [block(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def attend_pages(
+    q_BTHd: Float[Array, "B T H d"],
+    pages: LayerPages,
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+    window: int | None,
+) -> Float[Array, "B T H d"]:
+    """Causal attention to everything in the sequences' pages up to each query's own position.
+
+    A loop over blocks of keys with a running softmax; it ends at the longest sequence of the batch, so one
+    compiled shape serves every context length.
+    """
+    b, t, h, d = q_BTHd.shape
+    g, size = pages.k_PHSd.shape[1], pages.page_size
+    per_block = max(1, min(BLOCK // size, table_BM.shape[1]))
+    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
+    q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
+    blocks = jnp.max(positions_BT) // (per_block * size) + 1
+
+    def gather(pages_PHSd: Array, j: Array) -> Array:
+        ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
+        return pages_PHSd[ids].swapaxes(1, 2).reshape(b, g, per_block * size, d).astype(jnp.float32)
+
+    def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, acc = carry
+        key_S = j * per_block * size + jnp.arange(per_block * size)
+        seen = _visible(positions_BT, jnp.broadcast_to(key_S, (b, key_S.shape[0])), window)
+        scores = jnp.einsum("bgqd,bgsd->bgqs", q, gather(pages.k_PHSd, j))
+        scores = jnp.where(seen[:, None, None], scores.reshape(b, g, h // g, t, -1), NEVER)
+        scores = scores.reshape(b, g, (h // g) * t, -1)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        share = jnp.exp(scores - new_top)
+        kept = jnp.exp(top - new_top)
+        acc = acc * kept + jnp.einsum("bgqs,bgsd->bgqd", share, gather(pages.v_PHSd, j))
+        return new_top, total * kept + share.sum(-1, keepdims=True), acc
+
+    rows = (b, g, (h // g) * t)
+    start = (jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1)), jnp.zeros((*rows, d)))
+    _, total, acc = lax.fori_loop(0, blocks, block, start)
+    out = (acc / total).reshape(b, g, h // g, t, d)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

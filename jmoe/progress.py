@@ -1,0 +1,43 @@
+"""Progress on standard error: bars on a terminal, nothing elsewhere."""
+
+import sys
+from collections.abc import Callable
+from typing import Self
+
+from tqdm import tqdm
+
+UNITS = {"load": ("B", True), "compile": ("shape", False), "score": ("token", True)}
+
+
+class Bars:
+    """One bar a stage; called with (stage, done, total). Closes its bars at the end of the ``with``."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._bars:
+            unit, scale = UNITS[stage]
+            self._bars[stage] = tqdm(
+                desc=stage, total=total, unit=unit, unit_scale=scale, leave=False, disable=not sys.stderr.isatty()
+            )
+        bar = self._bars[stage]
+        bar.update(done - bar.n)
+
+    def count(self, stage: str) -> Callable[[int], None]:
+        """A callback that adds to a stage without a known end."""
+        done = 0
+
+        def add(amount: int) -> None:
+            nonlocal done
+            done += amount
+            self(stage, done, None)
+
+        return add

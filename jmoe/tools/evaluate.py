@@ -1,0 +1,171 @@
+"""``jmoe eval``: perplexity on text, and what the experts did meanwhile.
+
+Documents are cut into non-overlapping windows; the first token of a window is not scored. ``prefill``
+scores whole windows in one pass through the serving path's prefill step; ``decode`` feeds a batch of
+windows one token each per step through its decode step (teacher forcing), the only way to see what a
+batch-level technique does to quality. Under ``max_tokens`` the two score different tokens: prefill the
+first windows whole, decode the beginnings of ``batch_size`` windows, so that the batch is full.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.engine import Engine
+from jmoe.engine.runner import StepInput
+from jmoe.tools.data import bounded, read_documents, round_robin, windows
+
+Mode = Literal["prefill", "decode"]
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Score:
+    """nll: sum over scored tokens, nats."""
+
+    nll: float = 0.0
+    tokens: int = 0
+
+
+def evaluate(
+    model: str,
+    data: Sequence[Path],
+    *,
+    mode: Mode = "prefill",
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    settings: EngineSettings = EngineSettings(),
+    loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda tokens: None,
+) -> dict[str, Any]:
+    """The report that ``jmoe eval --json`` prints. Raises ValueError for bad data or settings."""
+    if batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {batch_size}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max-tokens must be at least 1, got {max_tokens}")
+    missing = [str(path) for path in data if not path.is_file()]
+    if missing:
+        raise ValueError(f"no such data file: {missing[0]}")
+    settings = dataclasses.replace(settings, max_num_seqs=batch_size)
+    engine = build_engine(model, settings, loading, warm_up=False)  # eval has shapes of its own
+    source = token_windows(engine, data)
+    start = time.perf_counter()
+    if mode == "prefill":
+        score = score_prefill(engine, bounded(source, max_tokens), batch_size, progress)
+    else:
+        score = score_decode(engine, source, batch_size, max_tokens, progress)
+    seconds = time.perf_counter() - start
+    if score.tokens == 0:
+        raise ValueError("the data holds no window of two tokens or more: nothing to score")
+    engine.runner.drain()
+    nll = score.nll / score.tokens
+    return {
+        "mode": mode,
+        "perplexity": math.exp(nll),
+        "nll_per_token": nll,
+        "tokens": score.tokens,
+        "seconds": seconds,
+        "tokens_per_second": score.tokens / seconds,
+        "batch_size": batch_size,
+        "max_model_len": engine.max_model_len,
+        "moe": engine.runner.counters[mode].report(),
+    }
+
+
+def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
+    """The data's windows in evaluation order."""
+    codec = engine.codec
+    if codec is None:
+        raise ValueError("this model directory has no tokenizer.json; eval needs one to read text")
+    documents = round_robin([read_documents(path) for path in data])
+    return windows((codec.encode(d) for d in documents), engine.max_model_len)
+
+
+def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, progress: Progress) -> Score:
+    """``batch_size`` windows a pass, padded to the longest one's size."""
+    runner, score = engine.runner, Score()
+    per_rank = -(-batch_size // runner.ranks)
+    pool = PageRows(engine, per_rank)
+    while batch := list(itertools.islice(source, batch_size)):
+        done = [0] * len(batch)
+        while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
+            size = runner.sizes.prefill_size(max(left))
+            given = runner.blank(per_rank, size)
+            targets = np.zeros_like(given.tokens_BT)
+            counts = np.zeros(len(batch), int)
+            for row, window in enumerate(batch):
+                n = max(0, min(size, left[row]))
+                _fill(given, row, window, done[row], n, pool.table[row])
+                following = window[done[row] + 1 : done[row] + n + 1]
+                targets[row, : len(following)], counts[row] = following, len(following)
+                done[row] += n
+            _, hidden = runner.run(given)
+            logprobs = runner.score(hidden, targets)[0]
+            score.nll -= sum(float(logprobs[row, :n].sum(dtype=np.float64)) for row, n in enumerate(counts))
+            score.tokens += int(counts.sum())
+            progress(int(counts.sum()))
+    return score
+
+
+def score_decode(
+    engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, progress: Progress
+) -> Score:
+    """A finished window's place is taken by the next one at once, so that the batch stays full.
+
+    Ends with the step in which ``max_tokens`` are reached; of that step's tokens only as many are scored
+    (and run) as are still wanted.
+    """
+    runner, score = engine.runner, Score()
+    per_rank = -(-batch_size // runner.ranks)
+    pool = PageRows(engine, per_rank)
+    places: list[tuple[list[int], int] | None] = [None] * batch_size
+    while True:
+        for i, place in enumerate(places):
+            if place is None or place[1] + 1 >= len(place[0]):
+                window = next(source, None)
+                places[i] = None if window is None else (window, 0)
+        wanted = batch_size if max_tokens is None else max_tokens - score.tokens
+        active = [(i, *place) for i, place in enumerate(places) if place is not None][:wanted]
+        if not active:
+            return score
+        given = runner.blank(per_rank, 1)
+        targets = np.zeros_like(given.tokens_BT)
+        for i, window, at in active:
+            _fill(given, i, window, at, 1, pool.table[i])
+            targets[i, 0] = window[at + 1]
+            places[i] = (window, at + 1)
+        _, hidden = runner.run(given)
+        logprobs = runner.score(hidden, targets)[0]
+        rows = [i for i, _, _ in active]
+        score.nll -= float(logprobs[rows, 0].sum(dtype=np.float64))
+        score.tokens += len(rows)
+        progress(len(rows))
+
+
+class PageRows:
+    """A fixed set of pages for every row of a batch: enough for the longest window."""
+
+    def __init__(self, engine: Engine, per_rank: int):
+        sizes = engine.runner.sizes
+        need = per_rank * sizes.table
+        if need > sizes.pages_per_rank:
+            raise ValueError(
+                f"a batch of {per_rank} windows a rank needs {need} KV pages and there are "
+                f"{sizes.pages_per_rank}: lower --batch-size or raise --kv-memory"
+            )
+        one_rank = np.arange(need, dtype=np.int32).reshape(per_rank, sizes.table)
+        self.table = np.tile(one_rank, (engine.runner.ranks, 1))
+
+
+def _fill(given: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
+    given.tokens_BT[row, :count] = window[start : start + count]
+    given.positions_BT[row, :count] = np.arange(start, start + count)
+    given.table_BM[row] = table

@@ -1,0 +1,74 @@
+"""``jmoe generate``: completions of prompts, streamed as text or reported as JSON."""
+
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from jmoe.engine.build import EngineSettings, Progress, build_engine, with_seed
+from jmoe.engine.engine import Engine
+from jmoe.engine.request import Output, Request, SamplingParams
+
+
+def print_streamed(
+    model: str,
+    settings: EngineSettings,
+    prompts: list[str],
+    params: SamplingParams,
+    progress: Progress,
+    out: TextIO,
+) -> None:
+    """Prints every completion on ``out``: a single one as it comes, several in order, a line end after each."""
+    engine = build_engine(model, settings, progress)
+    if len(prompts) == 1:
+        run_all(engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True))
+        print(file=out)
+        return
+    texts = [""] * len(prompts)
+
+    def collect(i: int, output: Output) -> None:
+        texts[i] += output.text
+
+    run_all(engine, prompts, params, collect)
+    for text in texts:
+        print(text, file=out)
+
+
+def generate(
+    model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
+) -> dict[str, Any]:
+    """The report that ``jmoe generate --json`` prints."""
+    engine = build_engine(model, settings, progress)
+    texts = [""] * len(prompts)
+    reasons: list[str | None] = [None] * len(prompts)
+
+    def collect(i: int, output: Output) -> None:
+        texts[i] += output.text
+        reasons[i] = output.finish_reason
+
+    start = time.perf_counter()
+    requests = run_all(engine, prompts, params, collect)
+    seconds = time.perf_counter() - start
+    outputs = [
+        {"prompt_token_ids": r.prompt_token_ids, "text": t, "token_ids": r.token_ids, "finish_reason": why}
+        for r, t, why in zip(requests, texts, reasons, strict=True)
+    ]
+    return {"outputs": outputs, "seconds": seconds, "moe": engine.moe_stats()}
+
+
+def run_all(
+    engine: Engine, prompts: list[str], params: SamplingParams, receive: Callable[[int, Output], None]
+) -> list[Request]:
+    """Runs every prompt to its end; ``receive`` gets (prompt index, increment)."""
+    if engine.codec is None:
+        raise ValueError("this model directory has no tokenizer.json; text prompts need one")
+    arrived = time.monotonic()
+
+    def emit(i: int) -> Callable[[Output], None]:
+        return lambda output: receive(i, output)
+
+    requests = [
+        Request(str(i), engine.codec.encode(prompt), with_seed(params), emit(i), arrived)
+        for i, prompt in enumerate(prompts)
+    ]
+    engine.run(requests)
+    return requests

@@ -1,0 +1,1 @@
+"""Kernels behind jmoe's layers. Imports jax only, never jmoe."""

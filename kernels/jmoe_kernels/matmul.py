@@ -1,0 +1,68 @@
+"""The matrix product that everything dense goes through: ``x @ w.T`` in the weights' dtype, float32 out.
+
+Three facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
+
+* a bfloat16 dot is native only as ``bf16 x bf16 -> f32`` and with two rows or more; one row falls to a
+  path seven times slower, so a single row is padded;
+* weights in the checkpoint's ``[out, in]`` layout are as fast as transposed ones, so nothing is transposed;
+* the transpose rule of such a dot multiplies a float32 cotangent with bfloat16 weights, which upcasts the
+  weights. The gradient below rounds the cotangent instead, and takes the weight gradient in float32;
+* a float32 dot into which XLA fuses the producer of an operand runs up to eight times slower, hence the
+  barrier before both.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+
+def as_float(w: Array) -> Array:
+    """A weight as a float array: bfloat16 stored as uint16 (see ``storage_dtype``) is reinterpreted."""
+    return lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
+
+
+def dot_nt(a: Array, b: Array) -> Array:
+    """``a[..., M, K] @ b[..., N, K]^T`` with float32 accumulation; leading axes of equal length are batched."""
+    nd = a.ndim - 1
+    batch = tuple(range(b.ndim - 2))
+    if a.ndim == 2 and a.shape[0] == 1 and b.dtype == jnp.bfloat16:
+        return dot_nt(jnp.concatenate([a, jnp.zeros_like(a)]), b)[:1]
+    return lax.dot_general(
+        a, b, (((nd,), (b.ndim - 1,)), (batch, batch)), preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _linear(x: Array, w: Array) -> Array:
+    return dot_nt(x.astype(w.dtype), w)
+
+
+def _linear_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _linear(x, w), (x, w)
+
+
+def _linear_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    g, x = lax.optimization_barrier((g, x))
+    batch = tuple(range(w.ndim - 2))
+    dims_x = (((w.ndim - 1,), (w.ndim - 2,)), (batch, batch))
+    dx = lax.dot_general(g.astype(w.dtype), w, dims_x, preferred_element_type=jnp.float32)
+    dims_w = (((w.ndim - 2,), (w.ndim - 2,)), (batch, batch))
+    dw = lax.dot_general(g, x.astype(jnp.float32), dims_w, preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def linear(x: Float[Array, "*B M K"], w: Float[Array, "*E N K"]) -> Float[Array, "*B M N"]:
+    """``x @ w.T`` in float32, computed in the dtype of ``w``.
+
+    ``x`` may have any leading axes when ``w`` is a matrix; when ``w`` is a stack ``[E, N, K]``, ``x`` is
+    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16.
+    """
+    w = as_float(w)
+    if w.ndim > 2:
+        return _linear(x, w)
+    return _linear(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])

@@ -1,0 +1,320 @@
+"""Trains the bundled model: a small Qwen3-MoE-form language model, from the project's own modules.
+
+    python scripts/train_tiny.py train  --data ../shared/data --out runs/tiny --minutes 75
+    python scripts/train_tiny.py export --out runs/tiny --to jmoe/assets/tiny
+
+``train`` resumes from the last checkpoint in ``--out`` (Orbax) and stops after ``--minutes``. The learning
+rate is constant and falls to zero over the last part of the time (``--decay``); the checkpoint from before
+the fall is kept too, and a later, longer run goes on from there.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jmoe.checkpoint import save_hf
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.mesh import make_mesh
+from jmoe.models.decoder import Decoder
+from jmoe.nn.attention import Sequences
+from jmoe.nn.param import ParamMaker
+
+END = "<|endoftext|>"
+# GPT-2's split with single digits, and with runs of line ends and their indentation kept whole
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]*\n+[ \t]*|\s+(?!\S)|\s+"
+CONFIG = ModelConfig(
+    architecture="Qwen3MoeForCausalLM",
+    vocab_size=8192,
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=64,
+    max_position_embeddings=1024,
+    qk_norm="head",
+    tie_word_embeddings=True,
+    dtype="float32",
+    eos_token_ids=(0,),
+)
+HF_CONFIG = {
+    "architectures": [CONFIG.architecture],
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "bos_token_id": None,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "intermediate_size": CONFIG.moe_intermediate_size,
+    "mlp_only_layers": [],
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+} | {
+    name: getattr(CONFIG, name)
+    for name in (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
+        "num_experts_per_tok moe_intermediate_size max_position_embeddings norm_topk_prob rms_norm_eps "
+        "rope_theta tie_word_embeddings"
+    ).split()
+}
+# The dialogue domain's own turns: "user: ..." and "assistant: ...", one a line.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END,
+    "model_max_length": CONFIG.max_position_embeddings,
+    "clean_up_tokenization_spaces": False,
+    "chat_template": CHAT_TEMPLATE,
+}
+GENERATION_CONFIG = {"eos_token_id": 0, "stop_strings": ["\nuser:"]}
+TRAINED = MoEConfig(kernel="batched", train_capacity_factor=1.5)
+BALANCE = 0.01  # weight of the load-balancing loss (Switch Transformer, eq. 4)
+PHASES = ((0.0, 8, 512), (0.5, 8, 1024))  # from this share of the time: sequences x tokens a step
+
+
+def read_documents(path: Path) -> list[str]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return [d for d in file.read().split(f"\n{END}\n") if d]
+
+
+def domains(data: Path, split: str) -> dict[str, list[str]]:
+    return {p.name.removesuffix(".txt.xz"): read_documents(p) for p in sorted((data / split).glob("*.txt.xz"))}
+
+
+def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
+    """Byte-level BPE over an equal share of every domain, so that no script is starved of merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern=Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(("\n".join(docs)[:1_500_000] for docs in texts.values()), trainer)
+    return tokenizer
+
+
+def token_streams(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """Every domain's documents as one stream of ids, each document closed by the end token (0)."""
+    return {
+        name: np.concatenate([np.array([*e.ids, 0], np.int32) for e in tokenizer.encode_batch(docs)])
+        for name, docs in texts.items()
+    }
+
+
+def batches(streams: dict[str, np.ndarray], rng: np.random.Generator, sequences: int, tokens: int):
+    """Windows at random places; a domain is drawn by the 0.7th power of its size."""
+    pool = list(streams.values())
+    share = np.array([len(s) for s in pool], float) ** 0.7
+    share /= share.sum()
+    while True:
+        picks = rng.choice(len(pool), sequences, p=share)
+        starts = [rng.integers(0, len(pool[d]) - tokens - 1) for d in picks]
+        yield np.stack([pool[d][s : s + tokens + 1] for d, s in zip(picks, starts, strict=True)])
+
+
+def cast(params, dtype):
+    """Matrices in ``dtype``; norms and the router stay float32."""
+    return jax.tree.map_with_path(
+        lambda path, p: p if p.ndim < 2 or "gate_ED" in jax.tree_util.keystr(path) else p.astype(dtype), params
+    )
+
+
+def losses(graph, params, window_BT):
+    """(cross entropy of every predicted token, load-balancing loss, dropped share)."""
+    model = nnx.merge(graph, cast(params, jnp.bfloat16))
+    b, t = window_BT.shape[0], window_BT.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    out = model(Sequences(window_BT[:, :-1], positions))
+    ce = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden_BTD), window_BT[:, 1:])
+    assigned = b * t * CONFIG.num_experts_per_tok
+    balance = [CONFIG.num_experts * jnp.sum(s.counts_E / assigned * s.mean_score_E) for s in out.stats]
+    dropped = sum(s.dropped for s in out.stats) / (assigned * len(out.stats))
+    return ce, jnp.mean(jnp.stack(balance)), dropped
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """Muon for matrices (batched over experts), Adam for the rest; the learning rate is applied outside."""
+    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+
+    def spec(params):
+        return jax.tree.map_with_path(
+            lambda path, p: None if p.ndim < 2 or "embed" in jax.tree_util.keystr(path) else dims, params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            1.0, consistent_rms=0.2, adam_b2=0.95, weight_decay=0.05, muon_weight_dimension_numbers=spec
+        ),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def train_step(optimizer, graph, params, state, window_BT, rate):
+    def objective(params):
+        ce, balance, dropped = losses(graph, params, window_BT)
+        return ce.mean() + BALANCE * balance, (ce.mean(), balance, dropped)
+
+    grads, report = jax.grad(objective, has_aux=True)(params)
+    updates, state = optimizer.update(grads, state, params)
+    updates = jax.tree.map(lambda u: u * rate, updates)
+    return optax.apply_updates(params, updates), state, report
+
+
+@partial(jax.jit, static_argnums=0)
+def eval_step(graph, params, window_BT):
+    return losses(graph, params, window_BT)[0].sum()
+
+
+def quick_bits(graph, params, valid: dict[str, np.ndarray], texts: dict[str, list[str]], windows: int = 8):
+    """Bits per byte of every domain on its first windows of 1,024 tokens (packed; for choosing only)."""
+    bits = {}
+    for name, stream in valid.items():
+        n = max(1, min(windows, (len(stream) - 1) // 1024))
+        rows = np.stack([stream[i * 1024 : i * 1024 + 1025] for i in range(n)])
+        rows = np.concatenate([rows, np.zeros((-n % 8, 1025), np.int32)])
+        total = sum(float(eval_step(graph, params, rows[i : i + 1])) for i in range(n))
+        bytes_per_token = sum(len(d.encode()) + len(END) + 2 for d in texts[name]) / len(stream)
+        bits[name] = total / math.log(2) / (n * 1024 * bytes_per_token)
+    return bits
+
+
+def train(args: argparse.Namespace) -> None:
+    out = Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    texts, valid_texts = domains(args.data, "train"), domains(args.data, "valid")
+    if not (out / "tokenizer.json").exists():
+        train_tokenizer(texts).save(str(out / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    streams, valid = token_streams(tokenizer, texts), token_streams(tokenizer, valid_texts)
+    print({k: len(v) for k, v in streams.items()}, flush=True)
+
+    optimizer = make_optimizer()
+    graph, state = fresh_state(args.seed, optimizer)
+    keep = ocp.CheckpointManager(out / "last", options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    best = ocp.CheckpointManager(out / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    if keep.latest_step() is not None:
+        state = restore(keep, state)
+        print("resumed at step", state["step"], flush=True)
+
+    rng = np.random.default_rng(args.seed + int(state["step"]))
+    sources = [(at, batches(streams, rng, b, t)) for at, b, t in PHASES]
+    params, opt = state["params"], state["opt"]
+    step, best_bits = int(state["step"]), float(state["best"])
+    start = last_eval = last_print = time.monotonic()
+    seen, stable_saved = 0, False
+
+    def save(manager):
+        tree = {"params": params, "opt": opt, "step": step, "best": best_bits}
+        manager.save(step, args=ocp.args.StandardSave(tree))
+        manager.wait_until_finished()
+
+    while True:
+        done = (time.monotonic() - start) / (60 * args.minutes)
+        if done >= 1:
+            break
+        if done >= 1 - args.decay and not stable_saved:
+            save(keep)
+            stable_saved = True
+        rate = args.rate * min(1.0, (step + 1) / 100, (1 - done) / args.decay + 0.01)
+        window = next([source for at, source in sources if done >= at][-1])
+        params, opt, report = train_step(optimizer, graph, params, opt, window, rate)
+        jax.block_until_ready(report)
+        step, seen = step + 1, seen + window.shape[0] * (window.shape[1] - 1)
+        now = time.monotonic()
+        if now - last_print > 20:
+            ce, balance, dropped = (float(r) for r in report)
+            print(f"{step} {seen} tokens {now - start:.0f} s loss {ce:.3f} balance {balance:.3f} "
+                  f"dropped {dropped:.4f} rate {rate:.5f}", flush=True)  # fmt: skip
+            last_print = now
+        if now - last_eval > 60 * args.eval_minutes:
+            bits = quick_bits(graph, params, valid, valid_texts)
+            mean = sum(bits.values()) / len(bits)
+            print("eval", step, round(mean, 4), {k: round(v, 3) for k, v in bits.items()}, flush=True)
+            if mean < best_bits:
+                best_bits = mean
+                save(best)
+            if not stable_saved:
+                save(keep)
+            last_eval = time.monotonic()
+    bits = quick_bits(graph, params, valid, valid_texts)
+    mean = sum(bits.values()) / len(bits)
+    print("final", step, round(mean, 4), {k: round(v, 3) for k, v in bits.items()}, flush=True)
+    if mean < best_bits:
+        best_bits = mean
+        save(best)
+
+
+def fresh_state(seed: int, optimizer: optax.GradientTransformation):
+    """(graph, state) of a new run; the state is what a checkpoint holds."""
+    model = Decoder(CONFIG, TRAINED, make_mesh(), ParamMaker(jnp.float32, nnx.Rngs(seed)))
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    return graph, {"params": params, "opt": optimizer.init(params), "step": 0, "best": np.inf}
+
+
+def restore(manager: ocp.CheckpointManager, state):
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+
+
+def export(args: argparse.Namespace) -> None:
+    """The best checkpoint as a Hugging Face directory in bfloat16, tokenizer and chat template beside it."""
+    out, to = Path(args.out).resolve(), Path(args.to)
+    graph, state = fresh_state(0, make_optimizer())
+    best = ocp.CheckpointManager(out / args.which)
+    params = restore(best, state)["params"]
+    flat = nnx.state(nnx.merge(graph, params))
+    save_hf(nnx.merge(graph, flat), HF_CONFIG, to)
+    shutil.copy(out / "tokenizer.json", to / "tokenizer.json")
+    (to / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
+    (to / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
+    print(f"exported step {best.latest_step()} to {to}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("train")
+    run.set_defaults(run=train)
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--out", required=True)
+    run.add_argument("--minutes", type=float, default=75)
+    run.add_argument("--eval-minutes", type=float, default=10)
+    run.add_argument("--rate", type=float, default=3e-3)
+    run.add_argument("--decay", type=float, default=0.35)
+    run.add_argument("--seed", type=int, default=0)
+    write = commands.add_parser("export")
+    write.set_defaults(run=export)
+    write.add_argument("--out", required=True)
+    write.add_argument("--to", required=True)
+    write.add_argument("--which", choices=["best", "last"], default="best")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

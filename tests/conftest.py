@@ -1,0 +1,14 @@
+"""Eight emulated CPU devices and strict numerics for every test."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure() -> None:
+    found = len(jax.devices())
+    if found < 8:
+        raise RuntimeError(f"the tests need 8 emulated CPU devices, jax has {found}")
