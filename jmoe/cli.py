@@ -144,8 +144,12 @@ def cache_directory() -> Path:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    import logging
+
     from jmoe.server.run import ServerSettings, bind, serve
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
     values = vars(args) | {}
     if "config" in values:
         values = read_serve_config(values["config"]) | values
@@ -241,8 +245,8 @@ def run_eval(args: argparse.Namespace) -> int:
         moe = report["moe"]
         print(
             f"perplexity {report['perplexity']:.4f} over {report['tokens']} tokens "
-            f"({report['tokens_per_second']:.0f} tokens/s); {moe['active_experts']:.1f} active experts a step, "
-            f"max/mean load {moe['max_over_mean_load']:.2f}"
+            f"({report['tokens_per_second']:.0f} tokens/s); {moe['active_experts']:.1f} active experts "
+            f"a step, max/mean load {moe['max_over_mean_load']:.2f}"
         )
     return 0
 

@@ -59,6 +59,12 @@ class ModelConfig:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(
+                f"rms_norm_eps and rope_theta must be above 0, got {self.rms_norm_eps} and {self.rope_theta}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.dtype not in ("float32", "bfloat16"):

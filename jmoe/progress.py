@@ -26,7 +26,12 @@ class Bars:
         if stage not in self._bars:
             unit, scale = UNITS[stage]
             self._bars[stage] = tqdm(
-                desc=stage, total=total, unit=unit, unit_scale=scale, leave=False, disable=not sys.stderr.isatty()
+                desc=stage,
+                total=total,
+                unit=unit,
+                unit_scale=scale,
+                leave=False,
+                disable=not sys.stderr.isatty(),
             )
         bar = self._bars[stage]
         bar.update(done - bar.n)

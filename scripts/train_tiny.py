@@ -52,6 +52,11 @@ CONFIG = ModelConfig(
     dtype="float32",
     eos_token_ids=(0,),
 )
+SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings"),
+    *("norm_topk_prob", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
+)
 HF_CONFIG = {
     "architectures": [CONFIG.architecture],
     "model_type": "qwen3_moe",
@@ -64,14 +69,7 @@ HF_CONFIG = {
     "mlp_only_layers": [],
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
-} | {
-    name: getattr(CONFIG, name)
-    for name in (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
-        "num_experts_per_tok moe_intermediate_size max_position_embeddings norm_topk_prob rms_norm_eps "
-        "rope_theta tie_word_embeddings"
-    ).split()
-}
+} | {name: getattr(CONFIG, name) for name in SHARED}
 # The dialogue domain's own turns: "user: ..." and "assistant: ...", one a line.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -84,7 +82,7 @@ TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "chat_template": CHAT_TEMPLATE,
 }
-GENERATION_CONFIG = {"eos_token_id": 0, "stop_strings": ["\nuser:"]}
+GENERATION_CONFIG = {"eos_token_id": 0, "stop_strings": ["\n"]}
 TRAINED = MoEConfig(kernel="batched", train_capacity_factor=1.5)
 BALANCE = 0.01  # weight of the load-balancing loss (Switch Transformer, eq. 4)
 PHASES = ((0.0, 8, 512), (0.5, 8, 1024))  # from this share of the time: sequences x tokens a step
@@ -96,7 +94,9 @@ def read_documents(path: Path) -> list[str]:
 
 
 def domains(data: Path, split: str) -> dict[str, list[str]]:
-    return {p.name.removesuffix(".txt.xz"): read_documents(p) for p in sorted((data / split).glob("*.txt.xz"))}
+    return {
+        p.name.removesuffix(".txt.xz"): read_documents(p) for p in sorted((data / split).glob("*.txt.xz"))
+    }
 
 
 def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
@@ -110,7 +110,9 @@ def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(("\n".join(docs)[:1_500_000] for docs in texts.values()), trainer)
     return tokenizer
@@ -138,7 +140,8 @@ def batches(streams: dict[str, np.ndarray], rng: np.random.Generator, sequences:
 def cast(params, dtype):
     """Matrices in ``dtype``; norms and the router stay float32."""
     return jax.tree.map_with_path(
-        lambda path, p: p if p.ndim < 2 or "gate_ED" in jax.tree_util.keystr(path) else p.astype(dtype), params
+        lambda path, p: p if p.ndim < 2 or "gate_ED" in jax.tree_util.keystr(path) else p.astype(dtype),
+        params,
     )
 
 
@@ -296,7 +299,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("train")
     run.set_defaults(run=train)

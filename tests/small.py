@@ -14,21 +14,21 @@ MESHES = ((1, 1, 1), (1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1), (1, 
 
 
 def config(**changes) -> ModelConfig:
-    base = dict(
-        architecture="Qwen3MoeForCausalLM",
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=128,
-        qk_norm="head",
-        dtype="float32",
-    )
+    base = {
+        "architecture": "Qwen3MoeForCausalLM",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "max_position_embeddings": 128,
+        "qk_norm": "head",
+        "dtype": "float32",
+    }
     return ModelConfig(**base | changes)
 
 

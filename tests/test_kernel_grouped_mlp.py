@@ -27,7 +27,9 @@ def by_numpy(x, gate_up, down, sizes):
 
 def in_bfloat16(inputs):
     x, gate_up, down, sizes = inputs
-    as_stored = [jnp.asarray(w, jnp.bfloat16).view(storage_dtype(jnp.dtype(jnp.bfloat16))) for w in (gate_up, down)]
+    as_stored = [
+        jnp.asarray(w, jnp.bfloat16).view(storage_dtype(jnp.dtype(jnp.bfloat16))) for w in (gate_up, down)
+    ]
     return jnp.asarray(x, jnp.bfloat16), *as_stored, sizes
 
 

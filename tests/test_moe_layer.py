@@ -89,7 +89,9 @@ def test_padding_changes_nothing():
 
 
 def test_sizes_that_do_not_divide_are_refused_with_the_divisors():
-    with pytest.raises(ValueError, match=r"expert parallel size 8 does not divide experts 12; .*\[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"expert parallel size 8 does not divide experts 12; .*\[1, 2, 3, 4, 6, 12\]"
+    ):
         layer_on(mesh_of((1, 8, 1)), config(num_experts=12))
     with pytest.raises(ValueError, match="tensor parallel size 8 does not divide expert inner size 12"):
         layer_on(mesh_of((1, 1, 8)), config(moe_intermediate_size=12))

@@ -69,8 +69,12 @@ def test_pages_equal_numpy(data, window: int | None):
     np.testing.assert_allclose(out[1, 0], by_numpy(q[1], k[1], v[1], window)[0], atol=2e-5)
     for i in range(prefill, t):
         at = np.array([[i], [-1]], np.int32)
-        cache = [write(c, jnp.asarray(new[:, i : i + 1]), at, table) for c, new in zip(cache, (k, v), strict=True)]
-    out = attend_pages(q[:, t - 1 : t], LayerPages(*cache), np.array([[t - 1], [-1]], np.int32), table, window)
+        cache = [
+            write(c, jnp.asarray(new[:, i : i + 1]), at, table) for c, new in zip(cache, (k, v), strict=True)
+        ]
+    out = attend_pages(
+        q[:, t - 1 : t], LayerPages(*cache), np.array([[t - 1], [-1]], np.int32), table, window
+    )
     np.testing.assert_allclose(out[0, 0], want[t - 1], atol=2e-5)
 
 
@@ -89,7 +93,9 @@ def test_rope_depends_on_distance_only():
 
 
 def test_rms_norm_is_unit_rms():
-    y = rms_norm(jnp.asarray(np.random.default_rng(0).standard_normal((3, 16), np.float32)) * 9, jnp.ones(16), 0.0)
+    y = rms_norm(
+        jnp.asarray(np.random.default_rng(0).standard_normal((3, 16), np.float32)) * 9, jnp.ones(16), 0.0
+    )
     np.testing.assert_allclose(jnp.mean(y**2, -1), 1, rtol=1e-5)
 
 
@@ -97,7 +103,9 @@ def test_rms_norm_is_unit_rms():
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_decoder_on_a_mesh_equals_one_device(shape, qk_norm: str):
     """8 tensor ranks over 2 kv heads: the kv heads are replicated. With and without the cache."""
-    cfg = config(qk_norm=qk_norm, attention_bias=qk_norm == "none", sliding_window=6 if qk_norm == "full" else None)
+    cfg = config(
+        qk_norm=qk_norm, attention_bias=qk_norm == "none", sliding_window=6 if qk_norm == "full" else None
+    )
     ids = tokens(cfg, 8, 16)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)).copy()
     positions[3, 9:] = -1
@@ -108,7 +116,9 @@ def test_decoder_on_a_mesh_equals_one_device(shape, qk_norm: str):
         pages = table = None
         if paged:
             per_rank = 8 // token_ranks(mesh)
-            table = np.tile(np.arange(2 * per_rank, dtype=np.int32).reshape(per_rank, 2), (token_ranks(mesh), 1))
+            table = np.tile(
+                np.arange(2 * per_rank, dtype=np.int32).reshape(per_rank, 2), (token_ranks(mesh), 1)
+            )
             pages = make_pages(cfg, mesh, 2 * per_rank, 8)
 
         def forward(state, pages):

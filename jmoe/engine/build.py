@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +42,7 @@ class EngineSettings:
     expert_parallel_size: int = 1
     tensor_parallel_size: int = 1
     attention: Literal["dp"] = "dp"
-    moe: MoEConfig = MoEConfig()
+    moe: MoEConfig = field(default_factory=MoEConfig)
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 1024
     max_queue: int = 1024
@@ -76,7 +76,9 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
     else:
         pages = settings.kv_memory // one_page
         if pages < 1:
-            raise ValueError(f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes")
+            raise ValueError(
+                f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
+            )
     return Sizes(_steps(1, slots), _steps(64, longest), PAGE_SIZE, pages, table)
 
 
@@ -105,7 +107,9 @@ def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
         ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    return frozenset([*cfg.eos_token_ids, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])])
+    return frozenset(
+        [*cfg.eos_token_ids, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])]
+    )
 
 
 def build_engine(
@@ -128,7 +132,11 @@ def build_engine(
     has_tokenizer = (directory / "tokenizer.json").is_file()
     codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
     decoder = load_model(
-        directory, mesh, settings.moe, settings.dtype, progress=lambda done, total: progress("load", done, total)
+        directory,
+        mesh,
+        settings.moe,
+        settings.dtype,
+        progress=lambda done, total: progress("load", done, total),
     )
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
     runner = Runner(decoder, mesh, sizes)

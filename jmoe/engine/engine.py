@@ -71,6 +71,10 @@ class Engine:
 
     def add(self, requests: list[Request]) -> None:
         """Queues all or none. Raises ValueError for a bad one, QueueFull where there is no room."""
+        if len(requests) > self.scheduler.max_queue:
+            raise ValueError(
+                f"{len(requests)} requests at once exceed the queue of {self.scheduler.max_queue}"
+            )
         for request in requests:
             self.check(request)
         self.scheduler.add(requests)
@@ -87,7 +91,7 @@ class Engine:
             self._ended(request, Output(request_id, finish_reason="abort"))
 
     def run(self, requests: list[Request]) -> None:
-        """Serves ``requests`` to their ends, feeding the queue as it has room; for callers without a thread."""
+        """Serves ``requests`` to their ends, feeding the queue as it has room."""
         for request in requests:
             self.check(request)
         left = requests[::-1]
@@ -149,7 +153,7 @@ class Engine:
         given.table_BM[row, : len(request.pages)] = request.pages
         rows.temperature_B[row], rows.top_p_B[row] = params.temperature, params.top_p
         rows.top_k_B[row] = max(params.top_k, 0)
-        rows.seed_B[row] = np.int64(params.seed or 0).astype(np.int32)
+        rows.seed_B[row] = _fold(params.seed or 0)
         rows.position_B[row] = request.length
         if len(request.token_ids) < params.min_tokens:
             banned = self._banned(params)
@@ -178,7 +182,9 @@ class Engine:
                 self._prompt_scores[r.id]
             ))  # fmt: skip
             self._prompt_scores[r.id] += [
-                _token_logprob(int(targets[r.rank, i]), tuple(s[r.rank, i] for s in scores), r.params.prompt_logprobs)
+                _token_logprob(
+                    int(targets[r.rank, i]), tuple(s[r.rank, i] for s in scores), r.params.prompt_logprobs
+                )
                 for i in range(count)
             ]
 
@@ -192,7 +198,9 @@ class Engine:
         now = time.monotonic()
         for request, row in placed:
             if not finite[row]:
-                self._end(request, Output(request.id, finish_reason="error", error="the model produced NaN logits"))
+                self._end(
+                    request, Output(request.id, finish_reason="error", error="the model produced NaN logits")
+                )
             elif request.params.max_tokens == 0:
                 self._end(request, self._output(request, (), finish_reason="length"))
             else:
@@ -210,8 +218,8 @@ class Engine:
         elif token in self.end_ids and not params.ignore_eos:
             finish = "stop"
         elif detokenizer is not None:
-            text = detokenizer.push(token)
-            if detokenizer.stopped_by is not None and len(request.token_ids) >= params.min_tokens:
+            text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
+            if detokenizer.stopped_by is not None:
                 finish, stopped_by = "stop", detokenizer.stopped_by
         if finish is None and (
             len(request.token_ids) == params.max_tokens or request.length == self.max_model_len
@@ -247,6 +255,12 @@ class Engine:
             listener.finished(request, reason)
         request.emit(output)
 
+    def give_up(self, reason: FinishReason, cause: str) -> None:
+        """Ends every request, once no step can run any more."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.drop(request.id)
+            self._ended(request, Output(request.id, finish_reason=reason, error=cause))
+
     # ---- looking in --------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineSnapshot:
@@ -262,8 +276,17 @@ class Engine:
             phase: counters.report() | {"counts": counters.counts_LE.tolist()}
             for phase, counters in self.runner.counters.items()
         }
-        shape = {"layers": cfg.num_hidden_layers, "experts": cfg.num_experts, "top_k": cfg.num_experts_per_tok}
+        shape = {
+            "layers": cfg.num_hidden_layers,
+            "experts": cfg.num_experts,
+            "top_k": cfg.num_experts_per_tok,
+        }
         return {"model": shape, "mesh": dict(self.runner.mesh.shape), **phases}
+
+
+def _fold(seed: int) -> np.int32:
+    """64 bits of seed in 32."""
+    return np.uint32((seed ^ seed >> 32) & 0xFFFFFFFF).view(np.int32)
 
 
 def _token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:

@@ -43,16 +43,17 @@ class Sizes:
         return next(s for s in self.decode if s >= sequences)
 
     def prefill_size(self, left: int) -> int:
-        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill at least
+        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill more than
         half of it, else the largest that they fill; padding never doubles the work."""
         holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
         filled = [s for s in self.prefill if s <= left]
-        return holds if not filled or left >= holds / 2 else filled[-1]
+        return holds if not filled or left > holds / 2 else filled[-1]
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``."""
+    """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``,
+    sampling parameters."""
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray

@@ -24,7 +24,12 @@ class Scheduler:
     """slots_per_rank: requests that decode together on one rank. max_queue: waiting requests at most."""
 
     def __init__(self, pool: PagePool, slots_per_rank: int, max_queue: int, max_model_len: int):
-        self.pool, self.slots, self.max_queue, self.max_model_len = pool, slots_per_rank, max_queue, max_model_len
+        self.pool, self.slots, self.max_queue, self.max_model_len = (
+            pool,
+            slots_per_rank,
+            max_queue,
+            max_model_len,
+        )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -38,7 +43,9 @@ class Scheduler:
     def add(self, requests: list[Request]) -> None:
         """Queues all or none; QueueFull where they do not fit."""
         if len(self.waiting) + len(requests) > self.max_queue:
-            raise QueueFull(f"the queue is full: {len(self.waiting)} of {self.max_queue} requests are waiting")
+            raise QueueFull(
+                f"the queue is full: {len(self.waiting)} of {self.max_queue} requests are waiting"
+            )
         self.waiting.extend(requests)
 
     def next_step(self) -> Step | None:

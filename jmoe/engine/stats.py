@@ -39,14 +39,14 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
 def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     """The totals with one step's layers added; a step without a valid token counts as none."""
     counts_LE = jnp.stack([layer.counts_E for layer in layers])
-    some = jnp.any(counts_LE > 0)
-    mean_L = jnp.maximum(jnp.mean(counts_LE, axis=1, dtype=jnp.float32), 1e-9)
+    loads_LE = counts_LE.astype(jnp.float32)
+    mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
     return MoETotals(
         totals.counts_LE + counts_LE,
-        totals.active_L + jnp.sum(counts_LE > 0, axis=1),
-        totals.load_L + jnp.where(some, jnp.max(counts_LE, axis=1) / mean_L, 0.0),
+        totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
+        totals.load_L + jnp.max(loads_LE, axis=1) / mean_L,
         totals.remote_L + jnp.stack([layer.remote for layer in layers]),
-        totals.steps + some,
+        totals.steps + jnp.any(counts_LE > 0).astype(jnp.int32),
     )
 
 

@@ -53,15 +53,21 @@ class Detokenizer:
         self.held = ""
         self.stopped_by: str | None = None
 
-    def push(self, token_id: int) -> str:
-        """Text released by this token; sets ``stopped_by`` where a stop string is complete."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Text released by this token; sets ``stopped_by`` where a stop string is complete.
+
+        ``may_stop`` False releases everything: a stop string in it no longer counts.
+        """
         self.ids.append(token_id)
         before = self.codec.decode(self.ids[self.prefix : self.read])
         now = self.codec.decode(self.ids[self.prefix :])
         if len(now) > len(before) and not now.endswith("\ufffd"):
             self.held += now[len(before) :]
             self.prefix, self.read = self.read, len(self.ids)
-        return self._release()
+        if may_stop:
+            return self._release()
+        text, self.held = self.held, ""
+        return text
 
     def flush(self) -> str:
         """All that is still held, once no more tokens come."""

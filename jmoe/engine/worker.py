@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jmoe.engine.engine import Engine, Listener
-from jmoe.engine.request import EngineDead, EngineSnapshot, Output, Request
+from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Request
 from jmoe.engine.text import TextCodec
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ class EngineWorker:
     def snapshot(self) -> EngineSnapshot:
         """Read without waiting for a step to end: each number is right, together they may be a step apart."""
         s = self._engine.snapshot()
-        return EngineSnapshot(s.running, s.waiting, s.kv_usage, self._dead is None, s.compilations_after_warmup)
+        return EngineSnapshot(
+            s.running, s.waiting, s.kv_usage, self._dead is None, s.compilations_after_warmup
+        )
 
     def moe_stats(self) -> dict[str, Any]:
         return self._call(self._engine.moe_stats)
@@ -103,12 +105,10 @@ class EngineWorker:
                 future.set_exception(error)
         return not closing
 
-    def _stop(self, cause: str, reason: Any) -> None:
+    def _stop(self, cause: str, reason: FinishReason) -> None:
         with self._wake:
             self._dead = cause
             calls, self._calls = self._calls, []
         for _, future in calls:
             future.set_exception(EngineDead(cause))
-        scheduler = self._engine.scheduler
-        for request in [*scheduler.running, *scheduler.waiting]:
-            request.emit(Output(request.id, finish_reason=reason, error=cause))
+        self._engine.give_up(reason, cause)

@@ -14,7 +14,8 @@ def get_family(architecture: str) -> Family:
     if architecture not in FAMILIES:
         near = difflib.get_close_matches(architecture, FAMILIES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}; nearest: {near}"
+            f"architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(FAMILIES)}; nearest: {near}"
         )
     return FAMILIES[architecture]
 

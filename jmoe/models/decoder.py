@@ -80,7 +80,9 @@ class Decoder(nnx.Module):
         stats: list[DispatchStats] = []
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            x_BTD, layer_pages, layer_stats = _apply(*nnx.split(layer), x_BTD, seqs, pages[i] if pages else None)
+            x_BTD, layer_pages, layer_stats = _apply(
+                *nnx.split(layer), x_BTD, seqs, pages[i] if pages else None
+            )
             stats.append(layer_stats)
             if layer_pages is not None:
                 new_pages.append(layer_pages)

@@ -9,7 +9,13 @@ from jmoe.models.family import Family, HFConfig, WeightName, common_fields, weig
 def config(hf: HFConfig) -> ModelConfig:
     return ModelConfig(
         architecture="MixtralForCausalLM",
-        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
+        **common_fields(
+            hf,
+            experts=("num_local_experts", "num_experts"),
+            inner="intermediate_size",
+            eps=1e-5,
+            theta=1e6,
+        ),
         norm_topk_prob=True,
         sliding_window=hf.get("sliding_window"),
     )

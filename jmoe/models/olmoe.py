@@ -8,10 +8,11 @@ from jmoe.models.family import Family, HFConfig, WeightName, common_fields, refu
 
 def config(hf: HFConfig) -> ModelConfig:
     refuse(hf, "clip_qkv", hf.get("clip_qkv") is not None)
-    fields = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size")
     return ModelConfig(
         architecture="OlmoeForCausalLM",
-        **fields | {"rms_norm_eps": hf.get("rms_norm_eps", 1e-5)},
+        **common_fields(
+            hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size", eps=1e-5
+        ),
         norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
         qk_norm="full",
         attention_bias=bool(hf.get("attention_bias", False)),

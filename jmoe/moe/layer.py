@@ -56,7 +56,14 @@ class MoELayer(nnx.Module):
         return run(x_TD, valid_T, *weights)
 
     def _shard(
-        self, x_TD: Array, valid_T: Array, gate_ED: Array, gate_up: Array, down: Array, *, send: transport.Transport
+        self,
+        x_TD: Array,
+        valid_T: Array,
+        gate_ED: Array,
+        gate_up: Array,
+        down: Array,
+        *,
+        send: transport.Transport,
     ) -> tuple[Array, DispatchStats]:
         with jax.named_scope("route"):
             logits_TE = linear(x_TD, gate_ED)

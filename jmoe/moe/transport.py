@@ -71,5 +71,3 @@ def get_transport(name: TransportName) -> Transport:
     if name not in get_args(TransportName):
         raise ValueError(f"transport {name!r} is unknown; known: {', '.join(get_args(TransportName))}")
     return {"replicated": replicated, "all_to_all": all_to_all}[name]
-
-

@@ -22,7 +22,8 @@ from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotate, rotation
 
-BLOCK = 128  # keys a step of the paged loop reads
+BLOCK = 128  # queries that attend together to a window's keys, and keys a step of the paged loop reads
+BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
 NEVER = -1e30
 
 
@@ -69,7 +70,9 @@ class Attention(nnx.Module):
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.mesh):
             return self._shard(weights, x_BTD, seqs, pages)
-        specs = {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()}
+        specs = {
+            name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
+        }
         tokens, paged = PartitionSpec(TOKENS), PartitionSpec(TOKENS, TENSOR)
         run = jax.shard_map(
             self._shard,
@@ -180,30 +183,27 @@ def attend_pages(
     """
     b, t, h, d = q_BTHd.shape
     g, size = pages.k_PHSd.shape[1], pages.page_size
-    per_block = max(1, min(BLOCK // size, table_BM.shape[1]))
+    fitting = BLOCK_BYTES // (b * g * size * d * 4)
+    per_block = max(1, min(fitting, BLOCK // size, table_BM.shape[1]))
+    keys = per_block * size
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
     q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
-    blocks = jnp.max(positions_BT) // (per_block * size) + 1
-
-    def gather(pages_PHSd: Array, j: Array) -> Array:
-        ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
-        return pages_PHSd[ids].swapaxes(1, 2).reshape(b, g, per_block * size, d).astype(jnp.float32)
 
     def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
-        key_S = j * per_block * size + jnp.arange(per_block * size)
-        seen = _visible(positions_BT, jnp.broadcast_to(key_S, (b, key_S.shape[0])), window)
-        scores = jnp.einsum("bgqd,bgsd->bgqs", q, gather(pages.k_PHSd, j))
-        scores = jnp.where(seen[:, None, None], scores.reshape(b, g, h // g, t, -1), NEVER)
-        scores = scores.reshape(b, g, (h // g) * t, -1)
+        ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
+        key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
+        seen = _visible(positions_BT, key_BS, window)[:, None, None]
+        scores = jnp.einsum("bgqd,bgsd->bgqs", q, kv_cache.read(pages.k_PHSd, ids))
+        scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         share = jnp.exp(scores - new_top)
         kept = jnp.exp(top - new_top)
-        acc = acc * kept + jnp.einsum("bgqs,bgsd->bgqd", share, gather(pages.v_PHSd, j))
+        acc = acc * kept + jnp.einsum("bgqs,bgsd->bgqd", share, kv_cache.read(pages.v_PHSd, ids))
         return new_top, total * kept + share.sum(-1, keepdims=True), acc
 
     rows = (b, g, (h // g) * t)
     start = (jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1)), jnp.zeros((*rows, d)))
-    _, total, acc = lax.fori_loop(0, blocks, block, start)
+    _, total, acc = lax.fori_loop(0, jnp.max(positions_BT) // keys + 1, block, start)
     out = (acc / total).reshape(b, g, h // g, t, d)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

@@ -9,8 +9,8 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 class ParamMaker:
     """Makes parameters of one dtype from one stream of random numbers, normal with deviation ``std``.
 
-    A ``stored`` parameter is one that XLA:CPU must not see as bfloat16 (sliced stacks, gathered tables):
-    there it is kept as uint16 and reinterpreted where it is used.
+    A ``stored`` parameter is one that XLA:CPU must not see as bfloat16, because it slices single experts
+    out of it in a loop: there it is kept as uint16 and reinterpreted where it is used.
     """
 
     def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 0.02):

@@ -66,7 +66,7 @@ def windows(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 
 def bounded(source: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Windows until ``max_tokens`` are scored in all; the last one is cut. A window scores all but its first."""
+    """Windows until ``max_tokens`` are scored in all, the last one cut; a window scores all but its first."""
     left = max_tokens
     for window in source:
         if left is None:

@@ -17,7 +17,7 @@ def print_streamed(
     progress: Progress,
     out: TextIO,
 ) -> None:
-    """Prints every completion on ``out``: a single one as it comes, several in order, a line end after each."""
+    """Prints the completions on ``out``, a line end after each: one as it comes, several at the end."""
     engine = build_engine(model, settings, progress)
     if len(prompts) == 1:
         run_all(engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True))

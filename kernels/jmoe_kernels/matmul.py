@@ -23,14 +23,12 @@ def as_float(w: Array) -> Array:
 
 
 def dot_nt(a: Array, b: Array) -> Array:
-    """``a[..., M, K] @ b[..., N, K]^T`` with float32 accumulation; leading axes of equal length are batched."""
+    """``a[..., M, K] @ b[..., N, K]^T`` with float32 accumulation, batched over equal leading axes."""
     nd = a.ndim - 1
     batch = tuple(range(b.ndim - 2))
     if a.ndim == 2 and a.shape[0] == 1 and b.dtype == jnp.bfloat16:
         return dot_nt(jnp.concatenate([a, jnp.zeros_like(a)]), b)[:1]
-    return lax.dot_general(
-        a, b, (((nd,), (b.ndim - 1,)), (batch, batch)), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((nd,), (b.ndim - 1,)), (batch, batch)), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

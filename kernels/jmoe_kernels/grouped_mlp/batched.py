@@ -1,4 +1,4 @@
-"""Grouped MLP as one batched product over ``[E, C]`` padded rows: differentiable, the form used in training."""
+"""Grouped MLP as one batched product over ``[E, C]`` padded rows: differentiable, for training."""
 
 import jax
 import jax.numpy as jnp

@@ -18,8 +18,10 @@ from jmoe_kernels.matmul import as_float, dot_nt
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows a tile: 16 while experts get few rows each (decode), 64 when they get many (prefill)."""
-    return 64 if rows >= 32 * experts else 16
+    """Rows a tile: few while experts get few rows each (decode), 64 when they get many (prefill)."""
+    if rows >= 32 * experts:
+        return 64
+    return 16 if rows >= 16 * experts else 8
 
 
 def grouped_mlp_xla(

@@ -1,0 +1,82 @@
+"""``convert``: a Hugging Face directory as a sharded, checksummed Orbax checkpoint.
+
+Each device of a mesh then reads its own slices only. On one device the Hugging Face directory itself loads
+faster (1 GB on 2 cores: 1 s against 4 s, of which 1 s is checking the sums).
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.load import DTypeChoice, Progress, check_directory, match, read_config, read_param
+from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
+from jmoe.config import MoEConfig
+from jmoe.mesh import make_mesh
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
+SPARE = 64 << 20  # bytes of disk beyond the weights, for the tokenizer's files
+
+
+def convert(
+    hf_dir: Path | str, out_dir: Path | str, dtype: DTypeChoice = "auto", progress: Progress | None = None
+) -> None:
+    """Writes ``out_dir``: Orbax parameters, ``config.json``, the tokenizer's files, a manifest of them all.
+
+    It is written under a temporary name beside ``out_dir`` and renamed when whole, so ``out_dir`` exists
+    only complete. Host memory: about twice one layer's. progress: called with (bytes done, bytes in all).
+    Raises ValueError where ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
+    ``load_model`` would take.
+    """
+    hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
+    if is_converted(hf_dir):
+        raise ValueError(f"{hf_dir}: is already converted (it has {MANIFEST})")
+    if os.path.lexists(out_dir):
+        raise ValueError(f"{out_dir}: already exists; give a new directory or remove it")
+    if not out_dir.absolute().parent.is_dir():
+        raise ValueError(f"{out_dir}: the directory that is to hold it does not exist")
+    working = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.absolute().parent))
+    try:
+        _write(hf_dir, working, dtype, progress)
+        working.chmod(0o755)  # mkdtemp's are private
+        os.rename(working, out_dir)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress | None) -> None:
+    from jmoe.checkpoint.orbax_io import grouped, save_group  # heavy: seconds to import
+
+    cfg = read_config(hf_dir, dtype)
+    with HFCheckpoint(hf_dir) as checkpoint:
+        _, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh())
+        total, done = sum(s.nbytes for s in specs.values()), 0
+        _check_disk(working, total)
+        for group, paths in grouped(specs).items():
+            save_group(working, group, {p: read_param(checkpoint, specs[p], table[p]) for p in paths})
+            done += sum(specs[p].nbytes for p in paths)
+            if progress is not None:
+                progress(done, total)
+    config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    text = json.dumps(config | {"dtype": cfg.dtype}, indent=2)
+    (working / "config.json").write_text(text + "\n", encoding="utf-8")
+    for name in COPIED:
+        if (hf_dir / name).is_file():
+            shutil.copyfile(hf_dir / name, working / name)
+    write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()})
+
+
+def _check_disk(working: Path, need: int) -> None:
+    free = shutil.disk_usage(working).free
+    if free < need + SPARE:
+        raise ValueError(f"{working.parent}: {need + SPARE} bytes are needed, {free} are free")

@@ -1,0 +1,164 @@
+"""A Hugging Face model directory's tensors: found, checked, and read straight into numpy buffers."""
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import ml_dtypes
+import numpy as np
+
+from jmoe.checkpoint.safetensors_file import (
+    ALIGN,
+    DTYPES,
+    TensorInfo,
+    open_regular,
+    parse_json,
+    read_exactly,
+    read_header,
+)
+
+INDEX = "model.safetensors.index.json"
+CHUNK = 1 << 20  # bytes; a chunk is scanned while it is still in the L2 cache
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# dtype -> (unsigned view, signed view, bits of +Inf): anything from there up is Inf or NaN
+_BITS = {
+    np.dtype(np.float32): (np.uint32, np.int32, 0x7F800000),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, np.int16, 0x7F80),
+}
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised C-order array that starts at a multiple of 64 bytes, as zero-copy placement needs."""
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGN, np.uint8)
+    start = -raw.ctypes.data % ALIGN
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether a flat float32 or bfloat16 array has no NaN or Inf: two integer maxima, no temporary array.
+
+    Seen as signed integers, positive NaN and Inf are the largest; as unsigned ones, the negative are.
+    """
+    unsigned, signed, infinity = _BITS[values.dtype]
+    if not values.size:
+        return True
+    sign = 1 << (8 * values.dtype.itemsize - 1)
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < sign + infinity)
+
+
+class HFCheckpoint:
+    """The safetensors of a directory, opened; use it in a ``with`` statement.
+
+    tensors: every tensor by its name. Raises ValueError naming the file or tensor that is wrong.
+    """
+
+    def __init__(self, directory: Path | str):
+        self.directory = Path(directory)
+        self._files: dict[Path, BinaryIO] = {}
+        try:
+            self.tensors = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> dict[str, TensorInfo]:
+        weight_map = self._weight_map()
+        tensors: dict[str, TensorInfo] = {}
+        for name in _shards(self.directory) if weight_map is None else sorted(set(weight_map.values())):
+            path = self.directory / name
+            self._files[path] = open_regular(path)
+            for tensor, info in read_header(self._files[path]).items():
+                if tensor in tensors:
+                    raise ValueError(f"{path}: tensor {tensor!r} is also in {tensors[tensor].file.name}")
+                if weight_map is not None and weight_map.get(tensor) != name:
+                    raise ValueError(f"{path}: tensor {tensor!r} is not given to this file by {INDEX}")
+                tensors[tensor] = info
+        for tensor in weight_map or ():
+            if tensor not in tensors:
+                path = self.directory / weight_map[tensor]
+                raise ValueError(f"{path}: has no tensor {tensor!r}, see {INDEX}")
+        return tensors
+
+    def _weight_map(self) -> dict[str, str] | None:
+        path = self.directory / INDEX
+        if not path.exists():
+            return None
+        if (self.directory / "model.safetensors").exists():
+            raise ValueError(f"{self.directory}: has both model.safetensors and {INDEX}; remove one")
+        with open_regular(path) as file:
+            weight_map = parse_json(file.read(), str(path)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path}: has no weight_map")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not _is_plain_name(name):
+                raise ValueError(
+                    f"{path}: tensor {tensor!r} lies in {name!r}, not a plain *.safetensors name"
+                )
+        return weight_map
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads a tensor into ``out`` (C-order, float32 or bfloat16), converting where the dtypes differ.
+
+        Raises ValueError for NaN or Inf (in the file, or overflown by the conversion) or a truncated file.
+        """
+        info = self.tensors[name]
+        source = DTYPES.get(info.dtype)
+        if source is None:
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: {known}")
+        if out.shape != info.shape or not out.flags.c_contiguous:
+            raise ValueError(
+                f"{info.file}: tensor {name!r} is {list(info.shape)}, asked as {list(out.shape)}"
+            )
+        file, flat = self._files[info.file], out.reshape(-1)
+        step = CHUNK // source.itemsize
+        scratch = None if source == out.dtype else np.empty(step, source)
+        for start in range(0, flat.size, step):
+            part = flat[start : start + step]
+            target = part if scratch is None else scratch[: part.size]
+            read_exactly(file, info.offset + start * source.itemsize, memoryview(target.view(np.uint8)))
+            if scratch is not None:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    part[...] = target
+            if not all_finite(part):
+                raise ValueError(f"{info.file}: tensor {name!r} has NaN or Inf (as {out.dtype})")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.endswith(".safetensors") and not set(name) & set("/\\\0") and not name.startswith(".")
+
+
+def _shards(directory: Path) -> list[str]:
+    """The one safetensors file of a directory without an index."""
+    try:
+        names = sorted(p.name for p in directory.iterdir())
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be listed: {error.strerror}") from None
+    found = [n for n in names if n.endswith(".safetensors")]
+    if "model.safetensors" in found or len(found) == 1:
+        return ["model.safetensors" if "model.safetensors" in found else found[0]]
+    if found:
+        what = f"has {len(found)} .safetensors files but no {INDEX}"
+        raise ValueError(f"{directory}: {what} (incomplete download?)")
+    pickles = [n for n in names if n.endswith(_PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"{directory}: has only {pickles[0]}: pickled weights can run code and are never opened; "
+            "only .safetensors are read"
+        )
+    raise ValueError(f"{directory}: has no .safetensors file")

@@ -1,0 +1,83 @@
+"""``save_hf``: a Decoder as a Hugging Face directory (``config.json`` and ``model.safetensors``)."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from jmoe.checkpoint.hf_reader import all_finite
+from jmoe.checkpoint.params import Source, dotted, sources
+from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
+from jmoe.config import ModelConfig
+from jmoe.models import model_config
+from jmoe.models.decoder import Decoder
+
+
+def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) -> None:
+    """Writes the model under the family's per-expert names, in the dtype that ``hf_config`` names.
+
+    The data starts 64-byte aligned. Each file appears whole (written beside, then renamed) and replaces one
+    of that name. Raises ValueError where ``hf_config`` is not this model's, or a weight is NaN or Inf.
+    """
+    directory = Path(directory)
+    cfg = model_config(hf_config)
+    _check_same(cfg, model.cfg)
+    params = {dotted(keys): param for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    table = sources(cfg)
+    dtype = np.dtype(np.float32 if cfg.dtype == "float32" else ml_dtypes.bfloat16)
+    code = next(name for name, known in DTYPES.items() if known == dtype)
+    entries = [
+        (part.name, code, params[path].shape[len(part.index) :])
+        for path, parts in table.items()
+        for part in parts
+    ]
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def write_weights(file: BinaryIO) -> None:
+        file.write(encode_header(entries))
+        for path, parts in table.items():
+            _write_param(file, path, np.asarray(params[path].get_value()), parts, dtype)
+
+    write_whole(directory / "model.safetensors", write_weights)
+    text = json.dumps(hf_config, indent=2) + "\n"
+    write_whole(directory / "config.json", lambda file: file.write(text.encode()))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """``path`` written by ``write(file)`` under another name, flushed to disk, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def canonical(values: np.ndarray) -> np.ndarray:
+    """A parameter's stored value in the checkpoint's dtype: uint16 is how some bfloat16 is stored."""
+    return values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
+
+
+def _write_param(file: BinaryIO, path: str, stored: np.ndarray, parts: list[Source], dtype: np.dtype) -> None:
+    values = canonical(stored)
+    for part in parts:
+        tensor = np.ascontiguousarray(values[part.index], dtype).reshape(-1)
+        if not all_finite(tensor):
+            raise ValueError(f"parameter {path!r} has NaN or Inf (as {dtype}); the file was not written")
+        file.write(memoryview(tensor.view(np.uint8)))
+
+
+def _check_same(cfg: ModelConfig, have: ModelConfig) -> None:
+    for field in dataclasses.fields(cfg):
+        asked, is_now = getattr(cfg, field.name), getattr(have, field.name)
+        if field.name != "dtype" and asked != is_now:
+            raise ValueError(f"hf_config gives {field.name} = {asked!r}, the model has {is_now!r}")

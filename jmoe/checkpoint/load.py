@@ -1,0 +1,139 @@
+"""``load_model``: a directory of weights, Hugging Face's or a converted one, as a Decoder on a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
+from jmoe.checkpoint.manifest import is_converted
+from jmoe.checkpoint.params import ParamSpec, Source, abstract_decoder, fill, place, sources
+from jmoe.checkpoint.safetensors_file import TensorInfo, open_regular, parse_json
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.models import get_family, model_config
+from jmoe.models.decoder import Decoder
+
+DTypeChoice = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int], None]
+SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
+
+
+def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
+    """The model's shape from ``config.json``, with its own dtype or the one asked for.
+
+    Raises ValueError, naming the file, where it is absent, malformed or of an unsupported model.
+    """
+    directory = check_directory(directory)
+    path = directory / "config.json"
+    with open_regular(path) as file:
+        hf = parse_json(file.read(), str(path))
+    if hf.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config is not supported; use the unquantised checkpoint")
+    if dtype != "auto":
+        hf["dtype"] = dtype
+    elif "float16" in (hf.get("dtype"), hf.get("torch_dtype")):
+        raise ValueError(f"{path}: float16 is not computed in; choose dtype 'float32' or 'bfloat16'")
+    try:
+        cfg = model_config(hf)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, int) and value > SIZE_LIMIT:
+            raise ValueError(f"{path}: {field.name} {value} exceeds {SIZE_LIMIT}")
+    return cfg
+
+
+def check_directory(directory: Path | str) -> Path:
+    path = Path(directory)
+    if not path.is_dir():
+        what = "is a file; give its directory" if path.exists() else "is not a directory"
+        raise ValueError(f"{str(directory)!r} {what} (nothing is ever downloaded: models are local folders)")
+    return path
+
+
+def load_model(
+    directory: Path | str,
+    mesh: Mesh,
+    moe: MoEConfig | None = None,
+    dtype: DTypeChoice = "auto",
+    progress: Progress | None = None,
+) -> Decoder:
+    """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
+
+    dtype: "auto" keeps the checkpoint's. progress: called with (bytes done, bytes in all) after each
+    parameter. Host memory: the model's on CPU, else one parameter's. Raises ValueError, before any memory
+    is taken, for a name or shape that is not exactly the model's.
+    """
+    cfg = read_config(directory, dtype)
+    moe = MoEConfig() if moe is None else moe
+    report = (lambda done, total: None) if progress is None else progress
+    if is_converted(directory):
+        from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
+
+        return restore_model(Path(directory), cfg, moe, mesh, report)
+    with HFCheckpoint(directory) as checkpoint:
+        model, specs, table = match(checkpoint, cfg, moe, mesh)
+        total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
+        for path, spec in specs.items():
+            # on CPU the buffer becomes the parameter; elsewhere it is free again after this line
+            arrays[path] = jax.block_until_ready(place(read_param(checkpoint, spec, table[path]), spec))
+            done += spec.nbytes
+            report(done, total)
+    return fill(model, arrays)
+
+
+def match(
+    checkpoint: HFCheckpoint, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh
+) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Source]]]:
+    """The abstract model, its parameters and what fills each, once every name and shape has been checked."""
+    check_names(checkpoint, cfg)
+    model, specs = abstract_decoder(cfg, moe, mesh)
+    table = sources(cfg)
+    check_shapes(checkpoint.tensors, table, specs)
+    return model, specs, table
+
+
+def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Source]) -> np.ndarray:
+    """One parameter in the checkpoint's dtype, each tensor read straight into its slice of one buffer."""
+    buffer = aligned_empty(spec.shape, spec.dtype)
+    for part in parts:
+        checkpoint.read_into(part.name, buffer[part.index])
+    return buffer
+
+
+def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
+    """Raises ValueError unless the checkpoint has exactly the family's tensors.
+
+    Two extras are known and not read: ``lm_head.weight`` of a tied model (a copy of the embedding) and the
+    rotary frequencies that old releases stored.
+    """
+    expected = set()
+    for name, _, _ in get_family(cfg.architecture).names(cfg):
+        if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
+            raise ValueError(f"{checkpoint.directory}: tensor {name!r} of {cfg.architecture} is missing")
+        expected.add(name)
+    for name, info in checkpoint.tensors.items():
+        tied_head = cfg.tie_word_embeddings and name == "lm_head.weight"
+        if name not in expected and not tied_head and not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(
+                f"{info.file}: tensor {name!r} is not one of {cfg.architecture} as config.json has it"
+            )
+
+
+def check_shapes(
+    tensors: dict[str, TensorInfo], table: dict[str, list[Source]], specs: dict[str, ParamSpec]
+) -> None:
+    """Raises ValueError for a tensor that does not have the shape of what it fills."""
+    for path, spec in specs.items():
+        for part in table[path]:
+            info, expected = tensors[part.name], spec.shape[len(part.index) :]
+            if info.shape != expected:
+                raise ValueError(
+                    f"{info.file}: tensor {part.name!r} must be {list(expected)} by config.json, "
+                    f"it is {list(info.shape)}"
+                )

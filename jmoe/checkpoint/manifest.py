@@ -1,0 +1,102 @@
+"""The manifest of a converted checkpoint: its format, parameters, and the size and sha256 of every file."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jmoe.checkpoint.safetensors_file import open_regular, parse_json
+
+MANIFEST = "jmoe_checkpoint.json"
+FORMAT, VERSION = "jmoe", 1
+PARAMS = "params"  # the folder of the Orbax checkpoints: one for each layer and one for the rest
+HASHING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """dtype: every parameter's. parameters: shape by dotted path. files: (bytes, sha256) by relative path."""
+
+    architecture: str
+    dtype: str
+    parameters: dict[str, tuple[int, ...]]
+    files: dict[str, tuple[int, str]]
+
+
+def is_converted(directory: Path | str) -> bool:
+    return (Path(directory) / MANIFEST).is_file()
+
+
+def write_manifest(
+    directory: Path, architecture: str, dtype: str, parameters: dict[str, tuple[int, ...]]
+) -> None:
+    """Flushes every file of ``directory`` to disk, then lists it. Call it last, before the rename."""
+    files = _digests(directory, _listed(directory), flush=True)
+    manifest = Manifest(architecture, dtype, parameters, files)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
+    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest; ValueError for one that is malformed or of another version."""
+    path = directory / MANIFEST
+    with open_regular(path) as file:
+        raw = parse_json(file.read(), str(path))
+    if raw.pop("format", None) != FORMAT or type(raw.get("version")) is not int:
+        raise ValueError(f"{path}: is not the manifest of a converted checkpoint")
+    version = raw.pop("version")
+    if version != VERSION:
+        raise ValueError(f"{path}: has version {version}; this release reads {VERSION}: convert again")
+    try:
+        return Manifest(
+            str(raw.pop("architecture")),
+            str(raw.pop("dtype")),
+            {name: tuple(map(int, shape)) for name, shape in raw.pop("parameters").items()},
+            {_inside(name): (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()},
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Raises ValueError naming the first file that is missing, added or not as it was written."""
+    for name, (size, _) in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; {MANIFEST} lists it")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {size}")
+    for name in _listed(directory):
+        if name.startswith(PARAMS + "/") and name not in manifest.files:
+            raise ValueError(f"{directory / name}: is not listed in {MANIFEST}")
+    for name, (_, digest) in _digests(directory, list(manifest.files), flush=False).items():
+        if digest != manifest.files[name][1]:
+            raise ValueError(f"{directory / name}: was changed since it was written (sha256 differs)")
+
+
+def _listed(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+def _digests(directory: Path, names: list[str], *, flush: bool) -> dict[str, tuple[int, str]]:
+    def one(name: str) -> tuple[int, str]:
+        with open_regular(directory / name) as file:
+            if flush:
+                os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _inside(name: Any) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError(f"file {name!r} lies outside the checkpoint")
+    return name

@@ -1,0 +1,120 @@
+"""The Orbax side of a converted checkpoint. Import it where it is needed: Orbax takes seconds to import.
+
+Each layer is an Orbax checkpoint of its own (``params/layers.3``), as is what is outside the layers
+(``params/top``): Orbax holds all of a checkpoint's arrays while it writes, so this bounds the memory by one
+layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfloat16 weights hardly shrink.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.models.decoder import Decoder
+
+CHUNK = 32 << 20  # bytes; a device reads every chunk that its slice touches
+
+
+def group_of(path: str) -> str:
+    """The Orbax checkpoint that holds a parameter."""
+    parts = path.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else "top"
+
+
+def grouped(paths: Mapping[str, object]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(group_of(path), []).append(path)
+    return groups
+
+
+def save_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> None:
+    # shard_axes splits an axis down to single rows: right for experts, ruinous (12 s a GB) for an embedding
+    options = {
+        path: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if array.ndim > 2 else ())
+        for path, array in arrays.items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        target = directory.resolve() / PARAMS / group
+        checkpointer.save(target, args=ocp.args.PyTreeSave(arrays, save_args=options))
+
+
+def restore_model(
+    directory: Path, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, report: Callable[[int, int], None]
+) -> Decoder:
+    """The model with each parameter read straight onto its devices, one layer at a time.
+
+    report: called with (bytes done, bytes in all) after each layer. Raises ValueError naming the file that is
+    missing or changed, or the parameter that is not as ``config.json`` has it.
+    """
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest)
+    check_count(directory, manifest, cfg)
+    model, specs = abstract_decoder(cfg, moe, mesh)
+    check_parameters(directory, manifest, specs)
+    arrays: dict[str, jax.Array] = {}
+    total, done = sum(s.nbytes for s in specs.values()), 0
+    for group, paths in grouped(specs).items():
+        for path, array in restore_group(directory, group, {p: specs[p] for p in paths}).items():
+            arrays[path] = as_stored(array, specs[path])
+            done += specs[path].nbytes
+        report(done, total)
+    return fill(model, arrays)
+
+
+def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> dict[str, jax.Array]:
+    """Arrays in the checkpoint's dtype, on their devices."""
+    abstract = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for p, s in specs.items()}
+    how = {
+        path: ocp.ArrayRestoreArgs(dtype=s.dtype, sharding=s.sharding, global_shape=s.shape)
+        for path, s in specs.items()
+    }
+    source = directory.resolve() / PARAMS / group
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(f"{source}: cannot be restored: {str(error).splitlines()[0]}") from error
+
+
+def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
+    """``array`` seen in the storage dtype; its memory on CPU is kept, not copied."""
+    if array.dtype == spec.storage:
+        return array
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(spec.storage), shard.device, may_alias=True)
+        for shard in array.addressable_shards
+    ]
+    if isinstance(spec.sharding, SingleDeviceSharding):
+        return shards[0]
+    return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, shards)
+
+
+def check_count(directory: Path, manifest: Manifest, cfg: ModelConfig) -> None:
+    """Refuses a config with another number of layers before a model of that many is described."""
+    layers = len([group for group in grouped(manifest.parameters) if group != "top"])
+    if layers != cfg.num_hidden_layers:
+        raise ValueError(
+            f"{directory}: config.json has num_hidden_layers {cfg.num_hidden_layers}, {MANIFEST} has {layers}"
+        )
+
+
+def check_parameters(directory: Path, manifest: Manifest, specs: Mapping[str, ParamSpec]) -> None:
+    where = directory / MANIFEST
+    for path, spec in specs.items():
+        if path not in manifest.parameters:
+            raise ValueError(f"{where}: parameter {path!r} is missing")
+        if manifest.parameters[path] != spec.shape:
+            raise ValueError(
+                f"{where}: parameter {path!r} must be {list(spec.shape)} by config.json, "
+                f"it is {list(manifest.parameters[path])}"
+            )
+    for path in manifest.parameters:
+        if path not in specs:
+            raise ValueError(f"{where}: parameter {path!r} is not one of the model as config.json has it")

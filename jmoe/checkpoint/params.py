@@ -1,0 +1,87 @@
+"""A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is taken."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.mesh import is_single
+from jmoe.models import get_family
+from jmoe.models.decoder import Decoder
+from jmoe.nn.param import ParamMaker
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """dtype: as in a checkpoint. storage: as in memory, of the same width (uint16 for some bfloat16)."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    storage: np.dtype
+    sharding: Sharding
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's tensor and the slice of the parameter that it fills."""
+
+    name: str
+    index: tuple[int, ...]
+
+
+def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
+    """A Decoder of shapes without values, and its parameters by dotted path."""
+    dtype = jnp.dtype(cfg.dtype)
+    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, ParamMaker(dtype, nnx.Rngs(0))))
+    specs = {}
+    for keys, param in nnx.to_flat_state(nnx.state(model)):
+        path, value = dotted(keys), param.get_value()
+        if is_single(mesh):
+            sharding = SingleDeviceSharding(mesh.devices.item())
+        else:
+            sharding = NamedSharding(mesh, PartitionSpec(*param.get_metadata("axes")))
+        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding)
+    return model, specs
+
+
+def fill(model: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
+    """``model`` with the value of every parameter replaced; KeyError where one is not in ``arrays``."""
+    graph, state = nnx.split(model)
+    flat = [(keys, param.replace(arrays[dotted(keys)])) for keys, param in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def dotted(keys: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, keys))
+
+
+def sources(cfg: ModelConfig) -> dict[str, list[Source]]:
+    """The checkpoint tensors that fill each parameter, by the parameter's path."""
+    table: dict[str, list[Source]] = {}
+    for name, path, index in get_family(cfg.architecture).names(cfg):
+        table.setdefault(path, []).append(Source(name, index))
+    return table
+
+
+def place(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
+    """``buffer`` (in the checkpoint's dtype) on the mesh, in the storage dtype.
+
+    On one CPU device the array is the buffer itself where that is 64-byte aligned, so the caller must not
+    write to it any more; it is made read-only.
+    """
+    stored = buffer.view(spec.storage)
+    buffer.flags.writeable = stored.flags.writeable = False
+    if isinstance(spec.sharding, SingleDeviceSharding):
+        return jax.device_put(stored, spec.sharding, may_alias=True)
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: stored[index])

@@ -1,0 +1,135 @@
+"""The two answer formats: what a choice looks like, whole and as increments of a stream."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from jmoe.engine.request import Output
+from jmoe.engine.text import TextCodec
+from jmoe.server.logprobs import chat_logprobs, completion_logprobs
+from jmoe.server.prompts import Prompt
+
+
+class AnswerFormat(Protocol):
+    """object, chunk_object: the ``object`` of a whole answer and of a stream's chunk.
+
+    opening: choices to stream before any token. delta: one increment of choice ``index`` as a stream's
+    choice. choice: all its increments as one. token_ids: with the field of that name, as vLLM has it, which
+    is all that a model without a tokenizer can answer.
+    """
+
+    object: str
+    chunk_object: str
+
+    def opening(self) -> list[dict[str, Any]]: ...
+    def delta(self, index: int, output: Output) -> dict[str, Any]: ...
+    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]: ...
+
+
+class CompletionFormat:
+    """Text completions. Choices are prompt-major: choice i continues prompt i // n.
+
+    An echoed prompt comes before the first increment's text, its log-probabilities before the first token's.
+    """
+
+    object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        codec: TextCodec | None,
+        prompts: list[Prompt],
+        n: int,
+        *,
+        echo: bool,
+        logprobs: bool,
+        token_ids: bool,
+    ):
+        self.codec, self.prompts, self.n = codec, prompts, n
+        self.echo, self.logprobs, self.token_ids = echo, logprobs, token_ids
+        self.offsets = [0] * (len(prompts) * n)
+        self.begun = [False] * (len(prompts) * n)
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def delta(self, index: int, output: Output) -> dict[str, Any]:
+        prompt = self.prompts[index // self.n]
+        text, entries = output.text, [(e.token_id, e) for e in output.logprobs]
+        if self.echo and not self.begun[index]:
+            text = prompt.text + text
+            entries = [*zip(prompt.token_ids, output.prompt_logprobs or (), strict=False), *entries]
+        self.begun[index] = True
+        logprobs = None
+        if self.logprobs:
+            logprobs, self.offsets[index] = completion_logprobs(entries, self.codec, self.offsets[index])
+        return {"index": index, "text": text, "logprobs": logprobs, **_end([output], self.token_ids)}
+
+    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
+        parts = [self.delta(index, output) for output in outputs]
+        text = "".join(p["text"] for p in parts)
+        whole = {**parts[-1], "text": text, **_end(outputs, self.token_ids)}
+        if self.logprobs:
+            whole["logprobs"] = {k: [v for p in parts for v in p["logprobs"][k]] for k in whole["logprobs"]}
+        return whole
+
+
+class ChatFormat:
+    """Chat completions. alternatives: ``top_logprobs`` entries, None = no log-probabilities."""
+
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, codec: TextCodec | None, n: int, alternatives: int | None, token_ids: bool):
+        self.codec, self.n, self.alternatives, self.token_ids = codec, n, alternatives, token_ids
+
+    def opening(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": i, "delta": delta, "finish_reason": None} for i in range(self.n)]
+
+    def delta(self, index: int, output: Output) -> dict[str, Any]:
+        logprobs = {} if self.alternatives is None else {"logprobs": self._logprobs([output])}
+        return {
+            "index": index,
+            "delta": {"content": output.text},
+            **logprobs,
+            **_end([output], self.token_ids),
+        }
+
+    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
+        text = "".join(output.text for output in outputs)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        end = _end(outputs, self.token_ids)
+        return {"index": index, "message": message, "logprobs": self._logprobs(outputs), **end}
+
+    def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
+        if self.alternatives is None:
+            return None
+        entries = [entry for output in outputs for entry in output.logprobs]
+        return {"content": chat_logprobs(entries, self.codec, self.alternatives), "refusal": None}
+
+
+def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
+    """What both formats end a choice with; absent optionals are left out, as OpenAI does."""
+    last = outputs[-1]
+    end: dict[str, Any] = {"finish_reason": last.finish_reason}
+    if last.stop_reason is not None:
+        end["stop_reason"] = last.stop_reason
+    if token_ids:
+        end["token_ids"] = [token for output in outputs for token in output.token_ids]
+    return end
+
+
+class Usage:
+    """Tokens of one HTTP request so far; each prompt counts once, whatever n."""
+
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
+        self.completion_tokens = 0
+
+    def add(self, output: Output) -> None:
+        self.completion_tokens += len(output.token_ids)
+
+    def report(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }

@@ -1,0 +1,76 @@
+"""The ASGI application: routes, errors, middleware."""
+
+import logging
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from jmoe.server import generate_routes, info_routes
+from jmoe.server.errors import ApiError
+from jmoe.server.middleware import ApiKey, RequestId
+from jmoe.server.service import Service
+
+log = logging.getLogger(__name__)
+
+GET = {
+    "/live": info_routes.live,
+    "/ready": info_routes.ready,
+    "/health": info_routes.ready,
+    "/ping": info_routes.ready,
+    "/version": info_routes.version,
+    "/metrics": info_routes.metrics,
+    "/openapi.json": info_routes.openapi,
+    "/moe/stats": info_routes.moe_stats,
+    "/v1/models": info_routes.models,
+    "/v1/models/{id:path}": info_routes.model,  # names may hold slashes
+}
+POST = {
+    "/v1/completions": generate_routes.create_completion,
+    "/v1/chat/completions": generate_routes.create_chat_completion,
+    "/tokenize": info_routes.tokenize,
+    "/detokenize": info_routes.detokenize,
+}
+
+
+def make_app(service: Service) -> ASGIApp:
+    routes = [Route(path, partial(handler, service), methods=["GET"]) for path, handler in GET.items()]
+    routes += [Route(path, partial(handler, service), methods=["POST"]) for path, handler in POST.items()]
+    handlers = {
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        ClientDisconnect: _client_left,
+        Exception: _unexpected,
+    }
+    starlette = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    starlette.router.redirect_slashes = False
+    app: ASGIApp = starlette
+    if service.settings.api_key is not None:
+        app = ApiKey(app, service.settings.api_key)
+    return RequestId(app)
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """Starlette's own 404 and 405, in the envelope; 405 keeps its ``Allow``."""
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    message = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """A 500 without the exception's text, which may tell too much; the id finds it in the log."""
+    id = request.scope.get("state", {}).get("request_id")
+    log.error("request %s failed; its traceback follows", id)  # the server raises and logs it again
+    return ApiError(500, f"internal error (request {id})", code="internal_error").response()

@@ -1,0 +1,111 @@
+"""The model's own chat template, rendered in a sandbox.
+
+A template is code from the model's directory and messages are data from strangers: the environment is
+immutable and sandboxed, the text's length is bounded, and no request may bring a template.
+"""
+
+import datetime
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+log = logging.getLogger(__name__)
+MAX_RENDERED = 8 * 1024 * 1024  # characters; the body's limit, for templates that repeat what they are given
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """source: Jinja text. tokens: the special tokens by name. Raises ValueError where it does not compile."""
+
+    def __init__(self, source: str, tokens: dict[str, str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.tokens = tokens
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template does not compile: {error}") from None
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The conversation as text, open for the assistant's answer. ValueError says why it cannot be."""
+        parts, size = [], 0
+        try:
+            for part in self.template.generate(messages=messages, add_generation_prompt=True, **self.tokens):
+                size += len(part)
+                if size > MAX_RENDERED:
+                    break
+                parts.append(part)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {_first_line(error)}") from None
+        except Exception as error:  # whatever the template's own expressions raise
+            log.warning("the chat template failed: %s", _first_line(error))
+            raise ValueError("the chat template cannot render these messages") from None
+        if size > MAX_RENDERED:
+            raise ValueError(f"the rendered conversation exceeds {MAX_RENDERED} characters")
+        return "".join(parts)
+
+
+def load_chat_template(directory: Path) -> ChatTemplate | None:
+    """The template of a Hugging Face model directory, None where it has none; ValueError for a bad file.
+
+    ``chat_template.jinja`` goes before ``tokenizer_config.json``, as in transformers.
+    """
+    config_path, jinja_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config: dict[str, Any] = {}
+    try:
+        if config_path.is_file():
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        source = _named(config.get("chat_template"))
+        if jinja_path.is_file():
+            source = jinja_path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
+    return None if source is None else ChatTemplate(source, _special_tokens(config))
+
+
+def load_turn_ends(directory: Path) -> tuple[str, ...]:
+    """Strings that end an assistant's turn: ``stop_strings`` of ``generation_config.json``."""
+    path = directory / "generation_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    ends = config.get("stop_strings") or []
+    return tuple([ends] if isinstance(ends, str) else ends)
+
+
+def _named(template: Any) -> str | None:
+    """A template may be one text or a list of named ones, of which "default" is for plain chat."""
+    if isinstance(template, list):
+        return next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    given = {name: config.get(name) for name in TOKENS}
+    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML characters, which would reach the model."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

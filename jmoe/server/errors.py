@@ -1,0 +1,65 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, all four keys always."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+CONTEXT_PHRASE = "This model's maximum context length"  # clients recognise the case by these words
+
+
+class ApiError(Exception):
+    """An answer other than 200. ``param`` names the request field, ``code`` is a word or None."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def envelope(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return json_response(self.envelope(), self.status, self.headers)
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def refused(error: ValueError, param: str) -> ApiError:
+    """The engine's refusal of a prompt as a 400."""
+    text = str(error)
+    code = "context_length_exceeded" if text.startswith(CONTEXT_PHRASE) else "invalid_value"
+    return invalid(text, param, code)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """A 503 worth another try: the usual clients wait as long as ``Retry-After`` says."""
+    return ApiError(503, message, code=code, headers={"Retry-After": "1"})
+
+
+def draining() -> ApiError:
+    return unavailable("the server is shutting down", "draining")
+
+
+def engine_dead() -> ApiError:
+    return ApiError(503, "the engine has stopped; the server's log has the cause", code="engine_dead")

@@ -1,0 +1,119 @@
+"""The engine requests behind one HTTP request, and their outputs on the event loop."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import Executor
+
+from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
+from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.errors import ApiError, draining, engine_dead, refused, unavailable
+
+
+class Generation:
+    """Answers in the making, numbered as the choices will be. Made on the event loop that reads them.
+
+    Whoever starts one closes it: ``close`` aborts what still runs.
+    """
+
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        executor: Executor,
+        id: str,
+        work: Iterable[tuple[list[int], SamplingParams]],
+        on_close: Callable[["Generation"], None],
+    ):
+        self.engine, self.executor, self.on_close = engine, executor, on_close
+        self.loop = asyncio.get_running_loop()
+        # A queue never holds more than max_tokens increments an answer.
+        self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        arrived = time.monotonic()
+        self.requests = [
+            Request(f"{id}-{i}", tokens, params, self._emitter(i), arrived)
+            for i, (tokens, params) in enumerate(work)
+        ]
+        self.unfinished = {request.id for request in self.requests}
+
+    def _emitter(self, index: int) -> Callable[[Output], None]:
+        def emit(output: Output) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+                self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, output))
+
+        return emit
+
+    async def start(self, param: str) -> None:
+        """Queues all requests or raises an ApiError. param: the field to blame where a prompt is refused.
+
+        The engine takes requests between two steps, so the wait is on a thread.
+        """
+        future = self.executor.submit(self.engine.submit, self.requests)
+        try:
+            await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda _: self._abort())  # it may be queued after this point
+            raise
+        except ValueError as error:
+            raise refused(error, param) from None
+        except QueueFull as error:
+            raise unavailable(str(error) or "the queue is full", "queue_full") from None
+        except EngineDead:
+            raise engine_dead() from None
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """(choice, increment) until every choice has finished; ApiError where one fails."""
+        while self.unfinished:
+            index, output = await self.queue.get()
+            if output.finish_reason in ("error", "abort"):
+                raise self._failure(output)
+            if output.finish_reason is not None:
+                self.unfinished.discard(output.request_id)
+            yield index, output
+
+    def stop(self) -> None:
+        """Makes ``outputs`` fail as in a shutdown."""
+        self.queue.put_nowait((0, Output(self.requests[0].id, finish_reason="abort")))
+
+    def close(self) -> None:
+        self._abort()
+        self.unfinished.clear()
+        self.on_close(self)
+
+    def _abort(self) -> None:
+        if self.unfinished:
+            with contextlib.suppress(EngineDead):
+                self.engine.abort(sorted(self.unfinished))
+
+    def _failure(self, output: Output) -> ApiError:
+        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
+            return draining()
+        if not self.engine.snapshot().alive:
+            return engine_dead()
+        return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
+
+
+class ClientLeft(Exception):
+    """The client closed its connection; nobody reads the answer."""
+
+
+async def unless_client_leaves(receive: Callable[[], Awaitable], work: Awaitable) -> object:
+    """What ``work`` returns, or ClientLeft with the work cancelled.
+
+    Starlette does not cancel a plain handler when its client leaves, so the connection is watched here.
+    """
+
+    async def departure() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(departure())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientLeft
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,66 @@
+"""ASGI layers around the application: request ids and the API key."""
+
+import hashlib
+import re
+import secrets
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jmoe.server.errors import ApiError
+
+OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/ping"})  # all others need the key
+_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestId:
+    """Answers with the client's ``x-request-id``, or one of ours where it sent none that is printable."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = _header(scope, b"x-request-id")
+        id = given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = id.decode("ascii")
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", id)]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class ApiKey:
+    """Lets through what carries the key. Denies by default.
+
+    It looks at ``scope["path"]`` alone: a URL rebuilt from headers can be bent by them. Digests are
+    compared, in constant time, so that neither the key's length nor its beginning shows.
+    """
+
+    def __init__(self, app: ASGIApp, key: str):
+        self.app, self.digest = app, hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
+        matches = secrets.compare_digest(hashlib.sha256(given.strip()).digest(), self.digest)
+        if scheme.lower() == b"bearer" and matches:
+            return await self.app(scope, receive, send)
+        error = ApiError(
+            401,
+            "Incorrect API key provided: send it as Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await error.response()(scope, receive, send)
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key.lower() == name), None)

@@ -1,0 +1,103 @@
+"""Prompts as token ids: from text, token ids or chat messages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jmoe.engine.text import TextCodec
+from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.errors import ApiError, invalid, unsupported
+from jmoe.server.schema import MAX_CHOICES, Message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's token ids and, where echoed, its text."""
+
+    token_ids: list[int]
+    text: str = ""
+
+
+def completion_prompts(
+    given: str | list[str | int | list[int]], codec: TextCodec | None, echo: bool
+) -> list[Prompt]:
+    """One prompt or several: text, list of texts, token ids, list of token-id lists."""
+    if isinstance(given, str):
+        return [_from_text(given, codec)]
+    kinds = {type(item) for item in given}
+    if len(kinds) > 1:
+        raise invalid("prompt must not mix strings, token ids and lists", "prompt")
+    if not kinds:
+        raise invalid("prompt must not be empty", "prompt")
+    if kinds == {int}:
+        return [_from_ids(given, codec, echo)]  # type: ignore[arg-type]
+    if len(given) > MAX_CHOICES:
+        raise invalid(f"prompt holds {len(given)} prompts; the limit is {MAX_CHOICES}", "prompt")
+    if kinds == {str}:
+        return [_from_text(item, codec) for item in given]  # type: ignore[arg-type]
+    return [_from_ids(item, codec, echo) for item in given]  # type: ignore[arg-type]
+
+
+def encode(text: str, codec: TextCodec | None, param: str, *, special: bool) -> list[int]:
+    if codec is None:
+        raise invalid("this model has no tokenizer: give the prompt as token ids to /v1/completions", param)
+    try:
+        return codec.encode(text, special=special)
+    except ValueError as error:
+        raise invalid(str(error), param) from None
+
+
+def _from_text(text: str, codec: TextCodec | None) -> Prompt:
+    ids = encode(text, codec, "prompt", special=True)
+    if not text or not ids:  # a BOS alone is no prompt
+        raise invalid("prompt must not be empty", "prompt")
+    return Prompt(ids, text)
+
+
+def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
+    """Token ids as they are: no BOS is added (evaluation harnesses send their own)."""
+    if not ids:
+        raise invalid("prompt must not be empty", "prompt")
+    small = all(0 <= t < 2**31 for t in ids)  # the engine names the bad id; the tokenizer cannot take it
+    text = codec.decode(ids, skip_special=False) if echo and codec is not None and small else ""
+    return Prompt(ids, text)
+
+
+def chat_prompt(messages: list[Message], template: ChatTemplate | None, codec: TextCodec | None) -> Prompt:
+    """The rendered conversation. The template writes the special tokens, so none are added again."""
+    if template is None:
+        raise ApiError(
+            400,
+            "this model directory has no chat template; use /v1/completions",
+            param="messages",
+            code="no_chat_template",
+        )
+    try:
+        text = template.render([_plain(i, m) for i, m in enumerate(messages)])
+    except ValueError as error:
+        raise invalid(str(error), "messages") from None
+    return Prompt(encode(text, codec, "messages", special=False), text)
+
+
+def _plain(i: int, message: Message) -> dict[str, Any]:
+    """A message as templates know it. "developer" is OpenAI's newer word for "system"."""
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            raise invalid(f"messages[{i}].content is required", f"messages[{i}].content")
+        content = ""
+    if isinstance(content, list):
+        content = "\n".join(_part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content))
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    return plain | ({"name": message.name} if message.name is not None else {})
+
+
+def _part_text(part: dict[str, Any], where: str) -> str:
+    kind = part.get("type")
+    if kind != "text":
+        raise unsupported(where, f"{where} has type {str(kind)[:50]!r}; only 'text' is supported")
+    if not isinstance(part.get("text"), str):
+        raise invalid(f"{where}.text must be a string", f"{where}.text")
+    other = next((key for key in part if key not in ("type", "text")), None)
+    if other is not None:
+        raise invalid(f"Unrecognized request argument: {where}.{other[:100]}", where, "unknown_parameter")
+    return part["text"]

@@ -1,0 +1,66 @@
+"""From a request body to the engine's sampling parameters, one set an answer."""
+
+import dataclasses
+import secrets
+
+from jmoe.engine.request import SamplingParams
+from jmoe.server.errors import invalid
+from jmoe.server.schema import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat goes on to the end of the context
+
+
+def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParams:
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return _params(body, vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+
+
+def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
+    """turn_ends: the model's own strings that end a turn, beside the request's."""
+    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = _params(body, vocab_size, limit, logprobs, None)
+    return dataclasses.replace(params, stop=(*params.stop, *turn_ends))
+
+
+def _params(
+    body: GenerationRequest,
+    vocab_size: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    outside = next((t for t in body.stop_token_ids or () if t >= vocab_size), None)
+    if outside is not None:
+        raise invalid(
+            f"stop_token_ids: {outside} is not below the vocabulary's {vocab_size}", "stop_token_ids"
+        )
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k or 0,
+            seed=body.seed,
+            stop=stop,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
+            min_tokens=body.min_tokens or 0,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+    except ValueError as error:  # the message begins with the field
+        raise invalid(str(error), str(error).partition(" ")[0]) from None
+
+
+def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
+    """Parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None draws."""
+    if prompts * n > MAX_CHOICES:
+        raise invalid(f"{prompts} prompts with n = {n}: at most {MAX_CHOICES} answers a request", "n")
+    return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]
+
+
+def _seed(first: int | None, i: int) -> int:
+    """The sum wraps around 64 bits."""
+    return secrets.randbits(31) if first is None else (first + i + 2**63) % 2**64 - 2**63

@@ -1,0 +1,101 @@
+"""What the handlers share: the engine, the chat template, the running generations, whether we drain."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from jmoe import __version__
+from jmoe.engine.request import SamplingParams
+from jmoe.server.body import decode, read_body
+from jmoe.server.chat_template import load_chat_template, load_turn_ends
+from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.errors import ApiError, draining, engine_dead
+from jmoe.server.generation import Generation
+from jmoe.server.metrics import Metrics
+from jmoe.server.prompts import Prompt
+from jmoe.server.settings import ServerSettings
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+Result = TypeVar("Result")
+THREADS = 64  # each may wait for a step to end; made when needed
+
+
+class Service:
+    """One a server. directory: where the model's chat template may be, None = nowhere; model: its name.
+
+    Raises ValueError for a chat template that cannot be read.
+    """
+
+    def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
+        self.engine, self.settings = engine, settings
+        self.model = settings.served_model_name or model
+        self.template = None if directory is None else load_chat_template(directory)
+        self.turn_ends = () if directory is None or engine.codec is None else load_turn_ends(directory)
+        self.metrics = Metrics(engine)
+        engine.add_listener(self.metrics)
+        self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
+        self.running: set[Generation] = set()
+        self.draining = False
+        self.created = int(time.time())
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The request's checked body, where the server takes work and has the model it names."""
+        self.check_ready()
+        body = decode(await read_body(request, self.settings), kind)
+        self.check_model(getattr(body, "model", None))
+        return body
+
+    def check_ready(self) -> None:
+        """Raises a 503 while draining or without an engine."""
+        self.check_alive()
+        if self.draining:
+            raise draining()
+
+    def check_alive(self) -> None:
+        if not self.engine.snapshot().alive:
+            raise engine_dead()
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            message = f"The model {name[:200]!r} does not exist"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """For what takes long (tokenizing megabytes) or waits for the engine."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, function, *args)
+
+    async def generate(
+        self, id: str, prompts: Sequence[Prompt], params: Sequence[SamplingParams], param: str
+    ) -> Generation:
+        """Started answers, ``len(params) / len(prompts)`` for each prompt, prompt-major."""
+        n = len(params) // len(prompts)
+        work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
+        generation = Generation(self.engine, self.executor, id, work, self.running.discard)
+        self.running.add(generation)
+        try:
+            await generation.start(param)
+        except BaseException:
+            self.running.discard(generation)
+            raise
+        return generation
+
+    def head(self, prefix: str) -> dict[str, Any]:
+        """The fields that begin every answer. The id is ours, so that no two live requests share one."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": f"jmoe-{__version__}",
+        }
+
+    def stop_running(self) -> None:
+        """Ends what still runs with an error to its client."""
+        for generation in list(self.running):
+            generation.stop()

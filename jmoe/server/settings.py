@@ -1,0 +1,34 @@
+"""How the server listens and what it admits."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """served_model_name: the only model name requests may give; None = as it was named to ``serve``.
+
+    api_key: None = no key is asked for. shutdown_timeout: seconds that running answers get to finish after
+    SIGTERM. header_timeout, body_timeout: seconds to wait for a request's head and for more of its body.
+    Raises ValueError naming the setting and its limit.
+    """
+
+    served_model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    shutdown_timeout: float = 30.0
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_header_bytes: int = 64 * 1024
+    header_timeout: float = 20.0
+    body_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.served_model_name == "":
+            raise ValueError("served_model_name must not be empty")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable()):
+            raise ValueError("api_key must be printable ASCII and not empty")
+        if not 0 <= self.shutdown_timeout < float("inf"):
+            raise ValueError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}")

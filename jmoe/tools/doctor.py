@@ -1,0 +1,124 @@
+"""``jmoe doctor``: what this machine is, what would run a model on it, and why."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jmoe_kernels.grouped_mlp import storage_dtype
+
+from jmoe import __version__
+from jmoe.checkpoint import read_config
+from jmoe.engine.build import EngineSettings, context_length, model_directory, sizes_for
+from jmoe.mesh import make_mesh
+from jmoe.nn.kv_cache import kv_dtype, page_bytes
+
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
+
+
+def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
+    """The report: versions, devices, and for ``model`` its sizes and every choice with its reason.
+
+    Raises ValueError where the model or the settings would be refused.
+    """
+    directory = model_directory(model)
+    cfg = read_config(directory, settings.dtype)
+    mesh = make_mesh(
+        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
+    )
+    length = context_length(cfg, settings.max_model_len)
+    sizes = sizes_for(cfg, settings, length)
+    return {
+        "versions": {"jmoe": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "devices": [_device(d) for d in jax.devices()],
+        "mesh": dict(mesh.shape),
+        "model": {
+            "directory": str(directory),
+            "architecture": cfg.architecture,
+            "dtype": cfg.dtype,
+            "layers": cfg.num_hidden_layers,
+            "experts": cfg.num_experts,
+            "experts_per_token": cfg.num_experts_per_tok,
+            "weight_bytes": _weight_bytes(cfg),
+            "max_model_len": length,
+        },
+        "kv_cache": {
+            "page_size": sizes.page_size,
+            "pages_per_rank": sizes.pages_per_rank,
+            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, mesh, sizes.page_size),
+        },
+        "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
+        "choices": _choices(settings, jnp.dtype(cfg.dtype), mesh.size),
+    }
+
+
+def _device(device: jax.Device) -> dict[str, Any]:
+    memory = device.memory_stats() or {}
+    return {"id": device.id, "kind": device.device_kind, "platform": device.platform} | (
+        {"memory_bytes": memory["bytes_limit"]} if "bytes_limit" in memory else {}
+    )
+
+
+def _weight_bytes(cfg: Any) -> int:
+    d, head = cfg.hidden_size, cfg.head_dim
+    attention = d * head * 2 * (cfg.num_attention_heads + cfg.num_key_value_heads)
+    experts = cfg.num_experts * (3 * d * cfg.moe_intermediate_size + d)
+    embeddings = cfg.vocab_size * d * (1 if cfg.tie_word_embeddings else 2)
+    return (cfg.num_hidden_layers * (attention + experts) + embeddings) * jnp.dtype(cfg.dtype).itemsize
+
+
+def _choices(settings: EngineSettings, dtype: jnp.dtype, devices: int) -> list[dict[str, str]]:
+    on_cpu = jax.default_backend() == "cpu"
+    storage = storage_dtype(dtype)
+    named = settings.moe.kernel
+    rows = [
+        (
+            "grouped experts",
+            named or "xla",
+            "named in the moe config" if named else "the portable loop over tiles; the only one that serves",
+        ),
+        (
+            "expert weights kept as",
+            str(storage),
+            "XLA:CPU would convert every expert of a sliced bfloat16 stack"
+            if storage != dtype
+            else "as computed",
+        ),
+        (
+            "KV cache kept as",
+            str(kv_dtype(dtype)),
+            "XLA:CPU updates a bfloat16 array by copying it"
+            if on_cpu and dtype != jnp.float32
+            else "as computed",
+        ),
+        (
+            "transport",
+            settings.moe.transport if devices > 1 else "local",
+            "from the moe config (default: replicated)"
+            if devices > 1
+            else "all experts are on the one device",
+        ),
+    ]
+    return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    model, kv = report["model"], report["kv_cache"]
+    kinds = sorted({d["kind"] for d in report["devices"]})
+    return [
+        " ".join(f"{name} {v}" for name, v in report["versions"].items()),
+        f"devices: {len(report['devices'])} x {', '.join(kinds)}; mesh "
+        + " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items()),
+        f"model: {model['architecture']} at {model['directory']}, {model['layers']} layers, "
+        f"{model['experts']} experts, {model['experts_per_token']} a token, {model['dtype']}, "
+        f"{model['weight_bytes'] / 2**20:.1f} MiB",
+        f"context: {model['max_model_len']} tokens; "
+        f"KV cache {kv['bytes_per_rank'] / 2**20:.1f} MiB a rank in "
+        f"{kv['pages_per_rank']} pages of {kv['page_size']} tokens",
+        f"compiled shapes: decode {report['shapes']['decode_sequences']} sequences, "
+        f"prefill {report['shapes']['prefill_tokens']} tokens",
+        *(f"{row['what']}: {row['choice']} ({row['why']})" for row in report["choices"]),
+    ]

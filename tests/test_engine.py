@@ -1,0 +1,253 @@
+"""The engine on a small random model: what it generates, alone, in company and on every mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small import config, decoder, mesh_of, tokens
+
+from jmoe.engine.engine import Engine
+from jmoe.engine.pages import PagePool
+from jmoe.engine.request import Output, Request, SamplingParams
+from jmoe.engine.runner import Runner, Sizes
+from jmoe.engine.sampling import SamplingRows, sample
+from jmoe.engine.scheduler import Scheduler
+from jmoe.mesh import make_mesh
+from jmoe.nn.attention import Sequences
+
+CFG = config()
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def engine_on(mesh, cfg=CFG, slots=4, pages=40, length=64) -> Engine:
+    sizes = Sizes((1, slots), (16, 32), 8, pages, length // 8)
+    runner = Runner(decoder(cfg, mesh), mesh, sizes)
+    runner.warm_up()
+    pool = PagePool(runner.ranks, pages, 8)
+    return Engine(runner, Scheduler(pool, slots, 100, length), None, cfg.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return engine_on(make_mesh())
+
+
+def serve(engine: Engine, prompts, params=GREEDY) -> tuple[list[Request], list[list[Output]]]:
+    outputs: list[list[Output]] = [[] for _ in prompts]
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    requests = [
+        Request(str(i), list(map(int, p)), s, outputs[i].append, 0.0)
+        for i, (p, s) in enumerate(zip(prompts, each, strict=True))
+    ]
+    engine.run(requests)
+    return requests, outputs
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [tokens(CFG, int(rng.integers(1, 45)), seed=seed + i) for i in range(count)]
+
+
+def window_logits(engine: Engine, ids) -> np.ndarray:
+    model = nnx.merge(engine.runner.graph, engine.runner.state)
+    ids = jnp.asarray(ids)[None]
+    return np.asarray(model.logits(model(Sequences(ids, jnp.arange(ids.shape[1])[None])).hidden_BTD))[0]
+
+
+def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
+    """Prompts shorter than a run, longer than the longest run (several runs), and at page edges."""
+    for length in (1, 8, 31, 32, 33, 50):
+        prompt = tokens(CFG, length, seed=length)
+        [request], [parts] = serve(engine, [prompt])
+        full = [*prompt, *request.token_ids]
+        logits = window_logits(engine, full)
+        assert request.token_ids == logits[length - 1 : -1].argmax(-1).tolist()
+        assert [t for p in parts for t in p.token_ids] == request.token_ids
+        assert parts[-1].finish_reason == "length" and all(p.finish_reason is None for p in parts[:-1])
+
+
+def test_company_changes_nothing(engine: Engine):
+    many = prompts(11)
+    together = [r.token_ids for r in serve(engine, many)[0]]
+    alone = [serve(engine, [p])[0][0].token_ids for p in many]
+    assert together == alone
+    assert engine.scheduler.pool.usage == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_a_mesh_generates_the_same_tokens(engine: Engine, shape):
+    many = prompts(9)
+    on_mesh = engine_on(mesh_of(shape))
+    want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
+    assert got == want
+    assert on_mesh.runner.compilations.after_warm_up == 0
+    on_mesh.runner.compilations.close()
+
+
+def test_nothing_compiles_after_warm_up(engine: Engine):
+    mixed = [
+        GREEDY,
+        SamplingParams(max_tokens=5, temperature=0.8, seed=1),
+        SamplingParams(max_tokens=7, temperature=1.0, top_k=3, top_p=0.9, seed=2),
+        SamplingParams(max_tokens=3, temperature=0.0, logprobs=4, prompt_logprobs=2),
+        SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(3,), seed=5),
+    ]
+    before = engine.runner.compilations.after_warm_up
+    serve(engine, prompts(5, seed=7), mixed)
+    engine.moe_stats()
+    assert engine.runner.compilations.after_warm_up == before
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))
+    assert engine.runner.compilations.after_warm_up > before, "the counter hears a real compilation"
+
+
+def test_logprobs_are_those_of_a_full_forward(engine: Engine):
+    prompt = tokens(CFG, 37, seed=3)
+    params = dataclasses.replace(GREEDY, max_tokens=4, logprobs=3, prompt_logprobs=2)
+    [request], [parts] = serve(engine, [prompt], params)
+    logits = window_logits(engine, [*prompt, *request.token_ids])
+    want = np.asarray(jax.nn.log_softmax(logits))
+    scored = parts[0].prompt_logprobs
+    assert scored[0] is None and len(scored) == len(prompt)
+    for i, entry in enumerate(scored[1:], 1):
+        assert entry.token_id == prompt[i]
+        assert entry.logprob == pytest.approx(want[i - 1, prompt[i]], abs=1e-4)
+        best = np.argsort(-want[i - 1], kind="stable")[:2].tolist()
+        assert [t for t, _ in entry.top][:2] == best and (entry.token_id, entry.logprob) in entry.top
+    for i, entry in enumerate(e for p in parts for e in p.logprobs):
+        at = len(prompt) - 1 + i
+        assert entry.logprob == pytest.approx(want[at, request.token_ids[i]], abs=1e-4)
+        assert len(entry.top) == 3
+
+
+def test_max_tokens_zero_scores_the_prompt(engine: Engine):
+    [request], [parts] = serve(engine, [tokens(CFG, 9)], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert request.token_ids == [] and len(parts) == 1
+    assert parts[0].finish_reason == "length" and len(parts[0].prompt_logprobs) == 9
+
+
+def test_end_and_stop_tokens(engine: Engine):
+    prompt = tokens(CFG, 5, seed=1)
+    free = serve(engine, [prompt])[0][0].token_ids
+    third = free[2]
+    first_at = free.index(third)
+    [request], [parts] = serve(engine, [prompt], dataclasses.replace(GREEDY, stop_token_ids=(third,)))
+    assert request.token_ids == free[: first_at + 1]
+    assert (parts[-1].finish_reason, parts[-1].stop_reason) == ("stop", third)
+    held = dataclasses.replace(GREEDY, stop_token_ids=(third,), min_tokens=8)
+    assert third not in serve(engine, [prompt], held)[0][0].token_ids[:8]
+
+
+def test_a_seed_draws_the_same_in_any_company(engine: Engine):
+    params = SamplingParams(max_tokens=10, temperature=1.0, top_p=0.95, seed=42)
+    prompt = tokens(CFG, 6)
+    alone = serve(engine, [prompt], params)[0][0].token_ids
+    crowd = serve(engine, [prompt, *prompts(3)], [params, *[dataclasses.replace(params, seed=9)] * 3])[0][
+        0
+    ].token_ids
+    other = serve(engine, [prompt], dataclasses.replace(params, seed=43))[0][0].token_ids
+    assert alone == crowd != other
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], GREEDY, "the prompt is empty"),
+        ([96], GREEDY, "token id 96 is outside the vocabulary of 96"),
+        ([-1], GREEDY, "token id -1 is outside"),
+        (
+            [1] * 60,
+            GREEDY,
+            r"maximum context length is 64 tokens. However, you requested 72 tokens \(60 in the",
+        ),
+        ([1] * 64, dataclasses.replace(GREEDY, max_tokens=None), "maximum context length is 64"),
+        ([1], dataclasses.replace(GREEDY, stop=("x",)), "stop strings need a tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(engine: Engine, prompt, params, message):
+    with pytest.raises(ValueError, match=message):
+        serve(engine, [prompt], params)
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+
+
+def test_a_request_larger_than_the_pool_is_refused():
+    small = engine_on(make_mesh(), pages=3)
+    with pytest.raises(ValueError, match="needs 6 KV pages and there are 3"):
+        serve(small, [[1] * 30])
+    assert serve(small, [[1] * 5])[1][0][-1].finish_reason == "length"
+    small.runner.compilations.close()
+
+
+def test_abort_frees_slot_and_pages(engine: Engine):
+    ends: list[Output] = []
+    request = Request("gone", [1, 2, 3], GREEDY, ends.append, 0.0)
+    engine.add([request])
+    engine.step(), engine.step()
+    engine.abort("gone")
+    engine.abort("gone")
+    assert ends[-1].finish_reason == "abort" and sum(o.finish_reason is not None for o in ends) == 1
+    assert engine.scheduler.pool.usage == 0 and not engine.scheduler.running
+
+
+def test_nan_logits_end_the_request_with_an_error(engine: Engine):
+    state = engine.runner.state
+    broken = jax.tree.map(lambda x: x, state)
+    broken["norm"].set_value(jnp.full_like(broken["norm"].get_value(), jnp.nan))
+    engine.runner.state = broken
+    try:
+        _, [parts] = serve(engine, [[1, 2]])
+    finally:
+        engine.runner.state = state
+    assert parts[-1].finish_reason == "error" and "NaN" in parts[-1].error
+
+
+def test_counts_are_every_token_times_k(engine: Engine):
+    before = engine.moe_stats()
+    serve(engine, [tokens(CFG, 20)], dataclasses.replace(GREEDY, max_tokens=6))
+    after = engine.moe_stats()
+    new = {p: np.array(after[p]["counts"]) - np.array(before[p]["counts"]) for p in ("prefill", "decode")}
+    assert (new["prefill"].sum(1) == 20 * 2).all() and (new["decode"].sum(1) == 5 * 2).all()
+
+
+# ---- sampling --------------------------------------------------------------------------------------
+
+
+def rows(n: int, temperature=1.0, top_p=1.0, top_k=0, logprobs=False) -> SamplingRows:
+    return SamplingRows(
+        jnp.full(n, temperature, jnp.float32),
+        jnp.full(n, top_p, jnp.float32),
+        jnp.full(n, top_k, jnp.int32),
+        jnp.arange(n, dtype=jnp.int32),
+        jnp.zeros(n, jnp.int32),
+        jnp.full((n, 8), 99, jnp.int32),
+        jnp.asarray(logprobs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 1.0, 3), (1.0, 0.7, 0), (1.5, 0.8, 4)],
+)
+def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k):
+    logits = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 1.5
+    n = 20_000
+    drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows(n, temperature, top_p, top_k)).ids_B
+    p = np.exp(logits / temperature)
+    order = np.argsort(-p)
+    keep = order[: top_k or len(p)]
+    q = p[keep] / p[keep].sum()
+    keep = keep[np.cumsum(q) - q < top_p]
+    want = np.zeros(8)
+    want[keep] = p[keep] / p[keep].sum()
+    got = np.bincount(drawn, minlength=8) / n
+    assert not got[want == 0].any()
+    np.testing.assert_allclose(got, want, atol=0.015)
+
+
+def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32))
+    mixed = dataclasses.replace(rows(6), temperature_B=jnp.array([0.0, 2.0] * 3))
+    drawn = sample(logits, mixed).ids_B
+    assert drawn[::2].tolist() == logits.argmax(-1)[::2].tolist()
