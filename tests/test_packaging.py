@@ -1,0 +1,95 @@
+"""The package's shape: what may import what, and that nothing is importable as ``kernels``."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "jmoe_kernels": 0,
+    "config": 1,
+    "mesh": 1,
+    "moe": 2,
+    "nn": 2,
+    "models": 3,
+    "checkpoint": 4,
+    "engine": 4,
+    "server": 5,
+    "tools": 5,
+    "progress": 5,
+    "cli": 6,
+}
+SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def home(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level imports of project modules: "moe", "jmoe_kernels", ..."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "jmoe" else [f"jmoe.{a.name}" for a in node.names]
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "jmoe_kernels":
+                found.add(head)
+            elif head == "jmoe" and rest.split(".")[0] in LAYERS:
+                found.add(rest.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if home(p) in LAYERS], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_module_imports_only_from_lower_layers(path: Path):
+    here = home(path)
+    for target in imports(path) - {here}:
+        peers = {here, target} in (
+            {"moe", "nn"},
+            {"engine", "checkpoint"},
+            {"config", "mesh"},
+            {"tools", "progress"},
+        )
+        assert LAYERS[target] < LAYERS[here] or peers, f"{here} must not import {target}"
+
+
+def test_moe_stages_do_not_import_one_another():
+    allowed = {"types": set(), "routing": {"types"}, "transport": {"types", "routing"}, "experts": {"types"}}
+    for stage, may in allowed.items():
+        text = (ROOT / "jmoe/moe" / f"{stage}.py").read_text()
+        assert set(re.findall(r"from jmoe\.moe\.(\w+) import", text)) <= may
+
+
+def test_the_host_side_of_the_engine_knows_no_jax():
+    for name in ("request", "pages", "scheduler", "text"):
+        assert not re.search(r"^\s*(import|from) jax", (ROOT / f"jmoe/engine/{name}.py").read_text(), re.M)
+    for path in (ROOT / "jmoe/server").glob("*.py"):
+        assert not re.search(
+            r"^\s*(import|from) (jax|jmoe\.(models|moe|nn|checkpoint))", path.read_text(), re.M
+        )
+
+
+def test_nothing_unpickles():
+    for path in SOURCES:
+        assert not re.search(r"\b(pickle|cloudpickle|torch\.load|marshal)\b.*\(", path.read_text()), path
+
+
+def test_kernels_is_a_source_root_and_not_a_package():
+    assert not (ROOT / "kernels/__init__.py").exists() and not (ROOT / "tests/kernels").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or str(ROOT) not in str(spec.origin)
+
+
+def test_files_are_short():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350}
+    assert not long
