@@ -10,6 +10,7 @@ one declaration gives its sharding in memory, in a checkpoint and under ``shard_
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +20,7 @@ DATA, EXPERT, TENSOR = "data", "expert", "tensor"
 TOKENS = (DATA, EXPERT)  # the axes over which a batch's sequences are split
 
 
-def make_mesh(
-    data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of ``data * expert * tensor`` devices; raises ValueError where that many are not there."""
     for name, size in ((DATA, data), (EXPERT, expert), (TENSOR, tensor)):
         if size < 1:

@@ -1,9 +1,10 @@
 """A Hugging Face model directory's tensors: found, checked, and read straight into numpy buffers."""
 
 import math
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import ml_dtypes
 import numpy as np
@@ -57,7 +58,7 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, FileIO] = {}
         try:
             self.tensors = self._open()
         except BaseException:
@@ -76,9 +77,9 @@ class HFCheckpoint:
                 if weight_map is not None and weight_map.get(tensor) != name:
                     raise ValueError(f"{path}: tensor {tensor!r} is not given to this file by {INDEX}")
                 tensors[tensor] = info
-        for tensor in weight_map or ():
+        for tensor, file in (weight_map or {}).items():
             if tensor not in tensors:
-                path = self.directory / weight_map[tensor]
+                path = self.directory / file
                 raise ValueError(f"{path}: has no tensor {tensor!r}, see {INDEX}")
         return tensors
 
@@ -119,7 +120,7 @@ class HFCheckpoint:
         for start in range(0, flat.size, step):
             part = flat[start : start + step]
             target = part if scratch is None else scratch[: part.size]
-            read_exactly(file, info.offset + start * source.itemsize, memoryview(target.view(np.uint8)))
+            read_exactly(file, info.offset + start * source.itemsize, target.view(np.uint8).data)
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = target

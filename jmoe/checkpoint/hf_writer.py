@@ -49,7 +49,7 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     write_whole(directory / "config.json", lambda file: file.write(text.encode()))
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """``path`` written by ``write(file)`` under another name, flushed to disk, then renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -73,7 +73,7 @@ def _write_param(file: BinaryIO, path: str, stored: np.ndarray, parts: list[Sour
         tensor = np.ascontiguousarray(values[part.index], dtype).reshape(-1)
         if not all_finite(tensor):
             raise ValueError(f"parameter {path!r} has NaN or Inf (as {dtype}); the file was not written")
-        file.write(memoryview(tensor.view(np.uint8)))
+        file.write(tensor.view(np.uint8).data)
 
 
 def _check_same(cfg: ModelConfig, have: ModelConfig) -> None:

@@ -1,8 +1,9 @@
 """A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is taken."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def fill(model: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def dotted(keys: tuple[str | int, ...]) -> str:
+def dotted(keys: Iterable[Any]) -> str:
     return ".".join(map(str, keys))
 
 

@@ -11,8 +11,9 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -53,18 +54,18 @@ class TensorInfo:
     nbytes: int
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> FileIO:
     """The file, opened unbuffered; ValueError where it is absent or not a regular file."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise ValueError(f"{path}: not a regular file")
-        return open(path, "rb", buffering=0)
+        return FileIO(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_exactly(file: BinaryIO, offset: int, out: memoryview) -> None:
+def read_exactly(file: FileIO, offset: int, out: memoryview) -> None:
     """Fills ``out`` from ``offset``; ValueError where the file ends before. Never maps the file: one cut
     short while mapped would kill the process with SIGBUS."""
     file.seek(offset)
@@ -78,7 +79,7 @@ def read_exactly(file: BinaryIO, offset: int, out: memoryview) -> None:
         got += step
 
 
-def read_header(file: BinaryIO) -> dict[str, TensorInfo]:
+def read_header(file: FileIO) -> dict[str, TensorInfo]:
     """Every tensor of the file by name; ValueError, naming the file, for anything out of order."""
     path, size = Path(file.name), os.fstat(file.fileno()).st_size
     head = bytearray(min(size, 64))

@@ -167,26 +167,22 @@ class Engine:
 
     def _score_prompts(self, requests: list[Request], given: StepInput, hidden: jax.Array) -> None:
         """Log-probabilities of the prompt tokens that this run's positions predict."""
-        asking = [r for r in requests if r.params.prompt_logprobs is not None]
-        if not asking:
-            return
+        following: dict[str, list[int]] = {}
         targets = np.zeros_like(given.tokens_BT)
-        for r in asking:
-            done = int(given.positions_BT[r.rank].max()) + 1
-            start = int(given.positions_BT[r.rank, 0])
-            following = r.prompt_token_ids[start + 1 : done + 1]
-            targets[r.rank, : len(following)] = following
+        for r in requests:
+            if r.params.prompt_logprobs is not None:
+                start, end = int(given.positions_BT[r.rank, 0]), int(given.positions_BT[r.rank].max()) + 1
+                following[r.id] = r.prompt_token_ids[start + 1 : end + 1]
+                targets[r.rank, : len(following[r.id])] = following[r.id]
+        if not following:
+            return
         scores = self.runner.score(hidden, targets)
-        for r in asking:
-            count = min(int((given.positions_BT[r.rank] >= 0).sum()), len(r.prompt_token_ids) - len(
-                self._prompt_scores[r.id]
-            ))  # fmt: skip
-            self._prompt_scores[r.id] += [
-                _token_logprob(
-                    int(targets[r.rank, i]), tuple(s[r.rank, i] for s in scores), r.params.prompt_logprobs
-                )
-                for i in range(count)
-            ]
+        for r in requests:
+            asked = r.params.prompt_logprobs or 0
+            self._prompt_scores.get(r.id, []).extend(
+                _token_logprob(token, tuple(s[r.rank, i] for s in scores), asked)
+                for i, token in enumerate(following.get(r.id, []))
+            )
 
     # ---- results out -------------------------------------------------------------------------------
 

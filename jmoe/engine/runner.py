@@ -69,6 +69,7 @@ def _step(
     tokens_BT, positions_BT, table_BM, last_B, rows = given
     model: Decoder = nnx.merge(graph, state)
     out = model(Sequences(tokens_BT, positions_BT, table_BM), pages)
+    assert out.pages is not None
     last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_BD), rows)
@@ -179,7 +180,7 @@ class CompilationCounter:
         """Counts from now on what ``thread`` (default: the calling one) compiles."""
         self._thread = thread or threading.get_ident()
 
-    def _heard(self, event: str, _duration: float, **_tags: str | int) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == self.EVENT and threading.get_ident() == self._thread:
             self.after_warm_up += 1
 

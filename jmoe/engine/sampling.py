@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jmoe.engine.request import MAX_LOGPROBS
+
+HostOrDevice = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -22,13 +25,13 @@ class SamplingRows:
     token to be drawn. logprobs (of the whole batch): whether any row reports log-probabilities.
     """
 
-    temperature_B: Float[Array, " B"]
-    top_p_B: Float[Array, " B"]
-    top_k_B: Int[Array, " B"]
-    seed_B: Int[Array, " B"]
-    position_B: Int[Array, " B"]
-    banned_BX: Int[Array, "B X"]
-    logprobs: Bool[Array, ""]
+    temperature_B: Float[HostOrDevice, " B"]
+    top_p_B: Float[HostOrDevice, " B"]
+    top_k_B: Int[HostOrDevice, " B"]
+    seed_B: Int[HostOrDevice, " B"]
+    position_B: Int[HostOrDevice, " B"]
+    banned_BX: Int[HostOrDevice, "B X"]
+    logprobs: Bool[HostOrDevice, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +57,8 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
     a = min(MAX_LOGPROBS, logits_BV.shape[1])
     nothing = (jnp.zeros(b), jnp.zeros((b, a), jnp.int32), jnp.zeros((b, a)))
     scored = lax.cond(rows.logprobs, lambda: score(logits_BV, ids_B), lambda: nothing)
-    return Sampled(ids_B, *scored, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
+    chosen_B, top_ids_BA, top_BA = scored
+    return Sampled(ids_B, chosen_B, top_ids_BA, top_BA, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
 
 
 def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
@@ -62,7 +66,7 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
     truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1))
     scaled_BV = lax.cond(truncates, lambda: _truncate(scaled_BV, rows), lambda: scaled_BV)
 
-    def gumbel(seed: Array, position: Array) -> Array:
+    def gumbel(seed: HostOrDevice, position: HostOrDevice) -> Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), scaled_BV.shape[1:])
 
     noise_BV = jax.vmap(gumbel)(rows.seed_B, rows.position_B)

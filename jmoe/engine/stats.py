@@ -82,7 +82,7 @@ class MoECounters:
         )
         return {"steps": self.steps, **overall, "per_layer": layers}
 
-    def _row(self, assignments: float, active: float, load: float, remote: float) -> dict[str, Any]:
+    def _row(self, assignments: Any, active: Any, load: Any, remote: Any) -> dict[str, Any]:
         steps = max(self.steps, 1)
         return {
             "active_experts": float(active / steps),

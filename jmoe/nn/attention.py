@@ -91,7 +91,7 @@ class Attention(nnx.Module):
             q, k, v = self._project(w, x_BTD, by)
         window = self.cfg.sliding_window
         with jax.named_scope("attend"):
-            if pages is None:
+            if pages is None or seqs.table_BM is None:
                 out = attend_window(q, k, v, seqs.positions_BT, window)
             else:
                 pages = LayerPages(

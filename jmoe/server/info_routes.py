@@ -77,8 +77,9 @@ async def tokenize(service: Service, request: Request) -> Response:
         check_messages(body.messages)
         ids = (await service.in_thread(chat_prompt, body.messages, service.template, codec)).token_ids
     else:
+        text = body.prompt or ""
         special = body.add_special_tokens is not False
-        ids = await service.in_thread(lambda: encode(body.prompt, codec, "prompt", special=special))
+        ids = await service.in_thread(lambda: encode(text, codec, "prompt", special=special))
     names = {"token_strs": [token_name(t, codec) for t in ids]} if body.return_token_strs else {}
     return json_response(
         {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, **names}

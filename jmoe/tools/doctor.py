@@ -54,7 +54,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _device(device: jax.Device) -> dict[str, Any]:
+def _device(device: Any) -> dict[str, Any]:
     memory = device.memory_stats() or {}
     return {"id": device.id, "kind": device.device_kind, "platform": device.platform} | (
         {"memory_bytes": memory["bytes_limit"]} if "bytes_limit" in memory else {}
