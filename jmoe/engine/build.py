@@ -62,7 +62,7 @@ def model_directory(model: str | Path) -> Path:
 
 
 def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: sequences in powers of 4 from 1, prefill runs in powers of 4 from 64 tokens."""
+    """Shapes to compile: sequences in powers of 4; prefill runs of 64, 256 and twice as many each, tokens."""
     mesh = make_mesh(
         settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
     )
@@ -79,14 +79,15 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
             raise ValueError(
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
-    return Sizes(_steps(1, slots), _steps(64, longest), PAGE_SIZE, pages, table)
+    prefill = sorted({*_steps(64, min(256, longest), 4), *_steps(min(256, longest), longest, 2)})
+    return Sizes(_steps(1, slots, 4), tuple(prefill), PAGE_SIZE, pages, table)
 
 
-def _steps(first: int, last: int) -> tuple[int, ...]:
+def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
     sizes = []
     while first < last:
         sizes.append(first)
-        first *= 4
+        first *= factor
     return (*sizes, last)
 
 

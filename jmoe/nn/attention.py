@@ -178,9 +178,18 @@ def attend_pages(
 ) -> Float[Array, "B T H d"]:
     """Causal attention to everything in the sequences' pages up to each query's own position.
 
-    A loop over blocks of keys with a running softmax; it ends at the longest sequence of the batch, so one
-    compiled shape serves every context length.
+    A loop over blocks of keys with a running softmax. It ends at the furthest position of its queries, so one
+    compiled shape serves every context length; a run of many queries goes in blocks, each with its own end.
     """
+    t = q_BTHd.shape[1]
+    parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
+    done = [_attend_block(q_BTHd[:, p], pages, positions_BT[:, p], table_BM, window) for p in parts]
+    return jnp.concatenate(done, axis=1)
+
+
+def _attend_block(
+    q_BTHd: Array, pages: LayerPages, positions_BT: Array, table_BM: Array, window: int | None
+) -> Array:
     b, t, h, d = q_BTHd.shape
     g, size = pages.k_PHSd.shape[1], pages.page_size
     fitting = BLOCK_BYTES // (b * g * size * d * 4)
