@@ -1,0 +1,128 @@
+"""``jmoe serve`` on the bundled model, as its users meet it: the openai client over a real socket."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(base URL, process); the process is stopped at the end of the module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = f"http://127.0.0.1:{port}"
+    env = os.environ | {"JMOE_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "cache")}
+    command = [sys.executable, "-m", "jmoe.cli", "serve", "tiny", "--port", str(port), "--max-num-seqs", "4"]
+    process = subprocess.Popen([*command, "--max-num-batched-tokens", "256"], env=env)
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{base}/ready", timeout=2).close()
+            break
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    else:
+        process.kill()
+        pytest.fail("the server did not become ready")
+    yield base, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="EMPTY", max_retries=0)
+
+
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Hi, two tickets please."}],
+    "max_tokens": 24,
+}
+
+
+def test_streamed_chat_is_the_whole_answer(client):
+    whole = client.chat.completions.create(**CHAT, temperature=0.8, seed=3)
+    stream = client.chat.completions.create(
+        **CHAT, temperature=0.8, seed=3, stream=True, stream_options={"include_usage": True}
+    )
+    events = list(stream)
+    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert text == whole.choices[0].message.content and text.strip()
+    assert "\n" not in text, "a turn of this model's dialogues is one line"
+    assert events[-1].usage == whole.usage and whole.usage.completion_tokens > 0
+
+
+def test_completions_models_and_parallel_greedy(client):
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    ask = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    one = client.completions.create(prompt="Question: A farmer has", **ask)
+    many = client.completions.create(prompt=["Question: A farmer has"] * 6, **ask)
+    assert {c.text for c in many.choices} == {one.choices[0].text}
+
+
+def test_echo_with_logprobs_scores_the_prompt(client):
+    answer = client.completions.create(
+        model="tiny", prompt="def main():", max_tokens=1, temperature=0, logprobs=1, echo=True
+    )
+    scores = answer.choices[0].logprobs
+    assert len(scores.tokens) == answer.usage.prompt_tokens + 1
+    assert scores.token_logprobs[0] is None and all(p <= 0 for p in scores.token_logprobs[1:])
+
+
+def test_bad_requests_are_4xx_and_the_server_goes_on(client):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="gpt-9", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="tiny", prompt="x", max_tokens=-1)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens"):
+        client.completions.create(model="tiny", prompt="word " * 3000)
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+
+
+def test_expert_counts_metrics_and_no_compilation(server, client):
+    base, _ = server
+    client.completions.create(model="tiny", prompt="Once", max_tokens=5)
+    with urllib.request.urlopen(f"{base}/moe/stats") as answer:
+        stats = json.load(answer)
+    for phase in ("prefill", "decode"):
+        for counts, layer in zip(stats[phase]["counts"], stats[phase]["per_layer"], strict=True):
+            assert len(counts) == 32 and sum(counts) == layer["assignments"] > 0
+    with urllib.request.urlopen(f"{base}/metrics") as answer:
+        metrics = answer.read().decode()
+    assert "jmoe_compilations_after_warmup_total 0.0" in metrics
+    assert 'jmoe_moe_active_experts{layer="0"}' in metrics
+
+
+def test_a_dropped_stream_frees_its_slot(server, client):
+    base, _ = server
+    stream = client.completions.create(model="tiny", prompt="Once", max_tokens=900, stream=True)
+    next(iter(stream))
+    stream.close()
+    for _ in range(100):
+        with urllib.request.urlopen(f"{base}/metrics") as answer:
+            if "jmoe_num_requests_running 0.0" in answer.read().decode():
+                return
+        time.sleep(0.1)
+    pytest.fail("the request still runs")
+
+
+def test_zz_sigterm_ends_a_stream_properly(server, client):
+    """Last of the module: the running stream is finished, then the process ends with code 0."""
+    _, process = server
+    stream = iter(client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True))
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    last = list(stream)[-1]
+    assert last.choices[0].finish_reason in ("length", "stop")
+    assert process.wait(timeout=30) == 0
