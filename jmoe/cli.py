@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jmoe import __version__
 from jmoe.progress import Bars
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="jmoe", description="Serves Mixture-of-Experts language models.")
+    top.add_argument("--version", action="version", version=f"jmoe {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _serve_parser(commands)
     _generate_parser(commands)

@@ -10,7 +10,7 @@ import pytest
 from hf_tiny import hf_config, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jmoe.cli import main, size
+from jmoe.cli import main, read_serve_config, size
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 
@@ -168,6 +168,13 @@ def test_port_in_use_and_unknown_config_key(capsys, model, tmp_path):
     path.write_text("prot = 8000\n")
     code, _, err = run(capsys, "serve", model, "--config", str(path))
     assert code == 2 and "unknown key 'prot'; nearest known key: 'port'" in err
+
+
+def test_the_example_configuration_is_read():
+    from pathlib import Path
+
+    values = read_serve_config(Path(__file__).parent.parent / "configs/serve/cpu.toml")
+    assert values["kv_memory"] == 256 * 2**20 and values["moe_config"] == {"transport": "replicated"}
 
 
 @pytest.mark.parametrize(("text", "want"), [("2GiB", 2**31), ("512MiB", 2**29), ("1.5KB", 1500), ("77", 77)])

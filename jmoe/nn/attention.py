@@ -132,6 +132,11 @@ def _bias(w: dict[str, Array], name: str, ndim: int) -> Array | float:
     return jnp.expand_dims(w[name].astype(jnp.float32), tuple(range(ndim - 1))) if name in w else 0.0
 
 
+def _dot(form: str, a: Array, b: Array) -> Array:
+    """Einsum in the dtype of ``b``, float32 out."""
+    return jnp.einsum(form, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
 def _visible(query_BT: Array, key_BS: Array, window: int | None) -> Array:
     """[B, T, S]: which keys a query attends to; a position of -1 is padding."""
     gap = query_BT[:, :, None] - key_BS[:, None, :]
@@ -203,12 +208,12 @@ def _attend_block(
         ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
         seen = _visible(positions_BT, key_BS, window)[:, None, None]
-        scores = jnp.einsum("bgqd,bgsd->bgqs", q, kv_cache.read(pages.k_PHSd, ids))
+        scores = _dot("bgqd,bgsd->bgqs", q, kv_cache.read(pages.k_PHSd, ids))
         scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         share = jnp.exp(scores - new_top)
         kept = jnp.exp(top - new_top)
-        acc = acc * kept + jnp.einsum("bgqs,bgsd->bgqd", share, kv_cache.read(pages.v_PHSd, ids))
+        acc = acc * kept + _dot("bgqs,bgsd->bgqd", share, kv_cache.read(pages.v_PHSd, ids))
         return new_top, total * kept + share.sum(-1, keepdims=True), acc
 
     rows = (b, g, (h // g) * t)

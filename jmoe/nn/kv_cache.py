@@ -95,7 +95,7 @@ def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
 
 
 def read(pages_PHSd: Shaped[Array, "P H S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B H N*S d"]:
-    """The rows of each sequence's pages ``ids_BN`` in order, float32.
+    """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition.
     """
@@ -103,4 +103,4 @@ def read(pages_PHSd: Shaped[Array, "P H S d"], ids_BN: Int[Array, "B N"]) -> Flo
     b, n = ids_BN.shape
     ids_BHN = ids_BN[:, None] * h + jnp.arange(h, dtype=jnp.int32)[None, :, None]
     flat = pages_PHSd.reshape(-1, size * d).at[ids_BHN.reshape(-1)].get(mode="promise_in_bounds")
-    return as_float(flat).astype(jnp.float32).reshape(b, h, n * size, d)
+    return as_float(flat).reshape(b, h, n * size, d)
