@@ -3,9 +3,10 @@
     python scripts/train_tiny.py train  --data ../shared/data --out runs/tiny --minutes 75
     python scripts/train_tiny.py export --out runs/tiny --to jmoe/assets/tiny
 
-``train`` resumes from the last checkpoint in ``--out`` (Orbax) and stops after ``--minutes``. The learning
-rate is constant and falls to zero over the last part of the time (``--decay``); the checkpoint from before
-the fall is kept too, and a later, longer run goes on from there.
+``train`` resumes from the last checkpoint in ``--out`` (Orbax) and stops after ``--minutes``; a new run may
+start from a published model with ``--init jmoe/assets/tiny``. The learning rate is constant and falls to zero
+over the last part of the time (``--decay``); the checkpoint from before the fall is kept too, and a later,
+longer run goes on from there.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jmoe.checkpoint import save_hf
+from jmoe.checkpoint import load_model, save_hf
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
@@ -209,6 +210,8 @@ def train(args: argparse.Namespace) -> None:
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     texts, valid_texts = domains(args.data, "train"), domains(args.data, "valid")
+    if args.init and not (out / "tokenizer.json").exists():
+        shutil.copy(args.init / "tokenizer.json", out / "tokenizer.json")
     if not (out / "tokenizer.json").exists():
         train_tokenizer(texts).save(str(out / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -222,6 +225,9 @@ def train(args: argparse.Namespace) -> None:
     if keep.latest_step() is not None:
         state = restore(keep, state)
         print("resumed at step", state["step"], flush=True)
+    elif args.init:
+        model = load_model(args.init, make_mesh(), TRAINED, "float32")
+        state["params"] = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
 
     rng = np.random.default_rng(args.seed + int(state["step"]))
     sources = [(at, batches(streams, rng, b, t)) for at, b, t in PHASES]
@@ -312,6 +318,7 @@ def main() -> None:
     run.add_argument("--rate", type=float, default=3e-3)
     run.add_argument("--decay", type=float, default=0.35)
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--init", type=Path, help="a Hugging Face directory to start from")
     write = commands.add_parser("export")
     write.set_defaults(run=export)
     write.add_argument("--out", required=True)
