@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.engine.engine import Engine
@@ -16,7 +15,6 @@ from jmoe.engine.runner import Runner, Sizes
 from jmoe.engine.sampling import SamplingRows, sample
 from jmoe.engine.scheduler import Scheduler
 from jmoe.mesh import make_mesh
-from jmoe.nn.attention import Sequences
 
 CFG = config()
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -52,9 +50,8 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def window_logits(engine: Engine, ids) -> np.ndarray:
-    model = nnx.merge(engine.runner.graph, engine.runner.state)
-    ids = jnp.asarray(ids)[None]
-    return np.asarray(model.logits(model(Sequences(ids, jnp.arange(ids.shape[1])[None])).hidden_BTD))[0]
+    ids = np.asarray(ids, np.int32)[None]
+    return engine.runner.window_logits(ids, np.arange(ids.shape[1], dtype=np.int32)[None])[0]
 
 
 def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
@@ -192,14 +189,12 @@ def test_abort_frees_slot_and_pages(engine: Engine):
 
 
 def test_nan_logits_end_the_request_with_an_error(engine: Engine):
-    state = engine.runner.state
-    broken = jax.tree.map(lambda x: x, state)
-    broken["norm"].set_value(jnp.full_like(broken["norm"].get_value(), jnp.nan))
-    engine.runner.state = broken
+    weights = engine.runner.weights
+    engine.runner.weights = [jnp.full_like(w, jnp.nan) if w.dtype == jnp.float32 else w for w in weights]
     try:
         _, [parts] = serve(engine, [[1, 2]])
     finally:
-        engine.runner.state = state
+        engine.runner.weights = weights
     assert parts[-1].finish_reason == "error" and "NaN" in parts[-1].error
 
 

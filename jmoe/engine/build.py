@@ -62,7 +62,7 @@ def model_directory(model: str | Path) -> Path:
 
 
 def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: sequences in powers of 4; prefill runs of 64, 256 and twice as many each, tokens."""
+    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 256, 512 ... tokens."""
     mesh = make_mesh(
         settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
     )
@@ -79,8 +79,9 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
             raise ValueError(
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
+    decode = sorted({*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)})
     prefill = sorted({*_steps(64, min(256, longest), 4), *_steps(min(256, longest), longest, 2)})
-    return Sizes(_steps(1, slots, 4), tuple(prefill), PAGE_SIZE, pages, table)
+    return Sizes(tuple(decode), tuple(prefill), PAGE_SIZE, pages, table)
 
 
 def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:

@@ -4,18 +4,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine, with_seed
 from jmoe.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from jmoe.nn.attention import Sequences
 
 Prompt = str | Sequence[int]
 
@@ -97,7 +92,7 @@ class LLM:
         ids = np.zeros((runner.ranks, length), np.int32)
         positions = np.full((runner.ranks, length), -1, np.int32)
         ids[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))
-        return np.asarray(_window_logits(runner.graph, runner.state, ids, positions))[0, : len(tokens)]
+        return runner.window_logits(ids, positions)[0, : len(tokens)]
 
     @staticmethod
     def _result(request: Request, parts: list[Output]) -> RequestOutput:
@@ -110,9 +105,3 @@ class LLM:
             logprobs=[entry for p in parts for entry in p.logprobs],
         )
         return RequestOutput(request.prompt_token_ids, [completion])
-
-
-@partial(jax.jit, static_argnums=0)
-def _window_logits(graph: nnx.GraphDef, state: nnx.State, ids_BT: np.ndarray, positions_BT: np.ndarray):
-    model = nnx.merge(graph, state)
-    return model.logits(model(Sequences(jnp.asarray(ids_BT), jnp.asarray(positions_BT))).hidden_BTD)
