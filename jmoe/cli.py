@@ -197,7 +197,9 @@ def run_generate(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         seed=args.seed,
     )
-    settings = settings_from(vars(args) | {"max_num_seqs": min(len(prompts), 32)})
+    # few shapes: a command that runs once mostly waits for its start
+    shapes = {"max_num_seqs": min(len(prompts), 32), "max_num_batched_tokens": 256}
+    settings = settings_from(vars(args) | shapes)
     model = getattr(args, "model", "tiny")
     with Bars() as bars:
         if not hasattr(args, "json"):

@@ -120,9 +120,12 @@ def build_engine(
     progress: Progress = lambda stage, done, total: None,
     *,
     warm_up: bool = True,
+    scores_prompts: bool = True,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
+    warm_up: False leaves each shape to compile when it first runs. scores_prompts: False leaves only what
+    ``prompt_logprobs`` needs.
     progress: called with ("load", bytes done, bytes) and ("compile", shapes done, shapes).
     """
     directory = model_directory(model)
@@ -143,7 +146,7 @@ def build_engine(
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
     runner = Runner(decoder, mesh, sizes)
     if warm_up:
-        runner.warm_up(lambda done, total: progress("compile", done, total))
+        runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len)
     return Engine(runner, scheduler, codec, end_tokens(directory, cfg))

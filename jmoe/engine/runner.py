@@ -176,14 +176,16 @@ class Runner:
             self._totals[phase] = self._fresh_totals()
         self._undrained = 0
 
-    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def warm_up(
+        self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
+    ) -> None:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
         shapes = [(b, 1) for b in self.sizes.decode] + [(1, t) for t in self.sizes.prefill]
         for done, (sequences, tokens) in enumerate(shapes):
             progress(done, len(shapes))
             given = self.blank(sequences, tokens)
             _, hidden = self.run(given)
-            if tokens > 1:
+            if tokens > 1 and scores_prompts:
                 self.score(hidden, given.tokens_BT)
         self.drain()
         jax.block_until_ready(self.pages)

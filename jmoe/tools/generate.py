@@ -18,7 +18,7 @@ def print_streamed(
     out: TextIO,
 ) -> None:
     """Prints the completions on ``out``, a line end after each: one as it comes, several at the end."""
-    engine = build_engine(model, settings, progress)
+    engine = build_engine(model, settings, progress, scores_prompts=False)
     if len(prompts) == 1:
         run_all(engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True))
         print(file=out)
@@ -37,7 +37,7 @@ def generate(
     model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
 ) -> dict[str, Any]:
     """The report that ``jmoe generate --json`` prints."""
-    engine = build_engine(model, settings, progress)
+    engine = build_engine(model, settings, progress, scores_prompts=False)
     texts = [""] * len(prompts)
     reasons: list[str | None] = [None] * len(prompts)
 

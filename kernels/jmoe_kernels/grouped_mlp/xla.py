@@ -18,9 +18,13 @@ from jmoe_kernels.matmul import as_float, dot_nt
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows a tile: few while experts get few rows each (decode), 64 when they get many (prefill)."""
+    """Rows a tile: few while experts get few rows each (decode), 96 when they get many (prefill).
+
+    512 tokens of 64 experts top-8 (64 rows an expert) took 98 ms a layer with 64 rows a tile, 74 with 96, 82
+    with 128: most experts then fit one tile.
+    """
     if rows >= 32 * experts:
-        return 64
+        return 96
     return 16 if rows >= 16 * experts else 8
 
 
