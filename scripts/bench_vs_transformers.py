@@ -208,7 +208,7 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         dtype = getattr(torch, read_config(directory, args.dtype).dtype)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self.model = load(directory, dtype=dtype, local_files_only=True).eval()
+        self.model: Any = load(directory, dtype=dtype, local_files_only=True).eval()
         self.model.generation_config = transformers.GenerationConfig(do_sample=False)  # no end token
         self.torch, self.cache = torch, transformers.StaticCache
 

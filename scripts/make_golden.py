@@ -8,6 +8,7 @@ The default tests compare with these, so that parity is checked where torch is n
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import transformers
 
 OUT = Path(__file__).parent.parent / "tests" / "golden"
 NEW, LENGTH = 64, 20
-SHARED = {
+SHARED: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -26,10 +27,14 @@ SHARED = {
     "initializer_range": 0.15,
     "eos_token_id": 0,
 }
+QWEN3: dict[str, Any] = {
+    "num_experts": 6,
+    "moe_intermediate_size": 12,
+    "head_dim": 10,
+    "norm_topk_prob": True,
+}
 MODELS = {
-    "qwen3_moe": transformers.Qwen3MoeConfig(
-        **SHARED, num_experts=6, moe_intermediate_size=12, head_dim=10, norm_topk_prob=True
-    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SHARED, **QWEN3),
     "mixtral": transformers.MixtralConfig(
         **SHARED, num_local_experts=5, intermediate_size=12, sliding_window=9
     ),

@@ -8,6 +8,7 @@ With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ class ModelFunctions:
     """
 
     graph: nnx.GraphDef
-    structure: jax.tree_util.PyTreeDef
+    structure: Any  # a jax tree definition
 
     def merge(self, weights: list[Array]) -> Decoder:
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
