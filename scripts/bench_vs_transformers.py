@@ -12,7 +12,7 @@ the rounds' ratios and their range.
 All contenders are loaded and warmed up in one process and then run strictly in turn, in opposite order every
 other round, so that each round's ratio compares neighbours in time. jmoe's step includes scheduling and
 sampling. One engine with as many places as the largest batch serves all rows; a batch between two of its
-compiled sizes (powers of four and the largest) pays for the larger one.
+compiled sizes (1, 4, 8, 16 ... and the largest) pays for the larger one.
 
 Needs the parity extra and Linux (threads are pinned). Run it on an otherwise idle machine: torch's OpenMP
 threads wait for one another at every parallel region, and stall for milliseconds at each where another

@@ -25,6 +25,10 @@ def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     assert llm.generate([prompt], params)[0].outputs[0].token_ids == want[len(prompt) :]
 
+    [scored] = llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1))
+    assert scored.prompt_logprobs[0] is None
+    assert [e.token_id for e in scored.prompt_logprobs[1:]] == prompt[1:]
+
     convert(GOLDEN / family, tmp_path / "orbax")
     again = load(tmp_path / "orbax").logits(golden["tokens"])
     np.testing.assert_allclose(again, golden["logits"], atol=1e-4)

@@ -27,10 +27,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt's tokens and its completions (one)."""
+    """A prompt's tokens and its completions (one). prompt_logprobs: where asked for, one entry a prompt
+    token, None for the first."""
 
     prompt_token_ids: list[int]
     outputs: list[Completion]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class LLM:
@@ -104,4 +106,5 @@ class LLM:
             finish_reason=parts[-1].finish_reason,
             logprobs=[entry for p in parts for entry in p.logprobs],
         )
-        return RequestOutput(request.prompt_token_ids, [completion])
+        scored = next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None)
+        return RequestOutput(request.prompt_token_ids, [completion], None if scored is None else list(scored))
