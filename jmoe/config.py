@@ -10,7 +10,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
+
+from jmoe_kernels.grouped_mlp import Implementation
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -82,12 +84,12 @@ class MoEConfig:
     """
 
     transport: Literal["replicated", "all_to_all"] = "replicated"
-    kernel: Literal["xla", "batched", "reference"] | None = None
+    kernel: Implementation | None = None
     train_capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("moe.transport", self.transport, ("replicated", "all_to_all"))
-        _check_choice("moe.kernel", self.kernel, (None, "xla", "batched", "reference"))
+        _check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
         if self.train_capacity_factor is not None and self.kernel != "batched":
             raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")
 

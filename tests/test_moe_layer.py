@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jmoe_kernels.choice import choose
 from small import MESHES, config, mesh_of
 
 from jmoe.config import MoEConfig
@@ -18,7 +19,8 @@ TOKENS = 48
 
 
 def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
-    return MoELayer(cfg, moe, mesh, ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(3), std=0.4))
+    make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(3), std=0.4)
+    return MoELayer(cfg, moe, mesh, make, choose("cpu", cfg.dtype, moe.kernel))
 
 
 def oracle(layer: MoELayer, x, valid=None):
@@ -49,11 +51,12 @@ def test_one_device_equals_the_oracle(k: int, renormalize: bool):
     assert stats.counts_E.sum() == valid.sum() * k and stats.dropped == 0 and stats.remote == 0
 
 
+@pytest.mark.parametrize("kernel", ["xla", None])
 @pytest.mark.parametrize("transport", ["replicated", "all_to_all"])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_every_mesh_equals_the_oracle(shape, transport: str):
+def test_every_mesh_equals_the_oracle(shape, transport: str, kernel: str | None):
     cfg = config(num_experts=16, num_experts_per_tok=4)
-    layer = layer_on(mesh_of(shape), cfg, MoEConfig(transport=transport))
+    layer = layer_on(mesh_of(shape), cfg, MoEConfig(transport=transport, kernel=kernel))
     x, valid = inputs(cfg)
     y, stats = run(layer, x, valid)
     np.testing.assert_allclose(y, oracle(layer, x, valid), atol=1e-4)

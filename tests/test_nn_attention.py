@@ -56,32 +56,28 @@ def test_pages_equal_numpy(data, window: int | None):
     q, k, v = qkv(t, seed=t)
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="page order"))
     table = rng.permutation(pages)[: 2 * 16].reshape(2, 16).astype(np.int32)
-    cache = [jnp.full((pages, 2, size, 8), 7.0)] * 2
+    cache = LayerPages(*[jnp.full((pages, 2, size, 8), 7.0)] * 2)
     run = -(-prefill // size) * size
     positions = np.full((2, run), -1, np.int32)
     positions[0, :prefill] = np.arange(prefill)
     positions[1, :1] = 0
     pad = [np.pad(a, ((0, 0), (0, max(0, run - t)), (0, 0), (0, 0)))[:, :run] for a in (q, k, v)]
-    cache = [write(c, jnp.asarray(new), positions, table) for c, new in zip(cache, pad[1:], strict=True)]
-    out = attend_pages(pad[0], LayerPages(*cache), positions, table, window)
+    cache = write(cache, jnp.asarray(pad[1]), jnp.asarray(pad[2]), positions, table)
+    out = attend_pages(pad[0], cache, positions, table, window)
     want = by_numpy(q[0], k[0], v[0], window)
     np.testing.assert_allclose(out[0, :prefill], want[:prefill], atol=2e-5)
     np.testing.assert_allclose(out[1, 0], by_numpy(q[1], k[1], v[1], window)[0], atol=2e-5)
     for i in range(prefill, t):
         at = np.array([[i], [-1]], np.int32)
-        cache = [
-            write(c, jnp.asarray(new[:, i : i + 1]), at, table) for c, new in zip(cache, (k, v), strict=True)
-        ]
-    out = attend_pages(
-        q[:, t - 1 : t], LayerPages(*cache), np.array([[t - 1], [-1]], np.int32), table, window
-    )
+        cache = write(cache, jnp.asarray(k[:, i : i + 1]), jnp.asarray(v[:, i : i + 1]), at, table)
+    out = attend_pages(q[:, t - 1 : t], cache, np.array([[t - 1], [-1]], np.int32), table, window)
     np.testing.assert_allclose(out[0, 0], want[t - 1], atol=2e-5)
 
 
 def test_a_run_that_is_not_whole_pages_is_refused():
-    pages = jnp.zeros((4, 1, 8, 2))
+    pages, new = LayerPages(*[jnp.zeros((4, 1, 8, 2))] * 2), jnp.zeros((1, 12, 1, 2))
     with pytest.raises(ValueError, match="not a multiple of the page size 8"):
-        write(pages, jnp.zeros((1, 12, 1, 2)), jnp.zeros((1, 12), jnp.int32), jnp.zeros((1, 2), jnp.int32))
+        write(pages, new, new, jnp.zeros((1, 12), jnp.int32), jnp.zeros((1, 2), jnp.int32))
 
 
 def test_rope_depends_on_distance_only():

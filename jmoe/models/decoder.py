@@ -14,16 +14,18 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
-from jmoe_kernels.matmul import linear
+from jmoe_kernels.choice import Kernels, choose
+from jmoe_kernels.matmul import Dense, linear
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.mesh import TENSOR
+from jmoe.mesh import TENSOR, is_single
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import DispatchStats
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import LayerPages
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
+from jmoe.nn.rope import Rotation, rotation
 
 
 @jax.tree_util.register_dataclass
@@ -37,18 +39,18 @@ class DecoderOutput:
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
+    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         self.input_norm = make.ones(cfg.hidden_size)
-        self.attention = Attention(cfg, mesh, make)
+        self.attention = Attention(cfg, mesh, make, kernels)
         self.post_attention_norm = make.ones(cfg.hidden_size)
-        self.moe = MoELayer(cfg, moe, mesh, make)
+        self.moe = MoELayer(cfg, moe, mesh, make, kernels)
         self.eps = cfg.rms_norm_eps
 
     def __call__(
-        self, x_BTD: Array, seqs: Sequences, pages: LayerPages | None
+        self, x_BTD: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Array, LayerPages | None, DispatchStats]:
         with jax.named_scope("attention"):
-            y, pages = self.attention(rms_norm(x_BTD, self.input_norm[...], self.eps), seqs, pages)
+            y, pages = self.attention(rms_norm(x_BTD, self.input_norm[...], self.eps), by, seqs, pages)
             x_BTD = x_BTD + y
         with jax.named_scope("moe"):
             flat_TD = rms_norm(x_BTD, self.post_attention_norm[...], self.eps).reshape(-1, x_BTD.shape[-1])
@@ -66,22 +68,28 @@ class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
+        kernels = choose(mesh.devices.flat[0].platform, cfg.dtype, moe.kernel)
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
-        self.layers = nnx.List([DecoderLayer(cfg, moe, mesh, make) for _ in range(cfg.num_hidden_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(cfg, moe, mesh, make, kernels) for _ in range(cfg.num_hidden_layers)]
+        )
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
         self.cfg = cfg
+        # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
+        self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 
     def __call__(self, seqs: Sequences, pages: list[LayerPages] | None = None) -> DecoderOutput:
         """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``."""
         x_BTD = self.embed[...][seqs.tokens_BT].astype(jnp.float32)
+        by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
         stats: list[DispatchStats] = []
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             x_BTD, layer_pages, layer_stats = _apply(
-                *nnx.split(layer), x_BTD, seqs, pages[i] if pages else None
+                *nnx.split(layer), x_BTD, by, seqs, pages[i] if pages else None
             )
             stats.append(layer_stats)
             if layer_pages is not None:
@@ -92,4 +100,6 @@ class Decoder(nnx.Module):
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""
         with jax.named_scope("logits"):
-            return linear(hidden_ND, (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...])
+            return linear(
+                hidden_ND, (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...], self.dense
+            )

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
-from jmoe_kernels.grouped_mlp import Implementation, grouped_mlp
+from jmoe_kernels.grouped_mlp import ExpertWeights, Implementation, grouped_mlp
+from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
 from jmoe_kernels.rows import take_rows
 
 from jmoe.mesh import EXPERT, TENSOR
@@ -27,16 +28,17 @@ def apply_experts(
     x_TD: Float[Array, "T D"],
     weights_TK: Float[Array, "T K"],
     plan: DispatchPlan,
-    gate_up_L2FD: Float[Array, "L 2 F D"],
-    down_LDF: Float[Array, "L D F"],
-    implementation: Implementation | None = None,
+    experts: ExpertWeights,
+    implementation: Implementation,
     capacity: int | None = None,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's planned experts, float32; a token without any comes out zero."""
+    if implementation == "cpu":  # gathers and combines on its way
+        return combined_mlp_cpu(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L)
     t, k = weights_TK.shape
     order_N, inverse_N = plan.order_N, invert_permutation(plan.order_N)
     rows_ND = grouped_mlp(
-        take_rows(x_TD, order_N // k, inverse_N.reshape(t, k)), gate_up_L2FD, down_LDF, plan.group_sizes_L,
+        take_rows(x_TD, order_N // k, inverse_N.reshape(t, k)), experts, plan.group_sizes_L,
         implementation=implementation, capacity=capacity,
     )  # fmt: skip
     chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])

@@ -12,6 +12,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.matmul import linear
 
 from jmoe.config import ModelConfig, MoEConfig
@@ -30,12 +32,12 @@ class MoELayer(nnx.Module):
     experts or their inner dimension.
     """
 
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
+    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         check_divides("experts", cfg.num_experts, EXPERT, mesh.shape[EXPERT])
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.gate_ED = make((cfg.num_experts, cfg.hidden_size), (None, None))
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size, make)
-        self.cfg, self.moe, self.mesh = cfg, moe, mesh
+        self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(
         self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, " T"]
@@ -66,12 +68,12 @@ class MoELayer(nnx.Module):
         send: transport.Transport,
     ) -> tuple[Array, DispatchStats]:
         with jax.named_scope("route"):
-            logits_TE = linear(x_TD, gate_ED)
+            logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
             routing = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=self.cfg.norm_topk_prob)
         capacity = self._capacity(x_TD.shape[0])
         compute = partial(
-            apply_experts, gate_up_L2FD=gate_up, down_LDF=down,
-            implementation=self.moe.kernel, capacity=capacity,
+            apply_experts, experts=ExpertWeights(gate_up, down),
+            implementation=self.kernels.experts, capacity=capacity,
         )  # fmt: skip
         with jax.named_scope("experts"):
             y_TD = send(x_TD, routing, valid_T, gate_up.shape[0], compute)

@@ -32,9 +32,12 @@ def plan_dispatch(
     local_TK = ids_TK - first
     here_TK = (local_TK >= 0) & (local_TK < experts) & valid_T[:, None]
     keys_N = jnp.where(here_TK, local_TK, experts).reshape(-1)
-    order_N = jnp.argsort(keys_N, stable=True).astype(jnp.int32)
-    group_sizes_L = jnp.bincount(keys_N, length=experts).astype(jnp.int32)
-    return DispatchPlan(order_N, group_sizes_L)
+    n = keys_N.size
+    if (experts + 1) * n > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"{n} assignments to {experts} experts do not fit 32-bit sort keys")
+    # One operand sorts ten times as fast on XLA:CPU as a stable sort of keys and places.
+    sorted_N = lax.sort(keys_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False)
+    return DispatchPlan(sorted_N % n, jnp.bincount(keys_N, length=experts).astype(jnp.int32))
 
 
 def expert_counts(ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:

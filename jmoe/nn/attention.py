@@ -12,6 +12,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
+from jmoe_kernels import cpu
+from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 
 from jmoe.config import ModelConfig
@@ -20,7 +22,7 @@ from jmoe.nn import kv_cache
 from jmoe.nn.kv_cache import LayerPages
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
-from jmoe.nn.rope import Rotation, rotate, rotation
+from jmoe.nn.rope import Rotation, rotate
 
 BLOCK = 128  # queries that attend together to a window's keys, and keys a step of the paged loop reads
 BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
@@ -40,7 +42,7 @@ class Sequences:
 class Attention(nnx.Module):
     """Weights of one attention layer, ``[out, in]``; ``qk_norm`` as the family has it."""
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, make: ParamMaker):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         tensor = mesh.shape[TENSOR]
         check_divides("attention heads", cfg.num_attention_heads, TENSOR, tensor)
         if cfg.num_key_value_heads < tensor:
@@ -61,15 +63,15 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = make.ones(head), make.ones(head)
         elif cfg.qk_norm == "full":
             self.q_norm, self.k_norm = make.ones(q, (TENSOR,)), make.ones(kv, (kv_axis,))
-        self.cfg, self.mesh = cfg, mesh
+        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], seqs: Sequences, pages: LayerPages | None
+        self, x_BTD: Float[Array, "B T D"], by: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Float[Array, "B T D"], LayerPages | None]:
         """Attention output in float32 and the pages with this step's keys and values."""
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.mesh):
-            return self._shard(weights, x_BTD, seqs, pages)
+            return self._shard(weights, x_BTD, by, seqs, pages)
         specs = {
             name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
         }
@@ -77,37 +79,44 @@ class Attention(nnx.Module):
         run = jax.shard_map(
             self._shard,
             mesh=self.mesh,
-            in_specs=(specs, tokens, tokens, paged),
+            in_specs=(specs, tokens, tokens, tokens, paged),
             out_specs=(tokens, paged),
             check_vma=False,
         )
-        return run(weights, x_BTD, seqs, pages)
+        return run(weights, x_BTD, by, seqs, pages)
 
     def _shard(
-        self, w: dict[str, Array], x_BTD: Array, seqs: Sequences, pages: LayerPages | None
+        self, w: dict[str, Array], x_BTD: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Array, LayerPages | None]:
         with jax.named_scope("qkv"):
-            by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
             q, k, v = self._project(w, x_BTD, by)
         window = self.cfg.sliding_window
         with jax.named_scope("attend"):
             if pages is None or seqs.table_BM is None:
                 out = attend_window(q, k, v, seqs.positions_BT, window)
             else:
-                pages = LayerPages(
-                    kv_cache.write(pages.k_PHSd, k, seqs.positions_BT, seqs.table_BM),
-                    kv_cache.write(pages.v_PHSd, v, seqs.positions_BT, seqs.table_BM),
-                )
-                out = attend_pages(q, pages, seqs.positions_BT, seqs.table_BM, window)
+                at = (seqs.positions_BT, seqs.table_BM)
+                if self.kernels.dense == "cpu":
+                    pages = LayerPages(*cpu.write_pages(pages.k_PHSd, pages.v_PHSd, k, v, *at))
+                    out = cpu.attend(q, pages.k_PHSd, pages.v_PHSd, *at, window)
+                else:
+                    pages = kv_cache.write(pages, k, v, *at)
+                    out = attend_pages(q, pages, *at, window)
         with jax.named_scope("out"):
-            y_BTD = linear(out.reshape(*out.shape[:2], -1), w["o_proj"])
+            y_BTD = linear(out.reshape(*out.shape[:2], -1), w["o_proj"], self.kernels.dense)
             if not is_single(self.mesh):
                 y_BTD = lax.psum(y_BTD, TENSOR)
         return (y_BTD + _bias(w, "o_bias", 3), pages)
 
     def _project(self, w: dict[str, Array], x_BTD: Array, by: Rotation) -> tuple[Array, Array, Array]:
-        cfg, (b, t, _) = self.cfg, x_BTD.shape
-        q, k, v = (linear(x_BTD, w[f"{n}_proj"]) + _bias(w, f"{n}_bias", 3) for n in "qkv")
+        cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
+        q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + _bias(w, f"{n}_bias", 3) for n in "qkv")
+        if dense == "cpu" and is_single(self.mesh):  # norm and rotation in one kernel
+            q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
+            scaled = (
+                cpu.rotate(a, *by, w.get(n), cfg.rms_norm_eps) for a, n in ((q, "q_norm"), (k, "k_norm"))
+            )
+            return *scaled, v
         if cfg.qk_norm == "full":
             over = None if is_single(self.mesh) else TENSOR
             q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)

@@ -58,17 +58,28 @@ def make_pages(cfg: ModelConfig, mesh: Mesh, pages_per_rank: int, page_size: int
 
 
 def write(
-    pages_PHSd: Shaped[Array, "P H S d"],
-    new_BTHd: Float[Array, "B T H d"],
+    pages: LayerPages,
+    k_BTHd: Float[Array, "B T H d"],
+    v_BTHd: Float[Array, "B T H d"],
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
-) -> Shaped[Array, "P H S d"]:
+) -> LayerPages:
     """The pages with the new rows at their positions; rows of position -1 are not written.
 
     One token a sequence writes a row; a longer run writes whole pages and must start on a page boundary
     with a length that is a multiple of the page size (rows past its end are overwritten later, and no
     query attends to them before).
     """
+    k_PHSd = _write(pages.k_PHSd, k_BTHd, positions_BT, table_BM)
+    return LayerPages(k_PHSd, _write(pages.v_PHSd, v_BTHd, positions_BT, table_BM))
+
+
+def _write(
+    pages_PHSd: Shaped[Array, "P H S d"],
+    new_BTHd: Float[Array, "B T H d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P H S d"]:
     count, _, size, _ = pages_PHSd.shape
     new = _as_kept(new_BTHd, pages_PHSd.dtype)
     if positions_BT.shape[1] == 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jmoe_kernels.choice import choose
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
@@ -72,12 +73,13 @@ def _weight_bytes(cfg: Any) -> int:
 def _choices(settings: EngineSettings, dtype: jnp.dtype, devices: int) -> list[dict[str, str]]:
     on_cpu = jax.default_backend() == "cpu"
     storage = storage_dtype(dtype)
-    named = settings.moe.kernel
+    kernels = choose(jax.default_backend(), dtype, settings.moe.kernel)
     rows = [
+        ("grouped experts", kernels.experts, kernels.why),
         (
-            "grouped experts",
-            named or "xla",
-            "named in the moe config" if named else "the portable loop over tiles; the only one that serves",
+            "dense products and paged attention",
+            kernels.dense,
+            "goes with the experts' kernel" if kernels.dense == "cpu" else "XLA's own",
         ),
         (
             "expert weights kept as",

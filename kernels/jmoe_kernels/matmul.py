@@ -11,10 +11,17 @@ Three facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
   barrier before both.
 """
 
+from functools import partial
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
+
+from jmoe_kernels import cpu
+
+Dense = Literal["xla", "cpu"]
 
 
 def as_float(w: Array) -> Array:
@@ -31,16 +38,18 @@ def dot_nt(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((nd,), (b.ndim - 1,)), (batch, batch)), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _linear(x: Array, w: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: Array, w: Array, implementation: Dense) -> Array:
+    if implementation == "cpu" and w.ndim == 2:
+        return cpu.linear(x, w)
     return dot_nt(x.astype(w.dtype), w)
 
 
-def _linear_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _linear(x, w), (x, w)
+def _linear_fwd(x: Array, w: Array, implementation: Dense) -> tuple[Array, tuple[Array, Array]]:
+    return _linear(x, w, implementation), (x, w)
 
 
-def _linear_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _linear_bwd(implementation: Dense, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     g, x = lax.optimization_barrier((g, x))
     batch = tuple(range(w.ndim - 2))
@@ -54,13 +63,15 @@ def _linear_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x: Float[Array, "*B M K"], w: Float[Array, "*E N K"]) -> Float[Array, "*B M N"]:
+def linear(
+    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"], implementation: Dense = "xla"
+) -> Float[Array, "*B M N"]:
     """``x @ w.T`` in float32, computed in the dtype of ``w``.
 
     ``x`` may have any leading axes when ``w`` is a matrix; when ``w`` is a stack ``[E, N, K]``, ``x`` is
-    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16.
+    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16. implementation "cpu" is the C++ kernel for a matrix.
     """
     w = as_float(w)
     if w.ndim > 2:
-        return _linear(x, w)
-    return _linear(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+        return _linear(x, w, "xla")
+    return _linear(x.reshape(-1, x.shape[-1]), w, implementation).reshape(*x.shape[:-1], w.shape[0])

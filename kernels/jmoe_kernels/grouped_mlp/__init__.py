@@ -1,5 +1,8 @@
 """Grouped expert MLP: rows sorted by expert, group sizes as data."""
 
-from jmoe_kernels.grouped_mlp.api import Implementation, grouped_mlp, storage_dtype, supports
+from jmoe_kernels.grouped_mlp.api import Implementation, grouped_mlp, pick, storage_dtype, supports
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 
-__all__ = ["Implementation", "grouped_mlp", "storage_dtype", "supports"]
+__all__ = [
+    "Activation", "ExpertWeights", "Implementation", "grouped_mlp", "pick", "storage_dtype", "supports",
+]  # fmt: skip

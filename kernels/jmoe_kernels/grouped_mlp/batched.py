@@ -1,29 +1,29 @@
 """Grouped MLP as one batched product over ``[E, C]`` padded rows: differentiable, for training."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 from jmoe_kernels.matmul import as_float, linear
 from jmoe_kernels.rows import take_rows
 
 
 def grouped_mlp_batched(
     x_ND: Float[Array, "N D"],
-    gate_up_E2FD: Float[Array, "E 2 F D"],
-    down_EDF: Float[Array, "E D F"],
+    weights: ExpertWeights,
     group_sizes_E: Int[Array, " E"],
+    activation: Activation = "silu",
     *,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(silu(gate x) * up x)``, every expert padded to ``capacity`` rows.
+    """Rows sorted by expert through ``down(act(gate x) * up x)``, every expert padded to ``capacity`` rows.
 
     ``capacity`` None means N: exact, and E times the memory. A smaller one zeroes the rows beyond it, which
     training tolerates; the caller counts them as ``sum(max(group_sizes - capacity, 0))``.
     """
     n = x_ND.shape[0]
-    e, _, f, d = gate_up_E2FD.shape
+    e, f, d = weights.dims
     c = n if capacity is None else min(capacity, n)
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     row_N = jnp.arange(n)
@@ -34,7 +34,11 @@ def grouped_mlp_batched(
     row_EC = jnp.where(rank_EC < group_sizes_E[:, None], starts_E[:, None] + rank_EC, n).reshape(-1)
 
     x_ECD = take_rows(x_ND, row_EC, slot_N[:, None]).reshape(e, c, d)
-    h_EC2F = linear(x_ECD, as_float(gate_up_E2FD).reshape(e, 2 * f, d))
-    h_ECF = jax.nn.silu(h_EC2F[..., :f]) * h_EC2F[..., f:]
-    y_ECD = linear(h_ECF, as_float(down_EDF))
+    h_EC2F = linear(x_ECD, as_float(weights.gate_up_E2FD).reshape(e, 2 * f, d))
+    if weights.gate_up_bias_E2F is not None:
+        h_EC2F = h_EC2F + weights.gate_up_bias_E2F.reshape(e, 1, 2 * f).astype(jnp.float32)
+    h_ECF = gated(activation, h_EC2F[..., :f], h_EC2F[..., f:])
+    y_ECD = linear(h_ECF, as_float(weights.down_EDF))
+    if weights.down_bias_ED is not None:
+        y_ECD = y_ECD + weights.down_bias_ED[:, None].astype(jnp.float32)
     return take_rows(y_ECD.reshape(-1, d), slot_N, row_EC[:, None])

@@ -9,11 +9,11 @@ stack as convert-slice-convert and hoists the conversion of *all* experts out of
 layer on an OLMoE-sized one).
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 from jmoe_kernels.matmul import as_float, dot_nt
 
 
@@ -30,13 +30,13 @@ def tile_rows(rows: int, experts: int) -> int:
 
 def grouped_mlp_xla(
     x_ND: Float[Array, "N D"],
-    gate_up_E2FD: Float[Array, "E 2 F D"],
-    down_EDF: Float[Array, "E D F"],
+    weights: ExpertWeights,
     group_sizes_E: Int[Array, " E"],
+    activation: Activation = "silu",
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(silu(gate x) * up x)``; rows past the last group are zero."""
+    """Rows sorted by expert through ``down(act(gate x) * up x)``; rows past the last group are zero."""
     n, d = x_ND.shape
-    experts, _, f, _ = gate_up_E2FD.shape
+    experts, f, _ = weights.dims
     tile = tile_rows(n, experts)
     ends_E = jnp.cumsum(group_sizes_E)
     tiles_E = (group_sizes_E + tile - 1) // tile
@@ -45,17 +45,23 @@ def grouped_mlp_xla(
         tile_ends_E, jnp.arange(min(n, n // tile + experts)), side="right"
     ).astype(jnp.int32)
     first_tile_E = tile_ends_E - tiles_E
-    compute_dtype = jnp.bfloat16 if gate_up_E2FD.dtype == jnp.uint16 else gate_up_E2FD.dtype
-    x_pad = jnp.pad(x_ND.astype(compute_dtype), ((0, tile), (0, 0)))
+    x_pad = jnp.pad(x_ND.astype(weights.dtype), ((0, tile), (0, 0)))
+
+    def own(stack: Array, e: Array) -> Array:
+        return as_float(lax.dynamic_index_in_dim(stack, e, keepdims=False))
 
     def one_tile(i: Array, y_pad: Array) -> Array:
         e = expert_of_tile[i]
         row = ends_E[e] - group_sizes_E[e] + (i - first_tile_E[e]) * tile
-        gate_up = as_float(lax.dynamic_index_in_dim(gate_up_E2FD, e, keepdims=False)).reshape(2 * f, d)
-        down = as_float(lax.dynamic_index_in_dim(down_EDF, e, keepdims=False))
-        h = dot_nt(lax.dynamic_slice_in_dim(x_pad, row, tile), gate_up)
-        h = jax.nn.silu(h[:, :f]) * h[:, f:]
-        return lax.dynamic_update_slice_in_dim(y_pad, dot_nt(h.astype(compute_dtype), down), row, 0)
+        x = lax.dynamic_slice_in_dim(x_pad, row, tile)
+        h = dot_nt(x, own(weights.gate_up_E2FD, e).reshape(2 * f, d))
+        if weights.gate_up_bias_E2F is not None:
+            h = h + own(weights.gate_up_bias_E2F, e).reshape(1, 2 * f).astype(jnp.float32)
+        h = gated(activation, h[:, :f], h[:, f:])
+        y = dot_nt(h.astype(weights.dtype), own(weights.down_EDF, e))
+        if weights.down_bias_ED is not None:
+            y = y + own(weights.down_bias_ED, e)[None].astype(jnp.float32)
+        return lax.dynamic_update_slice_in_dim(y_pad, y, row, 0)
 
     y_pad = jnp.zeros((n + tile, d), jnp.float32)
     y_ND = lax.fori_loop(0, tile_ends_E[-1], one_tile, y_pad)[:n]

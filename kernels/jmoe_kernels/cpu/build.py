@@ -1,0 +1,142 @@
+"""The C++ kernels as a shared library: compiled on first use, kept in a cache, registered with XLA.
+
+Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
+version, and a source install builds in isolation, where the jaxlib that will run is not the one present. The
+cache is keyed by source, flags, compiler, processor and jaxlib, so a changed machine compiles again (about
+8 s on two cores). Without a compiler, or where the build or the load fails, the portable kernels serve and the
+reason is kept for ``jmoe doctor``.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jaxlib
+
+SOURCE = Path(__file__).parent / "src"
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
+X86_FLAGS = {
+    "isa_avx2.cc": ("-mavx2", "-mfma"),
+    "isa_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+}
+X86_FLAGS["isa_avx512_bf16.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512bf16")
+X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16")
+TARGETS = {
+    "jmoe_grouped_mlp": "JmoeGroupedMlp",
+    "jmoe_combined_mlp": "JmoeCombinedMlp",
+    "jmoe_linear": "JmoeLinear",
+    "jmoe_attend": "JmoeAttend",
+    "jmoe_write_pages": "JmoeWritePages",
+    "jmoe_rotate": "JmoeRotate",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels. isa: the instruction set in use; isas: all that this processor could use."""
+
+    path: Path
+    dll: ctypes.CDLL
+
+    @property
+    def isa(self) -> str:
+        return self.dll.jmoe_isa().decode()
+
+    @property
+    def isas(self) -> tuple[str, ...]:
+        return tuple(self.dll.jmoe_isas().decode().splitlines())
+
+    def use(self, isa: str) -> None:
+        """Uses that instruction set from now on, in the whole process; ValueError where it cannot run."""
+        if not self.dll.jmoe_use_isa(isa.encode()):
+            raise ValueError(
+                f"instruction set {isa!r} cannot run here; those that can: {', '.join(self.isas)}"
+            )
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: beside jax's compilation cache, or in the user's cache folder."""
+    programs = jax.config.jax_compilation_cache_dir
+    return (Path(programs).parent if programs else Path.home() / ".cache" / "jmoe") / "kernels"
+
+
+@functools.cache
+def library() -> Library | str:
+    """The loaded library, built if it is not in the cache; or why there is none."""
+    try:
+        path = build(cache_directory())
+        return load(path)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+
+
+def load(path: Path) -> Library:
+    """Loads a built library and registers its kernels with XLA; OSError where it cannot be loaded."""
+    dll = ctypes.CDLL(str(path))
+    dll.jmoe_isa.restype = dll.jmoe_isas.restype = ctypes.c_char_p
+    dll.jmoe_use_isa.argtypes, dll.jmoe_use_isa.restype = [ctypes.c_char_p], ctypes.c_bool
+    for target, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(dll, symbol)), platform="cpu")
+    return Library(path, dll)
+
+
+def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Compiles the library into ``directory`` unless it is there; ``extra`` compiler flags go in the key.
+
+    Raises RuntimeError with the reason where there is no compiler or it fails.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found (c++, g++ or clang++)")
+    path = directory / f"jmoe-{_key(compiler, extra)}.so"
+    if path.exists():
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda s: _compile(compiler, s, Path(scratch), extra), _sources()))
+        made = Path(scratch) / path.name
+        _run([compiler, "-shared", "-o", str(made), *map(str, objects), *extra, "-lpthread"])
+        made.replace(path)  # another process may have been quicker: either file is whole
+    return path
+
+
+def _sources() -> list[Path]:
+    """Longest first."""
+    return sorted(SOURCE.glob("*.cc"), key=lambda p: -p.stat().st_size)
+
+
+def _flags(source: Path) -> tuple[str, ...]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return (*FLAGS, *(X86_FLAGS.get(source.name, ()) if x86 else ()))
+
+
+def _compile(compiler: str, source: Path, into: Path, extra: tuple[str, ...]) -> Path:
+    made = into / f"{source.stem}.o"
+    include = ["-isystem", jax.ffi.include_dir()]
+    _run([compiler, *_flags(source), *extra, *include, "-c", str(source), "-o", str(made)])
+    return made
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise RuntimeError(f"{command[0]} failed: {first.strip()}")
+
+
+def _key(compiler: str, extra: tuple[str, ...]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [version, platform.machine(), jaxlib.__version__, *extra]
+    for source in sorted(SOURCE.iterdir()):
+        parts += [source.name, source.read_text(), *_flags(source)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

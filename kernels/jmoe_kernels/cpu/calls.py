@@ -1,0 +1,65 @@
+"""The C++ kernels for dense products and attention as jax functions; ``library()`` must have loaded them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, Shaped
+
+
+def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | float) -> Array:
+    """The float32 result of a kernel registered by ``load``; attributes become int64 or float32."""
+    run = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))
+    typed = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in attributes.items()}
+    return run(*args, **typed)
+
+
+def linear(x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"]) -> Float[Array, "M N"]:
+    """``x @ w.T`` in float32; ``w`` float32, or bfloat16 (also stored as uint16): x is rounded to it."""
+    return call("jmoe_linear", (x_MK.shape[0], w_NK.shape[0]), x_MK, w_NK)
+
+
+def attend(
+    q_BTHd: Float[Array, "B T H d"],
+    k_PGSd: Shaped[Array, "P G S d"],
+    v_PGSd: Shaped[Array, "P G S d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+    window: int | None = None,
+) -> Float[Array, "B T H d"]:
+    """Attention of each query to the paged keys at its position and before, float32.
+
+    Pages are float32, or bfloat16 (also stored as uint16); a padding query (position -1) gives zeros.
+    """
+    args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM)
+    return call("jmoe_attend", q_BTHd.shape, *args, window=window or 0)
+
+
+def write_pages(
+    k_PGSd: Shaped[Array, "P G S d"],
+    v_PGSd: Shaped[Array, "P G S d"],
+    k_BTGd: Float[Array, "B T G d"],
+    v_BTGd: Float[Array, "B T G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> tuple[Array, Array]:
+    """The pages with the new keys and values at their positions, written in place; -1 writes nothing."""
+    like = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
+    run = jax.ffi.ffi_call("jmoe_write_pages", like, input_output_aliases={0: 0, 1: 1})
+    k, v = run(k_PGSd, v_PGSd, k_BTGd, v_BTGd, positions_BT, table_BM)
+    return k, v
+
+
+def rotate(
+    x_BTHd: Float[Array, "B T H d"],
+    cos_BTh: Float[Array, "B T h"],
+    sin_BTh: Float[Array, "B T h"],
+    scale: Float[Array, " S"] | None = None,
+    eps: float = 0.0,
+) -> Float[Array, "B T H d"]:
+    """``x`` rotated by its positions' angles (h = d / 2), normalised first where there is a ``scale``.
+
+    scale: ``[d]`` for an RMS norm over each head, ``[H * d]`` for one over all heads of a token.
+    """
+    scale = jnp.zeros((0,), jnp.float32) if scale is None else scale.astype(jnp.float32)
+    return call("jmoe_rotate", x_BTHd.shape, x_BTHd, cos_BTh, sin_BTh, scale, eps=float(eps))

@@ -1,0 +1,186 @@
+// Attention over paged keys and values: each query to the keys at its own position and before it, within
+// the window if there is one. Pages are [P, H, S, d]; position p of sequence b lies in row p % S of page
+// table[b, p / S].
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "bfloat16.h"
+#include "parallel.h"
+
+namespace jmoe {
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr float NEVER = -1e30f;
+
+struct Problem {
+  int64_t sequences, tokens, heads, d;       // q: [B, T, heads, d]
+  int64_t pages, kv_heads, page, table_len;  // pages: [P, kv_heads, page, d]
+  const float* q;
+  const char *k, *v;
+  const int32_t *positions, *table;
+  bool bf16;
+  int64_t window;  // 0: none
+  float* out;
+};
+
+constexpr int64_t QUERIES = 64;  // that meet a page together: tokens of a sequence, heads of one KV head
+
+// Scratch of one item, in the order of its parts.
+struct State {
+  float *q, *acc, *top, *total, *scores, *scratch;
+  char* packed;
+  State(const Problem& p, const Gemm& gemm, int64_t queries) {
+    thread_local Scratch floats, bytes;
+    const int64_t d = p.d, lanes = (p.page + 15) / 16 * 16;
+    q = floats.get<float>(2 * queries * d + 2 * queries + queries * lanes + p.page * d);
+    acc = q + queries * d, top = acc + queries * d, total = top + queries;
+    scores = total + queries, scratch = scores + queries * lanes;
+    packed = bytes.get<char>(gemm.packed_bytes(queries, d));
+  }
+};
+
+// Scores outside [from, limit) of a page's keys become NEVER.
+void hide(float* scores, int64_t from, int64_t limit, int64_t keys) {
+  for (int64_t s = 0; s < from && s < keys; s++) scores[s] = NEVER;
+  for (int64_t s = limit < 0 ? 0 : limit; s < keys; s++) scores[s] = NEVER;
+}
+
+// Tokens [t0, t1) of sequence b, the query heads that share KV head g.
+void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1) {
+  const int64_t share = p.heads / p.kv_heads, queries = (t1 - t0) * share, d = p.d;
+  const int64_t lanes = (p.page + 15) / 16 * 16, width = p.bf16 ? 2 : 4;
+  const Gemm& gemm = p.bf16 ? isa().bf16 : isa().f32;
+  State state(p, gemm, queries);
+  const float scale = 1.f / std::sqrt((float)d);
+  const int32_t* positions = p.positions + b * p.tokens;
+  int64_t last = -1, first = std::numeric_limits<int32_t>::max();
+  for (int64_t t = t0; t < t1; t++) {
+    last = positions[t] > last ? positions[t] : last;
+    if (positions[t] >= 0 && positions[t] < first) first = positions[t];
+    for (int64_t h = 0; h < share; h++) {
+      const int64_t i = (t - t0) * share + h;
+      const float* from = p.q + ((b * p.tokens + t) * p.heads + g * share + h) * d;
+      for (int64_t e = 0; e < d; e++) state.q[i * d + e] = from[e] * scale, state.acc[i * d + e] = 0.f;
+      state.top[i] = NEVER, state.total[i] = 0.f;
+    }
+  }
+  gemm.pack({state.q, d, false, nullptr}, queries, d, 0, d, state.packed);
+  const int64_t first_key = p.window && first - p.window + 1 > 0 ? first - p.window + 1 : 0;
+  for (int64_t j = first_key / p.page; last >= 0 && j <= last / p.page && j < p.table_len; j++) {
+    const int64_t page = p.table[b * p.table_len + j], base = j * p.page;
+    if (page < 0 || page >= p.pages) continue;
+    const int64_t keys = last + 1 - base < p.page ? last + 1 - base : p.page;
+    const int64_t at = (page * p.kv_heads + g) * p.page * d * width;
+    gemm.run(state.packed, queries, 0, queries, d, p.k + at, d, keys, state.scores, lanes);
+    for (int64_t i = 0; i < queries; i++) {
+      const int64_t position = positions[t0 + i / share];
+      float* scores = state.scores + i * lanes;
+      const int64_t from = p.window ? position - p.window + 1 - base : 0;
+      if (position < base || from >= keys) {
+        for (int64_t s = 0; s < keys; s++) scores[s] = 0.f;  // nothing visible: no share of any value
+        continue;
+      }
+      hide(scores, from, position + 1 - base, keys);
+      isa().online(scores, keys, state.top + i, state.total + i, state.acc + i * d, d);
+    }
+    isa().values(state.scores, lanes, queries, p.v + at, p.bf16, keys, state.acc, d, state.scratch);
+  }
+  for (int64_t i = 0; i < queries; i++) {
+    float* to = p.out + ((b * p.tokens + t0 + i / share) * p.heads + g * share + i % share) * d;
+    const float total = state.total[i], norm = total == 0.f ? 0.f : 1.f / total;
+    for (int64_t e = 0; e < d; e++) to[e] = state.acc[i * d + e] * norm;
+  }
+}
+
+// Row `from` of d numbers to a page's row, in the pages' dtype.
+void keep_row(const float* from, int64_t d, bool bf16, char* to) {
+  if (!bf16) {
+    std::memcpy(to, from, d * sizeof(float));
+    return;
+  }
+  uint16_t* out = (uint16_t*)to;
+  for (int64_t e = 0; e < d; e++) out[e] = narrow(from[e]);
+}
+
+}  // namespace
+
+// Writes k and v [B, T, H, d] into the pages at their positions, in place; position -1 writes nothing.
+ffi::Error WritePages(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::F32> k,
+                      ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table,
+                      ffi::Result<ffi::AnyBuffer> k_pages, ffi::Result<ffi::AnyBuffer> v_pages) {
+  const auto pd = k_pages->dimensions(), kd = k.dimensions();
+  const int64_t pages = pd[0], heads = pd[1], page = pd[2], d = pd[3], tokens = kd[1];
+  const int64_t table_len = table.dimensions()[1];
+  const bool bf16 = k_pages->element_type() != ffi::F32;
+  const int64_t row_bytes = d * (bf16 ? 2 : 4);
+  const float *k_rows = k.typed_data(), *v_rows = v.typed_data();
+  const int32_t *at = positions.typed_data(), *pages_of = table.typed_data();
+  char *to_k = (char*)k_pages->untyped_data(), *to_v = (char*)v_pages->untyped_data();
+  const auto write = [=](int64_t i) {
+    const int64_t slot = at[i] / page;
+    if (at[i] < 0 || slot >= table_len) return;
+    const int64_t id = pages_of[i / tokens * table_len + slot];
+    if (id < 0 || id >= pages) return;
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t to = ((id * heads + h) * page + at[i] % page) * row_bytes;
+      keep_row(k_rows + (i * heads + h) * d, d, bf16, to_k + to);
+      keep_row(v_rows + (i * heads + h) * d, d, bf16, to_v + to);
+    }
+  };
+  const int64_t rows = kd[0] * tokens, strip = 64;
+  run_phases(pool, {{ceil_div(rows, strip), [=](int64_t s) {
+                       for (int64_t i = s * strip; i < rows && i < (s + 1) * strip; i++) write(i);
+                     }}},
+             (double)rows * heads * d);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeWritePages, WritePages,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table, ffi::ResultBuffer<ffi::F32> out,
+                  int64_t window) {
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  const Problem p = {qd[0], qd[1], qd[2], qd[3], kd[0], kd[1], kd[2], table.dimensions()[1], q.typed_data(),
+                     (const char*)k.untyped_data(), (const char*)v.untyped_data(), positions.typed_data(),
+                     table.typed_data(), k.element_type() != ffi::F32, window, out->typed_data()};
+  const int64_t together = QUERIES * p.kv_heads / p.heads > 0 ? QUERIES * p.kv_heads / p.heads : 1;  // tokens
+  const int64_t blocks = ceil_div(p.tokens, together);
+  double keys = 0;
+  for (int64_t i = 0; i < p.sequences * p.tokens; i++) keys += p.positions[i] + 1;
+  std::vector<Phase> phases;
+  // The longest contexts first: the last tokens of a run see the most keys.
+  phases.push_back({blocks * p.sequences * p.kv_heads, [=](int64_t i) {
+                      const int64_t block = blocks - 1 - i / (p.sequences * p.kv_heads);
+                      const int64_t b = i / p.kv_heads % p.sequences, t0 = block * together;
+                      attend_item(p, b, i % p.kv_heads, t0, t0 + together < p.tokens ? t0 + together : p.tokens);
+                    }});
+  run_phases(pool, std::move(phases), keys * p.heads * p.d / 8);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeAttend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window"));
+
+}  // namespace jmoe

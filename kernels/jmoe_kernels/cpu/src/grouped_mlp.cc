@@ -1,0 +1,212 @@
+// The routed experts of a layer for tokens in expert order:
+//   y[t] = sum over the token's rows n of weight[n] * (down_e(act(gate_e x_t) * up_e x_t)),
+// with rows n of expert e at order[start_e .. start_e + size_e), n standing for assignment order[n] of token
+// order[n] / K. Weights are [E, 2, F, D] and [E, D, F] as in the checkpoint; only experts with rows are read.
+#include <cstring>
+
+#include "parallel.h"
+
+namespace jmoe {
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t BLOCK = 64;  // rows of one expert that go through a stretch of weights together
+
+struct Group {
+  int64_t expert, start, rows;  // start: first row, in expert order
+  size_t x_at, h_at;            // bytes into the packed rows and the packed inner activations
+};
+
+struct Layer {
+  int64_t inner, model;
+  bool bf16;
+  const char *gate_up, *down;
+  const float *gate_up_bias, *down_bias;  // null without
+  int activation;
+  const Gemm* gemm;
+
+  int64_t width() const { return bf16 ? 2 : 4; }
+};
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Inner units [f, f + count) of a group: gate and up products, activation, packed for the down product.
+void inner_units(const Layer& layer, const Group& group, int64_t f, int64_t count, const char* x, char* h) {
+  thread_local Scratch memory;
+  const int64_t rows = group.rows, d = layer.model, full = rows < BLOCK ? rows : BLOCK;
+  float* gate = memory.get<float>(3 * full * count);
+  float *up = gate + full * count, *act = up + full * count;
+  const char* gate_w = layer.gate_up + (group.expert * 2 * layer.inner + f) * d * layer.width();
+  const char* up_w = gate_w + layer.inner * d * layer.width();
+  const float* bias = layer.gate_up_bias ? layer.gate_up_bias + group.expert * 2 * layer.inner + f : nullptr;
+  for (int64_t t = 0; t < rows; t += BLOCK) {
+    const int64_t n = t + BLOCK < rows ? BLOCK : rows - t;
+    // Each block is packed as rows of its own: x of block t lies behind the blocks before it.
+    const size_t x_block = aligned(layer.gemm->packed_bytes(full, d)) * (t / BLOCK);
+    const size_t h_block = aligned(layer.gemm->packed_bytes(full, layer.inner)) * (t / BLOCK);
+    layer.gemm->run(x + group.x_at + x_block, n, 0, n, d, gate_w, d, count, gate, count);
+    layer.gemm->run(x + group.x_at + x_block, n, 0, n, d, up_w, d, count, up, count);
+    if (bias)
+      for (int64_t i = 0; i < n; i++) {
+        isa().axpy(1.f, bias, count, gate + i * count);
+        isa().axpy(1.f, bias + layer.inner, count, up + i * count);
+      }
+    isa().gated(layer.activation, gate, up, n * count, act);
+    // The packer sees columns [f, f + count) of a matrix that starts f columns earlier.
+    const Rows out = {act - f, count, false, nullptr};
+    layer.gemm->pack(out, n, layer.inner, f, f + count, h + group.h_at + h_block);
+  }
+}
+
+// Output units [j, j + count) of a group's rows, to y[row][model].
+void output_units(const Layer& layer, const Group& group, int64_t j, int64_t count, const char* h, float* y) {
+  const int64_t rows = group.rows, full = rows < BLOCK ? rows : BLOCK, d = layer.model;
+  const char* w = layer.down + (group.expert * d + j) * layer.inner * layer.width();
+  for (int64_t t = 0; t < rows; t += BLOCK) {
+    const int64_t n = t + BLOCK < rows ? BLOCK : rows - t;
+    const size_t h_block = aligned(layer.gemm->packed_bytes(full, layer.inner)) * (t / BLOCK);
+    float* out = y + (group.start + t) * d + j;
+    layer.gemm->run(h + group.h_at + h_block, n, 0, n, layer.inner, w, layer.inner, count, out, d);
+    if (layer.down_bias)
+      for (int64_t i = 0; i < n; i++) isa().axpy(1.f, layer.down_bias + group.expert * d + j, count, out + i * d);
+  }
+}
+
+std::vector<Group> groups_of(const int32_t* sizes, int64_t experts, int64_t rows, const Gemm& gemm, int64_t inner,
+                             int64_t model, size_t& x_bytes, size_t& h_bytes) {
+  std::vector<Group> groups;
+  int64_t start = 0;
+  x_bytes = h_bytes = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    int64_t n = sizes[e] < 0 ? 0 : sizes[e];
+    n = n < rows - start ? n : rows - start;  // sizes that claim more rows than there are: never past the end
+    if (n == 0) continue;
+    groups.push_back({e, start, n, x_bytes, h_bytes});
+    const int64_t blocks = ceil_div(n, BLOCK), full = n < BLOCK ? n : BLOCK;
+    x_bytes += blocks * aligned(gemm.packed_bytes(full, model));
+    h_bytes += blocks * aligned(gemm.packed_bytes(full, inner));
+    start += n;
+  }
+  return groups;
+}
+
+// Units a stretch: what 64 KB of weights hold, a multiple of 96 (the products' row blocks, 32 and 12), but
+// enough stretches that two threads find work even where one expert is active.
+int64_t stretch_of(int64_t units, int64_t row_bytes) {
+  int64_t stretch = (64 << 10) / row_bytes / 96 * 96;
+  if (stretch < 96) stretch = 32;
+  if (stretch > 384) stretch = 384;
+  return stretch < units ? stretch : units;
+}
+
+}  // namespace
+
+// order, weights: [N] and [T, K] for the combined form; null for y[n] of rows x[n] themselves.
+ffi::Error grouped(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
+                   const float* gate_up_bias, const float* down_bias, const int32_t* sizes, int64_t activation,
+                   const int32_t* order, const float* weights, int64_t choices, float* y) {
+  const int64_t tokens = x.dimensions()[0], model = x.dimensions()[1], experts = gate_up.dimensions()[0];
+  const int64_t inner = gate_up.dimensions()[2], rows = order ? tokens * choices : tokens;
+  const bool bf16 = gate_up.element_type() != ffi::F32, x_bf16 = x.element_type() != ffi::F32;
+  const Gemm& gemm = bf16 ? isa().bf16 : isa().f32;
+  const Layer layer = {inner, model, bf16, (const char*)gate_up.untyped_data(), (const char*)down.untyped_data(),
+                       gate_up_bias, down_bias, (int)activation, &gemm};
+  size_t x_bytes, h_bytes;
+  auto groups = std::make_shared<std::vector<Group>>(
+      groups_of(sizes, experts, rows, gemm, inner, model, x_bytes, h_bytes));
+  const int64_t used = groups->empty() ? 0 : groups->back().start + groups->back().rows;
+
+  thread_local Scratch x_memory, h_memory, y_memory, token_memory;
+  char *xp = x_memory.get<char>(x_bytes), *hp = h_memory.get<char>(h_bytes);
+  float* rows_y = order ? y_memory.get<float>(used * model) : y;
+  int32_t* token_of = nullptr;
+  if (order) {
+    token_of = token_memory.get<int32_t>(used);
+    for (int64_t n = 0; n < used; n++) token_of[n] = order[n] / (int32_t)choices;
+  }
+  const char* x_data = (const char*)x.untyped_data();
+
+  const int64_t f_stretch = stretch_of(inner, 2 * model * layer.width());
+  const int64_t d_stretch = stretch_of(model, inner * layer.width());
+  const int64_t f_items = ceil_div(inner, f_stretch), d_items = ceil_div(model, d_stretch);
+  const int64_t active = groups->size();
+  std::vector<Phase> phases;
+  phases.push_back({active, [=, &gemm](int64_t g) {
+                      const Group& group = (*groups)[g];
+                      const int64_t full = group.rows < BLOCK ? group.rows : BLOCK;
+                      for (int64_t t = 0; t < group.rows; t += BLOCK) {
+                        Rows from = {x_data, model, x_bf16, order ? token_of + group.start + t : nullptr};
+                        if (!order) from.data = x_data + (group.start + t) * model * (x_bf16 ? 2 : 4);
+                        const size_t at = group.x_at + aligned(gemm.packed_bytes(full, model)) * (t / BLOCK);
+                        const int64_t n = t + BLOCK < group.rows ? BLOCK : group.rows - t;
+                        gemm.pack(from, n, model, 0, model, xp + at);
+                      }
+                    }});
+  phases.push_back({active * f_items, [=](int64_t i) {
+                      const int64_t f = i % f_items * f_stretch;
+                      const int64_t count = f + f_stretch < inner ? f_stretch : inner - f;
+                      inner_units(layer, (*groups)[i / f_items], f, count, xp, hp);
+                    }});
+  phases.push_back({active * d_items, [=](int64_t i) {
+                      const int64_t j = i % d_items * d_stretch;
+                      const int64_t count = j + d_stretch < model ? d_stretch : model - j;
+                      output_units(layer, (*groups)[i / d_items], j, count, hp, rows_y);
+                    }});
+  const double per_row = 3.0 * inner * model;
+  run_phases(pool, std::move(phases), used * per_row / 32 + active * per_row * layer.width() / 16);
+
+  if (!order) {
+    std::memset(y + used * model, 0, (rows - used) * model * sizeof(float));
+    return ffi::Error::Success();
+  }
+  std::memset(y, 0, tokens * model * sizeof(float));
+  for (int64_t n = 0; n < used; n++) isa().axpy(weights[order[n]], rows_y + n * model, model, y + token_of[n] * model);
+  return ffi::Error::Success();
+}
+
+namespace {
+const float* bias_of(const ffi::Buffer<ffi::F32>& bias) { return bias.element_count() ? bias.typed_data() : nullptr; }
+}  // namespace
+
+ffi::Error GroupedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
+                      ffi::Buffer<ffi::F32> gate_up_bias, ffi::Buffer<ffi::F32> down_bias, ffi::Buffer<ffi::S32> sizes,
+                      ffi::ResultBuffer<ffi::F32> y, int64_t activation) {
+  return grouped(pool, x, gate_up, down, bias_of(gate_up_bias), bias_of(down_bias), sizes.typed_data(), activation,
+                 nullptr, nullptr, 1, y->typed_data());
+}
+
+ffi::Error CombinedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
+                       ffi::Buffer<ffi::F32> gate_up_bias, ffi::Buffer<ffi::F32> down_bias,
+                       ffi::Buffer<ffi::S32> sizes, ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weights,
+                       ffi::ResultBuffer<ffi::F32> y, int64_t activation) {
+  return grouped(pool, x, gate_up, down, bias_of(gate_up_bias), bias_of(down_bias), sizes.typed_data(), activation,
+                 order.typed_data(), weights.typed_data(), weights.dimensions()[1], y->typed_data());
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeGroupedMlp, GroupedMlp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("activation"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeCombinedMlp, CombinedMlp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("activation"));
+
+}  // namespace jmoe

@@ -1,0 +1,105 @@
+// AVX-512 with native bfloat16 products (Zen 4, Cooper Lake, Sapphire Rapids and later).
+//
+// Two forms of the same product. Few rows of x: rows stay as they are, [m][k] in bfloat16, and one
+// instruction multiplies 32 numbers of a weight row with 32 of an x row; the sum over lanes comes once, at the
+// end. Many rows: sixteen rows of x are interleaved in pairs, [m / 16][k / 2][16][2], and one instruction
+// multiplies a pair of weights with the pairs of sixteen rows: no sum over lanes at all.
+#include "isa.h"
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+
+#include "pairs.inc"
+
+namespace jmoe {
+namespace {
+
+constexpr int64_t FEW = 8;  // rows of x up to which lanes run along k
+
+size_t packed_bytes(int64_t m, int64_t k) {
+  return (size_t)(m <= FEW ? m * padded(k) * 2 : interleaved_bytes(m, k));
+}
+
+void pack(const Rows& x, int64_t m, int64_t k, int64_t k0, int64_t k1, void* packed) {
+  uint16_t* const to = (uint16_t*)packed;
+  if (m > FEW) return interleave(x, m, k, k0, k1, to);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t c = k0; c < k1; c += 32) _mm512_storeu_si512(to + i * padded(k) + c, row32(x, i, c, k1 - c));
+}
+
+// Halves the vectors, as in portable.inc.
+template <int LEFT>
+inline void fold(__m512 (&v)[16]) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  UNROLLED for (int i = 0; i < LEFT; i++)
+    v[i] = _mm512_add_ps(_mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]),
+                         _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]));
+  if constexpr (LEFT > 1) fold<LEFT / 2>(v);
+}
+
+// 32 numbers of R weight rows times those of M rows of x; `mask` says which weights are there.
+template <int R, int M>
+inline void lanes_step(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, __mmask32 mask,
+                       __m512 (&acc)[16]) {
+  __m512bh ws[R];
+  UNROLLED for (int r = 0; r < R; r++) ws[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * ldw);
+  UNROLLED for (int j = 0; j < M; j++) {
+    const __m512bh xs = (__m512bh)_mm512_loadu_si512(x + j * ldx);
+    UNROLLED for (int r = 0; r < R; r++) acc[j * R + r] = _mm512_dpbf16_ps(acc[j * R + r], ws[r], xs);
+  }
+}
+
+template <int R, int M>
+inline void lanes_block(const uint16_t* x, int64_t ldx, int64_t k, const uint16_t* w, int64_t ldw, float* c,
+                        int64_t ldc) {
+  __m512 acc[16];
+  UNROLLED for (int j = 0; j < 16; j++) acc[j] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) lanes_step<R, M>(x + i, ldx, w + i, ldw, 0xffffffffu, acc);
+  if (i < k) lanes_step<R, M>(x + i, ldx, w + i, ldw, (1u << (k - i)) - 1, acc);
+  fold<8>(acc);
+  float out[16];
+  _mm512_storeu_ps(out, acc[0]);
+  for (int j = 0; j < M; j++)
+    for (int r = 0; r < R; r++) c[j * ldc + r] = out[j * R + r];
+}
+
+template <int R>
+inline void lanes_rows(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const uint16_t* w, int64_t ldw,
+                       float* c, int64_t ldc) {
+  for (; m >= 4; m -= 4, x += 4 * ldx, c += 4 * ldc) lanes_block<R, 4>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 3) lanes_block<R, 3>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 2) lanes_block<R, 2>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 1) lanes_block<R, 1>(x, ldx, k, w, ldw, c, ldc);
+}
+
+void run(const void* packed, int64_t m, int64_t t0, int64_t t1, int64_t k, const void* weights, int64_t ldw,
+         int64_t n, float* c, int64_t ldc) {
+  const uint16_t* x = (const uint16_t*)packed + t0 * padded(k);
+  const uint16_t* w = (const uint16_t*)weights;
+  int64_t j = 0;
+  if (m <= FEW) {
+    for (; j + 4 <= n; j += 4) lanes_rows<4>(x, padded(k), t1 - t0, k, w + j * ldw, ldw, c + j, ldc);
+    for (; j < n; j++) lanes_rows<1>(x, padded(k), t1 - t0, k, w + j * ldw, ldw, c + j, ldc);
+    return;
+  }
+  pairs(x, t1 - t0, k, w, ldw, n, c, ldc);
+}
+
+}  // namespace
+
+const Isa* isa_avx512_bf16() {
+  static Isa isa;
+  const Isa* base = isa_avx512();
+  if (!base || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  isa = *base;
+  isa.name = "AVX-512 bfloat16";
+  isa.bf16 = {packed_bytes, pack, run};
+  return &isa;
+}
+}  // namespace jmoe
+#else
+namespace jmoe {
+const Isa* isa_avx512_bf16() { return nullptr; }
+}  // namespace jmoe
+#endif

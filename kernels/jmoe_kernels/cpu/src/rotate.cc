@@ -1,0 +1,72 @@
+// Rotary embedding, half-rotation form, of queries or keys, after the RMS norm that some families put there:
+// over each head where the scale has d numbers, over all heads of a token where it has H * d.
+#include <cmath>
+
+#include "parallel.h"
+
+namespace jmoe {
+namespace ffi = xla::ffi;
+
+namespace {
+
+// What n numbers are multiplied with to have unit root mean square.
+float unit(const float* x, int64_t n, float eps) {
+  float part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) part[j] += x[i + j] * x[i + j];
+  for (; i < n; i++) part[0] += x[i] * x[i];
+  float sum = 0.f;
+  for (float p : part) sum += p;
+  return 1.f / std::sqrt(sum / n + eps);
+}
+
+// One head: y = rotated(x * norm * scale); scale may be null.
+void rotate_head(const float* x, float norm, const float* scale, const float* cos, const float* sin, int64_t half,
+                 float* y) {
+  for (int64_t i = 0; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    if (scale) a *= norm * scale[i], b *= norm * scale[half + i];
+    y[i] = a * cos[i] - b * sin[i];
+    y[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+}  // namespace
+
+ffi::Error Rotate(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+                  ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const auto dims = x.dimensions();
+  const int64_t tokens = dims[0] * dims[1], heads = dims[2], d = dims[3], scales = scale.element_count();
+  const float *from = x.typed_data(), *by_cos = cos.typed_data(), *by_sin = sin.typed_data();
+  const float* by = scales ? scale.typed_data() : nullptr;
+  float* to = y->typed_data();
+  const bool whole = scales > d;  // one norm over all heads
+  const auto token = [=](int64_t t) {
+    const float norm = whole ? unit(from + t * heads * d, heads * d, eps) : 1.f;
+    for (int64_t h = 0; h < heads; h++) {
+      const float* head = from + (t * heads + h) * d;
+      const float own = whole || !by ? norm : unit(head, d, eps);
+      rotate_head(head, own, by && whole ? by + h * d : by, by_cos + t * (d / 2), by_sin + t * (d / 2), d / 2,
+                  to + (t * heads + h) * d);
+    }
+  };
+  const int64_t strip = 32;
+  run_phases(pool, {{ceil_div(tokens, strip), [=](int64_t s) {
+                       for (int64_t t = s * strip; t < tokens && t < (s + 1) * strip; t++) token(t);
+                     }}},
+             (double)tokens * heads * d);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeRotate, Rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps"));
+
+}  // namespace jmoe

@@ -1,0 +1,47 @@
+"""Grouped MLP by the C++ kernel (``cpu/src/grouped_mlp.cc``), which also gathers and combines tokens."""
+
+from typing import get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jmoe_kernels import cpu
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+
+ACTIVATIONS = get_args(Activation)  # the kernel knows them by their place
+
+
+def grouped_mlp_cpu(
+    x_ND: Float[Array, "N D"],
+    weights: ExpertWeights,
+    group_sizes_E: Int[Array, " E"],
+    activation: Activation = "silu",
+) -> Float[Array, "N D"]:
+    """Rows sorted by expert through ``down(act(gate x) * up x)``; rows past the last group are zero."""
+    args = (x_ND, *_arrays(weights), group_sizes_E.astype(jnp.int32))
+    return cpu.call("jmoe_grouped_mlp", x_ND.shape, *args, activation=ACTIVATIONS.index(activation))
+
+
+def combined_mlp_cpu(
+    x_TD: Float[Array, "T D"],
+    combine_TK: Float[Array, "T K"],
+    order_N: Int[Array, " N"],
+    weights: ExpertWeights,
+    group_sizes_E: Int[Array, " E"],
+    activation: Activation = "silu",
+) -> Float[Array, "T D"]:
+    """Each token's sum of its experts' outputs times ``combine_TK``.
+
+    order_N: the assignment ``t * K + k`` of each row in expert order; those past the last group are nobody's.
+    """
+    args = (x_TD, *_arrays(weights), group_sizes_E, order_N, combine_TK)
+    return cpu.call("jmoe_combined_mlp", x_TD.shape, *args, activation=ACTIVATIONS.index(activation))
+
+
+def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:
+    """Four operands; a bias that is absent is an empty one."""
+    none = jnp.zeros((0,), jnp.float32)
+    biases = (weights.gate_up_bias_E2F, weights.down_bias_ED)
+    kept = (none if bias is None else bias.astype(jnp.float32) for bias in biases)
+    return weights.gate_up_E2FD, weights.down_EDF, *kept

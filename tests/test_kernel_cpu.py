@@ -1,0 +1,90 @@
+"""The C++ kernels: every instruction set of this processor, an emulated one, a sanitized build, and their absence."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cpu_kernels
+import pytest
+from jmoe_kernels import cpu
+from jmoe_kernels.cpu import build
+from jmoe_kernels.grouped_mlp import pick, supports
+
+LIBRARY = cpu.library()
+needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no C++ kernels here: {LIBRARY}")
+ISAS = () if isinstance(LIBRARY, str) else LIBRARY.isas
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    assert isinstance(LIBRARY, cpu.Library)
+    best = LIBRARY.isa
+    LIBRARY.use(request.param)
+    yield request.param
+    LIBRARY.use(best)
+
+
+@pytest.mark.parametrize("check", cpu_kernels.CHECKS, ids=lambda c: c.__name__)
+def test_every_instruction_set_equals_numpy(check, isa: str):
+    check()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX and its emulation are x86")
+@pytest.mark.skipif(not shutil.which("g++"), reason="the sanitizer's library is looked up with g++")
+def test_emulated_amx_under_the_address_sanitizer(tmp_path: Path):
+    """All kernels on all sets, every access checked; "plain C++" last shows that the run went through."""
+    # jaxlib throws exceptions: the sanitizer must find the C++ library that carries them.
+    preload = [_library(name) for name in ("libasan.so", "libstdc++.so")]
+    if not all(Path(found).is_absolute() for found in preload):
+        pytest.skip("g++ has no address sanitizer here")
+    flags = ["-fsanitize=address", "-g", "-O1", "-DJMOE_EMULATE_AMX"]
+    sanitized = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+    env = {**os.environ, **sanitized, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, cpu_kernels.__file__, str(tmp_path), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = done.stdout.split("\n")
+    assert "plain C++" in ran and (ran[0] == "AMX bfloat16" or "AVX-512 bfloat16" not in ran)
+
+
+def _library(name: str) -> str:
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+@needs_compiler
+def test_an_unknown_instruction_set_is_refused():
+    assert isinstance(LIBRARY, cpu.Library)
+    with pytest.raises(ValueError, match=r"'MMX' cannot run here; those that can: .*plain C\+\+"):
+        LIBRARY.use("MMX")
+
+
+def test_without_a_compiler_the_portable_form_serves(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        build.build(tmp_path)
+    monkeypatch.setattr(cpu, "library", lambda: "no C++ compiler found (c++, g++ or clang++)")
+    assert pick("cpu", "bfloat16") == (
+        "xla",
+        "portable XLA: implementation 'cpu' cannot run here: no C++ compiler found (c++, g++ or clang++); 'xla' can",
+    )
+    assert "no C++ compiler" in (supports("cpu", "cpu", "float32") or "")
+
+
+@needs_compiler
+def test_a_failed_compilation_says_what_failed(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="failed: .*unrecognized|unknown"):
+        build.build(tmp_path, ("-fno-such-flag",))
+    assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+def test_a_build_is_kept(tmp_path: Path, monkeypatch):
+    assert isinstance(LIBRARY, cpu.Library)
+    shutil.copy(LIBRARY.path, tmp_path)
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
+    assert build.build(tmp_path).name == LIBRARY.path.name
