@@ -8,6 +8,7 @@ With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -107,16 +108,37 @@ class ModelFunctions:
         return model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD)
 
 
+@dataclass(frozen=True)
+class Jitted:
+    """The functions of ``ModelFunctions``, jitted. Each keeps what it has compiled, by shapes and devices."""
+
+    step: Callable[..., Any]
+    score: Callable[..., Any]
+    window_logits: Callable[..., Any]
+
+
+@lru_cache(maxsize=8)
+def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
+    """The jitted functions of one structure: runners of equal models share them, and what they compiled.
+
+    The graph, which holds the configuration and the mesh, is hashed once a runner. The bound frees the
+    programs of models that are no longer run.
+    """
+    functions = ModelFunctions(graph, structure)
+    return Jitted(
+        step=jax.jit(functions.step, donate_argnums=(1, 2)),
+        score=jax.jit(functions.score),
+        window_logits=jax.jit(functions.window_logits),
+    )
+
+
 class Runner:
     """Runs steps of ``model``; not thread-safe: one thread at a time."""
 
     def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes):
         graph, state = nnx.split(model)
         self.weights, structure = jax.tree.flatten(state)
-        functions = ModelFunctions(graph, structure)
-        self._step = jax.jit(functions.step, donate_argnums=(1, 2))
-        self._score = jax.jit(functions.score)
-        self._window_logits = jax.jit(functions.window_logits)
+        self._jitted = jitted(graph, structure)
         self.cfg, self.mesh, self.sizes = model.cfg, mesh, sizes
         self.ranks = token_ranks(mesh)
         self.pages = make_pages(model.cfg, mesh, sizes.pages_per_rank, sizes.page_size)
@@ -154,7 +176,7 @@ class Runner:
         """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
-        sampled, hidden, self.pages, self._totals[phase] = self._step(
+        sampled, hidden, self.pages, self._totals[phase] = self._jitted.step(
             self.weights, self.pages, self._totals[phase], arrays
         )
         self._undrained += 1
@@ -164,11 +186,11 @@ class Runner:
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
-        return jax.device_get(self._score(self.weights, hidden_BTD, targets_BT))
+        return jax.device_get(self._jitted.score(self.weights, hidden_BTD, targets_BT))
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
-        return np.asarray(self._window_logits(self.weights, tokens_BT, positions_BT))
+        return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT))
 
     def drain(self) -> None:
         """Moves the device's counts into ``counters``."""

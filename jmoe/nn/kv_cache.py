@@ -5,12 +5,14 @@ order; position p lives in row ``p % page_size`` of page ``table[p // page_size]
 over the ranks that hold sequences, so table entries are local to a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, Shaped
 from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe_kernels.matmul import as_float
@@ -52,9 +54,14 @@ def page_bytes(cfg: ModelConfig, mesh: Mesh, page_size: int) -> int:
 def make_pages(cfg: ModelConfig, mesh: Mesh, pages_per_rank: int, page_size: int) -> list[LayerPages]:
     """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
     shape = (pages_per_rank * token_ranks(mesh), stored_kv_heads(cfg, mesh), page_size, cfg.head_dim)
-    where = sharding(mesh, TOKENS, TENSOR)
-    zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype(jnp.dtype(cfg.dtype))), out_shardings=where)
+    zeros = _zeros(shape, kv_dtype(jnp.dtype(cfg.dtype)), sharding(mesh, TOKENS, TENSOR))
     return [LayerPages(zeros(), zeros()) for _ in range(cfg.num_hidden_layers)]
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, where: NamedSharding) -> Callable[[], Array]:
+    """A compiled maker of zeros, kept so that a second cache of the same shape does not compile it again."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 def write(
