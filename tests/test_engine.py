@@ -85,7 +85,7 @@ def test_a_mesh_generates_the_same_tokens(engine: Engine, shape):
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
     assert on_mesh.runner.compilations.after_warm_up == 0
-    on_mesh.runner.compilations.close()
+    on_mesh.close()
 
 
 def test_nothing_compiles_after_warm_up(engine: Engine):
@@ -101,7 +101,10 @@ def test_nothing_compiles_after_warm_up(engine: Engine):
     engine.moe_stats()
     assert engine.runner.compilations.after_warm_up == before
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))
-    assert engine.runner.compilations.after_warm_up > before, "the counter hears a real compilation"
+    window_logits(engine, range(11))
+    assert engine.runner.compilations.after_warm_up == before, "only the engine's own steps count"
+    engine.runner.run(engine.runner.blank(3, 1))
+    assert engine.runner.compilations.after_warm_up > before, "the counter hears a shape that was not warm"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
@@ -118,7 +121,7 @@ def test_a_second_engine_of_the_same_shapes_compiles_nothing(shape):
         [request], _ = serve(engine, [tokens(CFG, 40)], dataclasses.replace(GREEDY, prompt_logprobs=1))
         if mesh.size == 1:
             window_logits(engine, range(16))
-        engine.runner.compilations.close()
+        engine.close()
         return request.token_ids
 
     first = tokens_of(models[0])
@@ -205,7 +208,7 @@ def test_a_request_larger_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="needs 6 KV pages and there are 3"):
         serve(small, [[1] * 30])
     assert serve(small, [[1] * 5])[1][0][-1].finish_reason == "length"
-    small.runner.compilations.close()
+    small.close()
 
 
 def test_abort_frees_slot_and_pages(engine: Engine):

@@ -6,7 +6,8 @@ With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -176,17 +177,19 @@ class Runner:
         """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
-        sampled, hidden, self.pages, self._totals[phase] = self._jitted.step(
-            self.weights, self.pages, self._totals[phase], arrays
-        )
-        self._undrained += 1
-        if self._undrained >= DRAIN_STEPS:
-            self.drain()
+        with self.compilations.watch():
+            sampled, hidden, self.pages, self._totals[phase] = self._jitted.step(
+                self.weights, self.pages, self._totals[phase], arrays
+            )
+            self._undrained += 1
+            if self._undrained >= DRAIN_STEPS:
+                self.drain()
         return sampled, hidden
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
-        return jax.device_get(self._jitted.score(self.weights, hidden_BTD, targets_BT))
+        with self.compilations.watch():
+            return jax.device_get(self._jitted.score(self.weights, hidden_BTD, targets_BT))
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
@@ -215,24 +218,45 @@ class Runner:
         progress(len(shapes), len(shapes))
         self.compilations.warm_up_done()
 
+    def close(self) -> None:
+        """Lets go of the weights and the cache; nothing runs any more."""
+        self.weights, self.pages = [], []
+        self.compilations.close()
+
 
 class CompilationCounter:
-    """Compilations on this thread after warm-up, as jax itself reports them."""
+    """Compilations inside ``watch`` after warm-up, as jax itself reports them.
+
+    jax tells of every compilation in the process; another model's, or other code's, are not a runner's.
+    """
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
         self.after_warm_up = 0
-        self._thread: int | None = None
+        self._warm, self._open = False, True
+        self._watched: int | None = None  # the thread that is in ``watch``
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def warm_up_done(self, thread: int | None = None) -> None:
-        """Counts from now on what ``thread`` (default: the calling one) compiles."""
-        self._thread = thread or threading.get_ident()
+    def warm_up_done(self) -> None:
+        """Counts from now on."""
+        self._warm = True
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """What this thread compiles inside counts."""
+        self._watched = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._watched = None
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == self.EVENT and threading.get_ident() == self._thread:
+        if self._warm and event == self.EVENT and threading.get_ident() == self._watched:
             self.after_warm_up += 1
 
     def close(self) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        """Stops listening; safe to call again."""
+        if self._open:
+            jax.monitoring.unregister_event_duration_listener(self._heard)
+        self._open = False

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TextIO
 
 from jmoe.engine.build import EngineSettings, Progress, build_engine, with_seed
@@ -18,17 +19,19 @@ def print_streamed(
     out: TextIO,
 ) -> None:
     """Prints the completions on ``out``, a line end after each: one as it comes, several at the end."""
-    engine = build_engine(model, settings, progress, scores_prompts=False)
-    if len(prompts) == 1:
-        run_all(engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True))
-        print(file=out)
-        return
     texts = [""] * len(prompts)
 
     def collect(i: int, output: Output) -> None:
         texts[i] += output.text
 
-    run_all(engine, prompts, params, collect)
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
+        if len(prompts) == 1:
+            run_all(
+                engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True)
+            )
+            print(file=out)
+            return
+        run_all(engine, prompts, params, collect)
     for text in texts:
         print(text, file=out)
 
@@ -37,7 +40,6 @@ def generate(
     model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
 ) -> dict[str, Any]:
     """The report that ``jmoe generate --json`` prints."""
-    engine = build_engine(model, settings, progress, scores_prompts=False)
     texts = [""] * len(prompts)
     reasons: list[str | None] = [None] * len(prompts)
 
@@ -45,14 +47,16 @@ def generate(
         texts[i] += output.text
         reasons[i] = output.finish_reason
 
-    start = time.perf_counter()
-    requests = run_all(engine, prompts, params, collect)
-    seconds = time.perf_counter() - start
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
+        start = time.perf_counter()
+        requests = run_all(engine, prompts, params, collect)
+        seconds = time.perf_counter() - start
+        moe = engine.moe_stats()
     outputs = [
         {"prompt_token_ids": r.prompt_token_ids, "text": t, "token_ids": r.token_ids, "finish_reason": why}
         for r, t, why in zip(requests, texts, reasons, strict=True)
     ]
-    return {"outputs": outputs, "seconds": seconds, "moe": engine.moe_stats()}
+    return {"outputs": outputs, "seconds": seconds, "moe": moe}
 
 
 def run_all(
