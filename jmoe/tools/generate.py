@@ -1,5 +1,6 @@
 """``jmoe generate``: completions of prompts, streamed as text or reported as JSON."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -8,6 +9,8 @@ from typing import Any, TextIO
 from jmoe.engine.build import EngineSettings, Progress, build_engine, with_seed
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
+
+DEFAULT_MAX_TOKENS = 128
 
 
 def print_streamed(
@@ -62,7 +65,10 @@ def generate(
 def run_all(
     engine: Engine, prompts: list[str], params: SamplingParams, receive: Callable[[int, Output], None]
 ) -> list[Request]:
-    """Runs every prompt to its end; ``receive`` gets (prompt index, increment)."""
+    """Runs every prompt to its end; ``receive`` gets (prompt index, increment).
+
+    max_tokens None: 128, or as many as the context holds after the prompt.
+    """
     if engine.codec is None:
         raise ValueError("this model directory has no tokenizer.json; text prompts need one")
     arrived = time.monotonic()
@@ -70,9 +76,17 @@ def run_all(
     def emit(i: int) -> Callable[[Output], None]:
         return lambda output: receive(i, output)
 
+    encoded = [engine.codec.encode(prompt) for prompt in prompts]
     requests = [
-        Request(str(i), engine.codec.encode(prompt), with_seed(params), emit(i), arrived)
-        for i, prompt in enumerate(prompts)
+        Request(str(i), ids, with_seed(_fitted(params, engine.max_model_len - len(ids))), emit(i), arrived)
+        for i, ids in enumerate(encoded)
     ]
     engine.run(requests)
     return requests
+
+
+def _fitted(params: SamplingParams, room: int) -> SamplingParams:
+    """``params`` with the default length, as far as there is room; without any the engine says the limit."""
+    if params.max_tokens is not None or room < 1:
+        return params
+    return dataclasses.replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))
