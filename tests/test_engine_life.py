@@ -80,3 +80,26 @@ def test_closing_the_worker_closes_its_engine(model):
     with engine.runner.compilations.watch():
         compile_something()
     assert engine.runner.compilations.after_warm_up == heard
+
+
+def test_without_warm_up_only_what_runs_is_compiled(model):
+    """One prefill and one decode shape of a size that no other test compiles."""
+    compiled: list[str] = []
+
+    def heard(event: str, seconds: float, **more: str | int) -> None:
+        compiled.extend([event] if event == CompilationCounter.EVENT else [])
+
+    shapes = SMALL | {"max_model_len": 120}
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        with LLM(model, **shapes, warm_up=False) as cold:
+            loading = len(compiled)
+            tokens = cold.generate([[1, 2]], GREEDY)[0].outputs[0].token_ids
+        running = len(compiled)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    with LLM(model, **shapes) as warm:
+        assert len(warm.engine.runner.sizes.decode) == 2
+        assert warm.generate([[1, 2]], GREEDY)[0].outputs[0].token_ids == tokens
+    assert loading <= 1 < running, "at most the empty pages compile before the first prompt"
+    assert cold.engine.snapshot().compilations_after_warmup == 0
