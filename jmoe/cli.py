@@ -105,7 +105,8 @@ def _generate_parser(commands: Any) -> None:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
-    p.add_argument("--max-tokens", type=int, metavar="N", default=128)
+    length = "tokens to generate at most (default: 128, or fewer where the context ends)"
+    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help=length)
     p.add_argument("--temperature", type=float, metavar="X", default=1.0)
     p.add_argument("--top-p", type=float, metavar="X", default=1.0)
     p.add_argument("--top-k", type=int, metavar="N", default=0)
@@ -164,7 +165,10 @@ def run_serve(args: argparse.Namespace) -> int:
 
     model = values.get("model", "tiny")
     with Bars() as bars:
-        worker = EngineWorker(build_engine(model, settings, bars))
+        engine = build_engine(model, settings, bars)
+    kernels = engine.runner.kernels
+    logging.getLogger(__name__).info("expert kernels: %s (%s)", kernels.experts, kernels.why)
+    worker = EngineWorker(engine)
     worker.start()
     try:
         return serve(worker, server, socket, model_directory(model), model)

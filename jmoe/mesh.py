@@ -54,5 +54,10 @@ def check_divides(what: str, size: int, axis: str, parts: int) -> None:
         )
 
 
+def platform_of(mesh: Mesh) -> str:
+    """The kind of the mesh's devices ("cpu", "gpu", "tpu"), which need not be jax's default backend."""
+    return mesh.devices.flat[0].platform
+
+
 def is_single(mesh: Mesh) -> bool:
     return math.prod(mesh.shape.values()) == 1

@@ -6,7 +6,12 @@ from typing import Self
 
 from tqdm import tqdm
 
-UNITS = {"load": ("B", True), "compile": ("shape", False), "score": ("token", True)}
+UNITS = {
+    "kernels": ("build", False),
+    "load": ("B", True),
+    "compile": ("shape", False),
+    "score": ("token", True),
+}
 
 
 class Bars:

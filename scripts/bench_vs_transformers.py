@@ -21,6 +21,7 @@ Weights made from a TOML file are random: their routing is nearly uniform, and t
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -71,58 +72,34 @@ def pin(threads: int) -> None:
 
 def write_random(toml: Path, directory: Path) -> None:
     """A Hugging Face checkpoint of the shape in ``toml``: normal weights (std 0.02), norms of ones."""
-    import numpy as np
+    import jax.numpy as jnp
+    from flax import nnx
 
-    from jmoe.checkpoint.params import abstract_decoder, sources
-    from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
+    from jmoe.checkpoint.hf_writer import save_hf
     from jmoe.config import ModelConfig, MoEConfig, check_keys, read_toml
     from jmoe.mesh import make_mesh
+    from jmoe.models.decoder import Decoder
+    from jmoe.nn.param import ParamMaker
 
     values = read_toml(toml)
     check_keys(str(toml), values, ModelConfig.__dataclass_fields__)
     cfg = ModelConfig(**values)
-    _, specs = abstract_decoder(cfg, MoEConfig(), make_mesh(1, 1, 1))
-    tensors = [
-        (part.name, specs[path].dtype, specs[path].shape[len(part.index) :])
-        for path, parts in sources(cfg).items()
-        for part in parts
-    ]
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    rng = np.random.default_rng(0)
-    (directory / "config.json").write_text(json.dumps(hf_config(cfg), indent=2))
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(encode_header((name, codes[dtype], shape) for name, dtype, shape in tensors))
-        for name, dtype, shape in tensors:
-            normal = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-            drawn = np.ones(shape, np.float32) if name.endswith("norm.weight") else normal
-            file.write(drawn.astype(dtype).tobytes())
+    make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(0), platform="cpu")
+    save_hf(Decoder(cfg, MoEConfig(), make_mesh(), make), hf_config(cfg), directory)
 
 
 def hf_config(cfg: Any) -> dict[str, Any]:
-    """The ``config.json`` of a ModelConfig; ValueError where the family cannot be that."""
-    from jmoe.models import model_config
-
-    model_type = {"MixtralForCausalLM": "mixtral", "Qwen3MoeForCausalLM": "qwen3_moe"}
-    same = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "num_experts_per_tok max_position_embeddings norm_topk_prob attention_bias sliding_window "
-        "rms_norm_eps tie_word_embeddings dtype bos_token_id"
-    )
-    kind = model_type.get(cfg.architecture, "olmoe")
-    config = {
+    """The ``config.json`` of a ModelConfig, under the names that the families' classes have."""
+    model_types = {"MixtralForCausalLM": "mixtral", "Qwen3MoeForCausalLM": "qwen3_moe"}
+    return {
+        **dataclasses.asdict(cfg),
         "architectures": [cfg.architecture],
-        "model_type": kind,
-        "hidden_act": "silu",
-        "num_local_experts" if kind == "mixtral" else "num_experts": cfg.num_experts,
-        "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size": cfg.moe_intermediate_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "model_type": model_types.get(cfg.architecture, "olmoe"),
+        "intermediate_size": cfg.moe_intermediate_size,
+        "num_local_experts": cfg.num_experts,
         "use_sliding_window": cfg.sliding_window is not None,
         "eos_token_id": list(cfg.eos_token_ids) or None,
-        **{name: getattr(cfg, name) for name in same.split()},
     }
-    if model_config(config) != cfg:
-        raise ValueError(f"{cfg.architecture} cannot have the shape {cfg}")
-    return config
 
 
 # ---- the contenders ------------------------------------------------------------------------------------
@@ -277,17 +254,22 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     for batch in args.batches:
         prompts = rng.integers(0, vocab, (batch, args.context)).tolist()
         rows[f"decode {batch}"] = ("decode", prompts, args.new)
+    ways = list(itertools.product(WAYS, args.experts))
+    contenders: dict[str, list[tuple[str, Contender]]] = {
+        phase: [
+            (JMOE, getattr(ours, phase)),
+            *((f"{way}, {experts}", theirs.contender(phase, way, experts)) for way, experts in ways),
+        ]
+        for phase in ("prefill", "decode")
+    }
     samples: Samples = {row: {} for row in rows}
     equal: dict[str, dict[str, float]] = {row: {} for row in rows}
     for turn in range(-1, args.rounds):  # the first only warms up
         for row, (phase, prompts, new) in rows.items():
-            contenders: dict[str, Contender] = {JMOE: getattr(ours, phase)}
-            for way, experts in itertools.product(WAYS, args.experts):
-                contenders[f"{way}, {experts}"] = theirs.contender(phase, way, experts)
             tokens = {}
-            for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            for name, run in contenders[phase][:: 1 if turn % 2 == 0 else -1]:
                 time.sleep(PAUSE)
-                speed, tokens[name] = contenders[name](prompts, new if turn >= 0 else min(new, 4))
+                speed, tokens[name] = run(prompts, new if turn >= 0 else min(new, 4))
                 if turn >= 0:
                     samples[row].setdefault(name, []).append(speed)
             equal[row] = {

@@ -103,7 +103,7 @@ def check_grouped():
 
 
 def check_combined():
-    """Tokens gathered and combined by the kernel equal the rows form; assignments past the groups are nobody's."""
+    """Tokens gathered and combined by the kernel equal the rows form; some assignments are nobody's."""
     rng = RNG(2)
     t, k, e, d, f = 13, 3, 5, 40, 24
     x = rng.standard_normal((t, d), np.float32)

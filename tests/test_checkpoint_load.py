@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from small import config as small_config
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
-from jmoe.checkpoint.params import ParamSpec, dotted, place
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
 from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.nn.attention import Sequences
+from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.param import ParamMaker
 
 
@@ -177,6 +179,15 @@ def test_one_device_aliases_the_buffer():
         assert not buffer.flags.writeable
         if device.platform == "cpu":
             assert array.unsafe_buffer_pointer() == buffer.ctypes.data
+
+
+def test_storage_follows_the_devices_of_the_mesh(monkeypatch):
+    """A mesh of CPU devices on a machine whose default devices are others."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cfg = small_config(dtype="bfloat16")
+    _, specs = abstract_decoder(cfg, MoEConfig(), one_device())
+    assert specs["layers.0.moe.experts.down_EDF"].storage == np.uint16
+    assert make_pages(cfg, one_device(), 2, 8)[0].k_PHSd.dtype == np.uint16
 
 
 def test_host_memory_is_the_model_and_little_more(tmp_path):

@@ -59,6 +59,18 @@ def test_generate_prints_the_completion_only(capsys, model):
     assert len(output["token_ids"]) == 5 and output["finish_reason"] == "length"
 
 
+def test_the_default_length_ends_with_the_context(capsys, model):
+    args = ("generate", model, "--prompt", "p" * 60, "--temperature", "0", "--json")
+    code, report, _ = run(capsys, *args)
+    [output] = json.loads(report)["outputs"]
+    assert code == 0 and len(output["token_ids"]) == 4 and output["finish_reason"] == "length"
+    code, out, err = run(capsys, *args, "--max-tokens", "5")
+    assert code == 2 and out == "" and "maximum context length is 64 tokens" in err
+    assert "requested 65 tokens (60 in the prompt, 5 to generate)" in err
+    code, _, err = run(capsys, *args[:2], "--prompt", "p" * 64)
+    assert code == 2 and "maximum context length is 64 tokens" in err
+
+
 def test_generate_reads_a_file_and_standard_input(capsys, model, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_text("one\ntwo\n\nthree\n")

@@ -11,21 +11,25 @@ from small import config, decoder, mesh_of, tokens
 from jmoe.engine.engine import Engine
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.engine.runner import Runner, Sizes
+from jmoe.engine.runner import CompilationCounter, Runner, Sizes
 from jmoe.engine.sampling import SamplingRows, sample
 from jmoe.engine.scheduler import Scheduler
 from jmoe.mesh import make_mesh
+from jmoe.models.decoder import Decoder
 
 CFG = config()
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def engine_on(mesh, cfg=CFG, slots=4, pages=40, length=64) -> Engine:
-    sizes = Sizes((1, slots), (16, 32), 8, pages, length // 8)
-    runner = Runner(decoder(cfg, mesh), mesh, sizes)
+def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64) -> Engine:
+    runner = Runner(model, mesh, Sizes((1, slots), (16, 32), 8, pages, length // 8))
     runner.warm_up()
     pool = PagePool(runner.ranks, pages, 8)
-    return Engine(runner, Scheduler(pool, slots, 100, length), None, cfg.eos_token_ids)
+    return Engine(runner, Scheduler(pool, slots, 100, length), None, model.cfg.eos_token_ids)
+
+
+def engine_on(mesh, **sizes) -> Engine:
+    return engine_of(decoder(CFG, mesh), mesh, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def test_a_mesh_generates_the_same_tokens(engine: Engine, shape):
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
     assert on_mesh.runner.compilations.after_warm_up == 0
-    on_mesh.runner.compilations.close()
+    on_mesh.close()
 
 
 def test_nothing_compiles_after_warm_up(engine: Engine):
@@ -97,7 +101,37 @@ def test_nothing_compiles_after_warm_up(engine: Engine):
     engine.moe_stats()
     assert engine.runner.compilations.after_warm_up == before
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))
-    assert engine.runner.compilations.after_warm_up > before, "the counter hears a real compilation"
+    window_logits(engine, range(11))
+    assert engine.runner.compilations.after_warm_up == before, "only the engine's own steps count"
+    engine.runner.run(engine.runner.blank(3, 1))
+    assert engine.runner.compilations.after_warm_up > before, "the counter hears a shape that was not warm"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_second_engine_of_the_same_shapes_compiles_nothing(shape):
+    mesh = mesh_of(shape)
+    models = [decoder(CFG, mesh, seed=seed) for seed in (1, 2)]
+    compiled: list[str] = []
+
+    def heard(event: str, seconds: float, **more: str | int) -> None:
+        compiled.append(event)
+
+    def tokens_of(model: Decoder) -> list[int]:
+        engine = engine_of(model, mesh)
+        [request], _ = serve(engine, [tokens(CFG, 40)], dataclasses.replace(GREEDY, prompt_logprobs=1))
+        if mesh.size == 1:
+            window_logits(engine, range(16))
+        engine.close()
+        return request.token_ids
+
+    first = tokens_of(models[0])
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        second = tokens_of(models[1])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert CompilationCounter.EVENT not in compiled
+    assert first != second, "the second engine runs its own weights"
 
 
 def test_logprobs_are_those_of_a_full_forward(engine: Engine):
@@ -174,7 +208,7 @@ def test_a_request_larger_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="needs 6 KV pages and there are 3"):
         serve(small, [[1] * 30])
     assert serve(small, [[1] * 5])[1][0][-1].finish_reason == "length"
-    small.runner.compilations.close()
+    small.close()
 
 
 def test_abort_frees_slot_and_pages(engine: Engine):

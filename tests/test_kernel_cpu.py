@@ -1,4 +1,4 @@
-"""The C++ kernels: every instruction set of this processor, an emulated one, a sanitized build, and their absence."""
+"""The C++ kernels: every instruction set here, an emulated one, a sanitized build, and their absence."""
 
 import os
 import platform
@@ -67,17 +67,15 @@ def test_without_a_compiler_the_portable_form_serves(monkeypatch, tmp_path: Path
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
         build.build(tmp_path)
-    monkeypatch.setattr(cpu, "library", lambda: "no C++ compiler found (c++, g++ or clang++)")
-    assert pick("cpu", "bfloat16") == (
-        "xla",
-        "portable XLA: implementation 'cpu' cannot run here: no C++ compiler found (c++, g++ or clang++); 'xla' can",
-    )
+    monkeypatch.setattr(cpu, "library", lambda: "no C++ compiler found")
+    name, why = pick("cpu", "bfloat16")
+    assert name == "xla" and why.endswith("cannot run here: no C++ compiler found; 'xla' can")
     assert "no C++ compiler" in (supports("cpu", "cpu", "float32") or "")
 
 
 @needs_compiler
 def test_a_failed_compilation_says_what_failed(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="failed: .*unrecognized|unknown"):
+    with pytest.raises(RuntimeError, match=r"failed: .*(unrecognized|unknown)"):
         build.build(tmp_path, ("-fno-such-flag",))
     assert not list(tmp_path.glob("*.so"))
 

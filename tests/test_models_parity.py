@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jmoe import LLM, SamplingParams
+from jmoe.checkpoint import convert
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
@@ -19,6 +20,9 @@ pytestmark = pytest.mark.parity
 
 LENGTH, NEW = 24, 64
 COMMON = {"num_hidden_layers": 2, "max_position_embeddings": 128, "initializer_range": 0.15}
+
+
+SEEDS = (0, 1, 2)  # of one shape, so that only the first one compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ CASES = (
     Case(
         "olmoe-renormalised-gqa", OLMOE, OLMOE_SIZES | {"norm_topk_prob": True, "num_key_value_heads": 2}, 1
     ),
-    Case("olmoe-bias", OLMOE, OLMOE_SIZES | {"attention_bias": True}, 2),
+    Case("olmoe-bias-tied", OLMOE, OLMOE_SIZES | {"attention_bias": True, "tie_word_embeddings": True}, 2),
 )
 
 
@@ -105,7 +109,9 @@ def make(case: Case, directory: Path):
 
 
 def small(directory: Path, **changes) -> LLM:
-    return LLM(directory, max_model_len=LENGTH + NEW, max_num_seqs=2, max_num_batched_tokens=64, **changes)
+    """An engine that compiles no more than what a test runs."""
+    sizes = {"max_model_len": LENGTH + NEW, "max_num_seqs": 1, "max_num_batched_tokens": 64}
+    return LLM(directory, **sizes, warm_up=False, **changes)
 
 
 def logits_of(model, ids) -> np.ndarray:
@@ -121,25 +127,32 @@ def greedy(model, ids) -> list[int]:
     return tokens[0, len(ids) :].tolist()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_logits_and_greedy_tokens(case: Case, tmp_path: Path):
-    model = make(case, tmp_path)
-    llm = small(tmp_path)
+def test_logits_and_greedy_tokens(case: Case, seed: int, tmp_path: Path):
+    case = dataclasses.replace(case, seed=10 * seed + case.seed)
+    model = make(case, tmp_path / "hf")
+    llm = small(tmp_path / "hf")
     ids = np.random.default_rng(case.seed).integers(0, case.fields["vocab_size"], LENGTH)
-    np.testing.assert_allclose(llm.logits(ids), logits_of(model, ids), atol=1e-4)
-
     params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, logprobs=0)
     [output] = llm.generate([ids.tolist()], params)
     tokens = output.outputs[0].token_ids
     assert tokens == greedy(model, ids)
 
-    full = llm.logits([*ids, *tokens[:-1]])[LENGTH - 1 :]
+    every = [*ids, *tokens[:-1]]
+    np.testing.assert_allclose(llm.logits(every), logits_of(model, every), atol=1e-4)
+    full = llm.logits(every)[LENGTH - 1 :]
     want = full - np.log(np.exp(full - full.max(-1, keepdims=True)).sum(-1, keepdims=True))
     want -= full.max(-1, keepdims=True)
     got = [entry.logprob for entry in output.outputs[0].logprobs]
     np.testing.assert_allclose(
         got, want[np.arange(NEW), tokens], atol=1e-4, err_msg="decode against full forward"
     )
+    if seed == SEEDS[0]:
+        convert(tmp_path / "hf", tmp_path / "orbax")
+        converted = small(tmp_path / "orbax")
+        assert converted.generate([ids.tolist()], params)[0].outputs[0].token_ids == tokens
+        np.testing.assert_array_equal(converted.logits(every), llm.logits(every))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.mesh import is_single
+from jmoe.mesh import is_single, platform_of
 from jmoe.models import get_family
 from jmoe.models.decoder import Decoder
 from jmoe.nn.param import ParamMaker
@@ -43,8 +43,8 @@ class Source:
 
 def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
     """A Decoder of shapes without values, and its parameters by dotted path."""
-    dtype = jnp.dtype(cfg.dtype)
-    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, ParamMaker(dtype, nnx.Rngs(0))))
+    dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
+    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, ParamMaker(dtype, nnx.Rngs(0), platform=where)))
     specs = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), param.get_value()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jmoe_kernels.choice import choose
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
@@ -18,7 +19,7 @@ from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner, Sizes
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.text import TextCodec
-from jmoe.mesh import make_mesh, token_ranks
+from jmoe.mesh import make_mesh, platform_of, token_ranks
 from jmoe.nn.kv_cache import page_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -126,7 +127,8 @@ def build_engine(
 
     warm_up: False leaves each shape to compile when it first runs. scores_prompts: False leaves only what
     ``prompt_logprobs`` needs.
-    progress: called with ("load", bytes done, bytes) and ("compile", shapes done, shapes).
+    progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
+    done, shapes).
     """
     directory = model_directory(model)
     cfg = read_config(directory)
@@ -134,6 +136,9 @@ def build_engine(
     mesh = make_mesh(
         settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
     )
+    progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
+    choose(platform_of(mesh), cfg.dtype, settings.moe.kernel)
+    progress("kernels", 1, 1)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
     decoder = load_model(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jmoe.engine.request import (
+    EngineDead,
     EngineSnapshot,
     FinishReason,
     Output,
@@ -40,11 +41,23 @@ class Engine:
         self.listeners: list[Listener] = []
         self._texts: dict[str, Detokenizer] = {}
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Frees the weights and the cache and takes no more requests; safe to call again."""
+        self._closed = True
+        self.runner.close()
+
+    def check_open(self) -> None:
+        """Raises EngineDead after ``close``."""
+        if self._closed:
+            raise EngineDead("the engine is closed")
 
     # ---- requests in -------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Raises ValueError with one line where the request can never be served."""
+        """Raises ValueError with one line where the request can never be served; EngineDead once closed."""
+        self.check_open()
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")

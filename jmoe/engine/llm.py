@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,16 +42,35 @@ class LLM:
         llm = LLM("tiny")
         llm.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0.0))[0].outputs[0].text
 
+    ``close`` frees its memory; in a ``with`` statement that happens at the end.
     model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``. Keyword arguments
-    are the fields of ``EngineSettings``. Raises ValueError naming what is wrong with the model or a setting.
+    are the fields of ``EngineSettings``; with warm_up False each shape compiles when it first runs. Raises
+    ValueError naming what is wrong with the model or a setting.
     """
 
-    def __init__(self, model: str | Path = "tiny", *, moe: MoEConfig | None = None, **settings):
+    def __init__(
+        self,
+        model: str | Path = "tiny",
+        *,
+        moe: MoEConfig | None = None,
+        warm_up: bool = True,
+        **settings: Any,
+    ):
         unknown = set(settings) - {f.name for f in dataclasses.fields(EngineSettings)}
         if unknown:
             raise ValueError(f"LLM: unknown argument {min(unknown)!r}")
         self.settings = EngineSettings(moe=moe or MoEConfig(), **settings)
-        self.engine = build_engine(model, self.settings)
+        self.engine = build_engine(model, self.settings, warm_up=warm_up)
+
+    def close(self) -> None:
+        """Frees the weights and the cache; afterwards ``generate`` and ``logits`` raise EngineDead."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams = SamplingParams()
@@ -86,6 +106,7 @@ class LLM:
 
         Compiles once for every power of two of the length.
         """
+        self.engine.check_open()
         tokens = list(token_ids)
         if not 1 <= len(tokens) <= self.engine.max_model_len:
             raise ValueError(f"logits takes 1 to {self.engine.max_model_len} tokens, got {len(tokens)}")

@@ -6,8 +6,10 @@ With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -107,17 +109,38 @@ class ModelFunctions:
         return model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD)
 
 
+@dataclass(frozen=True)
+class Jitted:
+    """The functions of ``ModelFunctions``, jitted. Each keeps what it has compiled, by shapes and devices."""
+
+    step: Callable[..., Any]
+    score: Callable[..., Any]
+    window_logits: Callable[..., Any]
+
+
+@lru_cache(maxsize=8)
+def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
+    """The jitted functions of one structure: runners of equal models share them, and what they compiled.
+
+    The graph, which holds the configuration and the mesh, is hashed once a runner. The bound frees the
+    programs of models that are no longer run.
+    """
+    functions = ModelFunctions(graph, structure)
+    return Jitted(
+        step=jax.jit(functions.step, donate_argnums=(1, 2)),
+        score=jax.jit(functions.score),
+        window_logits=jax.jit(functions.window_logits),
+    )
+
+
 class Runner:
     """Runs steps of ``model``; not thread-safe: one thread at a time."""
 
     def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes):
         graph, state = nnx.split(model)
         self.weights, structure = jax.tree.flatten(state)
-        functions = ModelFunctions(graph, structure)
-        self._step = jax.jit(functions.step, donate_argnums=(1, 2))
-        self._score = jax.jit(functions.score)
-        self._window_logits = jax.jit(functions.window_logits)
-        self.cfg, self.mesh, self.sizes = model.cfg, mesh, sizes
+        self._jitted = jitted(graph, structure)
+        self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
         self.ranks = token_ranks(mesh)
         self.pages = make_pages(model.cfg, mesh, sizes.pages_per_rank, sizes.page_size)
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
@@ -154,21 +177,23 @@ class Runner:
         """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
-        sampled, hidden, self.pages, self._totals[phase] = self._step(
-            self.weights, self.pages, self._totals[phase], arrays
-        )
-        self._undrained += 1
-        if self._undrained >= DRAIN_STEPS:
-            self.drain()
+        with self.compilations.watch():
+            sampled, hidden, self.pages, self._totals[phase] = self._jitted.step(
+                self.weights, self.pages, self._totals[phase], arrays
+            )
+            self._undrained += 1
+            if self._undrained >= DRAIN_STEPS:
+                self.drain()
         return sampled, hidden
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
-        return jax.device_get(self._score(self.weights, hidden_BTD, targets_BT))
+        with self.compilations.watch():
+            return jax.device_get(self._jitted.score(self.weights, hidden_BTD, targets_BT))
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
-        return np.asarray(self._window_logits(self.weights, tokens_BT, positions_BT))
+        return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT))
 
     def drain(self) -> None:
         """Moves the device's counts into ``counters``."""
@@ -193,24 +218,45 @@ class Runner:
         progress(len(shapes), len(shapes))
         self.compilations.warm_up_done()
 
+    def close(self) -> None:
+        """Lets go of the weights and the cache; nothing runs any more."""
+        self.weights, self.pages = [], []
+        self.compilations.close()
+
 
 class CompilationCounter:
-    """Compilations on this thread after warm-up, as jax itself reports them."""
+    """Compilations inside ``watch`` after warm-up, as jax itself reports them.
+
+    jax tells of every compilation in the process; another model's, or other code's, are not a runner's.
+    """
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
         self.after_warm_up = 0
-        self._thread: int | None = None
+        self._warm, self._open = False, True
+        self._watched: int | None = None  # the thread that is in ``watch``
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def warm_up_done(self, thread: int | None = None) -> None:
-        """Counts from now on what ``thread`` (default: the calling one) compiles."""
-        self._thread = thread or threading.get_ident()
+    def warm_up_done(self) -> None:
+        """Counts from now on."""
+        self._warm = True
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """What this thread compiles inside counts."""
+        self._watched = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._watched = None
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == self.EVENT and threading.get_ident() == self._thread:
+        if self._warm and event == self.EVENT and threading.get_ident() == self._watched:
             self.after_warm_up += 1
 
     def close(self) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        """Stops listening; safe to call again."""
+        if self._open:
+            jax.monitoring.unregister_event_duration_listener(self._heard)
+        self._open = False

@@ -62,7 +62,7 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
 
 
 def _argmax(x_BV: Array) -> Array:
-    """``jnp.argmax`` as two plain reductions, eight times as fast on XLA:CPU; the last id where all are NaN."""
+    """``jnp.argmax`` as two plain reductions, eight times as fast on XLA:CPU; the last id among NaNs."""
     v = x_BV.shape[-1]
     highest_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x_BV >= highest_B1, jnp.arange(v, dtype=jnp.int32)[None], v - 1), axis=-1)

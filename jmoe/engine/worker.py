@@ -26,7 +26,6 @@ class EngineWorker:
 
     def start(self) -> None:
         self._thread.start()
-        self._engine.runner.compilations.warm_up_done(self._thread.ident)
 
     @property
     def codec(self) -> TextCodec | None:
@@ -63,11 +62,12 @@ class EngineWorker:
         self._engine.listeners.append(listener)
 
     def close(self) -> None:
-        """Stops the thread after the current step; what still runs is aborted."""
+        """Stops the thread after the current step; what still runs is aborted, and the engine is closed."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._engine.close()
 
     def _post(self, call: Any) -> Future:
         future: Future = Future()

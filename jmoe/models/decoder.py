@@ -18,7 +18,7 @@ from jmoe_kernels.choice import Kernels, choose
 from jmoe_kernels.matmul import Dense, linear
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.mesh import TENSOR, is_single
+from jmoe.mesh import TENSOR, is_single, platform_of
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import DispatchStats
 from jmoe.nn.attention import Attention, Sequences
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        kernels = choose(mesh.devices.flat[0].platform, cfg.dtype, moe.kernel)
+        kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel)
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
         self.layers = nnx.List(
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
-        self.cfg = cfg
+        self.cfg, self.kernels = cfg, kernels
         # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 

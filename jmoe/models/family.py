@@ -20,13 +20,11 @@ class Family:
     names: Callable[[ModelConfig], Iterator[WeightName]]
 
 
-def common_fields(
-    hf: HFConfig, *, experts: tuple[str, ...], inner: str, eps: float = 1e-6, theta: float = 1e4
-) -> dict[str, Any]:
+def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict[str, Any]:
     """The fields that every family spells alike, read from transformers 4 and 5 spellings.
 
-    experts: names under which the number of experts may stand. inner: the experts' inner dimension.
-    eps, theta: the norm's epsilon and the rotary base that the family has where the config is silent.
+    hf: the config over the family's defaults. experts: names under which the number of experts may stand.
+    inner: the experts' inner dimension.
     Raises ValueError naming a missing or unsupported field.
     """
     act = hf.get("hidden_act", "silu")
@@ -45,8 +43,8 @@ def common_fields(
         "num_experts_per_tok": require(hf, "num_experts_per_tok"),
         "moe_intermediate_size": require(hf, inner),
         "max_position_embeddings": require(hf, "max_position_embeddings"),
-        "rms_norm_eps": hf.get("rms_norm_eps", eps),
-        "rope_theta": rope_theta(hf, theta),
+        "rms_norm_eps": require(hf, "rms_norm_eps"),
+        "rope_theta": rope_theta(hf),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -67,7 +65,7 @@ def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
         raise ValueError(f"config.json: {field} = {hf.get(field)!r} is not supported")
 
 
-def rope_theta(hf: HFConfig, default: float) -> float:
+def rope_theta(hf: HFConfig) -> float:
     """The rotary base from ``rope_parameters`` (transformers 5) or ``rope_theta`` (4); plain RoPE only."""
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -75,7 +73,7 @@ def rope_theta(hf: HFConfig, default: float) -> float:
         raise ValueError(f"rope type {kind!r} is not supported; supported: 'default'")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor below 1 is not supported")
-    return float(parameters.get("rope_theta") or hf.get("rope_theta") or default)
+    return float(parameters.get("rope_theta") or require(hf, "rope_theta"))
 
 
 def weight_names(

@@ -5,17 +5,23 @@ from collections.abc import Iterator
 from jmoe.config import ModelConfig
 from jmoe.models.family import Family, HFConfig, WeightName, common_fields, weight_names
 
+# what transformers' MixtralConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_key_value_heads": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
     return ModelConfig(
         architecture="MixtralForCausalLM",
-        **common_fields(
-            hf,
-            experts=("num_local_experts", "num_experts"),
-            inner="intermediate_size",
-            eps=1e-5,
-            theta=1e6,
-        ),
+        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
         norm_topk_prob=True,
         sliding_window=hf.get("sliding_window"),
     )

@@ -5,14 +5,22 @@ from collections.abc import Iterator
 from jmoe.config import ModelConfig
 from jmoe.models.family import Family, HFConfig, WeightName, common_fields, refuse, weight_names
 
+# what transformers' OlmoeConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "eos_token_id": 50279,
+}
+
 
 def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
     refuse(hf, "clip_qkv", hf.get("clip_qkv") is not None)
     return ModelConfig(
         architecture="OlmoeForCausalLM",
-        **common_fields(
-            hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size", eps=1e-5
-        ),
+        **common_fields(hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size"),
         norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
         qk_norm="full",
         attention_bias=bool(hf.get("attention_bias", False)),

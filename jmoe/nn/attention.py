@@ -113,10 +113,8 @@ class Attention(nnx.Module):
         q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + _bias(w, f"{n}_bias", 3) for n in "qkv")
         if dense == "cpu" and is_single(self.mesh):  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
-            scaled = (
-                cpu.rotate(a, *by, w.get(n), cfg.rms_norm_eps) for a, n in ((q, "q_norm"), (k, "k_norm"))
-            )
-            return *scaled, v
+            q = cpu.rotate(q, *by, w.get("q_norm"), cfg.rms_norm_eps)
+            return q, cpu.rotate(k, *by, w.get("k_norm"), cfg.rms_norm_eps), v
         if cfg.qk_norm == "full":
             over = None if is_single(self.mesh) else TENSOR
             q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)

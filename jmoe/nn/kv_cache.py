@@ -5,18 +5,20 @@ order; position p lives in row ``p % page_size`` of page ``table[p // page_size]
 over the ranks that hold sequences, so table entries are local to a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, Shaped
 from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe_kernels.matmul import as_float
 
 from jmoe.config import ModelConfig
-from jmoe.mesh import TENSOR, TOKENS, sharding, token_ranks
+from jmoe.mesh import TENSOR, TOKENS, platform_of, sharding, token_ranks
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +34,10 @@ class LayerPages:
         return self.k_PHSd.shape[2]
 
 
-def kv_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """How keys and values of a ``dtype`` model are kept: bfloat16 as uint16 on CPU (``storage_dtype``), where
-    an update of a bfloat16 array copies the whole array (21.8 ms against 0.013)."""
-    return storage_dtype(jnp.dtype(dtype))
+def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
+    """How keys and values of a ``dtype`` model are kept on ``mesh``: bfloat16 as uint16 on CPU
+    (``storage_dtype``), where an update of a bfloat16 array copies it whole (21.8 ms against 0.013)."""
+    return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
 
 
 def stored_kv_heads(cfg: ModelConfig, mesh: Mesh) -> int:
@@ -45,16 +47,21 @@ def stored_kv_heads(cfg: ModelConfig, mesh: Mesh) -> int:
 
 def page_bytes(cfg: ModelConfig, mesh: Mesh, page_size: int) -> int:
     """Bytes of one page over all layers, keys and values."""
-    row = stored_kv_heads(cfg, mesh) * cfg.head_dim * kv_dtype(jnp.dtype(cfg.dtype)).itemsize
+    row = stored_kv_heads(cfg, mesh) * cfg.head_dim * kv_dtype(jnp.dtype(cfg.dtype), mesh).itemsize
     return 2 * cfg.num_hidden_layers * page_size * row
 
 
 def make_pages(cfg: ModelConfig, mesh: Mesh, pages_per_rank: int, page_size: int) -> list[LayerPages]:
     """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
     shape = (pages_per_rank * token_ranks(mesh), stored_kv_heads(cfg, mesh), page_size, cfg.head_dim)
-    where = sharding(mesh, TOKENS, TENSOR)
-    zeros = jax.jit(lambda: jnp.zeros(shape, kv_dtype(jnp.dtype(cfg.dtype))), out_shardings=where)
+    zeros = _zeros(shape, kv_dtype(jnp.dtype(cfg.dtype), mesh), sharding(mesh, TOKENS, TENSOR))
     return [LayerPages(zeros(), zeros()) for _ in range(cfg.num_hidden_layers)]
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, where: NamedSharding) -> Callable[[], Array]:
+    """A compiled maker of zeros, kept so that a second cache of the same shape does not compile it again."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 def write(

@@ -1,47 +1,98 @@
 """The model's own chat template, rendered in a sandbox.
 
 A template is code from the model's directory and messages are data from strangers: the environment is
-immutable and sandboxed, the text's length is bounded, and no request may bring a template.
+immutable and sandboxed, the text's length and the time are bounded, and no request may bring a template.
 """
 
 import datetime
 import json
 import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 log = logging.getLogger(__name__)
 MAX_RENDERED = 8 * 1024 * 1024  # characters; the body's limit, for templates that repeat what they are given
+MAX_SECONDS = 5.0  # of the thread's own CPU time; a long conversation takes milliseconds
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-class ChatTemplate:
-    """source: Jinja text. tokens: the special tokens by name. Raises ValueError where it does not compile."""
+class TooLong(jinja2.TemplateRuntimeError):
+    """The time for one rendering is over."""
 
-    def __init__(self, source: str, tokens: dict[str, str]):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+
+class TimedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox whose templates end: every turn of a loop and every call looks at the clock.
+
+    Those are all the ways in which a template can go on: what runs between two of them (an operator, a
+    filter) is one pass over values that exist. Renderings on several threads have a clock each.
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        self.filters["in_time"] = self.in_time
+        self.seconds, self._local = seconds, threading.local()
+
+    def start_clock(self) -> None:
+        self._local.end = time.thread_time() + self.seconds
+
+    def check_clock(self) -> None:
+        """Raises TooLong once the time since ``start_clock`` on this thread exceeds the limit."""
+        if time.thread_time() > self._local.end:
+            raise TooLong(f"it takes longer than {self.seconds:g} s")
+
+    def in_time(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.check_clock()
+            yield value
+
+    def call(self, /, *args: Any, **kwargs: Any) -> Any:
+        self.check_clock()
+        return super().call(*args, **kwargs)
+
+    def template(self, source: str) -> jinja2.Template:
+        """The template of ``source`` with ``in_time`` around what every loop goes through."""
+        tree = self.parse(source)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, "in_time", [], [], None, None, lineno=loop.lineno)
+        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
+
+
+class ChatTemplate:
+    """source: Jinja text. tokens: the special tokens by name. Raises ValueError where it does not compile.
+
+    seconds: the time that one rendering may take.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], seconds: float = MAX_SECONDS):
+        self.environment = environment = TimedEnvironment(seconds)
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.tokens = tokens
         try:
-            self.template = environment.from_string(source)
+            self.template = environment.template(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The conversation as text, open for the assistant's answer. ValueError says why it cannot be."""
         parts, size = [], 0
+        self.environment.start_clock()
         try:
             for part in self.template.generate(messages=messages, add_generation_prompt=True, **self.tokens):
                 size += len(part)
                 if size > MAX_RENDERED:
                     break
                 parts.append(part)
+        except TooLong as error:
+            log.warning("the chat template was ended: %s", error)
+            raise ValueError(f"the chat template cannot render these messages: {error}") from None
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {_first_line(error)}") from None
         except Exception as error:  # whatever the template's own expressions raise

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint import read_config
 from jmoe.engine.build import EngineSettings, context_length, model_directory, sizes_for
-from jmoe.mesh import make_mesh
+from jmoe.mesh import make_mesh, platform_of
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
@@ -51,7 +52,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, mesh, sizes.page_size),
         },
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
-        "choices": _choices(settings, jnp.dtype(cfg.dtype), mesh.size),
+        "choices": _choices(settings, jnp.dtype(cfg.dtype), mesh),
     }
 
 
@@ -70,10 +71,10 @@ def _weight_bytes(cfg: Any) -> int:
     return (cfg.num_hidden_layers * (attention + experts) + embeddings) * jnp.dtype(cfg.dtype).itemsize
 
 
-def _choices(settings: EngineSettings, dtype: jnp.dtype, devices: int) -> list[dict[str, str]]:
-    on_cpu = jax.default_backend() == "cpu"
-    storage = storage_dtype(dtype)
-    kernels = choose(jax.default_backend(), dtype, settings.moe.kernel)
+def _choices(settings: EngineSettings, dtype: jnp.dtype, mesh: Mesh) -> list[dict[str, str]]:
+    platform = platform_of(mesh)
+    storage, kept = storage_dtype(dtype, platform), kv_dtype(dtype, mesh)
+    kernels = choose(platform, dtype, settings.moe.kernel)
     rows = [
         ("grouped experts", kernels.experts, kernels.why),
         (
@@ -90,16 +91,14 @@ def _choices(settings: EngineSettings, dtype: jnp.dtype, devices: int) -> list[d
         ),
         (
             "KV cache kept as",
-            str(kv_dtype(dtype)),
-            "XLA:CPU updates a bfloat16 array by copying it"
-            if on_cpu and dtype != jnp.float32
-            else "as computed",
+            str(kept),
+            "XLA:CPU updates a bfloat16 array by copying it" if kept != dtype else "as computed",
         ),
         (
             "transport",
-            settings.moe.transport if devices > 1 else "local",
+            settings.moe.transport if mesh.size > 1 else "local",
             "from the moe config (default: replicated)"
-            if devices > 1
+            if mesh.size > 1
             else "all experts are on the one device",
         ),
     ]

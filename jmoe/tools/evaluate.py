@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,17 +56,17 @@ def evaluate(
     if missing:
         raise ValueError(f"no such data file: {missing[0]}")
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
-    engine = build_engine(model, settings, loading, warm_up=False)  # eval has shapes of its own
-    source = token_windows(engine, data)
-    start = time.perf_counter()
-    if mode == "prefill":
-        score = score_prefill(engine, bounded(source, max_tokens), batch_size, progress)
-    else:
-        score = score_decode(engine, source, batch_size, max_tokens, progress)
-    seconds = time.perf_counter() - start
+    with closing(build_engine(model, settings, loading, warm_up=False)) as engine:  # eval has its own shapes
+        source = token_windows(engine, data)
+        start = time.perf_counter()
+        if mode == "prefill":
+            score = score_prefill(engine, bounded(source, max_tokens), batch_size, progress)
+        else:
+            score = score_decode(engine, source, batch_size, max_tokens, progress)
+        seconds = time.perf_counter() - start
+        engine.runner.drain()
     if score.tokens == 0:
         raise ValueError("the data holds no window of two tokens or more: nothing to score")
-    engine.runner.drain()
     nll = score.nll / score.tokens
     return {
         "mode": mode,

@@ -1,12 +1,16 @@
 """``jmoe generate``: completions of prompts, streamed as text or reported as JSON."""
 
+import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TextIO
 
 from jmoe.engine.build import EngineSettings, Progress, build_engine, with_seed
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
+
+DEFAULT_MAX_TOKENS = 128
 
 
 def print_streamed(
@@ -18,17 +22,19 @@ def print_streamed(
     out: TextIO,
 ) -> None:
     """Prints the completions on ``out``, a line end after each: one as it comes, several at the end."""
-    engine = build_engine(model, settings, progress, scores_prompts=False)
-    if len(prompts) == 1:
-        run_all(engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True))
-        print(file=out)
-        return
     texts = [""] * len(prompts)
 
     def collect(i: int, output: Output) -> None:
         texts[i] += output.text
 
-    run_all(engine, prompts, params, collect)
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
+        if len(prompts) == 1:
+            run_all(
+                engine, prompts, params, lambda _i, output: print(output.text, end="", file=out, flush=True)
+            )
+            print(file=out)
+            return
+        run_all(engine, prompts, params, collect)
     for text in texts:
         print(text, file=out)
 
@@ -37,7 +43,6 @@ def generate(
     model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
 ) -> dict[str, Any]:
     """The report that ``jmoe generate --json`` prints."""
-    engine = build_engine(model, settings, progress, scores_prompts=False)
     texts = [""] * len(prompts)
     reasons: list[str | None] = [None] * len(prompts)
 
@@ -45,20 +50,25 @@ def generate(
         texts[i] += output.text
         reasons[i] = output.finish_reason
 
-    start = time.perf_counter()
-    requests = run_all(engine, prompts, params, collect)
-    seconds = time.perf_counter() - start
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
+        start = time.perf_counter()
+        requests = run_all(engine, prompts, params, collect)
+        seconds = time.perf_counter() - start
+        moe = engine.moe_stats()
     outputs = [
         {"prompt_token_ids": r.prompt_token_ids, "text": t, "token_ids": r.token_ids, "finish_reason": why}
         for r, t, why in zip(requests, texts, reasons, strict=True)
     ]
-    return {"outputs": outputs, "seconds": seconds, "moe": engine.moe_stats()}
+    return {"outputs": outputs, "seconds": seconds, "moe": moe}
 
 
 def run_all(
     engine: Engine, prompts: list[str], params: SamplingParams, receive: Callable[[int, Output], None]
 ) -> list[Request]:
-    """Runs every prompt to its end; ``receive`` gets (prompt index, increment)."""
+    """Runs every prompt to its end; ``receive`` gets (prompt index, increment).
+
+    max_tokens None: 128, or as many as the context holds after the prompt.
+    """
     if engine.codec is None:
         raise ValueError("this model directory has no tokenizer.json; text prompts need one")
     arrived = time.monotonic()
@@ -66,9 +76,17 @@ def run_all(
     def emit(i: int) -> Callable[[Output], None]:
         return lambda output: receive(i, output)
 
+    encoded = [engine.codec.encode(prompt) for prompt in prompts]
     requests = [
-        Request(str(i), engine.codec.encode(prompt), with_seed(params), emit(i), arrived)
-        for i, prompt in enumerate(prompts)
+        Request(str(i), ids, with_seed(_fitted(params, engine.max_model_len - len(ids))), emit(i), arrived)
+        for i, ids in enumerate(encoded)
     ]
     engine.run(requests)
     return requests
+
+
+def _fitted(params: SamplingParams, room: int) -> SamplingParams:
+    """``params`` with the default length, as far as there is room; without any the engine says the limit."""
+    if params.max_tokens is not None or room < 1:
+        return params
+    return dataclasses.replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))

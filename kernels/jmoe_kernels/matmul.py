@@ -69,9 +69,10 @@ def linear(
     """``x @ w.T`` in float32, computed in the dtype of ``w``.
 
     ``x`` may have any leading axes when ``w`` is a matrix; when ``w`` is a stack ``[E, N, K]``, ``x`` is
-    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16. implementation "cpu" is the C++ kernel for a matrix.
+    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16. implementation "cpu": the C++ kernel, for a matrix.
     """
     w = as_float(w)
     if w.ndim > 2:
         return _linear(x, w, "xla")
-    return _linear(x.reshape(-1, x.shape[-1]), w, implementation).reshape(*x.shape[:-1], w.shape[0])
+    flat: Array = _linear(x.reshape(-1, x.shape[-1]), w, implementation)
+    return flat.reshape(*x.shape[:-1], w.shape[0])

@@ -1,10 +1,10 @@
 """The C++ kernels as a shared library: compiled on first use, kept in a cache, registered with XLA.
 
 Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
-version, and a source install builds in isolation, where the jaxlib that will run is not the one present. The
-cache is keyed by source, flags, compiler, processor and jaxlib, so a changed machine compiles again (about
-8 s on two cores). Without a compiler, or where the build or the load fails, the portable kernels serve and the
-reason is kept for ``jmoe doctor``.
+version, and a source install builds in isolation, where the jaxlib present is not the one that will run.
+The cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
+(about 8 s on two cores). Without a compiler, or where the build or the load fails, the portable kernels serve
+and the reason is kept for ``jmoe doctor``.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 SOURCE = Path(__file__).parent / "src"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
@@ -65,7 +65,7 @@ class Library:
 
 def cache_directory() -> Path:
     """Where compiled kernels are kept: beside jax's compilation cache, or in the user's cache folder."""
-    programs = jax.config.jax_compilation_cache_dir
+    programs = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     return (Path(programs).parent if programs else Path.home() / ".cache" / "jmoe") / "kernels"
 
 
@@ -135,8 +135,8 @@ def _run(command: list[str]) -> None:
 
 
 def _key(compiler: str, extra: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [version, platform.machine(), jaxlib.__version__, *extra]
+    compiler_version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [compiler_version, platform.machine(), version("jaxlib"), *extra]
     for source in sorted(SOURCE.iterdir()):
         parts += [source.name, source.read_text(), *_flags(source)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

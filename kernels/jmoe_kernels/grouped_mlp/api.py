@@ -84,14 +84,14 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
     for name, got, want in (
-        ("x", x_ND.shape[1:], (model,)),
+        ("x", x_ND.shape, (x_ND.shape[0], model)),
         ("down", weights.down_EDF.shape, (experts, model, inner)),
         ("group_sizes", group_sizes_E.shape, (experts,)),
         ("gate_up_bias", getattr(weights.gate_up_bias_E2F, "shape", None), (experts, 2, inner)),
         ("down_bias", getattr(weights.down_bias_ED, "shape", None), (experts, model)),
     ):
         if got is not None and got != want:
-            return f"{name} must be {'[rows, model] with model ' if name == 'x' else ''}{list(want)}, got {list(got)}"
+            return f"{name} must be {list(want)}, got {list(got)}"
     return None
 
 
