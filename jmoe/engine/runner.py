@@ -24,7 +24,7 @@ from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, zero_tot
 from jmoe.mesh import sharding, token_ranks
 from jmoe.models.decoder import Decoder
 from jmoe.nn.attention import Sequences
-from jmoe.nn.kv_cache import LayerPages, make_pages
+from jmoe.nn.kv_cache import LayerPages, make_pages, page_sharding
 
 BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
 DRAIN_STEPS = 4096  # device counters are 32-bit; fetched at least this often
@@ -88,7 +88,9 @@ class ModelFunctions:
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         with jax.named_scope("sample"):
             sampled = sample(model.logits(last_BD), rows)
-        return sampled, out.hidden_BTD, out.pages, add_step(totals, out.stats)
+        # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
+        pages = lax.with_sharding_constraint(out.pages, page_sharding(model.mesh))
+        return sampled, out.hidden_BTD, pages, add_step(totals, out.stats)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""

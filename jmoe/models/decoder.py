@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
         # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 

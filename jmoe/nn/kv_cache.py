@@ -51,10 +51,15 @@ def page_bytes(cfg: ModelConfig, mesh: Mesh, page_size: int) -> int:
     return 2 * cfg.num_hidden_layers * page_size * row
 
 
+def page_sharding(mesh: Mesh) -> NamedSharding:
+    """Pages over the ranks that hold sequences, heads over the tensor axis."""
+    return sharding(mesh, TOKENS, TENSOR)
+
+
 def make_pages(cfg: ModelConfig, mesh: Mesh, pages_per_rank: int, page_size: int) -> list[LayerPages]:
     """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
     shape = (pages_per_rank * token_ranks(mesh), stored_kv_heads(cfg, mesh), page_size, cfg.head_dim)
-    zeros = _zeros(shape, kv_dtype(jnp.dtype(cfg.dtype), mesh), sharding(mesh, TOKENS, TENSOR))
+    zeros = _zeros(shape, kv_dtype(jnp.dtype(cfg.dtype), mesh), page_sharding(mesh))
     return [LayerPages(zeros(), zeros()) for _ in range(cfg.num_hidden_layers)]
 
 

@@ -14,6 +14,7 @@ namespace jmoe {
 namespace {
 
 constexpr int64_t FEW = 8;  // rows of x up to which lanes run along k
+constexpr int64_t AHEAD = 4 << 10;  // bytes of weights to ask for early: the stream is long, its rows short
 
 size_t packed_bytes(int64_t m, int64_t k) {
   return (size_t)(m <= FEW ? m * padded(k) * 2 : interleaved_bytes(m, k));
@@ -42,7 +43,10 @@ template <int R, int M>
 inline void lanes_step(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, __mmask32 mask,
                        __m512 (&acc)[16]) {
   __m512bh ws[R];
-  UNROLLED for (int r = 0; r < R; r++) ws[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * ldw);
+  UNROLLED for (int r = 0; r < R; r++) {
+    ws[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * ldw);
+    _mm_prefetch((const char*)(w + r * ldw) + AHEAD, _MM_HINT_T0);
+  }
   UNROLLED for (int j = 0; j < M; j++) {
     const __m512bh xs = (__m512bh)_mm512_loadu_si512(x + j * ldx);
     UNROLLED for (int r = 0; r < R; r++) acc[j * R + r] = _mm512_dpbf16_ps(acc[j * R + r], ws[r], xs);
