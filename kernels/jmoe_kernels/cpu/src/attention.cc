@@ -48,6 +48,16 @@ void hide(float* scores, int64_t from, int64_t limit, int64_t keys) {
   for (int64_t s = limit < 0 ? 0 : limit; s < keys; s++) scores[s] = NEVER;
 }
 
+// Asks for a page's keys and values early: pages lie anywhere, so the processor cannot guess.
+void ask_for(const Problem& p, int64_t page, int64_t g) {
+  if (page < 0 || page >= p.pages) return;
+  const int64_t bytes = p.page * p.d * (p.bf16 ? 2 : 4), at = (page * p.kv_heads + g) * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(p.k + at + i);
+    __builtin_prefetch(p.v + at + i);
+  }
+}
+
 // Tokens [t0, t1) of sequence b, the query heads that share KV head g.
 void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1) {
   const int64_t share = p.heads / p.kv_heads, queries = (t1 - t0) * share, d = p.d;
@@ -74,7 +84,8 @@ void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1)
     if (page < 0 || page >= p.pages) continue;
     const int64_t keys = last + 1 - base < p.page ? last + 1 - base : p.page;
     const int64_t at = (page * p.kv_heads + g) * p.page * d * width;
-    gemm.run(state.packed, queries, 0, queries, d, p.k + at, d, keys, state.scores, lanes);
+    if (j < last / p.page && j + 1 < p.table_len) ask_for(p, p.table[b * p.table_len + j + 1], g);
+    gemm.run(state.packed, queries, d, p.k + at, d, keys, state.scores, lanes);
     for (int64_t i = 0; i < queries; i++) {
       const int64_t position = positions[t0 + i / share];
       float* scores = state.scores + i * lanes;

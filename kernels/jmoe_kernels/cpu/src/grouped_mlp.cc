@@ -45,8 +45,8 @@ void inner_units(const Layer& layer, const Group& group, int64_t f, int64_t coun
     // Each block is packed as rows of its own: x of block t lies behind the blocks before it.
     const size_t x_block = aligned(layer.gemm->packed_bytes(full, d)) * (t / BLOCK);
     const size_t h_block = aligned(layer.gemm->packed_bytes(full, layer.inner)) * (t / BLOCK);
-    layer.gemm->run(x + group.x_at + x_block, n, 0, n, d, gate_w, d, count, gate, count);
-    layer.gemm->run(x + group.x_at + x_block, n, 0, n, d, up_w, d, count, up, count);
+    layer.gemm->run(x + group.x_at + x_block, n, d, gate_w, d, count, gate, count);
+    layer.gemm->run(x + group.x_at + x_block, n, d, up_w, d, count, up, count);
     if (bias)
       for (int64_t i = 0; i < n; i++) {
         isa().axpy(1.f, bias, count, gate + i * count);
@@ -67,7 +67,7 @@ void output_units(const Layer& layer, const Group& group, int64_t j, int64_t cou
     const int64_t n = t + BLOCK < rows ? BLOCK : rows - t;
     const size_t h_block = aligned(layer.gemm->packed_bytes(full, layer.inner)) * (t / BLOCK);
     float* out = y + (group.start + t) * d + j;
-    layer.gemm->run(h + group.h_at + h_block, n, 0, n, layer.inner, w, layer.inner, count, out, d);
+    layer.gemm->run(h + group.h_at + h_block, n, layer.inner, w, layer.inner, count, out, d);
     if (layer.down_bias)
       for (int64_t i = 0; i < n; i++) isa().axpy(1.f, layer.down_bias + group.expert * d + j, count, out + i * d);
   }

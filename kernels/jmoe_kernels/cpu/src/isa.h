@@ -22,9 +22,8 @@ struct Gemm {
   size_t (*packed_bytes)(int64_t m, int64_t k);
   // Packs columns [k0, k1) of all m rows; k0 is a multiple of 32, and k1 too unless it is k.
   void (*pack)(const Rows& x, int64_t m, int64_t k, int64_t k0, int64_t k1, void* packed);
-  // Rows [t0, t1) of the packed x, t0 a multiple of 16, against n rows of w: c[(t - t0) * ldc + j].
-  void (*run)(const void* packed, int64_t m, int64_t t0, int64_t t1, int64_t k, const void* w, int64_t ldw,
-              int64_t n, float* c, int64_t ldc);
+  // c[i * ldc + j] = packed row i of m . row j of n rows of w, which lie ldw apart.
+  void (*run)(const void* packed, int64_t m, int64_t k, const void* w, int64_t ldw, int64_t n, float* c, int64_t ldc);
 };
 
 struct Isa {

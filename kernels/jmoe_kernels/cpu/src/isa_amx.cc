@@ -79,21 +79,21 @@ inline void prefetch(const uint16_t* w, int64_t numbers) {
   for (int64_t i = 0; i < numbers; i += 32) _mm_prefetch((const char*)(w + i), _MM_HINT_T1);
 }
 
-void run(const void* packed, int64_t, int64_t t0, int64_t t1, int64_t k, const void* weights, int64_t ldw,
-         int64_t n, float* c, int64_t ldc) {
-  const uint16_t* x = (const uint16_t*)packed + t0 * padded(k);
+void run(const void* packed, int64_t m, int64_t k, const void* weights, int64_t ldw, int64_t n, float* c,
+         int64_t ldc) {
+  const uint16_t* x = (const uint16_t*)packed;
   const uint16_t* w = (const uint16_t*)weights;
   int64_t j = 0;
   if (k % 32 == 0 && n >= 32) {
     configure_tiles();
     for (; j + 32 <= n; j += 32) {
       if (j + 64 <= n) prefetch(w + (j + 32) * ldw, 32 * ldw);
-      for (int64_t t = 0; t < t1 - t0; t += 32)
-        tile_block(x + t * k, t1 - t0 - t < 32 ? t1 - t0 - t : 32, k, w + j * ldw, ldw, c + t * ldc + j, ldc);
+      for (int64_t t = 0; t < m; t += 32)
+        tile_block(x + t * k, m - t < 32 ? m - t : 32, k, w + j * ldw, ldw, c + t * ldc + j, ldc);
     }
     _tile_release();
   }
-  if (j < n) pairs(x, t1 - t0, k, w + j * ldw, ldw, n - j, c + j, ldc);
+  if (j < n) pairs(x, m, k, w + j * ldw, ldw, n - j, c + j, ldc);
 }
 
 void pack(const Rows& x, int64_t m, int64_t k, int64_t k0, int64_t k1, void* packed) {

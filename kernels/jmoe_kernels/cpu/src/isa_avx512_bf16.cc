@@ -1,9 +1,9 @@
 // AVX-512 with native bfloat16 products (Zen 4, Cooper Lake, Sapphire Rapids and later).
 //
-// Two forms of the same product. Few rows of x: rows stay as they are, [m][k] in bfloat16, and one
-// instruction multiplies 32 numbers of a weight row with 32 of an x row; the sum over lanes comes once, at the
-// end. Many rows: sixteen rows of x are interleaved in pairs, [m / 16][k / 2][16][2], and one instruction
-// multiplies a pair of weights with the pairs of sixteen rows: no sum over lanes at all.
+// Two forms of the same product. Sixteen rows of x together are interleaved in pairs, [k / 2][16][2], and one
+// instruction multiplies a pair of weights with the pairs of all sixteen. The few rows left over, or all where
+// there are few, stay as they are, [m][k], and one instruction multiplies 32 numbers of a weight row with 32 of
+// an x row; the sum over lanes comes once, at the end. A packed x has its interleaved rows first.
 #include "isa.h"
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,15 +16,20 @@ namespace {
 constexpr int64_t FEW = 8;  // rows of x up to which lanes run along k
 constexpr int64_t AHEAD = 4 << 10;  // bytes of weights to ask for early: the stream is long, its rows short
 
+// How many of m rows are interleaved.
+int64_t whole(int64_t m) { return m % 16 <= FEW ? m / 16 * 16 : m; }
+
 size_t packed_bytes(int64_t m, int64_t k) {
-  return (size_t)(m <= FEW ? m * padded(k) * 2 : interleaved_bytes(m, k));
+  return interleaved_bytes(whole(m), k) + (size_t)(m - whole(m)) * padded(k) * 2;
 }
 
 void pack(const Rows& x, int64_t m, int64_t k, int64_t k0, int64_t k1, void* packed) {
-  uint16_t* const to = (uint16_t*)packed;
-  if (m > FEW) return interleave(x, m, k, k0, k1, to);
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t c = k0; c < k1; c += 32) _mm512_storeu_si512(to + i * padded(k) + c, row32(x, i, c, k1 - c));
+  const int64_t first = whole(m);
+  interleave(x, first, k, k0, k1, (uint16_t*)packed);
+  uint16_t* const to = (uint16_t*)((char*)packed + interleaved_bytes(first, k));
+  for (int64_t i = first; i < m; i++)
+    for (int64_t c = k0; c < k1; c += 32)
+      _mm512_storeu_si512(to + (i - first) * padded(k) + c, row32(x, i, c, k1 - c));
 }
 
 // Halves the vectors, as in portable.inc.
@@ -77,17 +82,16 @@ inline void lanes_rows(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, con
   if (m == 1) lanes_block<R, 1>(x, ldx, k, w, ldw, c, ldc);
 }
 
-void run(const void* packed, int64_t m, int64_t t0, int64_t t1, int64_t k, const void* weights, int64_t ldw,
-         int64_t n, float* c, int64_t ldc) {
-  const uint16_t* x = (const uint16_t*)packed + t0 * padded(k);
+void run(const void* packed, int64_t m, int64_t k, const void* weights, int64_t ldw, int64_t n, float* c,
+         int64_t ldc) {
+  const int64_t first = whole(m), left = m - first;
   const uint16_t* w = (const uint16_t*)weights;
+  const uint16_t* x = (const uint16_t*)((const char*)packed + interleaved_bytes(first, k));
+  pairs((const uint16_t*)packed, first, k, w, ldw, n, c, ldc);
+  c += first * ldc;
   int64_t j = 0;
-  if (m <= FEW) {
-    for (; j + 4 <= n; j += 4) lanes_rows<4>(x, padded(k), t1 - t0, k, w + j * ldw, ldw, c + j, ldc);
-    for (; j < n; j++) lanes_rows<1>(x, padded(k), t1 - t0, k, w + j * ldw, ldw, c + j, ldc);
-    return;
-  }
-  pairs(x, t1 - t0, k, w, ldw, n, c, ldc);
+  for (; j + 4 <= n; j += 4) lanes_rows<4>(x, padded(k), left, k, w + j * ldw, ldw, c + j, ldc);
+  for (; j < n; j++) lanes_rows<1>(x, padded(k), left, k, w + j * ldw, ldw, c + j, ldc);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   phases.push_back({stretches, [=, &gemm](int64_t i) {
                       const int64_t j = i * stretch, count = j + stretch < n ? stretch : n - j;
                       for (int64_t s = 0; s < strips; s++)
-                        gemm.run(packed + s * strip_bytes, rows_of(s), 0, rows_of(s), k, weights + j * k * width, k,
+                        gemm.run(packed + s * strip_bytes, rows_of(s), k, weights + j * k * width, k,
                                  count, out + s * strip * n + j, n);
                     }});
   run_phases(pool, std::move(phases), (double)m * n * k / 32 + (double)n * k * width / 16);
