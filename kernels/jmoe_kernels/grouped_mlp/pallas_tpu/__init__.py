@@ -26,7 +26,9 @@ def supports(
     if weights.dtype not in (jnp.bfloat16, jnp.float32):
         return f"weights are {weights.dtype}; the kernels take bfloat16 and float32"
     if weights.down_EDF.dtype != weights.gate_up_E2FD.dtype:
-        return f"gate_up is {weights.gate_up_E2FD.dtype} and down {weights.down_EDF.dtype}; they must be equal"
+        return (
+            f"gate_up is {weights.gate_up_E2FD.dtype} and down {weights.down_EDF.dtype}; they must be equal"
+        )
     for name, size in (("model", model), ("inner", inner)):
         if size % LANES:
             return f"{name} dimension {size} is not a multiple of {LANES}"
@@ -74,4 +76,6 @@ def grouped_mlp_pallas_tpu(
         operands["down_bias"] = weights.down_bias_ED[:, None, :]  # a DMA takes whole rows of tiles only
     run = decode if blocks.kernel == "decode" else prefill
     sizes_E = group_sizes_E.astype(jnp.int32)
-    return run(x_ND.astype(weights.dtype), operands, sizes_E, blocks, activation=activation, interpret=interpret)
+    return run(
+        x_ND.astype(weights.dtype), operands, sizes_E, blocks, activation=activation, interpret=interpret
+    )

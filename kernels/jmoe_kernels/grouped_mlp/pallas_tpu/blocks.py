@@ -21,6 +21,8 @@ class Blocks:
     rows: decode: all rows, rounded up to ``ROW_ALIGN``; prefill: rows of one block of x and y in VMEM.
     buffers: decode: chunks in VMEM, all but one of them in flight (prefill always has two).
     cores: TensorCores of a device that share the work. vmem_limit: bytes the compiler may use on each.
+    product: values of a product computed at once, where that is 256 columns or more; a larger one hides more
+    of the latency of the matrix unit, takes longer to compile and spills registers.
     """
 
     kernel: Kernel
@@ -29,7 +31,13 @@ class Blocks:
     rows: int
     buffers: int = 2
     cores: int = 1
+    product: int = 1 << 15
     vmem_limit: int = 32 * MIB
+
+    def columns(self, window: int, model: int) -> tuple[int, int]:
+        """Columns of gate and of up, and of y, that are computed at once for a window of rows."""
+        widths = max(2 * LANES, self.product // (2 * window)), max(2 * LANES, self.product // window)
+        return divisor(self.inner, widths[0]), divisor(model, widths[1])
 
     def vmem_bytes(self, model: int, item: int) -> int:
         """VMEM that a call needs: rows in and out, weight chunks, and the values of one large window."""
@@ -45,6 +53,7 @@ class Tuning:
 
     chunk: int
     windows: tuple[int, int]
+    product: int
     rows: int = 0
     buffers: int = 2
 
@@ -65,10 +74,12 @@ CHIPS = {
     "default": Chip(cores=1, vmem=32 * MIB, decode_rows=64),
 }
 TABLE: dict[tuple[str, str, Kernel], Tuning] = {
-    ("default", "bfloat16", "decode"): Tuning(chunk=3 * MIB, windows=(128, 32), buffers=3),
-    ("default", "float32", "decode"): Tuning(chunk=3 * MIB, windows=(128, 32), buffers=3),
-    ("default", "bfloat16", "prefill"): Tuning(chunk=12 * MIB, windows=(256, 128), rows=1024),
-    ("default", "float32", "prefill"): Tuning(chunk=12 * MIB, windows=(256, 128), rows=512),
+    ("default", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
+    ("default", "float32", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
+    ("default", "bfloat16", "prefill"): Tuning(12 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
+    ("default", "float32", "prefill"): Tuning(12 * MIB, windows=(256, 128), product=1 << 17, rows=512),
+    ("TPU v6 lite", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 32), product=1 << 16, buffers=4),
+    ("TPU v6 lite", "bfloat16", "prefill"): Tuning(20 * MIB, windows=(256, 128), product=1 << 19, rows=1024),
 }
 
 
@@ -99,6 +110,7 @@ def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype,
         block,
         row.buffers,
         chip.cores,
+        row.product,
         chip.vmem,
     )
     while blocks.vmem_bytes(model, dtype.itemsize) > chip.vmem:

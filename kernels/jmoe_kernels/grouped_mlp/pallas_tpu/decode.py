@@ -10,7 +10,9 @@ of 16 rows x inner), straight from the checkpoint's layout. Both products contra
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,48 +34,93 @@ def dot_nt(a_MK: Array, b_NK: Array) -> Array:
     return lax.dot_general(a_MK, b_NK, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a kernel works on in VMEM, and scratch for one window of them.
+
+    x_ND, y_ND: inputs in the weights' dtype and float32 sums. gate_MF, h_MF: float32 gate of one window, and
+    its inner activations.
+    """
+
+    x_ND: Ref
+    y_ND: Ref
+    gate_MF: Ref
+    h_MF: Ref
+
+    @staticmethod
+    def scratch(blocks: Blocks, dtype: jnp.dtype) -> list:
+        """Shapes of gate_MF and h_MF."""
+        shape = (max(blocks.windows), blocks.inner)
+        return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
+
+
+def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
+    """``visit`` on slices of ``width`` columns: a loop, so that code and live registers stay small."""
+    if width == total:
+        visit(pl.ds(0, total))
+    else:
+        block = lambda i, _: visit(pl.ds(pl.multiple_of(i * width, width), width))  # noqa: E731
+        lax.fori_loop(0, total // width, block, None)
+
+
 def chunk_mlp(
-    x_MD: Float[Array, "M D"], chunk: Mapping[str, Ref], activation: Activation, first: Array | bool
-) -> Float[Array, "M D"]:
-    """One chunk's share of the expert's output; ``first`` says whether this chunk adds the down bias."""
-    _, inner, model = chunk["gate_up"].shape
-    both = dot_nt(x_MD, chunk["gate_up"][...].reshape(2 * inner, model))
-    gate, up = both[:, :inner], both[:, inner:]
-    if "gate_up_bias" in chunk:
-        bias_2F = chunk["gate_up_bias"][...].astype(jnp.float32)
-        gate, up = gate + bias_2F[0:1], up + bias_2F[1:2]
-    y_MD = dot_nt(gated(activation, gate, up).astype(x_MD.dtype), chunk["down"][...])
-    if "down_bias" in chunk:
-        bias_1D = chunk["down_bias"][...].astype(jnp.float32)
-        y_MD = y_MD + jnp.where(first, bias_1D, jnp.zeros_like(bias_1D))
-    return y_MD
-
-
-def add_rows(
-    x_ref: Ref,
-    y_ref: Ref,
-    start: Array,
-    end: Array,
-    windows: tuple[int, int],
-    mlp: Callable[[Array], Array],
+    rows: Rows,
+    chunk: Mapping[str, Ref],
+    at: Any,
+    mine_M1: Array,
+    *,
+    blocks: Blocks,
+    activation: Activation,
+    first: Array,
 ) -> None:
-    """Adds ``mlp(x)`` to rows [start, end) of ``y_ref``, window by window, and to no other row.
+    """Adds one chunk's share of the expert's output to the rows ``at`` that are ``mine``.
 
-    Windows start at a multiple of ROW_ALIGN below ``start``. One that would run past the buffer is moved
-    back, and leaves out the rows that its predecessor has done. Rows of others in a window are computed too
-    and dropped by a select, never by a product with zero: they may be NaN.
+    ``first`` says whether this chunk adds the down bias. gate goes through VMEM: with gate and up both in
+    registers the compiler spills.
+    """
+    _, inner, model = chunk["gate_up"].shape
+    here = pl.ds(0, at.size)
+
+    def gate_up(columns: Any) -> None:
+        rows.gate_MF[here, columns] = dot_nt(rows.x_ND[at, :], chunk["gate_up"][0, columns, :])
+        up = dot_nt(rows.x_ND[at, :], chunk["gate_up"][1, columns, :])
+        gate = rows.gate_MF[here, columns]
+        if "gate_up_bias" in chunk:
+            gate = gate + chunk["gate_up_bias"][0:1, columns].astype(jnp.float32)
+            up = up + chunk["gate_up_bias"][1:2, columns].astype(jnp.float32)
+        rows.h_MF[here, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
+
+    def down(columns: Any) -> None:
+        y = dot_nt(rows.h_MF[here, :], chunk["down"][columns, :])
+        if "down_bias" in chunk:
+            bias = chunk["down_bias"][:, columns].astype(jnp.float32)
+            y = y + jnp.where(first, bias, jnp.zeros_like(bias))
+        old = rows.y_ND[at, columns]
+        rows.y_ND[at, columns] = jnp.where(mine_M1, old + y, old)
+
+    gate_columns, down_columns = blocks.columns(at.size, model)
+    _over_columns(inner, gate_columns, gate_up)
+    _over_columns(model, down_columns, down)
+
+
+def over_windows(
+    start: Array, end: Array, rows: int, windows: tuple[int, int], visit: Callable[[Any, Array], None]
+) -> None:
+    """``visit(slice, mine)`` on windows that cover rows [start, end) of ``rows``; each row is in one's ``mine``.
+
+    Windows start at a multiple of ROW_ALIGN at or below ``start``. One that would run past the buffer is
+    moved back, and leaves out the rows that its predecessor has done. Rows of others in a window are computed
+    too and dropped by a select, never by a product with zero: they may be NaN.
     """
     large, small = windows
-    rows = x_ref.shape[0]
     base = start // ROW_ALIGN * ROW_ALIGN
     n_large = jnp.maximum(end - base - small + large - 1, 0) // large
 
     def window(first_row: Array, size: int) -> None:
-        at = pl.ds(pl.multiple_of(jnp.minimum(first_row, rows - size), ROW_ALIGN), size)
-        row_M1 = jnp.minimum(first_row, rows - size) + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        moved = jnp.minimum(first_row, rows - size)
+        row_M1 = moved + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         mine_M1 = (row_M1 >= jnp.maximum(first_row, start)) & (row_M1 < end)
-        y_MD = mlp(x_ref[at, :])
-        y_ref[at, :] = jnp.where(mine_M1, y_ref[at, :] + y_MD, y_ref[at, :])
+        visit(pl.ds(pl.multiple_of(moved, ROW_ALIGN), size), mine_M1)
 
     lax.fori_loop(0, n_large, lambda i, _: window(base + i * large, large), None)
     pl.when(base + n_large * large < end)(lambda: window(base + n_large * large, small))
@@ -112,18 +159,27 @@ def _find_active(sizes_E: Ref, active_E: Ref, start_E: Ref) -> Array:
 
 
 def _kernel(
-    sizes_E: Ref, x_hbm: Ref, *refs: Ref, names: Sequence[str], blocks: Blocks, steps: int, activation: Activation
+    sizes_E: Ref,
+    x_hbm: Ref,
+    *refs: Ref,
+    names: Sequence[str],
+    blocks: Blocks,
+    steps: int,
+    activation: Activation,
 ) -> None:
     n = len(names)
     hbm, (y_hbm, x_ND, y_ND), buffers = refs[:n], refs[n : n + 3], refs[n + 3 : 2 * n + 3]
-    active_E, start_E, sems, row_sem = refs[2 * n + 3 :]
+    gate_MF, h_MF, active_E, start_E, sems, row_sem = refs[2 * n + 3 :]
+    rows = Rows(x_ND, y_ND, gate_MF, h_MF)
     core = pl.program_id(0)
     total = _find_active(sizes_E, active_E, start_E) * steps
     begin, end = total * core // blocks.cores, total * (core + 1) // blocks.cores
 
     def copies(s: Array) -> list:
         e, slot = active_E[s // steps], s % blocks.buffers
-        chunks = [_chunk_of(name, ref, e, s % steps, blocks.inner) for name, ref in zip(names, hbm, strict=True)]
+        chunks = [
+            _chunk_of(name, ref, e, s % steps, blocks.inner) for name, ref in zip(names, hbm, strict=True)
+        ]
         pairs = enumerate(zip(chunks, buffers, strict=True))
         return [pltpu.make_async_copy(c, buf.at[slot], sems.at[i, slot]) for i, (c, buf) in pairs]
 
@@ -143,9 +199,9 @@ def _kernel(
             c.wait()
         e, slot = active_E[s // steps], s % blocks.buffers
         chunk = {name: buf.at[slot] for name, buf in zip(names, buffers, strict=True)}
-        first = start_E[s // steps]
-        mlp = partial(chunk_mlp, chunk=chunk, activation=activation, first=s % steps == 0)
-        add_rows(x_ND, y_ND, first, jnp.minimum(first + sizes_E[e], blocks.rows), blocks.windows, mlp)
+        row = start_E[s // steps]
+        mlp = partial(chunk_mlp, rows, chunk, blocks=blocks, activation=activation, first=s % steps == 0)
+        over_windows(row, jnp.minimum(row + sizes_E[e], blocks.rows), blocks.rows, blocks.windows, mlp)
 
     lax.fori_loop(begin, end, step, None)
     store_y = pltpu.make_async_copy(y_ND, y_hbm.at[core], row_sem)
@@ -188,6 +244,7 @@ def decode(
                 pltpu.VMEM((blocks.rows, model), x_ND.dtype),
                 pltpu.VMEM((blocks.rows, model), jnp.float32),
                 *(pltpu.VMEM((blocks.buffers, *chunks[k]), w.dtype) for k, w in operands.items()),
+                *Rows.scratch(blocks, x_ND.dtype),
                 pltpu.SMEM((experts,), jnp.int32),
                 pltpu.SMEM((experts,), jnp.int32),
                 pltpu.SemaphoreType.DMA((len(operands), blocks.buffers)),
@@ -210,5 +267,7 @@ def cost(rows: int, operands: Mapping[str, Array], expert_reads: int) -> pl.Cost
     weight_bytes = sum(w.size * w.dtype.itemsize for w in operands.values()) // experts
     row_bytes = rows * d * (operands["gate_up"].dtype.itemsize + 4)
     return pl.CostEstimate(
-        flops=6 * rows * d * f, transcendentals=rows * f, bytes_accessed=expert_reads * weight_bytes + row_bytes
+        flops=6 * rows * d * f,
+        transcendentals=rows * f,
+        bytes_accessed=expert_reads * weight_bytes + row_bytes,
     )

@@ -19,83 +19,85 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import Blocks
-from jmoe_kernels.grouped_mlp.pallas_tpu.decode import Ref, add_rows, chunk_mlp, cost, fill_zero
+from jmoe_kernels.grouped_mlp.pallas_tpu.decode import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
 from jmoe_kernels.grouped_mlp.types import Activation
 
 
 class Tiles(NamedTuple):
-    """The work list; every array is prefetched to SMEM.
+    """The work list, prefetched to SMEM: tile t is rows of expert_T[t] in block t + offset_E[expert_T[t]].
 
-    expert, block, start, end: of each tile, its weights, its block of rows and its rows within that block.
-    first: 1 where the tile is the first of its block. bounds: [cores + 1], core c runs
-    tiles [bounds[c], bounds[c + 1]).
+    start_E, end_E: rows of each expert. bounds_C: [cores + 1], core c runs tiles [bounds[c], bounds[c + 1]).
     """
 
     expert_T: Int[Array, " T"]
-    block_T: Int[Array, " T"]
-    start_T: Int[Array, " T"]
-    end_T: Int[Array, " T"]
-    first_T: Int[Array, " T"]
+    offset_E: Int[Array, " E"]
+    start_E: Int[Array, " E"]
+    end_E: Int[Array, " E"]
     bounds_C: Int[Array, " C"]
+
+    def tile(self, core: Array, i: Array) -> Array:
+        """The core's i-th tile; past its last one, that last one again, which moves nothing."""
+        return jnp.minimum(self.bounds_C[core] + i, self.bounds_C[core + 1] - 1)
+
+    def block(self, t: Array) -> Array:
+        """The block of rows of tile ``t``."""
+        return t + self.offset_E[self.expert_T[t]]
+
+
+def _running_sum(n_E: Int[Array, " E"]) -> Int[Array, " E"]:
+    """``cumsum`` as one fused reduction: XLA's own takes several launches."""
+    e = jnp.arange(n_E.shape[0])
+    return jnp.sum(jnp.where(e[None, :] <= e[:, None], n_E[None, :], 0), axis=1, dtype=jnp.int32)
 
 
 def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, cores: int) -> Tiles:
     """The tiles of ``rows`` rows in blocks of ``block_rows``: at most blocks + experts - 1 of them.
 
-    A block that no group reaches has one tile without rows, which zeroes it; it names the last active expert,
-    whose weights are in VMEM already. Cores take equal numbers of whole blocks.
+    Blocks that no group reaches belong to the last active expert, whose weights are in VMEM by then: a tile
+    without rows zeroes each (without any active expert they are the last expert's, which is then fetched and
+    not used). Cores take equal numbers of whole blocks.
     """
     experts, n_blocks = group_sizes_E.shape[0], -(-rows // block_rows)
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows)
-    starts_E = ends_E - group_sizes_E
-    # one more group, without rows, spans the blocks past the last row
-    used = -(-ends_E[-1:] // block_rows)
-    first_block_G = jnp.concatenate([starts_E // block_rows, used])
-    last_block_G = jnp.concatenate([(ends_E - 1) // block_rows, jnp.full(1, n_blocks - 1, jnp.int32)])
-    tiles_E = jnp.where(group_sizes_E > 0, last_block_G[:-1] - first_block_G[:-1] + 1, 0)
-    tiles_G = jnp.concatenate([tiles_E, n_blocks - used])
-    tile_ends_G = jnp.cumsum(tiles_G)
+    e_E = jnp.arange(experts, dtype=jnp.int32)
+    active_E = group_sizes_E > 0
+    end_E = jnp.minimum(_running_sum(group_sizes_E), rows)
+    start_E = jnp.minimum(end_E - group_sizes_E, rows)
+    last = jnp.where(jnp.any(active_E), jnp.max(jnp.where(active_E, e_E, 0)), experts - 1)
+    first_block_E = start_E // block_rows
+    last_block_E = jnp.where(e_E == last, n_blocks - 1, (end_E - 1) // block_rows)
+    tiles_E = jnp.where(active_E | (e_E == last), last_block_E - first_block_E + 1, 0)
+    tile_end_E = _running_sum(tiles_E)
     t_T = jnp.arange(n_blocks + experts - 1, dtype=jnp.int32)
-    group_T = jnp.sum((tile_ends_G[None, :] <= t_T[:, None]).astype(jnp.int32), axis=1)
-    group_T = jnp.minimum(group_T, experts)  # tiles past the last one: never run
-    block_T = jnp.minimum((first_block_G - tile_ends_G + tiles_G)[group_T] + t_T, n_blocks - 1)
-    row_T = block_T * block_rows
-    starts_G = jnp.concatenate([starts_E, jnp.zeros(1, jnp.int32)])
-    ends_G = jnp.concatenate([ends_E, jnp.zeros(1, jnp.int32)])
-    last_active = jnp.max(jnp.where(group_sizes_E > 0, jnp.arange(experts, dtype=jnp.int32), 0))
-    before_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(1, cores + 1)], jnp.int32)
-    running_T = t_T < tile_ends_G[-1]
+    before_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
     return Tiles(
-        expert_T=jnp.where(group_T == experts, last_active, group_T),
-        block_T=block_T,
-        start_T=jnp.clip(starts_G[group_T] - row_T, 0, block_rows),
-        end_T=jnp.clip(ends_G[group_T] - row_T, 0, block_rows),
-        first_T=jnp.concatenate([jnp.ones(1, jnp.int32), (block_T[1:] != block_T[:-1]).astype(jnp.int32)]),
-        bounds_C=jnp.concatenate(
-            [
-                jnp.zeros(1, jnp.int32),
-                jnp.sum((running_T[None] & (block_T[None] < before_C[:, None])).astype(jnp.int32), axis=1),
-            ]
+        expert_T=jnp.minimum(jnp.sum(tile_end_E[None, :] <= t_T[:, None], axis=1, dtype=jnp.int32), last),
+        offset_E=first_block_E - tile_end_E + tiles_E,
+        start_E=start_E,
+        end_E=end_E,
+        bounds_C=jnp.sum(
+            jnp.clip(before_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]), axis=1, dtype=jnp.int32
         ),
     )
 
 
-def _tile(core: Array, i: Array, tiles: Tiles) -> Array:
-    """The core's i-th tile; past its last one, that last one again, which moves nothing."""
-    return jnp.minimum(tiles.bounds_C[core] + i, tiles.bounds_C[core + 1] - 1)
-
-
 def _kernel(*refs: Ref, names: tuple[str, ...], blocks: Blocks, activation: Activation) -> None:
-    tiles, (x_MD, *weights, y_MD) = Tiles(*refs[:6]), refs[6:]
+    n = len(Tiles._fields)
+    tiles, (x_MD, *weights, y_MD, gate_MF, h_MF) = Tiles(*refs[:n]), refs[n:]
     core, i, f = (pl.program_id(axis) for axis in range(3))
-    t = _tile(core, i, tiles)
+    t = tiles.tile(core, i)
+    e, block = tiles.expert_T[t], tiles.block(t)
+    new_block = (i == 0) | (block != tiles.block(jnp.maximum(t - 1, 0)))
+    chunk = dict(zip(names, weights, strict=True))
+    mlp = partial(
+        chunk_mlp, Rows(x_MD, y_MD, gate_MF, h_MF), chunk, blocks=blocks, activation=activation, first=f == 0
+    )
 
     @pl.when(tiles.bounds_C[core] + i < tiles.bounds_C[core + 1])
     def _() -> None:
-        pl.when((tiles.first_T[t] == 1) & (f == 0))(lambda: fill_zero(y_MD))
-        chunk = dict(zip(names, weights, strict=True))
-        mlp = partial(chunk_mlp, chunk=chunk, activation=activation, first=f == 0)
-        add_rows(x_MD, y_MD, tiles.start_T[t], tiles.end_T[t], blocks.windows, mlp)
+        pl.when(new_block & (f == 0))(lambda: fill_zero(y_MD))
+        start = jnp.clip(tiles.start_E[e] - block * blocks.rows, 0, blocks.rows)
+        end = jnp.clip(tiles.end_E[e] - block * blocks.rows, 0, blocks.rows)
+        pl.when(start < end)(lambda: over_windows(start, end, blocks.rows, blocks.windows, mlp))
 
 
 def prefill(
@@ -117,16 +119,20 @@ def prefill(
 
     def rows(core: Array, i: Array, _: Array, *prefetched: Ref) -> tuple[Array, int]:
         tiles = Tiles(*prefetched)
-        return tiles.block_T[_tile(core, i, tiles)], 0
+        return tiles.block(tiles.tile(core, i)), 0
 
     def expert(core: Array, i: Array, _: Array, *prefetched: Ref) -> Array:
         tiles = Tiles(*prefetched)
-        return tiles.expert_T[_tile(core, i, tiles)]
+        return tiles.expert_T[tiles.tile(core, i)]
 
     specs = {
-        "gate_up": pl.BlockSpec((None, 2, blocks.inner, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j, 0)),
+        "gate_up": pl.BlockSpec(
+            (None, 2, blocks.inner, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j, 0)
+        ),
         "down": pl.BlockSpec((None, d, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)),
-        "gate_up_bias": pl.BlockSpec((None, 2, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)),
+        "gate_up_bias": pl.BlockSpec(
+            (None, 2, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)
+        ),
         "down_bias": pl.BlockSpec((None, 1, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, 0)),
     }
     return pl.pallas_call(
@@ -137,6 +143,7 @@ def prefill(
             grid=(cores, steps, f // blocks.inner),
             in_specs=[pl.BlockSpec((blocks.rows, d), rows), *(specs[name] for name in operands)],
             out_specs=pl.BlockSpec((blocks.rows, d), rows),
+            scratch_shapes=Rows.scratch(blocks, x_ND.dtype),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
