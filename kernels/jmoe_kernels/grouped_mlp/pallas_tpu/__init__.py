@@ -13,7 +13,7 @@ from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import prefill
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.matmul import as_float
 
-__all__ = ["Blocks", "grouped_mlp_pallas_tpu", "supports"]
+__all__ = ["Blocks", "choose", "grouped_mlp_pallas_tpu", "supports"]
 
 
 def supports(
