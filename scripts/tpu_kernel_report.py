@@ -27,7 +27,7 @@ import tpu_aot
 
 @dataclass(frozen=True)
 class Chip:
-    """clock: Hz, which follows from the peak; bandwidth: HBM bytes/s and peak: bfloat16 flop/s of a device."""
+    """clock: Hz, as the peak implies; bandwidth, peak: HBM bytes/s and bfloat16 flop/s of a device."""
 
     topology: str
     clock: float
@@ -118,7 +118,7 @@ def windows(kernel: tpu_aot.Kernel, blocks, dims: tuple[int, int, int]) -> dict[
     step = max(kernel.body.inner, key=lambda loop: loop.cycles)
     # prefill zeroes a block of y first, in a loop that is not part of a chunk
     zeroing, loops = (step.inner[:1], step.inner[1:]) if blocks.kernel == "prefill" else ((), step.inner)
-    large, *small = loops
+    large = loops[0]
 
     def trips(window: int) -> list[int]:
         widths = blocks.columns(window, dims[2])
@@ -168,8 +168,10 @@ def rows_of_report(args: argparse.Namespace, dump: Path) -> Iterator[dict]:
                     "spills": f"{cycles['small_spills']} / {cycles['large_spills']}",
                     **cycles,
                     "dma": round(dma),
-                    "mxu": f"{ideal / cycles['large']:.0%}",
-                    "verdict": "DMA-bound" if max(cycles["small"], cycles["large"]) < dma else "compute-bound",
+                    "mxu": round(ideal / cycles["large"], 2),
+                    "verdict": "DMA-bound"
+                    if max(cycles["small"], cycles["large"]) < dma
+                    else "compute-bound",
                     "seconds": round(seconds, 1),
                 }
 

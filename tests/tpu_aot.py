@@ -68,7 +68,7 @@ def environment(dump: Path) -> dict[str, str]:
 
 
 def run_report(*arguments: str, timeout: float) -> list[dict]:
-    """The rows that ``scripts/tpu_kernel_report.py --json`` prints; RuntimeError with its output if it fails."""
+    """What ``scripts/tpu_kernel_report.py --json`` prints; RuntimeError with its output if it fails."""
     command = [sys.executable, str(ROOT / "scripts/tpu_kernel_report.py"), "--json", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Grouped gated MLP on TPU (Pallas, Mosaic): rows sorted by expert, sizes as data, weights as in checkpoints."""
+"""Grouped gated MLP on TPU (Pallas, Mosaic): sizes are data, weights stay as they are in checkpoints."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ __all__ = ["Blocks", "choose", "grouped_mlp_pallas_tpu", "supports"]
 def supports(
     weights: ExpertWeights, rows: int, activation: Activation, blocks: Blocks | None = None
 ) -> str | None:
-    """Why the TPU kernels cannot run, with the limit that is exceeded, or None; only shapes and dtypes count."""
+    """Why the kernels cannot run, with the limit that is exceeded, or None. Reads shapes and dtypes only."""
     _, inner, model = weights.dims
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"

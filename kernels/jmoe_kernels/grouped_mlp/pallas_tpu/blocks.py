@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels: a table by chip, dtype and rows per expert, fitted to a shape and to VMEM."""
+"""Block sizes of the TPU kernels: a table by chip, dtype and kernel, fitted to a shape and to VMEM."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -36,8 +36,13 @@ class Blocks:
 
     def columns(self, window: int, model: int) -> tuple[int, int]:
         """Columns of gate and of up, and of y, that are computed at once for a window of rows."""
-        widths = max(2 * LANES, self.product // (2 * window)), max(2 * LANES, self.product // window)
-        return divisor(self.inner, widths[0]), divisor(model, widths[1])
+
+        def width(total: int, values: int) -> int:
+            most = max(2 * LANES, values // window)
+            pieces = -(-total // most)  # as even as whole lanes allow
+            return -(-total // pieces // LANES) * LANES
+
+        return width(self.inner, self.product // 2), width(model, self.product)
 
     def vmem_bytes(self, model: int, item: int) -> int:
         """VMEM that a call needs: rows in and out, weight chunks, and the values of one large window."""
@@ -68,23 +73,25 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v5 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=64),
-    "TPU v5": Chip(cores=2, vmem=56 * MIB, decode_rows=64),
-    "TPU v6 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=64),
-    "default": Chip(cores=1, vmem=32 * MIB, decode_rows=64),
+    "TPU v5 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=32),
+    "TPU v5": Chip(cores=2, vmem=56 * MIB, decode_rows=32),
+    "TPU v6 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=32),
+    "default": Chip(cores=1, vmem=32 * MIB, decode_rows=32),
 }
 TABLE: dict[tuple[str, str, Kernel], Tuning] = {
     ("default", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
     ("default", "float32", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
-    ("default", "bfloat16", "prefill"): Tuning(12 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
-    ("default", "float32", "prefill"): Tuning(12 * MIB, windows=(256, 128), product=1 << 17, rows=512),
+    ("default", "bfloat16", "prefill"): Tuning(4 * MIB, windows=(256, 128), product=1 << 17, rows=256),
+    ("default", "float32", "prefill"): Tuning(4 * MIB, windows=(256, 128), product=1 << 17, rows=256),
+    ("TPU v5 lite", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
+    ("TPU v5", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
     ("TPU v6 lite", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 32), product=1 << 16, buffers=4),
-    ("TPU v6 lite", "bfloat16", "prefill"): Tuning(20 * MIB, windows=(256, 128), product=1 << 19, rows=1024),
+    ("TPU v6 lite", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 19, rows=1024),
 }
 
 
 def device_kind() -> str:
-    """The kind of device that is being traced for: the mesh's where there is one, else the default device's."""
+    """The kind of device that is traced for: the mesh's where there is one, else the default device's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
@@ -119,6 +126,8 @@ def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype,
             blocks = replace(blocks, rows=blocks.rows // 2 // ROW_ALIGN * ROW_ALIGN)
         elif smaller < blocks.inner:
             blocks = replace(blocks, inner=smaller)
+        elif blocks.windows[0] > 64:
+            blocks = replace(blocks, windows=(64, min(64, blocks.windows[1])))
         else:
             break
     return blocks

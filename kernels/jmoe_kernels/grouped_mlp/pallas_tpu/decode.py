@@ -55,12 +55,15 @@ class Rows:
 
 
 def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
-    """``visit`` on slices of ``width`` columns: a loop, so that code and live registers stay small."""
-    if width == total:
-        visit(pl.ds(0, total))
+    """``visit`` on slices of ``width`` columns, then on what is left; a loop keeps few registers live."""
+    full, left = divmod(total, width)
+    if full == 1:
+        visit(pl.ds(0, width))
     else:
-        block = lambda i, _: visit(pl.ds(pl.multiple_of(i * width, width), width))  # noqa: E731
-        lax.fori_loop(0, total // width, block, None)
+        block = lambda i, _: visit(pl.ds(pl.multiple_of(i * width, LANES), width))  # noqa: E731
+        lax.fori_loop(0, full, block, None)
+    if left:
+        visit(pl.ds(full * width, left))
 
 
 def chunk_mlp(
@@ -106,7 +109,7 @@ def chunk_mlp(
 def over_windows(
     start: Array, end: Array, rows: int, windows: tuple[int, int], visit: Callable[[Any, Array], None]
 ) -> None:
-    """``visit(slice, mine)`` on windows that cover rows [start, end) of ``rows``; each row is in one's ``mine``.
+    """``visit(slice, mine)`` on windows that cover rows [start, end); each row is ``mine`` in exactly one.
 
     Windows start at a multiple of ROW_ALIGN at or below ``start``. One that would run past the buffer is
     moved back, and leaves out the rows that its predecessor has done. Rows of others in a window are computed
@@ -218,7 +221,7 @@ def decode(
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N D"]:
-    """Rows through their expert's MLP. ``operands``: the weights by stream name, biases as [E,2,F], [E,1,D]."""
+    """Rows through their expert's MLP. ``operands``: weights by name, biases as [E, 2, F] and [E, 1, D]."""
     n, model = x_ND.shape
     experts, _, f, _ = operands["gate_up"].shape
     x_ND = jnp.pad(x_ND, ((0, blocks.rows - n), (0, 0)))

@@ -109,7 +109,7 @@ def prefill(
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N D"]:
-    """Rows through their expert's MLP. ``operands``: the weights by stream name, biases as [E,2,F], [E,1,D]."""
+    """Rows through their expert's MLP. ``operands``: weights by name, biases as [E, 2, F] and [E, 1, D]."""
     n, d = x_ND.shape
     experts, _, f, _ = operands["gate_up"].shape
     n_blocks = -(-n // blocks.rows)
