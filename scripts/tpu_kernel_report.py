@@ -1,7 +1,7 @@
 """Writes what the TPU compiler says of the grouped-MLP kernels at real layer sizes, without a TPU.
 
     python scripts/tpu_kernel_report.py --out docs/tpu_kernels.md
-    python scripts/tpu_kernel_report.py --chip v5e --layer Qwen3-30B-A3B --kernel decode
+    python scripts/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
 
 Each kernel is compiled inside ``shard_map`` on four chips. A row says, for one chunk of an expert's weights,
 how many cycles the compiler's schedule needs for a window of rows and how many cycles the DMA of the chunk
@@ -10,6 +10,8 @@ run: DMA latency and contention are not in a schedule. Needs libtpu (``pip insta
 """
 
 import argparse
+import fnmatch
+import itertools
 import json
 import os
 import shutil
@@ -63,6 +65,7 @@ COLUMNS = {
     "chip": "chip",
     "layer": "layer, on one device",
     "kernel": "kernel",
+    "dtype": "weights",
     "rows": "rows",
     "blocks": "chunk, windows",
     "vmem_mib": "VMEM MiB",
@@ -134,55 +137,56 @@ def windows(kernel: tpu_aot.Kernel, blocks, dims: tuple[int, int, int]) -> dict[
     }
 
 
-def rows_of_report(args: argparse.Namespace, dump: Path) -> Iterator[dict]:
-    """One row for each chip, layer and kernel that ``args`` asks for."""
-    for name, chip in CHIPS.items():
-        for layer in LAYERS:
-            for kernel in ("decode", "prefill"):
-                if not all(
-                    want in (None, got)
-                    for want, got in ((args.chip, name), (args.layer, layer.name), (args.kernel, kernel))
-                ):
-                    continue
-                shutil.rmtree(dump, ignore_errors=True)
-                dump.mkdir()
-                per_device = layer.experts // layer.mesh[0]
-                rows = DECODE_ROWS * per_device if kernel == "decode" else PREFILL_ROWS
-                blocks, dims, seconds = compile_layer(chip, layer, rows, args.dtype)
-                static = tpu_aot.read_kernel(dump, f"grouped_mlp_{blocks.kernel}")
-                cycles = windows(static, blocks, dims)
-                item = 2 if args.dtype == "bfloat16" else 4
-                numbers = 3 * blocks.inner * layer.model
-                dma = numbers * item / (chip.bandwidth / chip.cores) * chip.clock
-                ideal = 2 * numbers * blocks.windows[0] / (chip.peak / chip.cores) * chip.clock
-                yield {
-                    "chip": name,
-                    "layer": f"{layer.name} {dims[0]} x {dims[2]} x {dims[1]}",
-                    "kernel": blocks.kernel,
-                    "rows": rows,
-                    "blocks": f"{blocks.inner}, {blocks.windows[0]}/{blocks.windows[1]}",
-                    "vmem": static.vmem,
-                    "vmem_limit": blocks.vmem_limit,
-                    "vmem_estimate": blocks.vmem_bytes(layer.model, item),
-                    "vmem_mib": round(static.vmem / 2**20, 1),
-                    "spills": f"{cycles['small_spills']} / {cycles['large_spills']}",
-                    **cycles,
-                    "dma": round(dma),
-                    "mxu": round(ideal / cycles["large"], 2),
-                    "verdict": "DMA-bound"
-                    if max(cycles["small"], cycles["large"]) < dma
-                    else "compute-bound",
-                    "seconds": round(seconds, 1),
-                }
+def jobs(patterns: list[str]) -> Iterator[tuple[str, Layer, str, str]]:
+    """(chip, layer, kernel, dtype) of every row whose name matches one of ``patterns``."""
+    for job in itertools.product(CHIPS, LAYERS, ("decode", "prefill"), ("bfloat16", "float32")):
+        chip, layer, kernel, dtype = job
+        if any(fnmatch.fnmatch(f"{chip}/{layer.name}/{kernel}/{dtype}", p) for p in patterns):
+            yield job
+
+
+def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) -> dict:
+    """Compiles one kernel, dumping to ``dump``, and measures its schedule."""
+    chip = CHIPS[name]
+    shutil.rmtree(dump, ignore_errors=True)
+    dump.mkdir()
+    rows = DECODE_ROWS * (layer.experts // layer.mesh[0]) if kernel == "decode" else PREFILL_ROWS
+    blocks, dims, seconds = compile_layer(chip, layer, rows, dtype)
+    static = tpu_aot.read_kernel(dump, f"grouped_mlp_{blocks.kernel}")
+    cycles = windows(static, blocks, dims)
+    item = 2 if dtype == "bfloat16" else 4
+    numbers = 3 * blocks.inner * layer.model
+    dma = numbers * item / (chip.bandwidth / chip.cores) * chip.clock
+    ideal = 2 * numbers * blocks.windows[0] / (chip.peak / chip.cores) * chip.clock
+    return {
+        "chip": name,
+        "layer": f"{layer.name} {dims[0]} x {dims[2]} x {dims[1]}",
+        "kernel": blocks.kernel,
+        "dtype": dtype,
+        "rows": rows,
+        "blocks": f"{blocks.inner}, {blocks.windows[0]}/{blocks.windows[1]}",
+        "vmem": static.vmem,
+        "vmem_limit": blocks.vmem_limit,
+        "vmem_estimate": blocks.vmem_bytes(layer.model, item),
+        "vmem_mib": round(static.vmem / 2**20, 1),
+        "spills": f"{cycles['small_spills']} / {cycles['large_spills']}",
+        **cycles,
+        "dma": round(dma),
+        "mxu": round(ideal / cycles["large"], 2),
+        "verdict": "DMA-bound" if max(cycles["small"], cycles["large"]) < dma else "compute-bound",
+        "seconds": round(seconds, 1),
+    }
 
 
 def main() -> None:
     """Parses the arguments, sets libtpu's environment, prints or writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--chip", choices=CHIPS)
-    parser.add_argument("--layer", choices=[layer.name for layer in LAYERS])
-    parser.add_argument("--kernel", choices=("decode", "prefill"))
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*/bfloat16"],
+        help="patterns of chip/layer/kernel/dtype (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, to standard output")
     parser.add_argument("--out", type=Path, help="the file for the markdown table (default: standard output)")
     args = parser.parse_args()
@@ -192,7 +196,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dump = Path(scratch) / "dump"
         os.environ.update(tpu_aot.environment(dump))
-        for row in rows_of_report(args, dump):
+        for job in jobs(args.only):
+            row = row_of_report(*job, dump)
             lines.append(" | ".join(["", *(str(row[key]) for key in COLUMNS), ""]).strip())
             print(json.dumps(row) if args.json else lines[-1], flush=True)
     if args.out is not None:

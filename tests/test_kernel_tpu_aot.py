@@ -1,4 +1,4 @@
-"""The TPU kernels through the TPU compiler at real layer sizes: they compile, fit VMEM and keep up with HBM."""
+"""The TPU kernels through the TPU compiler at real layer sizes: they compile, fit and keep up with HBM."""
 
 import pytest
 import tpu_aot
@@ -22,14 +22,12 @@ SCHEDULE = "\n".join(
 )
 
 
-def rows(chip: str, **options: str) -> list[dict]:
-    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-    return tpu_aot.run_report("--chip", chip, *arguments, timeout=120)
+PATTERNS = ("*/decode/bfloat16", "*/Qwen3*/prefill/bfloat16", "v5e/OLMoE*/float32")
 
 
-def check(row: dict) -> None:
-    """What holds for every kernel: VMEM is what the block table reckons with, or less."""
-    assert row["vmem"] <= row["vmem_estimate"] <= row["vmem_limit"], row
+@pytest.fixture(scope="module")
+def report() -> list[dict]:
+    return tpu_aot.run_report("--only", *PATTERNS, timeout=300)
 
 
 def test_loops_are_read_from_branches_and_spills_from_stores():
@@ -42,25 +40,22 @@ def test_loops_are_read_from_branches_and_spills_from_stores():
         body.inner[1].total([8, 2])
 
 
+def test_vmem_is_what_the_block_table_reckons_with_or_less(report: list[dict]):
+    assert len(report) == 3 * 4 + 3 + 2
+    for row in report:
+        assert row["vmem"] <= row["vmem_estimate"] <= row["vmem_limit"], row
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_decode_keeps_up_with_memory(chip: str):
-    found = rows(chip, kernel="decode")
+def test_decode_keeps_up_with_memory(chip: str, report: list[dict]):
+    found = [r for r in report if (r["chip"], r["kernel"], r["dtype"]) == (chip, "decode", "bfloat16")]
     assert len(found) == 4
     for row in found:
-        check(row)
-        assert row["kernel"] == "decode"
         assert row["small_spills"] == 0, row
         assert max(row["small"], row["large"]) < row["dma"], row
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_prefill_keeps_the_matrix_units_busy(chip: str):
-    [row] = rows(chip, kernel="prefill", layer="Qwen3-30B-A3B")
-    check(row)
-    assert row["kernel"] == "prefill"
+def test_prefill_keeps_the_matrix_units_busy(chip: str, report: list[dict]):
+    [row] = [r for r in report if (r["chip"], r["kernel"], r["dtype"]) == (chip, "prefill", "bfloat16")]
     assert row["mxu"] >= 0.85, row
-
-
-def test_float32_weights_compile():
-    for row in rows("v5e", layer="OLMoE-1B-7B", dtype="float32"):
-        check(row)
