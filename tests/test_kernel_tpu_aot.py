@@ -58,4 +58,4 @@ def test_decode_keeps_up_with_memory(chip: str, report: list[dict]):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_prefill_keeps_the_matrix_units_busy(chip: str, report: list[dict]):
     [row] = [r for r in report if (r["chip"], r["kernel"], r["dtype"]) == (chip, "prefill", "bfloat16")]
-    assert row["mxu"] >= 0.85, row
+    assert row["mxu"] >= 0.9, row

@@ -6,7 +6,11 @@ for a product. The list of active experts is made by the kernel's own scalar loo
 is shorter than the launch of the few XLA operations that it would take.
 
 A chunk is gate and up rows ``[2, inner, D]`` (two contiguous pieces) and down columns ``[D, inner]`` (pieces
-of 16 rows x inner), straight from the checkpoint's layout. Both products contract the minor axes (NT).
+of 16 rows x inner), straight from the checkpoint's layout. Both products contract the minor axes (NT), and
+nothing is transposed for that: on v5e, v5p and v6e the weights are turned as they are loaded into the matrix
+unit (``vmatpush.xpose``), and the schedules use the transpose unit (XLU) in no bundle.
+
+The parts that prefill shares (``chunk_mlp``, ``over_windows``) stand here too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
