@@ -74,7 +74,7 @@ COLUMNS = {
     "large": "cycles large",
     "dma": "cycles DMA",
     "mxu": "MXU large",
-    "verdict": "16 rows an expert",
+    "verdict": "one window a chunk",
     "seconds": "compile s",
 }
 
