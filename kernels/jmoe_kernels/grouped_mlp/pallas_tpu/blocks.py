@@ -1,0 +1,145 @@
+"""Block sizes of the TPU kernels: a table by chip, dtype and kernel, fitted to a shape and to VMEM."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+MIB = 1 << 20
+LANES = 128  # D and F are multiples of this: chunks are then whole (sublane, lane) tiles, which DMA needs
+ROW_ALIGN = 16  # rows of a bfloat16 tile: a dynamic row window starts at a multiple of this
+Kernel = Literal["decode", "prefill"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one call is cut.
+
+    inner: columns of F in a chunk of weights (gate, up and down together: ``3 * inner * D`` numbers).
+    windows: rows multiplied at once, (large, small): large ones while more rows than a small one are left.
+    rows: decode: all rows, rounded up to ``ROW_ALIGN``; prefill: rows of one block of x and y in VMEM.
+    buffers: decode: chunks in VMEM, all but one of them in flight (prefill always has two).
+    cores: TensorCores of a device that share the work. vmem_limit: bytes the compiler may use on each.
+    product: values of a product computed at once, where that is 256 columns or more; a larger one hides more
+    of the latency of the matrix unit, takes longer to compile and spills registers.
+    """
+
+    kernel: Kernel
+    inner: int
+    windows: tuple[int, int]
+    rows: int
+    buffers: int = 2
+    cores: int = 1
+    product: int = 1 << 15
+    vmem_limit: int = 32 * MIB
+
+    def columns(self, window: int, model: int) -> tuple[int, int]:
+        """Columns of gate and of up, and of y, that are computed at once for a window of rows."""
+
+        def width(total: int, values: int) -> int:
+            most = max(2 * LANES, values // window)
+            pieces = -(-total // most)  # as even as whole lanes allow
+            return -(-total // pieces // LANES) * LANES
+
+        return width(self.inner, self.product // 2), width(model, self.product)
+
+    def vmem_bytes(self, model: int, item: int) -> int:
+        """VMEM that a call needs: rows in and out, weight chunks, and the values of one large window."""
+        x_and_y = self.rows * model * (item + 4)
+        chunks = self.buffers * 3 * self.inner * model * item
+        window = max(self.windows) * (2 * self.inner * 4 + self.inner * (4 + item) + 2 * model * 4)
+        return (2 if self.kernel == "prefill" else 1) * x_and_y + chunks + window + MIB
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A row of the table: ``Blocks`` before they are fitted to a shape; ``chunk`` is in bytes of weights."""
+
+    chunk: int
+    windows: tuple[int, int]
+    product: int
+    rows: int = 0
+    buffers: int = 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    """cores: TensorCores of one JAX device; vmem: bytes of each core that a kernel may take."""
+
+    cores: int
+    vmem: int
+    decode_rows: int  # mean rows per expert up to which decode is the faster kernel
+
+
+CHIPS = {
+    "TPU v5 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=32),
+    "TPU v5": Chip(cores=2, vmem=56 * MIB, decode_rows=32),
+    "TPU v6 lite": Chip(cores=1, vmem=100 * MIB, decode_rows=32),
+    "default": Chip(cores=1, vmem=32 * MIB, decode_rows=32),
+}
+TABLE: dict[tuple[str, str, Kernel], Tuning] = {
+    ("default", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
+    ("default", "float32", "decode"): Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
+    ("default", "bfloat16", "prefill"): Tuning(4 * MIB, windows=(256, 128), product=1 << 17, rows=256),
+    ("default", "float32", "prefill"): Tuning(4 * MIB, windows=(256, 128), product=1 << 17, rows=256),
+    ("TPU v5 lite", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
+    ("TPU v5", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 17, rows=1024),
+    ("TPU v6 lite", "bfloat16", "decode"): Tuning(3 * MIB, windows=(64, 32), product=1 << 16, buffers=4),
+    ("TPU v6 lite", "bfloat16", "prefill"): Tuning(18 * MIB, windows=(256, 128), product=1 << 19, rows=1024),
+}
+
+
+def device_kind() -> str:
+    """The kind of device that is traced for: the mesh's where there is one, else the default device's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+def divisor(of: int, at_most: int) -> int:
+    """The largest multiple of ``LANES`` that divides ``of`` and is at most ``at_most``, or ``LANES``."""
+    fits = [n for n in range(LANES, of + 1, LANES) if of % n == 0 and n <= max(at_most, LANES)]
+    return max(fits, default=LANES)
+
+
+def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str) -> Blocks:
+    """The table's blocks for a shape, shrunk until they fit VMEM where they can be."""
+    _, inner, model = dims
+    chip = CHIPS.get(kind, CHIPS["default"])
+    key = (kind, dtype.name, kernel)
+    row = TABLE.get(key) or TABLE[("default", dtype.name, kernel)]
+    padded = -(-rows // ROW_ALIGN) * ROW_ALIGN
+    block = padded if kernel == "decode" else min(row.rows, -(-padded // chip.cores // ROW_ALIGN) * ROW_ALIGN)
+    blocks = Blocks(
+        kernel,
+        divisor(inner, row.chunk // (3 * model * dtype.itemsize)),
+        (min(row.windows[0], block), min(row.windows[1], block)),
+        block,
+        row.buffers,
+        chip.cores,
+        row.product,
+        chip.vmem,
+    )
+    while blocks.vmem_bytes(model, dtype.itemsize) > chip.vmem:
+        smaller = divisor(inner, blocks.inner - LANES)
+        if kernel == "prefill" and blocks.rows > 2 * blocks.windows[0]:
+            blocks = replace(blocks, rows=blocks.rows // 2 // ROW_ALIGN * ROW_ALIGN)
+        elif smaller < blocks.inner:
+            blocks = replace(blocks, inner=smaller)
+        elif blocks.windows[0] > 64:
+            blocks = replace(blocks, windows=(64, min(64, blocks.windows[1])))
+        else:
+            break
+    return blocks
+
+
+def choose(dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str | None = None) -> Blocks:
+    """Blocks for ``rows`` rows of experts with ``dims`` = (E, F, D); decode where rows per expert are few."""
+    kind = device_kind() if kind is None else kind
+    experts, _, model = dims
+    chip = CHIPS.get(kind, CHIPS["default"])
+    if rows <= chip.decode_rows * experts:
+        blocks = fit("decode", dims, rows, dtype, kind)
+        if blocks.vmem_bytes(model, dtype.itemsize) <= chip.vmem:
+            return blocks
+    return fit("prefill", dims, rows, dtype, kind)

@@ -1,0 +1,154 @@
+"""Prefill kernel: many rows per expert, so the time is that of the products.
+
+The grid runs over tiles, a tile being one expert's rows within one block of x and y, in row order. Pallas'
+pipeline brings the next tile's weights and rows while one is multiplied. A tile multiplies only the row
+windows that its group reaches into, so a large block costs no padding. gate, up, activation and down are
+fused: the inner activations never leave VMEM. Consecutive tiles of one block add to the same y in VMEM;
+consecutive tiles of one expert read its weights once where ``inner`` is all of F, else once per block.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import Blocks
+from jmoe_kernels.grouped_mlp.pallas_tpu.decode import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
+from jmoe_kernels.grouped_mlp.types import Activation
+
+
+class Tiles(NamedTuple):
+    """The work list, prefetched to SMEM: tile t is rows of expert_T[t] in block t + offset_E[expert_T[t]].
+
+    start_E, end_E: rows of each expert. bounds_C: [cores + 1], core c runs tiles [bounds[c], bounds[c + 1]).
+    """
+
+    expert_T: Int[Array, " T"]
+    offset_E: Int[Array, " E"]
+    start_E: Int[Array, " E"]
+    end_E: Int[Array, " E"]
+    bounds_C: Int[Array, " C"]
+
+    def tile(self, core: Array, i: Array) -> Array:
+        """The core's i-th tile; past its last one, that last one again, which moves nothing."""
+        return jnp.minimum(self.bounds_C[core] + i, self.bounds_C[core + 1] - 1)
+
+    def block(self, t: Array) -> Array:
+        """The block of rows of tile ``t``."""
+        return t + self.offset_E[self.expert_T[t]]
+
+
+def _running_sum(n_E: Int[Array, " E"]) -> Int[Array, " E"]:
+    """``cumsum`` as one fused reduction: XLA's own takes several launches."""
+    e = jnp.arange(n_E.shape[0])
+    return jnp.sum(jnp.where(e[None, :] <= e[:, None], n_E[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, cores: int) -> Tiles:
+    """The tiles of ``rows`` rows in blocks of ``block_rows``: at most blocks + experts - 1 of them.
+
+    Blocks that no group reaches belong to the last active expert, whose weights are in VMEM by then: a tile
+    without rows zeroes each (without any active expert they are the last expert's, which is then fetched and
+    not used). Cores take equal numbers of whole blocks.
+    """
+    experts, n_blocks = group_sizes_E.shape[0], -(-rows // block_rows)
+    e_E = jnp.arange(experts, dtype=jnp.int32)
+    active_E = group_sizes_E > 0
+    end_E = jnp.minimum(_running_sum(group_sizes_E), rows)
+    start_E = jnp.minimum(end_E - group_sizes_E, rows)
+    last = jnp.where(jnp.any(active_E), jnp.max(jnp.where(active_E, e_E, 0)), experts - 1)
+    first_block_E = start_E // block_rows
+    last_block_E = jnp.where(e_E == last, n_blocks - 1, (end_E - 1) // block_rows)
+    tiles_E = jnp.where(active_E | (e_E == last), last_block_E - first_block_E + 1, 0)
+    tile_end_E = _running_sum(tiles_E)
+    t_T = jnp.arange(n_blocks + experts - 1, dtype=jnp.int32)
+    before_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
+    return Tiles(
+        expert_T=jnp.minimum(jnp.sum(tile_end_E[None, :] <= t_T[:, None], axis=1, dtype=jnp.int32), last),
+        offset_E=first_block_E - tile_end_E + tiles_E,
+        start_E=start_E,
+        end_E=end_E,
+        bounds_C=jnp.sum(
+            jnp.clip(before_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]), axis=1, dtype=jnp.int32
+        ),
+    )
+
+
+def _kernel(*refs: Ref, names: tuple[str, ...], blocks: Blocks, activation: Activation) -> None:
+    n = len(Tiles._fields)
+    tiles, (x_MD, *weights, y_MD, gate_MF, h_MF) = Tiles(*refs[:n]), refs[n:]
+    core, i, f = (pl.program_id(axis) for axis in range(3))
+    t = tiles.tile(core, i)
+    e, block = tiles.expert_T[t], tiles.block(t)
+    new_block = (i == 0) | (block != tiles.block(jnp.maximum(t - 1, 0)))
+    chunk = dict(zip(names, weights, strict=True))
+    mlp = partial(
+        chunk_mlp, Rows(x_MD, y_MD, gate_MF, h_MF), chunk, blocks=blocks, activation=activation, first=f == 0
+    )
+
+    @pl.when(tiles.bounds_C[core] + i < tiles.bounds_C[core + 1])
+    def _() -> None:
+        pl.when(new_block & (f == 0))(lambda: fill_zero(y_MD))
+        start = jnp.clip(tiles.start_E[e] - block * blocks.rows, 0, blocks.rows)
+        end = jnp.clip(tiles.end_E[e] - block * blocks.rows, 0, blocks.rows)
+        pl.when(start < end)(lambda: over_windows(start, end, blocks.rows, blocks.windows, mlp))
+
+
+def prefill(
+    x_ND: Float[Array, "N D"],
+    operands: Mapping[str, Array],
+    group_sizes_E: Int[Array, " E"],
+    blocks: Blocks,
+    *,
+    activation: Activation,
+    interpret: bool | pltpu.InterpretParams,
+) -> Float[Array, "N D"]:
+    """Rows through their expert's MLP. ``operands``: weights by name, biases as [E, 2, F] and [E, 1, D]."""
+    n, d = x_ND.shape
+    experts, _, f, _ = operands["gate_up"].shape
+    n_blocks = -(-n // blocks.rows)
+    cores = min(blocks.cores, n_blocks)
+    tiles = make_tiles(group_sizes_E, n, blocks.rows, cores)
+    steps = jnp.max(tiles.bounds_C[1:] - tiles.bounds_C[:-1])
+
+    def rows(core: Array, i: Array, _: Array, *prefetched: Ref) -> tuple[Array, int]:
+        tiles = Tiles(*prefetched)
+        return tiles.block(tiles.tile(core, i)), 0
+
+    def expert(core: Array, i: Array, _: Array, *prefetched: Ref) -> Array:
+        tiles = Tiles(*prefetched)
+        return tiles.expert_T[tiles.tile(core, i)]
+
+    specs = {
+        "gate_up": pl.BlockSpec(
+            (None, 2, blocks.inner, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j, 0)
+        ),
+        "down": pl.BlockSpec((None, d, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)),
+        "gate_up_bias": pl.BlockSpec(
+            (None, 2, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)
+        ),
+        "down_bias": pl.BlockSpec((None, 1, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, 0)),
+    }
+    return pl.pallas_call(
+        partial(_kernel, names=tuple(operands), blocks=blocks, activation=activation),
+        out_shape=jax.ShapeDtypeStruct((n, d), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tiles),
+            grid=(cores, steps, f // blocks.inner),
+            in_specs=[pl.BlockSpec((blocks.rows, d), rows), *(specs[name] for name in operands)],
+            out_specs=pl.BlockSpec((blocks.rows, d), rows),
+            scratch_shapes=Rows.scratch(blocks, x_ND.dtype),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
+        ),
+        cost_estimate=cost(n, operands, min(experts, n) + n_blocks - 1),
+        interpret=interpret,
+        name="grouped_mlp_prefill",
+    )(*tiles, x_ND, *operands.values())
