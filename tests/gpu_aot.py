@@ -55,7 +55,7 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     """What each case compiled to, or its error; in one process of its own, so that no test sees its settings.
 
     A case: device, experts, inner, model, rows, and optionally biases, activation, shards (devices of a
-    shard_map). A result: kernels, a list of {name, registers, spill_bytes, stack_bytes, wgmma, tma}, or error.
+    shard_map). A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma}, or error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -73,13 +73,14 @@ def kernels_in(dump: str) -> list[dict]:
     """One entry a kernel that the compiler left in ``dump``, which is emptied."""
     found = []
     for path in sorted(glob.glob(f"{dump}/*.ptx")):
-        with open(path) as file, open(path + "as") as log:
-            ptx, ptxas = file.read(), log.read()
+        with open(path) as file, open(path + "as") as log, open(path[:-3] + "mlir-passes.log") as mlir:
+            ptx, ptxas, passes = file.read(), log.read(), mlir.read()
         found.append(
             {
                 "name": re.search(r"\.entry (\w+)", ptx).group(1),
                 "registers": max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
                 "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", ptxas))),
+                "smem_bytes": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", passes).group(1)),
                 "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[.a-z0-9]*?(m64n\d+k16)", ptx))),
                 "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             }

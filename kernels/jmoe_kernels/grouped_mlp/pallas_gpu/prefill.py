@@ -1,10 +1,13 @@
-"""Many rows an expert: tiles of 128 rows by 256 weight rows, computed by two warpgroups and loaded by a third.
+"""Many rows an expert: tiles of 128 rows by 256 weight rows, two warpgroups computing and one loading.
 
-Compute bound: rows are the M operand, one warpgroup takes the upper 64 rows of a window and the other the lower
-ones, and the loading warpgroup runs ahead into the next tile while the computing ones finish theirs. Thread
-blocks are persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights
-come from device memory once, and from the cache for its other windows.
+Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other the
+lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are persistent.
+WIDE windows share a weight tile before the next tile starts, so that an expert's weights come from device
+memory once, and from the cache for its other windows.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,25 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 
 WARPGROUPS = 2  # that compute
+LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What differs between the two kernels.
+
+    rows_of(a, windows, window): the window's rows of the left operand. combine(parts): the tile's columns from
+    those of each product. store(chunk, out, tile_s, windows, window, first row, first column): see below.
+    """
+
+    name: str
+    tile: int
+    step: int
+    stages: int
+    rows_of: Callable
+    combine: Callable
+    store: Callable
+    zeros_past_end: bool
 
 
 def gate_up(
@@ -40,73 +62,20 @@ def gate_up(
     interpret: bool,
 ) -> BFloat16[Array, "W R F"]:
     """``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
-    experts, inner, model = weights.dims
-    rows, tile, step = blocks.rows, blocks.inner, blocks.k_up
-    half, bias = rows // WARPGROUPS, weights.gate_up_bias_E2F
-
-    def kernel(x, w, windows, *rest):
-        *bias_ref, h = rest
-        wg = lax.axis_index("wg")
-        mine = pl.ds(wg * half, half)
-
-        def pipeline(body, context):
-            return _pipeline(body, context, model // step, blocks.stages_up, (rows, tile, tile), step)
-
-        def with_memory(allocations, tile_s, bias_s=None, fetched=None, turned=None):
-            def contract(_, x_s, gate_s, up_s, accs):
-                spare = None if turned is None else turned.at[wg]
-                wgmma_nt(accs[0], x_s.at[mine], gate_s, spare)
-                wgmma_nt(accs[1], x_s.at[mine], up_s, spare)
-                _release(blocks.stages_up, 2)
-                return accs
-
-            def one_tile(window, f):
-                e = windows[window, EXPERT]
-                columns = pl.ds(f * tile, tile)
-
-                def context(run):
-                    def scope(gate_acc, up_acc):
-                        if bias_ref:
-                            _fetch([bias_ref[0].at[e, i, columns] for i in range(2)], bias_s, fetched, wg)
-                        run((gate_acc, up_acc))
-                        gate, up = gate_acc[...], up_acc[...]
-                        if bias_ref:
-                            plgpu.barrier_wait(fetched.at[wg])
-                            gate, up = (_add(v, bias_s.at[wg, i]) for i, v in enumerate((gate, up)))
-                        value = gated(activation, gate, up).astype(h.dtype)
-                        _store_all(value, h.at[window, mine, columns], tile_s.at[wg])
-
-                    pl.run_scoped(scope, plgpu.ACC((half, tile)), plgpu.ACC((half, tile)))
-
-                @pl.when((e >= 0) & (e < experts))
-                def _():
-                    pipeline(contract, context)(
-                        x.at[pl.ds(pl.multiple_of(windows[window, ROW], ALIGN), rows)],
-                        w.at[e, 0, columns],
-                        w.at[e, 1, columns],
-                        allocations=allocations,
-                    )
-
-            _for_tiles(one_tile, windows.shape[0], inner // tile)
-            plgpu.wait_smem_to_gmem(0)
-
-        rows_ref, w_ref = x.at[pl.ds(0, rows)], w.at[0, 0, pl.ds(0, tile)]
-        pl.run_scoped(
-            with_memory,
-            allocations=pipeline(_nothing, _nothing).get_allocations(rows_ref, w_ref, w_ref),
-            tile_s=plgpu.SMEM((WARPGROUPS, half, min(tile, STORE_BYTES // 2)), h.dtype),
-            **_scratch(2 if bias_ref else 0, step, tile, interpret),
-            collective_axes="wg",
-        )
-
-    out_type = jax.ShapeDtypeStruct((windows_W4.shape[0], rows, inner), x_ND.dtype)
-    arguments = (
-        x_ND,
-        weights.gate_up_E2FD,
-        windows_W4,
-        *(() if bias is None else (bias.astype(jnp.float32),)),
+    stage = _Stage(
+        name="jmoe_prefill_gate_up",
+        tile=blocks.inner,
+        step=blocks.k_up,
+        stages=blocks.stages_up,
+        rows_of=lambda x, windows, w: x.at[pl.ds(pl.multiple_of(windows[w, ROW], ALIGN), blocks.rows)],
+        combine=lambda parts: gated(activation, *parts).astype(x_ND.dtype),
+        store=_store_all,
+        zeros_past_end=False,
     )
-    return _launch(kernel, out_type, blocks, interpret, "jmoe_prefill_gate_up")(*arguments)
+    out_type = jax.ShapeDtypeStruct((windows_W4.shape[0], blocks.rows, weights.dims[1]), x_ND.dtype)
+    return _run(
+        stage, x_ND, weights.gate_up_E2FD, windows_W4, weights.gate_up_bias_E2F, out_type, blocks, interpret
+    )
 
 
 def down(
@@ -118,75 +87,152 @@ def down(
     interpret: bool,
 ) -> Float[Array, "N D"]:
     """``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
-    experts, inner, model = weights.dims
-    rows, tile, step = blocks.rows, blocks.model, blocks.k_down
-    half, bias = rows // WARPGROUPS, weights.down_bias_ED
+    stage = _Stage(
+        name="jmoe_prefill_down",
+        tile=blocks.model,
+        step=blocks.k_down,
+        stages=blocks.stages_down,
+        rows_of=lambda h, windows, w: h.at[w],
+        combine=lambda parts: parts[0],
+        store=_store_own_rows,
+        zeros_past_end=True,
+    )
+    bias = weights.down_bias_ED
+    bias_E1D = None if bias is None else bias[:, None]
+    out_type = jax.ShapeDtypeStruct((rows_out, weights.dims[2]), jnp.float32)
+    return _run(stage, h_WRF, weights.down_EDF[:, None], windows_W4, bias_E1D, out_type, blocks, interpret)
 
-    def kernel(h, w, windows, *rest):
-        *bias_ref, y = rest
+
+def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
+    """The persistent kernel: each window's rows of ``a`` times P weight matrices [out, in], combined, stored."""
+    experts, products, out, contracted = w_EPOI.shape
+    half, tile, biased = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
+    steps = contracted // stage.step
+
+    def kernel(a, w, windows, *rest):
+        *bias, out_ref = rest
         wg = lax.axis_index("wg")
-        mine = pl.ds(wg * half, half)
-
-        def pipeline(body, context):
-            return _pipeline(body, context, inner // step, blocks.stages_down, (rows, tile), step)
 
         def with_memory(allocations, tile_s, bias_s=None, fetched=None, turned=None):
-            def contract(_, h_s, w_s, acc):
-                wgmma_nt(acc, h_s.at[mine], w_s, None if turned is None else turned.at[wg])
-                _release(blocks.stages_down, 1)
-                return acc
+            def contract(_, a_s, *rest):
+                *w_s, accs = rest
+                for acc, w_part in zip(accs, w_s, strict=True):
+                    spare = None if turned is None else turned.at[wg]
+                    wgmma_nt(acc, a_s.at[pl.ds(wg * half, half)], w_part, spare)
+                # The products of the step before are done then, and its buffers may be released.
+                plgpu.wgmma_wait(products if stage.stages > 1 else 0)
+                return accs
 
-            def one_tile(window, d):
-                e = windows[window, EXPERT]
+            def one_tile(window, t):
+                e, columns = windows[window, EXPERT], pl.ds(t * tile, tile)
 
-                def store(part):
-                    _store_own_rows(part, y, tile_s.at[wg], windows, window, wg * half, d * tile, tile)
+                def store(chunk):
+                    stage.store(chunk, out_ref, tile_s.at[wg], windows, window, wg * half, t * tile, tile)
 
                 def context(run):
-                    def scope(acc):
-                        if bias_ref:
-                            _fetch([bias_ref[0].at[e, pl.ds(d * tile, tile)]], bias_s, fetched, wg)
-                        run(acc)
-                        value = acc[...]
-                        if bias_ref:
+                    def scope(*accs):
+                        if biased:
+                            for p in range(products):
+                                source = bias[0].at[e, p, columns]
+                                plgpu.copy_gmem_to_smem(source, bias_s.at[wg, p], fetched.at[wg])
+                        run(accs)
+                        values = [acc[...] for acc in accs]
+                        if biased:
                             plgpu.barrier_wait(fetched.at[wg])
+                        store(lambda c, width: stage.combine(_columns(values, bias_s, wg, c, width)))
 
-                        def part(c, width):
-                            columns = value[:, c : c + width]
-                            return _add(columns, bias_s.at[wg, 0, pl.ds(c, width)]) if bias_ref else columns
-
-                        store(part)
-
-                    pl.run_scoped(scope, plgpu.ACC((half, tile)))
+                    pl.run_scoped(scope, *[plgpu.ACC((half, tile))] * products)
 
                 @pl.when((e >= 0) & (e < experts))
                 def _():
-                    pipeline(contract, context)(
-                        h.at[window], w.at[e, pl.ds(d * tile, tile)], allocations=allocations
-                    )
+                    parts = [w.at[e, p, columns] for p in range(products)]
+                    pipeline = _pipeline(stage, contract, context, steps, blocks.rows, products)
+                    pipeline(stage.rows_of(a, windows, window), *parts, allocations=allocations)
 
-                @pl.when((e == experts) & (wg < WARPGROUPS))
-                def _():
-                    store(lambda _, width: jnp.zeros((half, width), jnp.float32))
+                if stage.zeros_past_end:
 
-            _for_tiles(one_tile, windows.shape[0], model // tile)
+                    @pl.when((e == experts) & (wg < WARPGROUPS))
+                    def _():
+                        store(lambda _, width: jnp.zeros((half, width), jnp.float32))
+
+            _for_tiles(one_tile, windows.shape[0], out // tile)
             plgpu.wait_smem_to_gmem(0)
 
+        pipeline = _pipeline(stage, _nothing, _nothing, steps, blocks.rows, products)
+        examples = stage.rows_of(a, windows, 0), *[w.at[0, 0, pl.ds(0, tile)]] * products
         pl.run_scoped(
             with_memory,
-            allocations=pipeline(_nothing, _nothing).get_allocations(h.at[0], w.at[0, pl.ds(0, tile)]),
-            tile_s=plgpu.SMEM((WARPGROUPS, half, min(tile, STORE_BYTES // 4)), jnp.float32),
-            **_scratch(1 if bias_ref else 0, step, tile, interpret),
+            allocations=pipeline.get_allocations(*examples),
+            **_scratch(stage, half, out_ref.dtype, products, biased, interpret),
             collective_axes="wg",
         )
 
-    out_type = jax.ShapeDtypeStruct((rows_out, model), jnp.float32)
-    arguments = (h_WRF, weights.down_EDF, windows_W4, *(() if bias is None else (bias.astype(jnp.float32),)))
-    return _launch(kernel, out_type, blocks, interpret, "jmoe_prefill_down")(*arguments)
+    return launch(
+        kernel,
+        out_type,
+        interpret,
+        grid=(blocks.sms,),
+        grid_names=("sm",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        kernel_name=stage.name,
+    )(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if biased else ()))
 
 
-def _store_own_rows(part, y, tile_s, windows, window, first, column, columns) -> None:
-    """Store the rows that the window owns of a tile starting ``first`` rows into it, by ``part(column, width)``.
+def _pipeline(stage: _Stage, body, context, steps: int, rows: int, products: int):
+    """The loads over the contraction: ``rows`` rows of the left operand, a tile of each weight matrix."""
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        memory_registers=LOADER_REGISTERS,
+        in_specs=[
+            plgpu.BlockSpec((r, stage.step), lambda k: (0, k), delay_release=int(stage.stages > 1))
+            for r in (rows, *[stage.tile] * products)
+        ],
+        wg_axis="wg",
+        num_compute_wgs=WARPGROUPS,
+        max_concurrent_steps=stage.stages,
+        compute_context=context,
+    )
+
+
+def _nothing(*_, **__):
+    pass
+
+
+def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
+    """Shared memory of each computing warpgroup: a tile to store, bias vectors, and the spare of ``wgmma_nt``."""
+    width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
+    scratch = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
+    if biased:
+        scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, products, stage.tile), jnp.float32)
+        scratch["fetched"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
+    if interpret:
+        scratch["turned"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
+    return scratch
+
+
+def _columns(values, bias_s, wg, start: int, width: int) -> list:
+    """Columns of each product, with their bias."""
+    parts = [value[:, start : start + width] for value in values]
+    if bias_s is None:
+        return parts
+    vectors = [bias_s.at[wg, p, pl.ds(start, width)] for p in range(len(parts))]
+    return [v + lax.broadcast_in_dim(b[...], v.shape, (1,)) for v, b in zip(parts, vectors, strict=True)]
+
+
+def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> None:
+    """Store ``chunk(start, width)`` of every column to the window's rows from ``first`` on of h."""
+    half, width = tile_s.shape
+    for c in range(0, columns, width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile_s[...] = chunk(c, width)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile_s, h.at[window, pl.ds(first, half), pl.ds(column + c, width)])
+
+
+def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
+    """Store ``chunk(start, width)`` of every column to y where the window owns the rows from ``first`` on.
 
     All of them straight from registers, 32 bytes a row and instruction; some of them through shared memory.
     """
@@ -198,89 +244,22 @@ def _store_own_rows(part, y, tile_s, windows, window, first, column, columns) ->
     @pl.when(count == half)
     def _():
         for c in range(0, columns, width):
-            y[pl.ds(row, half), pl.ds(column + c, width)] = part(c, width)
+            y[pl.ds(row, half), pl.ds(column + c, width)] = chunk(c, width)
 
     @pl.when((count > 0) & (count < half))
     def _():
         for c in range(0, columns, width):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            tile_s[...] = part(c, width)
+            tile_s[...] = chunk(c, width)
             plgpu.commit_smem()
             store_rows(tile_s, y, low, count, row + low, column + c)
 
 
 def _for_tiles(one_tile, windows: int, tiles: int) -> None:
-    """Call ``one_tile(window, tile)`` for this thread block's share, WIDE windows of a tile after one another."""
+    """Call ``one_tile(window, tile)`` for this thread block's share, WIDE windows of a tile in a row."""
 
     @plgpu.nd_loop((windows * tiles,), collective_axes="sm")
     def _(loop):
         (unit,) = loop.index
         group, place = lax.div(unit, WIDE * tiles), lax.rem(unit, WIDE * tiles)
         one_tile(group * WIDE + lax.rem(place, WIDE), lax.div(place, WIDE))
-
-
-def _pipeline(body, context, steps: int, stages: int, rows: tuple[int, ...], step: int):
-    """The pipeline over ``steps`` of K-major operands with ``rows`` each."""
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(steps,),
-        memory_registers=40,
-        in_specs=[plgpu.BlockSpec((r, step), lambda k: (0, k), delay_release=int(stages > 1)) for r in rows],
-        wg_axis="wg",
-        num_compute_wgs=WARPGROUPS,
-        max_concurrent_steps=stages,
-        compute_context=context,
-    )
-
-
-def _release(stages: int, products: int) -> None:
-    """Wait for the step before, whose buffers the pipeline then releases; with one stage for this one."""
-    plgpu.wgmma_wait(products if stages > 1 else 0)
-
-
-def _scratch(biases: int, step: int, tile: int, interpret: bool) -> dict:
-    """Shared memory for bias vectors of each computing warpgroup with their barrier, and for ``wgmma_nt``."""
-    scratch = {}
-    if biases:
-        scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, biases, tile), jnp.float32)
-        scratch["fetched"] = plgpu.Barrier(num_arrivals=biases, num_barriers=WARPGROUPS)
-    if interpret:
-        scratch["turned"] = plgpu.SMEM((WARPGROUPS, step, tile), jnp.bfloat16)
-    return scratch
-
-
-def _fetch(vectors, scratch, barrier, wg) -> None:
-    for i, vector in enumerate(vectors):
-        plgpu.copy_gmem_to_smem(vector, scratch.at[wg, i], barrier.at[wg])
-
-
-def _add(value, vector):
-    """``value`` with the shared-memory ``vector`` added to every row."""
-    return value + lax.broadcast_in_dim(vector[...], value.shape, (1,))
-
-
-def _store_all(value, destination, tile_s) -> None:
-    """Store a register tile through the narrower ``tile_s``."""
-    width = tile_s.shape[1]
-    for c in range(0, value.shape[1], width):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tile_s[...] = value[:, c : c + width]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile_s, destination.at[:, pl.ds(c, width)])
-
-
-def _nothing(*_, **__):
-    pass
-
-
-def _launch(kernel, out_type, blocks: Blocks, interpret: bool, name: str):
-    return launch(
-        kernel,
-        out_type,
-        interpret,
-        grid=(blocks.sms,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        kernel_name=name,
-    )
