@@ -55,7 +55,8 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     """What each case compiled to, or its error; in one process of its own, so that no test sees its settings.
 
     A case: device, experts, inner, model, rows, and optionally biases, activation, shards (devices of a
-    shard_map). A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma}, or error.
+    shard_map). A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma},
+    without those that an earlier case compiled already, and calls, their number in the program; or error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -90,7 +91,8 @@ def kernels_in(dump: str) -> list[dict]:
     return found
 
 
-def _compile(case: dict) -> None:
+def _compile(case: dict) -> int:
+    """The number of Mosaic GPU kernels in the compiled program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -122,15 +124,16 @@ def _compile(case: dict) -> None:
         )
 
     split = jax.shard_map(mlp, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
-    jax.jit(split).lower(abstract(n, d), weights, abstract(e, dtype=jnp.int32)).compile()
+    compiled = jax.jit(split).lower(abstract(n, d), weights, abstract(e, dtype=jnp.int32)).compile()
+    return len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text()))
 
 
 def main() -> None:
     results = []
     for case in json.load(sys.stdin):
         try:
-            _compile(case)
-            results.append({"kernels": kernels_in(os.environ["MOSAIC_GPU_DUMP_TO"])})
+            calls = _compile(case)
+            results.append({"calls": calls, "kernels": kernels_in(os.environ["MOSAIC_GPU_DUMP_TO"])})
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"[:2000], "kernels": []})
     print(json.dumps(results))

@@ -5,7 +5,11 @@ their few calls covers several promises; the decode kernels take about two secon
 """
 
 import dataclasses
+import importlib.util
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +37,7 @@ from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 DECODE = Blocks("decode", 16, 64, 64, 64, 64, 2, 2)
 PREFILL = Blocks("prefill", 128, 64, 64, 64, 64, 2, 2, sms=2)
 INNER, MODEL = 64, 128
+SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
 
 
 def rounded(a) -> np.ndarray:
@@ -123,6 +128,32 @@ def test_prefill_bias_and_clamped_activation():
 
 def test_prefill_zero_rows():
     check((0, 0, 0), 9, PREFILL)
+
+
+def test_gpu_check_runs_dry_and_isolates_a_failing_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    gpu_check = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = gpu_check  # its dataclasses look their module up
+    spec.loader.exec_module(gpu_check)
+
+    def broken(check):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_check, "SECTIONS", (broken, *gpu_check.SECTIONS))
+    with gpu_interpreter():
+        status = gpu_check.main(["--dry", "--out", str(tmp_path), "--commit", "abc"])
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    rows = result["rows"]
+    assert status == 1 and rows[0]["verdict"] == "ERROR RuntimeError: no such kernel"
+    assert result["commit"] == "abc" and {row["section"] for row in rows[1:]} == {
+        "limits",
+        "correct",
+        "decode",
+        "prefill",
+    }
+    assert not [row for row in rows[1:] if "error" in row["verdict"].lower() or "FAIL" in row["verdict"]]
+    timed = [row for row in rows if row["name"] == "jmoe"]
+    assert len(timed) == 3 and all(row["seconds"] > 0 for row in timed)
 
 
 # ---- the map from windows to experts, without a kernel

@@ -18,9 +18,8 @@ CASES = {
 CASES["wider decode windows"] = dict(MODELS["OLMoE"], device=H200, rows=48 * 64)
 CASES["over 8 devices"] = dict(MODELS["Qwen3-30B-A3B"], device=H200, rows=256, shards=8)
 for activation in ("swiglu_oai", "gelu_tanh", "relu"):
-    CASES[f"biases, {activation}"] = dict(
-        experts=32, inner=2880, model=2880, device=H200, rows=64, biases=True, activation=activation
-    )
+    sizes = {"experts": 32, "inner": 2880, "model": 2880, "rows": 64}
+    CASES[f"biases, {activation}"] = {**sizes, "device": H200, "biases": True, "activation": activation}
 REFUSED = {"experts": 8, "inner": 96, "model": 128, "device": H200, "rows": 8}
 
 pytestmark = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
@@ -35,12 +34,17 @@ def compiled() -> dict[str, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_to_tensor_cores_and_tma_without_spills(name: str, compiled: dict[str, dict]):
     assert "error" not in compiled[name], compiled[name]["error"]
-    kind = "prefill" if "512 rows" in name else "decode"
-    kernels = {kernel["name"]: kernel for kernel in compiled[name]["kernels"]}
-    assert len(kernels) == 2 and all(f"jmoe_{kind}_" in kernel for kernel in kernels)
-    for kernel in kernels.values():
+    assert compiled[name]["calls"] == 2
+    for kernel in compiled[name]["kernels"]:
         assert kernel["wgmma"] and kernel["tma"] and kernel["spill_bytes"] == 0, kernel
         assert kernel["smem_bytes"] <= 227 * 1024, kernel
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kernels_are_chosen_by_rows_an_expert(model: str, compiled: dict[str, dict]):
+    for rows, kind in ((2, "decode"), (512, "prefill")):
+        names = {k["name"] for k in compiled[f"{model}, {rows} rows an expert, {H200}"]["kernels"]}
+        assert names == {f"jmoe_{kind}_{part}_mosaic_gpu_kernel" for part in ("gate_up", "down")}
 
 
 def test_a_named_limit_is_the_error(compiled: dict[str, dict]):

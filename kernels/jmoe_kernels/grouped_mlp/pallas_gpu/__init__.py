@@ -1,8 +1,11 @@
 """Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
 
 Two kernel pairs chosen by static shape: ``decode`` up to 64 rows an expert on average, ``prefill`` above
-(``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a second; between them
-h stands in device memory, window by window (``blocks.windows``), rounded to bfloat16.
+(``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a second. Between
+them h stands in device memory, window by window (``blocks.windows``), rounded to bfloat16.
+
+Limits (``supports``): bfloat16; inner and model dimensions that are multiples of 64. Dimensions that 128
+divides get the larger tiles.
 """
 
 from typing import get_args
@@ -50,8 +53,8 @@ def grouped_mlp_pallas_gpu(
 ) -> Float[Array, "N D"]:
     """Gated MLP of each row's expert, float32; rows past the last group are zero.
 
-    x_ND: sorted by expert. group_sizes_E: rows of each expert, data, summing to at most N; experts without rows
-    are not read. interpret: run in the interpreter on CPU. blocks: None takes the table's for the device.
+    x_ND: sorted by expert. group_sizes_E: rows of each expert, data, summing to at most N; experts without
+    rows are not read. interpret: run in the interpreter on CPU. blocks: None takes the device's from the table.
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape

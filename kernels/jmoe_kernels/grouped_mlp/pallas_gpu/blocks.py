@@ -1,7 +1,7 @@
 """Block sizes by device, dtype and rows an expert, and the map from windows of rows to experts.
 
-A window is up to ``Blocks.rows`` consecutive rows of which some or all belong to one expert: both kernels work
-on one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of
+A window is ``Blocks.rows`` consecutive rows of which some or all belong to one expert: both kernels work on
+one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of
 the window, so that an expert with few rows is read once; the last ones start early, still inside x: padding x
 would copy it.
 """
@@ -54,8 +54,8 @@ class Blocks:
 STORE_BYTES = 128  # of a row that the prefill kernels stage at a time
 
 # Decode wants bytes in flight: 64-row weight tiles (the least that wgmma takes) leave room for two or three
-# thread blocks an SM with about 64 KiB of weights in flight each. Prefill wants few loads a product: 128 x 256
-# tiles in one thread block of two computing warpgroups.
+# thread blocks an SM with about 64 KiB of weights in flight each. Prefill wants few loads a product: tiles of
+# 128 x 256 in one thread block of two computing warpgroups.
 _HOPPER = {
     "rows<=4": Blocks("decode", 16, 64, 64, 64, 64, 4, 6),
     "rows<=12": Blocks("decode", 32, 64, 64, 64, 64, 4, 6),
@@ -109,7 +109,7 @@ def window_count(rows: int, experts: int, tile: int) -> int:
 def windows(
     group_sizes_E: Int[Array, " E"], rows: int, tile: int, compact: bool
 ) -> tuple[Int[Array, "W 4"], Int[Array, "N 2"]]:
-    """For each window (expert, first row read, rows to skip there, rows that are its own); (window, place) of rows.
+    """(expert, first row read, rows to skip there, rows that are its own) by window; (window, place) by row.
 
     Rows past the last group come as windows of "expert" E, unused slots as expert IDLE. ``compact`` puts used
     slots first, which costs another scan; without it an expert's slots start at e + start // tile, which also
@@ -161,7 +161,7 @@ def launch(body, out_type: jax.ShapeDtypeStruct, interpret: bool, **mesh):
 
 
 def wgmma_nt(acc_MN, a_MK, b_NK, turned_KN=None) -> None:
-    """``acc += a b^T`` of references. jax 0.10's interpreter takes no transposed one: it copies to ``turned_KN``."""
+    """``acc += a b^T`` of references; jax 0.10's interpreter needs ``turned_KN`` to transpose into."""
     if turned_KN is None:
         plgpu.wgmma(acc_MN, a_MK, b_NK.T)
         return

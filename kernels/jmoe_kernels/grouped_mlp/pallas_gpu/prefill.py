@@ -1,9 +1,9 @@
 """Many rows an expert: tiles of 128 rows by 256 weight rows, two warpgroups computing and one loading.
 
-Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other the
-lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are persistent.
-WIDE windows share a weight tile before the next tile starts, so that an expert's weights come from device
-memory once, and from the cache for its other windows.
+Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other
+the lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are
+persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights come from
+device memory once, and from the cache for its other windows.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 class _Stage:
     """What differs between the two kernels.
 
-    rows_of(a, windows, window): the window's rows of the left operand. combine(parts): the tile's columns from
-    those of each product. store(chunk, out, tile_s, windows, window, first row, first column): see below.
+    rows_of(a, windows, window): the window's rows of the left operand. combine(parts): a tile's columns from
+    those of each product. store: ``_store_all`` or ``_store_own_rows``.
     """
 
     name: str
@@ -104,7 +104,7 @@ def down(
 
 
 def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
-    """The persistent kernel: each window's rows of ``a`` times P weight matrices [out, in], combined, stored."""
+    """The persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined, stored."""
     experts, products, out, contracted = w_EPOI.shape
     half, tile, biased = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
     steps = contracted // stage.step
@@ -201,7 +201,7 @@ def _nothing(*_, **__):
 
 
 def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
-    """Shared memory of each computing warpgroup: a tile to store, bias vectors, and the spare of ``wgmma_nt``."""
+    """Shared memory of each computing warpgroup: a tile to store, biases, and the spare of ``wgmma_nt``."""
     width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
     scratch = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
     if biased:
@@ -256,7 +256,7 @@ def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -
 
 
 def _for_tiles(one_tile, windows: int, tiles: int) -> None:
-    """Call ``one_tile(window, tile)`` for this thread block's share, WIDE windows of a tile in a row."""
+    """Call ``one_tile(window, tile)`` for this thread block's share: WIDE windows, then the next tile."""
 
     @plgpu.nd_loop((windows * tiles,), collective_axes="sm")
     def _(loop):
