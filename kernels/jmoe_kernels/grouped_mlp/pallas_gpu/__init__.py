@@ -54,7 +54,7 @@ def grouped_mlp_pallas_gpu(
     """Gated MLP of each row's expert, float32; rows past the last group are zero.
 
     x_ND: sorted by expert. group_sizes_E: rows of each expert, data, summing to at most N; experts without
-    rows are not read. interpret: run in the interpreter on CPU. blocks: None takes the device's from the table.
+    rows are not read. interpret: run in the interpreter on CPU. blocks: None takes the table's.
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape

@@ -166,6 +166,7 @@ def wgmma_nt(acc_MN, a_MK, b_NK, turned_KN=None) -> None:
         plgpu.wgmma(acc_MN, a_MK, b_NK.T)
         return
     turned_KN[...] = b_NK[...].T
+    plgpu.commit_smem()
     plgpu.wgmma(acc_MN, a_MK, turned_KN)
 
 

@@ -5,6 +5,8 @@ checkpoint's own layout. Two kernels: gate and up with the activation, then down
 (window, weight tile); thread blocks of idle windows exit at once.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -64,14 +66,12 @@ def gate_up(
                 )(x.at[pl.ds(row, rows)], w.at[e, 0], w.at[e, 1])
                 return gate_acc[...], up_acc[...]
 
-            acc = plgpu.ACC((tile, rows))
+            accs = (plgpu.ACC((tile, rows)),) * 2
             if interpret:
-                gate, up = pl.run_scoped(
-                    lambda turned: pl.run_scoped(lambda g, u: accumulate(g, u, turned), acc, acc),
-                    plgpu.SMEM((step, rows), x.dtype),
-                )
+                spare = plgpu.SMEM((step, rows), x.dtype)
+                gate, up = pl.run_scoped(lambda s: pl.run_scoped(partial(accumulate, turned=s), *accs), spare)
             else:
-                gate, up = pl.run_scoped(accumulate, acc, acc)
+                gate, up = pl.run_scoped(accumulate, *accs)
             if bias_ref:
                 gate = add_bias(gate, bias_ref[0].at[e, 0, pl.ds(f * tile, tile)])
                 up = add_bias(up, bias_ref[0].at[e, 1, pl.ds(f * tile, tile)])

@@ -2,8 +2,8 @@
 
 Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other
 the lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are
-persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights come from
-device memory once, and from the cache for its other windows.
+persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights come
+from device memory once, and from the cache for its other windows.
 """
 
 from collections.abc import Callable
@@ -114,14 +114,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
         wg = lax.axis_index("wg")
 
         def with_memory(allocations, tile_s, bias_s=None, fetched=None, turned=None):
-            def contract(_, a_s, *rest):
-                *w_s, accs = rest
-                for acc, w_part in zip(accs, w_s, strict=True):
-                    spare = None if turned is None else turned.at[wg]
-                    wgmma_nt(acc, a_s.at[pl.ds(wg * half, half)], w_part, spare)
-                # The products of the step before are done then, and its buffers may be released.
-                plgpu.wgmma_wait(products if stage.stages > 1 else 0)
-                return accs
+            contract = _contraction(stage, wg, half, turned)
 
             def one_tile(window, t):
                 e, columns = windows[window, EXPERT], pl.ds(t * tile, tile)
@@ -167,16 +160,27 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
             collective_axes="wg",
         )
 
-    return launch(
-        kernel,
-        out_type,
-        interpret,
-        grid=(blocks.sms,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        kernel_name=stage.name,
-    )(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if biased else ()))
+    threads = {"num_threads": WARPGROUPS + 1, "thread_name": "wg"}
+    call = launch(
+        kernel, out_type, interpret, grid=(blocks.sms,), grid_names=("sm",), kernel_name=stage.name, **threads
+    )
+    return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if biased else ()))
+
+
+def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
+    """The body of the pipeline: this warpgroup's rows times a step of each weight tile."""
+
+    def contract(_, a_s, *rest):
+        *w_s, accs = rest
+        for acc, w_part in zip(accs, w_s, strict=True):
+            spare = None if turned is None else turned.at[wg]
+            wgmma_nt(acc, a_s.at[pl.ds(wg * half, half)], w_part, spare)
+        # Releasing a step later (delay_release) would keep a product in flight, but the pipeline does not
+        # await the last release: the next tile's first loads would overwrite operands still being read.
+        plgpu.wgmma_wait(0)
+        return accs
+
+    return contract
 
 
 def _pipeline(stage: _Stage, body, context, steps: int, rows: int, products: int):
@@ -186,8 +190,7 @@ def _pipeline(stage: _Stage, body, context, steps: int, rows: int, products: int
         grid=(steps,),
         memory_registers=LOADER_REGISTERS,
         in_specs=[
-            plgpu.BlockSpec((r, stage.step), lambda k: (0, k), delay_release=int(stage.stages > 1))
-            for r in (rows, *[stage.tile] * products)
+            plgpu.BlockSpec((r, stage.step), lambda k: (0, k)) for r in (rows, *[stage.tile] * products)
         ],
         wg_axis="wg",
         num_compute_wgs=WARPGROUPS,
