@@ -1,0 +1,86 @@
+"""Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
+
+Two kernel pairs chosen by static shape: ``decode`` up to 64 rows an expert on average, ``prefill`` above
+(``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a second. Between
+them h stands in device memory, window by window (``blocks.windows``), rounded to bfloat16.
+
+Limits (``supports``): bfloat16; inner and model dimensions that are multiples of 64. Dimensions that 128
+divides get the larger tiles.
+"""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import BFloat16, Float, Int
+
+from jmoe_kernels.grouped_mlp.pallas_gpu import decode, prefill
+from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ALIGN, SMEM_LIMIT, Blocks, choose, fit, windows
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+
+UNIT = (
+    64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
+)
+
+__all__ = ["Blocks", "grouped_mlp_pallas_gpu", "supports"]
+
+
+def supports(weights: ExpertWeights, rows: int, activation: str) -> str | None:
+    """Why the kernels cannot run on these static shapes and dtypes, or None if they can."""
+    experts, inner, model = weights.dims
+    for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
+        if array.dtype != jnp.bfloat16:
+            return f"weights must be bfloat16, {name} is {array.dtype}"
+    for name, size in (("inner", inner), ("model", model)):
+        if size % UNIT or not size:
+            return f"the {name} dimension must be a multiple of {UNIT}, got {size}"
+    if rows < 1 or experts < 1:
+        return f"needs at least 1 row and 1 expert, got {rows} and {experts}"
+    if activation not in get_args(Activation):
+        return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
+    return None
+
+
+def grouped_mlp_pallas_gpu(
+    x_ND: BFloat16[Array, "N D"],
+    weights: ExpertWeights,
+    group_sizes_E: Int[Array, " E"],
+    *,
+    activation: Activation = "silu",
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> Float[Array, "N D"]:
+    """Gated MLP of each row's expert, float32; rows past the last group are zero.
+
+    x_ND: sorted by expert. group_sizes_E: rows of each expert, data, summing to at most N; experts without
+    rows are not read. interpret: run in the interpreter on CPU. blocks: None takes the table's.
+    Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
+    """
+    rows, model = x_ND.shape
+    reason = supports(weights, rows, activation)
+    if reason is None and x_ND.dtype != jnp.bfloat16:
+        reason = f"x must be bfloat16, got {x_ND.dtype}"
+    if reason is not None:
+        raise ValueError(f"grouped_mlp_pallas_gpu: {reason}")
+    if blocks is None:
+        blocks = choose(rows, weights.dims[0], jax.devices()[0].device_kind)
+    blocks = fit(blocks, weights.dims[1], model)
+    if max(blocks.smem()) > SMEM_LIMIT:
+        raise ValueError(
+            f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "
+            f"the limit is {SMEM_LIMIT}"
+        )
+    padded = -(-max(rows, blocks.rows) // ALIGN) * ALIGN
+    x_ND = jnp.pad(x_ND, ((0, padded - rows), (0, 0)))
+    is_decode = blocks.kernel == "decode"
+    windows_W4, place_N2 = windows(group_sizes_E, padded, blocks.rows, compact=not is_decode)
+    kernels = decode if is_decode else prefill
+    with jax.named_scope(f"grouped_mlp_{blocks.kernel}"):
+        h = kernels.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
+        if not is_decode:
+            return prefill.down(h, weights, windows_W4, padded, blocks, interpret)[:rows]
+        y_WRD = decode.down(h, weights, windows_W4, blocks, interpret)
+    own_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
+    window_N, place_in_N = place_N2[:rows, 0], place_N2[:rows, 1]
+    return jnp.where(own_N[:, None], y_WRD[window_N, place_in_N], 0.0)

@@ -1,0 +1,191 @@
+"""Block sizes by device, dtype and rows an expert, and the map from windows of rows to experts.
+
+A window is ``Blocks.rows`` consecutive rows of which some or all belong to one expert: both kernels work on
+one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of
+the window, so that an expert with few rows is read once; the last ones start early, still inside x: padding x
+would copy it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Int
+
+SMEM_LIMIT = 227 * 1024  # a thread block's limit on sm_90
+ALIGN = 8  # rows: TMA addresses a swizzled tile by whole groups of 8 rows
+WIDE = 8  # windows that take a weight tile after one another in the prefill kernels
+IDLE, EXPERT, ROW, SKIP, ROWS = -1, 0, 1, 2, 3  # columns of ``windows``
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes of one kernel pair.
+
+    rows: rows a window; inner: gate (and up) rows a thread block of the first kernel; model: output columns a
+    thread block of the second; k_up, k_down: steps of the two contractions; stages_*: steps in flight;
+    sms: thread blocks of the persistent prefill kernels.
+    """
+
+    kernel: Literal["decode", "prefill"]
+    rows: int
+    inner: int
+    model: int
+    k_up: int
+    k_down: int
+    stages_up: int
+    stages_down: int
+    sms: int = 132
+
+    def smem(self) -> tuple[int, int]:
+        """Bytes of shared memory of the two kernels: the steps in flight and the tile to store."""
+        up = self.stages_up * self.k_up * (2 * self.inner + self.rows) * 2
+        down = self.stages_down * self.k_down * (self.model + self.rows) * 2
+        if self.kernel == "decode":
+            return up + self.rows * self.inner * 2, down + self.rows * self.model * 4
+        return up + self.rows * STORE_BYTES, down + self.rows * STORE_BYTES
+
+
+STORE_BYTES = 128  # of a row that the prefill kernels stage at a time
+
+# Decode wants bytes in flight: 64-row weight tiles (the least that wgmma takes) leave room for two or three
+# thread blocks an SM with about 64 KiB of weights in flight each. Prefill wants few loads a product: tiles of
+# 128 x 256 in one thread block of two computing warpgroups.
+_HOPPER = {
+    "rows<=4": Blocks("decode", 16, 64, 64, 64, 64, 4, 6),
+    "rows<=12": Blocks("decode", 32, 64, 64, 64, 64, 4, 6),
+    "rows<=64": Blocks("decode", 64, 64, 64, 64, 64, 4, 6),
+    "prefill": Blocks("prefill", 128, 128, 256, 64, 64, 4, 4),
+}
+TABLE: dict[tuple[str, str], dict[str, Blocks]] = {
+    ("NVIDIA H200", "bfloat16"): _HOPPER,
+    ("NVIDIA H100 80GB HBM3", "bfloat16"): _HOPPER,
+    ("default", "bfloat16"): _HOPPER,
+}
+
+
+def bucket(rows: int, experts: int) -> str:
+    """The table's key for ``rows`` rows over ``experts`` experts: known when traced, group sizes are not."""
+    for limit in (4, 12, 64):
+        if rows <= limit * experts:
+            return f"rows<={limit}"
+    return "prefill"
+
+
+def _divide(block: int, size: int) -> int:
+    """The largest multiple of 64 up to ``block`` that divides ``size``."""
+    return max(b for b in range(64, block + 1, 64) if size % b == 0)
+
+
+def choose(rows: int, experts: int, device_kind: str, dtype: str = "bfloat16") -> Blocks:
+    """The table's blocks for this device and shape."""
+    return TABLE.get((device_kind, dtype), TABLE["default", dtype])[bucket(rows, experts)]
+
+
+def fit(blocks: Blocks, inner: int, model: int) -> Blocks:
+    """``blocks`` cut to divide the dimensions, with no more stages than steps."""
+    k_up, k_down = _divide(blocks.k_up, model), _divide(blocks.k_down, inner)
+    return dataclasses.replace(
+        blocks,
+        inner=_divide(blocks.inner, inner),
+        model=_divide(blocks.model, model),
+        k_up=k_up,
+        k_down=k_down,
+        stages_up=min(blocks.stages_up, model // k_up),
+        stages_down=min(blocks.stages_down, inner // k_down),
+    )
+
+
+def window_count(rows: int, experts: int, tile: int) -> int:
+    """Slots for the windows of any group sizes, the rows past the last group included."""
+    return -(-(experts + 2 + rows // tile) // WIDE) * WIDE
+
+
+def windows(
+    group_sizes_E: Int[Array, " E"], rows: int, tile: int, compact: bool
+) -> tuple[Int[Array, "W 4"], Int[Array, "N 2"]]:
+    """(expert, first row read, rows to skip there, rows that are its own) by window; (window, place) by row.
+
+    Rows past the last group come as windows of "expert" E, unused slots as expert IDLE. ``compact`` puts used
+    slots first, which costs another scan; without it an expert's slots start at e + start // tile, which also
+    never collide. rows: those of x, a multiple of ALIGN and at least ``tile``; reads never leave x.
+    """
+    experts = group_sizes_E.shape[0]
+    sizes_G = jnp.append(group_sizes_E, rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
+    ends_G = jnp.cumsum(sizes_G)
+    starts_G = ends_G - sizes_G
+    reads_G = starts_G // ALIGN * ALIGN
+    if compact:
+        tiles_G = jnp.where(sizes_G > 0, (ends_G - reads_G + tile - 1) // tile, 0)
+        slots_G = jnp.cumsum(tiles_G) - tiles_G
+    else:
+        slots_G = jnp.arange(experts + 1, dtype=jnp.int32) + starts_G // tile
+
+    w_W = jnp.arange(window_count(rows, experts, tile), dtype=jnp.int32)
+    g_W = jnp.sum(slots_G[None, :] <= w_W[:, None], axis=1, dtype=jnp.int32) - 1
+    read_W = reads_G[g_W] + (w_W - slots_G[g_W]) * tile
+    start_W = jnp.maximum(read_W, starts_G[g_W])
+    stop_W = jnp.minimum(read_W + tile, ends_G[g_W])
+    row_W = jnp.clip(read_W, 0, rows - tile)
+    expert_W = jnp.where(start_W < stop_W, g_W, IDLE)
+    windows_W4 = jnp.stack([expert_W, row_W, start_W - row_W, stop_W - start_W], axis=1)
+
+    r_N = jnp.arange(rows, dtype=jnp.int32)
+    g_N = jnp.sum(ends_G[None, :] <= r_N[:, None], axis=1, dtype=jnp.int32)
+    read_N = (r_N - reads_G[g_N]) // tile
+    first_N = jnp.minimum(reads_G[g_N] + read_N * tile, rows - tile)
+    return windows_W4, jnp.stack([slots_G[g_N] + read_N, r_N - first_N], axis=1)
+
+
+# ---- pieces of both kernels
+
+
+def launch(body, out_type: jax.ShapeDtypeStruct, interpret: bool, **mesh):
+    """``plgpu.kernel`` of ``body`` as both jax 0.10 and 0.11 take it.
+
+    interpret: jax 0.11's public interpreter; jax 0.10 takes its own from the caller's context.
+    """
+    interpreter = getattr(plgpu, "InterpretGPUParams", None) if interpret else None
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpreter() if interpreter else None,
+        **mesh,
+    )
+
+
+def wgmma_nt(acc_MN, a_MK, b_NK, turned_KN=None) -> None:
+    """``acc += a b^T`` of references; jax 0.10's interpreter needs ``turned_KN`` to transpose into."""
+    if turned_KN is None:
+        plgpu.wgmma(acc_MN, a_MK, b_NK.T)
+        return
+    turned_KN[...] = b_NK[...].T
+    plgpu.commit_smem()
+    plgpu.wgmma(acc_MN, a_MK, turned_KN)
+
+
+def store_rows(tile, y, first, count, row, column) -> None:
+    """Store rows [first, first + count) of the shared-memory ``tile`` to y[row:, column:].
+
+    TMA copies have static sizes: one copy for each power of two in ``count``.
+    """
+    rows, columns = tile.shape
+    size = 1 << (rows.bit_length() - 1)
+    done = jnp.int32(0)
+    while size:
+        has = count & size
+
+        @pl.when(has != 0)
+        def _(size=size, done=done):
+            plgpu.copy_smem_to_gmem(
+                tile.at[pl.ds(first + done, size)], y.at[pl.ds(row + done, size), pl.ds(column, columns)]
+            )
+
+        done = done + has
+        size //= 2

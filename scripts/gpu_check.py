@@ -1,0 +1,478 @@
+"""Checks and times jmoe's GPU kernels on this machine's GPU: one command, one table, one JSON file.
+
+    PYTHONPATH=.:kernels python scripts/gpu_check.py --out DIR --commit $(git rev-parse HEAD)
+
+Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
+when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
+bandwidth, dense bfloat16 products), correctness against float64 on the CPU, decode and prefill of the layer
+sizes below. Peers at each size: two bounds that no grouped product can be expected to beat (all rows through
+one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where they are importable.
+
+Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
+50 MB cache does not hold them. ``--dry`` runs the whole flow on CPU at toy sizes with the interpreter.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu
+from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+
+MODELS = {  # experts, inner, model, routed
+    "Qwen3-30B-A3B": (128, 768, 2048, 8),
+    "OLMoE": (64, 1024, 2048, 8),
+    "Mixtral-8x7B": (8, 14336, 4096, 2),
+    "DeepSeek-V2-Lite": (64, 1408, 2048, 6),
+}
+TOY = {"toy": (3, 64, 64, 2)}
+DECODE_TARGET, PREFILL_TARGET = 0.85, 0.75  # of measured copy bandwidth, of the measured dense rate
+MEASURABLE = 250e6  # bytes of weights from which the decode target counts: below, launches dominate
+CACHE = 64e6  # bytes of weights that a rotation must exceed, several times over
+LAUNCHES = 8  # about: two kernels, the map from windows to experts, the gather of the rows
+TOLERANCE = 0.02  # of outputs of about 1: a few units of bfloat16 in h
+DENSE_LIMIT = 5e14  # flop of a layer computed for every expert: about a second
+
+
+@dataclass
+class Row:
+    """One line of the table: a time (s) of ``name`` at ``case``, what it is of the limit, and the verdict."""
+
+    section: str
+    case: str
+    name: str
+    seconds: float | None = None
+    of_limit: float | None = None
+    verdict: str = ""
+
+
+@dataclass
+class Check:
+    """The settings of the run, the machine's measured limits, and the rows so far."""
+
+    dry: bool
+    start: float
+    budget: float
+    peers_until: float = 1.0  # share of the budget after which peers are skipped, kernels not yet
+    rows: list[Row] = field(default_factory=list)
+    copy_bandwidth: float = 0.0  # bytes/s, read and written
+    dense_rate: float = 0.0  # flop/s
+    launch: float = 0.0  # s: an empty step of the timing loop
+
+    def late(self, share: float = 1.0) -> bool:
+        return time.monotonic() > self.start + self.budget * share
+
+    def add(self, *args, **kwargs) -> Row:
+        self.rows.append(Row(*args, **kwargs))
+        print(line(self.rows[-1]), flush=True)
+        return self.rows[-1]
+
+
+def line(row: Row) -> str:
+    took = "" if row.seconds is None else f"{row.seconds * 1e6:10.1f} us"
+    share = "" if row.of_limit is None else f"{row.of_limit:6.1%}"
+    return f"{row.section:12} {row.case:34} {row.name:22} {took:>13} {share:>7}  {row.verdict}"
+
+
+# ---- timing
+
+
+def seconds_per_call(
+    step: Callable, x: Array, stacks: list, dry: bool, calls: int = 24, rounds: int = 5
+) -> float:
+    """The median time of ``step(x, weights) -> array``, calls chained in one compiled loop.
+
+    stacks: equal pytrees of weights, taken in turn.
+    """
+    turns = max(1, (1 if dry else calls) // len(stacks))
+
+    @jax.jit
+    def loop(x, stacks):
+        def turn(_, last):
+            for weights in stacks:
+                # The barriers keep every call, whole and in order, and copy nothing.
+                tied, _ = lax.optimization_barrier((x, last))
+                y = lax.optimization_barrier(step(tied, weights))
+                last = y.ravel()[0].astype(jnp.float32)
+            return last
+
+        return lax.fori_loop(0, turns, turn, jnp.float32(0))
+
+    jax.block_until_ready(loop(x, stacks))
+    times = []
+    for _ in range(1 if dry else rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(loop(x, stacks))
+        times.append((time.perf_counter() - start) / (turns * len(stacks)))
+    return statistics.median(times)
+
+
+def stack_count(bytes_each: float) -> int:
+    """Weight stacks that together hold four times the cache; two at least."""
+    return int(min(8, max(2, 4 * CACHE // bytes_each + 1)))
+
+
+# ---- inputs
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def random_weights(key: Array, experts: int, inner: int, model: int) -> ExpertWeights:
+    a, b = jax.random.split(key)
+    gate_up = jax.random.normal(a, (experts, 2, inner, model), jnp.bfloat16) * model**-0.5
+    down = jax.random.normal(b, (experts, model, inner), jnp.bfloat16) * inner**-0.5
+    return ExpertWeights(gate_up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
+
+
+def random_rows(rows: int, model: int, seed: int = 0) -> Array:
+    return jax.random.normal(jax.random.key(seed), (rows, model), jnp.bfloat16)
+
+
+def routed_sizes(tokens: int, experts: int, routed: int, seed: int = 0) -> np.ndarray:
+    """Rows of each expert when every token draws ``routed`` distinct experts uniformly."""
+    rng = np.random.default_rng(seed)
+    picks = np.argsort(rng.random((tokens, experts)), axis=1)[:, :routed]
+    return np.bincount(picks.ravel(), minlength=experts).astype(np.int32)
+
+
+def weight_stacks(dims: tuple[int, int, int], dry: bool) -> list[ExpertWeights]:
+    count = 1 if dry else stack_count(weight_bytes(dims, dims[0]))
+    return [random_weights(jax.random.key(i), *dims) for i in range(count)]
+
+
+def weight_bytes(dims: tuple[int, int, int], active: int) -> float:
+    return 2.0 * 3 * dims[1] * dims[2] * active
+
+
+# ---- the contenders: each (x, weights) -> y at fixed group sizes
+
+
+def ours(sizes: np.ndarray, dry: bool, activation: Activation = "silu") -> Callable:
+    blocks = Blocks("decode", 16, 64, 64, 64, 64, 2, 2) if dry else None
+    options = {"activation": activation, "interpret": dry, "blocks": blocks}
+    return lambda x, w: grouped_mlp_pallas_gpu(x, w, jnp.asarray(sizes), **options)
+
+
+def by_ragged_dot(sizes: np.ndarray, product: Callable = lax.ragged_dot) -> Callable:
+    """gate, up and down as ragged products [rows, K] x [experts, K, out], the activation in between."""
+
+    def mlp(x, w):
+        experts, inner, model = w.dims
+        gate_up = w.gate_up_E2FD.reshape(experts, 2 * inner, model).swapaxes(1, 2)
+        gu = product(x, gate_up, jnp.asarray(sizes)).astype(jnp.float32)
+        h = gated("silu", gu[:, :inner], gu[:, inner:]).astype(x.dtype)
+        return product(h, w.down_EDF.swapaxes(1, 2), jnp.asarray(sizes))
+
+    return mlp
+
+
+def one_group(x: Array, w: ExpertWeights) -> Array:
+    """All rows through the first expert: the dense bound."""
+    _, inner, model = w.dims
+    gu = x @ w.gate_up_E2FD[0].reshape(2 * inner, model).T
+    return gated("silu", gu[:, :inner], gu[:, inner:]) @ w.down_EDF[0].T
+
+
+def even_batch(x: Array, w: ExpertWeights) -> Array:
+    """The rows split evenly over all experts, as one batched product: the bound of every weight read once."""
+    experts, inner, model = w.dims
+    rows = -(-x.shape[0] // experts)
+    x_ECD = jnp.pad(x, ((0, rows * experts - x.shape[0]), (0, 0))).reshape(experts, rows, model)
+    gu = jnp.einsum("ecd,efd->ecf", x_ECD, w.gate_up_E2FD.reshape(experts, 2 * inner, model))
+    return jnp.einsum("ecf,edf->ecd", gated("silu", gu[..., :inner], gu[..., inner:]), w.down_EDF)
+
+
+def jax_peers(sizes: np.ndarray) -> dict[str, Callable]:
+    peers = {"ragged_dot": by_ragged_dot(sizes)}
+    try:
+        tokamax = importlib.import_module("tokamax")
+    except Exception:  # an optional peer, whatever stops its import
+        return peers
+    peers["tokamax ragged_dot"] = by_ragged_dot(sizes, tokamax.ragged_dot)
+    return peers
+
+
+def torch_seconds(sizes: np.ndarray, dims: tuple[int, int, int], dry: bool) -> float | None:
+    """torch._grouped_mm of the same layer under a CUDA graph, or None where torch has no CUDA."""
+    if dry:
+        return None
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    if not torch.cuda.is_available() or not hasattr(torch, "_grouped_mm"):
+        return None
+    experts, inner, model = dims
+    new = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    stacks = [
+        (new(experts, 2 * inner, model) * model**-0.5, new(experts, model, inner) * inner**-0.5)
+        for _ in range(stack_count(weight_bytes(dims, experts)))
+    ]
+    x, ends = new(int(sizes.sum()), model), torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
+
+    def run():
+        for gate_up, down in stacks:
+            gate, up = torch._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+            h = torch.nn.functional.silu(gate) * up
+            torch._grouped_mm(h, down.transpose(1, 2), offs=ends)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / len(stacks))
+    return statistics.median(times)
+
+
+# ---- sections
+
+
+def limits(check: Check) -> None:
+    """Copy bandwidth, the dense bfloat16 rate, and what a step of the timing loop costs by itself."""
+    size = 1 << (12 if check.dry else 30)
+    data = [jnp.full(size // 2, i, jnp.bfloat16) for i in range(2)]
+    took = seconds_per_call(lambda x, w: w + x[0], jnp.zeros(8, jnp.bfloat16), data, check.dry)
+    check.copy_bandwidth = 2 * size / took
+    check.add(
+        "limits", f"copy {size / 1e6:.0f} MB", "add", took, None, f"{check.copy_bandwidth / 1e12:.2f} TB/s"
+    )
+
+    n = 64 if check.dry else 8192
+    a, b = random_rows(n, n), [random_rows(n, n, seed) for seed in (1, 2)]
+    took = seconds_per_call(lambda x, w: x @ w.T, a, b, check.dry, calls=8)
+    check.dense_rate = 2 * n**3 / took
+    check.add("limits", f"{n}^3 bfloat16", "dense", took, None, f"{check.dense_rate / 1e12:.0f} Tflop/s")
+
+    tiny = jnp.zeros(8, jnp.bfloat16)
+    check.launch = seconds_per_call(lambda x, w: w * 2, tiny, [tiny, tiny], check.dry, calls=200)
+    check.add("limits", "one empty step", "launch", check.launch)
+
+
+def float64_reference(x: Array, w: ExpertWeights, sizes: np.ndarray, activation: str) -> np.ndarray:
+    """The layer in float64 on the host, with h rounded to bfloat16 as the kernels round it."""
+    y, start = np.zeros(x.shape), 0
+    for e in np.flatnonzero(sizes):
+        rows = np.asarray(x[start : start + sizes[e]], np.float64)
+        gate, up = (rows @ np.asarray(w.gate_up_E2FD[e, i], np.float64).T for i in (0, 1))
+        if w.gate_up_bias_E2F is not None:
+            bias = np.asarray(w.gate_up_bias_E2F[e], np.float64)
+            gate, up = gate + bias[0], up + bias[1]
+        if activation == "swiglu_oai":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            h = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        else:
+            h = gate / (1 + np.exp(-gate)) * up
+        h = np.asarray(jnp.asarray(h, jnp.bfloat16), np.float64)
+        out = h @ np.asarray(w.down_EDF[e], np.float64).T
+        y[start : start + sizes[e]] = (
+            out if w.down_bias_ED is None else out + np.asarray(w.down_bias_ED[e], np.float64)
+        )
+        start += sizes[e]
+    return y
+
+
+def patterns(rng: np.random.Generator, dry: bool) -> dict[str, np.ndarray]:
+    """Named group sizes; those of "decode" take the decode kernels, "prefill" the others."""
+    experts = 3 if dry else 16
+    found = {"decode, ragged": rng.integers(0, 5, experts), "decode, no rows": np.zeros(experts, int)}
+    if not dry:
+        found["decode, one row each"] = np.ones(experts, int)
+        hot = np.zeros(experts, int)
+        hot[rng.integers(experts)] = 700
+        found |= {
+            "decode, up to 60 rows": rng.integers(0, 60, experts),
+            "decode, one hot expert": hot,
+            "prefill, ragged": rng.integers(100, 320, experts),
+            "prefill, half empty": rng.integers(300, 600, experts) * (np.arange(experts) % 2),
+        }
+    return found
+
+
+def correctness(check: Check) -> None:
+    """Fresh random inputs against float64, plain and with biases; each case on its own."""
+    rng = np.random.default_rng(time.time_ns())
+    for name, sizes in patterns(rng, check.dry).items():
+        for biased in (False,) if check.dry and sizes.sum() == 0 else (False, True):
+            label = f"{name}{', biases' if biased else ''}"
+            try:
+                error, zeros = largest_error(rng, np.asarray(sizes, np.int32), biased, check.dry)
+            except Exception as raised:
+                check.add("correct", label, "", verdict=f"ERROR {type(raised).__name__}: {str(raised)[:160]}")
+                continue
+            verdict = "pass" if error < TOLERANCE and zeros else "FAIL"
+            check.add("correct", label, f"error {error:.1e}", None, None, verdict)
+
+
+def largest_error(rng: np.random.Generator, sizes: np.ndarray, biased: bool, dry: bool) -> tuple[float, bool]:
+    """The kernel's largest error, NaN standing wherever nothing may be read; whether rows past it are 0."""
+    inner, model = (64, 64) if dry else (768, 2048)
+    used, past = int(sizes.sum()), int(rng.integers(0, 9))
+    keys = [jax.random.key(int(rng.integers(1 << 30))) for _ in range(2)]
+    w = random_weights(keys[0], len(sizes), inner, model)
+    if biased:
+        biases = jax.random.normal(keys[1], (len(sizes), 2, inner)), w.down_EDF[:, :, 0]
+        w = ExpertWeights(w.gate_up_E2FD, w.down_EDF, *biases)
+    x = random_rows(max(1, used + past), model, int(rng.integers(1 << 30)))
+    activation = "swiglu_oai" if biased else "silu"
+    want = float64_reference(x, w, sizes, activation)
+    off = jnp.asarray(sizes == 0)
+
+    def poison(a: Array) -> Array:
+        return jnp.where(off.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a).astype(a.dtype)
+
+    run = jax.jit(ours(sizes, dry, activation))
+    got = np.asarray(run(x.at[used:].set(jnp.nan), jax.tree.map(poison, w)), np.float64)
+    error = float(np.abs(got - want).max()) if np.isfinite(got).all() else float("nan")
+    return error, not got[used:].any()
+
+
+def measure(
+    check: Check, section: str, case: str, dims: tuple[int, int, int], sizes: np.ndarray, stacks: list
+) -> dict[str, float]:
+    """Seconds of every contender at one shape; one that raises is a row and no entry."""
+    x = random_rows(int(sizes.sum()), dims[2])
+    contenders: dict[str, Callable[[], float | None]] = {}
+    for name, step in {
+        "jmoe": ours(sizes, check.dry),
+        "bound: one group": one_group,
+        "bound: even batch": even_batch,
+        **jax_peers(sizes),
+    }.items():
+        contenders[name] = functools.partial(seconds_per_call, step, x, stacks, check.dry)
+    contenders["torch grouped_mm"] = functools.partial(torch_seconds, sizes, dims, check.dry)
+    took = {}
+    for name, seconds in contenders.items():
+        if name != "jmoe" and check.late(check.peers_until):
+            check.add(section, case, name, verdict="skipped: out of time")
+        elif name == "ragged_dot" and 6.0 * x.size * dims[1] * dims[0] > DENSE_LIMIT:
+            check.add(section, case, name, verdict="skipped: where it is dense over all experts, too long")
+        else:
+            try:
+                if (result := seconds()) is not None:
+                    took[name] = result
+            except Exception as error:
+                kind = "ERROR" if name == "jmoe" else "peer's error"
+                check.add(section, case, name, verdict=f"{kind} {type(error).__name__}: {str(error)[:160]}")
+    return took
+
+
+def report(
+    check: Check, section: str, case: str, took: dict[str, float], floor: float, target: float | None
+) -> None:
+    """Rows of one shape: each contender's share of the ``floor`` (s), and jmoe's verdict."""
+    peers = {name: t for name, t in took.items() if name != "jmoe" and not name.startswith("bound")}
+    for name, seconds in took.items():
+        verdict = ""
+        if name == "jmoe":
+            best = min(peers.values(), default=float("inf"))
+            faster = "pass" if seconds <= best else "MISS"
+            verdict = f"best peer x{best / seconds:.2f} {faster}"
+            if target is None:
+                verdict += f"; launches {LAUNCHES * check.launch / seconds:.0%}: no target"
+            else:
+                verdict += f"; target {target:.0%} {'pass' if floor / seconds >= target else 'MISS'}"
+        check.add(section, case, name, seconds, floor / seconds, verdict)
+
+
+def decode(check: Check) -> None:
+    """1, 2 and 4 rows an expert, all experts active; then 8 tokens as they route. The floor is the copy's."""
+    check.peers_until = 0.6
+    for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
+        dims = experts, inner, model
+        stacks = weight_stacks(dims, check.dry)
+        shapes = {
+            f"{n} rows an expert": np.full(experts, n, np.int32) for n in ((1,) if check.dry else (1, 2, 4))
+        }
+        shapes["8 tokens"] = routed_sizes(2 if check.dry else 8, experts, routed)
+        for label, sizes in shapes.items():
+            case, read = f"{name}, {label}", weight_bytes(dims, int((sizes > 0).sum()))
+            if check.late():
+                check.add("decode", case, "", verdict="skipped: out of time")
+                continue
+            took = measure(check, "decode", case, dims, sizes, stacks)
+            floor = read / (check.copy_bandwidth or float("nan"))
+            report(check, "decode", case, took, floor, DECODE_TARGET if read >= MEASURABLE else None)
+
+
+def prefill(check: Check) -> None:
+    """4096 and 8192 tokens as they route. The floor is the dense product's rate."""
+    check.peers_until = 0.95
+    for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
+        stacks = weight_stacks((experts, inner, model), check.dry)
+        for tokens in (4,) if check.dry else (4096, 8192):
+            case, sizes = f"{name}, {tokens} tokens", routed_sizes(tokens, experts, routed)
+            if check.late():
+                check.add("prefill", case, "", verdict="skipped: out of time")
+                continue
+            took = measure(check, "prefill", case, (experts, inner, model), sizes, stacks)
+            floor = 6.0 * sizes.sum() * inner * model / (check.dense_rate or float("nan"))
+            report(check, "prefill", case, took, floor, PREFILL_TARGET)
+
+
+SECTIONS: tuple[Callable[[Check], None], ...] = (limits, correctness, decode, prefill)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the sections; the exit status is the number of sections and cases that failed, at most 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of gpu_check.json")
+    parser.add_argument("--commit", default="unknown", help="written to the JSON")
+    parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing new begins")
+    parser.add_argument("--sections", nargs="*", default=[f.__name__ for f in SECTIONS])
+    parser.add_argument("--dry", action="store_true", help="toy sizes on CPU, in the interpreter")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    if not args.dry and device.platform != "gpu":
+        parser.error(f"needs a GPU, found {device.device_kind}; --dry runs toy sizes without one")
+    check = Check(args.dry, time.monotonic(), args.budget)
+    for section in SECTIONS:
+        name = section.__name__
+        if name not in args.sections:
+            continue
+        if check.late():
+            check.add(name, "", "", verdict=f"skipped: the budget of {args.budget:.0f} s is spent")
+            continue
+        try:
+            section(check)
+        except Exception as error:
+            traceback.print_exc()
+            check.add(name, "", "", verdict=f"ERROR {type(error).__name__}: {str(error)[:200]}")
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": args.commit,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "dry": args.dry,
+        "copy_bytes_per_s": check.copy_bandwidth,
+        "dense_flop_per_s": check.dense_rate,
+        "rows": [asdict(row) for row in check.rows],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "gpu_check.json").write_text(json.dumps(result, indent=1))
+    print(f"\n{device.device_kind}, jax {jax.__version__}, commit {args.commit}")
+    for row in check.rows:
+        print(line(row))
+    return int(any(word in row.verdict for row in check.rows for word in ("ERROR", "FAIL")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
