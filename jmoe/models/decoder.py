@@ -18,7 +18,7 @@ from jmoe_kernels.choice import Kernels, choose
 from jmoe_kernels.matmul import Dense, linear
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.mesh import TENSOR, is_single, platform_of
+from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import DispatchStats
 from jmoe.nn.attention import Attention, Sequences
@@ -68,7 +68,8 @@ class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel)
+        local = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
+        kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel, (*local, cfg.hidden_size))
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
         self.layers = nnx.List(

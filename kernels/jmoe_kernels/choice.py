@@ -16,13 +16,19 @@ class Kernels:
     why: str
 
 
-def choose(platform: str, dtype: Any, experts: Implementation | None = None) -> Kernels:
+def choose(
+    platform: str,
+    dtype: Any,
+    experts: Implementation | None = None,
+    dims: tuple[int, int, int] | None = None,
+) -> Kernels:
     """The kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
 
-    experts: a named implementation; raises ValueError where it cannot run. None picks.
+    experts: a named implementation; raises ValueError where it cannot run. None picks. dims: (experts, inner,
+    model) of one rank's weights.
     """
     if experts is None:
-        experts, why = pick(platform, dtype)
+        experts, why = pick(platform, dtype, dims)
     elif reason := supports(experts, platform, dtype):
         raise ValueError(f"moe.kernel: {reason}")
     else:

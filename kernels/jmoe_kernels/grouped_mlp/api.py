@@ -1,6 +1,8 @@
 """``grouped_mlp``: one entry for every implementation; a named one raises where it cannot run."""
 
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,7 +17,13 @@ from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 
-Implementation = Literal["xla", "cpu", "batched", "reference"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "reference"]
+PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cpu": "cpu"}  # where the others run: anywhere
+
+
+def _pallas(name: str) -> ModuleType:
+    """The module of a Pallas implementation, imported when asked for: a CPU saves a quarter of a second."""
+    return import_module(f"jmoe_kernels.grouped_mlp.{name}")
 
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
@@ -24,28 +32,55 @@ def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
 
-def supports(implementation: str, platform: str, dtype: Any) -> str | None:
-    """Why ``implementation`` cannot run on ``platform`` with weights of ``dtype``, or None if it can."""
+def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
+    """Why ``implementation`` cannot run on ``platform`` with weights of ``dtype``, or None if it can.
+
+    The limits on shapes are each implementation's own: see ``supports`` of ``pallas_tpu`` and ``pallas_gpu``.
+    """
     if implementation not in get_args(Implementation):
         return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is not supported; bfloat16 and float32 are, by all of them"
-    if implementation == "cpu":
-        if platform != "cpu":
-            return f"implementation 'cpu' cannot run on {platform}; 'xla' can"
-        if isinstance(library := cpu.library(), str):
-            return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
+    needed = PLATFORM.get(implementation, platform)
+    if interpret and implementation not in ("pallas_tpu", "pallas_gpu"):
+        return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
+    if needed != platform and not interpret:
+        return f"implementation {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if implementation == "cpu" and isinstance(library := cpu.library(), str):
+        return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
     return None
 
 
-def pick(platform: str, dtype: Any) -> tuple[Implementation, str]:
-    """The implementation that None stands for on ``platform``, and why."""
-    reason = supports("cpu", platform, dtype)
-    if reason is None:
-        library = cpu.library()
-        assert isinstance(library, cpu.Library)
-        return "cpu", f"C++ kernels for {library.isa}"
-    return "xla", "portable XLA: " + reason
+def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[Implementation, str]:
+    """The implementation that None stands for on ``platform``, and why.
+
+    dims: (experts, inner, model) of the weights, where they are known: the Pallas kernels have limits.
+    """
+    by_platform: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+    named = by_platform.get(platform, "cpu")
+    reason = supports(named, platform, dtype)
+    if reason is None and dims is not None:
+        reason = _shape_limit(named, _shaped(dims, dtype), 1, "silu")
+    if reason is not None:
+        return "xla", "portable XLA: " + reason
+    if named != "cpu":
+        return named, f"the Pallas kernels for {platform}"
+    library = cpu.library()
+    assert isinstance(library, cpu.Library)
+    return "cpu", f"C++ kernels for {library.isa}"
+
+
+def _shaped(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
+    experts, inner, model = dims
+    shapes = (experts, 2, inner, model), (experts, model, inner)
+    return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
+
+
+def _shape_limit(name: str, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
+    if not name.startswith("pallas_"):
+        return None
+    reason = _pallas(name).supports(weights, rows, activation)
+    return reason and f"implementation {name!r}: {reason}; 'xla' can run"
 
 
 def grouped_mlp(
@@ -55,25 +90,31 @@ def grouped_mlp(
     *,
     activation: Activation = "silu",
     implementation: Implementation | None = None,
+    interpret: bool = False,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
     """Gated MLP of each row's expert, float32 out; ``x_ND`` is sorted by expert.
 
     group_sizes_E: rows of each expert, summing to at most N; rows past their sum come out zero.
-    implementation: None picks (see ``pick``). capacity: for "batched" alone, rows an expert at most.
+    implementation: None picks (see ``pick``). interpret: run a Pallas kernel in its interpreter, anywhere.
+    capacity: for "batched" alone, rows an expert at most.
     Every implementation can be differentiated, with the gradient of "batched".
     Raises ValueError with the reason where a named implementation cannot run.
     """
     platform = jax.default_backend()
-    name = implementation or pick(platform, weights.dtype)[0]
-    reason = supports(name, platform, weights.dtype) or _mismatch(x_ND, weights, group_sizes_E, activation)
+    name = implementation or pick(platform, weights.dtype, weights.dims)[0]
+    reason = (
+        supports(name, platform, weights.dtype, interpret=interpret)
+        or _mismatch(x_ND, weights, group_sizes_E, activation)
+        or _shape_limit(name, weights, x_ND.shape[0], activation)
+    )
     if reason is None and capacity is not None and name != "batched":
         reason = f"capacity is for implementation 'batched', not {name!r}"
     if reason is not None:
         raise ValueError(f"grouped_mlp: {reason}")
     if name == "batched":
         return grouped_mlp_batched(x_ND, weights, group_sizes_E, activation, capacity=capacity)
-    return _forward(name, activation, x_ND, weights, group_sizes_E)
+    return _forward(name, activation, interpret, x_ND, weights, group_sizes_E)
 
 
 def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activation: str) -> str | None:
@@ -95,19 +136,32 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _forward(
-    name: Implementation, activation: Activation, x_ND: Array, weights: ExpertWeights, group_sizes_E: Array
+    name: Implementation,
+    activation: Activation,
+    interpret: bool,
+    x_ND: Array,
+    weights: ExpertWeights,
+    group_sizes_E: Array,
 ) -> Array:
-    run = {"xla": grouped_mlp_xla, "reference": grouped_mlp_reference, "cpu": grouped_mlp_cpu}[name]
-    return run(x_ND, weights, group_sizes_E, activation)
+    if name == "pallas_tpu":
+        run = partial(_pallas(name).grouped_mlp_pallas_tpu, interpret=interpret)
+    elif name == "pallas_gpu":
+        run = partial(_pallas(name).grouped_mlp_pallas_gpu, interpret=interpret)
+        x_ND = x_ND.astype(jnp.bfloat16)
+    else:
+        run = {"xla": grouped_mlp_xla, "reference": grouped_mlp_reference, "cpu": grouped_mlp_cpu}[name]
+    return run(x_ND, weights, group_sizes_E, activation=activation)
 
 
-def _forward_saved(name: Implementation, activation: Activation, *args: Any) -> tuple[Array, tuple]:
-    return _forward(name, activation, *args), args
+def _forward_saved(*args: Any) -> tuple[Array, tuple]:
+    return _forward(*args), args[3:]
 
 
-def _backward(name: Implementation, activation: Activation, saved: tuple, g_ND: Array) -> tuple:
+def _backward(
+    name: Implementation, activation: Activation, interpret: bool, saved: tuple, g_ND: Array
+) -> tuple:
     x_ND, weights, group_sizes_E = saved
     _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
     return (*pull(g_ND), None)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Int
 
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 SMEM_LIMIT = 227 * 1024  # a thread block's limit on sm_90
 ALIGN = 8  # rows: TMA addresses a swizzled tile by whole groups of 8 rows
 WIDE = 8  # windows that take a weight tile after one another in the prefill kernels

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import BFloat16, Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
+    ACC,
     ALIGN,
     EXPERT,
     ROW,
@@ -66,7 +67,7 @@ def gate_up(
                 )(x.at[pl.ds(row, rows)], w.at[e, 0], w.at[e, 1])
                 return gate_acc[...], up_acc[...]
 
-            accs = (plgpu.ACC((tile, rows)),) * 2
+            accs = (ACC((tile, rows)),) * 2
             if interpret:
                 spare = plgpu.SMEM((step, rows), x.dtype)
                 gate, up = pl.run_scoped(lambda s: pl.run_scoped(partial(accumulate, turned=s), *accs), spare)
@@ -151,7 +152,7 @@ def down(
                 )(h.at[window], w.at[e])
                 return acc[...]
 
-            value = pl.run_scoped(accumulate, plgpu.ACC((tile, rows)))
+            value = pl.run_scoped(accumulate, ACC((tile, rows)))
             if bias_ref:
                 value = add_bias(value, bias_ref[0].at[e, pl.ds(d * tile, tile)])
             store_tile(value, y.at[window, :, pl.ds(d * tile, tile)], transposed=True, interpret=interpret)

@@ -8,6 +8,7 @@ from device memory once, and from the cache for its other windows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import BFloat16, Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
+    ACC,
     ALIGN,
     EXPERT,
     ROW,
@@ -113,7 +115,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
         *bias, out_ref = rest
         wg = lax.axis_index("wg")
 
-        def with_memory(allocations, tile_s, bias_s=None, fetched=None, turned=None):
+        def with_memory(allocations, tile_s, bias_s: Any = None, fetched: Any = None, turned: Any = None):
             contract = _contraction(stage, wg, half, turned)
 
             def one_tile(window, t):
@@ -134,7 +136,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
                             plgpu.barrier_wait(fetched.at[wg])
                         store(lambda c, width: stage.combine(_columns(values, bias_s, wg, c, width)))
 
-                    pl.run_scoped(scope, *[plgpu.ACC((half, tile))] * products)
+                    pl.run_scoped(scope, *[ACC((half, tile))] * products)
 
                 @pl.when((e >= 0) & (e < experts))
                 def _():
@@ -206,7 +208,7 @@ def _nothing(*_, **__):
 def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
     """Shared memory of each computing warpgroup: a tile to store, biases, and the spare of ``wgmma_nt``."""
     width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
-    scratch = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
+    scratch: dict[str, Any] = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
     if biased:
         scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, products, stage.tile), jnp.float32)
         scratch["fetched"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)

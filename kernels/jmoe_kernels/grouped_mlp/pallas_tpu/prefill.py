@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import Blocks
-from jmoe_kernels.grouped_mlp.pallas_tpu.decode import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
+from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
 from jmoe_kernels.grouped_mlp.types import Activation
 
 
