@@ -134,7 +134,7 @@ def test_capacity_zeroes_exactly_the_rows_beyond_it():
 
 def test_named_implementations_refuse_with_the_reason():
     inputs = make_inputs(CASES[0])
-    with pytest.raises(ValueError, match=r"'triton' is unknown; known: xla, cpu"):
+    with pytest.raises(ValueError, match=r"'triton' is unknown; known: xla, pallas_tpu"):
         run(*inputs, implementation="triton")
     with pytest.raises(ValueError, match="capacity is for implementation 'batched'"):
         run(*inputs, implementation="xla", capacity=4)

@@ -39,7 +39,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = mmap.mmap(-1, nbytes + HUGE_PAGE)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would not get them
+        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=private)
         memory.madvise(mmap.MADV_HUGEPAGE)
         raw, multiple = np.frombuffer(memory, np.uint8), HUGE_PAGE
     else:

@@ -14,7 +14,6 @@ namespace jmoe {
 namespace {
 
 constexpr int64_t FEW = 8;  // rows of x up to which lanes run along k
-constexpr int64_t AHEAD = 4 << 10;  // bytes of weights to ask for early: the stream is long, its rows short
 
 // How many of m rows are interleaved.
 int64_t whole(int64_t m) { return m % 16 <= FEW ? m / 16 * 16 : m; }
@@ -43,43 +42,65 @@ inline void fold(__m512 (&v)[16]) {
   if constexpr (LEFT > 1) fold<LEFT / 2>(v);
 }
 
-// 32 numbers of R weight rows times those of M rows of x; `mask` says which weights are there.
-template <int R, int M>
+// 32 numbers of S weight rows times those of M rows of x; `mask` says which weights are there.
+template <int S, int M>
 inline void lanes_step(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, __mmask32 mask,
-                       __m512 (&acc)[16]) {
-  __m512bh ws[R];
-  UNROLLED for (int r = 0; r < R; r++) {
-    ws[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * ldw);
-    _mm_prefetch((const char*)(w + r * ldw) + AHEAD, _MM_HINT_T0);
-  }
+                       __m512 (&acc)[S][M]) {
+  __m512bh ws[S];
+  UNROLLED for (int r = 0; r < S; r++) ws[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * ldw);
   UNROLLED for (int j = 0; j < M; j++) {
     const __m512bh xs = (__m512bh)_mm512_loadu_si512(x + j * ldx);
-    UNROLLED for (int r = 0; r < R; r++) acc[j * R + r] = _mm512_dpbf16_ps(acc[j * R + r], ws[r], xs);
+    UNROLLED for (int r = 0; r < S; r++) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], ws[r], xs);
   }
 }
 
-template <int R, int M>
+// R weight rows, S at a time. One at a time reads memory in order: four side by side miss in the first cache,
+// whose few buffers for misses then hold the stream to half the speed of memory. Two share the loads of x.
+template <int R, int M, int S>
 inline void lanes_block(const uint16_t* x, int64_t ldx, int64_t k, const uint16_t* w, int64_t ldw, float* c,
                         int64_t ldc) {
-  __m512 acc[16];
-  UNROLLED for (int j = 0; j < 16; j++) acc[j] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + 32 <= k; i += 32) lanes_step<R, M>(x + i, ldx, w + i, ldw, 0xffffffffu, acc);
-  if (i < k) lanes_step<R, M>(x + i, ldx, w + i, ldw, (1u << (k - i)) - 1, acc);
-  fold<8>(acc);
+  __m512 sums[16];
+  UNROLLED for (int j = 0; j < 16; j++) sums[j] = _mm512_setzero_ps();
+  UNROLLED for (int r = 0; r < R; r += S) {
+    __m512 even[S][M], odd[S][M];
+    UNROLLED for (int j = 0; j < S * M; j++) even[j / M][j % M] = odd[j / M][j % M] = _mm512_setzero_ps();
+    const uint16_t* rows = w + r * ldw;
+    int64_t i = 0;
+    for (; i + 64 <= k; i += 64) {
+      lanes_step<S, M>(x + i, ldx, rows + i, ldw, 0xffffffffu, even);
+      lanes_step<S, M>(x + i + 32, ldx, rows + i + 32, ldw, 0xffffffffu, odd);
+    }
+    for (; i + 32 <= k; i += 32) lanes_step<S, M>(x + i, ldx, rows + i, ldw, 0xffffffffu, even);
+    if (i < k) lanes_step<S, M>(x + i, ldx, rows + i, ldw, (1u << (k - i)) - 1, odd);
+    UNROLLED for (int j = 0; j < S * M; j++)
+      sums[j % M * R + r + j / M] = _mm512_add_ps(even[j / M][j % M], odd[j / M][j % M]);
+  }
+  fold<8>(sums);
   float out[16];
-  _mm512_storeu_ps(out, acc[0]);
+  _mm512_storeu_ps(out, sums[0]);
   for (int j = 0; j < M; j++)
     for (int r = 0; r < R; r++) c[j * ldc + r] = out[j * R + r];
 }
 
-template <int R>
+template <int R, int S>
 inline void lanes_rows(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const uint16_t* w, int64_t ldw,
                        float* c, int64_t ldc) {
-  for (; m >= 4; m -= 4, x += 4 * ldx, c += 4 * ldc) lanes_block<R, 4>(x, ldx, k, w, ldw, c, ldc);
-  if (m == 3) lanes_block<R, 3>(x, ldx, k, w, ldw, c, ldc);
-  if (m == 2) lanes_block<R, 2>(x, ldx, k, w, ldw, c, ldc);
-  if (m == 1) lanes_block<R, 1>(x, ldx, k, w, ldw, c, ldc);
+  for (; m >= 4; m -= 4, x += 4 * ldx, c += 4 * ldc) lanes_block<R, 4, S>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 3) lanes_block<R, 3, S>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 2) lanes_block<R, 2, 1>(x, ldx, k, w, ldw, c, ldc);
+  if (m == 1) lanes_block<R, 1, 1>(x, ldx, k, w, ldw, c, ldc);
+}
+
+// Rows [0, m) of x against n rows of w. Short rows are those of small models, whose weights stay in the
+// caches: there sharing the loads of x pays, not the order of memory.
+void lanes(const uint16_t* x, int64_t m, int64_t k, const uint16_t* w, int64_t ldw, int64_t n, float* c,
+           int64_t ldc) {
+  const int64_t ldx = padded(k);
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4)
+    if (k < 512) lanes_rows<4, 2>(x, ldx, m, k, w + j * ldw, ldw, c + j, ldc);
+    else lanes_rows<4, 1>(x, ldx, m, k, w + j * ldw, ldw, c + j, ldc);
+  for (; j < n; j++) lanes_rows<1, 1>(x, ldx, m, k, w + j * ldw, ldw, c + j, ldc);
 }
 
 void run(const void* packed, int64_t m, int64_t k, const void* weights, int64_t ldw, int64_t n, float* c,
@@ -88,10 +109,7 @@ void run(const void* packed, int64_t m, int64_t k, const void* weights, int64_t 
   const uint16_t* w = (const uint16_t*)weights;
   const uint16_t* x = (const uint16_t*)((const char*)packed + interleaved_bytes(first, k));
   pairs((const uint16_t*)packed, first, k, w, ldw, n, c, ldc);
-  c += first * ldc;
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) lanes_rows<4>(x, padded(k), left, k, w + j * ldw, ldw, c + j, ldc);
-  for (; j < n; j++) lanes_rows<1>(x, padded(k), left, k, w + j * ldw, ldw, c + j, ldc);
+  lanes(x, left, k, w, ldw, n, c + first * ldc, ldc);
 }
 
 }  // namespace

@@ -1,0 +1,166 @@
+"""Prints what the CPU's expert kernels reach: bytes streamed, products computed, time against active experts.
+
+    python scripts/bench_cpu_kernels.py --threads 2 [--model configs/model/olmoe-0.9b.toml] [--json OUT]
+
+The weights of several layers lie in memory as the loader places them (huge pages) and are taken in turn, so that
+caches do not hold them. Read bandwidth is the best of several passes of numpy over as many bytes, one thread a
+core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("configs/model/olmoe-0.9b.toml"))
+    parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
+    parser.add_argument("--layers", type=int, default=4, help="layers of weights taken in turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    return parser.parse_args()
+
+
+def read_bandwidth(arrays: list[Any], threads: int, passes: int = 5) -> float:
+    """Bytes a second that ``threads`` threads read of the arrays."""
+    import numpy as np
+
+    flat = [part for a in arrays for part in np.array_split(a.reshape(-1).view(np.uint64), 2 * threads)]
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            start = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, flat))
+            best = min(best, time.perf_counter() - start)
+    return sum(a.nbytes for a in arrays) / best
+
+
+def make_layers(cfg: Any, count: int) -> list[Any]:
+    """Weights of ``count`` layers, random, kept as the loader keeps them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jmoe_kernels.grouped_mlp import ExpertWeights
+
+    from jmoe.checkpoint.hf_reader import aligned_empty
+
+    def stack(seed: int, *shape: int) -> Any:
+        buffer = aligned_empty(shape, np.dtype(np.uint16))
+        rng = np.random.default_rng(seed)
+        for expert in buffer:
+            normal = rng.standard_normal(expert.shape, np.float32) * np.float32(shape[-1] ** -0.5)
+            expert[...] = np.asarray(jnp.asarray(normal, jnp.bfloat16)).view(np.uint16)
+        return jax.device_put(buffer, may_alias=True)
+
+    e, f, d = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
+    return [ExpertWeights(stack(2 * i, e, 2, f, d), stack(2 * i + 1, e, d, f)) for i in range(count)]
+
+
+def step(implementation: str, k: int) -> Any:
+    """A jitted run through all layers: (x, ids, layers) -> y."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    from jmoe.moe.experts import apply_experts
+    from jmoe.moe.routing import plan_dispatch
+
+    @jax.jit
+    def run(x_TD: Any, ids_TK: Any, layers: list[Any]) -> Any:
+        plan = plan_dispatch(ids_TK, jnp.ones(len(x_TD), bool), 0, layers[0].dims[0])
+        experts = partial(apply_experts, implementation=implementation)
+        for weights in layers:
+            x_TD = x_TD + experts(x_TD, jnp.full(ids_TK.shape, 1 / k), plan, weights)
+        return x_TD
+
+    return run
+
+
+def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
+    """Each token's ``k`` distinct experts of the first ``allowed``."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(allowed)[:k] for _ in range(tokens)]).astype(np.int32)
+
+
+def measure(runs: dict[str, Any], x: Any, ids: Any, layers: list[Any], rounds: int) -> dict[str, float]:
+    """The median seconds a layer of each run, taken in turn."""
+    import jax
+
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for name in runs:
+        jax.block_until_ready(runs[name](x, ids, layers))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(x, ids, layers))
+            taken[name].append((time.perf_counter() - start) / len(layers))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def linearity(active: list[int], seconds: list[float]) -> tuple[float, float, float]:
+    """(seconds fixed, seconds an active expert, R squared) of a straight line through the points."""
+    slope, fixed = statistics.linear_regression(active, seconds)
+    return fixed, slope, statistics.correlation(active, seconds) ** 2
+
+
+def main() -> None:
+    args = arguments()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+
+    import numpy as np
+    from jmoe_kernels import cpu
+
+    from jmoe.config import ModelConfig, read_toml
+
+    library = cpu.library()
+    if isinstance(library, str):
+        raise SystemExit(f"no C++ kernels here: {library}")
+    cfg = ModelConfig(**read_toml(args.model))
+    e, f, d, k = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size, cfg.num_experts_per_tok
+    layers = make_layers(cfg, args.layers)
+    bandwidth = read_bandwidth([np.asarray(w.gate_up_E2FD) for w in layers], args.threads)
+    print(f"{library.isa}, {args.threads} threads; read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"{args.model.stem}: {e} experts of {3 * f * d * 2 / 1e6:.2f} MB, top {k}; times a layer\n")
+
+    runs = {name: step(name, k) for name in ("cpu", "xla")}
+    rng, rows = np.random.default_rng(1), []
+    print("| tokens | active experts | cpu, ms | GB/s | of bandwidth | Gflop/s | xla, ms | xla / cpu |")
+    print("|---|---|---|---|---|---|---|---|")
+    for tokens in (1, 4, 8, 16, 32, 64, 512):
+        x, ids = rng.standard_normal((tokens, d), np.float32), routed(tokens, k, e)
+        took = measure(runs, x, ids, layers, args.rounds)
+        active = len(np.unique(ids))
+        read, flop = active * 3 * f * d * 2 / took["cpu"], 6 * tokens * k * f * d / took["cpu"]
+        rows.append({"tokens": tokens, "active": active, **took, "bytes_per_s": read, "flop_per_s": flop})
+        print(
+            f"| {tokens} | {active} | {took['cpu'] * 1e3:.2f} | {read / 1e9:.1f} | {read / bandwidth:.0%} "
+            f"| {flop / 1e9:.0f} | {took['xla'] * 1e3:.2f} | {took['xla'] / took['cpu']:.1f} |"
+        )
+
+    x, points = rng.standard_normal((16, d), np.float32), []
+    print("\n16 tokens whose experts are confined:")
+    for allowed in sorted({e, 3 * e // 4, e // 2, e // 4, max(k, e // 8)}):
+        ids = routed(16, k, allowed)
+        took = measure({"cpu": runs["cpu"]}, x, ids, layers, args.rounds)["cpu"]
+        points.append((len(np.unique(ids)), took))
+        print(f"  {points[-1][0]} active: {took * 1e3:.2f} ms")
+    fixed, each, r2 = linearity([p[0] for p in points], [p[1] for p in points])
+    print(f"  {fixed * 1e3:.2f} ms + {each * 1e3:.3f} ms an active expert, R^2 {r2:.4f}")
+    if args.json:
+        figures = {"bandwidth": bandwidth, "isa": library.isa, "threads": args.threads, "rows": rows}
+        args.json.write_text(json.dumps(figures | {"active": points, "r_squared": r2}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
