@@ -2,9 +2,9 @@
 
     python scripts/bench_cpu_kernels.py --threads 2 [--model configs/model/olmoe-0.9b.toml] [--json OUT]
 
-The weights of several layers lie in memory as the loader places them (huge pages) and are taken in turn, so that
-caches do not hold them. Read bandwidth is the best of several passes of numpy over as many bytes, one thread a
-core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle machine.
+The weights of several layers lie in memory as the loader places them (huge pages) and are taken in turn, so
+that caches do not hold them. Read bandwidth is the best of several passes of numpy over as many bytes, one
+thread a core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle machine.
 """
 
 import argparse
