@@ -4,7 +4,8 @@
 
 The weights of several layers lie in memory as the loader places them (huge pages) and are taken in turn, so
 that caches do not hold them. Read bandwidth is the best of several passes of numpy over as many bytes, one
-thread a core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle machine.
+thread a core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle
+machine.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def make_layers(cfg: Any, count: int) -> list[Any]:
     return [ExpertWeights(stack(2 * i, e, 2, f, d), stack(2 * i + 1, e, d, f)) for i in range(count)]
 
 
-def step(implementation: str, k: int) -> Any:
+def step(implementation: Any, k: int) -> Any:
     """A jitted run through all layers: (x, ids, layers) -> y."""
     from functools import partial
 
