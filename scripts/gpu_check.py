@@ -15,9 +15,7 @@ Times are medians of chained calls of one compiled loop that rotates over copies
 import argparse
 import datetime
 import functools
-import importlib
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -27,9 +25,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from gpu_peers import (
+    even_batch,
+    jax_peers,
+    one_group,
+    ours,
+    random_rows,
+    random_weights,
+    routed_sizes,
+    seconds_per_call,
+    torch_seconds,
+    weight_bytes,
+    weight_stacks,
+)
+from jax import Array
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
 
 MODELS = {  # experts, inner, model, routed
     "Qwen3-30B-A3B": (128, 768, 2048, 8),
@@ -40,7 +50,6 @@ MODELS = {  # experts, inner, model, routed
 TOY = {"toy": (3, 64, 64, 2)}
 DECODE_TARGET, PREFILL_TARGET = 0.85, 0.75  # of measured copy bandwidth, of the measured dense rate
 MEASURABLE = 250e6  # bytes of weights from which the decode target counts: below, launches dominate
-CACHE = 64e6  # bytes of weights that a rotation must exceed, several times over
 LAUNCHES = 8  # about: two kernels, the map from windows to experts, the gather of the rows
 TOLERANCE = 0.02  # of outputs of about 1: a few units of bfloat16 in h
 DENSE_LIMIT = 5e14  # flop of a layer computed for every expert: about a second
@@ -84,161 +93,6 @@ def line(row: Row) -> str:
     took = "" if row.seconds is None else f"{row.seconds * 1e6:10.1f} us"
     share = "" if row.of_limit is None else f"{row.of_limit:6.1%}"
     return f"{row.section:12} {row.case:34} {row.name:22} {took:>13} {share:>7}  {row.verdict}"
-
-
-# ---- timing
-
-
-def seconds_per_call(
-    step: Callable, x: Array, stacks: list, dry: bool, calls: int = 24, rounds: int = 5
-) -> float:
-    """The median time of ``step(x, weights) -> array``, calls chained in one compiled loop.
-
-    stacks: equal pytrees of weights, taken in turn.
-    """
-    turns = max(1, (1 if dry else calls) // len(stacks))
-
-    @jax.jit
-    def loop(x, stacks):
-        def turn(_, last):
-            for weights in stacks:
-                # The barriers keep every call, whole and in order, and copy nothing.
-                tied, _ = lax.optimization_barrier((x, last))
-                y = lax.optimization_barrier(step(tied, weights))
-                last = y.ravel()[0].astype(jnp.float32)
-            return last
-
-        return lax.fori_loop(0, turns, turn, jnp.float32(0))
-
-    jax.block_until_ready(loop(x, stacks))
-    times = []
-    for _ in range(1 if dry else rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(loop(x, stacks))
-        times.append((time.perf_counter() - start) / (turns * len(stacks)))
-    return statistics.median(times)
-
-
-def stack_count(bytes_each: float) -> int:
-    """Weight stacks that together hold four times the cache; two at least."""
-    return int(min(8, max(2, 4 * CACHE // bytes_each + 1)))
-
-
-# ---- inputs
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def random_weights(key: Array, experts: int, inner: int, model: int) -> ExpertWeights:
-    a, b = jax.random.split(key)
-    gate_up = jax.random.normal(a, (experts, 2, inner, model), jnp.bfloat16) * model**-0.5
-    down = jax.random.normal(b, (experts, model, inner), jnp.bfloat16) * inner**-0.5
-    return ExpertWeights(gate_up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
-
-
-def random_rows(rows: int, model: int, seed: int = 0) -> Array:
-    return jax.random.normal(jax.random.key(seed), (rows, model), jnp.bfloat16)
-
-
-def routed_sizes(tokens: int, experts: int, routed: int, seed: int = 0) -> np.ndarray:
-    """Rows of each expert when every token draws ``routed`` distinct experts uniformly."""
-    rng = np.random.default_rng(seed)
-    picks = np.argsort(rng.random((tokens, experts)), axis=1)[:, :routed]
-    return np.bincount(picks.ravel(), minlength=experts).astype(np.int32)
-
-
-def weight_stacks(dims: tuple[int, int, int], dry: bool) -> list[ExpertWeights]:
-    count = 1 if dry else stack_count(weight_bytes(dims, dims[0]))
-    return [random_weights(jax.random.key(i), *dims) for i in range(count)]
-
-
-def weight_bytes(dims: tuple[int, int, int], active: int) -> float:
-    return 2.0 * 3 * dims[1] * dims[2] * active
-
-
-# ---- the contenders: each (x, weights) -> y at fixed group sizes
-
-
-def ours(sizes: np.ndarray, dry: bool, activation: Activation = "silu") -> Callable:
-    blocks = Blocks("decode", 16, 64, 64, 64, 64, 2, 2) if dry else None
-    options = {"activation": activation, "interpret": dry, "blocks": blocks}
-    return lambda x, w: grouped_mlp_pallas_gpu(x, w, jnp.asarray(sizes), **options)
-
-
-def by_ragged_dot(sizes: np.ndarray, product: Callable = lax.ragged_dot) -> Callable:
-    """gate, up and down as ragged products [rows, K] x [experts, K, out], the activation in between."""
-
-    def mlp(x, w):
-        experts, inner, model = w.dims
-        gate_up = w.gate_up_E2FD.reshape(experts, 2 * inner, model).swapaxes(1, 2)
-        gu = product(x, gate_up, jnp.asarray(sizes)).astype(jnp.float32)
-        h = gated("silu", gu[:, :inner], gu[:, inner:]).astype(x.dtype)
-        return product(h, w.down_EDF.swapaxes(1, 2), jnp.asarray(sizes))
-
-    return mlp
-
-
-def one_group(x: Array, w: ExpertWeights) -> Array:
-    """All rows through the first expert: the dense bound."""
-    _, inner, model = w.dims
-    gu = x @ w.gate_up_E2FD[0].reshape(2 * inner, model).T
-    return gated("silu", gu[:, :inner], gu[:, inner:]) @ w.down_EDF[0].T
-
-
-def even_batch(x: Array, w: ExpertWeights) -> Array:
-    """The rows split evenly over all experts, as one batched product: the bound of every weight read once."""
-    experts, inner, model = w.dims
-    rows = -(-x.shape[0] // experts)
-    x_ECD = jnp.pad(x, ((0, rows * experts - x.shape[0]), (0, 0))).reshape(experts, rows, model)
-    gu = jnp.einsum("ecd,efd->ecf", x_ECD, w.gate_up_E2FD.reshape(experts, 2 * inner, model))
-    return jnp.einsum("ecf,edf->ecd", gated("silu", gu[..., :inner], gu[..., inner:]), w.down_EDF)
-
-
-def jax_peers(sizes: np.ndarray) -> dict[str, Callable]:
-    peers = {"ragged_dot": by_ragged_dot(sizes)}
-    try:
-        tokamax = importlib.import_module("tokamax")
-    except Exception:  # an optional peer, whatever stops its import
-        return peers
-    peers["tokamax ragged_dot"] = by_ragged_dot(sizes, tokamax.ragged_dot)
-    return peers
-
-
-def torch_seconds(sizes: np.ndarray, dims: tuple[int, int, int], dry: bool) -> float | None:
-    """torch._grouped_mm of the same layer under a CUDA graph, or None where torch has no CUDA."""
-    if dry:
-        return None
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
-    if not torch.cuda.is_available() or not hasattr(torch, "_grouped_mm"):
-        return None
-    experts, inner, model = dims
-    new = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    stacks = [
-        (new(experts, 2 * inner, model) * model**-0.5, new(experts, model, inner) * inner**-0.5)
-        for _ in range(stack_count(weight_bytes(dims, experts)))
-    ]
-    x, ends = new(int(sizes.sum()), model), torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
-
-    def run():
-        for gate_up, down in stacks:
-            gate, up = torch._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-            h = torch.nn.functional.silu(gate) * up
-            torch._grouped_mm(h, down.transpose(1, 2), offs=ends)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / len(stacks))
-    return statistics.median(times)
 
 
 # ---- sections

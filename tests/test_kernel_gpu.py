@@ -131,6 +131,7 @@ def test_prefill_zero_rows():
 
 
 def test_gpu_check_runs_dry_and_isolates_a_failing_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     gpu_check = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = gpu_check  # its dataclasses look their module up
