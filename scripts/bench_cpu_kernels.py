@@ -124,7 +124,7 @@ def main() -> None:
 
     from jmoe.config import ModelConfig, read_toml
 
-    library = cpu.library()
+    library = cpu.get_library()
     if isinstance(library, str):
         raise SystemExit(f"no C++ kernels here: {library}")
     cfg = ModelConfig(**read_toml(args.model))

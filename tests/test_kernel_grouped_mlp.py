@@ -12,7 +12,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, storage_dtype
 from jmoe_kernels.grouped_mlp.cases import CASES, Case, empty_patterns, make_inputs
 from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 
-NO_CPU = cpu.library() if isinstance(cpu.library(), str) else None
+NO_CPU = cpu.get_library() if isinstance(cpu.get_library(), str) else None
 needs_cpu = pytest.mark.skipif(NO_CPU is not None, reason=f"no C++ kernels here: {NO_CPU}")
 IMPLEMENTATIONS = ("xla", "batched", pytest.param("cpu", marks=needs_cpu))
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

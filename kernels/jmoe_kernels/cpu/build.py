@@ -70,7 +70,7 @@ def cache_directory() -> Path:
 
 
 @functools.cache
-def library() -> Library | str:
+def get_library() -> Library | str:
     """The loaded library, built if it is not in the cache; or why there is none."""
     try:
         path = build(cache_directory())

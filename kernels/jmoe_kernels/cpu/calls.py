@@ -1,4 +1,4 @@
-"""The C++ kernels for dense products and attention as jax functions; ``library()`` must have loaded them."""
+"""The C++ dense products and attention as jax functions; ``get_library()`` must have loaded them."""
 
 import jax
 import jax.numpy as jnp

@@ -46,7 +46,7 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
         return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
     if needed != platform and not interpret:
         return f"implementation {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
-    if implementation == "cpu" and isinstance(library := cpu.library(), str):
+    if implementation == "cpu" and isinstance(library := cpu.get_library(), str):
         return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
     return None
 
@@ -65,7 +65,7 @@ def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) ->
         return "xla", "portable XLA: " + reason
     if named != "cpu":
         return named, f"the Pallas kernels for {platform}"
-    library = cpu.library()
+    library = cpu.get_library()
     assert isinstance(library, cpu.Library)
     return "cpu", f"C++ kernels for {library.isa}"
 
