@@ -167,7 +167,9 @@ def run_serve(args: argparse.Namespace) -> int:
     with Bars() as bars:
         engine = build_engine(model, settings, bars)
     kernels = engine.runner.kernels
-    logging.getLogger(__name__).info("expert kernels: %s (%s)", kernels.experts, kernels.why)
+    log = logging.getLogger(__name__)
+    log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
+    log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)
     worker = EngineWorker(engine)
     worker.start()
     try:

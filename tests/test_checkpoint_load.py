@@ -187,7 +187,7 @@ def test_storage_follows_the_devices_of_the_mesh(monkeypatch):
     cfg = small_config(dtype="bfloat16")
     _, specs = abstract_decoder(cfg, MoEConfig(), one_device())
     assert specs["layers.0.moe.experts.down_EDF"].storage == np.uint16
-    assert make_pages(cfg, one_device(), 2, 8)[0].k_PHSd.dtype == np.uint16
+    assert make_pages(cfg, one_device(), "cpu", 2, 8)[0].kv[0].dtype == np.uint16
 
 
 def test_host_memory_is_the_model_and_little_more(tmp_path):

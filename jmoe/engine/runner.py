@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, zero_totals
 from jmoe.mesh import sharding, token_ranks
 from jmoe.models.decoder import Decoder
 from jmoe.nn.attention import Sequences
-from jmoe.nn.kv_cache import LayerPages, make_pages, page_sharding
+from jmoe.nn.kv_cache import make_pages, page_spec
 
 BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
 DRAIN_STEPS = 4096  # device counters are 32-bit; fetched at least this often
@@ -89,7 +90,8 @@ class ModelFunctions:
         with jax.named_scope("sample"):
             sampled = sample(model.logits(last_BD), rows)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
-        pages = lax.with_sharding_constraint(out.pages, page_sharding(model.mesh))
+        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention))
+        pages = lax.with_sharding_constraint(out.pages, kept)
         return sampled, out.hidden_BTD, pages, add_step(totals, out.stats)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
@@ -144,7 +146,8 @@ class Runner:
         self._jitted = jitted(graph, structure)
         self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
         self.ranks = token_ranks(mesh)
-        self.pages = make_pages(model.cfg, mesh, sizes.pages_per_rank, sizes.page_size)
+        attention = model.kernels.attention
+        self.pages = make_pages(model.cfg, mesh, attention, sizes.pages_per_rank, sizes.page_size)
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
         self._undrained = 0

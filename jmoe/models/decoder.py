@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels, choose
 from jmoe_kernels.matmul import Dense, linear
+from jmoe_kernels.paged_attention import Heads, LayerPages
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import DispatchStats
 from jmoe.nn.attention import Attention, Sequences
-from jmoe.nn.kv_cache import LayerPages
+from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
@@ -64,12 +65,20 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
     return nnx.merge(graph, state)(*args)
 
 
+def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
+    """What one rank of ``mesh`` computes the model with; raises ValueError for a kernel that cannot run."""
+    tensor = mesh.shape[TENSOR]
+    dims = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // tensor, cfg.hidden_size
+    q, kv = cfg.num_attention_heads // tensor, stored_kv_heads(cfg, mesh) // tensor
+    heads = Heads(q, kv, cfg.head_dim, cfg.sliding_window)
+    return choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads)
+
+
 class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        local = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
-        kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel, (*local, cfg.hidden_size))
+        kernels = kernels_for(cfg, moe, mesh)
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
         self.layers = nnx.List(

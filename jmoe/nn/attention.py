@@ -15,18 +15,17 @@ from jaxtyping import Float, Int
 from jmoe_kernels import cpu
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
+from jmoe_kernels.paged_attention import LayerPages, NewTokens, paged_attention
+from jmoe_kernels.paged_attention.xla import NEVER, visible
 
 from jmoe.config import ModelConfig
 from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
-from jmoe.nn import kv_cache
-from jmoe.nn.kv_cache import LayerPages
+from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotate
 
-BLOCK = 128  # queries that attend together to a window's keys, and keys a step of the paged loop reads
-BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
-NEVER = -1e30
+BLOCK = 128  # queries that attend together to a window's keys
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +74,7 @@ class Attention(nnx.Module):
         specs = {
             name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
         }
-        tokens, paged = PartitionSpec(TOKENS), PartitionSpec(TOKENS, TENSOR)
+        tokens, paged = PartitionSpec(TOKENS), page_spec(self.kernels.attention)
         run = jax.shard_map(
             self._shard,
             mesh=self.mesh,
@@ -95,13 +94,8 @@ class Attention(nnx.Module):
             if pages is None or seqs.table_BM is None:
                 out = attend_window(q, k, v, seqs.positions_BT, window)
             else:
-                at = (seqs.positions_BT, seqs.table_BM)
-                if self.kernels.dense == "cpu":
-                    pages = LayerPages(*cpu.write_pages(pages.k_PHSd, pages.v_PHSd, k, v, *at))
-                    out = cpu.attend(q, pages.k_PHSd, pages.v_PHSd, *at, window)
-                else:
-                    pages = kv_cache.write(pages, k, v, *at)
-                    out = attend_pages(q, pages, *at, window)
+                new = NewTokens(q, k, v, seqs.positions_BT, seqs.table_BM)
+                out, pages = paged_attention(self.kernels.attention, new, pages, window)
         with jax.named_scope("out"):
             y_BTD = linear(out.reshape(*out.shape[:2], -1), w["o_proj"], self.kernels.dense)
             if not is_single(self.mesh):
@@ -139,18 +133,6 @@ def _bias(w: dict[str, Array], name: str, ndim: int) -> Array | float:
     return jnp.expand_dims(w[name].astype(jnp.float32), tuple(range(ndim - 1))) if name in w else 0.0
 
 
-def _dot(form: str, a: Array, b: Array) -> Array:
-    """Einsum in the dtype of ``b``, float32 out."""
-    return jnp.einsum(form, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
-
-
-def _visible(query_BT: Array, key_BS: Array, window: int | None) -> Array:
-    """[B, T, S]: which keys a query attends to; a position of -1 is padding."""
-    gap = query_BT[:, :, None] - key_BS[:, None, :]
-    seen = (gap >= 0) & (key_BS >= 0)[:, None, :]
-    return seen if window is None else seen & (gap < window)
-
-
 def attend_window(
     q_BTHd: Float[Array, "B T H d"],
     k_BTGd: Float[Array, "B T G d"],
@@ -172,59 +154,10 @@ def attend_window(
     def block(start: int, end: int) -> Array:
         rows = (b * g, per * (end - start))
         scores = linear(q[:, :, start:end].reshape(*rows, d), k[:, :end]) * d**-0.5
-        seen = _visible(positions_BT[:, start:end], positions_BT[:, :end], window)[:, None, None]
+        seen = visible(positions_BT[:, start:end], positions_BT[:, :end], window)[:, None, None]
         scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), NEVER)
         share = jax.nn.softmax(scores, axis=-1).reshape(*rows, end)
         return linear(share, v_T[:, :, :end]).reshape(b, g, per, end - start, d)
 
     blocks = [block(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
-
-
-def attend_pages(
-    q_BTHd: Float[Array, "B T H d"],
-    pages: LayerPages,
-    positions_BT: Int[Array, "B T"],
-    table_BM: Int[Array, "B M"],
-    window: int | None,
-) -> Float[Array, "B T H d"]:
-    """Causal attention to everything in the sequences' pages up to each query's own position.
-
-    A loop over blocks of keys with a running softmax. It ends at the furthest position of its queries, so one
-    compiled shape serves every context length; a run of many queries goes in blocks, each with its own end.
-    """
-    t = q_BTHd.shape[1]
-    parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
-    done = [_attend_block(q_BTHd[:, p], pages, positions_BT[:, p], table_BM, window) for p in parts]
-    return jnp.concatenate(done, axis=1)
-
-
-def _attend_block(
-    q_BTHd: Array, pages: LayerPages, positions_BT: Array, table_BM: Array, window: int | None
-) -> Array:
-    b, t, h, d = q_BTHd.shape
-    g, size = pages.k_PHSd.shape[1], pages.page_size
-    fitting = BLOCK_BYTES // (b * g * size * d * 4)
-    per_block = max(1, min(fitting, BLOCK // size, table_BM.shape[1]))
-    keys = per_block * size
-    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
-    q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
-
-    def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = carry
-        ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
-        key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
-        seen = _visible(positions_BT, key_BS, window)[:, None, None]
-        scores = _dot("bgqd,bgsd->bgqs", q, kv_cache.read(pages.k_PHSd, ids))
-        scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
-        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        share = jnp.exp(scores - new_top)
-        kept = jnp.exp(top - new_top)
-        acc = acc * kept + _dot("bgqs,bgsd->bgqd", share, kv_cache.read(pages.v_PHSd, ids))
-        return new_top, total * kept + share.sum(-1, keepdims=True), acc
-
-    rows = (b, g, (h // g) * t)
-    start = (jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1)), jnp.zeros((*rows, d)))
-    _, total, acc = lax.fori_loop(0, jnp.max(positions_BT) // keys + 1, block, start)
-    out = (acc / total).reshape(b, g, h // g, t, d)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jmoe_kernels.choice import choose
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint import read_config
+from jmoe.config import ModelConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, sizes_for
 from jmoe.mesh import make_mesh, platform_of
+from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
@@ -52,7 +53,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, mesh, sizes.page_size),
         },
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
-        "choices": _choices(settings, jnp.dtype(cfg.dtype), mesh),
+        "choices": _choices(settings, cfg, mesh),
     }
 
 
@@ -71,17 +72,18 @@ def _weight_bytes(cfg: Any) -> int:
     return (cfg.num_hidden_layers * (attention + experts) + embeddings) * jnp.dtype(cfg.dtype).itemsize
 
 
-def _choices(settings: EngineSettings, dtype: jnp.dtype, mesh: Mesh) -> list[dict[str, str]]:
-    platform = platform_of(mesh)
+def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dict[str, str]]:
+    platform, dtype = platform_of(mesh), jnp.dtype(cfg.dtype)
     storage, kept = storage_dtype(dtype, platform), kv_dtype(dtype, mesh)
-    kernels = choose(platform, dtype, settings.moe.kernel)
+    kernels = kernels_for(cfg, settings.moe, mesh)
     rows = [
         ("grouped experts", kernels.experts, kernels.why),
         (
-            "dense products and paged attention",
+            "dense products",
             kernels.dense,
             "goes with the experts' kernel" if kernels.dense == "cpu" else "XLA's own",
         ),
+        ("paged attention", kernels.attention, kernels.why_attention),
         (
             "expert weights kept as",
             str(storage),

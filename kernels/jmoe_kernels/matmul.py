@@ -29,13 +29,25 @@ def as_float(w: Array) -> Array:
     return lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
 
+def dot(form: str, a: Array, b: Array) -> Array:
+    """Einsum in the dtype of ``b``, float32 out."""
+    a = a.astype(b.dtype)
+    return jnp.einsum(form, a, b, precision=precision(b.dtype), preferred_element_type=jnp.float32)
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision:
+    """Float32 means float32: by default GPUs round its factors to 10 bits of mantissa and TPUs to 7."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
 def dot_nt(a: Array, b: Array) -> Array:
     """``a[..., M, K] @ b[..., N, K]^T`` with float32 accumulation, batched over equal leading axes."""
     nd = a.ndim - 1
     batch = tuple(range(b.ndim - 2))
     if a.ndim == 2 and a.shape[0] == 1 and b.dtype == jnp.bfloat16:
         return dot_nt(jnp.concatenate([a, jnp.zeros_like(a)]), b)[:1]
-    return lax.dot_general(a, b, (((nd,), (b.ndim - 1,)), (batch, batch)), preferred_element_type=jnp.float32)
+    dims = (((nd,), (b.ndim - 1,)), (batch, batch))
+    return lax.dot_general(a, b, dims, precision(b.dtype), preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

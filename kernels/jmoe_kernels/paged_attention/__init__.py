@@ -1,0 +1,23 @@
+"""Causal attention of a step's tokens over a paged KV cache, and the cache's layout."""
+
+from jmoe_kernels.paged_attention.api import (
+    Attention,
+    heads_axis,
+    page_shapes,
+    paged_attention,
+    pick,
+    supports,
+)
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+
+__all__ = [
+    "Attention",
+    "Heads",
+    "LayerPages",
+    "NewTokens",
+    "heads_axis",
+    "page_shapes",
+    "paged_attention",
+    "pick",
+    "supports",
+]

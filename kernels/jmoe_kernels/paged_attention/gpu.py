@@ -1,0 +1,84 @@
+"""Paged attention on NVIDIA GPUs by others' kernels: jax's Pallas one in decode, cuDNN's in prefill.
+
+Decode reads only the pages that a sequence fills. cuDNN's public form knows no page table, so a prefill run
+gathers its sequence's pages first, the whole table: twice the cache's bytes, beside a product that is much
+more work. jax 0.11 deprecates the decode kernel and still ships it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.paged_attention.xla import read, visible, write
+
+SPLITS = 8  # parts of a sequence's keys that run beside each other
+PAGES = 4  # pages that one step of a part reads
+
+
+def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
+    """The limit that these heads break, or None."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"keys and values must be bfloat16, got {jnp.dtype(dtype).name}"
+    if heads.dim not in (16, 32, 64, 128):
+        return f"the head dimension must be 16, 32, 64 or 128, got {heads.dim}"
+    if heads.window is not None:
+        return "a sliding window is not supported"
+    return None
+
+
+def paged_attention_gpu(
+    new: NewTokens, pages: LayerPages, window: int | None, *, interpret: bool = False
+) -> tuple[Float[Array, "B T H d"], LayerPages]:
+    """The output of every query and the pages with the new rows; padding gives finite values."""
+    if window is not None:
+        raise ValueError("implementation 'gpu': a sliding window is not supported; 'xla' can run")
+    k_PGSd, v_PGSd = pages.kv
+    at = new.positions_BT, new.table_BM
+    kv = write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)
+    attend = _decode if new.positions_BT.shape[1] == 1 else _prefill
+    return attend(new.q_BTHd.astype(k_PGSd.dtype), *kv, *at, interpret).astype(jnp.float32), LayerPages(kv)
+
+
+def _decode(
+    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
+) -> Array:
+    """Each (sequence, kv head) is a sequence of its own to the kernel, which wants heads outermost."""
+    from jax.experimental.pallas.ops.gpu.paged_attention import (  # slow to import, for GPUs only
+        paged_attention,
+    )
+
+    (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
+    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
+    table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
+    length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
+    out = paged_attention(
+        q_BTHd.reshape(b * g, h // g, d) * d**-0.5,
+        k_PGSd.reshape(1, count * g, size, d),
+        v_PGSd.reshape(1, count * g, size, d),
+        table_BGM.reshape(b * g, -1),
+        jnp.repeat(length_B, g),
+        k_splits=SPLITS,
+        pages_per_compute_block=PAGES,
+        interpret=interpret,
+    )
+    return out.reshape(b, 1, h, d)
+
+
+def _prefill(
+    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
+) -> Array:
+    k_BSGd, v_BSGd = (read(pages, table_BM).swapaxes(1, 2) for pages in (k_PGSd, v_PGSd))
+    keys = jnp.arange(k_BSGd.shape[1], dtype=jnp.int32)[None]
+    # A padding query sees the first key: a softmax over nothing is not a number.
+    seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, None)
+    length_B = jnp.max(positions_BT, axis=1) + 1
+    return jax.nn.dot_product_attention(
+        q_BTHd,
+        k_BSGd,
+        v_BSGd,
+        mask=seen_BTS[:, None],
+        key_value_seq_lengths=jnp.maximum(length_B, 1),
+        implementation="xla" if interpret else "cudnn",
+    )

@@ -1,0 +1,99 @@
+"""jax's ragged paged attention, the Pallas kernel for TPUs: prefill and decode alike, from joined pages.
+
+The kernel walks only the pages that a sequence fills, several of them behind the one in use, and keeps the
+softmax running; https://arxiv.org/abs/2205.14135 with a page table.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int, Shaped
+
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.paged_attention.xla import check_run, page_of
+
+KEYS, QUERIES = 256, 64  # keys and queries of a block; what fits VMEM at every head count that is supported
+VMEM = 64 << 20  # bytes
+
+
+def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
+    """The limit that these heads break, or None."""
+    if heads.dim % 128:
+        return f"the head dimension must be a multiple of 128, got {heads.dim}"
+    rows = 2 * heads.kv * jnp.dtype(dtype).itemsize // 4  # of 32 bits, a token's keys and values
+    if rows not in (1, 2, 4, 8) and rows % 8:
+        name = jnp.dtype(dtype).name
+        return f"{heads.kv} {name} kv heads a rank do not tile; 1, 2, 4 and multiples of 8 do in both dtypes"
+    return None
+
+
+def paged_attention_tpu(
+    new: NewTokens, pages: LayerPages, window: int | None
+) -> tuple[Float[Array, "B T H d"], LayerPages]:
+    """The output of every query, zero for padding, and the pages with the new rows."""
+    [kv_PSGd] = pages.kv
+    joined = jnp.stack([new.k_BTGd, new.v_BTGd], axis=3).reshape(*new.k_BTGd.shape[:2], -1, kv_PSGd.shape[-1])
+    kv_PSGd = write_joined(kv_PSGd, joined, new.positions_BT, new.table_BM)
+    b, t = new.positions_BT.shape
+    if t == 1:
+        length_B = jnp.maximum(new.positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
+        ends = jnp.arange(b + 1, dtype=jnp.int32)
+        out = _ragged(new.q_BTHd[:, 0], kv_PSGd, length_B, new.table_BM, ends, window)[:, None]
+    else:  # a sequence at a time: between two that are shorter than T the kernel has no place for padding
+        runs = [
+            _ragged(
+                new.q_BTHd[i],
+                kv_PSGd,
+                jnp.maximum(jnp.max(new.positions_BT[i : i + 1], axis=1) + 1, 1),
+                new.table_BM[i : i + 1],
+                jnp.array([0, 1], jnp.int32)
+                * jnp.maximum(jnp.sum(new.positions_BT[i] >= 0, dtype=jnp.int32), 1),
+                window,
+            )
+            for i in range(b)
+        ]
+        out = jnp.stack(runs)
+    return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0), LayerPages((kv_PSGd,))
+
+
+def write_joined(
+    kv_PSGd: Shaped[Array, "P S 2G d"],
+    new_BTGd: Float[Array, "B T 2G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P S 2G d"]:
+    """The joined pages with the new rows at their positions."""
+    count, size, *row = kv_PSGd.shape
+    new = new_BTGd.astype(kv_PSGd.dtype)
+    if new.shape[1] == 1:
+        page_B = page_of(positions_BT, table_BM, size, count)[:, 0]
+        return kv_PSGd.at[page_B, positions_BT[:, 0] % size].set(new[:, 0], mode="drop")
+    check_run(new.shape[1], size)
+    page_N = page_of(positions_BT[:, ::size], table_BM, size, count).reshape(-1)
+    return kv_PSGd.at[page_N].set(new.reshape(-1, size, *row), mode="drop")
+
+
+def _ragged(
+    q_NHd: Array, kv_PSGd: Array, length_B: Array, table_BM: Array, ends: Array, window: int | None
+) -> Array:
+    """Rows of all sequences one after another; ``ends``: where each ends among them, after a zero."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (  # slow to import, for TPUs only
+        ragged_paged_attention,
+    )
+
+    n, _, d = q_NHd.shape
+    _, size, _, _ = kv_PSGd.shape
+    sequences = jnp.full((1,), length_B.shape[0], jnp.int32)
+    out = ragged_paged_attention(
+        lax.convert_element_type(q_NHd, kv_PSGd.dtype),
+        kv_PSGd,
+        length_B,
+        table_BM,
+        ends,
+        sequences,
+        sm_scale=d**-0.5,
+        sliding_window=window,
+        num_kv_pages_per_block=max(1, min(KEYS // size, table_BM.shape[1])),
+        num_queries_per_block=min(n, QUERIES),
+        vmem_limit_bytes=VMEM,
+    )
+    return out.astype(jnp.float32)

@@ -1,0 +1,132 @@
+"""The portable form: a scatter into the pages, then a loop over blocks of keys with a running softmax."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, Shaped
+
+from jmoe_kernels.matmul import as_float, dot
+from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
+
+BLOCK = 128  # queries that attend together, and keys a step of the loop reads
+BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
+NEVER = -1e30
+
+
+def paged_attention_xla(
+    new: NewTokens, pages: LayerPages, window: int | None
+) -> tuple[Float[Array, "B T H d"], LayerPages]:
+    """The output of every query and the pages with the new rows."""
+    k_PGSd, v_PGSd = pages.kv
+    at = new.positions_BT, new.table_BM
+    kv = write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)
+    return attend(new.q_BTHd, *kv, *at, window), LayerPages(kv)
+
+
+def visible(
+    query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Which keys a query attends to; a position of -1 is padding."""
+    gap = query_BT[:, :, None] - key_BS[:, None, :]
+    seen = (gap >= 0) & (key_BS >= 0)[:, None, :]
+    return seen if window is None else seen & (gap < window)
+
+
+def page_of(
+    position: Int[Array, "B N"], table_BM: Int[Array, "B M"], size: int, pages: int
+) -> Int[Array, "B N"]:
+    """The page of each position; ``pages``, one past the last, for padding: a scatter drops it."""
+    page = jnp.take_along_axis(table_BM, jnp.maximum(position, 0) // size, axis=1)
+    return jnp.where(position >= 0, page, pages)
+
+
+def check_run(tokens: int, size: int) -> None:
+    if tokens % size:
+        raise ValueError(f"a run of {tokens} tokens is not a multiple of the page size {size}")
+
+
+def write(
+    pages_PGSd: Shaped[Array, "P G S d"],
+    new_BTGd: Float[Array, "B T G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P G S d"]:
+    """The pages with the new rows at their positions: single rows, or whole pages of a longer run."""
+    count, _, size, _ = pages_PGSd.shape
+    new = _as_kept(new_BTGd, pages_PGSd.dtype)
+    b, t, g, d = new.shape
+    if t == 1:
+        page_B = page_of(positions_BT, table_BM, size, count)[:, 0]
+        return pages_PGSd.at[page_B, :, positions_BT[:, 0] % size].set(new[:, 0], mode="drop")
+    check_run(t, size)
+    page_N = page_of(positions_BT[:, ::size], table_BM, size, count).reshape(-1)
+    runs = new.reshape(b, t // size, size, g, d).swapaxes(2, 3)
+    return pages_PGSd.at[page_N].set(runs.reshape(-1, g, size, d), mode="drop")
+
+
+def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
+    """``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype)
+    return new.astype(dtype)
+
+
+def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
+    """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
+
+    Heads are gathered as pages of their own, so that the result needs no transposition.
+    """
+    _, g, size, d = pages_PGSd.shape
+    b, n = ids_BN.shape
+    ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
+    flat = pages_PGSd.reshape(-1, size * d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
+    return as_float(flat).reshape(b, g, n * size, d)
+
+
+def attend(
+    q_BTHd: Float[Array, "B T H d"],
+    k_PGSd: Shaped[Array, "P G S d"],
+    v_PGSd: Shaped[Array, "P G S d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+    window: int | None,
+) -> Float[Array, "B T H d"]:
+    """Causal attention to everything in the sequences' pages up to each query's own position.
+
+    The loop ends at the furthest position of its queries, so one compiled shape serves every context length;
+    a run of many queries goes in blocks, each with its own end.
+    """
+    t = q_BTHd.shape[1]
+    parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
+    kv = k_PGSd, v_PGSd
+    done = [_attend_block(q_BTHd[:, p], *kv, positions_BT[:, p], table_BM, window) for p in parts]
+    return jnp.concatenate(done, axis=1)
+
+
+def _attend_block(
+    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, window: int | None
+) -> Array:
+    (b, t, h, d), (_, g, size, _) = q_BTHd.shape, k_PGSd.shape
+    fitting = BLOCK_BYTES // (b * g * size * d * 4)
+    per_block = max(1, min(fitting, BLOCK // size, table_BM.shape[1]))
+    keys = per_block * size
+    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
+    q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
+
+    def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, acc = carry
+        ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
+        key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
+        seen = visible(positions_BT, key_BS, window)[:, None, None]
+        scores = dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids))
+        scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        share = jnp.exp(scores - new_top)
+        kept = jnp.exp(top - new_top)
+        acc = acc * kept + dot("bgqs,bgsd->bgqd", share, read(v_PGSd, ids))
+        return new_top, total * kept + share.sum(-1, keepdims=True), acc
+
+    rows = (b, g, (h // g) * t)
+    start = (jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1)), jnp.zeros((*rows, d)))
+    _, total, acc = lax.fori_loop(0, jnp.max(positions_BT) // keys + 1, block, start)
+    out = (acc / total).reshape(b, g, h // g, t, d)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
