@@ -4,8 +4,8 @@
 
 Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
-bandwidth, dense bfloat16 products), correctness against float64 on the CPU, decode and prefill of the layer
-sizes below. Peers at each size: two bounds that no grouped product can be expected to beat (all rows through
+bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
+decode and prefill of the layer sizes below, decode steps of a whole random model. Peers at each size: two bounds that no grouped product can be expected to beat (all rows through
 one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where they are importable.
 
 Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
@@ -25,6 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_engine import DecodeBench, greedy_tokens, tokens_on_cpu
 from gpu_peers import (
     even_batch,
     jax_peers,
@@ -280,7 +281,33 @@ def prefill(check: Check) -> None:
             report(check, "prefill", case, took, floor, PREFILL_TARGET)
 
 
-SECTIONS: tuple[Callable[[Check], None], ...] = (limits, correctness, decode, prefill)
+def engine(check: Check) -> None:
+    """The bundled model's greedy tokens in float32, which must be those of the CPU."""
+    here, there = greedy_tokens(4 if check.dry else 32), tokens_on_cpu()
+    equal = sum(a == b[: len(a)] for a, b in zip(here, there, strict=True))
+    verdict = f"{equal} of {len(there)} as on the CPU {'pass' if equal == len(there) else 'FAIL'}"
+    check.add("engine", 'LLM("tiny"), float32, greedy', f"{len(here[0])} tokens", verdict=verdict)
+
+
+def model_decode(check: Check) -> None:
+    """A decode step of a random model, whole: embedding to sampled token. The floor is the copy's."""
+    batches = (1, 4) if check.dry else (1, 16, 64)
+    bench = DecodeBench(batches, check.dry)
+    for batch in reversed(batches):
+        seconds, active = bench.step_seconds(batch, 3 if check.dry else 30)
+        floor = bench.bytes_read(batch, active) / (check.copy_bandwidth or float("nan"))
+        case, verdict = f"Qwen3-30B-A3B shape, batch {batch}", f"{active:.1f} active experts a layer"
+        check.add("model", case, "decode step", seconds, floor / seconds, verdict)
+
+
+SECTIONS: tuple[Callable[[Check], None], ...] = (
+    limits,
+    correctness,
+    engine,
+    decode,
+    prefill,
+    model_decode,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """GPU kernels on a machine without a GPU: the interpreter, and compilation for a described H100 or H200."""
 
+import collections
 import contextlib
 import glob
 import importlib
@@ -54,9 +55,11 @@ def description(kind: str) -> str:
 def compile_cases(cases: list[dict]) -> list[dict]:
     """What each case compiled to, or its error; in one process of its own, so that no test sees its settings.
 
-    A case: device, experts, inner, model, rows, and optionally biases, activation, shards (devices of a
-    shard_map). A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma},
-    without those that an earlier case compiled already, and calls, their number in the program; or error.
+    A case is a grouped MLP: device, experts, inner, model, rows, and optionally biases, activation, shards
+    (devices of a shard_map); or a step of the engine: device, config (a file of configs/model), layers,
+    mesh, sequences, tokens. A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma,
+    tma}, without those that an earlier case compiled already, calls, how often each custom call stands in
+    the program, and temporary, its bytes; or error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -91,12 +94,36 @@ def kernels_in(dump: str) -> list[dict]:
     return found
 
 
-def _compile(case: dict) -> int:
-    """The number of Mosaic GPU kernels in the compiled program."""
+def _devices(kind: str) -> list:
+    """Eight described devices."""
+    from jax.experimental import topologies
+
+    target = {"target_config": description(kind), "topology": "1x1x8"}
+    return topologies.get_topology_desc("1x1x8", "cuda", **target).devices
+
+
+def _lower_step(case: dict):
+    """A step of the engine, lowered."""
+    import dataclasses
+    import tomllib
+
+    from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.engine.lowering import lower_step
+    from jmoe.engine.runner import Sizes
+    from jmoe.mesh import make_mesh
+
+    with open(case["config"], "rb") as file:
+        cfg = ModelConfig(**tomllib.load(file))
+    cfg = dataclasses.replace(cfg, num_hidden_layers=case["layers"])
+    mesh, b, t = make_mesh(*case["mesh"], devices=_devices(case["device"])), case["sequences"], case["tokens"]
+    return lower_step(cfg, MoEConfig(), mesh, Sizes((b,), (t,), 32, 128, 16), sequences=b, tokens=t)
+
+
+def _lower_mlp(case: dict):
+    """A grouped MLP, lowered."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
     from jmoe_kernels.grouped_mlp.pallas_gpu import grouped_mlp_pallas_gpu
@@ -105,10 +132,7 @@ def _compile(case: dict) -> int:
 
     shards, device = case.get("shards", 1), case["device"]
     e, f, d, n = (case[k] for k in ("experts", "inner", "model", "rows"))
-    topology = topologies.get_topology_desc(
-        "1x1x8", "cuda", target_config=description(device), topology="1x1x8"
-    )
-    mesh = Mesh(np.array(topology.devices[:shards]), ("expert",))
+    mesh = Mesh(np.array(_devices(device)[:shards]), ("expert",))
     sharding = NamedSharding(mesh, P("expert"))
     blocks = choose(n // shards, e // shards, device)
 
@@ -124,16 +148,18 @@ def _compile(case: dict) -> int:
         )
 
     split = jax.shard_map(mlp, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
-    compiled = jax.jit(split).lower(abstract(n, d), weights, abstract(e, dtype=jnp.int32)).compile()
-    return len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text()))
+    return jax.jit(split).lower(abstract(n, d), weights, abstract(e, dtype=jnp.int32))
 
 
 def main() -> None:
     results = []
     for case in json.load(sys.stdin):
         try:
-            calls = _compile(case)
-            results.append({"calls": calls, "kernels": kernels_in(os.environ["MOSAIC_GPU_DUMP_TO"])})
+            compiled = (_lower_step if "config" in case else _lower_mlp)(case).compile()
+            calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            kernels = kernels_in(os.environ["MOSAIC_GPU_DUMP_TO"])
+            results.append({"calls": calls, "temporary": temporary, "kernels": kernels})
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"[:2000], "kernels": []})
     print(json.dumps(results))

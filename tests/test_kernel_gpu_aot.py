@@ -34,7 +34,7 @@ def compiled() -> dict[str, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_to_tensor_cores_and_tma_without_spills(name: str, compiled: dict[str, dict]):
     assert "error" not in compiled[name], compiled[name]["error"]
-    assert compiled[name]["calls"] == 2
+    assert sum(n for target, n in compiled[name]["calls"].items() if target.startswith("mosaic_gpu")) == 2
     for kernel in compiled[name]["kernels"]:
         assert kernel["wgmma"] and kernel["tma"] and kernel["spill_bytes"] == 0, kernel
         assert kernel["smem_bytes"] <= 227 * 1024, kernel

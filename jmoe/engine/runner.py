@@ -65,6 +65,27 @@ class StepInput:
     rows: SamplingRows
 
 
+def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int) -> StepInput:
+    """An input of ``sequences`` rows on each of ``ranks`` in which every token is padding."""
+    b = ranks * sequences
+    rows = SamplingRows(
+        temperature_B=np.zeros(b, np.float32),
+        top_p_B=np.ones(b, np.float32),
+        top_k_B=np.zeros(b, np.int32),
+        seed_B=np.zeros(b, np.int32),
+        position_B=np.zeros(b, np.int32),
+        banned_BX=np.full((b, BANNED), vocab_size, np.int32),
+        logprobs=np.zeros((), bool),
+    )
+    return StepInput(
+        np.zeros((b, tokens), np.int32),
+        np.full((b, tokens), -1, np.int32),
+        np.zeros((b, sizes.table), np.int32),
+        np.zeros(b, np.int32),
+        rows,
+    )
+
+
 @dataclass(frozen=True)
 class ModelFunctions:
     """The jitted functions of one model, over its flat list of weights.
@@ -160,23 +181,7 @@ class Runner:
 
     def blank(self, sequences: int, tokens: int) -> StepInput:
         """An input of ``sequences`` rows a rank in which every token is padding."""
-        b = self.ranks * sequences
-        rows = SamplingRows(
-            temperature_B=np.zeros(b, np.float32),
-            top_p_B=np.ones(b, np.float32),
-            top_k_B=np.zeros(b, np.int32),
-            seed_B=np.zeros(b, np.int32),
-            position_B=np.zeros(b, np.int32),
-            banned_BX=np.full((b, BANNED), self.cfg.vocab_size, np.int32),
-            logprobs=np.zeros((), bool),
-        )
-        return StepInput(
-            np.zeros((b, tokens), np.int32),
-            np.full((b, tokens), -1, np.int32),
-            np.zeros((b, self.sizes.table), np.int32),
-            np.zeros(b, np.int32),
-            rows,
-        )
+        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens)
 
     def run(self, given: StepInput) -> tuple[Sampled, Array]:
         """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""

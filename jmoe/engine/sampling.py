@@ -3,6 +3,7 @@
 A row's draw depends on its own seed and position only, never on its batch mates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -47,7 +48,7 @@ class Sampled:
 
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
-    """One token a row. Sorting the vocabulary and scoring happen only if some row asks for it."""
+    """One token a row. Truncating the vocabulary and scoring happen only if some row asks for it."""
     rows_B = jnp.arange(logits_BV.shape[0])[:, None]
     allowed_BV = logits_BV.at[rows_B, rows.banned_BX].set(-jnp.inf, mode="drop")
     greedy_B = _argmax(allowed_BV)
@@ -82,17 +83,36 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
 
 
 def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
-    """Keeps the top_k likeliest tokens, and of those the smallest set whose probability reaches top_p."""
-    v = scaled_BV.shape[1]
-    order_BV = jnp.argsort(scaled_BV, axis=-1, descending=True, stable=True)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    limit_B1 = jnp.where(rows.top_k_B > 0, rows.top_k_B, v)[:, None]
-    sorted_BV = jnp.where(jnp.arange(v)[None] < limit_B1, sorted_BV, -jnp.inf)
-    share_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-    kept_BV = jnp.where(before_BV < rows.top_p_B[:, None], sorted_BV, -jnp.inf)
-    back_BV = jnp.argsort(order_BV, axis=-1)
-    return jnp.take_along_axis(kept_BV, back_BV, axis=-1)
+    """Keeps the top_k likeliest tokens, and of those the smallest set whose probability reaches top_p.
+
+    Tokens as likely as the last one kept stay too.
+    """
+    k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, scaled_BV.shape[1])
+    scaled_BV = _at_least(scaled_BV, lambda kept_BV: jnp.sum(kept_BV, axis=-1, dtype=jnp.int32) >= k_B)
+    share_BV = jax.nn.softmax(scaled_BV, axis=-1)
+
+    def reaches(kept_BV: Array) -> Array:
+        return (jnp.sum(jnp.where(kept_BV, share_BV, 0.0), axis=-1) >= rows.top_p_B) & (rows.top_p_B < 1)
+
+    return _at_least(scaled_BV, reaches)
+
+
+def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
+    """Each row's values from the highest threshold on for which ``enough(kept_BV)`` is true, -inf below it.
+
+    ``enough`` must stay true as more is kept; where it never is, all are kept. The threshold is found bit by
+    bit in 32 passes: a sort of 150,000 tokens takes a TPU's compiler 45 s and a CPU ten times as long to run.
+    """
+    bits_BV = lax.bitcast_convert_type(x_BV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    ordered_BV = jnp.where(bits_BV & sign != 0, ~bits_BV, bits_BV | sign)  # sorts as the floats do
+
+    def narrow(i: Array, threshold_B: Array) -> Array:
+        higher_B = threshold_B | (sign >> i.astype(jnp.uint32))
+        return jnp.where(enough(ordered_BV >= higher_B[:, None]), higher_B, threshold_B)
+
+    threshold_B = lax.fori_loop(0, 32, narrow, jnp.zeros(x_BV.shape[0], jnp.uint32))
+    return jnp.where(ordered_BV >= threshold_B[:, None], x_BV, -jnp.inf)
 
 
 def score(logits_NV: Float[Array, "N V"], ids_N: Int[Array, " N"]) -> tuple[Array, Array, Array]:

@@ -30,6 +30,7 @@ def apply_experts(
     plan: DispatchPlan,
     experts: ExpertWeights,
     implementation: Implementation,
+    platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's planned experts, float32; a token without any comes out zero."""
@@ -39,7 +40,7 @@ def apply_experts(
     order_N, inverse_N = plan.order_N, invert_permutation(plan.order_N)
     rows_ND = grouped_mlp(
         take_rows(x_TD, order_N // k, inverse_N.reshape(t, k)), experts, plan.group_sizes_L,
-        implementation=implementation, capacity=capacity,
+        implementation=implementation, platform=platform, capacity=capacity,
     )  # fmt: skip
     chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
     return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)

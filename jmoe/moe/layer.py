@@ -73,7 +73,7 @@ class MoELayer(nnx.Module):
         capacity = self._capacity(x_TD.shape[0])
         compute = partial(
             apply_experts, experts=ExpertWeights(gate_up, down),
-            implementation=self.kernels.experts, capacity=capacity,
+            implementation=self.kernels.experts, platform=self.kernels.platform, capacity=capacity,
         )  # fmt: skip
         with jax.named_scope("experts"):
             y_TD = send(x_TD, routing, valid_T, gate_up.shape[0], compute)

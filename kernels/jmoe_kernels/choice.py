@@ -10,11 +10,12 @@ from jmoe_kernels.paged_attention import Heads
 
 @dataclass(frozen=True)
 class Kernels:
-    """experts: the grouped MLP. dense: dense products. attention: over the paged cache.
+    """platform: of the devices. experts: the grouped MLP. dense: dense products. attention: over the cache.
 
     why, why_attention: one line each for a person.
     """
 
+    platform: str
     experts: grouped_mlp.Implementation
     dense: Dense
     attention: paged_attention.Attention
@@ -42,8 +43,8 @@ def choose(
         why = "named in the moe config"
     dense: Dense = "cpu" if experts == "cpu" else "xla"
     if platform == "cpu":  # one library has them all: a portable model is portable throughout
-        return Kernels(experts, dense, dense, why, "goes with the experts' kernel")
+        return Kernels(platform, experts, dense, dense, why, "goes with the experts' kernel")
     attention, why_attention = (
         paged_attention.pick(platform, dtype, heads) if heads else ("xla", "portable XLA")
     )
-    return Kernels(experts, dense, attention, why, why_attention)
+    return Kernels(platform, experts, dense, attention, why, why_attention)

@@ -91,17 +91,19 @@ def grouped_mlp(
     activation: Activation = "silu",
     implementation: Implementation | None = None,
     interpret: bool = False,
+    platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
     """Gated MLP of each row's expert, float32 out; ``x_ND`` is sorted by expert.
 
     group_sizes_E: rows of each expert, summing to at most N; rows past their sum come out zero.
     implementation: None picks (see ``pick``). interpret: run a Pallas kernel in its interpreter, anywhere.
-    capacity: for "batched" alone, rows an expert at most.
+    platform: of the devices it will run on; None is jax's default. capacity: for "batched" alone, rows an
+    expert at most.
     Every implementation can be differentiated, with the gradient of "batched".
     Raises ValueError with the reason where a named implementation cannot run.
     """
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     name = implementation or pick(platform, weights.dtype, weights.dims)[0]
     reason = (
         supports(name, platform, weights.dtype, interpret=interpret)

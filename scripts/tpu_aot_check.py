@@ -1,0 +1,184 @@
+"""Compiles the engine's whole prefill and decode steps for TPU slices, without a TPU, and checks that they fit.
+
+    python scripts/tpu_aot_check.py --out docs/results/tpu_pods.md
+    python scripts/tpu_aot_check.py --model configs/model/mixtral-8x7b.toml --slice v5e:4x4 --mesh 1x8x2
+
+A row says, for one chip: bytes of weights and KV pages, of temporaries, and their share of its memory; the
+collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and how long the
+compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu (``jmoe[tpu]``).
+Nothing here has run on a TPU, so nothing here is a time of a step.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import tpu_aot
+
+MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet
+# model, slice, mesh (data x expert x tensor), sequences a token rank, prompt tokens a token rank
+CASES = (
+    ("mixtral-8x7b", "v5e:4x4", "1x8x2", 8, 512),
+    ("mixtral-8x7b", "v6e:2x4", "1x8x1", 16, 512),
+    ("qwen3-30b-a3b", "v5e:2x4", "1x8x1", 16, 512),
+    ("qwen3-30b-a3b", "v6e:2x4", "1x8x1", 32, 512),
+    ("qwen3-235b-a22b", "v5e:8x8", "1x32x2", 4, 512),
+    ("qwen3-235b-a22b", "v6e:4x8", "1x32x1", 16, 512),
+    ("qwen3-235b-a22b", "v5e:16x16", "4x64x1", 8, 512),
+    ("qwen3-235b-a22b", "v6e:16x16", "4x64x1", 32, 512),
+)
+CONTEXT, PAGE = 4096, 32  # tokens a sequence may have, tokens of a page
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+ITEM = {"pred": 1, "bf16": 2}
+COLUMNS = ("model", "slice", "mesh", "step", "resident_gb", "temporary_gb", "of_memory", "collectives", "sent_mb",
+           "compile_s", "verdict")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to compile. tokens: 1 is decode; sequences and tokens are a token rank's."""
+
+    model: Path
+    slice: str
+    mesh: tuple[int, int, int]
+    sequences: int
+    tokens: int
+    layers: int | None
+    transport: str
+
+
+def shape_bytes(text: str) -> list[int]:
+    """The bytes of every array shape in a piece of HLO."""
+    found = []
+    for kind, dims in re.findall(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]", text):
+        size = ITEM.get(kind) or int(kind[1:]) // 8
+        for n in filter(None, dims.split(",")):
+            size *= int(n)
+        found.append(size)
+    return found
+
+
+def group_size(line: str, devices: int) -> int:
+    """How many devices take part in a collective."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if compact := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(compact[1])
+    return devices
+
+
+def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many, bytes that a chip sends if each goes around a ring)."""
+    opened = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for line in hlo.splitlines():
+        if (match := opened.search(line)) is None:
+            continue
+        kind, n = match[2], group_size(line, devices)
+        whole = max(shape_bytes(match[1]), default=0)  # the larger side of a start's operand and result
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "reduce-scatter": float(n - 1)}
+        found[kind][0] += 1
+        found[kind][1] += int(whole * share.get(kind, (n - 1) / n))
+    return {kind: (count, sent) for kind, (count, sent) in sorted(found.items())}
+
+
+def check(case: Case) -> dict:
+    """The row of one case; raises what the compiler raises."""
+    import jax  # after main() has set the environment that libtpu reads
+    from jax.experimental import topologies
+
+    from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.engine.lowering import lower_step
+    from jmoe.engine.runner import Sizes
+    from jmoe.mesh import make_mesh
+
+    cfg = ModelConfig(**tomllib.loads(case.model.read_text()))
+    cfg = replace(cfg, num_hidden_layers=case.layers or cfg.num_hidden_layers)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices
+    mesh = make_mesh(*case.mesh, devices=devices)
+    table = CONTEXT // PAGE
+    slots = case.sequences if case.tokens == 1 else 1
+    sizes = Sizes((case.sequences,), (case.tokens,), PAGE, max(1, case.sequences) * table, table)
+    start = time.perf_counter()
+    moe = MoEConfig(transport=case.transport)  # pyright: ignore[reportArgumentType]
+    compiled = lower_step(cfg, moe, mesh, sizes, sequences=slots, tokens=case.tokens).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    resident, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    of_memory = (resident + temporary) / MEMORY[case.slice.split(":")[0]]
+    kinds = collectives(compiled.as_text(), mesh.size)
+    return {
+        "model": case.model.stem, "slice": case.slice, "mesh": "x".join(map(str, case.mesh)),
+        "step": f"decode {slots} a rank" if case.tokens == 1 else f"prefill {case.tokens} a rank",
+        "layers": cfg.num_hidden_layers, "jax": jax.__version__, "transport": case.transport,
+        "resident_gb": round(resident / 1e9, 2), "temporary_gb": round(temporary / 1e9, 2),
+        "of_memory": round(of_memory, 2),
+        "collectives": ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items()) or "none",
+        "sent_mb": round(sum(sent for _, sent in kinds.values()) / 1e6, 2),
+        "by_kind": kinds, "compile_s": round(seconds, 1),
+        "verdict": "fits" if of_memory <= 1 else "DOES NOT FIT",
+    }  # fmt: skip
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    asked = [(args.model, args.slice, args.mesh, args.sequences, args.tokens)] if args.model else CASES
+    for model, where, mesh, sequences, tokens in asked:
+        path = model if isinstance(model, Path) else ROOT / f"configs/model/{model}.toml"
+        a, b, c = map(int, mesh.split("x"))
+        for step in (1, tokens):
+            yield Case(path, where, (a, b, c), sequences, step, args.layers, args.transport)
+
+
+def main() -> int:
+    """Parses the arguments, sets libtpu's environment, prints or writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a configs/model file (default: all cases of the table)")
+    parser.add_argument("--slice", default="v6e:2x4", help="with --model (default: %(default)s)")
+    parser.add_argument("--mesh", default="1x8x1", help="data x expert x tensor (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=16, help="a token rank (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of a prefill run (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--transport", default="replicated", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--out", type=Path, help="the file for the markdown table")
+    args = parser.parse_args()
+    if (reason := tpu_aot.why_not()) is not None:
+        raise SystemExit(reason)
+    lines, failed = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)], False
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.update(tpu_aot.environment(Path(scratch)))
+        del os.environ["LIBTPU_INIT_ARGS"]  # no dumps
+        for case in cases(args):
+            try:
+                row = check(case)
+            except Exception as error:
+                row = asdict(case) | {"model": case.model.stem, "verdict": f"ERROR {str(error)[:300]}"}
+            failed |= row["verdict"] != "fits"
+            lines.append("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")
+            print(json.dumps(row, default=str) if args.json else lines[-1], flush=True)
+    if args.out is not None:
+        args.out.write_text("\n".join(lines) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

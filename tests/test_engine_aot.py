@@ -1,0 +1,79 @@
+"""The engine's prefill and decode steps compile for TPUs and GPUs, with the kernels meant for them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_aot
+import pytest
+import tpu_aot
+
+ROOT = Path(__file__).parents[1]
+QWEN = ROOT / "configs/model/qwen3-30b-a3b.toml"
+LAYERS = 2
+needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
+needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
+needs_cudnn = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None,
+    reason="cuDNN is not installed (nvidia-cudnn-cu13)",
+)
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> dict[str, dict]:
+    h200, *_ = gpu_aot.TARGETS
+    steps = {"decode": (16, 1, [1, 1, 1]), "prefill": (1, 512, [1, 1, 1]), "decode on 4": (16, 1, [1, 4, 1])}
+    cases = [
+        {"device": h200, "config": str(QWEN), "layers": LAYERS, "mesh": mesh, "sequences": b, "tokens": t}
+        for b, t, mesh in steps.values()
+    ]
+    return dict(zip(steps, gpu_aot.compile_cases(cases), strict=True))
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("step", ["decode", "decode on 4"])
+def test_a_gpu_decodes_with_pallas_experts_and_paged_attention(step: str, on_gpu: dict[str, dict]):
+    assert "error" not in on_gpu[step], on_gpu[step]["error"]
+    calls = on_gpu[step]["calls"]
+    assert sum(n for target, n in calls.items() if target.startswith("mosaic_gpu")) == 2 * LAYERS
+    assert calls["__gpu$xla.gpu.triton"] == LAYERS  # jax's paged attention
+    assert on_gpu[step]["temporary"] < 1 << 28
+
+
+@needs_gpu_compiler
+@needs_cudnn
+def test_a_gpu_prefills_with_pallas_experts_and_cudnn(on_gpu: dict[str, dict]):
+    assert "error" not in on_gpu["prefill"], on_gpu["prefill"]["error"]
+    calls = on_gpu["prefill"]["calls"]
+    assert sum(n for target, n in calls.items() if target.startswith("mosaic_gpu")) == 2 * LAYERS
+    assert sum(n for target, n in calls.items() if target.startswith("__cudnn$fmha")) == LAYERS
+
+
+@pytest.fixture(scope="module")
+def on_tpu() -> list[dict]:
+    command = [
+        *(sys.executable, str(ROOT / "scripts/tpu_aot_check.py"), "--json", "--model", str(QWEN)),
+        *("--slice", "v6e:2x4", "--mesh", "1x4x2", "--layers", str(LAYERS)),
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_tpu_compiler
+def test_a_tpu_slice_compiles_both_steps_and_they_fit(on_tpu: list[dict]):
+    assert [row["step"] for row in on_tpu] == ["decode 16 a rank", "prefill 512 a rank"]
+    for row in on_tpu:
+        assert row["verdict"] == "fits" and 0 < row["resident_gb"] < 4 and row["temporary_gb"] < 1
+
+
+@needs_tpu_compiler
+def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
+    """At least the gathered rows and the scattered outputs of every layer, over 4 expert ranks."""
+    for row, tokens in zip(on_tpu, (16, 512), strict=True):
+        moe = LAYERS * 3 * tokens * 2048 * (2 + 4)
+        assert moe <= row["sent_mb"] * 1e6 <= 8 * moe, row
