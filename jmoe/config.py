@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 from jmoe_kernels.grouped_mlp import Implementation
 
 DTypeName = Literal["float32", "bfloat16"]
+TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class MoEConfig:
     multiple of its even share.
     """
 
-    transport: Literal["replicated", "all_to_all"] = "replicated"
+    transport: TransportName = "replicated"
     kernel: Implementation | None = None
     train_capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("moe.transport", self.transport, ("replicated", "all_to_all"))
+        _check_choice("moe.transport", self.transport, get_args(TransportName))
         _check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
         if self.train_capacity_factor is not None and self.kernel != "batched":
             raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")

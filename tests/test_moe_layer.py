@@ -1,4 +1,6 @@
-"""MoELayer against the dense oracle: on one device and on every mesh shape, with both transports."""
+"""MoELayer against the dense oracle: on one device and on every mesh shape, with every transport."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +53,10 @@ def test_one_device_equals_the_oracle(k: int, renormalize: bool):
     assert stats.counts_E.sum() == valid.sum() * k and stats.dropped == 0 and stats.remote == 0
 
 
-@pytest.mark.parametrize("kernel", ["xla", None])
-@pytest.mark.parametrize("transport", ["replicated", "all_to_all"])
+@pytest.mark.parametrize(
+    ("transport", "kernel"),
+    [*itertools.product(["replicated", "all_to_all"], ["xla", None]), ("ragged_all_to_all", None)],
+)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_equals_the_oracle(shape, transport: str, kernel: str | None):
     cfg = config(num_experts=16, num_experts_per_tok=4)
@@ -63,9 +67,12 @@ def test_every_mesh_equals_the_oracle(shape, transport: str, kernel: str | None)
     single = run(layer_on(make_mesh(), cfg), x, valid)[1]
     np.testing.assert_array_equal(stats.counts_E, single.counts_E)
     np.testing.assert_allclose(stats.mean_score_E, single.mean_score_E, atol=1e-6)
+    ranks, traffic = shape[1], stats.traffic
+    assert (stats.remote > 0) == (traffic.useful > 0) == (traffic.sent > 0) == (ranks > 1)
+    assert traffic.useful <= stats.remote <= traffic.useful * 4
 
 
-@pytest.mark.parametrize("transport", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("transport", ["replicated", "all_to_all", "ragged_all_to_all"])
 def test_skewed_routing_loses_nothing(transport: str):
     """Every token of every rank to the experts of one rank: the worst case of the padded buffer."""
     cfg = config(num_experts=16, num_experts_per_tok=2)
@@ -79,6 +86,9 @@ def test_skewed_routing_loses_nothing(transport: str):
     assert stats.counts_E[6] == stats.counts_E[7] == TOKENS
     per_rank = TOKENS // 8
     assert stats.remote == 2 * (TOKENS - per_rank), "all but the owning rank's own tokens travel"
+    everywhere = 7 * TOKENS
+    sent = {"replicated": everywhere, "all_to_all": 2 * everywhere, "ragged_all_to_all": stats.remote}
+    assert stats.traffic.useful == TOKENS - per_rank and stats.traffic.sent == sent[transport]
 
 
 def test_padding_changes_nothing():

@@ -86,8 +86,12 @@ class FakeEngine:
     def moe_stats(self):
         if not self.alive:
             raise EngineDead("dead")
-        prefill = [{"active_experts": 8.0, "assignments": 10}, {"active_experts": 6.0, "assignments": 10}]
-        decode = [{"active_experts": 4.0, "assignments": 2}, {"active_experts": 2.0, "assignments": 2}]
+
+        def layer(active: float, assignments: int) -> dict:
+            sums = {"remote_assignments": 1, "transport_bytes": 600, "transport_useful_bytes": 400}
+            return {"active_experts": active, "assignments": assignments, **sums}
+
+        prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]
         return {"prefill": {"steps": 1, "per_layer": prefill}, "decode": {"steps": 3, "per_layer": decode}}
 
     def add_listener(self, listener):

@@ -21,14 +21,14 @@ from jax.sharding import Mesh, NamedSharding
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
-from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, zero_totals
+from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, transported_bytes, zero_totals
 from jmoe.mesh import sharding, token_ranks
 from jmoe.models.decoder import Decoder
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import make_pages, page_spec
 
 BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
-DRAIN_STEPS = 4096  # device counters are 32-bit; fetched at least this often
+DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ class Runner:
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
         self._undrained = 0
-        self.counters = {phase: MoECounters(layers, experts) for phase in PHASES}
+        row_bytes = transported_bytes(model.cfg, mesh)
+        self.counters = {phase: MoECounters(layers, experts, row_bytes) for phase in PHASES}
         self.compilations = CompilationCounter()
 
     def _fresh_totals(self) -> MoETotals:

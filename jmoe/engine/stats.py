@@ -7,10 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from jmoe.config import ModelConfig
+from jmoe.mesh import TENSOR
 from jmoe.moe.types import DispatchStats
 
 PHASES = ("prefill", "decode")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Count64:
+    """64-bit counts in two uint32 halves, as jax has no wider integers by default.
+
+    256 ranks of 8192 tokens, 8 experts each, are 2^24 assignments a layer and step: an int32 sum would be
+    full after 128 steps, and device counters are drained only every few thousand.
+    """
+
+    low: Array
+    high: Array
+
+    @classmethod
+    def zeros(cls, *shape: int) -> "Count64":
+        return cls(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
+
+    def plus(self, amount: Array) -> "Count64":
+        """amount: int32, not negative."""
+        low = self.low + amount.astype(jnp.uint32)  # wraps, and is then below what it was
+        return Count64(low, self.high + (low < self.low).astype(jnp.uint32))
+
+    def fetched(self) -> np.ndarray:
+        """int64, on the host."""
+        low, high = jax.device_get((self.low, self.high))
+        return low.astype(np.int64) + (high.astype(np.int64) << 32)
 
 
 @jax.tree_util.register_dataclass
@@ -20,51 +50,71 @@ class MoETotals:
 
     counts_LE: assignments to each expert. active_L, load_L: sums over steps of the experts with at least
     one assignment, and of the most loaded expert's load over the mean. remote_L: assignments to another
-    rank's experts. steps: steps summed.
+    rank's experts. useful_L, sent_L: rows between ranks, see ``Traffic``. steps: steps summed.
     """
 
-    counts_LE: Array
+    counts_LE: Count64
     active_L: Array
     load_L: Array
-    remote_L: Array
+    remote_L: Count64
+    useful_L: Count64
+    sent_L: Count64
     steps: Array
 
 
 def zero_totals(layers: int, experts: int) -> MoETotals:
     zeros = jnp.zeros(layers, jnp.float32)
-    counts = jnp.zeros((layers, experts), jnp.int32)
-    return MoETotals(counts, zeros, zeros.copy(), jnp.zeros(layers, jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
-    """The totals with one step's layers added; a step without a valid token counts as none."""
-    counts_LE = jnp.stack([layer.counts_E for layer in layers])
-    loads_LE = counts_LE.astype(jnp.float32)
-    mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
+    rows = (Count64.zeros(layers) for _ in range(3))
     return MoETotals(
-        totals.counts_LE + counts_LE,
-        totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
-        totals.load_L + jnp.max(loads_LE, axis=1) / mean_L,
-        totals.remote_L + jnp.stack([layer.remote for layer in layers]),
-        totals.steps + jnp.any(counts_LE > 0).astype(jnp.int32),
+        Count64.zeros(layers, experts), zeros, zeros.copy(), *rows, steps=jnp.zeros((), jnp.int32)
     )
 
 
-class MoECounters:
-    """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow."""
+def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
+    """The totals with one step's layers added; a step without a valid token (warm-up's) counts as none."""
+    step = jax.tree.map(lambda *values: jnp.stack(values), *layers)
+    counts_LE = step.counts_E
+    counts = jnp.any(counts_LE > 0)
+    loads_LE = counts_LE.astype(jnp.float32)
+    mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
+    return MoETotals(
+        totals.counts_LE.plus(counts_LE),
+        totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
+        totals.load_L + jnp.max(loads_LE, axis=1) / mean_L,
+        totals.remote_L.plus(step.remote),
+        totals.useful_L.plus(step.traffic.useful),
+        totals.sent_L.plus(jnp.where(counts, step.traffic.sent, 0)),
+        totals.steps + counts.astype(jnp.int32),
+    )
 
-    def __init__(self, layers: int, experts: int):
+
+def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
+    """Bytes of one row's way to another rank, in the weights' dtype, and back, in float32; of all its copies,
+    one a tensor rank."""
+    return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
+
+
+class MoECounters:
+    """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow.
+
+    row_bytes: what a row between ranks weighs, see ``transported_bytes``.
+    """
+
+    def __init__(self, layers: int, experts: int, row_bytes: int):
+        self.row_bytes = row_bytes
         self.counts_LE = np.zeros((layers, experts), np.int64)
         self.active_L, self.load_L = np.zeros(layers), np.zeros(layers)
-        self.remote_L = np.zeros(layers, np.int64)
+        self.remote_L, self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(3))
         self.steps = 0
 
     def drain(self, totals: MoETotals) -> None:
         host = jax.device_get(totals)
-        self.counts_LE += host.counts_LE
+        self.counts_LE += host.counts_LE.fetched()
         self.active_L += host.active_L
         self.load_L += host.load_L
-        self.remote_L += host.remote_L
+        self.remote_L += host.remote_L.fetched()
+        self.useful_L += host.useful_L.fetched()
+        self.sent_L += host.sent_L.fetched()
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:
@@ -73,26 +123,27 @@ class MoECounters:
         Routing is lossless here, so dropped, rerouted and remapped are zero and the baseline equals the
         active experts; all experts are resident, so no expert crosses from host to device.
         """
-        layers = [self._row(*row) for row in zip(
-            self.counts_LE.sum(1), self.active_L, self.load_L, self.remote_L, strict=True
-        )]  # fmt: skip
-        n = max(len(layers), 1)
-        overall = self._row(
-            self.counts_LE.sum(), self.active_L.sum() / n, self.load_L.sum() / n, self.remote_L.sum()
-        )
+        means = np.stack([self.active_L, self.load_L], 1)
+        sums = np.stack([self.counts_LE.sum(1), self.remote_L, self.useful_L, self.sent_L], 1)
+        layers = [self._row(*row) for row in zip(means, sums, strict=True)]
+        overall = self._row(means.sum(0) / max(len(layers), 1), sums.sum(0))
         return {"steps": self.steps, **overall, "per_layer": layers}
 
-    def _row(self, assignments: Any, active: Any, load: Any, remote: Any) -> dict[str, Any]:
+    def _row(self, means: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
+        active, load = means.tolist()
+        assignments, remote, useful, sent = sums.tolist()
         steps = max(self.steps, 1)
         return {
-            "active_experts": float(active / steps),
-            "active_experts_baseline": float(active / steps),
-            "assignments": int(assignments),
+            "active_experts": active / steps,
+            "active_experts_baseline": active / steps,
+            "assignments": assignments,
             "dropped": 0,
             "rerouted": 0,
             "remapped": 0,
-            "max_over_mean_load": float(load / steps),
-            "remote_assignments": int(remote),
+            "max_over_mean_load": load / steps,
+            "remote_assignments": remote,
+            "transport_bytes": sent * self.row_bytes,
+            "transport_useful_bytes": useful * self.row_bytes,
             "expert_cache_hits": 0,
             "expert_cache_misses": 0,
             "bytes_host_to_device": 0,

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from jmoe_kernels.grouped_mlp import ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
 from jmoe_kernels.rows import take_rows
@@ -37,15 +37,10 @@ def apply_experts(
     if implementation == "cpu":  # gathers and combines on its way
         return combined_mlp_cpu(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L)
     t, k = weights_TK.shape
-    order_N, inverse_N = plan.order_N, invert_permutation(plan.order_N)
+    order_N, inverse_N = plan.order_N, plan.inverse_N
     rows_ND = grouped_mlp(
         take_rows(x_TD, order_N // k, inverse_N.reshape(t, k)), experts, plan.group_sizes_L,
         implementation=implementation, platform=platform, capacity=capacity,
     )  # fmt: skip
     chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
     return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)
-
-
-def invert_permutation(order_N: Int[Array, " N"]) -> Int[Array, " N"]:
-    n = order_N.shape[0]
-    return jnp.zeros(n, jnp.int32).at[order_N].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)

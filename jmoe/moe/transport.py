@@ -1,73 +1,171 @@
 """How tokens reach the ranks that hold their experts. One signature, all lossless.
 
-Inside ``shard_map``: in come a shard's own tokens and its own experts' weights, out comes every own
-token's combined expert output. ``local`` is the case without expert parallelism.
+Inside ``shard_map``: in come a shard's own tokens and its own experts, out comes every own token's combined
+expert output, float32, and what it took to move it (``Traffic``). T and J are those of a shard, R the ranks
+of the expert axis, L a rank's experts. ``local`` is the case without expert parallelism.
 
-``replicated``  all-gather the tokens, compute the local experts' share for all of them, reduce-scatter.
-                Two collectives of R * T rows whatever the routing: right for small decode batches.
-``all_to_all``  send each assignment's row to its expert's rank in a padded buffer of C = T * min(K, L) rows
-                a destination, the worst case, so nothing is ever dropped.
+``replicated``         all-gather the tokens, compute the local experts' share of all of them, reduce-scatter.
+                       Two collectives of R * T rows whatever the routing: right for small decode batches.
+``all_to_all``         send each assignment's row to its expert's rank in a padded buffer of C = T * min(J, L)
+                       rows a destination, the worst case, so nothing is ever dropped.
+``ragged_all_to_all``  send the same rows and no padding; a rank's buffer still holds the worst case, R * C
+                       rows, and experts read only what came. Rows land sorted by expert. On a CPU emulated
+                       (see ``exchange``), at the traffic of ``replicated``. The TPU compiler refuses it on
+                       slices with limited ICI routing, v5e 4x8 and larger; v6e, v5p and tpu7x take it.
+
+Rows go out in the experts' weight dtype, to which the experts round them anyway, and come back float32.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from jmoe_kernels.rows import take_rows
 
-from jmoe.mesh import EXPERT
+from jmoe.config import TransportName
+from jmoe.mesh import DATA, EXPERT
+from jmoe.moe.exchange import Exchange, get_exchange
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import DispatchPlan, Routing
+from jmoe.moe.types import LocalExperts, Routing, Traffic
 
-TransportName = Literal["replicated", "all_to_all"]
-# (x_TD, plan weights_TK, plan) -> y_TD, bound to the shard's experts
-Compute = Callable[[Array, Array, DispatchPlan], Array]
-Transport = Callable[[Array, Routing, Array, int, Compute], Array]
+# (x_TD, routing, valid_T, the shard's experts) -> (y_TD, the shard's traffic)
+Transport = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
 
 
-def local(x_TD: Array, routing: Routing, valid_T: Array, experts: int, compute: Compute) -> Array:
+def local(
+    x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
+) -> tuple[Float[Array, "T D"], Traffic]:
     """All experts are here."""
-    return compute(x_TD, routing.weights_TK, plan_dispatch(routing.ids_TK, valid_T, 0, experts))
+    plan = plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
+    none = jnp.zeros((), jnp.int32)
+    return experts.combined(x_TD, routing.weights_TK, plan), Traffic(none, none)
 
 
 def replicated(
-    x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: int, compute: Compute
-) -> Float[Array, "T D"]:
+    x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
+) -> tuple[Float[Array, "T D"], Traffic]:
     """Every rank sees every token of its data group and computes its own experts' share."""
     gather = partial(lax.all_gather, axis_name=EXPERT, axis=0, tiled=True)
     ids, weights, valid = gather(routing.ids_TK), gather(routing.weights_TK), gather(valid_T)
-    first = lax.axis_index(EXPERT) * experts
-    y = compute(gather(x_TD), weights, plan_dispatch(ids, valid, first, experts))
-    return lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
+    first = lax.axis_index(EXPERT) * experts.count
+    plan = plan_dispatch(ids, valid, first, experts.count)
+    y = experts.combined(gather(x_TD.astype(experts.dtype)), weights, plan)
+    traffic = _padded_traffic(routing, valid_T, experts, x_TD.shape[0])
+    return lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), traffic
 
 
 def all_to_all(
-    x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: int, compute: Compute
-) -> Float[Array, "T D"]:
+    x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
+) -> tuple[Float[Array, "T D"], Traffic]:
     """Rows travel to their expert's rank and back; ranks receive R * C rows, the absent ones masked."""
-    t, k = routing.ids_TK.shape
-    ranks = lax.axis_size(EXPERT)
-    c = t * min(k, experts)
-    owner = plan_dispatch(routing.ids_TK // experts, valid_T, 0, ranks)  # assignments sorted by rank
-    starts_R = jnp.cumsum(owner.group_sizes_L) - owner.group_sizes_L
+    t, j = routing.ids_TK.shape
+    ranks, local_experts = lax.axis_size(EXPERT), experts.count
+    c = t * min(j, local_experts)
+    by_rank = plan_dispatch(routing.ids_TK // local_experts, valid_T, 0, ranks)
     row_RC = jnp.arange(c)[None]
-    sent_RC = row_RC < owner.group_sizes_L[:, None]
-    flat_RC = owner.order_N.at[starts_R[:, None] + row_RC].get(mode="fill", fill_value=0)
+    filled_RC = row_RC < by_rank.group_sizes_L[:, None]
+    # The assignment in each slot, T * J in an empty one; and back, the slot of each assignment.
+    place_RC = _starts(by_rank.group_sizes_L, 0)[:, None] + row_RC
+    assignment_RC = jnp.where(filled_RC, by_rank.order_N.at[place_RC].get(mode="clip"), t * j)
+    slots_RC = jnp.arange(ranks * c, dtype=jnp.int32).reshape(ranks, c)
+    slot_N = jnp.full(t * j, ranks * c).at[assignment_RC].set(slots_RC, mode="drop")
 
-    exchange = partial(lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0)
-    ids_RC = jnp.where(sent_RC, routing.ids_TK.reshape(-1)[flat_RC] % experts, -1)
-    got_ids_N = exchange(ids_RC).reshape(ranks * c)
-    got_x_ND = exchange(x_TD[flat_RC // k]).reshape(ranks * c, -1)
+    exchange = partial(lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
+    ids_N = routing.ids_TK.reshape(-1).at[assignment_RC.reshape(-1)].get(mode="clip") % local_experts
+    got_ids_N = exchange(jnp.where(filled_RC.reshape(-1), ids_N, local_experts))
+    rows_ND = take_rows(x_TD.astype(experts.dtype), assignment_RC.reshape(-1) // j, slot_N.reshape(t, j))
+    got_ND = exchange(rows_ND)
 
-    plan = plan_dispatch(got_ids_N[:, None], got_ids_N >= 0, 0, experts)
-    y_RCD = exchange(compute(got_x_ND, jnp.ones((ranks * c, 1)), plan).reshape(ranks, c, -1))
-    weights_RC = jnp.where(sent_RC, routing.weights_TK.reshape(-1)[flat_RC], 0.0)
-    return jnp.zeros(x_TD.shape, jnp.float32).at[flat_RC // k].add(y_RCD * weights_RC[..., None])
+    plan = plan_dispatch(got_ids_N[:, None], jnp.ones(ranks * c, bool), 0, local_experts)
+    y_ND = exchange(experts.combined(got_ND, jnp.ones((ranks * c, 1)), plan))
+    y_TD = _combine(y_ND, slot_N, assignment_RC.reshape(-1), routing.weights_TK)
+    return y_TD, _padded_traffic(routing, valid_T, experts, c)
 
 
-def get_transport(name: TransportName) -> Transport:
+def ragged_all_to_all(
+    x_TD: Float[Array, "T D"],
+    routing: Routing,
+    valid_T: Bool[Array, " T"],
+    experts: LocalExperts,
+    *,
+    exchange: Exchange,
+) -> tuple[Float[Array, "T D"], Traffic]:
+    """Each expert's rows travel as one slice and land behind those of the ranks before, expert by expert."""
+    t, j = routing.ids_TK.shape
+    ranks, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
+    plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.count)
+    inverse_N = plan.inverse_N
+    rows_ND = take_rows(x_TD.astype(experts.dtype), plan.order_N // j, inverse_N.reshape(t, j))
+
+    # From the matrix of who sends how much [from, to, expert], every rank reckons all offsets alike.
+    sizes_E = plan.group_sizes_L
+    sizes_RRL = lax.all_gather(sizes_E, EXPERT).reshape(ranks, ranks, experts.count)
+    starts_RRL = _starts(sizes_RRL.reshape(ranks, -1), 1).reshape(sizes_RRL.shape)  # in the sender's rows
+    group_sizes_RL = jnp.sum(sizes_RRL, axis=0)
+    lands_RRL = _starts(group_sizes_RL, 1)[None] + _starts(sizes_RRL, 0)  # in the receiver's rows
+
+    def outgoing(a_RRL: Int[Array, "R R L"]) -> Int[Array, " E"]:
+        return a_RRL[me].reshape(-1)
+
+    def incoming(a_RRL: Int[Array, "R R L"]) -> Int[Array, " E"]:
+        return a_RRL[:, me].reshape(-1)
+
+    room_MD = jnp.zeros((ranks * t * min(j, experts.count), x_TD.shape[1]), rows_ND.dtype)
+    got_MD = exchange(
+        rows_ND, room_MD, outgoing(starts_RRL), sizes_E, outgoing(lands_RRL), incoming(sizes_RRL)
+    )
+    y_MD = experts.by_row(got_MD, group_sizes_RL[me])
+    y_ND = exchange(
+        y_MD, jnp.zeros(rows_ND.shape, y_MD.dtype),
+        incoming(lands_RRL), incoming(sizes_RRL), incoming(starts_RRL), sizes_E,
+    )  # fmt: skip
+    sent = jnp.sum(sizes_E) - jnp.sum(sizes_RRL[me, me])
+    traffic = Traffic(_useful_rows(routing, valid_T, experts), sent)
+    return _combine(y_ND, inverse_N, plan.order_N, routing.weights_TK), traffic
+
+
+def _starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
+    """Where each of consecutive groups of ``sizes`` along ``axis`` begins."""
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
+def _combine(
+    y_ND: Float[Array, "N D"], row_A: Int[Array, " A"], assignment_N: Int[Array, " N"], weights_TJ: Array
+) -> Float[Array, "T D"]:
+    """Each token's weighted sum of its assignments' rows, in the assignments' order as ``local`` sums them.
+
+    row_A: the row of each of the T * J assignments, past the end for none; assignment_N: its inverse.
+    """
+    chosen = take_rows(y_ND, row_A, assignment_N[:, None]).reshape(*weights_TJ.shape, -1)
+    return jnp.einsum("tkd,tk->td", chosen, weights_TJ)
+
+
+def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int[Array, ""]:
+    """Distinct pairs of an own token and another rank that holds one of its experts."""
+    rank_TJ = routing.ids_TK // experts.count  # an absent assignment's is R
+    away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
+    earlier_JJ = np.tri(rank_TJ.shape[1], k=-1, dtype=bool)
+    again_TJ = jnp.any((rank_TJ[:, :, None] == rank_TJ[:, None]) & earlier_JJ[None], axis=-1)
+    return jnp.sum(away_TJ & ~again_TJ, dtype=jnp.int32)
+
+
+def _padded_traffic(routing: Routing, valid_T: Array, experts: LocalExperts, rows: int) -> Traffic:
+    """``rows`` from each rank to each other one, whatever the routing."""
+    ranks = lax.axis_size(EXPERT)
+    sent = (ranks - 1) * rows
+    everywhere = sent * ranks * lax.axis_size(DATA)
+    if everywhere > np.iinfo(np.int32).max:  # terabytes a layer: the buffers would not fit a device either
+        raise ValueError(f"{everywhere} rows between ranks in one layer do not fit a 32-bit count")
+    return Traffic(_useful_rows(routing, valid_T, experts), jnp.asarray(sent, jnp.int32))
+
+
+def get_transport(name: TransportName, platform: str) -> Transport:
+    """The transport called ``name`` for devices of ``platform`` ("cpu", "gpu", "tpu")."""
     if name not in get_args(TransportName):
         raise ValueError(f"transport {name!r} is unknown; known: {', '.join(get_args(TransportName))}")
-    return {"replicated": replicated, "all_to_all": all_to_all}[name]
+    ragged = partial(ragged_all_to_all, exchange=get_exchange(platform, EXPERT))
+    return {"replicated": replicated, "all_to_all": all_to_all, "ragged_all_to_all": ragged}[name]

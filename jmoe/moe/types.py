@@ -4,6 +4,7 @@
 T      tokens of the batch, local to a shard inside ``shard_map``
 B, S   sequences of a batch; positions of a sequence
 K      experts per token
+J      columns of a token's assignments where some may be absent (K, or more)
 E      experts of the layer
 L      experts held by one shard (E / expert-parallel size)
 R      ranks along the ``expert`` axis
@@ -16,9 +17,11 @@ F      inner dimension of an expert
 A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -28,7 +31,8 @@ from jaxtyping import Float, Int
 class Routing:
     """Which experts each token goes to, and with what weight.
 
-    ids_TK: expert ids, distinct within a token. weights_TK: float32 combine weights.
+    ids_TK: expert ids, distinct within a token; E, one past the last, is an absent assignment, of weight 0:
+    it goes nowhere and adds nothing. weights_TK: float32 combine weights.
     scores_TE: the router's scores (softmax probabilities) of every expert, float32.
     """
 
@@ -49,6 +53,44 @@ class DispatchPlan:
     order_N: Int[Array, " N"]
     group_sizes_L: Int[Array, " L"]
 
+    @property
+    def inverse_N(self) -> Int[Array, " N"]:
+        """The sorted row of each flat assignment."""
+        n = self.order_N.shape[0]
+        rows_N = jnp.arange(n, dtype=jnp.int32)
+        return jnp.zeros(n, jnp.int32).at[self.order_N].set(rows_N, unique_indices=True)
+
+
+@dataclass(frozen=True)
+class LocalExperts:
+    """The L experts of one rank as functions, float32 out.
+
+    combined: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
+    by_row: (rows_ND, group_sizes_L) -> y_ND, rows that are sorted by expert already; those past the last
+    group come out zero. dtype: that of the weights, to which both round what comes in.
+    """
+
+    count: int
+    dtype: jnp.dtype
+    combined: Callable[[Array, Array, DispatchPlan], Array]
+    by_row: Callable[[Array, Array], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Traffic:
+    """Rows of D numbers between ranks, counted one way: as many come back as went out, in every transport.
+
+    useful: distinct pairs of a valid token and another rank that holds one of its experts. The least that
+    any transport could move, so the three compare by it.
+    sent: rows put on the wire, padding included; a rank's own rows are not on it.
+    A tensor axis multiplies both: every tensor rank moves a copy of its own, which neither counts. The few
+    bytes of ids and sizes beside the rows are not counted either.
+    """
+
+    useful: Int[Array, ""]
+    sent: Int[Array, ""]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -58,9 +100,11 @@ class DispatchStats:
     counts_E: assignments of valid tokens to each expert. mean_score_E: the router's mean score of each
     expert over valid tokens. remote: assignments whose expert lives on another rank than the token.
     dropped: assignments that no expert computed (only the training form has a capacity to exceed).
+    traffic: rows that the transport moved.
     """
 
     counts_E: Int[Array, " E"]
     mean_score_E: Float[Array, " E"]
     remote: Int[Array, ""]
     dropped: Int[Array, ""]
+    traffic: Traffic

@@ -93,12 +93,20 @@ class EngineCollector(Collector):
         yield from _moe_metrics(stats)
 
 
+MOE_COUNTERS = (  # metric, its text, the key in a layer's statistics
+    ("jmoe_moe_assignments", "Tokens sent to experts", "assignments"),
+    ("jmoe_moe_remote_assignments", "Those to another rank's experts", "remote_assignments"),
+    ("jmoe_moe_transport_bytes", "Between ranks, both ways, padding included", "transport_bytes"),
+    ("jmoe_moe_transport_useful_bytes", "Those that the routing needed", "transport_useful_bytes"),
+)
+
+
 def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
-    """By layer, over both phases: the assignments' sum and the mean a step of the active experts."""
+    """By layer, over both phases: sums, and the mean a step of the active experts."""
     active = GaugeMetricFamily(
         "jmoe_moe_active_experts", "Experts with a token, mean a step", labels=["layer"]
     )
-    assigned = CounterMetricFamily("jmoe_moe_assignments", "Tokens sent to experts", labels=["layer"])
+    counters = [CounterMetricFamily(name, text, labels=["layer"]) for name, text, _ in MOE_COUNTERS]
     phases = [stats["prefill"], stats["decode"]]
     steps = max(sum(phase["steps"] for phase in phases), 1)
     for i, layers in enumerate(zip(*(phase["per_layer"] for phase in phases), strict=True)):
@@ -106,6 +114,7 @@ def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
             layer["active_experts"] * phase["steps"] for layer, phase in zip(layers, phases, strict=True)
         )
         active.add_metric([str(i)], summed / steps)
-        assigned.add_metric([str(i)], sum(layer["assignments"] for layer in layers))
+        for counter, (_, _, key) in zip(counters, MOE_COUNTERS, strict=True):
+            counter.add_metric([str(i)], sum(layer[key] for layer in layers))
     yield active
-    yield assigned
+    yield from counters
