@@ -4,8 +4,8 @@ Source: He et al., "Capacity-Aware Inference" (arXiv 2503.05066). Under expert p
 long as its most loaded rank, so the load is cut where it stands out. The stage is pure and sees one shard:
 ``Routing x TokenFlags -> Routing x CapacityCounts``, after routing, before dispatch, inside ``shard_map``.
 
-**Limit** (section 3). An expert has C = ceil(factor * t * K / E) places, at least 1 and at most t, for the t
-valid tokens of the shard; with scope "device" the L experts of a rank share L * C places. t and the factor
+**Limit.** An expert has C = ceil(factor * t * K / E) places, at least 1 and at most t, for the t valid
+tokens of the shard; with scope "device" the L experts of a rank share L * C places. t and the factor
 are traced, so neither recompiles anything.
 
 **Who stays.** ``metric`` ranks an expert's candidates: "score" by gate weight, "order" the earlier tokens
@@ -30,7 +30,8 @@ A lost or absent assignment has the id E, one past the last, and weight 0. Paddi
 unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
 (``jmoe.config.CapacityConfig``; ``phase`` is the caller's to decide). Counters: ``CapacityCounts``, for each
 token, so that a request's can be summed. Unlike the released code, padding takes no places and survivors
-are not renormalised unless asked.
+are not renormalised unless asked. Axes here: J choices of a token after the stage, G experts or devices with
+a limit of their own.
 """
 
 from collections.abc import Callable
