@@ -6,6 +6,7 @@ Unknown keys raise and name the nearest known one; impossible values raise with 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,11 +76,53 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CapacityConfig:
+    """``[moe.capacity]``: how many assignments an expert may take in one step (see ``jmoe.moe.capacity``).
+
+    factor: the limit as a multiple of the even share, gamma. policy: what becomes of the assignments over
+    it. metric: which of them stay. scope: whether an expert or a device has the limit. phase: the steps
+    it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
+    """
+
+    factor: float = 1.5
+    policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
+    metric: Literal["score", "order", "reverse_order", "random"] = "score"
+    scope: Literal["expert", "device"] = "expert"
+    phase: Literal["prefill", "decode", "both"] = "prefill"
+    rounds: int = 3
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        number = type(self.factor) in (int, float) and math.isfinite(self.factor)
+        if not number or self.factor <= 0:
+            raise ValueError(f"moe.capacity.factor must be a finite number above 0, got {self.factor!r}")
+        if type(self.rounds) is not int or not 1 <= self.rounds <= 16:
+            raise ValueError(f"moe.capacity.rounds must be an integer from 1 to 16, got {self.rounds!r}")
+        if type(self.renormalize) is not bool:
+            raise ValueError(f"moe.capacity.renormalize must be true or false, got {self.renormalize!r}")
+        for field in dataclasses.fields(self):
+            if choices := get_args(field.type):
+                _check_choice(f"moe.capacity.{field.name}", getattr(self, field.name), choices)
+        for name, policies in _READ_BY.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default and self.policy not in policies:
+                raise ValueError(
+                    f"moe.capacity.{name} = {value!r} has no effect with policy {self.policy!r}; "
+                    f"it needs one of {', '.join(policies)}"
+                )
+
+
+_RANKED = ("drop", "reroute", "expand")
+_READ_BY = {"factor": _RANKED, "metric": _RANKED, "scope": _RANKED, "rounds": ("reroute",)}
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
 
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
     kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
+    capacity: the limit on an expert's load, lossy; None is off.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
     multiple of its even share.
     """
@@ -87,21 +130,25 @@ class MoEConfig:
     transport: TransportName = "replicated"
     kernel: Implementation | None = None
     train_capacity_factor: float | None = None
+    capacity: CapacityConfig | None = None
 
     def __post_init__(self) -> None:
         _check_choice("moe.transport", self.transport, get_args(TransportName))
         _check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
         if self.train_capacity_factor is not None and self.kernel != "batched":
             raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")
+        if not isinstance(self.capacity, CapacityConfig | None):
+            raise ValueError(f"moe.capacity must be a CapacityConfig or None, got {self.capacity!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the JSON form or, with one level ``moe`` around it, the TOML form."""
         if set(values) == {"moe"}:
             values = values["moe"]
-        if not isinstance(values, Mapping):
-            raise ValueError(f"moe config must be a table of keys, got {type(values).__name__}")
-        check_keys("moe config", values, [f.name for f in dataclasses.fields(cls)])
+        values = _fields_of(cls, "moe config", values)
+        if values.get("capacity") is not None:
+            table = _fields_of(CapacityConfig, "moe.capacity", values["capacity"])
+            values["capacity"] = CapacityConfig(**table)
         return cls(**values)
 
     @classmethod
@@ -130,6 +177,14 @@ def check_keys(what: str, values: Iterable[str], known: Iterable[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise ValueError(f"{what}: unknown key {key!r}; nearest known key: {near[0]!r}")
+
+
+def _fields_of(cls: type, what: str, values: Any) -> dict[str, Any]:
+    """The table as keyword arguments of the dataclass ``cls``."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
+    check_keys(what, values, [f.name for f in dataclasses.fields(cls)])
+    return dict(values)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -1,0 +1,274 @@
+"""Capacity-aware inference: no expert, or no device, gets more of a step's assignments than its limit.
+
+Source: He et al., "Capacity-Aware Inference" (arXiv 2503.05066). Under expert parallelism a layer takes as
+long as its most loaded rank, so the load is cut where it stands out. The stage is pure and sees one shard:
+``Routing x TokenFlags -> Routing x CapacityCounts``, after routing, before dispatch, inside ``shard_map``.
+
+**Limit.** An expert has C = ceil(factor * t * K / E) places, at least 1 and at most t, for the t valid
+tokens of the shard; with scope "device" the L experts of a rank share L * C places. t and the factor
+are traced, so neither recompiles anything.
+
+**Who stays.** ``metric`` ranks an expert's candidates: "score" by gate weight, "order" the earlier tokens
+first, "reverse_order" the later ones, "random" by a draw that a choice keeps through all rounds.
+``priority_T`` comes before the metric; ties go to the earlier token, then to its earlier choice. Exactly
+min(load, places) stay.
+
+**What becomes of the rest** (``policy``).
+``drop``         they are gone (token drop).
+``reroute``      in each of ``rounds`` rounds a token offers every choice it lost to the best-scored experts
+                 that have room and that it does not hold; offers are ranked as above and fill that room.
+``expand``       the L experts of the token's own shard are candidates from the start, at no cost in traffic
+                 (expanded drop, section 4): J = K + L. Without expert parallelism L = E, which makes every
+                 expert choose C tokens: a different method, so give it real ranks.
+``expert_drop``  baseline without a limit: the tenth of the experts with the least load is skipped.
+
+Weights are those from before the cut; a rerouted or extra choice weighs its expert's score times the
+factor that the model put on the token's own (1, or the renormalisation). ``renormalize`` scales a token's
+survivors so that they sum to what its weights summed to. No choice of weight 0 is taken on.
+
+A lost or absent assignment has the id E, one past the last, and weight 0. Padding and exact tokens pass
+unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
+(``jmoe.config.CapacityConfig``; ``phase`` is the caller's to decide). Counters: ``CapacityCounts``, for each
+token, so that a request's can be summed. Unlike the released code, padding takes no places and survivors
+are not renormalised unless asked. Axes here: J choices of a token after the stage, G experts or devices with
+a limit of their own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe.config import CapacityConfig
+from jmoe.moe.types import Routing
+
+# (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
+Admit = Callable[[Array, Array, Array, Array], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenFlags:
+    """What each token of the shard is.
+
+    valid_T: not padding. exact_T: its request opted out of everything lossy. priority_T: tokens of higher
+    priority keep their experts first, whatever the metric says; None = all alike.
+    """
+
+    valid_T: Bool[Array, " T"]
+    exact_T: Bool[Array, " T"]
+    priority_T: Float[Array, " T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CapacityCounts:
+    """Assignments of each token by what became of them; padding has none.
+
+    The router's choices are kept + rerouted + dropped + exact (not subject to the limit); extra_T counts
+    the experts that "expand" added.
+    """
+
+    kept_T: Int[Array, " T"]
+    rerouted_T: Int[Array, " T"]
+    dropped_T: Int[Array, " T"]
+    extra_T: Int[Array, " T"]
+    exact_T: Int[Array, " T"]
+
+
+def limit(
+    routing: Routing,
+    tokens: TokenFlags,
+    cfg: CapacityConfig,
+    *,
+    factor: Float[Array, ""],
+    local: tuple[Int[Array, ""] | int, int],
+    seed: Int[Array, ""],
+    total: Callable[[Array], Array] = lambda load_E: load_E,
+) -> tuple[Routing, CapacityCounts]:
+    """The routing that keeps to the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
+
+    factor: float32 gamma; ``cfg.factor`` is not read. local: the shard's first expert and its number of
+    experts L, which divides E. seed: of metric "random"; one for each step, layer and shard. total: sums
+    "expert_drop"'s loads over the shards that share a step.
+    """
+    k, experts = routing.ids_TK.shape[1], routing.scores_TE.shape[1]
+    capped_T = tokens.valid_T & ~tokens.exact_T
+    asked_TK = _present(routing) & capped_T[:, None]
+    if cfg.policy == "expert_drop":
+        kept_TJ = asked_TK & ~_least_loaded(routing.ids_TK, asked_TK, experts, total)
+        result = _without(routing, asked_TK & ~kept_TJ)
+    else:
+        width = local[1] if cfg.scope == "device" else 1  # experts that share a limit
+        places = width * capacity(factor, jnp.sum(tokens.valid_T, dtype=jnp.int32), k, experts)
+        room_G = jnp.full(experts // width, places)
+        admit = partial(_admit, tokens=tokens, metric=cfg.metric, seed=seed, width=width)
+        offered = _with_local_experts(routing, capped_T, *local) if cfg.policy == "expand" else routing
+        offered_TJ = _present(offered) & capped_T[:, None]
+        kept_TJ = admit(offered.ids_TK, offered.weights_TK, offered_TJ, room_G)
+        result = _without(offered, offered_TJ & ~kept_TJ)
+        if cfg.policy == "reroute":
+            result = _reroute(result, asked_TK, _scale_T(routing), room_G, admit, width, cfg.rounds)
+    if cfg.renormalize:
+        result = _rescaled(result, routing, capped_T)
+    return result, _counts(routing, result, asked_TK, kept_TJ, tokens)
+
+
+def capacity(factor: Float[Array, ""], tokens: Int[Array, ""], k: int, experts: int) -> Int[Array, ""]:
+    """Places of one expert: ceil(factor * tokens * k / experts), from 1 up to ``tokens``.
+
+    Float32 rounds up to four times on the way here, by 2**-24 each: the part of 2**-22 taken off first keeps
+    a product that is whole in exact arithmetic (1.1 * 80 / 8) from being taken for one above it.
+    """
+    even = factor * (tokens * k).astype(jnp.float32) / experts
+    places = jnp.ceil(jnp.minimum(even, tokens.astype(jnp.float32)) * (1 - 2**-22)).astype(jnp.int32)
+    return jnp.minimum(tokens, jnp.maximum(places, 1))
+
+
+def _admit(
+    ids_TJ: Array,
+    weights_TJ: Array,
+    candidate_TJ: Array,
+    room_G: Array,
+    *,
+    tokens: TokenFlags,
+    metric: str,
+    seed: Array,
+    width: int,
+) -> Bool[Array, "T J"]:
+    """The candidates that find a place: the first ``room`` of each group of ``width`` experts."""
+    (t, j), groups = ids_TJ.shape, room_G.shape[0]
+    n = t * j
+    group_N = jnp.where(candidate_TJ, ids_TJ // width, groups).reshape(n)
+    keys = [group_N]
+    if tokens.priority_T is not None:
+        keys.append(jnp.broadcast_to(-tokens.priority_T[:, None], (t, j)).reshape(n))
+    keys += [_rank_key(weights_TJ, tokens.valid_T, metric, seed).reshape(n), jnp.arange(n, dtype=jnp.int32)]
+    in_order = lax.sort(keys, num_keys=len(keys), is_stable=False)
+    group_N, flat_N = in_order[0], in_order[-1]
+    sizes_G = jnp.bincount(group_N, length=groups).astype(jnp.int32)
+    of_group = partial(jnp.take, indices=group_N, mode="fill", fill_value=0)
+    rank_N = jnp.arange(n, dtype=jnp.int32) - of_group(jnp.cumsum(sizes_G) - sizes_G)
+    admitted_N = rank_N < of_group(room_G)
+    return jnp.zeros(n, bool).at[flat_N].set(admitted_N, unique_indices=True).reshape(t, j)
+
+
+def _rank_key(weights_TJ: Array, valid_T: Array, metric: str, seed: Array) -> Float[Array, "T J"]:
+    """What candidates are sorted by, the lowest first; a token's place counts the valid ones before it."""
+    place_T = jnp.cumsum(valid_T.astype(jnp.int32)) - 1
+    match metric:
+        case "score":
+            return -weights_TJ
+        case "random":  # a counter-based draw depends on the place alone, not on the padding
+            return jax.random.uniform(jax.random.key(seed), weights_TJ.shape)[place_T]
+    sign = {"order": 1, "reverse_order": -1}[metric]
+    return jnp.broadcast_to((sign * place_T).astype(jnp.float32)[:, None], weights_TJ.shape)
+
+
+def _reroute(
+    kept: Routing, asked_TK: Array, scale_T: Array, room_G: Array, admit: Admit, width: int, rounds: int
+) -> Routing:
+    """Fills lost choices with the best-scored experts that have room.
+
+    A group that turned an offer down is full for good, so "has room, is not held" leaves out all that was
+    tried.
+    """
+    t, k = asked_TK.shape
+    experts = kept.scores_TE.shape[1]
+
+    def lost_TK(ids_TK: Array) -> Array:
+        return asked_TK & (ids_TK == experts)
+
+    def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        turn, ids_TK, weights_TK = state
+        lost = lost_TK(ids_TK)
+        taken_TK = jnp.where(asked_TK & ~lost, ids_TK // width, room_G.shape[0])
+        left_G = room_G - jnp.bincount(taken_TK.reshape(-1), length=room_G.shape[0]).astype(jnp.int32)
+        held_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True, mode="drop")
+        open_TE = jnp.repeat(left_G > 0, width)[None] & ~held_TE
+        best_TK, next_TK = lax.top_k(jnp.where(open_TE, kept.scores_TE, 0.0), k)
+        nth_TK = jnp.cumsum(lost.astype(jnp.int32), axis=1) - 1  # a token's lost choices take them in turn
+        score_TK = jnp.take_along_axis(best_TK, nth_TK, axis=1, mode="clip")
+        offer_TK = jnp.take_along_axis(next_TK, nth_TK, axis=1, mode="clip").astype(jnp.int32)
+        offer_weights_TK = score_TK * scale_T[:, None]
+        admitted_TK = admit(offer_TK, offer_weights_TK, lost & (offer_weights_TK > 0), left_G)
+        ids_TK = jnp.where(admitted_TK, offer_TK, ids_TK)
+        return turn + 1, ids_TK, jnp.where(admitted_TK, offer_weights_TK, weights_TK)
+
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        return (state[0] < rounds) & jnp.any(lost_TK(state[1]))
+
+    start = jnp.zeros((), jnp.int32), kept.ids_TK, kept.weights_TK
+    _, ids_TK, weights_TK = lax.while_loop(unfinished, attempt, start)
+    return Routing(ids_TK, weights_TK, kept.scores_TE)
+
+
+def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, held: int) -> Routing:
+    """The routing with the shard's own experts as further choices, where they are not chosen already."""
+    experts = routing.scores_TE.shape[1]
+    local_L = jnp.asarray(first, jnp.int32) + jnp.arange(held, dtype=jnp.int32)
+    score_TL = routing.scores_TE[:, local_L]
+    chosen_TL = jnp.any(routing.ids_TK[:, :, None] == local_L[None, None], axis=1)
+    weights_TL = score_TL * _scale_T(routing)[:, None]
+    new_TL = capped_T[:, None] & ~chosen_TL & (weights_TL > 0)
+    ids_TL, weights_TL = jnp.where(new_TL, local_L[None], experts), jnp.where(new_TL, weights_TL, 0.0)
+    return Routing(
+        jnp.concatenate([routing.ids_TK, ids_TL], axis=1),
+        jnp.concatenate([routing.weights_TK, weights_TL], axis=1),
+        routing.scores_TE,
+    )
+
+
+def _least_loaded(
+    ids_TK: Array, asked_TK: Array, experts: int, total: Callable[[Array], Array]
+) -> Bool[Array, "T K"]:
+    """The choices that went to the least loaded tenth of the experts, at least one; ties to the lower id."""
+    keys = jnp.where(asked_TK, ids_TK, experts).reshape(-1)
+    load_E = total(jnp.bincount(keys, length=experts).astype(jnp.int32))
+    quiet = jnp.argsort(load_E, stable=True)[: max(1, experts // 10)]
+    skipped_E = jnp.zeros(experts, bool).at[quiet].set(True)
+    return jnp.take(skipped_E, ids_TK, mode="fill", fill_value=False)
+
+
+def _present(routing: Routing) -> Bool[Array, "T J"]:
+    return routing.ids_TK < routing.scores_TE.shape[1]
+
+
+def _without(routing: Routing, gone_TJ: Array) -> Routing:
+    ids_TJ = jnp.where(gone_TJ, routing.scores_TE.shape[1], routing.ids_TK)
+    return Routing(ids_TJ, jnp.where(gone_TJ, 0.0, routing.weights_TK), routing.scores_TE)
+
+
+def _scale_T(routing: Routing) -> Float[Array, " T"]:
+    """The factor between a token's scores and its weights; 0 for a token without any."""
+    score_TK = jnp.take_along_axis(routing.scores_TE, routing.ids_TK, axis=1, mode="fill", fill_value=0)
+    return _ratio(jnp.sum(routing.weights_TK, axis=1), jnp.sum(score_TK, axis=1))
+
+
+def _rescaled(result: Routing, routing: Routing, capped_T: Array) -> Routing:
+    """The result with each limited token's weights summing to what they did in ``routing``."""
+    before_T, after_T = jnp.sum(routing.weights_TK, axis=1), jnp.sum(result.weights_TK, axis=1)
+    scale_T = jnp.where(capped_T & (before_T != after_T), _ratio(before_T, after_T), 1.0)
+    return Routing(result.ids_TK, result.weights_TK * scale_T[:, None], result.scores_TE)
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
+
+
+def _counts(
+    routing: Routing, result: Routing, asked_TK: Array, kept_TJ: Array, tokens: TokenFlags
+) -> CapacityCounts:
+    def count(chosen: Array) -> Array:
+        return jnp.sum(chosen, axis=1, dtype=jnp.int32)
+
+    k = asked_TK.shape[1]
+    kept_T, extra_T = count(kept_TJ[:, :k]), count(kept_TJ[:, k:])
+    capped_T = tokens.valid_T & ~tokens.exact_T
+    rerouted_T = count(_present(result) & capped_T[:, None]) - kept_T - extra_T
+    exact_T = count(_present(routing) & (tokens.valid_T & tokens.exact_T)[:, None])
+    return CapacityCounts(kept_T, rerouted_T, count(asked_TK) - kept_T - rerouted_T, extra_T, exact_T)
