@@ -5,8 +5,9 @@
 Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
 bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
-decode and prefill of the layer sizes below, decode steps of a whole random model. Peers at each size: two bounds that no grouped product can be expected to beat (all rows through
-one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where they are importable.
+decode and prefill of the layer sizes below, decode steps of a whole random model. Peers at each size: two
+bounds that no grouped product can be expected to beat (all rows through one expert; an even batched product),
+``jax.lax.ragged_dot``, and tokamax and torch where they are importable.
 
 Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
 50 MB cache does not hold them. ``--dry`` runs the whole flow on CPU at toy sizes with the interpreter.

@@ -28,8 +28,8 @@ from jmoe.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ROOT / "configs/model/qwen3-30b-a3b.toml"
-TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "vocab_size": 256, "num_attention_heads": 4,
-       "moe_intermediate_size": 64, "head_dim": 16, "max_position_embeddings": 1024}  # fmt: skip
+TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "vocab_size": 256, "head_dim": 16}
+TOY |= {"num_attention_heads": 4, "moe_intermediate_size": 64, "max_position_embeddings": 1024}
 CONTEXT = 512  # tokens behind each sequence
 PAGE = 32
 
@@ -58,8 +58,8 @@ def tokens_on_cpu() -> list[list[int]]:
 
 def random_model(dry: bool) -> tuple[ModelConfig, nnx.Module]:
     """A Qwen3-30B-A3B-shaped model with random weights, made on the device one parameter at a time."""
-    shape = tomllib.loads(SHAPE.read_text())
-    cfg = ModelConfig(**(shape | TOY if dry else shape))
+    cfg = ModelConfig(**tomllib.loads(SHAPE.read_text()))
+    cfg = replace(cfg, **TOY) if dry else cfg  # pyright: ignore[reportArgumentType]
     model, specs = abstract_decoder(cfg, MoEConfig(), make_mesh())
     made: dict[tuple, Callable] = {}
     arrays = {}

@@ -1,12 +1,12 @@
-"""Compiles the engine's whole prefill and decode steps for TPU slices, without a TPU, and checks that they fit.
+"""Compiles the engine's whole prefill and decode steps for TPU slices, without a TPU: do they fit?
 
     python scripts/tpu_aot_check.py --out docs/results/tpu_pods.md
     python scripts/tpu_aot_check.py --model configs/model/mixtral-8x7b.toml --slice v5e:4x4 --mesh 1x8x2
 
 A row says, for one chip: bytes of weights and KV pages, of temporaries, and their share of its memory; the
 collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and how long the
-compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu (``jmoe[tpu]``).
-Nothing here has run on a TPU, so nothing here is a time of a step.
+compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
+(``jmoe[tpu]``). Nothing here has run on a TPU, so nothing here is a time of a step.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tpu_aot
 
+ROOT = Path(__file__).parents[1]
 MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet
 # model, slice, mesh (data x expert x tensor), sequences a token rank, prompt tokens a token rank
 CASES = (
@@ -49,8 +49,8 @@ COLLECTIVES = (
     "collective-permute",
 )
 ITEM = {"pred": 1, "bf16": 2}
-COLUMNS = ("model", "slice", "mesh", "step", "resident_gb", "temporary_gb", "of_memory", "collectives", "sent_mb",
-           "compile_s", "verdict")  # fmt: skip
+COLUMNS = ("model", "slice", "mesh", "step", "resident_gb", "temporary_gb", "of_memory", "collectives")
+COLUMNS += ("sent_mb", "compile_s", "verdict")
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ def check(case: Case) -> dict:
     moe = MoEConfig(transport=case.transport)  # pyright: ignore[reportArgumentType]
     compiled = lower_step(cfg, moe, mesh, sizes, sequences=slots, tokens=case.tokens).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None  # this compiler tells both
     resident, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     of_memory = (resident + temporary) / MEMORY[case.slice.split(":")[0]]
-    kinds = collectives(compiled.as_text(), mesh.size)
+    kinds = collectives(hlo, mesh.size)
     return {
         "model": case.model.stem, "slice": case.slice, "mesh": "x".join(map(str, case.mesh)),
         "step": f"decode {slots} a rank" if case.tokens == 1 else f"prefill {case.tokens} a rank",

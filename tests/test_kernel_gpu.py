@@ -149,8 +149,10 @@ def test_gpu_check_runs_dry_and_isolates_a_failing_section(tmp_path: Path, monke
     assert result["commit"] == "abc" and {row["section"] for row in rows[1:]} == {
         "limits",
         "correct",
+        "engine",
         "decode",
         "prefill",
+        "model",
     }
     assert not [row for row in rows[1:] if "error" in row["verdict"].lower() or "FAIL" in row["verdict"]]
     timed = [row for row in rows if row["name"] == "jmoe"]

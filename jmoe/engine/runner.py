@@ -138,9 +138,9 @@ class ModelFunctions:
 class Jitted:
     """The functions of ``ModelFunctions``, jitted. Each keeps what it has compiled, by shapes and devices."""
 
-    step: Callable[..., Any]
-    score: Callable[..., Any]
-    window_logits: Callable[..., Any]
+    step: jax.stages.Wrapped
+    score: jax.stages.Wrapped
+    window_logits: jax.stages.Wrapped
 
 
 @lru_cache(maxsize=8)

@@ -82,7 +82,11 @@ class MoELayer(nnx.Module):
         return y_TD, self._stats_over_shards(routing, valid_T, traffic)
 
     def _local_experts(self, weights: ExpertWeights, capacity: int | None) -> LocalExperts:
-        how = {"implementation": self.kernels.experts, "platform": self.kernels.platform, "capacity": capacity}
+        how = {
+            "implementation": self.kernels.experts,
+            "platform": self.kernels.platform,
+            "capacity": capacity,
+        }
         combined = partial(apply_experts, experts=weights, **how)
 
         def by_row(rows_ND: Array, group_sizes_L: Array) -> Array:
