@@ -109,7 +109,7 @@ def _admit(
     *,
     tokens: TokenFlags,
     metric: str,
-    seed: Array,
+    seed: Array | np.ndarray,
     width: int,
 ) -> Bool[Array, "T J"]:
     """The candidates that find a place: the first ``room`` of each group of ``width`` experts."""
@@ -129,7 +129,9 @@ def _admit(
     return jnp.zeros(n, bool).at[flat_N].set(admitted_N, unique_indices=True).reshape(t, j)
 
 
-def _rank_key(weights_TJ: Array, valid_T: Array, metric: str, seed: Array) -> Float[Array, "T J"]:
+def _rank_key(
+    weights_TJ: Array, valid_T: Array, metric: str, seed: Array | np.ndarray
+) -> Float[Array, "T J"]:
     """What candidates are sorted by, the lowest first; a token's place counts the valid ones before it."""
     place_T = jnp.cumsum(valid_T.astype(jnp.int32)) - 1
     match metric:
