@@ -169,6 +169,8 @@ def run_serve(args: argparse.Namespace) -> int:
     kernels = engine.runner.kernels
     log = logging.getLogger(__name__)
     log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
+    if engine.runner.lossy:
+        log.info("lossy techniques are on: %s", settings.moe.capacity)
     log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)
     worker = EngineWorker(engine)
     worker.start()

@@ -9,6 +9,7 @@ import pytest
 from hf_tiny import hf_config, write_checkpoint
 
 from jmoe import LLM, SamplingParams
+from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request
 from jmoe.engine.runner import CompilationCounter
@@ -103,3 +104,21 @@ def test_without_warm_up_only_what_runs_is_compiled(model):
         assert warm.generate([[1, 2]], GREEDY)[0].outputs[0].token_ids == tokens
     assert loading <= 1 < running, "at most the empty pages compile before the first prompt"
     assert cold.engine.snapshot().compilations_after_warmup == 0
+
+
+def test_heads_over_the_experts_ranks_give_the_same_tokens(model):
+    """One sequence, whose decode batch and prompt run are rounded up to what four ranks can split."""
+    shapes = SMALL | {"max_num_seqs": 1, "warm_up": False}
+    with LLM(model, **shapes) as one, LLM(model, **shapes, expert_parallel_size=4, attention="tp") as four:
+        assert four.engine.runner.sizes.decode == (4,) and four.engine.runner.ranks == 1
+        both = [llm.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids for llm in (one, four)]
+    assert both[0] == both[1]
+
+
+def test_attention_has_two_forms_and_one_place_to_say_which():
+    with pytest.raises(ValueError, match="attention must be one of dp, tp, got 'ep'"):
+        EngineSettings(attention="ep")
+    with pytest.raises(ValueError, match="attention is 'dp' here and 'tp' in moe"):
+        EngineSettings(moe=MoEConfig(attention="tp"))
+    with pytest.raises(ValueError, match="unknown key 'attention'"):
+        MoEConfig.from_dict({"attention": "tp"})

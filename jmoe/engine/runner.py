@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jmoe_kernels.paged_attention import LayerPages
 
+from jmoe.config import MoEConfig
 from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, transported_bytes, zero_totals
 from jmoe.mesh import sharding
@@ -87,6 +88,15 @@ def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, token
         rows,
         np.zeros(b, bool),
     )
+
+
+def is_lossy(moe: MoEConfig) -> bool:
+    """Whether any technique may change what plain top-k gives."""
+    return moe.capacity is not None
+
+
+def make_knobs(capacity_factor: float, step: int) -> Knobs:
+    return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,7 @@ class Runner:
         attention = model.kernels.attention
         self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
         capacity = model.moe.capacity
-        self.lossy = capacity is not None
+        self.lossy = is_lossy(model.moe)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self._steps = 0
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
@@ -205,10 +215,7 @@ class Runner:
         """
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
-        knobs = Knobs(
-            np.array(self.capacity_factor, np.float32), np.array(self._steps & 0x7FFFFFFF, np.int32)
-        )
-        lossy = (given.exact_B, knobs) if self.lossy else None
+        lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
             sampled, hidden, self.pages, self._totals[phase], limited = self._jitted.step(

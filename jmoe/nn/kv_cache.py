@@ -40,18 +40,30 @@ def page_spec(attention: Attention, split: Split) -> PartitionSpec:
     return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
+def page_layout(
+    cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
+) -> LayerPages:
+    """The arrays of one layer's pages as shapes, dtypes and shardings."""
+    heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
+    dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
+    where = NamedSharding(split.mesh, page_spec(attention, split))
+    shapes = page_shapes(attention, count, heads, page_size, cfg.head_dim)
+    return LayerPages(tuple(jax.ShapeDtypeStruct(s, dtype, sharding=where) for s in shapes))  # pyright: ignore
+
+
 def make_pages(
     cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
 ) -> list[LayerPages]:
     """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
-    heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
-    dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
-    where = NamedSharding(split.mesh, page_spec(attention, split))
-    zeros = [_zeros(s, dtype, where) for s in page_shapes(attention, count, heads, page_size, cfg.head_dim)]
-    return [LayerPages(tuple(make() for make in zeros)) for _ in range(cfg.num_hidden_layers)]
+    layout = page_layout(cfg, split, attention, pages_per_rank, page_size)
+    return [jax.tree.map(_zeros, layout) for _ in range(cfg.num_hidden_layers)]
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> Array:
+    return _maker(like.shape, like.dtype, like.sharding)()
 
 
 @lru_cache(maxsize=8)
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, where: NamedSharding) -> Callable[[], Array]:
+def _maker(shape: tuple[int, ...], dtype: jnp.dtype, where: NamedSharding) -> Callable[[], Array]:
     """A compiled maker of zeros, kept so that a second cache of the same shape does not compile it again."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
