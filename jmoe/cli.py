@@ -223,11 +223,13 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
         signal.signal(number, signal.SIG_DFL)
         log.info("process %d ends with process 0; a second signal ends it at once", nodes.rank)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave_it_to_the_leader)
+    def ready(runner: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, leave_it_to_the_leader)
+
     try:
         with Bars() as bars:
-            follow(nodes, values.get("model", "tiny"), settings_from(values), bars)
+            follow(nodes, values.get("model", "tiny"), settings_from(values), bars, ready)
     except EngineDead as error:
         log.error("process %d ends without process 0: %s", nodes.rank, error)
         return 1

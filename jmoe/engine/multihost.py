@@ -7,7 +7,7 @@ reads that and runs the same. Device results stay where they are: what the host 
 
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from enum import IntEnum
 from functools import partial
@@ -126,13 +126,21 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Pr
         raise EngineDead(followers.lost) from error
 
 
-def follow(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> None:
+def follow(
+    nodes: Nodes,
+    model: str | Path,
+    settings: EngineSettings,
+    progress: Progress,
+    ready: Callable[[Runner], None] = lambda runner: None,
+) -> None:
     """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
 
-    Raises ValueError as ``build_engine`` does, and EngineDead where process 0 is gone.
+    ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
+    EngineDead where process 0 is gone.
     """
     line = to_leader(nodes, start(nodes, model, settings))
     engine = build_engine(model, settings, progress, warm_up=False)
+    ready(engine.runner)
     log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
     try:
         repeat(engine.runner, line)

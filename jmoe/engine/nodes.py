@@ -41,7 +41,7 @@ class Nodes:
         if not 0 <= self.rank <= last:
             raise ValueError(f"node_rank must be from 0 to nnodes - 1 = {last}, got {self.node_rank}")
         if last and self.dist_init_addr is None:
-            raise ValueError(f"nnodes {self.nnodes} needs dist_init_addr, HOST:PORT of the process 0")
+            raise ValueError(f"nnodes {self.nnodes} needs dist_init_addr, HOST:PORT of process 0")
         if last and not (self.host and 0 < self.port < 2**16):
             raise ValueError(f"dist_init_addr must be HOST:PORT, got {self.dist_init_addr!r}")
 
