@@ -87,7 +87,7 @@ def _model_flags(p: Parser) -> None:
     p.add_argument("--data-parallel-size", type=int, metavar="N")
     p.add_argument("--expert-parallel-size", type=int, metavar="N")
     p.add_argument("--tensor-parallel-size", type=int, metavar="N")
-    p.add_argument("--attention", choices=["dp"])
+    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
     p.add_argument("--json", action="store_true", help="print one JSON object")

@@ -120,6 +120,8 @@ _READ_BY = {"factor": _RANKED, "metric": _RANKED, "scope": _RANKED, "rounds": ("
 class MoEConfig:
     """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
 
+    attention: how tokens come to the layers, of sequences of a rank's own ("dp") or of heads shared over
+    the experts' ranks ("tp", see ``jmoe.mesh.Split``); a flag of its own, not a key of the config file.
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
     kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
     capacity: the limit on an expert's load, lossy; None is off.
@@ -127,12 +129,14 @@ class MoEConfig:
     multiple of its even share.
     """
 
+    attention: Literal["dp", "tp"] = "dp"
     transport: TransportName = "replicated"
     kernel: Implementation | None = None
     train_capacity_factor: float | None = None
     capacity: CapacityConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_choice("attention", self.attention, ("dp", "tp"))
         _check_choice("moe.transport", self.transport, get_args(TransportName))
         _check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
         if self.train_capacity_factor is not None and self.kernel != "batched":
@@ -183,7 +187,7 @@ def _fields_of(cls: type, what: str, values: Any) -> dict[str, Any]:
     """The table as keyword arguments of the dataclass ``cls``."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
-    check_keys(what, values, [f.name for f in dataclasses.fields(cls)])
+    check_keys(what, values, [f.name for f in dataclasses.fields(cls) if f.name != "attention"])
     return dict(values)
 
 

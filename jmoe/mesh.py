@@ -1,7 +1,8 @@
 """The only maker of meshes. Axes are words: ``data``, ``expert``, ``tensor``.
 
 ``data``    whole replicas of the layer's tokens and weights.
-``expert``  experts are split over it; each rank holds its own sequences (attention "dp").
+``expert``  experts are split over it; each rank holds its own sequences (attention "dp") or its own heads
+            of its data group's (attention "tp", see ``Split``).
 ``tensor``  attention heads and the experts' inner dimension are split over it.
 
 A weight declares the axis of each of its dimensions when it is made (``nnx.Param(..., axes=...)``); that
@@ -10,14 +11,15 @@ one declaration gives its sharding in memory, in a checkpoint and under ``shard_
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
-TOKENS = (DATA, EXPERT)  # the axes over which a batch's sequences are split
+TOKENS = (DATA, EXPERT)  # the axes over which tokens are split between the blocks of a layer
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -45,9 +47,28 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
     return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
-def token_ranks(mesh: Mesh) -> int:
-    """How many ranks hold sequences of their own: data x expert."""
-    return mesh.shape[DATA] * mesh.shape[EXPERT]
+@dataclass(frozen=True)
+class Split:
+    """How attention is split over a mesh: sequences over some of its axes, heads over the others."""
+
+    mesh: Mesh
+    sequences: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @property
+    def sequence_ranks(self) -> int:
+        """How many ranks, or groups of them, hold sequences of their own."""
+        return math.prod(self.mesh.shape[axis] for axis in self.sequences)
+
+    @property
+    def head_ranks(self) -> int:
+        """How many ranks share the heads of a sequence."""
+        return math.prod(self.mesh.shape[axis] for axis in self.heads)
+
+
+def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
+    """dp: each rank of the expert axis has sequences of its own. tp: it shares their heads."""
+    return Split(mesh, TOKENS, (TENSOR,)) if attention == "dp" else Split(mesh, (DATA,), (EXPERT, TENSOR))
 
 
 def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:

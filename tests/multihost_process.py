@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.multihost import follow, lead
@@ -15,7 +16,7 @@ from jmoe.engine.nodes import Nodes, leave
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.runner import Runner
 
-SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64}
+SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64}
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
@@ -48,7 +49,8 @@ def main(rank: int, address: str, model: str, reports: Path) -> None:
         (reports / f"p{rank}.json").write_text(json.dumps(facts))
 
     nodes = Nodes(2, rank, address)
-    settings = EngineSettings(expert_parallel_size=4, tensor_parallel_size=2, **SIZES)
+    roomy = MoEConfig.from_dict({"capacity": {"factor": 4.0, "phase": "both"}})  # so that nothing is dropped
+    settings = EngineSettings(expert_parallel_size=4, tensor_parallel_size=2, moe=roomy, **SIZES)
     quiet = lambda stage, done, total: None  # noqa: E731
     if rank > 0:
         follow(nodes, model, settings, quiet, lambda runner: report(held=held(runner)))

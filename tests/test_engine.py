@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small import config, decoder, mesh_of, tokens
 
+from jmoe.config import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import Output, Request, SamplingParams
@@ -21,15 +22,15 @@ CFG = config()
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64) -> Engine:
-    runner = Runner(model, mesh, Sizes((1, slots), (16, 32), 8, pages, length // 8))
+def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64, first=1) -> Engine:
+    runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
     runner.warm_up()
     pool = PagePool(runner.ranks, pages, 8)
     return Engine(runner, Scheduler(pool, slots, 100, length), None, model.cfg.eos_token_ids)
 
 
-def engine_on(mesh, **sizes) -> Engine:
-    return engine_of(decoder(CFG, mesh), mesh, **sizes)
+def engine_on(mesh, moe=MoEConfig(), **sizes) -> Engine:
+    return engine_of(decoder(CFG, mesh, moe), mesh, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,21 @@ def test_company_changes_nothing(engine: Engine):
     assert engine.scheduler.pool.usage == 0
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_a_mesh_generates_the_same_tokens(engine: Engine, shape):
+@pytest.mark.parametrize(
+    ("shape", "attention", "transport"),
+    [
+        ((1, 8, 1), "dp", "replicated"),
+        ((2, 2, 2), "dp", "all_to_all"),
+        ((1, 2, 4), "dp", "ragged_all_to_all"),
+        ((1, 8, 1), "tp", "ragged_all_to_all"),
+        ((2, 2, 2), "tp", "replicated"),
+    ],
+    ids=str,
+)
+def test_a_mesh_generates_the_same_tokens(engine: Engine, shape, attention: str, transport: str):
     many = prompts(9)
-    on_mesh = engine_on(mesh_of(shape))
+    moe = MoEConfig(attention=attention, transport=transport)
+    on_mesh = engine_on(mesh_of(shape), moe, slots=8 if attention == "tp" else 4, first=shape[1])
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
     assert on_mesh.runner.compilations.after_warm_up == 0

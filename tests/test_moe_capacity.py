@@ -18,8 +18,8 @@ from small import mesh_of
 
 from jmoe.config import CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS
-from jmoe.moe.capacity import CapacityCounts, TokenFlags, capacity, limit
-from jmoe.moe.types import Routing
+from jmoe.moe.capacity import capacity, limit
+from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
 
 ROWS, CHOICES, EXPERTS, HELD = 24, 4, 16, 4
 METRICS = ("score", "order", "reverse_order", "random")

@@ -15,6 +15,7 @@ from jmoe.mesh import make_mesh
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.reference import moe_reference
 from jmoe.moe.routing import plan_dispatch, route
+from jmoe.moe.types import TokenFlags
 from jmoe.nn.param import ParamMaker
 
 TOKENS = 48
@@ -39,7 +40,7 @@ def inputs(cfg, seed=0):
 
 def run(layer, x, valid):
     graph, state = nnx.split(layer)
-    return jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, v))(state, x, valid)
+    return jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v))[:2])(state, x, valid)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

@@ -207,7 +207,7 @@ def test_an_unknown_transport_is_refused():
 def step(counts: int, rows: int) -> DispatchStats:
     """One layer of 2 experts, every count of it near the 32-bit limit."""
     each, row = jnp.full(2, counts, jnp.int32), jnp.asarray(rows, jnp.int32)
-    return DispatchStats(each, jnp.zeros(2), row, row * 0, Traffic(row, row))
+    return DispatchStats(each, each, jnp.zeros(2), row, row * 0, row, Traffic(row, row))
 
 
 def test_totals_of_many_large_steps_do_not_overflow():

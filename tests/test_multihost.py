@@ -100,6 +100,7 @@ def test_serve_answers_for_both_and_ends_both(model, start, tmp_path):
     flags = {
         "data_parallel_size": 2,
         "expert_parallel_size": 4,
+        "attention": "tp",
         "nnodes": 2,
         "dist_init_addr": address,
         **SIZES,

@@ -197,6 +197,8 @@ def test_metrics_count_what_happened(client):
                  "jmoe_e2e_request_latency_seconds_count 1.0", "jmoe_request_queue_time_seconds_count 2.0",
                  "jmoe_compilations_after_warmup_total 0.0", 'jmoe_moe_active_experts{layer="1"} 3.0',
                  'jmoe_moe_assignments_total{layer="0"} 12.0',
+                 'jmoe_moe_dropped_assignments_total{layer="0"} 10.0',
+                 'jmoe_moe_rerouted_assignments_total{layer="0"} 8.0',
                  'jmoe_moe_remote_assignments_total{layer="0"} 2.0',
                  'jmoe_moe_transport_bytes_total{layer="1"} 1200.0',
                  'jmoe_moe_transport_useful_bytes_total{layer="1"} 800.0'):  # fmt: skip

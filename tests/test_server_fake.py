@@ -88,7 +88,13 @@ class FakeEngine:
             raise EngineDead("dead")
 
         def layer(active: float, assignments: int) -> dict:
-            sums = {"remote_assignments": 1, "transport_bytes": 600, "transport_useful_bytes": 400}
+            sums = {
+                "dropped": 5,
+                "rerouted": 4,
+                "remote_assignments": 1,
+                "transport_bytes": 600,
+                "transport_useful_bytes": 400,
+            }
             return {"active_experts": active, "assignments": assignments, **sums}
 
         prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]

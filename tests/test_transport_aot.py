@@ -53,6 +53,7 @@ def compile_layer(platform: str, name: str) -> str:
     from jmoe.config import MoEConfig
     from jmoe.mesh import EXPERT, make_mesh
     from jmoe.moe.layer import MoELayer
+    from jmoe.moe.types import TokenFlags
     from jmoe.nn.param import ParamMaker
 
     if platform == "tpu":
@@ -82,7 +83,7 @@ def compile_layer(platform: str, name: str) -> str:
     split = NamedSharding(mesh, PartitionSpec(EXPERT))
     x = jax.ShapeDtypeStruct((RANKS * TOKENS, MODEL), jnp.float32, sharding=split)
     valid = jax.ShapeDtypeStruct((RANKS * TOKENS,), jnp.bool_, sharding=split)
-    run = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, v))
+    run = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v))[:2])
     return run.lower(state, x, valid).compile().as_text()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner, Sizes
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.text import TextCodec
-from jmoe.mesh import make_mesh, platform_of, token_ranks
+from jmoe.mesh import EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.models.decoder import Decoder
 from jmoe.nn.kv_cache import page_bytes
 
@@ -44,7 +45,7 @@ class EngineSettings:
     data_parallel_size: int = 1
     expert_parallel_size: int = 1
     tensor_parallel_size: int = 1
-    attention: Literal["dp"] = "dp"
+    attention: Literal["dp", "tp"] = "dp"
     moe: MoEConfig = field(default_factory=MoEConfig)
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 1024
@@ -52,8 +53,9 @@ class EngineSettings:
     kv_memory: int | None = None
 
     def __post_init__(self) -> None:
-        if self.attention != "dp":
-            raise ValueError(f"attention must be 'dp', got {self.attention!r}")
+        if self.moe.attention not in ("dp", self.attention):
+            raise ValueError(f"attention is {self.attention!r} here and {self.moe.attention!r} in moe")
+        object.__setattr__(self, "moe", dataclasses.replace(self.moe, attention=self.attention))
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,15 +67,17 @@ def model_directory(model: str | Path) -> Path:
 
 
 def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 256, 512 ... tokens."""
-    mesh = make_mesh(
-        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
-    )
-    slots = -(-settings.max_num_seqs // token_ranks(mesh))
+    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 256, 512 ... tokens.
+
+    Both are multiples of the ranks that share heads of a sequence and split its tokens.
+    """
+    split = settings_split(settings)
+    sharing = split.mesh.shape[EXPERT] if EXPERT in split.heads else 1
+    slots = round_up(-(-settings.max_num_seqs // split.sequence_ranks), sharing)
     longest = max(PAGE_SIZE, min(settings.max_num_batched_tokens, max_model_len))
-    longest = -(-longest // PAGE_SIZE) * PAGE_SIZE
+    longest = round_up(longest, math.lcm(PAGE_SIZE, sharing))
     table = -(-max_model_len // PAGE_SIZE)
-    one_page = page_bytes(cfg, mesh, PAGE_SIZE)
+    one_page = page_bytes(cfg, split, PAGE_SIZE)
     if settings.kv_memory is None:
         pages = max(table, min(slots * table, DEFAULT_KV_BYTES // one_page))
     else:
@@ -82,9 +86,23 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
             raise ValueError(
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
-    decode = sorted({*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)})
-    prefill = sorted({*_steps(64, min(256, longest), 4), *_steps(min(256, longest), longest, 2)})
-    return Sizes(tuple(decode), tuple(prefill), PAGE_SIZE, pages, table)
+    decode = {*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)}
+    prefill = {*_steps(64, min(256, longest), 4), *_steps(min(256, longest), longest, 2)}
+    return Sizes(
+        tuple(sorted({round_up(n, sharing) for n in decode})),
+        tuple(sorted({round_up(n, math.lcm(PAGE_SIZE, sharing)) for n in prefill})),
+        PAGE_SIZE, pages, table,
+    )  # fmt: skip
+
+
+def settings_split(settings: EngineSettings) -> Split:
+    """The mesh of the settings' sizes, and attention over it."""
+    sizes = settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
+    return split_attention(make_mesh(*sizes), settings.attention)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
@@ -136,9 +154,7 @@ def build_engine(
     directory = model_directory(model)
     cfg = read_config(directory)
     max_model_len = context_length(cfg, settings.max_model_len)
-    mesh = make_mesh(
-        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
-    )
+    mesh = settings_split(settings).mesh
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
     choose(platform_of(mesh), cfg.dtype, settings.moe.kernel)
     progress("kernels", 1, 1)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +21,7 @@ from jmoe.engine.runner import BANNED, Runner, StepInput
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.moe.types import CapacityCounts
 
 Alternatives = tuple[np.ndarray, np.ndarray, np.ndarray]  # logprob, top ids, top logprobs of some rows
 
@@ -141,7 +143,8 @@ class Engine:
             given.last_B[row] = n - 1
             self._fill_row(given, row, request)
             request.prefilled += n
-        sampled, hidden = self.runner.run(given)
+        sampled, hidden, limited = self.runner.run(given)
+        self._count_assignments([(r, r.rank) for r in requests], given, limited)
         self._score_prompts(requests, given, hidden)
         self._deliver([(r, r.rank) for r in requests if r.prefilled == len(r.prompt_token_ids)], sampled)
 
@@ -157,7 +160,8 @@ class Engine:
             given.tokens_BT[row, 0] = request.token_ids[-1]
             given.positions_BT[row, 0] = request.length - 1
             self._fill_row(given, row, request)
-        sampled, _ = self.runner.run(given)
+        sampled, _, limited = self.runner.run(given)
+        self._count_assignments(placed, given, limited)
         self._deliver(placed, sampled)
 
     def _fill_row(self, given: StepInput, row: int, request: Request) -> None:
@@ -168,6 +172,7 @@ class Engine:
         rows.top_k_B[row] = max(params.top_k, 0)
         rows.seed_B[row] = _fold(params.seed or 0)
         rows.position_B[row] = request.length
+        given.exact_B[row] = params.exact
         if len(request.token_ids) < params.min_tokens:
             banned = self._banned(params)
             rows.banned_BX[row, : len(banned)] = banned
@@ -196,6 +201,21 @@ class Engine:
                 _token_logprob(token, tuple(s[r.rank, i] for s in scores), asked)
                 for i, token in enumerate(following.get(r.id, []))
             )
+
+    def _count_assignments(
+        self, placed: list[tuple[Request, int]], given: StepInput, limited: CapacityCounts | None
+    ) -> None:
+        """What the step did to each request's assignments, where it may have done something to them."""
+        if not self.runner.lossy:
+            return
+        cfg = self.runner.cfg
+        tokens_B = np.sum(given.positions_BT >= 0, axis=1)
+        counts = None if limited is None else jax.device_get(limited)
+        for request, row in placed:
+            request.moe.assignments += int(tokens_B[row]) * cfg.num_hidden_layers * cfg.num_experts_per_tok
+            if counts is not None:
+                request.moe.dropped += int(counts.dropped_T[row])
+                request.moe.rerouted += int(counts.rerouted_T[row])
 
     # ---- results out -------------------------------------------------------------------------------
 
@@ -260,6 +280,8 @@ class Engine:
         self._texts.pop(request.id, None)
         self._prompt_scores.pop(request.id, None)
         reason: FinishReason = output.finish_reason or "error"
+        if self.runner.lossy:
+            output = replace(output, moe=request.moe)
         for listener in self.listeners:
             listener.finished(request, reason)
         request.emit(output)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine, with_seed
-from jmoe.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
 
 Prompt = str | Sequence[int]
 
@@ -29,11 +29,12 @@ class Completion:
 @dataclass(frozen=True)
 class RequestOutput:
     """A prompt's tokens and its completions (one). prompt_logprobs: where asked for, one entry a prompt
-    token, None for the first."""
+    token, None for the first. moe: what lossy techniques did, where any is configured."""
 
     prompt_token_ids: list[int]
     outputs: list[Completion]
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    moe: MoEUsage | None = None
 
 
 class LLM:
@@ -104,6 +105,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.
 
+        Of the model as it is: no lossy technique is applied.
+
         Compiles once for every power of two of the length.
         """
         self.engine.check_open()
@@ -128,4 +131,5 @@ class LLM:
             logprobs=[entry for p in parts for entry in p.logprobs],
         )
         scored = next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None)
-        return RequestOutput(request.prompt_token_ids, [completion], None if scored is None else list(scored))
+        scores = None if scored is None else list(scored)
+        return RequestOutput(request.prompt_token_ids, [completion], scores, parts[-1].moe)

@@ -8,6 +8,7 @@ reads that and runs the same. Device results stay where they are: what the host 
 import logging
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, fields
 from enum import IntEnum
 from functools import partial
@@ -20,18 +21,18 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
-from jmoe.engine.build import EngineSettings, Progress, build_engine, model_directory
+from jmoe.engine.build import EngineSettings, Progress, build_engine, model_directory, settings_split
 from jmoe.engine.engine import Engine
 from jmoe.engine.line import Followers, Line, to_leader
 from jmoe.engine.nodes import Nodes, join
 from jmoe.engine.request import EngineDead
 from jmoe.engine.runner import Runner, Sizes, StepInput
 from jmoe.engine.sampling import Sampled
-from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
+from jmoe.moe.types import CapacityCounts
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<3I")  # operation, rows, tokens a row
+HEADER = struct.Struct("<3Id")  # operation, rows, tokens a row, the capacity factor of the moment
 
 
 class Operation(IntEnum):
@@ -50,10 +51,10 @@ class Leader(Runner):
     def alive(self) -> bool:
         return self._followers.lost is None
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array]:
+    def run(self, given: StepInput) -> tuple[Sampled, Array, CapacityCounts | None]:
         self._tell(Operation.RUN, given.tokens_BT.shape, host_arrays(given))
-        sampled, self._hidden = super().run(given)
-        return sampled, self._hidden
+        sampled, self._hidden, limited = super().run(given)
+        return sampled, self._hidden, limited
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if hidden_BTD is not self._hidden:  # followers keep no others
@@ -71,14 +72,17 @@ class Leader(Runner):
 
     def close(self) -> None:
         """Lets go of weights and cache here and in the followers, which end; safe to call again."""
-        self._followers.close(HEADER.pack(Operation.STOP, 0, 0))
+        self._followers.close(self._header(Operation.STOP))
         self._hidden = None
         super().close()
 
+    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0) -> bytes:
+        return HEADER.pack(operation, rows, tokens, self.capacity_factor)
+
     def _tell(
-        self, operation: Operation, shape: tuple[int, ...] = (0, 0), arrays: Sequence[np.ndarray] = ()
+        self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
     ) -> None:
-        self._followers.send([HEADER.pack(operation, *shape), *(a.tobytes() for a in arrays)])
+        self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
 
 
 def host_arrays(given: StepInput) -> list[np.ndarray]:
@@ -90,7 +94,7 @@ def repeat(runner: Runner, line: Line) -> None:
     """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
     hidden = None
     while True:
-        operation, rows, tokens = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, runner.capacity_factor = HEADER.unpack(line.read(HEADER.size))
         if operation == Operation.STOP:
             return
         if operation == Operation.DRAIN:
@@ -100,7 +104,7 @@ def repeat(runner: Runner, line: Line) -> None:
         if operation == Operation.RUN:
             for array in host_arrays(given):
                 line.read_into(array.reshape(-1).view(np.uint8))
-            _, hidden = runner.run(given)
+            _, hidden, _ = runner.run(given)
         elif operation == Operation.SCORE:
             assert hidden is not None
             line.read_into(given.tokens_BT)
@@ -139,13 +143,10 @@ def follow(
     EngineDead where process 0 is gone.
     """
     line = to_leader(nodes, start(nodes, model, settings))
-    engine = build_engine(model, settings, progress, warm_up=False)
-    ready(engine.runner)
-    log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
-    try:
+    with line.connection, closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+        ready(engine.runner)
+        log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
         repeat(engine.runner, line)
-    finally:
-        engine.close()
     log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
 
 
@@ -154,5 +155,5 @@ def start(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str
     them. Its ValueErrors come before the others have anything to wait for."""
     cfg = read_config(model_directory(model), settings.dtype)
     join(nodes)
-    make_mesh(settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size)
+    settings_split(settings)  # refuses a mesh that does not fit the devices
     return asdict(settings) | asdict(cfg)

@@ -18,7 +18,8 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 or -1 is off. seed: None draws one.
     stop: strings that end the text (and are cut from it). stop_token_ids: ids that end it.
     logprobs: alternatives reported for each generated token, None = none. prompt_logprobs: the same for
-    the prompt's tokens. Raises ValueError naming the field and its limit.
+    the prompt's tokens. exact: opt out of every lossy technique of the MoE layers. Raises ValueError naming
+    the field and its limit.
     """
 
     max_tokens: int | None = 16
@@ -32,6 +33,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:
@@ -66,13 +68,24 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass
+class MoEUsage:
+    """A request's assignments of tokens to experts over all layers, and what lossy techniques did to them."""
+
+    assignments: int = 0
+    remapped: int = 0
+    dropped: int = 0
+    rerouted: int = 0
+
+
 @dataclass(frozen=True)
 class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
     text is what became certain: it never holds half a character nor the beginning of a stop string.
     prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
-    error: for ``finish_reason`` "error", the one-line cause.
+    error: for ``finish_reason`` "error", the one-line cause. moe: with the last one, where anything lossy is
+    configured.
     """
 
     request_id: str
@@ -83,6 +96,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    moe: MoEUsage | None = None
 
 
 @dataclass
@@ -103,6 +117,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     started: float | None = None
     first_token: float | None = None
+    moe: MoEUsage = field(default_factory=MoEUsage)
 
     @property
     def length(self) -> int:

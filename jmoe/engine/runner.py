@@ -22,8 +22,9 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, transported_bytes, zero_totals
-from jmoe.mesh import is_single, sharding, token_ranks
+from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
+from jmoe.moe.types import CapacityCounts, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import make_pages, page_spec
 
@@ -56,13 +57,14 @@ class Sizes:
 @dataclass(frozen=True)
 class StepInput:
     """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``,
-    sampling parameters."""
+    sampling parameters, and which rows opted out of lossy techniques ``[B]``."""
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
     table_BM: np.ndarray
     last_B: np.ndarray
     rows: SamplingRows
+    exact_B: np.ndarray
 
 
 def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int) -> StepInput:
@@ -83,6 +85,7 @@ def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, token
         np.zeros((b, sizes.table), np.int32),
         np.zeros(b, np.int32),
         rows,
+        np.zeros(b, bool),
     )
 
 
@@ -106,20 +109,28 @@ class ModelFunctions:
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
 
     def step(
-        self, weights: list[Array], pages: list[LayerPages], totals: MoETotals, given: tuple
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals]:
+        self,
+        weights: list[Array],
+        pages: list[LayerPages],
+        totals: MoETotals,
+        given: tuple,
+        lossy: tuple[Array, Knobs] | None,
+    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, CapacityCounts | None]:
+        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured."""
         tokens_BT, positions_BT, table_BM, last_B, rows = given
         model = self.merge(weights)
-        out = model(Sequences(tokens_BT, positions_BT, table_BM), pages)
+        exact_B, knobs = (None, None) if lossy is None else lossy
+        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs)
         assert out.pages is not None
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         with jax.named_scope("sample"):
             sampled = sample(model.logits(last_BD), rows)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
-        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention))
+        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
-        sampled, totals = readable((sampled, add_step(totals, out.stats)), model.mesh)
-        return sampled, out.hidden_BTD, pages, totals
+        totals = add_step(totals, out.stats)
+        sampled, totals, limited_B = readable((sampled, totals, out.limited_B), model.mesh)
+        return sampled, out.hidden_BTD, pages, totals, limited_B
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""
@@ -179,9 +190,13 @@ class Runner:
         self.weights, structure = jax.tree.flatten(state)
         self._jitted = jitted(graph, structure)
         self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
-        self.ranks = token_ranks(mesh)
+        self.ranks = model.split.sequence_ranks
         attention = model.kernels.attention
-        self.pages = make_pages(model.cfg, mesh, attention, sizes.pages_per_rank, sizes.page_size)
+        self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
+        capacity = model.moe.capacity
+        self.lossy = capacity is not None
+        self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
+        self._steps = 0
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
         self._undrained = 0
@@ -202,18 +217,26 @@ class Runner:
         """An input of ``sequences`` rows a rank in which every token is padding."""
         return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens)
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array]:
-        """(sampled tokens, final hidden states ``[B, T, D]``); both stay on the device."""
+    def run(self, given: StepInput) -> tuple[Sampled, Array, CapacityCounts | None]:
+        """(sampled tokens, final hidden states ``[B, T, D]``, what a capacity did to each row).
+
+        All stay on the device; there are no counts where no capacity was configured for the phase.
+        """
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
+        knobs = Knobs(
+            np.array(self.capacity_factor, np.float32), np.array(self._steps & 0x7FFFFFFF, np.int32)
+        )
+        lossy = (given.exact_B, knobs) if self.lossy else None
+        self._steps += 1
         with self.compilations.watch():
-            sampled, hidden, self.pages, self._totals[phase] = self._jitted.step(
-                self.weights, self.pages, self._totals[phase], arrays
+            sampled, hidden, self.pages, self._totals[phase], limited = self._jitted.step(
+                self.weights, self.pages, self._totals[phase], arrays, lossy
             )
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
-        return sampled, hidden
+        return sampled, hidden, limited
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
@@ -242,7 +265,7 @@ class Runner:
         for done, (sequences, tokens) in enumerate(shapes):
             progress(done, len(shapes))
             given = self.blank(sequences, tokens)
-            _, hidden = self.run(given)
+            _, hidden, _ = self.run(given)
             if tokens > 1 and scores_prompts:
                 self.score(hidden, given.tokens_BT)
         self.drain()

@@ -48,26 +48,38 @@ class Count64:
 class MoETotals:
     """Sums over the steps of one phase; one row a MoE layer.
 
-    counts_LE: assignments to each expert. active_L, load_L: sums over steps of the experts with at least
-    one assignment, and of the most loaded expert's load over the mean. remote_L: assignments to another
-    rank's experts. useful_L, sent_L: rows between ranks, see ``Traffic``. steps: steps summed.
+    counts_LE: assignments to each expert. active_L, plain_active_L, load_L: sums over steps of the experts
+    with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
+    load over the mean. remote_L: assignments to another rank's experts. dropped_L, rerouted_L: assignments
+    that a capacity took from the expert they chose. useful_L, sent_L: rows between ranks, see ``Traffic``.
+    steps: steps summed.
     """
 
     counts_LE: Count64
     active_L: Array
+    plain_active_L: Array
     load_L: Array
     remote_L: Count64
+    dropped_L: Count64
+    rerouted_L: Count64
     useful_L: Count64
     sent_L: Count64
     steps: Array
 
 
 def zero_totals(layers: int, experts: int) -> MoETotals:
-    zeros = jnp.zeros(layers, jnp.float32)
-    rows = (Count64.zeros(layers) for _ in range(3))
+    def mean() -> Array:
+        return jnp.zeros(layers, jnp.float32)
+
+    def rows() -> Count64:
+        return Count64.zeros(layers)
+
     return MoETotals(
-        Count64.zeros(layers, experts), zeros, zeros.copy(), *rows, steps=jnp.zeros((), jnp.int32)
-    )
+        counts_LE=Count64.zeros(layers, experts),
+        active_L=mean(), plain_active_L=mean(), load_L=mean(),
+        remote_L=rows(), dropped_L=rows(), rerouted_L=rows(), useful_L=rows(), sent_L=rows(),
+        steps=jnp.zeros((), jnp.int32),
+    )  # fmt: skip
 
 
 def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
@@ -80,8 +92,11 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     return MoETotals(
         totals.counts_LE.plus(counts_LE),
         totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
+        totals.plain_active_L + jnp.sum(step.plain_E > 0, axis=1, dtype=jnp.float32),
         totals.load_L + jnp.max(loads_LE, axis=1) / mean_L,
         totals.remote_L.plus(step.remote),
+        totals.dropped_L.plus(step.dropped),
+        totals.rerouted_L.plus(step.rerouted),
         totals.useful_L.plus(step.traffic.useful),
         totals.sent_L.plus(jnp.where(counts, step.traffic.sent, 0)),
         totals.steps + counts.astype(jnp.int32),
@@ -103,16 +118,20 @@ class MoECounters:
     def __init__(self, layers: int, experts: int, row_bytes: int):
         self.row_bytes = row_bytes
         self.counts_LE = np.zeros((layers, experts), np.int64)
-        self.active_L, self.load_L = np.zeros(layers), np.zeros(layers)
-        self.remote_L, self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(3))
+        self.active_L, self.plain_active_L, self.load_L = (np.zeros(layers) for _ in range(3))
+        self.remote_L, self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(3))
+        self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.steps = 0
 
     def drain(self, totals: MoETotals) -> None:
         host = jax.device_get(totals)
         self.counts_LE += host.counts_LE.fetched()
         self.active_L += host.active_L
+        self.plain_active_L += host.plain_active_L
         self.load_L += host.load_L
         self.remote_L += host.remote_L.fetched()
+        self.dropped_L += host.dropped_L.fetched()
+        self.rerouted_L += host.rerouted_L.fetched()
         self.useful_L += host.useful_L.fetched()
         self.sent_L += host.sent_L.fetched()
         self.steps += int(host.steps)
@@ -120,25 +139,26 @@ class MoECounters:
     def report(self) -> dict[str, Any]:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
-        Routing is lossless here, so dropped, rerouted and remapped are zero and the baseline equals the
-        active experts; all experts are resident, so no expert crosses from host to device.
+        assignments are those that experts computed. Nothing is remapped here, and all experts are resident,
+        so no expert crosses from host to device.
         """
-        means = np.stack([self.active_L, self.load_L], 1)
-        sums = np.stack([self.counts_LE.sum(1), self.remote_L, self.useful_L, self.sent_L], 1)
+        means = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
+        moved = self.remote_L, self.dropped_L, self.rerouted_L, self.useful_L, self.sent_L
+        sums = np.stack([self.counts_LE.sum(1), *moved], 1)
         layers = [self._row(*row) for row in zip(means, sums, strict=True)]
         overall = self._row(means.sum(0) / max(len(layers), 1), sums.sum(0))
         return {"steps": self.steps, **overall, "per_layer": layers}
 
     def _row(self, means: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
-        active, load = means.tolist()
-        assignments, remote, useful, sent = sums.tolist()
+        active, plain_active, load = means.tolist()
+        assignments, remote, dropped, rerouted, useful, sent = sums.tolist()
         steps = max(self.steps, 1)
         return {
             "active_experts": active / steps,
-            "active_experts_baseline": active / steps,
+            "active_experts_baseline": plain_active / steps,
             "assignments": assignments,
-            "dropped": 0,
-            "rerouted": 0,
+            "dropped": dropped,
+            "rerouted": rerouted,
             "remapped": 0,
             "max_over_mean_load": load / steps,
             "remote_assignments": remote,

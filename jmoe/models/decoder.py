@@ -19,9 +19,9 @@ from jmoe_kernels.matmul import Dense, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of
+from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
 from jmoe.moe.layer import MoELayer
-from jmoe.moe.types import DispatchStats
+from jmoe.moe.types import CapacityCounts, DispatchStats, Knobs, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
@@ -32,31 +32,44 @@ from jmoe.nn.rope import Rotation, rotation
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_BTD: final normed states, float32. pages: the updated cache. stats: one entry a layer."""
+    """hidden_BTD: final normed states, float32. pages: the updated cache. stats: one entry a layer.
+
+    limited_B: what a capacity did to each sequence, summed over tokens and layers; None where there is none.
+    """
 
     hidden_BTD: Float[Array, "B T D"]
     pages: list[LayerPages] | None
     stats: list[DispatchStats]
+    limited_B: CapacityCounts | None
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig, moe: MoEConfig, split: Split, make: ParamMaker, kernels: Kernels):
         self.input_norm = make.ones(cfg.hidden_size)
-        self.attention = Attention(cfg, mesh, make, kernels)
+        self.attention = Attention(cfg, split, make, kernels)
         self.post_attention_norm = make.ones(cfg.hidden_size)
-        self.moe = MoELayer(cfg, moe, mesh, make, kernels)
+        self.moe = MoELayer(cfg, moe, split.mesh, make, kernels)
         self.eps = cfg.rms_norm_eps
 
     def __call__(
-        self, x_BTD: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
-    ) -> tuple[Array, LayerPages | None, DispatchStats]:
+        self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, knobs: Knobs | None
+    ) -> tuple[Array, LayerPages | None, DispatchStats, CapacityCounts | None]:
         with jax.named_scope("attention"):
-            y, pages = self.attention(rms_norm(x_BTD, self.input_norm[...], self.eps), by, seqs, pages)
-            x_BTD = x_BTD + y
+            y_ND, pages = self.attention(rms_norm(x_ND, self.input_norm[...], self.eps), by, seqs, pages)
+            x_ND = x_ND + y_ND
         with jax.named_scope("moe"):
-            flat_TD = rms_norm(x_BTD, self.post_attention_norm[...], self.eps).reshape(-1, x_BTD.shape[-1])
-            y_TD, stats = self.moe(flat_TD, (seqs.positions_BT >= 0).reshape(-1))
-        return x_BTD + y_TD.reshape(x_BTD.shape), pages, stats
+            phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
+            normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
+            y_ND, stats, limited = self.moe(normed_ND, token_flags(seqs), phase, knobs)
+        return x_ND + y_ND, pages, stats, limited
+
+
+def token_flags(seqs: Sequences) -> TokenFlags:
+    """What each of the N = B * T tokens is."""
+    exact_T = None
+    if seqs.exact_B is not None:
+        exact_T = jnp.broadcast_to(seqs.exact_B[:, None], seqs.positions_BT.shape).reshape(-1)
+    return TokenFlags((seqs.positions_BT >= 0).reshape(-1), exact_T)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -67,10 +80,10 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
 
 def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     """What one rank of ``mesh`` computes the model with; raises ValueError for a kernel that cannot run."""
-    tensor = mesh.shape[TENSOR]
-    dims = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // tensor, cfg.hidden_size
-    q, kv = cfg.num_attention_heads // tensor, stored_kv_heads(cfg, mesh) // tensor
-    heads = Heads(q, kv, cfg.head_dim, cfg.sliding_window)
+    experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
+    split = split_attention(mesh, moe.attention)
+    q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
+    dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, cfg.sliding_window)
     return choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads)
 
 
@@ -78,34 +91,47 @@ class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        kernels = kernels_for(cfg, moe, mesh)
+        kernels, split = kernels_for(cfg, moe, mesh), split_attention(mesh, moe.attention)
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
         self.layers = nnx.List(
-            [DecoderLayer(cfg, moe, mesh, make, kernels) for _ in range(cfg.num_hidden_layers)]
+            [DecoderLayer(cfg, moe, split, make, kernels) for _ in range(cfg.num_hidden_layers)]
         )
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
-        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
+        self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
         # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 
-    def __call__(self, seqs: Sequences, pages: list[LayerPages] | None = None) -> DecoderOutput:
-        """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``."""
-        x_BTD = self.embed[...][seqs.tokens_BT].astype(jnp.float32)
+    def __call__(
+        self, seqs: Sequences, pages: list[LayerPages] | None = None, knobs: Knobs | None = None
+    ) -> DecoderOutput:
+        """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``.
+
+        knobs: None switches every lossy technique off.
+        """
+        b, t = seqs.tokens_BT.shape
+        x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
         stats: list[DispatchStats] = []
+        limits: list[CapacityCounts] = []
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            x_BTD, layer_pages, layer_stats = _apply(
-                *nnx.split(layer), x_BTD, by, seqs, pages[i] if pages else None
+            own_knobs = None if knobs is None else knobs.of(i)
+            x_ND, layer_pages, layer_stats, limited = _apply(
+                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs
             )
             stats.append(layer_stats)
+            if limited is not None:
+                limits.append(limited)
             if layer_pages is not None:
                 new_pages.append(layer_pages)
-        hidden_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.rms_norm_eps)
-        return DecoderOutput(hidden_BTD, new_pages or None, stats)
+        hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
+        limited_B = None
+        if limits:
+            limited_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *limits)
+        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, stats, limited_B)
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""

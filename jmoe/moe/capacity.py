@@ -35,49 +35,19 @@ a limit of their own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jmoe.config import CapacityConfig
-from jmoe.moe.types import Routing
+from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
 Admit = Callable[[Array, Array, Array, Array], Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TokenFlags:
-    """What each token of the shard is.
-
-    valid_T: not padding. exact_T: its request opted out of everything lossy. priority_T: tokens of higher
-    priority keep their experts first, whatever the metric says; None = all alike.
-    """
-
-    valid_T: Bool[Array, " T"]
-    exact_T: Bool[Array, " T"]
-    priority_T: Float[Array, " T"] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CapacityCounts:
-    """Assignments of each token by what became of them; padding has none.
-
-    The router's choices are kept + rerouted + dropped + exact (not subject to the limit); extra_T counts
-    the experts that "expand" added.
-    """
-
-    kept_T: Int[Array, " T"]
-    rerouted_T: Int[Array, " T"]
-    dropped_T: Int[Array, " T"]
-    extra_T: Int[Array, " T"]
-    exact_T: Int[Array, " T"]
 
 
 def limit(
@@ -85,9 +55,9 @@ def limit(
     tokens: TokenFlags,
     cfg: CapacityConfig,
     *,
-    factor: Float[Array, ""],
+    factor: Float[Array | np.ndarray, ""],
     local: tuple[Int[Array, ""] | int, int],
-    seed: Int[Array, ""],
+    seed: Int[Array | np.ndarray, ""],
     total: Callable[[Array], Array] = lambda load_E: load_E,
 ) -> tuple[Routing, CapacityCounts]:
     """The routing that keeps to the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
@@ -97,7 +67,7 @@ def limit(
     "expert_drop"'s loads over the shards that share a step.
     """
     k, experts = routing.ids_TK.shape[1], routing.scores_TE.shape[1]
-    capped_T = tokens.valid_T & ~tokens.exact_T
+    capped_T = tokens.lossy_T
     asked_TK = _present(routing) & capped_T[:, None]
     if cfg.policy == "expert_drop":
         kept_TJ = asked_TK & ~_least_loaded(routing.ids_TK, asked_TK, experts, total)
@@ -118,7 +88,9 @@ def limit(
     return result, _counts(routing, result, asked_TK, kept_TJ, tokens)
 
 
-def capacity(factor: Float[Array, ""], tokens: Int[Array, ""], k: int, experts: int) -> Int[Array, ""]:
+def capacity(
+    factor: Float[Array | np.ndarray, ""], tokens: Int[Array, ""], k: int, experts: int
+) -> Int[Array, ""]:
     """Places of one expert: ceil(factor * tokens * k / experts), from 1 up to ``tokens``.
 
     Float32 rounds up to four times on the way here, by 2**-24 each: the part of 2**-22 taken off first keeps
@@ -137,7 +109,7 @@ def _admit(
     *,
     tokens: TokenFlags,
     metric: str,
-    seed: Array,
+    seed: Array | np.ndarray,
     width: int,
 ) -> Bool[Array, "T J"]:
     """The candidates that find a place: the first ``room`` of each group of ``width`` experts."""
@@ -157,7 +129,9 @@ def _admit(
     return jnp.zeros(n, bool).at[flat_N].set(admitted_N, unique_indices=True).reshape(t, j)
 
 
-def _rank_key(weights_TJ: Array, valid_T: Array, metric: str, seed: Array) -> Float[Array, "T J"]:
+def _rank_key(
+    weights_TJ: Array, valid_T: Array, metric: str, seed: Array | np.ndarray
+) -> Float[Array, "T J"]:
     """What candidates are sorted by, the lowest first; a token's place counts the valid ones before it."""
     place_T = jnp.cumsum(valid_T.astype(jnp.int32)) - 1
     match metric:
@@ -268,7 +242,6 @@ def _counts(
 
     k = asked_TK.shape[1]
     kept_T, extra_T = count(kept_TJ[:, :k]), count(kept_TJ[:, k:])
-    capped_T = tokens.valid_T & ~tokens.exact_T
-    rerouted_T = count(_present(result) & capped_T[:, None]) - kept_T - extra_T
-    exact_T = count(_present(routing) & (tokens.valid_T & tokens.exact_T)[:, None])
+    rerouted_T = count(_present(result) & tokens.lossy_T[:, None]) - kept_T - extra_T
+    exact_T = count(_present(routing) & (tokens.valid_T & ~tokens.lossy_T)[:, None])
     return CapacityCounts(kept_T, rerouted_T, count(asked_TK) - kept_T - rerouted_T, extra_T, exact_T)

@@ -1,28 +1,47 @@
-"""MoELayer: route -> dispatch -> experts -> combine, in one ``shard_map``.
+"""MoELayer: route -> limit -> dispatch -> experts -> combine, in one ``shard_map``.
 
 Tokens come split over ``data`` and ``expert``; experts are split over ``expert`` and their inner dimension
 over ``tensor``. The gate runs inside the shard.
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from jmoe_kernels.matmul import linear
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config import CapacityConfig, ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
+from jmoe.moe.capacity import limit
+from jmoe.moe.counting import count_dispatch, over_shards
 from jmoe.moe.experts import Experts, apply_experts
-from jmoe.moe.routing import expert_counts, route
-from jmoe.moe.types import DispatchStats, LocalExperts, Routing, Traffic
+from jmoe.moe.routing import route
+from jmoe.moe.types import CapacityCounts, DispatchStats, Knobs, LocalExperts, Routing, TokenFlags
 from jmoe.nn.param import ParamMaker
+
+Phase = Literal["prefill", "decode"]
+
+
+def check_capacity(moe: MoEConfig, mesh: Mesh) -> None:
+    """Raises ValueError for a limit that means nothing on ``mesh``."""
+    cfg, ranks = moe.capacity, mesh.shape[EXPERT]
+    if cfg is None:
+        return
+    if moe.train_capacity_factor is not None:
+        raise ValueError("moe.capacity and moe.train_capacity_factor exclude each other")
+    for name, value in (("policy", cfg.policy), ("scope", cfg.scope)):
+        if value in ("expand", "device") and ranks == 1:
+            raise ValueError(
+                f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel size "
+                f"of 2 or more, got {ranks}"
+            )
 
 
 class MoELayer(nnx.Module):
@@ -34,52 +53,86 @@ class MoELayer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         check_divides("experts", cfg.num_experts, EXPERT, mesh.shape[EXPERT])
+        check_capacity(moe, mesh)
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.gate_ED = make((cfg.num_experts, cfg.hidden_size), (None, None))
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size, make)
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, " T"]
-    ) -> tuple[Float[Array, "T D"], DispatchStats]:
-        """The experts' combined output in float32, zero for invalid tokens, and what was done."""
+        self,
+        x_TD: Float[Array, "T D"],
+        tokens: TokenFlags,
+        phase: Phase = "prefill",
+        knobs: Knobs | None = None,
+    ) -> tuple[Float[Array, "T D"], DispatchStats, CapacityCounts | None]:
+        """The experts' combined output in float32, zero for invalid tokens, and what was done.
+
+        knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
+        then there are no counts of them.
+        """
+        limit_by = self.moe.capacity if knobs is not None else None
+        if limit_by is not None and limit_by.phase not in (phase, "both"):
+            limit_by = None
         weights = (self.gate_ED[...], self.experts.gate_up_E2FD[...], self.experts.down_EDF[...])
         if is_single(self.mesh):
-            return self._shard(x_TD, valid_T, *weights, send=transport.local)
-        tokens, whole = PartitionSpec(TOKENS), PartitionSpec()
+            return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, limit_by=limit_by)
+        split, whole = PartitionSpec(TOKENS), PartitionSpec()
         experts = PartitionSpec(EXPERT, None, TENSOR), PartitionSpec(EXPERT, None, TENSOR)
         send = transport.get_transport(self.moe.transport, self.kernels.platform)
         run = jax.shard_map(
-            partial(self._shard, send=send),
+            partial(self._shard, send=send, limit_by=limit_by),
             mesh=self.mesh,
-            in_specs=(tokens, tokens, whole, *experts),
-            out_specs=(tokens, whole),
+            in_specs=(split, split, whole, whole, *experts),
+            out_specs=(split, whole, split),
             check_vma=False,
         )
-        return run(x_TD, valid_T, *weights)
+        return run(x_TD, tokens, knobs, *weights)
 
     def _shard(
         self,
         x_TD: Array,
-        valid_T: Array,
+        tokens: TokenFlags,
+        knobs: Knobs | None,
         gate_ED: Array,
         gate_up: Array,
         down: Array,
         *,
         send: transport.Transport,
-    ) -> tuple[Array, DispatchStats]:
+        limit_by: CapacityConfig | None,
+    ) -> tuple[Array, DispatchStats, CapacityCounts | None]:
+        single, valid_T = is_single(self.mesh), tokens.valid_T
         with jax.named_scope("route"):
             logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
-            routing = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=self.cfg.norm_topk_prob)
-        capacity = self._capacity(x_TD.shape[0])
-        experts = self._local_experts(ExpertWeights(gate_up, down), capacity)
+            plain = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=self.cfg.norm_topk_prob)
+        train_capacity = self._train_capacity(x_TD.shape[0])
+        experts = self._local_experts(ExpertWeights(gate_up, down), train_capacity)
+        routing, limited = plain, None
+        if limit_by is not None and knobs is not None:
+            with jax.named_scope("capacity"):
+                routing, limited = self._limit(plain, tokens, limit_by, knobs, experts.count)
         with jax.named_scope("experts"):
             y_TD, traffic = send(x_TD, routing, valid_T, experts)
-        if is_single(self.mesh):
-            return y_TD, self._stats(routing, valid_T, capacity, traffic)
+        stats = count_dispatch(plain, routing, valid_T, limited, traffic, train_capacity)
+        if single:
+            return y_TD, stats, limited
         with jax.named_scope("combine"):
             y_TD = lax.psum(y_TD, TENSOR)
-        return y_TD, self._stats_over_shards(routing, valid_T, traffic)
+        return y_TD, over_shards(stats, routing, valid_T), limited
+
+    def _limit(
+        self, plain: Routing, tokens: TokenFlags, cfg: CapacityConfig, knobs: Knobs, held: int
+    ) -> tuple[Routing, CapacityCounts]:
+        """The routing within the limit of this shard's tokens."""
+        if is_single(self.mesh):
+            return limit(plain, tokens, cfg, factor=knobs.factor, local=(0, held), seed=knobs.seed)
+        return limit(
+            plain, tokens, cfg,
+            factor=knobs.factor,
+            local=(lax.axis_index(EXPERT) * held, held),
+            seed=knobs.of(lax.axis_index(TOKENS)).seed,
+            total=partial(lax.psum, axis_name=TOKENS),
+        )  # fmt: skip
 
     def _local_experts(self, weights: ExpertWeights, capacity: int | None) -> LocalExperts:
         how = {
@@ -94,32 +147,9 @@ class MoELayer(nnx.Module):
 
         return LocalExperts(weights.dims[0], weights.dtype, combined, by_row)
 
-    def _capacity(self, tokens: int) -> int | None:
+    def _train_capacity(self, tokens: int) -> int | None:
         """Rows an expert in the training form: its even share of the batch times the factor."""
         if self.moe.train_capacity_factor is None:
             return None
         even = tokens * self.cfg.num_experts_per_tok / self.cfg.num_experts
         return -(-int(even * self.moe.train_capacity_factor) // 32) * 32
-
-    def _stats(
-        self, routing: Routing, valid_T: Array, capacity: int | None, traffic: Traffic
-    ) -> DispatchStats:
-        counts_E = expert_counts(routing.ids_TK, valid_T, self.cfg.num_experts)
-        tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1)
-        mean_score_E = jnp.sum(jnp.where(valid_T[:, None], routing.scores_TE, 0.0), axis=0) / tokens
-        over = 0 if capacity is None else jnp.sum(jnp.maximum(counts_E - capacity, 0))
-        remote, dropped = jnp.zeros((), jnp.int32), jnp.asarray(over, jnp.int32)
-        return DispatchStats(counts_E, mean_score_E, remote, dropped, traffic)
-
-    def _stats_over_shards(self, routing: Routing, valid_T: Array, traffic: Traffic) -> DispatchStats:
-        mine = self._stats(routing, valid_T, None, traffic)
-        local_experts = self.cfg.num_experts // lax.axis_size(EXPERT)
-        rank_TK = routing.ids_TK // local_experts  # an absent assignment's is R, which is no rank
-        away = (rank_TK != lax.axis_index(EXPERT)) & (rank_TK < lax.axis_size(EXPERT)) & valid_T[:, None]
-        total = partial(lax.psum, axis_name=TOKENS)
-        tokens = jnp.sum(valid_T, dtype=jnp.float32)
-        share = tokens / jnp.maximum(total(tokens), 1)
-        return DispatchStats(
-            total(mine.counts_E), total(mine.mean_score_E * share),
-            total(jnp.sum(away, dtype=jnp.int32)), total(mine.dropped), total(traffic),
-        )  # fmt: skip

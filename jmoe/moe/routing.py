@@ -38,9 +38,3 @@ def plan_dispatch(
     # One operand sorts ten times as fast on XLA:CPU as a stable sort of keys and places.
     sorted_N = lax.sort(keys_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False)
     return DispatchPlan(sorted_N % n, jnp.bincount(keys_N, length=experts).astype(jnp.int32))
-
-
-def expert_counts(ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
-    """Assignments of valid tokens to each expert."""
-    keys = jnp.where(valid_T[:, None], ids_TK, experts)
-    return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)

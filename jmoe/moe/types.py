@@ -22,8 +22,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,57 @@ class Routing:
     ids_TK: Int[Array, "T K"]
     weights_TK: Float[Array, "T K"]
     scores_TE: Float[Array, "T E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenFlags:
+    """What each token of the shard is.
+
+    valid_T: not padding. exact_T: its request opted out of everything lossy; None = none did. priority_T:
+    under a limit, tokens of higher priority keep their experts first; None = all alike.
+    """
+
+    valid_T: Bool[Array, " T"]
+    exact_T: Bool[Array, " T"] | None = None
+    priority_T: Float[Array, " T"] | None = None
+
+    @property
+    def lossy_T(self) -> Bool[Array, " T"]:
+        """Which tokens a lossy technique may touch."""
+        return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Knobs:
+    """Settings of the lossy techniques that change without compiling again.
+
+    factor: gamma of the capacity. seed: of random choices; another one each step.
+    """
+
+    factor: Float[Array | np.ndarray, ""]
+    seed: Int[Array | np.ndarray, ""]
+
+    def of(self, part: Array | int) -> "Knobs":
+        """The same with a seed of its own for one of several layers or shards."""
+        return Knobs(self.factor, self.seed * 1_000_003 + part)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CapacityCounts:
+    """Assignments of each token by what became of them; padding has none.
+
+    The router's choices are kept + rerouted + dropped + exact (not subject to the limit); extra_T counts
+    the experts that "expand" added.
+    """
+
+    kept_T: Int[Array, " T"]
+    rerouted_T: Int[Array, " T"]
+    dropped_T: Int[Array, " T"]
+    extra_T: Int[Array, " T"]
+    exact_T: Int[Array, " T"]
 
 
 @jax.tree_util.register_dataclass
@@ -97,14 +149,16 @@ class Traffic:
 class DispatchStats:
     """What one layer did with one batch, summed over shards.
 
-    counts_E: assignments of valid tokens to each expert. mean_score_E: the router's mean score of each
-    expert over valid tokens. remote: assignments whose expert lives on another rank than the token.
-    dropped: assignments that no expert computed (only the training form has a capacity to exceed).
-    traffic: rows that the transport moved.
+    counts_E: assignments of valid tokens that each expert got; plain_E: those that the router gave it, before
+    any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. remote:
+    assignments whose expert lives on another rank than the token. dropped: assignments that no expert
+    computed. rerouted: those that went to another expert for want of room. traffic: rows that were moved.
     """
 
     counts_E: Int[Array, " E"]
+    plain_E: Int[Array, " E"]
     mean_score_E: Float[Array, " E"]
     remote: Int[Array, ""]
     dropped: Int[Array, ""]
+    rerouted: Int[Array, ""]
     traffic: Traffic

@@ -1,7 +1,8 @@
 """Grouped-query attention over a window of its own tokens, or over a paged KV cache.
 
-Heads are split over the mesh's ``tensor`` axis, sequences over ``data`` and ``expert``. Where there are
-fewer KV heads than tensor ranks, each rank keeps the one KV head that its query heads share.
+Sequences and heads are split over the mesh as ``Split`` says. Where heads are split over ``expert`` too, a
+rank's tokens are gathered before and scattered, summed, behind: twice the fraction of an all-reduce's work.
+Where there are fewer KV heads than ranks, each rank keeps the one KV head that its query heads share.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Int
 from jmoe_kernels import cpu
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
@@ -19,7 +20,7 @@ from jmoe_kernels.paged_attention import LayerPages, NewTokens, paged_attention
 from jmoe_kernels.paged_attention.xla import NEVER, visible
 
 from jmoe.config import ModelConfig
-from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
+from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
@@ -31,62 +32,72 @@ BLOCK = 128  # queries that attend together to a window's keys
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache."""
+    """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache.
+
+    exact_B: sequences that opted out of lossy techniques; None = none did.
+    """
 
     tokens_BT: Int[Array, "B T"]
     positions_BT: Int[Array, "B T"]
     table_BM: Int[Array, "B M"] | None = None
+    exact_B: Bool[Array, " B"] | None = None
 
 
 class Attention(nnx.Module):
     """Weights of one attention layer, ``[out, in]``; ``qk_norm`` as the family has it."""
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
-        tensor = mesh.shape[TENSOR]
-        check_divides("attention heads", cfg.num_attention_heads, TENSOR, tensor)
-        if cfg.num_key_value_heads < tensor:
-            check_divides(TENSOR + " parallel size", tensor, "kv heads", cfg.num_key_value_heads)
+    def __init__(self, cfg: ModelConfig, split: Split, make: ParamMaker, kernels: Kernels):
+        ranks, over = split.head_ranks, " x ".join(split.heads)
+        check_divides("attention heads", cfg.num_attention_heads, over, ranks)
+        if cfg.num_key_value_heads < ranks:
+            check_divides(over + " parallel size", ranks, "kv heads", cfg.num_key_value_heads)
         else:
-            check_divides("kv heads", cfg.num_key_value_heads, TENSOR, tensor)
+            check_divides("kv heads", cfg.num_key_value_heads, over, ranks)
         d, head = cfg.hidden_size, cfg.head_dim
         q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
-        kv_axis = TENSOR if cfg.num_key_value_heads >= tensor else None
-        self.q_proj = make((q, d), (TENSOR, None))
+        heads = split.heads
+        kv_axis = heads if cfg.num_key_value_heads >= ranks else None
+        self.q_proj = make((q, d), (heads, None))
         self.k_proj = make((kv, d), (kv_axis, None))
         self.v_proj = make((kv, d), (kv_axis, None))
-        self.o_proj = make((d, q), (None, TENSOR))
+        self.o_proj = make((d, q), (None, heads))
         if cfg.attention_bias:
-            self.q_bias, self.k_bias = make((q,), (TENSOR,)), make((kv,), (kv_axis,))
+            self.q_bias, self.k_bias = make((q,), (heads,)), make((kv,), (kv_axis,))
             self.v_bias, self.o_bias = make((kv,), (kv_axis,)), make((d,), (None,))
         if cfg.qk_norm == "head":
             self.q_norm, self.k_norm = make.ones(head), make.ones(head)
         elif cfg.qk_norm == "full":
-            self.q_norm, self.k_norm = make.ones(q, (TENSOR,)), make.ones(kv, (kv_axis,))
-        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
+            self.q_norm, self.k_norm = make.ones(q, (heads,)), make.ones(kv, (kv_axis,))
+        self.cfg, self.split, self.kernels = cfg, split, kernels
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], by: Rotation, seqs: Sequences, pages: LayerPages | None
-    ) -> tuple[Float[Array, "B T D"], LayerPages | None]:
-        """Attention output in float32 and the pages with this step's keys and values."""
+        self, x_ND: Float[Array, "N D"], by: Rotation, seqs: Sequences, pages: LayerPages | None
+    ) -> tuple[Float[Array, "N D"], LayerPages | None]:
+        """Attention output in float32 and the pages with this step's keys and values.
+
+        Tokens come and go sequence after sequence, N = B * T, split over data and expert.
+        """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
-        if is_single(self.mesh):
-            return self._shard(weights, x_BTD, by, seqs, pages)
+        if is_single(self.split.mesh):
+            return self._shard(weights, x_ND, by, seqs, pages)
         specs = {
             name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
         }
-        tokens, paged = PartitionSpec(TOKENS), page_spec(self.kernels.attention)
+        tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)
+        paged = page_spec(self.kernels.attention, self.split)
         run = jax.shard_map(
             self._shard,
-            mesh=self.mesh,
-            in_specs=(specs, tokens, tokens, tokens, paged),
+            mesh=self.split.mesh,
+            in_specs=(specs, tokens, sequences, sequences, paged),
             out_specs=(tokens, paged),
             check_vma=False,
         )
-        return run(weights, x_BTD, by, seqs, pages)
+        return run(weights, x_ND, by, seqs, pages)
 
     def _shard(
-        self, w: dict[str, Array], x_BTD: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
+        self, w: dict[str, Array], x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Array, LayerPages | None]:
+        x_BTD = self._gather(x_ND, w["q_proj"].dtype).reshape(*seqs.positions_BT.shape, -1)
         with jax.named_scope("qkv"):
             q, k, v = self._project(w, x_BTD, by)
         window = self.cfg.sliding_window
@@ -97,22 +108,37 @@ class Attention(nnx.Module):
                 new = NewTokens(q, k, v, seqs.positions_BT, seqs.table_BM)
                 out, pages = paged_attention(self.kernels.attention, new, pages, window)
         with jax.named_scope("out"):
-            y_BTD = linear(out.reshape(*out.shape[:2], -1), w["o_proj"], self.kernels.dense)
-            if not is_single(self.mesh):
-                y_BTD = lax.psum(y_BTD, TENSOR)
-        return (y_BTD + _bias(w, "o_bias", 3), pages)
+            y_ND = linear(out.reshape(-1, w["o_proj"].shape[1]), w["o_proj"], self.kernels.dense)
+        return self._scatter(y_ND) + _bias(w, "o_bias", 2), pages
+
+    def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:
+        """The tokens of this rank's sequences, from the ranks that share their heads and split the tokens.
+
+        In the weights' dtype, to which the projections round them anyway.
+        """
+        if is_single(self.split.mesh) or EXPERT not in self.split.heads:
+            return x_ND
+        return lax.all_gather(x_ND.astype(dtype), EXPERT, tiled=True)
+
+    def _scatter(self, y_ND: Array) -> Array:
+        """The sum over the ranks that share the heads, of the tokens that are this rank's."""
+        if is_single(self.split.mesh):
+            return y_ND
+        if EXPERT in self.split.heads:
+            y_ND = lax.psum_scatter(y_ND, EXPERT, tiled=True)
+        return lax.psum(y_ND, TENSOR)
 
     def _project(self, w: dict[str, Array], x_BTD: Array, by: Rotation) -> tuple[Array, Array, Array]:
         cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
         q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + _bias(w, f"{n}_bias", 3) for n in "qkv")
-        if dense == "cpu" and is_single(self.mesh):  # norm and rotation in one kernel
+        if dense == "cpu" and is_single(self.split.mesh):  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
             q = cpu.rotate(q, *by, w.get("q_norm"), cfg.rms_norm_eps)
             return q, cpu.rotate(k, *by, w.get("k_norm"), cfg.rms_norm_eps), v
         if cfg.qk_norm == "full":
-            over = None if is_single(self.mesh) else TENSOR
+            over = None if is_single(self.split.mesh) else self.split.heads
             q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)
-            split_kv = cfg.num_key_value_heads >= self.mesh.shape[TENSOR]
+            split_kv = cfg.num_key_value_heads >= self.split.head_ranks
             k = rms_norm(k, w["k_norm"], cfg.rms_norm_eps, axis_name=over if split_kv else None)
         q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
         if cfg.qk_norm == "head":
@@ -121,11 +147,11 @@ class Attention(nnx.Module):
         return rotate(q, by), rotate(k, by), v
 
     def _own_kv_head(self, kv_BTHd: Array) -> Array:
-        """The one KV head of this tensor rank where the projection made them all."""
-        ranks, heads = self.mesh.shape[TENSOR], self.cfg.num_key_value_heads
+        """The one KV head of this rank where the projection made them all."""
+        ranks, heads = self.split.head_ranks, self.cfg.num_key_value_heads
         if heads >= ranks:
             return kv_BTHd
-        mine = lax.axis_index(TENSOR) // (ranks // heads)
+        mine = lax.axis_index(self.split.heads) // (ranks // heads)
         return lax.dynamic_slice_in_dim(kv_BTHd, mine, 1, axis=2)
 
 

@@ -14,7 +14,7 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe_kernels.paged_attention import Attention, LayerPages, heads_axis, page_shapes
 
 from jmoe.config import ModelConfig
-from jmoe.mesh import TENSOR, TOKENS, platform_of, token_ranks
+from jmoe.mesh import Split, platform_of
 
 
 def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
@@ -23,28 +23,30 @@ def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
     return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
 
 
-def stored_kv_heads(cfg: ModelConfig, mesh: Mesh) -> int:
-    """KV heads in the cache: replicated up to the tensor-parallel size where that is larger."""
-    return max(cfg.num_key_value_heads, mesh.shape[TENSOR])
+def stored_kv_heads(cfg: ModelConfig, split: Split) -> int:
+    """KV heads in the cache: replicated up to the ranks that share the heads, where those are more."""
+    return max(cfg.num_key_value_heads, split.head_ranks)
 
 
-def page_bytes(cfg: ModelConfig, mesh: Mesh, page_size: int) -> int:
+def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
     """Bytes of one page over all layers, keys and values."""
-    row = stored_kv_heads(cfg, mesh) * cfg.head_dim * kv_dtype(jnp.dtype(cfg.dtype), mesh).itemsize
+    item = kv_dtype(jnp.dtype(cfg.dtype), split.mesh).itemsize
+    row = stored_kv_heads(cfg, split) * cfg.head_dim * item
     return 2 * cfg.num_hidden_layers * page_size * row
 
 
-def page_spec(attention: Attention) -> PartitionSpec:
-    """Pages over the ranks that hold sequences, heads over the tensor axis."""
-    return PartitionSpec(TOKENS, *[None] * (heads_axis(attention) - 1), TENSOR)
+def page_spec(attention: Attention, split: Split) -> PartitionSpec:
+    """Pages as sequences are split, heads as heads are."""
+    return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
 def make_pages(
-    cfg: ModelConfig, mesh: Mesh, attention: Attention, pages_per_rank: int, page_size: int
+    cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
 ) -> list[LayerPages]:
     """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
-    heads, count = stored_kv_heads(cfg, mesh), pages_per_rank * token_ranks(mesh)
-    dtype, where = kv_dtype(jnp.dtype(cfg.dtype), mesh), NamedSharding(mesh, page_spec(attention))
+    heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
+    dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
+    where = NamedSharding(split.mesh, page_spec(attention, split))
     zeros = [_zeros(s, dtype, where) for s in page_shapes(attention, count, heads, page_size, cfg.head_dim)]
     return [LayerPages(tuple(make() for make in zeros)) for _ in range(cfg.num_hidden_layers)]
 

@@ -6,7 +6,11 @@ from jaxtyping import Float
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], scale_D: Float[Array, " D"], eps: float, *, axis_name: str | None = None
+    x: Float[Array, "*B D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    *,
+    axis_name: tuple[str, ...] | None = None,
 ) -> Float[Array, "*B D"]:
     """``x / rms(x) * scale``; with ``axis_name`` the last axis is one shard's part of the normalised one."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jmoe_kernels.grouped_mlp import storage_dtype
 
+# of each dimension: the mesh axis, or axes, over which it is split
+Axes = tuple[str | tuple[str, ...] | None, ...]
+
 
 class ParamMaker:
     """Makes parameters of one dtype from one stream of random numbers, normal with deviation ``std``.
@@ -20,11 +23,11 @@ class ParamMaker:
     def _normal(self, shape: tuple[int, ...]) -> jax.Array:
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
-    def __call__(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def __call__(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
         return nnx.Param(self._normal(shape), axes=axes)
 
-    def stored(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def stored(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
         return nnx.Param(self._normal(shape).view(storage_dtype(self.dtype, self.platform)), axes=axes)
 
-    def ones(self, size: int, axes: tuple[str | None, ...] = (None,)) -> nnx.Param:
+    def ones(self, size: int, axes: Axes = (None,)) -> nnx.Param:
         return nnx.Param(jnp.ones((size,), self.dtype), axes=axes)

@@ -1,6 +1,7 @@
 """The two answer formats: what a choice looks like, whole and as increments of a stream."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from jmoe.engine.request import Output
@@ -123,13 +124,20 @@ class Usage:
     def __init__(self, prompts: Sequence[Prompt]):
         self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
         self.completion_tokens = 0
+        self.moe: dict[str, int] = {}
 
     def add(self, output: Output) -> None:
         self.completion_tokens += len(output.token_ids)
+        if output.moe is not None:
+            for name, count in asdict(output.moe).items():
+                self.moe[name] = self.moe.get(name, 0) + count
 
-    def report(self) -> dict[str, int]:
+    def report(self) -> dict[str, Any]:
+        """With what lossy techniques did to the assignments of the answers that have ended, if any may."""
+        moe = {"moe": dict(self.moe)} if self.moe else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            **moe,
         }

@@ -49,6 +49,7 @@ def _params(
             min_tokens=body.min_tokens or 0,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            exact=bool(body.moe and body.moe.exact),
         )
     except ValueError as error:  # the message begins with the field
         raise invalid(str(error), str(error).partition(" ")[0]) from None

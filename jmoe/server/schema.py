@@ -30,7 +30,7 @@ class StreamOptions(Strict, kw_only=True):
 
 
 class MoEOptions(Strict, kw_only=True):
-    """exact: opt out of every lossy technique. All routing is lossless so far, so it changes nothing yet."""
+    """exact: opt out of every lossy technique: the routing is the one of a lossless engine."""
 
     exact: bool | None = None
 

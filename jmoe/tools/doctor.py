@@ -12,8 +12,8 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe import __version__
 from jmoe.checkpoint import read_config
 from jmoe.config import ModelConfig
-from jmoe.engine.build import EngineSettings, context_length, model_directory, sizes_for
-from jmoe.mesh import make_mesh, platform_of
+from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
+from jmoe.mesh import platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
@@ -27,9 +27,8 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     """
     directory = model_directory(model)
     cfg = read_config(directory, settings.dtype)
-    mesh = make_mesh(
-        settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
-    )
+    split = settings_split(settings)
+    mesh = split.mesh
     length = context_length(cfg, settings.max_model_len)
     sizes = sizes_for(cfg, settings, length)
     return {
@@ -50,7 +49,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         "kv_cache": {
             "page_size": sizes.page_size,
             "pages_per_rank": sizes.pages_per_rank,
-            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, mesh, sizes.page_size),
+            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, split, sizes.page_size),
         },
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
         "choices": _choices(settings, cfg, mesh),

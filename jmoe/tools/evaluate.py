@@ -108,7 +108,7 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
                 following = window[done[row] + 1 : done[row] + n + 1]
                 targets[row, : len(following)], counts[row] = following, len(following)
                 done[row] += n
-            _, hidden = runner.run(given)
+            _, hidden, _ = runner.run(given)
             logprobs = runner.score(hidden, targets)[0]
             score.nll -= sum(float(logprobs[row, :n].sum(dtype=np.float64)) for row, n in enumerate(counts))
             score.tokens += int(counts.sum())
@@ -143,7 +143,7 @@ def score_decode(
             _fill(given, i, window, at, 1, pool.table[i])
             targets[i, 0] = window[at + 1]
             places[i] = (window, at + 1)
-        _, hidden = runner.run(given)
+        _, hidden, _ = runner.run(given)
         logprobs = runner.score(hidden, targets)[0]
         rows = [i for i, _, _ in active]
         score.nll -= float(logprobs[rows, 0].sum(dtype=np.float64))

@@ -1,0 +1,57 @@
+"""What a layer did, counted: Routing before and after the lossy stages -> DispatchStats."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Int
+
+from jmoe.mesh import EXPERT, TOKENS
+from jmoe.moe.types import CapacityCounts, DispatchStats, Routing, Traffic
+
+
+def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
+    """Assignments of valid tokens to each expert."""
+    keys = jnp.where(valid_T[:, None], ids_TJ, experts)
+    return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
+
+
+def count_dispatch(
+    plain: Routing,
+    routing: Routing,
+    valid_T: Bool[Array, " T"],
+    limited: CapacityCounts | None,
+    traffic: Traffic,
+    train_capacity: int | None,
+) -> DispatchStats:
+    """One shard's. plain: the router's own choice; routing: what was dispatched, the same object if lossless.
+
+    train_capacity: rows that an expert of the training form computes at most.
+    """
+    experts = plain.scores_TE.shape[1]
+    counts_E = expert_counts(routing.ids_TK, valid_T, experts)
+    plain_E = counts_E if routing is plain else expert_counts(plain.ids_TK, valid_T, experts)
+    tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1)
+    mean_score_E = jnp.sum(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0) / tokens
+    zero = jnp.zeros((), jnp.int32)
+    dropped = rerouted = zero
+    if limited is not None:
+        dropped, rerouted = jnp.sum(limited.dropped_T), jnp.sum(limited.rerouted_T)
+    if train_capacity is not None:
+        dropped = dropped + jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
+    return DispatchStats(counts_E, plain_E, mean_score_E, zero, dropped, rerouted, traffic)
+
+
+def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
+    """The sum over the shards that hold tokens, inside ``shard_map``; every shard gets it."""
+    local_experts = mine.counts_E.shape[0] // lax.axis_size(EXPERT)
+    rank_TJ = routing.ids_TK // local_experts  # an absent assignment's is R, which is no rank
+    away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
+    total = partial(lax.psum, axis_name=TOKENS)
+    tokens = jnp.sum(valid_T, dtype=jnp.float32)
+    share = tokens / jnp.maximum(total(tokens), 1)
+    return DispatchStats(
+        total(mine.counts_E), total(mine.plain_E), total(mine.mean_score_E * share),
+        total(jnp.sum(away_TJ, dtype=jnp.int32)), total(mine.dropped), total(mine.rerouted),
+        total(mine.traffic),
+    )  # fmt: skip
