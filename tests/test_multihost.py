@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,10 @@ from test_cli import run
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert
+from jmoe.engine import line
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.nodes import Nodes
+from jmoe.engine.request import EngineDead
 from jmoe.mesh import make_mesh
 
 ASK = {"prompt": "several machines", "max_tokens": 6, "temperature": 0}
@@ -177,3 +180,57 @@ def test_a_mesh_leaves_no_process_out(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="takes 4 of 8 devices and leaves process 1 of 2 without any"):
         make_mesh(expert=4)
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """Both ends of one line, as (followers, line); an end that is refused is its ValueError instead."""
+    told: Future[np.ndarray] = Future()
+
+    def broadcast(array: np.ndarray) -> np.ndarray:
+        if array.any():
+            told.set_result(array)
+        return told.result(timeout=30)
+
+    monkeypatch.setattr(line, "broadcast_one_to_all", broadcast)
+
+    def meet_with(near: dict, far: dict, strangers: int = 0):
+        address = f"127.0.0.1:{free_port()}"
+        with ThreadPoolExecutor(2) as pool:
+            followers = pool.submit(line.Followers, Nodes(2, 0, address), near)
+            port = line.PLACE.unpack(bytes(told.result(timeout=30)))[1]
+            for _ in range(strangers):
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(bytes(line.HELLO.size))
+            to_leader = pool.submit(line.to_leader, Nodes(2, 1, address), far)
+            return [end.exception(timeout=30) or end.result() for end in (followers, to_leader)]
+
+    return meet_with
+
+
+def test_a_stranger_is_refused_and_a_lost_follower_is_noticed(meet, caplog):
+    followers, to_leader = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers=2)
+    followers.send([b"ab", b"c"])
+    assert to_leader.read(3) == b"abc" and followers.lost is None
+    to_leader.connection.close()
+    end = time.monotonic() + 30
+    while followers.lost is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert "process 1 is gone: nothing more can run on this mesh" in caplog.text
+    with pytest.raises(EngineDead, match="process 1 is gone"):
+        followers.send([b"d"])
+    followers.close()
+
+
+def test_process_0_may_end_with_a_last_word_or_without(meet):
+    followers, to_leader = meet({}, {})
+    followers.close(b"bye")
+    assert to_leader.read(3) == b"bye" and followers.lost is None
+    with pytest.raises(EngineDead, match="the connection was closed"):
+        to_leader.read(1)
+
+
+def test_other_flags_in_another_process_are_refused_by_both(meet):
+    near, far = meet({"model": "m", "max_num_seqs": 8}, {"model": "m", "max_num_seqs": 4})
+    assert str(near).startswith("max_num_seqs is 8 here and 4 in process 1:")
+    assert str(far).startswith("max_num_seqs is 4 here and 8 in process 0:")

@@ -116,7 +116,7 @@ class Followers:
             if hmac.compare_digest(told, token):
                 self._lines[rank] = line
             else:
-                log.warning("a stranger's connection was refused")
+                log.warning("a stranger's connection is refused")
                 connection.close()
 
     def send(self, parts: Sequence[bytes]) -> None:
@@ -137,6 +137,7 @@ class Followers:
         for line in self._lines.values():
             with line.connection, suppress(OSError):
                 line.connection.sendall(last)
+                line.connection.shutdown(socket.SHUT_RDWR)  # close alone waits for the watching thread
         self._lines = {}
 
     def _watch(self) -> None:
