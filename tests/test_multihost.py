@@ -110,9 +110,12 @@ def test_serve_answers_for_both_and_ends_both(model, start, tmp_path):
     }
     config = tmp_path / "serve.toml"
     config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in (flags | {"node_rank": 1}).items()))
+    with open(config, "a") as file:
+        file.write('[moe]\nkernel = "xla"\n')  # no C++ library to compile first
     spelled = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     serve = ("-m", "jmoe.cli", "serve", str(model))
-    p0 = start("p0", *serve, *spelled, "--node-rank", "0", "--port", str(port))
+    spelled += ["--node-rank", "0", "--moe-config", '{"kernel": "xla"}', "--port", str(port)]
+    p0 = start("p0", *serve, *spelled)
     p1 = start("p1", *serve, "--config", str(config))
     llm = LLM(model, warm_up=False, **SIZES)
     want = llm.generate([ASK["prompt"]], SamplingParams(max_tokens=6, temperature=0.0))[0].outputs[0]
