@@ -7,8 +7,9 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,9 +18,11 @@ from jmoe.progress import Bars
 
 if TYPE_CHECKING:
     from jmoe.engine.build import EngineSettings
+    from jmoe.engine.nodes import Nodes
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout")
+NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +43,13 @@ def size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return reported(lambda: args.run(args))
+
+
+def reported(run: Callable[[], int]) -> int:
+    """The exit code of ``run``; a bad input is told in one line."""
     try:
-        return args.run(args)
+        return run()
     except (ValueError, OSError) as error:
         print("jmoe: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -97,6 +105,13 @@ def _serve_parser(commands: Any) -> None:
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
     p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
     p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
+    p.add_argument(
+        "--nnodes", type=int, metavar="N", help="processes that serve together, e.g. one a machine"
+    )
+    p.add_argument(
+        "--node-rank", type=int, metavar="R", help="this one's number; 0 schedules and serves HTTP"
+    )
+    p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
 
 
 def _generate_parser(commands: Any) -> None:
@@ -149,25 +164,40 @@ def cache_directory() -> Path:
 def run_serve(args: argparse.Namespace) -> int:
     import logging
 
-    from jmoe.server.run import ServerSettings, bind, serve
+    from jmoe.engine.nodes import Nodes, leave
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
     values = vars(args) | {}
     if "config" in values:
         values = read_serve_config(values["config"]) | values
-    server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
-    socket = bind(server.host, server.port)  # before the model: a port in use shows at once
-    settings = settings_from(values)
+    nodes = Nodes(**{k: values[k] for k in NODE_FLAGS if k in values})
+    if nodes.nnodes == 1:
+        return serve_model(values)
+    return leave(reported(lambda: (follow_leader if nodes.rank else serve_model)(values, nodes)))
+
+
+def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
+    """Serves over HTTP, with the devices of all of ``nodes``; the exit code."""
+    import logging
 
     from jmoe.engine.build import build_engine, model_directory
+    from jmoe.engine.multihost import lead
+    from jmoe.engine.request import EngineDead
     from jmoe.engine.worker import EngineWorker
+    from jmoe.server.run import ServerSettings, bind, serve
 
-    model = values.get("model", "tiny")
-    with Bars() as bars:
-        engine = build_engine(model, settings, bars)
-    kernels = engine.runner.kernels
     log = logging.getLogger(__name__)
+    server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
+    socket = bind(server.host, server.port)  # before the model: a port in use shows at once
+    settings, model = settings_from(values), values.get("model", "tiny")
+    try:
+        with Bars() as bars:
+            engine = lead(nodes, model, settings, bars) if nodes else build_engine(model, settings, bars)
+    except EngineDead as error:
+        log.error("the model was not started: %s", error)
+        return 1
+    kernels = engine.runner.kernels
     log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
     if engine.runner.lossy:
         log.info("lossy techniques are on: %s", settings.moe.capacity)
@@ -177,7 +207,35 @@ def run_serve(args: argparse.Namespace) -> int:
     try:
         return serve(worker, server, socket, model_directory(model), model)
     finally:
-        worker.close()
+        if engine.runner.alive:  # else a step may never end
+            worker.close()
+
+
+def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
+    """Serves no HTTP and ends with process 0: 0, or 1 where that ends without a word."""
+    import logging
+
+    from jmoe.engine.multihost import follow
+    from jmoe.engine.request import EngineDead
+
+    log = logging.getLogger(__name__)
+
+    def leave_it_to_the_leader(number: int, frame: Any) -> None:
+        """Process 0, told to end too, first finishes running answers, and needs this one for it."""
+        signal.signal(number, signal.SIG_DFL)
+        log.info("process %d ends with process 0; a second signal ends it at once", nodes.rank)
+
+    def ready(runner: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, leave_it_to_the_leader)
+
+    try:
+        with Bars() as bars:
+            follow(nodes, values.get("model", "tiny"), settings_from(values), bars, ready)
+    except EngineDead as error:
+        log.error("process %d ends without process 0: %s", nodes.rank, error)
+        return 1
+    return 0
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:

@@ -23,16 +23,25 @@ TOKENS = (DATA, EXPERT)  # the axes over which tokens are split between the bloc
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data * expert * tensor`` devices; raises ValueError where that many are not there."""
+    """A mesh of ``data * expert * tensor`` devices; raises ValueError where that many are not there.
+
+    devices: None takes those of all processes, in jax's order, and leaves no process without one.
+    """
     for name, size in ((DATA, data), (EXPERT, expert), (TENSOR, tensor)):
         if size < 1:
             raise ValueError(f"{name} parallel size must be at least 1, got {size}")
+    everyone = devices is None
     devices = jax.devices() if devices is None else devices
     need = data * expert * tensor
     if need > len(devices):
         raise ValueError(
             f"a mesh of data {data} x expert {expert} x tensor {tensor} needs {need} devices, "
             f"{len(devices)} present (JAX_NUM_CPU_DEVICES={need} emulates them on a CPU)"
+        )
+    if everyone and (idle := {d.process_index for d in devices} - {d.process_index for d in devices[:need]}):
+        raise ValueError(
+            f"a mesh of data {data} x expert {expert} x tensor {tensor} takes {need} of {len(devices)} "
+            f"devices and leaves process {min(idle)} of {jax.process_count()} without any"
         )
     grid = np.asarray(devices[:need]).reshape(data, expert, tensor)
     return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.models import get_family, model_config
 
@@ -64,6 +65,15 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         n: ((n.endswith("norm.weight") + 0.2 * rng.standard_normal(s)).astype(dtype))
         for n, s in tensor_shapes(config).items()
     }
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A ``tokenizer.json`` of one token a byte, 256 in all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def write_checkpoint(

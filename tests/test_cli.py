@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hf_tiny import hf_config, write_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from hf_tiny import hf_config, write_checkpoint, write_tokenizer
 
 from jmoe.cli import main, read_serve_config, size
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
@@ -20,11 +19,7 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     changes = {"vocab_size": 256, "max_position_embeddings": 64, "num_local_experts": 4, "eos_token_id": None}
     write_checkpoint(directory, hf_config(**changes))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_tokenizer(directory)
     return str(directory)
 
 

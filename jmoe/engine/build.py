@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 
 from jmoe.checkpoint import load_model, read_config
@@ -21,6 +22,7 @@ from jmoe.engine.runner import Runner, Sizes
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import EXPERT, Split, make_mesh, platform_of, split_attention
+from jmoe.models.decoder import Decoder
 from jmoe.nn.kv_cache import page_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -140,6 +142,7 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
+    make_runner: Callable[[Decoder, Mesh, Sizes], Runner] = Runner,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
@@ -165,7 +168,7 @@ def build_engine(
         progress=lambda done, total: progress("load", done, total),
     )
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
-    runner = Runner(decoder, mesh, sizes)
+    runner = make_runner(decoder, mesh, sizes)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)

@@ -297,7 +297,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
         after = self.runner.compilations.after_warm_up
-        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, True, after)
+        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after)
 
     def moe_stats(self) -> dict[str, Any]:
         """What the experts did since the start, by phase: totals, means a step, counts layer x expert."""

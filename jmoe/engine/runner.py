@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jmoe_kernels.paged_attention import LayerPages
 from jmoe.config import MoEConfig
 from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, transported_bytes, zero_totals
-from jmoe.mesh import sharding
+from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.types import CapacityCounts, Knobs
 from jmoe.nn.attention import Sequences
@@ -99,6 +99,11 @@ def make_knobs(capacity_factor: float, step: int) -> Knobs:
     return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
 
 
+def readable(outputs: Any, mesh: Mesh) -> Any:
+    """``outputs`` whole on every device, so that the host of each can read them; for use under jit."""
+    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
+
+
 @dataclass(frozen=True)
 class ModelFunctions:
     """The jitted functions of one model, over its flat list of weights.
@@ -133,7 +138,9 @@ class ModelFunctions:
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
-        return sampled, out.hidden_BTD, pages, add_step(totals, out.stats), out.limited_B
+        totals = add_step(totals, out.stats)
+        sampled, totals, limited_B = readable((sampled, totals, out.limited_B), model.mesh)
+        return sampled, out.hidden_BTD, pages, totals, limited_B
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""
@@ -144,14 +151,15 @@ class ModelFunctions:
         flat = jnp.pad(hidden_BTD.reshape(b * t, d), ((0, padded), (0, 0))).reshape(-1, chunk, d)
         targets = jnp.pad(targets_BT.reshape(b * t), (0, padded)).reshape(-1, chunk)
         scored = lax.map(lambda args: score(model.logits(args[0]), args[1]), (flat, targets))
-        return jax.tree.map(
+        scored = jax.tree.map(
             lambda a: a.reshape(-1, *a.shape[2:])[: b * t].reshape(b, t, *a.shape[2:]), scored
         )
+        return readable(scored, model.mesh)
 
     def window_logits(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> Array:
         """``[B, T, V]`` logits of whole windows, without the cache."""
         model = self.merge(weights)
-        return model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD)
+        return readable(model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD), model.mesh)
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,12 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     )
 
 
+@lru_cache(maxsize=8)
+def totals_maker(layers: int, experts: int, where: NamedSharding) -> Callable[[], MoETotals]:
+    """A compiled maker of zeros: putting arrays on a mesh of several processes would compare them first."""
+    return jax.jit(partial(zero_totals, layers, experts), out_shardings=where)
+
+
 class Runner:
     """Runs steps of ``model``; not thread-safe: one thread at a time."""
 
@@ -201,8 +215,13 @@ class Runner:
         self.compilations = CompilationCounter()
 
     def _fresh_totals(self) -> MoETotals:
-        zeros = zero_totals(self.cfg.num_hidden_layers, self.cfg.num_experts)
-        return jax.device_put(zeros, sharding(self.mesh))
+        cfg = self.cfg
+        return totals_maker(cfg.num_hidden_layers, cfg.num_experts, sharding(self.mesh))()
+
+    @property
+    def alive(self) -> bool:
+        """False where it can run nothing any more."""
+        return True
 
     def blank(self, sequences: int, tokens: int) -> StepInput:
         """An input of ``sequences`` rows a rank in which every token is padding."""
@@ -223,7 +242,7 @@ class Runner:
             )
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
-                self.drain()
+                self._drain()
         return sampled, hidden, limited
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,6 +256,9 @@ class Runner:
 
     def drain(self) -> None:
         """Moves the device's counts into ``counters``."""
+        self._drain()
+
+    def _drain(self) -> None:
         for phase, totals in self._totals.items():
             self.counters[phase].drain(totals)
             self._totals[phase] = self._fresh_totals()

@@ -51,9 +51,8 @@ class EngineWorker:
     def snapshot(self) -> EngineSnapshot:
         """Read without waiting for a step to end: each number is right, together they may be a step apart."""
         s = self._engine.snapshot()
-        return EngineSnapshot(
-            s.running, s.waiting, s.kv_usage, self._dead is None, s.compilations_after_warmup
-        )
+        alive = s.alive and self._dead is None
+        return EngineSnapshot(s.running, s.waiting, s.kv_usage, alive, s.compilations_after_warmup)
 
     def moe_stats(self) -> dict[str, Any]:
         return self._call(self._engine.moe_stats)

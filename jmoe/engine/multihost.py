@@ -1,0 +1,159 @@
+"""Serving with several processes: process 0 schedules, and all of them run its steps in lockstep.
+
+Every process holds the same jitted functions and its part of the weights and pages. The leader, process 0,
+says what it is about to run (the operation, its shapes, the host arrays) and runs it; a follower
+reads that and runs the same. Device results stay where they are: what the host reads is the same on all.
+"""
+
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jmoe.checkpoint import read_config
+from jmoe.engine.build import EngineSettings, Progress, build_engine, model_directory, settings_split
+from jmoe.engine.engine import Engine
+from jmoe.engine.line import Followers, Line, to_leader
+from jmoe.engine.nodes import Nodes, join
+from jmoe.engine.request import EngineDead
+from jmoe.engine.runner import Runner, Sizes, StepInput
+from jmoe.engine.sampling import Sampled
+from jmoe.models.decoder import Decoder
+from jmoe.moe.types import CapacityCounts
+
+log = logging.getLogger(__name__)
+HEADER = struct.Struct("<3Id")  # operation, rows, tokens a row, the capacity factor of the moment
+
+
+class Operation(IntEnum):
+    RUN, SCORE, WINDOW, DRAIN, STOP = range(5)
+
+
+class Leader(Runner):
+    """A runner that tells the followers of every operation before it starts it."""
+
+    def __init__(self, followers: Followers, model: Decoder, mesh: Mesh, sizes: Sizes):
+        super().__init__(model, mesh, sizes)
+        self._followers = followers
+        self._hidden: Array | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._followers.lost is None
+
+    def run(self, given: StepInput) -> tuple[Sampled, Array, CapacityCounts | None]:
+        self._tell(Operation.RUN, given.tokens_BT.shape, host_arrays(given))
+        sampled, self._hidden, limited = super().run(given)
+        return sampled, self._hidden, limited
+
+    def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if hidden_BTD is not self._hidden:  # followers keep no others
+            raise ValueError("with several processes only the last run can be scored")
+        self._tell(Operation.SCORE, targets_BT.shape, [targets_BT])
+        return super().score(hidden_BTD, targets_BT)
+
+    def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+        self._tell(Operation.WINDOW, tokens_BT.shape, [tokens_BT, positions_BT])
+        return super().window_logits(tokens_BT, positions_BT)
+
+    def drain(self) -> None:
+        self._tell(Operation.DRAIN)
+        super().drain()
+
+    def close(self) -> None:
+        """Lets go of weights and cache here and in the followers, which end; safe to call again."""
+        self._followers.close(self._header(Operation.STOP))
+        self._hidden = None
+        super().close()
+
+    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0) -> bytes:
+        return HEADER.pack(operation, rows, tokens, self.capacity_factor)
+
+    def _tell(
+        self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
+    ) -> None:
+        self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
+
+
+def host_arrays(given: StepInput) -> list[np.ndarray]:
+    """The arrays of a step in one order for all processes; their shapes follow from that of its tokens."""
+    return jax.tree.leaves([getattr(given, field.name) for field in fields(given)])
+
+
+def repeat(runner: Runner, line: Line) -> None:
+    """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
+    hidden = None
+    while True:
+        operation, rows, tokens, runner.capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        if operation == Operation.STOP:
+            return
+        if operation == Operation.DRAIN:
+            runner.drain()
+            continue
+        given = runner.blank(rows // runner.ranks, tokens)
+        if operation == Operation.RUN:
+            for array in host_arrays(given):
+                line.read_into(array.reshape(-1).view(np.uint8))
+            _, hidden, _ = runner.run(given)
+        elif operation == Operation.SCORE:
+            assert hidden is not None
+            line.read_into(given.tokens_BT)
+            runner.score(hidden, given.tokens_BT)
+        else:
+            line.read_into(given.tokens_BT)
+            line.read_into(given.positions_BT)
+            runner.window_logits(given.tokens_BT, given.positions_BT)
+
+
+def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> Engine:
+    """Process 0's engine on the mesh of all processes, warmed up. Closing it ends the followers.
+
+    Raises ValueError as ``build_engine`` does, and EngineDead where a follower is gone.
+    """
+    followers = Followers(nodes, start(nodes, model, settings))
+    try:
+        return build_engine(model, settings, progress, make_runner=partial(Leader, followers))
+    except Exception as error:
+        followers.close()
+        if followers.lost is None:
+            raise
+        raise EngineDead(followers.lost) from error
+
+
+def follow(
+    nodes: Nodes,
+    model: str | Path,
+    settings: EngineSettings,
+    progress: Progress,
+    ready: Callable[[Runner], None] = lambda runner: None,
+) -> None:
+    """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
+
+    ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
+    EngineDead where process 0 is gone.
+    """
+    line = to_leader(nodes, start(nodes, model, settings))
+    with line.connection, closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+        ready(engine.runner)
+        log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
+        repeat(engine.runner, line)
+    log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
+
+
+def start(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
+    """What all processes must have in common, settings and the model's configuration, once jax has joined
+    them. Its ValueErrors come before the others have anything to wait for."""
+    cfg = read_config(model_directory(model), settings.dtype)
+    join(nodes)
+    settings_split(settings)  # refuses a mesh that does not fit the devices
+    return asdict(settings) | asdict(cfg)

@@ -1,0 +1,239 @@
+"""Two processes of four devices each as one mesh of eight: the library, ``jmoe serve``, what is refused."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from hf_tiny import hf_config, write_checkpoint, write_tokenizer
+from multihost_process import SIZES, generated
+from test_cli import run
+
+from jmoe import LLM, SamplingParams
+from jmoe.checkpoint import convert
+from jmoe.engine import line
+from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.nodes import Nodes
+from jmoe.engine.request import EngineDead
+from jmoe.mesh import make_mesh
+
+ASK = {"prompt": "several machines", "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """8 experts top-2, two layers, float32, random weights; one token a byte."""
+    directory = tmp_path_factory.mktemp("model")
+    write_checkpoint(directory, hf_config(vocab_size=256, eos_token_id=None))
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def start(tmp_path_factory, tmp_path):
+    """Starts a process of four devices; what it says goes to ``NAME.log``."""
+    started = []
+    env = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    env["JMOE_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+    def start_one(name: str, *command: str) -> subprocess.Popen:
+        with open(tmp_path / f"{name}.log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command], env=os.environ | env, stdout=log, stderr=log
+            )
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ended(tmp_path: Path, **processes: subprocess.Popen) -> None:
+    """Waits for processes to end, and holds them to status 0."""
+    for name, process in processes.items():
+        try:
+            status = process.wait(timeout=180)
+        except subprocess.TimeoutExpired:
+            status = "still runs"
+        assert status == 0, (name, status, (tmp_path / f"{name}.log").read_text()[-3000:])
+
+
+def test_two_processes_generate_what_one_device_does(model, start, tmp_path):
+    converted = tmp_path / "converted"
+    convert(model, converted)
+    address, program = f"127.0.0.1:{free_port()}", str(Path(__file__).parent / "multihost_process.py")
+    pair = {
+        f"p{rank}": start(f"p{rank}", program, str(rank), address, str(converted), str(tmp_path))
+        for rank in (0, 1)
+    }
+    engine = build_engine(model, EngineSettings(**SIZES), warm_up=False)
+    want = generated(engine)
+    engine.close()
+    ended(tmp_path, **pair)
+    leader, follower = (json.loads((tmp_path / f"{name}.json").read_text()) for name in pair)
+    assert leader["tokens"] == want["tokens"] and leader["counts"] == want["counts"]
+    np.testing.assert_allclose(leader["logprobs"], want["logprobs"], atol=1e-4)
+    for (whole, here), (_, there) in zip(leader["held"], follower["held"], strict=True):
+        assert (here, there) in ((whole // 2, whole // 2), (whole, whole))
+    experts = sum(whole for whole, here in leader["held"] if here < whole)
+    assert experts > 0.5 * sum(whole for whole, _ in leader["held"])
+
+
+def test_serve_answers_for_both_and_ends_both(model, start, tmp_path):
+    """Process 1 has its flags from a file. A follower that is told to end waits for process 0."""
+    address, port = f"127.0.0.1:{free_port()}", free_port()
+    flags = {
+        "data_parallel_size": 2,
+        "expert_parallel_size": 4,
+        "attention": "tp",
+        "nnodes": 2,
+        "dist_init_addr": address,
+        **SIZES,
+    }
+    config = tmp_path / "serve.toml"
+    config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in (flags | {"node_rank": 1}).items()))
+    with open(config, "a") as file:
+        file.write('[moe]\nkernel = "xla"\n')  # no C++ library to compile first
+    spelled = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    serve = ("-m", "jmoe.cli", "serve", str(model))
+    spelled += ["--node-rank", "0", "--moe-config", '{"kernel": "xla"}', "--port", str(port)]
+    p0 = start("p0", *serve, *spelled)
+    p1 = start("p1", *serve, "--config", str(config))
+    llm = LLM(model, warm_up=False, **SIZES)
+    want = llm.generate([ASK["prompt"]], SamplingParams(max_tokens=6, temperature=0.0))[0].outputs[0]
+    llm.close()
+    base, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    while not answers(f"{base}/ready"):
+        alive = p0.poll() is None and p1.poll() is None and time.monotonic() < end
+        assert alive, [(tmp_path / f"{name}.log").read_text()[-3000:] for name in ("p0", "p1")]
+        time.sleep(0.2)
+    p1.send_signal(signal.SIGTERM)
+    request = urllib.request.Request(
+        f"{base}/v1/completions", json.dumps(ASK).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["choices"][0]["text"] == want.text
+    p0.send_signal(signal.SIGTERM)
+    ended(tmp_path, p0=p0, p1=p1)
+    told = (tmp_path / "p1.log").read_text()
+    assert "process 1 of 2: runs what process 0 runs; serves no HTTP" in told
+    assert "process 1 of 2: process 0 has ended" in told
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--node-rank 1", "node_rank is for several processes: it needs nnodes of at least 2"),
+        ("--dist-init-addr h:1", "dist_init_addr is for several processes: it needs nnodes of at least 2"),
+        ("--nnodes 0", "nnodes must be at least 1, got 0"),
+        ("--nnodes 2 --dist-init-addr h:1", "nnodes 2 needs node_rank, this process's number from 0 to 1"),
+        (
+            "--nnodes 2 --node-rank 2 --dist-init-addr h:1",
+            "node_rank must be from 0 to nnodes - 1 = 1, got 2",
+        ),
+        (
+            "--nnodes 2 --node-rank -1 --dist-init-addr h:1",
+            "node_rank must be from 0 to nnodes - 1 = 1, got -1",
+        ),
+        ("--nnodes 2 --node-rank 0", "nnodes 2 needs dist_init_addr, HOST:PORT of process 0"),
+        ("--nnodes 2 --node-rank 0 --dist-init-addr h", "dist_init_addr must be HOST:PORT, got 'h'"),
+        ("--nnodes 2 --node-rank 1 --dist-init-addr h:99999", "must be HOST:PORT, got 'h:99999'"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(capsys, flags, message):
+    code, out, err = run(capsys, "serve", *flags.split())
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+def test_values_of_a_file_are_checked_too():
+    with pytest.raises(ValueError, match="nnodes must be a whole number, got '2'"):
+        Nodes("2", 0, "h:1")  # type: ignore[arg-type]
+    assert (Nodes(2, 1, "[::1]:80").host, Nodes(2, 1, "[::1]:80").port) == ("::1", 80)
+
+
+def test_a_mesh_leaves_no_process_out(monkeypatch):
+    devices = [SimpleNamespace(process_index=i // 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="takes 4 of 8 devices and leaves process 1 of 2 without any"):
+        make_mesh(expert=4)
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """Both ends of one line, as (followers, line); an end that is refused is its ValueError instead."""
+    told: Future[np.ndarray] = Future()
+
+    def broadcast(array: np.ndarray) -> np.ndarray:
+        if array.any():
+            told.set_result(array)
+        return told.result(timeout=30)
+
+    monkeypatch.setattr(line, "broadcast_one_to_all", broadcast)
+
+    def meet_with(near: dict, far: dict, strangers: int = 0):
+        address = f"127.0.0.1:{free_port()}"
+        with ThreadPoolExecutor(2) as pool:
+            followers = pool.submit(line.Followers, Nodes(2, 0, address), near)
+            port = line.PLACE.unpack(bytes(told.result(timeout=30)))[1]
+            for _ in range(strangers):
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(bytes(line.HELLO.size))
+            to_leader = pool.submit(line.to_leader, Nodes(2, 1, address), far)
+            return [end.exception(timeout=30) or end.result() for end in (followers, to_leader)]
+
+    return meet_with
+
+
+def test_a_stranger_is_refused_and_a_lost_follower_is_noticed(meet, caplog):
+    followers, to_leader = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers=2)
+    followers.send([b"ab", b"c"])
+    assert to_leader.read(3) == b"abc" and followers.lost is None
+    to_leader.connection.close()
+    end = time.monotonic() + 30
+    while followers.lost is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert "process 1 is gone: nothing more can run on this mesh" in caplog.text
+    with pytest.raises(EngineDead, match="process 1 is gone"):
+        followers.send([b"d"])
+    followers.close()
+
+
+def test_process_0_may_end_with_a_last_word_or_without(meet):
+    followers, to_leader = meet({}, {})
+    followers.close(b"bye")
+    assert to_leader.read(3) == b"bye" and followers.lost is None
+    with pytest.raises(EngineDead, match="the connection was closed"):
+        to_leader.read(1)
+
+
+def test_other_flags_in_another_process_are_refused_by_both(meet):
+    near, far = meet({"model": "m", "max_num_seqs": 8}, {"model": "m", "max_num_seqs": 4})
+    assert str(near).startswith("max_num_seqs is 8 here and 4 in process 1:")
+    assert str(far).startswith("max_num_seqs is 4 here and 8 in process 0:")
