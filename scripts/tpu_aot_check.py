@@ -3,9 +3,9 @@
     python scripts/tpu_aot_check.py
     python scripts/tpu_aot_check.py --model configs/model/mixtral-8x7b.toml --slice v5e:4x4 --mesh 1x8x2
 
-A row says, for one chip: bytes of weights and KV pages, of temporaries, and their share of its memory; the
-collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and how long the
-compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
+A row says, for one chip: bytes of weights and KV pages, of temporaries and of the program, and their share of
+its memory; the collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and
+how long the compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
 (``jmoe[tpu]``). Nothing here has run on a TPU, so nothing here is a time of a step.
 """
 
@@ -37,7 +37,7 @@ CASES = (
     ("mixtral-8x7b", "v6e:4x4", "1x8x2", 16, 512),  # configs/deploy/tpu-jobset.yaml
     ("qwen3-30b-a3b", "v5e:2x4", "1x8x1", 8, 512),
     ("qwen3-30b-a3b", "v6e:2x4", "1x8x1", 32, 512),
-    ("qwen3-235b-a22b", "v5e:8x8", "1x16x4", 4, 512),
+    ("qwen3-235b-a22b", "v5e:8x8", "1x16x4", 8, 128),
     ("qwen3-235b-a22b", "v6e:4x8", "1x16x2", 8, 512),
     ("qwen3-235b-a22b", "v5e:16x16", "2x32x4", 16, 256),
     ("qwen3-235b-a22b", "v6e:16x16", "2x64x2", 16, 128),
@@ -52,7 +52,17 @@ COLLECTIVES = (
     "collective-permute",
 )
 BITS = {"pred": 8, "bf16": 16}
-COLUMNS = ("model", "slice", "mesh", "step", "resident_gb", "temporary_gb", "of_memory", "collectives")
+COLUMNS = (
+    "model",
+    "slice",
+    "mesh",
+    "step",
+    "resident_gb",
+    "temporary_gb",
+    "code_gb",
+    "of_memory",
+    "collectives",
+)
 COLUMNS += ("sent_mb", "compile_s", "verdict")
 
 
@@ -163,12 +173,13 @@ def check(case: Case) -> dict:
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None  # this compiler tells both
     resident, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    of_memory = (resident + temporary) / MEMORY[case.slice.split(":")[0]]
+    code = memory.generated_code_size_in_bytes  # it lies in the same memory
+    of_memory = (resident + temporary + code) / MEMORY[case.slice.split(":")[0]]
     kinds = collectives(hlo, mesh.size)
     return named(case) | {
         "layers": cfg.num_hidden_layers, "jax": jax.__version__, "libtpu": version("libtpu"),
         "resident_gb": round(resident / 1e9, 2), "temporary_gb": round(temporary / 1e9, 2),
-        "of_memory": round(of_memory, 2),
+        "code_gb": round(code / 1e9, 2), "of_memory": round(of_memory, 2),
         "collectives": ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items()) or "none",
         "sent_mb": round(sum(sent for _, sent in kinds.values()) / 1e6, 2),
         "by_kind": kinds, "compile_s": round(seconds, 1),
