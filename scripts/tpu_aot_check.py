@@ -1,11 +1,11 @@
 """Compiles the engine's whole prefill and decode steps for TPU slices, without a TPU: do they fit?
 
-    python scripts/tpu_aot_check.py --out docs/results/tpu_pods.md
+    python scripts/tpu_aot_check.py
     python scripts/tpu_aot_check.py --model configs/model/mixtral-8x7b.toml --slice v5e:4x4 --mesh 1x8x2
 
-A row says, for one chip: bytes of weights and KV pages, of temporaries, and their share of its memory; the
-collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and how long the
-compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
+A row says, for one chip: bytes of weights and KV pages, of temporaries and of the program, and their share of
+its memory; the collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and
+how long the compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
 (``jmoe[tpu]``). Nothing here has run on a TPU, so nothing here is a time of a step.
 """
 
@@ -19,7 +19,9 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -32,12 +34,13 @@ MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data
 CASES = (
     ("mixtral-8x7b", "v5e:4x4", "1x8x2", 8, 512),
     ("mixtral-8x7b", "v6e:2x4", "1x8x1", 16, 512),
-    ("qwen3-30b-a3b", "v5e:2x4", "1x8x1", 16, 512),
+    ("mixtral-8x7b", "v6e:4x4", "1x8x2", 16, 512),  # configs/deploy/tpu-jobset.yaml
+    ("qwen3-30b-a3b", "v5e:2x4", "1x8x1", 8, 512),
     ("qwen3-30b-a3b", "v6e:2x4", "1x8x1", 32, 512),
-    ("qwen3-235b-a22b", "v5e:8x8", "1x32x2", 4, 512),
-    ("qwen3-235b-a22b", "v6e:4x8", "1x32x1", 16, 512),
-    ("qwen3-235b-a22b", "v5e:16x16", "4x64x1", 8, 512),
-    ("qwen3-235b-a22b", "v6e:16x16", "4x64x1", 32, 512),
+    ("qwen3-235b-a22b", "v5e:8x8", "1x16x4", 8, 128),
+    ("qwen3-235b-a22b", "v6e:4x8", "1x16x2", 8, 512),
+    ("qwen3-235b-a22b", "v5e:16x16", "2x32x4", 16, 256),
+    ("qwen3-235b-a22b", "v6e:16x16", "2x64x2", 16, 128),
 )
 CONTEXT, PAGE = 4096, 32  # tokens a sequence may have, tokens of a page
 COLLECTIVES = (
@@ -48,8 +51,18 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-ITEM = {"pred": 1, "bf16": 2}
-COLUMNS = ("model", "slice", "mesh", "step", "resident_gb", "temporary_gb", "of_memory", "collectives")
+BITS = {"pred": 8, "bf16": 16}
+COLUMNS = (
+    "model",
+    "slice",
+    "mesh",
+    "step",
+    "resident_gb",
+    "temporary_gb",
+    "code_gb",
+    "of_memory",
+    "collectives",
+)
 COLUMNS += ("sent_mb", "compile_s", "verdict")
 
 
@@ -69,11 +82,9 @@ class Case:
 def shape_bytes(text: str) -> list[int]:
     """The bytes of every array shape in a piece of HLO."""
     found = []
-    for kind, dims in re.findall(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]", text):
-        size = ITEM.get(kind) or int(kind[1:]) // 8
-        for n in filter(None, dims.split(",")):
-            size *= int(n)
-        found.append(size)
+    for kind, dims in re.findall(r"\b(pred|bf16|[suf]\d+)(?:e\w+)?\[([\d,]*)\]", text):
+        bits = BITS.get(kind) or int(kind[1:])
+        found.append(prod(map(int, filter(None, dims.split(",")))) * bits // 8)
     return found
 
 
@@ -83,22 +94,59 @@ def group_size(line: str, devices: int) -> int:
         return listed[1].count(",") + 1
     if compact := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(compact[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        # An axis, or a part of one: 'axis_0':(2)4 is the 4 behind the first 2.
+        return prod(
+            int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        )
     return devices
 
 
 def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
-    """Kind -> (how many, bytes that a chip sends if each goes around a ring)."""
-    opened = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    """Kind -> (how many, bytes that a chip sends if each goes around a ring).
+
+    Bodies of loops count once and all branches of conditions count: sampling has some, of a few bytes. What a
+    ragged all-to-all sends depends on the routing; it counts as the smaller of its two buffers, the rows that
+    a chip sends on average.
+    """
+    opened = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(([^)]*)\)")
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    computation, seen = "", set()
     for line in hlo.splitlines():
+        if line[:1] in ("%", "E"):
+            computation = line
         if (match := opened.search(line)) is None:
             continue
-        kind, n = match[2], group_size(line, devices)
-        whole = max(shape_bytes(match[1]), default=0)  # the larger side of a start's operand and result
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "reduce-scatter": float(n - 1)}
+        result, kind, started, operands = match.groups()
+        # One that goes on beside other work stands in each of the fusions that it runs along.
+        if chain := re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', line):
+            if (kind, *chain.groups()) in seen:
+                continue
+            seen.add((kind, *chain.groups()))
+        n, sizes = group_size(line, devices), shape_bytes(result)
+        # The start of an all-reduce has its result's shape; other starts have (operand, result, ...).
+        whole = max(sizes, default=0) if started and kind != "all-reduce" else sum(sizes)
+        if kind == "reduce-scatter":
+            whole *= n
+        elif kind == "all-reduce" and computation.startswith("%all-reduce-scatter"):
+            kind = "reduce-scatter"  # how the compiler writes one that it fuses
+        elif kind == "ragged-all-to-all":
+            operand = re.search(rf"{re.escape(operands.split(', ')[0])} = (\S+)", hlo)
+            whole = min([whole, *shape_bytes(operand[1] if operand else "")])
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
         found[kind][0] += 1
-        found[kind][1] += int(whole * share.get(kind, (n - 1) / n))
+        found[kind][1] += round(whole * share)
     return {kind: (count, sent) for kind, (count, sent) in sorted(found.items())}
+
+
+def named(case: Case) -> dict:
+    """The columns that say which case it is."""
+    step = f"decode {case.sequences}" if case.tokens == 1 else f"prefill {case.tokens}"
+    return {
+        "model": case.model.stem, "slice": case.slice, "mesh": "x".join(map(str, case.mesh)),
+        "step": f"{step} a rank", "transport": case.transport,
+    }  # fmt: skip
 
 
 def check(case: Case) -> dict:
@@ -125,14 +173,13 @@ def check(case: Case) -> dict:
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None  # this compiler tells both
     resident, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    of_memory = (resident + temporary) / MEMORY[case.slice.split(":")[0]]
+    code = memory.generated_code_size_in_bytes  # it lies in the same memory
+    of_memory = (resident + temporary + code) / MEMORY[case.slice.split(":")[0]]
     kinds = collectives(hlo, mesh.size)
-    return {
-        "model": case.model.stem, "slice": case.slice, "mesh": "x".join(map(str, case.mesh)),
-        "step": f"decode {slots} a rank" if case.tokens == 1 else f"prefill {case.tokens} a rank",
-        "layers": cfg.num_hidden_layers, "jax": jax.__version__, "transport": case.transport,
+    return named(case) | {
+        "layers": cfg.num_hidden_layers, "jax": jax.__version__, "libtpu": version("libtpu"),
         "resident_gb": round(resident / 1e9, 2), "temporary_gb": round(temporary / 1e9, 2),
-        "of_memory": round(of_memory, 2),
+        "code_gb": round(code / 1e9, 2), "of_memory": round(of_memory, 2),
         "collectives": ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items()) or "none",
         "sent_mb": round(sum(sent for _, sent in kinds.values()) / 1e6, 2),
         "by_kind": kinds, "compile_s": round(seconds, 1),
@@ -150,7 +197,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def main() -> int:
-    """Parses the arguments, sets libtpu's environment, prints or writes the report."""
+    """Parses the arguments, sets libtpu's environment, prints the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="a configs/model file (default: all cases of the table)")
     parser.add_argument("--slice", default="v6e:2x4", help="with --model (default: %(default)s)")
@@ -160,11 +207,12 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--transport", default="replicated", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--out", type=Path, help="the file for the markdown table")
     args = parser.parse_args()
     if (reason := tpu_aot.why_not()) is not None:
         raise SystemExit(reason)
-    lines, failed = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)], False
+    failed = False
+    if not args.json:
+        print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(tpu_aot.environment(Path(scratch)))
         del os.environ["LIBTPU_INIT_ARGS"]  # no dumps
@@ -172,12 +220,10 @@ def main() -> int:
             try:
                 row = check(case)
             except Exception as error:
-                row = asdict(case) | {"model": case.model.stem, "verdict": f"ERROR {str(error)[:300]}"}
+                row = named(case) | {"verdict": f"ERROR {' '.join(str(error)[:300].split())}"}
             failed |= row["verdict"] != "fits"
-            lines.append("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")
-            print(json.dumps(row, default=str) if args.json else lines[-1], flush=True)
-    if args.out is not None:
-        args.out.write_text("\n".join(lines) + "\n")
+            line = "| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |"
+            print(json.dumps(row, default=str) if args.json else line, flush=True)
     return int(failed)
 
 
