@@ -23,7 +23,8 @@ from flax import nnx
 from jmoe import LLM, ModelConfig, MoEConfig, SamplingParams
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.engine.build import model_directory
-from jmoe.engine.runner import Runner, Sizes
+from jmoe.engine.runner import Runner
+from jmoe.engine.step import Sizes
 from jmoe.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]

@@ -156,7 +156,7 @@ def check(case: Case) -> dict:
 
     from jmoe.config import ModelConfig, MoEConfig
     from jmoe.engine.lowering import lower_step
-    from jmoe.engine.runner import Sizes
+    from jmoe.engine.step import Sizes
     from jmoe.mesh import make_mesh
 
     cfg = ModelConfig(**tomllib.loads(case.model.read_text()))

@@ -9,12 +9,14 @@ import pytest
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.config import MoEConfig
+from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.engine import Engine
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.engine.runner import CompilationCounter, Runner, Sizes
+from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import SamplingRows, sample
 from jmoe.engine.scheduler import Scheduler
+from jmoe.engine.step import Sizes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 

@@ -18,8 +18,9 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
-from jmoe.engine.runner import Runner, Sizes
+from jmoe.engine.runner import Runner
 from jmoe.engine.scheduler import Scheduler
+from jmoe.engine.step import Sizes
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.models.decoder import Decoder

@@ -17,9 +17,10 @@ from jmoe.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
-from jmoe.engine.runner import BANNED, Runner, StepInput
+from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.scheduler import Scheduler
+from jmoe.engine.step import BANNED, StepInput
 from jmoe.engine.text import Detokenizer, TextCodec
 from jmoe.moe.types import CapacityCounts
 

@@ -6,8 +6,8 @@ from jax.sharding import Mesh
 
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.runner import Sizes, blank_input, is_lossy, jitted, make_knobs
 from jmoe.engine.stats import zero_totals
+from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
 from jmoe.mesh import sharding
 from jmoe.nn.kv_cache import page_layout
 

@@ -26,8 +26,9 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.line import Followers, Line, to_leader
 from jmoe.engine.nodes import Nodes, join
 from jmoe.engine.request import EngineDead
-from jmoe.engine.runner import Runner, Sizes, StepInput
+from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
+from jmoe.engine.step import Sizes, StepInput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.types import CapacityCounts
 

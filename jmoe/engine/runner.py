@@ -1,195 +1,23 @@
-"""The jitted steps of a model and everything they keep on the device: weights, KV pages, counters.
+"""Runs the steps of a model and keeps what lies on the device: weights, KV pages, counters."""
 
-One function serves prefill and decode: sequences ``[B, T]`` against the paged cache, sampled at each
-sequence's last token. B and T come from short lists of sizes, so that all shapes compile at warm-up.
-With several token ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``.
-"""
-
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding
-from jmoe_kernels.paged_attention import LayerPages
+from jax import Array
+from jax.sharding import Mesh
 
-from jmoe.config import MoEConfig
-from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
-from jmoe.engine.stats import PHASES, MoECounters, MoETotals, add_step, transported_bytes, zero_totals
-from jmoe.mesh import is_single, sharding
+from jmoe.engine.compilations import CompilationCounter
+from jmoe.engine.sampling import Sampled
+from jmoe.engine.stats import PHASES, MoECounters, MoETotals, transported_bytes
+from jmoe.engine.step import Sizes, StepInput, blank_input, is_lossy, jitted, make_knobs, totals_maker
+from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import CapacityCounts, Knobs
-from jmoe.nn.attention import Sequences
-from jmoe.nn.kv_cache import make_pages, page_spec
+from jmoe.moe.types import CapacityCounts
+from jmoe.nn.kv_cache import make_pages
 
-BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
 DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes that compile. decode: sequences a rank; prefill: tokens a run (multiples of the page size)."""
-
-    decode: tuple[int, ...]
-    prefill: tuple[int, ...]
-    page_size: int
-    pages_per_rank: int
-    table: int  # pages a sequence may have
-
-    def decode_size(self, sequences: int) -> int:
-        """The smallest compiled batch that holds ``sequences`` a rank."""
-        return next(s for s in self.decode if s >= sequences)
-
-    def prefill_size(self, left: int) -> int:
-        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill more than
-        half of it, else the largest that they fill; padding never doubles the work."""
-        holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
-        filled = [s for s in self.prefill if s <= left]
-        return holds if not filled or left > holds / 2 else filled[-1]
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``,
-    sampling parameters, and which rows opted out of lossy techniques ``[B]``."""
-
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    table_BM: np.ndarray
-    last_B: np.ndarray
-    rows: SamplingRows
-    exact_B: np.ndarray
-
-
-def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int) -> StepInput:
-    """An input of ``sequences`` rows on each of ``ranks`` in which every token is padding."""
-    b = ranks * sequences
-    rows = SamplingRows(
-        temperature_B=np.zeros(b, np.float32),
-        top_p_B=np.ones(b, np.float32),
-        top_k_B=np.zeros(b, np.int32),
-        seed_B=np.zeros(b, np.int32),
-        position_B=np.zeros(b, np.int32),
-        banned_BX=np.full((b, BANNED), vocab_size, np.int32),
-        logprobs=np.zeros((), bool),
-    )
-    return StepInput(
-        np.zeros((b, tokens), np.int32),
-        np.full((b, tokens), -1, np.int32),
-        np.zeros((b, sizes.table), np.int32),
-        np.zeros(b, np.int32),
-        rows,
-        np.zeros(b, bool),
-    )
-
-
-def is_lossy(moe: MoEConfig) -> bool:
-    """Whether any technique may change what plain top-k gives."""
-    return moe.capacity is not None
-
-
-def make_knobs(capacity_factor: float, step: int) -> Knobs:
-    return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
-
-
-def readable(outputs: Any, mesh: Mesh) -> Any:
-    """``outputs`` whole on every device, so that the host of each can read them; for use under jit."""
-    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
-
-
-@dataclass(frozen=True)
-class ModelFunctions:
-    """The jitted functions of one model, over its flat list of weights.
-
-    The model's structure is closed over: as a static argument it would be hashed at every call (0.8 ms for
-    six layers, a third of a decode step).
-    """
-
-    graph: nnx.GraphDef
-    structure: Any  # a jax tree definition
-
-    def merge(self, weights: list[Array]) -> Decoder:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
-
-    def step(
-        self,
-        weights: list[Array],
-        pages: list[LayerPages],
-        totals: MoETotals,
-        given: tuple,
-        lossy: tuple[Array, Knobs] | None,
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, CapacityCounts | None]:
-        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured."""
-        tokens_BT, positions_BT, table_BM, last_B, rows = given
-        model = self.merge(weights)
-        exact_B, knobs = (None, None) if lossy is None else lossy
-        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs)
-        assert out.pages is not None
-        last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-        with jax.named_scope("sample"):
-            sampled = sample(model.logits(last_BD), rows)
-        # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
-        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
-        pages = lax.with_sharding_constraint(out.pages, kept)
-        totals = add_step(totals, out.stats)
-        sampled, totals, limited_B = readable((sampled, totals, out.limited_B), model.mesh)
-        return sampled, out.hidden_BTD, pages, totals, limited_B
-
-    def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""
-        model = self.merge(weights)
-        b, t, d = hidden_BTD.shape
-        chunk = min(128, b * t)
-        padded = -(b * t) % chunk
-        flat = jnp.pad(hidden_BTD.reshape(b * t, d), ((0, padded), (0, 0))).reshape(-1, chunk, d)
-        targets = jnp.pad(targets_BT.reshape(b * t), (0, padded)).reshape(-1, chunk)
-        scored = lax.map(lambda args: score(model.logits(args[0]), args[1]), (flat, targets))
-        scored = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[2:])[: b * t].reshape(b, t, *a.shape[2:]), scored
-        )
-        return readable(scored, model.mesh)
-
-    def window_logits(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> Array:
-        """``[B, T, V]`` logits of whole windows, without the cache."""
-        model = self.merge(weights)
-        return readable(model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD), model.mesh)
-
-
-@dataclass(frozen=True)
-class Jitted:
-    """The functions of ``ModelFunctions``, jitted. Each keeps what it has compiled, by shapes and devices."""
-
-    step: jax.stages.Wrapped
-    score: jax.stages.Wrapped
-    window_logits: jax.stages.Wrapped
-
-
-@lru_cache(maxsize=8)
-def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
-    """The jitted functions of one structure: runners of equal models share them, and what they compiled.
-
-    The graph, which holds the configuration and the mesh, is hashed once a runner. The bound frees the
-    programs of models that are no longer run.
-    """
-    functions = ModelFunctions(graph, structure)
-    return Jitted(
-        step=jax.jit(functions.step, donate_argnums=(1, 2)),
-        score=jax.jit(functions.score),
-        window_logits=jax.jit(functions.window_logits),
-    )
-
-
-@lru_cache(maxsize=8)
-def totals_maker(layers: int, experts: int, where: NamedSharding) -> Callable[[], MoETotals]:
-    """A compiled maker of zeros: putting arrays on a mesh of several processes would compare them first."""
-    return jax.jit(partial(zero_totals, layers, experts), out_shardings=where)
 
 
 class Runner:
@@ -284,41 +112,3 @@ class Runner:
         """Lets go of the weights and the cache; nothing runs any more."""
         self.weights, self.pages = [], []
         self.compilations.close()
-
-
-class CompilationCounter:
-    """Compilations inside ``watch`` after warm-up, as jax itself reports them.
-
-    jax tells of every compilation in the process; another model's, or other code's, are not a runner's.
-    """
-
-    EVENT = "/jax/core/compile/backend_compile_duration"
-
-    def __init__(self) -> None:
-        self.after_warm_up = 0
-        self._warm, self._open = False, True
-        self._watched: int | None = None  # the thread that is in ``watch``
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def warm_up_done(self) -> None:
-        """Counts from now on."""
-        self._warm = True
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """What this thread compiles inside counts."""
-        self._watched = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._watched = None
-
-    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if self._warm and event == self.EVENT and threading.get_ident() == self._watched:
-            self.after_warm_up += 1
-
-    def close(self) -> None:
-        """Stops listening; safe to call again."""
-        if self._open:
-            jax.monitoring.unregister_event_duration_listener(self._heard)
-        self._open = False

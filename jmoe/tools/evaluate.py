@@ -21,7 +21,7 @@ import numpy as np
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
-from jmoe.engine.runner import StepInput
+from jmoe.engine.step import StepInput
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 Mode = Literal["prefill", "decode"]
