@@ -85,6 +85,23 @@ def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
 
 
 @needs_tpu_compiler
+def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all():
+    """Heads over 4 expert ranks: a prompt's rows go around once gathered, once scattered, in each half layer.
+
+    A chip sends 3/4 of the rows each time: bfloat16 to attention and to the experts, float32 back. Reducing
+    all and slicing would send attention's sums twice.
+    """
+    where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS), "--attention", "tp")
+    status, (_, prefill) = check("--model", str(QWEN), *where, "--transport", "replicated")
+    assert status == 0, prefill
+    once = LAYERS * 512 * 2048 * 3 / 4
+    kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
+    assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4), rel=0.05), prefill
+    assert kinds["all-gather"] == pytest.approx(once * (2 + 2), rel=0.05), prefill
+    assert kinds.get("all-reduce", 0) < 0.05 * once, prefill
+
+
+@needs_tpu_compiler
 def test_what_does_not_fit_a_chip_fails():
     """Six layers of Mixtral have 17 GB of weights; a v5e chip has 16 GB."""
     where = ("--slice", "v5e:2x2", "--mesh", "1x1x1", "--layers", "6", "--sequences", "1", "--tokens", "64")
