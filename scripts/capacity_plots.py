@@ -77,8 +77,8 @@ def draw_load(pyplot: Any, results: dict[str, Any]) -> Any:
             axis.bar(np.arange(len(values)) + i * width, values, width, label=name)
         axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=45, ha="right", fontsize=7)
         axis.axhline(1, color="black", lw=0.6)
-        axis.set(title=f"{title}: peak / even share, gamma = 1.5")
-        axis.legend(fontsize=6)
+        axis.set(title=title, ylabel="peak at gamma = 1.5")
+        axis.legend(fontsize=6, loc="lower right")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     return figure

@@ -107,7 +107,8 @@ class Meter:
 
     def _step(self, batch: list[Piece]) -> list[np.ndarray]:
         """The log-probabilities of each window's tokens but its first."""
-        size = self.runner.sizes.prefill_size(max(len(w) for _, w in batch))
+        longest = max(len(w) for _, w in batch)
+        size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
         given = self.runner.blank(self.rows, size)
         targets = np.zeros_like(given.tokens_BT)
         # Neighbours go to different ranks, so that a short batch leaves no rank empty.
@@ -123,34 +124,36 @@ class Meter:
 
 
 def summary(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """JSON form of one setting. Peaks are means over the steps, by layer."""
+    """JSON form of one setting. Peaks are means over the steps, weighted by tokens, by layer."""
     steps = [step for d in domains.values() for step in d["steps"]]
     plain = sum(step[0] for step in steps) * len(steps[0][1])
     computed, dropped, rerouted = (sum(int(step[i].sum()) for step in steps) for i in (1, 2, 3))
     expert = [[expert_peak(c, n) for c in counts_LE] for n, counts_LE, *_ in steps]
     device = [[device_peak(rank_loads(c), n) for c in counts_LE] for n, counts_LE, *_ in steps]
+    weights = [step[0] for step in steps]
     return {
         "nll": {name: d["nll"].round(3).tolist() for name, d in domains.items()},
         "dropped": dropped / plain,
         "rerouted": rerouted / plain,
         "extra": (computed + dropped) / plain - 1,
-        "expert_peak_L": np.mean(expert, 0).round(4).tolist(),
-        "device_peak_L": np.mean(device, 0).round(4).tolist(),
+        "expert_peak_L": np.average(expert, 0, weights).round(4).tolist(),
+        "device_peak_L": np.average(device, 0, weights).round(4).tolist(),
     }
 
 
 def placements(domains: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Device peaks by layer under redundant placement, mean over steps: placed for the domain's own load, and
+    """Device peaks by layer under redundant placement, means as in ``summary``: placed for the domain's own load, and
     for that of the other domains."""
     total = {name: np.sum([s[1] for s in d["steps"]], 0) for name, d in domains.items()}
     peaks: dict[str, list[list[float]]] = {"own": [], "others": []}
+    weights = [step[0] for d in domains.values() for step in d["steps"]]
     for name, d in domains.items():
         others = np.sum([t / t.sum() for other, t in total.items() if other != name], 0)
         for kind, history_LE in (("own", total[name]), ("others", others)):
             for _, counts_LE, *_ in d["steps"]:
                 pairs = zip(counts_LE, history_LE, strict=True)
                 peaks[kind].append([eplb_peak(c, h, EPLB_EXTRA) for c, h in pairs])
-    return {kind: np.mean(values, 0).round(4).tolist() for kind, values in peaks.items()}
+    return {kind: np.average(values, 0, weights).round(4).tolist() for kind, values in peaks.items()}
 
 
 class Bench:

@@ -110,6 +110,11 @@ def bound_lines(model: str, domains: dict[str, Any]) -> list[str]:
         [policy, *(spread(at(policy, f)) for f in FACTORS), paper(model, policy)]
         for policy in ("drop", "expand", "reroute")
     ]
+    for policy in ("drop", "expand", "reroute"):
+        computed = [[layer[at(policy, f)][2] for layer in layers] for f in FACTORS]
+        rows.append(
+            [f"{policy}: assignments computed, %", *(f"{100 * np.mean(c):.1f}" for c in computed), "-"]
+        )
     rows += [[f"EPLB, {kind}", spread(f"eplb+8/{kind}"), "", "", "", "-"] for kind in ("own", "others")]
     head = [
         "layer gain that the loads allow",
