@@ -44,11 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def command(parser: argparse.ArgumentParser, args: argparse.Namespace, part: str) -> str:
-    """What measures the part so again: every option that is not at its default, but where files lie."""
+    """What measures the part so again: those of its own options that are not at their defaults."""
     words = ["python scripts/bench_capacity.py --data ../shared/data --parts", part]
-    for name, value in vars(args).items():
-        if name not in ("data", "out", "parts") and value != parser.get_default(name):
-            words.append(f"--{name}" if value is True else f"--{name} {value}")
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if (action.help or "").startswith(f"{part}:") and value != action.default:
+            words.append(f"--{action.dest}" if value is True else f"--{action.dest} {value}")
     return " ".join(words)
 
 

@@ -142,8 +142,10 @@ def summary(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def placements(domains: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Device peaks by layer under redundant placement, means as in ``summary``: placed for the domain's own load, and
-    for that of the other domains."""
+    """Device peaks by layer under redundant placement, means as in ``summary``.
+
+    "own": placed for the domain's own load; "others": for that of the other domains.
+    """
     total = {name: np.sum([s[1] for s in d["steps"]], 0) for name, d in domains.items()}
     peaks: dict[str, list[list[float]]] = {"own": [], "others": []}
     weights = [step[0] for d in domains.values() for step in d["steps"]]

@@ -37,7 +37,7 @@ def bundled_part(quality: dict[str, Any]) -> list[str]:
     return [
         "### The bundled model, its own routing",
         "",
-        "Most loaded expert (of 32), mean over the steps and domains of the quality runs:",
+        "Most loaded expert (of 32), mean over the quality runs' steps, weighted by tokens:",
         "",
         *table(head, [[str(i), *row(i, "expert_peak_L")] for i in layers]),
         "Most loaded device (of 8, four experts each). EPLB has one redundant expert a device; it is placed "

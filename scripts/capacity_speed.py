@@ -7,6 +7,7 @@ Settings take turns in rounds; a speed-up is a ratio within a round. Noise lengt
 equal ranks, so it works against the balanced settings; each time is the better of two.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -202,6 +203,7 @@ def measure(routing: Path, gpu: bool, link_gbs: float, rounds: int) -> dict[str,
     platform = jax.default_backend()
     if gpu and platform == "cpu":
         raise SystemExit("--gpu: jax sees no accelerator here")
+    cores = len(os.sched_getaffinity(0))
     start, cases, stages = time.perf_counter(), {}, {}
     for model, shape in shapes.items():
         dims = (shape.experts // RANKS + 1, shape.inner, shape.model)
@@ -221,7 +223,7 @@ def measure(routing: Path, gpu: bool, link_gbs: float, rounds: int) -> dict[str,
             print(f"{model} {name}: {time.perf_counter() - start:.0f} s", flush=True)
     return {
         "platform": platform,
-        "device": jax.devices()[0].device_kind,
+        "device": f"{cores} CPU cores" if platform == "cpu" else jax.devices()[0].device_kind,
         "link_gbs": link_gbs,
         "rounds": rounds,
         "shapes": {model: vars(shape) for model, shape in shapes.items()},
