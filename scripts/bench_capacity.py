@@ -84,6 +84,7 @@ def main() -> None:
         return
     if not args.gpu:
         pin(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "capacity.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for part in args.parts:

@@ -31,7 +31,7 @@ FACTORS = (2.0, 1.5, 1.0)
 POLICIES = ("drop", "expand")
 DOMAINS = ("github", "wikipedia")
 BASELINE, EPLB = "plain", "eplb+8"
-BUCKET = 256  # rows that a rank's buffer is rounded up to
+BUCKET = 256  # a rank's buffer is a multiple of this many rows, or of a sixteenth of the even share
 STATED_PEAK = {"mixtral": 3.0, "olmoe": 7.0}  # the paper's words: "under 3N" (upcycled), "over 7N" (OLMoE)
 
 
@@ -127,17 +127,19 @@ def best_of_two(run: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Timer:
-    """One rank's weights, the kernel, and the link's bytes a second."""
+    """One rank's weights, the kernel, the link's bytes a second, and what buffers are a multiple of, in rows:
+    every size compiles."""
 
     weights: ExpertWeights
     mlp: Callable[..., Any]
     bandwidth: float
+    bucket: int
 
     def rank_runs(self, groups_RL: np.ndarray) -> list[Callable[[], Any]]:
         """Each rank's experts' work, compiled and warm."""
         runs = []
         for groups_L in groups_RL:
-            rows = max(BUCKET, -(-int(groups_L.sum()) // BUCKET) * BUCKET)
+            rows = max(1, -(-int(groups_L.sum()) // self.bucket)) * self.bucket
             x = jnp.ones((rows, self.weights.dims[2]), jnp.bfloat16)
             runs.append(partial(self.mlp, x, self.weights, jnp.asarray(groups_L, jnp.int32)))
             jax.block_until_ready(runs[-1]())
@@ -209,7 +211,7 @@ def measure(routing: Path, gpu: bool, link_gbs: float, rounds: int) -> dict[str,
         dims = (shape.experts // RANKS + 1, shape.inner, shape.model)
         kernel, why = pick(platform, jnp.bfloat16, dims)
         mlp = jax.jit(partial(grouped_mlp, implementation=kernel))
-        timer = Timer(weights_of(shape), mlp, link_gbs * 1e9)
+        timer = Timer(weights_of(shape), mlp, link_gbs * 1e9, max(BUCKET, shape.tokens * shape.k // 16))
         print(f"{model}: {why}", flush=True)
         layers = {
             f"{domain}, layer {slot}": layer
