@@ -115,9 +115,9 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
     return jnp.where(ordered_BV >= threshold_B[:, None], x_BV, -jnp.inf)
 
 
-def score(logits_NV: Float[Array, "N V"], ids_N: Int[Array, " N"]) -> tuple[Array, Array, Array]:
+def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:
     """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32."""
     logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
-    chosen_N = jnp.take_along_axis(logprob_NV, ids_N[:, None], axis=-1)[:, 0]
-    top_NA, top_ids_NA = lax.top_k(logprob_NV, min(MAX_LOGPROBS, logits_NV.shape[1]))
+    chosen_N = jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
+    top_NA, top_ids_NA = lax.top_k(logprob_NV, min(MAX_LOGPROBS, logits_NV.shape[-1]))
     return chosen_N, top_ids_NA.astype(jnp.int32), top_NA

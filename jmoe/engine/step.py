@@ -140,18 +140,24 @@ class ModelFunctions:
         return sampled, out.hidden_BTD, pages, totals, limited_B
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT`` and the likeliest tokens, 128 positions at a time."""
+        """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.
+
+        A few positions of every sequence together, so that each rank of a mesh has its own ones to do.
+        """
         model = self.merge(weights)
-        b, t, d = hidden_BTD.shape
-        chunk = min(128, b * t)
-        padded = -(b * t) % chunk
-        flat = jnp.pad(hidden_BTD.reshape(b * t, d), ((0, padded), (0, 0))).reshape(-1, chunk, d)
-        targets = jnp.pad(targets_BT.reshape(b * t), (0, padded)).reshape(-1, chunk)
-        scored = lax.map(lambda args: score(model.logits(args[0]), args[1]), (flat, targets))
-        scored = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[2:])[: b * t].reshape(b, t, *a.shape[2:]), scored
-        )
-        return readable(scored, model.mesh)
+        b, t, _ = hidden_BTD.shape
+        chunk = max(1, 128 // b)
+
+        def chunks(a_BT: Array) -> Array:
+            padded = jnp.pad(a_BT, ((0, 0), (0, -t % chunk), *[(0, 0)] * (a_BT.ndim - 2)))
+            return padded.reshape(b, -1, chunk, *a_BT.shape[2:]).swapaxes(0, 1)
+
+        def joined(a_NBC: Array) -> Array:
+            return a_NBC.swapaxes(0, 1).reshape(b, -1, *a_NBC.shape[3:])[:, :t]
+
+        args = chunks(hidden_BTD), chunks(targets_BT)
+        scored = lax.map(lambda each: score(model.logits(each[0]), each[1]), args)
+        return readable(jax.tree.map(joined, scored), model.mesh)
 
     def window_logits(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> Array:
         """``[B, T, V]`` logits of whole windows, without the cache."""

@@ -1,0 +1,137 @@
+"""Load statistics of a MoE layer, and routing drawn from published token-level counts.
+
+A peak is the greatest load over the even share, N = tokens x k / experts (the paper's), for an expert, or
+tokens x k / ranks for a device. The even share is that of plain top-k: dropping does not lower it, so that
+peaks before and after compare as times do.
+"""
+
+import lzma
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.config import CapacityConfig
+from jmoe.moe.capacity import limit
+from jmoe.moe.placement import balance
+from jmoe.moe.types import Knobs, Routing, TokenFlags
+
+RANKS = 8
+SLOTS = (0, 7, 15)  # the model's layers that were published
+MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # name in the files, experts, top k
+
+
+# ---- peaks
+
+
+def expert_peak(counts_E: np.ndarray, plain: float) -> float:
+    """The most loaded expert's assignments over the even share of ``plain`` assignments."""
+    return float(counts_E.max() * counts_E.size / plain)
+
+
+def device_peak(loads_R: np.ndarray, plain: float) -> float:
+    """The same of the most loaded rank."""
+    return float(loads_R.max() * loads_R.size / plain)
+
+
+def rank_loads(counts_E: np.ndarray, ranks: int = RANKS) -> np.ndarray:
+    """Each rank's load, with the experts in order over the ranks."""
+    return counts_E.reshape(ranks, -1).sum(1)
+
+
+def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: int = RANKS) -> float:
+    """The device peak of ``counts_E`` under the placement balanced for ``history_E`` with ``extra`` slots."""
+    slots = counts_E.size + extra
+    placement = balance(history_E[None], slots=slots, ranks=ranks, model="bench")
+    return device_peak(placement.rank_loads(counts_E[None].astype(float))[0], counts_E.sum())
+
+
+# ---- published routing
+
+
+@dataclass(frozen=True)
+class Published:
+    """One model, domain and layer. ids_V: the token ids seen; often_V: their shares; chosen_VE: how often a
+    token of that id chose each expert (rows sum to k)."""
+
+    often_V: Float[np.ndarray, " V"]
+    chosen_VE: Float[np.ndarray, "V E"]
+    k: int
+
+    @classmethod
+    def from_rows(cls, rows_N3: Int[np.ndarray, "N 3"], experts: int, k: int) -> Self:
+        """rows: expert, token id, count."""
+        _, token_N = np.unique(rows_N3[:, 1], return_inverse=True)
+        counts_VE = np.zeros((token_N.max() + 1, experts))
+        np.add.at(counts_VE, (token_N, rows_N3[:, 0]), rows_N3[:, 2])
+        seen_V = counts_VE.sum(1) / k
+        return cls(seen_V / seen_V.sum(), counts_VE / seen_V[:, None], k)
+
+    def draw(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(ids_TK, scores_TE) of independent tokens.
+
+        An expert is among a token's k with exactly its published frequency (systematic sampling over a random
+        order of the experts). No router scores are published: these are the frequencies, lifted a little
+        above 0, with the token's own choices scored 1 more.
+        """
+        experts = self.chosen_VE.shape[1]
+        chosen_TE = self.chosen_VE[rng.choice(len(self.often_V), tokens, p=self.often_V)]
+        order_TE = rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)
+        ends_TE = np.cumsum(np.take_along_axis(chosen_TE, order_TE, 1), 1) - rng.random((tokens, 1))
+        # The n-th choice is the expert whose stretch of the line holds n; rounding must not lose the last.
+        at_TK = (ends_TE[:, None, :] > np.arange(self.k)[None, :, None] + 1e-9).argmax(2)
+        ids_TK = np.take_along_axis(order_TE, at_TK, 1)
+        scores_TE = chosen_TE + 1e-3
+        np.put_along_axis(scores_TE, ids_TK, 1 + np.take_along_axis(scores_TE, ids_TK, 1), 1)
+        return ids_TK.astype(np.int32), (scores_TE / scores_TE.sum(1, keepdims=True)).astype(np.float32)
+
+
+def read_published(routing: Path) -> dict[tuple[str, str], list[Published]]:
+    """(model, domain) -> its layers, of every ``token_expert`` file there is."""
+    found = {}
+    for model, (name, experts, k) in MODELS.items():
+        for path in sorted(routing.glob(f"token_expert_{name}_*.csv.xz")):
+            with lzma.open(path, "rt") as file:
+                rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
+            layers = [Published.from_rows(rows[rows[:, 0] == s, 1:], experts, k) for s in range(len(SLOTS))]
+            found[model, path.name.split(".")[0].split("_")[-1]] = layers
+    return found
+
+
+# ---- the limit on ranks of their own tokens
+
+
+@partial(jax.jit, static_argnames=("cfg", "ranks"))
+def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ranks: int) -> Any:
+    tokens, experts = ids_RTK.shape[1], scores_RTE.shape[2]
+    held = experts // ranks
+
+    def one(rank: Any, ids_TK: Any, scores_TE: Any) -> Any:
+        plain = Routing(ids_TK, jnp.take_along_axis(scores_TE, ids_TK, 1), scores_TE)
+        seed = Knobs(factor, jnp.zeros((), jnp.int32)).of(rank).seed
+        flags = TokenFlags(jnp.ones(tokens, bool))
+        return limit(plain, flags, cfg, factor=factor, local=(rank * held, held), seed=seed)[0].ids_TK
+
+    return jax.lax.map(lambda args: one(*args), (jnp.arange(ranks), ids_RTK, scores_RTE))
+
+
+def limited_matrix(
+    ids_RTK: np.ndarray, scores_RTE: np.ndarray, cfg: CapacityConfig | None, factor: float = 1.0
+) -> Int[np.ndarray, "R E"]:
+    """The assignments that each rank's tokens send to each expert; cfg None is plain top-k."""
+    ranks, _, experts = scores_RTE.shape
+    if cfg is not None:
+        ids_RTK = np.asarray(_limited(ids_RTK, scores_RTE, np.float32(factor), cfg, ranks))
+    return np.stack([np.bincount(ids.ravel(), minlength=experts + 1)[:experts] for ids in ids_RTK])
+
+
+def draw_ranks(layer: Published, tokens: int, seed: int, ranks: int = RANKS) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_RTK, scores_RTE): ``tokens`` independent tokens on each rank."""
+    rng = np.random.default_rng(seed)
+    drawn = [layer.draw(tokens, rng) for _ in range(ranks)]
+    return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
