@@ -21,31 +21,41 @@ struct Phase {
   std::function<void(int64_t)> run;
 };
 
-// Phases run one after the other, the items of one on any thread. A worker that arrives late finds every
+// Phases run one after the other, the items of one on any thread: each begins with a run of neighbours of its
+// own, as neighbouring weights stream fastest, and then helps the others. A worker that arrives late finds every
 // phase taken and leaves, so nobody waits for a thread that never came; the state outlives it.
 class Job {
  public:
-  explicit Job(std::vector<Phase> phases) : phases_(std::move(phases)), marks_(phases_.size()) {}
+  Job(std::vector<Phase> phases, int64_t threads)
+      : threads_(threads), phases_(std::move(phases)), next_(phases_.size() * threads), done_(phases_.size()) {}
 
   void work() {
+    const int64_t me = arrived_.at.fetch_add(1, std::memory_order_relaxed);
     for (size_t p = 0; p < phases_.size(); p++) {
-      Mark& mark = marks_[p];
-      for (int64_t i; (i = mark.next.fetch_add(1, std::memory_order_relaxed)) < phases_[p].items;) {
-        phases_[p].run(i);
-        mark.done.fetch_add(1, std::memory_order_release);
-      }
-      for (int spins = 0; mark.done.load(std::memory_order_acquire) < phases_[p].items; spins++)
+      for (int64_t k = 0; k < threads_; k++) run_part(p, (me + k) % threads_);
+      for (int spins = 0; done_[p].at.load(std::memory_order_acquire) < phases_[p].items; spins++)
         if (spins > 2000) std::this_thread::yield();
     }
   }
 
  private:
-  struct Mark {
-    alignas(64) std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+  struct Counter {
+    alignas(64) std::atomic<int64_t> at{0};
   };
+
+  void run_part(size_t p, int64_t part) {
+    const int64_t items = phases_[p].items, first = items * part / threads_, end = items * (part + 1) / threads_;
+    Counter& next = next_[p * threads_ + part];
+    for (int64_t i; (i = first + next.at.fetch_add(1, std::memory_order_relaxed)) < end;) {
+      phases_[p].run(i);
+      done_[p].at.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  int64_t threads_;
   std::vector<Phase> phases_;
-  std::vector<Mark> marks_;
+  std::vector<Counter> next_, done_;
+  Counter arrived_;
 };
 
 // Runs the phases over the pool; on the calling thread alone where the work is small (waking another
@@ -58,7 +68,7 @@ inline void run_phases(xla::ffi::ThreadPool& pool, std::vector<Phase> phases, do
       for (int64_t i = 0; i < phase.items; i++) phase.run(i);
     return;
   }
-  auto job = std::make_shared<Job>(std::move(phases));
+  auto job = std::make_shared<Job>(std::move(phases), threads);
   for (int64_t i = 1; i < threads; i++) pool.Schedule([job] { job->work(); });
   job->work();
 }
