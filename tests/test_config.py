@@ -20,7 +20,7 @@ def test_json_and_toml_say_the_same(tmp_path: Path):
         '[moe]\ntransport = "all_to_all"\n[moe.capacity]\npolicy = "reroute"\nfactor = 2\nrounds = 5\n'
     )
     text = '{"transport": "all_to_all", "capacity": {"policy": "reroute", "factor": 2, "rounds": 5}}'
-    expected = MoEConfig("all_to_all", capacity=CapacityConfig(2, "reroute", rounds=5))
+    expected = MoEConfig(transport="all_to_all", capacity=CapacityConfig(2, "reroute", rounds=5))
     assert MoEConfig.from_text(str(toml)) == MoEConfig.from_text(text) == expected
     assert hash(expected) == hash(MoEConfig.from_text(text)), "modules hold it as static data"
 

@@ -34,6 +34,7 @@ def test_every_instruction_set_equals_numpy(check, isa: str):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX and its emulation are x86")
+@pytest.mark.sanitizer
 @pytest.mark.skipif(not shutil.which("g++"), reason="the sanitizer's library is looked up with g++")
 def test_emulated_amx_under_the_address_sanitizer(tmp_path: Path):
     """All kernels on all sets, every access checked; "plain C++" last shows that the run went through."""
