@@ -1,7 +1,7 @@
 """Grouped-query attention over a window of its own tokens, or over a paged KV cache.
 
 Sequences and heads are split over the mesh as ``Split`` says. Where heads are split over ``expert`` too, a
-rank's tokens are gathered before and scattered, summed, behind: twice the fraction of an all-reduce's work.
+rank's tokens are gathered before and scattered, summed, behind: each sends half of what an all-reduce does.
 Where there are fewer KV heads than ranks, each rank keeps the one KV head that its query heads share.
 """
 
