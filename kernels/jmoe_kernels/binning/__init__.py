@@ -1,0 +1,6 @@
+"""Batch-level binning of a router's choices onto fewer experts (LYNX), and its order by expert."""
+
+from jmoe_kernels.binning.api import Implementation, bin_experts, pick, supports
+from jmoe_kernels.binning.types import Binned, Method, Rule
+
+__all__ = ["Binned", "Implementation", "Method", "Rule", "bin_experts", "pick", "supports"]

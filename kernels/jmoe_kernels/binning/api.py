@@ -1,0 +1,78 @@
+"""``bin_experts``: one entry for every implementation; a named one raises where it cannot run."""
+
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jmoe_kernels.binning.reference import bin_experts_reference
+from jmoe_kernels.binning.types import Binned, Rule
+
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+
+
+def _pallas(name: str) -> ModuleType:
+    """The module of a Pallas implementation, imported when asked for."""
+    return import_module(f"jmoe_kernels.binning.{name}")
+
+
+def supports(
+    implementation: str, platform: str, experts: int, rule: Rule, *, interpret: bool = False
+) -> str | None:
+    """Why ``implementation`` cannot bin over ``experts`` on ``platform``, or None if it can."""
+    if implementation not in get_args(Implementation):
+        return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
+    if implementation == "xla":
+        return None
+    needed = implementation.removeprefix("pallas_")
+    if needed != platform and not interpret:
+        return f"binning {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if rule.method == "random":
+        return f"binning {implementation!r} has no random draws, which are a baseline; 'xla' can run"
+    reason = _pallas(implementation).supports(experts, rule)
+    return reason and f"binning {implementation!r}: {reason}; 'xla' can run"
+
+
+def pick(platform: str, experts: int, rule: Rule) -> tuple[Implementation, str]:
+    """The implementation for ``platform``, and why."""
+    if platform not in ("tpu", "gpu"):
+        return "xla", "portable XLA"
+    own: Implementation = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
+    if (reason := supports(own, platform, experts, rule)) is not None:
+        return "xla", "portable XLA: " + reason
+    return own, f"the fused Pallas kernel for {platform}"
+
+
+def bin_experts(
+    logits_TE: Float[Array, "T E"],
+    valid_T: Bool[Array, " T"],
+    lossy_T: Bool[Array, " T"],
+    rule: Rule,
+    *,
+    renormalize: bool,
+    implementation: Implementation,
+    platform: str,
+    interpret: bool = False,
+    total: Callable[[Array], Array] | None = None,
+) -> Binned:
+    """Softmax routing, the active set, the remapped assignments and their order by expert.
+
+    valid_T: not padding; lossy_T: those of them that vote and may be remapped, the others' experts are always
+    active. renormalize: a token's weights sum to 1. total: sums votes over the ranks that share the experts'
+    weights, of which each bins its own tokens; None where there is one. Method "random" is not for this
+    entry. Raises ValueError with the reason where a named implementation cannot run.
+    """
+    if (
+        reason := supports(implementation, platform, logits_TE.shape[1], rule, interpret=interpret)
+    ) is not None:
+        raise ValueError(f"bin_experts: {reason}")
+    logits_TE = logits_TE.astype(jnp.float32)
+    if implementation == "xla":
+        return bin_experts_reference(logits_TE, valid_T, lossy_T, rule, renormalize=renormalize, total=total)
+    return _pallas(implementation).bin_experts(
+        logits_TE, valid_T, lossy_T, rule, renormalize=renormalize, interpret=interpret, total=total
+    )

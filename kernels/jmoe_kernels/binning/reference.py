@@ -1,0 +1,151 @@
+"""Binning in jax.numpy: what the kernels must equal, and what runs where none does.
+
+Three stages, so that ranks which share the experts' weights can sum their votes between the first and the
+second: ``cast_votes`` -> ``choose_active`` -> ``remap``. All numbers that decide the set are whole: it does
+not depend on the order of the tokens, on padding, or on how they are split over ranks.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe_kernels.binning.types import BINS, EXACT, VOTE_ROWS, Binned, Rule
+
+
+def route_softmax(
+    logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
+    """(ids, weights, scores) of each token's ``k`` experts by softmax, best first; ties to the lower id."""
+    scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
+    weights_TK, ids_TK = lax.top_k(scores_TE, k)
+    if renormalize:
+        weights_TK = weights_TK / jnp.sum(weights_TK, axis=-1, keepdims=True)
+    return ids_TK.astype(jnp.int32), weights_TK, scores_TE
+
+
+def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: Rule) -> Int[Array, "T K"]:
+    """The bin of each choice, 0 the dearest: by the gap to the token's best logit, or by rank for "oea".
+
+    Choice c lies in bin b where ``b * bin_width <= gap < (b + 1) * bin_width``; the last bin has no end.
+    """
+    if rule.method in ("popularity", "random"):
+        return jnp.zeros(ids_TK.shape, jnp.int32)
+    if rule.method == "oea":
+        late_K = jnp.arange(ids_TK.shape[1], dtype=jnp.int32) >= rule.k0
+        return jnp.broadcast_to(late_K.astype(jnp.int32), ids_TK.shape)
+    logit_TK = jnp.take_along_axis(logits_TE, ids_TK, axis=1)
+    gap_TK = jnp.max(logit_TK, axis=1, keepdims=True) - logit_TK
+    return jnp.sum(gap_TK[..., None] >= edges(rule), axis=-1, dtype=jnp.int32)
+
+
+def edges(rule: Rule) -> np.ndarray:
+    """Where bins 1, 2, ... begin, float32; above 0, so that a token's best choice is always in bin 0."""
+    return np.arange(1, BINS) * np.maximum(np.float32(rule.bin_width), np.finfo(np.float32).tiny)
+
+
+def cast_votes(
+    ids_TK: Int[Array, "T K"],
+    logits_TE: Float[Array, "T E"],
+    valid_T: Bool[Array, " T"],
+    lossy_T: Bool[Array, " T"],
+    rule: Rule,
+) -> Int[Array, "V E"]:
+    """How many lossy tokens chose each expert, by bin, and how many exact ones, in the row ``EXACT``."""
+    experts = logits_TE.shape[1]
+    row_TK = jnp.where(lossy_T[:, None], vote_bins(ids_TK, logits_TE, rule), EXACT)
+    flat_TK = jnp.where(valid_T[:, None], row_TK * experts + ids_TK, VOTE_ROWS * experts)
+    votes = jnp.bincount(flat_TK.reshape(-1), length=VOTE_ROWS * experts)
+    return votes.astype(jnp.int32).reshape(VOTE_ROWS, experts)
+
+
+def budget(rule: Rule, union: Int[Array, ""]) -> Int[Array, ""]:
+    """How many experts of a union a budget keeps: ceil(keep * union), at least k.
+
+    The part of 2**-22 taken off first keeps a product that is whole in exact arithmetic from being rounded up
+    to the next number.
+    """
+    share = union.astype(jnp.float32) * jnp.float32(rule.keep) * jnp.float32(1 - 2**-22)
+    return jnp.maximum(jnp.ceil(share).astype(jnp.int32), rule.k)
+
+
+def choose_active(
+    votes_VE: Int[Array, "V E"], rule: Rule, draw_E: Float[Array, " E"] | None = None
+) -> Bool[Array, " E"]:
+    """The experts that stay. draw_E: of method "random", which keeps the lowest."""
+    votes_BE = votes_VE[:BINS]
+    union_E = jnp.any(votes_BE > 0, axis=0)
+    least, kept_E = jnp.int32(rule.k), jnp.zeros_like(union_E)
+    if rule.method in ("affinity", "oea"):
+        kept_E = votes_BE[0] > 0
+    else:
+        least = budget(rule, jnp.sum(union_E, dtype=jnp.int32))
+    if rule.method == "affinity":
+        voters = jnp.sum(votes_BE, dtype=jnp.int32) // rule.k
+        kept_E |= union_E & (votes_BE[1] == voters)
+    if rule.method == "random":
+        assert draw_E is not None
+        order_E = jnp.lexsort((draw_E, ~union_E))
+    else:  # the last key is the first that counts; ties stay in the order of the ids
+        order_E = jnp.lexsort(-votes_BE[::-1])
+    first_E = jnp.zeros_like(union_E).at[order_E].set(jnp.arange(union_E.shape[0]) < least)
+    return kept_E | (first_E & union_E) | (votes_VE[EXACT] > 0)
+
+
+def remap(
+    ids_TK: Int[Array, "T K"],
+    weights_TK: Float[Array, "T K"],
+    logits_TE: Float[Array, "T E"],
+    scores_TE: Float[Array, "T E"],
+    active_E: Bool[Array, " E"],
+    lossy_T: Bool[Array, " T"],
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    """Each lossy token's choices outside the active set go to its best-scored experts within.
+
+    The others stay in their places; a token without such choices keeps its weights bit for bit. Where some
+    moved, all of the token's weights are its scores, scaled to the sum that the weights had.
+    """
+    (t, k), experts = ids_TK.shape, logits_TE.shape[1]
+    moved_TK = ~active_E[ids_TK] & lossy_T[:, None]
+    chosen_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True)
+    lowest = jnp.finfo(jnp.float32).min  # an expert of logit -inf is still one; one that is taken is not
+    open_TE = active_E[None] & ~chosen_TE
+    _, next_TK = lax.top_k(jnp.where(open_TE, jnp.maximum(logits_TE, lowest), -jnp.inf), k)
+    nth_TK = jnp.maximum(jnp.cumsum(moved_TK.astype(jnp.int32), axis=1) - 1, 0)
+    new_ids_TK = jnp.where(moved_TK, jnp.take_along_axis(next_TK, nth_TK, axis=1), ids_TK)
+    score_TK = jnp.take_along_axis(scores_TE, new_ids_TK, axis=1)
+    total_T1 = jnp.sum(score_TK, axis=1, keepdims=True)
+    share_TK = jnp.where(total_T1 > 0, score_TK / jnp.where(total_T1 > 0, total_T1, 1.0), 1 / k)
+    new_weights_TK = share_TK * jnp.sum(weights_TK, axis=1, keepdims=True)
+    touched_T1 = jnp.any(moved_TK, axis=1, keepdims=True)
+    return new_ids_TK.astype(jnp.int32), jnp.where(touched_T1, new_weights_TK, weights_TK)
+
+
+def sort_by_expert(
+    ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], experts: int
+) -> tuple[Int[Array, " N"], Int[Array, " E"]]:
+    """(order, group sizes) of the assignments of valid tokens; the others come last."""
+    keys_N = jnp.where(valid_T[:, None], ids_TK, experts).reshape(-1)
+    sizes_E = jnp.bincount(keys_N, length=experts)
+    return jnp.argsort(keys_N, stable=True).astype(jnp.int32), sizes_E.astype(jnp.int32)
+
+
+def bin_experts_reference(
+    logits_TE: Float[Array, "T E"],
+    valid_T: Bool[Array, " T"],
+    lossy_T: Bool[Array, " T"],
+    rule: Rule,
+    *,
+    renormalize: bool,
+    total: Callable[[Array], Array] | None = None,
+) -> Binned:
+    """All of it for a softmax router; see ``api.bin_experts``."""
+    ids_TK, weights_TK, scores_TE = route_softmax(logits_TE, rule.k, renormalize=renormalize)
+    votes_VE = cast_votes(ids_TK, logits_TE, valid_T, lossy_T, rule)
+    active_E = choose_active(votes_VE if total is None else total(votes_VE), rule)
+    new_ids_TK, new_weights_TK = remap(ids_TK, weights_TK, logits_TE, scores_TE, active_E, lossy_T)
+    order_N, sizes_E = sort_by_expert(new_ids_TK, valid_T, logits_TE.shape[1])
+    return Binned(ids_TK, weights_TK, new_ids_TK, new_weights_TK, scores_TE, active_E, order_N, sizes_E)
