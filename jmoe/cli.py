@@ -200,7 +200,8 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     kernels = engine.runner.kernels
     log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
     if engine.runner.lossy:
-        log.info("lossy techniques are on: %s", settings.moe.capacity)
+        on = filter(None, (settings.moe.binning, settings.moe.capacity))
+        log.info("lossy techniques are on: %s", ", then ".join(map(str, on)))
     log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)
     worker = EngineWorker(engine)
     worker.start()

@@ -6,7 +6,6 @@ Unknown keys raise and name the nearest known one; impossible values raise with 
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from jmoe_kernels.grouped_mlp import Implementation
+
+from jmoe.techniques import BinningConfig, CapacityConfig, check_choice
 
 DTypeName = Literal["float32", "bfloat16"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
@@ -76,47 +77,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class CapacityConfig:
-    """``[moe.capacity]``: how many assignments an expert may take in one step (see ``jmoe.moe.capacity``).
-
-    factor: the limit as a multiple of the even share, gamma. policy: what becomes of the assignments over
-    it. metric: which of them stay. scope: whether an expert or a device has the limit. phase: the steps
-    it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
-    """
-
-    factor: float = 1.5
-    policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
-    metric: Literal["score", "order", "reverse_order", "random"] = "score"
-    scope: Literal["expert", "device"] = "expert"
-    phase: Literal["prefill", "decode", "both"] = "prefill"
-    rounds: int = 3
-    renormalize: bool = False
-
-    def __post_init__(self) -> None:
-        number = type(self.factor) in (int, float) and math.isfinite(self.factor)
-        if not number or self.factor <= 0:
-            raise ValueError(f"moe.capacity.factor must be a finite number above 0, got {self.factor!r}")
-        if type(self.rounds) is not int or not 1 <= self.rounds <= 16:
-            raise ValueError(f"moe.capacity.rounds must be an integer from 1 to 16, got {self.rounds!r}")
-        if type(self.renormalize) is not bool:
-            raise ValueError(f"moe.capacity.renormalize must be true or false, got {self.renormalize!r}")
-        for field in dataclasses.fields(self):
-            if choices := get_args(field.type):
-                _check_choice(f"moe.capacity.{field.name}", getattr(self, field.name), choices)
-        for name, policies in _READ_BY.items():
-            value, default = getattr(self, name), getattr(type(self), name)
-            if value != default and self.policy not in policies:
-                raise ValueError(
-                    f"moe.capacity.{name} = {value!r} has no effect with policy {self.policy!r}; "
-                    f"it needs one of {', '.join(policies)}"
-                )
-
-
-_RANKED = ("drop", "reroute", "expand")
-_READ_BY = {"factor": _RANKED, "metric": _RANKED, "scope": _RANKED, "rounds": ("reroute",)}
-
-
-@dataclass(frozen=True)
 class MoEConfig:
     """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
 
@@ -124,7 +84,8 @@ class MoEConfig:
     the experts' ranks ("tp", see ``jmoe.mesh.Split``); a flag of its own, not a key of the config file.
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
     kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
-    capacity: the limit on an expert's load, lossy; None is off.
+    binning: decode batches on fewer experts, lossy; None is off.
+    capacity: the limit on an expert's load, lossy; None is off. It limits what binning has left.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
     multiple of its even share.
     """
@@ -133,16 +94,19 @@ class MoEConfig:
     transport: TransportName = "replicated"
     kernel: Implementation | None = None
     train_capacity_factor: float | None = None
+    binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("attention", self.attention, ("dp", "tp"))
-        _check_choice("moe.transport", self.transport, get_args(TransportName))
-        _check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
+        check_choice("attention", self.attention, ("dp", "tp"))
+        check_choice("moe.transport", self.transport, get_args(TransportName))
+        check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
         if self.train_capacity_factor is not None and self.kernel != "batched":
             raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")
-        if not isinstance(self.capacity, CapacityConfig | None):
-            raise ValueError(f"moe.capacity must be a CapacityConfig or None, got {self.capacity!r}")
+        for name, table in TABLES.items():
+            value = getattr(self, name)
+            if not isinstance(value, table | None):
+                raise ValueError(f"moe.{name} must be a {table.__name__} or None, got {value!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -150,9 +114,9 @@ class MoEConfig:
         if set(values) == {"moe"}:
             values = values["moe"]
         values = _fields_of(cls, "moe config", values)
-        if values.get("capacity") is not None:
-            table = _fields_of(CapacityConfig, "moe.capacity", values["capacity"])
-            values["capacity"] = CapacityConfig(**table)
+        for name, table in TABLES.items():
+            if values.get(name) is not None:
+                values[name] = table(**_fields_of(table, f"moe.{name}", values[name]))
         return cls(**values)
 
     @classmethod
@@ -164,6 +128,9 @@ class MoEConfig:
             except json.JSONDecodeError as error:
                 raise ValueError(f"moe config is not valid JSON: {error}") from None
         return cls.from_dict(read_toml(Path(text)))
+
+
+TABLES = {"binning": BinningConfig, "capacity": CapacityConfig}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -189,8 +156,3 @@ def _fields_of(cls: type, what: str, values: Any) -> dict[str, Any]:
         raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
     check_keys(what, values, [f.name for f in dataclasses.fields(cls) if f.name != "attention"])
     return dict(values)
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

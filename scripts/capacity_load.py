@@ -25,7 +25,7 @@ from capacity_loads import (
     read_published,
 )
 
-from jmoe.config import CapacityConfig
+from jmoe.techniques import CapacityConfig
 
 FACTORS = (1.0, 1.25, 1.5, 2.0)
 POLICIES = ("drop", "reroute", "expand")

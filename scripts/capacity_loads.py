@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.config import CapacityConfig
 from jmoe.moe.capacity import limit
 from jmoe.moe.placement import balance
 from jmoe.moe.types import Knobs, Routing, TokenFlags
+from jmoe.techniques import CapacityConfig
 
 RANKS = 8
 SLOTS = (0, 7, 15)  # the model's layers that were published
@@ -112,7 +112,8 @@ def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ra
     held = experts // ranks
 
     def one(rank: Any, ids_TK: Any, scores_TE: Any) -> Any:
-        plain = Routing(ids_TK, jnp.take_along_axis(scores_TE, ids_TK, 1), scores_TE)
+        weights_TK = jnp.take_along_axis(scores_TE, ids_TK, 1)
+        plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
         seed = Knobs(factor, jnp.zeros((), jnp.int32)).of(rank).seed
         flags = TokenFlags(jnp.ones(tokens, bool))
         return limit(plain, flags, cfg, factor=factor, local=(rank * held, held), seed=seed)[0].ids_TK

@@ -22,10 +22,10 @@ import numpy as np
 from capacity_loads import RANKS, SLOTS, Published, draw_ranks, limited_matrix, read_published
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
 
-from jmoe.config import CapacityConfig
 from jmoe.moe.capacity import limit
 from jmoe.moe.placement import balance
 from jmoe.moe.types import Routing, TokenFlags
+from jmoe.techniques import CapacityConfig
 
 FACTORS = (2.0, 1.5, 1.0)
 POLICIES = ("drop", "expand")
@@ -152,7 +152,8 @@ def time_stage(layer: Published, shape: Shape, rounds: int) -> dict[str, float]:
     held, flags = shape.experts // RANKS, TokenFlags(jnp.ones(shape.tokens, bool))
 
     def stage(ids_TK: Any, scores_TE: Any, cfg: CapacityConfig) -> Any:
-        plain = Routing(ids_TK, jnp.take_along_axis(scores_TE, ids_TK, 1), scores_TE)
+        weights_TK = jnp.take_along_axis(scores_TE, ids_TK, 1)
+        plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
         return limit(plain, flags, cfg, factor=jnp.float32(1.5), local=(0, held), seed=jnp.int32(0))
 
     taken = {}

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jmoe.config import CapacityConfig
+from jmoe.techniques import CapacityConfig
 
 
 @dataclass

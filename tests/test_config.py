@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.config import CapacityConfig, MoEConfig
+from jmoe.config import MoEConfig
+from jmoe.techniques import CapacityConfig
 
 
 def test_an_absent_block_is_off_and_an_empty_one_takes_the_defaults():

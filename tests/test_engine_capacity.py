@@ -6,8 +6,9 @@ import pytest
 from small import mesh_of
 from test_engine import CFG, GREEDY, Engine, engine_on, prompts, serve
 
-from jmoe.config import CapacityConfig, MoEConfig
+from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh
+from jmoe.techniques import CapacityConfig
 
 EXACT = dataclasses.replace(GREEDY, exact=True)
 HARSH = CapacityConfig(factor=0.5, phase="both")

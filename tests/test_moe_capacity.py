@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from small import mesh_of
 
-from jmoe.config import CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS
 from jmoe.moe.capacity import capacity, limit
 from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
+from jmoe.techniques import CapacityConfig
 
 ROWS, CHOICES, EXPERTS, HELD = 24, 4, 16, 4
 METRICS = ("score", "order", "reverse_order", "random")
@@ -73,7 +73,7 @@ def compiled(cfg: CapacityConfig):
 
 
 def run(case: Shard, cfg: CapacityConfig, factor: float = 1.0, seed: int = 7):
-    routing = Routing(*map(jnp.asarray, (case.ids, case.weights, case.scores)))
+    routing = Routing(*map(jnp.asarray, (case.ids, case.weights, case.scores, np.log(case.scores))))
     priority = None if case.priority is None else jnp.asarray(case.priority)
     tokens = TokenFlags(jnp.asarray(case.valid), jnp.asarray(case.exact), priority)
     out, counts = compiled(cfg)(
@@ -232,7 +232,7 @@ def test_a_new_factor_does_not_recompile():
         return limit(routing, tokens, CapacityConfig(), factor=factor, local=(0, EXPERTS), seed=seed)[1]
 
     case, jitted = shard("skewed", valid=1, exact=0), jax.jit(run_once)
-    routing = Routing(*map(jnp.asarray, (case.ids, case.weights, case.scores)))
+    routing = Routing(*map(jnp.asarray, (case.ids, case.weights, case.scores, np.log(case.scores))))
     dropped = []
     for factor, absent in ((1.0, 0), (1.5, 0), (math.pi, 0), (1.0, 12)):
         tokens = TokenFlags(jnp.arange(ROWS) >= absent, jnp.zeros(ROWS, bool))
@@ -255,7 +255,7 @@ def test_every_shard_of_a_mesh_is_on_its_own(cfg: CapacityConfig):
     def on_shard(ids, weights, scores, valid, exact):
         first, total = jax.lax.axis_index(EXPERT) * HELD, partial(jax.lax.psum, axis_name=TOKENS)
         out, counts = limit(
-            Routing(ids, weights, scores), TokenFlags(valid, exact), cfg,
+            Routing(ids, weights, scores, jnp.log(scores)), TokenFlags(valid, exact), cfg,
             factor=jnp.float32(1), local=(first, HELD), seed=jnp.int32(7), total=total,
         )  # fmt: skip
         return out.ids_TK, counts

@@ -46,7 +46,8 @@ def program(name: str, shape: tuple[int, int, int], dtype: str, kernel: str = "x
             return grouped_mlp(rows_ND, experts, sizes_L, implementation=kernel)
 
         mine = LocalExperts(experts.dims[0], experts.dtype, combined, by_row)
-        routing = Routing(ids_TJ, weights_TJ, jnp.zeros((x_TD.shape[0], EXPERTS)))
+        unread_TE = jnp.zeros((x_TD.shape[0], EXPERTS))
+        routing = Routing(ids_TJ, weights_TJ, unread_TE, unread_TE)
         y_TD, traffic = send(x_TD, routing, valid_T, mine)
         if send is transport.local:
             return y_TD, traffic
@@ -207,7 +208,7 @@ def test_an_unknown_transport_is_refused():
 def step(counts: int, rows: int) -> DispatchStats:
     """One layer of 2 experts, every count of it near the 32-bit limit."""
     each, row = jnp.full(2, counts, jnp.int32), jnp.asarray(rows, jnp.int32)
-    return DispatchStats(each, each, jnp.zeros(2), row, row * 0, row, Traffic(row, row))
+    return DispatchStats(each, each, jnp.zeros(2), row, row * 0, row * 0, row, Traffic(row, row))
 
 
 def test_totals_of_many_large_steps_do_not_overflow():

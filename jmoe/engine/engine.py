@@ -22,7 +22,7 @@ from jmoe.engine.sampling import Sampled
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.step import BANNED, StepInput
 from jmoe.engine.text import Detokenizer, TextCodec
-from jmoe.moe.types import CapacityCounts
+from jmoe.moe.types import Changes
 
 Alternatives = tuple[np.ndarray, np.ndarray, np.ndarray]  # logprob, top ids, top logprobs of some rows
 
@@ -144,8 +144,8 @@ class Engine:
             given.last_B[row] = n - 1
             self._fill_row(given, row, request)
             request.prefilled += n
-        sampled, hidden, limited = self.runner.run(given)
-        self._count_assignments([(r, r.rank) for r in requests], given, limited)
+        sampled, hidden, changes = self.runner.run(given)
+        self._count_assignments([(r, r.rank) for r in requests], given, changes)
         self._score_prompts(requests, given, hidden)
         self._deliver([(r, r.rank) for r in requests if r.prefilled == len(r.prompt_token_ids)], sampled)
 
@@ -161,8 +161,8 @@ class Engine:
             given.tokens_BT[row, 0] = request.token_ids[-1]
             given.positions_BT[row, 0] = request.length - 1
             self._fill_row(given, row, request)
-        sampled, _, limited = self.runner.run(given)
-        self._count_assignments(placed, given, limited)
+        sampled, _, changes = self.runner.run(given)
+        self._count_assignments(placed, given, changes)
         self._deliver(placed, sampled)
 
     def _fill_row(self, given: StepInput, row: int, request: Request) -> None:
@@ -204,17 +204,18 @@ class Engine:
             )
 
     def _count_assignments(
-        self, placed: list[tuple[Request, int]], given: StepInput, limited: CapacityCounts | None
+        self, placed: list[tuple[Request, int]], given: StepInput, changes: Changes | None
     ) -> None:
         """What the step did to each request's assignments, where it may have done something to them."""
         if not self.runner.lossy:
             return
         cfg = self.runner.cfg
         tokens_B = np.sum(given.positions_BT >= 0, axis=1)
-        counts = None if limited is None else jax.device_get(limited)
+        counts = None if changes is None else jax.device_get(changes)
         for request, row in placed:
             request.moe.assignments += int(tokens_B[row]) * cfg.num_hidden_layers * cfg.num_experts_per_tok
             if counts is not None:
+                request.moe.remapped += int(counts.remapped_T[row])
                 request.moe.dropped += int(counts.dropped_T[row])
                 request.moe.rerouted += int(counts.rerouted_T[row])
 

@@ -30,7 +30,7 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.step import Sizes, StepInput
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import CapacityCounts
+from jmoe.moe.types import Changes
 
 log = logging.getLogger(__name__)
 HEADER = struct.Struct("<3Id")  # operation, rows, tokens a row, the capacity factor of the moment
@@ -52,10 +52,10 @@ class Leader(Runner):
     def alive(self) -> bool:
         return self._followers.lost is None
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array, CapacityCounts | None]:
+    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
         self._tell(Operation.RUN, given.tokens_BT.shape, host_arrays(given))
-        sampled, self._hidden, limited = super().run(given)
-        return sampled, self._hidden, limited
+        sampled, self._hidden, changes = super().run(given)
+        return sampled, self._hidden, changes
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if hidden_BTD is not self._hidden:  # followers keep no others

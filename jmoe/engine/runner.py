@@ -14,7 +14,7 @@ from jmoe.engine.stats import PHASES, MoECounters, MoETotals, transported_bytes
 from jmoe.engine.step import Sizes, StepInput, blank_input, is_lossy, jitted, make_knobs, totals_maker
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import CapacityCounts
+from jmoe.moe.types import Changes
 from jmoe.nn.kv_cache import make_pages
 
 DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
@@ -55,23 +55,23 @@ class Runner:
         """An input of ``sequences`` rows a rank in which every token is padding."""
         return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens)
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array, CapacityCounts | None]:
-        """(sampled tokens, final hidden states ``[B, T, D]``, what a capacity did to each row).
+    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
+        """(sampled tokens, final hidden states ``[B, T, D]``, what lossy techniques did to each row).
 
-        All stay on the device; there are no counts where no capacity was configured for the phase.
+        All stay on the device; there are no changes where nothing lossy is configured for the phase.
         """
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
         arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
         lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            sampled, hidden, self.pages, self._totals[phase], limited = self._jitted.step(
+            sampled, hidden, self.pages, self._totals[phase], changes = self._jitted.step(
                 self.weights, self.pages, self._totals[phase], arrays, lossy
             )
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
-        return sampled, hidden, limited
+        return sampled, hidden, changes
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""

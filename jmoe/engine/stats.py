@@ -50,8 +50,9 @@ class MoETotals:
 
     counts_LE: assignments to each expert. active_L, plain_active_L, load_L: sums over steps of the experts
     with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
-    load over the mean. remote_L: assignments to another rank's experts. dropped_L, rerouted_L: assignments
-    that a capacity took from the expert they chose. useful_L, sent_L: rows between ranks, see ``Traffic``.
+    load over the mean. remote_L: assignments to another rank's experts. remapped_L; dropped_L, rerouted_L:
+    those that binning, or a capacity, took from the expert they chose. useful_L, sent_L: rows between ranks,
+    see ``Traffic``.
     steps: steps summed.
     """
 
@@ -60,6 +61,7 @@ class MoETotals:
     plain_active_L: Array
     load_L: Array
     remote_L: Count64
+    remapped_L: Count64
     dropped_L: Count64
     rerouted_L: Count64
     useful_L: Count64
@@ -77,7 +79,8 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
     return MoETotals(
         counts_LE=Count64.zeros(layers, experts),
         active_L=mean(), plain_active_L=mean(), load_L=mean(),
-        remote_L=rows(), dropped_L=rows(), rerouted_L=rows(), useful_L=rows(), sent_L=rows(),
+        remote_L=rows(), remapped_L=rows(), dropped_L=rows(), rerouted_L=rows(),
+        useful_L=rows(), sent_L=rows(),
         steps=jnp.zeros((), jnp.int32),
     )  # fmt: skip
 
@@ -95,6 +98,7 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
         totals.plain_active_L + jnp.sum(step.plain_E > 0, axis=1, dtype=jnp.float32),
         totals.load_L + jnp.max(loads_LE, axis=1) / mean_L,
         totals.remote_L.plus(step.remote),
+        totals.remapped_L.plus(step.remapped),
         totals.dropped_L.plus(step.dropped),
         totals.rerouted_L.plus(step.rerouted),
         totals.useful_L.plus(step.traffic.useful),
@@ -119,7 +123,8 @@ class MoECounters:
         self.row_bytes = row_bytes
         self.counts_LE = np.zeros((layers, experts), np.int64)
         self.active_L, self.plain_active_L, self.load_L = (np.zeros(layers) for _ in range(3))
-        self.remote_L, self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(3))
+        self.remote_L, self.remapped_L = (np.zeros(layers, np.int64) for _ in range(2))
+        self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.steps = 0
 
@@ -130,6 +135,7 @@ class MoECounters:
         self.plain_active_L += host.plain_active_L
         self.load_L += host.load_L
         self.remote_L += host.remote_L.fetched()
+        self.remapped_L += host.remapped_L.fetched()
         self.dropped_L += host.dropped_L.fetched()
         self.rerouted_L += host.rerouted_L.fetched()
         self.useful_L += host.useful_L.fetched()
@@ -139,19 +145,20 @@ class MoECounters:
     def report(self) -> dict[str, Any]:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
-        assignments are those that experts computed. Nothing is remapped here, and all experts are resident,
-        so no expert crosses from host to device.
+        assignments are those that experts computed. All experts are resident, so none crosses from host to
+        device.
         """
         means = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
-        moved = self.remote_L, self.dropped_L, self.rerouted_L, self.useful_L, self.sent_L
-        sums = np.stack([self.counts_LE.sum(1), *moved], 1)
+        changed = self.remapped_L, self.dropped_L, self.rerouted_L
+        moved = self.remote_L, self.useful_L, self.sent_L
+        sums = np.stack([self.counts_LE.sum(1), *changed, *moved], 1)
         layers = [self._row(*row) for row in zip(means, sums, strict=True)]
         overall = self._row(means.sum(0) / max(len(layers), 1), sums.sum(0))
         return {"steps": self.steps, **overall, "per_layer": layers}
 
     def _row(self, means: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
         active, plain_active, load = means.tolist()
-        assignments, remote, dropped, rerouted, useful, sent = sums.tolist()
+        assignments, remapped, dropped, rerouted, remote, useful, sent = sums.tolist()
         steps = max(self.steps, 1)
         return {
             "active_experts": active / steps,
@@ -159,7 +166,7 @@ class MoECounters:
             "assignments": assignments,
             "dropped": dropped,
             "rerouted": rerouted,
-            "remapped": 0,
+            "remapped": remapped,
             "max_over_mean_load": load / steps,
             "remote_assignments": remote,
             "transport_bytes": sent * self.row_bytes,

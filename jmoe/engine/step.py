@@ -23,7 +23,7 @@ from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import MoETotals, add_step, zero_totals
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import CapacityCounts, Knobs
+from jmoe.moe.types import Changes, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
 
@@ -89,7 +89,7 @@ def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, token
 
 def is_lossy(moe: MoEConfig) -> bool:
     """Whether any technique may change what plain top-k gives."""
-    return moe.capacity is not None
+    return moe.binning is not None or moe.capacity is not None
 
 
 def make_knobs(capacity_factor: float, step: int) -> Knobs:
@@ -122,7 +122,7 @@ class ModelFunctions:
         totals: MoETotals,
         given: tuple,
         lossy: tuple[Array, Knobs] | None,
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, CapacityCounts | None]:
+    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None]:
         """lossy: which rows opted out, and the knobs; None where no lossy technique is configured."""
         tokens_BT, positions_BT, table_BM, last_B, rows = given
         model = self.merge(weights)
@@ -136,8 +136,8 @@ class ModelFunctions:
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
         totals = add_step(totals, out.stats)
-        sampled, totals, limited_B = readable((sampled, totals, out.limited_B), model.mesh)
-        return sampled, out.hidden_BTD, pages, totals, limited_B
+        sampled, totals, changes_B = readable((sampled, totals, out.changes_B), model.mesh)
+        return sampled, out.hidden_BTD, pages, totals, changes_B
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.

@@ -20,8 +20,9 @@ from jmoe_kernels.paged_attention import Heads, LayerPages
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
+from jmoe.moe.binning import get_rule
 from jmoe.moe.layer import MoELayer
-from jmoe.moe.types import CapacityCounts, DispatchStats, Knobs, TokenFlags
+from jmoe.moe.types import Changes, DispatchStats, Knobs, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
@@ -34,13 +35,13 @@ from jmoe.nn.rope import Rotation, rotation
 class DecoderOutput:
     """hidden_BTD: final normed states, float32. pages: the updated cache. stats: one entry a layer.
 
-    limited_B: what a capacity did to each sequence, summed over tokens and layers; None where there is none.
+    changes_B: what lossy techniques did to each sequence, summed over tokens and layers; None without any.
     """
 
     hidden_BTD: Float[Array, "B T D"]
     pages: list[LayerPages] | None
     stats: list[DispatchStats]
-    limited_B: CapacityCounts | None
+    changes_B: Changes | None
 
 
 class DecoderLayer(nnx.Module):
@@ -53,15 +54,15 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, knobs: Knobs | None
-    ) -> tuple[Array, LayerPages | None, DispatchStats, CapacityCounts | None]:
+    ) -> tuple[Array, LayerPages | None, DispatchStats, Changes | None]:
         with jax.named_scope("attention"):
             y_ND, pages = self.attention(rms_norm(x_ND, self.input_norm[...], self.eps), by, seqs, pages)
             x_ND = x_ND + y_ND
         with jax.named_scope("moe"):
             phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
-            y_ND, stats, limited = self.moe(normed_ND, token_flags(seqs), phase, knobs)
-        return x_ND + y_ND, pages, stats, limited
+            y_ND, stats, changes = self.moe(normed_ND, token_flags(seqs), phase, knobs)
+        return x_ND + y_ND, pages, stats, changes
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
@@ -84,7 +85,8 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     split = split_attention(mesh, moe.attention)
     q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
     dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, cfg.sliding_window)
-    return choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads)
+    binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
+    return choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
 
 
 class Decoder(nnx.Module):
@@ -115,23 +117,23 @@ class Decoder(nnx.Module):
         x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
         stats: list[DispatchStats] = []
-        limits: list[CapacityCounts] = []
+        changes: list[Changes] = []
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             own_knobs = None if knobs is None else knobs.of(i)
-            x_ND, layer_pages, layer_stats, limited = _apply(
+            x_ND, layer_pages, layer_stats, layer_changes = _apply(
                 *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs
             )
             stats.append(layer_stats)
-            if limited is not None:
-                limits.append(limited)
+            if layer_changes is not None:
+                changes.append(layer_changes)
             if layer_pages is not None:
                 new_pages.append(layer_pages)
         hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
-        limited_B = None
-        if limits:
-            limited_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *limits)
-        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, stats, limited_B)
+        changes_B = None
+        if changes:
+            changes_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *changes)
+        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, stats, changes_B)
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""

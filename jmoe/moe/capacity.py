@@ -28,10 +28,10 @@ survivors so that they sum to what its weights summed to. No choice of weight 0 
 
 A lost or absent assignment has the id E, one past the last, and weight 0. Padding and exact tokens pass
 unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
-(``jmoe.config.CapacityConfig``; ``phase`` is the caller's to decide). Counters: ``CapacityCounts``, for each
-token, so that a request's can be summed. Unlike the released code, padding takes no places and survivors
-are not renormalised unless asked. Axes here: J choices of a token after the stage, G experts or devices with
-a limit of their own.
+(``jmoe.techniques.CapacityConfig``; ``phase`` is the caller's to decide). Counters: ``CapacityCounts``, for
+each token, so that a request's can be summed. Unlike the released code, padding takes no places and
+survivors are not renormalised unless asked. Axes here: J choices of a token after the stage, G experts or
+devices with a limit of their own.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jmoe.config import CapacityConfig
 from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
+from jmoe.techniques import CapacityConfig
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
 Admit = Callable[[Array, Array, Array, Array], Array]
@@ -178,7 +178,7 @@ def _reroute(
 
     start = jnp.zeros((), jnp.int32), kept.ids_TK, kept.weights_TK
     _, ids_TK, weights_TK = lax.while_loop(unfinished, attempt, start)
-    return Routing(ids_TK, weights_TK, kept.scores_TE)
+    return kept.with_assignments(ids_TK, weights_TK)
 
 
 def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, held: int) -> Routing:
@@ -190,10 +190,9 @@ def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, h
     weights_TL = score_TL * _scale_T(routing)[:, None]
     new_TL = capped_T[:, None] & ~chosen_TL & (weights_TL > 0)
     ids_TL, weights_TL = jnp.where(new_TL, local_L[None], experts), jnp.where(new_TL, weights_TL, 0.0)
-    return Routing(
+    return routing.with_assignments(
         jnp.concatenate([routing.ids_TK, ids_TL], axis=1),
         jnp.concatenate([routing.weights_TK, weights_TL], axis=1),
-        routing.scores_TE,
     )
 
 
@@ -214,7 +213,7 @@ def _present(routing: Routing) -> Bool[Array, "T J"]:
 
 def _without(routing: Routing, gone_TJ: Array) -> Routing:
     ids_TJ = jnp.where(gone_TJ, routing.scores_TE.shape[1], routing.ids_TK)
-    return Routing(ids_TJ, jnp.where(gone_TJ, 0.0, routing.weights_TK), routing.scores_TE)
+    return routing.with_assignments(ids_TJ, jnp.where(gone_TJ, 0.0, routing.weights_TK))
 
 
 def _scale_T(routing: Routing) -> Float[Array, " T"]:
@@ -227,7 +226,7 @@ def _rescaled(result: Routing, routing: Routing, capped_T: Array) -> Routing:
     """The result with each limited token's weights summing to what they did in ``routing``."""
     before_T, after_T = jnp.sum(routing.weights_TK, axis=1), jnp.sum(result.weights_TK, axis=1)
     scale_T = jnp.where(capped_T & (before_T != after_T), _ratio(before_T, after_T), 1.0)
-    return Routing(result.ids_TK, result.weights_TK * scale_T[:, None], result.scores_TE)
+    return result.with_assignments(result.ids_TK, result.weights_TK * scale_T[:, None])
 
 
 def _ratio(above: Array, below: Array) -> Array:

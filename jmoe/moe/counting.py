@@ -7,7 +7,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from jmoe.mesh import EXPERT, TOKENS
-from jmoe.moe.types import CapacityCounts, DispatchStats, Routing, Traffic
+from jmoe.moe.types import CapacityCounts, Changes, DispatchStats, Routing, Traffic
 
 
 def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
@@ -16,11 +16,22 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
+def count_changes(remapped_T: Int[Array, " T"] | None, limited: CapacityCounts | None) -> Changes | None:
+    """What binning and a capacity did to each token, zeros for the one that is off; None without both."""
+    if limited is not None:
+        none_T = jnp.zeros_like(limited.dropped_T)
+        return Changes(none_T if remapped_T is None else remapped_T, limited.dropped_T, limited.rerouted_T)
+    if remapped_T is None:
+        return None
+    none_T = jnp.zeros_like(remapped_T)
+    return Changes(remapped_T, none_T, none_T)
+
+
 def count_dispatch(
     plain: Routing,
     routing: Routing,
     valid_T: Bool[Array, " T"],
-    limited: CapacityCounts | None,
+    changes: Changes | None,
     traffic: Traffic,
     train_capacity: int | None,
 ) -> DispatchStats:
@@ -34,12 +45,14 @@ def count_dispatch(
     tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1)
     mean_score_E = jnp.sum(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0) / tokens
     zero = jnp.zeros((), jnp.int32)
-    dropped = rerouted = zero
-    if limited is not None:
-        dropped, rerouted = jnp.sum(limited.dropped_T), jnp.sum(limited.rerouted_T)
+    remapped = dropped = rerouted = zero
+    if changes is not None:
+        remapped, dropped, rerouted = map(
+            jnp.sum, (changes.remapped_T, changes.dropped_T, changes.rerouted_T)
+        )
     if train_capacity is not None:
         dropped = dropped + jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
-    return DispatchStats(counts_E, plain_E, mean_score_E, zero, dropped, rerouted, traffic)
+    return DispatchStats(counts_E, plain_E, mean_score_E, zero, remapped, dropped, rerouted, traffic)
 
 
 def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
@@ -52,6 +65,6 @@ def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"
     share = tokens / jnp.maximum(total(tokens), 1)
     return DispatchStats(
         total(mine.counts_E), total(mine.plain_E), total(mine.mean_score_E * share),
-        total(jnp.sum(away_TJ, dtype=jnp.int32)), total(mine.dropped), total(mine.rerouted),
-        total(mine.traffic),
+        total(jnp.sum(away_TJ, dtype=jnp.int32)), total(mine.remapped), total(mine.dropped),
+        total(mine.rerouted), total(mine.traffic),
     )  # fmt: skip

@@ -1,9 +1,10 @@
-"""MoELayer: route -> limit -> dispatch -> experts -> combine, in one ``shard_map``.
+"""MoELayer: route -> bin -> limit -> dispatch -> experts -> combine, in one ``shard_map``.
 
 Tokens come split over ``data`` and ``expert``; experts are split over ``expert`` and their inner dimension
 over ``tensor``. The gate runs inside the shard.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -12,36 +13,43 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
+from jmoe_kernels.binning import Rule
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from jmoe_kernels.matmul import linear
 
-from jmoe.config import CapacityConfig, ModelConfig, MoEConfig
+from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
+from jmoe.moe.binning import bin_assignments, get_rule, route_binned
 from jmoe.moe.capacity import limit
-from jmoe.moe.counting import count_dispatch, over_shards
+from jmoe.moe.counting import count_changes, count_dispatch, over_shards
 from jmoe.moe.experts import Experts, apply_experts
 from jmoe.moe.routing import route
-from jmoe.moe.types import CapacityCounts, DispatchStats, Knobs, LocalExperts, Routing, TokenFlags
+from jmoe.moe.types import (
+    CapacityCounts,
+    Changes,
+    DispatchStats,
+    Knobs,
+    LocalExperts,
+    Routing,
+    TokenFlags,
+)
 from jmoe.nn.param import ParamMaker
+from jmoe.techniques import CapacityConfig
 
 Phase = Literal["prefill", "decode"]
 
 
-def check_capacity(moe: MoEConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a limit that means nothing on ``mesh``."""
-    cfg, ranks = moe.capacity, mesh.shape[EXPERT]
-    if cfg is None:
-        return
-    if moe.train_capacity_factor is not None:
-        raise ValueError("moe.capacity and moe.train_capacity_factor exclude each other")
-    for name, value in (("policy", cfg.policy), ("scope", cfg.scope)):
-        if value in ("expand", "device") and ranks == 1:
-            raise ValueError(
-                f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel size "
-                f"of 2 or more, got {ranks}"
-            )
+def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
+    """Raises ValueError for a technique that means nothing for the model or on ``mesh``."""
+    for name in ("binning", "capacity"):
+        if getattr(moe, name) is not None and moe.train_capacity_factor is not None:
+            raise ValueError(f"moe.{name} and moe.train_capacity_factor exclude each other")
+    if moe.binning is not None:
+        moe.binning.check_model(cfg.num_experts, cfg.num_experts_per_tok)
+    if moe.capacity is not None:
+        moe.capacity.check_ranks(mesh.shape[EXPERT])
 
 
 class MoELayer(nnx.Module):
@@ -53,7 +61,7 @@ class MoELayer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         check_divides("experts", cfg.num_experts, EXPERT, mesh.shape[EXPERT])
-        check_capacity(moe, mesh)
+        check_techniques(cfg, moe, mesh)
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.gate_ED = make((cfg.num_experts, cfg.hidden_size), (None, None))
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size, make)
@@ -65,23 +73,29 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         phase: Phase = "prefill",
         knobs: Knobs | None = None,
-    ) -> tuple[Float[Array, "T D"], DispatchStats, CapacityCounts | None]:
+    ) -> tuple[Float[Array, "T D"], DispatchStats, Changes | None]:
         """The experts' combined output in float32, zero for invalid tokens, and what was done.
 
+        phase: "decode" where every token of the step is one that a sequence was continued with.
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
-        then there are no counts of them.
+        then there are no changes to tell.
         """
-        limit_by = self.moe.capacity if knobs is not None else None
+        bin_by, limit_by = (None, None) if knobs is None else (self.moe.binning, self.moe.capacity)
+        rule = None
+        if bin_by is not None and phase == "decode":
+            rule = get_rule(bin_by, self.cfg.num_experts_per_tok)
         if limit_by is not None and limit_by.phase not in (phase, "both"):
             limit_by = None
         weights = (self.gate_ED[...], self.experts.gate_up_E2FD[...], self.experts.down_EDF[...])
         if is_single(self.mesh):
-            return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, limit_by=limit_by)
+            return self._shard(
+                x_TD, tokens, knobs, *weights, send=transport.local, rule=rule, limit_by=limit_by
+            )
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
         experts = PartitionSpec(EXPERT, None, TENSOR), PartitionSpec(EXPERT, None, TENSOR)
         send = transport.get_transport(self.moe.transport, self.kernels.platform)
         run = jax.shard_map(
-            partial(self._shard, send=send, limit_by=limit_by),
+            partial(self._shard, send=send, rule=rule, limit_by=limit_by),
             mesh=self.mesh,
             in_specs=(split, split, whole, whole, *experts),
             out_specs=(split, whole, split),
@@ -99,35 +113,59 @@ class MoELayer(nnx.Module):
         down: Array,
         *,
         send: transport.Transport,
+        rule: Rule | None,
         limit_by: CapacityConfig | None,
-    ) -> tuple[Array, DispatchStats, CapacityCounts | None]:
-        single, valid_T = is_single(self.mesh), tokens.valid_T
+    ) -> tuple[Array, DispatchStats, Changes | None]:
         with jax.named_scope("route"):
             logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
-            plain = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=self.cfg.norm_topk_prob)
+            plain, routing, remapped_T = self._route(logits_TE, tokens, rule, knobs)
         train_capacity = self._train_capacity(x_TD.shape[0])
         experts = self._local_experts(ExpertWeights(gate_up, down), train_capacity)
-        routing, limited = plain, None
+        limited = None
         if limit_by is not None and knobs is not None:
             with jax.named_scope("capacity"):
-                routing, limited = self._limit(plain, tokens, limit_by, knobs, experts.count)
+                routing, limited = self._limit(routing, tokens, limit_by, knobs, experts.count)
         with jax.named_scope("experts"):
-            y_TD, traffic = send(x_TD, routing, valid_T, experts)
-        stats = count_dispatch(plain, routing, valid_T, limited, traffic, train_capacity)
-        if single:
-            return y_TD, stats, limited
+            y_TD, traffic = send(x_TD, routing, tokens.valid_T, experts)
+        changes = count_changes(remapped_T, limited)
+        stats = count_dispatch(plain, routing, tokens.valid_T, changes, traffic, train_capacity)
+        if is_single(self.mesh):
+            return y_TD, stats, changes
         with jax.named_scope("combine"):
             y_TD = lax.psum(y_TD, TENSOR)
-        return y_TD, over_shards(stats, routing, valid_T), limited
+        return y_TD, over_shards(stats, routing, tokens.valid_T), changes
+
+    def _route(
+        self, logits_TE: Array, tokens: TokenFlags, rule: Rule | None, knobs: Knobs | None
+    ) -> tuple[Routing, Routing, Array | None]:
+        """The router's own choice, the binned one (the same object without a rule), and what moved."""
+        k, renormalize = self.cfg.num_experts_per_tok, self.cfg.norm_topk_prob
+        if rule is not None and self.kernels.binning != "xla":
+            return route_binned(
+                logits_TE, tokens, rule,
+                renormalize=renormalize,
+                implementation=self.kernels.binning, platform=self.kernels.platform,
+                total=self._sum_votes(),
+            )  # fmt: skip
+        plain = route(logits_TE, k, renormalize=renormalize)
+        if rule is None or knobs is None:
+            return plain, plain, None
+        with jax.named_scope("bin"):
+            binned = bin_assignments(plain, tokens, rule, seed=knobs.seed, total=self._sum_votes())
+            return plain, *binned
+
+    def _sum_votes(self) -> Callable[[Array], Array] | None:
+        """Sums over the ranks that read the same experts' weights."""
+        return partial(lax.psum, axis_name=EXPERT) if self.mesh.shape[EXPERT] > 1 else None
 
     def _limit(
-        self, plain: Routing, tokens: TokenFlags, cfg: CapacityConfig, knobs: Knobs, held: int
+        self, routing: Routing, tokens: TokenFlags, cfg: CapacityConfig, knobs: Knobs, held: int
     ) -> tuple[Routing, CapacityCounts]:
         """The routing within the limit of this shard's tokens."""
         if is_single(self.mesh):
-            return limit(plain, tokens, cfg, factor=knobs.factor, local=(0, held), seed=knobs.seed)
+            return limit(routing, tokens, cfg, factor=knobs.factor, local=(0, held), seed=knobs.seed)
         return limit(
-            plain, tokens, cfg,
+            routing, tokens, cfg,
             factor=knobs.factor,
             local=(lax.axis_index(EXPERT) * held, held),
             seed=knobs.of(lax.axis_index(TOKENS)).seed,

@@ -4,21 +4,18 @@ Source: the routers of Mixtral, Qwen3-MoE and OLMoE (softmax before top-k; Mixtr
 which equals a softmax over the chosen logits).
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
+from jmoe_kernels.binning import route_softmax
 
 from jmoe.moe.types import DispatchPlan, Routing
 
 
 def route(logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool) -> Routing:
     """Each token's ``k`` experts by softmax probability; ties go to the lower expert id."""
-    scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
-    weights_TK, ids_TK = lax.top_k(scores_TE, k)
-    if renormalize:
-        weights_TK = weights_TK / jnp.sum(weights_TK, axis=-1, keepdims=True)
-    return Routing(ids_TK.astype(jnp.int32), weights_TK, scores_TE)
+    logits_TE = logits_TE.astype(jnp.float32)
+    return Routing(*route_softmax(logits_TE, k, renormalize=renormalize), logits_TE)
 
 
 def plan_dispatch(

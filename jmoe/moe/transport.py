@@ -40,7 +40,7 @@ def local(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """All experts are here."""
-    plan = plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
+    plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
     none = jnp.zeros((), jnp.int32)
     return experts.combined(x_TD, routing.weights_TK, plan), Traffic(none, none)
 

@@ -34,12 +34,20 @@ class Routing:
 
     ids_TK: expert ids, distinct within a token; E, one past the last, is an absent assignment, of weight 0:
     it goes nowhere and adds nothing. weights_TK: float32 combine weights.
-    scores_TE: the router's scores (softmax probabilities) of every expert, float32.
+    scores_TE, logits_TE: the router's scores (softmax probabilities) of every expert and what they came from,
+    float32.
+    plan: the assignments to all E experts in expert order, where a stage has made it on its way.
     """
 
     ids_TK: Int[Array, "T K"]
     weights_TK: Float[Array, "T K"]
     scores_TE: Float[Array, "T E"]
+    logits_TE: Float[Array, "T E"]
+    plan: "DispatchPlan | None" = None
+
+    def with_assignments(self, ids_TJ: Int[Array, "T J"], weights_TJ: Float[Array, "T J"]) -> "Routing":
+        """The same router's word with other assignments, not in order yet."""
+        return Routing(ids_TJ, weights_TJ, self.scores_TE, self.logits_TE)
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +99,20 @@ class CapacityCounts:
     dropped_T: Int[Array, " T"]
     extra_T: Int[Array, " T"]
     exact_T: Int[Array, " T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Changes:
+    """Assignments of each token that the lossy techniques touched; of a sequence where they are summed.
+
+    remapped_T: those that binning gave to another expert. dropped_T: those that a capacity left to none;
+    rerouted_T: those that it gave to another expert for want of room.
+    """
+
+    remapped_T: Int[Array, " T"]
+    dropped_T: Int[Array, " T"]
+    rerouted_T: Int[Array, " T"]
 
 
 @jax.tree_util.register_dataclass
@@ -151,14 +173,16 @@ class DispatchStats:
 
     counts_E: assignments of valid tokens that each expert got; plain_E: those that the router gave it, before
     any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. remote:
-    assignments whose expert lives on another rank than the token. dropped: assignments that no expert
-    computed. rerouted: those that went to another expert for want of room. traffic: rows that were moved.
+    assignments whose expert lives on another rank than the token. remapped: those that binning gave to
+    another expert. dropped: those that no expert computed. rerouted: those that went to another expert for
+    want of room. traffic: rows that were moved.
     """
 
     counts_E: Int[Array, " E"]
     plain_E: Int[Array, " E"]
     mean_score_E: Float[Array, " E"]
     remote: Int[Array, ""]
+    remapped: Int[Array, ""]
     dropped: Int[Array, ""]
     rerouted: Int[Array, ""]
     traffic: Traffic

@@ -95,6 +95,7 @@ class EngineCollector(Collector):
 
 MOE_COUNTERS = (  # metric, its text, the key in a layer's statistics
     ("jmoe_moe_assignments", "Tokens sent to experts", "assignments"),
+    ("jmoe_moe_remapped_assignments", "Those that binning gave to another expert", "remapped"),
     ("jmoe_moe_dropped_assignments", "Those that no expert computed", "dropped"),
     ("jmoe_moe_rerouted_assignments", "Those to another expert than chosen, for room", "rerouted"),
     ("jmoe_moe_remote_assignments", "Those to another rank's experts", "remote_assignments"),

@@ -83,6 +83,7 @@ def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dic
             "goes with the experts' kernel" if kernels.dense == "cpu" else "XLA's own",
         ),
         ("paged attention", kernels.attention, kernels.why_attention),
+        *([("binning", kernels.binning, kernels.why_binning)] if settings.moe.binning else []),
         (
             "expert weights kept as",
             str(storage),

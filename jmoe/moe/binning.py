@@ -1,0 +1,96 @@
+"""LYNX, batch-aware affinity binning: a decode batch goes to fewer experts, so that fewer weights are read.
+
+Source: Gupta et al., "LYNX" (arXiv 2411.08982, AffinityBinning). A memory-bound decode step takes as long as
+reading the experts that its batch touches, nearly all of them; an expert that no token wants much is spared
+and its tokens go to experts that are read anyway. Per layer and step, without calibration; the phase is the
+caller's to decide: steps of decode tokens only. The stage is pure: ``Routing x TokenFlags -> Routing x
+remapped assignments of each token``, after routing, before the capacity.
+
+**Affinity** of a token for an expert it chose: how far its logit lies below the token's best one, in nats, in
+bins of ``bin_width``; bin 0 is the nearest. **Votes**: an expert's count of choices by bin; experts rank by
+votes in bin 0, then in bin 1, and so on (the paper's base-B score, exactly), ties to the lower id.
+
+**Active set** (``method``).
+``affinity``    R1: experts in bin 0 of some token, or in bin 1 of all of them; every token's best survives.
+``oea``         experts among the first ``k0`` choices of some token (Oncescu et al., arXiv 2511.02237).
+``budget``      R2: the ``keep`` share of the batch's union that ranks highest; a token may lose its best.
+``popularity``  baseline: the same share, by votes of any affinity (the "subtractive" rule of early LYNX).
+``random``      baseline: the same share, drawn.
+All keep k experts at least, so that every token has k distinct ones and a batch of one stays as it is.
+
+**Remapping**: choices outside the set go to the token's best-scored experts within, in place; a token that
+lost any takes its scores as weights, scaled to the sum that its weights had, another keeps them bit for bit.
+
+Padding and exact tokens do not vote and are not remapped; the experts of exact ones are always active. Ranks
+of the ``expert`` axis read the same weights, so their votes are summed; ``data`` replicas bin on their own.
+
+The paper publishes neither its score's formula nor how the set's size follows from it; R1 and R2 are our
+reading. Config keys: ``[moe.binning]`` (``jmoe.techniques.BinningConfig``). Counters: ``remapped`` of
+``DispatchStats`` and ``Changes``. The array code is ``jmoe_kernels.binning``, whose fused kernels go from the
+logits to the sorted assignments at once (``route_binned``).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+from jmoe_kernels import binning
+
+from jmoe.moe.types import DispatchPlan, Routing, TokenFlags
+from jmoe.techniques import BinningConfig
+
+
+def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
+    return binning.Rule(cfg.method, k, cfg.bin_width, cfg.k0, cfg.keep)
+
+
+def bin_assignments(
+    routing: Routing,
+    tokens: TokenFlags,
+    rule: binning.Rule,
+    *,
+    seed: Int[Array | np.ndarray, ""],
+    total: Callable[[Array], Array] | None = None,
+) -> tuple[Routing, Int[Array, " T"]]:
+    """Any router's choice on the active set, and how many assignments of each token moved.
+
+    seed: of method "random"; the same on ranks that share weights. total: sums votes over those ranks.
+    """
+    lossy_T, logits_TE = tokens.lossy_T, routing.logits_TE
+    votes_VE = binning.cast_votes(routing.ids_TK, logits_TE, tokens.valid_T, lossy_T, rule)
+    draw_E = None
+    if rule.method == "random":
+        draw_E = jax.random.uniform(jax.random.key(seed), logits_TE.shape[1:])
+    active_E = binning.choose_active(votes_VE if total is None else total(votes_VE), rule, draw_E)
+    moved = binning.remap(routing.ids_TK, routing.weights_TK, logits_TE, routing.scores_TE, active_E, lossy_T)
+    result = routing.with_assignments(*moved)
+    return result, _remapped(routing, result)
+
+
+def route_binned(
+    logits_TE: Float[Array, "T E"],
+    tokens: TokenFlags,
+    rule: binning.Rule,
+    *,
+    renormalize: bool,
+    implementation: binning.Implementation,
+    platform: str,
+    total: Callable[[Array], Array] | None = None,
+) -> tuple[Routing, Routing, Int[Array, " T"]]:
+    """(A softmax router's own choice, its binned and sorted form, assignments of each token that moved)."""
+    logits_TE = logits_TE.astype(jnp.float32)
+    b = binning.bin_experts(
+        logits_TE, tokens.valid_T, tokens.lossy_T, rule,
+        renormalize=renormalize, implementation=implementation, platform=platform, total=total,
+    )  # fmt: skip
+    plain = Routing(b.plain_ids_TK, b.plain_weights_TK, b.scores_TE, logits_TE)
+    plan = DispatchPlan(b.order_N, b.group_sizes_E)
+    result = Routing(b.ids_TK, b.weights_TK, b.scores_TE, logits_TE, plan)
+    return plain, result, _remapped(plain, result)
+
+
+def _remapped(before: Routing, after: Routing) -> Int[Array, " T"]:
+    return jnp.sum(before.ids_TK != after.ids_TK, axis=1, dtype=jnp.int32)

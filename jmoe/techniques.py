@@ -1,0 +1,119 @@
+"""Frozen configuration of the lossy techniques: the tables ``[moe.binning]`` and ``[moe.capacity]``.
+
+What is absent is off. A key that the chosen method does not read is refused, not ignored.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from jmoe_kernels.binning import Method
+
+
+@dataclass(frozen=True)
+class BinningConfig:
+    """``[moe.binning]``: a decode batch's assignments on fewer experts (see ``jmoe.moe.binning``).
+
+    method: how the experts that stay are chosen. bin_width: of an affinity bin, nats; smaller is stronger.
+    k0: choices of every token that stay, for "oea". keep: share of the batch's union that stays, for
+    "budget", "popularity" and "random".
+    """
+
+    method: Method = "affinity"
+    bin_width: float = 0.5
+    k0: int = 3
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choice("moe.binning.method", self.method, get_args(Method))
+        _check_number("moe.binning.bin_width", self.bin_width)
+        _check_number("moe.binning.keep", self.keep)
+        if self.keep > 1:
+            raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
+        if type(self.k0) is not int or self.k0 < 1:
+            raise ValueError(f"moe.binning.k0 must be an integer of at least 1, got {self.k0!r}")
+        _check_read("moe.binning", self, "method", _BINNING_READS)
+
+    def check_model(self, experts: int, k: int) -> None:
+        """Raises ValueError where ``experts``, ``k`` of them a token, leave nothing or too few to keep."""
+        if experts <= k:
+            raise ValueError(
+                f"moe.binning needs more experts than a token uses: this model has {experts} and uses {k}"
+            )
+        if self.method == "oea" and self.k0 > k:
+            raise ValueError(
+                f"moe.binning.k0 must be from 1 to the model's {k} experts a token, got {self.k0}"
+            )
+        if self.method in _BUDGETS and self.keep * experts < k:
+            raise ValueError(
+                f"moe.binning.keep = {self.keep!r} is a budget of at most {self.keep * experts:g} of "
+                f"{experts} experts, below the {k} of a token; it must be at least {k / experts:g}"
+            )
+
+
+@dataclass(frozen=True)
+class CapacityConfig:
+    """``[moe.capacity]``: how many assignments an expert may take in one step (see ``jmoe.moe.capacity``).
+
+    factor: the limit as a multiple of the even share, gamma. policy: what becomes of the assignments over
+    it. metric: which of them stay. scope: whether an expert or a device has the limit. phase: the steps
+    it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
+    """
+
+    factor: float = 1.5
+    policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
+    metric: Literal["score", "order", "reverse_order", "random"] = "score"
+    scope: Literal["expert", "device"] = "expert"
+    phase: Literal["prefill", "decode", "both"] = "prefill"
+    rounds: int = 3
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("moe.capacity.factor", self.factor)
+        if type(self.rounds) is not int or not 1 <= self.rounds <= 16:
+            raise ValueError(f"moe.capacity.rounds must be an integer from 1 to 16, got {self.rounds!r}")
+        if type(self.renormalize) is not bool:
+            raise ValueError(f"moe.capacity.renormalize must be true or false, got {self.renormalize!r}")
+        for field in dataclasses.fields(self):
+            if choices := get_args(field.type):
+                check_choice(f"moe.capacity.{field.name}", getattr(self, field.name), choices)
+        _check_read("moe.capacity", self, "policy", _CAPACITY_READS)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for a limit that means nothing with experts on ``ranks`` devices."""
+        for name, value in (("policy", self.policy), ("scope", self.scope)):
+            if value in ("expand", "device") and ranks == 1:
+                raise ValueError(
+                    f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel "
+                    f"size of 2 or more, got {ranks}"
+                )
+
+
+_BUDGETS = ("budget", "popularity", "random")
+_BINNING_READS = {"bin_width": ("affinity", "budget"), "k0": ("oea",), "keep": _BUDGETS}
+_RANKED = ("drop", "reroute", "expand")
+_CAPACITY_READS = {"factor": _RANKED, "metric": _RANKED, "scope": _RANKED, "rounds": ("reroute",)}
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or type(value) is bool or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _check_read(table: str, config: Any, by: str, readers: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for a key that is set and not read by the method or policy, the field ``by``."""
+    chosen = getattr(config, by)
+    for name, methods in readers.items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value != default and chosen not in methods:
+            raise ValueError(
+                f"{table}.{name} = {value!r} has no effect with {by} {chosen!r}; "
+                f"it needs one of {', '.join(methods)}"
+            )
