@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jmoe.config import MoEConfig
-from jmoe.techniques import CapacityConfig
+from jmoe.techniques import BinningConfig, CapacityConfig
 
 
 def test_an_absent_block_is_off_and_an_empty_one_takes_the_defaults():
@@ -13,6 +13,10 @@ def test_an_absent_block_is_off_and_an_empty_one_takes_the_defaults():
     assert MoEConfig.from_dict({"capacity": None}).capacity is None
     assert MoEConfig.from_dict({"capacity": {}}).capacity == CapacityConfig()
     assert CapacityConfig() == CapacityConfig(1.5, "drop", "score", "expert", "prefill", 3, False)
+
+    assert MoEConfig.from_dict({}).binning is None
+    assert MoEConfig.from_dict({"binning": {}}).binning == BinningConfig()
+    assert BinningConfig() == BinningConfig("affinity", 0.5, 3, 0.5)
 
 
 def test_json_and_toml_say_the_same(tmp_path: Path):
@@ -59,6 +63,39 @@ def test_json_and_toml_say_the_same(tmp_path: Path):
 def test_a_bad_capacity_block_is_refused_with_what_would_be_right(values, message: str):
     with pytest.raises(ValueError, match=message):
         MoEConfig.from_dict({"capacity": values})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"width": 1}, r"moe.binning: unknown key 'width'; nearest known key: 'bin_width'"),
+        ({"bin_width": 0}, "moe.binning.bin_width must be a finite number above 0, got 0"),
+        ({"bin_width": -0.5}, "above 0, got -0.5"),
+        ({"bin_width": float("nan")}, "above 0, got nan"),
+        ({"bin_width": float("inf")}, "above 0, got inf"),
+        ({"bin_width": "0.5"}, "above 0, got '0.5'"),
+        ({"bin_width": True}, "above 0, got True"),
+        (
+            {"method": "lynx"},
+            "moe.binning.method must be one of affinity, oea, budget, popularity, random, got 'lynx'",
+        ),
+        ({"method": "oea", "k0": 0}, "moe.binning.k0 must be an integer of at least 1, got 0"),
+        ({"method": "oea", "k0": 2.0}, "at least 1, got 2.0"),
+        ({"method": "budget", "keep": 0}, "moe.binning.keep must be a finite number above 0, got 0"),
+        ({"method": "budget", "keep": 1.5}, "keep must be at most 1, all of the union, got 1.5"),
+        ({"k0": 2}, "moe.binning.k0 = 2 has no effect with method 'affinity'; it needs one of oea"),
+        (
+            {"keep": 0.7},
+            "keep = 0.7 has no effect with method 'affinity'; it needs one of budget, popularity",
+        ),
+        ({"method": "oea", "bin_width": 0.3}, "it needs one of affinity, budget"),
+        ([1], "moe.binning must be a table of keys, got list"),
+    ],
+    ids=str,
+)
+def test_a_bad_binning_block_is_refused_with_what_would_be_right(values, message: str):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.from_dict({"binning": values})
 
 
 def test_a_misspelt_block_and_a_bare_table_are_refused():

@@ -3,12 +3,14 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import cpu_kernels
 import pytest
+import unread_experts
 from jmoe_kernels import cpu
 from jmoe_kernels.cpu import build
 from jmoe_kernels.grouped_mlp import pick, supports
@@ -87,3 +89,15 @@ def test_a_build_is_kept(tmp_path: Path, monkeypatch):
     shutil.copy(LIBRARY.path, tmp_path)
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
     assert build.build(tmp_path).name == LIBRARY.path.name
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "forbidden, end", [("0,1,3,5,6,7", 0), ("2", -signal.SIGSEGV)], ids=["idle", "active"]
+)
+def test_weights_of_idle_experts_are_not_read(forbidden: str, end: int):
+    """Their pages cannot be read; that reading one would have been noticed, the second case shows."""
+    command = [sys.executable, unread_experts.__file__, "2,4", forbidden]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (end, "" if end else "unread\n"), done.stderr[-2000:]

@@ -39,12 +39,15 @@ def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: R
         return jnp.broadcast_to(late_K.astype(jnp.int32), ids_TK.shape)
     logit_TK = jnp.take_along_axis(logits_TE, ids_TK, axis=1)
     gap_TK = jnp.max(logit_TK, axis=1, keepdims=True) - logit_TK
-    return jnp.sum(gap_TK[..., None] >= edges(rule), axis=-1, dtype=jnp.int32)
+    return jnp.sum(gap_TK[..., None] >= edges(rule)[None, None], axis=-1, dtype=jnp.int32)
 
 
 def edges(rule: Rule) -> np.ndarray:
     """Where bins 1, 2, ... begin, float32; above 0, so that a token's best choice is always in bin 0."""
-    return np.arange(1, BINS) * np.maximum(np.float32(rule.bin_width), np.finfo(np.float32).tiny)
+    limits = np.finfo(np.float32)
+    return np.arange(1, BINS, dtype=np.float32) * np.float32(
+        np.clip(rule.bin_width, limits.tiny, limits.max / BINS)
+    )
 
 
 def cast_votes(
@@ -112,8 +115,9 @@ def remap(
     moved_TK = ~active_E[ids_TK] & lossy_T[:, None]
     chosen_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True)
     lowest = jnp.finfo(jnp.float32).min  # an expert of logit -inf is still one; one that is taken is not
+    rank_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 below 0
     open_TE = active_E[None] & ~chosen_TE
-    _, next_TK = lax.top_k(jnp.where(open_TE, jnp.maximum(logits_TE, lowest), -jnp.inf), k)
+    _, next_TK = lax.top_k(jnp.where(open_TE, rank_TE, -jnp.inf), k)
     nth_TK = jnp.maximum(jnp.cumsum(moved_TK.astype(jnp.int32), axis=1) - 1, 0)
     new_ids_TK = jnp.where(moved_TK, jnp.take_along_axis(next_TK, nth_TK, axis=1), ids_TK)
     score_TK = jnp.take_along_axis(scores_TE, new_ids_TK, axis=1)
