@@ -219,7 +219,8 @@ BINNED = MoEConfig(binning=BinningConfig(bin_width=0.2))
 def through(layer, x, flags: TokenFlags, phase: str):
     graph, state = nnx.split(layer)
     knobs = Knobs(np.float32(1), np.int32(3))
-    return jax.jit(lambda s, x: nnx.merge(graph, s)(x, flags, phase, knobs))(state, x)
+    out = jax.jit(lambda s, x: nnx.merge(graph, s)(x, flags, phase, knobs))(state, x)
+    return out.y_TD, out.stats, out.changes
 
 
 def test_the_layer_bins_decode_steps_only():

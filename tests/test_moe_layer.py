@@ -40,7 +40,8 @@ def inputs(cfg, seed=0):
 
 def run(layer, x, valid):
     graph, state = nnx.split(layer)
-    return jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v))[:2])(state, x, valid)
+    out = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v)))(state, x, valid)
+    return out.y_TD, out.stats
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

@@ -83,7 +83,12 @@ def compile_layer(platform: str, name: str) -> str:
     split = NamedSharding(mesh, PartitionSpec(EXPERT))
     x = jax.ShapeDtypeStruct((RANKS * TOKENS, MODEL), jnp.float32, sharding=split)
     valid = jax.ShapeDtypeStruct((RANKS * TOKENS,), jnp.bool_, sharding=split)
-    run = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v))[:2])
+
+    @jax.jit
+    def run(state, x, valid):
+        out = nnx.merge(graph, state)(x, TokenFlags(valid))
+        return out.y_TD, out.stats
+
     return run.lower(state, x, valid).compile().as_text()
 
 

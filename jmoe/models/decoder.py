@@ -22,7 +22,7 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
 from jmoe.moe.binning import get_rule
 from jmoe.moe.layer import MoELayer
-from jmoe.moe.types import Changes, DispatchStats, Knobs, TokenFlags
+from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
@@ -33,13 +33,15 @@ from jmoe.nn.rope import Rotation, rotation
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_BTD: final normed states, float32. pages: the updated cache. stats: one entry a layer.
+    """hidden_BTD: final normed states, float32. pages: the updated cache. routing, stats: one entry a
+    layer, the router's own choices and what was done with them.
 
     changes_B: what lossy techniques did to each sequence, summed over tokens and layers; None without any.
     """
 
     hidden_BTD: Float[Array, "B T D"]
     pages: list[LayerPages] | None
+    routing: list[Routing]
     stats: list[DispatchStats]
     changes_B: Changes | None
 
@@ -54,15 +56,15 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, knobs: Knobs | None
-    ) -> tuple[Array, LayerPages | None, DispatchStats, Changes | None]:
+    ) -> tuple[Array, LayerPages | None, MoEOutput]:
         with jax.named_scope("attention"):
             y_ND, pages = self.attention(rms_norm(x_ND, self.input_norm[...], self.eps), by, seqs, pages)
             x_ND = x_ND + y_ND
         with jax.named_scope("moe"):
             phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
-            y_ND, stats, changes = self.moe(normed_ND, token_flags(seqs), phase, knobs)
-        return x_ND + y_ND, pages, stats, changes
+            out = self.moe(normed_ND, token_flags(seqs), phase, knobs)
+        return x_ND + out.y_TD, pages, out
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
@@ -116,24 +118,22 @@ class Decoder(nnx.Module):
         b, t = seqs.tokens_BT.shape
         x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
-        stats: list[DispatchStats] = []
-        changes: list[Changes] = []
+        outs: list[MoEOutput] = []
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             own_knobs = None if knobs is None else knobs.of(i)
-            x_ND, layer_pages, layer_stats, layer_changes = _apply(
+            x_ND, layer_pages, out = _apply(
                 *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs
             )
-            stats.append(layer_stats)
-            if layer_changes is not None:
-                changes.append(layer_changes)
+            outs.append(out)
             if layer_pages is not None:
                 new_pages.append(layer_pages)
         hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
         changes_B = None
-        if changes:
+        if changes := [out.changes for out in outs if out.changes is not None]:
             changes_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *changes)
-        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, stats, changes_B)
+        routing, stats = [out.routing for out in outs], [out.stats for out in outs]
+        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, routing, stats, changes_B)
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""

@@ -26,15 +26,7 @@ from jmoe.moe.capacity import limit
 from jmoe.moe.counting import count_changes, count_dispatch, over_shards
 from jmoe.moe.experts import Experts, apply_experts
 from jmoe.moe.routing import route
-from jmoe.moe.types import (
-    CapacityCounts,
-    Changes,
-    DispatchStats,
-    Knobs,
-    LocalExperts,
-    Routing,
-    TokenFlags,
-)
+from jmoe.moe.types import CapacityCounts, Knobs, LocalExperts, MoEOutput, Routing, TokenFlags
 from jmoe.nn.param import ParamMaker
 from jmoe.techniques import CapacityConfig
 
@@ -73,8 +65,8 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         phase: Phase = "prefill",
         knobs: Knobs | None = None,
-    ) -> tuple[Float[Array, "T D"], DispatchStats, Changes | None]:
-        """The experts' combined output in float32, zero for invalid tokens, and what was done.
+    ) -> MoEOutput:
+        """The experts' combined output, and what was done.
 
         phase: "decode" where every token of the step is one that a sequence was continued with.
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
@@ -98,7 +90,7 @@ class MoELayer(nnx.Module):
             partial(self._shard, send=send, rule=rule, limit_by=limit_by),
             mesh=self.mesh,
             in_specs=(split, split, whole, whole, *experts),
-            out_specs=(split, whole, split),
+            out_specs=MoEOutput(split, split, whole, split),  # pyright: ignore[reportArgumentType]
             check_vma=False,
         )
         return run(x_TD, tokens, knobs, *weights)
@@ -115,7 +107,7 @@ class MoELayer(nnx.Module):
         send: transport.Transport,
         rule: Rule | None,
         limit_by: CapacityConfig | None,
-    ) -> tuple[Array, DispatchStats, Changes | None]:
+    ) -> MoEOutput:
         with jax.named_scope("route"):
             logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
             plain, routing, remapped_T = self._route(logits_TE, tokens, rule, knobs)
@@ -130,10 +122,10 @@ class MoELayer(nnx.Module):
         changes = count_changes(remapped_T, limited)
         stats = count_dispatch(plain, routing, tokens.valid_T, changes, traffic, train_capacity)
         if is_single(self.mesh):
-            return y_TD, stats, changes
+            return MoEOutput(y_TD, plain, stats, changes)
         with jax.named_scope("combine"):
             y_TD = lax.psum(y_TD, TENSOR)
-        return y_TD, over_shards(stats, routing, tokens.valid_T), changes
+        return MoEOutput(y_TD, plain, over_shards(stats, routing, tokens.valid_T), changes)
 
     def _route(
         self, logits_TE: Array, tokens: TokenFlags, rule: Rule | None, knobs: Knobs | None

@@ -186,3 +186,18 @@ class DispatchStats:
     dropped: Int[Array, ""]
     rerouted: Int[Array, ""]
     traffic: Traffic
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MoEOutput:
+    """What one layer gives.
+
+    y_TD: the experts' combined output, float32, zero for invalid tokens. routing: the router's own choice.
+    changes: None where nothing lossy is on.
+    """
+
+    y_TD: Float[Array, "T D"]
+    routing: Routing
+    stats: DispatchStats
+    changes: Changes | None
