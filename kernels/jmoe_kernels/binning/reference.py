@@ -39,12 +39,13 @@ def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: R
         return jnp.broadcast_to(late_K.astype(jnp.int32), ids_TK.shape)
     logit_TK = jnp.take_along_axis(logits_TE, ids_TK, axis=1)
     gap_TK = jnp.max(logit_TK, axis=1, keepdims=True) - logit_TK
-    return jnp.sum(gap_TK[..., None] >= edges(rule), axis=-1, dtype=jnp.int32)
+    return jnp.sum(gap_TK[..., None] >= edges(rule)[None, None], axis=-1, dtype=jnp.int32)
 
 
 def edges(rule: Rule) -> np.ndarray:
     """Where bins 1, 2, ... begin, float32; above 0, so that a token's best choice is always in bin 0."""
-    return np.arange(1, BINS) * np.maximum(np.float32(rule.bin_width), np.finfo(np.float32).tiny)
+    width = np.maximum(np.float32(rule.bin_width), np.finfo(np.float32).tiny)
+    return np.arange(1, BINS, dtype=np.float32) * width
 
 
 def cast_votes(
