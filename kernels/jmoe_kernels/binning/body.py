@@ -3,8 +3,8 @@
 There is no gather, scatter, sort or prefix sum here: comparisons, sums and maxima along an axis, and
 products of 0/1 matrices. Choices are dense: ``place_TE`` says which of its token's K choices an expert is, 0
 the best, and K where it is none of them. Experts that only fill the tile up (ids from ``experts``) are never
-chosen, have no votes and are never active. Whatever decides an id is a whole number or a float32 comparison as
-in ``reference``; no sum over tokens takes a logit or a score, so that a token's NaN stays with the token.
+chosen, have no votes and are never active. Whatever decides an id is a whole number or a float32 comparison
+as in ``reference``; no sum over tokens takes a logit or a score, so that a token's NaN stays with the token.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ def column(row_1E: Array, at_R1: Int[Array, "R 1"]) -> Array:
 
 
 def over_rows(rows: Sequence[Array], block: int, of_pair: Callable) -> Int[Array, "1 E"]:
-    """The sum over experts r of ``of_pair(r, [row[r] for row in rows])`` [R, E], ``block`` of them at once."""
+    """The sum over experts r of ``of_pair(r, [row[r] for row in rows])`` [R, E], ``block`` at once."""
     experts = rows[0].shape[1]
 
     def add(i: Array, sum_1E: Array) -> Array:

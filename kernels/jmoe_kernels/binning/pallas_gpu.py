@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
 from jmoe_kernels.binning.body import iota
-from jmoe_kernels.binning.fused import Platform, Ref
+from jmoe_kernels.binning.plan import Platform, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
 LANES = 16  # the least side of a product in Triton
@@ -64,7 +64,7 @@ def bin_experts(
     call = partial(
         pl.pallas_call,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-        cost_estimate=fused.cost(t, experts, rule.k),
+        cost_estimate=cost(t, experts, rule.k),
         interpret=interpret,
     )
     # Stores of interpreted kernels read where the mask is off, so such elements need a place of their own.

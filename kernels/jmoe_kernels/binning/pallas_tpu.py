@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
 from jmoe_kernels.binning.body import along, iota
-from jmoe_kernels.binning.fused import Platform, Ref
+from jmoe_kernels.binning.plan import Platform, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
 LANES = 128
@@ -80,7 +80,7 @@ def bin_experts(
     call = partial(
         pl.pallas_call,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        cost_estimate=fused.cost(t, experts, rule.k),
+        cost_estimate=cost(t, experts, rule.k),
         interpret=interpret,
     )
     platform = Platform(call, lambda: None, LANES, 0, _scatter, _order)
