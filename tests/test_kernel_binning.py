@@ -4,6 +4,7 @@ The kernels run in the interpreter. Ids, sets, order and sizes are equal; scores
 rounding.
 """
 
+import re
 from dataclasses import fields, replace
 from functools import cache
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from jmoe_kernels.binning import Binned, Rule, bin_experts, pick, supports
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from jmoe_kernels.binning.reference import cast_votes, route_softmax
@@ -168,6 +170,30 @@ def test_a_nan_stays_with_its_token(implementation: str):
         assert np.isnan(np.asarray(values)[4]).any()
     for ids in np.asarray(result.ids_TK):
         assert len(set(ids)) == case.k and ids.min() >= 0 and ids.max() < case.experts
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("platform", "device"),
+    [
+        ("tpu", AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")),
+        ("cuda", AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")),
+    ],
+)
+def test_lowers_where_no_plugin_is_installed(platform: str, device: AbstractDevice, method: str):
+    kind = device.platform
+    rule, tokens, experts = rule_of(method, 8), 100, 128
+
+    def run(logits, valid, lossy):
+        options = {"renormalize": True, "implementation": f"pallas_{kind}", "platform": kind}
+        alone = bin_experts(logits, valid, lossy, rule, **options)
+        return alone, bin_experts(logits, valid, lossy, rule, **options, total=lambda votes: 2 * votes)
+
+    mask = jax.ShapeDtypeStruct((tokens,), jnp.bool)
+    logits = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        lowered = jax.jit(run).trace(logits, mask, mask).lower(lowering_platforms=(platform,))
+    assert len(re.findall(r"custom_call @(tpu_custom_call|__gpu\$xla.gpu.triton)", lowered.as_text())) == 3
 
 
 # ---- what is refused
