@@ -24,7 +24,12 @@ def iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
 
 
 def along(fold: Callable, x: Array, axis: int) -> Array:
-    """``x`` folded along ``axis``, which stays as 1."""
+    """``x`` folded along ``axis``, which stays as 1. Whole numbers below 2**24, if any.
+
+    Over experts these go through float32, which a TPU folds across lanes in half the time.
+    """
+    if axis == 1 and x.dtype == jnp.int32:
+        return fold(x.astype(jnp.float32), axis=axis, keepdims=True).astype(jnp.int32)
     return fold(x, axis=axis, keepdims=True)
 
 

@@ -97,7 +97,7 @@ def bin_all(
         platform.order(order, first, slot_TE, moved_TE, k)
         return after[0], after[1]
 
-    padding = jnp.sum(sizes_1E, axis=1, keepdims=True)
+    padding = body.along(jnp.sum, sizes_1E, 1)
     plan.over_tiles(write_order, (body.starts(sizes_1E, block), padding))
 
 
