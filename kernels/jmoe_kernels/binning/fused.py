@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import body
-from jmoe_kernels.binning.plan import TILE, Plan, Platform, Ref
+from jmoe_kernels.binning.plan import Plan, Platform, Ref
 from jmoe_kernels.binning.types import VOTE_ROWS, Binned, Rule
 
 
@@ -56,7 +56,7 @@ def bin_all(
     *total_VE, plain_ids, plain_weights, ids, weights, scores_TE, active, order, sizes, place_TE, new_TE = (
         refs
     )
-    k, block = plan.k, min(plan.lanes, TILE // plan.lanes)
+    k, block = plan.k, min(plan.lanes, platform.pairs // plan.lanes)
     lane_TE = body.iota((plan.chunk, plan.lanes), 1)
     tile = partial(_tile, plan)
 

@@ -23,6 +23,7 @@ LANES = 16  # the least side of a product in Triton
 MOST_EXPERTS = 512
 MOST_TOKENS = 4096  # one thread block goes through them tile by tile
 WARPS = 8
+PAIRS = 2048  # eight a thread: with more, registers spill
 
 
 def supports(experts: int, rule: Rule) -> str | None:
@@ -69,7 +70,7 @@ def bin_experts(
     )
     # Stores of interpreted kernels read where the mask is off, so such elements need a place of their own.
     barrier = (lambda: None) if interpret else triton.debug_barrier
-    platform = Platform(call, barrier, LANES, 1, _scatter, _order)
+    platform = Platform(call, barrier, LANES, PAIRS, 1, _scatter, _order)
     return fused.bin_experts(
         logits_TE, valid_T, lossy_T, rule, platform, renormalize=renormalize, total=total
     )

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
 from jmoe_kernels.binning.body import along, iota
-from jmoe_kernels.binning.plan import Platform, Ref, cost
+from jmoe_kernels.binning.plan import TILE, Platform, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
 LANES = 128
@@ -30,26 +30,24 @@ def supports(experts: int, rule: Rule) -> str | None:
 
 
 def _scatter(ref: Ref, first: Array | int, value_TE: Array, place_TE: Array, k: int) -> None:
-    t = place_TE.shape[0]
-    lane_TK, zero_TE = iota((t, k), 1), jnp.zeros_like(value_TE)
+    t, float_TE = place_TE.shape[0], value_TE.astype(jnp.float32)
+    lane_TK = iota((t, k), 1)
 
     def put(j: Array, tile_TK: Array) -> Array:
-        return jnp.where(
-            lane_TK == j, along(jnp.sum, jnp.where(place_TE == j, value_TE, zero_TE), 1), tile_TK
-        )
+        value_T1 = along(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1)
+        return jnp.where(lane_TK == j, value_T1, tile_TK)
 
-    ref[pl.ds(first, t), :] = lax.fori_loop(
-        0, k, put, jnp.zeros((t, k), value_TE.dtype), unroll=k <= UNROLLED
-    )
+    tile_TK = lax.fori_loop(0, k, put, jnp.zeros((t, k), jnp.float32), unroll=k <= UNROLLED)
+    ref[pl.ds(first, t), :] = tile_TK.astype(value_TE.dtype)
 
 
 def _order(ref: Ref, first: Array | int, slot_TE: Array, place_TE: Array, k: int) -> None:
     t, n = place_TE.shape[0], ref.shape[1]
     flat_T1 = (first + iota((t, 1), 0)) * k
-    lane_TN = iota((t, n), 1)
+    lane_TN, float_TE = iota((t, n), 1), slot_TE.astype(jnp.float32)
 
     def put(j: Array, order_1N: Array) -> Array:
-        slot_T1 = along(jnp.sum, jnp.where(place_TE == j, slot_TE, 0), 1)
+        slot_T1 = along(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1).astype(jnp.int32)
         here_1N = along(jnp.max, jnp.where(lane_TN == slot_T1, flat_T1 + j, -1), 0)
         return jnp.where(here_1N < 0, order_1N, here_1N)
 
@@ -83,7 +81,7 @@ def bin_experts(
         cost_estimate=cost(t, experts, rule.k),
         interpret=interpret,
     )
-    platform = Platform(call, lambda: None, LANES, 0, _scatter, _order)
+    platform = Platform(call, lambda: None, LANES, TILE, 0, _scatter, _order)
     return fused.bin_experts(
         logits_TE, valid_T, lossy_T, rule, platform, renormalize=renormalize, total=total
     )

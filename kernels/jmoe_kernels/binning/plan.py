@@ -49,14 +49,16 @@ class Platform:
     """What the lowerings differ in.
 
     call: ``pl.pallas_call`` with the lowering's own arguments. barrier: between passes, of which one reads
-    what another wrote. scatter(ref, first, value_TE, place_TE, k): ``ref[first + t, place] = value`` for
-    every choice; order(ref, first, slot_TE, place_TE, k): ``ref[0, slot] = (first + t) * k + place``. Where
-    ``place`` is k, ``slot`` and ``value`` mean nothing. spare: elements past the end of the rows of both.
+    what another wrote. pairs: of experts that are compared at once. scatter(ref, first, value_TE, place_TE, k):
+    ``ref[first + t, place] = value`` for every choice; order(ref, first, slot_TE, place_TE, k):
+    ``ref[0, slot] = (first + t) * k + place``. Where ``place`` is k, ``slot`` and ``value`` mean nothing.
+    spare: elements past the end of the rows of both.
     """
 
     call: Callable
     barrier: Callable[[], None]
     least_lanes: int
+    pairs: int
     spare: int
     scatter: Callable[[Ref, Array | int, Array, Array, int], None]
     order: Callable[[Ref, Array | int, Array, Array, int], None]
