@@ -49,7 +49,7 @@ class Platform:
     """What the lowerings differ in.
 
     call: ``pl.pallas_call`` with the lowering's own arguments. barrier: between passes, of which one reads
-    what another wrote. pairs: of experts that are compared at once. scatter(ref, first, value_TE, place_TE, k):
+    what another wrote. pairs: of experts compared at once. scatter(ref, first, value_TE, place_TE, k):
     ``ref[first + t, place] = value`` for every choice; order(ref, first, slot_TE, place_TE, k):
     ``ref[0, slot] = (first + t) * k + place``. Where ``place`` is k, ``slot`` and ``value`` mean nothing.
     spare: elements past the end of the rows of both.
