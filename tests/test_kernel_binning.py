@@ -218,9 +218,9 @@ def test_limits_are_named():
 @pytest.mark.parametrize(
     ("implementation", "tokens", "experts", "reason"),
     [
-        ("pallas_tpu", 2000, 8, "2000 tokens have 16000 assignments; the kernel takes 8192"),
-        ("pallas_tpu", 1000, 1000, "1000 tokens have 1000000 logits; the kernel takes 524288"),
-        ("pallas_gpu", 5000, 16, "5000 tokens; the kernel takes 4096"),
+        ("pallas_tpu", 2000, 8, "2000 tokens; it takes 1024 with 8 experts and k = 8"),
+        ("pallas_tpu", 1000, 1000, "1000 tokens; it takes 524 with 1000 experts"),
+        ("pallas_gpu", 5000, 16, "5000 tokens; it takes 512"),
         ("pallas_gpu", 4, 5000, "5000 experts; the kernel takes 2 to 512"),
     ],
 )

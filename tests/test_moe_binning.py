@@ -255,3 +255,28 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(transport: str):
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_array_equal(stats.counts_E, spread.counts_E)
     assert spread.remapped == stats.remapped == changes.remapped_T.sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shape, monkeypatch):
+    """From the logits to the sorted assignments in one call, which the dispatch then takes as they are."""
+    mesh, tokens = mesh_of(shape), 8
+    x = np.random.default_rng(2).standard_normal((tokens, LAYER.hidden_size), np.float32)
+    flags = TokenFlags(jnp.arange(tokens) != 3, jnp.arange(tokens) == 6)
+    layer = layer_on(mesh, LAYER, dataclasses.replace(BINNED, kernel="xla"))
+    expected, stats, changes = through(layer, x, flags, "decode")
+    calls, entry = [], binning.bin_experts
+
+    def interpreted(*args, **options):
+        calls.append(options["implementation"])
+        return entry(*args, **options, interpret=True)
+
+    monkeypatch.setattr(binning, "bin_experts", interpreted)
+    layer.kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)
+    y, fused, moved = through(layer, x, flags, "decode")
+    assert calls == [kernel]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_array_equal(fused.counts_E, stats.counts_E)
+    np.testing.assert_array_equal(fused.plain_E, stats.plain_E)
+    np.testing.assert_array_equal(moved.remapped_T, changes.remapped_T)

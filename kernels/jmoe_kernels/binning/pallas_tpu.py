@@ -22,6 +22,11 @@ VMEM_LIMIT = 48 << 20
 UNROLLED = 8  # rounds that do not wait for each other overlap when they are unrolled
 
 
+def most_tokens(experts: int, k: int) -> int:
+    """How many tokens a call takes."""
+    return min(MOST_LOGITS // experts, MOST_ASSIGNMENTS // k)
+
+
 def supports(experts: int, rule: Rule) -> str | None:
     """Why the kernel cannot run, with the limit that is exceeded, or None."""
     if not 2 <= experts <= MOST_EXPERTS:
@@ -64,17 +69,8 @@ def bin_experts(
     interpret: bool | pltpu.InterpretParams = False,
     total: Callable[[Array], Array] | None = None,
 ) -> Binned:
-    """See ``api.bin_experts``. Raises ValueError naming the limit that the shapes exceed."""
+    """See ``api.bin_experts``."""
     t, experts = logits_TE.shape
-    reason = supports(experts, rule)
-    for what, size, most in (
-        ("logits", t * experts, MOST_LOGITS),
-        ("assignments", t * rule.k, MOST_ASSIGNMENTS),
-    ):
-        if size > most:
-            reason = f"{t} tokens have {size} {what}; the kernel takes {most}"
-    if reason is not None:
-        raise ValueError(f"bin_experts, pallas_tpu: {reason}")
     call = partial(
         pl.pallas_call,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
