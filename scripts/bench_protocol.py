@@ -121,20 +121,20 @@ def hf_config(cfg: Any) -> dict[str, Any]:
 
 
 class Jmoe:
-    """jmoe's engine, driven step by step. moe: an MoEConfig, None is the default. active: experts that a
-    layer touched in a decode step, by batch."""
+    """jmoe's engine, driven step by step. options: further ones of ``LLM``. active: experts that a layer
+    touched in a decode step, by batch."""
 
-    def __init__(self, directory: Path, args: argparse.Namespace, moe: Any = None):
+    def __init__(self, directory: Path, args: argparse.Namespace, **options: Any):
         from jmoe import LLM
 
         longest = max(args.prompt + 1, args.context + args.new)
         self.llm = LLM(
             directory,
-            moe=moe,
             dtype=args.dtype,
             max_model_len=longest,
             max_num_seqs=max(args.batches, default=1),
             max_num_batched_tokens=args.prompt,
+            **options,
         )
         self.engine = self.llm.engine
         self.engine.codec = None  # token ids only, as the others are asked for
