@@ -1,6 +1,6 @@
 """Binning and a capacity together, on 8 emulated expert ranks: what each does to the other's load and loss.
 
-Decode in lock step as in ``lynx_quality``, batches of all domains in turn. The capacity counts each rank's
+Decode in lock step as in ``lynx_decode``, batches of all domains in turn. The capacity counts each rank's
 own tokens after binning; in decode it is our extension, as the paper limits prefill. Peaks are means over
 steps and layers, over the even share of plain top-k's assignments (``capacity_loads``).
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from capacity_loads import RANKS, device_peak, expert_peak, rank_loads
-from lynx_quality import Meter, Scorer, batches, counted, read_windows
+from lynx_decode import Meter, Scorer, batches, counted, read_windows
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine
