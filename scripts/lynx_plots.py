@@ -36,8 +36,9 @@ def draw_quality(pyplot: Any, quality: dict[str, Any]) -> Any:
         axis.axvline(1 - SAVED, color="grey", ls=":")
         axis.set_yscale("symlog", linthresh=1)
         axis.set(title=f"{mix}-domain batches of {BATCH}", xlabel="active experts over plain top-k's")
-        axis.set(ylabel="perplexity change, %")
-        axis.legend(fontsize=7)
+        axis.set(ylabel="perplexity change, %", ylim=(-2, 50), yticks=[-1, 0, 1, 10])
+        axis.set_yticklabels(["-1", "0", "1", "10"])
+        axis.legend(fontsize=7, ncols=3, loc="lower right")
     return figure
 
 
@@ -53,6 +54,8 @@ def draw_batch(pyplot: Any, quality: dict[str, Any]) -> Any:
             shares = [run[name]["active"] / run[name]["plain"] for run in runs.values()]
             axis.plot(list(runs), shares, style, color=f"C{color}", marker="o", ms=3, label=f"{name}, {mix}")
     axis.set_xscale("log", base=2)
+    sizes = sorted({int(name.split("/")[1]) for name in plain_protocols(quality)})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.set(xlabel="batch", ylabel="active experts over plain top-k's", ylim=(0, 1))
     axis.legend(fontsize=7)
     return figure

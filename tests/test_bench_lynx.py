@@ -120,7 +120,7 @@ def test_the_document_renders_from_small_figures(tmp_path: Path):
     text = lynx_report.document(figures())
     assert "Not measured yet" not in text
     assert "| affinity | +0.60 ± 0.02 | 0.50 | met |" in text  # 1.005 % at half, so 0.6 % at 70 %
-    assert "* against random: better in 4, even in 0, worse in 0 of 4" in text
+    assert "* against random: better in 6, even in 0, worse in 0 of 6" in text
     assert "target 0.95: **missed**" in text and "1.20 (1.10..1.30) | **missed**" in text
     assert "1, 1, 1 at batch 16; 1, 2, 2 at batch 64" in text
     for row in (line for line in text.splitlines() if line.startswith("|")):
@@ -132,7 +132,7 @@ def test_where_affinity_is_worse_the_summary_names_it():
     quality = figures()["quality"]
     quality["runs"]["mixed/16"]["oea/1"]["delta"] = [0, 1, 0, -1]
     lines = report.summary(quality, domains=2)
-    assert lines[0].endswith("worse in 2 of 4 (worse: mixed/16 at 70%, mixed/16 at 50%)")
+    assert lines[0].endswith("worse in 3 of 6 (worse: mixed/16 at 80%, mixed/16 at 70%, mixed/16 at 55%)")
 
 
 def test_parts_without_data_are_skipped_and_commands_name_what_differs(tmp_path: Path, capsys, monkeypatch):
