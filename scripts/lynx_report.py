@@ -23,13 +23,13 @@ def capacity_part(capacity: dict[str, Any]) -> list[str]:
         "which counts each rank's own tokens; a capacity in decode is our extension (the paper limits "
         "prefill). Peaks are means over layers and steps, over the even share of plain top-k's "
         "assignments. An expert's places on a rank, ceil(gamma x tokens x 4 / 32), at gamma 1, 1.5 and 2: "
-        f"{places(capacity)}; where they are the same, so is the setting.",
+        f"{places(capacity)}; where they are the same, so is the setting, and its row is one.",
         "",
     ]
     for batch, widths in capacity["runs"].items():
         plain_N, rows = np.array(widths["off"]["off"]["nll"]), []
         for width, by in widths.items():
-            for name, row in by.items():
+            for name, row in distinct(by):
                 loads = [f"{row['active']:.1f}", f"{row['expert_peak']:.2f}", f"{row['device_peak']:.2f}"]
                 shares = [f"{100 * row[key]:.1f}" for key in ("remapped", "dropped", "rerouted")]
                 loss = signed(*percent((np.array(row["nll"]) - plain_N) / (length - 1), domains), 2)
@@ -44,6 +44,18 @@ def capacity_part(capacity: dict[str, Any]) -> list[str]:
     return [*lines, *concentration(capacity)]
 
 
+def distinct(by: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The settings by name, those of one policy that gave the same figures as one: "drop/1, 1.5"."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, row in by.items():
+        policy, _, factor = name.partition("/")
+        if found and found[-1][0].startswith(f"{policy}/") and found[-1][1] == row:
+            found[-1] = f"{found[-1][0]}, {factor}", row
+        else:
+            found.append((name, row))
+    return found
+
+
 def places(capacity: dict[str, Any]) -> str:
     found = []
     for batch in capacity["runs"]:
@@ -55,16 +67,18 @@ def places(capacity: dict[str, Any]) -> str:
 
 
 def concentration(capacity: dict[str, Any]) -> list[str]:
-    """What binning alone does to the peaks, from its strongest setting."""
+    """What binning alone does to the peaks, and rerouting to binning, from the strongest setting."""
     lines = []
     for batch, widths in capacity["runs"].items():
         plain, (width, strongest) = widths["off"]["off"], list(widths.items())[-1]
         binned = strongest["off"]
         expert, device = (binned[key] / plain[key] for key in ("expert_peak", "device_peak"))
+        again = strongest.get("reroute/1", binned)["active"]
         lines.append(
             f"* Batch {batch}: binning at {width} alone multiplies the expert peak by {expert:.2f} and the "
             f"device peak by {device:.2f}, with {binned['active'] / plain['active']:.0%} of the active "
-            "experts."
+            f"experts. Rerouting at gamma 1 knows nothing of the active set: {binned['active']:.1f} active "
+            f"experts become {again:.1f}."
         )
     return lines
 

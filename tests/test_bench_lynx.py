@@ -92,7 +92,7 @@ def figures() -> dict:
     quality = {"command": "c", "domains": ["a", "b"], "windows": 2, "length": 11, "runs": runs, "seconds": 60}
     row = {"nll": [30.0] * 4, "active": 8.0, "expert_peak": 2.0, "device_peak": 1.5}
     row |= {"remapped": 0.1, "dropped": 0.1, "rerouted": 0.0}
-    by = {"off": {"off": row}, "0.5": {"off": row | {"active": 4.0}, "drop/1": row}}
+    by = {"off": {"off": row}, "0.5": {"off": row | {"active": 4.0}, "drop/1": row, "drop/1.5": row}}
     capacity = {"command": "c", "domains": ["a", "b"], "windows": 2, "length": 11, "ranks": 8, "seconds": 60}
     layer = {"dims": [64, 8, 8], "top_k": 8, "tokens": 16, "layers": 2, "kernel": "k", "r_squared": 0.9}
     layer |= {"seconds": {"64": 2e-3, "32": 1e-3}, "fixed": 0.0, "each": 1e-3 / 32, "expert_bytes": 1000}
@@ -123,6 +123,7 @@ def test_the_document_renders_from_small_figures(tmp_path: Path):
     assert "* against random: better in 6, even in 0, worse in 0 of 6" in text
     assert "target 0.95: **missed**" in text and "1.20 (1.10..1.30) | **missed**" in text
     assert "1, 1, 1 at batch 16; 1, 2, 2 at batch 64" in text
+    assert text.count("| 0.5 | drop/1, 1.5 | 8.0 |") == 2  # equal figures, one row
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row.endswith("|")
     assert lynx_report.document({}).count("Not measured yet") == 4
