@@ -18,9 +18,10 @@ from test_moe_layer import layer_on, run
 from jmoe.config import MoEConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
+from jmoe.moe.capacity import limit
 from jmoe.moe.routing import route
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-from jmoe.techniques import BinningConfig
+from jmoe.techniques import BinningConfig, CapacityConfig
 
 ROWS, EXPERTS, K = 12, 16, 4
 CONFIGS = {
@@ -208,6 +209,21 @@ def test_ranks_that_share_weights_vote_together(shape: tuple[int, int, int], nam
         _, expected, _, _ = bin_batch(CONFIGS[name], Batch(logits[mine], kinds[mine]))
         np.testing.assert_array_equal(got.ids_TK[mine], expected.ids_TK)
         np.testing.assert_allclose(got.weights_TK[mine], expected.weights_TK, rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["reroute", "expand"])
+def test_a_capacity_behind_brings_no_expert_back(policy: str):
+    logits = np.random.default_rng(6).standard_normal((ROWS, EXPERTS), np.float32)
+    flags, cfg = TokenFlags(jnp.arange(ROWS) < 8), CapacityConfig(policy=policy)
+    plain = route(jnp.asarray(logits), K, renormalize=True)
+    binned, _ = bin_assignments(plain, flags, get_rule(CONFIGS["affinity"], K), seed=jnp.int32(0))
+    chosen = {}
+    for name, routing in (("plain", plain), ("binned", binned)):
+        local, seed = (0, EXPERTS // 2), jnp.int32(0)
+        limited, counts = limit(routing, flags, cfg, factor=jnp.float32(1.5), local=local, seed=seed)
+        assert (counts.rerouted_T + counts.extra_T).sum() > 0
+        chosen[name] = set(np.asarray(limited.ids_TK)[:8].ravel()) - {EXPERTS}
+    assert chosen["binned"] <= set(np.asarray(binned.ids_TK)[:8].ravel()) < chosen["plain"]
 
 
 # ---- in the layer
