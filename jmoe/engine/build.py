@@ -24,6 +24,7 @@ from jmoe.engine.step import Sizes
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.models.decoder import Decoder
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.nn.kv_cache import page_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -143,7 +144,7 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
-    make_runner: Callable[[Decoder, Mesh, Sizes], Runner] = Runner,
+    make_runner: Callable[[Decoder, Mesh, Sizes, list[ShuffleTables] | None], Runner] = Runner,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
@@ -169,7 +170,7 @@ def build_engine(
         progress=lambda done, total: progress("load", done, total),
     )
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
-    runner = make_runner(decoder, mesh, sizes)
+    runner = make_runner(decoder, mesh, sizes, None)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)

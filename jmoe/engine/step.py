@@ -23,6 +23,7 @@ from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import MoETotals, add_step, zero_totals
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
@@ -122,12 +123,16 @@ class ModelFunctions:
         totals: MoETotals,
         given: tuple,
         lossy: tuple[Array, Knobs] | None,
+        tables: list[ShuffleTables] | None,
     ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None]:
-        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured."""
+        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured.
+
+        tables: what to shuffle tokens by, one a layer; None leaves them where they are.
+        """
         tokens_BT, positions_BT, table_BM, last_B, rows = given
         model = self.merge(weights)
         exact_B, knobs = (None, None) if lossy is None else lossy
-        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs)
+        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs, tables)
         assert out.pages is not None
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         with jax.named_scope("sample"):
