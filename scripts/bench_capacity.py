@@ -12,12 +12,11 @@ the real layer sizes. The plots need the ``plots`` extra.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from bench_protocol import pin
+from bench_results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("quality", "load", "speed")
@@ -26,7 +25,7 @@ LINK_GBS = {False: 12.5, True: 450.0}  # 100 Gbit/s Ethernet; NVLink 4, one dire
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "bench_capacity.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=[], help="what to measure")
@@ -41,16 +40,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", action="store_true", help="speed: real layer sizes, on an accelerator")
     parser.add_argument("--link", type=float, help="speed: GB/s of a rank's link, each way")
     return parser
-
-
-def command(parser: argparse.ArgumentParser, args: argparse.Namespace, part: str) -> str:
-    """What measures the part so again: those of its own options that are not at their defaults."""
-    words = ["python scripts/bench_capacity.py --data ../shared/data --parts", part]
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if (action.help or "").startswith(f"{part}:") and value != action.default:
-            words.append(f"--{action.dest}" if value is True else f"--{action.dest} {value}")
-    return " ".join(words)
 
 
 def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -78,10 +67,7 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     if len(args.parts) > 1:  # each in a process of its own: quality wants 8 devices, speed one
-        for part in args.parts:
-            options = [a for a in sys.argv[1:] if a not in ("--parts", *PARTS)]
-            subprocess.run([sys.executable, __file__, *options, "--parts", part], check=True)
-        return
+        return run_each(__file__, args.parts, PARTS)
     if not args.gpu:
         pin(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -97,19 +83,6 @@ def main() -> None:
 
     (args.out / "capacity.md").write_text(document(results))
     draw(results, args.out)
-
-
-def dumps(results: dict[str, Any], depth: int = 4) -> str:
-    """JSON with a line for each value below ``depth`` levels."""
-
-    def lines(value: Any, level: int) -> str:
-        if not isinstance(value, dict) or level == depth or not value:
-            return json.dumps(value)
-        pad = " " * (level + 1)
-        body = ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, level + 1)}" for k, v in value.items())
-        return f"{{\n{body}\n{pad[1:]}}}"
-
-    return lines(results, 0) + "\n"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def pin(threads: int) -> None:
 
 
 @contextmanager
-def checkpoint(model: str) -> Iterator[Path]:
+def checkpoint(model: str, gate_scale: float = 1.0) -> Iterator[Path]:
     """The directory of ``model``; for a TOML of sizes, a temporary one with random weights."""
     from jmoe.engine.build import model_directory
 
@@ -76,12 +76,13 @@ def checkpoint(model: str) -> Iterator[Path]:
         yield directory
         return
     with tempfile.TemporaryDirectory() as temporary:
-        write_random(directory, Path(temporary))
+        write_random(directory, Path(temporary), gate_scale)
         yield Path(temporary)
 
 
-def write_random(toml: Path, directory: Path) -> None:
-    """A Hugging Face checkpoint of the shape in ``toml``: normal weights (std 0.02), norms of ones."""
+def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
+    """A Hugging Face checkpoint of the shape in ``toml``: normal weights (std 0.02, that of the gates times
+    ``gate_scale``), norms of ones."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -95,7 +96,11 @@ def write_random(toml: Path, directory: Path) -> None:
     check_keys(str(toml), values, ModelConfig.__dataclass_fields__)
     cfg = ModelConfig(**values)
     make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(0), platform="cpu")
-    save_hf(Decoder(cfg, MoEConfig(), make_mesh(), make), hf_config(cfg), directory)
+    model = Decoder(cfg, MoEConfig(), make_mesh(), make)
+    if gate_scale != 1:
+        for layer in model.layers:
+            layer.moe.gate_ED[...] = layer.moe.gate_ED[...] * gate_scale
+    save_hf(model, hf_config(cfg), directory)
 
 
 def hf_config(cfg: Any) -> dict[str, Any]:
@@ -116,9 +121,10 @@ def hf_config(cfg: Any) -> dict[str, Any]:
 
 
 class Jmoe:
-    """jmoe's engine, driven step by step. active: experts that a layer touched in a decode step, by batch."""
+    """jmoe's engine, driven step by step. options: further ones of ``LLM``. active: experts that a layer
+    touched in a decode step, by batch."""
 
-    def __init__(self, directory: Path, args: argparse.Namespace):
+    def __init__(self, directory: Path, args: argparse.Namespace, **options: Any):
         from jmoe import LLM
 
         longest = max(args.prompt + 1, args.context + args.new)
@@ -128,6 +134,7 @@ class Jmoe:
             max_model_len=longest,
             max_num_seqs=max(args.batches, default=1),
             max_num_batched_tokens=args.prompt,
+            **options,
         )
         self.engine = self.llm.engine
         self.engine.codec = None  # token ids only, as the others are asked for

@@ -1,34 +1,24 @@
 """The plots of docs/results/capacity.md, SVG, by matplotlib (the ``plots`` extra)."""
 
-import importlib
-import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_results import draw_plots
 from capacity_report_load import FACTORS, LOSSLESS, PAPER_LAYER, at
 from capacity_report_quality import KINDS, difference
 
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jmoe", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 SHOWN = ("drop", "reroute", "expand")
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
     """Writes ``capacity_<part>.svg`` of every part there is."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is absent (pip install 'jmoe[plots]')")
-        return
-    matplotlib, pyplot = map(importlib.import_module, ("matplotlib", "matplotlib.pyplot"))
-    pyplot.switch_backend("svg")
-
     plots = {"quality": draw_quality, "load": draw_load, "speed": draw_speed}
-    with matplotlib.rc_context(STYLE):
-        for part, plot in plots.items():
-            if part in results:
-                figure = plot(pyplot, results)
-                figure.tight_layout()
-                figure.savefig(folder / f"capacity_{part}.svg", metadata={"Date": None})
-                pyplot.close(figure)
+    here = {
+        f"capacity_{part}": partial(plot, results=results) for part, plot in plots.items() if part in results
+    }
+    draw_plots(here, folder)
 
 
 def draw_quality(pyplot: Any, results: dict[str, Any]) -> Any:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from capacity_report_load import PAPER_LAYER, bundled_part, published_part, table
+from bench_results import table
+from capacity_report_load import PAPER_LAYER, bundled_part, published_part
 from capacity_report_quality import quality_part
 
 # ---- speed

@@ -1,9 +1,9 @@
-"""Tables of loads for docs/results/capacity.md, and what all its tables share."""
+"""Tables of loads for docs/results/capacity.md."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from bench_results import table
 
 FACTORS = (2.0, 1.5, 1.25, 1.0)
 LOSSLESS = "lossless"
@@ -11,11 +11,6 @@ PAPER_LAYER = {  # Capacity-Aware Inference, speed-up of one layer at gamma 2.0,
     "mixtral": {"drop": (1.44, 1.89, 2.55), "expand": (1.43, 1.86, 2.51)},
     "olmoe": {"drop": (1.21, 1.30, 1.46), "expand": (1.16, 1.25, 1.36)},
 }
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def at(kind: str, factor: float) -> str:

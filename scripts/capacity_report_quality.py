@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-from capacity_report_load import FACTORS, LOSSLESS, at, table
+from bench_results import signed, table, verdict
+from capacity_report_load import FACTORS, LOSSLESS, at
 
 KINDS = {  # column of a per-domain table -> setting without gamma
     "drop, score": "drop/score/expert",
@@ -49,10 +50,6 @@ def difference(quality: dict[str, Any], worse: str, better: str = LOSSLESS) -> t
     return total(quality, worse) - total(quality, better), math.sqrt(variance) / count
 
 
-def signed(value: float, error: float) -> str:
-    return f"{value:+.4f} ± {error:.4f}"
-
-
 def quality_part(quality: dict[str, Any]) -> list[str]:
     settings = quality["settings"]
     documents = sum(map(len, quality["tokens"].values()))
@@ -91,7 +88,7 @@ def quality_part(quality: dict[str, Any]) -> list[str]:
         *table(
             ["expected", *gammas],
             [
-                [text, *(verdict(*difference(quality, at(a, f), at(b, f))) for f in FACTORS)]
+                [text, *(judged(*difference(quality, at(a, f), at(b, f))) for f in FACTORS)]
                 for text, a, b in ORDERINGS
             ],
         ),
@@ -137,7 +134,6 @@ def shares(setting: dict[str, Any]) -> str:
     return " / ".join(f"{100 * part:.1f}" for part in parts)
 
 
-def verdict(value: float, error: float) -> str:
-    """The difference and whether it bears the expectation out, at two standard errors."""
-    says = "yes" if value > 2 * error else "no" if value < -2 * error else "even"
-    return f"{says} ({signed(value, error)})"
+def judged(value: float, error: float) -> str:
+    """The difference and whether it bears the expectation out."""
+    return f"{verdict(value, error)} ({signed(value, error)})"

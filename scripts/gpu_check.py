@@ -5,9 +5,10 @@
 Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
 bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
-decode and prefill of the layer sizes below, decode steps of a whole random model. Peers at each size: two
-bounds that no grouped product can be expected to beat (all rows through one expert; an even batched product),
-``jax.lax.ragged_dot``, and tokamax and torch where they are importable.
+decode and prefill of the layer sizes below, binning beside its XLA form and beside the decode layer, decode
+steps of a whole random model. Peers at each size: two bounds that no grouped product can be expected to beat
+(all rows through one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where
+they are importable.
 
 Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
 50 MB cache does not hold them. ``--dry`` runs the whole flow on CPU at toy sizes with the interpreter.
@@ -26,6 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_binning import METHODS, batches, binning_seconds, differing
 from gpu_engine import DecodeBench, greedy_tokens, tokens_on_cpu
 from gpu_peers import (
     even_batch,
@@ -282,6 +284,27 @@ def prefill(check: Check) -> None:
             report(check, "prefill", case, took, floor, PREFILL_TARGET)
 
 
+def binning(check: Check) -> None:
+    """The kernel's batches that equal the reference's; then its time beside XLA's and the decode layer's."""
+    for method in METHODS[:1] if check.dry else METHODS:
+        cases = batches(method, check.dry)
+        wrong = {case.name: names for case in cases if (names := differing(case, method, check.dry))}
+        verdict = f"{len(cases) - len(wrong)} of {len(cases)} as the reference "
+        check.add("binning", method, "kernel", verdict=verdict + (f"FAIL {wrong}" if wrong else "pass"))
+    k = 2 if check.dry else 8
+    for experts in (8,) if check.dry else (64, 128):
+        for tokens in (4,) if check.dry else (16, 64):
+            case = f"{experts} experts, {tokens} tokens"
+            own, xla = (binning_seconds(n, tokens, experts, k, check.dry) for n in ("pallas_gpu", "xla"))
+            verdict = f"XLA x{xla / own:.2f} {'pass' if own <= xla else 'MISS'}"
+            layer = f"Qwen3-30B-A3B, {tokens * k // experts} rows an expert"
+            took = [row.seconds for row in check.rows if (row.case, row.name) == (layer, "jmoe")]
+            if experts == MODELS["Qwen3-30B-A3B"][0] and took and took[0]:
+                verdict += f"; {own / took[0]:.1%} of the decode layer"
+            check.add("binning", case, "kernel", own, verdict=verdict)
+            check.add("binning", case, "xla", xla)
+
+
 def engine(check: Check) -> None:
     """The bundled model's greedy tokens in float32, which must be those of the CPU."""
     here, there = greedy_tokens(4 if check.dry else 32), tokens_on_cpu()
@@ -306,6 +329,7 @@ SECTIONS: tuple[Callable[[Check], None], ...] = (
     correctness,
     engine,
     decode,
+    binning,
     prefill,
     model_decode,
 )

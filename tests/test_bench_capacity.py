@@ -89,7 +89,7 @@ def figures() -> dict:
 def test_a_difference_is_paired_and_weighs_documents():
     value, error = quality.difference(figures()["quality"], "drop/score/expert/1")
     assert value == pytest.approx(0.1) and error == pytest.approx(0)  # each document lost as much
-    assert quality.verdict(0.1, 0.01).startswith("yes") and quality.verdict(0.1, 0.06).startswith("even")
+    assert quality.judged(0.1, 0.01).startswith("yes") and quality.judged(0.1, 0.06).startswith("even")
 
 
 def test_the_document_renders_from_small_figures():

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -130,17 +131,32 @@ def test_prefill_zero_rows():
     check((0, 0, 0), 9, PREFILL)
 
 
-def test_gpu_check_runs_dry_and_isolates_a_failing_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     gpu_check = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = gpu_check  # its dataclasses look their module up
     spec.loader.exec_module(gpu_check)
+    return gpu_check
 
+
+def test_gpu_check_bins_dry(tmp_path: Path, gpu_check: ModuleType):
+    assert gpu_check.main(["--dry", "--out", str(tmp_path), "--sections", "binning"]) == 0
+    rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["kernel", "kernel", "xla"]
+    assert rows[0]["verdict"] == "1 of 1 as the reference pass" and "XLA x" in rows[1]["verdict"]
+
+
+def test_gpu_check_runs_dry_and_isolates_a_failing_section(
+    tmp_path: Path, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
     def broken(check):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu_check, "SECTIONS", (broken, *gpu_check.SECTIONS))
+    # Binning is in Triton, which the interpreter of Mosaic GPU would take for its own.
+    others = [section for section in gpu_check.SECTIONS if section.__name__ != "binning"]
+    monkeypatch.setattr(gpu_check, "SECTIONS", (broken, *others))
     with gpu_interpreter():
         status = gpu_check.main(["--dry", "--out", str(tmp_path), "--commit", "abc"])
     result = json.loads((tmp_path / "gpu_check.json").read_text())

@@ -18,9 +18,10 @@ from test_moe_layer import layer_on, run
 from jmoe.config import MoEConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
+from jmoe.moe.capacity import limit
 from jmoe.moe.routing import route
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-from jmoe.techniques import BinningConfig
+from jmoe.techniques import BinningConfig, CapacityConfig
 
 ROWS, EXPERTS, K = 12, 16, 4
 CONFIGS = {
@@ -210,6 +211,21 @@ def test_ranks_that_share_weights_vote_together(shape: tuple[int, int, int], nam
         np.testing.assert_allclose(got.weights_TK[mine], expected.weights_TK, rtol=1e-6)
 
 
+@pytest.mark.parametrize("policy", ["reroute", "expand"])
+def test_a_capacity_behind_brings_no_expert_back(policy: str):
+    logits = np.random.default_rng(6).standard_normal((ROWS, EXPERTS), np.float32)
+    flags, cfg = TokenFlags(jnp.arange(ROWS) < 8), CapacityConfig(policy=policy)
+    plain = route(jnp.asarray(logits), K, renormalize=True)
+    binned, _ = bin_assignments(plain, flags, get_rule(CONFIGS["affinity"], K), seed=jnp.int32(0))
+    chosen = {}
+    for name, routing in (("plain", plain), ("binned", binned)):
+        local, seed = (0, EXPERTS // 2), jnp.int32(0)
+        limited, counts = limit(routing, flags, cfg, factor=jnp.float32(1.5), local=local, seed=seed)
+        assert (counts.rerouted_T + counts.extra_T).sum() > 0
+        chosen[name] = set(np.asarray(limited.ids_TK)[:8].ravel()) - {EXPERTS}
+    assert chosen["binned"] <= set(np.asarray(binned.ids_TK)[:8].ravel()) < chosen["plain"]
+
+
 # ---- in the layer
 
 LAYER = config(num_experts=EXPERTS, num_experts_per_tok=K)
@@ -255,3 +271,28 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(transport: str):
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_array_equal(stats.counts_E, spread.counts_E)
     assert spread.remapped == stats.remapped == changes.remapped_T.sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shape, monkeypatch):
+    """From the logits to the sorted assignments in one call, which the dispatch then takes as they are."""
+    mesh, tokens = mesh_of(shape), 8
+    x = np.random.default_rng(2).standard_normal((tokens, LAYER.hidden_size), np.float32)
+    flags = TokenFlags(jnp.arange(tokens) != 3, jnp.arange(tokens) == 6)
+    layer = layer_on(mesh, LAYER, dataclasses.replace(BINNED, kernel="xla"))
+    expected, stats, changes = through(layer, x, flags, "decode")
+    calls, entry = [], binning.bin_experts
+
+    def interpreted(*args, **options):
+        calls.append(options["implementation"])
+        return entry(*args, **options, interpret=True)
+
+    monkeypatch.setattr(binning, "bin_experts", interpreted)
+    layer.kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)
+    y, fused, moved = through(layer, x, flags, "decode")
+    assert calls == [kernel]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_array_equal(fused.counts_E, stats.counts_E)
+    np.testing.assert_array_equal(fused.plain_E, stats.plain_E)
+    np.testing.assert_array_equal(moved.remapped_T, changes.remapped_T)

@@ -20,6 +20,7 @@ All keep k experts at least, so that every token has k distinct ones and a batch
 
 **Remapping**: choices outside the set go to the token's best-scored experts within, in place; a token that
 lost any takes its scores as weights, scaled to the sum that its weights had, another keeps them bit for bit.
+The scores of experts outside the set become 0, so that a capacity behind this reroutes to none of them.
 
 Padding and exact tokens do not vote and are not remapped; the experts of exact ones are always active. Ranks
 of the ``expert`` axis read the same weights, so their votes are summed; ``data`` replicas bin on their own.
@@ -36,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
 from jmoe.moe.types import DispatchPlan, Routing, TokenFlags
@@ -66,7 +67,7 @@ def bin_assignments(
         draw_E = jax.random.uniform(jax.random.key(seed), logits_TE.shape[1:])
     active_E = binning.choose_active(votes_VE if total is None else total(votes_VE), rule, draw_E)
     moved = binning.remap(routing.ids_TK, routing.weights_TK, logits_TE, routing.scores_TE, active_E, lossy_T)
-    result = routing.with_assignments(*moved)
+    result = Routing(*moved, _of_active(routing.scores_TE, active_E), logits_TE)
     return result, _remapped(routing, result)
 
 
@@ -88,8 +89,13 @@ def route_binned(
     )  # fmt: skip
     plain = Routing(b.plain_ids_TK, b.plain_weights_TK, b.scores_TE, logits_TE)
     plan = DispatchPlan(b.order_N, b.group_sizes_E)
-    result = Routing(b.ids_TK, b.weights_TK, b.scores_TE, logits_TE, plan)
+    result = Routing(b.ids_TK, b.weights_TK, _of_active(b.scores_TE, b.active_E), logits_TE, plan)
     return plain, result, _remapped(plain, result)
+
+
+def _of_active(scores_TE: Float[Array, "T E"], active_E: Bool[Array, " E"]) -> Float[Array, "T E"]:
+    """The scores, 0 for experts outside the set."""
+    return jnp.where(active_E[None], scores_TE, 0.0)
 
 
 def _remapped(before: Routing, after: Routing) -> Int[Array, " T"]:

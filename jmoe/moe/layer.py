@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.binning import Rule
+from jmoe_kernels.binning import Rule, supports
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from jmoe_kernels.matmul import linear
@@ -131,20 +131,25 @@ class MoELayer(nnx.Module):
         self, logits_TE: Array, tokens: TokenFlags, rule: Rule | None, knobs: Knobs | None
     ) -> tuple[Routing, Routing, Array | None]:
         """The router's own choice, the binned one (the same object without a rule), and what moved."""
-        k, renormalize = self.cfg.num_experts_per_tok, self.cfg.norm_topk_prob
-        if rule is not None and self.kernels.binning != "xla":
+        renormalize = self.cfg.norm_topk_prob
+        if rule is not None and self._fuses(rule, *logits_TE.shape):
             return route_binned(
                 logits_TE, tokens, rule,
                 renormalize=renormalize,
                 implementation=self.kernels.binning, platform=self.kernels.platform,
                 total=self._sum_votes(),
             )  # fmt: skip
-        plain = route(logits_TE, k, renormalize=renormalize)
+        plain = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=renormalize)
         if rule is None or knobs is None:
             return plain, plain, None
         with jax.named_scope("bin"):
             binned = bin_assignments(plain, tokens, rule, seed=knobs.seed, total=self._sum_votes())
             return plain, *binned
+
+    def _fuses(self, rule: Rule, tokens: int, experts: int) -> bool:
+        """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
+        name, platform = self.kernels.binning, self.kernels.platform
+        return name != "xla" and supports(name, platform, experts, rule, tokens=tokens) is None
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Sums over the ranks that read the same experts' weights."""

@@ -21,9 +21,15 @@ def _pallas(name: str) -> ModuleType:
 
 
 def supports(
-    implementation: str, platform: str, experts: int, rule: Rule, *, interpret: bool = False
+    implementation: str,
+    platform: str,
+    experts: int,
+    rule: Rule,
+    *,
+    tokens: int = 1,
+    interpret: bool = False,
 ) -> str | None:
-    """Why ``implementation`` cannot bin over ``experts`` on ``platform``, or None if it can."""
+    """Why ``implementation`` cannot bin ``tokens`` over ``experts`` on ``platform``, or None if it can."""
     if implementation not in get_args(Implementation):
         return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
     if implementation == "xla":
@@ -33,7 +39,10 @@ def supports(
         return f"binning {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
     if rule.method == "random":
         return f"binning {implementation!r} has no random draws, which are a baseline; 'xla' can run"
-    reason = _pallas(implementation).supports(experts, rule)
+    kernel = _pallas(implementation)
+    reason = kernel.supports(experts, rule)
+    if reason is None and tokens > (most := kernel.most_tokens(experts, rule.k)):
+        reason = f"{tokens} tokens; it takes {most} with {experts} experts and k = {rule.k}"
     return reason and f"binning {implementation!r}: {reason}; 'xla' can run"
 
 
@@ -44,7 +53,8 @@ def pick(platform: str, experts: int, rule: Rule) -> tuple[Implementation, str]:
     own: Implementation = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
     if (reason := supports(own, platform, experts, rule)) is not None:
         return "xla", "portable XLA: " + reason
-    return own, f"the fused Pallas kernel for {platform}"
+    most = _pallas(own).most_tokens(experts, rule.k)
+    return own, f"the fused Pallas kernel for {platform}; portable XLA for more than {most} tokens a rank"
 
 
 def bin_experts(
@@ -66,9 +76,9 @@ def bin_experts(
     weights, of which each bins its own tokens; None where there is one. Method "random" is not for this
     entry. Raises ValueError with the reason where a named implementation cannot run.
     """
-    if (
-        reason := supports(implementation, platform, logits_TE.shape[1], rule, interpret=interpret)
-    ) is not None:
+    tokens, experts = logits_TE.shape
+    reason = supports(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)
+    if reason is not None:
         raise ValueError(f"bin_experts: {reason}")
     logits_TE = logits_TE.astype(jnp.float32)
     if implementation == "xla":

@@ -115,9 +115,9 @@ def remap(
     moved_TK = ~active_E[ids_TK] & lossy_T[:, None]
     chosen_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True)
     lowest = jnp.finfo(jnp.float32).min  # an expert of logit -inf is still one; one that is taken is not
-    rank_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 below 0
     open_TE = active_E[None] & ~chosen_TE
-    _, next_TK = lax.top_k(jnp.where(open_TE, rank_TE, -jnp.inf), k)
+    key_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 behind 0
+    _, next_TK = lax.top_k(jnp.where(open_TE, key_TE, -jnp.inf), k)
     nth_TK = jnp.maximum(jnp.cumsum(moved_TK.astype(jnp.int32), axis=1) - 1, 0)
     new_ids_TK = jnp.where(moved_TK, jnp.take_along_axis(next_TK, nth_TK, axis=1), ids_TK)
     score_TK = jnp.take_along_axis(scores_TE, new_ids_TK, axis=1)
