@@ -1,0 +1,62 @@
+"""``Tables``: where a token's experts will be, by its id or by its last two layers, under one placement.
+
+Made offline (``jmoe.moe.tabulate``), saved in the placement's file, read by the token shuffle before the
+gate has run. Two predictors (Speculative MoE): the token id, and an n-gram over layers. Both give a rank and
+the share of the token's activations that is expected there, so that they can be compared.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float, Int
+
+PREFIX = "tables_"
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """L MoE layers, V token ids, R ranks; H = R * R histories ``rank at l-2 * R + rank at l-1``.
+
+    ranks_LV, confidence_LV: of each token id the rank with the most of its activations and the share expected
+    there, float16. shares_LVR: that share of every rank, or None where it would be large. next_LH,
+    next_confidence_LH: the same of a history; confidence 0 where there is none, as at the first two layers.
+    """
+
+    ranks_LV: Int[np.ndarray, "L V"]
+    confidence_LV: Float[np.ndarray, "L V"]
+    shares_LVR: Float[np.ndarray, "L V R"] | None
+    next_LH: Int[np.ndarray, "L H"]
+    next_confidence_LH: Float[np.ndarray, "L H"]
+
+    def check(self, *, layers: int, ranks: int) -> None:
+        """Raises ValueError unless these are tables of that many layers and ranks."""
+        vocab = self.ranks_LV.shape[-1]
+        shapes = {"ranks": (layers, vocab), "next": (layers, ranks * ranks), "shares": (layers, vocab, ranks)}
+        for field in fields(self):
+            array = getattr(self, field.name)
+            kind = field.name.removesuffix("_LV").removesuffix("_LH").removesuffix("_LVR")
+            expected = shapes[{"confidence": "ranks", "next_confidence": "next"}.get(kind, kind)]
+            if array is not None and array.shape != expected:
+                raise ValueError(f"table {field.name} must be {list(expected)}, it is {list(array.shape)}")
+        for table in (self.ranks_LV, self.next_LH):
+            if table.size and not 0 <= table.min() <= table.max() < ranks:
+                raise ValueError(
+                    f"tables name ranks from 0 to {ranks - 1}, found {table.min()} to {table.max()}"
+                )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a file; what is None is left out."""
+        found = {PREFIX + f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: array for name, array in found.items() if array is not None}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
+        """From the arrays of a file, None where it has no tables."""
+        names = {f.name: PREFIX + f.name for f in fields(cls)}
+        if not any(name in arrays for name in names.values()):
+            return None
+        shares = PREFIX + "shares_LVR"
+        found = {field: arrays[name] for field, name in names.items() if name != shares}
+        return cls(**found, shares_LVR=arrays.get(shares))
