@@ -64,6 +64,8 @@ def parser() -> Parser:
     _serve_parser(commands)
     _generate_parser(commands)
     _eval_parser(commands)
+    _profile_parser(commands)
+    _place_parser(commands)
     doctor = _command(commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why")
     _model_flags(doctor)
     convert = _command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
@@ -135,6 +137,30 @@ def _eval_parser(commands: Any) -> None:
     p.add_argument("--mode", choices=["prefill", "decode"], default="prefill")
     p.add_argument("--batch-size", type=int, metavar="B", default=8)
     p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to score at most")
+
+
+def _profile_parser(commands: Any) -> None:
+    p = _command(commands, "profile", run_profile, "routing statistics on text, for place")
+    _model_flags(p)
+    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
+    p.add_argument("--out", type=Path, required=True, metavar="PROFILE")
+    p.add_argument("--batch-size", type=int, metavar="B", default=8)
+    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to count at most")
+
+
+def _place_parser(commands: Any) -> None:
+    p = _command(commands, "place", run_place, "which device holds which experts, from a profile")
+    p.add_argument("profile", metavar="PROFILE", type=Path)
+    p.add_argument("--devices", type=int, required=True, metavar="N")
+    p.add_argument("--out", type=Path, required=True, metavar="PLACEMENT")
+    p.add_argument(
+        "--method",
+        metavar="M",
+        default="alternating",
+        help="alternating (the default), cross_entropy, exflow, moetuner, load, uniform or random",
+    )
+    p.add_argument("--seed", type=int, metavar="N", default=0)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def settings_from(values: dict[str, Any]) -> "EngineSettings":
@@ -318,6 +344,42 @@ def run_eval(args: argparse.Namespace) -> int:
             f"perplexity {report['perplexity']:.4f} over {report['tokens']} tokens "
             f"({report['tokens_per_second']:.0f} tokens/s); {moe['active_experts']:.1f} active experts "
             f"a step, max/mean load {moe['max_over_mean_load']:.2f}"
+        )
+    return 0
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from jmoe.tools.profile import profile
+
+    with Bars() as bars:
+        report = profile(
+            getattr(args, "model", "tiny"),
+            args.data,
+            args.out,
+            batch_size=args.batch_size,
+            max_tokens=args.max_tokens,
+            settings=settings_from(vars(args)),
+            loading=bars,
+            progress=bars.count("profile"),
+        )
+    if hasattr(args, "json"):
+        print(json.dumps(report))
+    else:
+        print(f"wrote {args.out}: {report['tokens']} tokens in {report['windows']} windows")
+    return 0
+
+
+def run_place(args: argparse.Namespace) -> int:
+    from jmoe.tools.place import place
+
+    with Bars() as bars:
+        report = place(args.profile, args.devices, args.out, args.method, args.seed, bars)
+    if hasattr(args, "json"):
+        print(json.dumps(report))
+    else:
+        print(
+            f"wrote {args.out}: {report['remote']:.1%} of the profile's activations remote (without a word "
+            f"from the tokens: {1 - 1 / args.devices:.1%}), max/mean load {report['max_over_mean_load']:.2f}"
         )
     return 0
 
