@@ -95,11 +95,11 @@ class CapacityConfig:
 class ShuffleConfig:
     """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.moe.grouping``).
 
-    placement: the file that ``jmoe place`` wrote; experts are renumbered by it. tokens: shuffled
+    placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it. tokens: shuffled
     reduce-scatter and all-gather. requests: a request goes to the rank that owns most of its experts.
     """
 
-    placement: str
+    placement: str = ""
     tokens: bool = True
     requests: bool = False
 

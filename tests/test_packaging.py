@@ -20,6 +20,7 @@ LAYERS = {
     "server": 5,
     "tools": 5,
     "progress": 5,
+    "flags": 5,
     "cli": 6,
 }
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

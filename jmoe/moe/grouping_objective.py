@@ -29,7 +29,7 @@ from jmoe.moe.profile import Profile
 
 TOKENS = 4096
 THETA = 0.3
-STEPS = 60  # of the prices; a hundred more change the cost by less than 0.001
+STEPS = 60  # of the prices; with 4096 ids 2000 steps change the remote share by 0.0001
 Progress = Callable[[int, int], None]
 
 
