@@ -187,7 +187,7 @@ def test_history_tables_are_those_of_plain_loops():
         expected = np.sum(shares[history], 0) + PRIOR * average
         expected /= expected.sum()
         assert tables.next_confidence_LH[2, history] == pytest.approx(expected.max(), abs=1e-3)
-        assert expected[tables.next_LH[2, history]] == pytest.approx(expected.max(), abs=1e-9)
+        assert expected[tables.next_ranks_LH[2, history]] == pytest.approx(expected.max(), abs=1e-9)
 
 
 def test_labels_are_the_majority_and_ties_go_by_weight():

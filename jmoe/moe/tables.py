@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 PREFIX = "tables_"
+OPTIONAL = ("shares_LVR", "next_shares_LHR")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,27 +21,27 @@ class Tables:
     """L MoE layers, V token ids, R ranks; H = R * R histories ``rank at l-2 * R + rank at l-1``.
 
     ranks_LV, confidence_LV: of each token id the rank with the most of its activations and the share expected
-    there, float16. shares_LVR: that share of every rank, or None where it would be large. next_LH,
-    next_confidence_LH: the same of a history; confidence 0 where there is none, as at the first two layers.
+    there, float16. shares_LVR: that share of every rank, or None where it would be large. next_ranks_LH,
+    next_confidence_LH, next_shares_LHR: the same of a history; 0 where there is none, as at the first two
+    layers.
     """
 
     ranks_LV: Int[np.ndarray, "L V"]
     confidence_LV: Float[np.ndarray, "L V"]
     shares_LVR: Float[np.ndarray, "L V R"] | None
-    next_LH: Int[np.ndarray, "L H"]
+    next_ranks_LH: Int[np.ndarray, "L H"]
     next_confidence_LH: Float[np.ndarray, "L H"]
+    next_shares_LHR: Float[np.ndarray, "L H R"] | None
 
     def check(self, *, layers: int, ranks: int) -> None:
         """Raises ValueError unless these are tables of that many layers and ranks."""
-        vocab = self.ranks_LV.shape[-1]
-        shapes = {"ranks": (layers, vocab), "next": (layers, ranks * ranks), "shares": (layers, vocab, ranks)}
+        sizes = {"L": layers, "V": self.ranks_LV.shape[-1], "R": ranks, "H": ranks * ranks}
         for field in fields(self):
             array = getattr(self, field.name)
-            kind = field.name.removesuffix("_LV").removesuffix("_LH").removesuffix("_LVR")
-            expected = shapes[{"confidence": "ranks", "next_confidence": "next"}.get(kind, kind)]
+            expected = tuple(sizes[letter] for letter in field.name.rpartition("_")[2])
             if array is not None and array.shape != expected:
                 raise ValueError(f"table {field.name} must be {list(expected)}, it is {list(array.shape)}")
-        for table in (self.ranks_LV, self.next_LH):
+        for table in (self.ranks_LV, self.next_ranks_LH):
             if table.size and not 0 <= table.min() <= table.max() < ranks:
                 raise ValueError(
                     f"tables name ranks from 0 to {ranks - 1}, found {table.min()} to {table.max()}"
@@ -54,9 +55,9 @@ class Tables:
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
         """From the arrays of a file, None where it has no tables."""
-        names = {f.name: PREFIX + f.name for f in fields(cls)}
-        if not any(name in arrays for name in names.values()):
+        found = {f.name: arrays[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in arrays}
+        if not found:
             return None
-        shares = PREFIX + "shares_LVR"
-        found = {field: arrays[name] for field, name in names.items() if name != shares}
-        return cls(**found, shares_LVR=arrays.get(shares))
+        if missing := {f.name for f in fields(cls)} - set(found) - set(OPTIONAL):
+            raise KeyError(PREFIX + min(missing))
+        return cls(**{**dict.fromkeys(OPTIONAL), **found})

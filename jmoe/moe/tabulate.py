@@ -17,7 +17,7 @@ from jmoe.moe.profile import Profile
 from jmoe.moe.tables import Tables
 
 PRIOR = 1.0
-LARGEST = 64 << 20  # bytes of expected shares; larger ones are left out of the tables
+LARGEST = 64 << 20  # bytes of all ranks' shares; larger ones are left out of the tables
 
 
 def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> Tables:
@@ -25,16 +25,14 @@ def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> T
     share_LVR = np.stack(
         [token_shares(profile, layer, home_E, ranks) for layer, home_E in enumerate(home_LE)]
     )
-    share_LVR = share_LVR[:, profile.nearest_V]
-    next_LH, next_confidence_LH = history_tables(profile, home_LE, ranks)
-    small = share_LVR.size * 2 <= LARGEST
-    return Tables(
-        share_LVR.argmax(2).astype(np.int16),
-        share_LVR.max(2).astype(np.float16),
-        share_LVR.astype(np.float16) if small else None,
-        next_LH,
-        next_confidence_LH,
-    )
+    by_token = _table(share_LVR[:, profile.nearest_V])
+    return Tables(*by_token, *_table(history_shares(profile, home_LE, ranks)))
+
+
+def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The best rank of each row, its share, and all shares unless they are large."""
+    whole = share_LXR.astype(np.float16) if 2 * share_LXR.size <= LARGEST else None
+    return share_LXR.argmax(2).astype(np.int16), share_LXR.max(2).astype(np.float16), whole
 
 
 def token_shares(
@@ -68,27 +66,26 @@ def rank_shares(
     return np.bincount(where.ravel(), weights.ravel(), tokens * ranks).reshape(tokens, ranks)
 
 
-def history_tables(
+def history_shares(
     profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int
-) -> tuple[Int[np.ndarray, "L H"], Float[np.ndarray, "L H"]]:
-    """Rank and confidence by the labels of the two layers before, counted over the sample's traces."""
+) -> Float[np.ndarray, "L H R"]:
+    """The shares of a token's activations by its labels at the two layers before, over the sample's traces.
+
+    Zero for a history that did not occur, as at the first two layers.
+    """
     sample = profile.sample
     real_QP = sample.tokens_QP >= 0
     ids_NLK, weights_NLK = sample.ids_QPLK[real_QP], sample.weights_QPLK[real_QP]
     label_LN = [labels(ids_NLK[:, i], weights_NLK[:, i], home_E, ranks) for i, home_E in enumerate(home_LE)]
-    next_LH = np.zeros((len(home_LE), ranks * ranks), np.int16)
-    confidence_LH = np.zeros(next_LH.shape, np.float16)
+    share_LHR = np.zeros((len(home_LE), ranks * ranks, ranks), np.float32)
     for layer in range(2, len(home_LE)):
         history_N = label_LN[layer - 2] * ranks + label_LN[layer - 1]
         share_NR = rank_shares(ids_NLK[:, layer], home_LE[layer], ranks)
-        total_HR = np.zeros((ranks * ranks, ranks))
-        np.add.at(total_HR, history_N, share_NR)
-        smoothed_HR = total_HR + PRIOR * share_NR.mean(0)
-        smoothed_HR /= smoothed_HR.sum(1, keepdims=True)
-        seen_H = np.bincount(history_N, minlength=ranks * ranks) > 0
-        next_LH[layer] = np.where(seen_H, smoothed_HR.argmax(1), 0)
-        confidence_LH[layer] = np.where(seen_H, smoothed_HR.max(1), 0)
-    return next_LH, confidence_LH
+        np.add.at(share_LHR[layer], history_N, share_NR)
+        seen = np.flatnonzero(np.bincount(history_N, minlength=ranks * ranks))
+        smoothed = share_LHR[layer, seen] + PRIOR * share_NR.mean(0)
+        share_LHR[layer, seen] = smoothed / smoothed.sum(1, keepdims=True)
+    return share_LHR
 
 
 def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
