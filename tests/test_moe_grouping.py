@@ -231,6 +231,10 @@ def test_tables_are_saved_with_their_placement_and_must_fit_it(tmp_path):
     assert placement.tables is not None and loaded.tables is not None
     for name, array in vars(placement.tables).items():
         np.testing.assert_array_equal(getattr(loaded.tables, name), array)
+    with np.load(tmp_path / "p.npz") as arrays:
+        np.savez(tmp_path / "q.npz", **{k: v for k, v in arrays.items() if k != "tables_ranks_LV"})
+    with pytest.raises(ValueError, match=r"q\.npz is not a placement: tables_ranks_LV"):
+        Placement.load(tmp_path / "q.npz")
     with pytest.raises(ValueError, match=r"table ranks_LV must be \[2, 40\], it is \[3, 40\]"):
         Placement(placement.experts_LP[:2], 4, "m", placement.tables)
     with pytest.raises(ValueError, match=r"shares_LVR must be \[3, 40, 2\], it is \[3, 40, 4\]"):

@@ -218,6 +218,10 @@ def test_the_commands_from_text_to_placement(capsys, model: str, tmp_path: Path,
         method = ["--method", change["--method"]] if "--method" in change else []
         assert main(["place", argv["profile"], "--devices", argv["d"], "--out", argv["o"], *method]) == 2
         assert message in (err := capsys.readouterr().err) and err.count("\n") == 1
+    nowhere = ["--out", str(tmp_path / "none" / "p.npz")]
+    for argv in (make, place):
+        assert main([*argv, *nowhere]) == 2
+        assert "cannot be written" in (err := capsys.readouterr().err) and err.count("\n") == 1
     shuffled = '{"shuffle": {"placement": "p.npz", "tokens": false}}'
     assert main([*make, "--moe-config", shuffled]) == 2
     assert "leave moe.shuffle out" in capsys.readouterr().err

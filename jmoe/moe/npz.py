@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 
 
+def check_writable(path: Path) -> None:
+    """Raises ValueError where there is no folder for ``path``: before the work, not after it."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
+
+
 def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
     """Writes ``arrays``, numbers and strings among them, under the format name ``form``."""
     with open(path, "wb") as file:  # by its path, numpy would add an ending

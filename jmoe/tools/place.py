@@ -8,6 +8,7 @@ import numpy as np
 
 from jmoe.moe.grouping import group
 from jmoe.moe.grouping_objective import Problem
+from jmoe.moe.npz import check_writable
 from jmoe.moe.profile import Profile
 from jmoe.progress import Bars
 
@@ -19,6 +20,7 @@ def place(path: Path, devices: int, out: Path, method: str, seed: int, progress:
     batch; other text has more remote activations.
     """
     start = time.perf_counter()
+    check_writable(out)
     profile = Profile.load(path)
     placement = group(
         profile, ranks=devices, method=method, seed=seed,

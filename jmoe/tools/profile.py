@@ -18,6 +18,7 @@ from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine, round_up
 from jmoe.engine.runner import Runner
 from jmoe.mesh import EXPERT
+from jmoe.moe.npz import check_writable
 from jmoe.moe.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.tools.evaluate import check_run, token_windows
 
@@ -37,6 +38,7 @@ def profile(
 ) -> dict[str, Any]:
     """Writes the profile; the report that ``--json`` prints. Raises ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
+    check_writable(out)
     if settings.moe.shuffle is not None:
         raise ValueError("a profile counts experts as the checkpoint numbers them: leave moe.shuffle out")
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
