@@ -11,7 +11,16 @@ from jax.sharding import Mesh
 from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, transported_bytes
-from jmoe.engine.step import Sizes, StepInput, blank_input, is_lossy, jitted, make_knobs, totals_maker
+from jmoe.engine.step import (
+    Sizes,
+    StepInput,
+    WindowRouting,
+    blank_input,
+    is_lossy,
+    jitted,
+    make_knobs,
+    totals_maker,
+)
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.shuffle import ShuffleTables
@@ -86,6 +95,15 @@ class Runner:
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
         return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT))
+
+    def window_routing(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> WindowRouting:
+        """The routers' choices in windows, on the host; compiles for every new shape."""
+        return jax.device_get(self._jitted.window_routing(self.weights, tokens_BT, positions_BT))
+
+    @property
+    def model(self) -> Decoder:
+        """The model over the weights as they lie on the device."""
+        return self._jitted.merge(self.weights)
 
     def drain(self) -> None:
         """Moves the device's counts into ``counters``."""

@@ -33,6 +33,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt8
 
 from jmoe.mesh import DATA, EXPERT, TOKENS
+from jmoe.moe.tables import Tables
 from jmoe.moe.types import Changes, MoEOutput
 
 GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)
@@ -44,12 +45,12 @@ LOOK_BACK = 2  # layers whose ranks tell where a token goes next
 class ShuffleTables:
     """One layer's guesses, in 255ths of a token's assignments expected on each of R ranks.
 
-    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``; not
-    read in the first two layers.
+    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``; None
+    goes by the token id alone, as the first two layers always do.
     """
 
     by_token_VR: UInt8[Array | np.ndarray, "V R"]
-    by_history_HR: UInt8[Array | np.ndarray, "H R"]
+    by_history_HR: UInt8[Array | np.ndarray, "H R"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +65,8 @@ class Hints:
     @classmethod
     def make(cls, tables: ShuffleTables, been: list[Array]) -> "Hints":
         """been: ``[N]`` of every layer so far."""
-        return cls(tables, jnp.stack(been[-LOOK_BACK:], axis=1) if len(been) >= LOOK_BACK else None)
+        knows = tables.by_history_HR is not None and len(been) >= LOOK_BACK
+        return cls(tables, jnp.stack(been[-LOOK_BACK:], axis=1) if knows else None)
 
 
 @jax.tree_util.register_dataclass
@@ -76,10 +78,40 @@ class Order:
     row_N: Int[Array, " N"]
 
 
+def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
+    """The tables of a placement as the step reads them, one a layer."""
+    by_token = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
+    by_history: Any = [None] * len(by_token)
+    if history:
+        following = tables.next_shares_LHR, tables.next_ranks_LH, tables.next_confidence_LH
+        by_history = _shares(*following, tables.count)
+    return [ShuffleTables(*both) for both in zip(by_token, by_history, strict=True)]
+
+
+def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], np.ndarray]:
+    """What part of a prompt's assignments is expected on each rank, of R in each of ``groups`` data groups."""
+    shares_LVR = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
+    share_VR = np.mean(shares_LVR, axis=0, dtype=np.float32) / 255
+
+    def share(prompt: list[int]) -> np.ndarray:
+        return np.tile(share_VR[prompt].mean(axis=0), groups)
+
+    return share
+
+
+def _shares(
+    shares_LXR: np.ndarray | None, ranks_LX: np.ndarray, confidence_LX: np.ndarray, ranks: int
+) -> UInt8[np.ndarray, "L X R"]:
+    """In 255ths; where only the best rank is known, the others have none."""
+    if shares_LXR is None:
+        shares_LXR = np.eye(ranks, dtype=np.float32)[ranks_LX] * confidence_LX[..., None]
+    return np.rint(255 * np.asarray(shares_LXR, np.float32)).astype(np.uint8)
+
+
 def guess(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
     """How much of each token is expected on each rank, by the surer of the two tables."""
     share_NR = jnp.asarray(hints.tables.by_token_VR)[ids_N].astype(jnp.int32)
-    if hints.history_N2 is None:
+    if hints.history_N2 is None or hints.tables.by_history_HR is None:
         return share_NR
     key_N = hints.history_N2[:, 0] * share_NR.shape[1] + hints.history_N2[:, 1]
     other_NR = jnp.asarray(hints.tables.by_history_HR)[key_N].astype(jnp.int32)
