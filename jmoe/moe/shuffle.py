@@ -45,8 +45,8 @@ LOOK_BACK = 2  # layers whose ranks tell where a token goes next
 class ShuffleTables:
     """One layer's guesses, in 255ths of a token's assignments expected on each of R ranks.
 
-    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``; None
-    goes by the token id alone, as the first two layers always do.
+    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``;
+    None goes by the token id alone, as the first two layers always do.
     """
 
     by_token_VR: UInt8[Array | np.ndarray, "V R"]
@@ -88,13 +88,13 @@ def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
     return [ShuffleTables(*both) for both in zip(by_token, by_history, strict=True)]
 
 
-def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], np.ndarray]:
-    """What part of a prompt's assignments is expected on each rank, of R in each of ``groups`` data groups."""
+def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[float]]:
+    """What part of a prompt's assignments is expected on each rank: R of them in each of ``groups``."""
     shares_LVR = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
-    share_VR = np.mean(shares_LVR, axis=0, dtype=np.float32) / 255
+    share_VR = np.asarray(np.mean(shares_LVR, axis=0, dtype=np.float32) / 255)
 
-    def share(prompt: list[int]) -> np.ndarray:
-        return np.tile(share_VR[prompt].mean(axis=0), groups)
+    def share(prompt: list[int]) -> list[float]:
+        return share_VR[prompt].mean(axis=0).tolist() * groups
 
     return share
 
