@@ -5,40 +5,21 @@ Exit code 0 on success, 2 with one line on standard error for a usage or input e
 
 import argparse
 import json
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from jmoe import __version__
+from jmoe.flags import Parser, add_command, add_model_flags, settings_from, size
 from jmoe.progress import Bars
 
 if TYPE_CHECKING:
-    from jmoe.engine.build import EngineSettings
     from jmoe.engine.nodes import Nodes
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout")
 NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def size(text: str) -> int:
-    """Bytes of "2GiB", "512MiB", "1e9"-free plain numbers included."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,38 +45,22 @@ def parser() -> Parser:
     _serve_parser(commands)
     _generate_parser(commands)
     _eval_parser(commands)
-    doctor = _command(commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why")
-    _model_flags(doctor)
-    convert = _command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
+    _profile_parser(commands)
+    _place_parser(commands)
+    doctor = add_command(
+        commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why"
+    )
+    add_model_flags(doctor)
+    convert = add_command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
     convert.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     convert.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     convert.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     return top
 
 
-def _command(commands: Any, name: str, run: Any, text: str) -> Parser:
-    made = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
-    made.set_defaults(run=run)
-    return made
-
-
-def _model_flags(p: Parser) -> None:
-    """Flags of every command that runs a model; absent ones keep the defaults of ``EngineSettings``."""
-    p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
-    p.add_argument("--max-model-len", type=int, metavar="N", help="context length in tokens")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
-    p.add_argument("--data-parallel-size", type=int, metavar="N")
-    p.add_argument("--expert-parallel-size", type=int, metavar="N")
-    p.add_argument("--tensor-parallel-size", type=int, metavar="N")
-    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
-    p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
-    p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def _serve_parser(commands: Any) -> None:
-    p = _command(commands, "serve", run_serve, "an OpenAI-compatible server")
-    _model_flags(p)
+    p = add_command(commands, "serve", run_serve, "an OpenAI-compatible server")
+    add_model_flags(p)
     p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
     p.add_argument("--host")
     p.add_argument("--port", type=int)
@@ -115,8 +80,8 @@ def _serve_parser(commands: Any) -> None:
 
 
 def _generate_parser(commands: Any) -> None:
-    p = _command(commands, "generate", run_generate, "continue prompts and print the completions")
-    _model_flags(p)
+    p = add_command(commands, "generate", run_generate, "continue prompts and print the completions")
+    add_model_flags(p)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
@@ -129,36 +94,36 @@ def _generate_parser(commands: Any) -> None:
 
 
 def _eval_parser(commands: Any) -> None:
-    p = _command(commands, "eval", run_eval, "perplexity on text, and what the experts did")
-    _model_flags(p)
+    p = add_command(commands, "eval", run_eval, "perplexity on text, and what the experts did")
+    add_model_flags(p)
     p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
     p.add_argument("--mode", choices=["prefill", "decode"], default="prefill")
     p.add_argument("--batch-size", type=int, metavar="B", default=8)
     p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to score at most")
 
 
-def settings_from(values: dict[str, Any]) -> "EngineSettings":
-    """Engine settings of parsed flags, the compilation cache switched on."""
-    import dataclasses
-
-    from jmoe.config import MoEConfig
-    from jmoe.engine.build import EngineSettings, use_compilation_cache
-
-    use_compilation_cache(cache_directory())
-    known = {f.name for f in dataclasses.fields(EngineSettings)}
-    given = {key: value for key, value in values.items() if key in known}
-    moe = values.get("moe_config")
-    if isinstance(moe, str):
-        given["moe"] = MoEConfig.from_text(moe)
-    elif moe is not None:
-        given["moe"] = MoEConfig.from_dict(moe)
-    return EngineSettings(**given)
+def _profile_parser(commands: Any) -> None:
+    p = add_command(commands, "profile", run_profile, "routing statistics on text, for place")
+    add_model_flags(p)
+    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
+    p.add_argument("--out", type=Path, required=True, metavar="PROFILE")
+    p.add_argument("--batch-size", type=int, metavar="B", default=8)
+    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to count at most")
 
 
-def cache_directory() -> Path:
-    """Where compiled programs are kept: JMOE_CACHE_DIR, else the user's cache folder."""
-    base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jmoe" / "xla"
+def _place_parser(commands: Any) -> None:
+    p = add_command(commands, "place", run_place, "which device holds which experts, from a profile")
+    p.add_argument("profile", metavar="PROFILE", type=Path)
+    p.add_argument("--devices", type=int, required=True, metavar="N")
+    p.add_argument("--out", type=Path, required=True, metavar="PLACEMENT")
+    p.add_argument(
+        "--method",
+        metavar="M",
+        default="alternating",
+        help="alternating (the default), cross_entropy, exflow, moetuner, load, uniform or random",
+    )
+    p.add_argument("--seed", type=int, metavar="N", default=0)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -318,6 +283,42 @@ def run_eval(args: argparse.Namespace) -> int:
             f"perplexity {report['perplexity']:.4f} over {report['tokens']} tokens "
             f"({report['tokens_per_second']:.0f} tokens/s); {moe['active_experts']:.1f} active experts "
             f"a step, max/mean load {moe['max_over_mean_load']:.2f}"
+        )
+    return 0
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from jmoe.tools.profile import profile
+
+    with Bars() as bars:
+        report = profile(
+            getattr(args, "model", "tiny"),
+            args.data,
+            args.out,
+            batch_size=args.batch_size,
+            max_tokens=args.max_tokens,
+            settings=settings_from(vars(args)),
+            loading=bars,
+            progress=bars.count("profile"),
+        )
+    if hasattr(args, "json"):
+        print(json.dumps(report))
+    else:
+        print(f"wrote {args.out}: {report['tokens']} tokens in {report['windows']} windows")
+    return 0
+
+
+def run_place(args: argparse.Namespace) -> int:
+    from jmoe.tools.place import place
+
+    with Bars() as bars:
+        report = place(args.profile, args.devices, args.out, args.method, args.seed, bars)
+    if hasattr(args, "json"):
+        print(json.dumps(report))
+    else:
+        print(
+            f"wrote {args.out}: {report['remote']:.1%} of the profile's activations remote (without a word "
+            f"from the tokens: {1 - 1 / args.devices:.1%}), max/mean load {report['max_over_mean_load']:.2f}"
         )
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 from jmoe_kernels.grouped_mlp import Implementation
 
-from jmoe.techniques import BinningConfig, CapacityConfig, check_choice
+from jmoe.techniques import BinningConfig, CapacityConfig, ShuffleConfig, check_choice
 
 DTypeName = Literal["float32", "bfloat16"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
@@ -86,6 +86,7 @@ class MoEConfig:
     kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
     binning: decode batches on fewer experts, lossy; None is off.
     capacity: the limit on an expert's load, lossy; None is off. It limits what binning has left.
+    shuffle: experts renumbered by a placement, and tokens or requests where their experts are; lossless.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
     multiple of its even share.
     """
@@ -96,6 +97,7 @@ class MoEConfig:
     train_capacity_factor: float | None = None
     binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None
+    shuffle: ShuffleConfig | None = None
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ("dp", "tp"))
@@ -130,7 +132,7 @@ class MoEConfig:
         return cls.from_dict(read_toml(Path(text)))
 
 
-TABLES = {"binning": BinningConfig, "capacity": CapacityConfig}
+TABLES = {"binning": BinningConfig, "capacity": CapacityConfig, "shuffle": ShuffleConfig}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

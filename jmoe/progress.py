@@ -11,6 +11,8 @@ UNITS = {
     "load": ("B", True),
     "compile": ("shape", False),
     "score": ("token", True),
+    "profile": ("token", True),
+    "place": ("step", False),
 }
 
 

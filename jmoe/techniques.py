@@ -1,4 +1,4 @@
-"""Frozen configuration of the lossy techniques: the tables ``[moe.binning]`` and ``[moe.capacity]``.
+"""Frozen configuration of the techniques: tables ``[moe.binning]``, ``[moe.capacity]``, ``[moe.shuffle]``.
 
 What is absent is off. A key that the chosen method does not read is refused, not ignored.
 """
@@ -89,6 +89,38 @@ class CapacityConfig:
                     f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel "
                     f"size of 2 or more, got {ranks}"
                 )
+
+
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.moe.grouping``).
+
+    placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it. tokens: shuffled
+    reduce-scatter and all-gather. requests: a request goes to the rank that owns most of its experts.
+    history: tokens also by the ranks of their last two layers, as in the paper; token ids alone did better
+    on the bundled model.
+    """
+
+    placement: str = ""
+    tokens: bool = True
+    requests: bool = False
+    history: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.placement, str) or not self.placement:
+            raise ValueError(f"moe.shuffle.placement must name a file, got {self.placement!r}")
+        for name in ("tokens", "requests", "history"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"moe.shuffle.{name} must be true or false, got {getattr(self, name)!r}")
+
+        if self.history and not self.tokens:
+            raise ValueError("moe.shuffle.history = true has no effect without moe.shuffle.tokens")
+
+    def check_attention(self, attention: str) -> None:
+        """Raises ValueError for a part that the way tokens come to the layers leaves no room for."""
+        for name, on, needed in (("tokens", self.tokens, "tp"), ("requests", self.requests, "dp")):
+            if on and attention != needed:
+                raise ValueError(f"moe.shuffle.{name} = true needs attention {needed!r}, got {attention!r}")
 
 
 _BUDGETS = ("budget", "popularity", "random")

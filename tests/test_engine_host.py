@@ -82,6 +82,26 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind():
+    wishes = {5: [0.1, 0.7, 0.2], 6: [0.6, 0.3, 0.1]}
+    pool = PagePool(ranks=3, pages_per_rank=6, page_size=4)
+    scheduler = Scheduler(pool, 2, 10, 20, share=lambda ids: wishes[ids[0]])
+    for i, token in enumerate([5, 5, 6, 6, 6]):
+        asked = request(str(i), 1, 2)
+        asked.prompt_token_ids[:] = [token]
+        scheduler.add([asked])
+    scheduler.next_step()
+    # The second 5 finds rank 1 given already; the first 6 takes what is left; then a new round begins.
+    assert [r.rank for r in scheduler.running] == [1, 2, 0, 0, 1]
+    scheduler.add([request("full", 1, 2), request("last", 1, 2)])
+    scheduler.share = lambda ids: [1.0, 0.0, 0.0]
+    scheduler.next_step()
+    assert [r.rank for r in scheduler.running[5:]] == [2], "the one rank with a slot, then none"
+    scheduler.finish(scheduler.running[0])
+    scheduler.next_step()
+    assert scheduler.running[-1].id == "last" and scheduler.running[-1].rank == 1
+
+
 def test_a_request_reserves_every_page_it_can_need():
     scheduler = Scheduler(PagePool(1, 8, 4), 4, 10, max_model_len=20)
     assert scheduler.pages_needed(request("a", 5, 3)) == 2  # 5 + 2 stored tokens

@@ -129,11 +129,11 @@ def test_files_that_are_no_placement_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"p\.npz is not a placement"):
         Placement.load(path)
     np.savez(path, format=np.array("jmoe placement 9"))
-    with pytest.raises(ValueError, match="this release reads 'jmoe placement 1'"):
+    with pytest.raises(ValueError, match="this release reads 'jmoe placement 2'"):
         Placement.load(path)
     np.save(path.open("wb"), np.zeros(3))
     with pytest.raises(ValueError, match=r"p\.npz"):
         Placement.load(path)
-    np.savez(path, format=np.array("jmoe placement 1"), experts=np.array([[0, 2, 2]]), ranks=1, model="m")
+    np.savez(path, format=np.array("jmoe placement 2"), experts=np.array([[0, 2, 2]]), ranks=1, model="m")
     with pytest.raises(ValueError, match=r"p\.npz: layer 0 has no slot for expert 1"):
         Placement.load(path)

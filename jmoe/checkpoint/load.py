@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted
 from jmoe.checkpoint.params import ParamSpec, Source, abstract_decoder, fill, place, sources
+from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import TensorInfo, open_regular, parse_json
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
+from jmoe.moe.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]
@@ -62,26 +64,51 @@ def load_model(
     moe: MoEConfig | None = None,
     dtype: DTypeChoice = "auto",
     progress: Progress | None = None,
+    placement: Placement | None = None,
 ) -> Decoder:
     """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
     dtype: "auto" keeps the checkpoint's. progress: called with (bytes done, bytes in all) after each
-    parameter. Host memory: the model's on CPU, else one parameter's. Raises ValueError, before any memory
-    is taken, for a name or shape that is not exactly the model's.
+    parameter. placement: experts are renumbered by it. Host memory: the model's on CPU, else one parameter's.
+    Raises ValueError, before any memory is taken, for a name or shape that is not exactly the model's; and
+    for the placement of another model.
     """
     cfg = read_config(directory, dtype)
     moe = MoEConfig() if moe is None else moe
     report = (lambda done, total: None) if progress is None else progress
+    if placement is not None:
+        check_fits(placement, cfg)
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
 
-        return restore_model(Path(directory), cfg, moe, mesh, report)
+        model = restore_model(Path(directory), cfg, moe, mesh, report, placement)
+    else:
+        model = read_model(directory, cfg, moe, mesh, report, placement)
+    if placement is not None:
+        check_model(placement, model)
+    return model
+
+
+def read_model(
+    directory: Path | str,
+    cfg: ModelConfig,
+    moe: MoEConfig,
+    mesh: Mesh,
+    report: Progress,
+    placement: Placement | None,
+) -> Decoder:
+    """The model of a Hugging Face directory, one parameter at a time."""
     with HFCheckpoint(directory) as checkpoint:
         model, specs, table = match(checkpoint, cfg, moe, mesh)
+        if placement is not None:
+            table = into_slots(table, placement)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
-            # on CPU the buffer becomes the parameter; elsewhere it is free again after this line
-            arrays[path] = jax.block_until_ready(place(read_param(checkpoint, spec, table[path]), spec))
+            buffer = read_param(checkpoint, spec, table[path])
+            if placement is not None:
+                permute_gate(path, buffer, placement)
+            # on CPU the buffer becomes the parameter; elsewhere it is free again with the next one
+            arrays[path] = jax.block_until_ready(place(buffer, spec))
             done += spec.nbytes
             report(done, total)
     return fill(model, arrays)

@@ -15,8 +15,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill
+from jmoe.checkpoint.renumber import permuted
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models.decoder import Decoder
+from jmoe.moe.placement import Placement
 
 CHUNK = 32 << 20  # bytes; a device reads every chunk that its slice touches
 
@@ -46,11 +48,17 @@ def save_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> No
 
 
 def restore_model(
-    directory: Path, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, report: Callable[[int, int], None]
+    directory: Path,
+    cfg: ModelConfig,
+    moe: MoEConfig,
+    mesh: Mesh,
+    report: Callable[[int, int], None],
+    placement: Placement | None = None,
 ) -> Decoder:
     """The model with each parameter read straight onto its devices, one layer at a time.
 
-    report: called with (bytes done, bytes in all) after each layer. Raises ValueError naming the file that is
+    report: called with (bytes done, bytes in all) after each layer. placement: experts are renumbered by it,
+    where they lie, each parameter once more than it takes. Raises ValueError naming the file that is
     missing or changed, or the parameter that is not as ``config.json`` has it.
     """
     manifest = read_manifest(directory)
@@ -63,6 +71,8 @@ def restore_model(
     for group, paths in grouped(specs).items():
         for path, array in restore_group(directory, group, {p: specs[p] for p in paths}).items():
             arrays[path] = as_stored(array, specs[path])
+            if placement is not None:
+                arrays[path] = permuted(path, arrays[path], placement)
             done += specs[path].nbytes
         report(done, total)
     return fill(model, arrays)

@@ -22,9 +22,12 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.step import Sizes
 from jmoe.engine.text import TextCodec
-from jmoe.mesh import EXPERT, Split, make_mesh, platform_of, split_attention
+from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.models.decoder import Decoder
+from jmoe.moe.placement import Placement
+from jmoe.moe.shuffle import ShuffleTables, prompt_share, step_tables
 from jmoe.nn.kv_cache import page_bytes
+from jmoe.techniques import ShuffleConfig
 
 Progress = Callable[[str, int, int], None]
 PAGE_SIZE = 32  # tokens
@@ -57,6 +60,8 @@ class EngineSettings:
         if self.moe.attention not in ("dp", self.attention):
             raise ValueError(f"attention is {self.attention!r} here and {self.moe.attention!r} in moe")
         object.__setattr__(self, "moe", dataclasses.replace(self.moe, attention=self.attention))
+        if self.moe.shuffle is not None:
+            self.moe.shuffle.check_attention(self.attention)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -143,7 +148,7 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
-    make_runner: Callable[[Decoder, Mesh, Sizes], Runner] = Runner,
+    make_runner: Callable[[Decoder, Mesh, Sizes, list[ShuffleTables] | None], Runner] = Runner,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
@@ -161,20 +166,44 @@ def build_engine(
     progress("kernels", 1, 1)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
+    placement = read_placement(settings.moe.shuffle, cfg, mesh)
     decoder = load_model(
         directory,
         mesh,
         settings.moe,
         settings.dtype,
         progress=lambda done, total: progress("load", done, total),
+        placement=placement,
     )
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
-    runner = make_runner(decoder, mesh, sizes)
+    shuffle, tables, share = settings.moe.shuffle, None, None
+    if shuffle is not None and placement is not None and placement.tables is not None:
+        if shuffle.tokens:
+            tables = step_tables(placement.tables, history=shuffle.history)
+        if shuffle.requests:
+            share = prompt_share(placement.tables, groups=mesh.shape[DATA])
+    runner = make_runner(decoder, mesh, sizes, tables)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
-    scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len)
-    return Engine(runner, scheduler, codec, end_tokens(directory, cfg))
+    scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len, share)
+    return Engine(runner, scheduler, codec, end_tokens(directory, cfg), placement)
+
+
+def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:
+    """The placement that is configured; ValueError where it is for another mesh or number of experts.
+
+    That it is for this model ``load_model`` finds.
+    """
+    if shuffle is None:
+        return None
+    placement = Placement.load(Path(shuffle.placement))
+    placement.check(
+        model=placement.model, layers=cfg.num_hidden_layers, experts=cfg.num_experts, ranks=mesh.shape[EXPERT]
+    )
+    if (shuffle.tokens or shuffle.requests) and placement.tables is None:
+        raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
+    return placement
 
 
 def use_compilation_cache(directory: Path) -> None:

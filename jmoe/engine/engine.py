@@ -22,6 +22,7 @@ from jmoe.engine.sampling import Sampled
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.step import BANNED, StepInput
 from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.moe.placement import Placement
 from jmoe.moe.types import Changes
 
 Alternatives = tuple[np.ndarray, np.ndarray, np.ndarray]  # logprob, top ids, top logprobs of some rows
@@ -35,11 +36,19 @@ class Listener(Protocol):
 
 
 class Engine:
-    """Continuous batching over a warmed-up runner. ``codec`` None: token ids only, texts stay empty."""
+    """Continuous batching over a warmed-up runner. ``codec`` None: token ids only, texts stay empty.
+    ``placement``: what the runner's experts were renumbered by."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, codec: TextCodec | None, end_ids: Iterable[int]):
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        codec: TextCodec | None,
+        end_ids: Iterable[int],
+        placement: Placement | None = None,
+    ):
         self.runner, self.scheduler, self.codec = runner, scheduler, codec
-        self.end_ids = frozenset(end_ids)
+        self.end_ids, self.placement = frozenset(end_ids), placement
         self.max_model_len, self.vocab_size = scheduler.max_model_len, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._texts: dict[str, Detokenizer] = {}
@@ -302,11 +311,12 @@ class Engine:
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after)
 
     def moe_stats(self) -> dict[str, Any]:
-        """What the experts did since the start, by phase: totals, means a step, counts layer x expert."""
+        """What the experts did since the start, by phase: totals, means a step, counts layer x expert (as the
+        checkpoint numbers them)."""
         self.runner.drain()
         cfg = self.runner.cfg
         phases = {
-            phase: counters.report() | {"counts": counters.counts_LE.tolist()}
+            phase: counters.report() | {"counts": self._by_expert(counters.counts_LE).tolist()}
             for phase, counters in self.runner.counters.items()
         }
         shape = {
@@ -315,6 +325,9 @@ class Engine:
             "top_k": cfg.num_experts_per_tok,
         }
         return {"model": shape, "mesh": dict(self.runner.mesh.shape), **phases}
+
+    def _by_expert(self, counts_LP: np.ndarray) -> np.ndarray:
+        return counts_LP if self.placement is None else self.placement.by_expert(counts_LP)
 
 
 def _fold(seed: int) -> np.int32:

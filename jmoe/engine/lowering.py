@@ -37,4 +37,5 @@ def lower_step(
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
             (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows),
             (given.exact_B, make_knobs(1.0, 0)) if is_lossy(moe) else None,
+            None,
         )

@@ -30,6 +30,7 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.step import Sizes, StepInput
 from jmoe.models.decoder import Decoder
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,15 @@ class Operation(IntEnum):
 class Leader(Runner):
     """A runner that tells the followers of every operation before it starts it."""
 
-    def __init__(self, followers: Followers, model: Decoder, mesh: Mesh, sizes: Sizes):
-        super().__init__(model, mesh, sizes)
+    def __init__(
+        self,
+        followers: Followers,
+        model: Decoder,
+        mesh: Mesh,
+        sizes: Sizes,
+        tables: list[ShuffleTables] | None = None,
+    ):
+        super().__init__(model, mesh, sizes, tables)
         self._followers = followers
         self._hidden: Array | None = None
 

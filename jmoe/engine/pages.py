@@ -11,15 +11,11 @@ class PagePool:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def roomiest(self) -> int:
-        """The rank with the most free pages, the first of equals."""
-        return max(range(len(self.free)), key=lambda r: (len(self.free[r]), -r))
-
-    def take(self, rank: int, count: int) -> list[int] | None:
-        """``count`` pages of ``rank``, or None (and none taken) where fewer are free."""
+    def take(self, rank: int, count: int) -> list[int]:
+        """``count`` pages of ``rank``; ValueError where fewer are free."""
         free = self.free[rank]
         if count > len(free):
-            return None
+            raise ValueError(f"rank {rank} has {len(free)} free pages, {count} are asked for")
         return [free.pop() for _ in range(count)]
 
     def give_back(self, rank: int, pages: list[int]) -> None:

@@ -11,9 +11,19 @@ from jax.sharding import Mesh
 from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.stats import PHASES, MoECounters, MoETotals, transported_bytes
-from jmoe.engine.step import Sizes, StepInput, blank_input, is_lossy, jitted, make_knobs, totals_maker
+from jmoe.engine.step import (
+    Sizes,
+    StepInput,
+    WindowRouting,
+    blank_input,
+    is_lossy,
+    jitted,
+    make_knobs,
+    totals_maker,
+)
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes
 from jmoe.nn.kv_cache import make_pages
 
@@ -21,9 +31,12 @@ DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones 
 
 
 class Runner:
-    """Runs steps of ``model``; not thread-safe: one thread at a time."""
+    """Runs steps of ``model``; not thread-safe: one thread at a time.
 
-    def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes):
+    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank.
+    """
+
+    def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes, tables: list[ShuffleTables] | None = None):
         graph, state = nnx.split(model)
         self.weights, structure = jax.tree.flatten(state)
         self._jitted = jitted(graph, structure)
@@ -34,6 +47,7 @@ class Runner:
         capacity = model.moe.capacity
         self.lossy = is_lossy(model.moe)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
+        self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
         self._steps = 0
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
@@ -66,7 +80,7 @@ class Runner:
         self._steps += 1
         with self.compilations.watch():
             sampled, hidden, self.pages, self._totals[phase], changes = self._jitted.step(
-                self.weights, self.pages, self._totals[phase], arrays, lossy
+                self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables
             )
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
@@ -81,6 +95,15 @@ class Runner:
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
         return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT))
+
+    def window_routing(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> WindowRouting:
+        """The routers' choices in windows, on the host; compiles for every new shape."""
+        return jax.device_get(self._jitted.window_routing(self.weights, tokens_BT, positions_BT))
+
+    @property
+    def model(self) -> Decoder:
+        """The model over the weights as they lie on the device."""
+        return self._jitted.merge(self.weights)
 
     def drain(self) -> None:
         """Moves the device's counts into ``counters``."""
@@ -110,5 +133,5 @@ class Runner:
 
     def close(self) -> None:
         """Lets go of the weights and the cache; nothing runs any more."""
-        self.weights, self.pages = [], []
+        self.weights, self.pages, self.tables = [], [], None
         self.compilations.close()

@@ -3,13 +3,22 @@
 First come, first served. A request enters when a decode slot and all the pages that it can ever need are
 free on one rank, so a running request never has to stop. Prompts go before decoding: a step is either one
 prefill run of at most one prompt a rank, or one token for every running request.
+
+Which rank: the one with the most free pages. With ``share`` (request scheduling of Speculative MoE, arXiv
+2503.04398) the one that holds most of the prompt's experts, of those that have room and were not given a
+request yet in this round; a round ends when every rank was given one, so that none is left behind. Where only
+ranks of this round have room, one of them takes the request at once: nobody waits for the round's sake.
 """
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import QueueFull, Request
+
+# prompt token ids -> the part of their assignments that is expected on each rank
+Share = Callable[[list[int]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -21,15 +30,27 @@ class Step:
 
 
 class Scheduler:
-    """slots_per_rank: requests that decode together on one rank. max_queue: waiting requests at most."""
+    """slots_per_rank: requests that decode together on one rank. max_queue: waiting requests at most.
 
-    def __init__(self, pool: PagePool, slots_per_rank: int, max_queue: int, max_model_len: int):
+    share: what part of a prompt's expected assignments lies on each rank; None places requests without it.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        slots_per_rank: int,
+        max_queue: int,
+        max_model_len: int,
+        share: Share | None = None,
+    ):
         self.pool, self.slots, self.max_queue, self.max_model_len = (
             pool,
             slots_per_rank,
             max_queue,
             max_model_len,
         )
+        self.share = share
+        self.round: set[int] = set()  # ranks that were given a request
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -85,9 +106,21 @@ class Scheduler:
             open_ranks = [r for r, count in enumerate(taken) if count < self.slots]
             if not open_ranks:
                 return
-            rank = max(open_ranks, key=lambda r: (len(self.pool.free[r]), -taken[r], -r))
-            pages = self.pool.take(rank, self.pages_needed(request))
-            if pages is None:
+            need = self.pages_needed(request)
+            fitting = [r for r in open_ranks if len(self.pool.free[r]) >= need]
+            if not fitting:
                 return
-            request.rank, request.pages = rank, pages
+            rank = max(fitting, key=lambda r: (len(self.pool.free[r]), -taken[r], -r))
+            if self.share is not None:
+                rank = self._likeliest(self.share(request.prompt_token_ids), fitting)
+            request.rank, request.pages = rank, self.pool.take(rank, need)
             self.running.append(self.waiting.popleft())
+
+    def _likeliest(self, share: Sequence[float], fitting: list[int]) -> int:
+        """The rank for a request with these expected shares, noted in this round."""
+        fresh = [r for r in fitting if r not in self.round] or fitting
+        rank = max(fresh, key=lambda r: (share[r], len(self.pool.free[r]), -r))
+        self.round.add(rank)
+        if len(self.round) == len(self.pool.free):
+            self.round.clear()
+        return rank

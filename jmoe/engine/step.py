@@ -23,6 +23,7 @@ from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import MoETotals, add_step, zero_totals
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
@@ -101,6 +102,21 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowRouting:
+    """The routing of B windows of T positions in L layers; what stands at padding means nothing.
+
+    ids_LBTK, weights_LBTK: the experts chosen and their combine weights. gates_LBE: the mean of each
+    window's router scores. embeddings_BD: the mean of its input embeddings.
+    """
+
+    ids_LBTK: Array
+    weights_LBTK: Array
+    gates_LBE: Array
+    embeddings_BD: Array
+
+
 @dataclass(frozen=True)
 class ModelFunctions:
     """The jitted functions of one model, over its flat list of weights.
@@ -122,12 +138,16 @@ class ModelFunctions:
         totals: MoETotals,
         given: tuple,
         lossy: tuple[Array, Knobs] | None,
+        tables: list[ShuffleTables] | None,
     ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None]:
-        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured."""
+        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured.
+
+        tables: what to shuffle tokens by, one a layer; None leaves them where they are.
+        """
         tokens_BT, positions_BT, table_BM, last_B, rows = given
         model = self.merge(weights)
         exact_B, knobs = (None, None) if lossy is None else lossy
-        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs)
+        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs, tables)
         assert out.pages is not None
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         with jax.named_scope("sample"):
@@ -164,14 +184,36 @@ class ModelFunctions:
         model = self.merge(weights)
         return readable(model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD), model.mesh)
 
+    def window_routing(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> WindowRouting:
+        """What the routers of all layers chose in whole windows, without the cache."""
+        model = self.merge(weights)
+        routing = model(Sequences(tokens_BT, positions_BT)).routing
+        b, t = tokens_BT.shape
+        valid_BT1 = (positions_BT >= 0).astype(jnp.float32)[:, :, None]
+
+        def mean(values_BTX: Array) -> Array:
+            """Over each window's own tokens."""
+            return jnp.sum(values_BTX * valid_BT1, 1) / jnp.maximum(jnp.sum(valid_BT1, 1), 1.0)
+
+        found = WindowRouting(
+            jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
+            jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
+            jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
+            mean(model.embed[...][tokens_BT].astype(jnp.float32)),
+        )
+        return readable(found, model.mesh)
+
 
 @dataclass(frozen=True)
 class Jitted:
-    """The functions of ``ModelFunctions``, jitted. Each keeps what it has compiled, by shapes and devices."""
+    """The functions of ``ModelFunctions``, jitted; ``merge`` as it is. Each keeps what it has compiled, by
+    shapes and devices."""
 
+    merge: Callable[[list[Array]], Decoder]
     step: jax.stages.Wrapped
     score: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
+    window_routing: jax.stages.Wrapped
 
 
 @lru_cache(maxsize=8)
@@ -183,9 +225,11 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     """
     functions = ModelFunctions(graph, structure)
     return Jitted(
+        merge=functions.merge,
         step=jax.jit(functions.step, donate_argnums=(1, 2)),
         score=jax.jit(functions.score),
         window_logits=jax.jit(functions.window_logits),
+        window_routing=jax.jit(functions.window_routing),
     )
 
 

@@ -22,6 +22,7 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
 from jmoe.moe.binning import get_rule
 from jmoe.moe.layer import MoELayer
+from jmoe.moe.shuffle import Hints, Shuffle, ShuffleTables
 from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
@@ -52,19 +53,43 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(cfg, split, make, kernels)
         self.post_attention_norm = make.ones(cfg.hidden_size)
         self.moe = MoELayer(cfg, moe, split.mesh, make, kernels)
+        self.shuffle = Shuffle(split.mesh, cfg.num_experts)
         self.eps = cfg.rms_norm_eps
 
     def __call__(
-        self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, knobs: Knobs | None
-    ) -> tuple[Array, LayerPages | None, MoEOutput]:
+        self,
+        x_ND: Array,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        knobs: Knobs | None,
+        hints: Hints | None,
+    ) -> tuple[Array, LayerPages | None, MoEOutput, Array | None]:
+        """The rows behind the layer, the pages, what the experts did, and each token's rank.
+
+        hints: None leaves every token on its rank; with them rows come and go whole on the ranks of a data
+        group, and each token is computed where its experts likely are (see ``jmoe.moe.shuffle``).
+        """
+        flags, order = token_flags(seqs), None
+        if hints is not None:
+            with jax.named_scope("shuffle"):
+                order = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
         with jax.named_scope("attention"):
-            y_ND, pages = self.attention(rms_norm(x_ND, self.input_norm[...], self.eps), by, seqs, pages)
+            normed_ND = rms_norm(x_ND, self.input_norm[...], self.eps)
+            y_ND, pages = self.attention(normed_ND, by, seqs, pages, order and order.token_N)
+            if order is not None:
+                x_ND, flags = self.shuffle.deal((x_ND, flags), order)
             x_ND = x_ND + y_ND
         with jax.named_scope("moe"):
             phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
-            out = self.moe(normed_ND, token_flags(seqs), phase, knobs)
-        return x_ND + out.y_TD, pages, out
+            out = self.moe(normed_ND, flags, phase, knobs)
+            x_ND = x_ND + out.y_TD
+        if order is None:
+            return x_ND, pages, out, None
+        with jax.named_scope("shuffle"):
+            x_ND, out, ranks_N = self.shuffle.gather(x_ND, out, order)
+        return x_ND, pages, out, ranks_N
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
@@ -109,23 +134,31 @@ class Decoder(nnx.Module):
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 
     def __call__(
-        self, seqs: Sequences, pages: list[LayerPages] | None = None, knobs: Knobs | None = None
+        self,
+        seqs: Sequences,
+        pages: list[LayerPages] | None = None,
+        knobs: Knobs | None = None,
+        tables: list[ShuffleTables] | None = None,
     ) -> DecoderOutput:
         """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``.
 
-        knobs: None switches every lossy technique off.
+        knobs: None switches every lossy technique off. tables: one a layer, to shuffle tokens by.
         """
         b, t = seqs.tokens_BT.shape
         x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
         outs: list[MoEOutput] = []
+        been: list[Array] = []  # the rank of each token's experts, by layer
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             own_knobs = None if knobs is None else knobs.of(i)
-            x_ND, layer_pages, out = _apply(
-                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs
+            hints = Hints.make(tables[i], been) if tables else None
+            x_ND, layer_pages, out, ranks_N = _apply(
+                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints
             )
             outs.append(out)
+            if ranks_N is not None:
+                been.append(ranks_N)
             if layer_pages is not None:
                 new_pages.append(layer_pages)
         hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)

@@ -10,7 +10,6 @@ evenly over the nodes, the groups are dealt to nodes first, so that a token's gr
 Lossless: a replica computes what its expert does. It does not say which replica a token takes.
 """
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float, Int
 
-FORMAT = "jmoe placement 1"
+from jmoe.moe.npz import save_arrays, saved_arrays
+from jmoe.moe.tables import Tables
+
+FORMAT = "jmoe placement 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,13 @@ class Placement:
 
     experts_LP: int32 expert ids; every expert has at least one slot. With as many slots as experts a row is a
     permutation, with more some experts have replicas. model: identity of the model that it was made for.
-    Raises ValueError where the table is not a placement.
+    tables: where its tokens go, if that was worked out. Raises ValueError where the table is not a placement.
     """
 
     experts_LP: Int[np.ndarray, "L P"]
     ranks: int
     model: str
+    tables: Tables | None = None
 
     def __post_init__(self) -> None:
         table = np.asarray(self.experts_LP)
@@ -47,6 +50,8 @@ class Placement:
         homeless = np.argwhere(self.replicas_LE == 0)
         if len(homeless):
             raise ValueError(f"layer {homeless[0, 0]} has no slot for expert {homeless[0, 1]}")
+        if self.tables is not None:
+            self.tables.check(layers=self.layers, ranks=self.ranks)
 
     @property
     def layers(self) -> int:
@@ -71,6 +76,22 @@ class Placement:
                 slots[layer, expert, : len(mine)] = mine
         return slots
 
+    @property
+    def home_LE(self) -> Int[np.ndarray, "L E"]:
+        """The rank of each expert's first slot."""
+        return self.slots_LEM[:, :, 0] // (self.experts_LP.shape[1] // self.ranks)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether it only renumbers the experts: each has one slot."""
+        return self.experts_LP.shape[1] == self.experts
+
+    def by_expert(self, counts_LP: Int[np.ndarray, "L P"]) -> Int[np.ndarray, "L E"]:
+        """The sum over each expert's slots."""
+        counts_LE = np.zeros((self.layers, self.experts), counts_LP.dtype)
+        np.add.at(counts_LE, (np.arange(self.layers)[:, None], self.experts_LP), counts_LP)
+        return counts_LE
+
     def rank_loads(self, loads_LE: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "L R"]:
         """The load of each rank, an expert's load being split evenly over its replicas."""
         share_LP = np.take_along_axis(loads_LE / self.replicas_LE, self.experts_LP, axis=1)
@@ -86,24 +107,16 @@ class Placement:
                 raise ValueError(f"the placement is for another model or mesh: {what} {mine}, here {theirs}")
 
     def save(self, path: Path) -> None:
-        with open(path, "wb") as file:
-            np.savez(
-                file, format=np.array(FORMAT), experts=self.experts_LP, ranks=np.array(self.ranks),
-                model=np.array(self.model),
-            )  # fmt: skip
+        arrays = {"experts": self.experts_LP, "ranks": self.ranks, "model": self.model}
+        tables = {} if self.tables is None else self.tables.arrays()
+        save_arrays(path, FORMAT, arrays | tables)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """What ``save`` wrote; ValueError naming the file where it is absent, malformed or something else."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if str(arrays["format"]) != FORMAT:
-                    raise ValueError(f"format {str(arrays['format'])!r}, this release reads {FORMAT!r}")
-                return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]))
-        except KeyError as error:
-            raise ValueError(f"{path} is not a placement: {error.args[0]}") from None
-        except (OSError, EOFError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"cannot read the placement {path}: {error}") from None
+        with saved_arrays(path, "placement", FORMAT) as arrays:
+            tables = Tables.of(arrays)
+            return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]), tables)
 
 
 def balance(

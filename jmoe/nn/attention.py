@@ -71,33 +71,47 @@ class Attention(nnx.Module):
         self.cfg, self.split, self.kernels = cfg, split, kernels
 
     def __call__(
-        self, x_ND: Float[Array, "N D"], by: Rotation, seqs: Sequences, pages: LayerPages | None
+        self,
+        x_ND: Float[Array, "N D"],
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        order_N: Int[Array, " N"] | None = None,
     ) -> tuple[Float[Array, "N D"], LayerPages | None]:
         """Attention output in float32 and the pages with this step's keys and values.
 
-        Tokens come and go sequence after sequence, N = B * T, split over data and expert.
+        Tokens come and go sequence after sequence, N = B * T, split over data and expert. order_N: with it
+        they come whole on the ranks that share their heads, and leave in that order, split over those.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
-            return self._shard(weights, x_ND, by, seqs, pages)
+            return self._shard(weights, x_ND, by, seqs, pages, None)
         specs = {
             name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
         }
         tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)
+        coming = tokens if order_N is None else sequences
         paged = page_spec(self.kernels.attention, self.split)
         run = jax.shard_map(
             self._shard,
             mesh=self.split.mesh,
-            in_specs=(specs, tokens, sequences, sequences, paged),
+            in_specs=(specs, coming, sequences, sequences, paged, sequences),
             out_specs=(tokens, paged),
             check_vma=False,
         )
-        return run(weights, x_ND, by, seqs, pages)
+        return run(weights, x_ND, by, seqs, pages, order_N)
 
     def _shard(
-        self, w: dict[str, Array], x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None
+        self,
+        w: dict[str, Array],
+        x_ND: Array,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        order_N: Array | None,
     ) -> tuple[Array, LayerPages | None]:
-        x_BTD = self._gather(x_ND, w["q_proj"].dtype).reshape(*seqs.positions_BT.shape, -1)
+        x_ND = self._gather(x_ND, w["q_proj"].dtype) if order_N is None else x_ND
+        x_BTD = x_ND.reshape(*seqs.positions_BT.shape, -1)
         with jax.named_scope("qkv"):
             q, k, v = self._project(w, x_BTD, by)
         window = self.cfg.sliding_window
@@ -109,6 +123,7 @@ class Attention(nnx.Module):
                 out, pages = paged_attention(self.kernels.attention, new, pages, window)
         with jax.named_scope("out"):
             y_ND = linear(out.reshape(-1, w["o_proj"].shape[1]), w["o_proj"], self.kernels.dense)
+        y_ND = y_ND if order_N is None else y_ND[order_N]
         return self._scatter(y_ND) + _bias(w, "o_bias", 2), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:

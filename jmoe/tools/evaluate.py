@@ -48,13 +48,7 @@ def evaluate(
     progress: Progress = lambda tokens: None,
 ) -> dict[str, Any]:
     """The report that ``jmoe eval --json`` prints. Raises ValueError for bad data or settings."""
-    if batch_size < 1:
-        raise ValueError(f"batch-size must be at least 1, got {batch_size}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max-tokens must be at least 1, got {max_tokens}")
-    missing = [str(path) for path in data if not path.is_file()]
-    if missing:
-        raise ValueError(f"no such data file: {missing[0]}")
+    check_run(data, batch_size, max_tokens)
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
     with closing(build_engine(model, settings, loading, warm_up=False)) as engine:  # eval has its own shapes
         source = token_windows(engine, data)
@@ -79,6 +73,17 @@ def evaluate(
         "max_model_len": engine.max_model_len,
         "moe": engine.runner.counters[mode].report(),
     }
+
+
+def check_run(data: Sequence[Path], batch_size: int, max_tokens: int | None) -> None:
+    """Raises ValueError for sizes below 1 and for a data file that is not there."""
+    if batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {batch_size}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max-tokens must be at least 1, got {max_tokens}")
+    missing = [str(path) for path in data if not path.is_file()]
+    if missing:
+        raise ValueError(f"no such data file: {missing[0]}")
 
 
 def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:

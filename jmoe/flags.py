@@ -1,0 +1,73 @@
+"""What the commands share: a parser with one-line errors, the flags of those that run a model, settings."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jmoe.engine.build import EngineSettings
+
+UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def size(text: str) -> int:
+    """Bytes of "2GiB", "512MiB", "1e9"-free plain numbers included."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:
+    made = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+    made.set_defaults(run=run)
+    return made
+
+
+def add_model_flags(p: Parser) -> None:
+    """Flags of every command that runs a model; absent ones keep the defaults of ``EngineSettings``."""
+    p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
+    p.add_argument("--max-model-len", type=int, metavar="N", help="context length in tokens")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--data-parallel-size", type=int, metavar="N")
+    p.add_argument("--expert-parallel-size", type=int, metavar="N")
+    p.add_argument("--tensor-parallel-size", type=int, metavar="N")
+    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
+    p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
+    p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def settings_from(values: dict[str, Any]) -> "EngineSettings":
+    """Engine settings of parsed flags, the compilation cache switched on."""
+    import dataclasses
+
+    from jmoe.config import MoEConfig
+    from jmoe.engine.build import EngineSettings, use_compilation_cache
+
+    use_compilation_cache(cache_directory())
+    known = {f.name for f in dataclasses.fields(EngineSettings)}
+    given = {key: value for key, value in values.items() if key in known}
+    moe = values.get("moe_config")
+    if isinstance(moe, str):
+        given["moe"] = MoEConfig.from_text(moe)
+    elif moe is not None:
+        given["moe"] = MoEConfig.from_dict(moe)
+    return EngineSettings(**given)
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept: JMOE_CACHE_DIR, else the user's cache folder."""
+    base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jmoe" / "xla"

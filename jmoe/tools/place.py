@@ -1,0 +1,44 @@
+"""``jmoe place``: a profile -> the placement file of experts, with the tables of their tokens."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jmoe.moe.grouping import group
+from jmoe.moe.grouping_objective import Problem
+from jmoe.moe.npz import check_writable
+from jmoe.moe.profile import Profile
+from jmoe.progress import Bars
+
+
+def place(path: Path, devices: int, out: Path, method: str, seed: int, progress: Bars) -> dict[str, Any]:
+    """Writes the placement and returns the report that ``--json`` prints. ValueError for what does not fit.
+
+    remote, max_over_mean_load: of the profile's own tokens, put by their ids under equal chunks of a large
+    batch; other text has more remote activations.
+    """
+    start = time.perf_counter()
+    check_writable(out)
+    profile = Profile.load(path)
+    placement = group(
+        profile, ranks=devices, method=method, seed=seed,
+        progress=lambda done, total: progress("place", done, total),
+    )  # fmt: skip
+    placement.save(out)
+    cost = Problem.of(profile, devices).cost(placement.home_LE)
+    load_LR = placement.rank_loads(profile.loads_LE.astype(np.float64))
+    return {
+        "path": str(out),
+        "model": placement.model,
+        "method": method,
+        "devices": devices,
+        "layers": placement.layers,
+        "experts": placement.experts,
+        "profile_tokens": profile.tokens,
+        "cost": cost.total,
+        "remote": cost.remote,
+        "max_over_mean_load": float((load_LR.max(1) / load_LR.mean(1)).mean()),
+        "seconds": time.perf_counter() - start,
+    }

@@ -1,0 +1,104 @@
+"""``jmoe profile``: routing statistics of a model on text, for ``jmoe place`` and the expert-map store.
+
+Windows are cut as ``jmoe eval`` cuts them; each counts as one request. The routing is the router's own: no
+lossy technique touches it.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jmoe.checkpoint.identity import model_identity
+from jmoe.engine.build import EngineSettings, build_engine, round_up
+from jmoe.engine.runner import Runner
+from jmoe.mesh import EXPERT
+from jmoe.moe.npz import check_writable
+from jmoe.moe.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.tools.evaluate import check_run, token_windows
+
+SHORTEST = 64  # tokens a window is padded to at least, so that few shapes compile
+
+
+def profile(
+    model: str,
+    data: Sequence[Path],
+    out: Path,
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    settings: EngineSettings = EngineSettings(),
+    loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
+    """Writes the profile; the report that ``--json`` prints. Raises ValueError for bad data or settings."""
+    check_run(data, batch_size, max_tokens)
+    check_writable(out)
+    if settings.moe.shuffle is not None:
+        raise ValueError("a profile counts experts as the checkpoint numbers them: leave moe.shuffle out")
+    settings = dataclasses.replace(settings, max_num_seqs=batch_size)
+    start = time.perf_counter()
+    with closing(build_engine(model, settings, loading, warm_up=False)) as engine:
+        runner, cfg = engine.runner, engine.runner.cfg
+        builder = ProfileBuilder(
+            layers=cfg.num_hidden_layers, experts=cfg.num_experts, k=cfg.num_experts_per_tok,
+            vocab=cfg.vocab_size,
+        )  # fmt: skip
+        windows = 0
+        for request in routed(runner, cut(token_windows(engine, data), max_tokens), batch_size):
+            builder.add(request)
+            windows += 1
+            progress(len(request.tokens_N))
+        if not windows:
+            raise ValueError("the data holds no window of two tokens or more: nothing to profile")
+        embeddings_VD = np.asarray(runner.model.embed[...]).astype(np.float32)
+        made = builder.finish(model_identity(runner.model), nearest_seen(embeddings_VD, builder.seen_V))
+    made.save(out)
+    return {
+        "path": str(out),
+        "model": made.model,
+        "tokens": made.tokens,
+        "windows": windows,
+        "seconds": time.perf_counter() - start,
+        "bytes": out.stat().st_size,
+    }
+
+
+def cut(source: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
+    """Windows of ``max_tokens`` in all, the last one cut."""
+    left = max_tokens
+    for window in source:
+        if left is None:
+            yield window
+            continue
+        if left <= 0:
+            return
+        yield window[:left]
+        left -= len(window)
+
+
+def routed(runner: Runner, source: Iterator[list[int]], batch_size: int) -> Iterator[RoutedRequest]:
+    """The windows with their routing, ``batch_size`` of them a pass, padded to a power of two."""
+    rows = round_up(batch_size, runner.ranks)
+    while batch := list(itertools.islice(source, batch_size)):
+        longest = 1 << (max(map(len, batch)) - 1).bit_length()
+        length = round_up(max(SHORTEST, longest), runner.mesh.shape[EXPERT])
+        tokens_BT = np.zeros((rows, length), np.int32)
+        positions_BT = np.full((rows, length), -1, np.int32)
+        for row, window in enumerate(batch):
+            tokens_BT[row, : len(window)], positions_BT[row, : len(window)] = window, np.arange(len(window))
+        found = runner.window_routing(tokens_BT, positions_BT)
+        for row, window in enumerate(batch):
+            n = len(window)
+            yield RoutedRequest(
+                tokens_BT[row, :n],
+                np.asarray(found.ids_LBTK[:, row, :n]),
+                np.asarray(found.weights_LBTK[:, row, :n]),
+                np.asarray(found.gates_LBE[:, row]),
+                np.asarray(found.embeddings_BD[row]),
+            )
