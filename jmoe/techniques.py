@@ -93,7 +93,7 @@ class CapacityConfig:
 
 @dataclass(frozen=True)
 class ShuffleConfig:
-    """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.moe.grouping``).
+    """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.grouping.group``).
 
     placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it. tokens: shuffled
     reduce-scatter and all-gather. requests: a request goes to the rank that owns most of its experts.

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jmoe.moe.profile import Profile
-from jmoe.moe.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.grouping.profile import Profile
+from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 
 LAYERS, VOCAB, K, D = 3, 40, 2, 4
 

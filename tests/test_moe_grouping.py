@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 from routed import LAYERS, VOCAB, K, planted, planted_requests
 
-import jmoe.moe.cross_entropy
-import jmoe.moe.grouping_objective
-from jmoe.moe.assignment import assign
-from jmoe.moe.grouping import METHODS, group, placed
-from jmoe.moe.grouping_baselines import balanced_splits, partitions
-from jmoe.moe.grouping_objective import Problem
+import jmoe.grouping.cross_entropy
+import jmoe.grouping.objective
+from jmoe.grouping.assignment import assign
+from jmoe.grouping.baselines import balanced_splits, partitions
+from jmoe.grouping.group import METHODS, group, placed
+from jmoe.grouping.objective import Problem
+from jmoe.grouping.tabulate import PRIOR, labels, local_share, put, rank_shares
 from jmoe.moe.placement import Placement
-from jmoe.moe.tabulate import PRIOR, labels, local_share, put, rank_shares
 
 HEURISTICS = ("alternating", "cross_entropy")
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(jmoe.moe.cross_entropy, "ROUNDS", 15)
+    monkeypatch.setattr(jmoe.grouping.cross_entropy, "ROUNDS", 15)
 
 
 def nothing(done: int, total: int) -> None:
@@ -104,7 +104,7 @@ def test_remote_is_what_the_best_equal_chunks_leave(monkeypatch):
 
     With so few ids every price step moves much: it takes more of them than on real text.
     """
-    monkeypatch.setattr(jmoe.moe.grouping_objective, "STEPS", 3000)
+    monkeypatch.setattr(jmoe.grouping.objective, "STEPS", 3000)
     profile, home_LE = planted(8, 4, requests=8)
     layer = Problem.of(profile, 4).layers[0]
     for home_E in (home_LE[0], np.arange(8) // 2):

@@ -14,8 +14,8 @@ from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import convert, load_model
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings
+from jmoe.grouping.group import group
 from jmoe.mesh import make_mesh
-from jmoe.moe.grouping import group
 from jmoe.moe.placement import Placement, balance
 from jmoe.techniques import ShuffleConfig
 

@@ -1,6 +1,6 @@
 """``Tables``: where a token's experts will be, by its id or by its last two layers, under one placement.
 
-Made offline (``jmoe.moe.tabulate``), saved in the placement's file, read by the token shuffle before the
+Made offline (``jmoe.grouping.tabulate``), saved in the placement's file, read by the token shuffle before the
 gate has run. Two predictors (Speculative MoE): the token id, and an n-gram over layers. Both give a rank and
 the share of the token's activations that is expected there, so that they can be compared.
 """

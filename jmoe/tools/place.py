@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.moe.grouping import group
-from jmoe.moe.grouping_objective import Problem
+from jmoe.grouping.group import group
+from jmoe.grouping.objective import Problem
+from jmoe.grouping.profile import Profile
 from jmoe.moe.npz import check_writable
-from jmoe.moe.profile import Profile
 from jmoe.progress import Bars
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine, round_up
 from jmoe.engine.runner import Runner
+from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.mesh import EXPERT
 from jmoe.moe.npz import check_writable
-from jmoe.moe.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.tools.evaluate import check_run, token_windows
 
 SHORTEST = 64  # tokens a window is padded to at least, so that few shapes compile

@@ -13,7 +13,7 @@ Speculative MoE: token id -> rank, and ranks at the last two layers -> rank. Of 
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.profile import Profile
+from jmoe.grouping.profile import Profile
 from jmoe.moe.tables import Tables
 
 PRIOR = 1.0

@@ -1,7 +1,7 @@
 """Grouping by the cross-entropy method: sample placements, keep the best tenth, sample more like them.
 
 Speculative MoE's early version ("CEO", balanced token-expert co-clustering); its text was not to be had, so
-this is the standard method with the objective of ``grouping_objective``. One matrix of probabilities
+this is the standard method with the objective of ``objective``. One matrix of probabilities
 [experts, ranks] a layer; the tokens' own matrix is not needed, as their best ranks follow from the experts'.
 Balanced samples: experts in order of a random key take the open rank with the most log-probability plus
 Gumbel noise. Samples of a round are compared at the prices of the best so far.
@@ -10,8 +10,8 @@ Gumbel noise. Samples of a round are compared at the prices of the best so far.
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.assignment import assign
-from jmoe.moe.grouping_objective import LayerProblem, Problem, Progress, prices
+from jmoe.grouping.assignment import assign
+from jmoe.grouping.objective import LayerProblem, Problem, Progress, prices
 
 ROUNDS, SAMPLES = 40, 60
 ELITE = 0.1

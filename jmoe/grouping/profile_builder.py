@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.profile import Profile, RequestSample
+from jmoe.grouping.profile import Profile, RequestSample
 
 BUFFERED = 1 << 20  # assignments that wait to be merged, 8 bytes each
 BLOCK = 1 << 22  # similarities computed at once, 4 bytes each

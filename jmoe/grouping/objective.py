@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.profile import Profile
+from jmoe.grouping.profile import Profile
 
 TOKENS = 4096
 THETA = 0.4

@@ -1,9 +1,9 @@
 """Routing statistics of a model on some text: what ``jmoe profile`` writes and the offline methods read.
 
-``Profile`` -> ``profile.npz`` -> expert grouping (``jmoe.moe.grouping``) with token tables, and the store of
-expert maps. Host code in numpy. Its size does not grow with the text: counts are by distinct (layer, token
-id, expert), and what belongs to single requests is a sample of bounded size (``jmoe.moe.profile_builder``).
-Expert ids are the checkpoint's.
+``Profile`` -> ``profile.npz`` -> expert grouping (``jmoe.grouping.group``) with token tables, and the store
+of expert maps. Host code in numpy. Its size does not grow with the text: counts are by distinct (layer, token
+id, expert), and what belongs to single requests is a sample of bounded size (``profile_builder``). Expert ids
+are the checkpoint's.
 
 Axes here: V token ids, X distinct (layer, token id, expert), Q sampled requests (windows of text), P
 positions of a request's trace; L is the MoE layers.

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.assignment import assign
-from jmoe.moe.grouping_objective import Problem, Progress
+from jmoe.grouping.assignment import assign
+from jmoe.grouping.objective import Problem, Progress
 from jmoe.moe.placement import balance
 
 ENUMERATED = 20_000  # partitions of a layer's experts; 16 experts on 2 ranks have 6435, 12 on 4 15400

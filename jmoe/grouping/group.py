@@ -1,11 +1,11 @@
 """Expert grouping: a profile -> the placement that keeps activations on their token's rank, evenly loaded.
 
-Speculative MoE, offline model scheduling. Input ``jmoe.moe.profile.Profile``, output ``Placement`` with E / R
-experts a rank in every layer and the token tables (``jmoe.moe.tabulate``); exact, as experts are only
-renumbered. Command: ``jmoe place PROFILE --devices N --out PLACEMENT``, then ``[moe.shuffle] placement``.
+Speculative MoE, offline model scheduling. Input ``jmoe.grouping.profile.Profile``, output ``Placement`` with
+E / R experts a rank in every layer and the token tables (``jmoe.grouping.tabulate``); exact, as experts are
+only renumbered. Command: ``jmoe place PROFILE --devices N --out PLACEMENT``, then ``[moe.shuffle] placement``.
 
 ``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the rest what they are compared
-with; all are judged by the cost of ``grouping_objective``.
+with; all are judged by the cost of ``objective``.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-from jmoe.moe.coclustering import alternating
-from jmoe.moe.cross_entropy import cross_entropy
-from jmoe.moe.grouping_baselines import exflow, load, moetuner, random, uniform
-from jmoe.moe.grouping_objective import Problem, Progress
+from jmoe.grouping.baselines import exflow, load, moetuner, random, uniform
+from jmoe.grouping.coclustering import alternating
+from jmoe.grouping.cross_entropy import cross_entropy
+from jmoe.grouping.objective import Problem, Progress
+from jmoe.grouping.profile import Profile
+from jmoe.grouping.tabulate import tabulate
 from jmoe.moe.placement import Placement
-from jmoe.moe.profile import Profile
-from jmoe.moe.tabulate import tabulate
 
 Solver = Callable[[Problem, np.random.Generator, Progress], Int[np.ndarray, "L E"]]
 METHODS: dict[str, Solver] = {

@@ -11,7 +11,7 @@ What the paper leaves open, decided here:
   and a request: the share of the expert's choices that the request made;
 * the first clusters: balanced k-means on the requests' expert histograms, concatenated over the layers;
 * requests are clustered once for all layers, since one stays on its rank through them, and experts a layer;
-* an exchange gains by the objective of ``grouping_objective``, in which tokens go where their own experts
+* an exchange gains by the objective of ``objective``, in which tokens go where their own experts
   are: for shuffled tokens clusters of requests are too blunt. They give the starts, and at the end the names:
   which rank holds which group of a layer changes no token's cost, so groups go to the ranks whose requests
   want them most (exact assignment);
@@ -22,8 +22,8 @@ What the paper leaves open, decided here:
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.moe.assignment import assign
-from jmoe.moe.grouping_objective import Problem, Progress, improve
+from jmoe.grouping.assignment import assign
+from jmoe.grouping.objective import Problem, Progress, improve
 
 STEPS = 6
 PASSES = 20
