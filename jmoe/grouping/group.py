@@ -2,7 +2,7 @@
 
 Speculative MoE, offline model scheduling. Input ``jmoe.grouping.profile.Profile``, output ``Placement`` with
 E / R experts a rank in every layer and the token tables (``jmoe.grouping.tabulate``); exact, as experts are
-only renumbered. Command: ``jmoe place PROFILE --devices N --out PLACEMENT``, then ``[moe.shuffle] placement``.
+only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then ``[moe.shuffle] placement``.
 
 ``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the rest what they are compared
 with; all are judged by the cost of ``objective``.
