@@ -16,9 +16,9 @@ from jmoe.checkpoint import load_model
 from jmoe.cli import main
 from jmoe.engine.runner import Runner
 from jmoe.engine.step import Sizes
+from jmoe.grouping import profile_builder
 from jmoe.grouping.profile import Profile
 from jmoe.grouping.profile_builder import nearest_seen
-from jmoe.moe import profile_builder
 from jmoe.nn.attention import Sequences
 from jmoe.tools.profile import cut, routed
 
