@@ -18,13 +18,15 @@ class BinningConfig:
 
     method: how the experts that stay are chosen. bin_width: of an affinity bin, nats; smaller is stronger.
     k0: choices of every token that stay, for "oea". keep: share of the batch's union that stays, for
-    "budget", "popularity" and "random".
+    "budget", "popularity" and "random". local_bonus: nats by which a token prefers the experts of its own
+    device, before all of that.
     """
 
     method: Method = "affinity"
     bin_width: float = 0.5
     k0: int = 3
     keep: float = 0.5
+    local_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("moe.binning.method", self.method, get_args(Method))
@@ -34,7 +36,17 @@ class BinningConfig:
             raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
         if type(self.k0) is not int or self.k0 < 1:
             raise ValueError(f"moe.binning.k0 must be an integer of at least 1, got {self.k0!r}")
+        if self.local_bonus != 0:
+            _check_number("moe.binning.local_bonus", self.local_bonus)
         _check_read("moe.binning", self, "method", _BINNING_READS)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for a preference that means nothing with experts on ``ranks`` devices."""
+        if self.local_bonus and ranks == 1:
+            raise ValueError(
+                "moe.binning.local_bonus needs experts on several devices: an expert parallel size of 2 or "
+                "more, got 1"
+            )
 
     def check_model(self, experts: int, k: int) -> None:
         """Raises ValueError where ``experts``, ``k`` of them a token, leave nothing or too few to keep."""

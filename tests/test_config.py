@@ -16,7 +16,7 @@ def test_an_absent_block_is_off_and_an_empty_one_takes_the_defaults():
 
     assert MoEConfig.from_dict({}).binning is None
     assert MoEConfig.from_dict({"binning": {}}).binning == BinningConfig()
-    assert BinningConfig() == BinningConfig("affinity", 0.5, 3, 0.5)
+    assert BinningConfig() == BinningConfig("affinity", 0.5, 3, 0.5, 0.0)
 
 
 def test_json_and_toml_say_the_same(tmp_path: Path):
@@ -89,6 +89,7 @@ def test_a_bad_capacity_block_is_refused_with_what_would_be_right(values, messag
             "keep = 0.7 has no effect with method 'affinity'; it needs one of budget, popularity",
         ),
         ({"method": "oea", "bin_width": 0.3}, "it needs one of affinity, budget"),
+        ({"local_bonus": -1.0}, "moe.binning.local_bonus must be a finite number above 0, got -1.0"),
         ([1], "moe.binning must be a table of keys, got list"),
     ],
     ids=str,

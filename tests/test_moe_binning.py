@@ -226,6 +226,28 @@ def test_a_capacity_behind_brings_no_expert_back(policy: str):
     assert chosen["binned"] <= set(np.asarray(binned.ids_TK)[:8].ravel()) < chosen["plain"]
 
 
+def test_a_token_prefers_the_experts_of_its_own_rank():
+    """Against a plain loop; the weights are the token's own scores of what it then has."""
+    rng, bonus = np.random.default_rng(8), 0.7
+    logits = rng.standard_normal((ROWS, EXPERTS), np.float32)
+    flags = TokenFlags(jnp.arange(ROWS) < 10, jnp.arange(ROWS) == 4)
+    plain = route(jnp.asarray(logits), K, renormalize=True)
+    wide = get_rule(BinningConfig(bin_width=1e9), K)  # no binning beside it
+    near, moved_T = bin_assignments(plain, flags, wide, seed=jnp.int32(0), local=(bonus, jnp.int32(4), 4))
+    liked = logits + bonus * ((np.arange(EXPERTS) >= 4) & (np.arange(EXPERTS) < 8))
+    for token in range(ROWS):
+        before, after = np.asarray(plain.ids_TK[token]), np.asarray(near.ids_TK[token])
+        if token == 4 or token >= 10:
+            assert after.tolist() == before.tolist()
+            continue
+        assert set(after) == set(np.argsort(-liked[token], kind="stable")[:K])
+        assert moved_T[token] == len(set(after) - set(before))
+        score = np.asarray(plain.scores_TE[token])[after]
+        np.testing.assert_allclose(near.weights_TK[token], score / score.sum(), rtol=1e-5)
+    assert moved_T.sum() > 0
+    np.testing.assert_array_equal(near.logits_TE, plain.logits_TE)
+
+
 # ---- in the layer
 
 LAYER = config(num_experts=EXPERTS, num_experts_per_tok=K)
@@ -296,3 +318,16 @@ def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shap
     np.testing.assert_array_equal(fused.counts_E, stats.counts_E)
     np.testing.assert_array_equal(fused.plain_E, stats.plain_E)
     np.testing.assert_array_equal(moved.remapped_T, changes.remapped_T)
+
+
+def test_a_local_bonus_keeps_rows_at_home():
+    x = np.random.default_rng(3).standard_normal((32, LAYER.hidden_size), np.float32)
+    flags, remote = TokenFlags(jnp.ones(32, bool)), {}
+    for bonus in (0.0, 1.0, 50.0):
+        moe = MoEConfig(binning=BinningConfig(bin_width=1e9, local_bonus=bonus))
+        _, stats, changes = through(layer_on(mesh_of((1, 4, 1)), LAYER, moe), x, flags, "decode")
+        remote[bonus] = int(stats.remote)
+        assert (changes.remapped_T.sum() > 0) == (bonus > 0)
+    assert remote[0.0] > remote[1.0] > remote[50.0] == 0, "a rank has as many experts as a token takes"
+    with pytest.raises(ValueError, match="local_bonus needs experts on several devices"):
+        layer_on(make_mesh(), LAYER, MoEConfig(binning=BinningConfig(local_bonus=1.0)))

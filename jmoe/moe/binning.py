@@ -18,6 +18,9 @@ votes in bin 0, then in bin 1, and so on (the paper's base-B score, exactly), ti
 ``random``      baseline: the same share, drawn.
 All keep k experts at least, so that every token has k distinct ones and a batch of one stays as it is.
 
+**Locality** (``local_bonus``, ours): under expert parallelism a token chooses its experts anew, those of its
+own rank so many nats nearer, before all of this; its weights remain by its own scores. Fewer rows travel.
+
 **Remapping**: choices outside the set go to the token's best-scored experts within, in place; a token that
 lost any takes its scores as weights, scaled to the sum that its weights had, another keeps them bit for bit.
 The scores of experts outside the set become 0, so that a capacity behind this reroutes to none of them.
@@ -36,7 +39,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
@@ -48,27 +51,43 @@ def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
     return binning.Rule(cfg.method, k, cfg.bin_width, cfg.k0, cfg.keep)
 
 
+def prefer_local(routing: Routing, lossy_T: Array, bonus: float, first: Array, held: int) -> Routing:
+    """The routing of tokens that like the experts ``first .. first + held`` by ``bonus`` nats more."""
+    expert_E = jnp.arange(routing.logits_TE.shape[1], dtype=jnp.int32)
+    local_E = (expert_E >= first) & (expert_E < first + held)
+    liked_TE = routing.logits_TE + jnp.where(local_E, jnp.float32(bonus), 0.0)[None]
+    rows_T1 = jnp.arange(lossy_T.shape[0])[:, None]
+    _, wanted_TK = lax.top_k(liked_TE, routing.ids_TK.shape[1])
+    wanted_TE = jnp.zeros(liked_TE.shape, bool).at[rows_T1, wanted_TK].set(True)
+    moved = binning.remap(routing.ids_TK, routing.weights_TK, liked_TE, routing.scores_TE, wanted_TE, lossy_T)
+    return Routing(*moved, routing.scores_TE, liked_TE)
+
+
 def bin_assignments(
-    routing: Routing,
+    plain: Routing,
     tokens: TokenFlags,
     rule: binning.Rule,
     *,
     seed: Int[Array | np.ndarray, ""],
     total: Callable[[Array], Array] | None = None,
+    local: tuple[float, Array, int] | None = None,
 ) -> tuple[Routing, Int[Array, " T"]]:
     """Any router's choice on the active set, and how many assignments of each token moved.
 
     seed: of method "random"; the same on ranks that share weights. total: sums votes over those ranks.
+    local: the bonus, first expert and number of experts of the own rank; None prefers none.
     """
-    lossy_T, logits_TE = tokens.lossy_T, routing.logits_TE
+    lossy_T = tokens.lossy_T
+    routing = plain if local is None else prefer_local(plain, lossy_T, *local)
+    logits_TE = routing.logits_TE
     votes_VE = binning.cast_votes(routing.ids_TK, logits_TE, tokens.valid_T, lossy_T, rule)
     draw_E = None
     if rule.method == "random":
         draw_E = jax.random.uniform(jax.random.key(seed), logits_TE.shape[1:])
     active_E = binning.choose_active(votes_VE if total is None else total(votes_VE), rule, draw_E)
     moved = binning.remap(routing.ids_TK, routing.weights_TK, logits_TE, routing.scores_TE, active_E, lossy_T)
-    result = Routing(*moved, _of_active(routing.scores_TE, active_E), logits_TE)
-    return result, _remapped(routing, result)
+    result = Routing(*moved, _of_active(plain.scores_TE, active_E), plain.logits_TE)
+    return result, _remapped(plain, result)
 
 
 def route_binned(

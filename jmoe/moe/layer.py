@@ -40,6 +40,7 @@ def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
             raise ValueError(f"moe.{name} and moe.train_capacity_factor exclude each other")
     if moe.binning is not None:
         moe.binning.check_model(cfg.num_experts, cfg.num_experts_per_tok)
+        moe.binning.check_ranks(mesh.shape[EXPERT])
     if moe.capacity is not None:
         moe.capacity.check_ranks(mesh.shape[EXPERT])
 
@@ -143,13 +144,23 @@ class MoELayer(nnx.Module):
         if rule is None or knobs is None:
             return plain, plain, None
         with jax.named_scope("bin"):
-            binned = bin_assignments(plain, tokens, rule, seed=knobs.seed, total=self._sum_votes())
-            return plain, *binned
+            total, local = self._sum_votes(), self._own_experts()
+            return plain, *bin_assignments(plain, tokens, rule, seed=knobs.seed, total=total, local=local)
 
     def _fuses(self, rule: Rule, tokens: int, experts: int) -> bool:
-        """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
+        """Whether one kernel routes and bins: not where a rank has more tokens than it takes, or prefers its
+        own experts, which no kernel knows."""
         name, platform = self.kernels.binning, self.kernels.platform
+        if self._own_experts() is not None:
+            return False
         return name != "xla" and supports(name, platform, experts, rule, tokens=tokens) is None
+
+    def _own_experts(self) -> tuple[float, Array, int] | None:
+        """The bonus of this rank's experts, the first of them and their number; None without a bonus."""
+        if self.moe.binning is None or not self.moe.binning.local_bonus:
+            return None
+        held = self.cfg.num_experts // self.mesh.shape[EXPERT]
+        return self.moe.binning.local_bonus, lax.axis_index(EXPERT) * held, held
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Sums over the ranks that read the same experts' weights."""

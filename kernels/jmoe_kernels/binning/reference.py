@@ -103,19 +103,20 @@ def remap(
     weights_TK: Float[Array, "T K"],
     logits_TE: Float[Array, "T E"],
     scores_TE: Float[Array, "T E"],
-    active_E: Bool[Array, " E"],
+    active: Bool[Array, " E"] | Bool[Array, "T E"],
     lossy_T: Bool[Array, " T"],
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """Each lossy token's choices outside the active set go to its best-scored experts within.
+    """Each lossy token's choices outside the active set (its own, if ``[T, E]``) go to its best ones within.
 
     The others stay in their places; a token without such choices keeps its weights bit for bit. Where some
     moved, all of the token's weights are its scores, scaled to the sum that the weights had.
     """
     (t, k), experts = ids_TK.shape, logits_TE.shape[1]
-    moved_TK = ~active_E[ids_TK] & lossy_T[:, None]
+    active_TE = jnp.broadcast_to(active if active.ndim == 2 else active[None], logits_TE.shape)
+    moved_TK = ~jnp.take_along_axis(active_TE, ids_TK, axis=1) & lossy_T[:, None]
     chosen_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True)
     lowest = jnp.finfo(jnp.float32).min  # an expert of logit -inf is still one; one that is taken is not
-    open_TE = active_E[None] & ~chosen_TE
+    open_TE = active_TE & ~chosen_TE
     key_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 behind 0
     _, next_TK = lax.top_k(jnp.where(open_TE, key_TE, -jnp.inf), k)
     nth_TK = jnp.maximum(jnp.cumsum(moved_TK.astype(jnp.int32), axis=1) - 1, 0)
