@@ -78,6 +78,7 @@ class Case:
     layers: int | None
     transport: str
     attention: str
+    moe: str
 
 
 def shape_bytes(text: str) -> list[int]:
@@ -168,7 +169,7 @@ def check(case: Case) -> dict:
     slots = case.sequences if case.tokens == 1 else 1
     sizes = Sizes((case.sequences,), (case.tokens,), PAGE, max(1, case.sequences) * table, table)
     start = time.perf_counter()
-    moe = MoEConfig(transport=case.transport, attention=case.attention)  # pyright: ignore[reportArgumentType]
+    moe = replace(MoEConfig.from_text(case.moe), transport=case.transport, attention=case.attention)  # pyright: ignore[reportArgumentType]
     compiled = lower_step(cfg, moe, mesh, sizes, sequences=slots, tokens=case.tokens).compile()
     seconds = time.perf_counter() - start
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -194,7 +195,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         path = model if isinstance(model, Path) else ROOT / f"configs/model/{model}.toml"
         a, b, c = map(int, mesh.split("x"))
         for step in (1, tokens):
-            yield Case(path, where, (a, b, c), sequences, step, args.layers, args.transport, args.attention)
+            how = args.layers, args.transport, args.attention, args.moe_config
+            yield Case(path, where, (a, b, c), sequences, step, *how)
 
 
 def main() -> int:
@@ -208,6 +210,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--transport", default="replicated", help="(default: %(default)s)")
     parser.add_argument("--attention", default="dp", help="dp or tp (default: %(default)s)")
+    parser.add_argument(
+        "--moe-config", default="{}", help="techniques as for jmoe serve; a placement is not read"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     if (reason := tpu_aot.why_not()) is not None:

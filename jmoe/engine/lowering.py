@@ -1,6 +1,7 @@
 """The engine's step of a model, lowered for devices that need not be here: nothing is allocated or run."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -8,7 +9,8 @@ from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.stats import zero_totals
 from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
-from jmoe.mesh import sharding
+from jmoe.mesh import EXPERT, sharding
+from jmoe.moe.shuffle import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
 
 
@@ -37,5 +39,18 @@ def lower_step(
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
             (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows),
             (given.exact_B, make_knobs(1.0, 0)) if is_lossy(moe) else None,
-            None,
+            _abstract_tables(cfg, moe, mesh),
         )
+
+
+def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:
+    """Shapes of the tables that tokens are shuffled by; the placement's file is not read."""
+    if moe.shuffle is None or not moe.shuffle.tokens:
+        return None
+    ranks = mesh.shape[EXPERT]
+
+    def table(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, ranks), jnp.uint8, sharding=sharding(mesh))
+
+    layer = ShuffleTables(table(cfg.vocab_size), table(ranks * ranks) if moe.shuffle.history else None)  # pyright: ignore[reportArgumentType]
+    return [layer] * cfg.num_hidden_layers
