@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from small import config, decoder, mesh_of
+from small import config, decoder
 from test_engine import GREEDY, Engine, engine_of, prompts, serve
 
 from jmoe.config import MoEConfig
@@ -17,8 +17,8 @@ EXACT = dataclasses.replace(GREEDY, exact=True)
 STRONG = BinningConfig(bin_width=0.05)
 
 
-def engine_on(moe: MoEConfig = MoEConfig(), shape: tuple[int, int, int] = (1, 1, 1)) -> Engine:
-    mesh = mesh_of(shape)
+def engine_on(moe: MoEConfig = MoEConfig()) -> Engine:
+    mesh = make_mesh()
     return engine_of(decoder(CFG, mesh, moe), mesh)
 
 
@@ -95,7 +95,7 @@ def test_binning_comes_before_the_capacity():
     limit = CapacityConfig(factor=1.0, phase="decode")
     dropped = {}
     for binning in (None, STRONG):
-        engine = engine_on(MoEConfig(binning=binning, capacity=limit), (1, 2, 1))
+        engine = engine_on(MoEConfig(binning=binning, capacity=limit))
         outputs = serve(engine, prompts(7), [EXACT, *[GREEDY] * 6])[1]
         usages = [parts[-1].moe for parts in outputs]
         assert usages[0].remapped == usages[0].dropped == 0

@@ -106,7 +106,8 @@ def test_what_holds_for_every_batch(name: str, batch: Batch, renormalize: bool):
     np.testing.assert_array_equal(binned.weights_TK[untouched], plain.weights_TK[untouched])
     np.testing.assert_allclose(binned.weights_TK.sum(1), plain.weights_TK.sum(1), rtol=1e-5)
     score_TK = np.take_along_axis(plain.scores_TE, binned.ids_TK, 1)[~untouched]
-    shares = score_TK / score_TK.sum(1, keepdims=True)
+    total_T1 = score_TK.sum(1, keepdims=True)
+    shares = np.divide(score_TK, total_T1, out=np.full_like(score_TK, 1 / K), where=total_T1 > 0)
     np.testing.assert_allclose(
         binned.weights_TK[~untouched], shares * plain.weights_TK[~untouched].sum(1, keepdims=True), rtol=1e-4
     )
@@ -283,7 +284,7 @@ def test_the_layer_bins_decode_steps_only():
     assert (np.abs(np.asarray(y - plain_y)).max(1) > 1e-3)[~still].mean() > 0.9
 
 
-@pytest.mark.parametrize("transport", ["replicated", "all_to_all", "ragged_all_to_all"])
+@pytest.mark.parametrize("transport", ["replicated", "ragged_all_to_all"])
 def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(transport: str):
     x = np.random.default_rng(1).standard_normal((32, LAYER.hidden_size), np.float32)
     flags = TokenFlags(jnp.arange(32) % 5 == 0, jnp.arange(32) % 15 == 0)

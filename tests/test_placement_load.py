@@ -48,8 +48,7 @@ def renumbering(path: Path) -> MoEConfig:
     return MoEConfig(shuffle=ShuffleConfig(str(path), tokens=False))
 
 
-@pytest.mark.parametrize("form", ["hf", "out"])
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(("form", "ranks"), [("hf", 4), ("out", 1)])
 def test_renumbering_changes_no_logit_and_no_token(models: Path, tmp_path: Path, form: str, ranks: int):
     path = tmp_path / "placement.npz"
     shuffled(models / "hf", ranks).save(path)

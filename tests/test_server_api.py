@@ -199,6 +199,7 @@ def test_metrics_count_what_happened(client):
                  'jmoe_moe_assignments_total{layer="0"} 12.0',
                  'jmoe_moe_dropped_assignments_total{layer="0"} 10.0',
                  'jmoe_moe_rerouted_assignments_total{layer="0"} 8.0',
+                 'jmoe_moe_remapped_assignments_total{layer="0"} 10.0',
                  'jmoe_moe_remote_assignments_total{layer="0"} 2.0',
                  'jmoe_moe_transport_bytes_total{layer="1"} 1200.0',
                  'jmoe_moe_transport_useful_bytes_total{layer="1"} 800.0'):  # fmt: skip

@@ -91,6 +91,7 @@ class FakeEngine:
             sums = {
                 "dropped": 5,
                 "rerouted": 4,
+                "remapped": 5,
                 "remote_assignments": 1,
                 "transport_bytes": 600,
                 "transport_useful_bytes": 400,

@@ -5,7 +5,7 @@ accumulation. What differs between families is in ``ModelConfig`` (norms, biases
 the family's file beside this one (field and weight names).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -113,7 +113,10 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
     dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, cfg.sliding_window)
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
-    return choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
+    kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
+    if moe.binning is not None and moe.binning.local_bonus:
+        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows local_bonus")
+    return kernels
 
 
 class Decoder(nnx.Module):

@@ -148,11 +148,8 @@ class MoELayer(nnx.Module):
             return plain, *bin_assignments(plain, tokens, rule, seed=knobs.seed, total=total, local=local)
 
     def _fuses(self, rule: Rule, tokens: int, experts: int) -> bool:
-        """Whether one kernel routes and bins: not where a rank has more tokens than it takes, or prefers its
-        own experts, which no kernel knows."""
+        """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
         name, platform = self.kernels.binning, self.kernels.platform
-        if self._own_experts() is not None:
-            return False
         return name != "xla" and supports(name, platform, experts, rule, tokens=tokens) is None
 
     def _own_experts(self) -> tuple[float, Array, int] | None:
