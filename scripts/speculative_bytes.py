@@ -1,4 +1,4 @@
-"""What a rank sends in one layer under every pipeline, by arithmetic on measured rates, and how long it takes.
+"""What a rank sends in one layer under every pipeline, by arithmetic on measured rates, and its time.
 
 Ring collectives: of N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G of N rows
 from each rank, an all-reduce twice that; the exchange sends what is remote once each way, N / G tokens a
