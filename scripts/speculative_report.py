@@ -29,7 +29,8 @@ def grouping_part(grouping: dict[str, Any]) -> list[str]:
         "sequences holds. A step's tokens are put on devices in equal chunks by the function that serving "
         "uses. `local` is the share of activations whose expert is where its token was put, and `pairs` the "
         "distinct other devices that a token needs. `dealt` is the same placement without tables, each "
-        "device the next chunk of the batch. Load is max/mean over devices, of all text and of single domains.",
+        "device the next chunk of the batch. Load is max/mean over devices, of all text "
+        "and of single domains.",
         "",
         "### In-domain",
         "",
@@ -44,9 +45,10 @@ def grouping_part(grouping: dict[str, Any]) -> list[str]:
             f"{ranks} devices:",
             "",
             *table(head, rows),
-            f"Of `alternating`'s placement, steps of {STEP}: with the tables of history too {percent(history)} "
+            f"Of `alternating`'s placement, steps of {STEP}: with tables of history too {percent(history)} "
             f"local, by token ids alone {percent(1 - remote(methods['alternating']))}; were every token's "
-            f"experts known, {percent(oracle['equal'])} in equal chunks and {percent(oracle['free'])} without.",
+            f"experts known, {percent(oracle['equal'])} in equal chunks and "
+            f"{percent(oracle['free'])} without.",
             "",
         ]
     lines += [*inside_verdict(grouping), ""]
@@ -160,16 +162,16 @@ def document(results: dict[str, Any]) -> str:
 
 INTRO = """# Speculative MoE: expert grouping, token shuffling, request scheduling
 
-How many activations stay on their token's device, and what that saves in bytes, beside the paper (Li et al.,
-arXiv 2503.04398). Nothing here changes an answer: the true gate runs, and what is not local is exchanged. Each
-part names its command; all figures are in `speculative.json`, and `python scripts/bench_speculative.py --parts`
-makes text and plots (the `plots` extra) from it alone. Rates are deterministic but for the last bits of
-floating point. The paper's LAR of 25 % without its method is that of 4 devices by chance; ours on 8 starts at
-12.5 %, so only the relative figures compare."""
+How many activations stay on their token's device, and what that saves in bytes, beside the paper (Li et
+al., arXiv 2503.04398). Nothing here changes an answer: the true gate runs, and what is not local is
+exchanged. Each part names its command; all figures are in `speculative.json`, and `python
+scripts/bench_speculative.py --parts` makes text and plots (the `plots` extra) from it alone. Rates are
+deterministic but for the last bits of floating point. The paper's LAR of 25 % without its method is that of
+4 devices by chance; ours on 8 starts at 12.5 %, so only the relative figures compare."""
 LIMITS = """## Limits
 
-One model of 12.8 M parameters for rates with tables of every layer; published counts of two real ones, at three
-layers and without requests. Test text is of the same sources as the statistics except across domains. Steps of
-random mixed tokens stand for decode; a prefill step holds one text. No interconnect was there: times are a
-link model with assumed latencies, without overlap, and on a CPU the ragged exchange is emulated. Load is of
-whole texts, not of single steps."""
+One model of 12.8 M parameters for rates with tables of every layer; published counts of two real ones, at
+three layers and without requests. Test text is of the same sources as the statistics except across domains.
+Steps of random mixed tokens stand for decode; a prefill step holds one text. No interconnect was there:
+times are a link model with assumed latencies, without overlap, and on a CPU the ragged exchange is
+emulated. Load is of whole texts, not of single steps."""

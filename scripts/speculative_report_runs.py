@@ -26,7 +26,8 @@ def published_part(published: dict[str, Any]) -> list[str]:
         "",
         "OLMoE-1B-7B and Mixtral-8x7B from counts of (token id, expert) that OLMoE's authors published, "
         f"layers 0, 7 and 15, steps of {published['size']} independent tokens. Rows: where the statistics "
-        "are from; in-domain the counts are parted at random, which is kinder than unseen text. Means over layers.",
+        "are from; in-domain the counts are parted at random, which is kinder than unseen text. "
+        "Means over layers.",
         "",
     ]
     for model, found in published["models"].items():
@@ -82,10 +83,10 @@ def engine_part(engine: dict[str, Any]) -> list[str]:
         f"`{engine['command']}` ({engine['seconds'] / 60:.0f} minutes)",
         "",
         f"The whole engine in float32 on {engine['ranks']} emulated devices, transport `ragged_all_to_all`, "
-        f"{engine['sequences']} sequences of {engine['prompt']} tokens of all domains, {engine['new']} greedy "
-        "tokens each. `plain`, `grouped` (experts renumbered, tokens dealt) and `shuffled` have attention tp; "
-        "`dp` has whole requests on devices, `requests` sends them where their experts are. Useful bytes are "
-        "one row a (token, device) pair both ways, sent bytes one row a remote activation. Wall time is "
+        f"{engine['sequences']} sequences of {engine['prompt']} tokens of all domains, {engine['new']} "
+        "greedy tokens each. `plain`, `grouped` (experts renumbered, tokens dealt) and `shuffled` have "
+        "attention tp; `dp` has whole requests on devices, `requests` sends them where their experts "
+        "are. Useful bytes are one row a (token, device) pair both ways, sent bytes one row a remote activation. Wall time is "
         "8 devices on a few cores: a sanity check, no speed.",
         "",
         *table([*head, "wall, s"], rows),
