@@ -17,7 +17,7 @@ from jmoe.techniques import ShuffleConfig
 
 RANKS = 8
 WINDOWS = 8  # of a domain in the statistics: the placement need not be good here
-PROMPT, NEW, SEQUENCES = 48, 16, 64
+PROMPT, NEW, SEQUENCES = 48, 16, 32
 
 
 def measure(model: str, data: Path) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def measure(model: str, data: Path) -> dict[str, Any]:
     train = collect(model, data / "train", WINDOWS)
     placement = group(train.profile(train.domains), ranks=RANKS, seed=0)
     valid, domains = data / "valid", domains_of(data / "valid")
-    texts = [piece for domain in domains for piece in pieces(valid / f"{domain}.txt.xz", 5)]
+    by_domain = [pieces(valid / f"{domain}.txt.xz", 3) for domain in domains]
+    texts = [piece for turn in zip(*by_domain, strict=True) for piece in turn]
     runs: dict[str, Any] = {}
     reference = None
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +37,6 @@ def measure(model: str, data: Path) -> dict[str, Any]:
             "plain": ("tp", None),
             "grouped": ("tp", ShuffleConfig(path, tokens=False)),
             "shuffled": ("tp", ShuffleConfig(path)),
-            "dp": ("dp", None),
             "dp, grouped": ("dp", ShuffleConfig(path, tokens=False)),
             "dp, requests": ("dp", ShuffleConfig(path, tokens=False, requests=True)),
         }.items():
@@ -66,7 +66,7 @@ def run(
         **sizes,
     ) as llm:  # fmt: skip
         prompts = [llm.encode(text)[:PROMPT] for text in texts]
-        llm.generate(prompts[:RANKS], greedy)
+        llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))  # compiles
         before = llm.engine.moe_stats()
         start = time.perf_counter()
         outputs = llm.generate(prompts, greedy)

@@ -26,7 +26,7 @@ from jmoe.moe.shuffle import align
 
 RANKS = {"olmoe": 8, "mixtral": 4}
 METHODS = {"alternating": alternating, "load": load, "random": random}
-SEEDS = 10
+SEEDS = 5
 SIZE, STEPS = 256, 64
 REQUESTS, LENGTH = 32, 1024  # drawn, as none were published
 

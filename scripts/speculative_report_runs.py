@@ -85,9 +85,9 @@ def engine_part(engine: dict[str, Any]) -> list[str]:
         f"The whole engine in float32 on {engine['ranks']} emulated devices, transport `ragged_all_to_all`, "
         f"{engine['sequences']} sequences of {engine['prompt']} tokens of all domains, {engine['new']} "
         "greedy tokens each. `plain`, `grouped` (experts renumbered, tokens dealt) and `shuffled` have "
-        "attention tp; `dp` has whole requests on devices, `requests` sends them where their experts "
-        "are. Useful bytes are one row a (token, device) pair both ways, sent bytes one row a remote activation. Wall time is "
-        "8 devices on a few cores: a sanity check, no speed.",
+        "attention tp; `dp` has whole requests on devices, in turn, and `requests` sends them where their "
+        "experts are. Useful bytes are one row a (token, device) pair both ways, sent bytes one row "
+        "a remote activation. Wall time is 8 devices on a few cores: a sanity check, no speed.",
         "",
         *table([*head, "wall, s"], rows),
         f"The tokens of `plain` were generated {same}. Shuffled decode has "
