@@ -64,6 +64,8 @@ PIPELINES = {
     "all-reduce, slice, all in 2 bytes": Pipeline((HALF, HALF, HALF), "random", back=HALF, reduces=1),
     "shuffled, all in 2 bytes": Pipeline((HALF, HALF), "shuffled", back=HALF),
     "unpredicted, all in 2 bytes": Pipeline((HALF, HALF), "random", back=HALF),
+    "shuffled, pairs in 2 bytes": Pipeline((HALF, HALF), "shuffled", pairs=True, back=HALF),
+    "unpredicted, pairs in 2 bytes": Pipeline((HALF, HALF), "random", pairs=True, back=HALF),
 }
 
 

@@ -13,7 +13,12 @@ ABLATIONS = (
     ("deduplication of plain", "plain", "plain, one row a pair"),
     ("deduplication of shuffled", "shuffled", "shuffled, one row a pair"),
     ("shuffling where both are deduplicated", "plain, one row a pair", "shuffled, one row a pair"),
+    ("the same, all in 2 bytes", "unpredicted, pairs in 2 bytes", "shuffled, pairs in 2 bytes"),
 )  # fmt: skip
+MODELS = {
+    "tiny": "the bundled model",
+    "large": "an illustration: the same local rates, pairs as if remote experts fell on devices by chance",
+}
 
 
 def bytes_part(found: dict[str, Any]) -> list[str]:
@@ -26,25 +31,24 @@ def bytes_part(found: dict[str, Any]) -> list[str]:
         "it, the exchange bfloat16 out and float32 back. `plain` has random placements; `grouped` deals its "
         "tokens too; `shuffled` gathers the float32 residual instead of normed bfloat16 rows. `one row a "
         "pair` is a deduplicated exchange, which the engine does not have. `replicated transport` is the "
-        "engine's default for small steps. The all-reduce pipelines and `all in 2 bytes` are other engines': "
-        "the latter is the paper's accounting. The ragged exchange also sends its counts, E integers a "
-        "device in one more small collective, not counted.",
+        "engine's default. The all-reduce pipelines and those in 2 bytes are other engines': the latter is "
+        "the paper's accounting, and `unpredicted` is there what `plain` is here. The ragged exchange also "
+        "sends its counts, E integers a device in one more small collective, not counted.",
         "",
     ]
-    for name, shape in found["shapes"].items():
-        model, ranks = name.split("/")
-        what = "the bundled model" if model == "tiny" else "an illustration: the same local rates at"
-        pairs = "" if model == "tiny" else "; pairs as if remote experts fell on other devices by chance"
-        rows = [
-            [key, f"{row['bytes']:.0f}", f"{row['bytes'] / shape['rows']['plain']['bytes'] - 1:+.1%}",
-             str(row["collectives"])]
-            for key, row in shape["rows"].items()
-        ]  # fmt: skip
-        lines += [
-            f"{ranks} devices, {what} k = {shape['k']}, D = {shape['width']}{pairs}:",
-            "",
-            *table(["pipeline", "bytes a token", "against plain", "collectives"], rows),
-        ]
+    for model, what in MODELS.items():
+        shapes = {n.split("/")[1]: s for n, s in found["shapes"].items() if n.startswith(model)}
+        one = next(iter(shapes.values()))
+        head = ["pipeline", "collectives"]
+        for ranks in shapes:
+            head += [f"{ranks} devices", "against plain"]
+        rows = []
+        for key, row in one["rows"].items():
+            cells = [key, str(row["collectives"])]
+            for shape in shapes.values():
+                cells += [f"{shape['rows'][key]['bytes']:.0f}", f"{change(shape, 'plain', key):+.1%}"]
+            rows.append(cells)
+        lines += [f"Bytes a token, {what}, k = {one['k']}, D = {one['width']}:", "", *table(head, rows)]
     return [*lines, *ablations(found), *times(found)]
 
 

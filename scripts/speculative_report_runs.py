@@ -17,7 +17,7 @@ def met(value: float, target: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f} %".replace("-0.0 ", "0.0 ")
 
 
 def published_part(published: dict[str, Any]) -> list[str]:
