@@ -1,9 +1,9 @@
 """Measures Speculative MoE, expert grouping and token shuffling (arXiv 2503.04398), for speculative.md.
 
-    python scripts/bench_speculative.py --data ../shared/data --parts grouping published    # deterministic
-    python scripts/bench_speculative.py --data ../shared/data --parts bytes                 # arithmetic
-    python scripts/bench_speculative.py --data ../shared/data --parts engine                # 8 emulated ranks
-    python scripts/bench_speculative.py --parts                              # writes the document anew
+    python scripts/bench_speculative.py --data ../shared/data --parts grouping published  # deterministic
+    python scripts/bench_speculative.py --data ../shared/data --parts bytes               # arithmetic
+    python scripts/bench_speculative.py --data ../shared/data --parts engine              # 8 emulated devices
+    python scripts/bench_speculative.py --parts                            # writes the document anew
 
 Parts: grouping (``speculative_grouping``: local activations of every method on held-out text), bytes
 (``speculative_bytes``: what a layer sends on every pipeline, from grouping's figures), published
@@ -62,9 +62,9 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
 
         return measure(needed)
     import jax
-    from speculative_engine import RANKS, measure
+    from speculative_engine import GROUPS, RANKS, measure
 
-    jax.config.update("jax_num_cpu_devices", RANKS)
+    jax.config.update("jax_num_cpu_devices", GROUPS * RANKS)
     return measure(args.model, args.data)
 
 

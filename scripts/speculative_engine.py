@@ -1,6 +1,6 @@
-"""The engine on 8 emulated ranks: the same greedy tokens on every pipeline, and what crossed by its counters.
+"""The engine on 8 emulated devices: the same greedy tokens on every pipeline, and what crossed.
 
-Wall time is of 8 ranks on a few cores with copies for links: it says that nothing is broken and no more.
+Wall time is of 8 devices on a few cores with copies for links: it says that nothing is broken and no more.
 """
 
 import sys
@@ -15,7 +15,7 @@ from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.grouping.group import group
 from jmoe.techniques import ShuffleConfig
 
-RANKS = 8
+RANKS, GROUPS = 4, 2  # of experts, as many as the bundled model has heads to split; data groups
 WINDOWS = 8  # of a domain in the statistics: the placement need not be good here
 PROMPT, NEW, SEQUENCES = 48, 16, 32
 
@@ -37,6 +37,7 @@ def measure(model: str, data: Path) -> dict[str, Any]:
             "plain": ("tp", None),
             "grouped": ("tp", ShuffleConfig(path, tokens=False)),
             "shuffled": ("tp", ShuffleConfig(path)),
+            "dp": ("dp", None),
             "dp, grouped": ("dp", ShuffleConfig(path, tokens=False)),
             "dp, requests": ("dp", ShuffleConfig(path, tokens=False, requests=True)),
         }.items():
@@ -47,6 +48,7 @@ def measure(model: str, data: Path) -> dict[str, Any]:
             print(f"{name}: {time.perf_counter() - start:.0f} s, {same} alike", file=sys.stderr, flush=True)
     return {
         "ranks": RANKS,
+        "groups": GROUPS,
         "sequences": len(texts[:SEQUENCES]),
         "prompt": PROMPT,
         "new": NEW,
@@ -62,8 +64,8 @@ def run(
     sizes = {"max_num_seqs": SEQUENCES, "max_model_len": 64, "max_num_batched_tokens": 64}
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     with LLM(
-        model, moe=moe, attention=attention, expert_parallel_size=RANKS, dtype="float32", warm_up=False,
-        **sizes,
+        model, moe=moe, attention=attention, expert_parallel_size=RANKS, data_parallel_size=GROUPS,
+        dtype="float32", warm_up=False, **sizes,
     ) as llm:  # fmt: skip
         prompts = [llm.encode(text)[:PROMPT] for text in texts]
         llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))  # compiles

@@ -27,7 +27,8 @@ def published_part(published: dict[str, Any]) -> list[str]:
         "OLMoE-1B-7B and Mixtral-8x7B from counts of (token id, expert) that OLMoE's authors published, "
         f"layers 0, 7 and 15, steps of {published['size']} independent tokens. Rows: where the statistics "
         "are from; in-domain the counts are parted at random, which is kinder than unseen text. "
-        "Means over layers.",
+        "An unseen id gets the average row: no embeddings were published to find its like. Means over "
+        "layers.",
         "",
     ]
     for model, found in published["models"].items():
@@ -82,12 +83,14 @@ def engine_part(engine: dict[str, Any]) -> list[str]:
     return [
         f"`{engine['command']}` ({engine['seconds'] / 60:.0f} minutes)",
         "",
-        f"The whole engine in float32 on {engine['ranks']} emulated devices, transport `ragged_all_to_all`, "
-        f"{engine['sequences']} sequences of {engine['prompt']} tokens of all domains, {engine['new']} "
-        "greedy tokens each. `plain`, `grouped` (experts renumbered, tokens dealt) and `shuffled` have "
-        "attention tp; `dp` has whole requests on devices, in turn, and `requests` sends them where their "
-        "experts are. Useful bytes are one row a (token, device) pair both ways, sent bytes one row "
-        "a remote activation. Wall time is 8 devices on a few cores: a sanity check, no speed.",
+        f"The whole engine in float32 on {engine['groups'] * engine['ranks']} emulated devices: "
+        f"{engine['groups']} data groups of {engine['ranks']} that share experts and attention heads, of "
+        f"which the model has no more. Transport `ragged_all_to_all`; {engine['sequences']} sequences of "
+        f"{engine['prompt']} tokens of all domains, {engine['new']} greedy tokens each. `plain`, `grouped` "
+        "(experts renumbered, tokens dealt) and `shuffled` have attention tp; `dp` has whole requests on "
+        "devices, in turn, and `requests` sends them where their experts are. Useful bytes are one row a "
+        "(token, device) pair both ways, sent bytes one row a remote activation; the emulation itself sends "
+        "more. Wall time is 8 devices on a few cores: a sanity check, no speed.",
         "",
         *table([*head, "wall, s"], rows),
         f"The tokens of `plain` were generated {same}. Shuffled decode has "

@@ -129,7 +129,7 @@ def test_the_document_of_bytes_published_and_the_engine():
         "bytes": {"command": "run", **figures},
         "published": {"command": "run", "seconds": 60, "size": 256, "models": {"olmoe": model}},
         "engine": {
-            "command": "run", "seconds": 60, "ranks": 8, "sequences": 8, "prompt": 4, "new": 2,
+            "command": "run", "seconds": 60, "ranks": 4, "groups": 2, "sequences": 8, "prompt": 4, "new": 2,
             "runs": {"plain": run, "shuffled": run | {"same": 7}},
         },
     })  # fmt: skip
