@@ -32,6 +32,8 @@ def grouping_part(grouping: dict[str, Any]) -> list[str]:
         "device the next chunk of the batch. Load is max/mean over devices, of all text "
         "and of single domains.",
         "",
+        "![local activations](speculative_local.svg)",
+        "",
         "### In-domain",
         "",
     ]
@@ -125,7 +127,8 @@ def across_part(grouping: dict[str, Any]) -> list[str]:
         "",
         f"{MAIN} devices, steps of {STEP} tokens of the domain alone, statistics of the other domains. "
         "`fewer remote` is against random placements without tables. Equal chunks of one kind of text are "
-        "harder than of all: the tokens want the same devices. The last two columns are of `alternating`.",
+        "harder than of all: the tokens want the same devices. The last two columns are of `alternating`. "
+        "`cross_entropy` is left out: its solver takes a minute for every domain.",
         "",
         *table(head, rows),
         f"Target {percent(ACROSS)} fewer remote activations (paper: 11-22 %):",

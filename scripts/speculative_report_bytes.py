@@ -49,6 +49,7 @@ def bytes_part(found: dict[str, Any]) -> list[str]:
                 cells += [f"{shape['rows'][key]['bytes']:.0f}", f"{change(shape, 'plain', key):+.1%}"]
             rows.append(cells)
         lines += [f"Bytes a token, {what}, k = {one['k']}, D = {one['width']}:", "", *table(head, rows)]
+    lines += ["![bytes of a layer](speculative_bytes.svg)", ""]
     return [*lines, *ablations(found), *times(found)]
 
 
