@@ -1,0 +1,119 @@
+"""What a rank sends in one layer under every pipeline, by arithmetic on measured rates, and its time.
+
+Ring collectives: of N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G of N rows
+from each rank, an all-reduce twice that; the exchange sends what is remote once each way, N / G tokens a
+rank. Bytes are those a rank sends, over the tokens of the step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+HALF, FULL = 2, 4  # bytes of a bfloat16 and of a float32 number
+STEPS = (64, 4096)  # tokens of a step
+# one way out of a device, bytes a second, and seconds that each collective costs at least; both assumed
+LINKS = {
+    "ICI v5e": (90e9, 5e-6),
+    "NVLink 4": (450e9, 10e-6),
+    "PCIe 4 x16": (31.5e9, 20e-6),
+    "200 GbE": (25e9, 30e-6),
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A layer's collectives as lists of bytes a number: whole rows gathered or scattered, and the exchange.
+
+    exchange: None where no token is exchanged, or the measured case whose rate it has. pairs: one row for
+    each remote (token, rank) pair instead of each remote activation. reduces: all-reduces, which are one
+    collective and two entries of ``whole``.
+    """
+
+    whole: tuple[int, ...]
+    exchange: str | None = None
+    pairs: bool = False
+    there: int = HALF
+    back: int = FULL
+    reduces: int = 0
+
+    @property
+    def collectives(self) -> int:
+        return len(self.whole) - self.reduces + (2 if self.exchange else 0)
+
+    def sent(self, rates: dict[str, dict[str, float]], width: int, k: int, ranks: int) -> float:
+        """Bytes a rank sends for each token of the step."""
+        total = sum(self.whole) * width * (ranks - 1) / ranks
+        if self.exchange:
+            rate = rates[self.exchange]
+            rows = rate["pairs"] if self.pairs else k * (1 - rate["local"])
+            total += rows / ranks * width * (self.there + self.back)
+        return total
+
+
+PLAIN = (HALF, FULL)  # all-gather of normed rows, reduce-scatter of partial sums
+SHUFFLED = (FULL, FULL)  # reduce-scatter of partial sums, all-gather of the residual
+PIPELINES = {
+    "plain": Pipeline(PLAIN, "random"),
+    "grouped": Pipeline(PLAIN, "grouped"),
+    "shuffled": Pipeline(SHUFFLED, "shuffled"),
+    "plain, one row a pair": Pipeline(PLAIN, "random", pairs=True),
+    "grouped, one row a pair": Pipeline(PLAIN, "grouped", pairs=True),
+    "shuffled, one row a pair": Pipeline(SHUFFLED, "shuffled", pairs=True),
+    "replicated transport": Pipeline((*PLAIN, *PLAIN)),
+    "all-reduce, slice": Pipeline((FULL, FULL, FULL), "random", reduces=1),
+    "all-reduce, replicated tokens": Pipeline((FULL, FULL, FULL, FULL), reduces=2),
+    "all-reduce, slice, all in 2 bytes": Pipeline((HALF, HALF, HALF), "random", back=HALF, reduces=1),
+    "shuffled, all in 2 bytes": Pipeline((HALF, HALF), "shuffled", back=HALF),
+    "unpredicted, all in 2 bytes": Pipeline((HALF, HALF), "random", back=HALF),
+    "shuffled, pairs in 2 bytes": Pipeline((HALF, HALF), "shuffled", pairs=True, back=HALF),
+    "unpredicted, pairs in 2 bytes": Pipeline((HALF, HALF), "random", pairs=True, back=HALF),
+}
+
+
+def seconds(sent: float, count: int, tokens: int, link: str) -> float:
+    bandwidth, latency = LINKS[link]
+    return count * latency + tokens * sent / bandwidth
+
+
+def rates_of(figures: dict[str, Any], size: str = "256") -> dict[str, dict[str, float]]:
+    """Measured rates of the three cases at one count of devices."""
+    best = figures["alternating"]["steps"][size]
+    return {
+        "random": figures["random"]["steps"][size]["dealt"],
+        "grouped": best["dealt"],
+        "shuffled": best["tables"],
+    }
+
+
+def widened(rates: dict[str, dict[str, float]], wider: int, ranks: int) -> dict[str, Any]:
+    """The same local rates at another top k; pairs by chance: the remote activations of a token fall on the
+    other ranks independently."""
+    return {
+        name: {
+            "local": rate["local"],
+            "pairs": (ranks - 1) * (1 - (1 - (1 - rate["local"]) / (ranks - 1)) ** wider),
+        }
+        for name, rate in rates.items()
+    }
+
+
+def measure(grouping: dict[str, Any]) -> dict[str, Any]:
+    """The ``bytes`` part: shape -> pipeline -> bytes, collectives and microseconds."""
+    k, width = grouping["sizes"]["k"], grouping["width"]
+    found: dict[str, Any] = {}
+    for ranks in (4, 8, 16):
+        rates = rates_of(grouping["in_domain"][str(ranks)])
+        found[f"tiny/{ranks}"] = shape(rates, width, k, ranks)
+        found[f"large/{ranks}"] = shape(widened(rates, 8, ranks), 2048, 8, ranks)
+    return {"links": LINKS, "steps": list(STEPS), "shapes": found}
+
+
+def shape(rates: dict[str, dict[str, float]], width: int, k: int, ranks: int) -> dict[str, Any]:
+    rows = {}
+    for name, pipeline in PIPELINES.items():
+        sent, count = pipeline.sent(rates, width, k, ranks), pipeline.collectives
+        times = {
+            str(tokens): {link: round(1e6 * seconds(sent, count, tokens, link), 2) for link in LINKS}
+            for tokens in STEPS
+        }
+        rows[name] = {"bytes": round(sent, 1), "collectives": count, "us": times}
+    return {"width": width, "k": k, "rates": rates, "rows": rows}

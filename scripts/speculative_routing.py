@@ -1,0 +1,189 @@
+"""Routing of the bundled model on text by domain, profiles of it, and what a placement makes of it.
+
+Tokens are put on ranks by the function that serving uses (``jmoe.moe.shuffle.align``), under equal chunks of
+steps of a given size, layer by layer.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.checkpoint.identity import model_identity
+from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.grouping.profile import Profile
+from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.grouping.tabulate import tabulate
+from jmoe.moe.shuffle import Hints, ShuffleTables, align, guess, label, step_tables
+from jmoe.tools.data import read_documents
+from jmoe.tools.profile import routed
+
+WINDOW = 256
+CHARACTERS = 4 * WINDOW  # of a piece of text, more than most windows need
+
+Routed = dict[str, list[RoutedRequest]]  # by domain
+
+
+@dataclass(frozen=True)
+class Source:
+    """The routing of a model on some texts, and what a profile of it needs."""
+
+    domains: Routed
+    identity: str
+    sizes: dict[str, int]
+    embeddings_VD: Float[np.ndarray, "V D"]
+
+    def profile(self, domains: Iterable[str]) -> Profile:
+        builder = ProfileBuilder(**self.sizes)
+        for domain in domains:
+            for request in self.domains[domain]:
+                builder.add(request)
+        return builder.finish(self.identity, nearest_seen(self.embeddings_VD, builder.seen_V))
+
+    def test(self, domains: Iterable[str], seed: int = 0) -> "Test":
+        """The tokens of these domains, mixed as a decode step of many sequences mixes them."""
+        requests = [request for domain in domains for request in self.domains[domain]]
+        ids_N = np.concatenate([request.tokens_N for request in requests])
+        order_N = np.random.default_rng(seed).permutation(len(ids_N))
+        chosen_LNK = np.concatenate([request.ids_LNK for request in requests], axis=1)
+        return Test(ids_N[order_N], chosen_LNK[:, order_N])
+
+
+def domains_of(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".txt.xz") for path in folder.glob("*.txt.xz"))
+
+
+def pieces(path: Path, count: int) -> list[str]:
+    """``count`` pieces of a file's text at even distances."""
+    text = "\n\n".join(read_documents(path))
+    starts = np.linspace(0, max(0, len(text) - CHARACTERS), count).astype(int)
+    return [text[start : start + CHARACTERS] for start in starts]
+
+
+def collect(model: str, folder: Path, windows: int) -> Source:
+    """The routing of ``windows`` windows of every domain in ``folder``."""
+    how = EngineSettings(max_num_seqs=8, max_model_len=WINDOW, dtype="float32")
+    with closing(build_engine(model, how, warm_up=False)) as engine:
+        runner, cfg, codec = engine.runner, engine.runner.cfg, engine.codec
+        assert codec is not None
+        found: Routed = {}
+        for domain in domains_of(folder):
+            texts = pieces(folder / f"{domain}.txt.xz", windows)
+            source = (codec.encode(text)[:WINDOW] for text in texts)
+            found[domain] = list(routed(runner, source, 8))
+        sizes = {
+            "layers": cfg.num_hidden_layers, "experts": cfg.num_experts,
+            "k": cfg.num_experts_per_tok, "vocab": cfg.vocab_size,
+        }  # fmt: skip
+        embeddings_VD = np.asarray(runner.model.embed[...]).astype(np.float32)
+        return Source(found, model_identity(runner.model), sizes, embeddings_VD)
+
+
+# ---- a placement on test tokens
+
+
+@dataclass(frozen=True)
+class Test:
+    """N tokens in the order in which steps take them, and the experts of each at every layer."""
+
+    ids_N: Int[np.ndarray, " N"]
+    chosen_LNK: Int[np.ndarray, "L N K"]
+
+    def unseen(self, profile: Profile) -> float:
+        """The share of tokens whose id the profile has not."""
+        return float((profile.frequency_V[self.ids_N] == 0).mean())
+
+
+@partial(jax.jit, static_argnames=("ranks", "size"))
+def _ranks(
+    tables: list[ShuffleTables], ids_N: jax.Array, rank_LNK: jax.Array, *, ranks: int, size: int
+) -> jax.Array:
+    """The rank each token is put on at every layer, ``[L, N]``, in steps of ``size``."""
+    valid_T, been, found = jnp.ones(size, bool), [], []
+    for table, rank_NK in zip(tables, rank_LNK, strict=True):
+        share_NR = guess(Hints.make(table, been), ids_N)
+        order = jax.lax.map(
+            lambda share_TR: align(share_TR, valid_T).row_N, share_NR.reshape(-1, size, ranks)
+        )
+        found.append(order.reshape(-1) // (size // ranks))
+        been.append(label(rank_NK, 1, ranks))
+    return jnp.stack(found)
+
+
+def put(tables: list[ShuffleTables], test: Test, home_LE: np.ndarray, ranks: int, size: int) -> np.ndarray:
+    """``[L, N]``; N is cut to whole steps."""
+    n = len(test.ids_N) // size * size
+    where_LNK = on_ranks(test, home_LE)[:, :n].astype(np.int32)
+    return np.asarray(_ranks(tables, test.ids_N[:n], where_LNK, ranks=ranks, size=size))
+
+
+def on_ranks(test: Test, home_LE: np.ndarray) -> Int[np.ndarray, "L N K"]:
+    """The rank of every token's experts."""
+    return np.stack([home_E[ids_NK] for home_E, ids_NK in zip(home_LE, test.chosen_LNK, strict=True)])
+
+
+def dealt(layers: int, tokens: int, ranks: int, size: int) -> Int[np.ndarray, "L N"]:
+    """Without tables: each rank the next chunk of the step, as a plain reduce-scatter deals them."""
+    step_T = np.repeat(np.arange(ranks), size // ranks)
+    return np.tile(np.tile(step_T, tokens // size), (layers, 1))
+
+
+def rates(where_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"]) -> dict[str, float]:
+    """local: share of activations on their token's rank. pairs: other ranks a token needs, distinct."""
+    where_LNK = where_LNK[:, : rank_LN.shape[1]]
+    own_LNK = where_LNK == rank_LN[..., None]
+    ordered_LNK = np.sort(where_LNK, axis=2)
+    distinct_LN = 1 + (np.diff(ordered_LNK, axis=2) != 0).sum(2)
+    return {"local": float(own_LNK.mean()), "pairs": float((distinct_LN - own_LNK.any(2)).mean())}
+
+
+def oracle_tables(where_LNK: np.ndarray, size: int, ranks: int) -> dict[str, float]:
+    """Local shares where every token's experts are known: equal chunks by ``align``, and each at its best."""
+    counts_LNR = (where_LNK[..., None] == np.arange(ranks)).sum(2)
+    n = counts_LNR.shape[1] // size * size
+    align_all = jax.jit(lambda s: jax.lax.map(lambda x: align(x, jnp.ones(size, bool)).row_N, s))
+    chunks = counts_LNR[:, :n].reshape(-1, size, ranks).astype(np.int32)
+    rank_LN = np.asarray(align_all(chunks)).reshape(len(where_LNK), n) // (size // ranks)
+    return {
+        "equal": rates(where_LNK, rank_LN)["local"],
+        "free": float(counts_LNR.max(2).mean() / where_LNK.shape[2]),
+    }
+
+
+def peak(where_LNK: np.ndarray, ranks: int) -> float:
+    """Load max/mean over ranks, the mean over layers."""
+    loads = np.stack([np.bincount(where.ravel(), minlength=ranks) for where in where_LNK])
+    return float((loads.max(1) / loads.mean(1)).mean())
+
+
+def figures(
+    profile: Profile, home_LE: np.ndarray, ranks: int, test: Test, singles: Sequence[Test],
+    sizes: Sequence[int], history: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """What the placement with the profile's tables does to ``test``; ``singles``: its domains."""
+    tables = tabulate(profile, home_LE, ranks)
+    where_LNK = on_ranks(test, home_LE)
+    layers, tokens, _ = where_LNK.shape
+    steps = {}
+    for size in sizes:
+        rank_LN = put(step_tables(tables, history=False), test, home_LE, ranks, size)
+        steps[str(size)] = {
+            "tables": rates(where_LNK, rank_LN),
+            "dealt": rates(where_LNK, dealt(layers, tokens, ranks, size)),
+        }
+        if history:
+            rank_LN = put(step_tables(tables, history=True), test, home_LE, ranks, size)
+            steps[str(size)]["history"] = rates(where_LNK, rank_LN)
+            steps[str(size)]["oracle"] = oracle_tables(where_LNK, size, ranks)
+    return {
+        "steps": steps,
+        "peak": peak(where_LNK, ranks),
+        "peak_single": float(np.mean([peak(on_ranks(one, home_LE), ranks) for one in singles])),
+    }
