@@ -21,7 +21,8 @@ from bench_protocol import pin
 from bench_results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("grouping", "bytes", "published", "engine")
+PARTS = ("grouping", "bytes", "published", "engine", "locality")
+DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of locality, as in bench_lynx
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,6 +63,12 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
 
         return measure(needed)
     import jax
+
+    if part == "locality":
+        from speculative_locality import RANKS, measure
+
+        jax.config.update("jax_num_cpu_devices", RANKS)
+        return measure(args.model, needed, DOMAINS)
     from speculative_engine import GROUPS, RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", GROUPS * RANKS)
