@@ -27,7 +27,7 @@ ACROSS_SEEDS = 3
 
 def homes(profile: Profile, ranks: int, method: str, seed: int = 0) -> np.ndarray:
     problem = Problem.of(profile, ranks)
-    return METHODS[method](problem, np.random.default_rng(seed), lambda done, total: None)
+    return METHODS[method](problem, np.random.default_rng(seed), lambda done, total, cost: None)
 
 
 def mean(rows: list[Any]) -> Any:

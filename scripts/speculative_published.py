@@ -121,7 +121,9 @@ def measure(routing: Path) -> dict[str, Any]:
             problem = problem_of(tested[domain][0], ranks, np.random.default_rng(0))
             for method, solve in METHODS.items():
                 seeds = range(SEEDS if method == "random" else 1)
-                homes = [solve(problem, np.random.default_rng(s), lambda done, total: None) for s in seeds]
+                homes = [
+                    solve(problem, np.random.default_rng(s), lambda done, total, cost: None) for s in seeds
+                ]
                 for other in counts:
                     each = [rates(tested[domain][0], tested[other][1], h, ranks, k) for h in homes]
                     found[method][f"{domain}>{other}"] = mean(each)

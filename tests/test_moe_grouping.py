@@ -23,7 +23,7 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(jmoe.grouping.cross_entropy, "ROUNDS", 15)
 
 
-def nothing(done: int, total: int) -> None:
+def nothing(done: int, total: int, cost: float) -> None:
     pass
 
 
@@ -41,6 +41,8 @@ def test_every_method_is_balanced_repeats_itself_and_tells_its_progress(method: 
     for i, home_E in enumerate(one.home_LE):
         assert (home_E[one.experts_LP[i]] == np.arange(8) // 2).all()
     assert not seen or seen[-1][0] == seen[-1][1]
+    if method in HEURISTICS:
+        assert seen[-1][2] == pytest.approx(Problem.of(profile, 4).cost(one.home_LE).total, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", HEURISTICS)

@@ -44,11 +44,13 @@ def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> In
     home_LE = load(problem, rng, progress)
     layers = len(home_LE)
     order = [*range(1, layers), *range(layers - 2, -1, -1)] * SWEEPS
+    cost_L = [s.cost(home_E).total for s, home_E in zip(problem.layers, home_LE, strict=True)]
     for done, layer in enumerate(order):
         pull_ER = _pull(problem, home_LE, layer)
         room = problem.experts // problem.ranks
         home_LE[layer] = assign(np.repeat(pull_ER, room, axis=1)) // room
-        progress(done + 1, len(order))
+        cost_L[layer] = problem.layers[layer].cost(home_LE[layer]).total
+        progress(done + 1, len(order), float(np.mean(cost_L)))
     return home_LE
 
 
@@ -60,11 +62,12 @@ def moetuner(problem: Problem, rng: np.random.Generator, progress: Progress) -> 
             f"method moetuner goes through every partition: {problem.experts} experts on {problem.ranks} "
             f"devices have {count:.3g}, the limit is {ENUMERATED}; take another method"
         )
-    home = []
+    home, costs = [], []
     for layer, statistics in enumerate(problem.layers):
         splits = balanced_splits(problem.experts, problem.ranks)
         home.append(min(splits, key=lambda home_E: statistics.cost(home_E).total))
-        progress(layer + 1, len(problem.layers))
+        costs.append(statistics.cost(home[-1]).total)
+        progress(layer + 1, len(problem.layers), float(np.mean(costs)))
     home_LE = np.stack(home)
     for layer in range(1, len(home_LE)):
         group_ER = np.eye(problem.ranks)[home_LE[layer]]

@@ -42,7 +42,8 @@ def alternating(problem: Problem, rng: np.random.Generator, progress: Progress) 
             cost = statistics.cost(home_LE[layer]).total
             if cost < best_L[layer]:
                 best_L[layer], best_LE[layer] = cost, home_LE[layer]
-            progress(step * layers + layer + 1, steps * layers)
+            so_far = float(best_L[np.isfinite(best_L)].mean())
+            progress(step * layers + layer + 1, steps * layers, so_far)
         cluster_Q = schedule_requests(problem, name_groups(problem, home_LE, cluster_Q), cluster_Q)
     return name_groups(problem, best_LE, cluster_Q)
 

@@ -20,10 +20,11 @@ KEEP = 0.3  # of the last round's probabilities
 
 def cross_entropy(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
     """The rank of each layer's experts."""
-    home = []
+    home, costs = [], []
     for layer, statistics in enumerate(problem.layers):
         home.append(_layer(statistics, problem.experts, rng))
-        progress(layer + 1, len(problem.layers))
+        costs.append(statistics.cost(home[-1]).total)
+        progress(layer + 1, len(problem.layers), float(np.mean(costs)))
     return np.stack(home)
 
 

@@ -40,11 +40,11 @@ def group(
     ranks: int,
     method: str = "alternating",
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total, cost: None,
 ) -> Placement:
     """The placement on ``ranks`` devices, with its tables; the same for the same seed.
 
-    progress: called with (steps done, steps). Raises ValueError for an unknown method, ranks that do not
+    progress: see ``objective``. Raises ValueError for an unknown method, ranks that do not
     divide the experts, and a profile of too few tokens.
     """
     if method not in METHODS:
