@@ -102,6 +102,31 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all():
 
 
 @needs_tpu_compiler
+def test_shuffled_tokens_take_the_collectives_that_there_were():
+    """What attention gathered before, bfloat16, comes behind the experts as the residual, float32."""
+    where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS), "--attention", "tp")
+    technique = ("--moe-config", '{"shuffle": {"placement": "unread"}}')
+    status, (_, prefill) = check("--model", str(QWEN), *where, "--transport", "replicated", *technique)
+    assert status == 0, prefill
+    once = LAYERS * 512 * 2048 * 3 / 4
+    kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
+    assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4), rel=0.05), prefill
+    assert kinds["all-gather"] == pytest.approx(once * (4 + 2), rel=0.05), prefill
+    assert kinds.get("all-reduce", 0) < 0.05 * once, prefill
+
+
+@needs_tpu_compiler
+def test_a_binned_decode_step_holds_the_fused_kernel():
+    """On four expert ranks two calls a layer, the votes summed between."""
+    where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS))
+    status, (decode, _) = check("--model", str(QWEN), *where, "--moe-config", '{"binning": {}}')
+    assert status == 0, decode
+    plain = check("--model", str(QWEN), *where)[1][0]
+    votes = decode["by_kind"]["all-reduce"][0] - plain["by_kind"].get("all-reduce", (0, 0))[0]
+    assert votes == LAYERS, decode
+
+
+@needs_tpu_compiler
 def test_what_does_not_fit_a_chip_fails():
     """Six layers of Mixtral have 17 GB of weights; a v5e chip has 16 GB."""
     where = ("--slice", "v5e:2x2", "--mesh", "1x1x1", "--layers", "6", "--sequences", "1", "--tokens", "64")
