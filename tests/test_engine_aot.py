@@ -85,39 +85,31 @@ def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
 
 
 @needs_tpu_compiler
-def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all():
+@pytest.mark.parametrize(
+    ("moe", "gathered"),
+    [("{}", 2 + 2), ('{"shuffle": {"placement": "unread"}}', 4 + 2)],
+    ids=["plain", "shuffled"],
+)
+def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: str, gathered: int):
     """Heads over 4 expert ranks: a prompt's rows go around once gathered, once scattered, in each half layer.
 
     A chip sends 3/4 of the rows each time: bfloat16 to attention and to the experts, float32 back. Reducing
-    all and slicing would send attention's sums twice.
+    all and slicing would send attention's sums twice. Shuffled, what attention gathered before comes behind
+    the experts as the float32 residual.
     """
     where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS), "--attention", "tp")
-    status, (_, prefill) = check("--model", str(QWEN), *where, "--transport", "replicated")
+    status, (_, prefill) = check("--model", str(QWEN), *where, "--moe-config", moe)
     assert status == 0, prefill
     once = LAYERS * 512 * 2048 * 3 / 4
     kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
     assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4), rel=0.05), prefill
-    assert kinds["all-gather"] == pytest.approx(once * (2 + 2), rel=0.05), prefill
+    assert kinds["all-gather"] == pytest.approx(once * gathered, rel=0.05), prefill
     assert kinds.get("all-reduce", 0) < 0.05 * once, prefill
 
 
 @needs_tpu_compiler
-def test_shuffled_tokens_take_the_collectives_that_there_were():
-    """What attention gathered before, bfloat16, comes behind the experts as the residual, float32."""
-    where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS), "--attention", "tp")
-    technique = ("--moe-config", '{"shuffle": {"placement": "unread"}}')
-    status, (_, prefill) = check("--model", str(QWEN), *where, "--transport", "replicated", *technique)
-    assert status == 0, prefill
-    once = LAYERS * 512 * 2048 * 3 / 4
-    kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
-    assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4), rel=0.05), prefill
-    assert kinds["all-gather"] == pytest.approx(once * (4 + 2), rel=0.05), prefill
-    assert kinds.get("all-reduce", 0) < 0.05 * once, prefill
-
-
-@needs_tpu_compiler
-def test_a_binned_decode_step_holds_the_fused_kernel():
-    """On four expert ranks two calls a layer, the votes summed between."""
+def test_a_binned_decode_step_sums_votes_once_a_layer():
+    """Over four expert ranks, between the two calls of the kernel."""
     where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS))
     status, (decode, _) = check("--model", str(QWEN), *where, "--moe-config", '{"binning": {}}')
     assert status == 0, decode

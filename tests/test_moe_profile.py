@@ -20,7 +20,8 @@ from jmoe.grouping import profile_builder
 from jmoe.grouping.profile import Profile
 from jmoe.grouping.profile_builder import nearest_seen
 from jmoe.nn.attention import Sequences
-from jmoe.tools.profile import cut, routed
+from jmoe.tools.data import bounded
+from jmoe.tools.profile import routed
 
 EXPERTS = 8
 
@@ -175,8 +176,8 @@ def test_windows_on_a_mesh_have_the_routing_of_the_decoder():
 
 
 def test_max_tokens_cuts_the_last_window():
-    assert [*cut([[1, 2, 3], [4, 5, 6], [7]], 5)] == [[1, 2, 3], [4, 5]]
-    assert [*cut([[1, 2], [3]], None)] == [[1, 2], [3]]
+    assert [*bounded([[1, 2, 3], [4, 5, 6], [7]], 5, free=0)] == [[1, 2, 3], [4, 5]]
+    assert [*bounded([[1, 2], [3]], None, free=0)] == [[1, 2], [3]]
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,9 @@ def windows(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
                 yield ids[start : start + length]
 
 
-def bounded(source: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Windows until ``max_tokens`` are scored in all, the last one cut; a window scores all but its first."""
+def bounded(source: Iterable[list[int]], max_tokens: int | None, *, free: int = 1) -> Iterator[list[int]]:
+    """Windows until ``max_tokens`` are counted in all, the last one cut; a window counts all but its first
+    ``free`` tokens: scoring has no guess of the first."""
     left = max_tokens
     for window in source:
         if left is None:
@@ -74,5 +75,5 @@ def bounded(source: Iterable[list[int]], max_tokens: int | None) -> Iterator[lis
             continue
         if left <= 0:
             return
-        yield window[: left + 1]
-        left -= len(window[: left + 1]) - 1
+        yield window[: left + free]
+        left -= len(window[: left + free]) - free

@@ -7,7 +7,7 @@ lossy technique touches it.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jmoe.engine.runner import Runner
 from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.mesh import EXPERT
 from jmoe.moe.npz import check_writable
+from jmoe.tools.data import bounded
 from jmoe.tools.evaluate import check_run, token_windows
 
 SHORTEST = 64  # tokens a window is padded to at least, so that few shapes compile
@@ -50,7 +51,7 @@ def profile(
             vocab=cfg.vocab_size,
         )  # fmt: skip
         windows = 0
-        for request in routed(runner, cut(token_windows(engine, data), max_tokens), batch_size):
+        for request in routed(runner, bounded(token_windows(engine, data), max_tokens, free=0), batch_size):
             builder.add(request)
             windows += 1
             progress(len(request.tokens_N))
@@ -67,19 +68,6 @@ def profile(
         "seconds": time.perf_counter() - start,
         "bytes": out.stat().st_size,
     }
-
-
-def cut(source: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Windows of ``max_tokens`` in all, the last one cut."""
-    left = max_tokens
-    for window in source:
-        if left is None:
-            yield window
-            continue
-        if left <= 0:
-            return
-        yield window[:left]
-        left -= len(window)
 
 
 def routed(runner: Runner, source: Iterator[list[int]], batch_size: int) -> Iterator[RoutedRequest]:
