@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 from jmoe_kernels.grouped_mlp import Implementation
 
-from jmoe.techniques import BinningConfig, CapacityConfig, ShuffleConfig, check_choice
+from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig, check_choice
 
 DTypeName = Literal["float32", "bfloat16"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
@@ -87,6 +87,7 @@ class MoEConfig:
     binning: decode batches on fewer experts, lossy; None is off.
     capacity: the limit on an expert's load, lossy; None is off. It limits what binning has left.
     shuffle: experts renumbered by a placement, and tokens or requests where their experts are; lossless.
+    offload: experts in host memory, some on the device; lossless.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
     multiple of its even share.
     """
@@ -98,6 +99,7 @@ class MoEConfig:
     binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None
     shuffle: ShuffleConfig | None = None
+    offload: OffloadConfig | None = None
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ("dp", "tp"))
@@ -109,6 +111,10 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, table | None):
                 raise ValueError(f"moe.{name} must be a {table.__name__} or None, got {value!r}")
+        if self.binning is not None and self.binning.resident_bonus and self.offload is None:
+            raise ValueError("moe.binning.resident_bonus needs moe.offload: all experts are on the device")
+        if self.offload is not None and self.train_capacity_factor is not None:
+            raise ValueError("moe.offload and moe.train_capacity_factor exclude each other")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -132,7 +138,7 @@ class MoEConfig:
         return cls.from_dict(read_toml(Path(text)))
 
 
-TABLES = {"binning": BinningConfig, "capacity": CapacityConfig, "shuffle": ShuffleConfig}
+TABLES = {"binning": BinningConfig, "capacity": CapacityConfig, "shuffle": ShuffleConfig, "offload": OffloadConfig}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jmoe.techniques import parse_size
+
 if TYPE_CHECKING:
     from jmoe.engine.build import EngineSettings
-
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,11 +21,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def size(text: str) -> int:
-    """Bytes of "2GiB", "512MiB", "1e9"-free plain numbers included."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    """Bytes of "2GiB", as a flag's type."""
+    try:
+        return parse_size("size", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:

@@ -1,15 +1,20 @@
-"""Frozen configuration of the techniques: tables ``[moe.binning]``, ``[moe.capacity]``, ``[moe.shuffle]``.
+"""Frozen configuration of the techniques: tables ``[moe.binning]``, ``[moe.capacity]``,
+``[moe.shuffle]``, ``[moe.offload]``.
 
 What is absent is off. A key that the chosen method does not read is refused, not ignored.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jmoe_kernels.binning import Method
+
+PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
+Eviction = Literal["expert_map", "lru", "lfu"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class BinningConfig:
     method: how the experts that stay are chosen. bin_width: of an affinity bin, nats; smaller is stronger.
     k0: choices of every token that stay, for "oea". keep: share of the batch's union that stays, for
     "budget", "popularity" and "random". local_bonus: nats by which a token prefers the experts of its own
-    device, before all of that.
+    device, before all of that; resident_bonus: the same for experts that are on the device at all, where
+    experts are offloaded.
     """
 
     method: Method = "affinity"
@@ -27,6 +33,7 @@ class BinningConfig:
     k0: int = 3
     keep: float = 0.5
     local_bonus: float = 0.0
+    resident_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("moe.binning.method", self.method, get_args(Method))
@@ -36,8 +43,9 @@ class BinningConfig:
             raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
         if type(self.k0) is not int or self.k0 < 1:
             raise ValueError(f"moe.binning.k0 must be an integer of at least 1, got {self.k0!r}")
-        if self.local_bonus != 0:
-            _check_number("moe.binning.local_bonus", self.local_bonus)
+        for name in ("local_bonus", "resident_bonus"):
+            if getattr(self, name) != 0:
+                _check_number(f"moe.binning.{name}", getattr(self, name))
         _check_read("moe.binning", self, "method", _BINNING_READS)
 
     def check_ranks(self, ranks: int) -> None:
@@ -135,6 +143,83 @@ class ShuffleConfig:
                 raise ValueError(f"moe.shuffle.{name} = true needs attention {needed!r}, got {attention!r}")
 
 
+@dataclass(frozen=True)
+class OffloadConfig:
+    """``[moe.offload]``: fMoE, lossless: experts lie in host memory, some of them on the device too.
+
+    memory: bytes of the device for routed experts ("2GiB" in a file), one pool for all layers; or
+    slots_per_layer: room for so many experts times the layers. predictor: what says which experts the next
+    layers need; eviction: which expert gives way (``jmoe.offload.policy``). prefetch_distance: layers ahead.
+    prefetch_per_layer: copies ahead of need that one layer may begin, the byte budget. store: the profile to
+    start warm from; store_size: iterations that predictor "expert_map" keeps.
+    """
+
+    memory: int | str | None = None
+    slots_per_layer: int | None = None
+    predictor: PredictorName = "expert_map"
+    eviction: Eviction = "expert_map"
+    prefetch_distance: int = 3
+    prefetch_per_layer: int = 1
+    store: str | None = None
+    store_size: int = 1000
+
+    def __post_init__(self) -> None:
+        if (self.memory is None) == (self.slots_per_layer is None):
+            raise ValueError("moe.offload needs one of memory and slots_per_layer")
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_size("moe.offload.memory", self.memory))
+        check_choice("moe.offload.predictor", self.predictor, get_args(PredictorName))
+        check_choice("moe.offload.eviction", self.eviction, get_args(Eviction))
+        for name in ("memory", "slots_per_layer", "prefetch_distance", "prefetch_per_layer", "store_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"moe.offload.{name} must be an integer of at least 1, got {value!r}")
+        if self.store is not None and (not isinstance(self.store, str) or not self.store):
+            raise ValueError(f"moe.offload.store must name a file, got {self.store!r}")
+        if self.predictor == "token_table" and self.store is None:
+            raise ValueError("moe.offload.predictor = 'token_table' needs moe.offload.store, a profile")
+
+    def check_mesh(self, mesh: Mapping[str, int]) -> None:
+        """Raises ValueError for a mesh of more than one device."""
+        if math.prod(mesh.values()) > 1:
+            sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+            raise ValueError(f"moe.offload runs on one device, got a mesh of {sizes}")
+
+    def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
+        """Slots of the pool; ValueError where not even one token's experts fit, or more than there are.
+
+        The memory also holds what is on its way: two buffers for what streams through or one for each
+        prefetch, and a slot that copies without a wish go to.
+        """
+        aside = max(2, self.prefetch_per_layer) + 1
+        if self.slots_per_layer is not None:
+            if self.slots_per_layer > experts:
+                raise ValueError(
+                    f"moe.offload.slots_per_layer must be at most the model's {experts} experts, "
+                    f"got {self.slots_per_layer}"
+                )
+            slots, name = self.slots_per_layer * layers, f"slots_per_layer {self.slots_per_layer}"
+        else:
+            assert isinstance(self.memory, int)
+            slots, name = self.memory // expert_bytes - aside, f"memory {self.memory}"
+        if slots < k:
+            raise ValueError(
+                f"moe.offload.{name} has room for {max(slots, 0)} experts and a token uses {k}: the minimum "
+                f"is memory {(k + aside) * expert_bytes} ({k} experts and {aside} on their way, "
+                f"{expert_bytes} bytes each)"
+            )
+        return min(slots, layers * experts)
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of "2GiB", "512 MiB" or a plain number; ValueError in one line."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2] not in UNITS:
+        raise ValueError(f"{name}: {text!r} is not a size such as 2GiB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BUDGETS = ("budget", "popularity", "random")
 _BINNING_READS = {"bin_width": ("affinity", "budget"), "k0": ("oea",), "keep": _BUDGETS}
 _RANKED = ("drop", "reroute", "expand")

@@ -234,8 +234,9 @@ def test_a_token_prefers_the_experts_of_its_own_rank():
     flags = TokenFlags(jnp.arange(ROWS) < 10, jnp.arange(ROWS) == 4)
     plain = route(jnp.asarray(logits), K, renormalize=True)
     wide = get_rule(BinningConfig(bin_width=1e9), K)  # no binning beside it
-    near, moved_T = bin_assignments(plain, flags, wide, seed=jnp.int32(0), local=(bonus, jnp.int32(4), 4))
-    liked = logits + bonus * ((np.arange(EXPERTS) >= 4) & (np.arange(EXPERTS) < 8))
+    bonus_E = np.where((np.arange(EXPERTS) >= 4) & (np.arange(EXPERTS) < 8), np.float32(bonus), np.float32(0))
+    near, moved_T = bin_assignments(plain, flags, wide, seed=jnp.int32(0), bonus_E=jnp.asarray(bonus_E))
+    liked = logits + bonus_E
     for token in range(ROWS):
         before, after = np.asarray(plain.ids_TK[token]), np.asarray(near.ids_TK[token])
         if token == 4 or token >= 10:

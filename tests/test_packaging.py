@@ -16,6 +16,7 @@ LAYERS = {
     "moe": 2,
     "nn": 2,
     "models": 3,
+    "offload": 3,
     "grouping": 3,
     "checkpoint": 4,
     "engine": 4,
@@ -59,6 +60,7 @@ def test_a_module_imports_only_from_lower_layers(path: Path):
     for target in imports(path) - {here}:
         peers = {here, target} in (
             {"moe", "nn"},
+            {"models", "offload"},
             {"engine", "checkpoint"},
             {"config", "mesh"},
             {"config", "techniques"},

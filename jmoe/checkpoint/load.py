@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted
+from jmoe.checkpoint.offload import into_stacks
 from jmoe.checkpoint.params import ParamSpec, Source, abstract_decoder, fill, place, sources
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import TensorInfo, open_regular, parse_json
@@ -99,9 +100,7 @@ def read_model(
 ) -> Decoder:
     """The model of a Hugging Face directory, one parameter at a time."""
     with HFCheckpoint(directory) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, moe, mesh)
-        if placement is not None:
-            table = into_slots(table, placement)
+        model, specs, table = match(checkpoint, cfg, moe, mesh, placement)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
@@ -115,12 +114,20 @@ def read_model(
 
 
 def match(
-    checkpoint: HFCheckpoint, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh
+    checkpoint: HFCheckpoint,
+    cfg: ModelConfig,
+    moe: MoEConfig,
+    mesh: Mesh,
+    placement: Placement | None = None,
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Source]]]:
     """The abstract model, its parameters and what fills each, once every name and shape has been checked."""
     check_names(checkpoint, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
     table = sources(cfg)
+    if placement is not None:
+        table = into_slots(table, placement)
+    if moe.offload is not None:
+        table = into_stacks(table)
     check_shapes(checkpoint.tensors, table, specs)
     return model, specs, table
 

@@ -6,6 +6,7 @@ layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfl
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill
+from jmoe.checkpoint.offload import Stacks
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, place
 from jmoe.checkpoint.renumber import permuted
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models.decoder import Decoder
@@ -64,17 +66,24 @@ def restore_model(
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
     check_count(directory, manifest, cfg)
-    model, specs = abstract_decoder(cfg, moe, mesh)
+    model, wanted = abstract_decoder(cfg, moe, mesh)
+    specs, stacks = wanted, None
+    if moe.offload is not None:
+        specs = abstract_decoder(cfg, replace(moe, offload=None, binning=None), mesh)[1]  # as they were written
+        stacks = Stacks(wanted)
     check_parameters(directory, manifest, specs)
     arrays: dict[str, jax.Array] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
     for group, paths in grouped(specs).items():
         for path, array in restore_group(directory, group, {p: specs[p] for p in paths}).items():
-            arrays[path] = as_stored(array, specs[path])
-            if placement is not None:
-                arrays[path] = permuted(path, arrays[path], placement)
             done += specs[path].nbytes
+            if placement is not None:
+                array = permuted(path, array, placement)
+            if stacks is None or not stacks.take(path, array):
+                arrays[path] = as_stored(array, specs[path])
         report(done, total)
+    if stacks is not None:
+        arrays |= {spec.path: place(buffer, spec) for spec, buffer in stacks.finished()}
     return fill(model, arrays)
 
 

@@ -48,10 +48,12 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
     specs = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), param.get_value()
+        memory = param.get_metadata("memory", None)
         if is_single(mesh):
-            sharding = SingleDeviceSharding(mesh.devices.item())
+            sharding = SingleDeviceSharding(mesh.devices.item(), memory_kind=memory)
         else:
-            sharding = NamedSharding(mesh, PartitionSpec(*param.get_metadata("axes")))
+            axes = PartitionSpec(*param.get_metadata("axes"))
+            sharding = NamedSharding(mesh, axes, memory_kind=memory)
         specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding)
     return model, specs
 
@@ -73,6 +75,15 @@ def sources(cfg: ModelConfig) -> dict[str, list[Source]]:
     for name, path, index in get_family(cfg.architecture).names(cfg):
         table.setdefault(path, []).append(Source(name, index))
     return table
+
+
+def in_layer(path: str) -> tuple[int, str]:
+    """(3, "moe.gate_ED") of "layers.3.moe.gate_ED"; -1 and the path where it is in no layer."""
+    top, _, rest = path.partition(".")
+    if top != "layers":
+        return -1, path
+    layer, _, name = rest.partition(".")
+    return int(layer), name
 
 
 def place(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:

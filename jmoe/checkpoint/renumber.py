@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.checkpoint.params import Source
+from jmoe.checkpoint.params import Source, in_layer
 from jmoe.config import ModelConfig
 from jmoe.models.decoder import Decoder
 from jmoe.moe.placement import Placement
@@ -42,8 +42,8 @@ def into_slots(table: Mapping[str, list[Source]], placement: Placement) -> dict[
     """The sources of each parameter, an expert's tensors filling the slice of its slot."""
     moved = {}
     for path, parts in table.items():
-        layer = _layer(path, EXPERTS)
-        if layer is not None:
+        layer, name = in_layer(path)
+        if name in EXPERTS:
             slot_E = np.argsort(placement.experts_LP[layer])
             parts = [Source(part.name, (int(slot_E[part.index[0]]), *part.index[1:])) for part in parts]
         moved[path] = parts
@@ -52,21 +52,15 @@ def into_slots(table: Mapping[str, list[Source]], placement: Placement) -> dict[
 
 def permute_gate(path: str, buffer: np.ndarray, placement: Placement) -> None:
     """Moves the rows in place where ``path`` is a gate."""
-    layer = _layer(path, (GATE,))
-    if layer is not None:
+    layer, name = in_layer(path)
+    if name == GATE:
         buffer[...] = buffer[placement.experts_LP[layer]]
 
 
 def permuted(path: str, array: jax.Array, placement: Placement) -> jax.Array:
     """A parameter in the checkpoint's order as it is to lie on the same devices."""
-    layer = _layer(path, (GATE, *EXPERTS))
-    if layer is None:
+    layer, name = in_layer(path)
+    if name not in (GATE, *EXPERTS):
         return array
     take = jax.jit(lambda a, slots_P: jnp.take(a, slots_P, axis=0), out_shardings=array.sharding)
     return take(array, placement.experts_LP[layer])
-
-
-def _layer(path: str, kinds: tuple[str, ...]) -> int | None:
-    """The layer of a parameter of one of ``kinds``."""
-    head, _, rest = path.removeprefix("layers.").partition(".")
-    return int(head) if rest in kinds else None

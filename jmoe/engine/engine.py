@@ -182,7 +182,7 @@ class Engine:
         rows.top_k_B[row] = max(params.top_k, 0)
         rows.seed_B[row] = _fold(params.seed or 0)
         rows.position_B[row] = request.length
-        given.exact_B[row] = params.exact
+        given.exact_B[row], given.seats_B[row] = params.exact, request.seat
         if len(request.token_ids) < params.min_tokens:
             banned = self._banned(params)
             rows.banned_BX[row, : len(banned)] = banned

@@ -37,9 +37,10 @@ def lower_step(
             weights,
             [pages] * cfg.num_hidden_layers,
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
-            (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows),
+            (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows),
             (given.exact_B, make_knobs(1.0, 0)) if is_lossy(moe) else None,
             _abstract_tables(cfg, moe, mesh),
+            _abstract_cache(cfg, moe, mesh, sizes),
         )
 
 

@@ -101,7 +101,8 @@ class Output:
 
 @dataclass
 class Request:
-    """A request in the engine. Times are ``time.monotonic`` seconds.
+    """A request in the engine. Times are ``time.monotonic`` seconds. seat: a number of its own among those
+    that run, below the most that can.
 
     emit is called from the engine's thread with every increment and must not block.
     """
@@ -114,6 +115,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     prefilled: int = 0  # prompt tokens whose keys and values are in the cache
     rank: int = -1
+    seat: int = 0
     pages: list[int] = field(default_factory=list)
     started: float | None = None
     first_token: float | None = None

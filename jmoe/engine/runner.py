@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.sampling import Sampled
-from jmoe.engine.stats import PHASES, MoECounters, MoETotals, transported_bytes
+from jmoe.engine.stats import PHASES, MoECounters, MoETotals, expert_bytes, transported_bytes
 from jmoe.engine.step import (
     Sizes,
     StepInput,
@@ -26,6 +26,7 @@ from jmoe.models.decoder import Decoder
 from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes
 from jmoe.nn.kv_cache import make_pages
+from jmoe.offload.cache import ExpertCache
 
 DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
 
@@ -33,10 +34,18 @@ DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones 
 class Runner:
     """Runs steps of ``model``; not thread-safe: one thread at a time.
 
-    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank.
+    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank. cache: of the experts,
+    where they are offloaded.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, sizes: Sizes, tables: list[ShuffleTables] | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        sizes: Sizes,
+        tables: list[ShuffleTables] | None = None,
+        cache: ExpertCache | None = None,
+    ):
         graph, state = nnx.split(model)
         self.weights, structure = jax.tree.flatten(state)
         self._jitted = jitted(graph, structure)
@@ -48,12 +57,14 @@ class Runner:
         self.lossy = is_lossy(model.moe)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
+        self.cache = cache
         self._steps = 0
         layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
         self._undrained = 0
         row_bytes = transported_bytes(model.cfg, mesh)
-        self.counters = {phase: MoECounters(layers, experts, row_bytes) for phase in PHASES}
+        sizes_of = row_bytes, expert_bytes(model.cfg)
+        self.counters = {phase: MoECounters(layers, experts, *sizes_of) for phase in PHASES}
         self.compilations = CompilationCounter()
 
     def _fresh_totals(self) -> MoETotals:
@@ -75,12 +86,12 @@ class Runner:
         All stay on the device; there are no changes where nothing lossy is configured for the phase.
         """
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
-        arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.rows)
+        arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows)
         lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            sampled, hidden, self.pages, self._totals[phase], changes = self._jitted.step(
-                self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables
+            sampled, hidden, self.pages, self._totals[phase], changes, self.cache = self._jitted.step(
+                self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables, self.cache
             )
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
@@ -94,11 +105,12 @@ class Runner:
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
-        return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT))
+        return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT, self.cache))
 
     def window_routing(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> WindowRouting:
         """The routers' choices in windows, on the host; compiles for every new shape."""
-        return jax.device_get(self._jitted.window_routing(self.weights, tokens_BT, positions_BT))
+        found = self._jitted.window_routing(self.weights, tokens_BT, positions_BT, self.cache)
+        return jax.device_get(found)
 
     @property
     def model(self) -> Decoder:
@@ -133,5 +145,5 @@ class Runner:
 
     def close(self) -> None:
         """Lets go of the weights and the cache; nothing runs any more."""
-        self.weights, self.pages, self.tables = [], [], None
+        self.weights, self.pages, self.tables, self.cache = [], [], None, None
         self.compilations.close()

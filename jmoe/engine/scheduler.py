@@ -113,6 +113,8 @@ class Scheduler:
             rank = max(fitting, key=lambda r: (len(self.pool.free[r]), -taken[r], -r))
             if self.share is not None:
                 rank = self._likeliest(self.share(request.prompt_token_ids), fitting)
+            seated = {r.seat for r in self.running}
+            request.seat = next(seat for seat in range(len(seated) + 1) if seat not in seated)
             request.rank, request.pages = rank, self.pool.take(rank, need)
             self.running.append(self.waiting.popleft())
 

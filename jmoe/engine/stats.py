@@ -1,6 +1,6 @@
 """What the experts did, counted on the device inside the step and fetched when asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jmoe.config import ModelConfig
 from jmoe.mesh import TENSOR
-from jmoe.moe.types import DispatchStats
+from jmoe.moe.types import CacheCounts, DispatchStats
 
 PHASES = ("prefill", "decode")
 
@@ -52,7 +52,7 @@ class MoETotals:
     with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
     load over the mean. remote_L: assignments to another rank's experts. remapped_L; dropped_L, rerouted_L:
     those that binning, or a capacity, took from the expert they chose. useful_L, sent_L: rows between ranks,
-    see ``Traffic``.
+    see ``Traffic``. cache_L: what the expert cache did, zeros where all experts are on the device.
     steps: steps summed.
     """
 
@@ -66,6 +66,7 @@ class MoETotals:
     rerouted_L: Count64
     useful_L: Count64
     sent_L: Count64
+    cache_L: CacheCounts
     steps: Array
 
 
@@ -81,6 +82,7 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
         active_L=mean(), plain_active_L=mean(), load_L=mean(),
         remote_L=rows(), remapped_L=rows(), dropped_L=rows(), rerouted_L=rows(),
         useful_L=rows(), sent_L=rows(),
+        cache_L=CacheCounts(*(rows() for _ in fields(CacheCounts))),
         steps=jnp.zeros((), jnp.int32),
     )  # fmt: skip
 
@@ -92,6 +94,10 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     counts = jnp.any(counts_LE > 0)
     loads_LE = counts_LE.astype(jnp.float32)
     mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
+    cache_L = totals.cache_L
+    if step.cache is not None:
+        is_count = lambda leaf: isinstance(leaf, Count64)  # noqa: E731
+        cache_L = jax.tree.map(lambda total, new: total.plus(new), cache_L, step.cache, is_leaf=is_count)
     return MoETotals(
         totals.counts_LE.plus(counts_LE),
         totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
@@ -103,6 +109,7 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
         totals.rerouted_L.plus(step.rerouted),
         totals.useful_L.plus(step.traffic.useful),
         totals.sent_L.plus(jnp.where(counts, step.traffic.sent, 0)),
+        cache_L,
         totals.steps + counts.astype(jnp.int32),
     )
 
@@ -113,19 +120,25 @@ def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
     return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
 
 
+def expert_bytes(cfg: ModelConfig) -> int:
+    """Bytes of one routed expert."""
+    return 3 * cfg.moe_intermediate_size * cfg.hidden_size * jnp.dtype(cfg.dtype).itemsize
+
+
 class MoECounters:
     """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow.
 
-    row_bytes: what a row between ranks weighs, see ``transported_bytes``.
+    row_bytes: what a row between ranks weighs, see ``transported_bytes``. one_expert: bytes of a copy.
     """
 
-    def __init__(self, layers: int, experts: int, row_bytes: int):
-        self.row_bytes = row_bytes
+    def __init__(self, layers: int, experts: int, row_bytes: int, one_expert: int):
+        self.row_bytes, self.one_expert = row_bytes, one_expert
         self.counts_LE = np.zeros((layers, experts), np.int64)
         self.active_L, self.plain_active_L, self.load_L = (np.zeros(layers) for _ in range(3))
         self.remote_L, self.remapped_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(2))
+        self.cache = {field.name: np.zeros(layers, np.int64) for field in fields(CacheCounts)}
         self.steps = 0
 
     def drain(self, totals: MoETotals) -> None:
@@ -140,25 +153,28 @@ class MoECounters:
         self.rerouted_L += host.rerouted_L.fetched()
         self.useful_L += host.useful_L.fetched()
         self.sent_L += host.sent_L.fetched()
+        for name, total_L in self.cache.items():
+            total_L += getattr(host.cache_L, name).fetched()
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
-        assignments are those that experts computed. All experts are resident, so none crosses from host to
-        device.
+        assignments are those that experts computed. expert_cache_*, prefetch*: of offloaded experts, see
+        ``CacheCounts``; zeros where all are on the device.
         """
         means = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
         changed = self.remapped_L, self.dropped_L, self.rerouted_L
         moved = self.remote_L, self.useful_L, self.sent_L
-        sums = np.stack([self.counts_LE.sum(1), *changed, *moved], 1)
+        sums = np.stack([self.counts_LE.sum(1), *changed, *moved, *self.cache.values()], 1)
         layers = [self._row(*row) for row in zip(means, sums, strict=True)]
         overall = self._row(means.sum(0) / max(len(layers), 1), sums.sum(0))
         return {"steps": self.steps, **overall, "per_layer": layers}
 
     def _row(self, means: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
         active, plain_active, load = means.tolist()
-        assignments, remapped, dropped, rerouted, remote, useful, sent = sums.tolist()
+        assignments, remapped, dropped, rerouted, remote, useful, sent, *cache = sums.tolist()
+        hits, misses, evicted, copied, prefetched, prefetched_useful = cache
         steps = max(self.steps, 1)
         return {
             "active_experts": active / steps,
@@ -171,7 +187,10 @@ class MoECounters:
             "remote_assignments": remote,
             "transport_bytes": sent * self.row_bytes,
             "transport_useful_bytes": useful * self.row_bytes,
-            "expert_cache_hits": 0,
-            "expert_cache_misses": 0,
-            "bytes_host_to_device": 0,
+            "expert_cache_hits": hits,
+            "expert_cache_misses": misses,
+            "expert_cache_evictions": evicted,
+            "bytes_host_to_device": copied * self.one_expert,
+            "prefetch_bytes": prefetched * self.one_expert,
+            "prefetch_useful_bytes": prefetched_useful * self.one_expert,
         }

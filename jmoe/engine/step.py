@@ -27,6 +27,7 @@ from jmoe.moe.shuffle import ShuffleTables
 from jmoe.moe.types import Changes, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
+from jmoe.offload.cache import ExpertCache
 
 BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
 
@@ -56,7 +57,7 @@ class Sizes:
 @dataclass(frozen=True)
 class StepInput:
     """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``,
-    sampling parameters, and which rows opted out of lossy techniques ``[B]``."""
+    sampling parameters, which rows opted out of lossy techniques ``[B]``, and their seats ``[B]``."""
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
@@ -64,6 +65,7 @@ class StepInput:
     last_B: np.ndarray
     rows: SamplingRows
     exact_B: np.ndarray
+    seats_B: np.ndarray
 
 
 def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int) -> StepInput:
@@ -85,6 +87,7 @@ def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, token
         np.zeros(b, np.int32),
         rows,
         np.zeros(b, bool),
+        np.zeros(b, np.int32),
     )
 
 
@@ -139,15 +142,18 @@ class ModelFunctions:
         given: tuple,
         lossy: tuple[Array, Knobs] | None,
         tables: list[ShuffleTables] | None,
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None]:
+        cache: ExpertCache | None,
+    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None, ExpertCache | None]:
         """lossy: which rows opted out, and the knobs; None where no lossy technique is configured.
 
-        tables: what to shuffle tokens by, one a layer; None leaves them where they are.
+        tables: what to shuffle tokens by, one a layer; None leaves them where they are. cache: of offloaded
+        experts.
         """
-        tokens_BT, positions_BT, table_BM, last_B, rows = given
+        tokens_BT, positions_BT, table_BM, last_B, seats_B, rows = given
         model = self.merge(weights)
         exact_B, knobs = (None, None) if lossy is None else lossy
-        out = model(Sequences(tokens_BT, positions_BT, table_BM, exact_B), pages, knobs, tables)
+        seqs = Sequences(tokens_BT, positions_BT, table_BM, exact_B, None if cache is None else seats_B)
+        out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         with jax.named_scope("sample"):
@@ -157,7 +163,7 @@ class ModelFunctions:
         pages = lax.with_sharding_constraint(out.pages, kept)
         totals = add_step(totals, out.stats)
         sampled, totals, changes_B = readable((sampled, totals, out.changes_B), model.mesh)
-        return sampled, out.hidden_BTD, pages, totals, changes_B
+        return sampled, out.hidden_BTD, pages, totals, changes_B, out.cache
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.
@@ -179,15 +185,20 @@ class ModelFunctions:
         scored = lax.map(lambda each: score(model.logits(each[0]), each[1]), args)
         return readable(jax.tree.map(joined, scored), model.mesh)
 
-    def window_logits(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> Array:
-        """``[B, T, V]`` logits of whole windows, without the cache."""
+    def window_logits(
+        self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
+    ) -> Array:
+        """``[B, T, V]`` logits of whole windows, without KV pages."""
         model = self.merge(weights)
-        return readable(model.logits(model(Sequences(tokens_BT, positions_BT)).hidden_BTD), model.mesh)
+        out = model(Sequences(tokens_BT, positions_BT), cache=cache)
+        return readable(model.logits(out.hidden_BTD), model.mesh)
 
-    def window_routing(self, weights: list[Array], tokens_BT: Array, positions_BT: Array) -> WindowRouting:
-        """What the routers of all layers chose in whole windows, without the cache."""
+    def window_routing(
+        self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
+    ) -> WindowRouting:
+        """What the routers of all layers chose in whole windows, without KV pages."""
         model = self.merge(weights)
-        routing = model(Sequences(tokens_BT, positions_BT)).routing
+        routing = model(Sequences(tokens_BT, positions_BT), cache=cache).routing
         b, t = tokens_BT.shape
         valid_BT1 = (positions_BT >= 0).astype(jnp.float32)[:, :, None]
 
@@ -226,7 +237,7 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     functions = ModelFunctions(graph, structure)
     return Jitted(
         merge=functions.merge,
-        step=jax.jit(functions.step, donate_argnums=(1, 2)),
+        step=jax.jit(functions.step, donate_argnums=(1, 2, 6)),
         score=jax.jit(functions.score),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),

@@ -21,7 +21,9 @@ from jmoe_kernels.paged_attention import Heads, LayerPages
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
 from jmoe.moe.binning import get_rule
+from jmoe.moe.experts import HostExperts
 from jmoe.moe.layer import MoELayer
+from jmoe.moe.routing import route
 from jmoe.moe.shuffle import Hints, Shuffle, ShuffleTables
 from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
@@ -29,6 +31,8 @@ from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
+from jmoe.offload.cache import ExpertCache, Visit
+from jmoe.offload.types import StepSeen
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +42,7 @@ class DecoderOutput:
     layer, the router's own choices and what was done with them.
 
     changes_B: what lossy techniques did to each sequence, summed over tokens and layers; None without any.
+    cache: of offloaded experts, after the step.
     """
 
     hidden_BTD: Float[Array, "B T D"]
@@ -45,6 +50,11 @@ class DecoderOutput:
     routing: list[Routing]
     stats: list[DispatchStats]
     changes_B: Changes | None
+    cache: ExpertCache | None
+
+
+# the norm before a layer's MoE and its gate
+Router = tuple[Array, Array]
 
 
 class DecoderLayer(nnx.Module):
@@ -64,11 +74,14 @@ class DecoderLayer(nnx.Module):
         pages: LayerPages | None,
         knobs: Knobs | None,
         hints: Hints | None,
+        visit: Visit | None,
+        ahead: list[Router] | None,
     ) -> tuple[Array, LayerPages | None, MoEOutput, Array | None]:
         """The rows behind the layer, the pages, what the experts did, and each token's rank.
 
         hints: None leaves every token on its rank; with them rows come and go whole on the ranks of a data
-        group, and each token is computed where its experts likely are (see ``jmoe.moe.shuffle``).
+        group, and each token is computed where its experts likely are (see ``jmoe.moe.shuffle``). visit: of
+        the cache where experts are offloaded; ahead: the routers of the next layers, where it asks them.
         """
         flags, order = token_flags(seqs), None
         if hints is not None:
@@ -83,13 +96,25 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("moe"):
             phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
-            out = self.moe(normed_ND, flags, phase, knobs)
+            if visit is not None and ahead is not None:
+                visit = replace(visit, ahead_TAE=self._ask(x_ND, ahead))
+            out = self.moe(normed_ND, flags, phase, knobs, visit)
             x_ND = x_ND + out.y_TD
         if order is None:
             return x_ND, pages, out, None
         with jax.named_scope("shuffle"):
             x_ND, out, ranks_N = self.shuffle.gather(x_ND, out, order)
         return x_ND, pages, out, ranks_N
+
+    def _ask(self, x_ND: Array, ahead: list[Router]) -> Float[Array, "N A E"]:
+        """The scores that other layers' routers give to these rows."""
+        cfg = self.moe.cfg
+
+        def scores(norm_D: Array, gate_ED: Array) -> Array:
+            logits_NE = linear(rms_norm(x_ND, norm_D, self.eps), gate_ED, self.moe.kernels.dense)
+            return route(logits_NE, cfg.num_experts_per_tok, renormalize=cfg.norm_topk_prob).scores_TE
+
+        return jnp.stack([scores(*router) for router in ahead], axis=1)
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
@@ -114,8 +139,8 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, cfg.sliding_window)
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
-    if moe.binning is not None and moe.binning.local_bonus:
-        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows local_bonus")
+    if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
+        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
     return kernels
 
 
@@ -129,6 +154,9 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(cfg, moe, split, make, kernels) for _ in range(cfg.num_hidden_layers)]
         )
+        if moe.offload is not None:
+            sizes = cfg.num_hidden_layers, cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+            self.store = HostExperts(*sizes, make)
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
@@ -142,14 +170,17 @@ class Decoder(nnx.Module):
         pages: list[LayerPages] | None = None,
         knobs: Knobs | None = None,
         tables: list[ShuffleTables] | None = None,
+        cache: ExpertCache | None = None,
     ) -> DecoderOutput:
         """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``.
 
-        knobs: None switches every lossy technique off. tables: one a layer, to shuffle tokens by.
+        knobs: None switches every lossy technique off. tables: one a layer, to shuffle tokens by. cache: of
+        the experts, where they are offloaded.
         """
         b, t = seqs.tokens_BT.shape
         x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
+        visit = None if cache is None else self._begin(cache, seqs, x_ND)
         outs: list[MoEOutput] = []
         been: list[Array] = []  # the rank of each token's experts, by layer
         new_pages: list[LayerPages] = []
@@ -157,9 +188,11 @@ class Decoder(nnx.Module):
             own_knobs = None if knobs is None else knobs.of(i)
             hints = Hints.make(tables[i], been) if tables else None
             x_ND, layer_pages, out, ranks_N = _apply(
-                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints
-            )
-            outs.append(out)
+                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints,
+                visit, self._routers_after(i) if t == 1 else None,
+            )  # fmt: skip
+            visit = out.source
+            outs.append(replace(out, source=None))
             if ranks_N is not None:
                 been.append(ranks_N)
             if layer_pages is not None:
@@ -169,7 +202,42 @@ class Decoder(nnx.Module):
         if changes := [out.changes for out in outs if out.changes is not None]:
             changes_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *changes)
         routing, stats = [out.routing for out in outs], [out.stats for out in outs]
-        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, routing, stats, changes_B)
+        cache = None if visit is None else self._end(visit, seqs, routing)
+        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, routing, stats, changes_B, cache)
+
+    def _begin(self, cache: ExpertCache, seqs: Sequences, x_ND: Array) -> Visit:
+        b, t = seqs.tokens_BT.shape
+        seen = None
+        if t == 1:
+            seats_B = jnp.zeros(b, jnp.int32) if seqs.seats_B is None else seqs.seats_B
+            seen = StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
+        return Visit.begin(self.store.weights, cache, seen)
+
+    def _end(self, visit: Visit, seqs: Sequences, routing: list[Routing]) -> ExpertCache:
+        """The cache after a step, which has learned what a prompt chose."""
+        cache, (b, t) = visit.end(), seqs.tokens_BT.shape
+        if t == 1 or seqs.seats_B is None:
+            return cache
+        valid_BTK = (seqs.positions_BT >= 0)[..., None]
+        rows_B1 = jnp.arange(b)[:, None]
+
+        def counts(ids_NK: Array) -> Array:
+            ids_BN = jnp.where(valid_BTK, ids_NK.reshape(b, t, -1), self.cfg.num_experts).reshape(b, -1)
+            zeros_BE = jnp.zeros((b, self.cfg.num_experts), jnp.float32)
+            return zeros_BE.at[rows_B1, ids_BN].add(1.0, mode="drop")
+
+        counts_BLE = jnp.stack([counts(r.ids_TK) for r in routing], axis=1)
+        fresh_B = seqs.positions_BT[:, 0] == 0
+        return replace(cache, predictor=cache.predictor.absorb(seqs.seats_B, fresh_B, counts_BLE))
+
+    def _routers_after(self, i: int) -> list[Router] | None:
+        """Of as many layers as the predictor looks ahead, the last one for those past it."""
+        offload = self.moe.offload
+        if offload is None or offload.predictor != "next_gate":
+            return None
+        following = [min(i + 1 + a, len(self.layers) - 1) for a in range(offload.prefetch_distance)]
+        layers = [self.layers[j] for j in following]
+        return [(layer.post_attention_norm[...], layer.moe.gate_ED[...]) for layer in layers]
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""

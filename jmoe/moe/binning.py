@@ -18,8 +18,9 @@ votes in bin 0, then in bin 1, and so on (the paper's base-B score, exactly), ti
 ``random``      baseline: the same share, drawn.
 All keep k experts at least, so that every token has k distinct ones and a batch of one stays as it is.
 
-**Locality** (``local_bonus``, ours): under expert parallelism a token chooses its experts anew, those of its
-own rank so many nats nearer, before all of this; its weights remain by its own scores. Fewer rows travel.
+**Preference** (ours): a token chooses its experts anew before all of this, some of them so many nats nearer;
+its weights remain by its own scores. ``local_bonus`` prefers those of its own rank under expert parallelism,
+so that fewer rows travel; ``resident_bonus`` those that are on the device where experts are offloaded.
 
 **Remapping**: choices outside the set go to the token's best-scored experts within, in place; a token that
 lost any takes its scores as weights, scaled to the sum that its weights had, another keeps them bit for bit.
@@ -51,11 +52,9 @@ def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
     return binning.Rule(cfg.method, k, cfg.bin_width, cfg.k0, cfg.keep)
 
 
-def prefer_local(routing: Routing, lossy_T: Array, bonus: float, first: Array, held: int) -> Routing:
-    """The routing of tokens that like the experts ``first .. first + held`` by ``bonus`` nats more."""
-    expert_E = jnp.arange(routing.logits_TE.shape[1], dtype=jnp.int32)
-    local_E = (expert_E >= first) & (expert_E < first + held)
-    liked_TE = routing.logits_TE + jnp.where(local_E, jnp.float32(bonus), 0.0)[None]
+def prefer(routing: Routing, lossy_T: Array, bonus_E: Float[Array, " E"]) -> Routing:
+    """The routing of tokens that like the experts by so many nats more."""
+    liked_TE = routing.logits_TE + bonus_E[None]
     rows_T1 = jnp.arange(lossy_T.shape[0])[:, None]
     _, wanted_TK = lax.top_k(liked_TE, routing.ids_TK.shape[1])
     wanted_TE = jnp.zeros(liked_TE.shape, bool).at[rows_T1, wanted_TK].set(True)
@@ -70,15 +69,15 @@ def bin_assignments(
     *,
     seed: Int[Array | np.ndarray, ""],
     total: Callable[[Array], Array] | None = None,
-    local: tuple[float, Array, int] | None = None,
+    bonus_E: Float[Array, " E"] | None = None,
 ) -> tuple[Routing, Int[Array, " T"]]:
     """Any router's choice on the active set, and how many assignments of each token moved.
 
     seed: of method "random"; the same on ranks that share weights. total: sums votes over those ranks.
-    local: the bonus, first expert and number of experts of the own rank; None prefers none.
+    bonus_E: nats by which experts are liked more than the router says; None prefers none.
     """
     lossy_T = tokens.lossy_T
-    routing = plain if local is None else prefer_local(plain, lossy_T, *local)
+    routing = plain if bonus_E is None else prefer(plain, lossy_T, bonus_E)
     logits_TE = routing.logits_TE
     votes_VE = binning.cast_votes(routing.ids_TK, logits_TE, tokens.valid_T, lossy_T, rule)
     draw_E = None

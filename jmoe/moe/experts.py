@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.grouped_mlp import ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
@@ -10,7 +11,7 @@ from jmoe_kernels.rows import take_rows
 
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.types import DispatchPlan
-from jmoe.nn.param import ParamMaker
+from jmoe.nn.param import HOST, ParamMaker
 
 
 class Experts(nnx.Module):
@@ -22,6 +23,30 @@ class Experts(nnx.Module):
     def __init__(self, experts: int, model: int, inner: int, make: ParamMaker):
         self.gate_up_E2FD = make.stored((experts, 2, inner, model), (EXPERT, None, TENSOR, None))
         self.down_EDF = make.stored((experts, model, inner), (EXPERT, None, TENSOR))
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate_up_E2FD[...], self.down_EDF[...])
+
+    @property
+    def specs(self) -> ExpertWeights:
+        """How they are split, as the parameters declare it."""
+        gate_up, down = (PartitionSpec(*p.get_metadata("axes")) for p in (self.gate_up_E2FD, self.down_EDF))
+        return ExpertWeights(gate_up, down)  # pyright: ignore[reportArgumentType]
+
+
+class HostExperts(nnx.Module):
+    """The experts of all L layers, ``[layers, experts, ...]``, in the memory of the host (``HOST``)."""
+
+    def __init__(self, layers: int, experts: int, model: int, inner: int, make: ParamMaker):
+        gate_up, down = (layers, experts, 2, inner, model), (layers, experts, model, inner)
+        self.gate_up_LE2FD = make.stored(gate_up, (None, EXPERT, None, TENSOR, None), memory=HOST)
+        self.down_LEDF = make.stored(down, (None, EXPERT, None, TENSOR), memory=HOST)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """With one axis in front more than its names say."""
+        return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...])
 
 
 def apply_experts(

@@ -5,10 +5,12 @@ over ``tensor``. The gate runs inside the shard.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
@@ -26,12 +28,21 @@ from jmoe.moe.capacity import limit
 from jmoe.moe.counting import count_changes, count_dispatch, over_shards
 from jmoe.moe.experts import Experts, apply_experts
 from jmoe.moe.routing import route
-from jmoe.moe.types import CapacityCounts, Knobs, LocalExperts, MoEOutput, Routing, TokenFlags
+from jmoe.moe.types import (
+    CapacityCounts,
+    Changes,
+    DispatchPlan,
+    ExpertSource,
+    Knobs,
+    LocalExperts,
+    MoEOutput,
+    Phase,
+    Routing,
+    TokenFlags,
+    Traffic,
+)
 from jmoe.nn.param import ParamMaker
 from jmoe.techniques import CapacityConfig
-
-Phase = Literal["prefill", "decode"]
-
 
 def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
     """Raises ValueError for a technique that means nothing for the model or on ``mesh``."""
@@ -43,13 +54,23 @@ def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
         moe.binning.check_ranks(mesh.shape[EXPERT])
     if moe.capacity is not None:
         moe.capacity.check_ranks(mesh.shape[EXPERT])
+    if moe.offload is not None:
+        moe.offload.check_mesh(dict(mesh.shape))
+
+
+class Decision(NamedTuple):
+    """plain: the router's own choice. final: what is computed, the same object where nothing lossy is on."""
+
+    plain: Routing
+    final: Routing
+    changes: Changes | None
 
 
 class MoELayer(nnx.Module):
     """A sparse MLP: every token through its k experts of E.
 
-    gate_ED: router weights ``[experts, model]``. Raises ValueError where the mesh does not divide the
-    experts or their inner dimension.
+    gate_ED: router weights ``[experts, model]``. experts: None where they are offloaded and come with every
+    call. Raises ValueError where the mesh does not divide the experts or their inner dimension.
     """
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
@@ -57,7 +78,8 @@ class MoELayer(nnx.Module):
         check_techniques(cfg, moe, mesh)
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.gate_ED = make((cfg.num_experts, cfg.hidden_size), (None, None))
-        self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size, make)
+        sizes = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        self.experts = Experts(*sizes, make) if moe.offload is None else None
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(
@@ -66,12 +88,13 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         phase: Phase = "prefill",
         knobs: Knobs | None = None,
+        source: ExpertSource | None = None,
     ) -> MoEOutput:
         """The experts' combined output, and what was done.
 
         phase: "decode" where every token of the step is one that a sequence was continued with.
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
-        then there are no changes to tell.
+        then there are no changes to tell. source: of the experts where they are offloaded.
         """
         bin_by, limit_by = (None, None) if knobs is None else (self.moe.binning, self.moe.capacity)
         rule = None
@@ -79,18 +102,19 @@ class MoELayer(nnx.Module):
             rule = get_rule(bin_by, self.cfg.num_experts_per_tok)
         if limit_by is not None and limit_by.phase not in (phase, "both"):
             limit_by = None
-        weights = (self.gate_ED[...], self.experts.gate_up_E2FD[...], self.experts.down_EDF[...])
+        decide = partial(self._decide, rule=rule, limit_by=limit_by)
+        if self.experts is None:
+            assert source is not None, "experts that are not here come from a source"
+            return self._sourced(x_TD, tokens, knobs, phase, source, decide)
+        weights = (self.gate_ED[...], self.experts.weights)
         if is_single(self.mesh):
-            return self._shard(
-                x_TD, tokens, knobs, *weights, send=transport.local, rule=rule, limit_by=limit_by
-            )
+            return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, decide=decide)
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
-        experts = PartitionSpec(EXPERT, None, TENSOR), PartitionSpec(EXPERT, None, TENSOR)
         send = transport.get_transport(self.moe.transport, self.kernels.platform)
         run = jax.shard_map(
-            partial(self._shard, send=send, rule=rule, limit_by=limit_by),
+            partial(self._shard, send=send, decide=decide),
             mesh=self.mesh,
-            in_specs=(split, split, whole, whole, *experts),
+            in_specs=(split, split, whole, whole, self.experts.specs),
             out_specs=MoEOutput(split, split, whole, split),  # pyright: ignore[reportArgumentType]
             check_vma=False,
         )
@@ -102,34 +126,83 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         knobs: Knobs | None,
         gate_ED: Array,
-        gate_up: Array,
-        down: Array,
+        weights: ExpertWeights,
         *,
         send: transport.Transport,
+        decide: Callable[..., Decision],
+    ) -> MoEOutput:
+        """One rank's tokens through the experts of all ranks."""
+        routed = decide(x_TD, tokens, knobs, gate_ED, held=weights.dims[0])
+        train_capacity = self._train_capacity(x_TD.shape[0])
+        experts = self._local_experts(weights, train_capacity)
+        with jax.named_scope("experts"):
+            y_TD, traffic = send(x_TD, routed.final, tokens.valid_T, experts)
+        stats = count_dispatch(
+            routed.plain, routed.final, tokens.valid_T, routed.changes, traffic, train_capacity
+        )
+        if is_single(self.mesh):
+            return MoEOutput(y_TD, routed.plain, stats, routed.changes)
+        with jax.named_scope("combine"):
+            y_TD = lax.psum(y_TD, TENSOR)
+        stats = over_shards(stats, routed.final, tokens.valid_T)
+        return MoEOutput(y_TD, routed.plain, stats, routed.changes)
+
+    def _sourced(
+        self,
+        x_TD: Array,
+        tokens: TokenFlags,
+        knobs: Knobs | None,
+        phase: Phase,
+        source: ExpertSource,
+        decide: Callable[..., Decision],
+    ) -> MoEOutput:
+        """The same where experts are not all on the device."""
+        routed = decide(
+            x_TD, tokens, knobs, self.gate_ED[...], held=self.cfg.num_experts, here_E=source.resident_E
+        )
+
+        def apply(x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights) -> Array:
+            how = self.kernels.experts, self.kernels.platform
+            return apply_experts(x_TD, weights_TK, plan, experts, *how)
+
+        with jax.named_scope("experts"):
+            y_TD, cached, source = source.run(x_TD, routed.plain, routed.final, tokens.valid_T, phase, apply)
+        none = jnp.zeros((), jnp.int32)
+        stats = count_dispatch(
+            routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none), None
+        )
+        return MoEOutput(y_TD, routed.plain, replace(stats, cache=cached), routed.changes, source)
+
+    def _decide(
+        self,
+        x_TD: Array,
+        tokens: TokenFlags,
+        knobs: Knobs | None,
+        gate_ED: Array,
+        *,
         rule: Rule | None,
         limit_by: CapacityConfig | None,
-    ) -> MoEOutput:
+        held: int,
+        here_E: Array | None = None,
+    ) -> Decision:
+        """Where tokens go: the router's word, then the lossy techniques'. held: experts of this rank; here_E:
+        which of them are on the device, where not all are."""
         with jax.named_scope("route"):
             logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
-            plain, routing, remapped_T = self._route(logits_TE, tokens, rule, knobs)
-        train_capacity = self._train_capacity(x_TD.shape[0])
-        experts = self._local_experts(ExpertWeights(gate_up, down), train_capacity)
+            plain, routing, remapped_T = self._route(logits_TE, tokens, rule, knobs, here_E)
         limited = None
         if limit_by is not None and knobs is not None:
             with jax.named_scope("capacity"):
-                routing, limited = self._limit(routing, tokens, limit_by, knobs, experts.count)
-        with jax.named_scope("experts"):
-            y_TD, traffic = send(x_TD, routing, tokens.valid_T, experts)
-        changes = count_changes(remapped_T, limited)
-        stats = count_dispatch(plain, routing, tokens.valid_T, changes, traffic, train_capacity)
-        if is_single(self.mesh):
-            return MoEOutput(y_TD, plain, stats, changes)
-        with jax.named_scope("combine"):
-            y_TD = lax.psum(y_TD, TENSOR)
-        return MoEOutput(y_TD, plain, over_shards(stats, routing, tokens.valid_T), changes)
+                routing, limited = self._limit(routing, tokens, limit_by, knobs, held)
+        return Decision(plain, routing, count_changes(remapped_T, limited))
 
     def _route(
-        self, logits_TE: Array, tokens: TokenFlags, rule: Rule | None, knobs: Knobs | None
+        self,
+        logits_TE: Array,
+        tokens: TokenFlags,
+        rule: Rule | None,
+        knobs: Knobs | None,
+        here_E: Array | None,
     ) -> tuple[Routing, Routing, Array | None]:
         """The router's own choice, the binned one (the same object without a rule), and what moved."""
         renormalize = self.cfg.norm_topk_prob
@@ -144,20 +217,24 @@ class MoELayer(nnx.Module):
         if rule is None or knobs is None:
             return plain, plain, None
         with jax.named_scope("bin"):
-            total, local = self._sum_votes(), self._own_experts()
-            return plain, *bin_assignments(plain, tokens, rule, seed=knobs.seed, total=total, local=local)
+            total, bonus_E = self._sum_votes(), self._bonus(here_E)
+            return plain, *bin_assignments(plain, tokens, rule, seed=knobs.seed, total=total, bonus_E=bonus_E)
 
     def _fuses(self, rule: Rule, tokens: int, experts: int) -> bool:
         """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
         name, platform = self.kernels.binning, self.kernels.platform
         return name != "xla" and supports(name, platform, experts, rule, tokens=tokens) is None
 
-    def _own_experts(self) -> tuple[float, Array, int] | None:
-        """The bonus of this rank's experts, the first of them and their number; None without a bonus."""
-        if self.moe.binning is None or not self.moe.binning.local_bonus:
+    def _bonus(self, here_E: Array | None) -> Array | None:
+        """Nats by which a token likes each expert more than its router says; None where it does nowhere."""
+        cfg, experts = self.moe.binning, self.cfg.num_experts
+        if cfg is not None and cfg.resident_bonus and here_E is not None:
+            return jnp.where(here_E, jnp.float32(cfg.resident_bonus), 0.0)
+        if cfg is None or not cfg.local_bonus:
             return None
-        held = self.cfg.num_experts // self.mesh.shape[EXPERT]
-        return self.moe.binning.local_bonus, lax.axis_index(EXPERT) * held, held
+        held = experts // self.mesh.shape[EXPERT]
+        own_E = jnp.arange(experts, dtype=jnp.int32) // held == lax.axis_index(EXPERT)
+        return jnp.where(own_E, jnp.float32(cfg.local_bonus), 0.0)
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Sums over the ranks that read the same experts' weights."""

@@ -19,12 +19,16 @@ A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
+from jmoe_kernels.grouped_mlp import ExpertWeights
+
+Phase = Literal["prefill", "decode"]
 
 
 @jax.tree_util.register_dataclass
@@ -168,6 +172,52 @@ class Traffic:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class CacheCounts:
+    """What an expert cache did for one layer; experts are counted once a step, however many tokens they have.
+
+    hits, misses: experts needed that were on the device when they were needed, and those that were not.
+    evicted: experts that gave way. copied: experts from host to device, for whatever reason; prefetched: those
+    of them that came before they were needed. useful: prefetched ones at their first use.
+    """
+
+    hits: Int[Array, ""]
+    misses: Int[Array, ""]
+    evicted: Int[Array, ""]
+    copied: Int[Array, ""]
+    prefetched: Int[Array, ""]
+    useful: Int[Array, ""]
+
+
+# (x_TD, weights_TK, plan, experts) -> y_TD: each token's weighted sum of its planned experts, float32
+Apply = Callable[[Array, Array, DispatchPlan, ExpertWeights], Array]
+
+
+class ExpertSource(Protocol):
+    """Where the experts of a layer come from when they are not all on the device. A pytree."""
+
+    @property
+    def resident_E(self) -> Bool[Array, " E"]:
+        """Which experts are on the device."""
+        ...
+
+    def run(
+        self,
+        x_TD: Float[Array, "T D"],
+        plain: Routing,
+        routing: Routing,
+        valid_T: Bool[Array, " T"],
+        phase: Phase,
+        apply: Apply,
+    ) -> tuple[Float[Array, "T D"], CacheCounts, Self]:
+        """The experts of ``routing`` on this layer's tokens, and the source of the next layer.
+
+        plain: the router's own choice, from which it may learn.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DispatchStats:
     """What one layer did with one batch, summed over shards.
 
@@ -175,7 +225,7 @@ class DispatchStats:
     any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. remote:
     assignments whose expert lives on another rank than the token. remapped: those that binning gave to
     another expert. dropped: those that no expert computed. rerouted: those that went to another expert for
-    want of room. traffic: rows that were moved.
+    want of room. traffic: rows that were moved. cache: None where all experts are on the device.
     """
 
     counts_E: Int[Array, " E"]
@@ -186,6 +236,7 @@ class DispatchStats:
     dropped: Int[Array, ""]
     rerouted: Int[Array, ""]
     traffic: Traffic
+    cache: CacheCounts | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -194,10 +245,11 @@ class MoEOutput:
     """What one layer gives.
 
     y_TD: the experts' combined output, float32, zero for invalid tokens. routing: the router's own choice.
-    changes: None where nothing lossy is on.
+    changes: None where nothing lossy is on. source: of the next layer's experts, where they have one.
     """
 
     y_TD: Float[Array, "T D"]
     routing: Routing
     stats: DispatchStats
     changes: Changes | None
+    source: ExpertSource | None = None

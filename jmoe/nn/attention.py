@@ -34,13 +34,15 @@ BLOCK = 128  # queries that attend together to a window's keys
 class Sequences:
     """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache.
 
-    exact_B: sequences that opted out of lossy techniques; None = none did.
+    exact_B: sequences that opted out of lossy techniques; None = none did. seats_B: a number that each running
+    request keeps (see ``Request.seat``).
     """
 
     tokens_BT: Int[Array, "B T"]
     positions_BT: Int[Array, "B T"]
     table_BM: Int[Array, "B M"] | None = None
     exact_B: Bool[Array, " B"] | None = None
+    seats_B: Int[Array, " B"] | None = None
 
 
 class Attention(nnx.Module):

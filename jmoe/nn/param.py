@@ -7,6 +7,7 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 
 # of each dimension: the mesh axis, or axes, over which it is split
 Axes = tuple[str | tuple[str, ...] | None, ...]
+HOST = "pinned_host"  # the kind of host memory from which a device copies by itself
 
 
 class ParamMaker:
@@ -26,8 +27,10 @@ class ParamMaker:
     def __call__(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
         return nnx.Param(self._normal(shape), axes=axes)
 
-    def stored(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
-        return nnx.Param(self._normal(shape).view(storage_dtype(self.dtype, self.platform)), axes=axes)
+    def stored(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
+        """memory: the kind it is to lie in, the device's own where None."""
+        values = self._normal(shape).view(storage_dtype(self.dtype, self.platform))
+        return nnx.Param(values, axes=axes, memory=memory)
 
     def ones(self, size: int, axes: Axes = (None,)) -> nnx.Param:
         return nnx.Param(jnp.ones((size,), self.dtype), axes=axes)

@@ -1,0 +1,73 @@
+"""Copies from the experts in host memory to the device, inside a jitted step.
+
+A copy is ``device_put`` of one expert's slice: only that expert's bytes cross, whatever the stack's size.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jmoe_kernels.grouped_mlp import ExpertWeights
+
+from jmoe.moe.types import DispatchPlan
+from jmoe.offload.table import Moves
+
+
+def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
+    """``[1, ...]`` on the device: expert ``flat`` of the host stacks ``[L, E, ...]``; one past the last gives
+    any."""
+    layers, experts = store.gate_up_E2FD.shape[:2]
+    flat = jnp.minimum(flat, layers * experts - 1)
+
+    def one(stack: Array) -> Array:
+        start = (flat // experts, flat % experts, *[jnp.zeros((), jnp.int32)] * (stack.ndim - 2))
+        piece = lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:]))
+        return jax.device_put(piece.reshape(1, *stack.shape[2:]), jax.memory.Space.Device)
+
+    return jax.tree.map(one, store)
+
+
+def install(pool: ExpertWeights, one: ExpertWeights, slot: Array) -> ExpertWeights:
+    """The pool with ``one`` in ``slot``; in place where the pool is donated."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, slot, 0), pool, one)
+
+
+def copy_in(pool: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:
+    """The pool with every expert of ``moves`` in its slot, one after another."""
+
+    def body(i: Array, pool: ExpertWeights) -> ExpertWeights:
+        return install(pool, fetch(store, moves.experts_M[i]), moves.slots_M[i])
+
+    return lax.fori_loop(0, moves.count, body, pool)
+
+
+def stream(
+    store: ExpertWeights,
+    flat_E: Array,
+    plan: DispatchPlan,
+    count: Array,
+    apply: Callable[[DispatchPlan, ExpertWeights], Array],
+    y_TD: Array,
+    *,
+    beside: bool,
+) -> Array:
+    """``y_TD`` plus the shares of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one by
+    one through a buffer. beside: the copy of the next runs beside the work of this one; the last step then
+    copies one that nobody uses.
+    """
+    last = flat_E.shape[0] - 1
+    starts_E = jnp.cumsum(plan.group_sizes_L, dtype=jnp.int32) - plan.group_sizes_L
+
+    def work(i: Array, y_TD: Array, one: ExpertWeights) -> Array:
+        order_N = jnp.roll(plan.order_N, -starts_E[i])
+        return y_TD + apply(DispatchPlan(order_N, plan.group_sizes_L[i][None]), one)
+
+    def body(i: Array, carry: tuple[Array, ExpertWeights]) -> tuple[Array, ExpertWeights]:
+        y_TD, one = carry
+        following = fetch(store, flat_E[jnp.minimum(i + 1, last)])
+        return work(i, y_TD, one), following
+
+    if beside:
+        return lax.fori_loop(0, count, body, (y_TD, fetch(store, flat_E[0])))[0]
+    return lax.fori_loop(0, count, lambda i, y_TD: work(i, y_TD, fetch(store, flat_E[i])), y_TD)

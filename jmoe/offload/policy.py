@@ -1,0 +1,129 @@
+"""What an expert is worth: which slot goes first, and which expert comes next.
+
+One scale for both. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now), above
+0 (fMoE, section 4.3). Any other one is worth less than 0, by the eviction rule:
+
+``expert_map``  -1 / (p * visits), the negative of fMoE's eviction priority (section 4.4); p is the latest
+                forecast of the expert, visits count since it came in, both at least a little
+``lru``         -(layers visited since its last use)
+``lfu``         -1 / visits since it came in
+
+A demand takes the slots of whatever is worth least; a prefetch only that of an expert worth less than
+itself (ours: a forecast of nothing must not push out a good one). Where the next use of every expert is known
+(``due_LE``, for the oracle), worth is 1 / (layers until then), which is Belady's order.
+"""
+
+from typing import Any, NamedTuple
+
+from jmoe.techniques import Eviction
+
+LEAST = 1e-6  # a forecast of nothing, so that visits still rank
+
+
+class Usage(NamedTuple):
+    """visits_X: uses since the expert came in, float32. last_X: the clock at its last use. clock: layers
+    visited, int32. fetched_X: came by a prefetch and was not used yet."""
+
+    visits_X: Any
+    last_X: Any
+    clock: Any
+    fetched_X: Any
+
+
+class Outlook(NamedTuple):
+    """The latest forecast of every layer: p_LE, and wanted_LE, which experts were worth fetching. due_LE: for
+    the oracle, the step after this one in which each expert is needed next, counted from this one."""
+
+    p_LE: Any
+    wanted_LE: Any
+    due_LE: Any = None
+
+
+def unused(experts: int, xp: Any) -> Usage:
+    zeros_X = xp.zeros(experts, dtype=xp.int32)
+    none_X = xp.zeros(experts, dtype=bool)
+    return Usage(xp.zeros(experts, dtype=xp.float32), zeros_X, xp.zeros((), dtype=xp.int32), none_X)
+
+
+def arrive(usage: Usage, held_before_X: Any, held_now_X: Any, *, prefetched: bool) -> Usage:
+    """After a claim: newcomers have no visits, and no use but now."""
+    xp = held_now_X.__array_namespace__()
+    new_X = held_now_X & ~held_before_X
+    fetched_X = (usage.fetched_X & held_now_X) | new_X if prefetched else usage.fetched_X & held_now_X
+    return Usage(
+        xp.where(new_X, 0.0, usage.visits_X).astype(xp.float32),
+        xp.where(new_X, usage.clock, usage.last_X).astype(xp.int32),
+        usage.clock,
+        fetched_X,
+    )
+
+
+def use(usage: Usage, needed_X: Any) -> Usage:
+    """After a layer: its experts were visited."""
+    xp = needed_X.__array_namespace__()
+    return Usage(
+        usage.visits_X + needed_X.astype(xp.float32),
+        xp.where(needed_X, usage.clock, usage.last_X).astype(xp.int32),
+        (usage.clock + 1).astype(xp.int32),
+        usage.fetched_X & ~needed_X,
+    )
+
+
+def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
+    """With a forecast of the layers from ``first`` on; what lies past the last is dropped."""
+    xp = p_AE.__array_namespace__()
+    a = p_AE.shape[0]
+    row_L = xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - first
+    told_L1 = ((row_L >= 0) & (row_L < a))[:, None]
+    row_L = xp.clip(row_L, 0, a - 1)
+    p_LE = xp.where(told_L1, p_AE[row_L], outlook.p_LE)
+    return outlook._replace(p_LE=p_LE, wanted_LE=xp.where(told_L1, wanted_AE[row_L], outlook.wanted_LE))
+
+
+def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any) -> Any:
+    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first."""
+    xp = usage.visits_X.__array_namespace__()
+    until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
+    ahead_L1 = until_L1 > 0
+    if outlook.due_LE is not None:
+        layers = outlook.p_LE.shape[0]
+        later_LE = until_L1 + outlook.due_LE * layers
+        until_LE = xp.where(ahead_L1 & outlook.wanted_LE, until_L1, later_LE)
+        return (1.0 / until_LE.astype(xp.float32)).reshape(-1)
+    until_L1 = xp.clip(until_L1, 1, None).astype(xp.float32)
+    wish_LE = outlook.p_LE / until_L1
+    visits_X = xp.clip(usage.visits_X, 1.0, None)
+    if eviction == "expert_map":
+        rest_X = -1.0 / (xp.clip(outlook.p_LE.reshape(-1), LEAST, None) * visits_X)
+    elif eviction == "lru":
+        rest_X = (usage.last_X - usage.clock - 1).astype(xp.float32)
+    else:
+        rest_X = -1.0 / visits_X
+    wanted_X = (outlook.wanted_LE & ahead_L1 & (wish_LE > 0)).reshape(-1)
+    return xp.where(wanted_X, wish_LE.reshape(-1), rest_X)
+
+
+def next_wishes(
+    worth_X: Any, outlook: Outlook, layer: Any, present_X: Any, *, ahead: int, count: int
+) -> tuple[Any, Any]:
+    """The ``count`` experts of the next ``ahead`` layers most worth fetching, X for none, and their worth."""
+    xp = worth_X.__array_namespace__()
+    (x,), (layers, experts) = worth_X.shape, outlook.p_LE.shape
+    row_A1 = (layer + 1 + xp.arange(ahead, dtype=xp.int32))[:, None]
+    flat_W = (row_A1 * experts + xp.arange(experts, dtype=xp.int32)[None]).reshape(-1)
+    within_W = flat_W < x
+    flat_W = xp.where(within_W, flat_W, 0)
+    may_W = within_W & outlook.wanted_LE.reshape(-1)[flat_W] & ~present_X[flat_W] & (worth_X[flat_W] > 0)
+    wish_W = xp.where(may_W, worth_X[flat_W], xp.asarray(-xp.inf, dtype=worth_X.dtype))
+    best_M = xp.argsort(-wish_W, stable=True)[:count]
+    return xp.where(may_W[best_M], flat_W[best_M], x).astype(xp.int32), wish_W[best_M]
+
+
+def misses(needed_E: Any, present_E: Any, first: Any, most: int, none: int) -> tuple[Any, Any]:
+    """The flat ids of a layer's experts that are needed and not there, ``none`` for no more and those last,
+    and their gain: any slot's. first: the flat id of the layer's first expert."""
+    xp = needed_E.__array_namespace__()
+    missing_E = needed_E & ~present_E
+    first_M = xp.argsort(~missing_E, stable=True)[:most].astype(xp.int32)
+    experts_M = xp.where(missing_E[first_M], first + first_M, none).astype(xp.int32)
+    return experts_M, xp.full(experts_M.shape[0], xp.finfo(xp.float32).max, dtype=xp.float32)

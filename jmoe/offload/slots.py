@@ -1,0 +1,90 @@
+"""The slot table: which of the experts of all layers lie in the device's pool, and where.
+
+A pure state machine over small arrays, in the array namespace of its arguments: numpy's on the host, jax's
+inside a jitted step. A slot is empty, holds an expert, or is in flight: claimed, its copy not there yet. An
+expert can be computed with only where it is held and not in flight. A slot that is pinned or in flight is
+never taken. Weights are read-only: what is evicted is forgotten, nothing goes back to the host.
+
+    empty --claim--> in flight --land--> held --claim (evicts)--> in flight
+"""
+
+from typing import Any, NamedTuple
+
+
+class Slots(NamedTuple):
+    """held_S: the flat expert of each slot, X where it is empty. slot_X: the slot of each expert, S where it
+    has none. pinned_S, flying_S: which may not be taken, and which have no weights yet."""
+
+    held_S: Any
+    slot_X: Any
+    pinned_S: Any
+    flying_S: Any
+
+
+def empty(slots: int, experts: int, xp: Any) -> Slots:
+    """``slots`` empty slots for ``experts`` experts, as arrays of the namespace ``xp``."""
+    held_S = xp.full(slots, experts, dtype=xp.int32)
+    slot_X = xp.full(experts, slots, dtype=xp.int32)
+    return Slots(held_S, slot_X, xp.zeros(slots, dtype=bool), xp.zeros(slots, dtype=bool))
+
+
+def present(slots: Slots) -> Any:
+    """``[X]``: whether each expert has a slot, in flight or not."""
+    return slots.slot_X < slots.held_S.shape[0]
+
+
+def resident(slots: Slots) -> Any:
+    """``[X]``: whether each expert can be computed with."""
+    return ~_with(slots.flying_S, True)[slots.slot_X]
+
+
+def pin(slots: Slots, experts_X: Any) -> Slots:
+    """Pins the slots of the experts marked, and no others."""
+    return slots._replace(pinned_S=_with(experts_X, False)[slots.held_S])
+
+
+def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slots, Any]:
+    """Slots for experts that have none, and the slot of each, S for those that got none.
+
+    experts_M: the first in need first, X for none, those last. gain_M: what each is worth, falling; it takes
+    the slot of an expert worth less and nothing else. worth_X: of every expert, finite; an empty slot's is
+    -inf; of equals the lower slot goes first.
+    """
+    xp = slots.held_S.__array_namespace__()
+    (s,), (x,), (m,) = slots.held_S.shape, slots.slot_X.shape, experts_M.shape
+    worth_S = _with(worth_X, -xp.inf)[slots.held_S]
+    worth_S = xp.where(slots.pinned_S | slots.flying_S, xp.asarray(xp.inf, dtype=worth_S.dtype), worth_S)
+    cheapest_S = xp.argsort(worth_S, stable=True).astype(xp.int32)
+    cheapest_M, worth_M = _padded(cheapest_S, m, s), _padded(worth_S[cheapest_S], m, xp.inf)
+    takes_M = (experts_M < x) & (worth_M < gain_M)
+    slot_M = xp.where(takes_M, cheapest_M, s).astype(xp.int32)
+
+    new_MS = slot_M[:, None] == xp.arange(s, dtype=xp.int32)[None]
+    new_S = xp.any(new_MS, axis=0)
+    incoming_S = xp.max(xp.where(new_MS, experts_M[:, None], -1), axis=0)
+    held_S = xp.where(new_S, incoming_S, slots.held_S).astype(xp.int32)
+    gone_X = _with(new_S, False)[slots.slot_X]
+    comes_MX = takes_M[:, None] & (experts_M[:, None] == xp.arange(x, dtype=xp.int32)[None])
+    slot_X = xp.where(gone_X, s, slots.slot_X)
+    slot_X = xp.where(
+        xp.any(comes_MX, axis=0), xp.max(xp.where(comes_MX, slot_M[:, None], -1), axis=0), slot_X
+    )
+    return Slots(held_S, slot_X.astype(xp.int32), slots.pinned_S, slots.flying_S | new_S), slot_M
+
+
+def land(slots: Slots) -> Slots:
+    """Every copy has arrived."""
+    return slots._replace(flying_S=slots.flying_S & False)
+
+
+def _with(values_N: Any, last: Any) -> Any:
+    """With one value more, for the index that means none."""
+    xp = values_N.__array_namespace__()
+    return xp.concat([values_N, xp.full(1, last, dtype=values_N.dtype)])
+
+
+def _padded(values_S: Any, count: int, value: Any) -> Any:
+    """The first ``count``, filled up with ``value``."""
+    xp = values_S.__array_namespace__()
+    short = max(0, count - values_S.shape[0])
+    return xp.concat([values_S[:count], xp.full(short, value, dtype=values_S.dtype)])
