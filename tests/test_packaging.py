@@ -17,6 +17,7 @@ LAYERS = {
     "nn": 2,
     "models": 3,
     "grouping": 3,
+    "offload": 3,
     "checkpoint": 4,
     "engine": 4,
     "server": 5,
