@@ -1,6 +1,7 @@
 """``TokenTable``: how often a token id chose each expert when a profile was made.
 
-Sem-MoE's C_p (Speculative MoE, arXiv 2503.04398) as a predictor: it knows all layers before the first one, and what it says does not change within a step.
+Sem-MoE's C_p (arXiv 2503.04398) as a predictor: it knows all layers before the first one, and what it says
+does not change within a step.
 """
 
 from dataclasses import dataclass, field
