@@ -113,10 +113,10 @@ class ExpertMaps:
         used_C, maps_CLE = self.store.used_C, self.store.maps_CLE
         layers = maps_CLE.shape[1]
         cos_BC = jnp.where(used_C[None], cos_BC, -jnp.inf)
-        best_B, layer_A = jnp.argmax(cos_BC, 1), first + jnp.arange(self.distance)
-        p_BAE = maps_CLE[best_B[:, None], jnp.minimum(layer_A, layers - 1)[None]]
-        delta_B = jnp.clip(1 - jnp.max(cos_BC, 1), 0, 1)
-        mass_BA = jnp.broadcast_to(delta_B[:, None], p_BAE.shape[:2])
+        score_B1, best_B1 = lax.top_k(cos_BC, 1)
+        layer_A = first + jnp.arange(self.distance)
+        p_BAE = maps_CLE[best_B1, jnp.minimum(layer_A, layers - 1)[None]]
+        mass_BA = jnp.broadcast_to(jnp.clip(1 - score_B1, 0, 1), p_BAE.shape[:2])
         known_1A1 = ((layer_A < layers) & jnp.any(used_C))[None, :, None]
         wanted_BAE = until(p_BAE, mass_BA, self.k) & known_1A1
         return over_batch(p_BAE * known_1A1.astype(p_BAE.dtype), wanted_BAE, valid_B)
