@@ -6,6 +6,7 @@ from jmoe.grouping.profile import Profile
 from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 
 LAYERS, VOCAB, K, D = 3, 40, 2, 4
+MAPS = 2  # iterations of a request that are kept whole
 
 
 def planted_homes(experts: int, ranks: int, seed: int = 0) -> np.ndarray:
@@ -28,7 +29,12 @@ def planted_request(
             ids_LNK[layer, i] = rng.choice(pool, K, replace=False)
     weights_LNK = rng.dirichlet(np.ones(K), (LAYERS, n)).astype(np.float32)
     gates_LE = rng.dirichlet(np.ones(experts), LAYERS)
-    return RoutedRequest(tokens_N, ids_LNK, weights_LNK, gates_LE, rng.standard_normal(D))
+    embedding_D = rng.standard_normal(D)
+    picks_M = np.arange(MAPS) * 7
+    maps_MLE = np.full((MAPS, LAYERS, experts), 0.5 / experts)
+    chosen_MLK = ids_LNK[:, picks_M].swapaxes(0, 1)
+    np.put_along_axis(maps_MLE, chosen_MLK.astype(int), 0.5 / experts + 0.5 / K, 2)
+    return RoutedRequest(tokens_N, ids_LNK, weights_LNK, gates_LE, embedding_D, maps_MLE, tokens_N[picks_M])
 
 
 def planted_requests(home_LE: np.ndarray, requests: int = 12, seed: int = 1) -> list[RoutedRequest]:

@@ -18,7 +18,7 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.step import Sizes
 from jmoe.grouping import profile_builder
 from jmoe.grouping.profile import Profile
-from jmoe.grouping.profile_builder import nearest_seen
+from jmoe.grouping.profile_builder import RoutedRequest, nearest_seen
 from jmoe.nn.attention import Sequences
 from jmoe.tools.data import bounded
 from jmoe.tools.profile import routed
@@ -70,6 +70,8 @@ def test_the_sample_is_requests_with_a_piece_of_each():
         np.testing.assert_array_equal(sample.experts_QLE[i], counts)
         np.testing.assert_array_equal(sample.gates_QLE[i], request.gates_LE.astype(np.float16))
         np.testing.assert_array_equal(sample.embeddings_QD[i], request.embedding_D.astype(np.float16))
+        np.testing.assert_array_equal(sample.maps_QMLE[i], request.maps_MLE.astype(np.float16))
+        np.testing.assert_array_equal(sample.map_tokens_QM[i], request.map_tokens_M)
         length = min(24, len(request.tokens_N))
         assert (sample.tokens_QP[i, length:] == -1).all()
         starts = [
@@ -137,10 +139,11 @@ def test_files_that_are_no_profile_are_refused(tmp_path: Path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"cannot read the profile .*p\.npz"):
             Profile.load(path)
-    np.savez(path, format=np.array("jmoe placement 2"))
-    with pytest.raises(ValueError, match="this release reads 'jmoe profile 1'"):
-        Profile.load(path)
-    np.savez(path, format=np.array("jmoe profile 1"))
+    for other in ("jmoe placement 2", "jmoe profile 1"):
+        np.savez(path, format=np.array(other))
+        with pytest.raises(ValueError, match="this release reads 'jmoe profile 2'"):
+            Profile.load(path)
+    np.savez(path, format=np.array("jmoe profile 2"))
     with pytest.raises(ValueError, match=r"p\.npz is not a profile"):
         Profile.load(path)
     made, _ = planted()
@@ -149,6 +152,14 @@ def test_files_that_are_no_profile_are_refused(tmp_path: Path):
         ({"pairs_X": made.pairs_X[::-1]}, "pairs must ascend"),
         ({"nearest_V": made.nearest_V + VOCAB}, "nearest must be from 0 to 39"),
         ({"k": 3}, r"trace ids must be \[12, 32, 3, 3\]"),
+        (
+            {"sample": replace(made.sample, maps_QMLE=made.sample.maps_QMLE[:, :1])},
+            r"maps must be \[12, 2, 3",
+        ),
+        (
+            {"sample": replace(made.sample, map_tokens_QM=made.sample.map_tokens_QM + VOCAB)},
+            "map tokens must be from 0 to 39",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             replace(made, **change)
@@ -161,8 +172,10 @@ def test_files_that_are_no_profile_are_refused(tmp_path: Path):
 def test_windows_on_a_mesh_have_the_routing_of_the_decoder():
     cfg, mesh = config(), mesh_of((1, 4, 1))
     runner = Runner(decoder(cfg, mesh), mesh, Sizes((1,), (64,), 32, 4, 4))
-    windows = [tokens(cfg, n, seed=n).tolist() for n in (12, 30, 12)]
+    windows = [tokens(cfg, n, seed=n).tolist() for n in (12, 30, 3)]
     found = list(routed(runner, iter(windows), 2))
+    again = [request.map_tokens_M for request in routed(runner, iter(windows), 2)]
+    np.testing.assert_array_equal(again, [request.map_tokens_M for request in found])
     plain = decoder(cfg, mesh_of((1, 1, 1)))
     embed, run = np.asarray(plain.embed[...]), jax.jit(lambda given: plain(given).routing)
     for window, request in zip(windows, found, strict=True):
@@ -173,6 +186,17 @@ def test_windows_on_a_mesh_have_the_routing_of_the_decoder():
         np.testing.assert_allclose(request.weights_LNK, [r.weights_TK for r in out], atol=1e-5)
         np.testing.assert_allclose(request.gates_LE, [np.mean(r.scores_TE, 0) for r in out], atol=1e-5)
         np.testing.assert_allclose(request.embedding_D, embed[window].mean(0), atol=1e-5)
+        check_maps(request, np.stack([r.scores_TE for r in out], 1))
+
+
+def check_maps(request: RoutedRequest, scores_NLE: np.ndarray) -> None:
+    """Four whole gate distributions of distinct positions, or as many as there are; the rest are none."""
+    kept = (request.map_tokens_M >= 0).sum()
+    assert kept == min(4, len(request.tokens_N)) and (request.map_tokens_M[kept:] == -1).all()
+    far_MN = np.abs(request.maps_MLE[:kept, None] - scores_NLE).max((2, 3))
+    places_M = far_MN.argmin(1)
+    assert (far_MN.min(1) < 1e-5).all() and len(set(places_M)) == kept
+    np.testing.assert_array_equal(request.tokens_N[places_M], request.map_tokens_M[:kept])
 
 
 def test_max_tokens_cuts_the_last_window():

@@ -16,6 +16,7 @@ from jmoe_kernels.choice import choose
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.engine import Engine
+from jmoe.engine.offload import make_cache, read_profile
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
@@ -148,7 +149,7 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
-    make_runner: Callable[[Decoder, Mesh, Sizes, list[ShuffleTables] | None], Runner] = Runner,
+    make_runner: Callable[..., Runner] = Runner,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
@@ -167,6 +168,7 @@ def build_engine(
     has_tokenizer = (directory / "tokenizer.json").is_file()
     codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
     placement = read_placement(settings.moe.shuffle, cfg, mesh)
+    profile = read_profile(settings.moe.offload)
     decoder = load_model(
         directory,
         mesh,
@@ -182,7 +184,10 @@ def build_engine(
             tables = step_tables(placement.tables, history=shuffle.history)
         if shuffle.requests:
             share = prompt_share(placement.tables, groups=mesh.shape[DATA])
-    runner = make_runner(decoder, mesh, sizes, tables)
+    cache = None
+    if settings.moe.offload is not None:
+        cache = make_cache(decoder, mesh, sizes.decode[-1], profile)
+    runner = make_runner(decoder, mesh, sizes, tables, cache)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config import ModelConfig, MoEConfig
+from jmoe.engine.offload import abstract_cache
 from jmoe.engine.stats import zero_totals
 from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
 from jmoe.mesh import EXPERT, sharding
@@ -40,7 +41,7 @@ def lower_step(
             (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows),
             (given.exact_B, make_knobs(1.0, 0)) if is_lossy(moe) else None,
             _abstract_tables(cfg, moe, mesh),
-            _abstract_cache(cfg, moe, mesh, sizes),
+            abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
         )
 
 

@@ -51,8 +51,9 @@ class Leader(Runner):
         mesh: Mesh,
         sizes: Sizes,
         tables: list[ShuffleTables] | None = None,
+        cache: None = None,
     ):
-        super().__init__(model, mesh, sizes, tables)
+        super().__init__(model, mesh, sizes, tables, cache)
         self._followers = followers
         self._hidden: Array | None = None
 

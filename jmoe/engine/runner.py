@@ -107,10 +107,13 @@ class Runner:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
         return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT, self.cache))
 
-    def window_routing(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> WindowRouting:
-        """The routers' choices in windows, on the host; compiles for every new shape."""
-        found = self._jitted.window_routing(self.weights, tokens_BT, positions_BT, self.cache)
-        return jax.device_get(found)
+    def window_routing(
+        self, tokens_BT: np.ndarray, positions_BT: np.ndarray, picks_BM: np.ndarray
+    ) -> WindowRouting:
+        """The routers' choices in windows, and their scores at ``picks_BM`` (-1 for none), on the host;
+        compiles for every new shape."""
+        arrays = tokens_BT, positions_BT, picks_BM
+        return jax.device_get(self._jitted.window_routing(self.weights, *arrays, self.cache))
 
     @property
     def model(self) -> Decoder:

@@ -108,16 +108,19 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WindowRouting:
-    """The routing of B windows of T positions in L layers; what stands at padding means nothing.
+    """The routing of B windows of T positions in L layers; what stands at padding, and at picks that are
+    none, means nothing.
 
     ids_LBTK, weights_LBTK: the experts chosen and their combine weights. gates_LBE: the mean of each
-    window's router scores. embeddings_BD: the mean of its input embeddings.
+    window's router scores. embeddings_BD: the mean of its input embeddings. maps_BMLE: the scores themselves
+    at M picked positions.
     """
 
     ids_LBTK: Array
     weights_LBTK: Array
     gates_LBE: Array
     embeddings_BD: Array
+    maps_BMLE: Array
 
 
 @dataclass(frozen=True)
@@ -194,9 +197,17 @@ class ModelFunctions:
         return readable(model.logits(out.hidden_BTD), model.mesh)
 
     def window_routing(
-        self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
+        self,
+        weights: list[Array],
+        tokens_BT: Array,
+        positions_BT: Array,
+        picks_BM: Array,
+        cache: ExpertCache | None,
     ) -> WindowRouting:
-        """What the routers of all layers chose in whole windows, without KV pages."""
+        """What the routers of all layers chose in whole windows, without KV pages.
+
+        picks_BM: the positions whose scores are told, -1 for none: those of all would be many times the rest.
+        """
         model = self.merge(weights)
         routing = model(Sequences(tokens_BT, positions_BT), cache=cache).routing
         b, t = tokens_BT.shape
@@ -206,11 +217,15 @@ class ModelFunctions:
             """Over each window's own tokens."""
             return jnp.sum(values_BTX * valid_BT1, 1) / jnp.maximum(jnp.sum(valid_BT1, 1), 1.0)
 
+        def picked(scores_TE: Array) -> Array:
+            return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)
+
         found = WindowRouting(
             jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
             jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
             jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
             mean(model.embed[...][tokens_BT].astype(jnp.float32)),
+            jnp.stack([picked(r.scores_TE) for r in routing], 2),
         )
         return readable(found, model.mesh)
 

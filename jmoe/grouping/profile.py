@@ -6,7 +6,7 @@ id, expert), and what belongs to single requests is a sample of bounded size (``
 are the checkpoint's.
 
 Axes here: V token ids, X distinct (layer, token id, expert), Q sampled requests (windows of text), P
-positions of a request's trace; L is the MoE layers.
+positions of a request's trace, M iterations of a request; L is the MoE layers.
 """
 
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from jmoe.moe.npz import save_arrays, saved_arrays
 
-FORMAT = "jmoe profile 1"
+FORMAT = "jmoe profile 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,9 @@ class RequestSample:
 
     experts_QLE: how often each expert was chosen. gates_QLE, embeddings_QD: the mean of the router's scores
     and of the input embeddings, float16. tokens_QP: a contiguous piece of the request, -1 after its end;
-    ids_QPLK, weights_QPLK: the experts of each of its tokens and their weights.
+    ids_QPLK, weights_QPLK: the experts of each of its tokens and their weights. maps_QMLE, map_tokens_QM:
+    random single positions, each the iteration of one token: its gate distributions, float16, and its id;
+    -1 where the request has fewer.
     """
 
     experts_QLE: Int[np.ndarray, "Q L E"]
@@ -36,6 +38,8 @@ class RequestSample:
     tokens_QP: Int[np.ndarray, "Q P"]
     ids_QPLK: Int[np.ndarray, "Q P L K"]
     weights_QPLK: Float[np.ndarray, "Q P L K"]
+    maps_QMLE: Float[np.ndarray, "Q M L E"]
+    map_tokens_QM: Int[np.ndarray, "Q M"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,8 @@ class Profile:
             "sampled embeddings": (sample.embeddings_QD, (requests, *sample.embeddings_QD.shape[1:2])),
             "trace ids": (sample.ids_QPLK, (requests, places, layers, self.k)),
             "trace weights": (sample.weights_QPLK, (requests, places, layers, self.k)),
+            "maps": (sample.maps_QMLE, (*sample.map_tokens_QM.shape, layers, experts)),
+            "map tokens": (sample.map_tokens_QM, (requests, *sample.map_tokens_QM.shape[1:2])),
         }
         for name, (array, expected) in shapes.items():
             if array.shape != expected:
@@ -83,6 +89,7 @@ class Profile:
             "pairs": (self.pairs_X, layers * self.vocab * experts),
             "nearest": (self.nearest_V, self.vocab),
             "trace ids": (sample.ids_QPLK, experts),
+            "map tokens": (np.maximum(sample.map_tokens_QM, 0), self.vocab),
         }
         for name, (array, limit) in limits.items():
             if array.size and not 0 <= array.min() <= array.max() < limit:

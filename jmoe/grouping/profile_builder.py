@@ -21,7 +21,8 @@ class RoutedRequest:
     """One window of N tokens and its routing.
 
     ids_LNK, weights_LNK: chosen experts and combine weights. gates_LE: mean router scores. embedding_D: mean
-    input embedding.
+    input embedding. maps_MLE, map_tokens_M: the router's scores at M random positions, and the token ids
+    there, -1 for none; M is the same for all requests.
     """
 
     tokens_N: Int[np.ndarray, " N"]
@@ -29,6 +30,8 @@ class RoutedRequest:
     weights_LNK: Float[np.ndarray, "L N K"]
     gates_LE: Float[np.ndarray, "L E"]
     embedding_D: Float[np.ndarray, " D"]
+    maps_MLE: Float[np.ndarray, "M L E"]
+    map_tokens_M: Int[np.ndarray, " M"]
 
 
 class ProfileBuilder:
@@ -119,6 +122,8 @@ class ProfileBuilder:
             "tokens_QP": tokens_P,
             "ids_QPLK": self._piece(request.ids_LNK[:, piece], np.int16),
             "weights_QPLK": self._piece(request.weights_LNK[:, piece], np.float16),
+            "maps_QMLE": request.maps_MLE.astype(np.float16),
+            "map_tokens_QM": request.map_tokens_M.astype(np.int32),
         }
         self._kept[place : place + 1] = [kept]
 

@@ -1,9 +1,12 @@
-"""Versioned ``.npz`` files of arrays: written whole, read without unpickling, refused in one line."""
+"""Versioned ``.npz`` files of arrays: written whole or not at all, read without unpickling, refused in one
+line."""
 
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,10 +19,26 @@ def check_writable(path: Path) -> None:
 
 def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
     """Writes ``arrays``, numbers and strings among them, under the format name ``form``."""
-    with open(path, "wb") as file:  # by its path, numpy would add an ending
+    with replacing(path) as file:  # by its path, numpy would add an ending
         np.savez_compressed(
             file, allow_pickle=False, format=form, **{k: np.asarray(v) for k, v in arrays.items()}
         )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside ``path`` that takes its place once it is whole on the disk. Whatever ends the writing
+    before that, a kill too, leaves at ``path`` what was there."""
+    path = path.resolve()  # a link stays one
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ id of expert e of layer l being ``l * E + e``), S slots of the device's pool, C 
 ahead (the prefetch distance). An iteration is one decode step.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -28,8 +28,9 @@ class StepSeen(NamedTuple):
 class LayerSeen(NamedTuple):
     """What a layer's gate says.
 
-    scores_BE: the router's scores of each token. ids_BK: the experts chosen, E for none. ahead_BAE: the scores
-    that the routers of the next A layers give to this layer's input; None where no predictor asks for them.
+    scores_BE: the router's scores of each token. ids_BK: the experts chosen, E for none. ahead_BAE: the
+    scores that the routers of the next A layers give to this layer's input; None where no predictor asks
+    for them.
     """
 
     scores_BE: Float[Array, "B E"]
@@ -52,15 +53,15 @@ class Predictor(Protocol):
     under jit; ``layer`` may be traced. Rows of a forecast that lie past the last layer are ignored.
     """
 
-    def start(self, seen: StepSeen) -> tuple[object, Forecast]:
+    def start(self, seen: StepSeen) -> tuple[Any, Forecast]:
         """The walk, and the forecast of layers 0 .. A - 1."""
         ...
 
-    def observe(self, walk: object, layer: Int[Array, ""], seen: LayerSeen) -> tuple[object, Forecast]:
+    def observe(self, walk: Any, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Any, Forecast]:
         """After the gate of ``layer``: the forecast of layers ``layer + 1 .. layer + A``."""
         ...
 
-    def finish(self, walk: object) -> Self:
+    def finish(self, walk: Any) -> Self:
         """What it has learned, after the last layer."""
         ...
 

@@ -24,6 +24,7 @@ from jmoe.tools.data import bounded
 from jmoe.tools.evaluate import check_run, token_windows
 
 SHORTEST = 64  # tokens a window is padded to at least, so that few shapes compile
+MAPS = 4  # positions of each window whose whole gate distributions are kept
 
 
 def profile(
@@ -70,17 +71,24 @@ def profile(
     }
 
 
-def routed(runner: Runner, source: Iterator[list[int]], batch_size: int) -> Iterator[RoutedRequest]:
-    """The windows with their routing, ``batch_size`` of them a pass, padded to a power of two."""
+def routed(
+    runner: Runner, source: Iterator[list[int]], batch_size: int, seed: int = 0
+) -> Iterator[RoutedRequest]:
+    """The windows with their routing, ``batch_size`` of them a pass, padded to a power of two; ``seed``
+    decides at which positions whole gate distributions are taken."""
+    rng = np.random.default_rng(seed)
     rows = round_up(batch_size, runner.ranks)
     while batch := list(itertools.islice(source, batch_size)):
         longest = 1 << (max(map(len, batch)) - 1).bit_length()
         length = round_up(max(SHORTEST, longest), runner.mesh.shape[EXPERT])
         tokens_BT = np.zeros((rows, length), np.int32)
         positions_BT = np.full((rows, length), -1, np.int32)
+        picks_BM = np.full((rows, MAPS), -1, np.int32)
         for row, window in enumerate(batch):
             tokens_BT[row, : len(window)], positions_BT[row, : len(window)] = window, np.arange(len(window))
-        found = runner.window_routing(tokens_BT, positions_BT)
+            some = rng.choice(len(window), min(MAPS, len(window)), replace=False)
+            picks_BM[row, : len(some)] = some
+        found = runner.window_routing(tokens_BT, positions_BT, picks_BM)
         for row, window in enumerate(batch):
             n = len(window)
             yield RoutedRequest(
@@ -89,4 +97,6 @@ def routed(runner: Runner, source: Iterator[list[int]], batch_size: int) -> Iter
                 np.asarray(found.weights_LBTK[:, row, :n]),
                 np.asarray(found.gates_LBE[:, row]),
                 np.asarray(found.embeddings_BD[row]),
+                np.asarray(found.maps_BMLE[row]),
+                np.where(picks_BM[row] >= 0, tokens_BT[row, picks_BM[row]], -1),
             )

@@ -1,0 +1,106 @@
+"""The expert cache of a model whose experts are offloaded: its size, what it starts with, its predictor."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
+
+from jmoe.checkpoint.identity import model_identity
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.engine.stats import expert_bytes
+from jmoe.grouping.profile import Profile
+from jmoe.mesh import platform_of, sharding
+from jmoe.models.decoder import Decoder
+from jmoe.offload.cache import ExpertCache
+from jmoe.offload.copies import copy_in
+from jmoe.offload.predictors import make_predictor
+from jmoe.offload.table import Moves, Rule, Table, fill, new_table
+from jmoe.techniques import OffloadConfig
+
+
+def read_profile(offload: OffloadConfig | None) -> Profile | None:
+    """The profile that is configured; ValueError where it cannot be read. Whose it is ``make_cache`` finds."""
+    return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
+
+
+def make_cache(model: Decoder, mesh: Mesh, seats: int, profile: Profile | None) -> ExpertCache:
+    """A full pool: the experts that the profile saw most often, else the first ones of every layer.
+
+    seats: the most requests that run at once. ValueError for the profile of another model.
+    """
+    cfg, offload = model.cfg, model.moe.offload
+    assert offload is not None
+    if profile is not None and profile.model != (own := model_identity(model)):
+        raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
+    shape = cfg.num_hidden_layers, cfg.num_experts
+    often_LE = np.broadcast_to(-np.arange(cfg.num_experts), shape) if profile is None else profile.loads_LE
+    with jax.set_mesh(mesh):
+        predictor = make_predictor(
+            offload.predictor,
+            distance=min(offload.prefetch_distance, cfg.num_hidden_layers), k=cfg.num_experts_per_tok,
+            layers=shape[0], experts=shape[1], seats=seats, profile=profile,
+            embeddings_VD=np.asarray(model.embed[...]).astype(np.float32), capacity=offload.store_size,
+        )  # fmt: skip
+    slots = count_slots(cfg, offload)
+    table, moves = fill(new_table(slots, *shape, np), often_LE.astype(np.float32))
+    start = jax.jit(partial(_fill_pool, empty_pool(cfg, slots, platform_of(mesh))))
+    table, predictor, pool = jax.device_put(
+        (table, predictor, start(model.store.weights, moves)), sharding(mesh)
+    )
+    return _cache(cfg, model.moe, mesh, table, predictor, pool)
+
+
+def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> ExpertCache | None:
+    """Shapes of a cache without a profile, for compiling a step; None where nothing is offloaded."""
+    offload = moe.offload
+    if offload is None:
+        return None
+    slots, shape = count_slots(cfg, offload), (cfg.num_hidden_layers, cfg.num_experts)
+
+    def made() -> ExpertCache:
+        predictor = make_predictor(
+            offload.predictor,
+            distance=min(offload.prefetch_distance, shape[0]), k=cfg.num_experts_per_tok, layers=shape[0],
+            experts=shape[1], seats=seats, embeddings_VD=np.zeros((1, cfg.hidden_size), np.float32),
+            capacity=offload.store_size,
+        )  # fmt: skip
+        table: Table = jax.tree.map(jnp.asarray, new_table(slots, *shape, np))
+        pool = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), empty_pool(cfg, slots, platform_of(mesh))
+        )
+        return _cache(cfg, moe, mesh, table, predictor, pool)
+
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), jax.eval_shape(made)
+    )
+
+
+def count_slots(cfg: ModelConfig, offload: OffloadConfig) -> int:
+    return offload.slots(
+        layers=cfg.num_hidden_layers, experts=cfg.num_experts, k=cfg.num_experts_per_tok,
+        expert_bytes=expert_bytes(cfg),
+    )  # fmt: skip
+
+
+def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:
+    """Its shapes."""
+    dtype = storage_dtype(jnp.dtype(cfg.dtype), platform)
+    f, d = cfg.moe_intermediate_size, cfg.hidden_size
+    gate_up = jax.ShapeDtypeStruct((slots + 1, 2, f, d), dtype)
+    return ExpertWeights(gate_up, jax.ShapeDtypeStruct((slots + 1, d, f), dtype))  # pyright: ignore[reportArgumentType]
+
+
+def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:
+    pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return copy_in(pool, store, moves)
+
+
+def _cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table, predictor, pool) -> ExpertCache:
+    assert moe.offload is not None
+    ahead = min(moe.offload.prefetch_distance, cfg.num_hidden_layers)
+    rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
+    return ExpertCache(table, predictor, pool, rule, platform_of(mesh) != "cpu")

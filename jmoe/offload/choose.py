@@ -1,0 +1,62 @@
+"""From what is expected of single tokens to one forecast for the batch."""
+
+from typing import NamedTuple, Self
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe.offload.types import Forecast
+
+
+def top(p_ZE: Float[Array, "*Z E"], k: int) -> Bool[Array, "*Z E"]:
+    """The k experts of highest p, the lower id where two are equal; never one of p 0."""
+    _, ids_ZK = lax.top_k(p_ZE, min(k, p_ZE.shape[-1]))
+    each_E = _like(jnp.arange(p_ZE.shape[-1], dtype=ids_ZK.dtype), p_ZE.ndim + 1)
+    return jnp.any(ids_ZK[..., None] == each_E, -2) & (p_ZE > 0)
+
+
+def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Bool[Array, "*Z E"]:
+    """Experts in descending p until they sum to ``mass_Z``, the one that reaches it included; never fewer
+    than k (fMoE's selection, where the mass is delta = 1 - similarity). Of equals the lower id comes first.
+    All pairs are compared: for a hundred experts that takes a third of a sort's time.
+    """
+    id_E = jnp.arange(p_ZE.shape[-1])
+    earlier_EE = _like(id_E[:, None] < id_E[None], p_ZE.ndim + 1)
+    this_ZE1, other_Z1E = p_ZE[..., :, None], p_ZE[..., None, :]
+    before_ZEE = (this_ZE1 > other_Z1E) | ((this_ZE1 == other_Z1E) & earlier_EE)
+    mass_before_ZE = jnp.sum(jnp.where(before_ZEE, this_ZE1, 0), -2)
+    rank_ZE = jnp.sum(before_ZEE, -2, dtype=jnp.int32)
+    return (mass_before_ZE < jnp.expand_dims(mass_Z, -1)) | (rank_ZE < k)
+
+
+def over_batch(
+    p_BAE: Float[Array, "B A E"], wanted_BAE: Bool[Array, "B A E"], valid_B: Bool[Array, " B"]
+) -> Forecast:
+    """What any valid token wants, and how much the one that likes each expert most does.
+
+    The paper leaves the combination open; union and maximum are ours.
+    """
+    valid_B11 = valid_B[:, None, None]
+    p_BAE = jnp.where(valid_B11, p_BAE, 0)
+    return Forecast(jnp.max(p_BAE, 0), jnp.any(wanted_BAE & valid_B11, 0))
+
+
+class Plan(NamedTuple):
+    """A forecast of all L layers, made at once; A rows of nothing behind the last one."""
+
+    p_XE: Float[Array, "L+A E"]
+    wanted_XE: Bool[Array, "L+A E"]
+
+    @classmethod
+    def make(cls, all_layers: Forecast, distance: int) -> Self:
+        return cls(*(jnp.pad(each_LE, ((0, distance), (0, 0))) for each_LE in all_layers))
+
+    def ahead(self, first: int | Int[Array, ""], distance: int) -> Forecast:
+        """Of layers ``first .. first + distance - 1``."""
+        return Forecast(*(lax.dynamic_slice_in_dim(each_XE, first, distance) for each_XE in self))
+
+
+def _like(a_X: Array, rank: int) -> Array:
+    """With axes of length 1 before its own."""
+    return a_X.reshape((1,) * (rank - a_X.ndim) + a_X.shape)

@@ -1,0 +1,38 @@
+"""What the predictors take of a routing profile, as shapes of a ``jmoe.grouping.profile.Profile``.
+
+A profile is made in a layer of its own, which this one does not import.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class Sampled(Protocol):
+    """Of Q requests: experts_QLE, how often each expert was chosen; maps_QMLE, gate distributions of M single
+    iterations; map_tokens_QM, their token ids, -1 for none."""
+
+    @property
+    def experts_QLE(self) -> Int[np.ndarray, "Q L E"]: ...
+    @property
+    def maps_QMLE(self) -> Float[np.ndarray, "Q M L E"]: ...
+    @property
+    def map_tokens_QM(self) -> Int[np.ndarray, "Q M"]: ...
+
+
+class History(Protocol):
+    """tokens: how many were counted. frequency_V: occurrences of each token id. nearest_V: of each, the one
+    seen that is most like it. loads_LE: how often each expert was chosen; chosen: by which token ids."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def frequency_V(self) -> Int[np.ndarray, " V"]: ...
+    @property
+    def nearest_V(self) -> Int[np.ndarray, " V"]: ...
+    @property
+    def loads_LE(self) -> Int[np.ndarray, "L E"]: ...
+    @property
+    def sample(self) -> Sampled: ...
+    def chosen(self, layer: int, tokens_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T E"]: ...

@@ -1,0 +1,105 @@
+"""``MapStore``: what the gates said in past iterations, in arrays of a fixed size.
+
+fMoE section 2.2: an entry is the input embedding of an iteration and its expert map, the gate distributions
+of all layers. Where the store is full, a new entry takes the place of the one that it makes most redundant.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+EXACT = lax.Precision.HIGHEST  # cosines near 1 are told apart; accelerators would round their factors
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MapStore:
+    """C entries, of which ``used_C`` are filled; all float32.
+
+    keys_CD: input embeddings, of length 1. maps_CLE: gate distributions. squares_CL: the squared length of
+    each layer's distribution, so that a search need not read more of a map than one layer.
+    """
+
+    keys_CD: Float[Array, "C D"]
+    maps_CLE: Float[Array, "C L E"]
+    squares_CL: Float[Array, "C L"]
+    used_C: Bool[Array, " C"]
+
+    @classmethod
+    def empty(cls, capacity: int, layers: int, experts: int, width: int) -> Self:
+        return cls(
+            jnp.zeros((capacity, width), jnp.float32),
+            jnp.zeros((capacity, layers, experts), jnp.float32),
+            jnp.zeros((capacity, layers), jnp.float32),
+            jnp.zeros(capacity, bool),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        embeddings_ID: Float[Array | np.ndarray, "I D"],
+        maps_ILE: Float[Array | np.ndarray, "I L E"],
+        capacity: int,
+        distance: int,
+    ) -> Self:
+        """From I iterations, one after the other: no two can claim one place without the rule deciding."""
+        layers, experts = maps_ILE.shape[1:]
+        store = cls.empty(capacity, layers, experts, embeddings_ID.shape[1])
+        given = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
+        return _insert_all(store, *given, distance)
+
+
+def unit(x_ZD: Float[Array, "*Z D"]) -> Float[Array, "*Z D"]:
+    """Of length 1; zeros stay zeros."""
+    return x_ZD / jnp.maximum(jnp.linalg.norm(x_ZD, axis=-1, keepdims=True), 1e-30)
+
+
+def cosine(dots_Z: Array, squares_Z: Array, other_squares_Z: Array) -> Array:
+    """From the product and the squared lengths; 0 where either length is."""
+    return dots_Z / jnp.sqrt(jnp.maximum(squares_Z * other_squares_Z, 1e-30))
+
+
+def insert(
+    store: MapStore,
+    embedding_D: Float[Array, " D"],
+    map_LE: Float[Array, "L E"],
+    distance: int,
+    keep: Bool[Array, ""] | bool = True,
+) -> MapStore:
+    """The store with one iteration more, in the first free place or in that of the most redundant entry.
+
+    keep: where false the store stays as it is.
+    """
+    capacity, key_D = store.used_C.shape[0], unit(embedding_D)
+    redundant = jnp.argmax(redundancy(store, key_D, map_LE, distance))
+    place = jnp.where(jnp.all(store.used_C), redundant, jnp.argmin(store.used_C))
+    place = jnp.where(keep, place, capacity)  # past the end nothing is written
+    new = MapStore(key_D, map_LE, jnp.sum(map_LE * map_LE, 1), jnp.ones((), bool))
+    return jax.tree.map(lambda all_C, one: all_C.at[place].set(one, mode="drop"), store, new)
+
+
+def redundancy(
+    store: MapStore, key_D: Float[Array, " D"], map_LE: Float[Array, "L E"], distance: int
+) -> Float[Array, " C"]:
+    """RDY = (d/L) cos of the embeddings + ((L-d)/L) cos of the whole maps: layers below the distance are
+    forecast by embedding, those above it by trajectory."""
+    layers = map_LE.shape[0]
+    semantic_C = jnp.matmul(store.keys_CD, key_D, precision=EXACT)
+    dots_C = jnp.einsum("cle,le->c", store.maps_CLE, map_LE, precision=EXACT)
+    trajectory_C = cosine(dots_C, jnp.sum(store.squares_CL, 1), jnp.sum(map_LE * map_LE))
+    share = min(distance, layers) / layers
+    return share * semantic_C + (1 - share) * trajectory_C
+
+
+@partial(jax.jit, static_argnums=3)
+def _insert_all(store: MapStore, embeddings_ID: Array, maps_ILE: Array, distance: int) -> MapStore:
+    def one(store: MapStore, iteration: tuple[Array, Array]) -> tuple[MapStore, None]:
+        return insert(store, *iteration, distance), None
+
+    return lax.scan(one, store, (embeddings_ID, maps_ILE))[0]
