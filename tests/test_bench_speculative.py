@@ -14,7 +14,7 @@ from speculative_report import document
 from speculative_routing import Test as Tokens
 from speculative_routing import dealt, on_ranks, oracle_tables, peak, put, rates
 
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 
 # 4 tokens, 2 experts each, 4 experts on 2 ranks: experts 0 and 3 on rank 0, 1 and 2 on rank 1
 HOME = np.array([[0, 1, 1, 0]])

@@ -12,7 +12,7 @@ from jmoe.checkpoint import load_model
 from jmoe.checkpoint.identity import model_identity
 from jmoe.mesh import make_mesh
 from jmoe.moe.placement import Placement
-from jmoe.moe.shuffle import prompt_share, step_tables
+from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.moe.tables import Tables
 from jmoe.techniques import BinningConfig, ShuffleConfig
 

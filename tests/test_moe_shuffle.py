@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.config import MoEConfig
-from jmoe.moe.shuffle import Hints, ShuffleTables, align, guess, label
+from jmoe.moe.orders import Hints, ShuffleTables, align, guess, label
 from jmoe.nn.attention import Sequences
 
 RANKS, ROWS = 4, 16

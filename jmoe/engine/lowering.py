@@ -10,7 +10,7 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.stats import zero_totals
 from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
 from jmoe.mesh import EXPERT, sharding
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
 
 
