@@ -1,9 +1,11 @@
 """Measures Speculative MoE, expert grouping and token shuffling (arXiv 2503.04398), for speculative.md.
 
-    python scripts/bench_speculative.py --data ../shared/data --parts grouping moves published  # deterministic
+    python scripts/bench_speculative.py --data ../shared/data --parts grouping moves published
     python scripts/bench_speculative.py --data ../shared/data --parts bytes   # arithmetic
     python scripts/bench_speculative.py --data ../shared/data --parts engine  # 8 emulated devices
     python scripts/bench_speculative.py --parts                               # writes the document anew
+
+The first three are deterministic.
 
 Parts: grouping (``speculative_grouping``: local activations of every method on held-out text), moves
 (``speculative_moves``: tokens that change devices between layers), bytes (``speculative_bytes``: what a layer
@@ -36,9 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--model", default="tiny", help="the model of grouping and engine")
     parser.add_argument(
-        "--train", type=int, default=64, help="grouping, moves: windows of 256 tokens a domain in the statistics"
+        "--train", type=int, default=64, help="grouping, moves: windows of 256 tokens a domain to learn from"
     )
-    parser.add_argument("--windows", type=int, default=18, help="grouping, moves: those of a domain that test")
+    parser.add_argument("--windows", type=int, default=18, help="grouping, moves: those of a domain to test")
     return parser
 
 

@@ -2,7 +2,8 @@
 
 Ring collectives: of N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G of N rows
 from each rank, an all-reduce twice that; the exchange sends what is remote once each way, N / G tokens a
-rank; a shuffled residual sends the rows that change ranks. Bytes are those a rank sends, over the tokens of the step.
+rank; a shuffled residual sends the rows that change ranks. Bytes are those a rank sends, over the tokens of
+the step.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Pipeline:
 
     exchange: None where no token is exchanged, or the measured case whose rate it has. pairs: one row for
     each remote (token, rank) pair instead of each remote activation. moves: bytes a number of the residual
-    of a token that changes ranks. reduces: all-reduces, which are one collective and two entries of ``whole``.
+    of a token that changes ranks. reduces: all-reduces, one collective and two entries of ``whole`` each.
     """
 
     whole: tuple[int, ...]
@@ -88,8 +89,8 @@ def rates_of(
 
 
 def widened(rates: dict[str, dict[str, float]], wider: int, ranks: int) -> dict[str, Any]:
-    """The same local and moved rates at another top k; pairs by chance: the remote activations of a token fall on the
-    other ranks independently."""
+    """The same local and moved rates at another top k; pairs by chance: the remote activations of a token
+    fall on the other ranks independently."""
     return {
         name: rate
         | {

@@ -24,7 +24,8 @@ def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, f
     layers, tokens = rank_LN.shape
     home_1N = dealt(1, tokens, ranks, size)
     share = (np.diff(np.concatenate([home_1N, rank_LN, home_1N]), axis=0) != 0).mean(1)
-    found = {"first": share[0], "between": share[1:-1].mean(), "home": share[-1], "rows": share.sum() / layers}
+    found = {"first": share[0], "between": share[1:-1].mean(), "home": share[-1]}
+    found["rows"] = share.sum() / layers
     return {name: round(float(value), 5) for name, value in found.items()}
 
 

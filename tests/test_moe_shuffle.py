@@ -109,9 +109,7 @@ def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int
         )
         got = np.asarray(move(by_a.reshape(-1, 5).view(np.float32), a, b)).view(np.uint32)
         np.testing.assert_array_equal(got, by_b.reshape(-1, 5), err_msg=f"{before} to {after}")
-    jax.tree.map(
-        np.testing.assert_array_equal, shuffle.own_order(groups * n), order_of("own", groups, ranks)
-    )
+    jax.tree.map(np.testing.assert_array_equal, shuffle.own_order(groups * n), order_of("own", groups, ranks))
 
 
 @pytest.mark.parametrize("history", [True, False])
