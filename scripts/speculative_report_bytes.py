@@ -48,12 +48,13 @@ def bytes_part(found: dict[str, Any]) -> list[str]:
         "Arithmetic, nothing is measured here but the rates (`alternating` and random placements, steps of "
         "256, and the moves, above). Bytes a device sends in one layer's attention and experts, over the "
         "step's tokens. This engine: bfloat16 rows gathered before attention, float32 partial sums "
-        "reduce-scattered behind it, the exchange bfloat16 out and float32 back. `plain` has random placements; `grouped` deals its "
-        "tokens too; `shuffled` also moves the float32 residual of tokens that change devices. `one row a "
-        "pair` is a deduplicated exchange, which the engine does not have. `replicated transport` is the "
-        "engine's default. The all-reduce pipelines and those in 2 bytes are other engines': the latter is "
-        "the paper's accounting, and `unpredicted` is there what `plain` is here. The ragged exchange also "
-        "sends its counts, E integers a device in one more small collective, not counted.",
+        "reduce-scattered behind it, the exchange bfloat16 out and float32 back. `plain` has random "
+        "placements; `grouped` deals its tokens too; `shuffled` also moves the float32 residual of tokens "
+        "that change devices. `one row a pair` is a deduplicated exchange, which the engine does not have. "
+        "`replicated transport` is the engine's default. The all-reduce pipelines and those in 2 bytes are "
+        "other engines': the latter is the paper's accounting, and `unpredicted` is there what `plain` is "
+        "here. The ragged exchange also sends its counts, E integers a device in one more small collective, "
+        "not counted.",
         "",
     ]
     for model, what in MODELS.items():
