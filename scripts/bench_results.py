@@ -33,12 +33,13 @@ def dumps(results: dict[str, Any], depth: int = 4) -> str:
 def command(parser: argparse.ArgumentParser, args: argparse.Namespace, part: str) -> str:
     """What measures the part so again: those of its own options that are not at their defaults.
 
-    An option is a part's where its help begins with the part's name and a colon.
+    An option is a part's where its help begins with the part's name, or several of them, and a colon.
     """
     words = [f"python scripts/{parser.prog} --data ../shared/data --parts", part]
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
-        if not (action.help or "").startswith(f"{part}:") or value == action.default:
+        parts, _, _ = (action.help or "").partition(":")
+        if part not in parts.split(", ") or value == action.default:
             continue
         values = value if isinstance(value, list) else [value]
         words.append(

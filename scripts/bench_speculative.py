@@ -1,12 +1,15 @@
 """Measures Speculative MoE, expert grouping and token shuffling (arXiv 2503.04398), for speculative.md.
 
-    python scripts/bench_speculative.py --data ../shared/data --parts grouping published  # deterministic
-    python scripts/bench_speculative.py --data ../shared/data --parts bytes               # arithmetic
-    python scripts/bench_speculative.py --data ../shared/data --parts engine              # 8 emulated devices
-    python scripts/bench_speculative.py --parts                            # writes the document anew
+    python scripts/bench_speculative.py --data ../shared/data --parts grouping moves published
+    python scripts/bench_speculative.py --data ../shared/data --parts bytes   # arithmetic
+    python scripts/bench_speculative.py --data ../shared/data --parts engine  # 8 emulated devices
+    python scripts/bench_speculative.py --parts                               # writes the document anew
 
-Parts: grouping (``speculative_grouping``: local activations of every method on held-out text), bytes
-(``speculative_bytes``: what a layer sends on every pipeline, from grouping's figures), published
+The first three are deterministic.
+
+Parts: grouping (``speculative_grouping``: local activations of every method on held-out text), moves
+(``speculative_moves``: tokens that change devices between layers), bytes (``speculative_bytes``: what a layer
+sends on every pipeline, from the figures of grouping and moves), published
 (``speculative_published``: local activations by published routing of real models), engine
 (``speculative_engine``: the engine's own counters and tokens). A part's figures replace its last ones in the
 JSON; the document is made from the JSON alone. The plots need the ``plots`` extra.
@@ -21,7 +24,7 @@ from bench_protocol import pin
 from bench_results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("grouping", "bytes", "published", "engine", "locality")
+PARTS = ("grouping", "moves", "bytes", "published", "engine", "locality")
 DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of locality, as in bench_lynx
 
 
@@ -35,27 +38,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--model", default="tiny", help="the model of grouping and engine")
     parser.add_argument(
-        "--train", type=int, default=64, help="grouping: windows of 256 tokens a domain in the statistics"
+        "--train", type=int, default=64, help="grouping, moves: windows of 256 tokens a domain to learn from"
     )
-    parser.add_argument("--windows", type=int, default=18, help="grouping: those of a domain that test")
+    parser.add_argument("--windows", type=int, default=18, help="grouping, moves: those of a domain to test")
     return parser
 
 
 def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any] | None:
     """The part's figures, or None, with a line, where what it needs is absent."""
     if part == "bytes":
-        if "grouping" not in results:
-            print("bytes: skipped, it takes its rates from the part grouping")
+        if "grouping" not in results or "moves" not in results:
+            print("bytes: skipped, it takes its rates from the parts grouping and moves")
             return None
         from speculative_bytes import measure
 
-        return measure(results["grouping"])
+        return measure(results["grouping"], results["moves"])
     needed = args.data / ("routing" if part == "published" else "valid")
     if not needed.is_dir():
         print(f"{part}: skipped, there is no {needed}")
         return None
     if part == "grouping":
         from speculative_grouping import measure
+
+        return measure(args.model, args.data, args.train, args.windows)
+    if part == "moves":
+        from speculative_moves import measure
 
         return measure(args.model, args.data, args.train, args.windows)
     if part == "published":

@@ -2,7 +2,8 @@
 
 Ring collectives: of N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G of N rows
 from each rank, an all-reduce twice that; the exchange sends what is remote once each way, N / G tokens a
-rank. Bytes are those a rank sends, over the tokens of the step.
+rank; a shuffled residual sends the rows that change ranks. Bytes are those a rank sends, over the tokens of
+the step.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ class Pipeline:
     """A layer's collectives as lists of bytes a number: whole rows gathered or scattered, and the exchange.
 
     exchange: None where no token is exchanged, or the measured case whose rate it has. pairs: one row for
-    each remote (token, rank) pair instead of each remote activation. reduces: all-reduces, which are one
-    collective and two entries of ``whole``.
+    each remote (token, rank) pair instead of each remote activation. moves: bytes a number of the residual
+    of a token that changes ranks. reduces: all-reduces, one collective and two entries of ``whole`` each.
     """
 
     whole: tuple[int, ...]
@@ -33,11 +34,12 @@ class Pipeline:
     pairs: bool = False
     there: int = HALF
     back: int = FULL
+    moves: int = 0
     reduces: int = 0
 
     @property
     def collectives(self) -> int:
-        return len(self.whole) - self.reduces + (2 if self.exchange else 0)
+        return len(self.whole) - self.reduces + (2 if self.exchange else 0) + (1 if self.moves else 0)
 
     def sent(self, rates: dict[str, dict[str, float]], width: int, k: int, ranks: int) -> float:
         """Bytes a rank sends for each token of the step."""
@@ -46,18 +48,18 @@ class Pipeline:
             rate = rates[self.exchange]
             rows = rate["pairs"] if self.pairs else k * (1 - rate["local"])
             total += rows / ranks * width * (self.there + self.back)
+            total += rate["moved"] / ranks * width * self.moves if self.moves else 0
         return total
 
 
 PLAIN = (HALF, FULL)  # all-gather of normed rows, reduce-scatter of partial sums
-SHUFFLED = (FULL, FULL)  # reduce-scatter of partial sums, all-gather of the residual
 PIPELINES = {
     "plain": Pipeline(PLAIN, "random"),
     "grouped": Pipeline(PLAIN, "grouped"),
-    "shuffled": Pipeline(SHUFFLED, "shuffled"),
+    "shuffled": Pipeline(PLAIN, "shuffled", moves=FULL),
     "plain, one row a pair": Pipeline(PLAIN, "random", pairs=True),
     "grouped, one row a pair": Pipeline(PLAIN, "grouped", pairs=True),
-    "shuffled, one row a pair": Pipeline(SHUFFLED, "shuffled", pairs=True),
+    "shuffled, one row a pair": Pipeline(PLAIN, "shuffled", pairs=True, moves=FULL),
     "replicated transport": Pipeline((*PLAIN, *PLAIN)),
     "all-reduce, slice": Pipeline((FULL, FULL, FULL), "random", reduces=1),
     "all-reduce, replicated tokens": Pipeline((FULL, FULL, FULL, FULL), reduces=2),
@@ -74,34 +76,36 @@ def seconds(sent: float, count: int, tokens: int, link: str) -> float:
     return count * latency + tokens * sent / bandwidth
 
 
-def rates_of(figures: dict[str, Any], size: str = "256") -> dict[str, dict[str, float]]:
-    """Measured rates of the three cases at one count of devices."""
+def rates_of(
+    figures: dict[str, Any], moves: dict[str, Any], size: str = "256"
+) -> dict[str, dict[str, float]]:
+    """Measured rates of the three cases at one count of devices; moved: rows of the residual, a layer."""
     best = figures["alternating"]["steps"][size]
     return {
         "random": figures["random"]["steps"][size]["dealt"],
         "grouped": best["dealt"],
-        "shuffled": best["tables"],
+        "shuffled": best["tables"] | {"moved": moves[size]["rows"]},
     }
 
 
 def widened(rates: dict[str, dict[str, float]], wider: int, ranks: int) -> dict[str, Any]:
-    """The same local rates at another top k; pairs by chance: the remote activations of a token fall on the
-    other ranks independently."""
+    """The same local and moved rates at another top k; pairs by chance: the remote activations of a token
+    fall on the other ranks independently."""
     return {
-        name: {
-            "local": rate["local"],
+        name: rate
+        | {
             "pairs": (ranks - 1) * (1 - (1 - (1 - rate["local"]) / (ranks - 1)) ** wider),
         }
         for name, rate in rates.items()
     }
 
 
-def measure(grouping: dict[str, Any]) -> dict[str, Any]:
+def measure(grouping: dict[str, Any], moves: dict[str, Any]) -> dict[str, Any]:
     """The ``bytes`` part: shape -> pipeline -> bytes, collectives and microseconds."""
     k, width = grouping["sizes"]["k"], grouping["width"]
     found: dict[str, Any] = {}
     for ranks in (4, 8, 16):
-        rates = rates_of(grouping["in_domain"][str(ranks)])
+        rates = rates_of(grouping["in_domain"][str(ranks)], moves["devices"][str(ranks)])
         found[f"tiny/{ranks}"] = shape(rates, width, k, ranks)
         found[f"large/{ranks}"] = shape(widened(rates, 8, ranks), 2048, 8, ranks)
     return {"links": LINKS, "steps": list(STEPS), "shapes": found}

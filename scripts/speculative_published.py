@@ -22,7 +22,7 @@ from jmoe.grouping.baselines import load, random
 from jmoe.grouping.coclustering import alternating
 from jmoe.grouping.objective import TOKENS, LayerProblem, Problem
 from jmoe.grouping.tabulate import PRIOR
-from jmoe.moe.shuffle import align
+from jmoe.moe.orders import align
 
 RANKS = {"olmoe": 8, "mixtral": 4}
 METHODS = {"alternating": alternating, "load": load, "random": random}

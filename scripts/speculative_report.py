@@ -5,7 +5,7 @@ from typing import Any
 
 from bench_results import table
 from speculative_locality_report import locality_part
-from speculative_report_bytes import bytes_part
+from speculative_report_bytes import bytes_part, moves_part
 from speculative_report_runs import ACROSS, INSIDE, engine_part, fewer, met, percent, published_part
 
 MAIN, STEP = "8", "256"
@@ -152,6 +152,7 @@ def document(results: dict[str, Any]) -> str:
     """The whole file; a part that is not there says so."""
     parts: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
         ("Local activations", "grouping", grouping_part),
+        ("Moves of the residual", "moves", moves_part),
         ("Bytes", "bytes", bytes_part),
         ("Published routing", "published", published_part),
         ("The engine", "engine", engine_part),

@@ -1,6 +1,6 @@
 """Routing of the bundled model on text by domain, profiles of it, and what a placement makes of it.
 
-Tokens are put on ranks by the function that serving uses (``jmoe.moe.shuffle.align``), under equal chunks of
+Tokens are put on ranks by the function that serving uses (``jmoe.moe.orders.align``), under equal chunks of
 steps of a given size, layer by layer.
 """
 
@@ -21,7 +21,7 @@ from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.grouping.profile import Profile
 from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.grouping.tabulate import tabulate
-from jmoe.moe.shuffle import Hints, ShuffleTables, align, guess, label, step_tables
+from jmoe.moe.orders import Hints, ShuffleTables, align, guess, label, step_tables
 from jmoe.tools.data import read_documents
 from jmoe.tools.profile import routed
 

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from jmoe import LLM, MoEConfig, SamplingParams
-from jmoe.checkpoint import load_model
 from jmoe.checkpoint.identity import model_identity
-from jmoe.mesh import make_mesh
+from jmoe.grouping.group import METHODS, group
+from jmoe.grouping.profile import Profile
+from jmoe.grouping.profile_builder import ProfileBuilder, nearest_seen
+from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.moe.placement import Placement
-from jmoe.moe.shuffle import prompt_share, step_tables
 from jmoe.moe.tables import Tables
 from jmoe.techniques import BinningConfig, ShuffleConfig
+from jmoe.tools.profile import routed
 
 LAYERS, EXPERTS, VOCAB = 3, 8, 96
+HEADS = 8  # as many as the ranks of the widest mesh
 PROMPTS = [[5, 17, 80, 3], [44, 9, 2, 61, 70, 71, 8, 1, 12], [90], [33, 34, 35]]
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
 
@@ -35,22 +38,39 @@ def tables_of(ranks: int, *, whole: bool = True) -> Tables:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    config = hf_tiny.hf_config() | {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    config = hf_tiny.hf_config() | {
+        "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "num_attention_heads": HEADS,
+    }  # fmt: skip
     hf_tiny.write_checkpoint(directory, config)
     return directory
 
 
 @pytest.fixture(scope="module")
-def placed(model: Path):
-    """The file of a random placement on ``ranks``, made once each."""
-    identity, made = model_identity(load_model(model, make_mesh())), {}
+def profile(model: Path) -> Profile:
+    """Of random text, by the model itself."""
+    builder = ProfileBuilder(layers=LAYERS, experts=EXPERTS, k=2, vocab=VOCAB)
+    windows = np.random.default_rng(3).integers(0, VOCAB, (8, 32)).tolist()
+    with LLM(model, max_num_seqs=8, max_model_len=64, dtype="float32", warm_up=False) as llm:
+        runner = llm.engine.runner
+        for request in routed(runner, iter(windows), 8):
+            builder.add(request)
+        embeddings_VD = np.asarray(runner.model.embed[...])
+        return builder.finish(model_identity(runner.model), nearest_seen(embeddings_VD, builder.seen_V))
 
-    def path(ranks: int) -> str:
-        if ranks not in made:
-            rows = np.random.default_rng(7).permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1)
-            made[ranks] = model / f"placement{ranks}.npz"
-            Placement(rows, ranks, identity, tables_of(ranks)).save(made[ranks])
-        return str(made[ranks])
+
+@pytest.fixture(scope="module")
+def placed(model: Path, profile: Profile):
+    """The file of a placement: by a method, or at random with guesses that have nothing to do with it.
+
+    One file for all on as many ranks, so that engines share compiled programs.
+    """
+
+    def path(ranks: int, method: str | None = None) -> str:
+        rows = np.random.default_rng(7).permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1)
+        wild = Placement(rows, ranks, profile.model, tables_of(ranks))
+        file = model / f"placement{ranks}.npz"
+        (wild if method is None else group(profile, ranks=ranks, method=method)).save(file)
+        return str(file)
 
     return path
 
@@ -70,12 +90,20 @@ def plain(model: Path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "transport", "history"),
-    [((1, 4, 1), "ragged_all_to_all", True), ((2, 2, 2), "replicated", False)],
+    ("shape", "method", "transport", "history"),
+    [
+        *(((1, 4, 1), method, "ragged_all_to_all", True) for method in (None, *METHODS)),
+        ((1, 8, 1), "alternating", "ragged_all_to_all", True),
+        ((2, 4, 1), "exflow", "ragged_all_to_all", True),
+        ((2, 2, 2), "cross_entropy", "ragged_all_to_all", True),
+        ((2, 2, 2), None, "replicated", False),
+    ],
     ids=str,
 )
-def test_shuffled_tokens_get_the_same_answers(model, placed, plain, shape, transport: str, history: bool):
-    shuffle = ShuffleConfig(placed(shape[1]), history=history)
+def test_shuffled_tokens_get_the_same_answers(
+    model, placed, plain, shape, method: str | None, transport, history: bool
+):
+    shuffle = ShuffleConfig(placed(shape[1], method), history=history)
     moe = MoEConfig(transport=transport, shuffle=shuffle)
     tokens, stats, _ = answers(model, shape, moe, attention="tp")
     assert tokens == plain[0]
@@ -84,9 +112,10 @@ def test_shuffled_tokens_get_the_same_answers(model, placed, plain, shape, trans
         assert stats[phase]["dropped"] == 0 < stats[phase]["remote_assignments"]
 
 
-def test_scheduled_requests_get_the_same_answers(model: Path, placed, plain):
-    shuffle = ShuffleConfig(placed(4), tokens=False, requests=True)
-    tokens, stats, _ = answers(model, (1, 4, 1), MoEConfig(shuffle=shuffle))
+@pytest.mark.parametrize(("shape", "method"), [((1, 4, 1), None), ((2, 2, 2), "alternating")], ids=str)
+def test_scheduled_requests_get_the_same_answers(model: Path, placed, plain, shape, method: str | None):
+    shuffle = ShuffleConfig(placed(shape[1], method), tokens=False, requests=True)
+    tokens, stats, _ = answers(model, shape, MoEConfig(shuffle=shuffle))
     assert tokens == plain[0] and stats["decode"]["counts"] == plain[1]["decode"]["counts"]
 
 

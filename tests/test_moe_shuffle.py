@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.config import MoEConfig
-from jmoe.moe.shuffle import Hints, ShuffleTables, align, guess, label
+from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
+from jmoe.moe.shuffle import Shuffle
+from jmoe.moe.types import Changes, MoEOutput, Routing
 from jmoe.nn.attention import Sequences
 
 RANKS, ROWS = 4, 16
@@ -69,6 +71,69 @@ def test_the_surer_table_is_believed():
 
 def test_a_tokens_rank_is_that_of_most_of_its_experts():
     assert label(jnp.array([[0, 1, 7], [7, 6, 0], [0, 2, 4], [4, 2, 2]]), 2, 4).tolist() == [0, 3, 0, 1]
+
+
+# ---- rows and what is told of them
+
+SHAPES = [(1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
+PER_RANK = 3
+
+
+def order_of(kind: str, groups: int, ranks: int, seed: int = 0) -> Order:
+    """The same in every group; random ones each have their own."""
+    own = np.arange(ranks * PER_RANK, dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    token_GN = {
+        "own": np.stack([own] * groups),
+        "next rank": np.stack([np.roll(own, PER_RANK)] * groups),
+        "within ranks": np.stack([own.reshape(ranks, PER_RANK)[:, ::-1].ravel()] * groups),
+        "random": np.stack([rng.permutation(own) for _ in range(groups)]),
+    }[kind]
+    row_GN = np.argsort(token_GN, axis=1).astype(np.int32)
+    return Order(jnp.asarray(token_GN.ravel()), jnp.asarray(row_GN.ravel()))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int, int]):
+    """None moves, all do, only places within a rank change, or anything."""
+    groups, ranks, _ = shape
+    shuffle = Shuffle(mesh_of(shape), 8)
+    n = ranks * PER_RANK
+    bits_GND = np.random.default_rng(0).integers(0, 2**32, (groups, n, 5), dtype=np.uint32)
+    move = jax.jit(lambda rows, a, b: shuffle.move(rows, Move(a, b)))
+    kinds = ("own", "next rank", "within ranks", "random")
+    for seed, (before, after) in enumerate((a, b) for a in kinds for b in kinds):
+        a, b = order_of(before, groups, ranks, seed), order_of(after, groups, ranks, 100 + seed)
+        by_a, by_b = (
+            np.take_along_axis(bits_GND, np.asarray(o.token_N).reshape(groups, n, 1), axis=1) for o in (a, b)
+        )
+        got = np.asarray(move(by_a.reshape(-1, 5).view(np.float32), a, b)).view(np.uint32)
+        np.testing.assert_array_equal(got, by_b.reshape(-1, 5), err_msg=f"{before} to {after}")
+    jax.tree.map(np.testing.assert_array_equal, shuffle.own_order(groups * n), order_of("own", groups, ranks))
+
+
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("lossy", [True, False])
+def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: bool):
+    groups, ranks, experts = 2, 4, 8
+    n = groups * ranks * PER_RANK
+    rng = np.random.default_rng(0)
+    ids_NK = rng.integers(0, experts, (n, 3)).astype(np.int32)
+    counts = rng.integers(0, 2**31, (3, n)).astype(np.int32)
+    order = order_of("random", groups, ranks)
+    # the row of each token in all groups together
+    row_N = np.asarray(order.row_N) + np.repeat(np.arange(groups), ranks * PER_RANK) * ranks * PER_RANK
+    token_N = np.argsort(row_N)
+    routing = Routing(ids_NK[token_N], *[jnp.zeros((n, 1))] * 3)
+    changes = Changes(*counts[:, token_N]) if lossy else None
+    out = MoEOutput(jnp.zeros((n, 1)), routing, None, changes)  # pyright: ignore[reportArgumentType]
+    shuffle = Shuffle(mesh_of((groups, ranks, 1)), experts)
+    tell = jax.jit(partial(shuffle.tell, history=history))
+    told, rank_N = tell(out, order)
+    assert jax.tree.map(lambda a: a.tolist(), told.changes) == (Changes(*counts.tolist()) if lossy else None)
+    want = label(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
+    assert (rank_N if rank_N is None else rank_N.tolist()) == want
+    assert ("all_gather" in str(jax.make_jaxpr(tell)(out, order))) == (history or lossy)
 
 
 # ---- in the model

@@ -11,7 +11,7 @@ from jmoe.engine.offload import abstract_cache
 from jmoe.engine.stats import zero_totals
 from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
 from jmoe.mesh import EXPERT, sharding
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
 
 

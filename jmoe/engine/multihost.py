@@ -30,7 +30,7 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.step import Sizes, StepInput
 from jmoe.models.decoder import Decoder
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from jmoe.engine.step import (
 )
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes
 from jmoe.nn.kv_cache import make_pages
 from jmoe.offload.cache import ExpertCache

@@ -23,7 +23,7 @@ from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
 from jmoe.engine.stats import MoETotals, add_step, zero_totals
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.shuffle import ShuffleTables
+from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes, Knobs
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec

@@ -23,8 +23,9 @@ from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_atten
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.layer import MoELayer
+from jmoe.moe.orders import Hints, Move, Order, ShuffleTables
 from jmoe.moe.routing import route
-from jmoe.moe.shuffle import Hints, Shuffle, ShuffleTables
+from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
@@ -74,25 +75,25 @@ class DecoderLayer(nnx.Module):
         pages: LayerPages | None,
         knobs: Knobs | None,
         hints: Hints | None,
+        before: Order | None,
         visit: Visit | None,
         ahead: list[Router] | None,
-    ) -> tuple[Array, LayerPages | None, MoEOutput, Array | None]:
-        """The rows behind the layer, the pages, what the experts did, and each token's rank.
+    ) -> tuple[Array, LayerPages | None, MoEOutput, Order | None]:
+        """The rows behind the layer, the pages, what the experts did, and the order that the rows are in.
 
-        hints: None leaves every token on its rank; with them rows come and go whole on the ranks of a data
-        group, and each token is computed where its experts likely are (see ``jmoe.moe.shuffle``). visit: of
-        the cache where experts are offloaded; ahead: the routers of the next layers, where it asks them.
+        hints: None leaves every token on its rank; with them rows come in the order ``before``, and each
+        token's experts are computed where they likely are (see ``jmoe.moe.shuffle``). visit: of the cache
+        where experts are offloaded; ahead: the routers of the next layers, where it asks them.
         """
-        flags, order = token_flags(seqs), None
-        if hints is not None:
+        flags, move = token_flags(seqs), None
+        if hints is not None and before is not None:
             with jax.named_scope("shuffle"):
-                order = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
+                after = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
+                move, flags = Move(before, after), self.shuffle.deal(flags, after)
         with jax.named_scope("attention"):
             normed_ND = rms_norm(x_ND, self.input_norm[...], self.eps)
-            y_ND, pages = self.attention(normed_ND, by, seqs, pages, order and order.token_N)
-            if order is not None:
-                x_ND, flags = self.shuffle.deal((x_ND, flags), order)
-            x_ND = x_ND + y_ND
+            y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
+            x_ND = y_ND + (x_ND if move is None else self.shuffle.move(x_ND, move))
         with jax.named_scope("moe"):
             phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
@@ -100,11 +101,7 @@ class DecoderLayer(nnx.Module):
                 visit = replace(visit, ahead_TAE=self._ask(x_ND, ahead))
             out = self.moe(normed_ND, flags, phase, knobs, visit)
             x_ND = x_ND + out.y_TD
-        if order is None:
-            return x_ND, pages, out, None
-        with jax.named_scope("shuffle"):
-            x_ND, out, ranks_N = self.shuffle.gather(x_ND, out, order)
-        return x_ND, pages, out, ranks_N
+        return x_ND, pages, out, move and move.after
 
     def _ask(self, x_ND: Array, ahead: list[Router]) -> Float[Array, "N A E"]:
         """The scores that other layers' routers give to these rows."""
@@ -160,6 +157,7 @@ class Decoder(nnx.Module):
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
+        self.shuffle = Shuffle(mesh, cfg.num_experts)
         self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
         # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
@@ -182,21 +180,26 @@ class Decoder(nnx.Module):
         by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
         visit = None if cache is None else self._begin(cache, seqs, x_ND)
         outs: list[MoEOutput] = []
-        been: list[Array] = []  # the rank of each token's experts, by layer
+        been: list[Array] = []  # the rank of each token's experts, by layer, where tables ask for it
+        order = home = self.shuffle.own_order(b * t) if tables else None
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             own_knobs = None if knobs is None else knobs.of(i)
             hints = Hints.make(tables[i], been) if tables else None
-            x_ND, layer_pages, out, ranks_N = _apply(
-                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints,
+            x_ND, layer_pages, out, order = _apply(
+                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints, order,
                 visit, self._routers_after(i) if t == 1 else None,
             )  # fmt: skip
-            visit = out.source
-            outs.append(replace(out, source=None))
-            if ranks_N is not None:
-                been.append(ranks_N)
+            visit, out = out.source, replace(out, source=None)
+            if tables and order is not None:
+                asks = i + 1 < len(tables) and tables[i + 1].by_history_HR is not None
+                out, rank_N = self.shuffle.tell(out, order, history=asks)
+                been += [] if rank_N is None else [rank_N]
+            outs.append(out)
             if layer_pages is not None:
                 new_pages.append(layer_pages)
+        if order is not None and home is not None:
+            x_ND = self.shuffle.move(x_ND, Move(order, home))
         hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
         changes_B = None
         if changes := [out.changes for out in outs if out.changes is not None]:

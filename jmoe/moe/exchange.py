@@ -22,6 +22,11 @@ def get_exchange(platform: str, axis_name: str) -> Exchange:
     return partial(run, axis_name=axis_name)
 
 
+def starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
+    """Where each of consecutive groups of ``sizes`` along ``axis`` begins."""
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
 def emulated_ragged_all_to_all(
     operand: Shaped[Array, "N *D"],
     output: Shaped[Array, "M *D"],

@@ -2,166 +2,59 @@
 
 Source: Li et al., "Speculative MoE" / "Semantic Parallelism" (arXiv 2503.04398), online scheduling with
 tensor-parallel attention (algorithm 3). Heads are split over the experts' ranks, so the reduce-scatter behind
-attention deals the tokens to ranks anyway; which token goes where is free. It is chosen by two tables: what
-share of a token id's assignments fell on each rank when profiled, and the same by the ranks that the token
-went to in the two layers before. Then the true gate runs, and what is not local crosses as always: a wrong
-guess costs bytes, never output.
+attention deals the tokens to ranks anyway; which token goes where is free, and ``jmoe.moe.orders`` chooses.
+Then the true gate runs, and what is not local crosses as always: a wrong guess costs bytes, never output.
 
-    whole rows -> attention -> partial sums in ``order`` -> reduce-scatter (SRS) -> gate, exchange, experts
-               -> all-gather of residual and output (SAG), order undone -> whole rows
+    rows on their ranks, in the order of the layer before
+      -> normed rows, all-gathered, that order undone (SAG) -> attention
+      -> partial sums in this layer's order -> reduce-scatter (SRS)
+       + the residual of the tokens whose rank is another one now
+      -> gate, exchange, experts; rows stay where they are until the next layer
 
-**Order.** Every rank must get equally many rows. Tokens ask for their best rank, the surest first; those that
-find no room ask for the best rank with room left, until all are placed; padding comes last. All ranks of a
-data group reckon the same order from what they all know. The paper leaves this step open, as well as the
-label of a token that went to several ranks: here the rank of most of its experts, the lower of equals.
+Both collectives are those of plain attention tp, in its dtypes. What is added is the move of the float32
+residual, at most T rows a rank, which waits for nothing of attention's; behind the last layer it brings all
+rows home. Every rank knows both orders whole and reckons all sizes and offsets from them.
 
-The residual must be known whole to be dealt anew, so the all-gather brings float32 rows where plain attention
-tp gathers normed ones in the weights' dtype. Config keys: ``[moe.shuffle]``
+The move is a ragged exchange whatever the experts' transport: the TPU compiler refuses it where it refuses
+that one (see ``jmoe.moe.transport``), v5e slices of 4x8 and larger. Config keys: ``[moe.shuffle]``
 (``jmoe.techniques.ShuffleConfig``). Counters: ``remote`` and ``traffic`` of ``DispatchStats``, which count by
-the rank where the token then is. Offline: ``jmoe profile``, ``jmoe place``.
+the rank where the token then is, and the experts' exchange alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 
-from jmoe.mesh import DATA, EXPERT, TOKENS
-from jmoe.moe.tables import Tables
-from jmoe.moe.types import Changes, MoEOutput
+from jmoe.mesh import DATA, EXPERT, TOKENS, platform_of
+from jmoe.moe.exchange import Exchange, get_exchange, starts
+from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
+from jmoe.moe.types import MoEOutput
 
 GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)
-LOOK_BACK = 2  # layers whose ranks tell where a token goes next
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ShuffleTables:
-    """One layer's guesses, in 255ths of a token's assignments expected on each of R ranks.
-
-    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``;
-    None goes by the token id alone, as the first two layers always do.
-    """
-
-    by_token_VR: UInt8[Array | np.ndarray, "V R"]
-    by_history_HR: UInt8[Array | np.ndarray, "H R"] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Hints:
-    """What a layer's order is guessed from: its tables, and the ranks that each token went to in the two
-    layers before, the older first; None in the first two."""
-
-    tables: ShuffleTables
-    history_N2: Int[Array, "N 2"] | None
-
-    @classmethod
-    def make(cls, tables: ShuffleTables, been: list[Array]) -> "Hints":
-        """been: ``[N]`` of every layer so far."""
-        knows = tables.by_history_HR is not None and len(been) >= LOOK_BACK
-        return cls(tables, jnp.stack(been[-LOOK_BACK:], axis=1) if knows else None)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Order:
-    """Which token each row of a data group is, rank after rank, and which row each token is."""
-
-    token_N: Int[Array, " N"]
-    row_N: Int[Array, " N"]
-
-
-def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
-    """The tables of a placement as the step reads them, one a layer."""
-    by_token = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
-    by_history: Any = [None] * len(by_token)
-    if history:
-        following = tables.next_shares_LHR, tables.next_ranks_LH, tables.next_confidence_LH
-        by_history = _shares(*following, tables.count)
-    return [ShuffleTables(*both) for both in zip(by_token, by_history, strict=True)]
-
-
-def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[float]]:
-    """What part of a prompt's assignments is expected on each rank: R of them in each of ``groups``."""
-    shares_LVR = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
-    share_VR = np.asarray(np.mean(shares_LVR, axis=0, dtype=np.float32) / 255)
-
-    def share(prompt: list[int]) -> list[float]:
-        return share_VR[prompt].mean(axis=0).tolist() * groups
-
-    return share
-
-
-def _shares(
-    shares_LXR: np.ndarray | None, ranks_LX: np.ndarray, confidence_LX: np.ndarray, ranks: int
-) -> UInt8[np.ndarray, "L X R"]:
-    """In 255ths; where only the best rank is known, the others have none."""
-    if shares_LXR is None:
-        shares_LXR = np.eye(ranks, dtype=np.float32)[ranks_LX] * confidence_LX[..., None]
-    return np.rint(255 * np.asarray(shares_LXR, np.float32)).astype(np.uint8)
-
-
-def guess(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
-    """How much of each token is expected on each rank, by the surer of the two tables."""
-    share_NR = jnp.asarray(hints.tables.by_token_VR)[ids_N].astype(jnp.int32)
-    if hints.history_N2 is None or hints.tables.by_history_HR is None:
-        return share_NR
-    key_N = hints.history_N2[:, 0] * share_NR.shape[1] + hints.history_N2[:, 1]
-    other_NR = jnp.asarray(hints.tables.by_history_HR)[key_N].astype(jnp.int32)
-    surer_N1 = jnp.max(other_NR, axis=1, keepdims=True) > jnp.max(share_NR, axis=1, keepdims=True)
-    return jnp.where(surer_N1, other_NR, share_NR)
-
-
-def align(share_NR: Int[Array, "N R"], valid_N: Bool[Array, " N"]) -> Order:
-    """The order in which each rank has N / R rows and tokens the ranks that expect most of them."""
-    n, ranks = share_NR.shape
-    share_NR = jnp.where(valid_N[:, None], share_NR, -1)
-
-    def ask(rank_N: Array) -> Array:
-        waiting_N = rank_N == ranks
-        room_R = n // ranks - jnp.bincount(rank_N, length=ranks).astype(jnp.int32)
-        open_NR = jnp.where(room_R[None] > 0, share_NR, -2)
-        best_N = jnp.where(waiting_N, jnp.argmax(open_NR, axis=1).astype(jnp.int32), ranks)
-        keys = best_N, -jnp.max(open_NR, axis=1), jnp.arange(n, dtype=jnp.int32)
-        asked_N, _, token_N = lax.sort(keys, num_keys=3, is_stable=False)
-        sizes_R = jnp.bincount(asked_N, length=ranks).astype(jnp.int32)
-        turn_N = jnp.arange(n, dtype=jnp.int32) - _at(jnp.cumsum(sizes_R) - sizes_R, asked_N)
-        admitted_N = turn_N < _at(room_R, asked_N)
-        return rank_N.at[token_N].set(jnp.where(admitted_N, asked_N, rank_N[token_N]))
-
-    nowhere_N = jnp.full(n, ranks, jnp.int32)
-    rank_N = lax.while_loop(lambda rank_N: jnp.any(rank_N == ranks), ask, nowhere_N)
-    token_N = lax.sort(rank_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False) % n
-    row_N = jnp.zeros(n, jnp.int32).at[token_N].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
-    return Order(token_N, row_N)
-
-
-def _at(values_R: Array, index_N: Array) -> Array:
-    return jnp.take(values_R, index_N, mode="fill", fill_value=0)
-
-
-def label(ids_TK: Int[Array, "T K"], held: int, ranks: int) -> Int[Array, " T"]:
-    """The rank that holds most of each token's experts, of ``held`` a rank; the lower of equals."""
-    votes_TKR = (ids_TK // held)[:, :, None] == jnp.arange(ranks)[None, None]
-    return jnp.argmax(jnp.sum(votes_TKR, axis=1), axis=1).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Dealing a data group's whole rows to the ranks of its ``experts``, and gathering them again."""
+    """Dealing a data group's N tokens to the R ranks of its ``experts``, T = N / R each."""
 
     mesh: Mesh
     experts: int
 
+    def own_order(self, tokens: int) -> Order:
+        """That of the tokens themselves, of ``tokens`` in all data groups."""
+        groups = self.mesh.shape[DATA]
+        token_N = jnp.tile(jnp.arange(tokens // groups, dtype=jnp.int32), groups)
+        return Order(token_N, token_N)
+
     def order(self, hints: Hints, ids_N: Int[Array, " N"], valid_N: Bool[Array, " N"]) -> Order:
-        """The order of every data group."""
+        """The guessed order of every data group."""
 
         def of_group(tables: ShuffleTables, history_N2: Array | None, ids_N: Array, valid_N: Array) -> Order:
             return align(guess(Hints(tables, history_N2), ids_N), valid_N)
@@ -173,35 +66,54 @@ class Shuffle:
         """Each rank's rows of arrays ``[N, ...]`` that all ranks of the group have whole; sends nothing."""
 
         def mine(whole: Any, order: Order) -> Any:
-            each = order.token_N.shape[0] // lax.axis_size(EXPERT)
-            token_T = lax.dynamic_slice_in_dim(order.token_N, lax.axis_index(EXPERT) * each, each)
+            token_T = _own(order.token_N)
             return jax.tree.map(lambda a: a[token_T], whole)
 
         return self._over(mine, (GROUP, GROUP), ROWS)(whole, order)
 
-    def gather(
-        self, rows_ND: Float[Array, "N D"], out: MoEOutput, order: Order
-    ) -> tuple[Float[Array, "N D"], MoEOutput, Int[Array, " N"]]:
-        """Whole rows, changes and ranks of experts in the tokens' own order; one collective (SAG).
+    def move(self, rows_ND: Float[Array, "N D"], move: Move) -> Float[Array, "N D"]:
+        """Each rank's rows in the order after, bit for bit; only those whose rank is another one are sent."""
+        exchange = get_exchange(platform_of(self.mesh), EXPERT)
+        return self._over(partial(_moved, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
 
-        Ranks and counts travel as float32 columns of the rows, exactly: they are small.
-        """
+    def tell(
+        self, out: MoEOutput, order: Order, *, history: bool
+    ) -> tuple[MoEOutput, Int[Array, " N"] | None]:
+        """Each token's changes and, for ``history``, its experts' rank: in the tokens' own order, known to
+        the whole group. One collective of a few integers a token; none where there is nothing to tell."""
+        ranks = self.mesh.shape[EXPERT]
+        rank_N = label(out.routing.ids_TK, self.experts // ranks, ranks) if history else None
+        told, structure = jax.tree.flatten((rank_N, out.changes))
+        if not told:
+            return out, None
 
-        def of_group(
-            rows_TD: Array, ids_TK: Array, changes: Changes | None, order: Order
-        ) -> tuple[Array, Array, Changes | None]:
-            ranks = lax.axis_size(EXPERT)
-            counts, structure = jax.tree.flatten((label(ids_TK, self.experts // ranks, ranks), changes))
-            columns = [a[:, None].astype(rows_TD.dtype) for a in counts]
-            whole = lax.all_gather(jnp.concatenate([rows_TD, *columns], axis=1), EXPERT, tiled=True)
-            whole = whole[order.row_N]
-            d = rows_TD.shape[1]
-            rest = [whole[:, d + i].astype(jnp.int32) for i in range(len(counts))]
-            return whole[:, :d], *jax.tree.unflatten(structure, rest)
+        def of_group(told: list[Array], order: Order) -> list[Array]:
+            whole_NC = lax.all_gather(jnp.stack(told, axis=1), EXPERT, tiled=True)[order.row_N]
+            return [whole_NC[:, i] for i in range(len(told))]
 
-        run = self._over(of_group, (ROWS, ROWS, ROWS, GROUP), GROUP)
-        whole_ND, ranks_N, changes = run(rows_ND, out.routing.ids_TK, out.changes, order)
-        return whole_ND, replace(out, changes=changes), ranks_N
+        told = self._over(of_group, (ROWS, GROUP), GROUP)(told, order)
+        rank_N, changes = jax.tree.unflatten(structure, told)
+        return replace(out, changes=changes), rank_N
 
     def _over(self, run: Callable, ins: tuple, outs: PartitionSpec) -> Callable:
         return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def _own(whole_N: Int[Array, " N"]) -> Int[Array, " T"]:
+    """This rank's rows of what the group has whole."""
+    each = whole_N.shape[0] // lax.axis_size(EXPERT)
+    return lax.dynamic_slice_in_dim(whole_N, lax.axis_index(EXPERT) * each, each)
+
+
+def _moved(rows_TD: Float[Array, "T D"], move: Move, *, exchange: Exchange) -> Float[Array, "T D"]:
+    """Rows leave sorted by the row that they become, so that those of one sender arrive in order too."""
+    each, ranks, me = rows_TD.shape[0], lax.axis_size(EXPERT), lax.axis_index(EXPERT)
+    from_N, to_N = move.before.row_N // each, move.after.row_N // each
+    sizes_RR = jnp.bincount(from_N * ranks + to_N, length=ranks**2).reshape(ranks, ranks)
+    leaving_T = jnp.argsort(move.after.row_N[_own(move.before.token_N)])
+    got_TD = exchange(
+        rows_TD[leaving_T], jnp.zeros_like(rows_TD),
+        starts(sizes_RR, 1)[me], sizes_RR[me], starts(sizes_RR, 0)[me], sizes_RR[:, me],
+    )  # fmt: skip
+    arrived_T = jnp.argsort(from_N[_own(move.after.token_N)])  # stable: sender after sender
+    return got_TD[jnp.argsort(arrived_T)]

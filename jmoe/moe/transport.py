@@ -28,7 +28,7 @@ from jmoe_kernels.rows import take_rows
 
 from jmoe.config import TransportName
 from jmoe.mesh import DATA, EXPERT
-from jmoe.moe.exchange import Exchange, get_exchange
+from jmoe.moe.exchange import Exchange, get_exchange, starts
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import LocalExperts, Routing, Traffic
 
@@ -69,7 +69,7 @@ def all_to_all(
     row_RC = jnp.arange(c)[None]
     filled_RC = row_RC < by_rank.group_sizes_L[:, None]
     # The assignment in each slot, T * J in an empty one; and back, the slot of each assignment.
-    place_RC = _starts(by_rank.group_sizes_L, 0)[:, None] + row_RC
+    place_RC = starts(by_rank.group_sizes_L, 0)[:, None] + row_RC
     assignment_RC = jnp.where(filled_RC, by_rank.order_N.at[place_RC].get(mode="clip"), t * j)
     slots_RC = jnp.arange(ranks * c, dtype=jnp.int32).reshape(ranks, c)
     slot_N = jnp.full(t * j, ranks * c).at[assignment_RC].set(slots_RC, mode="drop")
@@ -104,9 +104,9 @@ def ragged_all_to_all(
     # From the matrix of who sends how much [from, to, expert], every rank reckons all offsets alike.
     sizes_E = plan.group_sizes_L
     sizes_RRL = lax.all_gather(sizes_E, EXPERT).reshape(ranks, ranks, experts.count)
-    starts_RRL = _starts(sizes_RRL.reshape(ranks, -1), 1).reshape(sizes_RRL.shape)  # in the sender's rows
+    starts_RRL = starts(sizes_RRL.reshape(ranks, -1), 1).reshape(sizes_RRL.shape)  # in the sender's rows
     group_sizes_RL = jnp.sum(sizes_RRL, axis=0)
-    lands_RRL = _starts(group_sizes_RL, 1)[None] + _starts(sizes_RRL, 0)  # in the receiver's rows
+    lands_RRL = starts(group_sizes_RL, 1)[None] + starts(sizes_RRL, 0)  # in the receiver's rows
 
     def outgoing(a_RRL: Int[Array, "R R L"]) -> Int[Array, " E"]:
         return a_RRL[me].reshape(-1)
@@ -126,11 +126,6 @@ def ragged_all_to_all(
     sent = jnp.sum(sizes_E) - jnp.sum(sizes_RRL[me, me])
     traffic = Traffic(_useful_rows(routing, valid_T, experts), sent)
     return _combine(y_ND, inverse_N, plan.order_N, routing.weights_TK), traffic
-
-
-def _starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
-    """Where each of consecutive groups of ``sizes`` along ``axis`` begins."""
-    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
 def _combine(

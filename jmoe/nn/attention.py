@@ -21,6 +21,7 @@ from jmoe_kernels.paged_attention.xla import NEVER, visible
 
 from jmoe.config import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
+from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
@@ -78,12 +79,12 @@ class Attention(nnx.Module):
         by: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
-        order_N: Int[Array, " N"] | None = None,
+        move: Move | None = None,
     ) -> tuple[Float[Array, "N D"], LayerPages | None]:
         """Attention output in float32 and the pages with this step's keys and values.
 
-        Tokens come and go sequence after sequence, N = B * T, split over data and expert. order_N: with it
-        they come whole on the ranks that share their heads, and leave in that order, split over those.
+        Tokens come and go sequence after sequence, N = B * T, split over data and expert. move: with it
+        those of the ranks that share their heads come in its order before and leave in its order after.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
@@ -92,16 +93,15 @@ class Attention(nnx.Module):
             name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
         }
         tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)
-        coming = tokens if order_N is None else sequences
         paged = page_spec(self.kernels.attention, self.split)
         run = jax.shard_map(
             self._shard,
             mesh=self.split.mesh,
-            in_specs=(specs, coming, sequences, sequences, paged, sequences),
+            in_specs=(specs, tokens, sequences, sequences, paged, sequences),
             out_specs=(tokens, paged),
             check_vma=False,
         )
-        return run(weights, x_ND, by, seqs, pages, order_N)
+        return run(weights, x_ND, by, seqs, pages, move)
 
     def _shard(
         self,
@@ -110,9 +110,10 @@ class Attention(nnx.Module):
         by: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
-        order_N: Array | None,
+        move: Move | None,
     ) -> tuple[Array, LayerPages | None]:
-        x_ND = self._gather(x_ND, w["q_proj"].dtype) if order_N is None else x_ND
+        x_ND = self._gather(x_ND, w["q_proj"].dtype)
+        x_ND = x_ND if move is None else x_ND[move.before.row_N]
         x_BTD = x_ND.reshape(*seqs.positions_BT.shape, -1)
         with jax.named_scope("qkv"):
             q, k, v = self._project(w, x_BTD, by)
@@ -125,7 +126,7 @@ class Attention(nnx.Module):
                 out, pages = paged_attention(self.kernels.attention, new, pages, window)
         with jax.named_scope("out"):
             y_ND = linear(out.reshape(-1, w["o_proj"].shape[1]), w["o_proj"], self.kernels.dense)
-        y_ND = y_ND if order_N is None else y_ND[order_N]
+        y_ND = y_ND if move is None else y_ND[move.after.token_N]
         return self._scatter(y_ND) + _bias(w, "o_bias", 2), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:
