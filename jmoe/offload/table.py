@@ -64,11 +64,12 @@ def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tu
     slots, (x,), e = table.slots, table.slots.slot_X.shape, needed_E.shape[0]
     layers = x // e
     at_L1 = (xp.arange(layers, dtype=xp.int32) == layer)[:, None]
-    slots = pin(slots, (at_L1 & needed_E[None]).reshape(-1))
+    needed_X = (at_L1 & needed_E[None]).reshape(-1)
+    slots = pin(slots, needed_X)
     experts_M, gain_M = policy.misses(needed_E, at(present(slots), layer, e), layer * e, most, x)
     worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer)
     table, moves = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
-    return table._replace(slots=land(table.slots)), moves
+    return table._replace(slots=pin(land(table.slots), needed_X)), moves
 
 
 def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
