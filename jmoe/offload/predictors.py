@@ -90,14 +90,14 @@ class Given(_Fixed):
 def make_predictor(
     name: str, *, distance: int, k: int, layers: int, experts: int, seats: int,
     profile: History | None = None, embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None,
-    capacity: int = 1000,
+    capacity: int = 1000, online: bool | None = None,
 ) -> Predictor:  # fmt: skip
     """The predictor called ``name``, one of NAMES; ValueError for another one and for what it lacks.
 
     distance: A, layers ahead. k: experts a token. seats: the most requests that run at once. profile: of the
-    model's routing on some text; without it expert_map begins empty and learns from every step, counts knows
-    a request's own past only. embeddings_VD: the model's input embeddings, for expert_map, as is capacity,
-    the iterations that it keeps.
+    model's routing on some text; without it expert_map begins empty, counts knows a request's own past only.
+    For expert_map: embeddings_VD, the model's input embeddings; capacity, the iterations that it keeps;
+    online, whether it learns from every step, which by default it does where it has no profile.
     """
     if name not in NAMES:
         raise ValueError(f"unknown predictor {name!r}; it can be one of {', '.join(NAMES)}")
@@ -115,7 +115,9 @@ def make_predictor(
         store = (
             MapStore.empty(*shape) if profile is None else _stored(profile, embeddings_VD, capacity, distance)
         )
-        return ExpertMaps.make(store, distance=distance, k=k, online=profile is None)
+        return ExpertMaps.make(
+            store, distance=distance, k=k, online=profile is None if online is None else online
+        )
     if name == "token_table":
         if profile is None:
             raise ValueError("token_table needs a profile")
