@@ -129,11 +129,14 @@ def make_predictor(
 
 
 def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int) -> MapStore:
-    """A store of the profile's single iterations."""
+    """A store of the profile's single iterations, in a random order: theirs is the text's, and where there
+    are more than the store holds, the last domain would have most of it."""
     tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
     there_QM = tokens_QM >= 0
-    embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM]].astype(np.float32)
-    return MapStore.build(embeddings_ID, maps_QMLE[there_QM].astype(np.float32), capacity, distance)
+    order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))
+    embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM][order_I]].astype(np.float32)
+    maps_ILE = maps_QMLE[there_QM][order_I].astype(np.float32)
+    return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)
 
 
 def _nothing(distance: int, experts: int) -> Forecast:
