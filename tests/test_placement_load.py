@@ -138,6 +138,7 @@ def test_the_engine_has_the_tables(models: Path, tmp_path: Path):
         made.sample,
         experts_QLE=made.sample.experts_QLE[:, :LAYERS],
         gates_QLE=made.sample.gates_QLE[:, :LAYERS],
+        maps_QMLE=made.sample.maps_QMLE[:, :, :LAYERS],
         ids_QPLK=made.sample.ids_QPLK[:, :, :LAYERS],
         weights_QPLK=made.sample.weights_QPLK[:, :, :LAYERS],
     )

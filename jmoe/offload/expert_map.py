@@ -1,7 +1,8 @@
 """``ExpertMaps``: fMoE's forecast, the experts of the past iteration that is most like this one.
 
 Section 2.3: before the first layer an iteration is known by its input embedding (semantic search), later by
-what the gates have said so far (trajectory search).
+what the gates have said so far (trajectory search). With the embeddings of single tokens, the nearest entry
+of a token that the store has is an iteration of the same token.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,17 +14,18 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jmoe.offload.choose import over_batch, until
-from jmoe.offload.map_store import EXACT, MapStore, cosine, insert, unit
+from jmoe.offload.map_store import EXACT, MapStore, cosine, put, redundancy, unit
 from jmoe.offload.types import Forecast, LayerSeen, StepSeen
 
 
 class Learning(NamedTuple):
     """The one iteration of a step that will be kept: its row in the batch, whether there is one, its input
-    embedding, and its map as far as it is known."""
+    embedding, of length 1, that one's cosines, and its map as far as it is known."""
 
     row: Int[Array, ""]
     exists: Bool[Array, ""]
-    embedding_D: Float[Array, " D"]
+    key_D: Float[Array, " D"]
+    cos_C: Float[Array, " C"]
     map_LE: Float[Array, "L E"]
 
 
@@ -55,13 +57,14 @@ class ExpertMaps:
 
     def start(self, seen: StepSeen) -> tuple[Trail, Forecast]:
         (b, _), capacity = seen.embeddings_BD.shape, self.store.used_C.shape[0]
-        cos_BC = jnp.matmul(unit(seen.embeddings_BD), self.store.keys_CD.T, precision=EXACT)
+        keys_BD = unit(seen.embeddings_BD)
+        cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
         trail = Trail(
             seen.valid_B,
             jnp.zeros((b, capacity), jnp.float32),
             jnp.zeros(b, jnp.float32),
             jnp.zeros(capacity, jnp.float32),
-            self._choose(seen) if self.online else None,
+            self._choose(seen.valid_B, keys_BD, cos_BC) if self.online else None,
         )
         return trail, self._forecast(cos_BC, 0, seen.valid_B)
 
@@ -86,24 +89,28 @@ class ExpertMaps:
         return walk, self._forecast(cos_BC, layer + 1, walk.valid_B)
 
     def finish(self, walk: Trail) -> Self:
-        """One iteration a step is kept, however many tokens it had: a bounded cost (ours)."""
+        """One iteration a step is kept, however many tokens it had (ours). The cost is bounded, and small:
+        what the entry is compared by is what the step's searches have found."""
         learning = walk.learning
         if learning is None:
             return self
-        store = insert(self.store, learning.embedding_D, learning.map_LE, self.distance, learning.exists)
+        dots_C, square = walk.dots_BC[learning.row], walk.squares_B[learning.row]
+        trajectory_C = cosine(dots_C, square, walk.entry_squares_C)
+        redundancy_C = redundancy(learning.cos_C, trajectory_C, self.distance, len(learning.map_LE))
+        store = put(self.store, learning.key_D, learning.map_LE, redundancy_C, learning.exists)
         return replace(self, store=store, turn=self.turn + 1)
 
     def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
         """Prompts tell counts, not the distributions of single tokens: nothing is learned of them."""
         return self
 
-    def _choose(self, seen: StepSeen) -> Learning:
+    def _choose(self, valid_B: Array, keys_BD: Array, cos_BC: Array) -> Learning:
         """The valid rows take turns over the steps."""
-        count = jnp.sum(seen.valid_B, dtype=jnp.int32)
+        count = jnp.sum(valid_B, dtype=jnp.int32)
         nth = self.turn % jnp.maximum(count, 1) + 1
-        row = jnp.argmax(jnp.cumsum(seen.valid_B, dtype=jnp.int32) == nth)
+        row = jnp.argmax(jnp.cumsum(valid_B, dtype=jnp.int32) == nth).astype(jnp.int32)
         map_LE = jnp.zeros(self.store.maps_CLE.shape[1:], jnp.float32)
-        return Learning(row.astype(jnp.int32), count > 0, seen.embeddings_BD[row], map_LE)
+        return Learning(row, count > 0, keys_BD[row], cos_BC[row], map_LE)
 
     def _forecast(
         self, cos_BC: Float[Array, "B C"], first: int | Int[Array, ""], valid_B: Bool[Array, " B"]

@@ -65,36 +65,39 @@ def cosine(dots_Z: Array, squares_Z: Array, other_squares_Z: Array) -> Array:
     return dots_Z / jnp.sqrt(jnp.maximum(squares_Z * other_squares_Z, 1e-30))
 
 
-def insert(
+def redundancy(semantic_C: Array, trajectory_C: Array, distance: int, layers: int) -> Float[Array, " C"]:
+    """RDY = (d/L) cos of the embeddings + ((L-d)/L) cos of the whole maps: layers below the distance are
+    forecast by embedding, those above it by trajectory."""
+    share = min(distance, layers) / layers
+    return share * semantic_C + (1 - share) * trajectory_C
+
+
+def put(
     store: MapStore,
-    embedding_D: Float[Array, " D"],
+    key_D: Float[Array, " D"],
     map_LE: Float[Array, "L E"],
-    distance: int,
+    redundancy_C: Float[Array, " C"],
     keep: Bool[Array, ""] | bool = True,
 ) -> MapStore:
     """The store with one iteration more, in the first free place or in that of the most redundant entry.
 
-    keep: where false the store stays as it is.
+    key_D: of length 1. keep: where false the store stays as it is.
     """
-    capacity, key_D = store.used_C.shape[0], unit(embedding_D)
-    redundant = jnp.argmax(redundancy(store, key_D, map_LE, distance))
-    place = jnp.where(jnp.all(store.used_C), redundant, jnp.argmin(store.used_C))
-    place = jnp.where(keep, place, capacity)  # past the end nothing is written
+    place = jnp.where(jnp.all(store.used_C), jnp.argmax(redundancy_C), jnp.argmin(store.used_C))
+    place = jnp.where(keep, place, store.used_C.shape[0])  # past the end nothing is written
     new = MapStore(key_D, map_LE, jnp.sum(map_LE * map_LE, 1), jnp.ones((), bool))
     return jax.tree.map(lambda all_C, one: all_C.at[place].set(one, mode="drop"), store, new)
 
 
-def redundancy(
-    store: MapStore, key_D: Float[Array, " D"], map_LE: Float[Array, "L E"], distance: int
-) -> Float[Array, " C"]:
-    """RDY = (d/L) cos of the embeddings + ((L-d)/L) cos of the whole maps: layers below the distance are
-    forecast by embedding, those above it by trajectory."""
-    layers = map_LE.shape[0]
+def insert(
+    store: MapStore, embedding_D: Float[Array, " D"], map_LE: Float[Array, "L E"], distance: int
+) -> MapStore:
+    """The store with an iteration of which nothing is known yet but its embedding and its map."""
+    key_D = unit(embedding_D)
     semantic_C = jnp.matmul(store.keys_CD, key_D, precision=EXACT)
     dots_C = jnp.einsum("cle,le->c", store.maps_CLE, map_LE, precision=EXACT)
-    trajectory_C = cosine(dots_C, jnp.sum(store.squares_CL, 1), jnp.sum(map_LE * map_LE))
-    share = min(distance, layers) / layers
-    return share * semantic_C + (1 - share) * trajectory_C
+    trajectory_C = cosine(dots_C, jnp.sum(map_LE * map_LE), jnp.sum(store.squares_CL, 1))
+    return put(store, key_D, map_LE, redundancy(semantic_C, trajectory_C, distance, map_LE.shape[0]))
 
 
 @partial(jax.jit, static_argnums=3)

@@ -90,14 +90,14 @@ class Given(_Fixed):
 def make_predictor(
     name: str, *, distance: int, k: int, layers: int, experts: int, seats: int,
     profile: History | None = None, embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None,
-    capacity: int = 1000,
+    capacity: int = 1000, online: bool | None = None,
 ) -> Predictor:  # fmt: skip
     """The predictor called ``name``, one of NAMES; ValueError for another one and for what it lacks.
 
     distance: A, layers ahead. k: experts a token. seats: the most requests that run at once. profile: of the
-    model's routing on some text; without it expert_map begins empty and learns from every step, counts knows
-    a request's own past only. embeddings_VD: the model's input embeddings, for expert_map, as is capacity,
-    the iterations that it keeps.
+    model's routing on some text; without it expert_map begins empty, counts knows a request's own past only.
+    For expert_map: embeddings_VD, the model's input embeddings; capacity, the iterations that it keeps;
+    online, whether it learns from every step, which by default it does where it has no profile.
     """
     if name not in NAMES:
         raise ValueError(f"unknown predictor {name!r}; it can be one of {', '.join(NAMES)}")
@@ -115,7 +115,9 @@ def make_predictor(
         store = (
             MapStore.empty(*shape) if profile is None else _stored(profile, embeddings_VD, capacity, distance)
         )
-        return ExpertMaps.make(store, distance=distance, k=k, online=profile is None)
+        return ExpertMaps.make(
+            store, distance=distance, k=k, online=profile is None if online is None else online
+        )
     if name == "token_table":
         if profile is None:
             raise ValueError("token_table needs a profile")
@@ -127,11 +129,14 @@ def make_predictor(
 
 
 def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int) -> MapStore:
-    """A store of the profile's single iterations."""
+    """A store of the profile's single iterations, in a random order: theirs is the text's, and where there
+    are more than the store holds, the last domain would have most of it."""
     tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
     there_QM = tokens_QM >= 0
-    embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM]].astype(np.float32)
-    return MapStore.build(embeddings_ID, maps_QMLE[there_QM].astype(np.float32), capacity, distance)
+    order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))
+    embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM][order_I]].astype(np.float32)
+    maps_ILE = maps_QMLE[there_QM][order_I].astype(np.float32)
+    return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)
 
 
 def _nothing(distance: int, experts: int) -> Forecast:
