@@ -138,7 +138,12 @@ class MoEConfig:
         return cls.from_dict(read_toml(Path(text)))
 
 
-TABLES = {"binning": BinningConfig, "capacity": CapacityConfig, "shuffle": ShuffleConfig, "offload": OffloadConfig}
+TABLES = {
+    "binning": BinningConfig,
+    "capacity": CapacityConfig,
+    "shuffle": ShuffleConfig,
+    "offload": OffloadConfig,
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

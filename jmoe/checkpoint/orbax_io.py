@@ -69,7 +69,9 @@ def restore_model(
     model, wanted = abstract_decoder(cfg, moe, mesh)
     specs, stacks = wanted, None
     if moe.offload is not None:
-        specs = abstract_decoder(cfg, replace(moe, offload=None, binning=None), mesh)[1]  # as they were written
+        specs = abstract_decoder(cfg, replace(moe, offload=None, binning=None), mesh)[
+            1
+        ]  # as they were written
         stacks = Stacks(wanted)
     check_parameters(directory, manifest, specs)
     arrays: dict[str, jax.Array] = {}

@@ -24,8 +24,7 @@ from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.step import Sizes
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
-from jmoe.models.decoder import Decoder
-from jmoe.moe.orders import ShuffleTables, prompt_share, step_tables
+from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.moe.placement import Placement
 from jmoe.nn.kv_cache import page_bytes
 from jmoe.techniques import ShuffleConfig

@@ -69,9 +69,7 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
             capacity=offload.store_size,
         )  # fmt: skip
         table: Table = jax.tree.map(jnp.asarray, new_table(slots, *shape, np))
-        pool = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype), empty_pool(cfg, slots, platform_of(mesh))
-        )
+        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty_pool(cfg, slots, platform_of(mesh)))
         return _cache(cfg, moe, mesh, table, predictor, pool)
 
     return jax.tree.map(

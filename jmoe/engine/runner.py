@@ -86,7 +86,14 @@ class Runner:
         All stay on the device; there are no changes where nothing lossy is configured for the phase.
         """
         phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
-        arrays = (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows)
+        arrays = (
+            given.tokens_BT,
+            given.positions_BT,
+            given.table_BM,
+            given.last_B,
+            given.seats_B,
+            given.rows,
+        )
         lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():

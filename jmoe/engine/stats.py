@@ -52,7 +52,7 @@ class MoETotals:
     with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
     load over the mean. remote_L: assignments to another rank's experts. remapped_L; dropped_L, rerouted_L:
     those that binning, or a capacity, took from the expert they chose. useful_L, sent_L: rows between ranks,
-    see ``Traffic``. cache_L: what the expert cache did, zeros where all experts are on the device.
+    see ``Traffic``. cache_L: what the expert cache did, by the names of ``CacheCounts``; zeros without one.
     steps: steps summed.
     """
 
@@ -66,7 +66,7 @@ class MoETotals:
     rerouted_L: Count64
     useful_L: Count64
     sent_L: Count64
-    cache_L: CacheCounts
+    cache_L: dict[str, Count64]
     steps: Array
 
 
@@ -82,7 +82,7 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
         active_L=mean(), plain_active_L=mean(), load_L=mean(),
         remote_L=rows(), remapped_L=rows(), dropped_L=rows(), rerouted_L=rows(),
         useful_L=rows(), sent_L=rows(),
-        cache_L=CacheCounts(*(rows() for _ in fields(CacheCounts))),
+        cache_L={field.name: rows() for field in fields(CacheCounts)},
         steps=jnp.zeros((), jnp.int32),
     )  # fmt: skip
 
@@ -96,8 +96,7 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
     cache_L = totals.cache_L
     if step.cache is not None:
-        is_count = lambda leaf: isinstance(leaf, Count64)  # noqa: E731
-        cache_L = jax.tree.map(lambda total, new: total.plus(new), cache_L, step.cache, is_leaf=is_count)
+        cache_L = {name: total.plus(getattr(step.cache, name)) for name, total in cache_L.items()}
     return MoETotals(
         totals.counts_LE.plus(counts_LE),
         totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),
@@ -154,7 +153,7 @@ class MoECounters:
         self.useful_L += host.useful_L.fetched()
         self.sent_L += host.sent_L.fetched()
         for name, total_L in self.cache.items():
-            total_L += getattr(host.cache_L, name).fetched()
+            total_L += host.cache_L[name].fetched()
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from jmoe.moe.types import (
 from jmoe.nn.param import ParamMaker
 from jmoe.techniques import CapacityConfig
 
+
 def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
     """Raises ValueError for a technique that means nothing for the model or on ``mesh``."""
     for name in ("binning", "capacity"):

@@ -176,8 +176,8 @@ class CacheCounts:
     """What an expert cache did for one layer; experts are counted once a step, however many tokens they have.
 
     hits, misses: experts needed that were on the device when they were needed, and those that were not.
-    evicted: experts that gave way. copied: experts from host to device, for whatever reason; prefetched: those
-    of them that came before they were needed. useful: prefetched ones at their first use.
+    evicted: experts that gave way. copied: experts from host to device, for whatever reason; prefetched:
+    those of them that came before they were needed. useful: prefetched ones at their first use.
     """
 
     hits: Int[Array, ""]

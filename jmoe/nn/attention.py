@@ -35,8 +35,8 @@ BLOCK = 128  # queries that attend together to a window's keys
 class Sequences:
     """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache.
 
-    exact_B: sequences that opted out of lossy techniques; None = none did. seats_B: a number that each running
-    request keeps (see ``Request.seat``).
+    exact_B: sequences that opted out of lossy techniques; None = none did. seats_B: a number that each
+    running request keeps (see ``Request.seat``).
     """
 
     tokens_BT: Int[Array, "B T"]

@@ -103,7 +103,10 @@ class Visit:
         e = self._experts
         ids_TK = jnp.where(valid_T[:, None], routing.ids_TK, e)
         needed_E = jnp.zeros(e, bool).at[ids_TK.reshape(-1)].set(True, mode="drop")
-        hits, needed = jnp.sum(needed_E & self.resident_E, dtype=jnp.int32), jnp.sum(needed_E, dtype=jnp.int32)
+        hits, needed = (
+            jnp.sum(needed_E & self.resident_E, dtype=jnp.int32),
+            jnp.sum(needed_E, dtype=jnp.int32),
+        )
         none = jnp.zeros((), jnp.int32)
         if phase == "prefill":
             y_TD = self._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=True)
@@ -112,8 +115,12 @@ class Visit:
 
         chosen_TK = jnp.where(valid_T[:, None], plain.ids_TK, e)
         visit = self._observe(LayerSeen(plain.scores_TE, chosen_TK, self.ahead_TAE))
-        useful = jnp.sum(decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_E, dtype=jnp.int32)
-        table, missing = decide.demand(visit.cache.table, self.cache.rule, needed_E, self.layer, min(e, ids_TK.size))
+        useful = jnp.sum(
+            decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_E, dtype=jnp.int32
+        )
+        table, missing = decide.demand(
+            visit.cache.table, self.cache.rule, needed_E, self.layer, min(e, ids_TK.size)
+        )
         visit = visit._with(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
         table, wishes = decide.prefetch(table, self.cache.rule, self.layer)
         begun = visit._begun(wishes)
@@ -161,7 +168,9 @@ class Visit:
             pool = install(pool, one, moves.slots_M[i])
         return pool
 
-    def _compute(self, x_TD: Array, ids_TK: Array, weights_TK: Array, apply: Apply, *, overflows: bool) -> Array:
+    def _compute(
+        self, x_TD: Array, ids_TK: Array, weights_TK: Array, apply: Apply, *, overflows: bool
+    ) -> Array:
         """From the pool, and streamed what is not in it where there may be such: ``overflows``."""
         e, slots = self._experts, self.cache.table.slots
         everyone_T = jnp.ones(len(ids_TK), bool)

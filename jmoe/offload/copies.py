@@ -52,8 +52,8 @@ def stream(
     *,
     beside: bool,
 ) -> Array:
-    """``y_TD`` plus the shares of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one by
-    one through a buffer. beside: the copy of the next runs beside the work of this one; the last step then
+    """``y_TD`` plus the shares of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one
+    by one through a buffer. beside: the copy of the next runs beside the work of this one; the last step then
     copies one that nobody uses.
     """
     last = flat_E.shape[0] - 1

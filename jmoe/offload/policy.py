@@ -1,7 +1,7 @@
 """What an expert is worth: which slot goes first, and which expert comes next.
 
-One scale for both. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now), above
-0 (fMoE, section 4.3). Any other one is worth less than 0, by the eviction rule:
+One scale for both. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now),
+above 0 (fMoE, section 4.3). Any other one is worth less than 0, by the eviction rule:
 
 ``expert_map``  -1 / (p * visits), the negative of fMoE's eviction priority (section 4.4); p is the latest
                 forecast of the expert, visits count since it came in, both at least a little
@@ -108,7 +108,7 @@ def next_wishes(
 ) -> tuple[Any, Any]:
     """The ``count`` experts of the next ``ahead`` layers most worth fetching, X for none, and their worth."""
     xp = worth_X.__array_namespace__()
-    (x,), (layers, experts) = worth_X.shape, outlook.p_LE.shape
+    x, experts = worth_X.shape[0], outlook.p_LE.shape[1]
     row_A1 = (layer + 1 + xp.arange(ahead, dtype=xp.int32))[:, None]
     flat_W = (row_A1 * experts + xp.arange(experts, dtype=xp.int32)[None]).reshape(-1)
     within_W = flat_W < x

@@ -13,8 +13,8 @@ from jmoe.offload.types import Forecast
 
 
 class Rule(NamedTuple):
-    """eviction: see ``policy``. copies: prefetches of one layer at most, the byte budget. ahead: layers that a
-    forecast reaches."""
+    """eviction: see ``policy``. copies: prefetches of one layer at most, the byte budget. ahead: layers that
+    a forecast reaches."""
 
     eviction: Eviction
     copies: int
@@ -95,9 +95,7 @@ def at(values_X: Any, layer: Any, experts: int) -> Any:
     return values_X.reshape(-1, experts)[layer]
 
 
-def _claim(
-    table: Table, experts_M: Any, gain_M: Any, worth_X: Any, prefetched: bool
-) -> tuple[Table, Moves]:
+def _claim(table: Table, experts_M: Any, gain_M: Any, worth_X: Any, prefetched: bool) -> tuple[Table, Moves]:
     xp = experts_M.__array_namespace__()
     (s,), before_X = table.slots.held_S.shape, present(table.slots)
     slots, slots_M = claim(table.slots, experts_M, gain_M, worth_X)
