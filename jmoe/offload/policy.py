@@ -32,7 +32,8 @@ class Usage(NamedTuple):
 
 class Outlook(NamedTuple):
     """The latest forecast of every layer: p_LE, and wanted_LE, which experts were worth fetching. due_LE: for
-    the oracle, the step after this one in which each expert is needed next, counted from this one."""
+    the oracle, how many steps from now each expert is needed next, after this one; p_LE then says which this
+    one needs."""
 
     p_LE: Any
     wanted_LE: Any
@@ -80,16 +81,16 @@ def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlo
     return outlook._replace(p_LE=p_LE, wanted_LE=xp.where(told_L1, wanted_AE[row_L], outlook.wanted_LE))
 
 
-def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any) -> Any:
-    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first."""
+def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:
+    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first. ahead: how many layers have
+    a forecast of this step."""
     xp = usage.visits_X.__array_namespace__()
     until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
-    ahead_L1 = until_L1 > 0
     if outlook.due_LE is not None:
-        layers = outlook.p_LE.shape[0]
-        later_LE = until_L1 + outlook.due_LE * layers
-        until_LE = xp.where(ahead_L1 & outlook.wanted_LE, until_L1, later_LE)
+        later_LE = until_L1 + outlook.due_LE * outlook.p_LE.shape[0]
+        until_LE = xp.where((until_L1 > 0) & (outlook.p_LE > 0), until_L1, later_LE)
         return (1.0 / until_LE.astype(xp.float32)).reshape(-1)
+    soon_L1 = (until_L1 > 0) & (until_L1 <= ahead)
     until_L1 = xp.clip(until_L1, 1, None).astype(xp.float32)
     wish_LE = outlook.p_LE / until_L1
     visits_X = xp.clip(usage.visits_X, 1.0, None)
@@ -99,7 +100,7 @@ def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any) -> Any
         rest_X = (usage.last_X - usage.clock - 1).astype(xp.float32)
     else:
         rest_X = -1.0 / visits_X
-    wanted_X = (outlook.wanted_LE & ahead_L1 & (wish_LE > 0)).reshape(-1)
+    wanted_X = (outlook.wanted_LE & soon_L1 & (wish_LE > 0)).reshape(-1)
     return xp.where(wanted_X, wish_LE.reshape(-1), rest_X)
 
 

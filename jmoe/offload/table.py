@@ -67,14 +67,14 @@ def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tu
     needed_X = (at_L1 & needed_E[None]).reshape(-1)
     slots = pin(slots, needed_X)
     experts_M, gain_M = policy.misses(needed_E, at(present(slots), layer, e), layer * e, most, x)
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer)
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
     table, moves = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
     return table._replace(slots=pin(land(table.slots), needed_X)), moves
 
 
 def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
     """Slots, in flight, for the experts of the layers ahead that are most worth it."""
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer)
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
     wishes = policy.next_wishes(
         worth_X, table.outlook, layer, present(table.slots), ahead=rule.ahead, count=rule.copies
     )
