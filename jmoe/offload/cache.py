@@ -113,6 +113,7 @@ class Visit:
             counts = CacheCounts(hits, needed - hits, none, needed - hits, none, none)
             return y_TD, counts, replace(self, layer=self.layer + 1)
 
+        scores_E = jnp.max(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0)
         chosen_TK = jnp.where(valid_T[:, None], plain.ids_TK, e)
         visit = self._observe(LayerSeen(plain.scores_TE, chosen_TK, self.ahead_TAE))
         useful = jnp.sum(
@@ -126,7 +127,7 @@ class Visit:
         begun = visit._begun(wishes)
         overflows = visit._slots < min(e, ids_TK.size)
         y_TD = visit._with(table)._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=overflows)
-        visit = visit._with(decide.finish_layer(table, needed_E, self.layer))
+        visit = visit._with(decide.finish_layer(table, needed_E, scores_E, self.layer))
         visit = visit._with_pool(visit._landed(wishes, begun))
         prefetched = jnp.asarray(self.cache.rule.copies, jnp.int32) if self.cache.beside else wishes.count
         counts = CacheCounts(

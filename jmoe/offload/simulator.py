@@ -118,7 +118,9 @@ def run(
         if oracle:
             needs_LE, due_LE = known
             predictor = replace(predictor, needs_LE=needs_LE)
-            table = table._replace(outlook=Outlook(needs_LE.astype(jnp.float32), needs_LE, due_LE))
+            table = table._replace(
+                outlook=Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
+            )
         walk, forecast = predictor.start(StepSeen(tokens_B, embeddings_BD, everyone_B, seats_B))
         table = decide.foresee(table, 0, forecast)
         table, moves = decide.prefetch(table, rule, -1)
@@ -146,7 +148,7 @@ def run(
             clock = _copied(clock, wishes, copy_time)
             wait = jnp.maximum(came - clock.now, 0)
             clock = clock._replace(now=clock.now + wait + 1)
-            table = decide.finish_layer(table, needed_E, l)
+            table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), l)
             needed = jnp.sum(needed_E, dtype=jnp.int32)
             hits, held = jnp.sum(hits_E, dtype=jnp.int32), jnp.sum(held_E, dtype=jnp.int32)
             figures = Figures(

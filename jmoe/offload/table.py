@@ -39,7 +39,8 @@ class Moves(NamedTuple):
 
 def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
     """Of ``slots`` empty slots."""
-    outlook = Outlook(xp.zeros((layers, experts), dtype=xp.float32), xp.zeros((layers, experts), dtype=bool))
+    nothing = xp.zeros((layers, experts), dtype=xp.float32)
+    outlook = Outlook(nothing, xp.zeros((layers, experts), dtype=bool), nothing)
     return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
 
 
@@ -81,13 +82,15 @@ def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
     return _claim(table, *wishes, worth_X, True)
 
 
-def finish_layer(table: Table, needed_E: Any, layer: Any) -> Table:
-    """What was in flight has landed, the layer's experts were used, nothing is pinned."""
+def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
+    """What was in flight has landed, the layer's experts were used, nothing is pinned. scores_E: the gate's, of
+    a batch the highest."""
     xp = needed_E.__array_namespace__()
     layers = table.outlook.p_LE.shape[0]
     used_X = ((xp.arange(layers, dtype=xp.int32) == layer)[:, None] & needed_E[None]).reshape(-1)
     usage = policy.use(table.usage, used_X & resident(table.slots))
-    return table._replace(slots=pin(land(table.slots), used_X & False), usage=usage)
+    outlook = policy.warm(table.outlook, layer, scores_E)
+    return Table(pin(land(table.slots), used_X & False), usage, outlook)
 
 
 def at(values_X: Any, layer: Any, experts: int) -> Any:
