@@ -22,18 +22,18 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
-from jmoe.moe.layer import MoELayer
+from jmoe.moe.layer import Decision, MoELayer
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables
 from jmoe.moe.routing import route
 from jmoe.moe.shuffle import Shuffle
-from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing, TokenFlags
+from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Phase, Routing, TokenFlags
 from jmoe.nn.attention import Attention, Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
 from jmoe.offload.cache import ExpertCache, Visit
-from jmoe.offload.types import StepSeen
+from jmoe.offload.types import Predictor, StepSeen
 
 
 @jax.tree_util.register_dataclass
@@ -90,20 +90,33 @@ class DecoderLayer(nnx.Module):
             with jax.named_scope("shuffle"):
                 after = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
                 move, flags = Move(before, after), self.shuffle.deal(flags, after)
-        with jax.named_scope("attention"):
-            normed_ND = rms_norm(x_ND, self.input_norm[...], self.eps)
-            y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
-            x_ND = y_ND + (x_ND if move is None else self.shuffle.move(x_ND, move))
+        x_ND, pages = self.attend(x_ND, by, seqs, pages, move)
         with jax.named_scope("moe"):
-            phase = "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
             normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
             if visit is not None and ahead is not None:
-                visit = replace(visit, ahead_TAE=self._ask(x_ND, ahead))
-            out = self.moe(normed_ND, flags, phase, knobs, visit)
+                visit = replace(visit, ahead_TAE=self.ask(x_ND, ahead))
+            out = self.moe(normed_ND, flags, phase_of(seqs), knobs, visit)
             x_ND = x_ND + out.y_TD
         return x_ND, pages, out, move and move.after
 
-    def _ask(self, x_ND: Array, ahead: list[Router]) -> Float[Array, "N A E"]:
+    def attend(
+        self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, move: Move | None = None
+    ) -> tuple[Array, LayerPages | None]:
+        """The rows behind attention, and the pages."""
+        with jax.named_scope("attention"):
+            normed_ND = rms_norm(x_ND, self.input_norm[...], self.eps)
+            y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
+            return y_ND + (x_ND if move is None else self.shuffle.move(x_ND, move)), pages
+
+    def decide(
+        self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, here_E: Array | None
+    ) -> tuple[Array, Decision]:
+        """What the experts are to be given of the rows behind attention, and where it goes, on one device."""
+        with jax.named_scope("moe"):
+            normed_ND = rms_norm(x_ND, self.post_attention_norm[...], self.eps)
+            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, phase_of(seqs), here_E)
+
+    def ask(self, x_ND: Array, ahead: list[Router]) -> Float[Array, "N A E"]:
         """The scores that other layers' routers give to these rows."""
         cfg = self.moe.cfg
 
@@ -114,12 +127,33 @@ class DecoderLayer(nnx.Module):
         return jnp.stack([scores(*router) for router in ahead], axis=1)
 
 
+def phase_of(seqs: Sequences) -> Phase:
+    return "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
+
+
 def token_flags(seqs: Sequences) -> TokenFlags:
     """What each of the N = B * T tokens is."""
     exact_T = None
     if seqs.exact_B is not None:
         exact_T = jnp.broadcast_to(seqs.exact_B[:, None], seqs.positions_BT.shape).reshape(-1)
     return TokenFlags((seqs.positions_BT >= 0).reshape(-1), exact_T)
+
+
+def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
+    """What a predictor is shown of a decode step before its first layer; None of a prefill."""
+    b, t = seqs.tokens_BT.shape
+    if t > 1:
+        return None
+    seats_B = jnp.zeros(b, jnp.int32) if seqs.seats_B is None else seqs.seats_B
+    return StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
+
+
+def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
+    """Of each sequence, over its tokens and all layers; None where there are none."""
+    if not layers:
+        return None
+    shape = seqs.tokens_BT.shape
+    return jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(shape).sum(1), *layers)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -176,9 +210,8 @@ class Decoder(nnx.Module):
         the experts, where they are offloaded.
         """
         b, t = seqs.tokens_BT.shape
-        x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
-        by = rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
-        visit = None if cache is None else self._begin(cache, seqs, x_ND)
+        x_ND, by = self.begin(seqs)
+        visit = None if cache is None else Visit.begin(self.store.weights, cache, step_seen(seqs, x_ND))
         outs: list[MoEOutput] = []
         been: list[Array] = []  # the rank of each token's experts, by layer, where tables ask for it
         order = home = self.shuffle.own_order(b * t) if tables else None
@@ -188,7 +221,7 @@ class Decoder(nnx.Module):
             hints = Hints.make(tables[i], been) if tables else None
             x_ND, layer_pages, out, order = _apply(
                 *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints, order,
-                visit, self._routers_after(i) if t == 1 else None,
+                visit, self.routers_after(i) if t == 1 else None,
             )  # fmt: skip
             visit, out = out.source, replace(out, source=None)
             if tables and order is not None:
@@ -200,27 +233,29 @@ class Decoder(nnx.Module):
                 new_pages.append(layer_pages)
         if order is not None and home is not None:
             x_ND = self.shuffle.move(x_ND, Move(order, home))
-        hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
-        changes_B = None
-        if changes := [out.changes for out in outs if out.changes is not None]:
-            changes_B = jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(b, t).sum(1), *changes)
+        hidden_BTD = self.finish(x_ND, seqs)
+        changes_B = sum_changes([out.changes for out in outs if out.changes is not None], seqs)
         routing, stats = [out.routing for out in outs], [out.stats for out in outs]
-        cache = None if visit is None else self._end(visit, seqs, routing)
-        return DecoderOutput(hidden_ND.reshape(b, t, -1), new_pages or None, routing, stats, changes_B, cache)
+        if visit is not None:
+            cache = visit.end()
+            cache = replace(cache, predictor=self.absorb(cache.predictor, seqs, routing))
+        return DecoderOutput(hidden_BTD, new_pages or None, routing, stats, changes_B, cache)
 
-    def _begin(self, cache: ExpertCache, seqs: Sequences, x_ND: Array) -> Visit:
+    def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
+        """The rows before the first layer, and how attention rotates them."""
+        x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
+        return x_ND, rotation(seqs.positions_BT, self.cfg.head_dim, self.cfg.rope_theta)
+
+    def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "B T D"]:
+        """The final states of the rows behind the last layer."""
+        hidden_ND = rms_norm(x_ND, self.norm[...], self.cfg.rms_norm_eps)
+        return hidden_ND.reshape(*seqs.tokens_BT.shape, -1)
+
+    def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
+        """The predictor, which has learned what a prompt chose; of a decode step it learns elsewhere."""
         b, t = seqs.tokens_BT.shape
-        seen = None
-        if t == 1:
-            seats_B = jnp.zeros(b, jnp.int32) if seqs.seats_B is None else seqs.seats_B
-            seen = StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
-        return Visit.begin(self.store.weights, cache, seen)
-
-    def _end(self, visit: Visit, seqs: Sequences, routing: list[Routing]) -> ExpertCache:
-        """The cache after a step, which has learned what a prompt chose."""
-        cache, (b, t) = visit.end(), seqs.tokens_BT.shape
         if t == 1 or seqs.seats_B is None:
-            return cache
+            return predictor
         valid_BTK = (seqs.positions_BT >= 0)[..., None]
         rows_B1 = jnp.arange(b)[:, None]
 
@@ -231,9 +266,9 @@ class Decoder(nnx.Module):
 
         counts_BLE = jnp.stack([counts(r.ids_TK) for r in routing], axis=1)
         fresh_B = seqs.positions_BT[:, 0] == 0
-        return replace(cache, predictor=cache.predictor.absorb(seqs.seats_B, fresh_B, counts_BLE))
+        return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
 
-    def _routers_after(self, i: int) -> list[Router] | None:
+    def routers_after(self, i: int) -> list[Router] | None:
         """Of as many layers as the predictor looks ahead, the last one for those past it."""
         offload = self.moe.offload
         if offload is None or offload.predictor != "next_gate":

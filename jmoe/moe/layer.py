@@ -32,6 +32,7 @@ from jmoe.moe.types import (
     CapacityCounts,
     Changes,
     DispatchPlan,
+    DispatchStats,
     ExpertSource,
     Knobs,
     LocalExperts,
@@ -67,6 +68,21 @@ class Decision(NamedTuple):
     changes: Changes | None
 
 
+def apply_with(
+    kernels: Kernels, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
+) -> Float[Array, "T D"]:
+    """``Apply``, by the kernels of a model."""
+    return apply_experts(x_TD, weights_TK, plan, experts, kernels.experts, kernels.platform)
+
+
+def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
+    """What a layer on one device did with its tokens."""
+    none = jnp.zeros((), jnp.int32)
+    return count_dispatch(
+        routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none), None
+    )
+
+
 class MoELayer(nnx.Module):
     """A sparse MLP: every token through its k experts of E.
 
@@ -97,16 +113,10 @@ class MoELayer(nnx.Module):
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
         then there are no changes to tell. source: of the experts where they are offloaded.
         """
-        bin_by, limit_by = (None, None) if knobs is None else (self.moe.binning, self.moe.capacity)
-        rule = None
-        if bin_by is not None and phase == "decode":
-            rule = get_rule(bin_by, self.cfg.num_experts_per_tok)
-        if limit_by is not None and limit_by.phase not in (phase, "both"):
-            limit_by = None
-        decide = partial(self._decide, rule=rule, limit_by=limit_by)
         if self.experts is None:
             assert source is not None, "experts that are not here come from a source"
-            return self._sourced(x_TD, tokens, knobs, phase, source, decide)
+            return self._sourced(x_TD, tokens, knobs, phase, source)
+        decide = self._decider(phase, knobs)
         weights = (self.gate_ED[...], self.experts.weights)
         if is_single(self.mesh):
             return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, decide=decide)
@@ -155,24 +165,31 @@ class MoELayer(nnx.Module):
         knobs: Knobs | None,
         phase: Phase,
         source: ExpertSource,
-        decide: Callable[..., Decision],
     ) -> MoEOutput:
         """The same where experts are not all on the device."""
-        routed = decide(
-            x_TD, tokens, knobs, self.gate_ED[...], held=self.cfg.num_experts, here_E=source.resident_E
-        )
-
-        def apply(x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights) -> Array:
-            how = self.kernels.experts, self.kernels.platform
-            return apply_experts(x_TD, weights_TK, plan, experts, *how)
-
+        routed = self.decide(x_TD, tokens, knobs, phase, source.resident_E)
+        apply = partial(apply_with, self.kernels)
         with jax.named_scope("experts"):
             y_TD, cached, source = source.run(x_TD, routed.plain, routed.final, tokens.valid_T, phase, apply)
-        none = jnp.zeros((), jnp.int32)
-        stats = count_dispatch(
-            routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none), None
-        )
-        return MoEOutput(y_TD, routed.plain, replace(stats, cache=cached), routed.changes, source)
+        stats = replace(count_alone(routed, tokens), cache=cached)
+        return MoEOutput(y_TD, routed.plain, stats, routed.changes, source)
+
+    def decide(
+        self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, here_E: Array | None
+    ) -> Decision:
+        """Where tokens go on one device that has some of the experts, ``here_E``, or cannot say which."""
+        held = self.cfg.num_experts
+        return self._decider(phase, knobs)(x_TD, tokens, knobs, self.gate_ED[...], held=held, here_E=here_E)
+
+    def _decider(self, phase: Phase, knobs: Knobs | None) -> Callable[..., Decision]:
+        """``_decide`` with the techniques that are on in the phase."""
+        bin_by, limit_by = (None, None) if knobs is None else (self.moe.binning, self.moe.capacity)
+        rule = None
+        if bin_by is not None and phase == "decode":
+            rule = get_rule(bin_by, self.cfg.num_experts_per_tok)
+        if limit_by is not None and limit_by.phase not in (phase, "both"):
+            limit_by = None
+        return partial(self._decide, rule=rule, limit_by=limit_by)
 
     def _decide(
         self,

@@ -28,6 +28,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import Apply, CacheCounts, Phase, Routing
+from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
 from jmoe.offload.slots import land, resident
@@ -101,8 +102,8 @@ class Visit:
     ) -> tuple[Float[Array, "T D"], CacheCounts, Self]:
         """This layer's experts on its tokens, what it took, and the visit of the next layer."""
         e = self._experts
-        ids_TK = jnp.where(valid_T[:, None], routing.ids_TK, e)
-        needed_E = jnp.zeros(e, bool).at[ids_TK.reshape(-1)].set(True, mode="drop")
+        ids_TK = rows.assigned(routing, valid_T)
+        needed_E = rows.needed(ids_TK, e)
         hits, needed = (
             jnp.sum(needed_E & self.resident_E, dtype=jnp.int32),
             jnp.sum(needed_E, dtype=jnp.int32),
@@ -113,8 +114,8 @@ class Visit:
             counts = CacheCounts(hits, needed - hits, none, needed - hits, none, none)
             return y_TD, counts, replace(self, layer=self.layer + 1)
 
-        scores_E = jnp.max(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0)
-        chosen_TK = jnp.where(valid_T[:, None], plain.ids_TK, e)
+        scores_E = rows.highest(plain.scores_TE, valid_T)
+        chosen_TK = rows.assigned(plain, valid_T)
         visit = self._observe(LayerSeen(plain.scores_TE, chosen_TK, self.ahead_TAE))
         useful = jnp.sum(
             decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_E, dtype=jnp.int32
@@ -177,9 +178,7 @@ class Visit:
         everyone_T = jnp.ones(len(ids_TK), bool)
         nowhere = self._slots + 1
         slot_E = jnp.where(self.resident_E, decide.at(slots.slot_X, self.layer, e), nowhere)
-        slot_TK = jnp.append(slot_E, jnp.int32(nowhere))[ids_TK]
-        plan = plan_dispatch(slot_TK, everyone_T, 0, nowhere)
-        y_TD = apply(x_TD, weights_TK, plan, self.cache.pool)
+        y_TD = apply(x_TD, weights_TK, rows.by_slot(ids_TK, slot_E, nowhere), self.cache.pool)
         if not overflows:
             return y_TD
         away_E = jnp.zeros(e + 1, bool).at[ids_TK.reshape(-1)].set(True)[:e] & ~self.resident_E
