@@ -21,9 +21,9 @@ def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
     flat = jnp.minimum(flat, layers * experts - 1)
 
     def one(stack: Array) -> Array:
-        start = (flat // experts, flat % experts, *[jnp.zeros((), jnp.int32)] * (stack.ndim - 2))
-        piece = lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:]))
-        return jax.device_put(piece.reshape(1, *stack.shape[2:]), jax.memory.Space.Device)
+        # One axis of experts: the TPU compiler copies slices along a single axis beside compute.
+        each_X = stack.reshape(layers * experts, *stack.shape[2:])
+        return jax.device_put(lax.dynamic_slice_in_dim(each_X, flat, 1), jax.memory.Space.Device)
 
     return jax.tree.map(one, store)
 
