@@ -13,8 +13,8 @@ many as the budget says, one without a wish goes to a slot that nobody reads, an
 where nothing runs beside, only what is wished for is copied.
 
 **Prefill, and steps that need more experts than there are slots.** A prompt fires nearly all experts, so
-nothing is predicted: those in the pool run from there, the layer's others stream through two buffers, the
-copy of the next expert beside the work of this one. The pool stays as it is for decoding.
+nothing is predicted: those in the pool run from there, the layer's others stream through a buffer, one after
+another. The pool stays as it is for decoding.
 """
 
 from dataclasses import dataclass, field, replace
@@ -188,5 +188,4 @@ class Visit:
         return stream(
             self.store, self.layer * e + order_E, plan_dispatch(turn_TK, everyone_T, 0, e),
             jnp.sum(away_E, dtype=jnp.int32), lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
-            beside=self.cache.beside,
         )  # fmt: skip
