@@ -23,7 +23,7 @@ from jmoe.techniques import OffloadConfig
 
 
 def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The profile that is configured; ValueError where it cannot be read. Whose it is ``make_cache`` finds."""
+    """The profile that is configured; ValueError where it cannot be read. Whose it is ``make_cache`` sees."""
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
