@@ -23,7 +23,7 @@ from jmoe.techniques import OffloadConfig
 
 
 def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The profile that is configured; ValueError where it cannot be read. ``make_cache`` finds whose it is."""
+    """The profile that is configured; ValueError where it cannot be read. ``make_cache`` checks whose."""
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
