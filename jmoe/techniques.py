@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from jmoe_kernels.binning import Method
 
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
-Eviction = Literal["expert_map", "lru", "lfu"]
+Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class OffloadConfig:
 
     memory: int | str | None = None
     slots_per_layer: int | None = None
-    predictor: PredictorName = "expert_map"
-    eviction: Eviction = "expert_map"
+    predictor: PredictorName = "next_gate"
+    eviction: Eviction = "expected_use"
     prefetch_distance: int = 3
     prefetch_per_layer: int = 1
     store: str | None = None

@@ -96,7 +96,8 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     mean_L = jnp.maximum(jnp.mean(loads_LE, axis=1), 1e-9)
     cache_L = totals.cache_L
     if step.cache is not None:
-        cache_L = {name: total.plus(getattr(step.cache, name)) for name, total in cache_L.items()}
+        told_L = {name: jnp.where(counts, getattr(step.cache, name), 0) for name in cache_L}
+        cache_L = {name: total.plus(told_L[name]) for name, total in cache_L.items()}
     return MoETotals(
         totals.counts_LE.plus(counts_LE),
         totals.active_L + jnp.sum(counts_LE > 0, axis=1, dtype=jnp.float32),

@@ -13,8 +13,8 @@ many as the budget says, one without a wish goes to a slot that nobody reads, an
 where nothing runs beside, only what is wished for is copied.
 
 **Prefill, and steps that need more experts than there are slots.** A prompt fires nearly all experts, so
-nothing is predicted: those in the pool run from there, the layer's others stream through two buffers, the
-copy of the next expert beside the work of this one. The pool stays as it is for decoding.
+nothing is predicted: those in the pool run from there, the layer's others stream through a buffer, one after
+another. The pool stays as it is for decoding.
 """
 
 from dataclasses import dataclass, field, replace
@@ -57,14 +57,15 @@ class Visit:
     """A cache on its way through the layers of one step: the ``ExpertSource`` of the layer it is at.
 
     store: experts of all layers in host memory, ``[L, E, ...]``. walk: the predictor's own; None in prefill.
-    ahead_TAE: the scores that the routers of the next layers give to this layer's tokens, for a predictor
-    that wants them.
+    untold: what was done before the first layer, which tells it as its own. ahead_TAE: the scores that the
+    routers of the next layers give to this layer's tokens, for a predictor that wants them.
     """
 
     store: ExpertWeights
     cache: ExpertCache
     walk: Any
     layer: Int[Array, ""]
+    untold: CacheCounts
     ahead_TAE: Float[Array, "T A E"] | None = None
 
     @classmethod
@@ -72,12 +73,13 @@ class Visit:
         """Before the first layer. seen: of a decode step; None in prefill, which predicts nothing."""
         layer = jnp.zeros((), jnp.int32)
         if seen is None:
-            return cls(store, cache, None, layer)
+            return cls(store, cache, None, layer, _nothing())
         walk, forecast = cache.predictor.start(seen)
         table = decide.foresee(cache.table, 0, forecast)
         table, moves = decide.prefetch(table, cache.rule, BEFORE)
         table = table._replace(slots=land(table.slots))
-        visit = cls(store, replace(cache, table=table), walk, layer)
+        visit = cls(store, replace(cache, table=table), walk, layer, _nothing())
+        visit = replace(visit, untold=visit._count_prefetch(moves))
         return visit._with_pool(visit._landed(moves, visit._begun(moves)))
 
     def end(self) -> ExpertCache:
@@ -114,6 +116,7 @@ class Visit:
             counts = CacheCounts(hits, needed - hits, none, needed - hits, none, none)
             return y_TD, counts, replace(self, layer=self.layer + 1)
 
+        scores_E = rows.highest(plain.scores_TE, valid_T)
         chosen_TK = rows.assigned(plain, valid_T)
         visit = self._observe(LayerSeen(plain.scores_TE, chosen_TK, self.ahead_TAE))
         useful = jnp.sum(
@@ -127,14 +130,11 @@ class Visit:
         begun = visit._begun(wishes)
         overflows = visit._slots < min(e, ids_TK.size)
         y_TD = visit._with(table)._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=overflows)
-        visit = visit._with(decide.finish_layer(table, needed_E, self.layer))
+        visit = visit._with(decide.finish_layer(table, needed_E, scores_E, self.layer))
         visit = visit._with_pool(visit._landed(wishes, begun))
-        prefetched = jnp.asarray(self.cache.rule.copies, jnp.int32) if self.cache.beside else wishes.count
-        counts = CacheCounts(
-            hits, needed - hits, missing.evicted + wishes.evicted,
-            copied=needed - hits + prefetched, prefetched=prefetched, useful=useful,
-        )  # fmt: skip
-        return y_TD, counts, replace(visit, layer=self.layer + 1, ahead_TAE=None)
+        own = CacheCounts(hits, needed - hits, missing.evicted, needed - hits, none, useful)
+        counts = jax.tree.map(lambda *parts: sum(parts), own, self._count_prefetch(wishes), self.untold)
+        return y_TD, counts, replace(visit, layer=self.layer + 1, untold=_nothing(), ahead_TAE=None)
 
     @property
     def _experts(self) -> int:
@@ -169,6 +169,11 @@ class Visit:
             pool = install(pool, one, moves.slots_M[i])
         return pool
 
+    def _count_prefetch(self, moves: Moves) -> CacheCounts:
+        none, cache = jnp.zeros((), jnp.int32), self.cache
+        copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.beside else moves.count
+        return CacheCounts(none, none, moves.evicted, copied=copied, prefetched=copied, useful=none)
+
     def _compute(
         self, x_TD: Array, ids_TK: Array, weights_TK: Array, apply: Apply, *, overflows: bool
     ) -> Array:
@@ -187,5 +192,8 @@ class Visit:
         return stream(
             self.store, self.layer * e + order_E, plan_dispatch(turn_TK, everyone_T, 0, e),
             jnp.sum(away_E, dtype=jnp.int32), lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
-            beside=self.cache.beside,
         )  # fmt: skip
+
+
+def _nothing() -> CacheCounts:
+    return CacheCounts(*[jnp.zeros((), jnp.int32)] * 6)

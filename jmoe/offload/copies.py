@@ -21,9 +21,9 @@ def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
     flat = jnp.minimum(flat, layers * experts - 1)
 
     def one(stack: Array) -> Array:
-        start = (flat // experts, flat % experts, *[jnp.zeros((), jnp.int32)] * (stack.ndim - 2))
-        piece = lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:]))
-        return jax.device_put(piece.reshape(1, *stack.shape[2:]), jax.memory.Space.Device)
+        # One axis of experts: the TPU compiler copies slices along a single axis beside compute.
+        each_X = stack.reshape(layers * experts, *stack.shape[2:])
+        return jax.device_put(lax.dynamic_slice_in_dim(each_X, flat, 1), jax.memory.Space.Device)
 
     return jax.tree.map(one, store)
 
@@ -49,25 +49,18 @@ def stream(
     count: Array,
     apply: Callable[[DispatchPlan, ExpertWeights], Array],
     y_TD: Array,
-    *,
-    beside: bool,
 ) -> Array:
     """``y_TD`` plus the shares of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one
-    by one through a buffer. beside: the copy of the next runs beside the work of this one; the last step then
-    copies one that nobody uses.
+    by one through a buffer.
+
+    One after the other: a copy takes many times as long as the expert's work, so that little is lost. A copy
+    of the next one, begun in a turn of the loop, would have to be made for nothing once, and the TPU compiler
+    starts it behind this one's work anyway, as what a loop carries has one buffer.
     """
-    last = flat_E.shape[0] - 1
     starts_E = jnp.cumsum(plan.group_sizes_L, dtype=jnp.int32) - plan.group_sizes_L
 
-    def work(i: Array, y_TD: Array, one: ExpertWeights) -> Array:
+    def body(i: Array, y_TD: Array) -> Array:
         order_N = jnp.roll(plan.order_N, -starts_E[i])
-        return y_TD + apply(DispatchPlan(order_N, plan.group_sizes_L[i][None]), one)
+        return y_TD + apply(DispatchPlan(order_N, plan.group_sizes_L[i][None]), fetch(store, flat_E[i]))
 
-    def body(i: Array, carry: tuple[Array, ExpertWeights]) -> tuple[Array, ExpertWeights]:
-        y_TD, one = carry
-        following = fetch(store, flat_E[jnp.minimum(i + 1, last)])
-        return work(i, y_TD, one), following
-
-    if beside:
-        return lax.fori_loop(0, count, body, (y_TD, fetch(store, flat_E[0])))[0]
-    return lax.fori_loop(0, count, lambda i, y_TD: work(i, y_TD, fetch(store, flat_E[i])), y_TD)
+    return lax.fori_loop(0, count, body, y_TD)

@@ -1,12 +1,18 @@
 """What an expert is worth: which slot goes first, and which expert comes next.
 
-One scale for both. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now),
-above 0 (fMoE, section 4.3). Any other one is worth less than 0, by the eviction rule:
+One scale for both, by the eviction rule.
 
-``expert_map``  -1 / (p * visits), the negative of fMoE's eviction priority (section 4.4); p is the latest
-                forecast of the expert, visits count since it came in, both at least a little
-``lru``         -(layers visited since its last use)
-``lfu``         -1 / visits since it came in
+``expected_use``  p / (layers until its layer comes), of every expert (ours): p is the forecast where there is
+                  one, and at least the expert's heat, the running mean of its layer's gate scores. Belady's
+                  order, with what is likely in place of what is known.
+
+The others split it. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now),
+above 0 (fMoE, section 4.3); any other one is worth less than 0:
+
+``expert_map``    -1 / (p * visits), the negative of fMoE's eviction priority (section 4.4); p is the latest
+                  forecast of the expert, visits count since it came in, both at least a little
+``lru``           -(layers visited since its last use)
+``lfu``           -1 / visits since it came in
 
 A demand takes the slots of whatever is worth least; a prefetch only that of an expert worth less than
 itself (ours: a forecast of nothing must not push out a good one). Where the next use of every expert is known
@@ -18,6 +24,7 @@ from typing import Any, NamedTuple
 from jmoe.techniques import Eviction
 
 LEAST = 1e-6  # a forecast of nothing, so that visits still rank
+MEMORY = 0.9  # of heat from one step to the next: that of ten steps
 
 
 class Usage(NamedTuple):
@@ -31,11 +38,13 @@ class Usage(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """The latest forecast of every layer: p_LE, and wanted_LE, which experts were worth fetching. due_LE: for
-    the oracle, the step after this one in which each expert is needed next, counted from this one."""
+    """The latest forecast of every layer: p_LE, and wanted_LE, which experts were worth fetching. heat_LE: the
+    running mean of the gate's scores, of a batch the highest. due_LE: for the oracle, how many steps from now each expert is needed next, after this one; p_LE then says which this
+    one needs."""
 
     p_LE: Any
     wanted_LE: Any
+    heat_LE: Any
     due_LE: Any = None
 
 
@@ -80,16 +89,28 @@ def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlo
     return outlook._replace(p_LE=p_LE, wanted_LE=xp.where(told_L1, wanted_AE[row_L], outlook.wanted_LE))
 
 
-def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any) -> Any:
-    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first."""
+def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
+    """After a layer's gate: what it scored."""
+    xp = scores_E.__array_namespace__()
+    at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
+    heat_LE = xp.where(at_L1, MEMORY * outlook.heat_LE + (1 - MEMORY) * scores_E[None], outlook.heat_LE)
+    return outlook._replace(heat_LE=heat_LE.astype(xp.float32))
+
+
+def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:
+    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first. ahead: how many layers have
+    a forecast of this step."""
     xp = usage.visits_X.__array_namespace__()
     until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
-    ahead_L1 = until_L1 > 0
     if outlook.due_LE is not None:
-        layers = outlook.p_LE.shape[0]
-        later_LE = until_L1 + outlook.due_LE * layers
-        until_LE = xp.where(ahead_L1 & outlook.wanted_LE, until_L1, later_LE)
+        later_LE = until_L1 + outlook.due_LE * outlook.p_LE.shape[0]
+        until_LE = xp.where((until_L1 > 0) & (outlook.p_LE > 0), until_L1, later_LE)
         return (1.0 / until_LE.astype(xp.float32)).reshape(-1)
+    soon_L1 = (until_L1 > 0) & (until_L1 <= ahead)
+    if eviction == "expected_use":
+        told_LE = xp.where(soon_L1, outlook.p_LE, xp.zeros((), dtype=xp.float32))
+        comes_L1 = xp.where(until_L1 > 0, until_L1, until_L1 + outlook.p_LE.shape[0]).astype(xp.float32)
+        return (xp.maximum(told_LE, outlook.heat_LE) / comes_L1).reshape(-1)
     until_L1 = xp.clip(until_L1, 1, None).astype(xp.float32)
     wish_LE = outlook.p_LE / until_L1
     visits_X = xp.clip(usage.visits_X, 1.0, None)
@@ -99,7 +120,7 @@ def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any) -> Any
         rest_X = (usage.last_X - usage.clock - 1).astype(xp.float32)
     else:
         rest_X = -1.0 / visits_X
-    wanted_X = (outlook.wanted_LE & ahead_L1 & (wish_LE > 0)).reshape(-1)
+    wanted_X = (outlook.wanted_LE & soon_L1 & (wish_LE > 0)).reshape(-1)
     return xp.where(wanted_X, wish_LE.reshape(-1), rest_X)
 
 

@@ -50,16 +50,19 @@ class NoPredictor(_Fixed):
 class NextGate(_Fixed):
     """What the next layers' own routers say of this layer's input (Mixtral-Offloading, cross-layer gate).
 
-    Before the first layer there is no router's input, so that it expects nothing of layers 0 .. A - 1 there;
-    of those above 0 it does from the layers below.
+    Before the first layer there is no router's input: there the token table speaks, where a profile gave one
+    (ours), and else nothing is expected.
     """
 
+    table: TokenTable | None
     distance: int = field(metadata={"static": True})
     experts: int = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
 
     def start(self, seen: StepSeen) -> tuple[Bool[Array, " B"], Forecast]:
-        return seen.valid_B, _nothing(self.distance, self.experts)
+        if self.table is None:
+            return seen.valid_B, _nothing(self.distance, self.experts)
+        return seen.valid_B, self.table.start(seen)[1]
 
     def observe(
         self, walk: Bool[Array, " B"], layer: Int[Array, ""], seen: LayerSeen
@@ -118,14 +121,15 @@ def make_predictor(
         return ExpertMaps.make(
             store, distance=distance, k=k, online=profile is None if online is None else online
         )
+    by_token = None if profile is None else TokenTable.make(profile, distance=distance, k=k)
     if name == "token_table":
-        if profile is None:
+        if by_token is None:
             raise ValueError("token_table needs a profile")
-        return TokenTable.make(profile, distance=distance, k=k)
+        return by_token
     if name == "counts":
         past_QLE = np.zeros((0, layers, experts)) if profile is None else profile.sample.experts_QLE
         return RequestCounts.make(past_QLE, seats=seats, distance=distance, k=k)
-    return NextGate(distance, experts, k) if name == "next_gate" else NoPredictor(distance, experts)
+    return NextGate(by_token, distance, experts, k) if name == "next_gate" else NoPredictor(distance, experts)
 
 
 def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int) -> MapStore:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import DispatchPlan, Routing
@@ -15,6 +15,11 @@ def assigned(routing: Routing, valid_T: Bool[Array, " T"]) -> Int[Array, "T K"]:
 
 def needed(ids_TK: Int[Array, "T K"], experts: int) -> Bool[Array, " E"]:
     return jnp.zeros(experts, bool).at[ids_TK.reshape(-1)].set(True, mode="drop")
+
+
+def highest(scores_TE: Float[Array, "T E"], valid_T: Bool[Array, " T"]) -> Float[Array, " E"]:
+    """Of each expert, over the valid tokens; 0 without any."""
+    return jnp.max(jnp.where(valid_T[:, None], scores_TE, 0.0), axis=0)
 
 
 def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], nowhere: int) -> DispatchPlan:

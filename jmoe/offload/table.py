@@ -39,7 +39,8 @@ class Moves(NamedTuple):
 
 def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
     """Of ``slots`` empty slots."""
-    outlook = Outlook(xp.zeros((layers, experts), dtype=xp.float32), xp.zeros((layers, experts), dtype=bool))
+    nothing = xp.zeros((layers, experts), dtype=xp.float32)
+    outlook = Outlook(nothing, xp.zeros((layers, experts), dtype=bool), nothing)
     return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
 
 
@@ -67,27 +68,29 @@ def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tu
     needed_X = (at_L1 & needed_E[None]).reshape(-1)
     slots = pin(slots, needed_X)
     experts_M, gain_M = policy.misses(needed_E, at(present(slots), layer, e), layer * e, most, x)
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer)
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
     table, moves = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
     return table._replace(slots=pin(land(table.slots), needed_X)), moves
 
 
 def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
     """Slots, in flight, for the experts of the layers ahead that are most worth it."""
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer)
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
     wishes = policy.next_wishes(
         worth_X, table.outlook, layer, present(table.slots), ahead=rule.ahead, count=rule.copies
     )
     return _claim(table, *wishes, worth_X, True)
 
 
-def finish_layer(table: Table, needed_E: Any, layer: Any) -> Table:
-    """What was in flight has landed, the layer's experts were used, nothing is pinned."""
+def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
+    """What was in flight has landed, the layer's experts were used, nothing is pinned. scores_E: the gate's, of
+    a batch the highest."""
     xp = needed_E.__array_namespace__()
     layers = table.outlook.p_LE.shape[0]
     used_X = ((xp.arange(layers, dtype=xp.int32) == layer)[:, None] & needed_E[None]).reshape(-1)
     usage = policy.use(table.usage, used_X & resident(table.slots))
-    return table._replace(slots=pin(land(table.slots), used_X & False), usage=usage)
+    outlook = policy.warm(table.outlook, layer, scores_E)
+    return Table(pin(land(table.slots), used_X & False), usage, outlook)
 
 
 def at(values_X: Any, layer: Any, experts: int) -> Any:
