@@ -27,9 +27,7 @@ class HostCache:
     jitted, with the pool donated. where: the device. counts_CL: the fields of ``CacheCounts``, by layer.
     """
 
-    def __init__(
-        self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, where: Any
-    ):
+    def __init__(self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, where: Any):
         self.table: Table = cache.table
         self.pool, self.rule = cache.pool, cache.rule
         self._store, self._install, self._where = store, install, where
@@ -42,7 +40,7 @@ class HostCache:
         self.table = decide.foresee(self.table, 0, forecast)
         self.table, wishes = decide.prefetch(self.table, self.rule, BEFORE)
         self.table = self.table._replace(slots=land(self.table.slots))
-        self._copy(wishes)
+        self._wish(0, wishes)
 
     def demand(self, layer: int, needed_E: np.ndarray, forecast: Forecast, most: int) -> None:
         """What the layer needs is in the pool or on its way there, as far as there are slots.
@@ -56,12 +54,12 @@ class HostCache:
         self._count(layer, evicted=missing.evicted, copied=needed_E.sum() - hits, useful=useful)
         self._copy(missing)
 
-    def prefetch(self, layer: int, needed_E: np.ndarray) -> None:
-        """What the layers ahead will need is on its way, and ``layer`` has been."""
+    def prefetch(self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray) -> None:
+        """What the layers ahead will need is on its way, and ``layer`` has been. scores_E: as the gate
+        scored at most."""
         self.table, wishes = decide.prefetch(self.table, self.rule, layer)
-        self.table = decide.finish_layer(self.table, needed_E, layer)
-        self._count(layer, evicted=wishes.evicted, copied=wishes.count, prefetched=wishes.count)
-        self._copy(wishes)
+        self.table = decide.finish_layer(self.table, needed_E, scores_E, layer)
+        self._wish(layer, wishes)
 
     def pass_by(self, layer: int, needed_E: np.ndarray) -> None:
         """A layer of a prompt, which leaves the pool as it is."""
@@ -97,6 +95,11 @@ class HostCache:
     def rehearse(self) -> None:
         """An expert into nobody's slot, for what that compiles."""
         self._copy(Moves(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
+
+    def _wish(self, layer: int, wishes: Moves) -> None:
+        """Copies ahead of need, told by ``layer`` as its own."""
+        self._count(layer, evicted=wishes.evicted, copied=wishes.count, prefetched=wishes.count)
+        self._copy(wishes)
 
     def _copy(self, moves: Moves) -> None:
         """Begins the copies of ``moves``; the pool has them when they have landed."""

@@ -84,8 +84,8 @@ class HostDrivenRunner(Runner):
     ) -> tuple[Rows, Sequences, list[Seen], object]:
         """All layers; also the sequences on the device, what each layer saw, and the predictor's walk.
 
-        given: the fields of ``Sequences``. predicts: whether this is a decode step, which fills the pool; else the pool stays as it is. Without
-        page tables, of windows, the pages are left alone.
+        given: the fields of ``Sequences``; of windows without page tables, and the pages are left alone.
+        predicts: whether this is a decode step, which fills the pool; else the pool stays as it is.
         """
         predictor = self.cache.predictor if predicts else None
         knobs = jax.device_put(knobs, sharding(self.mesh))
@@ -117,7 +117,7 @@ class HostDrivenRunner(Runner):
         needed_E = told_RE[0] > 0
         if predicts:
             most = min(self.cfg.num_experts, work.ids_TK.size)
-            cache.demand(layer, needed_E, forecast_of(told_RE[1:]), most)
+            cache.demand(layer, needed_E, forecast_of(told_RE[2:]), most)
         else:
             cache.pass_by(layer, needed_E)
         y_ND = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
@@ -127,7 +127,7 @@ class HostDrivenRunner(Runner):
             if n + 2 < len(away):
                 jax.block_until_ready(y_ND)
         if predicts:
-            cache.prefetch(layer, needed_E)
+            cache.prefetch(layer, needed_E, told_RE[1])
         return y_ND
 
     def _host_cache(self) -> HostCache:

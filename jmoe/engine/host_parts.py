@@ -34,7 +34,7 @@ from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.offload.copies import install
-from jmoe.offload.rows import assigned, by_slot, needed
+from jmoe.offload.rows import assigned, by_slot, highest, needed
 from jmoe.offload.types import Forecast, LayerSeen, Predictor
 
 
@@ -64,7 +64,8 @@ class Seen(NamedTuple):
 
 class Attended(NamedTuple):
     """A layer before its experts. x_ND: the rows behind attention. walk: the predictor's. told_RE: for the
-    host, see ``tell``."""
+    host, by ``tell``: which experts are needed; then, where they are predicted, what the gate scored at most,
+    p and wanted of the layers ahead."""
 
     x_ND: Array
     work: Work
@@ -73,10 +74,10 @@ class Attended(NamedTuple):
     told_RE: Array
 
 
-def tell(needed_E: Array | None, forecast: Forecast | None) -> Array:
-    """``[R, E]`` float32, one array for the host to wait for: what is needed, then p and wanted of A layers."""
-    rows = [] if needed_E is None else [needed_E[None]]
-    rows += [] if forecast is None else list(forecast)
+def tell(*parts: Array) -> Array:
+    """``[R, E]`` float32, one array for the host to wait for: rows ``[E]`` and ``[A, E]``, one below the
+    other."""
+    rows = [part if part.ndim == 2 else part[None] for part in parts]
     return jnp.concatenate([each.astype(jnp.float32) for each in rows])
 
 
@@ -110,7 +111,7 @@ class PartFunctions:
             seen = step_seen(seqs, x_ND)
             assert seen is not None, "prompts are not predicted"
             walk, forecast = predictor.start(seen)
-            told_RE = tell(None, forecast)
+            told_RE = tell(*forecast)
         return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
 
     def attend(
@@ -134,16 +135,16 @@ class PartFunctions:
         normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(layer), here_E)
         flags = token_flags(seqs)
         ids_TK = assigned(routed.final, flags.valid_T)
-        forecast = None
+        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
         if predictor is not None:
             asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
             chosen_TK = assigned(routed.plain, flags.valid_T)
             seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
             walk, forecast = predictor.observe(walk, layer, seen)
-        told_RE = tell(needed(ids_TK, routed.plain.scores_TE.shape[1]), forecast)
+            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
         work = Work(normed_ND, ids_TK, routed.final.weights_TK)
         done = Seen(replace(routed.plain, plan=None), count_alone(routed, flags), routed.changes)
-        return Attended(x_ND, work, done, walk, told_RE), pages
+        return Attended(x_ND, work, done, walk, tell(*told)), pages
 
     def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Array:
         """``y_ND`` of the experts with a slot; ``slots + 1`` is none."""
