@@ -33,6 +33,7 @@ class HostCache:
         self._store, self._install, self._where = store, install, where
         layers, self._experts = store.gate_up_E2FD.shape[:2]
         self._slots = len(self.table.slots.held_S)
+        self._unsettled: tuple[int, np.ndarray, np.ndarray] | None = None
         self.counts_CL = np.zeros((len(fields(CacheCounts)), layers), np.int32)
 
     def begin(self, forecast: Forecast) -> None:
@@ -42,10 +43,13 @@ class HostCache:
         self.table = self.table._replace(slots=land(self.table.slots))
         self._wish(0, wishes)
 
-    def demand(self, layer: int, needed_E: np.ndarray, forecast: Forecast, most: int) -> None:
+    def demand(
+        self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray, forecast: Forecast, most: int
+    ) -> None:
         """What the layer needs is in the pool or on its way there, as far as there are slots.
 
-        forecast: of the layers behind it. most: experts that the step's rows can need.
+        scores_E: as its gate scored at most. forecast: of the layers behind it. most: experts that the step's
+        rows can need.
         """
         hits = self._meet(layer, needed_E)
         self.table = decide.foresee(self.table, layer + 1, forecast)
@@ -53,10 +57,18 @@ class HostCache:
         self.table, missing = decide.demand(self.table, self.rule, needed_E, layer, most)
         self._count(layer, evicted=missing.evicted, copied=needed_E.sum() - hits, useful=useful)
         self._copy(missing)
+        self._unsettled = layer, needed_E, scores_E
 
-    def prefetch(self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray) -> None:
-        """What the layers ahead will need is on its way, and ``layer`` has been. scores_E: as the gate
-        scored at most."""
+    def settle(self) -> None:
+        """Behind a layer's demand and before the next: what the layers ahead will need is on its way.
+
+        Nothing that the layer, or the next one's attention, computes waits for this, so that the device is
+        given them first.
+        """
+        if self._unsettled is None:
+            return
+        layer, needed_E, scores_E = self._unsettled
+        self._unsettled = None
         self.table, wishes = decide.prefetch(self.table, self.rule, layer)
         self.table = decide.finish_layer(self.table, needed_E, scores_E, layer)
         self._wish(layer, wishes)

@@ -72,7 +72,7 @@ class HostDrivenRunner(Runner):
     ) -> WindowRouting:
         given = tokens_BT, positions_BT
         _, seqs, layers, _ = self._through(given, self._host_cache(), None, predicts=False)
-        plain = [each.plain for each in layers]
+        plain = [each.plain for each in layers if each.plain is not None]
         return jax.device_get(self._parts.window_routing(self.weights, seqs, picks_BM, plain))
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class HostDrivenRunner(Runner):
             cache.begin(forecast_of(np.asarray(told_RE)))
         layers = []
         for i, weights in enumerate(self._layers):
-            here_E = cache.resident_E(i) if self._asks_pool else None
+            here_E = self._here(cache, i)
             pages, ahead = (
                 (None if seqs.table_BM is None else self.pages[i]),
                 self._ahead[i] if predicts else None,
@@ -104,10 +104,12 @@ class HostDrivenRunner(Runner):
             )
             if pages is not None:
                 self.pages[i] = pages
+            cache.settle()
             walk, told_RE = attended.walk, np.asarray(attended.told_RE)
             y_ND = self._experts(i, attended.work, told_RE, cache, predicts=predicts)
             rows = Rows(attended.x_ND, y_ND)
             layers.append(attended.seen)
+        cache.settle()
         return rows, seqs, layers, walk
 
     def _experts(
@@ -117,7 +119,7 @@ class HostDrivenRunner(Runner):
         needed_E = told_RE[0] > 0
         if predicts:
             most = min(self.cfg.num_experts, work.ids_TK.size)
-            cache.demand(layer, needed_E, forecast_of(told_RE[2:]), most)
+            cache.demand(layer, needed_E, told_RE[1], forecast_of(told_RE[2:]), most)
         else:
             cache.pass_by(layer, needed_E)
         y_ND = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
@@ -126,9 +128,14 @@ class HostDrivenRunner(Runner):
             y_ND = self._parts.streamed(y_ND, work, self._numbers[away[n]], one)
             if n + 2 < len(away):
                 jax.block_until_ready(y_ND)
-        if predicts:
-            cache.prefetch(layer, needed_E, told_RE[1])
         return y_ND
+
+    def _here(self, cache: HostCache, layer: int) -> np.ndarray | None:
+        """The layer's experts in the pool, where routing depends on that."""
+        if not self._asks_pool:
+            return None
+        cache.settle()
+        return cache.resident_E(layer)
 
     def _host_cache(self) -> HostCache:
         return HostCache(self.cache, self._store, self._parts.install, self.mesh.devices.item())

@@ -55,9 +55,10 @@ class Work(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a layer leaves for the end of the step."""
+    """What a layer leaves for the end of the step. plain: the router's own choice, of a decode step None: the
+    predictor has seen it."""
 
-    plain: Routing
+    plain: Routing | None
     stats: DispatchStats
     changes: Changes | None
 
@@ -143,7 +144,8 @@ class PartFunctions:
             walk, forecast = predictor.observe(walk, layer, seen)
             told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
         work = Work(normed_ND, ids_TK, routed.final.weights_TK)
-        done = Seen(replace(routed.plain, plan=None), count_alone(routed, flags), routed.changes)
+        plain = replace(routed.plain, plan=None) if predictor is None else None
+        done = Seen(plain, count_alone(routed, flags), routed.changes)
         return Attended(x_ND, work, done, walk, tell(*told)), pages
 
     def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Array:
@@ -177,7 +179,7 @@ class PartFunctions:
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
         if seqs.tokens_BT.shape[1] == 1:
             predictor = predictor.finish(walk)
-        predictor = model.absorb(predictor, seqs, [each.plain for each in layers])
+        predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
         return sampled, hidden_BTD, changes_B, add_step(totals, stats), predictor
 
     def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
