@@ -151,7 +151,8 @@ class OffloadConfig:
     slots_per_layer: room for so many experts times the layers. predictor: what says which experts the next
     layers need; eviction: which expert gives way (``jmoe.offload.policy``). prefetch_distance: layers ahead.
     prefetch_per_layer: copies ahead of need that one layer may begin, the byte budget. store: the profile to
-    start warm from; store_size: iterations that predictor "expert_map" keeps.
+    start warm from; store_size: iterations that predictor "expert_map" keeps. executor: "graph" decides and
+    copies inside the jitted step, "host" between the jitted parts of each layer.
     """
 
     memory: int | str | None = None
@@ -162,6 +163,7 @@ class OffloadConfig:
     prefetch_per_layer: int = 1
     store: str | None = None
     store_size: int = 1000
+    executor: Literal["graph", "host"] = "graph"
 
     def __post_init__(self) -> None:
         if (self.memory is None) == (self.slots_per_layer is None):
@@ -170,6 +172,7 @@ class OffloadConfig:
             object.__setattr__(self, "memory", parse_size("moe.offload.memory", self.memory))
         check_choice("moe.offload.predictor", self.predictor, get_args(PredictorName))
         check_choice("moe.offload.eviction", self.eviction, get_args(Eviction))
+        check_choice("moe.offload.executor", self.executor, ("graph", "host"))
         for name in ("memory", "slots_per_layer", "prefetch_distance", "prefetch_per_layer", "store_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

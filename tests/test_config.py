@@ -99,6 +99,19 @@ def test_a_bad_binning_block_is_refused_with_what_would_be_right(values, message
         MoEConfig.from_dict({"binning": values})
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"executor": "gpu"}, "moe.offload.executor must be one of graph, host, got 'gpu'"),
+        ({"executor": True}, "moe.offload.executor must be one of graph, host, got True"),
+    ],
+    ids=str,
+)
+def test_a_bad_offload_block_is_refused_with_what_would_be_right(values, message: str):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.from_dict({"offload": {"slots_per_layer": 4, **values}})
+
+
 def test_a_misspelt_block_and_a_bare_table_are_refused():
     with pytest.raises(ValueError, match="moe config: unknown key 'capacty'; nearest known key: 'capacity'"):
         MoEConfig.from_dict({"capacty": {}})

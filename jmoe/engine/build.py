@@ -16,6 +16,7 @@ from jmoe_kernels.choice import choose
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.engine import Engine
+from jmoe.engine.host_driven import HostDrivenRunner
 from jmoe.engine.offload import make_cache, read_profile
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
@@ -148,12 +149,12 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
-    make_runner: Callable[..., Runner] = Runner,
+    make_runner: Callable[..., Runner] | None = None,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
     warm_up: False leaves each shape to compile when it first runs. scores_prompts: False leaves only what
-    ``prompt_logprobs`` needs.
+    ``prompt_logprobs`` needs. make_runner: None takes what ``settings`` say.
     progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
     done, shapes).
     """
@@ -186,12 +187,17 @@ def build_engine(
     cache = None
     if settings.moe.offload is not None:
         cache = make_cache(decoder, mesh, sizes.decode[-1], profile)
-    runner = make_runner(decoder, mesh, sizes, tables, cache)
+    runner = (make_runner or runner_for(settings.moe))(decoder, mesh, sizes, tables, cache)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len, share)
     return Engine(runner, scheduler, codec, end_tokens(directory, cfg), placement)
+
+
+def runner_for(moe: MoEConfig) -> type[Runner]:
+    """What runs the steps of one process."""
+    return HostDrivenRunner if moe.offload is not None and moe.offload.executor == "host" else Runner
 
 
 def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:

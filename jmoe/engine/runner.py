@@ -24,7 +24,7 @@ from jmoe.engine.step import (
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes
+from jmoe.moe.types import Changes, Knobs, Phase
 from jmoe.nn.kv_cache import make_pages
 from jmoe.offload.cache import ExpertCache
 
@@ -97,12 +97,19 @@ class Runner:
         lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            sampled, hidden, self.pages, self._totals[phase], changes, self.cache = self._jitted.step(
-                self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables, self.cache
-            )
+            outputs = self._step(phase, arrays, lossy)
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
+        return outputs
+
+    def _step(
+        self, phase: Phase, arrays: tuple, lossy: tuple[np.ndarray, Knobs] | None
+    ) -> tuple[Sampled, Array, Changes | None]:
+        """One step; what lies on the device is then as behind it."""
+        sampled, hidden, self.pages, self._totals[phase], changes, self.cache = self._jitted.step(
+            self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables, self.cache
+        )
         return sampled, hidden, changes
 
     def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,13 +152,17 @@ class Runner:
         for done, (sequences, tokens) in enumerate(shapes):
             progress(done, len(shapes))
             given = self.blank(sequences, tokens)
-            _, hidden, _ = self.run(given)
+            hidden = self._rehearse(given)
             if tokens > 1 and scores_prompts:
                 self.score(hidden, given.tokens_BT)
         self.drain()
         jax.block_until_ready(self.pages)
         progress(len(shapes), len(shapes))
         self.compilations.warm_up_done()
+
+    def _rehearse(self, given: StepInput) -> Array:
+        """Runs padding so that all that a step of its shape may need is compiled; the hidden states."""
+        return self.run(given)[1]
 
     def close(self) -> None:
         """Lets go of the weights and the cache; nothing runs any more."""

@@ -24,7 +24,7 @@ from jmoe.engine.stats import MoETotals, add_step, zero_totals
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, Knobs
+from jmoe.moe.types import Changes, Knobs, Routing
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
 from jmoe.offload.cache import ExpertCache
@@ -105,6 +105,13 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
+def draw(model: Decoder, hidden_BTD: Array, last_B: Array, rows: SamplingRows) -> Sampled:
+    """The token behind each sequence's last one; for use under jit."""
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    with jax.named_scope("sample"):
+        return sample(model.logits(last_BD), rows)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WindowRouting:
@@ -121,6 +128,27 @@ class WindowRouting:
     gates_LBE: Array
     embeddings_BD: Array
     maps_BMLE: Array
+
+
+def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
+    """What ``routing``, one a layer, says of whole windows; for use under jit."""
+    b, t = seqs.tokens_BT.shape
+    valid_BT1 = (seqs.positions_BT >= 0).astype(jnp.float32)[:, :, None]
+
+    def mean(values_BTX: Array) -> Array:
+        """Over each window's own tokens."""
+        return jnp.sum(values_BTX * valid_BT1, 1) / jnp.maximum(jnp.sum(valid_BT1, 1), 1.0)
+
+    def picked(scores_TE: Array) -> Array:
+        return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)
+
+    return WindowRouting(
+        jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
+        jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
+        jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
+        mean(model.embed[...][seqs.tokens_BT].astype(jnp.float32)),
+        jnp.stack([picked(r.scores_TE) for r in routing], 2),
+    )
 
 
 @dataclass(frozen=True)
@@ -158,9 +186,7 @@ class ModelFunctions:
         seqs = Sequences(tokens_BT, positions_BT, table_BM, exact_B, None if cache is None else seats_B)
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
-        last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-        with jax.named_scope("sample"):
-            sampled = sample(model.logits(last_BD), rows)
+        sampled = draw(model, out.hidden_BTD, last_B, rows)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
@@ -208,26 +234,8 @@ class ModelFunctions:
 
         picks_BM: the positions whose scores are told, -1 for none: those of all would be many times the rest.
         """
-        model = self.merge(weights)
-        routing = model(Sequences(tokens_BT, positions_BT), cache=cache).routing
-        b, t = tokens_BT.shape
-        valid_BT1 = (positions_BT >= 0).astype(jnp.float32)[:, :, None]
-
-        def mean(values_BTX: Array) -> Array:
-            """Over each window's own tokens."""
-            return jnp.sum(values_BTX * valid_BT1, 1) / jnp.maximum(jnp.sum(valid_BT1, 1), 1.0)
-
-        def picked(scores_TE: Array) -> Array:
-            return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)
-
-        found = WindowRouting(
-            jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
-            jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
-            jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
-            mean(model.embed[...][tokens_BT].astype(jnp.float32)),
-            jnp.stack([picked(r.scores_TE) for r in routing], 2),
-        )
-        return readable(found, model.mesh)
+        model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
+        return readable(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
 
 
 @dataclass(frozen=True)

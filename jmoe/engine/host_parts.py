@@ -1,0 +1,238 @@
+"""The jitted parts of a step that the host drives layer by layer.
+
+    begin -> (attend -> pooled [-> streamed ...]) x layers -> finish
+
+Layers are alike: a part takes a layer's weights and its number as arguments and compiles once a shape. What a
+layer's experts gave stays beside its rows until the next part adds it, so that experts which come one by one
+need no other parts than those in the pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.grouped_mlp import ExpertWeights
+from jmoe_kernels.paged_attention import LayerPages
+
+from jmoe.engine.sampling import Sampled, SamplingRows
+from jmoe.engine.stats import MoETotals, add_step
+from jmoe.engine.step import WindowRouting, draw, summarize
+from jmoe.mesh import sharding
+from jmoe.models.decoder import Decoder, DecoderLayer, Router, step_seen, sum_changes, token_flags
+from jmoe.moe.layer import apply_with, count_alone
+from jmoe.moe.routing import plan_dispatch
+from jmoe.moe.types import CacheCounts, Changes, DispatchStats, Knobs, Routing
+from jmoe.nn.attention import Sequences
+from jmoe.nn.kv_cache import page_spec
+from jmoe.nn.rope import Rotation
+from jmoe.offload.copies import install
+from jmoe.offload.rows import assigned, by_slot, highest, needed
+from jmoe.offload.types import Forecast, LayerSeen, Predictor
+
+
+class Rows(NamedTuple):
+    """Rows between two layers. x_ND: behind the attention of the last; y_ND: what its experts gave, to be
+    added."""
+
+    x_ND: Array
+    y_ND: Array
+
+
+class Work(NamedTuple):
+    """What a layer's experts are given: normed rows, experts (E for none) and their weights."""
+
+    x_TD: Array
+    ids_TK: Array
+    weights_TK: Array
+
+
+class Seen(NamedTuple):
+    """What a layer leaves for the end of the step. plain: the router's own choice, of a decode step None: the
+    predictor has seen it."""
+
+    plain: Routing | None
+    stats: DispatchStats
+    changes: Changes | None
+
+
+class Attended(NamedTuple):
+    """A layer before its experts. x_ND: the rows behind attention. walk: the predictor's. told_RE: for the
+    host, by ``tell``: which experts are needed; then, where they are predicted, what the gate scored at most,
+    p and wanted of the layers ahead."""
+
+    x_ND: Array
+    work: Work
+    seen: Seen
+    walk: Any
+    told_RE: Array
+
+
+def tell(*parts: Array) -> Array:
+    """``[R, E]`` float32, one array for the host to wait for: rows ``[E]`` and ``[A, E]``, one below the
+    other."""
+    rows = [part if part.ndim == 2 else part[None] for part in parts]
+    return jnp.concatenate([each.astype(jnp.float32) for each in rows])
+
+
+def forecast_of(rows_RE: np.ndarray) -> Forecast:
+    """On the host, from its 2 * A rows of what ``tell`` made."""
+    p_AE, wanted_AE = np.split(rows_RE, 2)
+    return Forecast(p_AE, wanted_AE > 0)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class PartFunctions:
+    """The parts, over flat lists of weights; structures are closed over, see ``ModelFunctions``."""
+
+    merge: Callable[[list[Array]], Decoder]
+    layer_graph: nnx.GraphDef
+    layer_structure: Any
+    kernels: Kernels
+    slots: int
+
+    def begin(
+        self, weights: list[Array], given: tuple, predictor: Predictor | None
+    ) -> tuple[Rows, Rotation, Sequences, Any, Array | None]:
+        """Before the first layer; last the predictor's walk and, for the host, its forecast.
+
+        given: the fields of ``Sequences``. predictor: None where nothing is predicted.
+        """
+        seqs = Sequences(*given)
+        x_ND, by = self.merge(weights).begin(seqs)
+        walk, told_RE = None, None
+        if predictor is not None:
+            seen = step_seen(seqs, x_ND)
+            assert seen is not None, "prompts are not predicted"
+            walk, forecast = predictor.start(seen)
+            told_RE = tell(*forecast)
+        return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
+
+    def attend(
+        self,
+        weights: list[Array],
+        layer: Array,
+        rows: Rows,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        knobs: Knobs | None,
+        here_E: Array | None,
+        predictor: Predictor | None,
+        walk: Any,
+        ahead: list[Router] | None,
+    ) -> tuple[Attended, LayerPages | None]:
+        """One layer up to its experts. weights: the layer's. here_E: experts in the pool, for a technique
+        that asks. ahead: the routers of the next layers, for a predictor that does."""
+        own: DecoderLayer = nnx.merge(self.layer_graph, jax.tree.unflatten(self.layer_structure, weights))
+        x_ND, pages = own.attend(rows.x_ND + rows.y_ND, by, seqs, pages)
+        normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(layer), here_E)
+        flags = token_flags(seqs)
+        ids_TK = assigned(routed.final, flags.valid_T)
+        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        if predictor is not None:
+            asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
+            chosen_TK = assigned(routed.plain, flags.valid_T)
+            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
+            walk, forecast = predictor.observe(walk, layer, seen)
+            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
+        work = Work(normed_ND, ids_TK, routed.final.weights_TK)
+        plain = replace(routed.plain, plan=None) if predictor is None else None
+        done = Seen(plain, count_alone(routed, flags), routed.changes)
+        return Attended(x_ND, work, done, walk, tell(*told)), pages
+
+    def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Array:
+        """``y_ND`` of the experts with a slot; ``slots + 1`` is none."""
+        plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
+        return apply_with(self.kernels, work.x_TD, work.weights_TK, plan, pool)
+
+    def streamed(self, y_ND: Array, work: Work, expert: Array, one: ExpertWeights) -> Array:
+        """``y_ND`` plus the share of one expert."""
+        plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
+        return y_ND + apply_with(self.kernels, work.x_TD, work.weights_TK, plan, one)
+
+    def finish(
+        self,
+        weights: list[Array],
+        rows: Rows,
+        seqs: Sequences,
+        last_B: Array,
+        sampling: SamplingRows,
+        layers: list[Seen],
+        counts_CL: Array,
+        totals: MoETotals,
+        predictor: Predictor,
+        walk: Any,
+    ) -> tuple[Sampled, Array, Changes | None, MoETotals, Predictor]:
+        """counts_CL: the fields of ``CacheCounts``, of each layer."""
+        model = self.merge(weights)
+        hidden_BTD = model.finish(rows.x_ND + rows.y_ND, seqs)
+        sampled = draw(model, hidden_BTD, last_B, sampling)
+        stats = [replace(each.stats, cache=CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
+        changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
+        if seqs.tokens_BT.shape[1] == 1:
+            predictor = predictor.finish(walk)
+        predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
+        return sampled, hidden_BTD, changes_B, add_step(totals, stats), predictor
+
+    def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
+        model = self.merge(weights)
+        return model.logits(model.finish(rows.x_ND + rows.y_ND, seqs))
+
+    def window_routing(
+        self, weights: list[Array], seqs: Sequences, picks_BM: Array, plain: list[Routing]
+    ) -> WindowRouting:
+        return summarize(self.merge(weights), seqs, picks_BM, plain)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions of ``PartFunctions``, and ``install``, jitted. All that they give lies where the runner's
+    own arrays do: an argument that lay elsewhere would compile again."""
+
+    begin: jax.stages.Wrapped
+    attend: jax.stages.Wrapped
+    pooled: jax.stages.Wrapped
+    streamed: jax.stages.Wrapped
+    install: jax.stages.Wrapped
+    finish: jax.stages.Wrapped
+    window_logits: jax.stages.Wrapped
+    window_routing: jax.stages.Wrapped
+
+
+@lru_cache(maxsize=8)
+def parts(
+    merge: Callable[[list[Array]], Decoder],
+    layer_graph: nnx.GraphDef,
+    layer_structure: Any,
+    kernels: Kernels,
+    slots: int,
+    whole: NamedSharding,
+    paged: NamedSharding,
+) -> Parts:
+    """One set for runners of equal models, like ``jitted``. whole, paged: where arrays and pages lie."""
+    functions = PartFunctions(merge, layer_graph, layer_structure, kernels, slots)
+    return Parts(
+        begin=jax.jit(functions.begin, out_shardings=whole),
+        attend=jax.jit(functions.attend, donate_argnums=5, out_shardings=(whole, paged)),
+        pooled=jax.jit(functions.pooled, out_shardings=whole),
+        streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
+        install=jax.jit(install, donate_argnums=0, out_shardings=whole),
+        finish=jax.jit(functions.finish, donate_argnums=(7, 8), out_shardings=whole),
+        window_logits=jax.jit(functions.window_logits),
+        window_routing=jax.jit(functions.window_routing),
+    )
+
+
+def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int) -> Parts:
+    layer_graph, state = nnx.split(model.layers[0])
+    paged = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
+    structure = jax.tree.structure(state)
+    return parts(merge, layer_graph, structure, model.kernels, slots, sharding(model.mesh), paged)
