@@ -65,8 +65,8 @@ def simulate_part(part: dict[str, Any]) -> list[str]:
         f"The bundled model: {part['layers']} layers of {part['experts']} experts, top {part['k']}; profile "
         f"of {part['profile_tokens']} tokens of the train split, {part['iterations']} iterations kept. "
         f"Tested on {part['windows']} windows of the valid split, 13 domains in turn, a prompt of "
-        f"{part['prompt']} tokens and {part['new']} decode steps with the text's own tokens; the cache goes on "
-        "from one to the next.",
+        f"{part['prompt']} tokens and {part['new']} decode steps with the text's own tokens; the cache goes "
+        "on from one to the next.",
         "",
         "A quarter of all experts on the device, batch 1:",
         "",
