@@ -6,8 +6,6 @@ token is the text's own (teacher forced), so that all comparators see the same s
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +19,9 @@ from jaxtyping import Float, Int
 from speculative_routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, token_flags
 from jmoe.nn.attention import Sequences
+from jmoe.nn.norm import rms_norm
 from jmoe.offload.simulator import Trace
 
 AHEAD = 3  # layers that a predictor may ask
@@ -61,8 +60,57 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
         x_ND, _ = layer.attend(x_ND, by, seqs, None)
         following = [model.layers[min(i + 1 + a, last)] for a in range(AHEAD)]
         ahead_NAE = layer.ask(x_ND, [(f.post_attention_norm[...], f.moe.gate_ED[...]) for f in following])
-        normed_ND, routed = layer.decide(x_ND, seqs, None, None)
-        x_ND = x_ND + layer.moe(normed_ND, _all_valid(b * t)).y_TD
-        layers.append((routed.plain.scores_TE, routed.plain.ids_TK, ahead_NAE))
+        out = layer.moe(rms_norm(x_ND, layer.post_attention_norm[...], layer.eps), token_flags(seqs))
+        x_ND = x_ND + out.y_TD
+        layers.append((out.routing.scores_TE, out.routing.ids_TK, ahead_NAE))
     stacked = [jnp.stack(each, axis=1) for each in zip(*layers, strict=True)]
     return tuple(each.reshape(b, t, *each.shape[1:]) for each in (*stacked, embeddings_ND))
+
+
+def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
+    """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
+    w, _, layers, experts = routed.scores_WTLE.shape
+    traces = []
+    for start in range(0, w - w % batch, batch):
+        rows = slice(start, start + batch)
+        ids_BPLK = routed.ids_WTLK[rows, :prompt]
+        counts_BLE = (ids_BPLK[..., None] == np.arange(experts)).sum((1, 3)).astype(np.float32)
+
+        def steps(values_WT: np.ndarray, rows: slice = rows) -> np.ndarray:
+            """[N, L, B, ...] of the tokens behind the prompts, or [N, B, ...] of what has no layers."""
+            return np.moveaxis(values_WT[rows, prompt:], 0, 2 if values_WT.ndim > 3 else 1)
+
+        traces.append(
+            Trace(
+                steps(routed.tokens_WT), steps(routed.embeddings_WTD), steps(routed.scores_WTLE),
+                steps(routed.ids_WTLK), steps(routed.ahead_WTLAE), counts_BLE,
+            )
+        )  # fmt: skip
+    return traces
+
+
+def valid_windows(llm: LLM, valid: Path, of_each: int, length: int) -> Int[np.ndarray, "W T"]:
+    """Windows of every domain's held-out text, domains in turn, so that neighbours differ."""
+    texts = [pieces(valid / f"{domain}.txt.xz", of_each) for domain in domains_of(valid)]
+    windows = [llm.encode(text)[:length] for turn in zip(*texts, strict=True) for text in turn]
+    return np.array([window for window in windows if len(window) == length], np.int32)
+
+
+def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndarray, "W T"]:
+    """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, and the model's greedy answer."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        questions = [json.loads(line)["turns"][0] for line in file]
+    encoded = [llm.encode(question) for question in questions]
+    prompts = [(ids * (prompt // len(ids) + 1))[:prompt] for ids in encoded]
+    greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    answers = llm.generate(prompts, greedy)
+    return np.array(
+        [p + list(a.outputs[0].token_ids) for p, a in zip(prompts, answers, strict=True)], np.int32
+    )
+
+
+def random_windows(vocab: int, count: int, length: int, seed: int) -> Int[np.ndarray, "W T"]:
+    """Token ids by Zipf's law, for a model that no text fits."""
+    rng = np.random.default_rng(seed)
+    p_V = 1 / np.arange(1, vocab + 1)
+    return rng.choice(vocab, (count, length), p=p_V / p_V.sum()).astype(np.int32)

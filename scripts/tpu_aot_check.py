@@ -4,9 +4,10 @@
     python scripts/tpu_aot_check.py --model configs/model/mixtral-8x7b.toml --slice v5e:4x4 --mesh 1x8x2
 
 A row says, for one chip: bytes of weights and KV pages, of temporaries and of the program, and their share of
-its memory; the collectives of one step by kind, with the bytes that leave the chip if each takes a ring; and
-how long the compiler took. The exit status is 1 where a step does not fit or does not compile. Needs libtpu
-(``jmoe[tpu]``). Nothing here has run on a TPU, so nothing here is a time of a step.
+its memory; bytes of experts that stay in its host's; the collectives of one step by kind, with the bytes that
+leave the chip if each takes a ring; and how long the compiler took. The exit status is 1 where a step does
+not fit or does not compile. Needs libtpu (``jmoe[tpu]``). Nothing here has run on a TPU, so nothing here is a
+time of a step.
 """
 
 import argparse
@@ -61,6 +62,7 @@ COLUMNS = (
     "temporary_gb",
     "code_gb",
     "of_memory",
+    "host_gb",
     "collectives",
 )
 COLUMNS += ("sent_mb", "compile_s", "verdict")
@@ -142,6 +144,29 @@ def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
     return {kind: (count, sent) for kind, (count, sent) in sorted(found.items())}
 
 
+def schedule(hlo: str) -> dict[str, list[str]]:
+    """Of each computation with any, its copies from host memory and its kernels, in the order they run in.
+
+    "start" and "done" of a slice that is copied, with the number that pairs them; else the kernel's name.
+    """
+    found: dict[str, list[str]] = {}
+    computation, starts = "", {}
+    for line in hlo.splitlines():
+        if line[:1] in ("%", "E"):
+            computation, starts = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%"), {}
+        if (named := re.match(r"\s+(?:ROOT )?%(\S+) = ", line)) is None:
+            continue
+        events = found.setdefault("entry" if computation.startswith("main") else computation, [])
+        if " dynamic-slice-start(" in line and "S(5)" in line:  # the space of the host's memory
+            starts[named[1]] = len(starts)
+            events.append(f"start {starts[named[1]]}")
+        elif done := re.search(r" dynamic-slice-done\(%([^)\s]+)\)", line):
+            events += [f"done {starts[done[1]]}"] if done[1] in starts else []
+        elif 'custom_call_target="tpu_custom_call"' in line:
+            events.append(re.sub(r"[.\d]+$", "", named[1]))
+    return {name: events for name, events in found.items() if any(e.startswith("start") for e in events)}
+
+
 def named(case: Case) -> dict:
     """The columns that say which case it is."""
     step = f"decode {case.sequences}" if case.tokens == 1 else f"prefill {case.tokens}"
@@ -184,7 +209,11 @@ def check(case: Case) -> dict:
         "code_gb": round(code / 1e9, 2), "of_memory": round(of_memory, 2),
         "collectives": ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items()) or "none",
         "sent_mb": round(sum(sent for _, sent in kinds.values()) / 1e6, 2),
-        "by_kind": kinds, "compile_s": round(seconds, 1),
+        "host_gb": round(memory.host_argument_size_in_bytes / 1e9, 2),
+        "bytes": {
+            "host": memory.host_argument_size_in_bytes, "resident": resident, "temporary": temporary,
+        },
+        "host_copies": schedule(hlo), "by_kind": kinds, "compile_s": round(seconds, 1),
         "verdict": "fits" if of_memory <= 1 else "DOES NOT FIT",
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hf_tiny
 import numpy as np
+import pytest
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine
@@ -61,3 +62,36 @@ def answers(engine: Engine, count: int = 4) -> list[list[int]]:
     """Of ``count`` prompts; the engine is closed behind them."""
     with closing(engine):
         return serve(engine, prompts(count))
+
+
+def check_counters(engine: Engine) -> dict:
+    """Every copy is accounted for; the decode report."""
+    stats = engine.moe_stats()
+    for phase in ("prefill", "decode"):
+        for layer in stats[phase]["per_layer"]:
+            needed = layer["bytes_host_to_device"] - layer["prefetch_bytes"]
+            assert needed == layer["expert_cache_misses"] * EXPERT_BYTES
+            assert layer["prefetch_useful_bytes"] >= 0
+        report = stats[phase]
+        assert report["prefetch_useful_bytes"] <= report["prefetch_bytes"]
+        mean = (report["expert_cache_hits"] + report["expert_cache_misses"]) / (report["steps"] * LAYERS)
+        assert mean == pytest.approx(report["active_experts"])
+    assert stats["prefill"]["prefetch_bytes"] == stats["prefill"]["expert_cache_evictions"] == 0
+    return stats["decode"]
+
+
+def check_pool(engine: Engine) -> int:
+    """What each slot holds is the store's, bit for bit; how many slots hold one."""
+    cache, store = engine.runner.cache, engine.runner.model.store.weights
+    assert cache is not None
+    held_S, slot_X = np.asarray(cache.table.slots.held_S), np.asarray(cache.table.slots.slot_X)
+    assert not np.asarray(cache.table.slots.flying_S).any()
+    for slot, flat in enumerate(held_S):
+        assert slot_X[flat] == slot
+        layer, expert = divmod(int(flat), EXPERTS)
+        for pool, stack in (
+            (cache.pool.gate_up_E2FD, store.gate_up_E2FD),
+            (cache.pool.down_EDF, store.down_EDF),
+        ):
+            np.testing.assert_array_equal(np.asarray(pool)[slot], np.asarray(stack)[layer, expert])
+    return len(held_S)

@@ -131,6 +131,32 @@ def test_doctor_and_convert(capsys, model, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_doctor_tells_where_offloaded_experts_lie(capsys, model):
+    """Two layers of 4 experts, 3 x 16 x 32 numbers each."""
+    assert json.loads(run(capsys, "doctor", model, "--json")[1])["offload"] is None
+    moe = '{"offload": {"slots_per_layer": 3, "prefetch_per_layer": 4, "eviction": "lru"}}'
+    args = ("doctor", model, "--dtype", "float32", "--moe-config", moe)
+    report = json.loads(run(capsys, *args, "--json")[1])["offload"]
+    one = 3 * 16 * 32 * 4
+    assert report.pop("why")
+    assert report == {
+        "expert_bytes": one, "host_bytes": 2 * 4 * one, "slots": 6, "slots_per_layer": 3.0,
+        "pool_bytes": 6 * one, "aside_bytes": 5 * one, "predictor": "expert_map", "warm": False,
+        "eviction": "lru", "copies_beside": False,
+    }  # fmt: skip
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert "offload: 0.0 MiB of experts in host memory, 0.006 MiB each; on the device 6 slots (3.0 a" in out
+    assert "offload predictor: expert_map, cold; eviction lru\n" in out
+    assert "copies of experts: between computations (host and device share" in out
+    for refused, message in (
+        ('{"offload": {"memory": 1}}', "the minimum is memory 30720"),
+        ('{"offload": {"memory": "1MB", "store": "absent.npz"}}', "absent.npz"),
+    ):
+        code, _, err = run(capsys, *args[:-1], refused)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -202,6 +202,11 @@ def test_metrics_count_what_happened(client):
                  'jmoe_moe_remapped_assignments_total{layer="0"} 10.0',
                  'jmoe_moe_remote_assignments_total{layer="0"} 2.0',
                  'jmoe_moe_transport_bytes_total{layer="1"} 1200.0',
-                 'jmoe_moe_transport_useful_bytes_total{layer="1"} 800.0'):  # fmt: skip
+                 'jmoe_moe_transport_useful_bytes_total{layer="1"} 800.0',
+                 'jmoe_moe_expert_cache_hits_total{layer="0"} 14.0',
+                 'jmoe_moe_expert_cache_misses_total{layer="0"} 6.0',
+                 'jmoe_moe_expert_cache_evictions_total{layer="1"} 4.0',
+                 'jmoe_moe_prefetch_bytes_total{layer="1"} 1800.0',
+                 'jmoe_moe_prefetch_useful_bytes_total{layer="0"} 600.0'):  # fmt: skip
         assert line in metrics.splitlines(), line
     assert eventually(lambda: not client.service.running) and not client.service.metrics.last_token

@@ -95,6 +95,11 @@ class FakeEngine:
                 "remote_assignments": 1,
                 "transport_bytes": 600,
                 "transport_useful_bytes": 400,
+                "expert_cache_hits": 7,
+                "expert_cache_misses": 3,
+                "expert_cache_evictions": 2,
+                "prefetch_bytes": 900,
+                "prefetch_useful_bytes": 300,
             }
             return {"active_experts": active, "assignments": assignments, **sums}
 

@@ -117,6 +117,36 @@ def test_a_ragged_exchange_counts_the_rows_of_a_chip_not_the_worst_case_buffer(s
     assert script.collectives(back, 16) == {"ragged-all-to-all": (1, 4096 * 2048 * 4 * 15 // 16)}
 
 
+def test_a_schedule_pairs_copies_from_the_host_and_names_kernels(script: ModuleType):
+    """Not those within the device's memory, nor computations without any."""
+    host, here = "(bf16[9,8]{1,0:S(5)}, s32[])", "(bf16[9,8]{1,0}, s32[])"
+    hlo = "\n".join(
+        [
+            "%body.1 (p: f32[8]) -> f32[8] {",
+            f"  %dynamic-slice-start = {host} dynamic-slice-start(%a, %i)",
+            "  %dynamic-slice-done = bf16[1,8] dynamic-slice-done(%dynamic-slice-start), metadata={}",
+            "}",
+            "%other.2 (p: f32[8]) -> f32[8] {",
+            '  ROOT %mlp.7 = f32[8] custom-call(%p), custom_call_target="tpu_custom_call"',
+            "}",
+            "ENTRY %main.3 (p: f32[8]) -> f32[8] {",
+            f"  %dynamic-slice-start.5 = {host} dynamic-slice-start(%a, %i)",
+            f"  %dynamic-slice-start.6 = {here} dynamic-slice-start(%a, %i)",
+            f"  %dynamic-slice-start.4 = {host} dynamic-slice-start(%b, %i)",
+            '  %mlp.7 = f32[8] custom-call(%p), custom_call_target="tpu_custom_call"',
+            '  %top = f32[8] custom-call(%p), custom_call_target="TopK"',
+            "  %dynamic-slice-done.6 = bf16[1,8] dynamic-slice-done(%dynamic-slice-start.6)",
+            "  ROOT %dynamic-slice-done.4 = bf16[1,8] dynamic-slice-done(%dynamic-slice-start.4)",
+            "  %dynamic-slice-done.5 = bf16[1,8] dynamic-slice-done(%dynamic-slice-start.5)",
+            "}",
+        ]
+    )
+    assert script.schedule(hlo) == {
+        "body.1": ["start 0", "done 0"],
+        "entry": ["start 0", "start 1", "mlp", "done 1", "done 0"],
+    }
+
+
 def test_a_layer_of_the_replicated_transport(script: ModuleType):
     """Mixtral's, decoding 8 sequences on each of 8 expert ranks of 2 chips: T = 64, D = 4096, K = 2."""
     hlo = "\n".join(

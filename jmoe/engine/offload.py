@@ -23,7 +23,7 @@ from jmoe.techniques import OffloadConfig
 
 
 def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The profile that is configured; ValueError where it cannot be read. Whose it is ``make_cache`` finds."""
+    """The profile that is configured; ValueError where it cannot be read. ``make_cache`` checks whose."""
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
@@ -84,6 +84,11 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig) -> int:
     )  # fmt: skip
 
 
+def copies_run_beside(mesh: Mesh) -> bool:
+    """Whether a copy from host memory goes on while the devices compute."""
+    return platform_of(mesh) != "cpu"
+
+
 def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:
     """Its shapes."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform)
@@ -101,4 +106,4 @@ def _cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table, predictor, pool)
     assert moe.offload is not None
     ahead = min(moe.offload.prefetch_distance, cfg.num_hidden_layers)
     rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
-    return ExpertCache(table, predictor, pool, rule, platform_of(mesh) != "cpu")
+    return ExpertCache(table, predictor, pool, rule, copies_run_beside(mesh))

@@ -34,8 +34,8 @@ DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones 
 class Runner:
     """Runs steps of ``model``; not thread-safe: one thread at a time.
 
-    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank. cache: of the experts,
-    where they are offloaded.
+    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank. cache: of the
+    experts, where they are offloaded.
     """
 
     def __init__(

@@ -38,9 +38,9 @@ class Usage(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """The latest forecast of every layer: p_LE, and wanted_LE, which experts were worth fetching. heat_LE: the
-    running mean of the gate's scores, of a batch the highest. due_LE: for the oracle, how many steps from now each expert is needed next, after this one; p_LE then says which this
-    one needs."""
+    """p_LE: the latest forecast of every layer; wanted_LE: which experts it said are worth fetching. heat_LE:
+    the running mean of the gate's scores, of a batch the highest. due_LE: for the oracle, how many steps from
+    now each expert is needed next, after this one; p_LE then says which this one needs."""
 
     p_LE: Any
     wanted_LE: Any
@@ -98,8 +98,8 @@ def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
 
 
 def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:
-    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first. ahead: how many layers have
-    a forecast of this step."""
+    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first. ahead: how many layers
+    have a forecast of this step."""
     xp = usage.visits_X.__array_namespace__()
     until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
     if outlook.due_LE is not None:

@@ -1,10 +1,11 @@
-"""A trace-driven simulator of the expert cache: the executor's own decisions, without weights, on a clock.
+"""A trace-driven simulator of the expert cache: the decisions of the step on a clock, without weights.
 
-Predictor, table and rule are those of the step (``jmoe.offload.cache``), so hits, copies and evictions are the
-executor's, expert for expert. Time is a model: a layer computes for 1, the link copies one expert in
-``copy_time`` and takes copies in the order in which they were asked for; none can be called back.
+Predictor, table and rule are those of the step (``jmoe.offload.cache``), so hits, copies and evictions are
+the executor's, expert for expert. Time is a model: a decode layer computes for 1, the link copies one expert
+in ``copy_time`` and takes copies in the order in which they were asked for; none can be called back.
 
-    layer l:  its gate says what is needed -> copies of what is missing join the link's queue, then prefetches
+    prompt    every layer computes for ``prompt_time``, or as long as what it lacks streams
+    layer l   its gate says what is needed -> copies of what is missing join the link's queue, then prefetches
               -> the layer waits until all it needs has come -> computes for 1
 
 An expert counts as a hit where its copy had ended when it was needed; one that was still on its way is late:
@@ -22,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
 from jmoe.offload.slots import land, resident
@@ -35,12 +37,12 @@ class Trace(NamedTuple):
     counts_BLE: how often their prompts chose each expert. ahead_NLBAE: see ``LayerSeen``.
     """
 
-    tokens_NB: Int[Array, "N B"]
-    embeddings_NBD: Float[Array, "N B D"]
-    scores_NLBE: Float[Array, "N L B E"]
-    ids_NLBK: Int[Array, "N L B K"]
-    ahead_NLBAE: Float[Array, "N L B A E"]
-    counts_BLE: Float[Array, "B L E"]
+    tokens_NB: Int[Array | np.ndarray, "N B"]
+    embeddings_NBD: Float[Array | np.ndarray, "N B D"]
+    scores_NLBE: Float[Array | np.ndarray, "N L B E"]
+    ids_NLBK: Int[Array | np.ndarray, "N L B K"]
+    ahead_NLBAE: Float[Array | np.ndarray, "N L B A E"]
+    counts_BLE: Float[Array | np.ndarray, "B L E"]
 
     @property
     def needs_NLE(self) -> Bool[np.ndarray, "N L E"]:
@@ -73,6 +75,21 @@ class Figures(NamedTuple):
     time: Array
 
 
+class Prompt(NamedTuple):
+    """Of the prompts' one run together: experts needed and there, over all layers, and its time."""
+
+    needed: Array
+    hits: Array
+    time: Array
+
+
+class Link(NamedTuple):
+    """Times in decode layers: of one expert's copy, and of a layer's work on a prompt."""
+
+    copy_time: Float[Array, ""] | float
+    prompt_time: Float[Array, ""] | float
+
+
 class State(NamedTuple):
     table: Table
     predictor: Any
@@ -96,88 +113,106 @@ def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
     return due_NLE
 
 
-@partial(jax.jit, static_argnames=("rule", "oracle"))
+@partial(jax.jit, static_argnames=("rule",))
 def run(
-    state: State,
-    trace: Trace,
-    known: tuple[Array, Array] | None,
-    rule: Rule,
-    copy_time: Float[Array, ""],
-    *,
-    oracle: bool = False,
-) -> tuple[State, Figures]:
-    """All steps of ``trace``; figures ``[N]``. known: for the oracle, what each step needs and when each expert
-    is needed next (``next_uses``)."""
+    state: State, trace: Trace, known: tuple[Array, Array] | None, rule: Rule, times: Link
+) -> tuple[State, Prompt, Figures]:
+    """The prompts and all steps of ``trace``; figures ``[N]``.
+
+    known: for the oracle, whose predictor is ``Given``: what each step needs and when each expert is needed
+    next (``next_uses``), ``[N, L, E]``.
+    """
     b = trace.tokens_NB.shape[1]
     seats_B, everyone_B = jnp.arange(b, dtype=jnp.int32), jnp.ones(b, bool)
     predictor = state.predictor.absorb(seats_B, everyone_B, trace.counts_BLE)
+    prompt = _prompt(state.table, trace.counts_BLE, times)
+    idle = jnp.maximum(state.clock.now, state.clock.link)
+    state = State(state.table, predictor, state.clock._replace(now=idle + prompt.time))
 
     def step(state: State, given: tuple) -> tuple[State, Figures]:
-        tokens_B, embeddings_BD, scores_LBE, ids_LBK, ahead_LBAE, known = given
-        predictor, table = state.predictor, state.table
-        if oracle:
-            needs_LE, due_LE = known
-            predictor = replace(predictor, needs_LE=needs_LE)
-            table = table._replace(
-                outlook=Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
-            )
-        walk, forecast = predictor.start(StepSeen(tokens_B, embeddings_BD, everyone_B, seats_B))
-        table = decide.foresee(table, 0, forecast)
-        table, moves = decide.prefetch(table, rule, -1)
-        table = table._replace(slots=land(table.slots))
-        started = state.clock.now
-        clock = _copied(state.clock, moves, copy_time)
+        tokens_B, embeddings_BD, layers, known = given
+        if known is not None:
+            state = _told(state, *known)
+        state, walk, figures = _before(
+            state, StepSeen(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
+        )
+        table, predictor, clock = state
 
         def layer(carry: tuple, seen: tuple) -> tuple[tuple, Figures]:
-            table, walk, clock = carry
-            l, scores_BE, ids_BK, ahead_BAE = seen
-            walk, forecast = predictor.observe(walk, l, LayerSeen(scores_BE, ids_BK, ahead_BAE))
-            table = decide.foresee(table, l + 1, forecast)
-            e = scores_BE.shape[1]
-            needed_E = jnp.zeros(e, bool).at[ids_BK.reshape(-1)].set(True, mode="drop")
-            held_E = decide.at(resident(table.slots), l, e) & needed_E
-            hits_E = held_E & (decide.at(clock.there_X, l, e) <= clock.now)
-            useful = jnp.sum(decide.at(table.usage.fetched_X, l, e) & needed_E, dtype=jnp.int32)
-            table, missing = decide.demand(table, rule, needed_E, l, min(e, ids_BK.size))
-            streamed = jnp.sum(needed_E & ~held_E, dtype=jnp.int32) - missing.count
-            clock = _copied(clock, missing, copy_time)
-            clock = clock._replace(link=clock.link + copy_time * streamed.astype(jnp.float32))
-            came = jnp.max(jnp.where(needed_E, decide.at(clock.there_X, l, e), 0.0))
-            came = jnp.where(streamed > 0, clock.link, came)
-            table, wishes = decide.prefetch(table, rule, l)
-            clock = _copied(clock, wishes, copy_time)
-            wait = jnp.maximum(came - clock.now, 0)
-            clock = clock._replace(now=clock.now + wait + 1)
-            table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), l)
-            needed = jnp.sum(needed_E, dtype=jnp.int32)
-            hits, held = jnp.sum(hits_E, dtype=jnp.int32), jnp.sum(held_E, dtype=jnp.int32)
-            figures = Figures(
-                needed, hits, held - hits, needed - held, missing.evicted + wishes.evicted, wishes.count, useful,
-                wait, wait + 1,
-            )  # fmt: skip
-            return (table, walk, clock), figures
+            return _layer(*carry, *seen, predictor=predictor, rule=rule, times=times)
 
-        layers = jnp.arange(scores_LBE.shape[0], dtype=jnp.int32)
-        (table, walk, clock), figures = lax.scan(
-            layer, (table, walk, clock), (layers, scores_LBE, ids_LBK, ahead_LBAE)
-        )
-        total = jax.tree.map(lambda each_L: jnp.sum(each_L, axis=0), figures)
-        total = total._replace(
-            prefetched=total.prefetched + moves.count, evicted=total.evicted + moves.evicted,
-            time=clock.now - started,
-        )  # fmt: skip
+        (table, walk, after), each_L = lax.scan(layer, (table, walk, clock), layers)
+        figures = jax.tree.map(lambda before, each_L: before + jnp.sum(each_L, axis=0), figures, each_L)
         table = table._replace(outlook=table.outlook._replace(due_LE=None))
-        return State(table, predictor.finish(walk), clock), total
+        return State(table, predictor.finish(walk), after), figures
 
-    steps = (
-        trace.tokens_NB, trace.embeddings_NBD, trace.scores_NLBE, trace.ids_NLBK, trace.ahead_NLBAE, known,
-    )  # fmt: skip
-    return lax.scan(step, State(state.table, predictor, state.clock), steps)
+    index_NL = jnp.broadcast_to(
+        jnp.arange(trace.ids_NLBK.shape[1], dtype=jnp.int32), trace.ids_NLBK.shape[:2]
+    )
+    layers = index_NL, trace.scores_NLBE, trace.ids_NLBK, trace.ahead_NLBAE
+    state, figures = lax.scan(step, state, (trace.tokens_NB, trace.embeddings_NBD, layers, known))
+    return state, prompt, figures
 
 
-def _copied(clock: Clock, moves: Moves, copy_time: Array) -> Clock:
+def _told(state: State, needs_LE: Array, due_LE: Array) -> State:
+    """The oracle, which knows the step and all that come."""
+    outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, state.table.outlook.heat_LE, due_LE)
+    predictor = replace(state.predictor, needs_LE=needs_LE)
+    return state._replace(table=state.table._replace(outlook=outlook), predictor=predictor)
+
+
+def _before(state: State, seen: StepSeen, rule: Rule, times: Link) -> tuple[State, Any, Figures]:
+    """What happens before the first layer."""
+    walk, forecast = state.predictor.start(seen)
+    table, moves = decide.prefetch(decide.foresee(state.table, 0, forecast), rule, -1)
+    table = table._replace(slots=land(table.slots))
+    none, instant = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    figures = Figures(none, none, none, none, moves.evicted, moves.count, none, instant, instant)
+    return State(table, state.predictor, _copied(state.clock, moves, times)), walk, figures
+
+
+def _layer(
+    table: Table, walk: Any, clock: Clock, layer: Array, scores_BE: Array, ids_BK: Array, ahead_BAE: Array,
+    *, predictor: Predictor, rule: Rule, times: Link,
+) -> tuple[tuple[Table, Any, Clock], Figures]:  # fmt: skip
+    """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
+    walk, forecast = predictor.observe(walk, layer, LayerSeen(scores_BE, ids_BK, ahead_BAE))
+    table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
+    needed_E = rows.needed(ids_BK, e)
+    held_E = decide.at(resident(table.slots), layer, e) & needed_E
+    hits = _count(held_E & (decide.at(clock.there_X, layer, e) <= clock.now))
+    useful = _count(decide.at(table.usage.fetched_X, layer, e) & needed_E)
+    table, missing = decide.demand(table, rule, needed_E, layer, min(e, ids_BK.size))
+    needed, held = _count(needed_E), _count(held_E)
+    clock = _copied(clock, missing, times)
+    streamed = needed - held - missing.count
+    clock = clock._replace(link=clock.link + times.copy_time * streamed.astype(jnp.float32))
+    came = jnp.max(jnp.where(needed_E, decide.at(clock.there_X, layer, e), 0.0))
+    wait = jnp.maximum(jnp.where(streamed > 0, clock.link, came) - clock.now, 0)
+    table, wishes = decide.prefetch(table, rule, layer)
+    clock = _copied(clock, wishes, times)
+    clock = clock._replace(now=clock.now + wait + 1)
+    table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
+    evicted = missing.evicted + wishes.evicted
+    figures = Figures(needed, hits, held - hits, needed - held, evicted, wishes.count, useful, wait, wait + 1)
+    return (table, walk, clock), figures
+
+
+def _count(marked_E: Bool[Array, " E"]) -> Int[Array, ""]:
+    return jnp.sum(marked_E, dtype=jnp.int32)
+
+
+def _prompt(table: Table, counts_BLE: Float[Array, "B L E"], times: Link) -> Prompt:
+    needed_LE = jnp.any(counts_BLE > 0, axis=0)
+    hits_LE = needed_LE & resident(table.slots).reshape(needed_LE.shape)
+    missing_L = jnp.sum(needed_LE & ~hits_LE, axis=1).astype(jnp.float32)
+    time = jnp.sum(jnp.maximum(times.prompt_time, times.copy_time * missing_L))
+    return Prompt(jnp.sum(needed_LE, dtype=jnp.int32), jnp.sum(hits_LE, dtype=jnp.int32), time)
+
+
+def _copied(clock: Clock, moves: Moves, times: Link) -> Clock:
     """With ``moves`` in the link's queue, one after another."""
-    m = moves.experts_M.shape[0]
+    m, copy_time = moves.experts_M.shape[0], times.copy_time
     start = jnp.maximum(clock.link, clock.now)
     ends_M = start + copy_time * jnp.arange(1, m + 1, dtype=jnp.float32)
     there_X = clock.there_X.at[moves.experts_M].set(ends_M, mode="drop")

@@ -83,8 +83,8 @@ def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
 
 
 def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
-    """What was in flight has landed, the layer's experts were used, nothing is pinned. scores_E: the gate's, of
-    a batch the highest."""
+    """What was in flight has landed, the layer's experts were used, nothing is pinned. scores_E: the gate's,
+    of a batch the highest."""
     xp = needed_E.__array_namespace__()
     layers = table.outlook.p_LE.shape[0]
     used_X = ((xp.arange(layers, dtype=xp.int32) == layer)[:, None] & needed_E[None]).reshape(-1)

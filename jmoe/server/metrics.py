@@ -101,6 +101,11 @@ MOE_COUNTERS = (  # metric, its text, the key in a layer's statistics
     ("jmoe_moe_remote_assignments", "Those to another rank's experts", "remote_assignments"),
     ("jmoe_moe_transport_bytes", "Between ranks, both ways, padding included", "transport_bytes"),
     ("jmoe_moe_transport_useful_bytes", "Those that the routing needed", "transport_useful_bytes"),
+    ("jmoe_moe_expert_cache_hits", "Experts needed that were on the device", "expert_cache_hits"),
+    ("jmoe_moe_expert_cache_misses", "Those that were in host memory", "expert_cache_misses"),
+    ("jmoe_moe_expert_cache_evictions", "Experts that gave way to others", "expert_cache_evictions"),
+    ("jmoe_moe_prefetch_bytes", "Experts copied before they were needed", "prefetch_bytes"),
+    ("jmoe_moe_prefetch_useful_bytes", "Those of them that were used", "prefetch_useful_bytes"),
 )
 
 

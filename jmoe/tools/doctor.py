@@ -13,6 +13,8 @@ from jmoe import __version__
 from jmoe.checkpoint import read_config
 from jmoe.config import ModelConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
+from jmoe.engine.offload import copies_run_beside, count_slots, read_profile
+from jmoe.engine.stats import expert_bytes
 from jmoe.mesh import platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
@@ -53,6 +55,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         },
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
         "choices": _choices(settings, cfg, mesh),
+        "offload": _offload(settings, cfg, mesh),
     }
 
 
@@ -69,6 +72,32 @@ def _weight_bytes(cfg: Any) -> int:
     experts = cfg.num_experts * (3 * d * cfg.moe_intermediate_size + d)
     embeddings = cfg.vocab_size * d * (1 if cfg.tie_word_embeddings else 2)
     return (cfg.num_hidden_layers * (attention + experts) + embeddings) * jnp.dtype(cfg.dtype).itemsize
+
+
+def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any] | None:
+    """Where the experts lie; None where all are on the device."""
+    offload = settings.moe.offload
+    if offload is None:
+        return None
+    offload.check_mesh(dict(mesh.shape))
+    read_profile(offload)
+    one, slots, beside = expert_bytes(cfg), count_slots(cfg, offload), copies_run_beside(mesh)
+    return {
+        "expert_bytes": one,
+        "host_bytes": cfg.num_hidden_layers * cfg.num_experts * one,
+        "slots": slots,
+        "slots_per_layer": slots / cfg.num_hidden_layers,
+        "pool_bytes": slots * one,
+        # room that OffloadConfig.slots leaves: for what is on its way, and a slot for copies without a wish
+        "aside_bytes": (max(2, offload.prefetch_per_layer) + 1) * one,
+        "predictor": offload.predictor,
+        "warm": offload.store is not None,
+        "eviction": offload.eviction,
+        "copies_beside": beside,
+        "why": "begun before a layer's experts run, as many every time: one under a condition would wait"
+        if beside
+        else "host and device share one memory here: only what is wished for is copied",
+    }
 
 
 def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dict[str, str]]:
@@ -107,6 +136,19 @@ def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dic
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
 
 
+def _offload_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"offload: {found['host_bytes'] / 2**20:.1f} MiB of experts in host memory, "
+        f"{found['expert_bytes'] / 2**20:.3f} MiB each; on the device {found['slots']} slots "
+        f"({found['slots_per_layer']:.1f} a layer), {found['pool_bytes'] / 2**20:.1f} MiB, and "
+        f"{found['aside_bytes'] / 2**20:.1f} MiB set aside for copies",
+        f"offload predictor: {found['predictor']}, {'warm' if found['warm'] else 'cold'}; "
+        f"eviction {found['eviction']}",
+        f"copies of experts: {'beside compute' if found['copies_beside'] else 'between computations'} "
+        f"({found['why']})",
+    ]
+
+
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as text."""
     model, kv = report["model"], report["kv_cache"]
@@ -124,4 +166,5 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"compiled shapes: decode {report['shapes']['decode_sequences']} sequences, "
         f"prefill {report['shapes']['prefill_tokens']} tokens",
         *(f"{row['what']}: {row['choice']} ({row['why']})" for row in report["choices"]),
+        *(_offload_lines(report["offload"]) if report["offload"] else []),
     ]
