@@ -16,7 +16,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.engine.host_cache import HostCache
-from jmoe.engine.host_parts import Rows, Seen, Work, forecast_of, parts_of
+from jmoe.engine.host_parts import parts_of
+from jmoe.engine.host_types import Rows, Seen, Work, forecast_of
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.step import Sizes, StepInput, WindowRouting
