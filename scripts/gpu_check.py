@@ -5,8 +5,9 @@
 Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
 bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
-decode and prefill of the layer sizes below, binning beside its XLA form and beside the decode layer, decode
-steps of a whole random model. Peers at each size: two bounds that no grouped product can be expected to beat
+decode and prefill of the layer sizes below, binning beside its XLA form and beside the decode layer, experts
+copied from host memory alone and beside a layer, decode steps of a whole random model. Peers at each
+size: two bounds that no grouped product can be expected to beat
 (all rows through one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where
 they are importable.
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_binning import METHODS, batches, binning_seconds, differing
 from gpu_engine import DecodeBench, greedy_tokens, tokens_on_cpu
+from gpu_offload import offload
 from gpu_peers import (
     even_batch,
     jax_peers,
@@ -330,6 +332,7 @@ SECTIONS: tuple[Callable[[Check], None], ...] = (
     engine,
     decode,
     binning,
+    offload,
     prefill,
     model_decode,
 )

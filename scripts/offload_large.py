@@ -1,7 +1,7 @@
-"""The expert cache of a random model of real sizes: the simulator on its routing, and the engine's time.
+"""The expert cache of a random model of real sizes: its routing simulated, the engine's time.
 
-Its tokens are random by Zipf's law and nothing it learned connects its layers, so that what predictors find is
-what any model has: a token's own experts, and a residual stream that one layer changes little.
+Its tokens are random by Zipf's law and nothing it learned connects its layers, so that what predictors find
+is what any model has: a token's own experts, and a residual stream that one layer changes little.
 """
 
 import statistics

@@ -30,27 +30,27 @@ def document(results: dict[str, Any]) -> str:
 INTRODUCTION = [
     "# fMoE: expert offload with a fixed device pool",
     "",
-    "How often the experts that a step needs are on the device already when only some of all experts fit, and "
-    "what the rest costs, beside the paper (Yu et al., arXiv 2502.05370). Offload is lossless. Each part names "
-    "its command; all figures are in `offload.json`, and `python scripts/bench_offload.py --parts` makes text "
-    "and plots (the `plots` extra) from it alone.",
+    "How often the experts that a step needs are on the device already when only some of all experts fit, "
+    "and what the rest costs, beside the paper (Yu et al., arXiv 2502.05370). Offload is lossless. Each part "
+    "names its command; all figures are in `offload.json`, and `python scripts/bench_offload.py --parts` "
+    "makes text and plots (the `plots` extra) from it alone.",
     "",
     "**Counted** is an expert once a layer and step, however many tokens it has. A *hit* was needed and its "
-    "copy had ended when it was needed; *late* ones were still on their way. *Copies* are experts from host to "
-    "device, prefetches among them whether they were used or not; *useful* is the share of prefetched experts "
-    "that was needed before it gave way.",
+    "copy had ended when it was needed; *late* ones were still on their way. *Copies* are experts from host "
+    "to device, prefetches among them whether they were used or not; *useful* is the share of prefetched "
+    "experts that was needed before it gave way.",
     "",
-    "**The simulator** takes the executor's own decisions (the same functions; a test compares hits and copies "
-    "of both exactly) on routing traces, and adds a clock: a decode layer computes for 1, one expert's copy "
-    "takes 1, the link works beside compute and in order, a layer of a prompt computes for 4. TPOT and TTFT are "
-    "in these units. The stated link is the issue's; on an H200 at 55 GB/s an expert of Qwen1.5-MoE (17.3 MB) "
-    "takes 0.3 ms.",
+    "**The simulator** takes the executor's own decisions (the same functions; a test compares hits and "
+    "copies of both exactly) on routing traces, and adds a clock: a decode layer computes for 1, one "
+    "expert's copy takes 1, the link works beside compute and in order, a layer of a prompt computes for 4. "
+    "TPOT and TTFT are in these units. The stated link is the issue's; on an H200 at 55 GB/s an expert of "
+    "Qwen1.5-MoE (17.3 MB) takes 0.3 ms.",
     "",
     "Comparators differ in predictor and eviction only. `LRU`, `LFU`: no prefetch. `request counts`: "
     "MoE-Infinity's, the stored request most like this one. `fMoE`: expert maps with the paper's eviction, "
-    "1,000 iterations from the profile. `next gate`: the next layers' routers on this layer's input. `default`: "
-    "that, and the token table before the first layer. Those without an eviction in their name evict by "
-    "expected use (`jmoe/offload/policy.py`). `oracle`: Belady's eviction, a perfect forecast of three layers.",
+    "1,000 iterations from the profile. `next gate`: the next layers' routers on this layer's input. "
+    "`default`: that, and the token table before the first layer. Those without an eviction in their name "
+    "evict by expected use (`jmoe/offload/policy.py`). `oracle`: Belady's eviction, a perfect forecast.",
     "",
 ]
 
@@ -62,10 +62,11 @@ def simulate_part(part: dict[str, Any]) -> list[str]:
         "",
         f"`{part['command']}` ({part['seconds'] / 60:.0f} minutes, deterministic)",
         "",
-        f"The bundled model: {part['layers']} layers of {part['experts']} experts, top {part['k']}; profile of "
-        f"{part['profile_tokens']} tokens of the train split, {part['iterations']} iterations kept. Tested on "
-        f"{part['windows']} windows of the valid split, 13 domains in turn, a prompt of {part['prompt']} tokens "
-        f"and {part['new']} decode steps with the text's own tokens; the cache goes on from one to the next.",
+        f"The bundled model: {part['layers']} layers of {part['experts']} experts, top {part['k']}; profile "
+        f"of {part['profile_tokens']} tokens of the train split, {part['iterations']} iterations kept. "
+        f"Tested on {part['windows']} windows of the valid split, 13 domains in turn, a prompt of "
+        f"{part['prompt']} tokens and {part['new']} decode steps with the text's own tokens; the cache goes "
+        "on from one to the next.",
         "",
         "A quarter of all experts on the device, batch 1:",
         "",
@@ -137,8 +138,8 @@ def mt_bench_part(part: dict[str, Any]) -> list[str]:
         f"`{part['command']}` ({part['seconds'] / 60:.0f} minutes)",
         "",
         f"{part['windows']} questions, cut to or repeated up to {part['prompt']} tokens, and the bundled "
-        f"model's own greedy answers of {part['new']}; a quarter of all experts, batch 1. None of it is in the "
-        "profile's domains.",
+        f"model's own greedy answers of {part['new']}; a quarter of all experts, batch 1. None of it is in "
+        "the profile's domains.",
         "",
         *table(HEAD, (row(name, figures) for name, figures in main.items())),
         *verdicts(main),
@@ -147,8 +148,7 @@ def mt_bench_part(part: dict[str, Any]) -> list[str]:
 
 
 def sensitivity_part(part: dict[str, Any]) -> list[str]:
-    names = ("LRU", "request counts, LRU", "fMoE", "expert maps, online", "token table", "next gate", "default",
-             "oracle")  # fmt: skip
+    names = tuple(name for name in SHORT if name != "LFU")
 
     def cells(figures: dict[str, Any]) -> Iterable[str]:
         return (f"{percent(figures[name]['hit'])} / {figures[name]['tpot']:.1f}" for name in names)
@@ -159,8 +159,8 @@ def sensitivity_part(part: dict[str, Any]) -> list[str]:
         "",
         f"`{part['command']}` ({part['seconds'] / 60:.0f} minutes)",
         "",
-        f"As above, batch 1, {part['slots']} slots: hit / TPOT. Elsewhere a copy takes 1, a layer may begin one "
-        "prefetch, forecasts reach 3 layers, a store holds 1000 iterations.",
+        f"As above, batch 1, {part['slots']} slots: hit / TPOT. Elsewhere a copy takes 1, a layer may begin "
+        "one prefetch, forecasts reach 3 layers, a store holds 1000 iterations.",
         "",
         *table(["", *(f"`{name}`" for name in names)], rows),
     ]
@@ -178,11 +178,11 @@ OBJECTIONS = [
     "* *It is invasive: every layer has to stop for the host.* The table, the forecast and the choice of "
     "victims are small arrays inside the jitted step, and a copy is one `device_put` of a slice of the host "
     "stack; the layer knows no more than an `ExpertSource`.",
-    "* *It does not help prefill.* It does not pretend to: a prompt fires nearly all experts, so what is in the "
-    "pool runs from there and the rest streams, each expert once a layer and run; nothing is evicted by it.",
-    "* *It is useless at concurrency 32.* At batch 16 nearly all experts of a layer are needed in every step: "
-    "the table above shows what any eviction can still save there, and LRU saves nothing at all. It is the "
-    "case for `[moe.binning]` with `resident_bonus`, which is lossy and counts what it does.",
+    "* *It does not help prefill.* It does not pretend to: a prompt fires nearly all experts, so what is in "
+    "the pool runs from there and the rest streams, each expert once a layer and run; it evicts nothing.",
+    "* *It is useless at concurrency 32.* At batch 16 nearly all experts of a layer are needed in every "
+    "step: the table above shows what any eviction can still save there, and LRU saves nothing at all. It is "
+    "the case for `[moe.binning]` with `resident_bonus`, which is lossy and counts what it does.",
     "* *It needs eager mode.* It is compiled whole; for a TPU the prefetch becomes an asynchronous slice "
     'copy around the experts\' kernel (`tests/test_offload_aot.py`). `executor = "host"` drives the layers '
     "from the host instead, with the same decisions.",

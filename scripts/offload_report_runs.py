@@ -19,9 +19,9 @@ def large_part(part: dict[str, Any]) -> list[str]:
         "",
         f"`{part['command']}` ({part['seconds'] / 60:.0f} minutes)",
         "",
-        f"`{part['sizes']}`: 64 experts a layer, top 8, gates scaled to logits of deviation 1, tokens by Zipf's "
-        "law. Nothing was learned, so hits come from a token's own experts and from a residual stream that one "
-        "layer changes little. In the simulator, hit / TPOT:",
+        f"`{part['sizes']}`: 64 experts a layer, top 8, gates scaled to logits of deviation 1, tokens by "
+        "Zipf's law. Nothing was learned, so hits come from a token's own experts and from a residual stream "
+        "that one layer changes little. In the simulator, hit / TPOT:",
         "",
         *table(head, rows),
         "The engine at batch 1, greedy, milliseconds a token with the prompt (three runs, median):",
@@ -56,10 +56,10 @@ def engine_part(part: dict[str, Any]) -> list[str]:
         "",
         f"`{part['command']}` ({part['seconds'] / 60:.0f} minutes)",
         "",
-        f"The bundled model in float32, {part['requests']} questions of MT-bench cut to {part['prompt']} tokens, "
-        f"{part['new']} new ones each, greedy. `alike`: sequences with exactly the tokens of the engine that has "
-        "all experts on the device. On this CPU a copy is a copy in memory and nothing runs beside it: seconds "
-        "say what copies and bookkeeping cost, not what overlap saves. `pool` is what the slots take.",
+        f"The bundled model in float32, {part['requests']} questions of MT-bench cut to {part['prompt']} "
+        f"tokens, {part['new']} new ones each, greedy. `alike`: sequences with exactly the tokens of the "
+        "engine that has all experts on the device. On this CPU a copy is a copy in memory and nothing runs "
+        "beside it: seconds say what copies and bookkeeping cost, not what overlap saves.",
         "",
     ]
     for batch, runs in part["runs"].items():
@@ -70,13 +70,14 @@ def engine_part(part: dict[str, Any]) -> list[str]:
             rows.append(
                 [
                     "resident" if resident else f"`{pair}`", "100 %" if resident else f"{float(share):.0%}",
-                    f"{run['pool_bytes'] / 2**20:.1f}", hit(run["prefill"], resident), hit(run["decode"], resident),
+                    f"{run['pool_bytes'] / 2**20:.1f}",
+                    hit(run["prefill"], resident), hit(run["decode"], resident),
                     f"{run['decode']['bytes_step'] / 2**20:.2f}", f"{run['seconds']:.2f}",
                     f"{run['same']} of {part['requests']}",
                 ]
             )  # fmt: skip
-        head = ["predictor, eviction", "experts", "pool, MiB", "hit, prompts", "hit, decode", "MiB a decode step",
-                "seconds", "alike"]  # fmt: skip
+        head = ["predictor, eviction", "experts", "pool, MiB", "hit, prompts", "hit, decode"]
+        head += ["MiB a decode step", "seconds", "alike"]
         lines += [f"Batch {batch}:", "", *table(head, rows)]
     return [*lines, *arrivals_part(part["arrivals"])]
 
@@ -98,8 +99,8 @@ def arrivals_part(found: dict[str, Any]) -> list[str]:
         "### Requests as they come",
         "",
         f"The first {found['requests']} requests of the Azure conversation trace, lengths divided by "
-        f"{found['shorter']}, its seconds times {found['slower']:g}, text of the valid split; up to 16 at once, a "
-        "quarter of all experts on the device. Median milliseconds.",
+        f"{found['shorter']}, its seconds times {found['slower']:g}, text of the valid split; up to 16 at "
+        "once, a quarter of all experts on the device. Median milliseconds.",
         "",
         *table(
             ["predictor, eviction", "TTFT", "TPOT", "hit, decode", "MiB a decode step", "alike"], rows

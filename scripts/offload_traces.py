@@ -69,7 +69,7 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
 
 def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
     """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
-    w, _, layers, experts = routed.scores_WTLE.shape
+    w, _, _, experts = routed.scores_WTLE.shape
     traces = []
     for start in range(0, w - w % batch, batch):
         rows = slice(start, start + batch)
@@ -97,7 +97,7 @@ def valid_windows(llm: LLM, valid: Path, of_each: int, length: int) -> Int[np.nd
 
 
 def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndarray, "W T"]:
-    """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, and the model's greedy answer."""
+    """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, with greedy answers."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["turns"][0] for line in file]
     encoded = [llm.encode(question) for question in questions]

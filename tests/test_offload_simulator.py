@@ -19,7 +19,7 @@ from jmoe.offload.simulator import Link, Trace, begin, next_uses
 from jmoe.offload.table import Rule, fill, new_table
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from offload_traces import make_traces, route_windows  # noqa: E402
+from offload_traces import make_traces, route_windows
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
 PROMPT = 12
@@ -128,7 +128,7 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
 
 
 def test_a_prefetch_that_is_still_on_its_way_is_late():
-    """A perfect forecast on a link as slow as a layer has its copy there one layer later, on a slower one not."""
+    """A perfect forecast on a link as slow as a layer has its copy there a layer later, on a slower one not."""
     trace = random_trace(30, 1, 1)
     needs = trace.needs_NLE
     table = empty_table(30, 5, 12)

@@ -202,8 +202,8 @@ def _count(marked_E: Bool[Array, " E"]) -> Int[Array, ""]:
     return jnp.sum(marked_E, dtype=jnp.int32)
 
 
-def _prompt(table: Table, counts_BLE: Float[Array, "B L E"], times: Link) -> Prompt:
-    needed_LE = jnp.any(counts_BLE > 0, axis=0)
+def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> Prompt:
+    needed_LE = jnp.any(jnp.asarray(counts_BLE) > 0, axis=0)
     hits_LE = needed_LE & resident(table.slots).reshape(needed_LE.shape)
     missing_L = jnp.sum(needed_LE & ~hits_LE, axis=1).astype(jnp.float32)
     time = jnp.sum(jnp.maximum(times.prompt_time, times.copy_time * missing_L))
