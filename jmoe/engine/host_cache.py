@@ -4,12 +4,13 @@ They are those of ``offload.cache``, made by the same functions in the same orde
 is a ``device_put`` from here, and that one without a wish is never made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
+from jax.sharding import Sharding
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.moe.types import CacheCounts
@@ -24,10 +25,12 @@ class HostCache:
     """The slot table and the pool during one step.
 
     store: experts of all layers as numpy arrays ``[L, E, ...]``. install: (pool, one expert, slot) -> pool,
-    jitted, with the pool donated. where: the device. counts_CL: the fields of ``CacheCounts``, by layer.
+    jitted, with the pool donated. where: copies go to. counts_CL: the fields of ``CacheCounts``, by layer.
     """
 
-    def __init__(self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, where: Any):
+    def __init__(
+        self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, where: Sharding
+    ):
         self.table: Table = cache.table
         self.pool, self.rule = cache.pool, cache.rule
         self._store, self._install, self._where = store, install, where
@@ -89,42 +92,48 @@ class HostCache:
         """Experts of the layer that it needs and the pool does not have."""
         return np.flatnonzero(needed_E & ~self.resident_E(layer))
 
-    def arriving(self, layer: int, experts_M: Sequence[int] | np.ndarray) -> Iterator[ExpertWeights]:
-        """Experts of a layer, see ``_arriving``."""
-        return self._arriving(layer * self._experts + np.asarray(experts_M, np.int32))
+    def stream(
+        self, layer: int, experts_M: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]
+    ) -> None:
+        """``work(expert, weights)`` of experts of the layer, the copy of the next beside the work of each."""
+        flats = [layer * self._experts + expert for expert in experts_M]
+        self._each(flats, lambda i, one: work(experts_M[i], one))
 
-    def _arriving(self, flats: np.ndarray) -> Iterator[ExpertWeights]:
-        """Experts ``[1, ...]`` on the device one by one, the copy of the next begun before one is given away.
-
-        Two are there at once, provided that who takes them waits for one's work before asking for the next.
-        """
+    def _each(self, flats: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]) -> None:
+        """``work(i, weights)`` of each expert, ``[1, ...]``; no more than two of them are on the device."""
         following = [self._fetch(flat) for flat in flats[:1]]
         for i in range(len(flats)):
             one = following.pop()
             following = [self._fetch(flat) for flat in flats[i + 1 : i + 2]]
-            yield one
+            done = work(i, one)
+            del one
+            if i + 2 < len(flats):
+                jax.block_until_ready(done)
 
     def rehearse(self) -> None:
         """An expert into nobody's slot, for what that compiles."""
         self._copy(Moves(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
     def _wish(self, layer: int, wishes: Moves) -> None:
-        """Copies ahead of need, told by ``layer`` as its own."""
+        """Copies ahead of need, told by ``layer`` as its own; as many at once as the rule has room for."""
         self._count(layer, evicted=wishes.evicted, copied=wishes.count, prefetched=wishes.count)
-        self._copy(wishes)
+        begun = [self._fetch(flat) for flat in wishes.experts_M[: wishes.count]]
+        for one, slot in zip(begun, wishes.slots_M[: wishes.count], strict=True):
+            self._put(one, slot)
 
     def _copy(self, moves: Moves) -> None:
-        """Begins the copies of ``moves``; the pool has them when they have landed."""
-        count = int(moves.count)
-        for i, one in enumerate(self._arriving(moves.experts_M[:count])):
-            self.pool = self._install(self.pool, one, moves.slots_M[i])
-            if i + 2 < count:  # else nothing is fetched any more
-                jax.block_until_ready(self.pool)
+        self._each(moves.experts_M[: moves.count], lambda i, one: self._put(one, moves.slots_M[i]))
+
+    def _put(self, one: ExpertWeights, slot: np.int32) -> Array:
+        """The pool will have ``one`` when its copy has landed."""
+        self.pool = self._install(self.pool, one, slot)
+        return self.pool.down_EDF
 
     def _fetch(self, flat: int) -> ExpertWeights:
+        """Begins a copy; on a CPU it is the store's own memory."""
         layer, expert = divmod(int(flat), self._experts)
         one = jax.tree.map(lambda stack: stack[layer, expert : expert + 1], self._store)
-        return jax.device_put(one, self._where, may_alias=True)  # on a CPU nothing is copied here
+        return jax.device_put(one, self._where, may_alias=True)
 
     def _meet(self, layer: int, needed_E: np.ndarray) -> int:
         """Counts the experts needed that are there."""

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
+from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.engine.host_cache import HostCache
-from jmoe.engine.host_parts import Rows, Seen, Work, forecast_of, parts_of
+from jmoe.engine.host_parts import parts_of
+from jmoe.engine.host_types import Rows, Seen, Work, forecast_of
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
 from jmoe.engine.step import Sizes, StepInput, WindowRouting
@@ -43,6 +45,7 @@ class HostDrivenRunner(Runner):
         self._layers = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
         self._ahead = [model.routers_after(i) for i in range(layers)]
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
+        self._where = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
         self._numbers = jax.device_put(numbers, sharding(mesh))  # there already when a part is told one
         self._asks_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
@@ -95,10 +98,8 @@ class HostDrivenRunner(Runner):
         layers = []
         for i, weights in enumerate(self._layers):
             here_E = self._here(cache, i)
-            pages, ahead = (
-                (None if seqs.table_BM is None else self.pages[i]),
-                self._ahead[i] if predicts else None,
-            )
+            pages = None if seqs.table_BM is None else self.pages[i]
+            ahead = self._ahead[i] if predicts else None
             attended, pages = self._parts.attend(
                 weights, self._numbers[i], rows, by, seqs, pages, knobs, here_E, predictor, walk, ahead
             )
@@ -122,12 +123,14 @@ class HostDrivenRunner(Runner):
             cache.demand(layer, needed_E, told_RE[1], forecast_of(told_RE[2:]), most)
         else:
             cache.pass_by(layer, needed_E)
-        y_ND = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
-        away = [0] if self._rehearsing else cache.away(layer, needed_E)
-        for n, one in enumerate(cache.arriving(layer, away)):
-            y_ND = self._parts.streamed(y_ND, work, self._numbers[away[n]], one)
-            if n + 2 < len(away):
-                jax.block_until_ready(y_ND)
+        y_ND: Array = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
+
+        def add(expert: int, one: ExpertWeights) -> Array:
+            nonlocal y_ND
+            y_ND = self._parts.streamed(y_ND, work, self._numbers[expert], one)
+            return y_ND
+
+        cache.stream(layer, [0] if self._rehearsing else cache.away(layer, needed_E), add)
         return y_ND
 
     def _here(self, cache: HostCache, layer: int) -> np.ndarray | None:
@@ -138,7 +141,7 @@ class HostDrivenRunner(Runner):
         return cache.resident_E(layer)
 
     def _host_cache(self) -> HostCache:
-        return HostCache(self.cache, self._store, self._parts.install, self.mesh.devices.item())
+        return HostCache(self.cache, self._store, self._parts.install, self._where)
 
     def _rehearse(self, given: StepInput) -> Array:
         """Padding needs no experts, so that here one is copied for nobody and one streamed."""

@@ -10,11 +10,10 @@ need no other parts than those in the pool.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
@@ -22,6 +21,7 @@ from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.paged_attention import LayerPages
 
+from jmoe.engine.host_types import Attended, Rows, Seen, Work, tell
 from jmoe.engine.sampling import Sampled, SamplingRows
 from jmoe.engine.stats import MoETotals, add_step
 from jmoe.engine.step import WindowRouting, draw, summarize
@@ -29,63 +29,13 @@ from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, DecoderLayer, Router, step_seen, sum_changes, token_flags
 from jmoe.moe.layer import apply_with, count_alone
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import CacheCounts, Changes, DispatchStats, Knobs, Routing
+from jmoe.moe.types import CacheCounts, Changes, Knobs, Routing
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.offload.copies import install
 from jmoe.offload.rows import assigned, by_slot, highest, needed
-from jmoe.offload.types import Forecast, LayerSeen, Predictor
-
-
-class Rows(NamedTuple):
-    """Rows between two layers. x_ND: behind the attention of the last; y_ND: what its experts gave, to be
-    added."""
-
-    x_ND: Array
-    y_ND: Array
-
-
-class Work(NamedTuple):
-    """What a layer's experts are given: normed rows, experts (E for none) and their weights."""
-
-    x_TD: Array
-    ids_TK: Array
-    weights_TK: Array
-
-
-class Seen(NamedTuple):
-    """What a layer leaves for the end of the step. plain: the router's own choice, of a decode step None: the
-    predictor has seen it."""
-
-    plain: Routing | None
-    stats: DispatchStats
-    changes: Changes | None
-
-
-class Attended(NamedTuple):
-    """A layer before its experts. x_ND: the rows behind attention. walk: the predictor's. told_RE: for the
-    host, by ``tell``: which experts are needed; then, where they are predicted, what the gate scored at most,
-    p and wanted of the layers ahead."""
-
-    x_ND: Array
-    work: Work
-    seen: Seen
-    walk: Any
-    told_RE: Array
-
-
-def tell(*parts: Array) -> Array:
-    """``[R, E]`` float32, one array for the host to wait for: rows ``[E]`` and ``[A, E]``, one below the
-    other."""
-    rows = [part if part.ndim == 2 else part[None] for part in parts]
-    return jnp.concatenate([each.astype(jnp.float32) for each in rows])
-
-
-def forecast_of(rows_RE: np.ndarray) -> Forecast:
-    """On the host, from its 2 * A rows of what ``tell`` made."""
-    p_AE, wanted_AE = np.split(rows_RE, 2)
-    return Forecast(p_AE, wanted_AE > 0)  # pyright: ignore[reportArgumentType]
+from jmoe.offload.types import LayerSeen, Predictor
 
 
 @dataclass(frozen=True)
