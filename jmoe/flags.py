@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jmoe.techniques import parse_size
+from jmoe.units import parse_size
 
 if TYPE_CHECKING:
     from jmoe.engine.build import EngineSettings

@@ -6,12 +6,13 @@ What is absent is off. A key that the chosen method does not read is refused, no
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jmoe_kernels.binning import Method
+
+from jmoe.units import parse_size
 
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
 Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
@@ -152,7 +153,8 @@ class OffloadConfig:
     layers need; eviction: which expert gives way (``jmoe.offload.policy``). prefetch_distance: layers ahead.
     prefetch_per_layer: copies ahead of need that one layer may begin, the byte budget. store: the profile to
     start warm from; store_size: iterations that predictor "expert_map" keeps. executor: "graph" decides and
-    copies inside the jitted step, "host" between the jitted parts of each layer.
+    copies inside the jitted step, "host" between the jitted parts of each layer; None picks and ``jmoe
+    doctor`` says which and why.
     """
 
     memory: int | str | None = None
@@ -163,7 +165,7 @@ class OffloadConfig:
     prefetch_per_layer: int = 1
     store: str | None = None
     store_size: int = 1000
-    executor: Literal["graph", "host"] = "graph"
+    executor: Literal["graph", "host"] | None = None
 
     def __post_init__(self) -> None:
         if (self.memory is None) == (self.slots_per_layer is None):
@@ -172,7 +174,7 @@ class OffloadConfig:
             object.__setattr__(self, "memory", parse_size("moe.offload.memory", self.memory))
         check_choice("moe.offload.predictor", self.predictor, get_args(PredictorName))
         check_choice("moe.offload.eviction", self.eviction, get_args(Eviction))
-        check_choice("moe.offload.executor", self.executor, ("graph", "host"))
+        check_choice("moe.offload.executor", self.executor, (None, "graph", "host"))
         for name in ("memory", "slots_per_layer", "prefetch_distance", "prefetch_per_layer", "store_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -188,13 +190,15 @@ class OffloadConfig:
             sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
             raise ValueError(f"moe.offload runs on one device, got a mesh of {sizes}")
 
-    def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
-        """Slots of the pool; ValueError where not even one token's experts fit, or more than there are.
+    @property
+    def aside(self) -> int:
+        """Experts that the memory holds beside the pool's: what is on its way, two that stream through or one
+        for each prefetch, and a slot that copies without a wish go to."""
+        return max(2, self.prefetch_per_layer) + 1
 
-        The memory also holds what is on its way: two buffers for what streams through or one for each
-        prefetch, and a slot that copies without a wish go to.
-        """
-        aside = max(2, self.prefetch_per_layer) + 1
+    def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
+        """Slots of the pool; ValueError where not even one token's experts fit, or more than there are."""
+        aside = self.aside
         if self.slots_per_layer is not None:
             if self.slots_per_layer > experts:
                 raise ValueError(
@@ -214,15 +218,6 @@ class OffloadConfig:
         return min(slots, layers * experts)
 
 
-def parse_size(name: str, text: str) -> int:
-    """Bytes of "2GiB", "512 MiB" or a plain number; ValueError in one line."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2] not in UNITS:
-        raise ValueError(f"{name}: {text!r} is not a size such as 2GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BUDGETS = ("budget", "popularity", "random")
 _BINNING_READS = {"bin_width": ("affinity", "budget"), "k0": ("oea",), "keep": _BUDGETS}
 _RANKED = ("drop", "reroute", "expand")

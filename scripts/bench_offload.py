@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("simulate", "mt_bench", "sensitivity", "large", "engine")
 PROMPT, NEW = 128, 64  # tokens of a window
 TRAIN = 64  # windows of a domain in the profile
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.1, 0.25, 0.5, 0.75)
 MAIN = 0.25
 
 

@@ -123,6 +123,7 @@ def sweep(
             start = time.perf_counter()
             setting = Setting(slots=max(round(every * share), subject.cfg.num_experts_per_tok))
             found[f"{batch}/{share:g}"] = {name: rounded(simulate(mine, name, setting)) for name in names}
+            jax.clear_caches()  # a compiled scan for each, and a process may map only so many
             print(f"batch {batch}, {share:.0%}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
@@ -138,10 +139,12 @@ def sensitivity(subject: Subject, slots: int, names: tuple[str, ...]) -> dict[st
         **{f"{a} layers ahead": Setting(slots, ahead=a) for a in (1, 2)},
         **{f"store of {c}": Setting(slots, store=c) for c in (250, 4000)},
     }
-    return {
-        what: {name: rounded(simulate(subject, name, setting)) for name in names}
-        for what, setting in settings.items()
-    }
+    found = {}
+    for what, setting in settings.items():
+        found[what] = {name: rounded(simulate(subject, name, setting)) for name in names}
+        jax.clear_caches()
+        print(what, flush=True)
+    return found
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:

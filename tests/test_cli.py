@@ -141,14 +141,14 @@ def test_doctor_tells_where_offloaded_experts_lie(capsys, model):
     assert report.pop("why")
     assert report == {
         "expert_bytes": one, "host_bytes": 2 * 4 * one, "slots": 6, "slots_per_layer": 3.0,
-        "pool_bytes": 6 * one, "aside_bytes": 5 * one, "predictor": "expert_map", "warm": False,
-        "eviction": "lru", "copies_beside": False,
+        "pool_bytes": 6 * one, "aside_bytes": 5 * one, "predictor": "next_gate", "warm": False,
+        "eviction": "lru", "executor": "graph", "copies_beside": False,
     }  # fmt: skip
     code, out, _ = run(capsys, *args)
     assert code == 0
     assert "offload: 0.0 MiB of experts in host memory, 0.006 MiB each; on the device 6 slots (3.0 a" in out
-    assert "offload predictor: expert_map, cold; eviction lru\n" in out
-    assert "copies of experts: between computations (host and device share" in out
+    assert "offload predictor: next_gate, cold; eviction lru\n" in out
+    assert "offload executor: graph (one compiled step" in out
     for refused, message in (
         ('{"offload": {"memory": 1}}', "the minimum is memory 30720"),
         ('{"offload": {"memory": "1MB", "store": "absent.npz"}}', "absent.npz"),

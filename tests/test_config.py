@@ -102,8 +102,8 @@ def test_a_bad_binning_block_is_refused_with_what_would_be_right(values, message
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"executor": "gpu"}, "moe.offload.executor must be one of graph, host, got 'gpu'"),
-        ({"executor": True}, "moe.offload.executor must be one of graph, host, got True"),
+        ({"executor": "gpu"}, "moe.offload.executor must be one of None, graph, host, got 'gpu'"),
+        ({"executor": True}, "moe.offload.executor must be one of None, graph, host, got True"),
     ],
     ids=str,
 )

@@ -37,7 +37,10 @@ def model(tmp_path_factory) -> Path:
             "moe.offload.predictor must be one of expert_map, next_gate, token_table, counts, none, "
             "got 'crystal_ball'",
         ),
-        ({"eviction": "fifo"}, "moe.offload.eviction must be one of expert_map, lru, lfu, got 'fifo'"),
+        (
+            {"eviction": "fifo"},
+            "moe.offload.eviction must be one of expected_use, expert_map, lru, lfu, got 'fifo'",
+        ),
         ({"predictor": "token_table"}, "moe.offload.predictor = 'token_table' needs moe.offload.store"),
         ({"slots": 4}, "unknown key 'slots'"),
     ],

@@ -18,13 +18,14 @@ from jmoe.offload.types import Forecast
 
 L, E, A = 3, 4, 2
 X = L * E
-EVICTIONS = ("expert_map", "lru", "lfu")
+EVICTIONS = ("expected_use", "expert_map", "lru", "lfu")
 few = settings(max_examples=60, deadline=None)
 
 
 def random_outlook(rng: np.random.Generator) -> Outlook:
     """Few distinct probabilities, 0 among them, so that there are ties."""
-    return Outlook(rng.integers(0, 4, (L, E)).astype(np.float32) / 4, rng.random((L, E)) < 0.5)
+    p_LE, heat_LE = (rng.integers(0, 4, (L, E)).astype(np.float32) / 4 for _ in range(2))
+    return Outlook(p_LE, rng.random((L, E)) < 0.5, heat_LE)
 
 
 def random_usage(rng: np.random.Generator) -> Usage:
@@ -41,7 +42,11 @@ def naive_worth(eviction: str, usage: Usage, outlook: Outlook, layer: int) -> li
     for flat in range(X):
         its, expert = divmod(flat, E)
         p, visits = float(outlook.p_LE[its, expert]), max(1.0, float(usage.visits_X[flat]))
-        if its > layer and outlook.wanted_LE[its, expert] and p > 0:
+        soon = layer < its <= layer + A
+        if eviction == "expected_use":
+            likely = max(float(outlook.heat_LE[its, expert]), p if soon else 0.0)
+            worth.append(likely / (its - layer if its > layer else its - layer + L))
+        elif soon and outlook.wanted_LE[its, expert] and p > 0:
             worth.append(p / (its - layer))
         elif eviction == "expert_map":
             worth.append(-1 / (max(p, LEAST) * visits))
@@ -57,7 +62,7 @@ def naive_worth(eviction: str, usage: Usage, outlook: Outlook, layer: int) -> li
 def test_worth_is_the_wish_above_zero_and_the_rule_below(seed: int, eviction, layer: int):
     rng = np.random.default_rng(seed)
     usage, outlook = random_usage(rng), random_outlook(rng)
-    found_X = policy.worth(eviction, usage, outlook, np.int32(layer))
+    found_X = policy.worth(eviction, usage, outlook, np.int32(layer), A)
     assert found_X.dtype == np.float32
     np.testing.assert_allclose(found_X, naive_worth(eviction, usage, outlook, layer), rtol=1e-6)
 
@@ -69,10 +74,10 @@ def test_known_uses_are_ranked_as_belady_does(seed: int, layer: int, steps: int)
     ``due`` steps after it."""
     rng = np.random.default_rng(seed)
     outlook = random_outlook(rng)._replace(due_LE=rng.integers(1, steps + 1, (L, E)).astype(np.int32))
-    found_X = policy.worth("lru", random_usage(rng), outlook, np.int32(layer))
+    found_X = policy.worth("lru", random_usage(rng), outlook, np.int32(layer), A)
     now = [divmod(flat, E) for flat in range(X)]
     until = [
-        its if its > layer and outlook.wanted_LE[its, e] else its + L * int(outlook.due_LE[its, e])
+        its if its > layer and outlook.p_LE[its, e] > 0 else its + L * int(outlook.due_LE[its, e])
         for its, e in now
     ]
     for a in range(X):
@@ -85,7 +90,7 @@ def test_known_uses_are_ranked_as_belady_does(seed: int, layer: int, steps: int)
 def test_the_next_wishes_are_the_most_worth_of_the_layers_ahead(seed: int, layer: int, count: int, eviction):
     rng = np.random.default_rng(seed)
     usage, outlook, present_X = random_usage(rng), random_outlook(rng), rng.random(X) < 0.4
-    worth_X = policy.worth(eviction, usage, outlook, np.int32(layer))
+    worth_X = policy.worth(eviction, usage, outlook, np.int32(layer), A)
     experts_M, gain_M = policy.next_wishes(worth_X, outlook, np.int32(layer), present_X, ahead=A, count=count)
     ahead = range((layer + 1) * E, min(layer + 1 + A, L) * E)
     may = [x for x in ahead if outlook.wanted_LE.reshape(-1)[x] and not present_X[x] and worth_X[x] > 0]
@@ -108,6 +113,15 @@ def test_a_forecast_replaces_what_it_covers_and_nothing_else(seed: int, first: i
         row = its - first if told else its
         np.testing.assert_array_equal(found.p_LE[its], p_E[row])
         np.testing.assert_array_equal(found.wanted_LE[its], wanted_E[row])
+
+
+def test_heat_is_a_running_mean_of_its_layer_alone():
+    outlook = random_outlook(np.random.default_rng(0))
+    scores_E = np.array([1, 0, 0.5, 0.25], np.float32)
+    found = policy.warm(outlook, np.int32(1), scores_E)
+    np.testing.assert_allclose(found.heat_LE[1], 0.9 * outlook.heat_LE[1] + 0.1 * scores_E, rtol=1e-6)
+    np.testing.assert_array_equal(found.heat_LE[[0, 2]], outlook.heat_LE[[0, 2]])
+    assert found.heat_LE.dtype == np.float32 and found.p_LE is outlook.p_LE
 
 
 def test_visits_count_from_arrival_and_a_prefetch_is_useful_once():
@@ -167,7 +181,7 @@ def one_step(rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int
             table, wishes = prefetch(table, layer=at)
             trail.append((table, wishes, None))
             if layer >= 0:
-                table = finish(table, needed_E, at)
+                table = finish(table, needed_E, xp.asarray(rng.random(E), dtype="float32"), at)
             else:
                 table = table._replace(slots=table.slots._replace(flying_S=table.slots.flying_S & False))
             trail.append((table, None, None))

@@ -128,7 +128,7 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
 
 
 def test_a_prefetch_that_is_still_on_its_way_is_late():
-    """A perfect forecast on a link as slow as a layer has its copy there a layer later, on a slower one not."""
+    """A perfect forecast on a link as slow as a layer has its copy there late, on a slower one later."""
     trace = random_trace(30, 1, 1)
     needs = trace.needs_NLE
     table = empty_table(30, 5, 12)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "jmoe_kernels": 0,
+    "units": 0,
     "config": 1,
     "techniques": 1,
     "mesh": 1,

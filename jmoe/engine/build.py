@@ -17,7 +17,7 @@ from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.host_driven import HostDrivenRunner
-from jmoe.engine.offload import make_cache, read_profile
+from jmoe.engine.offload import make_cache, pick_executor, read_profile
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
@@ -187,7 +187,8 @@ def build_engine(
     cache = None
     if settings.moe.offload is not None:
         cache = make_cache(decoder, mesh, sizes.decode[-1], profile)
-    runner = (make_runner or runner_for(settings.moe))(decoder, mesh, sizes, tables, cache)
+    make_runner = make_runner or runner_for(settings.moe, platform_of(mesh))
+    runner = make_runner(decoder, mesh, sizes, tables, cache)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
@@ -195,9 +196,10 @@ def build_engine(
     return Engine(runner, scheduler, codec, end_tokens(directory, cfg), placement)
 
 
-def runner_for(moe: MoEConfig) -> type[Runner]:
+def runner_for(moe: MoEConfig, platform: str) -> type[Runner]:
     """What runs the steps of one process."""
-    return HostDrivenRunner if moe.offload is not None and moe.offload.executor == "host" else Runner
+    driven = moe.offload is not None and pick_executor(moe.offload, platform)[0] == "host"
+    return HostDrivenRunner if driven else Runner
 
 
 def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,22 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig) -> int:
 
 
 def copies_run_beside(mesh: Mesh) -> bool:
-    """Whether a copy from host memory goes on while the devices compute."""
-    return platform_of(mesh) != "cpu"
+    """Whether a copy inside the step goes on while the device computes. Shown for TPUs, by their compiler."""
+    return platform_of(mesh) == "tpu"
+
+
+def pick_executor(offload: OffloadConfig, platform: str) -> tuple[Literal["graph", "host"], str]:
+    """What runs the steps, and why."""
+    if offload.executor is not None:
+        return offload.executor, "named in the moe config"
+    if platform == "gpu":
+        return (
+            "host",
+            "a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
+        )
+    if platform == "tpu":
+        return "graph", "the compiler makes a prefetch an asynchronous copy beside the experts"
+    return "graph", "one compiled step; driving each layer from the host takes longer on a CPU"
 
 
 def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:

@@ -6,11 +6,11 @@ is ``device_put`` of one expert's slice of the host stack into a slot of the don
     gate -> forecast of the layers ahead -> missing experts are copied, first -> the most wished-for experts
     of the layers ahead are claimed and their copies begin -> the layer's experts run -> those copies land
 
-A prefetch depends on nothing that the layer computes with, so on an accelerator its copy runs beside the
-layer: the TPU compiler makes it ``dynamic-slice-start`` before the experts and ``-done`` behind them. That
-holds for a copy that always happens, not for one under a condition; so there the copies of a layer are as
-many as the budget says, one without a wish goes to a slot that nobody reads, and its bytes count. On a CPU,
-where nothing runs beside, only what is wished for is copied.
+A prefetch depends on nothing that the layer computes with, so on a TPU its copy runs beside the layer: the
+compiler makes it ``dynamic-slice-start`` before the experts and ``-done`` behind them. That holds for a copy
+that always happens, not for one under a condition; so there the copies of a layer are as many as the budget
+says, one without a wish goes to a slot that nobody reads, and its bytes count. Elsewhere nothing inside a
+step runs beside it, and only what is wished for is copied.
 
 **Prefill, and steps that need more experts than there are slots.** A prompt fires nearly all experts, so
 nothing is predicted: those in the pool run from there, the layer's others stream through a buffer, one after

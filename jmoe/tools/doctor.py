@@ -13,7 +13,7 @@ from jmoe import __version__
 from jmoe.checkpoint import read_config
 from jmoe.config import ModelConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
-from jmoe.engine.offload import copies_run_beside, count_slots, read_profile
+from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
 from jmoe.engine.stats import expert_bytes
 from jmoe.mesh import platform_of
 from jmoe.models.decoder import kernels_for
@@ -81,22 +81,21 @@ def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str
         return None
     offload.check_mesh(dict(mesh.shape))
     read_profile(offload)
-    one, slots, beside = expert_bytes(cfg), count_slots(cfg, offload), copies_run_beside(mesh)
+    one, slots = expert_bytes(cfg), count_slots(cfg, offload)
+    executor, why = pick_executor(offload, platform_of(mesh))
     return {
         "expert_bytes": one,
         "host_bytes": cfg.num_hidden_layers * cfg.num_experts * one,
         "slots": slots,
         "slots_per_layer": slots / cfg.num_hidden_layers,
         "pool_bytes": slots * one,
-        # room that OffloadConfig.slots leaves: for what is on its way, and a slot for copies without a wish
-        "aside_bytes": (max(2, offload.prefetch_per_layer) + 1) * one,
+        "aside_bytes": offload.aside * one,
         "predictor": offload.predictor,
         "warm": offload.store is not None,
         "eviction": offload.eviction,
-        "copies_beside": beside,
-        "why": "begun before a layer's experts run, as many every time: one under a condition would wait"
-        if beside
-        else "host and device share one memory here: only what is wished for is copied",
+        "executor": executor,
+        "why": why,
+        "copies_beside": copies_run_beside(mesh),
     }
 
 
@@ -144,8 +143,7 @@ def _offload_lines(found: dict[str, Any]) -> list[str]:
         f"{found['aside_bytes'] / 2**20:.1f} MiB set aside for copies",
         f"offload predictor: {found['predictor']}, {'warm' if found['warm'] else 'cold'}; "
         f"eviction {found['eviction']}",
-        f"copies of experts: {'beside compute' if found['copies_beside'] else 'between computations'} "
-        f"({found['why']})",
+        f"offload executor: {found['executor']} ({found['why']})",
     ]
 
 
