@@ -65,7 +65,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    from offload_simulate import COMPARATORS, Subject, sensitivity, sweep
+    from offload_simulate import COMPARATORS, VARIED, Subject, sensitivity, sweep
     from offload_traces import make_traces, mt_bench_windows, route_windows, valid_windows
     from speculative_routing import collect
 
@@ -94,7 +94,7 @@ def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
     names = tuple(COMPARATORS)
     if part == "sensitivity":
         slots = round(cfg.num_hidden_layers * cfg.num_experts * MAIN)
-        return about | {"slots": slots, "runs": sensitivity(subject, slots, names)}
+        return about | {"slots": slots, "runs": sensitivity(subject, slots, VARIED)}
     shares = SHARES if part == "simulate" else (MAIN,)
     return about | {"runs": sweep(subject, by_batch, shares, names)}
 

@@ -39,6 +39,7 @@ COMPARATORS = {
     "default": ("next_gate", "expected_use"),
     "oracle": ("oracle", "expected_use"),
 }
+VARIED = ("LRU", "request counts, LRU", "fMoE", "expert maps, online", "token table", "next gate", "oracle")
 BASELINES = ("LRU", "LFU", "request counts, LRU", "request counts, LFU")
 STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode layer's compute
 

@@ -17,18 +17,14 @@ from offloaded import (
     write_profile,
 )
 
-WARM_OR_COLD = {
-    "expert_map": ("cold", "warm", "warm"),
-    "next_gate": ("cold", "cold", "cold"),
-    "token_table": ("warm", "warm", "warm"),
-    "counts": ("warm", "cold", "cold"),
-    "none": ("cold", "cold", "cold"),
-}
-PAIRS = [
-    (name, rule, start)
-    for name, starts in WARM_OR_COLD.items()
-    for rule, start in zip(("expert_map", "lru", "lfu"), starts, strict=True)
-]
+PAIRS = [  # every predictor, cold and warm, and every eviction with most of them
+    ("none", "lru", "cold"), ("none", "expected_use", "cold"),
+    ("counts", "lfu", "cold"), ("counts", "lru", "warm"),
+    ("next_gate", "expected_use", "cold"), ("next_gate", "lru", "cold"),
+    ("next_gate", "expected_use", "warm"),
+    ("expert_map", "expert_map", "cold"), ("expert_map", "lfu", "warm"),
+    ("token_table", "expert_map", "warm"), ("token_table", "expected_use", "warm"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def test_every_predictor_and_eviction_gives_the_resident_tokens(
 
     One slot more where nothing is known before the first layer: what it needs would leave no room.
     """
-    slots = 6 if predictor == "next_gate" else 5
+    slots = 6 if (predictor, start) == ("next_gate", "cold") else 5
     warm = {"store": store} if start == "warm" else {}
     memory = (slots + 3) * EXPERT_BYTES
     engine = offloaded(

@@ -42,32 +42,47 @@ def decode_counts(engine) -> dict[str, int]:
     return {field.name: int(cache[field.name].sum()) for field in fields(CacheCounts)}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("slots_per_layer", [1, 4])
+@pytest.fixture(scope="module")
+def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Trace]]:
+    """By batch: prompts, what the resident engine answers, and the trace of its decode steps."""
+    found = {}
+    with closing(build(model)) as engine:
+        for batch in (1, 3):
+            prompts = np.random.default_rng(batch).integers(0, VOCAB, (batch, PROMPT)).tolist()
+            answers = serve(engine, prompts)
+            windows = np.array([p + a[:-1] for p, a in zip(prompts, answers, strict=True)], np.int32)
+            (trace,) = make_traces(route_windows(engine.runner.model, windows), PROMPT, batch)
+            found[batch] = prompts, answers, trace
+    return found
+
+
 @pytest.mark.parametrize(
-    ("predictor", "eviction", "copies"),
+    ("predictor", "eviction", "copies", "slots_per_layer", "batch"),
     [
-        ("none", "lru", 1), ("none", "lfu", 1), ("counts", "lru", 2), ("token_table", "expected_use", 1),
-        ("next_gate", "expected_use", 1), ("next_gate", "lfu", 3), ("expert_map", "expert_map", 2),
-        ("expert_map", "expected_use", 1),
+        ("none", "lru", 1, 4, 1), ("none", "lfu", 1, 1, 3), ("counts", "lru", 2, 4, 3),
+        ("token_table", "expected_use", 1, 1, 1), ("next_gate", "expected_use", 1, 4, 3),
+        ("next_gate", "lfu", 3, 4, 1), ("expert_map", "expert_map", 2, 4, 1),
+        ("expert_map", "expected_use", 1, 4, 3),
     ],
 )  # fmt: skip
 def test_the_simulator_counts_what_the_engine_does(
-    model: Path, store: str, predictor: str, eviction: str, copies: int, slots_per_layer: int, batch: int
+    model: Path,
+    store: str,
+    traces,
+    predictor: str,
+    eviction: str,
+    copies: int,
+    slots_per_layer: int,
+    batch: int,
 ):
     """Hits, misses, evictions, prefetches and useful ones, and which experts are left in which slots."""
-    rng = np.random.default_rng(batch)
-    prompts = rng.integers(0, VOCAB, (batch, PROMPT)).tolist()
+    prompts, answers, trace = traces[batch]
     how = {"predictor": predictor, "eviction": eviction, "prefetch_per_layer": copies, "store": store}
     with closing(offloaded(model, slots_per_layer=slots_per_layer, **how)) as engine:
         start = jax.tree.map(jnp.copy, (engine.runner.cache.table, engine.runner.cache.predictor))
-        answers = serve(engine, prompts)
+        assert serve(engine, prompts) == answers
         counted, left = decode_counts(engine), np.asarray(engine.runner.cache.table.slots.held_S)
         rule = engine.runner.cache.rule
-    windows = np.array([p + a[:-1] for p, a in zip(prompts, answers, strict=True)], np.int32)
-    with closing(build(model)) as engine:
-        (trace,) = make_traces(route_windows(engine.runner.model, windows), PROMPT, batch)
-    trace = trace._replace(ahead_NLBAE=trace.ahead_NLBAE[:, :, :, : rule.ahead])
     state, _, figures = simulator.run(begin(*start), trace, None, rule, AT_ONCE)
     total = jax.tree.map(lambda each_N: int(each_N.sum()), figures)
     assert total.needed == counted["hits"] + counted["misses"] and total.late == 0
