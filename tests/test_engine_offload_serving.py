@@ -203,3 +203,19 @@ def test_capacity_with_offload_is_capacity(model: Path, resident):
     moe = MoEConfig(capacity=CapacityConfig(factor=0.6, phase="both"))
     limited = answers(build(model, moe))
     assert answers(offloaded(model, moe, slots_per_layer=3)) == limited != resident[4]
+
+
+def test_the_pool_is_changed_in_place(model: Path):
+    """The compiled decode step needs far less room than the pool: nothing of it is copied."""
+    engine = offloaded(model, slots_per_layer=EXPERTS, seqs=1)
+    with closing(engine):
+        runner, given = engine.runner, engine.runner.blank(1, 1)
+        arrays = (
+            given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows,
+        )  # fmt: skip
+        totals = runner._totals["decode"]
+        lowered = runner._jitted.step.lower(
+            runner.weights, runner.pages, totals, arrays, None, None, runner.cache
+        )
+        pool = sum(a.nbytes for a in jax.tree.leaves(runner.cache.pool))
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < pool / 4

@@ -80,7 +80,8 @@ class Visit:
         table = table._replace(slots=land(table.slots))
         visit = cls(store, replace(cache, table=table), walk, layer, _nothing())
         visit = replace(visit, untold=visit._count_prefetch(moves))
-        return visit._with_pool(visit._landed(moves, visit._begun(moves)))
+        visit, begun = visit._begun(moves)
+        return visit._landed(moves, begun)
 
     def end(self) -> ExpertCache:
         """The cache after the last layer."""
@@ -127,11 +128,11 @@ class Visit:
         )
         visit = visit._with(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
         table, wishes = decide.prefetch(table, self.cache.rule, self.layer)
-        begun = visit._begun(wishes)
+        visit, begun = visit._begun(wishes)
         overflows = visit._slots < min(e, ids_TK.size)
         y_TD = visit._with(table)._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=overflows)
         visit = visit._with(decide.finish_layer(table, needed_E, scores_E, self.layer))
-        visit = visit._with_pool(visit._landed(wishes, begun))
+        visit = visit._landed(wishes, begun)
         own = CacheCounts(hits, needed - hits, missing.evicted, needed - hits, none, useful)
         counts = jax.tree.map(lambda *parts: sum(parts), own, self._count_prefetch(wishes), self.untold)
         return y_TD, counts, replace(visit, layer=self.layer + 1, untold=_nothing(), ahead_TAE=None)
@@ -154,20 +155,22 @@ class Visit:
         walk, forecast = self.cache.predictor.observe(self.walk, self.layer, seen)
         return replace(self._with(decide.foresee(self.cache.table, self.layer + 1, forecast)), walk=walk)
 
-    def _begun(self, moves: Moves) -> list[ExpertWeights]:
-        """Copies that run beside what follows; none where nothing does."""
-        if not self.cache.beside:
-            return []
-        return [fetch(self.store, moves.experts_M[i]) for i in range(moves.experts_M.shape[0])]
+    def _begun(self, moves: Moves) -> tuple[Self, list[ExpertWeights]]:
+        """Copies begin beside what follows; where nothing runs beside it they are made at once.
 
-    def _landed(self, moves: Moves, begun: list[ExpertWeights]) -> ExpertWeights:
-        """The pool with the prefetched experts in it."""
-        if not self.cache.beside:
-            return copy_in(self.cache.pool, self.store, moves)
+        Made behind the layer's experts they would change a pool that nothing says was read before: XLA:CPU
+        would copy all of it in every layer.
+        """
+        if self.cache.beside:
+            return self, [fetch(self.store, moves.experts_M[i]) for i in range(moves.experts_M.shape[0])]
+        return self._with_pool(copy_in(self.cache.pool, self.store, moves)), []
+
+    def _landed(self, moves: Moves, begun: list[ExpertWeights]) -> Self:
+        """With the copies that were begun in the pool."""
         pool = self.cache.pool
         for i, one in enumerate(begun):
             pool = install(pool, one, moves.slots_M[i])
-        return pool
+        return self._with_pool(pool)
 
     def _count_prefetch(self, moves: Moves) -> CacheCounts:
         none, cache = jnp.zeros((), jnp.int32), self.cache
