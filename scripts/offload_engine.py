@@ -24,8 +24,7 @@ from jmoe.engine.request import Output, Request
 from jmoe.techniques import OffloadConfig
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
-SHARES = (0.1, 0.25, 0.5, 1.0)
-BATCHES = (1, 4, 16)
+SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # of the experts, by batch
 TRAIN = 32  # windows of a domain in the profile
 # predictor, eviction
 PAIRS = (
@@ -68,10 +67,10 @@ def _all_at_once(questions: list[str], store: str) -> dict[str, Any]:
     sequences are those of the engine that has all experts on the device."""
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     found: dict[str, Any] = {}
-    for batch in BATCHES:
+    for batch, shares in SHARES.items():
         runs: dict[str, Any] = {}
         wanted: list[list[int]] | None = None
-        cases = [(None, None, None), *((s, *pair) for s in SHARES for pair in PAIRS)]
+        cases = [(None, None, None), *((s, *pair) for s in shares for pair in PAIRS)]
         for share, predictor, eviction in cases:
             offload = None
             if share is not None:
