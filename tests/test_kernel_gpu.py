@@ -167,6 +167,7 @@ def test_gpu_check_runs_dry_and_isolates_a_failing_section(
         "correct",
         "engine",
         "decode",
+        "offload",
         "prefill",
         "model",
     }

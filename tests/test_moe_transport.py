@@ -218,7 +218,7 @@ def test_totals_of_many_large_steps_do_not_overflow():
         totals = add(totals, [step(most, most)])
     totals = add(totals, [step(0, 0)])
     cfg = config(dtype="bfloat16")
-    counters = MoECounters(1, 2, row_bytes := transported_bytes(cfg, mesh_of((1, 2, 4))))
+    counters = MoECounters(1, 2, row_bytes := transported_bytes(cfg, mesh_of((1, 2, 4))), 0)
     assert row_bytes == cfg.hidden_size * (2 + 4) * 4
     counters.drain(totals)
     counters.drain(totals)

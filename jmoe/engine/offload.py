@@ -20,6 +20,7 @@ from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors import make_predictor
 from jmoe.offload.table import Moves, Rule, Table, fill, new_table
+from jmoe.offload.types import Predictor
 from jmoe.techniques import OffloadConfig
 
 
@@ -39,13 +40,9 @@ def make_cache(model: Decoder, mesh: Mesh, seats: int, profile: Profile | None) 
         raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
     shape = cfg.num_hidden_layers, cfg.num_experts
     often_LE = np.broadcast_to(-np.arange(cfg.num_experts), shape) if profile is None else profile.loads_LE
+    embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
     with jax.set_mesh(mesh):
-        predictor = make_predictor(
-            offload.predictor,
-            distance=min(offload.prefetch_distance, cfg.num_hidden_layers), k=cfg.num_experts_per_tok,
-            layers=shape[0], experts=shape[1], seats=seats, profile=profile,
-            embeddings_VD=np.asarray(model.embed[...]).astype(np.float32), capacity=offload.store_size,
-        )  # fmt: skip
+        predictor = _predictor(cfg, offload, seats, embeddings_VD, profile)
     slots = count_slots(cfg, offload)
     table, moves = fill(new_table(slots, *shape, np), often_LE.astype(np.float32))
     start = jax.jit(partial(_fill_pool, empty_pool(cfg, slots, platform_of(mesh))))
@@ -63,12 +60,8 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
     slots, shape = count_slots(cfg, offload), (cfg.num_hidden_layers, cfg.num_experts)
 
     def made() -> ExpertCache:
-        predictor = make_predictor(
-            offload.predictor,
-            distance=min(offload.prefetch_distance, shape[0]), k=cfg.num_experts_per_tok, layers=shape[0],
-            experts=shape[1], seats=seats, embeddings_VD=np.zeros((1, cfg.hidden_size), np.float32),
-            capacity=offload.store_size,
-        )  # fmt: skip
+        any_VD = np.zeros((1, cfg.hidden_size), np.float32)
+        predictor = _predictor(cfg, offload, seats, any_VD, None)
         table: Table = jax.tree.map(jnp.asarray, new_table(slots, *shape, np))
         pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty_pool(cfg, slots, platform_of(mesh)))
         return _cache(cfg, moe, mesh, table, predictor, pool)
@@ -112,12 +105,25 @@ def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:
     return ExpertWeights(gate_up, jax.ShapeDtypeStruct((slots + 1, d, f), dtype))  # pyright: ignore[reportArgumentType]
 
 
+def _predictor(
+    cfg: ModelConfig, offload: OffloadConfig, seats: int, embeddings_VD: np.ndarray, profile: Profile | None
+) -> Predictor:
+    return make_predictor(
+        offload.predictor,
+        distance=min(offload.prefetch_distance, cfg.num_hidden_layers), k=cfg.num_experts_per_tok,
+        layers=cfg.num_hidden_layers, experts=cfg.num_experts, seats=seats, profile=profile,
+        embeddings_VD=embeddings_VD, capacity=offload.store_size,
+    )  # fmt: skip
+
+
 def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:
     pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     return copy_in(pool, store, moves)
 
 
-def _cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table, predictor, pool) -> ExpertCache:
+def _cache(
+    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table: Table, predictor: Predictor, pool: ExpertWeights
+) -> ExpertCache:
     assert moe.offload is not None
     ahead = min(moe.offload.prefetch_distance, cfg.num_hidden_layers)
     rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
