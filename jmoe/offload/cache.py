@@ -107,10 +107,8 @@ class Visit:
         e = self._experts
         ids_TK = rows.assigned(routing, valid_T)
         needed_E = rows.needed(ids_TK, e)
-        hits, needed = (
-            jnp.sum(needed_E & self.resident_E, dtype=jnp.int32),
-            jnp.sum(needed_E, dtype=jnp.int32),
-        )
+        hits = jnp.sum(needed_E & self.resident_E, dtype=jnp.int32)
+        needed = jnp.sum(needed_E, dtype=jnp.int32)
         none = jnp.zeros((), jnp.int32)
         if phase == "prefill":
             y_TD = self._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=True)
@@ -188,7 +186,7 @@ class Visit:
         y_TD = apply(x_TD, weights_TK, rows.by_slot(ids_TK, slot_E, nowhere), self.cache.pool)
         if not overflows:
             return y_TD
-        away_E = jnp.zeros(e + 1, bool).at[ids_TK.reshape(-1)].set(True)[:e] & ~self.resident_E
+        away_E = rows.needed(ids_TK, e) & ~self.resident_E
         order_E = jnp.argsort(~away_E, stable=True).astype(jnp.int32)
         turn_E = jnp.zeros(e, jnp.int32).at[order_E].set(jnp.arange(e, dtype=jnp.int32))
         turn_TK = jnp.append(jnp.where(away_E, turn_E, e), jnp.int32(e))[ids_TK]
