@@ -181,8 +181,8 @@ OBJECTIONS = [
     "the pool runs from there and the rest streams, each expert once a layer and run; it evicts nothing.",
     "* *It is useless at concurrency 32.* At batch 16 most experts of a layer are needed in every step, "
     "and a pool can spare no more than its own share of the copies: in the table above the default comes "
-    "near the oracle, and LRU, up to half of all experts, spares next to none. With 10 % of them nothing helps. "
-    "`[moe.binning]` with `resident_bonus` needs fewer experts; it is lossy, and counts what it does.",
+    "near the oracle, and LRU, up to half of all experts, spares next to none. With 10 % of them nothing "
+    "helps. `[moe.binning]` with `resident_bonus` needs fewer experts; it is lossy, and counts what it does.",
     "* *It needs eager mode.* It is compiled whole; for a TPU the prefetch becomes an asynchronous slice "
     'copy around the experts\' kernel (`tests/test_offload_aot.py`). `executor = "host"` drives the layers '
     "from the host instead, with the same decisions.",
