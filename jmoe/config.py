@@ -8,15 +8,18 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from jmoe_kernels.grouped_mlp import Implementation
+from jmoe_kernels.grouped_mlp import Activation, Implementation
+from jmoe_kernels.paged_attention import Span
 
+from jmoe.anatomy import LatentConfig, RopeConfig, RouterConfig
 from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig, check_choice
 
 DTypeName = Literal["float32", "bfloat16"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
 
 
@@ -25,7 +28,20 @@ class ModelConfig:
     """Shape of a Mixture-of-Experts decoder. Field names are Hugging Face's; sizes are element counts.
 
     architecture: the Hugging Face class name, the key into ``jmoe.models``.
-    sliding_window: a token attends to itself and ``sliding_window - 1`` tokens before it; None = all.
+
+    Layers: mlp_only_layers have a dense MLP of ``intermediate_size`` instead of experts. layer_types: of each
+    layer's attention, "full_attention", "sliding_attention" or "chunked_attention"; empty is sliding where
+    there is a window. sliding_window: a token attends to itself and ``sliding_window - 1`` tokens before it;
+    attention_chunk_size: to those of its own chunk. no_rope_layers: 1 where a layer rotates, 0 where not, as
+    Hugging Face spells it; empty is all.
+    Attention: attention_bias is of all projections, qkv_bias of those in. qk_norm "l2" has no weights,
+    follows the rotation and stands in rotated layers only. attention_multiplier: of the scores; None is
+    ``head_dim ** -0.5``. clip_qkv: the largest magnitude. attn_scale, floor_scale: in layers without
+    rotation, queries at position p times ``1 + attn_scale * log(1 + floor((p + 1) / floor_scale))``; 0 is
+    off. latent: multi-head latent attention instead of grouped-query attention.
+    Experts: shared_expert_intermediate_size is of the MLP that all tokens pass beside them, 0 without;
+    shared_expert_gate: a sigmoid of the token weighs it. hidden_act: of all MLPs. quant_method: in which the
+    checkpoint keeps experts; they are computed with in ``dtype``.
     """
 
     architecture: str
@@ -39,22 +55,47 @@ class ModelConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     max_position_embeddings: int
-    norm_topk_prob: bool = True
-    qk_norm: Literal["none", "head", "full"] = "none"
-    attention_bias: bool = False
+    router: RouterConfig = field(default_factory=RouterConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    latent: LatentConfig | None = None
+    mlp_only_layers: tuple[int, ...] = ()
+    intermediate_size: int | None = None
+    layer_types: tuple[LayerType, ...] = ()
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    qk_norm: Literal["none", "head", "full", "l2"] = "none"
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    attention_sinks: bool = False
+    attention_multiplier: float | None = None
+    clip_qkv: float | None = None
+    attn_scale: float = 0.0
+    floor_scale: int = 8192
+    hidden_act: Activation = "silu"
+    expert_bias: bool = False
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    norm: Literal["rms", "layer"] = "rms"
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     dtype: DTypeName = "bfloat16"
+    quant_method: Literal["mxfp4"] | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        for each in dataclasses.fields(self):
+            value, least = getattr(self, each.name), 0 if each.default == 0 else 1
+            if each.type is int and (type(value) is not int or value < least):
+                kind = "a positive integer" if least else "an integer of at least 0"
+                raise ValueError(f"{each.name} must be {kind}, got {value!r}")
+            if (choices := get_args(each.type)) and isinstance(choices[0], str):
+                check_choice(each.name, value, choices)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -64,16 +105,77 @@ class ModelConfig:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}")
+        self.router.check(self.num_experts, self.num_experts_per_tok)
+        self.rope.check(self.head_dim if self.latent is None else self.latent.qk_rope_head_dim)
+        if self.latent is not None:
+            self.latent.check()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raises ValueError where what stands for single layers does not fit them all."""
+        for name in ("layer_types", "no_rope_layers"):
+            given = len(getattr(self, name))
+            if given not in (0, self.num_hidden_layers):
+                raise ValueError(f"{name} must have {self.num_hidden_layers} entries, got {given}")
+        for name, kind in (
+            ("sliding_window", "sliding_attention"),
+            ("attention_chunk_size", "chunked_attention"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is None and kind in self.layer_types:
+                raise ValueError(f"layer_types has {kind!r} and there is no {name}")
+        for kind in self.layer_types:
+            check_choice("layer_types", kind, get_args(LayerType))
+        if any(not 0 <= i < self.num_hidden_layers for i in self.mlp_only_layers):
             raise ValueError(
-                f"rms_norm_eps and rope_theta must be above 0, got {self.rms_norm_eps} and {self.rope_theta}"
+                f"mlp_only_layers must be from 0 to {self.num_hidden_layers - 1}, got {self.mlp_only_layers}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if not self.moe_layers:
+            raise ValueError("every layer is dense: there are no experts to serve")
+        if self.mlp_only_layers and not self.intermediate_size:
+            raise ValueError("dense layers need intermediate_size")
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have experts, in order; tables and statistics by layer have these alone."""
+        return tuple(i for i in range(self.num_hidden_layers) if i not in self.mlp_only_layers)
+
+    @property
+    def cached_heads(self) -> int:
+        """Rows of the KV cache a token and layer: those of a latent are one."""
+        return self.num_key_value_heads if self.latent is None else 1
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers of such a row."""
+        return self.head_dim if self.latent is None else self.latent.cached_dim
+
+    def span(self, layer: int) -> Span:
+        """What a query of the layer attends to."""
+        kind = self.layer_types[layer] if self.layer_types else "sliding_attention"
+        return Span(
+            window=self.sliding_window if kind == "sliding_attention" else None,
+            chunk=self.attention_chunk_size if kind == "chunked_attention" else None,
+        )
+
+    def rotates(self, layer: int) -> bool:
+        return not self.no_rope_layers or bool(self.no_rope_layers[layer])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From the tables of a TOML file; ValueError names an unknown key."""
+        values = _fields_of(cls, "model config", values)
+        for name, table in MODEL_TABLES.items():
+            if name in values:
+                values[name] = table(**_tuples(_fields_of(table, name, values[name])))
+        return cls(**_tuples(values))
+
+
+MODEL_TABLES = {"router": RouterConfig, "rope": RopeConfig, "latent": LatentConfig}
 
 
 @dataclass(frozen=True)
@@ -169,3 +271,8 @@ def _fields_of(cls: type, what: str, values: Any) -> dict[str, Any]:
         raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
     check_keys(what, values, [f.name for f in dataclasses.fields(cls) if f.name != "attention"])
     return dict(values)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists as tuples: a configuration can be hashed."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

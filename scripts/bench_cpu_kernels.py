@@ -127,7 +127,7 @@ def main() -> None:
     library = cpu.get_library()
     if isinstance(library, str):
         raise SystemExit(f"no C++ kernels here: {library}")
-    cfg = ModelConfig(**read_toml(args.model))
+    cfg = ModelConfig.from_dict(read_toml(args.model))
     e, f, d, k = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size, cfg.num_experts_per_tok
     layers = make_layers(cfg, args.layers)
     bandwidth = read_bandwidth([np.asarray(w.gate_up_E2FD) for w in layers], args.threads)

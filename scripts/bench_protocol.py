@@ -87,19 +87,18 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     from flax import nnx
 
     from jmoe.checkpoint.hf_writer import save_hf
-    from jmoe.config import ModelConfig, MoEConfig, check_keys, read_toml
+    from jmoe.config import ModelConfig, MoEConfig, read_toml
     from jmoe.mesh import make_mesh
     from jmoe.models.decoder import Decoder
     from jmoe.nn.param import ParamMaker
 
-    values = read_toml(toml)
-    check_keys(str(toml), values, ModelConfig.__dataclass_fields__)
-    cfg = ModelConfig(**values)
+    cfg = ModelConfig.from_dict(read_toml(toml))
     make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(0), platform="cpu")
     model = Decoder(cfg, MoEConfig(), make_mesh(), make)
     if gate_scale != 1:
         for layer in model.layers:
-            layer.moe.gate_ED[...] = layer.moe.gate_ED[...] * gate_scale
+            gate_ED = layer.moe.router.gate_ED
+            gate_ED[...] = gate_ED[...] * gate_scale
     save_hf(model, hf_config(cfg), directory)
 
 
@@ -113,6 +112,8 @@ def hf_config(cfg: Any) -> dict[str, Any]:
         "intermediate_size": cfg.moe_intermediate_size,
         "num_local_experts": cfg.num_experts,
         "use_sliding_window": cfg.sliding_window is not None,
+        "norm_topk_prob": cfg.router.norm_topk_prob,
+        "rope_theta": cfg.rope.rope_theta,
         "eos_token_id": list(cfg.eos_token_ids) or None,
     }
 

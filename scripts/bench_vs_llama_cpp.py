@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace, directory: Path, theirs: LlamaCpp) -> dict
     from jmoe.checkpoint import read_config
 
     cfg = read_config(directory, args.dtype)
-    if cfg.architecture != "OlmoeForCausalLM" or cfg.norm_topk_prob:
+    if cfg.architecture != "OlmoeForCausalLM" or cfg.router.norm_topk_prob:
         raise SystemExit(f"{args.model}: llama.cpp's olmoe is OlmoeForCausalLM with norm_topk_prob false")
     with tempfile.TemporaryDirectory() as temporary:  # llama.cpp keeps the file mapped
         file, sizes = Path(temporary) / "model.gguf", dataclasses.asdict(cfg)

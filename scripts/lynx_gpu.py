@@ -15,6 +15,7 @@ from jmoe_kernels import binning
 from jmoe_kernels.grouped_mlp import pick
 from lynx_speed import HALF, TOKENS, bisect
 
+from jmoe.anatomy import RouterConfig
 from jmoe.moe.binning import get_rule, route_binned
 from jmoe.moe.experts import apply_experts
 from jmoe.moe.routing import plan_dispatch, route
@@ -65,7 +66,7 @@ def measure(dry: bool) -> dict[str, Any] | None:
 
 def active_count(x_TD: Array, gate_ED: Array, rule: binning.Rule) -> Array:
     logits_TE, flags = gate_logits(x_TD, gate_ED), jnp.ones(x_TD.shape[0], bool)
-    ids_TK = route(logits_TE, rule.k, renormalize=True).ids_TK
+    ids_TK = route(logits_TE, rule.k, RouterConfig()).ids_TK
     return binning.choose_active(binning.cast_votes(ids_TK, logits_TE, flags, flags, rule), rule).sum()
 
 
@@ -80,7 +81,7 @@ def run_layer(
     weights, gate_ED = given
     logits_TE, flags = gate_logits(x_TD, gate_ED), TokenFlags(jnp.ones(x_TD.shape[0], bool))
     if rule is None:
-        routing = route(logits_TE, k, renormalize=True)
+        routing = route(logits_TE, k, RouterConfig())
     else:
         how = {"renormalize": True, "implementation": stage, "platform": platform}
         _, routing, _ = route_binned(logits_TE, flags, rule, **how)

@@ -28,6 +28,7 @@ from flax import nnx
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp import pick
 
+from jmoe.anatomy import RouterConfig
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import MoEConfig, read_toml
 from jmoe.mesh import make_mesh
@@ -108,11 +109,11 @@ def time_stage(shape: Any, rounds: int) -> dict[str, float]:
     flags, k = TokenFlags(jnp.ones(TOKENS, bool)), shape.num_experts_per_tok
 
     def routed(logits_TE: Array) -> tuple[Array, Array]:
-        plain = route(logits_TE, k, renormalize=False)
+        plain = route(logits_TE, k, RouterConfig(norm_topk_prob=False))
         return plain.ids_TK, plain.weights_TK
 
     def binned(logits_TE: Array, cfg: BinningConfig) -> tuple[Array, Array]:
-        plain = route(logits_TE, k, renormalize=False)
+        plain = route(logits_TE, k, RouterConfig(norm_topk_prob=False))
         moved, _ = bin_assignments(plain, flags, get_rule(cfg, k), seed=jnp.int32(0))
         return moved.ids_TK, moved.weights_TK
 

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from speculative_routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
-from jmoe.models.decoder import Decoder, token_flags
+from jmoe.models.decoder import Decoder
+from jmoe.models.layer import foresight, token_flags
 from jmoe.nn.attention import Sequences
-from jmoe.nn.norm import rms_norm
 from jmoe.offload.simulator import Trace
 
 AHEAD = 3  # layers that a predictor may ask
@@ -59,8 +59,8 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
     for i, layer in enumerate(model.layers):
         x_ND, _ = layer.attend(x_ND, by, seqs, None)
         following = [model.layers[min(i + 1 + a, last)] for a in range(AHEAD)]
-        ahead_NAE = layer.ask(x_ND, [(f.post_attention_norm[...], f.moe.gate_ED[...]) for f in following])
-        out = layer.moe(rms_norm(x_ND, layer.post_attention_norm[...], layer.eps), token_flags(seqs))
+        ahead_NAE = layer.ask(x_ND, [foresight(f) for f in following])
+        out = layer.moe(layer.normed(x_ND), token_flags(seqs))
         x_ND = x_ND + out.y_TD
         layers.append((out.routing.scores_TE, out.routing.ids_TK, ahead_NAE))
     stacked = [jnp.stack(each, axis=1) for each in zip(*layers, strict=True)]

@@ -56,7 +56,7 @@ CONFIG = ModelConfig(
 SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings"),
-    *("norm_topk_prob", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
+    *("rms_norm_eps", "tie_word_embeddings"),
 )
 HF_CONFIG = {
     "architectures": [CONFIG.architecture],
@@ -68,6 +68,8 @@ HF_CONFIG = {
     "hidden_act": "silu",
     "intermediate_size": CONFIG.moe_intermediate_size,
     "mlp_only_layers": [],
+    "norm_topk_prob": CONFIG.router.norm_topk_prob,
+    "rope_theta": CONFIG.rope.rope_theta,
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
 } | {name: getattr(CONFIG, name) for name in SHARED}

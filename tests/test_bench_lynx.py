@@ -36,8 +36,9 @@ num_experts = 16
 num_experts_per_tok = 2
 moe_intermediate_size = 32
 max_position_embeddings = 256
-norm_topk_prob = false
 qk_norm = "full"
+[router]
+norm_topk_prob = false
 """
 
 

@@ -82,13 +82,13 @@ def test_logits_equal_those_of_the_same_weights_set_directly(architecture, tmp_p
     direct.norm.set_value(tensors["model.norm.weight"])
     for i, layer in enumerate(direct.layers):
         theirs = f"model.layers.{i}"
-        layer.input_norm.set_value(tensors[f"{theirs}.input_layernorm.weight"])
-        layer.post_attention_norm.set_value(tensors[f"{theirs}.post_attention_layernorm.weight"])
+        layer.input_norm.scale_D.set_value(tensors[f"{theirs}.input_layernorm.weight"])
+        layer.post_attention_norm.scale_D.set_value(tensors[f"{theirs}.post_attention_layernorm.weight"])
         for name, param in nnx.state(layer.attention, nnx.Param).items():
             assert param.get_value().shape == tensors[f"{theirs}.self_attn.{name}.weight"].shape
             getattr(layer.attention, name).set_value(tensors[f"{theirs}.self_attn.{name}.weight"])
         mixtral = architecture == hf_tiny.MIXTRAL
-        layer.moe.gate_ED.set_value(
+        layer.moe.router.gate_ED.set_value(
             tensors[f"{theirs}.{'block_sparse_moe' if mixtral else 'mlp'}.gate.weight"]
         )
         for name, stack in stacked(tensors, architecture, i).items():
@@ -102,7 +102,7 @@ def test_transformers_4_and_5_spellings_read_alike(architecture, tmp_path):
     for spelling in (4, 5):
         hf_tiny.write_checkpoint(tmp_path / str(spelling), hf_tiny.hf_config(architecture, spelling=spelling))
     assert read_config(tmp_path / "4") == read_config(tmp_path / "5")
-    assert read_config(tmp_path / "4").rope_theta == 5000.0
+    assert read_config(tmp_path / "4").rope.rope_theta == 5000.0
     one = load_model(tmp_path / "4", one_device())
     assert_same(values(load_model(tmp_path / "5", one_device())), values(one))
 

@@ -15,6 +15,7 @@ from jmoe_kernels import binning
 from small import config, mesh_of
 from test_moe_layer import layer_on, run
 
+from jmoe.anatomy import RouterConfig
 from jmoe.config import MoEConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
@@ -52,7 +53,7 @@ def compiled(cfg: BinningConfig, renormalize: bool):
 
     def stage(logits_TE, kind_T, seed):
         flags = TokenFlags(kind_T != PAD, kind_T == EXACT)
-        plain = route(logits_TE, K, renormalize=renormalize)
+        plain = route(logits_TE, K, RouterConfig(norm_topk_prob=renormalize))
         votes = binning.cast_votes(plain.ids_TK, logits_TE, flags.valid_T, flags.lossy_T, rule)
         drawn = jax.random.uniform(jax.random.key(seed), (EXPERTS,))
         active_E = binning.choose_active(votes, rule, drawn)
@@ -198,7 +199,7 @@ def test_ranks_that_share_weights_vote_together(shape: tuple[int, int, int], nam
 
     def on_shard(logits_TE, kind_T) -> Routing:
         flags = TokenFlags(kind_T != PAD, kind_T == EXACT)
-        plain = route(logits_TE, K, renormalize=True)
+        plain = route(logits_TE, K, RouterConfig())
         total = partial(jax.lax.psum, axis_name=EXPERT)
         return bin_assignments(plain, flags, rule, seed=jnp.int32(3), total=total)[0]
 
@@ -216,7 +217,7 @@ def test_ranks_that_share_weights_vote_together(shape: tuple[int, int, int], nam
 def test_a_capacity_behind_brings_no_expert_back(policy: str):
     logits = np.random.default_rng(6).standard_normal((ROWS, EXPERTS), np.float32)
     flags, cfg = TokenFlags(jnp.arange(ROWS) < 8), CapacityConfig(policy=policy)
-    plain = route(jnp.asarray(logits), K, renormalize=True)
+    plain = route(jnp.asarray(logits), K, RouterConfig())
     binned, _ = bin_assignments(plain, flags, get_rule(CONFIGS["affinity"], K), seed=jnp.int32(0))
     chosen = {}
     for name, routing in (("plain", plain), ("binned", binned)):
@@ -232,7 +233,7 @@ def test_a_token_prefers_the_experts_of_its_own_rank():
     rng, bonus = np.random.default_rng(8), 0.7
     logits = rng.standard_normal((ROWS, EXPERTS), np.float32)
     flags = TokenFlags(jnp.arange(ROWS) < 10, jnp.arange(ROWS) == 4)
-    plain = route(jnp.asarray(logits), K, renormalize=True)
+    plain = route(jnp.asarray(logits), K, RouterConfig())
     wide = get_rule(BinningConfig(bin_width=1e9), K)  # no binning beside it
     bonus_E = np.where((np.arange(EXPERTS) >= 4) & (np.arange(EXPERTS) < 8), np.float32(bonus), np.float32(0))
     near, moved_T = bin_assignments(plain, flags, wide, seed=jnp.int32(0), bonus_E=jnp.asarray(bonus_E))

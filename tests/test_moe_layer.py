@@ -10,6 +10,7 @@ from flax import nnx
 from jmoe_kernels.choice import choose
 from small import MESHES, config, mesh_of
 
+from jmoe.anatomy import RouterConfig
 from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.layer import MoELayer
@@ -28,9 +29,9 @@ def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
 
 def oracle(layer: MoELayer, x, valid=None):
     cfg = layer.cfg
-    weights = (layer.gate_ED, layer.experts.gate_up_E2FD, layer.experts.down_EDF)
+    weights = (layer.router.gate_ED, layer.experts.gate_up_E2FD, layer.experts.down_EDF)
     arrays = [np.asarray(w[...]) for w in weights]
-    return moe_reference(x, *arrays, cfg.num_experts_per_tok, renormalize=cfg.norm_topk_prob, valid_T=valid)
+    return moe_reference(x, *arrays, cfg.num_experts_per_tok, renormalize=cfg.router.norm_topk_prob, valid_T=valid)
 
 
 def inputs(cfg, seed=0):
@@ -47,7 +48,7 @@ def run(layer, x, valid):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_one_device_equals_the_oracle(k: int, renormalize: bool):
-    cfg = config(num_experts_per_tok=k, norm_topk_prob=renormalize)
+    cfg = config(num_experts_per_tok=k, router=RouterConfig(norm_topk_prob=renormalize))
     layer = layer_on(make_mesh(), cfg)
     x, valid = inputs(cfg)
     y, stats = run(layer, x, valid)
@@ -81,7 +82,7 @@ def test_skewed_routing_loses_nothing(transport: str):
     layer = layer_on(mesh_of((1, 8, 1)), cfg, MoEConfig(transport=transport))
     gate = np.zeros((16, cfg.hidden_size), np.float32)
     gate[6:8] = 1.0 + np.arange(2)[:, None]
-    layer.gate_ED.set_value(jnp.asarray(gate))
+    layer.router.gate_ED.set_value(jnp.asarray(gate))
     x, valid = np.abs(inputs(cfg)[0]), np.ones(TOKENS, bool)
     y, stats = run(layer, x, valid)
     np.testing.assert_allclose(y, oracle(layer, x), atol=1e-4)
@@ -130,6 +131,6 @@ def test_plan_puts_foreign_and_padding_assignments_last():
 
 
 def test_ties_go_to_the_lower_expert():
-    routing = route(jnp.zeros((2, 6)), 3, renormalize=True)
+    routing = route(jnp.zeros((2, 6)), 3, RouterConfig())
     assert routing.ids_TK.tolist() == [[0, 1, 2]] * 2
     np.testing.assert_allclose(routing.weights_TK, 1 / 3, rtol=1e-6)

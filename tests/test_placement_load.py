@@ -73,7 +73,7 @@ def test_gates_and_experts_move_together_in_every_family(tmp_path: Path, archite
     moved = load_model(tmp_path, one_device(), placement=placement)
     for i, (before, after) in enumerate(zip(plain.layers, moved.layers, strict=True)):
         row = placement.experts_LP[i]
-        for name in ("gate_ED", "experts.gate_up_E2FD", "experts.down_EDF"):
+        for name in ("router.gate_ED", "experts.gate_up_E2FD", "experts.down_EDF"):
             here, there = before.moe, after.moe
             for part in name.split("."):
                 here, there = getattr(here, part), getattr(there, part)

@@ -20,8 +20,8 @@ def model_identity(model: Decoder, placement: Placement | None = None) -> str:
     config = dataclasses.asdict(model.cfg)
     del config["dtype"]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for i, layer in enumerate(model.layers):
-        gate_ED = np.asarray(layer.moe.gate_ED[...])
+    for i, number in enumerate(model.cfg.moe_layers):
+        gate_ED = np.asarray(model.layers[number].moe.router.gate_ED[...])
         if placement is not None:
             gate_ED = gate_ED[np.argsort(placement.experts_LP[i])]
         digest.update(np.ascontiguousarray(gate_ED.astype(ml_dtypes.bfloat16)).tobytes())

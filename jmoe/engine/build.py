@@ -211,7 +211,7 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
         return None
     placement = Placement.load(Path(shuffle.placement))
     placement.check(
-        model=placement.model, layers=cfg.num_hidden_layers, experts=cfg.num_experts, ranks=mesh.shape[EXPERT]
+        model=placement.model, layers=len(cfg.moe_layers), experts=cfg.num_experts, ranks=mesh.shape[EXPERT]
     )
     if (shuffle.tokens or shuffle.requests) and placement.tables is None:
         raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")

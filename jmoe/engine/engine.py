@@ -222,7 +222,7 @@ class Engine:
         tokens_B = np.sum(given.positions_BT >= 0, axis=1)
         counts = None if changes is None else jax.device_get(changes)
         for request, row in placed:
-            request.moe.assignments += int(tokens_B[row]) * cfg.num_hidden_layers * cfg.num_experts_per_tok
+            request.moe.assignments += int(tokens_B[row]) * len(cfg.moe_layers) * cfg.num_experts_per_tok
             if counts is not None:
                 request.moe.remapped += int(counts.remapped_T[row])
                 request.moe.dropped += int(counts.dropped_T[row])
@@ -321,6 +321,7 @@ class Engine:
         }
         shape = {
             "layers": cfg.num_hidden_layers,
+            "moe_layers": list(cfg.moe_layers),
             "experts": cfg.num_experts,
             "top_k": cfg.num_experts_per_tok,
         }

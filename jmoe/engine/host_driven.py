@@ -40,10 +40,11 @@ class HostDrivenRunner(Runner):
             raise ValueError("moe.offload.executor = 'host' needs offloaded experts and shuffles no tokens")
         cache = replace(cache, table=jax.tree.map(np.asarray, cache.table))
         super().__init__(model, mesh, sizes, tables, cache)
-        slots, layers, experts = len(cache.table.slots.held_S), len(model.layers), model.cfg.num_experts
+        slots = len(cache.table.slots.held_S)
+        layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._parts = parts_of(model, self._jitted.merge, slots)
         self._layers = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
-        self._ahead = [model.routers_after(i) for i in range(layers)]
+        self._ahead = [model.routers_after(i) for i in range(len(model.layers))]
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
         self._where = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
@@ -96,20 +97,23 @@ class HostDrivenRunner(Runner):
         if predicts:
             cache.begin(forecast_of(np.asarray(told_RE)))
         layers = []
-        for i, weights in enumerate(self._layers):
-            here_E = self._here(cache, i)
+        for i, (weights, run) in enumerate(zip(self._layers, self._parts.layers, strict=True)):
             pages = None if seqs.table_BM is None else self.pages[i]
-            ahead = self._ahead[i] if predicts else None
-            attended, pages = self._parts.attend(
-                weights, self._numbers[i], rows, by, seqs, pages, knobs, here_E, predictor, walk, ahead
-            )
+            nth = len(layers)  # of the layers with experts
+            if i in self.cfg.mlp_only_layers:
+                rows, pages = run(weights, rows, by, seqs, pages)
+            else:
+                here_E, ahead = self._here(cache, nth), self._ahead[i] if predicts else None
+                attended, pages = run(
+                    weights, self._numbers[nth], rows, by, seqs, pages, knobs, here_E, predictor, walk, ahead
+                )
+                cache.settle()
+                walk, told_RE = attended.walk, np.asarray(attended.told_RE)
+                y_ND = self._experts(nth, attended.work, told_RE, cache, predicts=predicts)
+                rows = Rows(attended.x_ND, y_ND)
+                layers.append(attended.seen)
             if pages is not None:
                 self.pages[i] = pages
-            cache.settle()
-            walk, told_RE = attended.walk, np.asarray(attended.told_RE)
-            y_ND = self._experts(i, attended.work, told_RE, cache, predicts=predicts)
-            rows = Rows(attended.x_ND, y_ND)
-            layers.append(attended.seen)
         cache.settle()
         return rows, seqs, layers, walk
 

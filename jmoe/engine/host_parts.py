@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.paged_attention import LayerPages
 
@@ -26,8 +25,10 @@ from jmoe.engine.sampling import Sampled, SamplingRows
 from jmoe.engine.stats import MoETotals, add_step
 from jmoe.engine.step import WindowRouting, draw, summarize
 from jmoe.mesh import sharding
-from jmoe.models.decoder import Decoder, DecoderLayer, Router, step_seen, sum_changes, token_flags
-from jmoe.moe.layer import apply_with, count_alone
+from jmoe.models.decoder import Decoder, step_seen, sum_changes
+from jmoe.models.layer import DecoderLayer, Foresight, token_flags
+from jmoe.moe.experts import ApplyBy
+from jmoe.moe.layer import count_alone
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import CacheCounts, Changes, Knobs, Routing
 from jmoe.nn.attention import Sequences
@@ -39,13 +40,64 @@ from jmoe.offload.types import LayerSeen, Predictor
 
 
 @dataclass(frozen=True)
+class LayerFunctions:
+    """The parts of one kind of layer, over its flat list of weights."""
+
+    graph: nnx.GraphDef
+    structure: Any
+
+    def merge(self, weights: list[Array]) -> DecoderLayer:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
+
+    def attend(
+        self,
+        weights: list[Array],
+        nth: Array,
+        rows: Rows,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        knobs: Knobs | None,
+        here_E: Array | None,
+        predictor: Predictor | None,
+        walk: Any,
+        ahead: list[Foresight] | None,
+    ) -> tuple[Attended, LayerPages | None]:
+        """One layer up to its experts. nth: of the layers with experts. here_E: experts in the pool, for a
+        technique that asks. ahead: the routers of the next layers, for a predictor that does."""
+        own = self.merge(weights)
+        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
+        normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(nth), here_E)
+        flags = token_flags(seqs)
+        ids_TK = assigned(routed.final, flags.valid_T)
+        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        if predictor is not None:
+            asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
+            chosen_TK = assigned(routed.plain, flags.valid_T)
+            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
+            walk, forecast = predictor.observe(walk, nth, seen)
+            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
+        work = Work(normed_ND, ids_TK, routed.final.weights_TK)
+        plain = replace(routed.plain, plan=None) if predictor is None else None
+        done = Seen(plain, count_alone(routed, flags), routed.changes)
+        return Attended(own.pass_shared(x_ND, normed_ND), work, done, walk, tell(*told)), pages
+
+    def dense(
+        self, weights: list[Array], rows: Rows, by: Rotation, seqs: Sequences, pages: LayerPages | None
+    ) -> tuple[Rows, LayerPages | None]:
+        """All of a layer without experts."""
+        own = self.merge(weights)
+        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
+        x_ND = own.pass_mlp(x_ND)
+        return Rows(x_ND, jnp.zeros_like(x_ND)), pages
+
+
+@dataclass(frozen=True)
 class PartFunctions:
     """The parts, over flat lists of weights; structures are closed over, see ``ModelFunctions``."""
 
     merge: Callable[[list[Array]], Decoder]
-    layer_graph: nnx.GraphDef
-    layer_structure: Any
-    kernels: Kernels
+    apply: ApplyBy
     slots: int
 
     def begin(
@@ -65,48 +117,15 @@ class PartFunctions:
             told_RE = tell(*forecast)
         return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
 
-    def attend(
-        self,
-        weights: list[Array],
-        layer: Array,
-        rows: Rows,
-        by: Rotation,
-        seqs: Sequences,
-        pages: LayerPages | None,
-        knobs: Knobs | None,
-        here_E: Array | None,
-        predictor: Predictor | None,
-        walk: Any,
-        ahead: list[Router] | None,
-    ) -> tuple[Attended, LayerPages | None]:
-        """One layer up to its experts. weights: the layer's. here_E: experts in the pool, for a technique
-        that asks. ahead: the routers of the next layers, for a predictor that does."""
-        own: DecoderLayer = nnx.merge(self.layer_graph, jax.tree.unflatten(self.layer_structure, weights))
-        x_ND, pages = own.attend(rows.x_ND + rows.y_ND, by, seqs, pages)
-        normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(layer), here_E)
-        flags = token_flags(seqs)
-        ids_TK = assigned(routed.final, flags.valid_T)
-        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
-        if predictor is not None:
-            asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
-            chosen_TK = assigned(routed.plain, flags.valid_T)
-            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
-            walk, forecast = predictor.observe(walk, layer, seen)
-            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
-        work = Work(normed_ND, ids_TK, routed.final.weights_TK)
-        plain = replace(routed.plain, plan=None) if predictor is None else None
-        done = Seen(plain, count_alone(routed, flags), routed.changes)
-        return Attended(x_ND, work, done, walk, tell(*told)), pages
-
     def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Array:
         """``y_ND`` of the experts with a slot; ``slots + 1`` is none."""
         plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
-        return apply_with(self.kernels, work.x_TD, work.weights_TK, plan, pool)
+        return self.apply(work.x_TD, work.weights_TK, plan, pool)
 
     def streamed(self, y_ND: Array, work: Work, expert: Array, one: ExpertWeights) -> Array:
         """``y_ND`` plus the share of one expert."""
         plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
-        return y_ND + apply_with(self.kernels, work.x_TD, work.weights_TK, plan, one)
+        return y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
 
     def finish(
         self,
@@ -123,7 +142,7 @@ class PartFunctions:
     ) -> tuple[Sampled, Array, Changes | None, MoETotals, Predictor]:
         """counts_CL: the fields of ``CacheCounts``, of each layer."""
         model = self.merge(weights)
-        hidden_BTD = model.finish(rows.x_ND + rows.y_ND, seqs)
+        hidden_BTD = model.finish(model.layers[-1].add(*rows), seqs)
         sampled = draw(model, hidden_BTD, last_B, sampling)
         stats = [replace(each.stats, cache=CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
@@ -134,7 +153,7 @@ class PartFunctions:
 
     def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
         model = self.merge(weights)
-        return model.logits(model.finish(rows.x_ND + rows.y_ND, seqs))
+        return model.logits(model.finish(model.layers[-1].add(*rows), seqs))
 
     def window_routing(
         self, weights: list[Array], seqs: Sequences, picks_BM: Array, plain: list[Routing]
@@ -144,11 +163,12 @@ class PartFunctions:
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of ``PartFunctions``, and ``install``, jitted. All that they give lies where the runner's
-    own arrays do: an argument that lay elsewhere would compile again."""
+    """The functions of ``PartFunctions``, and ``install``, jitted; ``layers``: of each layer, ``attend`` or, where
+    it has no experts, ``dense``. All that they give lies where the runner's own arrays do: an argument that
+    lay elsewhere would compile again."""
 
     begin: jax.stages.Wrapped
-    attend: jax.stages.Wrapped
+    layers: tuple[jax.stages.Wrapped, ...]
     pooled: jax.stages.Wrapped
     streamed: jax.stages.Wrapped
     install: jax.stages.Wrapped
@@ -160,18 +180,25 @@ class Parts:
 @lru_cache(maxsize=8)
 def parts(
     merge: Callable[[list[Array]], Decoder],
-    layer_graph: nnx.GraphDef,
-    layer_structure: Any,
-    kernels: Kernels,
+    kinds: tuple[tuple[LayerFunctions, bool], ...],
+    apply: ApplyBy,
     slots: int,
     whole: NamedSharding,
     paged: NamedSharding,
 ) -> Parts:
-    """One set for runners of equal models, like ``jitted``. whole, paged: where arrays and pages lie."""
-    functions = PartFunctions(merge, layer_graph, layer_structure, kernels, slots)
+    """One set for runners of equal models, like ``jitted``. kinds: of each layer, and whether it has experts.
+    whole, paged: where arrays and pages lie."""
+    functions = PartFunctions(merge, apply, slots)
+    placed = {"out_shardings": (whole, paged)}
+    of_kind = {
+        kind: jax.jit(kind[0].attend, donate_argnums=5, **placed)
+        if kind[1]
+        else jax.jit(kind[0].dense, donate_argnums=4, **placed)
+        for kind in set(kinds)
+    }
     return Parts(
         begin=jax.jit(functions.begin, out_shardings=whole),
-        attend=jax.jit(functions.attend, donate_argnums=5, out_shardings=(whole, paged)),
+        layers=tuple(of_kind[kind] for kind in kinds),
         pooled=jax.jit(functions.pooled, out_shardings=whole),
         streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
         install=jax.jit(install, donate_argnums=0, out_shardings=whole),
@@ -182,7 +209,11 @@ def parts(
 
 
 def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int) -> Parts:
-    layer_graph, state = nnx.split(model.layers[0])
+    kinds, apply = [], None
+    for layer in model.layers:
+        graph, state = nnx.split(layer)
+        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None))
+        apply = apply if layer.moe is None else layer.moe.apply
+    assert apply is not None
     paged = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
-    structure = jax.tree.structure(state)
-    return parts(merge, layer_graph, structure, model.kernels, slots, sharding(model.mesh), paged)
+    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh), paged)

@@ -29,7 +29,7 @@ def lower_step(
     }
     graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
     weights, structure = jax.tree.flatten(state)
-    totals = jax.eval_shape(lambda: zero_totals(cfg.num_hidden_layers, cfg.num_experts))
+    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     given = blank_input(cfg.vocab_size, sizes, model.split.sequence_ranks, sequences, tokens)
     attention = model.kernels.attention
     pages = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
@@ -55,4 +55,4 @@ def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[Shuff
         return jax.ShapeDtypeStruct((rows, ranks), jnp.uint8, sharding=sharding(mesh))
 
     layer = ShuffleTables(table(cfg.vocab_size), table(ranks * ranks) if moe.shuffle.history else None)  # pyright: ignore[reportArgumentType]
-    return [layer] * cfg.num_hidden_layers
+    return [layer] * len(cfg.moe_layers)

@@ -38,7 +38,7 @@ def make_cache(model: Decoder, mesh: Mesh, seats: int, profile: Profile | None) 
     assert offload is not None
     if profile is not None and profile.model != (own := model_identity(model)):
         raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
-    shape = cfg.num_hidden_layers, cfg.num_experts
+    shape = len(cfg.moe_layers), cfg.num_experts
     often_LE = np.broadcast_to(-np.arange(cfg.num_experts), shape) if profile is None else profile.loads_LE
     embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
     with jax.set_mesh(mesh):
@@ -57,7 +57,7 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
     offload = moe.offload
     if offload is None:
         return None
-    slots, shape = count_slots(cfg, offload), (cfg.num_hidden_layers, cfg.num_experts)
+    slots, shape = count_slots(cfg, offload), (len(cfg.moe_layers), cfg.num_experts)
 
     def made() -> ExpertCache:
         any_VD = np.zeros((1, cfg.hidden_size), np.float32)
@@ -73,7 +73,7 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
 
 def count_slots(cfg: ModelConfig, offload: OffloadConfig) -> int:
     return offload.slots(
-        layers=cfg.num_hidden_layers, experts=cfg.num_experts, k=cfg.num_experts_per_tok,
+        layers=len(cfg.moe_layers), experts=cfg.num_experts, k=cfg.num_experts_per_tok,
         expert_bytes=expert_bytes(cfg),
     )  # fmt: skip
 
@@ -101,8 +101,8 @@ def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:
     """Its shapes."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform)
     f, d = cfg.moe_intermediate_size, cfg.hidden_size
-    gate_up = jax.ShapeDtypeStruct((slots + 1, 2, f, d), dtype)
-    return ExpertWeights(gate_up, jax.ShapeDtypeStruct((slots + 1, d, f), dtype))  # pyright: ignore[reportArgumentType]
+    shapes = [(2, f, d), (d, f), *([(2, f), (d,)] if cfg.expert_bias else [])]
+    return ExpertWeights(*(jax.ShapeDtypeStruct((slots + 1, *shape), dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
 
 
 def _predictor(
@@ -110,8 +110,8 @@ def _predictor(
 ) -> Predictor:
     return make_predictor(
         offload.predictor,
-        distance=min(offload.prefetch_distance, cfg.num_hidden_layers), k=cfg.num_experts_per_tok,
-        layers=cfg.num_hidden_layers, experts=cfg.num_experts, seats=seats, profile=profile,
+        distance=min(offload.prefetch_distance, len(cfg.moe_layers)), k=cfg.num_experts_per_tok,
+        layers=len(cfg.moe_layers), experts=cfg.num_experts, seats=seats, profile=profile,
         embeddings_VD=embeddings_VD, capacity=offload.store_size,
     )  # fmt: skip
 
@@ -125,6 +125,6 @@ def _cache(
     cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table: Table, predictor: Predictor, pool: ExpertWeights
 ) -> ExpertCache:
     assert moe.offload is not None
-    ahead = min(moe.offload.prefetch_distance, cfg.num_hidden_layers)
+    ahead = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
     rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
     return ExpertCache(table, predictor, pool, rule, copies_run_beside(mesh))

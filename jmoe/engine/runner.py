@@ -59,7 +59,7 @@ class Runner:
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
         self.cache = cache
         self._steps = 0
-        layers, experts = model.cfg.num_hidden_layers, model.cfg.num_experts
+        layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
         self._undrained = 0
         row_bytes = transported_bytes(model.cfg, mesh)
@@ -69,7 +69,7 @@ class Runner:
 
     def _fresh_totals(self) -> MoETotals:
         cfg = self.cfg
-        return totals_maker(cfg.num_hidden_layers, cfg.num_experts, sharding(self.mesh))()
+        return totals_maker(len(cfg.moe_layers), cfg.num_experts, sharding(self.mesh))()
 
     @property
     def alive(self) -> bool:

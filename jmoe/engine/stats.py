@@ -122,7 +122,9 @@ def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
 
 def expert_bytes(cfg: ModelConfig) -> int:
     """Bytes of one routed expert."""
-    return 3 * cfg.moe_intermediate_size * cfg.hidden_size * jnp.dtype(cfg.dtype).itemsize
+    inner, model = cfg.moe_intermediate_size, cfg.hidden_size
+    numbers = 3 * inner * model + (2 * inner + model if cfg.expert_bias else 0)
+    return numbers * jnp.dtype(cfg.dtype).itemsize
 
 
 class MoECounters:

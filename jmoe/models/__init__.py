@@ -1,12 +1,32 @@
 """Model families: one short file each, over the shared decoder."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from jmoe.config import ModelConfig
-from jmoe.models import mixtral, olmoe, qwen3_moe
+from jmoe.models import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    llama4,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from jmoe.models.family import Family, HFConfig
 
-FAMILIES = {f.architecture: f for f in (mixtral.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY)}
+QUANTIZATIONS = ("mxfp4",)  # in which some family is read
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, deepseek.V2, deepseek.V3,
+        glm4_moe.FAMILY, gpt_oss.FAMILY, granitemoe.FAMILY, llama4.FAMILY, llama4.WITH_IMAGES, phimoe.FAMILY,
+    )
+}  # fmt: skip
 
 
 def get_family(architecture: str) -> Family:
@@ -25,7 +45,21 @@ def model_config(hf: HFConfig) -> ModelConfig:
     architectures = hf.get("architectures") or []
     if len(architectures) != 1:
         raise ValueError(f"config.json must name one architecture, got {architectures!r}")
-    return get_family(architectures[0]).config(hf)
+    family = get_family(architectures[0])
+    if hf.get("quantization_config"):
+        _check_quantization(family, hf["quantization_config"])
+    return family.config(hf)
+
+
+def _check_quantization(family: Family, given: Any) -> None:
+    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if method not in QUANTIZATIONS:
+        read = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(
+            f"quantization_config: method {method!r} is not read, {read} is; use the unquantised checkpoint"
+        )
+    if method not in family.quantization:
+        raise ValueError(f"quantization_config: method {method!r} is not read of {family.architecture}")
 
 
 __all__ = ["FAMILIES", "Family", "get_family", "model_config"]

@@ -1,23 +1,31 @@
 """What a model family's file declares: how its Hugging Face config and weight names map onto the decoder."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from jmoe.anatomy import RopeConfig, RopeType
 from jmoe.config import ModelConfig
+from jmoe.models.weights import Stored
 
 HFConfig = Mapping[str, Any]
-# (name in the checkpoint, path of the parameter, index into its leading axes)
-WeightName = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. names: the checkpoint's name of every tensor the model has, each exactly once."""
+    """One architecture.
+
+    names: every tensor of the checkpoint that the model has, or every entry of a stacked one, exactly once.
+    ignored: whether a checkpoint may have a tensor of that name beside them, which is then not read.
+    quantization: the methods (``quant_method``) in which its checkpoints are read beside plain ones.
+    """
 
     architecture: str
     config: Callable[[HFConfig], ModelConfig]
-    names: Callable[[ModelConfig], Iterator[WeightName]]
+    names: Callable[[ModelConfig], Iterator[Stored]]
+    ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
+    quantization: tuple[str, ...] = ()
 
 
 def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict[str, Any]:
@@ -44,7 +52,7 @@ def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict
         "moe_intermediate_size": require(hf, inner),
         "max_position_embeddings": require(hf, "max_position_embeddings"),
         "rms_norm_eps": require(hf, "rms_norm_eps"),
-        "rope_theta": rope_theta(hf),
+        "rope": rope_config(hf),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -65,39 +73,39 @@ def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
         raise ValueError(f"config.json: {field} = {hf.get(field)!r} is not supported")
 
 
-def rope_theta(hf: HFConfig) -> float:
-    """The rotary base from ``rope_parameters`` (transformers 5) or ``rope_theta`` (4); plain RoPE only."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope type {kind!r} is not supported; supported: 'default'")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor below 1 is not supported")
-    return float(parameters.get("rope_theta") or require(hf, "rope_theta"))
+def rope_config(hf: HFConfig, *, interleaved: bool = False) -> RopeConfig:
+    """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (4)."""
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in get_args(RopeType):
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeType))}")
+    most, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
+    values = {name: given[name] for name in _ROPE_FIELDS if given.get(name) is not None}
+    values["rope_theta"] = float(given.get("rope_theta") or require(hf, "rope_theta"))
+    values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
+    if kind != "default" and hf.get(original):
+        values.setdefault(original, hf[original])
+    if kind in ("yarn", "longrope") and most and values.get(original):
+        values.setdefault("factor", most / values[original])
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return RopeConfig(rope_type=kind, interleaved=interleaved, **values)
 
 
-def weight_names(
-    cfg: ModelConfig, *, gate: str, experts: str, gate_up_down: tuple[str, str, str]
-) -> Iterator[WeightName]:
-    """The names of the Llama-like layout; ``gate`` and ``experts`` are the MoE block's, below a layer."""
-    yield "model.embed_tokens.weight", "embed", ()
-    yield "model.norm.weight", "norm", ()
-    if not cfg.tie_word_embeddings:
-        yield "lm_head.weight", "lm_head", ()
-    for i in range(cfg.num_hidden_layers):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        yield f"{theirs}.input_layernorm.weight", f"{ours}.input_norm", ()
-        yield f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm", ()
-        for p in "qkvo":
-            yield f"{theirs}.self_attn.{p}_proj.weight", f"{ours}.attention.{p}_proj", ()
-            if cfg.attention_bias:
-                yield f"{theirs}.self_attn.{p}_proj.bias", f"{ours}.attention.{p}_bias", ()
-        if cfg.qk_norm != "none":
-            yield f"{theirs}.self_attn.q_norm.weight", f"{ours}.attention.q_norm", ()
-            yield f"{theirs}.self_attn.k_norm.weight", f"{ours}.attention.k_norm", ()
-        yield f"{theirs}.{gate}.weight", f"{ours}.moe.gate_ED", ()
-        for e in range(cfg.num_experts):
-            for half, name in enumerate(gate_up_down[:2]):
-                yield f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.gate_up_E2FD", (e, half)
-            name = gate_up_down[2]
-            yield f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.down_EDF", (e,)
+_ROPE_FIELDS = [
+    field.name
+    for field in dataclasses.fields(RopeConfig)
+    if field.name not in ("rope_type", "interleaved", "long")
+]
+
+
+def dense_layers(hf: HFConfig) -> tuple[int, ...]:
+    """The layers without experts, as Qwen says it."""
+    named, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    layers = range(require(hf, "num_hidden_layers"))
+    return tuple(i for i in layers if i in named or (i + 1) % step)
+
+
+def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
+    """Whether a tensor belongs to a layer that predicts further tokens, of which the decoder has none."""
+    parts = name.split(".")
+    return parts[:2] == ["model", "layers"] and int(parts[2]) >= cfg.num_hidden_layers

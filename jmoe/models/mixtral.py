@@ -1,9 +1,11 @@
 """Mixtral (8x7B, 8x22B): softmax over the chosen experts, optional sliding window, no query/key norm."""
 
-from collections.abc import Iterator
+from functools import partial
 
+from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, WeightName, common_fields, weight_names
+from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.names import decoder_names, mixtral_experts
 
 # what transformers' MixtralConfig has where config.json is silent (sizes of weights are required)
 DEFAULTS: HFConfig = {
@@ -22,18 +24,9 @@ def config(hf: HFConfig) -> ModelConfig:
     return ModelConfig(
         architecture="MixtralForCausalLM",
         **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
-        norm_topk_prob=True,
+        router=RouterConfig(norm_topk_prob=True),
         sliding_window=hf.get("sliding_window"),
     )
 
 
-def names(cfg: ModelConfig) -> Iterator[WeightName]:
-    return weight_names(
-        cfg,
-        gate="block_sparse_moe.gate",
-        experts="block_sparse_moe.experts",
-        gate_up_down=("w1", "w3", "w2"),
-    )
-
-
-FAMILY = Family("MixtralForCausalLM", config, names)
+FAMILY = Family("MixtralForCausalLM", config, partial(decoder_names, experts=mixtral_experts))

@@ -1,9 +1,11 @@
 """OLMoE (1B-7B): query/key norm over all heads together, top-k weights not renormalised by default."""
 
-from collections.abc import Iterator
+from functools import partial
 
+from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, WeightName, common_fields, refuse, weight_names
+from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.names import decoder_names, qwen_experts
 
 # what transformers' OlmoeConfig has where config.json is silent (sizes of weights are required)
 DEFAULTS: HFConfig = {
@@ -17,20 +19,14 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    refuse(hf, "clip_qkv", hf.get("clip_qkv") is not None)
     return ModelConfig(
         architecture="OlmoeForCausalLM",
         **common_fields(hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size"),
-        norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
+        router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
         qk_norm="full",
         attention_bias=bool(hf.get("attention_bias", False)),
+        clip_qkv=hf.get("clip_qkv"),
     )
 
 
-def names(cfg: ModelConfig) -> Iterator[WeightName]:
-    return weight_names(
-        cfg, gate="mlp.gate", experts="mlp.experts", gate_up_down=("gate_proj", "up_proj", "down_proj")
-    )
-
-
-FAMILY = Family("OlmoeForCausalLM", config, names)
+FAMILY = Family("OlmoeForCausalLM", config, partial(decoder_names, experts=qwen_experts))

@@ -1,52 +1,87 @@
 """The stacked weights of a layer's routed experts, and the rows-by-expert computation over them."""
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.grouped_mlp import ExpertWeights, Implementation, grouped_mlp
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.grouped_mlp import Activation, ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
 from jmoe_kernels.rows import take_rows
 
+from jmoe.config import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.types import DispatchPlan
 from jmoe.nn.param import HOST, ParamMaker
 
 
 class Experts(nnx.Module):
-    """Weights of E SwiGLU experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
+    """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
 
-    gate_up_E2FD: ``[experts, (gate, up), inner, model]``. down_EDF: ``[experts, model, inner]``.
+    gate_up_E2FD: ``[experts, (gate, up), inner, model]``. down_EDF: ``[experts, model, inner]``. Biases:
+    ``[experts, (gate, up), inner]`` and ``[experts, model]``.
     """
 
-    def __init__(self, experts: int, model: int, inner: int, make: ParamMaker):
+    def __init__(self, cfg: ModelConfig, make: ParamMaker):
+        experts, model, inner = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
         self.gate_up_E2FD = make.stored((experts, 2, inner, model), (EXPERT, None, TENSOR, None))
         self.down_EDF = make.stored((experts, model, inner), (EXPERT, None, TENSOR))
+        self.gate_up_bias_E2F = self.down_bias_ED = None
+        if cfg.expert_bias:
+            self.gate_up_bias_E2F = make((experts, 2, inner), (EXPERT, None, TENSOR))
+            self.down_bias_ED = make((experts, model), (EXPERT, None))
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate_up_E2FD[...], self.down_EDF[...])
+        biases = (None if p is None else p[...] for p in (self.gate_up_bias_E2F, self.down_bias_ED))
+        return ExpertWeights(self.gate_up_E2FD[...], self.down_EDF[...], *biases)
 
     @property
     def specs(self) -> ExpertWeights:
         """How they are split, as the parameters declare it."""
-        gate_up, down = (PartitionSpec(*p.get_metadata("axes")) for p in (self.gate_up_E2FD, self.down_EDF))
-        return ExpertWeights(gate_up, down)  # pyright: ignore[reportArgumentType]
+        every = self.gate_up_E2FD, self.down_EDF, self.gate_up_bias_E2F, self.down_bias_ED
+        return ExpertWeights(*(None if p is None else PartitionSpec(*p.get_metadata("axes")) for p in every))  # pyright: ignore[reportArgumentType]
 
 
 class HostExperts(nnx.Module):
-    """The experts of all L layers, ``[layers, experts, ...]``, in the memory of the host (``HOST``)."""
+    """The experts of all L MoE layers, ``[layers, experts, ...]``, in the memory of the host (``HOST``)."""
 
-    def __init__(self, layers: int, experts: int, model: int, inner: int, make: ParamMaker):
-        gate_up, down = (layers, experts, 2, inner, model), (layers, experts, model, inner)
-        self.gate_up_LE2FD = make.stored(gate_up, (None, EXPERT, None, TENSOR, None), memory=HOST)
-        self.down_LEDF = make.stored(down, (None, EXPERT, None, TENSOR), memory=HOST)
+    def __init__(self, cfg: ModelConfig, make: ParamMaker):
+        both = len(cfg.moe_layers), cfg.num_experts
+        model, inner = cfg.hidden_size, cfg.moe_intermediate_size
+        spread = (None, EXPERT, None, TENSOR, None)
+        self.gate_up_LE2FD = make.stored((*both, 2, inner, model), spread, memory=HOST)
+        self.down_LEDF = make.stored((*both, model, inner), (*spread[:3], TENSOR), memory=HOST)
+        self.gate_up_bias_LE2F = self.down_bias_LED = None
+        if cfg.expert_bias:
+            self.gate_up_bias_LE2F = make.stored((*both, 2, inner), spread[:4], memory=HOST)
+            self.down_bias_LED = make.stored((*both, model), spread[:3], memory=HOST)
 
     @property
     def weights(self) -> ExpertWeights:
         """With one axis in front more than its names say."""
-        return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...])
+        biases = (None if p is None else p[...] for p in (self.gate_up_bias_LE2F, self.down_bias_LED))
+        return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...], *biases)
+
+
+@dataclass(frozen=True)
+class ApplyBy:
+    """``Apply``, by the kernels of a model."""
+
+    kernels: Kernels
+    activation: Activation
+    weigh_input: bool
+
+    def __call__(
+        self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
+    ) -> Float[Array, "T D"]:
+        return apply_experts(
+            x_TD, weights_TK, plan, experts, self.kernels.experts, self.kernels.platform,
+            activation=self.activation, weigh_input=self.weigh_input,
+        )  # fmt: skip
 
 
 def apply_experts(
@@ -57,15 +92,24 @@ def apply_experts(
     implementation: Implementation,
     platform: str | None = None,
     capacity: int | None = None,
+    activation: Activation = "silu",
+    weigh_input: bool = False,
 ) -> Float[Array, "T D"]:
-    """The weighted sum of each token's planned experts, float32; a token without any comes out zero."""
-    if implementation == "cpu":  # gathers and combines on its way
-        return combined_mlp_cpu(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L)
+    """The weighted sum of each token's planned experts, float32; a token without any comes out zero.
+
+    weigh_input: the weight multiplies what an expert is given; then it is a plain sum.
+    """
+    if implementation == "cpu" and not weigh_input:  # gathers and combines on its way
+        return combined_mlp_cpu(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)
     t, k = weights_TK.shape
     order_N, inverse_N = plan.order_N, plan.inverse_N
+    given_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
+    if weigh_input:
+        given_ND = given_ND * weights_TK.reshape(-1)[order_N][:, None]
+        weights_TK = jnp.ones_like(weights_TK)
     rows_ND = grouped_mlp(
-        take_rows(x_TD, order_N // k, inverse_N.reshape(t, k)), experts, plan.group_sizes_L,
-        implementation=implementation, platform=platform, capacity=capacity,
+        given_ND, experts, plan.group_sizes_L,
+        activation=activation, implementation=implementation, platform=platform, capacity=capacity,
     )  # fmt: skip
     chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
     return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from jmoe_kernels.binning import Rule, supports
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
-from jmoe_kernels.matmul import linear
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
@@ -26,12 +25,11 @@ from jmoe.moe import transport
 from jmoe.moe.binning import bin_assignments, get_rule, route_binned
 from jmoe.moe.capacity import limit
 from jmoe.moe.counting import count_changes, count_dispatch, over_shards
-from jmoe.moe.experts import Experts, apply_experts
-from jmoe.moe.routing import route
+from jmoe.moe.experts import ApplyBy, Experts, apply_experts
+from jmoe.moe.router import Router, RouterWeights, choose, router_logits
 from jmoe.moe.types import (
     CapacityCounts,
     Changes,
-    DispatchPlan,
     DispatchStats,
     ExpertSource,
     Knobs,
@@ -68,13 +66,6 @@ class Decision(NamedTuple):
     changes: Changes | None
 
 
-def apply_with(
-    kernels: Kernels, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
-) -> Float[Array, "T D"]:
-    """``Apply``, by the kernels of a model."""
-    return apply_experts(x_TD, weights_TK, plan, experts, kernels.experts, kernels.platform)
-
-
 def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
     """What a layer on one device did with its tokens."""
     none = jnp.zeros((), jnp.int32)
@@ -86,17 +77,17 @@ def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
 class MoELayer(nnx.Module):
     """A sparse MLP: every token through its k experts of E.
 
-    gate_ED: router weights ``[experts, model]``. experts: None where they are offloaded and come with every
-    call. Raises ValueError where the mesh does not divide the experts or their inner dimension.
+    router: what scores the experts. experts: None where they are offloaded and come with every call. Raises
+    ValueError where the mesh does not divide the experts or their inner dimension.
     """
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
         check_divides("experts", cfg.num_experts, EXPERT, mesh.shape[EXPERT])
         check_techniques(cfg, moe, mesh)
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
-        self.gate_ED = make((cfg.num_experts, cfg.hidden_size), (None, None))
-        sizes = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
-        self.experts = Experts(*sizes, make) if moe.offload is None else None
+        self.router = Router(cfg, make)
+        self.experts = Experts(cfg, make) if moe.offload is None else None
+        self.apply = ApplyBy(kernels, cfg.hidden_act, cfg.router.weigh_input)
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(
@@ -117,7 +108,7 @@ class MoELayer(nnx.Module):
             assert source is not None, "experts that are not here come from a source"
             return self._sourced(x_TD, tokens, knobs, phase, source)
         decide = self._decider(phase, knobs)
-        weights = (self.gate_ED[...], self.experts.weights)
+        weights = (self.router.weights, self.experts.weights)
         if is_single(self.mesh):
             return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, decide=decide)
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
@@ -136,14 +127,14 @@ class MoELayer(nnx.Module):
         x_TD: Array,
         tokens: TokenFlags,
         knobs: Knobs | None,
-        gate_ED: Array,
+        router: RouterWeights,
         weights: ExpertWeights,
         *,
         send: transport.Transport,
         decide: Callable[..., Decision],
     ) -> MoEOutput:
         """One rank's tokens through the experts of all ranks."""
-        routed = decide(x_TD, tokens, knobs, gate_ED, held=weights.dims[0])
+        routed = decide(x_TD, tokens, knobs, router, held=weights.dims[0])
         train_capacity = self._train_capacity(x_TD.shape[0])
         experts = self._local_experts(weights, train_capacity)
         with jax.named_scope("experts"):
@@ -168,9 +159,9 @@ class MoELayer(nnx.Module):
     ) -> MoEOutput:
         """The same where experts are not all on the device."""
         routed = self.decide(x_TD, tokens, knobs, phase, source.resident_E)
-        apply = partial(apply_with, self.kernels)
+        both = routed.plain, routed.final
         with jax.named_scope("experts"):
-            y_TD, cached, source = source.run(x_TD, routed.plain, routed.final, tokens.valid_T, phase, apply)
+            y_TD, cached, source = source.run(x_TD, *both, tokens.valid_T, phase, self.apply)
         stats = replace(count_alone(routed, tokens), cache=cached)
         return MoEOutput(y_TD, routed.plain, stats, routed.changes, source)
 
@@ -179,7 +170,8 @@ class MoELayer(nnx.Module):
     ) -> Decision:
         """Where tokens go on one device that has some of the experts, ``here_E``, or cannot say which."""
         held = self.cfg.num_experts
-        return self._decider(phase, knobs)(x_TD, tokens, knobs, self.gate_ED[...], held=held, here_E=here_E)
+        decide, router = self._decider(phase, knobs), self.router.weights
+        return decide(x_TD, tokens, knobs, router, held=held, here_E=here_E)
 
     def _decider(self, phase: Phase, knobs: Knobs | None) -> Callable[..., Decision]:
         """``_decide`` with the techniques that are on in the phase."""
@@ -196,7 +188,7 @@ class MoELayer(nnx.Module):
         x_TD: Array,
         tokens: TokenFlags,
         knobs: Knobs | None,
-        gate_ED: Array,
+        router: RouterWeights,
         *,
         rule: Rule | None,
         limit_by: CapacityConfig | None,
@@ -206,8 +198,8 @@ class MoELayer(nnx.Module):
         """Where tokens go: the router's word, then the lossy techniques'. held: experts of this rank; here_E:
         which of them are on the device, where not all are."""
         with jax.named_scope("route"):
-            logits_TE = linear(x_TD, gate_ED, self.kernels.dense)
-            plain, routing, remapped_T = self._route(logits_TE, tokens, rule, knobs, here_E)
+            logits_TE = router_logits(x_TD, router, self.kernels.dense)
+            plain, routing, remapped_T = self._route(logits_TE, router, tokens, rule, knobs, here_E)
         limited = None
         if limit_by is not None and knobs is not None:
             with jax.named_scope("capacity"):
@@ -217,21 +209,21 @@ class MoELayer(nnx.Module):
     def _route(
         self,
         logits_TE: Array,
+        router: RouterWeights,
         tokens: TokenFlags,
         rule: Rule | None,
         knobs: Knobs | None,
         here_E: Array | None,
     ) -> tuple[Routing, Routing, Array | None]:
         """The router's own choice, the binned one (the same object without a rule), and what moved."""
-        renormalize = self.cfg.norm_topk_prob
         if rule is not None and self._fuses(rule, *logits_TE.shape):
             return route_binned(
                 logits_TE, tokens, rule,
-                renormalize=renormalize,
+                renormalize=self.cfg.router.norm_topk_prob,
                 implementation=self.kernels.binning, platform=self.kernels.platform,
                 total=self._sum_votes(),
             )  # fmt: skip
-        plain = route(logits_TE, self.cfg.num_experts_per_tok, renormalize=renormalize)
+        plain = choose(logits_TE, router, self.cfg)
         if rule is None or knobs is None:
             return plain, plain, None
         with jax.named_scope("bin"):
@@ -277,13 +269,18 @@ class MoELayer(nnx.Module):
             "implementation": self.kernels.experts,
             "platform": self.kernels.platform,
             "capacity": capacity,
+            "activation": self.cfg.hidden_act,
         }
-        combined = partial(apply_experts, experts=weights, **how)
+        if weights.down_bias_ED is not None and not is_single(self.mesh):  # its sum is over the tensor ranks
+            first = lax.axis_index(TENSOR) == 0
+            weights = replace(weights, down_bias_ED=jnp.where(first, weights.down_bias_ED, 0))
+        weigh_input = self.cfg.router.weigh_input
+        combined = partial(apply_experts, experts=weights, weigh_input=weigh_input, **how)
 
         def by_row(rows_ND: Array, group_sizes_L: Array) -> Array:
             return grouped_mlp(rows_ND, weights, group_sizes_L, **how)
 
-        return LocalExperts(weights.dims[0], weights.dtype, combined, by_row)
+        return LocalExperts(weights.dims[0], weights.dtype, combined, by_row, weigh_input)
 
     def _train_capacity(self, tokens: int) -> int | None:
         """Rows an expert in the training form: its even share of the batch times the factor."""

@@ -1,21 +1,122 @@
-"""Router logits -> Routing: softmax over all experts, top-k, and renormalisation where the model asks for it.
+"""Router logits -> Routing, composed of the pieces that model families differ in.
 
-Source: the routers of Mixtral, Qwen3-MoE and OLMoE (softmax before top-k; Mixtral always renormalises,
-which equals a softmax over the chosen logits).
+    score -> (+ correction) -> open groups -> top-k -> weights -> (normalise) -> scale
+
+=============  =================================================================================
+softmax        Mixtral, Qwen, OLMoE, Granite, gpt-oss, DeepSeek-V2: over all experts. A softmax over
+               the chosen logits alone, as some write it, is the same with normalised weights.
+sigmoid        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), GLM-4.5, Llama 4: of each expert alone.
+sparsemixer    Phi-3.5-MoE (arXiv 2409.12136): one expert after another, each by a softmax over those left
+               that are near the best.
+=============  =================================================================================
+
+Whatever the router, ``Routing.logits_TE`` is how much a token prefers each expert, the log of what it is
+chosen by, up to a constant of the token; an expert outside the open groups is least preferred. ``scores_TE``
+is a distribution over the experts. The techniques read these two alone, and so work with every router.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.binning import route_softmax
 
+from jmoe.anatomy import RouterConfig
 from jmoe.moe.types import DispatchPlan, Routing
 
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
-def route(logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool) -> Routing:
-    """Each token's ``k`` experts by softmax probability; ties go to the lower expert id."""
+
+def route(
+    logits_TE: Float[Array, "T E"],
+    k: int,
+    router: RouterConfig,
+    correction_E: Float[Array, " E"] | None = None,
+    expert_E: Int[Array, " E"] | None = None,
+) -> Routing:
+    """Each token's ``k`` experts, best first; ties go to the lower expert id.
+
+    correction_E: added to the scores to choose by. expert_E: what each expert was called when the groups were
+    made, of consecutive ones; None is what it is called now.
+    """
     logits_TE = logits_TE.astype(jnp.float32)
-    return Routing(*route_softmax(logits_TE, k, renormalize=renormalize), logits_TE)
+    if router.is_plain:
+        return Routing(*route_softmax(logits_TE, k, renormalize=router.norm_topk_prob), logits_TE)
+    if router.scoring_func == "sparsemixer":
+        ids_TK, weights_TK = sparse_mixer(logits_TE, k, router.router_jitter_noise)
+        weights_TK = weigh(weights_TK, router)
+        return Routing(ids_TK, weights_TK, jax.nn.softmax(logits_TE, axis=-1), logits_TE)
+    scores_TE = score(logits_TE, router)
+    if correction_E is None:  # what scores rise with: they may have reached 1 where logits differ
+        choice_TE = preference_TE = log_score(logits_TE, router)
+    else:
+        choice_TE = scores_TE + correction_E[None]
+        preference_TE = jnp.log(jnp.maximum(choice_TE, TINY))
+    if router.n_group > 1:
+        by_TE = scores_TE if correction_E is None else choice_TE
+        open_TE = open_experts(by_TE, router, expert_E)
+        choice_TE, preference_TE = (jnp.where(open_TE, a, -jnp.inf) for a in (choice_TE, preference_TE))
+    _, ids_TK = lax.top_k(choice_TE, k)
+    weights_TK = weigh(jnp.take_along_axis(scores_TE, ids_TK, axis=1), router)
+    total_T1 = jnp.maximum(jnp.sum(scores_TE, axis=-1, keepdims=True), TINY)
+    return Routing(ids_TK.astype(jnp.int32), weights_TK, scores_TE / total_T1, preference_TE)
+
+
+def likely(routing: Routing) -> Float[Array, "T E"]:
+    """The share of each expert in what a token chooses by: what a forecast of its choices goes by."""
+    return jax.nn.softmax(routing.logits_TE, axis=-1)
+
+
+def score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, "T E"]:
+    if router.scoring_func == "sigmoid":
+        return jax.nn.sigmoid(logits_TE)
+    return jax.nn.softmax(logits_TE, axis=-1)
+
+
+def log_score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, "T E"]:
+    """Of ``score``, without its rounding."""
+    if router.scoring_func == "sigmoid":
+        return jax.nn.log_sigmoid(logits_TE)
+    return jax.nn.log_softmax(logits_TE, axis=-1)
+
+
+def open_experts(
+    choice_TE: Float[Array, "T E"], router: RouterConfig, expert_E: Int[Array, " E"] | None = None
+) -> Bool[Array, "T E"]:
+    """The experts of each token's best groups (device-limited routing, arXiv 2405.04434, section 2.2.2)."""
+    t, experts = choice_TE.shape
+    grouped_TE = choice_TE if expert_E is None else choice_TE[:, jnp.argsort(expert_E)]
+    groups_TGX = grouped_TE.reshape(t, router.n_group, -1)
+    best_TGX, _ = lax.top_k(groups_TGX, 2 if router.group_score == "top2" else 1)
+    _, chosen = lax.top_k(jnp.sum(best_TGX, axis=-1), router.topk_group)
+    open_TG = jnp.zeros((t, router.n_group), bool).at[jnp.arange(t)[:, None], chosen].set(True)
+    open_TE = jnp.repeat(open_TG, experts // router.n_group, axis=1)
+    return open_TE if expert_E is None else open_TE[:, expert_E]
+
+
+def weigh(weights_TK: Float[Array, "T K"], router: RouterConfig) -> Float[Array, "T K"]:
+    """The scores of the chosen as combine weights."""
+    if router.norm_topk_prob:
+        weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
+    return weights_TK * router.routed_scaling_factor
+
+
+def sparse_mixer(
+    logits_TE: Float[Array, "T E"], k: int, jitter: float
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    """(ids, weights): the best expert left, ``k`` times, each weighed by a softmax over those left that are
+    near it: whose relative distance from the best is at most ``2 * jitter``."""
+    rows_T = jnp.arange(logits_TE.shape[0])
+    left_TE, ids, weights = logits_TE, [], []
+    for _ in range(k):
+        best_T1 = jnp.max(left_TE, axis=-1, keepdims=True)
+        far_TE = (best_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), best_T1) > 2 * jitter
+        id_T = jnp.argmax(left_TE, axis=-1)
+        near_TE = jax.nn.softmax(jnp.where(far_TE, -jnp.inf, left_TE), axis=-1)
+        ids.append(id_T.astype(jnp.int32))
+        weights.append(near_TE[rows_T, id_T])
+        left_TE = left_TE.at[rows_T, id_T].set(-jnp.inf)
+    return jnp.stack(ids, axis=1), jnp.stack(weights, axis=1)
 
 
 def plan_dispatch(

@@ -77,12 +77,13 @@ def all_to_all(
     exchange = partial(lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
     ids_N = routing.ids_TK.reshape(-1).at[assignment_RC.reshape(-1)].get(mode="clip") % local_experts
     got_ids_N = exchange(jnp.where(filled_RC.reshape(-1), ids_N, local_experts))
-    rows_ND = take_rows(x_TD.astype(experts.dtype), assignment_RC.reshape(-1) // j, slot_N.reshape(t, j))
+    assignment_N = assignment_RC.reshape(-1)
+    rows_ND, weights_TJ = _outgoing(x_TD, routing, assignment_N, slot_N, experts)
     got_ND = exchange(rows_ND)
 
     plan = plan_dispatch(got_ids_N[:, None], jnp.ones(ranks * c, bool), 0, local_experts)
     y_ND = exchange(experts.combined(got_ND, jnp.ones((ranks * c, 1)), plan))
-    y_TD = _combine(y_ND, slot_N, assignment_RC.reshape(-1), routing.weights_TK)
+    y_TD = _combine(y_ND, slot_N, assignment_N, weights_TJ)
     return y_TD, _padded_traffic(routing, valid_T, experts, c)
 
 
@@ -99,7 +100,7 @@ def ragged_all_to_all(
     ranks, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
     plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.count)
     inverse_N = plan.inverse_N
-    rows_ND = take_rows(x_TD.astype(experts.dtype), plan.order_N // j, inverse_N.reshape(t, j))
+    rows_ND, weights_TJ = _outgoing(x_TD, routing, plan.order_N, inverse_N, experts)
 
     # From the matrix of who sends how much [from, to, expert], every rank reckons all offsets alike.
     sizes_E = plan.group_sizes_L
@@ -125,7 +126,23 @@ def ragged_all_to_all(
     )  # fmt: skip
     sent = jnp.sum(sizes_E) - jnp.sum(sizes_RRL[me, me])
     traffic = Traffic(_useful_rows(routing, valid_T, experts), sent)
-    return _combine(y_ND, inverse_N, plan.order_N, routing.weights_TK), traffic
+    return _combine(y_ND, inverse_N, plan.order_N, weights_TJ), traffic
+
+
+def _outgoing(
+    x_TD: Array, routing: Routing, assignment_N: Array, row_A: Array, experts: LocalExperts
+) -> tuple[Array, Array]:
+    """The rows of assignments ``assignment_N`` in the experts' dtype, and the weights of what comes back.
+
+    row_A: the row of each assignment, the inverse.
+    """
+    weights_TJ, back_TJ = routing.weights_TK, row_A.reshape(routing.weights_TK.shape)
+    token_N = assignment_N // weights_TJ.shape[1]
+    if not experts.weigh_input:
+        return take_rows(x_TD.astype(experts.dtype), token_N, back_TJ), weights_TJ
+    weight_N = weights_TJ.reshape(-1).at[assignment_N].get(mode="fill", fill_value=0)
+    rows_ND = take_rows(x_TD, token_N, back_TJ) * weight_N[:, None]
+    return rows_ND.astype(experts.dtype), jnp.ones_like(weights_TJ)
 
 
 def _combine(

@@ -38,8 +38,8 @@ class Routing:
 
     ids_TK: expert ids, distinct within a token; E, one past the last, is an absent assignment, of weight 0:
     it goes nowhere and adds nothing. weights_TK: float32 combine weights.
-    scores_TE, logits_TE: the router's scores (softmax probabilities) of every expert and what they came from,
-    float32.
+    scores_TE: the router's scores of every expert, which sum to 1. logits_TE: how much the token prefers
+    each, the log of what it is chosen by up to a constant; -inf is an expert that may not be. Both float32.
     plan: the assignments to all E experts in expert order, where a stage has made it on its way.
     """
 
@@ -145,13 +145,15 @@ class LocalExperts:
 
     combined: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
     by_row: (rows_ND, group_sizes_L) -> y_ND, rows that are sorted by expert already; those past the last
-    group come out zero. dtype: that of the weights, to which both round what comes in.
+    group come out zero. dtype: that of the weights, to which both round what comes in. weigh_input: a weight
+    multiplies a row that goes in, not the one that comes out.
     """
 
     count: int
     dtype: jnp.dtype
     combined: Callable[[Array, Array, DispatchPlan], Array]
     by_row: Callable[[Array, Array], Array]
+    weigh_input: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Grouped-query attention over a window of its own tokens, or over a paged KV cache.
+"""Attention over a window of its own tokens, or over a paged KV cache: what both kinds of it share.
 
 Sequences and heads are split over the mesh as ``Split`` says. Where heads are split over ``expert`` too, a
 rank's tokens are gathered before and scattered, summed, behind: each sends half of what an all-reduce does.
@@ -13,21 +13,19 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
-from jmoe_kernels import cpu
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, paged_attention
-from jmoe_kernels.paged_attention.xla import NEVER, visible
 
 from jmoe.config import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import page_spec
-from jmoe.nn.norm import rms_norm
-from jmoe.nn.param import ParamMaker
-from jmoe.nn.rope import Rotation, rotate
+from jmoe.nn.param import specs_of
+from jmoe.nn.rope import Rotation
+from jmoe.nn.window import attend_window
 
-BLOCK = 128  # queries that attend together to a window's keys
+Weights = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -47,31 +45,34 @@ class Sequences:
 
 
 class Attention(nnx.Module):
-    """Weights of one attention layer, ``[out, in]``; ``qk_norm`` as the family has it."""
+    """One layer's attention. A kind of it declares its weights, ``[out, in]``, ``o_proj`` among them, makes
+    queries, keys and values (``project``) and reads what was attended to (``read_out``).
 
-    def __init__(self, cfg: ModelConfig, split: Split, make: ParamMaker, kernels: Kernels):
+    scale: of the scores; None is one over the root of a query's dimension.
+    """
+
+    scale: float | None
+
+    def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)
-        if cfg.num_key_value_heads < ranks:
-            check_divides(over + " parallel size", ranks, "kv heads", cfg.num_key_value_heads)
+        if cfg.cached_heads < ranks:
+            check_divides(over + " parallel size", ranks, "kv heads", cfg.cached_heads)
         else:
-            check_divides("kv heads", cfg.num_key_value_heads, over, ranks)
-        d, head = cfg.hidden_size, cfg.head_dim
-        q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
-        heads = split.heads
-        kv_axis = heads if cfg.num_key_value_heads >= ranks else None
-        self.q_proj = make((q, d), (heads, None))
-        self.k_proj = make((kv, d), (kv_axis, None))
-        self.v_proj = make((kv, d), (kv_axis, None))
-        self.o_proj = make((d, q), (None, heads))
-        if cfg.attention_bias:
-            self.q_bias, self.k_bias = make((q,), (heads,)), make((kv,), (kv_axis,))
-            self.v_bias, self.o_bias = make((kv,), (kv_axis,)), make((d,), (None,))
-        if cfg.qk_norm == "head":
-            self.q_norm, self.k_norm = make.ones(head), make.ones(head)
-        elif cfg.qk_norm == "full":
-            self.q_norm, self.k_norm = make.ones(q, (heads,)), make.ones(kv, (kv_axis,))
+            check_divides("kv heads", cfg.cached_heads, over, ranks)
         self.cfg, self.split, self.kernels = cfg, split, kernels
+        self.span, self.rotates = cfg.span(layer), cfg.rotates(layer)
+
+    def project(
+        self, w: Weights, x_BTD: Array, by: Rotation, positions_BT: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Of one rank's heads: queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``; values None where
+        a key is its own value."""
+        raise NotImplementedError
+
+    def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
+        """The heads' outputs, from the weighted sums of values."""
+        return out_BTHd
 
     def __call__(
         self,
@@ -89,15 +90,12 @@ class Attention(nnx.Module):
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
             return self._shard(weights, x_ND, by, seqs, pages, None)
-        specs = {
-            name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(self, nnx.Param).items()
-        }
         tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)
         paged = page_spec(self.kernels.attention, self.split)
         run = jax.shard_map(
             self._shard,
             mesh=self.split.mesh,
-            in_specs=(specs, tokens, sequences, sequences, paged, sequences),
+            in_specs=(specs_of(self), tokens, sequences, sequences, paged, sequences),
             out_specs=(tokens, paged),
             check_vma=False,
         )
@@ -105,29 +103,32 @@ class Attention(nnx.Module):
 
     def _shard(
         self,
-        w: dict[str, Array],
+        w: Weights,
         x_ND: Array,
         by: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None,
     ) -> tuple[Array, LayerPages | None]:
-        x_ND = self._gather(x_ND, w["q_proj"].dtype)
+        x_ND = self._gather(x_ND, w["o_proj"].dtype)
         x_ND = x_ND if move is None else x_ND[move.before.row_N]
         x_BTD = x_ND.reshape(*seqs.positions_BT.shape, -1)
         with jax.named_scope("qkv"):
-            q, k, v = self._project(w, x_BTD, by)
-        window = self.cfg.sliding_window
+            q, k, v = self.project(w, x_BTD, by, seqs.positions_BT)
+            if self.scale is not None:
+                q = q * (self.scale * q.shape[-1] ** 0.5)  # kernels scale by its dimension
+        sinks_H = w["sinks_H"].astype(jnp.float32) if "sinks_H" in w else None
         with jax.named_scope("attend"):
             if pages is None or seqs.table_BM is None:
-                out = attend_window(q, k, v, seqs.positions_BT, window)
+                out = attend_window(q, k, k if v is None else v, seqs.positions_BT, self.span, sinks_H)
             else:
                 new = NewTokens(q, k, v, seqs.positions_BT, seqs.table_BM)
-                out, pages = paged_attention(self.kernels.attention, new, pages, window)
+                out, pages = paged_attention(self.kernels.attention, new, pages, self.span, sinks_H)
         with jax.named_scope("out"):
-            y_ND = linear(out.reshape(-1, w["o_proj"].shape[1]), w["o_proj"], self.kernels.dense)
+            out = self.read_out(w, out).reshape(-1, w["o_proj"].shape[1])
+            y_ND = linear(out, w["o_proj"], self.kernels.dense)
         y_ND = y_ND if move is None else y_ND[move.after.token_N]
-        return self._scatter(y_ND) + _bias(w, "o_bias", 2), pages
+        return self._scatter(y_ND) + bias_of(w, "o_bias", 2), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:
         """The tokens of this rank's sequences, from the ranks that share their heads and split the tokens.
@@ -146,62 +147,6 @@ class Attention(nnx.Module):
             y_ND = lax.psum_scatter(y_ND, EXPERT, tiled=True)
         return lax.psum(y_ND, TENSOR)
 
-    def _project(self, w: dict[str, Array], x_BTD: Array, by: Rotation) -> tuple[Array, Array, Array]:
-        cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
-        q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + _bias(w, f"{n}_bias", 3) for n in "qkv")
-        if dense == "cpu" and is_single(self.split.mesh):  # norm and rotation in one kernel
-            q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
-            q = cpu.rotate(q, *by, w.get("q_norm"), cfg.rms_norm_eps)
-            return q, cpu.rotate(k, *by, w.get("k_norm"), cfg.rms_norm_eps), v
-        if cfg.qk_norm == "full":
-            over = None if is_single(self.split.mesh) else self.split.heads
-            q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)
-            split_kv = cfg.num_key_value_heads >= self.split.head_ranks
-            k = rms_norm(k, w["k_norm"], cfg.rms_norm_eps, axis_name=over if split_kv else None)
-        q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
-        if cfg.qk_norm == "head":
-            q, k = (rms_norm(a, w[n], cfg.rms_norm_eps) for a, n in ((q, "q_norm"), (k, "k_norm")))
-        k, v = self._own_kv_head(k), self._own_kv_head(v)
-        return rotate(q, by), rotate(k, by), v
 
-    def _own_kv_head(self, kv_BTHd: Array) -> Array:
-        """The one KV head of this rank where the projection made them all."""
-        ranks, heads = self.split.head_ranks, self.cfg.num_key_value_heads
-        if heads >= ranks:
-            return kv_BTHd
-        mine = lax.axis_index(self.split.heads) // (ranks // heads)
-        return lax.dynamic_slice_in_dim(kv_BTHd, mine, 1, axis=2)
-
-
-def _bias(w: dict[str, Array], name: str, ndim: int) -> Array | float:
+def bias_of(w: Weights, name: str, ndim: int) -> Array | float:
     return jnp.expand_dims(w[name].astype(jnp.float32), tuple(range(ndim - 1))) if name in w else 0.0
-
-
-def attend_window(
-    q_BTHd: Float[Array, "B T H d"],
-    k_BTGd: Float[Array, "B T G d"],
-    v_BTGd: Float[Array, "B T G d"],
-    positions_BT: Int[Array, "B T"],
-    window: int | None,
-) -> Float[Array, "B T H d"]:
-    """Causal attention of a run of tokens to itself; differentiable. Positions rise along T.
-
-    Queries go in blocks against the keys up to their block's end, so that about half of the square is
-    never computed (2.5 times faster forward and backward at 512 tokens on CPU).
-    """
-    b, t, h, d = q_BTHd.shape
-    g, per = k_BTGd.shape[2], h // k_BTGd.shape[2]
-    q = q_BTHd.reshape(b, t, g, per, d).transpose(0, 2, 3, 1, 4).reshape(b * g, per, t, d)
-    k = k_BTGd.swapaxes(1, 2).reshape(b * g, t, d)
-    v_T = v_BTGd.transpose(0, 2, 3, 1).reshape(b * g, d, t)
-
-    def block(start: int, end: int) -> Array:
-        rows = (b * g, per * (end - start))
-        scores = linear(q[:, :, start:end].reshape(*rows, d), k[:, :end]) * d**-0.5
-        seen = visible(positions_BT[:, start:end], positions_BT[:, :end], window)[:, None, None]
-        scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), NEVER)
-        share = jax.nn.softmax(scores, axis=-1).reshape(*rows, end)
-        return linear(share, v_T[:, :, :end]).reshape(b, g, per, end - start, d)
-
-    blocks = [block(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

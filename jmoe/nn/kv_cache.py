@@ -25,14 +25,14 @@ def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
 
 def stored_kv_heads(cfg: ModelConfig, split: Split) -> int:
     """KV heads in the cache: replicated up to the ranks that share the heads, where those are more."""
-    return max(cfg.num_key_value_heads, split.head_ranks)
+    return max(cfg.cached_heads, split.head_ranks)
 
 
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
-    """Bytes of one page over all layers, keys and values."""
+    """Bytes of one page over all layers, keys and values, or what is both."""
     item = kv_dtype(jnp.dtype(cfg.dtype), split.mesh).itemsize
-    row = stored_kv_heads(cfg, split) * cfg.head_dim * item
-    return 2 * cfg.num_hidden_layers * page_size * row
+    row = stored_kv_heads(cfg, split) * cfg.cached_dim * item
+    return (2 if cfg.latent is None else 1) * cfg.num_hidden_layers * page_size * row
 
 
 def page_spec(attention: Attention, split: Split) -> PartitionSpec:
@@ -47,7 +47,8 @@ def page_layout(
     heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
     dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))
-    shapes = page_shapes(attention, count, heads, page_size, cfg.head_dim)
+    latent = cfg.latent is not None
+    shapes = page_shapes(attention, count, heads, page_size, cfg.cached_dim, latent=latent)
     return LayerPages(tuple(jax.ShapeDtypeStruct(s, dtype, sharding=where) for s in shapes))  # pyright: ignore
 
 

@@ -1,8 +1,43 @@
-"""RMS normalisation in float32."""
+"""Normalisation in float32: by the root mean square, or by mean and deviation."""
 
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
+
+from jmoe.config import ModelConfig
+from jmoe.nn.param import ParamMaker
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NormWeights:
+    """bias_D: of a layer norm; None is an RMS norm."""
+
+    scale_D: Float[Array, " D"]
+    bias_D: Float[Array, " D"] | None = None
+
+
+class Norm(nnx.Module):
+    """The weights of a norm over the model dimension, as the family has it."""
+
+    def __init__(self, cfg: ModelConfig, make: ParamMaker):
+        self.scale_D = make.ones(cfg.hidden_size)
+        self.bias_D = make.zeros(cfg.hidden_size) if cfg.norm == "layer" else None
+
+    @property
+    def weights(self) -> NormWeights:
+        return NormWeights(self.scale_D[...], None if self.bias_D is None else self.bias_D[...])
+
+
+def normalize(x: Float[Array, "*B D"], weights: NormWeights, eps: float) -> Float[Array, "*B D"]:
+    if weights.bias_D is None:
+        return rms_norm(x, weights.scale_D, eps)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return rms_norm(centred, weights.scale_D, eps) + _along_last(weights.bias_D, x.ndim)
 
 
 def rms_norm(
@@ -13,8 +48,18 @@ def rms_norm(
     axis_name: tuple[str, ...] | None = None,
 ) -> Float[Array, "*B D"]:
     """``x / rms(x) * scale``; with ``axis_name`` the last axis is one shard's part of the normalised one."""
+    return unit_rms(x, eps, axis_name=axis_name) * _along_last(scale_D, x.ndim)
+
+
+def unit_rms(
+    x: Float[Array, "*B D"], eps: float, *, axis_name: tuple[str, ...] | None = None
+) -> Float[Array, "*B D"]:
+    """``x / rms(x)``."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     if axis_name is not None:
         mean_square = lax.pmean(mean_square, axis_name)
-    scale = jnp.expand_dims(scale_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
-    return x * lax.rsqrt(mean_square + eps) * scale
+    return x * lax.rsqrt(mean_square + eps)
+
+
+def _along_last(weights_D: Array, ndim: int) -> Array:
+    return jnp.expand_dims(weights_D.astype(jnp.float32), tuple(range(ndim - 1)))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 # of each dimension: the mesh axis, or axes, over which it is split
@@ -34,3 +35,19 @@ class ParamMaker:
 
     def ones(self, size: int, axes: Axes = (None,)) -> nnx.Param:
         return nnx.Param(jnp.ones((size,), self.dtype), axes=axes)
+
+    def zeros(self, size: int, axes: Axes = (None,)) -> nnx.Param:
+        return nnx.Param(jnp.zeros((size,), self.dtype), axes=axes)
+
+    def exact(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+        """A parameter that is float32 whatever the model's dtype."""
+        return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+    def numbers(self, size: int) -> nnx.Param:
+        """0, 1, 2 ...: a parameter that no checkpoint of others has."""
+        return nnx.Param(jnp.arange(size, dtype=jnp.int32), axes=(None,))
+
+
+def specs_of(module: nnx.Module) -> dict[str, PartitionSpec]:
+    """How each parameter of a module without parts is split, as it was declared."""
+    return {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(module, nnx.Param).items()}

@@ -1,20 +1,103 @@
-"""Rotary position embedding, the half-rotation form that Hugging Face checkpoints use."""
+"""Rotary position embedding and its extensions to long contexts.
+
+Half of the rotated dimensions turn against the other half, as Hugging Face lays heads out; in an
+``interleaved`` layout neighbours turn against each other, and here they are put apart first: queries and keys
+are permuted alike, so that their products stay what they were.
+Sources: RoPE (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's frequencies.
+"""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
+
+from jmoe.anatomy import RopeConfig
 
 Rotation = tuple[Array, Array]
 
 
-def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Rotation:
-    """(cos, sin) of every position's angles, each ``[B, T, head_dim / 2]`` float32."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT.astype(jnp.float32)[..., None] * frequency[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+def rotation(positions_BT: Int[Array, "B T"], dim: int, rope: RopeConfig) -> Rotation:
+    """(cos, sin) of every position's angles, each ``[B, T, rotated dimensions / 2]`` float32."""
+    inv_freq, scale = frequencies(dim, rope)
+    angle = positions_BT.astype(jnp.float32)[..., None] * inv_freq[None, None]
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x_BTHd: Float[Array, "B T H d"], by: Rotation) -> Float[Array, "B T H d"]:
+def rotate(x_BTHd: Float[Array, "B T H d"], by: Rotation, *, interleaved: bool = False) -> Array:
+    """The heads turned by their positions' angles; dimensions past the rotated ones stay as they are."""
     cos, sin = (part[:, :, None] for part in by)
-    a, b = jnp.split(x_BTHd, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = 2 * cos.shape[-1]
+    x, rest = x_BTHd[..., :turned], x_BTHd[..., turned:]
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], float]:
+    """Radians a position of each pair of dimensions of a head of ``dim``, and the factor of cos and sin."""
+    rotated = int(dim * rope.partial_rotary_factor)
+    plain = (1.0 / rope.rope_theta ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
+        np.float32
+    )
+    match rope.rope_type:
+        case "default":
+            return plain, 1.0
+        case "linear":
+            return plain / np.float32(rope.factor), 1.0
+        case "yarn":
+            return _yarn(plain, rotated, rope)
+        case "longrope":
+            return _longrope(plain, rope)
+        case "llama3":
+            return _llama3(plain, rope), 1.0
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much attention to ``factor`` times as long contexts is sharpened (YaRN, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn(plain: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """Fast pairs as they are, slow ones ``factor`` times slower, a ramp between (YaRN, section 3.2)."""
+    factor, original = rope.factor, rope.original_max_position_embeddings
+    assert factor is not None and original is not None
+
+    def pair_with(turns: float) -> float:
+        """The pair that turns so often within the original context."""
+        return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    high = high + 0.001 if low == high else high
+    slow = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    inv_freq = (plain / factor) * slow + plain * (1 - slow)
+    scale = rope.attention_factor
+    if scale is None and rope.mscale and rope.mscale_all_dim:
+        scale = yarn_mscale(factor, rope.mscale) / yarn_mscale(factor, rope.mscale_all_dim)
+    return inv_freq.astype(np.float32), yarn_mscale(factor) if scale is None else scale
+
+
+def _longrope(plain: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """Each pair slower by a factor of its own; of the two lists the one for the contexts served."""
+    factors, scale = (
+        (rope.long_factor, rope.long_mscale) if rope.long else (rope.short_factor, rope.short_mscale)
+    )
+    if scale is None:
+        factor, original = rope.factor or 1.0, rope.original_max_position_embeddings
+        assert original is not None
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        scale = scale if rope.attention_factor is None else rope.attention_factor
+    return (plain / np.asarray(factors, np.float32)).astype(np.float32), scale
+
+
+def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Wavelengths beyond the original context ``factor`` times longer, short ones kept, a blend between."""
+    factor, original = rope.factor, rope.original_max_position_embeddings
+    assert factor is not None and original is not None
+    turns = original * plain / (2 * np.float32(np.pi))  # within the original context
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0, 1)
+    return ((1 - blend) * plain / factor + blend * plain).astype(np.float32)

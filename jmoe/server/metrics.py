@@ -117,12 +117,13 @@ def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
     counters = [CounterMetricFamily(name, text, labels=["layer"]) for name, text, _ in MOE_COUNTERS]
     phases = [stats["prefill"], stats["decode"]]
     steps = max(sum(phase["steps"] for phase in phases), 1)
-    for i, layers in enumerate(zip(*(phase["per_layer"] for phase in phases), strict=True)):
+    rows = zip(*(phase["per_layer"] for phase in phases), strict=True)
+    for number, layers in zip(stats["model"]["moe_layers"], rows, strict=True):
         summed = sum(
             layer["active_experts"] * phase["steps"] for layer, phase in zip(layers, phases, strict=True)
         )
-        active.add_metric([str(i)], summed / steps)
+        active.add_metric([str(number)], summed / steps)
         for counter, (_, _, key) in zip(counters, MOE_COUNTERS, strict=True):
-            counter.add_metric([str(i)], sum(layer[key] for layer in layers))
+            counter.add_metric([str(number)], sum(layer[key] for layer in layers))
     yield active
     yield from counters

@@ -11,11 +11,12 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint import read_config
-from jmoe.config import ModelConfig
+from jmoe.checkpoint.params import abstract_decoder
+from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
 from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
 from jmoe.engine.stats import expert_bytes
-from jmoe.mesh import platform_of
+from jmoe.mesh import make_mesh, platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
@@ -66,12 +67,8 @@ def _device(device: Any) -> dict[str, Any]:
     )
 
 
-def _weight_bytes(cfg: Any) -> int:
-    d, head = cfg.hidden_size, cfg.head_dim
-    attention = d * head * 2 * (cfg.num_attention_heads + cfg.num_key_value_heads)
-    experts = cfg.num_experts * (3 * d * cfg.moe_intermediate_size + d)
-    embeddings = cfg.vocab_size * d * (1 if cfg.tie_word_embeddings else 2)
-    return (cfg.num_hidden_layers * (attention + experts) + embeddings) * jnp.dtype(cfg.dtype).itemsize
+def _weight_bytes(cfg: ModelConfig) -> int:
+    return sum(spec.nbytes for spec in abstract_decoder(cfg, MoEConfig(), make_mesh())[1].values())
 
 
 def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any] | None:
@@ -85,9 +82,9 @@ def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str
     executor, why = pick_executor(offload, platform_of(mesh))
     return {
         "expert_bytes": one,
-        "host_bytes": cfg.num_hidden_layers * cfg.num_experts * one,
+        "host_bytes": len(cfg.moe_layers) * cfg.num_experts * one,
         "slots": slots,
-        "slots_per_layer": slots / cfg.num_hidden_layers,
+        "slots_per_layer": slots / len(cfg.moe_layers),
         "pool_bytes": slots * one,
         "aside_bytes": offload.aside * one,
         "predictor": offload.predictor,

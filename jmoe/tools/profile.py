@@ -48,7 +48,7 @@ def profile(
     with closing(build_engine(model, settings, loading, warm_up=False)) as engine:
         runner, cfg = engine.runner, engine.runner.cfg
         builder = ProfileBuilder(
-            layers=cfg.num_hidden_layers, experts=cfg.num_experts, k=cfg.num_experts_per_tok,
+            layers=len(cfg.moe_layers), experts=cfg.num_experts, k=cfg.num_experts_per_tok,
             vocab=cfg.vocab_size,
         )  # fmt: skip
         windows = 0

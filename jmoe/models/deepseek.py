@@ -1,0 +1,131 @@
+"""DeepSeek-V2 (V2, V2-Lite; arXiv 2405.04434) and V3 (V3, R1; arXiv 2412.19437): latent attention, shared
+experts, first layers dense, experts chosen within a token's best groups; V3 scores by a sigmoid and balances
+by a bias."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from jmoe.anatomy import LatentConfig, RopeConfig, RouterConfig
+from jmoe.config import ModelConfig
+from jmoe.models.family import (
+    Family,
+    HFConfig,
+    common_fields,
+    is_past_the_last_layer,
+    refuse,
+    require,
+    rope_config,
+)
+from jmoe.models.names import decoder_names, mlp_names, qwen_experts
+from jmoe.models.weights import Stored
+from jmoe.nn.rope import yarn_mscale
+
+# what transformers' DeepseekV2Config and DeepseekV3Config have where config.json is silent
+DEFAULTS_V2: HFConfig = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 2,
+    "q_lora_rank": 1536,
+}
+DEFAULTS_V3: HFConfig = {
+    **DEFAULTS_V2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+
+
+def config_v2(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS_V2, **hf}
+    method = hf.get("topk_method") or "greedy"
+    refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
+    refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
+    refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))  # transformers ignores it, DeepSeek's code does not
+    groups = {"n_group": hf["n_group"], "topk_group": hf["topk_group"]} if method != "greedy" else {}
+    scale = float(hf.get("routed_scaling_factor") or 1.0)
+    router = RouterConfig(norm_topk_prob=False, routed_scaling_factor=scale, **groups)
+    return _config("DeepseekV2ForCausalLM", hf, router, interleaved=True)
+
+
+def config_v3(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS_V3, **hf}
+    refuse(hf, "topk_method", hf.get("topk_method", "noaux_tc") != "noaux_tc")
+    refuse(hf, "scoring_func", hf.get("scoring_func", "sigmoid") != "sigmoid")
+    interleaved = bool(hf.get("rope_interleave", True))
+    return _config("DeepseekV3ForCausalLM", hf, balanced_router(hf), interleaved=interleaved)
+
+
+def balanced_router(hf: HFConfig) -> RouterConfig:
+    """Sigmoid scores, balanced by a bias that only the choice sees (arXiv 2412.19437, section 2.1.2)."""
+    return RouterConfig(
+        scoring_func="sigmoid",
+        norm_topk_prob=bool(hf["norm_topk_prob"]),
+        n_group=hf["n_group"],
+        topk_group=hf["topk_group"],
+        group_score="top2",
+        correction_bias=True,
+        routed_scaling_factor=float(hf["routed_scaling_factor"]),
+    )
+
+
+def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool) -> ModelConfig:
+    refuse(hf, "moe_layer_freq", hf.get("moe_layer_freq", 1) != 1)
+    latent = LatentConfig(
+        hf["q_lora_rank"],
+        *(require(hf, n) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+    )
+    rope = rope_config({**hf, "partial_rotary_factor": 1.0}, interleaved=interleaved)
+    heads = require(hf, "num_attention_heads")
+    own = {"num_key_value_heads": heads, "head_dim": latent.qk_rope_head_dim}
+    common = common_fields({**hf, **own}, experts=("n_routed_experts",), inner="moe_intermediate_size")
+    return ModelConfig(
+        architecture=name,
+        **common | {"rope": rope},
+        latent=latent,
+        router=router,
+        attention_bias=bool(hf.get("attention_bias", False)),
+        attention_multiplier=_score_scale(latent, rope),
+        **dense_and_shared(hf, common["moe_intermediate_size"]),
+    )
+
+
+def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
+    """The fields of first layers that are dense and of experts that all tokens share, ``inner`` each."""
+    dense = range(min(hf["first_k_dense_replace"], require(hf, "num_hidden_layers")))
+    return {
+        "mlp_only_layers": tuple(dense),
+        "intermediate_size": require(hf, "intermediate_size") if dense else None,
+        "shared_expert_intermediate_size": inner * (hf.get("n_shared_experts") or 0),
+    }
+
+
+def _score_scale(latent: LatentConfig, rope: RopeConfig) -> float:
+    """Scores are sharpened where YaRN stretches the context."""
+    by = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.factor and rope.mscale_all_dim else 1.0
+    return latent.qk_head_dim**-0.5 * by * by
+
+
+def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    yield from qwen_experts(cfg, theirs, ours)
+    if cfg.router.correction_bias:
+        name = f"{theirs}.mlp.gate.e_score_correction_bias"
+        yield Stored(name, f"{ours}.moe.router.correction_E")
+    if cfg.shared_expert_intermediate_size:
+        yield from mlp_names(f"{theirs}.mlp.shared_experts", f"{ours}.shared")
+
+
+names = partial(decoder_names, experts=experts)
+V2 = Family("DeepseekV2ForCausalLM", config_v2, names)
+V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer)

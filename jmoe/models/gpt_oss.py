@@ -1,0 +1,71 @@
+"""gpt-oss (20b, 120b): MXFP4 experts with biases and a clamped activation, attention sinks, every other layer
+within a window."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from jmoe.anatomy import RouterConfig
+from jmoe.config import ModelConfig
+from jmoe.models.family import Family, HFConfig, common_fields, refuse
+from jmoe.models.names import decoder_names, stacked_names
+from jmoe.models.weights import Form, Stored
+
+# what transformers' GptOssConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "sliding_window": 128,
+    "attention_bias": True,
+}
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    scaled = hf.get("rope_parameters") or hf.get("rope_scaling")
+    hf = {**DEFAULTS, **hf, **({"rope_parameters": scaled} if scaled else {})}
+    refuse(hf, "swiglu_limit", hf.get("swiglu_limit", 7.0) != 7.0)
+    refuse(hf, "swiglu_alpha", hf.get("swiglu_alpha", 1.702) != 1.702)
+    common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size")
+    kinds = "sliding_attention", "full_attention"
+    alternate = [kinds[i % 2] for i in range(common["num_hidden_layers"])]
+    return ModelConfig(
+        architecture="GptOssForCausalLM",
+        **common,
+        router=RouterConfig(norm_topk_prob=True, bias=True),
+        hidden_act="swiglu_oai",
+        expert_bias=True,
+        layer_types=tuple(hf.get("layer_types") or alternate),
+        sliding_window=hf["sliding_window"],
+        attention_bias=bool(hf["attention_bias"]),
+        attention_sinks=True,
+        quant_method=(hf.get("quantization_config") or {}).get("quant_method"),
+    )
+
+
+def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    for name, path in (("weight", "gate_ED"), ("bias", "bias_E")):
+        yield Stored(f"{theirs}.mlp.router.{name}", f"{ours}.moe.router.{path}")
+    name, path = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
+    four_bits = cfg.quant_method == "mxfp4"
+    weights = {"transposed": not four_bits, "mxfp4": four_bits}
+    gate_up = Form(rows="alternate", **weights)
+    yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
+    yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", Form(**weights))
+    bias = Form(rows="alternate")
+    yield from stacked_names(cfg, f"{name}.gate_up_proj_bias", f"{path}.gate_up_bias_E2F", bias)
+    yield from stacked_names(cfg, f"{name}.down_proj_bias", f"{path}.down_bias_ED")
+
+
+names = partial(decoder_names, experts=experts)
+FAMILY = Family("GptOssForCausalLM", config, names, quantization=("mxfp4",))

@@ -1,0 +1,48 @@
+"""Granite-MoE (1B-A400M, 3B-A800M): Mixtral with multipliers on embedding, attention, residual and logits."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from jmoe.anatomy import RouterConfig
+from jmoe.config import ModelConfig
+from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.names import decoder_names, stacked_names
+from jmoe.models.weights import Form, Stored
+
+# what transformers' GraniteMoeConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
+    return ModelConfig(
+        architecture="GraniteMoeForCausalLM",
+        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
+        router=RouterConfig(norm_topk_prob=True),
+        attention_bias=bool(hf.get("attention_bias", False)),
+        **{name: float(hf[name]) for name in MULTIPLIERS},
+    )
+
+
+def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    block, path = f"{theirs}.block_sparse_moe", f"{ours}.moe.experts"
+    yield Stored(f"{block}.router.layer.weight", f"{ours}.moe.router.gate_ED")
+    halves = Form(rows="halves")
+    yield from stacked_names(cfg, f"{block}.input_linear.weight", f"{path}.gate_up_E2FD", halves)
+    yield from stacked_names(cfg, f"{block}.output_linear.weight", f"{path}.down_EDF")
+
+
+FAMILY = Family("GraniteMoeForCausalLM", config, partial(decoder_names, experts=experts))

@@ -1,0 +1,165 @@
+"""One layer of the decoder: attention, then experts or a dense MLP."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.paged_attention import LayerPages
+
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.mesh import Split
+from jmoe.moe.layer import Decision, MoELayer
+from jmoe.moe.orders import Hints, Move, Order
+from jmoe.moe.router import RouterWeights, choose, router_logits
+from jmoe.moe.routing import likely
+from jmoe.moe.shuffle import Shuffle
+from jmoe.moe.types import Knobs, MoEOutput, Phase, TokenFlags
+from jmoe.nn.attention import Sequences
+from jmoe.nn.grouped_query import GroupedQueryAttention
+from jmoe.nn.latent import LatentAttention
+from jmoe.nn.mlp import DenseMLP
+from jmoe.nn.norm import Norm, NormWeights, normalize
+from jmoe.nn.param import ParamMaker
+from jmoe.nn.rope import Rotation
+from jmoe.offload.cache import Visit
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Foresight:
+    """What asks a later layer's router about rows of this one: the norm before its experts, and the
+    router."""
+
+    norm: NormWeights
+    router: RouterWeights
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then experts (``moe``) with perhaps a shared one beside them, or a dense MLP (``mlp``)."""
+
+    def __init__(
+        self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
+    ):
+        kind = GroupedQueryAttention if cfg.latent is None else LatentAttention
+        self.input_norm = Norm(cfg, make)
+        self.attention = kind(cfg, layer, split, make, kernels)
+        self.post_attention_norm = Norm(cfg, make)
+        self.moe = self.mlp = self.shared = None
+        if layer in cfg.mlp_only_layers:
+            assert cfg.intermediate_size is not None
+            self.mlp = DenseMLP(cfg, cfg.intermediate_size, split.mesh, make, kernels)
+        else:
+            self.moe = MoELayer(cfg, moe, split.mesh, make, kernels)
+            if inner := cfg.shared_expert_intermediate_size:
+                self.shared = DenseMLP(cfg, inner, split.mesh, make, kernels, cfg.shared_expert_gate)
+        self.shuffle = Shuffle(split.mesh, cfg.num_experts)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        x_ND: Array,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        knobs: Knobs | None,
+        hints: Hints | None,
+        before: Order | None,
+        visit: Visit | None,
+        ahead: list[Foresight] | None,
+    ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
+        """The rows behind the layer, the pages, what the experts did where there are any, and the order that
+        the rows are in.
+
+        before: the order in which rows come; None leaves every token on its rank. hints: with them each
+        token's experts are computed where they likely are (see ``jmoe.moe.shuffle``). visit: of the cache
+        where experts are offloaded; ahead: the routers of the next layers, where it asks them.
+        """
+        flags, move = token_flags(seqs), None
+        if before is not None:
+            with jax.named_scope("shuffle"):
+                after = before
+                if hints is not None:
+                    after = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
+                move, flags = Move(before, after), self.shuffle.deal(flags, after)
+        x_ND, pages = self.attend(x_ND, by, seqs, pages, move)
+        if self.moe is None:
+            return self.pass_mlp(x_ND), pages, None, move and move.after
+        with jax.named_scope("moe"):
+            normed_ND = self.normed(x_ND)
+            if visit is not None and ahead is not None:
+                visit = replace(visit, ahead_TAE=self.ask(x_ND, ahead))
+            out = self.moe(normed_ND, flags, phase_of(seqs), knobs, visit)
+            x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
+        return x_ND, pages, out, move and move.after
+
+    def add(self, x_ND: Array, y_ND: Array) -> Array:
+        """The residual and what a block made of it."""
+        by = self.cfg.residual_multiplier
+        return x_ND + (y_ND if by == 1 else y_ND * by)
+
+    def normed(self, x_ND: Array) -> Array:
+        """What experts or MLP are given."""
+        return normalize(x_ND, self.post_attention_norm.weights, self.cfg.rms_norm_eps)
+
+    def attend(
+        self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, move: Move | None = None
+    ) -> tuple[Array, LayerPages | None]:
+        """The rows behind attention, and the pages."""
+        with jax.named_scope("attention"):
+            normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
+            y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
+            return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
+
+    def pass_mlp(self, x_ND: Array) -> Array:
+        """The rows behind a dense MLP."""
+        assert self.mlp is not None
+        with jax.named_scope("mlp"):
+            return self.add(x_ND, self.mlp(self.normed(x_ND)))
+
+    def pass_shared(self, x_ND: Array, normed_ND: Array) -> Array:
+        """The rows with the shared expert's part, if there is one."""
+        if self.shared is None:
+            return x_ND
+        with jax.named_scope("shared"):
+            return self.add(x_ND, self.shared(normed_ND))
+
+    def decide(
+        self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, here_E: Array | None
+    ) -> tuple[Array, Decision]:
+        """What the experts are to be given of the rows behind attention, and where it goes, on one device."""
+        assert self.moe is not None
+        with jax.named_scope("moe"):
+            normed_ND = self.normed(x_ND)
+            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, phase_of(seqs), here_E)
+
+    def ask(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
+        """The shares of the experts in what other layers' routers would choose these rows' by."""
+        assert self.moe is not None
+        dense, eps = self.moe.kernels.dense, self.cfg.rms_norm_eps
+
+        def scores(of: Foresight) -> Array:
+            logits_NE = router_logits(normalize(x_ND, of.norm, eps), of.router, dense)
+            return likely(choose(logits_NE, of.router, self.cfg))
+
+        return jnp.stack([scores(of) for of in ahead], axis=1)
+
+
+def phase_of(seqs: Sequences) -> Phase:
+    return "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
+
+
+def token_flags(seqs: Sequences) -> TokenFlags:
+    """What each of the N = B * T tokens is."""
+    exact_T = None
+    if seqs.exact_B is not None:
+        exact_T = jnp.broadcast_to(seqs.exact_B[:, None], seqs.positions_BT.shape).reshape(-1)
+    return TokenFlags((seqs.positions_BT >= 0).reshape(-1), exact_T)
+
+
+def foresight(layer: DecoderLayer) -> Foresight:
+    assert layer.moe is not None, "a dense layer has no router"
+    return Foresight(layer.post_attention_norm.weights, layer.moe.router.weights)

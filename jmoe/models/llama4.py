@@ -1,0 +1,94 @@
+"""Llama 4, its text (Scout, Maverick): one expert a token, given what a sigmoid weighs, and a shared one;
+attention in chunks except in layers without rotation."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from jmoe.anatomy import RouterConfig
+from jmoe.config import ModelConfig
+from jmoe.models.family import Family, HFConfig, common_fields, require, rope_config
+from jmoe.models.names import decoder_names, mlp_names, stacked_names
+from jmoe.models.weights import Form, Stored
+
+TEXT, WHOLE = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
+
+# what transformers' Llama4TextConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "interleave_moe_layer_step": 1,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "attn_scale": 0.1,
+    "floor_scale": 8192,
+    "use_qk_norm": True,
+}
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
+    common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size")
+    layers, step = range(common["num_hidden_layers"]), hf["interleave_moe_layer_step"]
+    sparse = hf.get("moe_layers")
+    sparse = range(step - 1, len(layers), step) if sparse is None else sparse
+    dense = tuple(i for i in layers if i not in sparse)
+    rotating = hf.get("no_rope_layers") or [int((i + 1) % hf["no_rope_layer_interval"] != 0) for i in layers]
+    rotating = rotating[: len(layers)]
+    chunked = "chunked_attention" if hf["attention_chunk_size"] else "full_attention"
+    kinds = hf.get("layer_types") or [chunked if turns else "full_attention" for turns in rotating]
+    return ModelConfig(
+        architecture=TEXT,
+        **common | {"rope": rope_config(hf, interleaved=True)},
+        router=RouterConfig(scoring_func="sigmoid", norm_topk_prob=False, weigh_input=True),
+        mlp_only_layers=dense,
+        intermediate_size=require(hf, "intermediate_size_mlp") if dense else None,
+        shared_expert_intermediate_size=common["moe_intermediate_size"],
+        no_rope_layers=tuple(rotating),
+        layer_types=tuple(kinds),
+        attention_chunk_size=hf["attention_chunk_size"],
+        attention_bias=bool(hf.get("attention_bias", False)),
+        qk_norm="l2" if hf["use_qk_norm"] else "none",
+        attn_scale=float(hf["attn_scale"]) if hf["attn_temperature_tuning"] else 0.0,
+        floor_scale=hf["floor_scale"],
+    )
+
+
+def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    block, path = f"{theirs}.feed_forward", f"{ours}.moe.experts"
+    yield Stored(f"{block}.router.weight", f"{ours}.moe.router.gate_ED")
+    gate_up, down = Form(rows="halves", transposed=True), Form(transposed=True)
+    yield from stacked_names(cfg, f"{block}.experts.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
+    yield from stacked_names(cfg, f"{block}.experts.down_proj", f"{path}.down_EDF", down)
+    yield from mlp_names(f"{block}.shared_expert", f"{ours}.shared")
+
+
+names = partial(decoder_names, experts=experts, dense="feed_forward")
+FAMILY = Family(TEXT, config, names)
+
+
+def whole_config(hf: HFConfig) -> ModelConfig:
+    """Of a checkpoint that sees images too: its text model."""
+    text = {**require(hf, "text_config")}
+    text |= {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
+    return replace(config(text), architecture=WHOLE)
+
+
+def whole_names(cfg: ModelConfig) -> Iterator[Stored]:
+    for each in names(cfg):
+        yield replace(each, name=f"language_model.{each.name}")
+
+
+def is_vision(cfg: ModelConfig, name: str) -> bool:
+    return name.startswith(("vision_model.", "multi_modal_projector."))
+
+
+WITH_IMAGES = Family(WHOLE, whole_config, whole_names, is_vision)

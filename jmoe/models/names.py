@@ -1,0 +1,101 @@
+"""The names under which checkpoints keep a decoder's parameters; a family's file puts them together."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from jmoe.config import ModelConfig
+from jmoe.models.weights import PLAIN, Form, Stored
+
+# (cfg, prefix of the layer in the checkpoint, prefix in the decoder) -> tensors of its experts' block
+BlockNames = Callable[[ModelConfig, str, str], Iterator[Stored]]
+
+
+def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") -> Iterator[Stored]:
+    """Every tensor of a decoder once, under the names that most families share.
+
+    experts: those of a layer's experts, router and shared expert. dense: a dense MLP's name below a layer.
+    """
+    yield Stored("model.embed_tokens.weight", "embed")
+    yield from _norm(cfg, "model.norm", "norm")
+    if not cfg.tie_word_embeddings:
+        yield Stored("lm_head.weight", "lm_head")
+    if cfg.lm_head_bias:
+        yield Stored("lm_head.bias", "lm_head_bias_V")
+    for i in range(cfg.num_hidden_layers):
+        theirs, ours = f"model.layers.{i}", f"layers.{i}"
+        yield from _norm(cfg, f"{theirs}.input_layernorm", f"{ours}.input_norm")
+        yield from _norm(cfg, f"{theirs}.post_attention_layernorm", f"{ours}.post_attention_norm")
+        attention = _grouped_query if cfg.latent is None else _latent
+        yield from attention(cfg, f"{theirs}.self_attn", f"{ours}.attention")
+        if i in cfg.mlp_only_layers:
+            yield from mlp_names(f"{theirs}.{dense}", f"{ours}.mlp")
+        else:
+            yield from experts(cfg, theirs, ours)
+
+
+def mlp_names(theirs: str, ours: str) -> Iterator[Stored]:
+    """A dense gated MLP."""
+    for half, name in enumerate(("gate_proj", "up_proj")):
+        yield Stored(f"{theirs}.{name}.weight", f"{ours}.gate_up_2FD", (half,))
+    yield Stored(f"{theirs}.down_proj.weight", f"{ours}.down_DF")
+
+
+def expert_names(
+    cfg: ModelConfig, theirs: str, ours: str, *, gate_up_down: tuple[str, str, str], router: str, block: str
+) -> Iterator[Stored]:
+    """A router and experts with tensors of their own; ``block`` stands below the layer, the others below it."""
+    yield Stored(f"{theirs}.{block}.{router}.weight", f"{ours}.moe.router.gate_ED")
+    gate, up, down = gate_up_down
+    for e in range(cfg.num_experts):
+        name = f"{theirs}.{block}.experts.{e}"
+        yield Stored(f"{name}.{gate}.weight", f"{ours}.moe.experts.gate_up_E2FD", (e, 0))
+        yield Stored(f"{name}.{up}.weight", f"{ours}.moe.experts.gate_up_E2FD", (e, 1))
+        yield Stored(f"{name}.{down}.weight", f"{ours}.moe.experts.down_EDF", (e,))
+
+
+def stacked_names(cfg: ModelConfig, name: str, path: str, form: Form = PLAIN) -> Iterator[Stored]:
+    """One tensor of all experts."""
+    for e in range(cfg.num_experts):
+        yield Stored(name, path, (e,), part=e, form=form)
+
+
+# Experts as Qwen, DeepSeek, OLMoE and GLM name them, and as Mixtral and Phi do.
+qwen_experts = partial(
+    expert_names, gate_up_down=("gate_proj", "up_proj", "down_proj"), router="gate", block="mlp"
+)
+mixtral_experts = partial(
+    expert_names, gate_up_down=("w1", "w3", "w2"), router="gate", block="block_sparse_moe"
+)
+
+
+def _norm(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    yield Stored(f"{theirs}.weight", f"{ours}.scale_D")
+    if cfg.norm == "layer":
+        yield Stored(f"{theirs}.bias", f"{ours}.bias_D")
+
+
+def _grouped_query(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    for p in "qkvo":
+        yield Stored(f"{theirs}.{p}_proj.weight", f"{ours}.{p}_proj")
+        if cfg.attention_bias or (cfg.qkv_bias and p != "o"):
+            yield Stored(f"{theirs}.{p}_proj.bias", f"{ours}.{p}_bias")
+    if cfg.qk_norm in ("head", "full"):
+        yield Stored(f"{theirs}.q_norm.weight", f"{ours}.q_norm")
+        yield Stored(f"{theirs}.k_norm.weight", f"{ours}.k_norm")
+    if cfg.attention_sinks:
+        yield Stored(f"{theirs}.sinks", f"{ours}.sinks_H")
+
+
+def _latent(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    assert cfg.latent is not None
+    biased = {"o_proj": "o", "kv_a_proj_with_mqa": "kv_a"}
+    table = {"kv_a_proj_with_mqa": "kv_a_proj", "kv_b_proj": "kv_b_proj", "o_proj": "o_proj"}
+    if cfg.latent.q_lora_rank is None:
+        table["q_proj"] = "q_proj"
+    else:
+        biased["q_a_proj"] = "q_a"
+        table |= {"q_a_proj": "q_a_proj", "q_b_proj": "q_b_proj", "q_a_layernorm": "q_norm"}
+    for name, path in (table | {"kv_a_layernorm": "kv_norm"}).items():
+        yield Stored(f"{theirs}.{name}.weight", f"{ours}.{path}")
+        if cfg.attention_bias and name in biased:
+            yield Stored(f"{theirs}.{name}.bias", f"{ours}.{biased[name]}_bias")

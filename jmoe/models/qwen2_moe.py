@@ -1,0 +1,58 @@
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): a shared expert that a gate of its own weighs."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from jmoe.anatomy import RouterConfig
+from jmoe.config import ModelConfig
+from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
+from jmoe.models.names import decoder_names, mlp_names, qwen_experts
+from jmoe.models.weights import Stored
+
+# what transformers' Qwen2MoeConfig has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_key_value_heads": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "intermediate_size": 5632,
+    "shared_expert_intermediate_size": 5632,
+    "qkv_bias": True,
+}
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
+    windowed, dense = hf.get("use_sliding_window", False), dense_layers(hf)
+    common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
+    return ModelConfig(
+        architecture="Qwen2MoeForCausalLM",
+        **common,
+        router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
+        mlp_only_layers=dense,
+        intermediate_size=hf["intermediate_size"] if dense else None,
+        shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
+        shared_expert_gate=True,
+        qkv_bias=bool(hf["qkv_bias"]),
+        layer_types=_layer_types(hf, common["num_hidden_layers"]) if windowed else (),
+        sliding_window=hf.get("sliding_window") if windowed else None,
+    )
+
+
+def _layer_types(hf: HFConfig, layers: int) -> tuple[str, ...]:
+    """Every other layer of the first ``max_window_layers`` has a window, as transformers has it."""
+    kinds = "full_attention", "sliding_attention"
+    own = [kinds[i % 2 == 0 and i < hf["max_window_layers"]] for i in range(layers)]
+    return tuple(hf.get("layer_types") or own)
+
+
+def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+    yield from qwen_experts(cfg, theirs, ours)
+    yield from mlp_names(f"{theirs}.mlp.shared_expert", f"{ours}.shared")
+    yield Stored(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.shared.share_1D")
+
+
+FAMILY = Family("Qwen2MoeForCausalLM", config, partial(decoder_names, experts=experts))

@@ -1,0 +1,82 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2), in its absorbed form.
+
+The cache holds one row a token for all heads: the normed latent, from which each head's keys and values would
+be made, and the rotated key that all heads share. Instead of making them, a head's query is brought to the
+latents and the weighted sum of latents back to its values: ``q (W_k c) = (W_k^T q) c``. To the kernels this
+is attention with one KV head whose key is its own value.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.matmul import dot, linear
+
+from jmoe.config import ModelConfig
+from jmoe.mesh import Split
+from jmoe.nn.attention import Attention, Weights, bias_of
+from jmoe.nn.norm import rms_norm
+from jmoe.nn.param import ParamMaker
+from jmoe.nn.rope import Rotation, rotate
+
+EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps
+
+
+class LatentAttention(Attention):
+    """q_proj: of queries that are not compressed; q_a_proj, q_norm, q_b_proj: of those that are. kv_a_proj:
+    latent and shared key. kv_b_proj: each head's keys and values from the latent. Every rank caches all of
+    it."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):
+        super().__init__(cfg, layer, split, kernels)
+        assert cfg.latent is not None
+        self.latent = size = cfg.latent
+        d, count, heads = cfg.hidden_size, cfg.num_attention_heads, split.heads
+        if size.q_lora_rank is None:
+            self.q_proj = make((count * size.qk_head_dim, d), (heads, None))
+        else:
+            self.q_a_proj, self.q_norm = (
+                make((size.q_lora_rank, d), (None, None)),
+                make.ones(size.q_lora_rank),
+            )
+            self.q_b_proj = make((count * size.qk_head_dim, size.q_lora_rank), (heads, None))
+        self.kv_a_proj = make((size.cached_dim, d), (None, None))
+        self.kv_norm = make.ones(size.kv_lora_rank)
+        both = count * (size.qk_nope_head_dim + size.v_head_dim)
+        self.kv_b_proj = make((both, size.kv_lora_rank), (heads, None))
+        self.o_proj = make((d, count * size.v_head_dim), (None, heads))
+        if cfg.attention_bias:
+            if size.q_lora_rank is not None:
+                self.q_a_bias = make((size.q_lora_rank,), (None,))
+            self.kv_a_bias, self.o_bias = make((size.cached_dim,), (None,)), make((d,), (None,))
+        plain = size.qk_head_dim**-0.5
+        self.scale = plain if cfg.attention_multiplier is None else cfg.attention_multiplier
+
+    def project(
+        self, w: Weights, x_BTD: Array, by: Rotation, positions_BT: Array
+    ) -> tuple[Array, Array, Array | None]:
+        size, (b, t, _), dense = self.latent, x_BTD.shape, self.kernels.dense
+        interleaved = self.cfg.rope.interleaved
+        q = self._queries(w, x_BTD).reshape(b, t, -1, size.qk_head_dim)
+        q_nope, q_rope = q[..., : size.qk_nope_head_dim], q[..., size.qk_nope_head_dim :]
+        kv = linear(x_BTD, w["kv_a_proj"], dense) + bias_of(w, "kv_a_bias", 3)
+        latent_BTl = rms_norm(kv[..., : size.kv_lora_rank], w["kv_norm"], EPS)
+        k_rope = rotate(kv[:, :, None, size.kv_lora_rank :], by, interleaved=interleaved)
+        absorbed = dot("bthn,hnl->bthl", q_nope, self._of_heads(w)[:, : size.qk_nope_head_dim])
+        q = jnp.concatenate([absorbed, rotate(q_rope, by, interleaved=interleaved)], axis=-1)
+        return q, jnp.concatenate([latent_BTl[:, :, None], k_rope], axis=-1), None
+
+    def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
+        latents = out_BTHd[..., : self.latent.kv_lora_rank]
+        return dot("bthl,hvl->bthv", latents, self._of_heads(w)[:, self.latent.qk_nope_head_dim :])
+
+    def _queries(self, w: Weights, x_BTD: Array) -> Float[Array, "B T Hd"]:
+        dense = self.kernels.dense
+        if self.latent.q_lora_rank is None:
+            return linear(x_BTD, w["q_proj"], dense)
+        compressed = linear(x_BTD, w["q_a_proj"], dense) + bias_of(w, "q_a_bias", 3)
+        return linear(rms_norm(compressed, w["q_norm"], EPS), w["q_b_proj"], dense)
+
+    def _of_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
+        size = self.latent
+        return w["kv_b_proj"].reshape(-1, size.qk_nope_head_dim + size.v_head_dim, size.kv_lora_rank)

@@ -1,0 +1,59 @@
+"""A dense gated MLP: of layers without experts, and the shared expert that every token passes."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float
+from jmoe_kernels.choice import Kernels
+from jmoe_kernels.grouped_mlp import gated
+from jmoe_kernels.matmul import linear
+
+from jmoe.config import ModelConfig
+from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
+from jmoe.nn.param import ParamMaker, specs_of
+
+
+class DenseMLP(nnx.Module):
+    """Weights ``[out, in]``, the inner dimension split over ``tensor``.
+
+    gate_up_2FD: ``[(gate, up), inner, model]``. down_DF: ``[model, inner]``. share_1D: of a sigmoid of the
+    token that weighs all of it (Qwen2-MoE), where ``shares``.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        inner: int,
+        mesh: Mesh,
+        make: ParamMaker,
+        kernels: Kernels,
+        shares: bool = False,
+    ):
+        check_divides("dense MLP inner size", inner, TENSOR, mesh.shape[TENSOR])
+        self.gate_up_2FD = make((2, inner, cfg.hidden_size), (None, TENSOR, None))
+        self.down_DF = make((cfg.hidden_size, inner), (None, TENSOR))
+        self.share_1D = make((1, cfg.hidden_size), (None, None)) if shares else None
+        self.act, self.mesh, self.kernels = cfg.hidden_act, mesh, kernels
+
+    def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
+        if is_single(self.mesh):
+            return self._shard(weights, x_TD)
+        tokens = PartitionSpec(TOKENS)
+        run = jax.shard_map(
+            self._shard, mesh=self.mesh, in_specs=(specs_of(self), tokens), out_specs=tokens, check_vma=False
+        )
+        return run(weights, x_TD)
+
+    def _shard(self, w: dict[str, Array], x_TD: Array) -> Array:
+        multiply = partial(linear, implementation=self.kernels.dense)
+        gate_up = w["gate_up_2FD"]
+        inner = gate_up.shape[1]
+        h_TF = multiply(x_TD, gate_up.reshape(2 * inner, -1))
+        y_TD = multiply(gated(self.act, h_TF[:, :inner], h_TF[:, inner:]), w["down_DF"])
+        if not is_single(self.mesh):
+            y_TD = lax.psum(y_TD, TENSOR)
+        return y_TD if self.share_1D is None else y_TD * jax.nn.sigmoid(multiply(x_TD, w["share_1D"]))
