@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels, choose
 from jmoe_kernels.matmul import Dense, linear
-from jmoe_kernels.paged_attention import Heads, LayerPages
+from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, Split, is_single, platform_of, split_attention
@@ -167,7 +167,7 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
-    dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, cfg.sliding_window)
+    dims, heads = (experts, inner, cfg.hidden_size), Heads(q, kv, cfg.head_dim, Span(cfg.sliding_window))
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
     if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
