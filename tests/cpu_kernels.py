@@ -124,7 +124,7 @@ def check_combined():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def attention(q, k, v, positions, table, window):
+def attention(q, k, v, positions, table, window, chunk, sinks):
     """numpy: one query after the other over its own keys in order; zeros for padding."""
     b, t, heads, d = q.shape
     _, groups, size, _ = k.shape
@@ -133,25 +133,34 @@ def attention(q, k, v, positions, table, window):
         p = positions[i, j]
         if p < 0:
             continue
-        first = 0 if window is None else max(0, p - window + 1)
+        first = max(0, p - window + 1) if window else p - p % chunk if chunk else 0
         at = [(table[i, s // size], h * groups // heads, s % size) for s in range(first, p + 1)]
         keys, values = (np.stack([a[place] for place in at]) for a in (k, v))
-        scores = keys @ q[i, j, h] * d**-0.5
+        scores = np.append(keys @ q[i, j, h] * d**-0.5, -np.inf if sinks is None else sinks[h])
         share = np.exp(scores - scores.max())
-        out[i, j, h] = share @ values / share.sum()
+        out[i, j, h] = share[:-1] @ values / share.sum()
     return out
 
 
 def check_attention():
-    """Writes a run of keys and values into pages, then attends to them, float32 and bfloat16 pages."""
+    """Writes a run of keys and values into pages, then attends to them, float32 and bfloat16 pages.
+
+    In latent pages, of one KV head here, keys are values too.
+    """
     rng = RNG(3)
-    for b, t, heads, groups, d, size, table_len, window in (
-        (3, 1, 4, 2, 64, 32, 3, None),
-        (2, 32, 4, 4, 16, 32, 2, None),
-        (1, 40, 6, 2, 20, 8, 8, 11),
-        (4, 1, 8, 1, 24, 4, 9, 5),
-        (1, 70, 4, 1, 48, 16, 6, None),
+    for b, t, heads, groups, d, size, table_len, window, chunk, sink in (
+        (3, 1, 4, 2, 64, 32, 3, None, None, None),
+        (2, 32, 4, 4, 16, 32, 2, None, None, 1.0),
+        (1, 40, 6, 2, 20, 8, 8, 11, None, None),
+        (4, 1, 8, 1, 24, 4, 9, 5, None, -1e4),
+        (1, 70, 4, 1, 48, 16, 6, None, None, None),
+        (1, 40, 6, 2, 20, 8, 8, None, 3, 2.0),
+        (4, 1, 8, 2, 24, 4, 9, None, 10, 1e4),
+        (1, 1, 40, 1, 72, 8, 40, None, None, None),  # the heads of one key split over threads
+        (2, 3, 130, 1, 36, 8, 3, None, None, 1.0),  # more heads than meet a page together
     ):
+        latent = heads > 8
+        sinks = None if sink is None else (sink * rng.random(heads)).astype(np.float32)
         pages = b * table_len + 2
         shape = (pages, groups, size, d)
         k, v = rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
@@ -166,17 +175,20 @@ def check_attention():
                 if (p := positions[i, j]) >= 0:
                     want_k[table[i, p // size], :, p % size] = see(new_k[i, j])
                     want_v[table[i, p // size], :, p % size] = see(new_v[i, j])
-            got_k, got_v = cpu.write_pages(keep(k), keep(v), new_k, new_v, positions, table)
+            if latent:
+                got_k, want_v = cpu.write_latent(keep(k), new_k, positions, table), want_k
+                got_v = got_k
+            else:
+                got_k, got_v = cpu.write_pages(keep(k), keep(v), new_k, new_v, positions, table)
             as_float = (
                 (lambda a: np.asarray(a.view(jnp.bfloat16), np.float32)) if keep is stored else np.asarray
             )
             np.testing.assert_array_equal(as_float(got_k), want_k)
             np.testing.assert_array_equal(as_float(got_v), want_v)
-            got = cpu.attend(q, got_k, got_v, positions, table, window)
-            want = attention(q, want_k, want_v, positions, table, window)
-            np.testing.assert_allclose(
-                got, want, atol=tolerance, err_msg=f"{b} {t} {heads} {groups} {d} {window}"
-            )
+            got = cpu.attend(q, got_k, got_v, positions, table, window, chunk, sinks)
+            want = attention(q, want_k, want_v, positions, table, window, chunk, sinks)
+            where = f"{b} {t} {heads} {groups} {d} {window} {chunk} {sink}"
+            np.testing.assert_allclose(got, want, atol=tolerance, err_msg=where)
 
 
 def check_rotate():

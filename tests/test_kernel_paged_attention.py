@@ -4,6 +4,7 @@ The GPU's decode kernel runs in interpret mode and cuDNN's part as XLA. No inter
 kernel (it reshapes references), so there the kernel's own reference stands in, which shares its contract.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,6 +20,7 @@ from jmoe_kernels.paged_attention import (
     Heads,
     LayerPages,
     NewTokens,
+    Span,
     page_shapes,
     paged_attention,
     pick,
@@ -28,14 +30,20 @@ from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
 from jmoe_kernels.paged_attention.xla import write
 
 SIZE, PAGES, TABLE = 8, 40, 16  # rows of a page, pages of the cache, pages of a table
+needs_library = pytest.mark.skipif(
+    isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
+)
+HERE = ["xla", pytest.param("cpu", marks=needs_library)]
+PLAIN, LATENT = Heads(4, 2, 8), Heads(10, 1, 24, latent=16)
 
 
 def run_with(name: str):
-    """The implementation as a function of (new, pages, window)."""
+    """The implementation as a function of (new, pages, span, sinks)."""
     if name == "gpu":
-        return jax.jit(partial(paged_attention_gpu, interpret=True), static_argnames="window")
+        run = jax.jit(partial(paged_attention_gpu, interpret=True))
+        return lambda new, pages, span, sinks: run(new, pages)
     run = partial(paged_attention, name)
-    return run if name == "tpu" else jax.jit(run, static_argnames="window")
+    return run if name == "tpu" else jax.jit(run, static_argnums=2)
 
 
 @pytest.fixture
@@ -52,34 +60,45 @@ def reference_kernel(monkeypatch):
 
 
 def case(t: int, heads: Heads, dtype, seed: int):
-    """Queries, keys and values of two sequences of ``t`` tokens, page tables that share no page, pages."""
+    """Queries, keys and values of two sequences of ``t`` tokens, page tables that share no page."""
     rng = np.random.default_rng(seed)
     q, k, v = (
         rng.standard_normal((2, t, n, heads.dim)).astype(np.float32)
         for n in (heads.query, heads.kv, heads.kv)
     )
-    if dtype == jnp.bfloat16:
-        q, k, v = (np.asarray(jnp.asarray(a, dtype).astype(jnp.float32)) for a in (q, k, v))
+    if dtype != jnp.float32:
+        q, k, v = (np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32)) for a in (q, k, v))
     table = rng.permutation(PAGES)[: 2 * TABLE].reshape(2, TABLE).astype(np.int32)
-    return q, k, v, table
+    return q, k, k if heads.latent else v, table
 
 
 def filled(name: str, heads: Heads, dtype) -> LayerPages:
     """Pages full of what earlier sequences left."""
-    shapes = page_shapes(name, PAGES, heads.kv, SIZE, heads.dim)
-    return LayerPages(tuple(jnp.full(shape, 7.0, dtype) for shape in shapes))
+    shapes = page_shapes(name, PAGES, heads.kv, SIZE, heads.dim, heads.latent is not None)
+    assert len(shapes) == (1 if name == "tpu" or heads.latent else 2)
+    left = 7.0 if dtype != jnp.uint16 else 0x40E0  # the bits of a bfloat16 7
+    return LayerPages(tuple(jnp.full(shape, left, dtype) for shape in shapes))
 
 
 def padded(a: np.ndarray, t: int) -> np.ndarray:
     return np.pad(a[:, :t], ((0, 0), (0, max(0, t - a.shape[1])), (0, 0), (0, 0)))
 
 
-def check(name: str, t: int, prefill: int, heads: Heads, dtype, seed: int, atol: float) -> None:
+def check(
+    name: str,
+    t: int,
+    prefill: int,
+    heads: Heads,
+    dtype,
+    seed: int,
+    atol: float,
+    sinks: np.ndarray | None = None,
+) -> None:
     """A prefill of one sequence beside another of one token, the rest token by token, in two runs if long."""
     q, k, v, table = case(t, heads, dtype, seed)
     run = run_with(name)
     pages, outs = filled(name, heads, dtype), np.zeros_like(q)
-    want = [by_numpy(q[i], k[i], v[i], heads.window) for i in range(2)]
+    want = [by_numpy(q[i], k[i], v[i], heads.span, sinks) for i in range(2)]
 
     def step(start: int, end: int, length: int) -> None:
         nonlocal pages
@@ -87,8 +106,9 @@ def check(name: str, t: int, prefill: int, heads: Heads, dtype, seed: int, atol:
         positions[0, : end - start] = np.arange(start, end)
         if start == 0:
             positions[1, 0] = 0
-        new = NewTokens(*(padded(a[:, start:end], length) for a in (q, k, v)), positions, table)
-        out, pages = run(new, pages, window=heads.window)
+        rows = [padded(a[:, start:end], length) for a in (q, k, v)]
+        new = NewTokens(*rows[:2], None if heads.latent else rows[2], positions, table)
+        out, pages = run(new, pages, heads.span, sinks)
         out = np.asarray(out)
         assert np.isfinite(out).all() and out.dtype == np.float32
         outs[0, start:end] = out[0, : end - start]
@@ -105,16 +125,88 @@ def check(name: str, t: int, prefill: int, heads: Heads, dtype, seed: int, atol:
     np.testing.assert_allclose(outs[1, 0], want[1][0], atol=atol, rtol=atol)
 
 
-@pytest.mark.parametrize("name", ["xla", "cpu"])
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("window", [None, 40])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_split_equals_numpy(data, name: str, window: int | None):
-    if name == "cpu" and isinstance(reason := cpu.get_library(), str):
-        pytest.skip(reason)
     t = data.draw(st.integers(2, 60), label="tokens")
     prefill = data.draw(st.integers(1, t - 1), label="prefill")
-    check(name, t, prefill, Heads(4, 2, 8, window), jnp.float32, t, 2e-5)
+    check(name, t, prefill, replace(PLAIN, span=Span(window)), jnp.float32, t, 2e-5)
+
+
+SPANS = st.one_of(
+    st.just(Span()),
+    st.builds(Span, window=st.integers(1, 50)),
+    st.builds(Span, chunk=st.integers(1, 50)),  # within a page, over some, whole pages or not
+)
+
+
+@pytest.mark.parametrize("name", HERE)
+@settings(max_examples=16, deadline=None)
+@given(data=st.data())
+def test_any_span_sinks_and_heads_equal_numpy(data, name: str):
+    """45 tokens over six pages: a prompt of one run or two, then token by token."""
+    heads = data.draw(st.sampled_from([PLAIN, Heads(6, 1, 8), Heads(3, 3, 20), LATENT]), label="heads")
+    heads = replace(heads, span=data.draw(SPANS, label="span"))
+    sink = data.draw(st.sampled_from([None, 0.0, 3.0, 1e4, -1e4]), label="sink")
+    sinks = None if sink is None else np.linspace(sink, sink / 2 + 1, heads.query, dtype=np.float32)
+    dtype, atol = data.draw(st.sampled_from([(jnp.float32, 2e-5), (jnp.uint16, 3e-2)]), label="pages")
+    check(name, 45, data.draw(st.sampled_from([3, 16, 21]), label="prompt"), heads, dtype, 1, atol, sinks)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(
+    ("span", "sees"),
+    [(Span(), 0), (Span(window=30), 591), (Span(chunk=200), 600), (Span(chunk=90), 540)],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
+def test_a_long_context_reads_from_the_first_key_that_is_seen(name: str, heads: Heads, span: Span, sees: int):
+    """A token at 620 and the run of a page behind it: keys a block of the loop before are not a number."""
+    rng, long = np.random.default_rng(5), 80  # pages
+    shape = (long, heads.kv, SIZE, heads.dim)
+    k, v = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    table = rng.permutation(long).astype(np.int32)
+    for start, t in ((620, 1), (624, SIZE)):
+        q = rng.standard_normal((1, t, heads.query, heads.dim), np.float32)
+        new_k, new_v = (rng.standard_normal((1, t, heads.kv, heads.dim), np.float32) for _ in range(2))
+        rows = [np.moveaxis(a[table], 2, 1).reshape(-1, heads.kv, heads.dim)[:start] for a in (k, v)]
+        keys, values = (np.concatenate([a, n[0]]) for a, n in zip(rows, (new_k, new_v), strict=True))
+        want = by_numpy(q[0], keys, keys if heads.latent else values, span)
+        kept = [np.array(a) for a in (k, v)]
+        for a in kept:
+            a[table[: max(0, sees - 128) // SIZE]] = np.nan
+        new = NewTokens(q, new_k, None if heads.latent else new_v, start + np.arange(t)[None], table[None])
+        out, _ = run_with(name)(new, LayerPages(tuple(kept[: 1 if heads.latent else 2])), span, None)
+        np.testing.assert_allclose(out[0], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("sink", [None, 1.0, -1e4])
+def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: float | None):
+    pages = filled(name, PLAIN, jnp.float32)
+    rows = [np.ones((2, SIZE, n, 8), np.float32) for n in (4, 2, 2)]
+    new = NewTokens(*rows, np.full((2, SIZE), -1, np.int32), np.zeros((2, TABLE), np.int32))
+    sinks = None if sink is None else jnp.full(4, sink)
+    out, pages = run_with(name)(new, pages, Span(chunk=5), sinks)
+    assert (np.asarray(out) == 0).all() and all((np.asarray(kept) == 7).all() for kept in pages.kv)
+
+
+@needs_library
+@pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
+def test_the_cpu_writes_a_step_in_place(heads: Heads):
+    """A donated pool is neither copied nor stands beside another of its size."""
+    pages = filled("cpu", heads, jnp.uint16)
+    rows = [np.ones((2, 1, n, heads.dim), np.float32) for n in (heads.query, heads.kv, heads.kv)]
+    at = np.zeros((2, 1), np.int32), np.zeros((2, TABLE), np.int32)
+    new = NewTokens(*rows[:2], None if heads.latent else rows[2], *at)
+    run = jax.jit(partial(paged_attention, "cpu"), donate_argnums=1).lower(new, pages).compile()
+    pool = "u16[" + ",".join(map(str, pages.kv[0].shape)) + "]"
+    made = [line.split(" = ")[1] for line in run.as_text().splitlines() if " = " in line and pool in line]
+    assert made and not any(" copy(" in line or " fusion(" in line for line in made)
+    memory = run.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(kept.nbytes for kept in pages.kv) > memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize(
@@ -124,7 +216,7 @@ def test_any_split_equals_numpy(data, name: str, window: int | None):
 )
 @pytest.mark.usefixtures("reference_kernel")
 def test_tpu_equals_numpy(dtype, heads: tuple[int, int], window: int | None):
-    check("tpu", 20, 18, Heads(*heads, 128, window), dtype, 1, 2e-5 if dtype == jnp.float32 else 3e-2)
+    check("tpu", 20, 18, Heads(*heads, 128, Span(window)), dtype, 1, 2e-5 if dtype == jnp.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (16, 1), (2, 2)], ids=str)
@@ -155,7 +247,13 @@ def test_padding_is_written_nowhere():
         ("tpu", Heads(6, 3, 128), "bfloat16", "3 bfloat16 kv heads a rank do not tile"),
         ("gpu", Heads(8, 2, 64), "float32", "must be bfloat16, got float32"),
         ("gpu", Heads(8, 2, 96), "bfloat16", "head dimension must be 16, 32, 64 or 128, got 96"),
-        ("gpu", Heads(8, 2, 64, 9), "bfloat16", "a sliding window is not supported"),
+        ("gpu", Heads(8, 2, 64, Span(9)), "bfloat16", "a sliding window is not supported"),
+        ("gpu", Heads(8, 2, 64, sinks=True), "bfloat16", "attention sinks are not supported"),
+        ("gpu", Heads(8, 2, 64, Span(chunk=9)), "bfloat16", "attention within chunks is not supported"),
+        ("gpu", Heads(8, 1, 64, latent=32), "bfloat16", "latent pages are not supported"),
+        ("tpu", Heads(8, 2, 128, Span(9), sinks=True), "bfloat16", "attention sinks are not supported"),
+        ("tpu", Heads(8, 2, 128, Span(chunk=9)), "bfloat16", "attention within chunks is not supported"),
+        ("tpu", Heads(8, 1, 640, latent=512), "bfloat16", "latent pages are not supported"),
         ("cpu", Heads(8, 2, 64), "float32", "needs a tpu, this is a cpu"),
     ],
 )
@@ -167,6 +265,34 @@ def test_limits_are_named_and_the_portable_form_serves(platform, heads, dtype, r
     if platform != "cpu":
         picked, why = pick(platform, dtype, heads)
         assert picked == "xla" and reason in why
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    ("heads", "sinks", "reason"),
+    [
+        (Heads(2, 1, 128, Span(chunk=9)), None, "attention within chunks"),
+        (Heads(2, 1, 128), np.zeros(2, np.float32), "attention sinks"),
+        (Heads(2, 1, 128, latent=9), None, "latent pages"),
+    ],
+    ids=["chunk", "sinks", "latent"],
+)
+def test_a_named_kernel_refuses_what_it_has_not(name: str, heads: Heads, sinks, reason: str):
+    q, kv = (jnp.zeros((1, 1, n, 128)) for n in (2, 1))
+    at = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, TABLE), jnp.int32)
+    new = NewTokens(q, kv, None if heads.latent else kv, *at)
+    with pytest.raises(ValueError, match=f"'{name}': {reason} (is|are) not supported; 'xla' can run"):
+        paged_attention(name, new, filled(name, heads, jnp.bfloat16), heads.span, sinks)
+
+
+def test_a_span_is_one_of_two():
+    assert [Span().first(7), Span(window=3).first(7), Span(chunk=3).first(7)] == [0, 5, 6]
+    np.testing.assert_array_equal(Span(chunk=4).first(jnp.arange(6)), [0, 0, 0, 0, 4, 4])
+    with pytest.raises(ValueError, match=r"a window \(3\) or a chunk \(4\), not both"):
+        Span(3, 4)
+    for size in ({"window": 0}, {"chunk": -2}):
+        with pytest.raises(ValueError, match="at least 1 token"):
+            Span(**size)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -4,6 +4,6 @@ They are never required: ``get_library()`` says why where they are absent, and t
 """
 
 from jmoe_kernels.cpu.build import Library, get_library
-from jmoe_kernels.cpu.calls import attend, call, linear, rotate, write_pages
+from jmoe_kernels.cpu.calls import attend, call, linear, rotate, write_latent, write_pages
 
-__all__ = ["Library", "attend", "call", "get_library", "linear", "rotate", "write_pages"]
+__all__ = ["Library", "attend", "call", "get_library", "linear", "rotate", "write_latent", "write_pages"]

@@ -26,13 +26,17 @@ def attend(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
     window: int | None = None,
+    chunk: int | None = None,
+    sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Attention of each query to the paged keys at its position and before, float32.
+    """Attention of each query to the paged keys up to its position, within the window or chunk, float32.
 
-    Pages are float32, or bfloat16 (also stored as uint16); a padding query (position -1) gives zeros.
+    Pages are float32, or bfloat16 (also stored as uint16); a padding query (position -1) gives zeros. Latent
+    pages are keys and values at once.
     """
-    args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM)
-    return call("jmoe_attend", q_BTHd.shape, *args, window=window or 0)
+    sinks = jnp.zeros((0,), jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
+    args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM, sinks)
+    return call("jmoe_attend", q_BTHd.shape, *args, window=window or 0, chunk=chunk or 0)
 
 
 def write_pages(
@@ -48,6 +52,18 @@ def write_pages(
     run = jax.ffi.ffi_call("jmoe_write_pages", like, input_output_aliases={0: 0, 1: 1})
     k, v = run(k_PGSd, v_PGSd, k_BTGd, v_BTGd, positions_BT, table_BM)
     return k, v
+
+
+def write_latent(
+    pages_PGSd: Shaped[Array, "P G S d"],
+    rows_BTGd: Float[Array, "B T G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Array:
+    """The latent pages with the new rows at their positions, written in place; -1 writes nothing."""
+    like = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
+    run = jax.ffi.ffi_call("jmoe_write_latent", like, input_output_aliases={0: 0})
+    return run(pages_PGSd, rows_BTGd, positions_BT, table_BM)
 
 
 def rotate(

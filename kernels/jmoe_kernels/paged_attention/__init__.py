@@ -8,13 +8,14 @@ from jmoe_kernels.paged_attention.api import (
     pick,
     supports,
 )
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
 
 __all__ = [
     "Attention",
     "Heads",
     "LayerPages",
     "NewTokens",
+    "Span",
     "heads_axis",
     "page_shapes",
     "paged_attention",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span, beyond_windows
 from jmoe_kernels.paged_attention.xla import read, visible, write
 
 SPLITS = 8  # parts of a sequence's keys that run beside each other
@@ -23,17 +23,21 @@ def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
         return f"keys and values must be bfloat16, got {jnp.dtype(dtype).name}"
     if heads.dim not in (16, 32, 64, 128):
         return f"the head dimension must be 16, 32, 64 or 128, got {heads.dim}"
-    if heads.window is not None:
+    return lacks(heads)
+
+
+def lacks(heads: Heads) -> str | None:
+    """What these heads ask for that the kernels have not, whatever their sizes, or None."""
+    if heads.span.window is not None:
         return "a sliding window is not supported"
-    return None
+    return beyond_windows(heads)
 
 
 def paged_attention_gpu(
-    new: NewTokens, pages: LayerPages, window: int | None, *, interpret: bool = False
+    new: NewTokens, pages: LayerPages, *, interpret: bool = False
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
     """The output of every query and the pages with the new rows; padding gives finite values."""
-    if window is not None:
-        raise ValueError("implementation 'gpu': a sliding window is not supported; 'xla' can run")
+    assert new.v_BTGd is not None, "latent pages are refused before"
     k_PGSd, v_PGSd = pages.kv
     at = new.positions_BT, new.table_BM
     kv = write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)
@@ -72,7 +76,7 @@ def _prefill(
     k_BSGd, v_BSGd = (read(pages, table_BM).swapaxes(1, 2) for pages in (k_PGSd, v_PGSd))
     keys = jnp.arange(k_BSGd.shape[1], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
-    seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, None)
+    seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
     length_B = jnp.max(positions_BT, axis=1) + 1
     return jax.nn.dot_product_attention(
         q_BTHd,

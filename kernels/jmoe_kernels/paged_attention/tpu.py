@@ -1,14 +1,15 @@
 """jax's ragged paged attention, the Pallas kernel for TPUs: prefill and decode alike, from joined pages.
 
 The kernel walks only the pages that a sequence fills, several of them behind the one in use, and keeps the
-softmax running; https://arxiv.org/abs/2205.14135 with a page table.
+softmax running; https://arxiv.org/abs/2205.14135 with a page table. Beyond causality it has the window
+alone, in jax 0.10 and 0.11.
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, Shaped
 
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
 from jmoe_kernels.paged_attention.xla import check_run, page_of
 
 KEYS, QUERIES = 256, 64  # keys and queries of a block; what fits VMEM at every head count that is supported
@@ -17,6 +18,8 @@ VMEM = 64 << 20  # bytes
 
 def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
     """The limit that these heads break, or None."""
+    if (reason := lacks(heads)) is not None:
+        return reason
     if heads.dim % 128:
         return f"the head dimension must be a multiple of 128, got {heads.dim}"
     rows = 2 * heads.kv * jnp.dtype(dtype).itemsize // 4  # of 32 bits, a token's keys and values
@@ -26,11 +29,17 @@ def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
     return None
 
 
+def lacks(heads: Heads) -> str | None:
+    """What these heads ask for that the kernel has not, whatever their sizes, or None."""
+    return beyond_windows(heads)
+
+
 def paged_attention_tpu(
     new: NewTokens, pages: LayerPages, window: int | None
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
     """The output of every query, zero for padding, and the pages with the new rows."""
     [kv_PSGd] = pages.kv
+    assert new.v_BTGd is not None, "latent pages are refused before"
     joined = jnp.stack([new.k_BTGd, new.v_BTGd], axis=3).reshape(*new.k_BTGd.shape[:2], -1, kv_PSGd.shape[-1])
     kv_PSGd = write_joined(kv_PSGd, joined, new.positions_BT, new.table_BM)
     b, t = new.positions_BT.shape

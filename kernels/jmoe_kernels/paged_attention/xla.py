@@ -5,7 +5,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jmoe_kernels.matmul import as_float, dot
-from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
+from jmoe_kernels.paged_attention.types import LayerPages, NewTokens, Span
 
 BLOCK = 128  # queries that attend together, and keys a step of the loop reads
 BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
@@ -13,22 +13,20 @@ NEVER = -1e30
 
 
 def paged_attention_xla(
-    new: NewTokens, pages: LayerPages, window: int | None
+    new: NewTokens, pages: LayerPages, span: Span, sinks_H: Float[Array, " H"] | None
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
     """The output of every query and the pages with the new rows."""
-    k_PGSd, v_PGSd = pages.kv
     at = new.positions_BT, new.table_BM
-    kv = write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)
-    return attend(new.q_BTHd, *kv, *at, window), LayerPages(kv)
+    rows = (new.k_BTGd,) if new.v_BTGd is None else (new.k_BTGd, new.v_BTGd)
+    kv = tuple(write(kept, new, *at) for kept, new in zip(pages.kv, rows, strict=True))
+    return attend(new.q_BTHd, kv[0], kv[-1], *at, span, sinks_H), LayerPages(kv)
 
 
-def visible(
-    query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
+def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) -> Bool[Array, "B T S"]:
     """Which keys a query attends to; a position of -1 is padding."""
-    gap = query_BT[:, :, None] - key_BS[:, None, :]
-    seen = (gap >= 0) & (key_BS >= 0)[:, None, :]
-    return seen if window is None else seen & (gap < window)
+    query, key = query_BT[:, :, None], key_BS[:, None, :]
+    seen = (query >= key) & (key >= 0)
+    return seen if span == Span() else seen & (key >= span.first(query))
 
 
 def page_of(
@@ -88,22 +86,29 @@ def attend(
     v_PGSd: Shaped[Array, "P G S d"],
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
-    window: int | None,
+    span: Span = Span(),
+    sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Causal attention to everything in the sequences' pages up to each query's own position.
+    """Causal attention to what of the sequences' pages each query's span reaches, up to its own position.
 
-    The loop ends at the furthest position of its queries, so one compiled shape serves every context length;
-    a run of many queries goes in blocks, each with its own end.
+    The loop goes from the first key that one of its queries sees to the furthest of their positions, so one
+    compiled shape serves every context length; a run of many queries goes in blocks with ends of their own.
     """
     t = q_BTHd.shape[1]
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     kv = k_PGSd, v_PGSd
-    done = [_attend_block(q_BTHd[:, p], *kv, positions_BT[:, p], table_BM, window) for p in parts]
+    done = [_attend_block(q_BTHd[:, p], *kv, positions_BT[:, p], table_BM, span, sinks_H) for p in parts]
     return jnp.concatenate(done, axis=1)
 
 
 def _attend_block(
-    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, window: int | None
+    q_BTHd: Array,
+    k_PGSd: Array,
+    v_PGSd: Array,
+    positions_BT: Array,
+    table_BM: Array,
+    span: Span,
+    sinks_H: Array | None,
 ) -> Array:
     (b, t, h, d), (_, g, size, _) = q_BTHd.shape, k_PGSd.shape
     fitting = BLOCK_BYTES // (b * g * size * d * 4)
@@ -116,7 +121,7 @@ def _attend_block(
         top, total, acc = carry
         ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
-        seen = visible(positions_BT, key_BS, window)[:, None, None]
+        seen = visible(positions_BT, key_BS, span)[:, None, None]
         scores = dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids))
         scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
@@ -126,7 +131,14 @@ def _attend_block(
         return new_top, total * kept + share.sum(-1, keepdims=True), acc
 
     rows = (b, g, (h // g) * t)
-    start = (jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1)), jnp.zeros((*rows, d)))
-    _, total, acc = lax.fori_loop(0, jnp.max(positions_BT) // keys + 1, block, start)
-    out = (acc / total).reshape(b, g, h // g, t, d)
+    top, total = jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1))
+    if sinks_H is not None:  # a key that comes before all others and has no value
+        sinks = sinks_H.astype(jnp.float32).reshape(1, g, h // g, 1, 1)
+        top, total = jnp.broadcast_to(sinks, (b, g, h // g, t, 1)).reshape(*rows, 1), total + 1
+    real = jnp.where(positions_BT < 0, jnp.max(positions_BT), positions_BT)
+    first = jnp.maximum(jnp.min(span.first(real)), 0) // keys
+    start = top, total, jnp.zeros((*rows, d))
+    _, total, acc = lax.fori_loop(first, jnp.max(positions_BT) // keys + 1, block, start)
+    # The share of the top itself is 1: only where all queries are padding there is no key, and less.
+    out = (acc / jnp.maximum(total, 1.0)).reshape(b, g, h // g, t, d)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

@@ -1,6 +1,8 @@
 // Attention over paged keys and values: each query to the keys at its own position and before it, within
-// the window if there is one. Pages are [P, H, S, d]; position p of sequence b lies in row p % S of page
-// table[b, p / S].
+// the window or chunk if there is one. Pages are [P, H, S, d]; position p of sequence b lies in row p % S of
+// page table[b, p / S]. Latent pages are keys and values at once: both pointers are the same.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -22,11 +24,24 @@ struct Problem {
   const char *k, *v;
   const int32_t *positions, *table;
   bool bf16;
-  int64_t window;  // 0: none
+  int64_t window, chunk;  // 0: none
+  const float* sinks;     // of each query head a score that has no value; or null
   float* out;
+
+  // The first position that a query at `position` sees; below 0 where its window reaches past it.
+  int64_t first(int64_t position) const {
+    if (window) return position - window + 1;
+    return chunk ? position / chunk * chunk : 0;
+  }
 };
 
 constexpr int64_t QUERIES = 64;  // that meet a page together: tokens of a sequence, heads of one KV head
+constexpr int64_t LANES = 16;    // queries that every set packs together: fewer would not be faster
+
+// Tokens [t0, t1) of sequence b, query heads [h0, h1), which share KV head g.
+struct Item {
+  int64_t b, g, t0, t1, h0, h1;
+};
 
 // Scratch of one item, in the order of its parts.
 struct State {
@@ -54,13 +69,13 @@ void ask_for(const Problem& p, int64_t page, int64_t g) {
   const int64_t bytes = p.page * p.d * (p.bf16 ? 2 : 4), at = (page * p.kv_heads + g) * bytes;
   for (int64_t i = 0; i < bytes; i += 64) {
     __builtin_prefetch(p.k + at + i);
-    __builtin_prefetch(p.v + at + i);
+    if (p.v != p.k) __builtin_prefetch(p.v + at + i);
   }
 }
 
-// Tokens [t0, t1) of sequence b, the query heads that share KV head g.
-void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1) {
-  const int64_t share = p.heads / p.kv_heads, queries = (t1 - t0) * share, d = p.d;
+void attend_item(const Problem& p, const Item& item) {
+  const auto [b, g, t0, t1, h0, h1] = item;
+  const int64_t share = h1 - h0, queries = (t1 - t0) * share, d = p.d;
   const int64_t lanes = (p.page + 15) / 16 * 16, width = p.bf16 ? 2 : 4;
   const Gemm& gemm = p.bf16 ? isa().bf16 : isa().f32;
   State state(p, gemm, queries);
@@ -72,14 +87,14 @@ void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1)
     if (positions[t] >= 0 && positions[t] < first) first = positions[t];
     for (int64_t h = 0; h < share; h++) {
       const int64_t i = (t - t0) * share + h;
-      const float* from = p.q + ((b * p.tokens + t) * p.heads + g * share + h) * d;
+      const float* from = p.q + ((b * p.tokens + t) * p.heads + h0 + h) * d;
       for (int64_t e = 0; e < d; e++) state.q[i * d + e] = from[e] * scale, state.acc[i * d + e] = 0.f;
-      state.top[i] = NEVER, state.total[i] = 0.f;
+      state.top[i] = p.sinks ? p.sinks[h0 + h] : NEVER, state.total[i] = p.sinks ? 1.f : 0.f;
     }
   }
   gemm.pack({state.q, d, false, nullptr}, queries, d, 0, d, state.packed);
-  const int64_t first_key = p.window && first - p.window + 1 > 0 ? first - p.window + 1 : 0;
-  for (int64_t j = first_key / p.page; last >= 0 && j <= last / p.page && j < p.table_len; j++) {
+  const int64_t first_key = p.first(first);
+  for (int64_t j = first_key > 0 ? first_key / p.page : 0; last >= 0 && j <= last / p.page && j < p.table_len; j++) {
     const int64_t page = p.table[b * p.table_len + j], base = j * p.page;
     if (page < 0 || page >= p.pages) continue;
     const int64_t keys = last + 1 - base < p.page ? last + 1 - base : p.page;
@@ -89,7 +104,7 @@ void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1)
     for (int64_t i = 0; i < queries; i++) {
       const int64_t position = positions[t0 + i / share];
       float* scores = state.scores + i * lanes;
-      const int64_t from = p.window ? position - p.window + 1 - base : 0;
+      const int64_t from = p.first(position) - base;
       if (position < base || from >= keys) {
         for (int64_t s = 0; s < keys; s++) scores[s] = 0.f;  // nothing visible: no share of any value
         continue;
@@ -100,7 +115,7 @@ void attend_item(const Problem& p, int64_t b, int64_t g, int64_t t0, int64_t t1)
     isa().values(state.scores, lanes, queries, p.v + at, p.bf16, keys, state.acc, d, state.scratch);
   }
   for (int64_t i = 0; i < queries; i++) {
-    float* to = p.out + ((b * p.tokens + t0 + i / share) * p.heads + g * share + i % share) * d;
+    float* to = p.out + ((b * p.tokens + t0 + i / share) * p.heads + h0 + i % share) * d;
     const float total = state.total[i], norm = total == 0.f ? 0.f : 1.f / total;
     for (int64_t e = 0; e < d; e++) to[e] = state.acc[i * d + e] * norm;
   }
@@ -116,29 +131,33 @@ void keep_row(const float* from, int64_t d, bool bf16, char* to) {
   for (int64_t e = 0; e < d; e++) out[e] = narrow(from[e]);
 }
 
-}  // namespace
+// Rows [B, T, H, d] and the pages that keep them.
+struct Kept {
+  const float* rows;
+  char* pages;
+};
 
-// Writes k and v [B, T, H, d] into the pages at their positions, in place; position -1 writes nothing.
-ffi::Error WritePages(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::F32> k,
-                      ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table,
-                      ffi::Result<ffi::AnyBuffer> k_pages, ffi::Result<ffi::AnyBuffer> v_pages) {
-  const auto pd = k_pages->dimensions(), kd = k.dimensions();
+// Writes the rows of every `kept` into its pages at their positions; position -1 writes nothing.
+template <size_t N>
+void write_rows(ffi::ThreadPool& pool, const Kept (&kept)[N], const ffi::Buffer<ffi::F32>& like,
+                const ffi::Buffer<ffi::S32>& positions, const ffi::Buffer<ffi::S32>& table,
+                const ffi::AnyBuffer& to) {
+  const auto pd = to.dimensions(), kd = like.dimensions();
   const int64_t pages = pd[0], heads = pd[1], page = pd[2], d = pd[3], tokens = kd[1];
   const int64_t table_len = table.dimensions()[1];
-  const bool bf16 = k_pages->element_type() != ffi::F32;
+  const bool bf16 = to.element_type() != ffi::F32;
   const int64_t row_bytes = d * (bf16 ? 2 : 4);
-  const float *k_rows = k.typed_data(), *v_rows = v.typed_data();
   const int32_t *at = positions.typed_data(), *pages_of = table.typed_data();
-  char *to_k = (char*)k_pages->untyped_data(), *to_v = (char*)v_pages->untyped_data();
+  std::array<Kept, N> all;
+  std::copy(kept, kept + N, all.begin());
   const auto write = [=](int64_t i) {
     const int64_t slot = at[i] / page;
     if (at[i] < 0 || slot >= table_len) return;
     const int64_t id = pages_of[i / tokens * table_len + slot];
     if (id < 0 || id >= pages) return;
     for (int64_t h = 0; h < heads; h++) {
-      const int64_t to = ((id * heads + h) * page + at[i] % page) * row_bytes;
-      keep_row(k_rows + (i * heads + h) * d, d, bf16, to_k + to);
-      keep_row(v_rows + (i * heads + h) * d, d, bf16, to_v + to);
+      const int64_t into = ((id * heads + h) * page + at[i] % page) * row_bytes;
+      for (const Kept& one : all) keep_row(one.rows + (i * heads + h) * d, d, bf16, one.pages + into);
     }
   };
   const int64_t rows = kd[0] * tokens, strip = 64;
@@ -146,6 +165,25 @@ ffi::Error WritePages(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer, ffi:
                        for (int64_t i = s * strip; i < rows && i < (s + 1) * strip; i++) write(i);
                      }}},
              (double)rows * heads * d);
+}
+
+}  // namespace
+
+// Both write in place: their results are their first arguments.
+ffi::Error WritePages(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::F32> k,
+                      ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table,
+                      ffi::Result<ffi::AnyBuffer> k_pages, ffi::Result<ffi::AnyBuffer> v_pages) {
+  const Kept kept[] = {{k.typed_data(), (char*)k_pages->untyped_data()},
+                       {v.typed_data(), (char*)v_pages->untyped_data()}};
+  write_rows(pool, kept, k, positions, table, *k_pages);
+  return ffi::Error::Success();
+}
+
+ffi::Error WriteLatent(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::Buffer<ffi::F32> rows,
+                       ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table,
+                       ffi::Result<ffi::AnyBuffer> pages) {
+  const Kept kept[] = {{rows.typed_data(), (char*)pages->untyped_data()}};
+  write_rows(pool, kept, rows, positions, table, *pages);
   return ffi::Error::Success();
 }
 
@@ -161,23 +199,41 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeWritePages, WritePages,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeWriteLatent, WriteLatent,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table, ffi::ResultBuffer<ffi::F32> out,
-                  int64_t window) {
+                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::F32> sinks,
+                  ffi::ResultBuffer<ffi::F32> out, int64_t window, int64_t chunk) {
   const auto qd = q.dimensions(), kd = k.dimensions();
   const Problem p = {qd[0], qd[1], qd[2], qd[3], kd[0], kd[1], kd[2], table.dimensions()[1], q.typed_data(),
                      (const char*)k.untyped_data(), (const char*)v.untyped_data(), positions.typed_data(),
-                     table.typed_data(), k.element_type() != ffi::F32, window, out->typed_data()};
-  const int64_t together = QUERIES * p.kv_heads / p.heads > 0 ? QUERIES * p.kv_heads / p.heads : 1;  // tokens
+                     table.typed_data(), k.element_type() != ffi::F32, window, chunk,
+                     sinks.element_count() ? sinks.typed_data() : nullptr, out->typed_data()};
+  const int64_t share = p.heads / p.kv_heads, together = QUERIES / share > 0 ? QUERIES / share : 1;  // tokens
   const int64_t blocks = ceil_div(p.tokens, together);
+  // Heads that share their keys go apart where they are too many, or too few items for all threads.
+  int64_t parts = ceil_div(share, QUERIES), items = blocks * p.sequences * p.kv_heads;
+  while (items * parts < pool.num_threads() && share / (2 * parts) >= LANES) parts *= 2;
   double keys = 0;
-  for (int64_t i = 0; i < p.sequences * p.tokens; i++) keys += p.positions[i] + 1;
+  for (int64_t i = 0; i < p.sequences * p.tokens; i++) {
+    const int64_t position = p.positions[i], first = p.first(position);
+    if (position >= 0) keys += position + 1 - (first > 0 ? first : 0);
+  }
   std::vector<Phase> phases;
   // The longest contexts first: the last tokens of a run see the most keys.
-  phases.push_back({blocks * p.sequences * p.kv_heads, [=](int64_t i) {
-                      const int64_t block = blocks - 1 - i / (p.sequences * p.kv_heads);
-                      const int64_t b = i / p.kv_heads % p.sequences, t0 = block * together;
-                      attend_item(p, b, i % p.kv_heads, t0, t0 + together < p.tokens ? t0 + together : p.tokens);
+  phases.push_back({items * parts, [=](int64_t i) {
+                      const int64_t part = i % parts, g = i / parts % p.kv_heads;
+                      const int64_t b = i / (parts * p.kv_heads) % p.sequences;
+                      const int64_t t0 = (blocks - 1 - i / (parts * p.kv_heads * p.sequences)) * together;
+                      const int64_t t1 = t0 + together < p.tokens ? t0 + together : p.tokens, h = g * share;
+                      attend_item(p, {b, g, t0, t1, h + share * part / parts, h + share * (part + 1) / parts});
                     }});
   run_phases(pool, std::move(phases), keys * p.heads * p.d / 8);
   return ffi::Error::Success();
@@ -191,7 +247,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JmoeAttend, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk"));
 
 }  // namespace jmoe
