@@ -7,6 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 
+from jmoe.checkpoint.params import moe_layers
 from jmoe.models.decoder import Decoder
 from jmoe.moe.placement import Placement
 
@@ -20,8 +21,8 @@ def model_identity(model: Decoder, placement: Placement | None = None) -> str:
     config = dataclasses.asdict(model.cfg)
     del config["dtype"]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for i, layer in enumerate(model.layers):
-        gate_ED = np.asarray(layer.moe.gate_ED[...])
+    for i, layer in enumerate(moe_layers(model.cfg)):
+        gate_ED = np.asarray(model.layers[layer].moe.gate_ED[...])
         if placement is not None:
             gate_ED = gate_ED[np.argsort(placement.experts_LP[i])]
         digest.update(np.ascontiguousarray(gate_ED.astype(ml_dtypes.bfloat16)).tobytes())

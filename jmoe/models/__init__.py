@@ -1,11 +1,14 @@
 """Model families: one short file each, over the shared decoder."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from jmoe.config import ModelConfig
 from jmoe.models import mixtral, olmoe, qwen3_moe
 from jmoe.models.family import Family, HFConfig
 
+QUANTIZATIONS = ("mxfp4",)  # in which some family is read
 FAMILIES = {f.architecture: f for f in (mixtral.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY)}
 
 
@@ -25,7 +28,21 @@ def model_config(hf: HFConfig) -> ModelConfig:
     architectures = hf.get("architectures") or []
     if len(architectures) != 1:
         raise ValueError(f"config.json must name one architecture, got {architectures!r}")
-    return get_family(architectures[0]).config(hf)
+    family = get_family(architectures[0])
+    if hf.get("quantization_config"):
+        _check_quantization(family, hf["quantization_config"])
+    return family.config(hf)
+
+
+def _check_quantization(family: Family, given: Any) -> None:
+    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if method not in QUANTIZATIONS:
+        read = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(
+            f"quantization_config: method {method!r} is not read, {read} is; use the unquantised checkpoint"
+        )
+    if method not in family.quantization:
+        raise ValueError(f"quantization_config: method {method!r} is not read of {family.architecture}")
 
 
 __all__ = ["FAMILIES", "Family", "get_family", "model_config"]

@@ -5,19 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe.config import ModelConfig
+from jmoe.models.weights import Stored
 
 HFConfig = Mapping[str, Any]
-# (name in the checkpoint, path of the parameter, index into its leading axes)
-WeightName = tuple[str, str, tuple[int, ...]]
+WeightName = Stored
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. names: the checkpoint's name of every tensor the model has, each exactly once."""
+    """One architecture.
+
+    names: every tensor of the checkpoint that the model has, or every entry of a stacked one, exactly once.
+    ignored: whether a checkpoint may have a tensor of that name beside them, which is then not read.
+    quantization: the methods (``quant_method``) in which its checkpoints are read beside plain ones.
+    """
 
     architecture: str
     config: Callable[[HFConfig], ModelConfig]
     names: Callable[[ModelConfig], Iterator[WeightName]]
+    ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
+    quantization: tuple[str, ...] = ()
 
 
 def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict[str, Any]:
@@ -80,24 +87,26 @@ def weight_names(
     cfg: ModelConfig, *, gate: str, experts: str, gate_up_down: tuple[str, str, str]
 ) -> Iterator[WeightName]:
     """The names of the Llama-like layout; ``gate`` and ``experts`` are the MoE block's, below a layer."""
-    yield "model.embed_tokens.weight", "embed", ()
-    yield "model.norm.weight", "norm", ()
+    yield Stored("model.embed_tokens.weight", "embed")
+    yield Stored("model.norm.weight", "norm")
     if not cfg.tie_word_embeddings:
-        yield "lm_head.weight", "lm_head", ()
+        yield Stored("lm_head.weight", "lm_head")
     for i in range(cfg.num_hidden_layers):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        yield f"{theirs}.input_layernorm.weight", f"{ours}.input_norm", ()
-        yield f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm", ()
+        yield Stored(f"{theirs}.input_layernorm.weight", f"{ours}.input_norm")
+        yield Stored(f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm")
         for p in "qkvo":
-            yield f"{theirs}.self_attn.{p}_proj.weight", f"{ours}.attention.{p}_proj", ()
+            yield Stored(f"{theirs}.self_attn.{p}_proj.weight", f"{ours}.attention.{p}_proj")
             if cfg.attention_bias:
-                yield f"{theirs}.self_attn.{p}_proj.bias", f"{ours}.attention.{p}_bias", ()
+                yield Stored(f"{theirs}.self_attn.{p}_proj.bias", f"{ours}.attention.{p}_bias")
         if cfg.qk_norm != "none":
-            yield f"{theirs}.self_attn.q_norm.weight", f"{ours}.attention.q_norm", ()
-            yield f"{theirs}.self_attn.k_norm.weight", f"{ours}.attention.k_norm", ()
-        yield f"{theirs}.{gate}.weight", f"{ours}.moe.gate_ED", ()
+            yield Stored(f"{theirs}.self_attn.q_norm.weight", f"{ours}.attention.q_norm")
+            yield Stored(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attention.k_norm")
+        yield Stored(f"{theirs}.{gate}.weight", f"{ours}.moe.gate_ED")
         for e in range(cfg.num_experts):
             for half, name in enumerate(gate_up_down[:2]):
-                yield f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.gate_up_E2FD", (e, half)
+                yield Stored(
+                    f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.gate_up_E2FD", (e, half)
+                )
             name = gate_up_down[2]
-            yield f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.down_EDF", (e,)
+            yield Stored(f"{theirs}.{experts}.{e}.{name}.weight", f"{ours}.moe.experts.down_EDF", (e,))
