@@ -54,7 +54,7 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         ".gate.weight": (cfg.num_experts, d), "gate_proj.weight": (f, d), "up_proj.weight": (f, d),
         "down_proj.weight": (d, f), "w1.weight": (f, d), "w3.weight": (f, d), "w2.weight": (d, f),
     }  # fmt: skip
-    names = [name for name, _, _ in get_family(cfg.architecture).names(cfg)]
+    names = [stored.name for stored in get_family(cfg.architecture).names(cfg)]
     return {n: next(s for e, s in reversed(by_ending.items()) if n.endswith(e)) for n in names}
 
 

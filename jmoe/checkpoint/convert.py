@@ -67,7 +67,8 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
             if progress is not None:
                 progress(done, total)
     config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    for stale in ("torch_dtype", "quantization_config"):  # the weights are as "dtype" says, whole
+        config.pop(stale, None)
     text = json.dumps(config | {"dtype": cfg.dtype}, indent=2)
     (working / "config.json").write_text(text + "\n", encoding="utf-8")
     for name in COPIED:

@@ -111,32 +111,56 @@ class HFCheckpoint:
                 )
         return weight_map
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """Reads a tensor into ``out`` (C-order, float32 or bfloat16), converting where the dtypes differ.
+    def read_into(self, name: str, out: np.ndarray, part: int | None = None) -> None:
+        """Reads a tensor, or one entry of its leading axis, into ``out`` (C-order, see ``read_run``)."""
+        info = self.tensors[name]
+        shape = info.shape if part is None else info.shape[1:]
+        if out.shape != shape or not out.flags.c_contiguous:
+            raise ValueError(f"{info.file}: tensor {name!r} is {list(shape)}, asked as {list(out.shape)}")
+        self.read_run(name, (part or 0) * out.size, out.reshape(-1))
 
-        Raises ValueError for NaN or Inf (in the file, or overflown by the conversion) or a truncated file.
+    def read_run(self, name: str, start: int, out: np.ndarray) -> None:
+        """Reads the values of a tensor from the ``start``-th on, in C order, as many as ``out`` holds.
+
+        out: flat, float32 or bfloat16; converted where the dtypes differ. Raises ValueError for NaN or Inf
+        (in the file, or overflown by the conversion), a truncated file or a dtype that is not a number's.
         """
         info = self.tensors[name]
         source = DTYPES.get(info.dtype)
         if source is None:
             known = ", ".join(DTYPES)
             raise ValueError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: {known}")
-        if out.shape != info.shape or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{info.file}: tensor {name!r} is {list(info.shape)}, asked as {list(out.shape)}"
-            )
-        file, flat = self._files[info.file], out.reshape(-1)
-        step = CHUNK // source.itemsize
-        scratch = None if source == out.dtype else np.empty(step, source)
-        for start in range(0, flat.size, step):
-            part = flat[start : start + step]
-            target = part if scratch is None else scratch[: part.size]
-            read_exactly(file, info.offset + start * source.itemsize, target.view(np.uint8).data)
+        file, step = self._files[info.file], CHUNK // source.itemsize
+        offset = self._offset(info, name, start, out.size, source.itemsize)
+        scratch = None if source == out.dtype else np.empty(min(step, out.size), source)
+        for at in range(0, out.size, step):
+            chunk = out[at : at + step]
+            target = chunk if scratch is None else scratch[: chunk.size]
+            read_exactly(file, offset + at * source.itemsize, target.view(np.uint8).data)
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
-                    part[...] = target
-            if not all_finite(part):
+                    chunk[...] = target
+            if not all_finite(chunk):
                 raise ValueError(f"{info.file}: tensor {name!r} has NaN or Inf (as {out.dtype})")
+
+    def read_bytes(self, name: str, start: int, count: int) -> np.ndarray:
+        """``count`` bytes of a tensor of bytes, from the ``start``-th on."""
+        info = self.tensors[name]
+        if info.dtype != "U8":
+            raise ValueError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: U8")
+        out = np.empty(count, np.uint8)
+        read_exactly(self._files[info.file], self._offset(info, name, start, count, 1), out.data)
+        return out
+
+    @staticmethod
+    def _offset(info: TensorInfo, name: str, start: int, count: int, itemsize: int) -> int:
+        """Of an element, from the file's start; ValueError where a tensor does not have so many."""
+        if start < 0 or (start + count) * itemsize > info.nbytes:
+            values = info.nbytes // itemsize
+            raise ValueError(
+                f"{info.file}: tensor {name!r} has {values} values, asked for those to {start + count}"
+            )
+        return info.offset + start * itemsize
 
     def close(self) -> None:
         for file in self._files.values():

@@ -12,37 +12,40 @@ import numpy as np
 from flax import nnx
 
 from jmoe.checkpoint.hf_reader import all_finite
-from jmoe.checkpoint.params import Source, dotted, sources
+from jmoe.checkpoint.params import abstract_decoder, dotted, sources
 from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
-from jmoe.config import ModelConfig
+from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models import model_config
 from jmoe.models.decoder import Decoder
+from jmoe.models.weights import PLAIN, Stored
 
 
 def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) -> None:
-    """Writes the model under the family's per-expert names, in the dtype that ``hf_config`` names.
+    """Writes the model under the family's per-expert names, in the dtypes of a model of ``hf_config``.
 
     The data starts 64-byte aligned. Each file appears whole (written beside, then renamed) and replaces one
-    of that name. Raises ValueError where ``hf_config`` is not this model's, or a weight is NaN or Inf.
+    of that name. Raises ValueError where ``hf_config`` is not this model's, a weight is NaN or Inf, or the
+    family's checkpoints keep experts in another form than one tensor each.
     """
     directory = Path(directory)
     cfg = model_config(hf_config)
     _check_same(cfg, model.cfg)
     params = {dotted(keys): param for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     table = sources(cfg)
-    dtype = np.dtype(np.float32 if cfg.dtype == "float32" else ml_dtypes.bfloat16)
-    code = next(name for name, known in DTYPES.items() if known == dtype)
+    _check_plain(cfg, table)
+    specs = abstract_decoder(cfg, MoEConfig(), model.mesh)[1]
+    codes = {known: name for name, known in DTYPES.items()}
     entries = [
-        (part.name, code, params[path].shape[len(part.index) :])
+        (stored.name, codes[specs[path].dtype], specs[path].shape[len(stored.index) :])
         for path, parts in table.items()
-        for part in parts
+        for stored in parts
     ]
     directory.mkdir(parents=True, exist_ok=True)
 
     def write_weights(file: BinaryIO) -> None:
         file.write(encode_header(entries))
         for path, parts in table.items():
-            _write_param(file, path, np.asarray(params[path].get_value()), parts, dtype)
+            _write_param(file, path, np.asarray(params[path].get_value()), parts, specs[path].dtype)
 
     write_whole(directory / "model.safetensors", write_weights)
     text = json.dumps(hf_config, indent=2) + "\n"
@@ -67,13 +70,23 @@ def canonical(values: np.ndarray) -> np.ndarray:
     return values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
 
 
-def _write_param(file: BinaryIO, path: str, stored: np.ndarray, parts: list[Source], dtype: np.dtype) -> None:
-    values = canonical(stored)
-    for part in parts:
-        tensor = np.ascontiguousarray(values[part.index], dtype).reshape(-1)
+def _write_param(file: BinaryIO, path: str, value: np.ndarray, parts: list[Stored], dtype: np.dtype) -> None:
+    values = canonical(value)
+    for stored in parts:
+        tensor = np.ascontiguousarray(values[stored.index], dtype).reshape(-1)
         if not all_finite(tensor):
             raise ValueError(f"parameter {path!r} has NaN or Inf (as {dtype}); the file was not written")
         file.write(tensor.view(np.uint8).data)
+
+
+def _check_plain(cfg: ModelConfig, table: dict[str, list[Stored]]) -> None:
+    for parts in table.values():
+        for stored in parts:
+            if stored.form != PLAIN or stored.part is not None:
+                raise ValueError(
+                    f"{cfg.architecture} has {stored.name!r} in a form (stacked, transposed or quantised) "
+                    "that is read and not written; convert the checkpoint that the model came from"
+                )
 
 
 def _check_same(cfg: ModelConfig, have: ModelConfig) -> None:

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted
 from jmoe.checkpoint.offload import into_stacks
-from jmoe.checkpoint.params import ParamSpec, Source, abstract_decoder, fill, place, sources
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, moe_layers, place, sources
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
-from jmoe.checkpoint.safetensors_file import TensorInfo, open_regular, parse_json
+from jmoe.checkpoint.safetensors_file import open_regular, parse_json
+from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
+from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
@@ -34,8 +36,6 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
     path = directory / "config.json"
     with open_regular(path) as file:
         hf = parse_json(file.read(), str(path))
-    if hf.get("quantization_config"):
-        raise ValueError(f"{path}: quantization_config is not supported; use the unquantised checkpoint")
     if dtype != "auto":
         hf["dtype"] = dtype
     elif "float16" in (hf.get("dtype"), hf.get("torch_dtype")):
@@ -105,7 +105,7 @@ def read_model(
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
             if placement is not None:
-                permute_gate(path, buffer, placement)
+                permute_gate(path, buffer, placement, moe_layers(cfg))
             # on CPU the buffer becomes the parameter; elsewhere it is free again with the next one
             arrays[path] = jax.block_until_ready(place(buffer, spec))
             done += spec.nbytes
@@ -119,24 +119,24 @@ def match(
     moe: MoEConfig,
     mesh: Mesh,
     placement: Placement | None = None,
-) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Source]]]:
+) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Stored]]]:
     """The abstract model, its parameters and what fills each, once every name and shape has been checked."""
     check_names(checkpoint, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
     table = sources(cfg)
     if placement is not None:
-        table = into_slots(table, placement)
+        table = into_slots(table, placement, moe_layers(cfg))
     if moe.offload is not None:
-        table = into_stacks(table)
+        table = into_stacks(table, moe_layers(cfg))
     check_shapes(checkpoint.tensors, table, specs)
     return model, specs, table
 
 
-def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Source]) -> np.ndarray:
+def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Stored]) -> np.ndarray:
     """One parameter in the checkpoint's dtype, each tensor read straight into its slice of one buffer."""
     buffer = aligned_empty(spec.shape, spec.dtype)
-    for part in parts:
-        checkpoint.read_into(part.name, buffer[part.index])
+    for stored in parts:
+        read_slice(checkpoint, stored, buffer[stored.index])
     return buffer
 
 
@@ -144,30 +144,24 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the family's tensors.
 
     Two extras are known and not read: ``lm_head.weight`` of a tied model (a copy of the embedding) and the
-    rotary frequencies that old releases stored.
+    rotary frequencies that old releases stored; a family may know more.
     """
-    expected = set()
-    for name, _, _ in get_family(cfg.architecture).names(cfg):
-        if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
-            raise ValueError(f"{checkpoint.directory}: tensor {name!r} of {cfg.architecture} is missing")
-        expected.add(name)
+    family, expected = get_family(cfg.architecture), set()
+    for stored in family.names(cfg):
+        for name in stored.tensors:
+            if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
+                raise ValueError(f"{checkpoint.directory}: tensor {name!r} of {cfg.architecture} is missing")
+            info = checkpoint.tensors[name]
+            if stored.part is not None and stored.part >= (*info.shape, 0)[0]:  # an absurd num_experts
+                raise ValueError(
+                    f"{info.file}: tensor {name!r} has no entry {stored.part}, which config.json asks for: "
+                    f"it is {list(info.shape)}"
+                )
+            expected.add(name)
     for name, info in checkpoint.tensors.items():
         tied_head = cfg.tie_word_embeddings and name == "lm_head.weight"
-        if name not in expected and not tied_head and not name.endswith(".rotary_emb.inv_freq"):
+        known = tied_head or name.endswith(".rotary_emb.inv_freq") or family.ignored(cfg, name)
+        if name not in expected and not known:
             raise ValueError(
                 f"{info.file}: tensor {name!r} is not one of {cfg.architecture} as config.json has it"
             )
-
-
-def check_shapes(
-    tensors: dict[str, TensorInfo], table: dict[str, list[Source]], specs: dict[str, ParamSpec]
-) -> None:
-    """Raises ValueError for a tensor that does not have the shape of what it fills."""
-    for path, spec in specs.items():
-        for part in table[path]:
-            info, expected = tensors[part.name], spec.shape[len(part.index) :]
-            if info.shape != expected:
-                raise ValueError(
-                    f"{info.file}: tensor {part.name!r} must be {list(expected)} by config.json, "
-                    f"it is {list(info.shape)}"
-                )

@@ -18,7 +18,7 @@ HASHING_THREADS = 4
 
 @dataclass(frozen=True)
 class Manifest:
-    """dtype: every parameter's. parameters: shape by dotted path. files: (bytes, sha256) by relative path."""
+    """dtype: the model's. parameters: shape by dotted path. files: (bytes, sha256) by relative path."""
 
     architecture: str
     dtype: str

@@ -1,27 +1,32 @@
 """Checkpoints of a model whose experts are offloaded: the same tensors in one stack of all layers.
 
-``layers.3.moe.experts.down_EDF[e]`` of a checkpoint is ``store.down_LEDF[3, e]`` in memory.
+``layers.3.moe.experts.down_EDF[e]`` of a checkpoint is ``store.down_LEDF[n, e]`` in memory, where layer 3 is
+the n-th of ``moe_layers``, the numbers of the layers that have experts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from jmoe.checkpoint.hf_reader import aligned_empty
-from jmoe.checkpoint.params import ParamSpec, Source, in_layer
+from jmoe.checkpoint.params import ParamSpec, in_layer
 from jmoe.checkpoint.renumber import EXPERTS
+from jmoe.models.weights import Stored
 
-STACKS = dict(zip(EXPERTS, ("store.gate_up_LE2FD", "store.down_LEDF"), strict=True))
+_LIE_IN = ("store.gate_up_LE2FD", "store.down_LEDF", "store.gate_up_bias_LE2F", "store.down_bias_LED")
+STACKS = dict(zip(EXPERTS, _LIE_IN, strict=True))
 
 
-def into_stacks(table: Mapping[str, list[Source]]) -> dict[str, list[Source]]:
-    """The sources of each parameter, an expert's tensors filling its slice of the stacks."""
-    moved: dict[str, list[Source]] = {}
+def into_stacks(table: Mapping[str, list[Stored]], moe_layers: Sequence[int]) -> dict[str, list[Stored]]:
+    """What fills each parameter, an expert's tensors filling its slice of the stacks."""
+    moved: dict[str, list[Stored]] = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
         if name in STACKS:
-            indexed = [Source(part.name, (layer, *part.index)) for part in parts]
-            moved.setdefault(STACKS[name], []).extend(indexed)
+            stack, row = STACKS[name], moe_layers.index(layer)
+            indexed = [replace(p, path=stack, index=(row, *p.index)) for p in parts]
+            moved.setdefault(stack, []).extend(indexed)
         else:
             moved[path] = parts
     return moved
@@ -30,9 +35,10 @@ def into_stacks(table: Mapping[str, list[Source]]) -> dict[str, list[Source]]:
 class Stacks:
     """The stacks as buffers that layers are put into one by one."""
 
-    def __init__(self, specs: Mapping[str, ParamSpec]):
+    def __init__(self, specs: Mapping[str, ParamSpec], moe_layers: Sequence[int]):
         """specs: of the model with offloaded experts."""
-        self._specs = {path: specs[path] for path in STACKS.values()}
+        self._moe_layers = moe_layers
+        self._specs = {path: specs[path] for path in STACKS.values() if path in specs}
         self._buffers = {path: aligned_empty(s.shape, s.dtype) for path, s in self._specs.items()}
 
     def take(self, path: str, array: object) -> bool:
@@ -41,7 +47,7 @@ class Stacks:
         if name not in STACKS:
             return False
         buffer = self._buffers[STACKS[name]]
-        buffer[layer] = np.asarray(array).view(buffer.dtype)
+        buffer[self._moe_layers.index(layer)] = np.asarray(array).view(buffer.dtype)
         return True
 
     def finished(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:

@@ -1,12 +1,13 @@
 """A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is taken."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -15,6 +16,7 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import is_single, platform_of
 from jmoe.models import get_family
 from jmoe.models.decoder import Decoder
+from jmoe.models.weights import Stored
 from jmoe.nn.param import ParamMaker
 
 
@@ -33,18 +35,12 @@ class ParamSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint's tensor and the slice of the parameter that it fills."""
-
-    name: str
-    index: tuple[int, ...]
-
-
 def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
     """A Decoder of shapes without values, and its parameters by dotted path."""
-    dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
-    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, ParamMaker(dtype, nnx.Rngs(0), platform=where)))
+    make_dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
+    model = nnx.eval_shape(
+        lambda: Decoder(cfg, moe, mesh, ParamMaker(make_dtype, nnx.Rngs(0), platform=where))
+    )
     specs = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), param.get_value()
@@ -54,6 +50,8 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
         else:
             axes = PartitionSpec(*param.get_metadata("axes"))
             sharding = NamedSharding(mesh, axes, memory_kind=memory)
+        # a parameter may be float32 in a bfloat16 model
+        dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value.dtype
         specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding)
     return model, specs
 
@@ -69,12 +67,17 @@ def dotted(keys: Iterable[Any]) -> str:
     return ".".join(map(str, keys))
 
 
-def sources(cfg: ModelConfig) -> dict[str, list[Source]]:
+def sources(cfg: ModelConfig) -> dict[str, list[Stored]]:
     """The checkpoint tensors that fill each parameter, by the parameter's path."""
-    table: dict[str, list[Source]] = {}
-    for name, path, index in get_family(cfg.architecture).names(cfg):
-        table.setdefault(path, []).append(Source(name, index))
+    table: dict[str, list[Stored]] = {}
+    for stored in get_family(cfg.architecture).names(cfg):
+        table.setdefault(stored.path, []).append(stored)
     return table
+
+
+def moe_layers(cfg: ModelConfig) -> Sequence[int]:
+    """The layers that have experts: the n-th of them is row n of a placement and of the offloaded stacks."""
+    return range(cfg.num_hidden_layers)  # TODO: cfg.moe_layers; every caller gets it from here
 
 
 def in_layer(path: str) -> tuple[int, str]:

@@ -36,3 +36,8 @@ class Stored:
     index: tuple[int, ...] = ()
     part: int | None = None
     form: Form = PLAIN
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names as the checkpoint has them."""
+        return (f"{self.name}_blocks", f"{self.name}_scales") if self.form.mxfp4 else (self.name,)
