@@ -60,7 +60,7 @@ class ModelConfig:
     latent: LatentConfig | None = None
     mlp_only_layers: tuple[int, ...] = ()
     intermediate_size: int | None = None
-    layer_types: tuple[LayerType, ...] = ()
+    layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     attention_chunk_size: int | None = None
     no_rope_layers: tuple[int, ...] = ()

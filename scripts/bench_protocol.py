@@ -97,6 +97,7 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     model = Decoder(cfg, MoEConfig(), make_mesh(), make)
     if gate_scale != 1:
         for layer in model.layers:
+            assert layer.moe is not None
             gate_ED = layer.moe.router.gate_ED
             gate_ED[...] = gate_ED[...] * gate_scale
     save_hf(model, hf_config(cfg), directory)

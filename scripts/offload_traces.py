@@ -60,6 +60,7 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
         x_ND, _ = layer.attend(x_ND, by, seqs, None)
         following = [model.layers[min(i + 1 + a, last)] for a in range(AHEAD)]
         ahead_NAE = layer.ask(x_ND, [foresight(f) for f in following])
+        assert layer.moe is not None
         out = layer.moe(layer.normed(x_ND), token_flags(seqs))
         x_ND = x_ND + out.y_TD
         layers.append((out.routing.scores_TE, out.routing.ids_TK, ahead_NAE))

@@ -268,12 +268,17 @@ def test_a_value_beyond_the_asked_dtype_is_refused(tmp_path):
         ({"vocab_size": 10**12}, "vocab_size 1000000000000 exceeds"),
         ({"num_attention_heads": 0, "head_dim": None}, "config.json: "),
         ({"rope_parameters": "yarn"}, "config.json: "),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope type 'yarn' needs original_max_position_embeddings",
+        ),
         (
             {"quantization_config": {"quant_method": "fp8"}},
             "quantization_config: method 'fp8' is not read, 'mxfp4' is",
         ),
-        ({"num_hidden_layers": 10**9}, r"'model\.layers\.2\.input_layernorm\.weight' .* is missing"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 exceeds 10000"),
+        ({"num_hidden_layers": 10**3}, r"'model\.layers\.2\.input_layernorm\.weight' .* is missing"),
         ({"num_hidden_layers": 1}, r"'model\.layers\.1\..*' is not one of"),
     ],
 )

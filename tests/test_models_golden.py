@@ -43,8 +43,9 @@ def test_a_wrong_norm_would_be_seen():
     directory = GOLDEN / "qwen3_moe"
     golden = np.load(directory / "golden.npz")
     cfg = read_config(directory)
+    router = dataclasses.replace(cfg.router, norm_topk_prob=not cfg.router.norm_topk_prob)
     original = loading.read_config
-    loading.read_config = lambda *a: dataclasses.replace(cfg, norm_topk_prob=not cfg.norm_topk_prob)
+    loading.read_config = lambda *a: dataclasses.replace(cfg, router=router)
     try:
         wrong = load(directory).logits(golden["tokens"])
     finally:

@@ -31,7 +31,9 @@ def oracle(layer: MoELayer, x, valid=None):
     cfg = layer.cfg
     weights = (layer.router.gate_ED, layer.experts.gate_up_E2FD, layer.experts.down_EDF)
     arrays = [np.asarray(w[...]) for w in weights]
-    return moe_reference(x, *arrays, cfg.num_experts_per_tok, renormalize=cfg.router.norm_topk_prob, valid_T=valid)
+    return moe_reference(
+        x, *arrays, cfg.num_experts_per_tok, renormalize=cfg.router.norm_topk_prob, valid_T=valid
+    )
 
 
 def inputs(cfg, seed=0):

@@ -18,10 +18,11 @@ def model_identity(model: Decoder, placement: Placement | None = None) -> str:
     either dtype: gates are rounded to bfloat16 first. placement: what the experts were renumbered by.
     """
     config = dataclasses.asdict(model.cfg)
-    del config["dtype"]
+    del config["dtype"], config["rope"]["long"]  # as an engine serves it
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for i, number in enumerate(model.cfg.moe_layers):
-        gate_ED = np.asarray(model.layers[number].moe.router.gate_ED[...])
+    routers = [layer.moe.router for layer in model.layers if layer.moe is not None]
+    for i, router in enumerate(routers):
+        gate_ED = np.asarray(router.gate_ED[...])
         if placement is not None:
             gate_ED = gate_ED[np.argsort(placement.experts_LP[i])]
         digest.update(np.ascontiguousarray(gate_ED.astype(ml_dtypes.bfloat16)).tobytes())

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted
 from jmoe.checkpoint.offload import into_stacks
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, moe_layers, place, sources
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, made_up, place, sources
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import open_regular, parse_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
@@ -66,15 +66,17 @@ def load_model(
     dtype: DTypeChoice = "auto",
     progress: Progress | None = None,
     placement: Placement | None = None,
+    context: int | None = None,
 ) -> Decoder:
     """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
     dtype: "auto" keeps the checkpoint's. progress: called with (bytes done, bytes in all) after each
-    parameter. placement: experts are renumbered by it. Host memory: the model's on CPU, else one parameter's.
-    Raises ValueError, before any memory is taken, for a name or shape that is not exactly the model's; and
-    for the placement of another model.
+    parameter. placement: experts are renumbered by it. context: tokens of the longest sequence; the model's.
+    Host memory: the model's on CPU, else one parameter's. Raises ValueError, before any memory is taken, for
+    a name or shape that is not exactly the model's; and for the placement of another model.
     """
     cfg = read_config(directory, dtype)
+    cfg = dataclasses.replace(cfg, rope=cfg.rope.for_context(context or cfg.max_position_embeddings))
     moe = MoEConfig() if moe is None else moe
     report = (lambda done, total: None) if progress is None else progress
     if placement is not None:
@@ -105,7 +107,7 @@ def read_model(
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
             if placement is not None:
-                permute_gate(path, buffer, placement, moe_layers(cfg))
+                permute_gate(path, buffer, placement, cfg.moe_layers)
             # on CPU the buffer becomes the parameter; elsewhere it is free again with the next one
             arrays[path] = jax.block_until_ready(place(buffer, spec))
             done += spec.nbytes
@@ -125,15 +127,19 @@ def match(
     model, specs = abstract_decoder(cfg, moe, mesh)
     table = sources(cfg)
     if placement is not None:
-        table = into_slots(table, placement, moe_layers(cfg))
+        table = into_slots(table, placement, cfg.moe_layers)
     if moe.offload is not None:
-        table = into_stacks(table, moe_layers(cfg))
+        table = into_stacks(table, cfg.moe_layers)
+    for path in specs.keys() - table.keys():
+        table[path] = []
     check_shapes(checkpoint.tensors, table, specs)
     return model, specs, table
 
 
 def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Stored]) -> np.ndarray:
     """One parameter in the checkpoint's dtype, each tensor read straight into its slice of one buffer."""
+    if not parts:
+        return made_up(spec)
     buffer = aligned_empty(spec.shape, spec.dtype)
     for stored in parts:
         read_slice(checkpoint, stored, buffer[stored.index])

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
 from jmoe.checkpoint.offload import Stacks
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, moe_layers, place
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, place
 from jmoe.checkpoint.renumber import permuted
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models.decoder import Decoder
@@ -72,7 +72,7 @@ def restore_model(
         specs = abstract_decoder(cfg, replace(moe, offload=None, binning=None), mesh)[
             1
         ]  # as they were written
-        stacks = Stacks(wanted, moe_layers(cfg))
+        stacks = Stacks(wanted, cfg.moe_layers)
     check_parameters(directory, manifest, specs)
     arrays: dict[str, jax.Array] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
@@ -80,7 +80,7 @@ def restore_model(
         for path, array in restore_group(directory, group, {p: specs[p] for p in paths}).items():
             done += specs[path].nbytes
             if placement is not None:
-                array = permuted(path, array, placement, moe_layers(cfg))
+                array = permuted(path, array, placement, cfg.moe_layers)
             if stacks is None or not stacks.take(path, array):
                 arrays[path] = as_stored(array, specs[path])
         report(done, total)

@@ -1,7 +1,7 @@
 """A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is taken."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,18 @@ def dotted(keys: Iterable[Any]) -> str:
 
 
 def sources(cfg: ModelConfig) -> dict[str, list[Stored]]:
-    """The checkpoint tensors that fill each parameter, by the parameter's path."""
+    """The checkpoint tensors that fill each parameter, by the parameter's path; not of those that ``made_up``
+    gives."""
     table: dict[str, list[Stored]] = {}
     for stored in get_family(cfg.architecture).names(cfg):
         table.setdefault(stored.path, []).append(stored)
     return table
 
 
-def moe_layers(cfg: ModelConfig) -> Sequence[int]:
-    """The layers that have experts: the n-th of them is row n of a placement and of the offloaded stacks."""
-    return range(cfg.num_hidden_layers)  # TODO: cfg.moe_layers; every caller gets it from here
+def made_up(spec: ParamSpec) -> np.ndarray:
+    """A parameter that no checkpoint of others has: the numbers of its entries."""
+    assert spec.dtype == np.int32, f"{spec.path} has no tensor"
+    return np.arange(spec.shape[0], dtype=np.int32)
 
 
 def in_layer(path: str) -> tuple[int, str]:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.checkpoint.params import in_layer, moe_layers
+from jmoe.checkpoint.params import in_layer
 from jmoe.config import ModelConfig
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
 
 # what a layer may have one row of for each expert: of its router, and of the experts
-GATES = ("moe.gate_ED", "moe.router.gate_ED", "moe.router.bias_E", "moe.router.correction_E")
+GATES = tuple(f"moe.router.{name}" for name in ("gate_ED", "bias_E", "correction_E", "expert_E"))
 EXPERTS = (
     "moe.experts.gate_up_E2FD",
     "moe.experts.down_EDF",
@@ -32,7 +32,7 @@ EXPERTS = (
 def check_fits(placement: Placement, cfg: ModelConfig) -> None:
     """Raises ValueError for a placement of another shape or with replicas, before anything is read."""
     placement.check(
-        model=placement.model, layers=len(moe_layers(cfg)), experts=cfg.num_experts, ranks=placement.ranks
+        model=placement.model, layers=len(cfg.moe_layers), experts=cfg.num_experts, ranks=placement.ranks
     )
     if not placement.permutes:
         raise ValueError("the placement has replicas of experts; a model loads with one slot an expert")
@@ -42,7 +42,7 @@ def check_model(placement: Placement, model: Decoder) -> None:
     """Raises ValueError unless ``placement``, by which ``model`` was renumbered, was made for it."""
     cfg = model.cfg
     placement.check(
-        model=model_identity(model, placement), layers=len(moe_layers(cfg)), experts=cfg.num_experts,
+        model=model_identity(model, placement), layers=len(cfg.moe_layers), experts=cfg.num_experts,
         ranks=placement.ranks,
     )  # fmt: skip
 

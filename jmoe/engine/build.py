@@ -176,6 +176,7 @@ def build_engine(
         settings.dtype,
         progress=lambda done, total: progress("load", done, total),
         placement=placement,
+        context=max_model_len,
     )
     sizes = sizes_for(decoder.cfg, settings, max_model_len)
     shuffle, tables, share = settings.moe.shuffle, None, None

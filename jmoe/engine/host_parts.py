@@ -163,9 +163,9 @@ class PartFunctions:
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of ``PartFunctions``, and ``install``, jitted; ``layers``: of each layer, ``attend`` or, where
-    it has no experts, ``dense``. All that they give lies where the runner's own arrays do: an argument that
-    lay elsewhere would compile again."""
+    """The functions of ``PartFunctions``, and ``install``, jitted; ``layers``: of each layer, ``attend`` or,
+    where it has no experts, ``dense``. All that they give lies where the runner's own arrays do: an argument
+    that lay elsewhere would compile again."""
 
     begin: jax.stages.Wrapped
     layers: tuple[jax.stages.Wrapped, ...]
@@ -189,13 +189,12 @@ def parts(
     """One set for runners of equal models, like ``jitted``. kinds: of each layer, and whether it has experts.
     whole, paged: where arrays and pages lie."""
     functions = PartFunctions(merge, apply, slots)
-    placed = {"out_shardings": (whole, paged)}
-    of_kind = {
-        kind: jax.jit(kind[0].attend, donate_argnums=5, **placed)
-        if kind[1]
-        else jax.jit(kind[0].dense, donate_argnums=4, **placed)
-        for kind in set(kinds)
-    }
+
+    def of(layer: LayerFunctions, sparse: bool) -> jax.stages.Wrapped:
+        run, pages = (layer.attend, 5) if sparse else (layer.dense, 4)
+        return jax.jit(run, donate_argnums=pages, out_shardings=(whole, paged))
+
+    of_kind = {kind: of(*kind) for kind in set(kinds)}
     return Parts(
         begin=jax.jit(functions.begin, out_shardings=whole),
         layers=tuple(of_kind[kind] for kind in kinds),

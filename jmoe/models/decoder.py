@@ -21,6 +21,7 @@ from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
+from jmoe.models.layer import DecoderLayer, Foresight, foresight
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.orders import Hints, Move, ShuffleTables

@@ -15,7 +15,6 @@ from jmoe.models.family import (
     is_past_the_last_layer,
     refuse,
     require,
-    rope_config,
 )
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.weights import Stored
@@ -52,7 +51,8 @@ def config_v2(hf: HFConfig) -> ModelConfig:
     method = hf.get("topk_method") or "greedy"
     refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
     refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
-    refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))  # transformers ignores it, DeepSeek's code does not
+    # transformers ignores it, DeepSeek's own code does not, and no checkpoint has it
+    refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))
     groups = {"n_group": hf["n_group"], "topk_group": hf["topk_group"]} if method != "greedy" else {}
     scale = float(hf.get("routed_scaling_factor") or 1.0)
     router = RouterConfig(norm_topk_prob=False, routed_scaling_factor=scale, **groups)
@@ -86,17 +86,21 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
         hf["q_lora_rank"],
         *(require(hf, n) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
     )
-    rope = rope_config({**hf, "partial_rotary_factor": 1.0}, interleaved=interleaved)
-    heads = require(hf, "num_attention_heads")
-    own = {"num_key_value_heads": heads, "head_dim": latent.qk_rope_head_dim}
-    common = common_fields({**hf, **own}, experts=("n_routed_experts",), inner="moe_intermediate_size")
+    own = {
+        "num_key_value_heads": require(hf, "num_attention_heads"),
+        "head_dim": latent.qk_rope_head_dim,
+        "partial_rotary_factor": 1.0,
+    }
+    common = common_fields(
+        {**hf, **own}, experts=("n_routed_experts",), inner="moe_intermediate_size", interleaved=interleaved
+    )
     return ModelConfig(
         architecture=name,
-        **common | {"rope": rope},
+        **common,
         latent=latent,
         router=router,
         attention_bias=bool(hf.get("attention_bias", False)),
-        attention_multiplier=_score_scale(latent, rope),
+        attention_multiplier=_score_scale(latent, common["rope"]),
         **dense_and_shared(hf, common["moe_intermediate_size"]),
     )
 

@@ -10,6 +10,7 @@ from jmoe.config import ModelConfig
 from jmoe.models.weights import Stored
 
 HFConfig = Mapping[str, Any]
+LAYERS = 10_000  # more would be a damaged file, and lists of them take memory
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,27 @@ class Family:
     quantization: tuple[str, ...] = ()
 
 
-def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict[str, Any]:
+def common_fields(
+    hf: HFConfig, *, experts: tuple[str, ...], inner: str, interleaved: bool = False
+) -> dict[str, Any]:
     """The fields that every family spells alike, read from transformers 4 and 5 spellings.
 
     hf: the config over the family's defaults. experts: names under which the number of experts may stand.
-    inner: the experts' inner dimension.
+    inner: the experts' inner dimension. interleaved: how the rotary embedding pairs dimensions.
     Raises ValueError naming a missing or unsupported field.
     """
     act = hf.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"hidden_act {act!r} is not supported; supported: 'silu'")
     heads, hidden = require(hf, "num_attention_heads"), require(hf, "hidden_size")
+    layers = require(hf, "num_hidden_layers")
+    if isinstance(layers, int) and layers > LAYERS:
+        raise ValueError(f"num_hidden_layers {layers} exceeds {LAYERS}")
     eos = hf.get("eos_token_id")
     return {
         "vocab_size": require(hf, "vocab_size"),
         "hidden_size": hidden,
-        "num_hidden_layers": require(hf, "num_hidden_layers"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or hidden // heads,
@@ -52,7 +58,7 @@ def common_fields(hf: HFConfig, *, experts: tuple[str, ...], inner: str) -> dict
         "moe_intermediate_size": require(hf, inner),
         "max_position_embeddings": require(hf, "max_position_embeddings"),
         "rms_norm_eps": require(hf, "rms_norm_eps"),
-        "rope": rope_config(hf),
+        "rope": rope_config(hf, interleaved=interleaved),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -74,13 +80,14 @@ def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
 
 
 def rope_config(hf: HFConfig, *, interleaved: bool = False) -> RopeConfig:
-    """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (4)."""
+    """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta``
+    (4)."""
     given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in get_args(RopeType):
         raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeType))}")
     most, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
-    values = {name: given[name] for name in _ROPE_FIELDS if given.get(name) is not None}
+    values: dict[str, Any] = {name: given[name] for name in _ROPE_FIELDS if given.get(name) is not None}
     values["rope_theta"] = float(given.get("rope_theta") or require(hf, "rope_theta"))
     values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
     if kind != "default" and hf.get(original):

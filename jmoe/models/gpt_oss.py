@@ -2,6 +2,7 @@
 within a window."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from jmoe.anatomy import RouterConfig
@@ -58,10 +59,10 @@ def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
         yield Stored(f"{theirs}.mlp.router.{name}", f"{ours}.moe.router.{path}")
     name, path = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
     four_bits = cfg.quant_method == "mxfp4"
-    weights = {"transposed": not four_bits, "mxfp4": four_bits}
-    gate_up = Form(rows="alternate", **weights)
+    down = Form(transposed=not four_bits, mxfp4=four_bits)
+    gate_up = replace(down, rows="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
-    yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", Form(**weights))
+    yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", down)
     bias = Form(rows="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj_bias", f"{path}.gate_up_bias_E2F", bias)
     yield from stacked_names(cfg, f"{name}.down_proj_bias", f"{path}.down_bias_ED")

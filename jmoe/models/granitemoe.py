@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
@@ -28,12 +29,13 @@ MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multipl
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
+    multipliers: dict[str, Any] = {name: float(hf[name]) for name in MULTIPLIERS}
     return ModelConfig(
         architecture="GraniteMoeForCausalLM",
         **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
         router=RouterConfig(norm_topk_prob=True),
         attention_bias=bool(hf.get("attention_bias", False)),
-        **{name: float(hf[name]) for name in MULTIPLIERS},
+        **multipliers,
     )
 
 

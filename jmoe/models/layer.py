@@ -48,14 +48,12 @@ class DecoderLayer(nnx.Module):
         self.input_norm = Norm(cfg, make)
         self.attention = kind(cfg, layer, split, make, kernels)
         self.post_attention_norm = Norm(cfg, make)
-        self.moe = self.mlp = self.shared = None
-        if layer in cfg.mlp_only_layers:
-            assert cfg.intermediate_size is not None
-            self.mlp = DenseMLP(cfg, cfg.intermediate_size, split.mesh, make, kernels)
-        else:
-            self.moe = MoELayer(cfg, moe, split.mesh, make, kernels)
-            if inner := cfg.shared_expert_intermediate_size:
-                self.shared = DenseMLP(cfg, inner, split.mesh, make, kernels, cfg.shared_expert_gate)
+        sparse, mesh = layer not in cfg.mlp_only_layers, split.mesh
+        dense, shared = cfg.intermediate_size or 0, cfg.shared_expert_intermediate_size
+        self.mlp = None if sparse else DenseMLP(cfg, dense, mesh, make, kernels)
+        self.moe = MoELayer(cfg, moe, mesh, make, kernels) if sparse else None
+        shares = cfg.shared_expert_gate
+        self.shared = DenseMLP(cfg, shared, mesh, make, kernels, shares) if sparse and shared else None
         self.shuffle = Shuffle(split.mesh, cfg.num_experts)
         self.cfg = cfg
 

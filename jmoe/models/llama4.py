@@ -7,7 +7,7 @@ from functools import partial
 
 from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields, require, rope_config
+from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, mlp_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
@@ -36,7 +36,8 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size")
+    experts = "num_local_experts", "num_experts"
+    common = common_fields(hf, experts=experts, inner="intermediate_size", interleaved=True)
     layers, step = range(common["num_hidden_layers"]), hf["interleave_moe_layer_step"]
     sparse = hf.get("moe_layers")
     sparse = range(step - 1, len(layers), step) if sparse is None else sparse
@@ -47,7 +48,7 @@ def config(hf: HFConfig) -> ModelConfig:
     kinds = hf.get("layer_types") or [chunked if turns else "full_attention" for turns in rotating]
     return ModelConfig(
         architecture=TEXT,
-        **common | {"rope": rope_config(hf, interleaved=True)},
+        **common,
         router=RouterConfig(scoring_func="sigmoid", norm_topk_prob=False, weigh_input=True),
         mlp_only_layers=dense,
         intermediate_size=require(hf, "intermediate_size_mlp") if dense else None,

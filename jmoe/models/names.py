@@ -43,7 +43,8 @@ def mlp_names(theirs: str, ours: str) -> Iterator[Stored]:
 def expert_names(
     cfg: ModelConfig, theirs: str, ours: str, *, gate_up_down: tuple[str, str, str], router: str, block: str
 ) -> Iterator[Stored]:
-    """A router and experts with tensors of their own; ``block`` stands below the layer, the others below it."""
+    """A router and experts with tensors of their own; ``block`` stands below the layer, the others below
+    it."""
     yield Stored(f"{theirs}.{block}.{router}.weight", f"{ours}.moe.router.gate_ED")
     gate, up, down = gate_up_down
     for e in range(cfg.num_experts):

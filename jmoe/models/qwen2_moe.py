@@ -26,8 +26,9 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    windowed, dense = hf.get("use_sliding_window", False), dense_layers(hf)
+    windowed = hf.get("use_sliding_window", False)
     common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
+    dense = dense_layers(hf)
     return ModelConfig(
         architecture="Qwen2MoeForCausalLM",
         **common,

@@ -21,10 +21,12 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    windowed, dense = hf.get("use_sliding_window", False), dense_layers(hf)
+    windowed = hf.get("use_sliding_window", False)
+    common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
+    dense = dense_layers(hf)
     return ModelConfig(
         architecture="Qwen3MoeForCausalLM",
-        **common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size"),
+        **common,
         router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
         mlp_only_layers=dense,
         intermediate_size=hf["intermediate_size"] if dense else None,

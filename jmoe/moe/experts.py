@@ -29,10 +29,9 @@ class Experts(nnx.Module):
         experts, model, inner = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
         self.gate_up_E2FD = make.stored((experts, 2, inner, model), (EXPERT, None, TENSOR, None))
         self.down_EDF = make.stored((experts, model, inner), (EXPERT, None, TENSOR))
-        self.gate_up_bias_E2F = self.down_bias_ED = None
-        if cfg.expert_bias:
-            self.gate_up_bias_E2F = make((experts, 2, inner), (EXPERT, None, TENSOR))
-            self.down_bias_ED = make((experts, model), (EXPERT, None))
+        biased = cfg.expert_bias
+        self.gate_up_bias_E2F = make((experts, 2, inner), (EXPERT, None, TENSOR)) if biased else None
+        self.down_bias_ED = make((experts, model), (EXPERT, None)) if biased else None
 
     @property
     def weights(self) -> ExpertWeights:
@@ -55,10 +54,9 @@ class HostExperts(nnx.Module):
         spread = (None, EXPERT, None, TENSOR, None)
         self.gate_up_LE2FD = make.stored((*both, 2, inner, model), spread, memory=HOST)
         self.down_LEDF = make.stored((*both, model, inner), (*spread[:3], TENSOR), memory=HOST)
-        self.gate_up_bias_LE2F = self.down_bias_LED = None
-        if cfg.expert_bias:
-            self.gate_up_bias_LE2F = make.stored((*both, 2, inner), spread[:4], memory=HOST)
-            self.down_bias_LED = make.stored((*both, model), spread[:3], memory=HOST)
+        biases = ((*both, 2, inner), spread[:4]), ((*both, model), spread[:3])
+        made = [make.stored(*bias, memory=HOST) if cfg.expert_bias else None for bias in biases]
+        self.gate_up_bias_LE2F, self.down_bias_LED = made
 
     @property
     def weights(self) -> ExpertWeights:

@@ -36,7 +36,7 @@ class DenseMLP(nnx.Module):
         self.gate_up_2FD = make((2, inner, cfg.hidden_size), (None, TENSOR, None))
         self.down_DF = make((cfg.hidden_size, inner), (None, TENSOR))
         self.share_1D = make((1, cfg.hidden_size), (None, None)) if shares else None
-        self.act, self.mesh, self.kernels = cfg.hidden_act, mesh, kernels
+        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
@@ -53,7 +53,7 @@ class DenseMLP(nnx.Module):
         gate_up = w["gate_up_2FD"]
         inner = gate_up.shape[1]
         h_TF = multiply(x_TD, gate_up.reshape(2 * inner, -1))
-        y_TD = multiply(gated(self.act, h_TF[:, :inner], h_TF[:, inner:]), w["down_DF"])
+        y_TD = multiply(gated(self.cfg.hidden_act, h_TF[:, :inner], h_TF[:, inner:]), w["down_DF"])
         if not is_single(self.mesh):
             y_TD = lax.psum(y_TD, TENSOR)
         return y_TD if self.share_1D is None else y_TD * jax.nn.sigmoid(multiply(x_TD, w["share_1D"]))

@@ -4,5 +4,6 @@ from jmoe_kernels.grouped_mlp.api import Implementation, grouped_mlp, pick, stor
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 
 __all__ = [
-    "Activation", "ExpertWeights", "Implementation", "gated", "grouped_mlp", "pick", "storage_dtype", "supports",
+    "Activation", "ExpertWeights", "Implementation", "gated", "grouped_mlp", "pick", "storage_dtype",
+    "supports",
 ]  # fmt: skip
