@@ -72,8 +72,9 @@ def paged_attention(
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
     """Writes the new keys and values, then attends: each query to its sequence up to its own position.
 
-    sinks_H: a logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
-    Returns float32 outputs ``[B, T, H, d]``, unspecified but finite at padding, and the updated pages.
+    span: which keys a query sees. sinks_H: a logit of each query head that joins the softmax's denominator
+    and has no value (gpt-oss). Returns float32 outputs ``[B, T, H, d]``, unspecified but finite at padding,
+    and the updated pages.
     """
     if implementation == "xla":
         return paged_attention_xla(new, pages, span, sinks_H)
