@@ -1,6 +1,7 @@
 """The forms in which checkpoints keep a slice of a parameter: each is read exactly, and no byte beside it."""
 
 import os
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -140,6 +141,22 @@ def test_bytes_beside_the_entry_are_not_read(tmp_path):
                 read(checkpoint, Stored("t", "p", (), 1, form), shape)
             with pytest.raises(ValueError, match="'t' has 24 values, asked for those to 32"):
                 read(checkpoint, Stored("t", "p", (), 3, form), shape)
+
+
+@pytest.mark.parametrize("form", [forms.TURNED_TURNS, forms.TURNS, forms.MXFP4_TURNS])
+def test_an_entry_takes_the_memory_of_a_chunk(tmp_path, form):
+    shape = (2, 2048, 1024)  # 16 MiB
+    stored = Stored("t", "p", (), 1, form)
+    dtype = np.uint8 if form.mxfp4 else np.float32
+    tensors = {e.name: np.zeros((2, *e.shape), dtype) for e in entries(stored, shape)}
+    with checkpoint_of(tmp_path, tensors) as checkpoint:
+        out = np.ones(shape, np.float32)
+        dequantised(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), out.dtype)  # its table stays
+        tracemalloc.start()
+        read_slice(checkpoint, stored, out)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert not out.any() and peak < 6 << 20
 
 
 def test_a_scale_that_is_no_number_and_numbers_beyond_the_dtype(tmp_path):

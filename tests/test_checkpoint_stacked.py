@@ -16,9 +16,9 @@ from jax.sharding import SingleDeviceSharding
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
-from jmoe.checkpoint.offload import STACKS, Stacks, into_stacks
+from jmoe.checkpoint.offload import Stacks, into_stacks
 from jmoe.checkpoint.params import ParamSpec, dotted
-from jmoe.checkpoint.renumber import GATES, into_slots, permute_gate, permuted
+from jmoe.checkpoint.renumber import into_slots, permute_gate, permuted
 from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models import FAMILIES
@@ -29,6 +29,8 @@ from jmoe.nn.param import ParamMaker
 from jmoe.techniques import OffloadConfig
 
 DENSE_BETWEEN = (1, 3)  # the layers with experts of four
+ROUTERS = ("gate_ED", "router.gate_ED", "router.bias_E", "router.correction_E")
+EXPERTS = ("gate_up_E2FD", "down_EDF", "gate_up_bias_E2F", "down_bias_ED")
 
 
 def one_device():
@@ -152,7 +154,8 @@ def test_a_float32_parameter_of_a_bfloat16_model_stays_so(tmp_path: Path, monkey
 def test_layers_without_experts_have_no_row_in_a_placement():
     rows = np.array([[2, 0, 1], [1, 2, 0]])
     placement = Placement(rows, 1, "m")
-    names = {path.removeprefix("moe.experts."): path for path in STACKS}
+    names = {name: f"moe.experts.{name}" for name in EXPERTS}
+    routers = [f"moe.{name}" for name in ROUTERS]
     table = {
         f"layers.{i}.{path}": [Stored(f"{i}.{name}", f"layers.{i}.{path}", (e,), e) for e in range(3)]
         for i in DENSE_BETWEEN
@@ -164,11 +167,11 @@ def test_layers_without_experts_have_no_row_in_a_placement():
         for path in names.values():
             by_slot = {s.index: s.part for s in moved[f"layers.{layer}.{path}"]}
             assert by_slot == {(slot,): expert for slot, expert in enumerate(row_P)}
-        for name in (*GATES, *names.values()):
+        for name in (*routers, *names.values()):
             path, values = f"layers.{layer}.{name}", np.arange(6.0).reshape(3, 2)
             buffer = values.copy()
             permute_gate(path, buffer, placement, DENSE_BETWEEN)
-            np.testing.assert_array_equal(buffer, values[row_P] if name in GATES else values)
+            np.testing.assert_array_equal(buffer, values[row_P] if name in routers else values)
             array = permuted(path, jax.device_put(values, jax.devices()[0]), placement, DENSE_BETWEEN)
             np.testing.assert_array_equal(array, values[row_P])
     for path in ("layers.0.mlp.down_DF", "layers.0.attention.q_proj", "embed"):
@@ -179,6 +182,8 @@ def test_layers_without_experts_have_no_row_in_a_placement():
 
 def test_layers_without_experts_have_no_row_in_the_stacks():
     device, dtype = SingleDeviceSharding(jax.devices()[0]), np.dtype(np.float32)
+    stacked = into_stacks({f"layers.3.moe.experts.{name}": [Stored("t", "p")] for name in EXPERTS}, (3,))
+    assert list(stacked) == [f"store.{name.replace('_E', '_LE')}" for name in EXPERTS]
     name, stack = "moe.experts.down_bias_ED", "store.down_bias_LED"
     table = {
         f"layers.{i}.{name}": [Stored("b", f"layers.{i}.{name}", (e,), e) for e in range(3)]
