@@ -57,8 +57,7 @@ def _read_mxfp4(checkpoint: HFCheckpoint, stored: Stored, ordered: np.ndarray) -
 
 
 def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Parts of ``ordered`` along its first axis, of about CHUNK bytes, with the index of their first
-    element."""
+    """Parts of ``ordered`` along its first axis, of about CHUNK bytes, and where each starts, in elements."""
     row = math.prod(ordered.shape[1:])
     step = max(1, CHUNK // max(1, row * ordered.itemsize))
     for at in range(0, len(ordered), step):
