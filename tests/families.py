@@ -1,19 +1,19 @@
-"""Tiny configurations of the families beyond the first three, in transformers' own fields: odd sizes, and every
-option that a family has."""
+"""Tiny configurations of the families beyond the first three, in transformers' own fields: odd sizes, and
+every option that a family has."""
 
 import transformers
 from parity import Case
 
 QWEN2 = {
-    "vocab_size": 101, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "num_experts": 6,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
+    "vocab_size": 101, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
     "intermediate_size": 28,
 }  # fmt: skip
 LATENT = {
-    "vocab_size": 95, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 16,
-    "q_lora_rank": 14, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 12, "intermediate_size": 28, "first_k_dense_replace": 1,
-    "num_hidden_layers": 3,
+    "vocab_size": 95, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3,
+    "kv_lora_rank": 16, "q_lora_rank": 14, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "intermediate_size": 28,
+    "first_k_dense_replace": 1, "num_hidden_layers": 3,
 }  # fmt: skip
 V3 = LATENT | {"n_group": 4, "topk_group": 2}
 YARN = {
@@ -45,8 +45,8 @@ LLAMA4 = {
     "num_hidden_layers": 4, "no_rope_layer_interval": 2, "attention_chunk_size": 7, "floor_scale": 4,
 }  # fmt: skip
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 GRANITE = {
     "vocab_size": 94, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -18,7 +18,7 @@ def model_identity(model: Decoder, placement: Placement | None = None) -> str:
     either dtype: gates are rounded to bfloat16 first. placement: what the experts were renumbered by.
     """
     config = dataclasses.asdict(model.cfg)
-    del config["dtype"], config["rope"]["long"]  # as an engine serves it
+    del config["dtype"], config["quant_method"], config["rope"]["long"]  # as it is kept and served
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     routers = [layer.moe.router for layer in model.layers if layer.moe is not None]
     for i, router in enumerate(routers):
