@@ -120,11 +120,11 @@ class LatentConfig:
     are not and are rotated; the latter is one for all heads. v_head_dim: of a head's value.
     """
 
-    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    q_lora_rank: int | None = None
 
     @property
     def qk_head_dim(self) -> int:

@@ -139,6 +139,16 @@ class ModelConfig:
         if self.mlp_only_layers and not self.intermediate_size:
             raise ValueError("dense layers need intermediate_size")
 
+    def first(self, layers: int) -> Self:
+        """The same model with its first ``layers`` alone."""
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=layers,
+            mlp_only_layers=tuple(i for i in self.mlp_only_layers if i < layers),
+            layer_types=self.layer_types[:layers],
+            no_rope_layers=self.no_rope_layers[:layers],
+        )
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have experts, in order; tables and statistics by layer have these alone."""

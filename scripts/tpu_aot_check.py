@@ -187,7 +187,7 @@ def check(case: Case) -> dict:
     from jmoe.mesh import make_mesh
 
     cfg = ModelConfig.from_dict(tomllib.loads(case.model.read_text()))
-    cfg = replace(cfg, num_hidden_layers=case.layers or cfg.num_hidden_layers)
+    cfg = cfg.first(case.layers or cfg.num_hidden_layers)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices
     mesh = make_mesh(*case.mesh, devices=devices)
     table = CONTEXT // PAGE

@@ -114,7 +114,7 @@ def _lower_step(case: dict):
 
     with open(case["config"], "rb") as file:
         cfg = ModelConfig.from_dict(tomllib.load(file))
-    cfg = dataclasses.replace(cfg, num_hidden_layers=case["layers"])
+    cfg = cfg.first(case["layers"])
     mesh, b, t = make_mesh(*case["mesh"], devices=_devices(case["device"])), case["sequences"], case["tokens"]
     return lower_step(cfg, MoEConfig(), mesh, Sizes((b,), (t,), 32, 128, 16), sequences=b, tokens=t)
 

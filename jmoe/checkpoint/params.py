@@ -38,9 +38,8 @@ class ParamSpec:
 def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
     """A Decoder of shapes without values, and its parameters by dotted path."""
     make_dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
-    model = nnx.eval_shape(
-        lambda: Decoder(cfg, moe, mesh, ParamMaker(make_dtype, nnx.Rngs(0), platform=where))
-    )
+    make = ParamMaker(make_dtype, nnx.Rngs(0), std=0.0, platform=where)
+    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, make))
     specs = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), param.get_value()

@@ -82,10 +82,8 @@ def balanced_router(hf: HFConfig) -> RouterConfig:
 
 def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool) -> ModelConfig:
     refuse(hf, "moe_layer_freq", hf.get("moe_layer_freq", 1) != 1)
-    latent = LatentConfig(
-        hf["q_lora_rank"],
-        *(require(hf, n) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
-    )
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    latent = LatentConfig(*(require(hf, name) for name in sizes), q_lora_rank=hf["q_lora_rank"])
     own = {
         "num_key_value_heads": require(hf, "num_attention_heads"),
         "head_dim": latent.qk_rope_head_dim,

@@ -12,7 +12,8 @@ HOST = "pinned_host"  # the kind of host memory from which a device copies by it
 
 
 class ParamMaker:
-    """Makes parameters of one dtype from one stream of random numbers, normal with deviation ``std``.
+    """Makes parameters of one dtype from one stream of random numbers, normal with deviation ``std``; zeros
+    where that is 0, which are quickly described where only shapes are wanted.
 
     platform: that of the devices they will lie on; None is jax's default. A ``stored`` parameter is one
     that XLA:CPU must not see as bfloat16, because it slices single experts out of it in a loop: there it is
@@ -23,6 +24,8 @@ class ParamMaker:
         self.dtype, self.rngs, self.std, self.platform = jnp.dtype(dtype), rngs, std, platform
 
     def _normal(self, shape: tuple[int, ...]) -> jax.Array:
+        if self.std == 0:
+            return jnp.zeros(shape, self.dtype)
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
     def __call__(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:

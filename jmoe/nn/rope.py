@@ -98,6 +98,6 @@ def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
     factor, original = rope.factor, rope.original_max_position_embeddings
     assert factor is not None and original is not None
     turns = original * plain / (2 * np.float32(np.pi))  # within the original context
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0, 1)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    blend = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns > low
     return ((1 - blend) * plain / factor + blend * plain).astype(np.float32)
