@@ -66,7 +66,7 @@ def test_what_is_beside_the_weights(converted):
     assert names == {"params", "config.json", "tokenizer.json", MANIFEST}
     assert read_config(converted / "out") == read_config(converted / "hf")
     manifest = json.loads((converted / "out" / MANIFEST).read_text())
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert manifest["dtype"] == "bfloat16"
     assert {p.name for p in (converted / "out" / "params").iterdir()} == {"top", "layers.0", "layers.1"}
 
@@ -125,14 +125,14 @@ def _flip(out):
         (lambda out: (out / "params" / "top" / "more").write_text(""), "more: is not listed"),
         (lambda out: (out / MANIFEST).write_text("{"), "damaged JSON"),
         (lambda out: (out / MANIFEST).write_text("{}"), "is not the manifest"),
-        (_edit(lambda m: m.update(version=2)), "has version 2; this release reads 1"),
+        (_edit(lambda m: m.update(version=1)), "has version 1; this release reads 2"),
         (_edit(lambda m: m.pop("files")), "is damaged: KeyError: 'files'"),
         (_edit(lambda m: m["files"].update({"../x": [1, ""]})), "lies outside the checkpoint"),
-        (_edit(lambda m: m["parameters"].pop("norm")), "parameter 'norm' is missing"),
+        (_edit(lambda m: m["parameters"].pop("norm.scale_D")), "parameter 'norm.scale_D' is missing"),
         (_edit(lambda m: m["parameters"].update(more=[1])), "parameter 'more' is not one of"),
         (
-            _edit(lambda m: m["parameters"].update(norm=[31])),
-            r"'norm' must be \[32\] by config.json, it is \[31\]",
+            _edit(lambda m: m["parameters"].update({"norm.scale_D": [31]})),
+            r"'norm\.scale_D' must be \[32\] by config.json, it is \[31\]",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_export_refuses_another_models_config_and_nan(tmp_path):
     model = load_model(tmp_path / "in", one_device())
     with pytest.raises(ValueError, match="num_experts_per_tok = 3, the model has 2"):
         save_hf(model, config | {"num_experts_per_tok": 3}, tmp_path / "out")
-    model.norm[...] = model.norm[...] * np.float32(np.nan)
-    with pytest.raises(ValueError, match="parameter 'norm' has NaN or Inf"):
+    model.norm.scale_D[...] = model.norm.scale_D[...] * np.float32(np.nan)
+    with pytest.raises(ValueError, match=r"parameter 'norm\.scale_D' has NaN or Inf"):
         save_hf(model, config, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -79,7 +79,7 @@ def test_logits_equal_those_of_the_same_weights_set_directly(architecture, tmp_p
     )
     direct.embed.set_value(tensors["model.embed_tokens.weight"])
     direct.lm_head.set_value(tensors["lm_head.weight"])
-    direct.norm.set_value(tensors["model.norm.weight"])
+    direct.norm.scale_D.set_value(tensors["model.norm.weight"])
     for i, layer in enumerate(direct.layers):
         theirs = f"model.layers.{i}"
         layer.input_norm.scale_D.set_value(tensors[f"{theirs}.input_layernorm.weight"])

@@ -29,7 +29,7 @@ from jmoe.nn.param import ParamMaker
 from jmoe.techniques import OffloadConfig
 
 DENSE_BETWEEN = (1, 3)  # the layers with experts of four
-ROUTERS = ("gate_ED", "router.gate_ED", "router.bias_E", "router.correction_E")
+ROUTERS = ("router.gate_ED", "router.bias_E", "router.correction_E", "router.expert_E")
 EXPERTS = ("gate_up_E2FD", "down_EDF", "gate_up_bias_E2F", "down_bias_ED")
 
 
@@ -134,7 +134,7 @@ def test_a_float32_parameter_of_a_bfloat16_model_stays_so(tmp_path: Path, monkey
     }
     hf_tiny.write_checkpoint(tmp_path / "hf", config, tensors=hf_tiny.random_tensors(config) | norms)
     model = load_model(tmp_path / "hf", one_device())
-    np.testing.assert_array_equal(model.norm[...], norms["model.norm.weight"])
+    np.testing.assert_array_equal(model.norm.scale_D[...], norms["model.norm.weight"])
     assert model.embed[...].dtype == ml_dtypes.bfloat16
 
     convert(tmp_path / "hf", tmp_path / "out")

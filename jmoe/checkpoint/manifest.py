@@ -11,7 +11,7 @@ from typing import Any
 from jmoe.checkpoint.safetensors_file import open_regular, parse_json
 
 MANIFEST = "jmoe_checkpoint.json"
-FORMAT, VERSION = "jmoe", 1
+FORMAT, VERSION = "jmoe", 2
 PARAMS = "params"  # the folder of the Orbax checkpoints: one for each layer and one for the rest
 HASHING_THREADS = 4
 
