@@ -36,6 +36,8 @@ CASES = (
     ("mixtral-8x7b", "v5e:4x4", "1x8x2", 8, 512),
     ("mixtral-8x7b", "v6e:2x4", "1x8x1", 16, 512),
     ("mixtral-8x7b", "v6e:4x4", "1x8x2", 16, 512),  # configs/deploy/tpu-jobset.yaml
+    ("deepseek-v2-lite", "v5e:2x4", "1x8x1", 8, 512),
+    ("gpt-oss-20b", "v5e:2x4", "1x8x1", 8, 512),
     ("qwen3-30b-a3b", "v5e:2x4", "1x8x1", 8, 512),
     ("qwen3-30b-a3b", "v6e:2x4", "1x8x1", 32, 512),
     ("qwen3-235b-a22b", "v5e:8x8", "1x16x4", 8, 128),

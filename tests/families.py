@@ -6,8 +6,8 @@ from parity import Case
 
 QWEN2 = {
     "vocab_size": 101, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
-    "intermediate_size": 28,
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 28,
+    "shared_expert_intermediate_size": 20,
 }  # fmt: skip
 LATENT = {
     "vocab_size": 95, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3,
@@ -24,6 +24,10 @@ GLM4 = {
     "vocab_size": 93, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 28,
     "num_hidden_layers": 3, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+DOTS1 = GLM4 | {
+    "n_shared_experts": 1, "num_key_value_heads": 4, "hidden_size": 48, "norm_topk_prob": True,
+    "first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2,
 }  # fmt: skip
 PHI = {
     "vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -63,6 +67,7 @@ FIRST = {  # of each family, the one that every technique is tried on
     ),
     "deepseek-v3": Case("deepseek-v3", transformers.DeepseekV3Config, V3),
     "glm4": Case("glm4", transformers.Glm4MoeConfig, GLM4),
+    "dots1": Case("dots1", transformers.Dots1Config, DOTS1),
     "phi": Case("phi", transformers.PhimoeConfig, PHI | {"attention_bias": True, "lm_head_bias": True}),
     "gpt-oss": Case("gpt-oss", transformers.GptOssConfig, GPT_OSS),
     "llama4": Case("llama4", transformers.Llama4TextConfig, LLAMA4),

@@ -104,7 +104,6 @@ def _devices(kind: str) -> list:
 
 def _lower_step(case: dict):
     """A step of the engine, lowered."""
-    import dataclasses
     import tomllib
 
     from jmoe.config import ModelConfig, MoEConfig

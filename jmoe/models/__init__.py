@@ -7,6 +7,7 @@ from typing import Any
 from jmoe.config import ModelConfig
 from jmoe.models import (
     deepseek,
+    dots1,
     glm4_moe,
     gpt_oss,
     granitemoe,
@@ -24,7 +25,8 @@ FAMILIES = {
     family.architecture: family
     for family in (
         mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, deepseek.V2, deepseek.V3,
-        glm4_moe.FAMILY, gpt_oss.FAMILY, granitemoe.FAMILY, llama4.FAMILY, llama4.WITH_IMAGES, phimoe.FAMILY,
+        dots1.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY, granitemoe.FAMILY, llama4.FAMILY,
+        llama4.WITH_IMAGES, phimoe.FAMILY,
     )
 }  # fmt: skip
 

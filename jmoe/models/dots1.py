@@ -1,0 +1,41 @@
+"""dots.llm1 (142B-A14B): DeepSeek-V3's router over Qwen3's attention."""
+
+from jmoe.config import ModelConfig
+from jmoe.models.deepseek import balanced_router, dense_and_shared, names
+from jmoe.models.family import Family, HFConfig, common_fields
+
+# what transformers' Dots1Config has where config.json is silent (sizes of weights are required)
+DEFAULTS: HFConfig = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": False,
+    "sliding_window": 4096,
+    "max_window_layers": 62,
+}
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
+    common = common_fields(hf, experts=("n_routed_experts",), inner="moe_intermediate_size")
+    full = hf["max_window_layers"] if hf["sliding_window"] else common["num_hidden_layers"]
+    kinds = "full_attention", "sliding_attention"
+    own = [kinds[i >= full] for i in range(common["num_hidden_layers"])]
+    return ModelConfig(
+        architecture="Dots1ForCausalLM",
+        **common,
+        router=balanced_router(hf),
+        qk_norm="head",
+        attention_bias=bool(hf.get("attention_bias", False)),
+        layer_types=tuple(hf.get("layer_types") or own),
+        sliding_window=hf["sliding_window"],
+        **dense_and_shared(hf, common["moe_intermediate_size"]),
+    )
+
+
+FAMILY = Family("Dots1ForCausalLM", config, names)
