@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache, partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from jmoe_kernels import binning
+from routers import EXPERTS, GROUPED, VARIANTS, Variant
+from routers import compiled as router
 from small import config, mesh_of
 from test_moe_layer import layer_on, run
 
@@ -24,7 +27,7 @@ from jmoe.moe.routing import route
 from jmoe.moe.types import Knobs, Routing, TokenFlags
 from jmoe.techniques import BinningConfig, CapacityConfig
 
-ROWS, EXPERTS, K = 12, 16, 4
+ROWS, K = 12, 4
 CONFIGS = {
     "affinity": BinningConfig(bin_width=0.5),
     "narrow affinity": BinningConfig(bin_width=0.05),
@@ -48,24 +51,24 @@ class Batch:
 
 
 @lru_cache
-def compiled(cfg: BinningConfig, renormalize: bool):
-    rule = get_rule(cfg, K)
+def compiled(cfg: BinningConfig, k: int):
+    rule = get_rule(cfg, k)
 
-    def stage(logits_TE, kind_T, seed):
+    def stage(plain, kind_T, seed):
         flags = TokenFlags(kind_T != PAD, kind_T == EXACT)
-        plain = route(logits_TE, K, RouterConfig(norm_topk_prob=renormalize))
-        votes = binning.cast_votes(plain.ids_TK, logits_TE, flags.valid_T, flags.lossy_T, rule)
+        votes = binning.cast_votes(plain.ids_TK, plain.logits_TE, flags.valid_T, flags.lossy_T, rule)
         drawn = jax.random.uniform(jax.random.key(seed), (EXPERTS,))
         active_E = binning.choose_active(votes, rule, drawn)
-        return plain, *bin_assignments(plain, flags, rule, seed=seed), active_E
+        return *bin_assignments(plain, flags, rule, seed=seed), active_E
 
     return jax.jit(stage)
 
 
-def bin_batch(cfg: BinningConfig, batch: Batch, renormalize: bool = True):
+def bin_batch(cfg: BinningConfig, batch: Batch, variant: Variant = VARIANTS["mixtral"]):
     """(plain routing, binned routing, moved assignments by token, active experts), numpy."""
-    args = jnp.asarray(batch.logits), jnp.asarray(batch.kinds), jnp.int32(3)
-    return jax.tree.map(np.asarray, compiled(cfg, renormalize)(*args))
+    plain = router(variant)(jnp.asarray(batch.logits), variant.correction(), None)
+    binned = compiled(cfg, variant.k)(plain, jnp.asarray(batch.kinds), jnp.int32(3))
+    return jax.tree.map(np.asarray, (plain, *binned))
 
 
 @st.composite
@@ -84,22 +87,24 @@ def batches(draw) -> Batch:
 
 
 NO_TOKENS = Batch(np.zeros((ROWS, EXPERTS), np.float32), np.full(ROWS, PAD))
+variants = st.sampled_from(list(VARIANTS.values()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=60, deadline=None)
-@given(batch=batches(), renormalize=st.booleans())
-@example(batch=NO_TOKENS, renormalize=True)
-def test_what_holds_for_every_batch(name: str, batch: Batch, renormalize: bool):
-    plain, binned, moved_T, active_E = bin_batch(CONFIGS[name], batch, renormalize)
+@settings(max_examples=120, deadline=None)
+@given(batch=batches(), variant=variants)
+@example(batch=NO_TOKENS, variant=VARIANTS["mixtral"])
+def test_what_holds_for_every_batch_and_router(name: str, batch: Batch, variant: Variant):
+    k = variant.k
+    plain, binned, moved_T, active_E = bin_batch(CONFIGS[name], batch, variant)
     lossy, exact = batch.kinds == LOSSY, batch.kinds == EXACT
     chosen = set(plain.ids_TK[lossy | exact].ravel())
     active = set(np.flatnonzero(active_E))
     assert active <= chosen, "nothing is read that plain top-k would not have read"
-    assert len(active) >= K or not (lossy | exact).any()
+    assert len(active) >= k or not (lossy | exact).any()
     assert set(plain.ids_TK[exact].ravel()) <= active
     assert set(binned.ids_TK[lossy].ravel()) <= active
-    assert all(len(set(ids)) == K for ids in binned.ids_TK) and binned.ids_TK.max() < EXPERTS
+    assert all(len(set(ids)) == k for ids in binned.ids_TK) and binned.ids_TK.max() < EXPERTS
 
     np.testing.assert_array_equal(moved_T, (plain.ids_TK != binned.ids_TK).sum(1))
     untouched = moved_T == 0
@@ -108,44 +113,44 @@ def test_what_holds_for_every_batch(name: str, batch: Batch, renormalize: bool):
     np.testing.assert_allclose(binned.weights_TK.sum(1), plain.weights_TK.sum(1), rtol=1e-5)
     score_TK = np.take_along_axis(plain.scores_TE, binned.ids_TK, 1)[~untouched]
     total_T1 = score_TK.sum(1, keepdims=True)
-    shares = np.divide(score_TK, total_T1, out=np.full_like(score_TK, 1 / K), where=total_T1 > 0)
+    shares = np.divide(score_TK, total_T1, out=np.full_like(score_TK, 1 / k), where=total_T1 > 0)
     np.testing.assert_allclose(
         binned.weights_TK[~untouched], shares * plain.weights_TK[~untouched].sum(1, keepdims=True), rtol=1e-4
     )
     for before, after, logits in zip(
-        plain.ids_TK[lossy], binned.ids_TK[lossy], batch.logits[lossy], strict=True
+        plain.ids_TK[lossy], binned.ids_TK[lossy], plain.logits_TE[lossy], strict=True
     ):
         kept = [e for e in before if e in active]
         assert all(a == b for a, b in zip(after, before, strict=True) if b in active), (
             "kept ones stay in place"
         )
         spare = sorted(active - set(before), key=lambda e: (-logits[e], e))
-        assert [a for a, b in zip(after, before, strict=True) if a != b] == spare[: K - len(kept)]
+        assert [a for a, b in zip(after, before, strict=True) if a != b] == spare[: k - len(kept)]
     if "affinity" in name or name == "oea":
         assert set(plain.ids_TK[lossy, 0]) <= active, "every token's best"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=25, deadline=None)
-@given(batch=batches(), order=st.permutations(range(ROWS)))
-def test_neither_order_nor_padding_matters(name: str, batch: Batch, order: list[int]):
-    _, binned, _, active_E = bin_batch(CONFIGS[name], batch)
-    _, shuffled, _, same_E = bin_batch(CONFIGS[name], batch.rows(np.array(order)))
+@given(batch=batches(), variant=variants, order=st.permutations(range(ROWS)))
+def test_neither_order_nor_padding_matters(name: str, batch: Batch, variant: Variant, order: list[int]):
+    _, binned, _, active_E = bin_batch(CONFIGS[name], batch, variant)
+    _, shuffled, _, same_E = bin_batch(CONFIGS[name], batch.rows(np.array(order)), variant)
     np.testing.assert_array_equal(active_E, same_E)
     np.testing.assert_array_equal(binned.ids_TK[order], shuffled.ids_TK)
     np.testing.assert_array_equal(binned.weights_TK[order], shuffled.weights_TK)
     other = Batch(np.where(batch.kinds[:, None] == PAD, 7.0, batch.logits).astype(np.float32), batch.kinds)
-    np.testing.assert_array_equal(bin_batch(CONFIGS[name], other)[3], active_E)
+    np.testing.assert_array_equal(bin_batch(CONFIGS[name], other, variant)[3], active_E)
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch=batches(), renormalize=st.booleans())
-def test_a_width_beyond_every_gap_is_plain_top_k_bit_for_bit(batch: Batch, renormalize: bool):
-    plain = bin_batch(CONFIGS["affinity"], batch)[0]
-    logit_TK = np.take_along_axis(batch.logits, plain.ids_TK, 1)
+@given(batch=batches(), variant=variants)
+def test_a_width_beyond_every_gap_is_plain_top_k_bit_for_bit(batch: Batch, variant: Variant):
+    plain = bin_batch(CONFIGS["affinity"], batch, variant)[0]
+    logit_TK = np.take_along_axis(plain.logits_TE, plain.ids_TK, 1)
     widest = float((logit_TK.max(1) - logit_TK.min(1)).max())
-    wide = BinningConfig(bin_width=2.0 ** np.ceil(np.log2(widest * 1.01 + 1e-6)))  # few traces
-    plain, binned, moved_T, _ = bin_batch(wide, batch, renormalize)
+    wide = BinningConfig(bin_width=4.0 ** np.ceil(np.log2(widest * 1.01 + 1e-2) / 2))  # few traces
+    plain, binned, moved_T, _ = bin_batch(wide, batch, variant)
     assert not moved_T.any()
     np.testing.assert_array_equal(plain.ids_TK, binned.ids_TK)
     np.testing.assert_array_equal(plain.weights_TK, binned.weights_TK)
@@ -165,11 +170,11 @@ def test_extreme_widths_keep_every_best_choice(width: float):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=20, deadline=None)
-@given(batch=batches(), at=st.integers(0, ROWS - 1))
-def test_a_batch_of_one_stays_as_it_is(name: str, batch: Batch, at: int):
+@given(batch=batches(), variant=variants, at=st.integers(0, ROWS - 1))
+def test_a_batch_of_one_stays_as_it_is(name: str, batch: Batch, variant: Variant, at: int):
     kinds = np.where(np.arange(ROWS) == at, LOSSY, PAD)
-    _, _, moved_T, active_E = bin_batch(CONFIGS[name], Batch(batch.logits, kinds))
-    assert not moved_T.any() and active_E.sum() == K
+    _, _, moved_T, active_E = bin_batch(CONFIGS[name], Batch(batch.logits, kinds), variant)
+    assert not moved_T.any() and active_E.sum() == variant.k
 
 
 def test_a_smaller_width_reads_fewer_experts():
@@ -182,10 +187,31 @@ def test_a_smaller_width_reads_fewer_experts():
 def test_a_token_of_nans_harms_no_other():
     logits = np.random.default_rng(2).standard_normal((ROWS, EXPERTS), np.float32)
     logits[4] = np.nan
-    for cfg in CONFIGS.values():
-        _, binned, _, _ = bin_batch(cfg, Batch(logits, np.full(ROWS, LOSSY)))
+    for cfg, variant in product(CONFIGS.values(), VARIANTS.values()):
+        _, binned, _, _ = bin_batch(cfg, Batch(logits, np.full(ROWS, LOSSY)), variant)
         assert binned.ids_TK.min() >= 0 and binned.ids_TK.max() < EXPERTS
         assert np.isfinite(np.delete(binned.weights_TK, 4, 0)).all()
+
+
+def test_a_token_leaves_its_groups_only_where_they_have_too_few_active_experts():
+    """Then for experts that are read anyway, so that it keeps as many as the router gave it."""
+    seen = set()
+    for name, seed in product(GROUPED, range(8)):
+        variant, logits = VARIANTS[name], np.random.default_rng(seed).standard_normal((ROWS, EXPERTS))
+        batch = Batch(logits.astype(np.float32), np.full(ROWS, LOSSY))
+        plain, binned, moved_T, active_E = bin_batch(CONFIGS["narrow affinity"], batch, variant)
+        for t in np.flatnonzero(moved_T):
+            opened = plain.logits_TE[t] > -np.inf
+            outside = ~opened[binned.ids_TK[t]]
+            assert outside.sum() == max(0, variant.k - (active_E & opened).sum())
+            assert np.isfinite(binned.weights_TK[t]).all()
+            seen.add((name, bool(outside.any())))
+    assert seen >= {
+        ("deepseek-v2", True),
+        ("deepseek-v2", False),
+        ("deepseek-v3", True),
+        ("deepseek-v3", False),
+    }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -228,26 +254,37 @@ def test_a_capacity_behind_brings_no_expert_back(policy: str):
     assert chosen["binned"] <= set(np.asarray(binned.ids_TK)[:8].ravel()) < chosen["plain"]
 
 
-def test_a_token_prefers_the_experts_of_its_own_rank():
+@lru_cache
+def preferring(k: int):
+    """Without any binning beside the preference."""
+    wide = get_rule(BinningConfig(bin_width=1e9), k)
+    return jax.jit(lambda plain, flags, bonus_E: bin_assignments(plain, flags, wide, seed=0, bonus_E=bonus_E))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_token_prefers_the_experts_of_its_own_rank(name: str):
     """Against a plain loop; the weights are the token's own scores of what it then has."""
+    variant, k = VARIANTS[name], VARIANTS[name].k
     rng, bonus = np.random.default_rng(8), 0.7
     logits = rng.standard_normal((ROWS, EXPERTS), np.float32)
     flags = TokenFlags(jnp.arange(ROWS) < 10, jnp.arange(ROWS) == 4)
-    plain = route(jnp.asarray(logits), K, RouterConfig())
-    wide = get_rule(BinningConfig(bin_width=1e9), K)  # no binning beside it
-    bonus_E = np.where((np.arange(EXPERTS) >= 4) & (np.arange(EXPERTS) < 8), np.float32(bonus), np.float32(0))
-    near, moved_T = bin_assignments(plain, flags, wide, seed=jnp.int32(0), bonus_E=jnp.asarray(bonus_E))
-    liked = logits + bonus_E
+    plain = router(variant)(logits, variant.correction(), None)
+    own_E = (np.arange(EXPERTS) >= 6) & (np.arange(EXPERTS) < 12)  # a group and half of another
+    bonus_E = np.where(own_E, np.float32(bonus), np.float32(0))
+    near, moved_T = preferring(k)(plain, flags, bonus_E)
+    liked = np.asarray(plain.logits_TE) + bonus_E
     for token in range(ROWS):
         before, after = np.asarray(plain.ids_TK[token]), np.asarray(near.ids_TK[token])
         if token == 4 or token >= 10:
             assert after.tolist() == before.tolist()
             continue
-        assert set(after) == set(np.argsort(-liked[token], kind="stable")[:K])
+        assert set(after) == set(np.argsort(-liked[token], kind="stable")[:k])
         assert moved_T[token] == len(set(after) - set(before))
-        score = np.asarray(plain.scores_TE[token])[after]
-        np.testing.assert_allclose(near.weights_TK[token], score / score.sum(), rtol=1e-5)
-    assert moved_T.sum() > 0
+        weights, score = np.asarray(plain.weights_TK[token]), np.asarray(plain.scores_TE[token])[after]
+        if moved_T[token]:
+            weights = score / score.sum() * weights.sum()
+        np.testing.assert_allclose(near.weights_TK[token], weights, rtol=1e-5)
+    assert moved_T.sum() > 0 or name == "deepseek-v3-no-choice"
     np.testing.assert_array_equal(near.logits_TE, plain.logits_TE)
 
 

@@ -14,6 +14,8 @@ from capacity_oracle import Shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from routers import EXPERTS, VARIANTS
+from routers import compiled as router
 from small import mesh_of
 
 from jmoe.mesh import EXPERT, TOKENS
@@ -21,7 +23,7 @@ from jmoe.moe.capacity import capacity, limit
 from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
 from jmoe.techniques import CapacityConfig
 
-ROWS, CHOICES, EXPERTS, HELD = 24, 4, 16, 4
+ROWS, CHOICES, HELD = 24, 4, 4
 METRICS = ("score", "order", "reverse_order", "random")
 CONFIGS = [
     *(CapacityConfig(policy=p, metric=m, scope=s)
@@ -33,11 +35,24 @@ CONFIGS = [
 ]  # fmt: skip
 RANKED = [cfg for cfg in CONFIGS if cfg.policy != "expert_drop"]
 KINDS = ("plain", "renormalized", "skewed", "ties", "all to one", "same for all", "absent", "zeros")
+ROUTERS = tuple(name for name, v in VARIANTS.items() if v.k == CHOICES)  # the same programs run with these
+
+
+def routed(name: str, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """(ids, weights, scores) of the router of that name; some experts are liked by most tokens."""
+    logits = (rng.standard_normal((ROWS, EXPERTS)) + rng.standard_normal(EXPERTS)).astype(np.float32)
+    out = router(VARIANTS[name])(logits, VARIANTS[name].correction(), None)
+    return np.asarray(out.ids_TK), np.asarray(out.weights_TK), np.asarray(out.scores_TE)
 
 
 def shard(kind: str, seed: int = 0, valid: float = 0.8, exact: float = 0.2) -> Shard:
-    """A routing of the named kind; scores are such that float32 sums of them are exact, in any order."""
+    """A routing of the named kind, or by the router of the name.
+
+    Scores of a kind are such that float32 sums of them are exact, in any order.
+    """
     rng = np.random.default_rng(seed)
+    if kind in VARIANTS:
+        return _flagged(*routed(kind, rng), rng, valid, exact)
     scores = np.stack([rng.permutation(2048 - 16)[:EXPERTS] + 16 for _ in range(ROWS)])
     if kind == "skewed":
         scores[:, 3:6] += 512
@@ -57,6 +72,10 @@ def shard(kind: str, seed: int = 0, valid: float = 0.8, exact: float = 0.2) -> S
         ids, weights = np.where(gone, EXPERTS, ids).astype(np.int32), np.where(gone, 0, weights)
     if kind == "renormalized":
         weights = weights / weights.sum(1, keepdims=True, dtype=np.float32)
+    return _flagged(ids, weights, scores, rng, valid, exact)
+
+
+def _flagged(ids, weights, scores, rng: np.random.Generator, valid: float, exact: float) -> Shard:
     flags = rng.random(ROWS) < valid, rng.random(ROWS) < exact
     local = (int(rng.integers(EXPERTS // HELD)) * HELD, HELD)
     return Shard(ids, weights, scores, *flags, rng.integers(0, 2, ROWS).astype(np.float32), local)
@@ -83,7 +102,7 @@ def run(case: Shard, cfg: CapacityConfig, factor: float = 1.0, seed: int = 7):
 
 
 def check(case: Shard, cfg: CapacityConfig, factor: float) -> None:
-    columns = CHOICES + (HELD if cfg.policy == "expand" else 0)
+    columns = case.ids.shape[1] + (HELD if cfg.policy == "expand" else 0)
     draws = np.asarray(jax.random.uniform(jax.random.key(7), (len(case.ids), columns)))
     ids, weights, counts = capacity_oracle.limit(case, cfg, factor, draws)
     got_ids, got_weights, got_counts = run(case, cfg, factor)
@@ -106,7 +125,39 @@ def test_equals_the_restatement(cfg: CapacityConfig):
         check(case, cfg, 1.0)
 
 
-drawn = {"kind": st.sampled_from(KINDS), "seed": st.integers(0, 2**31 - 1), "factor": st.floats(0.01, 5)}
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_restatement_by_every_router(name: str):
+    """Weights that are no scores, or sum to another number, and one or two choices."""
+    for seed in range(3):
+        check(shard(name, seed), CapacityConfig(policy="reroute", renormalize=True), 1.0)
+        check(shard(name, seed), CapacityConfig(policy="reroute"), 0.6)
+        check(shard(name, seed), CapacityConfig(policy="expand"), 0.6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_choice_in_place_of_another_weighs_what_the_router_would_have_given_it(name: str):
+    """Up to its normalisation, which is over the experts that it chose itself."""
+    variant, case = VARIANTS[name], shard(name, 3, valid=1, exact=0)
+    before = case.weights / np.take_along_axis(case.scores, case.ids, 1)
+    for policy in ("reroute", "expand"):
+        ids, weights, counts = run(case, CapacityConfig(policy=policy), 0.6)
+        own = np.zeros(case.scores.shape, bool)
+        np.put_along_axis(own, case.ids, True, 1)
+        for t, j in zip(*np.nonzero(ids < EXPERTS), strict=True):
+            if own[t, ids[t, j]]:
+                assert weights[t, j] in case.weights[t]
+            elif variant.router.scoring_func != "sparsemixer":  # all choices by one factor
+                np.testing.assert_allclose(weights[t, j], case.scores[t, ids[t, j]] * before[t, 0], rtol=1e-4)
+            else:
+                assert 0 < weights[t, j] < case.weights[t].sum()
+        assert (counts.rerouted_T + counts.extra_T).sum() > 0
+
+
+drawn = {
+    "kind": st.sampled_from(KINDS + ROUTERS),
+    "seed": st.integers(0, 2**31 - 1),
+    "factor": st.floats(0.01, 5),
+}
 
 
 @settings(max_examples=150, deadline=None)

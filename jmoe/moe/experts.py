@@ -103,7 +103,7 @@ def apply_experts(
     order_N, inverse_N = plan.order_N, plan.inverse_N
     given_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
     if weigh_input:
-        given_ND = given_ND * weights_TK.reshape(-1)[order_N][:, None]
+        given_ND = given_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
         weights_TK = jnp.ones_like(weights_TK)
     rows_ND = grouped_mlp(
         given_ND, experts, plan.group_sizes_L,

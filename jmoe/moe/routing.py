@@ -11,8 +11,9 @@ sparsemixer    Phi-3.5-MoE (arXiv 2409.12136): one expert after another, each by
 =============  =================================================================================
 
 Whatever the router, ``Routing.logits_TE`` is how much a token prefers each expert, the log of what it is
-chosen by, up to a constant of the token; an expert outside the open groups is least preferred. ``scores_TE``
-is a distribution over the experts. The techniques read these two alone, and so work with every router.
+chosen by, up to a constant of the token; corrections count from the least one of the layer. An expert outside
+the open groups is least preferred. ``scores_TE`` is a distribution over the experts. The techniques read
+these two alone, and so work with every router.
 """
 
 import jax
@@ -51,7 +52,8 @@ def route(
         choice_TE = preference_TE = log_score(logits_TE, router)
     else:
         choice_TE = scores_TE + correction_E[None]
-        preference_TE = jnp.log(jnp.maximum(choice_TE, TINY))
+        # Only differences of corrections say anything: a level of theirs may be below 0, or dwarf the scores.
+        preference_TE = jnp.log(jnp.maximum(choice_TE - jnp.min(correction_E), TINY))
     if router.n_group > 1:
         by_TE = scores_TE if correction_E is None else choice_TE
         open_TE = open_experts(by_TE, router, expert_E)

@@ -79,4 +79,6 @@ class LatentAttention(Attention):
 
     def _of_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
         size = self.latent
-        return w["kv_b_proj"].reshape(-1, size.qk_nope_head_dim + size.v_head_dim, size.kv_lora_rank)
+        heads = w["kv_b_proj"].reshape(-1, size.qk_nope_head_dim + size.v_head_dim, size.kv_lora_rank)
+        # XLA:CPU has no product of bfloat16 matrices head by head
+        return heads.astype(jnp.float32) if self.kernels.platform == "cpu" else heads

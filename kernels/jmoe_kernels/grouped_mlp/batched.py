@@ -36,9 +36,9 @@ def grouped_mlp_batched(
     x_ECD = take_rows(x_ND, row_EC, slot_N[:, None]).reshape(e, c, d)
     h_EC2F = linear(x_ECD, as_float(weights.gate_up_E2FD).reshape(e, 2 * f, d))
     if weights.gate_up_bias_E2F is not None:
-        h_EC2F = h_EC2F + weights.gate_up_bias_E2F.reshape(e, 1, 2 * f).astype(jnp.float32)
+        h_EC2F = h_EC2F + as_float(weights.gate_up_bias_E2F).reshape(e, 1, 2 * f).astype(jnp.float32)
     h_ECF = gated(activation, h_EC2F[..., :f], h_EC2F[..., f:])
     y_ECD = linear(h_ECF, as_float(weights.down_EDF))
     if weights.down_bias_ED is not None:
-        y_ECD = y_ECD + weights.down_bias_ED[:, None].astype(jnp.float32)
+        y_ECD = y_ECD + as_float(weights.down_bias_ED)[:, None].astype(jnp.float32)
     return take_rows(y_ECD.reshape(-1, d), slot_N, row_EC[:, None])

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.matmul import as_float
 
 ACTIVATIONS = get_args(Activation)  # the kernel knows them by their place
 
@@ -43,5 +44,5 @@ def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:
     """Four operands; a bias that is absent is an empty one."""
     none = jnp.zeros((0,), jnp.float32)
     biases = (weights.gate_up_bias_E2F, weights.down_bias_ED)
-    kept = (none if bias is None else bias.astype(jnp.float32) for bias in biases)
+    kept = (none if bias is None else as_float(bias).astype(jnp.float32) for bias in biases)
     return weights.gate_up_E2FD, weights.down_EDF, *kept

@@ -17,7 +17,8 @@ class ExpertWeights:
     """Stacked weights in the checkpoint's ``[out, in]`` layout.
 
     gate_up_E2FD: ``[experts, (gate, up), inner, model]``; down_EDF: ``[experts, model, inner]``; bfloat16 (on
-    CPU stored as uint16, see ``storage_dtype``) or float32. Biases are float32 or the weights' dtype.
+    CPU stored as uint16, see ``storage_dtype``) or float32. Biases are float32 or as the
+    weights are.
     """
 
     gate_up_E2FD: Shaped[Array, "E 2 F D"]
