@@ -1,6 +1,6 @@
 """Parameters of the shapes in ``configs/model``, in all and those that one token uses, as a table.
 
-    python scripts/model_sizes.py
+python scripts/model_sizes.py
 """
 
 import argparse

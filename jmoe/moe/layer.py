@@ -233,7 +233,9 @@ class MoELayer(nnx.Module):
     def _fuses(self, rule: Rule, tokens: int, experts: int) -> bool:
         """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
         name, platform = self.kernels.binning, self.kernels.platform
-        return name != "xla" and supports(name, platform, experts, rule, tokens=tokens) is None
+        if name == "xla" or not self.cfg.router.is_plain:
+            return False
+        return supports(name, platform, experts, rule, tokens=tokens) is None
 
     def _bonus(self, here_E: Array | None) -> Array | None:
         """Nats by which a token likes each expert more than its router says; None where it does nowhere."""
