@@ -100,7 +100,8 @@ def arrivals_part(found: dict[str, Any]) -> list[str]:
         "",
         f"The first {found['requests']} requests of the Azure conversation trace, lengths divided by "
         f"{found['shorter']}, its seconds times {found['slower']:g}, text of the valid split; up to 16 at "
-        "once, a quarter of all experts on the device. Median milliseconds.",
+        "once, a quarter of all experts on the device. Median milliseconds, which on two cores vary several-fold "
+        "with whatever else runs; hits, bytes and tokens do not.",
         "",
         *table(
             ["predictor, eviction", "TTFT", "TPOT", "hit, decode", "MiB a decode step", "alike"], rows

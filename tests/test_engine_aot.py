@@ -111,6 +111,15 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: 
 
 
 @needs_tpu_compiler
+@pytest.mark.parametrize("model", ["deepseek-v2-lite", "gpt-oss-20b"])
+def test_other_families_steps_compile_for_a_v5e_slice(model: str):
+    """A dense layer, latent attention and a shared expert; sinks, windows and experts with biases."""
+    where = ("--slice", "v5e:2x4", "--mesh", "1x8x1", "--sequences", "8", "--layers", str(LAYERS))
+    status, rows = check("--model", str(ROOT / f"configs/model/{model}.toml"), *where)
+    assert status == 0 and [row["verdict"] for row in rows] == ["fits", "fits"], rows
+
+
+@needs_tpu_compiler
 def test_a_binned_decode_step_sums_votes_once_a_layer():
     """Over four expert ranks, between the two calls of the kernel."""
     where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS))
