@@ -1,4 +1,4 @@
-"""Rotary frequencies of extended contexts against transformers', and the engine's choice between LongRoPE's."""
+"""Rotary frequencies of extended contexts against transformers', and the engine's choice of LongRoPE's."""
 
 from pathlib import Path
 from typing import Any
