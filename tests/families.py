@@ -6,8 +6,8 @@ from parity import Case
 
 QWEN2 = {
     "vocab_size": 101, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
-    "intermediate_size": 28,
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20, "intermediate_size": 28,
 }  # fmt: skip
 LATENT = {
     "vocab_size": 95, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3,

@@ -114,5 +114,7 @@ def test_llama4_with_vision_gives_its_texts_logits(tmp_path: Path):
 def test_llama4_with_a_tensor_of_neither_part_is_refused(tmp_path: Path):
     config, tensors = with_vision()
     tensors["audio_model.weight"] = np.ones(2, np.float32)
-    with pytest.raises(ValueError, match="'audio_model.weight' is not one of Llama4ForConditionalGeneration"):
+    with pytest.raises(
+        ValueError, match=r"'audio_model\.weight' is not one of Llama4ForConditionalGeneration"
+    ):
         LLM(write(tmp_path / "whole", config, tensors))

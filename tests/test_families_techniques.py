@@ -85,7 +85,7 @@ def test_a_mesh_of_renumbered_experts_gives_the_same(tmp_path: Path, family: str
         assert llm.engine.moe_stats()["decode"]["dropped"] == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
 def test_shared_heads_and_shuffled_tokens_give_the_same(tmp_path: Path, family: str):
     shuffle = ShuffleConfig(random_placement(tmp_path, family, 2), history=True)
     moe = MoEConfig(transport="ragged_all_to_all", shuffle=shuffle)
@@ -94,7 +94,7 @@ def test_shared_heads_and_shuffled_tokens_give_the_same(tmp_path: Path, family: 
         assert llm.engine.moe_stats()["decode"]["remote_assignments"] > 0
 
 
-@pytest.mark.parametrize(("executor", "family"), zip(("graph", "host") * 4, FAMILIES, strict=True))
+@pytest.mark.parametrize(("executor", "family"), [*zip(("graph", "host") * 4, FAMILIES, strict=True)])
 def test_offload_is_lossless_and_exact_requests_are_left_alone(executor, family: str):
     """A quarter of the experts on the device, a limit in prefill, binning in decode: one engine, since its
     compilation is what takes time. Exact requests are given what a plain engine gives them."""
@@ -122,7 +122,7 @@ def test_offload_is_lossless_and_exact_requests_are_left_alone(executor, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloading_on_a_mesh_is_refused(family: str):
-    with pytest.raises(ValueError, match="moe.offload runs on one device, got a mesh of data 1 x expert 2"):
+    with pytest.raises(ValueError, match=r"moe\.offload runs on one device, got a mesh of data 1 x expert 2"):
         build(family, MoEConfig(offload=OffloadConfig(slots_per_layer=2)), (1, 2, 1))
 
 
@@ -148,7 +148,7 @@ def test_binning_is_refused_where_every_expert_is_used(tmp_path: Path, family: s
 
 
 def test_methods_that_one_expert_a_token_leaves_no_room_for_are_refused():
-    with pytest.raises(ValueError, match="moe.binning.k0 must be from 1 to the model's 1 experts a token"):
+    with pytest.raises(ValueError, match=r"moe\.binning\.k0 must be from 1 to the model's 1 experts a token"):
         build("llama4", MoEConfig(binning=BinningConfig("oea")))
 
 
