@@ -132,7 +132,8 @@ def run(
     def step(state: State, given: tuple) -> tuple[State, Figures]:
         tokens_B, embeddings_BD, layers, known = given
         if known is not None:
-            state = _told(state, *known)
+            table, predictor = foretold(state.table, state.predictor, *known)
+            state = state._replace(table=table, predictor=predictor)
         state, walk, figures = _before(
             state, StepSeen(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
         )
@@ -154,11 +155,10 @@ def run(
     return state, prompt, figures
 
 
-def _told(state: State, needs_LE: Array, due_LE: Array) -> State:
-    """The oracle, which knows the step and all that come."""
-    outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, state.table.outlook.heat_LE, due_LE)
-    predictor = replace(state.predictor, needs_LE=needs_LE)
-    return state._replace(table=state.table._replace(outlook=outlook), predictor=predictor)
+def foretold(table: Table, oracle: Given, needs_LE: Array, due_LE: Array) -> tuple[Table, Given]:
+    """Before a step: the oracle, which knows that step and all that come (``next_uses``)."""
+    outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
+    return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
 
 
 def _before(state: State, seen: StepSeen, rule: Rule, times: Link) -> tuple[State, Any, Figures]:
