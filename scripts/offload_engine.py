@@ -7,6 +7,7 @@ cost, not what overlap saves.
 """
 
 import gzip
+import itertools
 import json
 import statistics
 import tempfile
@@ -16,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
+from offload_replay import Known, replay
+from offload_traces import make_traces, route_windows
 from speculative_routing import collect
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.engine.request import Output, Request
+from jmoe.offload.predictors import Given
+from jmoe.offload.simulator import next_uses
 from jmoe.techniques import OffloadConfig
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
@@ -35,6 +42,7 @@ PAIRS = (
     ("token_table", "expected_use"),
     ("next_gate", "expected_use"),
 )
+ORACLE = ("oracle", "belady")  # told what the resident engine needed; its seconds include compiling once more
 ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds of ours for one of the trace
 
 
@@ -69,27 +77,49 @@ def _all_at_once(questions: list[str], store: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch, shares in SHARES.items():
         runs: dict[str, Any] = {}
-        wanted: list[list[int]] | None = None
-        cases = [(None, None, None), *((s, *pair) for s in shares for pair in PAIRS)]
-        for share, predictor, eviction in cases:
-            offload = None
-            if share is not None:
-                offload = OffloadConfig(
-                    slots_per_layer=max(1, round(32 * share)),
-                    predictor=predictor,
-                    eviction=eviction,
-                    store=store,
-                )
-            with closing(_llm(batch, PROMPT + NEW, offload)) as llm:
+        wanted: list[list[int]] = []
+        needs_NLE = np.zeros(0)
+        pairs = (*PAIRS, ORACLE) if batch == 1 else PAIRS
+        for share, pair in [(None, ("", "")), *itertools.product(shares, pairs)]:
+            with closing(_llm(batch, PROMPT + NEW, _offload(share, pair, store))) as llm:
                 prompts = [llm.encode(text)[:PROMPT] for text in questions[:REQUESTS]]
+                if pair == ORACLE:
+                    llm.engine.runner = replay(llm.engine.runner, *_known(llm, needs_NLE))
                 seconds, tokens = _timed(llm, prompts, greedy)
-                name = "resident" if share is None else f"{share:g} {predictor} {eviction}"
+                name = "resident" if share is None else f"{share:g} {' '.join(pair)}"
                 runs[name] = _counters(llm) | {"seconds": round(seconds, 3)}
-            wanted = tokens if wanted is None else wanted
+                if share is None:
+                    wanted = tokens
+                    needs_NLE = _needs(llm, prompts, tokens) if batch == 1 else needs_NLE
             runs[name]["same"] = sum(a == b for a, b in zip(tokens, wanted, strict=True))
         found[str(batch)] = runs
         print(f"batch {batch}: {sum(r['seconds'] for r in runs.values()):.0f} s", flush=True)
     return found
+
+
+def _offload(share: float | None, pair: tuple[str, str], store: str) -> OffloadConfig | None:
+    """None where all experts are on the device. The oracle gets its own predictor and eviction later."""
+    if share is None:
+        return None
+    predictor, eviction = ("none", "lru") if pair == ORACLE else pair
+    return OffloadConfig(
+        slots_per_layer=max(1, round(32 * share)), predictor=predictor, eviction=eviction, store=store  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+def _needs(llm: LLM, prompts: list[list[int]], tokens: list[list[int]]) -> Bool[np.ndarray, "N L E"]:
+    """What each decode step of the requests, one after another, needed."""
+    model, found = llm.engine.runner.model, []
+    for prompt, answer in zip(prompts, tokens, strict=True):
+        window = np.array([prompt + answer[:-1]], np.int32)
+        found += make_traces(route_windows(model, window), len(prompt), 1)
+    return np.concatenate([trace.needs_NLE for trace in found])
+
+
+def _known(llm: LLM, needs_NLE: Bool[np.ndarray, "N L E"]) -> tuple[Given, Known]:
+    assert llm.engine.runner.cache is not None
+    oracle = Given(jnp.zeros(needs_NLE.shape[1:], bool), llm.engine.runner.cache.rule.ahead)
+    return oracle, zip(needs_NLE, next_uses(needs_NLE), strict=True)
 
 
 def _timed(llm: LLM, prompts: list[list[int]], greedy: SamplingParams) -> tuple[float, list[list[int]]]:

@@ -59,7 +59,8 @@ def engine_part(part: dict[str, Any]) -> list[str]:
         f"The bundled model in float32, {part['requests']} questions of MT-bench cut to {part['prompt']} "
         f"tokens, {part['new']} new ones each, greedy. `alike`: sequences with exactly the tokens of the "
         "engine that has all experts on the device. On this CPU a copy is a copy in memory and nothing runs "
-        "beside it: seconds say what copies and bookkeeping cost, not what overlap saves.",
+        "beside it: seconds say what copies and bookkeeping cost, not what overlap saves. `oracle belady` "
+        "is told, step by step, what the resident engine needed; its seconds include compiling once more.",
         "",
     ]
     for batch, runs in part["runs"].items():
@@ -100,8 +101,8 @@ def arrivals_part(found: dict[str, Any]) -> list[str]:
         "",
         f"The first {found['requests']} requests of the Azure conversation trace, lengths divided by "
         f"{found['shorter']}, its seconds times {found['slower']:g}, text of the valid split; up to 16 at "
-        "once, a quarter of all experts on the device. Median milliseconds, which on two cores vary several-fold "
-        "with whatever else runs; hits, bytes and tokens do not.",
+        "once, a quarter of all experts on the device. Median milliseconds, which on two cores vary "
+        "several-fold with whatever else runs; hits, bytes and tokens do not.",
         "",
         *table(
             ["predictor, eviction", "TTFT", "TPOT", "hit, decode", "MiB a decode step", "alike"], rows

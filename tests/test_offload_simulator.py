@@ -19,6 +19,7 @@ from jmoe.offload.simulator import Link, Trace, begin, next_uses
 from jmoe.offload.table import Rule, fill, new_table
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from offload_replay import replay
 from offload_traces import make_traces, route_windows
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
@@ -91,6 +92,24 @@ def test_the_simulator_counts_what_the_engine_does(
     assert total.useful == counted["useful"] and (counted["hits"] > 0 or slots_per_layer == 1)
     assert total.misses + total.prefetched == counted["copied"]
     assert np.asarray(state.table.slots.held_S).tolist() == left.tolist()
+
+
+def test_the_oracle_runs_in_the_executor(model: Path, traces):
+    """Told before each step what it and all that come need, as the plain run saw them."""
+    prompts, answers, trace = traces[1]
+    needs, due = trace.needs_NLE, next_uses(trace.needs_NLE)
+    with closing(offloaded(model, slots_per_layer=4, predictor="none")) as engine:
+        start = jax.tree.map(jnp.copy, engine.runner.cache.table)
+        rule = engine.runner.cache.rule
+        oracle = Given(jnp.zeros(needs.shape[1:], bool), rule.ahead)
+        engine.runner = replay(engine.runner, oracle, iter(zip(needs, due, strict=True)))
+        assert serve(engine, prompts) == answers
+        counted = decode_counts(engine)
+    _, _, figures = simulator.run(begin(start, oracle), trace, (needs, due), rule, AT_ONCE)
+    total = jax.tree.map(lambda each_N: int(each_N.sum()), figures)
+    assert (total.hits, total.misses) == (counted["hits"], counted["misses"])
+    assert (total.prefetched, total.useful) == (counted["prefetched"], counted["useful"])
+    assert counted["hits"] > 0.9 * (counted["hits"] + counted["misses"])
 
 
 def random_trace(steps: int, batch: int, seed: int, layers: int = 5, experts: int = 12) -> Trace:

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
+from jmoe.offload.predictors import Given
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen
@@ -132,6 +133,7 @@ def run(
     def step(state: State, given: tuple) -> tuple[State, Figures]:
         tokens_B, embeddings_BD, layers, known = given
         if known is not None:
+            assert isinstance(state.predictor, Given)
             table, predictor = foretold(state.table, state.predictor, *known)
             state = state._replace(table=table, predictor=predictor)
         state, walk, figures = _before(
