@@ -63,14 +63,14 @@ class BinningConfig:
             raise ValueError(
                 f"moe.binning needs more experts than a token uses: this model has {experts} and uses {k}"
             )
+        if self.method == "oea" and self.k0 > k:
+            raise ValueError(
+                f"moe.binning.k0 must be from 1 to the model's {k} experts a token, got {self.k0}"
+            )
         if k == 1 and self.method in ("affinity", "oea") and not (self.local_bonus or self.resident_bonus):
             raise ValueError(
                 f"moe.binning.method = {self.method!r} has no effect on a model with 1 expert a token: every "
                 f"token keeps its best; it needs one of {', '.join(_BUDGETS)}, or a bonus"
-            )
-        if self.method == "oea" and self.k0 > k:
-            raise ValueError(
-                f"moe.binning.k0 must be from 1 to the model's {k} experts a token, got {self.k0}"
             )
         if self.method in _BUDGETS and self.keep * experts < k:
             raise ValueError(

@@ -68,6 +68,7 @@ def test_the_factor_changes_without_compiling(harsh: Engine, lossless: list[list
     assert answers(harsh) != lossless and harsh.runner.compilations.after_warm_up == compiled
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("policy", "scope"), [("reroute", "expert"), ("expand", "device")])
 def test_ranks_limit_their_own_tokens(policy: str, scope: str, lossless: list[list[int]]):
     capacity = CapacityConfig(factor=0.6, policy=policy, scope=scope, phase="both")

@@ -43,6 +43,7 @@ def resident(model: Path) -> list[list[int]]:
     return answers(build(model))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("predictor", "eviction", "start"), PAIRS)
 def test_every_predictor_and_eviction_gives_the_resident_tokens(
     model: Path, store: str, resident, predictor: str, eviction: str, start: str

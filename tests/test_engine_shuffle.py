@@ -89,6 +89,7 @@ def plain(model: Path):
     return answers(model, (1, 1, 1), None)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("shape", "method", "transport", "history"),
     [

@@ -150,6 +150,9 @@ def test_binning_is_refused_where_every_expert_is_used(tmp_path: Path, family: s
 def test_methods_that_one_expert_a_token_leaves_no_room_for_are_refused():
     with pytest.raises(ValueError, match=r"moe\.binning\.k0 must be from 1 to the model's 1 experts a token"):
         build("llama4", MoEConfig(binning=BinningConfig("oea")))
+    for nothing in (BinningConfig(), BinningConfig("oea", k0=1)):
+        with pytest.raises(ValueError, match="has no effect on a model with 1 expert a token"):
+            build("llama4", MoEConfig(binning=nothing))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "glm4_moe", "llama4"])

@@ -50,6 +50,7 @@ def resident(model: Path):
         yield engine
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("predictor", "eviction", "seqs", "budget", "lossy"),
     [

@@ -148,6 +148,7 @@ def test_gpu_check_bins_dry(tmp_path: Path, gpu_check: ModuleType):
     assert rows[0]["verdict"] == "1 of 1 as the reference pass" and "XLA x" in rows[1]["verdict"]
 
 
+@pytest.mark.matrix
 def test_gpu_check_runs_dry_and_isolates_a_failing_section(
     tmp_path: Path, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):

@@ -125,6 +125,7 @@ def check(
     np.testing.assert_allclose(outs[1, 0], want[1][0], atol=atol, rtol=atol)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("window", [None, 40])
 @settings(max_examples=10, deadline=None)
@@ -142,6 +143,7 @@ SPANS = st.one_of(
 )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", HERE)
 @settings(max_examples=16, deadline=None)
 @given(data=st.data())

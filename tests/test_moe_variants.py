@@ -187,6 +187,7 @@ def test_offloaded_experts_give_the_dense_output(name: str):
         assert counts.misses > 0 and counts.hits > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "transport"), [("gpt-oss", "all_to_all"), ("llama4", "replicated")])
 def test_bfloat16_gives_the_resident_output(name: str, transport: str):
     """Offloaded, in the layer, and on a mesh: biases lie in another form there, rows travel in bfloat16."""

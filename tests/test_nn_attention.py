@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from small import config, decoder, mesh_of, tokens
 
+from jmoe.anatomy import RopeConfig
 from jmoe.config import MoEConfig
 from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import make_pages
@@ -16,8 +17,8 @@ from jmoe.nn.rope import rotate, rotation
 
 def test_rope_depends_on_distance_only():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 1, 8), np.float32))
-    near = rotate(x, rotation(jnp.array([[3, 5]]), 8, 1e4))
-    far = rotate(x, rotation(jnp.array([[103, 105]]), 8, 1e4))
+    near = rotate(x, rotation(jnp.array([[3, 5]]), 8, RopeConfig()))
+    far = rotate(x, rotation(jnp.array([[103, 105]]), 8, RopeConfig()))
     dot = lambda r: float(jnp.vdot(r[0, 0], r[0, 1]))  # noqa: E731
     assert dot(near) == pytest.approx(dot(far), abs=1e-4)
 

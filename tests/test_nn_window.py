@@ -27,6 +27,7 @@ def test_a_window_equals_numpy(t: int, span: Span):
         np.testing.assert_allclose(out[b], by_numpy(q[b], k[b], v[b], span), atol=2e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("sink", [1.0, 1e4, -1e4])
 def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):

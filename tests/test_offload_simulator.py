@@ -57,6 +57,7 @@ def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Tra
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("predictor", "eviction", "copies", "slots_per_layer", "batch"),
     [

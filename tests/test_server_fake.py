@@ -104,7 +104,12 @@ class FakeEngine:
             return {"active_experts": active, "assignments": assignments, **sums}
 
         prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]
-        return {"prefill": {"steps": 1, "per_layer": prefill}, "decode": {"steps": 3, "per_layer": decode}}
+        shape = {"moe_layers": list(range(len(prefill)))}
+        return {
+            "model": shape,
+            "prefill": {"steps": 1, "per_layer": prefill},
+            "decode": {"steps": 3, "per_layer": decode},
+        }
 
     def add_listener(self, listener):
         self.listeners.append(listener)
