@@ -225,7 +225,7 @@ def test_help_and_refusals_do_not_import_jax():
 def test_generate_imports_neither_server_nor_orbax(model):
     code = (
         "import sys; from jmoe.cli import main\n"
-        f"main(['generate', {model!r}, '--prompt', 'x', '--max-tokens', '1'])\n"
+        f"main(['generate', {model!r}, '--prompt', 'x', '--max-tokens', '1', '--max-model-len', '32'])\n"
         "heavy = {'orbax', 'starlette', 'uvicorn', 'torch', 'transformers', 'prometheus_client', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -81,6 +81,7 @@ def test_a_request_on_its_own_is_as_without_binning(strong: Engine, lossless: li
     assert serve(strong, prompts(7)[:1])[0][0].token_ids == lossless[0]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("binning", [BinningConfig("oea", k0=1), BinningConfig("random", keep=0.5)])
 def test_other_methods_serve(binning: BinningConfig):
     engine = engine_on(MoEConfig(binning=binning))

@@ -71,6 +71,7 @@ def test_a_full_pool_copies_nothing_in_decode(model: Path, resident):
         assert stats[phase]["expert_cache_hits"] > stats[phase]["expert_cache_misses"] == 0
 
 
+@pytest.mark.matrix
 def test_copies_beside_compute_bring_the_same(model: Path, resident):
     """As on an accelerator, where those of a layer are as many as the budget says, wished for or not."""
     engine = offloaded(model, slots_per_layer=3, predictor="next_gate", prefetch_per_layer=2)
@@ -95,6 +96,7 @@ def test_nothing_compiles_after_warm_up(model: Path, resident):
         assert engine.runner.compilations.after_warm_up == 0
 
 
+@pytest.mark.matrix
 def test_a_converted_checkpoint_serves_the_same(model: Path, resident, tmp_path: Path):
     convert(model, tmp_path / "converted", "float32")
     assert answers(offloaded(tmp_path / "converted", slots_per_layer=3)) == resident[4]
@@ -187,6 +189,7 @@ def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Pa
     assert told == needed.tolist() and decode["steps"] == len(steps)
 
 
+@pytest.mark.matrix
 def test_binning_with_offload_is_binning_and_a_bonus_copies_less(model: Path):
     def run(bonus: float, offload: OffloadConfig | None) -> tuple[list[list[int]], int]:
         moe = MoEConfig(binning=BinningConfig(resident_bonus=bonus), offload=offload)
@@ -199,6 +202,7 @@ def test_binning_with_offload_is_binning_and_a_bonus_copies_less(model: Path):
     assert run(2.0, few)[1] < copied
 
 
+@pytest.mark.matrix
 def test_capacity_with_offload_is_capacity(model: Path, resident):
     moe = MoEConfig(capacity=CapacityConfig(factor=0.6, phase="both"))
     limited = answers(build(model, moe))

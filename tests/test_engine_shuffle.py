@@ -113,7 +113,11 @@ def test_shuffled_tokens_get_the_same_answers(
         assert stats[phase]["dropped"] == 0 < stats[phase]["remote_assignments"]
 
 
-@pytest.mark.parametrize(("shape", "method"), [((1, 4, 1), None), ((2, 2, 2), "alternating")], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [((1, 4, 1), None), pytest.param((2, 2, 2), "alternating", marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_scheduled_requests_get_the_same_answers(model: Path, placed, plain, shape, method: str | None):
     shuffle = ShuffleConfig(placed(shape[1], method), tokens=False, requests=True)
     tokens, stats, _ = answers(model, shape, MoEConfig(shuffle=shuffle))

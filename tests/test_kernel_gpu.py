@@ -119,6 +119,7 @@ def test_decode_activations(activation: str):
     check((2, 1, 0), 3, DECODE, activation=activation)
 
 
+@pytest.mark.matrix
 def test_prefill_groups_across_windows_and_a_poisoned_row():
     check((133, 0, 61), 203, PREFILL, poison_row=130, races=True)
 
@@ -127,6 +128,7 @@ def test_prefill_bias_and_clamped_activation():
     check((5, 150, 0), 155, PREFILL, activation="swiglu_oai", biased=True)
 
 
+@pytest.mark.matrix
 def test_prefill_zero_rows():
     check((0, 0, 0), 9, PREFILL)
 
@@ -187,6 +189,7 @@ def group_sizes(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
             yield sizes, max(128, -(-(int(sizes.sum()) + int(rng.integers(0, 40))) // ALIGN) * ALIGN)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("tile", [16, 32, 128])
 def test_windows_cover_every_row_once_and_stay_inside(tile: int, compact: bool):

@@ -139,7 +139,7 @@ def own(name: str, config: Any) -> dict[str, Any]:
         case "Olmoe":
             return {"qk_norm": "full", "clip_qkv": config.clip_qkv}
         case "DeepseekV2" | "DeepseekV3":
-            latent = LatentConfig(config.q_lora_rank, *LATENT.values())
+            latent = LatentConfig(*LATENT.values(), q_lora_rank=config.q_lora_rank)
             return {
                 "latent": latent,
                 "num_key_value_heads": config.num_attention_heads,

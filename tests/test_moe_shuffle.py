@@ -153,6 +153,7 @@ def tables_of(kind: str, ranks: int) -> list[ShuffleTables]:
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["one rank", "random"])
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2)], ids=str)
 def test_no_guess_changes_the_output(shape: tuple[int, int, int], kind: str):

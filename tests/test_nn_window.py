@@ -56,6 +56,7 @@ def dense(q, k, v, span: Span, sinks):
     return jnp.einsum("bhqk,bkhe->bqhe", share, v)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("span", [Span(), Span(chunk=50)], ids=str)
 def test_gradients_equal_those_of_one_softmax(span: Span):
     q, k, v = map(jnp.asarray, qkv(135, e=6))

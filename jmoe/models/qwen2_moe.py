@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
+from jmoe.models.family import Family, HFConfig
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
+from jmoe.models.qwen3_moe import qwen_fields
 from jmoe.models.weights import Stored
 
 # what transformers' Qwen2MoeConfig has where config.json is silent (sizes of weights are required)
@@ -26,20 +26,15 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    windowed = hf.get("use_sliding_window", False)
-    common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
-    dense = dense_layers(hf)
+    fields = qwen_fields(hf)
+    windowed = fields["sliding_window"] is not None
     return ModelConfig(
-        architecture="Qwen2MoeForCausalLM",
-        **common,
-        router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
-        mlp_only_layers=dense,
-        intermediate_size=hf["intermediate_size"] if dense else None,
+        "Qwen2MoeForCausalLM",
+        **fields,
         shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
         shared_expert_gate=True,
         qkv_bias=bool(hf["qkv_bias"]),
-        layer_types=_layer_types(hf, common["num_hidden_layers"]) if windowed else (),
-        sliding_window=hf.get("sliding_window") if windowed else None,
+        layer_types=_layer_types(hf, fields["num_hidden_layers"]) if windowed else (),
     )
 
 

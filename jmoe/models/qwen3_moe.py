@@ -1,6 +1,7 @@
 """Qwen3-MoE (30B-A3B, 235B-A22B): query/key norm within each head, explicit head dimension."""
 
 from functools import partial
+from typing import Any
 
 from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
@@ -21,19 +22,20 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     hf = {**DEFAULTS, **hf}
-    windowed = hf.get("use_sliding_window", False)
+    bias = bool(hf.get("attention_bias", False))
+    return ModelConfig("Qwen3MoeForCausalLM", **qwen_fields(hf), qk_norm="head", attention_bias=bias)
+
+
+def qwen_fields(hf: HFConfig) -> dict[str, Any]:
+    """What the generations of Qwen spell alike. hf: the config over the family's defaults."""
     common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
     dense = dense_layers(hf)
-    return ModelConfig(
-        architecture="Qwen3MoeForCausalLM",
-        **common,
-        router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
-        mlp_only_layers=dense,
-        intermediate_size=hf["intermediate_size"] if dense else None,
-        qk_norm="head",
-        attention_bias=bool(hf.get("attention_bias", False)),
-        sliding_window=hf.get("sliding_window") if windowed else None,
-    )
+    return common | {
+        "router": RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
+        "mlp_only_layers": dense,
+        "intermediate_size": hf["intermediate_size"] if dense else None,
+        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window", False) else None,
+    }
 
 
 FAMILY = Family("Qwen3MoeForCausalLM", config, partial(decoder_names, experts=qwen_experts))
