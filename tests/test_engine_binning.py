@@ -91,6 +91,7 @@ def test_other_methods_serve(binning: BinningConfig):
     assert engine.runner.compilations.after_warm_up == 0
 
 
+@pytest.mark.matrix
 def test_binning_comes_before_the_capacity():
     """What binning leaves is what the limit counts: fewer experts, each fuller, so more is dropped."""
     limit = CapacityConfig(factor=1.0, phase="decode")

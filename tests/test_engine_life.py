@@ -106,6 +106,7 @@ def test_without_warm_up_only_what_runs_is_compiled(model):
     assert cold.engine.snapshot().compilations_after_warmup == 0
 
 
+@pytest.mark.matrix
 def test_heads_over_the_experts_ranks_give_the_same_tokens(model):
     """One sequence, whose decode batch and prompt run are rounded up to what four ranks can split."""
     shapes = SMALL | {"max_num_seqs": 1, "warm_up": False}

@@ -97,6 +97,7 @@ def check(sizes, rows, blocks, activation="silu", biased=False, poison_row=None,
     assert not got[sum(sizes) :].any(), "rows past the last group are zero"
 
 
+@pytest.mark.matrix
 def test_decode_every_pattern_of_empty_groups():
     for sizes in empty_patterns(experts=3, rows_each=1):
         check(sizes, 8, DECODE)

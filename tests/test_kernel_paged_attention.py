@@ -211,6 +211,7 @@ def test_the_cpu_writes_a_step_in_place(heads: Heads):
     assert memory.alias_size_in_bytes == sum(kept.nbytes for kept in pages.kv) > memory.temp_size_in_bytes
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("dtype", "heads", "window"),
     [(jnp.float32, (4, 2), None), (jnp.float32, (8, 1), 12), (jnp.bfloat16, (2, 2), None)],

@@ -335,6 +335,7 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(transport: str):
     assert spread.remapped == stats.remapped == changes.remapped_T.sum() > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
 def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shape, monkeypatch):

@@ -18,7 +18,7 @@ def qkv(t: int, h: int = 4, g: int = 2, d: int = 8, e: int = 8):
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)
-@pytest.mark.parametrize("t", [1, 7, 130, 300])
+@pytest.mark.parametrize("t", [1, 7, 130, pytest.param(300, marks=pytest.mark.matrix)])
 def test_a_window_equals_numpy(t: int, span: Span):
     q, k, v = qkv(t)
     positions = jnp.broadcast_to(jnp.arange(t), (2, t))

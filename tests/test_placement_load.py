@@ -48,7 +48,7 @@ def renumbering(path: Path) -> MoEConfig:
     return MoEConfig(shuffle=ShuffleConfig(str(path), tokens=False))
 
 
-@pytest.mark.parametrize(("form", "ranks"), [("hf", 4), ("out", 1)])
+@pytest.mark.parametrize(("form", "ranks"), [("hf", 4), pytest.param("out", 1, marks=pytest.mark.matrix)])
 def test_renumbering_changes_no_logit_and_no_token(models: Path, tmp_path: Path, form: str, ranks: int):
     path = tmp_path / "placement.npz"
     shuffled(models / "hf", ranks).save(path)
