@@ -73,8 +73,7 @@ FIRST = {  # of each family, the one that every technique is tried on
     "llama4": Case("llama4", transformers.Llama4TextConfig, LLAMA4),
     "granite": Case("granite", transformers.GraniteMoeConfig, GRANITE),
 }  # fmt: skip
-CASES = (
-    *FIRST.values(),
+OPTIONS = (
     Case("qwen2-dense-layers", transformers.Qwen2MoeConfig,
          QWEN2 | {"mlp_only_layers": [1], "num_hidden_layers": 3, "norm_topk_prob": True}, 1),
     Case("qwen2-window", transformers.Qwen2MoeConfig,
