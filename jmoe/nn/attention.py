@@ -5,6 +5,7 @@ rank's tokens are gathered before and scattered, summed, behind: each sends half
 Where there are fewer KV heads than ranks, each rank keeps the one KV head that its query heads share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +27,9 @@ from jmoe.nn.rope import Rotation
 from jmoe.nn.window import attend_window
 
 Weights = dict[str, Array]
+# (weights, x_BTD, rotation, positions_BT) -> of one rank's heads queries [B, T, H, d], keys and values
+# [B, T, G, d]; values None where a key is its own value
+Project = Callable[[Weights, Array, Rotation, Array], tuple[Array, Array, Array | None]]
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +56,7 @@ class Attention(nnx.Module):
     """
 
     scale: float | None
+    project: Project
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
         ranks, over = split.head_ranks, " x ".join(split.heads)
@@ -62,13 +67,6 @@ class Attention(nnx.Module):
             check_divides("kv heads", cfg.cached_heads, over, ranks)
         self.cfg, self.split, self.kernels = cfg, split, kernels
         self.span, self.rotates = cfg.span(layer), cfg.rotates(layer)
-
-    def project(
-        self, w: Weights, x_BTD: Array, by: Rotation, positions_BT: Array
-    ) -> tuple[Array, Array, Array | None]:
-        """Of one rank's heads: queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``; values None where
-        a key is its own value."""
-        raise NotImplementedError
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
         """The heads' outputs, from the weighted sums of values."""
