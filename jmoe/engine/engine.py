@@ -15,6 +15,7 @@ from jmoe.engine.request import (
     Output,
     Request,
     SamplingParams,
+    StepReport,
     TokenLogprob,
 )
 from jmoe.engine.runner import Runner
@@ -29,9 +30,10 @@ Alternatives = tuple[np.ndarray, np.ndarray, np.ndarray]  # logprob, top ids, to
 
 
 class Listener(Protocol):
-    """Told of every token and every end, from the engine's thread (metrics)."""
+    """Told of every token, end and step, from the engine's thread (metrics)."""
 
     def token(self, request: Request, now: float) -> None: ...
+    def stepped(self, report: StepReport) -> None: ...
     def finished(self, request: Request, reason: str) -> None: ...
 
 

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 MAX_LOGPROBS = 20
+MAX_BIASES = 256
 MAX_STOPS = 16
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -15,18 +18,22 @@ class SamplingParams:
     """How to continue a prompt.
 
     max_tokens: tokens to generate at most; None = up to the end of the context; 0 only scores the prompt.
-    temperature: 0 is greedy. top_k: 0 or -1 is off. seed: None draws one.
+    temperature: 0 is greedy. top_k: 0 or -1 is off. min_p: tokens less likely than this share of the
+    likeliest one's probability are never drawn. seed: None draws one. logit_bias: (token id, addend) pairs.
     stop: strings that end the text (and are cut from it). stop_token_ids: ids that end it.
     logprobs: alternatives reported for each generated token, None = none. prompt_logprobs: the same for
-    the prompt's tokens. exact: opt out of every lossy technique of the MoE layers. Raises ValueError naming
-    the field and its limit.
+    the prompt's tokens. exact: opt out of every lossy technique of the MoE layers. cache_salt: the prompt's
+    cached pages are shared only with requests that give the same one. Raises ValueError naming the field and
+    its limit.
     """
 
     max_tokens: int | None = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -34,6 +41,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     exact: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:
@@ -44,6 +52,10 @@ class SamplingParams:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < -1:
             raise ValueError(f"top_k must be at least -1 (-1 and 0 are off), got {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        if len(self.logit_bias) > MAX_BIASES or not all(-100 <= b <= 100 for _, b in self.logit_bias):
+            raise ValueError(f"logit_bias must be at most {MAX_BIASES} tokens with addends from -100 to 100")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit 64 bits, got {self.seed}")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
@@ -99,10 +111,22 @@ class Output:
     moe: MoEUsage | None = None
 
 
+class Constraint(Protocol):
+    """What the tokens of one answer may be: a grammar, and how far the answer has come in it.
+
+    allowed: uint32 ``[ceil(vocabulary / 32)]``, bit t % 32 of word t // 32 says whether token t may come next;
+    at least one may, the end-of-text token where the answer may end. accept: the token that came. Both are
+    called from the engine's thread.
+    """
+
+    def allowed(self) -> np.ndarray: ...
+    def accept(self, token_id: int) -> None: ...
+
+
 @dataclass
 class Request:
     """A request in the engine. Times are ``time.monotonic`` seconds. seat: a number of its own among those
-    that run, below the most that can.
+    that run, below the most that can. constraint: None lets every token come.
 
     emit is called from the engine's thread with every increment and must not block.
     """
@@ -112,6 +136,7 @@ class Request:
     params: SamplingParams
     emit: Callable[[Output], None]
     arrived: float
+    constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list)
     prefilled: int = 0  # prompt tokens whose keys and values are in the cache
     rank: int = -1
@@ -128,13 +153,31 @@ class Request:
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """The engine at one moment. kv_usage: share of KV pages in use, 0 to 1."""
+    """The engine at one moment. kv_usage: share of KV pages in use, 0 to 1.
+
+    Since the start: compilations_after_warmup; preemptions, requests that lost their pages to older ones;
+    prefix_queries, prompt tokens that were looked up in cached pages, and prefix_hits, those found there.
+    """
 
     running: int
     waiting: int
     kv_usage: float
     alive: bool
     compilations_after_warmup: int
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: the prompt tokens and the decoded ones in it, seconds from its start to its results on the
+    host, and those of them that the host was busy for it."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    seconds: float
+    host_seconds: float
 
 
 class QueueFull(Exception):

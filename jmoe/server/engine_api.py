@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.request import EngineSnapshot, Request
+from jmoe.engine.request import EngineSnapshot, Request, StepReport
 from jmoe.engine.text import TextCodec
 
 
 class Listener(Protocol):
-    """Told of every token and every end, from the engine's thread."""
+    """Told of every token, end and step, from the engine's thread."""
 
     def token(self, request: Request, now: float) -> None: ...
+    def stepped(self, report: StepReport) -> None: ...
     def finished(self, request: Request, reason: str) -> None: ...
 
 

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from jmoe.engine.request import EngineDead, Request
+from jmoe.engine.request import EngineDead, Request, StepReport
 from jmoe.server.engine_api import EngineProtocol
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560)
@@ -34,6 +34,7 @@ class Metrics:
         self.between = self._seconds("inter_token_latency", "Between two tokens of a request", TOKEN_SECONDS)
         self.whole = self._seconds("e2e_request_latency", "From arrival to the last token")
         self.queued = self._seconds("request_queue_time", "From arrival to the first step")
+        self.steps = self._seconds("step_time", "From a step's start to its results", TOKEN_SECONDS)
         self.registry.register(EngineCollector(engine))
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
@@ -51,6 +52,9 @@ class Metrics:
         else:
             self.between.observe(now - before)
         self.last_token[request.id] = now
+
+    def stepped(self, report: StepReport) -> None:
+        self.steps.observe(report.seconds)
 
     def finished(self, request: Request, reason: str) -> None:
         last = self.last_token.pop(request.id, None)
