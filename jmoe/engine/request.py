@@ -114,7 +114,7 @@ class Output:
 class Constraint(Protocol):
     """What the tokens of one answer may be: a grammar, and how far the answer has come in it.
 
-    allowed: uint32 ``[ceil(vocabulary / 32)]``, bit t % 32 of word t // 32 says whether token t may come next;
+    allowed: uint32 ``[ceil(vocabulary / 32)]``, bit t % 32 of word t // 32: whether token t may come next;
     at least one may, the end-of-text token where the answer may end. accept: the token that came. Both are
     called from the engine's thread.
     """
