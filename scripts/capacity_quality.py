@@ -111,16 +111,16 @@ class Meter:
         longest = max(len(w) for _, w in batch)
         size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
         given = self.runner.blank(self.rows, size)
-        targets = np.zeros_like(given.tokens_BT)
+        targets = np.zeros_like(given.own.tokens_BT)
         # Neighbours go to different ranks, so that a short batch leaves no rank empty.
-        row_of = np.arange(len(given.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
+        row_of = np.arange(len(given.own.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
         for row, (_, window) in zip(row_of, batch, strict=True):
-            given.tokens_BT[row, : len(window)] = window
-            given.positions_BT[row, : len(window)] = np.arange(len(window))
-            given.table_BM[row] = self.table_BM[row]
+            given.own.tokens_BT[row, : len(window)] = window
+            given.own.positions_BT[row, : len(window)] = np.arange(len(window))
+            given.own.table_BM[row] = self.table_BM[row]
             targets[row, : len(window) - 1] = window[1:]
         _, hidden, _ = self.runner.run(given)
-        logprobs = self.scorer.runner.score(np.asarray(hidden), targets)[0]  # pyright: ignore
+        logprobs = np.asarray(self.scorer.runner.score(np.asarray(hidden), targets)[0])  # pyright: ignore
         return [logprobs[row, : len(window) - 1] for row, (_, window) in zip(row_of, batch, strict=True)]
 
 

@@ -24,7 +24,7 @@ from jmoe import LLM, ModelConfig, MoEConfig, SamplingParams
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.engine.build import model_directory
 from jmoe.engine.runner import Runner
-from jmoe.engine.step import Sizes
+from jmoe.engine.step_input import Sizes
 from jmoe.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ from jmoe.mesh import make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
 from jmoe.moe.routing import route
 from jmoe.moe.types import TokenFlags
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.techniques import BinningConfig
 
 OLMOE = SimpleNamespace(num_experts=64, moe_intermediate_size=1024, hidden_size=2048, num_experts_per_tok=8)

@@ -21,7 +21,7 @@ from speculative_routing import domains_of, pieces
 from jmoe import LLM, SamplingParams
 from jmoe.models.decoder import Decoder
 from jmoe.models.layer import foresight, token_flags
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.simulator import Trace
 
 AHEAD = 3  # layers that a predictor may ask

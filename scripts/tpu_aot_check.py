@@ -185,7 +185,7 @@ def check(case: Case) -> dict:
 
     from jmoe.config import ModelConfig, MoEConfig
     from jmoe.engine.lowering import lower_step
-    from jmoe.engine.step import Sizes
+    from jmoe.engine.step_input import Sizes
     from jmoe.mesh import make_mesh
 
     cfg = ModelConfig.from_dict(tomllib.loads(case.model.read_text()))

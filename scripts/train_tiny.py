@@ -30,7 +30,7 @@ from jmoe.checkpoint import load_model, save_hf
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.nn.param import ParamMaker
 
 END = "<|endoftext|>"
@@ -154,7 +154,7 @@ def losses(graph, params, window_BT):
     b, t = window_BT.shape[0], window_BT.shape[1] - 1
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     out = model(Sequences(window_BT[:, :-1], positions))
-    ce = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden_BTD), window_BT[:, 1:])
+    ce = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden_RND), window_BT[:, 1:])
     assigned = b * t * CONFIG.num_experts_per_tok
     balance = [CONFIG.num_experts * jnp.sum(s.counts_E / assigned * s.mean_score_E) for s in out.stats]
     dropped = sum(s.dropped for s in out.stats) / (assigned * len(out.stats))

@@ -108,7 +108,7 @@ def _lower_step(case: dict):
 
     from jmoe.config import ModelConfig, MoEConfig
     from jmoe.engine.lowering import lower_step
-    from jmoe.engine.step import Sizes
+    from jmoe.engine.step_input import Sizes
     from jmoe.mesh import make_mesh
 
     with open(case["config"], "rb") as file:

@@ -19,7 +19,7 @@ from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
 from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.param import ParamMaker
 
@@ -45,7 +45,7 @@ def values(model: Decoder) -> dict[str, np.ndarray]:
 def logits(model: Decoder) -> jax.Array:
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
     positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (4, 6))
-    return model.logits(model(Sequences(tokens, positions)).hidden_BTD)
+    return model.logits(model(Sequences(tokens, positions)).hidden_RND)
 
 
 def stacked(tensors: dict[str, np.ndarray], architecture: str, layer: int) -> dict[str, np.ndarray]:

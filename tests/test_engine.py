@@ -9,14 +9,13 @@ import pytest
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.config import MoEConfig
+from jmoe.engine.build import EngineSettings, schedule
 from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.engine import Engine
-from jmoe.engine.pages import PagePool
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.runner import Runner
-from jmoe.engine.sampling import SamplingRows, sample
-from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.step import Sizes
+from jmoe.engine.sampling import SamplingRows, blank_rows, sample
+from jmoe.engine.step_input import Sizes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 
@@ -24,11 +23,11 @@ CFG = config()
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64, first=1) -> Engine:
+def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64, first=1, **settings) -> Engine:
     runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
     runner.warm_up()
-    pool = PagePool(runner.ranks, pages, 8)
-    return Engine(runner, Scheduler(pool, slots, 100, length), None, model.cfg.eos_token_ids)
+    given = EngineSettings(max_num_batched_tokens=36, max_queue=100, **settings)
+    return Engine(runner, schedule(runner, given, length), None, model.cfg.eos_token_ids)
 
 
 def engine_on(mesh, moe=MoEConfig(), **sizes) -> Engine:
@@ -248,7 +247,7 @@ def test_nan_logits_end_the_request_with_an_error(engine: Engine):
 
 def test_counts_are_every_token_times_k(engine: Engine):
     before = engine.moe_stats()
-    serve(engine, [tokens(CFG, 20)], dataclasses.replace(GREEDY, max_tokens=6))
+    serve(engine, [tokens(CFG, 20, seed=99)], dataclasses.replace(GREEDY, max_tokens=6))
     after = engine.moe_stats()
     new = {p: np.array(after[p]["counts"]) - np.array(before[p]["counts"]) for p in ("prefill", "decode")}
     assert (new["prefill"].sum(1) == 20 * 2).all() and (new["decode"].sum(1) == 5 * 2).all()
@@ -257,31 +256,39 @@ def test_counts_are_every_token_times_k(engine: Engine):
 # ---- sampling --------------------------------------------------------------------------------------
 
 
-def rows(n: int, temperature=1.0, top_p=1.0, top_k=0, logprobs=False) -> SamplingRows:
-    return SamplingRows(
-        jnp.full(n, temperature, jnp.float32),
-        jnp.full(n, top_p, jnp.float32),
-        jnp.full(n, top_k, jnp.int32),
-        jnp.arange(n, dtype=jnp.int32),
-        jnp.zeros(n, jnp.int32),
-        jnp.full((n, 8), 99, jnp.int32),
-        jnp.asarray(logprobs),
+def rows(n: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, vocab=8) -> SamplingRows:
+    return dataclasses.replace(
+        blank_rows(n, vocab),
+        temperature_B=np.full(n, temperature, np.float32),
+        top_p_B=np.full(n, top_p, np.float32),
+        top_k_B=np.full(n, top_k, np.int32),
+        min_p_B=np.full(n, min_p, np.float32),
+        seed_B=np.arange(n, dtype=np.int32),
     )
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 1.0, 3), (1.0, 0.7, 0), (1.5, 0.8, 4)],
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0),
+        (0.7, 1.0, 0, 0),
+        (1.0, 1.0, 3, 0),
+        (1.0, 0.7, 0, 0),
+        (1.5, 0.8, 4, 0),
+        (1.0, 1.0, 0, 0.3),
+        (0.8, 0.9, 6, 0.2),
+    ],
 )
-def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k):
+def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k, min_p):
     logits = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 1.5
     n = 20_000
-    drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows(n, temperature, top_p, top_k)).ids_B
+    drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows(n, temperature, top_p, top_k, min_p)).ids_B
     p = np.exp(logits / temperature)
     order = np.argsort(-p)
     keep = order[: top_k or len(p)]
     q = p[keep] / p[keep].sum()
     keep = keep[np.cumsum(q) - q < top_p]
+    keep = keep[p[keep] >= min_p * p.max()]
     want = np.zeros(8)
     want[keep] = p[keep] / p[keep].sum()
     got = np.bincount(drawn, minlength=8) / n

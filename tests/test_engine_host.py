@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import QueueFull, Request, SamplingParams
 from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.step import Sizes
+from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import Detokenizer, TextCodec
 
 

@@ -137,13 +137,13 @@ def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
 
     with closing(engine):
         before, given = table(), engine.runner.blank(1, 64)
-        given.tokens_BT[0, :9], given.positions_BT[0, :9] = np.arange(9), np.arange(9)
+        given.own.tokens_BT[0, :9], given.own.positions_BT[0, :9] = np.arange(9), np.arange(9)
         engine.runner.run(given)
         assert engine.moe_stats()["prefill"]["expert_cache_misses"] > 0
         for had, has in zip(before, table(), strict=True):
             np.testing.assert_array_equal(had, has)
         given = engine.runner.blank(1, 1)
-        given.tokens_BT[0], given.positions_BT[0] = 9, 9
+        given.own.tokens_BT[0], given.own.positions_BT[0] = 9, 9
         engine.runner.run(given)
         assert any((had != has).any() for had, has in zip(before, table(), strict=True))
 
@@ -215,7 +215,7 @@ def test_the_pool_is_changed_in_place(model: Path):
     with closing(engine):
         runner, given = engine.runner, engine.runner.blank(1, 1)
         arrays = (
-            given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows,
+            given.own.tokens_BT, given.own.positions_BT, given.own.table_BM, given.last_B, given.seats_B, given.rows,
         )  # fmt: skip
         totals = runner._totals["decode"]
         lowered = runner._jitted.step.lower(

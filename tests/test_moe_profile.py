@@ -15,11 +15,11 @@ from small import config, decoder, mesh_of, tokens
 from jmoe.checkpoint import load_model
 from jmoe.cli import main
 from jmoe.engine.runner import Runner
-from jmoe.engine.step import Sizes
+from jmoe.engine.step_input import Sizes
 from jmoe.grouping import profile_builder
 from jmoe.grouping.profile import Profile
 from jmoe.grouping.profile_builder import RoutedRequest, nearest_seen
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.tools.data import bounded
 from jmoe.tools.profile import routed
 

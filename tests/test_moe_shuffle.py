@@ -15,7 +15,7 @@ from jmoe.config import MoEConfig
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, MoEOutput, Routing
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 
 RANKS, ROWS = 4, 16
 
@@ -167,7 +167,7 @@ def test_no_guess_changes_the_output(shape: tuple[int, int, int], kind: str):
     @partial(jax.jit, static_argnums=0)
     def run(shuffled: bool, state, tables):
         out = nnx.merge(graph, state)(seqs, tables=tables if shuffled else None)
-        return out.hidden_BTD, out.stats
+        return out.hidden_RND, out.stats
 
     tables = tables_of(kind, shape[1])
     plain, plain_stats = run(False, state, tables)

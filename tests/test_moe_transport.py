@@ -19,7 +19,7 @@ from jmoe.moe import transport
 from jmoe.moe.exchange import emulated_ragged_all_to_all
 from jmoe.moe.experts import apply_experts
 from jmoe.moe.types import DispatchStats, LocalExperts, Routing, Traffic
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 
 TOKENS_IN_ALL, EXPERTS, MODEL, INNER = 48, 16, 24, 8
 NAMES = ("replicated", "all_to_all", "ragged_all_to_all")
@@ -251,7 +251,7 @@ def test_a_decoder_gives_the_same_and_says_what_it_moved():
 
     out = states(decoder(cfg, mesh_of((2, 2, 2)), MoEConfig(transport="ragged_all_to_all")))
     one = states(decoder(cfg, make_mesh()))
-    np.testing.assert_allclose(out.hidden_BTD, one.hidden_BTD, atol=1e-4)
+    np.testing.assert_allclose(out.hidden_RND, one.hidden_RND, atol=1e-4)
     moved, remote = out.stats[0].traffic, out.stats[0].remote
     assert 0 < moved.useful <= moved.sent == remote
     assert one.stats[0].traffic.sent == one.stats[0].traffic.useful == 0

@@ -9,7 +9,7 @@ from small import config, decoder, mesh_of, tokens
 
 from jmoe.anatomy import RopeConfig
 from jmoe.config import MoEConfig
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import rotate, rotation
@@ -57,7 +57,7 @@ def test_decoder_on_a_mesh_equals_one_device(shape, attention, qk_norm: str):
 
         def forward(state, pages):
             model = nnx.merge(graph, state)
-            return model.logits(model(Sequences(ids, positions, table), pages).hidden_BTD)
+            return model.logits(model(Sequences(ids, positions, table), pages).hidden_RND)
 
         return np.asarray(jax.jit(forward)(state, pages))
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +16,14 @@ from jmoe_kernels.choice import choose
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.engine import Engine
+from jmoe.engine.engine import Engine, page_kind
 from jmoe.engine.host_driven import HostDrivenRunner
 from jmoe.engine.offload import make_cache, pick_executor, read_profile
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
-from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.step import Sizes
+from jmoe.engine.scheduler import REASONS, Limits, Reason, Scheduler, Share
+from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.moe.orders import prompt_share, step_tables
@@ -42,7 +43,10 @@ class EngineSettings:
     """How to run a model. Sizes: sequences (max_num_seqs), tokens (max_model_len, max_num_batched_tokens),
     bytes (kv_memory, on each rank). None means: the model's, or as much as the others need.
 
-    max_num_batched_tokens: the longest prefill run; a longer prompt takes several.
+    max_num_batched_tokens: what a step holds on each rank: a token of every request that is decoded, and of a
+    prompt what is left, at least one page; a longer prompt takes several steps. enable_prefix_caching:
+    prompts that begin alike share pages. dispatch: what says which rank a request goes to, the first one
+    first (see ``scheduler``).
     """
 
     max_model_len: int | None = None
@@ -56,6 +60,8 @@ class EngineSettings:
     max_num_batched_tokens: int = 1024
     max_queue: int = 1024
     kv_memory: int | None = None
+    enable_prefix_caching: bool = True
+    dispatch: tuple[Reason, ...] = REASONS
 
     def __post_init__(self) -> None:
         if self.moe.attention not in ("dp", self.attention):
@@ -66,6 +72,9 @@ class EngineSettings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        unknown = next((reason for reason in self.dispatch if reason not in REASONS), None)
+        if unknown is not None or len(set(self.dispatch)) < len(self.dispatch):
+            raise ValueError(f"dispatch names some of {', '.join(REASONS)}, each once; got {self.dispatch}")
 
 
 def model_directory(model: str | Path) -> Path:
@@ -192,9 +201,19 @@ def build_engine(
     runner = make_runner(decoder, mesh, sizes, tables, cache)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
-    pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
-    scheduler = Scheduler(pool, sizes.decode[-1], settings.max_queue, max_model_len, share)
+    scheduler = schedule(runner, settings, max_model_len, share)
     return Engine(runner, scheduler, codec, end_tokens(directory, cfg), placement)
+
+
+def schedule(
+    runner: Runner, settings: EngineSettings, max_model_len: int, share: Share | None = None
+) -> Scheduler:
+    """A scheduler of ``runner``'s shapes."""
+    sizes = runner.sizes
+    pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
+    limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
+    kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
+    return Scheduler(pool, limits, sizes.prefill_size, kind, share, settings.dispatch)
 
 
 def runner_for(moe: MoEConfig, platform: str) -> type[Runner]:

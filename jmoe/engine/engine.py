@@ -1,8 +1,15 @@
-"""The engine: a step is schedule -> run -> deliver. Synchronous; ``worker`` gives it a thread of its own."""
+"""The engine: a step is plan -> start -> deliver what the step before it gave.
 
+The device works on a step while the host delivers the one before and plans the one behind: the token that a
+request was just given need not be on the host for its next step, only for what depends on it (the end of the
+answer, a grammar). A request that turns out to have ended leaves a row in the step behind, which is ignored.
+Synchronous; ``worker`` gives it a thread of its own.
+"""
+
+import json
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import jax
@@ -19,14 +26,11 @@ from jmoe.engine.request import (
     TokenLogprob,
 )
 from jmoe.engine.runner import Runner
-from jmoe.engine.sampling import Sampled
-from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.step import BANNED, StepInput
+from jmoe.engine.sampling import ENDS
+from jmoe.engine.scheduler import Scheduler, Step
+from jmoe.engine.started import Placed, Started, constrain, fill, place
 from jmoe.engine.text import Detokenizer, TextCodec
 from jmoe.moe.placement import Placement
-from jmoe.moe.types import Changes
-
-Alternatives = tuple[np.ndarray, np.ndarray, np.ndarray]  # logprob, top ids, top logprobs of some rows
 
 
 class Listener(Protocol):
@@ -51,10 +55,11 @@ class Engine:
     ):
         self.runner, self.scheduler, self.codec = runner, scheduler, codec
         self.end_ids, self.placement = frozenset(end_ids), placement
-        self.max_model_len, self.vocab_size = scheduler.max_model_len, runner.cfg.vocab_size
+        self.max_model_len, self.vocab_size = scheduler.limits.longest, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._texts: dict[str, Detokenizer] = {}
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._started: Started | None = None  # and not delivered
         self._closed = False
 
     def close(self) -> None:
@@ -91,17 +96,19 @@ class Engine:
             raise ValueError(
                 f"the request needs {need} KV pages and there are {have}: shorten it or raise --kv-memory"
             )
-        if params.min_tokens and len(self._banned(params)) > BANNED:
-            raise ValueError(f"min_tokens with more than {BANNED} end tokens is not supported")
+        if params.min_tokens and len(self._ends(params)) > ENDS:
+            raise ValueError(f"min_tokens with more than {ENDS} end tokens is not supported")
+        outside = next((t for t, _ in params.logit_bias if not 0 <= t < self.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"logit_bias: token id {outside} is outside the vocabulary of {self.vocab_size}")
         if self.codec is None and params.stop:
             raise ValueError("stop strings need a tokenizer, which this model directory does not have")
 
     def add(self, requests: list[Request]) -> None:
         """Queues all or none. Raises ValueError for a bad one, QueueFull where there is no room."""
-        if len(requests) > self.scheduler.max_queue:
-            raise ValueError(
-                f"{len(requests)} requests at once exceed the queue of {self.scheduler.max_queue}"
-            )
+        most = self.scheduler.limits.queue
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
         for request in requests:
             self.check(request)
         self.scheduler.add(requests)
@@ -121,135 +128,132 @@ class Engine:
         """Serves ``requests`` to their ends, feeding the queue as it has room."""
         for request in requests:
             self.check(request)
-        left = requests[::-1]
-        scheduler = self.scheduler
-        while left or scheduler.running or scheduler.waiting:
-            while left and len(scheduler.waiting) < scheduler.max_queue:
+        left, scheduler = requests[::-1], self.scheduler
+        while left or self.busy:
+            while left and len(scheduler.waiting) < scheduler.limits.queue:
                 self.add([left.pop()])
             self.step()
 
     # ---- one step ----------------------------------------------------------------------------------
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs, waits or is to be delivered."""
+        return bool(self._started or self.scheduler.running or self.scheduler.waiting)
+
     def step(self) -> bool:
-        """Runs one step; False where there was nothing to run."""
+        """Starts a step and delivers the one before; False where there was neither."""
+        if self._started is not None and self._started.must_be_seen:
+            self._deliver()
+        began = time.monotonic()
         step = self.scheduler.next_step()
-        if step is None:
+        started = None if step is None else self._start(step, began)
+        if started is None and self._started is None:
             return False
-        if step.prefill:
-            self._prefill(step.requests)
-        else:
-            self._decode(step.requests)
+        if self._started is not None:
+            self._deliver()
+        self._started = started
         return True
 
-    def _prefill(self, requests: list[Request]) -> None:
-        sizes = self.runner.sizes
-        runs = {r.id: len(r.prompt_token_ids) - r.prefilled for r in requests}
-        tokens = sizes.prefill_size(max(runs.values()))
-        given = self.runner.blank(1, tokens)
-        for request in requests:
-            request.started = request.started or time.monotonic()
-            start, n = request.prefilled, min(runs[request.id], tokens)
-            row = request.rank
-            given.tokens_BT[row, :n] = request.prompt_token_ids[start : start + n]
-            given.positions_BT[row, :n] = np.arange(start, start + n)
-            given.last_B[row] = n - 1
-            self._fill_row(given, row, request)
-            request.prefilled += n
-        sampled, hidden, changes = self.runner.run(given)
-        self._count_assignments([(r, r.rank) for r in requests], given, changes)
-        self._score_prompts(requests, given, hidden)
-        self._deliver([(r, r.rank) for r in requests if r.prefilled == len(r.prompt_token_ids)], sampled)
+    def _start(self, step: Step, began: float) -> Started:
+        runner = self.runner
+        for copies in step.copy_rounds():
+            from_R, to_R = np.zeros((2, runner.ranks), np.int32)
+            for rank, source, target in copies:
+                from_R[rank], to_R[rank] = source, target
+            runner.copy_pages(from_R, to_R)
+        placed, given = place(step, runner)
+        for each in placed:
+            request = each.run.request
+            request.started = request.started or began
+            fill(each, given, self._ends(request.params))
+            if (failure := constrain(each, given)) is not None:
+                self._fail(request, failure)
+        planned = time.monotonic() - began
+        sampled, hidden, changes = runner.run(given)
+        column = hidden.shape[1] - given.own.tokens_BT.shape[1]
+        scores = self._score(placed, hidden, column)
+        return Started(placed, sampled, changes if runner.lossy else None, scores, column, began, planned)
 
-    def _decode(self, requests: list[Request]) -> None:
-        sizes, ranks = self.runner.sizes, self.runner.ranks
-        by_rank: list[list[Request]] = [[] for _ in range(ranks)]
-        for request in requests:
-            by_rank[request.rank].append(request)
-        b = sizes.decode_size(max(map(len, by_rank)))
-        given = self.runner.blank(b, 1)
-        placed = [(r, rank * b + i) for rank, mine in enumerate(by_rank) for i, r in enumerate(mine)]
-        for request, row in placed:
-            given.tokens_BT[row, 0] = request.token_ids[-1]
-            given.positions_BT[row, 0] = request.length - 1
-            self._fill_row(given, row, request)
-        sampled, _, changes = self.runner.run(given)
-        self._count_assignments(placed, given, changes)
-        self._deliver(placed, sampled)
-
-    def _fill_row(self, given: StepInput, row: int, request: Request) -> None:
-        """Page table and sampling parameters of one row."""
-        params, rows = request.params, given.rows
-        given.table_BM[row, : len(request.pages)] = request.pages
-        rows.temperature_B[row], rows.top_p_B[row] = params.temperature, params.top_p
-        rows.top_k_B[row] = max(params.top_k, 0)
-        rows.seed_B[row] = _fold(params.seed or 0)
-        rows.position_B[row] = request.length
-        given.exact_B[row], given.seats_B[row] = params.exact, request.seat
-        if len(request.token_ids) < params.min_tokens:
-            banned = self._banned(params)
-            rows.banned_BX[row, : len(banned)] = banned
-        if params.logprobs is not None:
-            rows.logprobs[...] = True
-
-    def _banned(self, params: SamplingParams) -> list[int]:
+    def _ends(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.end_ids
         return sorted({*ends, *params.stop_token_ids})
 
-    def _score_prompts(self, requests: list[Request], given: StepInput, hidden: jax.Array) -> None:
-        """Log-probabilities of the prompt tokens that this run's positions predict."""
-        following: dict[str, list[int]] = {}
-        targets = np.zeros_like(given.tokens_BT)
-        for r in requests:
-            if r.params.prompt_logprobs is not None:
-                start, end = int(given.positions_BT[r.rank, 0]), int(given.positions_BT[r.rank].max()) + 1
-                following[r.id] = r.prompt_token_ids[start + 1 : end + 1]
-                targets[r.rank, : len(following[r.id])] = following[r.id]
-        if not following:
-            return
-        scores = self.runner.score(hidden, targets)
-        for r in requests:
-            asked = r.params.prompt_logprobs or 0
-            self._prompt_scores.get(r.id, []).extend(
-                _token_logprob(token, tuple(s[r.rank, i] for s in scores), asked)
-                for i, token in enumerate(following.get(r.id, []))
-            )
+    def _score(self, placed: list[Placed], hidden_RND: jax.Array, column: int) -> tuple | None:
+        """Log-probabilities of the prompt tokens that a step's positions predict; None where nobody asks.
 
-    def _count_assignments(
-        self, placed: list[tuple[Request, int]], given: StepInput, changes: Changes | None
-    ) -> None:
-        """What the step did to each request's assignments, where it may have done something to them."""
-        if not self.runner.lossy:
-            return
-        cfg = self.runner.cfg
-        tokens_B = np.sum(given.positions_BT >= 0, axis=1)
-        counts = None if changes is None else jax.device_get(changes)
-        for request, row in placed:
-            request.moe.assignments += int(tokens_B[row]) * len(cfg.moe_layers) * cfg.num_experts_per_tok
-            if counts is not None:
-                request.moe.remapped += int(counts.remapped_T[row])
-                request.moe.dropped += int(counts.dropped_T[row])
-                request.moe.rerouted += int(counts.rerouted_T[row])
+        column: the first one of prompts in the grid of states.
+        """
+        asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._prompt_scores]
+        if not asked:
+            return None
+        targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
+        for run, _, rank, _, _ in asked:
+            following = run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]
+            targets_RN[rank, column : column + len(following)] = following
+        return self.runner.score(hidden_RND, targets_RN)
 
     # ---- results out -------------------------------------------------------------------------------
 
-    def _deliver(self, placed: list[tuple[Request, int]], sampled: Sampled) -> None:
-        """Appends each row's token to its request and emits what became certain."""
-        ids, *scores, finite = jax.device_get(
-            (sampled.ids_B, sampled.logprob_B, sampled.top_ids_BA, sampled.top_logprobs_BA, sampled.finite_B)
-        )
+    def _deliver(self) -> None:
+        """Appends each row's token to its request and emits what became certain, once the step has ended."""
+        started, self._started = self._started, None
+        assert started is not None
+        ids, *scores, finite = started.fetch()
         now = time.monotonic()
-        for request, row in placed:
+        self._keep_scores(started)
+        self._count_assignments(started)
+        for run, row, *_ in started.placed:
+            request = run.request
+            request.place.drawn -= run.draws
+            if request.place.ended or not run.draws:
+                continue
             if not finite[row]:
-                self._end(
-                    request, Output(request.id, finish_reason="error", error="the model produced NaN logits")
-                )
+                self._fail(request, "the model produced NaN logits")
             elif request.params.max_tokens == 0:
                 self._end(request, self._output(request, (), finish_reason="length"))
             else:
                 self._deliver_token(request, int(ids[row]), tuple(s[row] for s in scores), now)
+        report = started.report(now, time.monotonic())
+        for listener in self.listeners:
+            listener.stepped(report)
+
+    def _keep_scores(self, started: Started) -> None:
+        """Of prompt tokens, until the first output takes them along."""
+        if started.scores is None:
+            return
+        scores = jax.device_get(started.scores)
+        for run, _, rank, _, _ in started.placed:
+            kept = self._prompt_scores.get(run.request.id)
+            if kept is None or run.decodes:
+                continue
+            if run.start == 0:  # it may have begun before, and lost its pages
+                del kept[1:]
+            prompt, asked = run.request.prompt_token_ids, run.request.params.prompt_logprobs or 0
+            following = prompt[run.start + 1 : run.start + run.count + 1]
+            kept.extend(
+                _token_logprob(token, tuple(s[rank, started.first_column + i] for s in scores), asked)
+                for i, token in enumerate(following)
+            )
+
+    def _count_assignments(self, started: Started) -> None:
+        """What the step did to each request's assignments, where it may have done something to them."""
+        if not self.runner.lossy:
+            return
+        cfg = self.runner.cfg
+        counts = None if started.changes is None else jax.device_get(started.changes)
+        for run, row, *_ in started.placed:
+            moe = run.request.moe
+            moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
+            if counts is not None:
+                moe.remapped += int(counts.remapped_T[row])
+                moe.dropped += int(counts.dropped_T[row])
+                moe.rerouted += int(counts.rerouted_T[row])
 
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)
+        if request.place.rank >= 0:
+            self.scheduler.tell(request)
         request.first_token = request.first_token or now
         for listener in self.listeners:
             listener.token(request, now)
@@ -272,6 +276,12 @@ class Engine:
         logprobs = ()
         if params.logprobs is not None:
             logprobs = (_token_logprob(token, scores, params.logprobs),)
+        if request.constraint is not None and finish is None:
+            try:
+                request.constraint.accept(token)
+            except ValueError as error:
+                self._fail(request, str(error))
+                return
         output = self._output(
             request, (token,), text=text, logprobs=logprobs, finish_reason=finish, stop_reason=stopped_by
         )
@@ -284,6 +294,9 @@ class Engine:
         prompt = self._prompt_scores.pop(request.id, None)
         scores = None if prompt is None else tuple(prompt)
         return Output(request.id, token_ids, prompt_logprobs=scores, **fields)
+
+    def _fail(self, request: Request, cause: str) -> None:
+        self._end(request, Output(request.id, finish_reason="error", error=cause))
 
     def _end(self, request: Request, output: Output) -> None:
         self.scheduler.finish(request)
@@ -301,6 +314,7 @@ class Engine:
 
     def give_up(self, reason: FinishReason, cause: str) -> None:
         """Ends every request, once no step can run any more."""
+        self._started = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.drop(request.id)
             self._ended(request, Output(request.id, finish_reason=reason, error=cause))
@@ -310,7 +324,8 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
         after = self.runner.compilations.after_warm_up
-        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after)
+        told = s.preemptions, s.prefix.queries, s.prefix.hits
+        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after, *told)
 
     def moe_stats(self) -> dict[str, Any]:
         """What the experts did since the start, by phase: totals, means a step, counts layer x expert (as the
@@ -333,9 +348,18 @@ class Engine:
         return counts_LP if self.placement is None else self.placement.by_expert(counts_LP)
 
 
-def _fold(seed: int) -> np.int32:
-    """64 bits of seed in 32."""
-    return np.uint32((seed ^ seed >> 32) & 0xFFFFFFFF).view(np.int32)
+def page_kind(request: Request, runner: Runner) -> str:
+    """What the pages of a request depend on beside its tokens.
+
+    Where anything lossy is on, its tokens were touched by it, as it is set at the moment; unless the request
+    opted out, whose pages are those of a lossless engine.
+    """
+    lossy = None
+    if runner.lossy and not request.params.exact:
+        moe = runner.moe
+        techniques = [asdict(t) for t in (moe.binning, moe.capacity) if t is not None]
+        lossy = [techniques, runner.capacity_factor]
+    return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 
 
 def _token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:

@@ -20,11 +20,12 @@ from jmoe.engine.host_parts import parts_of
 from jmoe.engine.host_types import Rows, Seen, Work, forecast_of
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
-from jmoe.engine.step import Sizes, StepInput, WindowRouting
+from jmoe.engine.step import WindowRouting
+from jmoe.engine.step_input import Sizes, StepInput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.types import Changes, Knobs, Phase
-from jmoe.nn.attention import Sequences
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
 
@@ -53,28 +54,26 @@ class HostDrivenRunner(Runner):
         self._rehearsing = False
 
     def _step(
-        self, phase: Phase, arrays: tuple, lossy: tuple[np.ndarray, Knobs] | None
+        self, phase: Phase, given: StepInput, knobs: Knobs | None
     ) -> tuple[Sampled, Array, Changes | None]:
-        tokens_BT, positions_BT, table_BM, last_B, seats_B, sampling = arrays
-        exact_B, knobs = (None, None) if lossy is None else lossy
-        given, cache = (tokens_BT, positions_BT, table_BM, exact_B, seats_B), self._host_cache()
+        cache = self._host_cache()
         rows, seqs, layers, walk = self._through(given, cache, knobs, predicts=phase == "decode")
-        sampled, hidden, changes, self._totals[phase], predictor = self._parts.finish(
-            self.weights, rows, seqs, last_B, sampling, layers, cache.counts_CL, self._totals[phase],
+        sampled, hidden, changes, self._latest_S, self._totals[phase], predictor = self._parts.finish(
+            self.weights, rows, seqs, given, self._latest_S, layers, cache.counts_CL, self._totals[phase],
             self.cache.predictor, walk,
         )  # fmt: skip
         self.cache = replace(self.cache, table=cache.table, predictor=predictor, pool=cache.pool)
         return sampled, hidden, changes
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-        given = tokens_BT, positions_BT
+        given = Sequences(*jax.device_put((tokens_BT, positions_BT)))
         rows, seqs, _, _ = self._through(given, self._host_cache(), None, predicts=False)
         return np.asarray(self._parts.window_logits(self.weights, rows, seqs))
 
     def window_routing(
         self, tokens_BT: np.ndarray, positions_BT: np.ndarray, picks_BM: np.ndarray
     ) -> WindowRouting:
-        given = tokens_BT, positions_BT
+        given = Sequences(*jax.device_put((tokens_BT, positions_BT)))
         _, seqs, layers, _ = self._through(given, self._host_cache(), None, predicts=False)
         plain = [each.plain for each in layers if each.plain is not None]
         return jax.device_get(self._parts.window_routing(self.weights, seqs, picks_BM, plain))
@@ -84,16 +83,18 @@ class HostDrivenRunner(Runner):
         self._layers, self._ahead, self._store = [], [], None
 
     def _through(
-        self, given: tuple, cache: HostCache, knobs: Knobs | None, *, predicts: bool
+        self, given: StepInput | Sequences, cache: HostCache, knobs: Knobs | None, *, predicts: bool
     ) -> tuple[Rows, Sequences, list[Seen], object]:
         """All layers; also the sequences on the device, what each layer saw, and the predictor's walk.
 
-        given: the fields of ``Sequences``; of windows without page tables, and the pages are left alone.
-        predicts: whether this is a decode step, which fills the pool; else the pool stays as it is.
+        given: ``Sequences`` for windows without page tables; the pages are left alone. predicts: whether this
+        is a decode step, which fills the pool; else the pool stays as it is.
         """
         predictor = self.cache.predictor if predicts else None
         knobs = jax.device_put(knobs, sharding(self.mesh))
-        rows, by, seqs, walk, told_RE = self._parts.begin(self.weights, given, predictor)
+        rows, by, seqs, walk, told_RE = self._parts.begin(
+            self.weights, given, self._latest_S, knobs, predictor
+        )
         if predicts:
             cache.begin(forecast_of(np.asarray(told_RE)))
         layers = []

@@ -21,9 +21,10 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.host_types import Attended, Rows, Seen, Work, tell
-from jmoe.engine.sampling import Sampled, SamplingRows
+from jmoe.engine.sampling import Sampled
 from jmoe.engine.stats import MoETotals, add_step
-from jmoe.engine.step import WindowRouting, draw, summarize
+from jmoe.engine.step import WindowRouting, draw, sequences_of, summarize
+from jmoe.engine.step_input import StepInput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, step_seen, sum_changes
 from jmoe.models.layer import DecoderLayer, Foresight, token_flags
@@ -31,9 +32,9 @@ from jmoe.moe.experts import ApplyBy
 from jmoe.moe.layer import count_alone
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import CacheCounts, Changes, Knobs, Routing
-from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
 from jmoe.offload.rows import assigned, by_slot, highest, needed
 from jmoe.offload.types import LayerSeen, Predictor
@@ -101,13 +102,21 @@ class PartFunctions:
     slots: int
 
     def begin(
-        self, weights: list[Array], given: tuple, predictor: Predictor | None
+        self,
+        weights: list[Array],
+        given: StepInput | Sequences,
+        latest_S: Array,
+        knobs: Knobs | None,
+        predictor: Predictor | None,
     ) -> tuple[Rows, Rotation, Sequences, Any, Array | None]:
         """Before the first layer; last the predictor's walk and, for the host, its forecast.
 
-        given: the fields of ``Sequences``. predictor: None where nothing is predicted.
+        latest_S, knobs: see ``ModelFunctions.step``. predictor: None where nothing is predicted.
         """
-        seqs = Sequences(*given)
+        if isinstance(given, Sequences):
+            seqs = given
+        else:
+            seqs = sequences_of(given, latest_S, lossy=knobs is not None, cached=True)
         x_ND, by = self.merge(weights).begin(seqs)
         walk, told_RE = None, None
         if predictor is not None:
@@ -132,24 +141,24 @@ class PartFunctions:
         weights: list[Array],
         rows: Rows,
         seqs: Sequences,
-        last_B: Array,
-        sampling: SamplingRows,
+        given: StepInput,
+        latest_S: Array,
         layers: list[Seen],
         counts_CL: Array,
         totals: MoETotals,
         predictor: Predictor,
         walk: Any,
-    ) -> tuple[Sampled, Array, Changes | None, MoETotals, Predictor]:
+    ) -> tuple[Sampled, Array, Changes | None, Array, MoETotals, Predictor]:
         """counts_CL: the fields of ``CacheCounts``, of each layer."""
         model = self.merge(weights)
-        hidden_BTD = model.finish(model.layers[-1].add(*rows), seqs)
-        sampled = draw(model, hidden_BTD, last_B, sampling)
+        hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
+        sampled, latest_S = draw(model, hidden_RND, seqs, given, latest_S)
         stats = [replace(each.stats, cache=CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
-        if seqs.tokens_BT.shape[1] == 1:
+        if seqs.decodes:
             predictor = predictor.finish(walk)
         predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
-        return sampled, hidden_BTD, changes_B, add_step(totals, stats), predictor
+        return sampled, hidden_RND, changes_B, latest_S, add_step(totals, stats), predictor
 
     def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
         model = self.merge(weights)
@@ -201,7 +210,7 @@ def parts(
         pooled=jax.jit(functions.pooled, out_shardings=whole),
         streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
         install=jax.jit(install, donate_argnums=0, out_shardings=whole),
-        finish=jax.jit(functions.finish, donate_argnums=(7, 8), out_shardings=whole),
+        finish=jax.jit(functions.finish, donate_argnums=(4, 7, 8), out_shardings=whole),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )

@@ -9,7 +9,8 @@ from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.offload import abstract_cache
 from jmoe.engine.stats import zero_totals
-from jmoe.engine.step import Sizes, blank_input, is_lossy, jitted, make_knobs
+from jmoe.engine.step import is_lossy, jitted, make_knobs
+from jmoe.engine.step_input import Sizes, blank_input
 from jmoe.mesh import EXPERT, sharding
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
@@ -18,7 +19,8 @@ from jmoe.nn.kv_cache import page_layout
 def lower_step(
     cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes, *, sequences: int, tokens: int
 ) -> jax.stages.Lowered:
-    """The step over ``sequences`` a rank of ``tokens`` each: 1 is decode, more is prefill.
+    """The step over ``sequences`` a rank of ``tokens`` each: 1 is decode, more is prefill, beside which as
+    many sequences are decoded as may run.
 
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
@@ -30,7 +32,8 @@ def lower_step(
     graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
     weights, structure = jax.tree.flatten(state)
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
-    given = blank_input(cfg.vocab_size, sizes, model.split.sequence_ranks, sequences, tokens)
+    ranks, most = model.split.sequence_ranks, sizes.decode[-1]
+    given = blank_input(cfg.vocab_size, sizes, ranks, sequences, tokens, beside=most if tokens > 1 else 0)
     attention = model.kernels.attention
     pages = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
@@ -38,8 +41,9 @@ def lower_step(
             weights,
             [pages] * cfg.num_hidden_layers,
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
-            (given.tokens_BT, given.positions_BT, given.table_BM, given.last_B, given.seats_B, given.rows),
-            (given.exact_B, make_knobs(1.0, 0)) if is_lossy(moe) else None,
+            jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
+            given,
+            make_knobs(1.0, 0) if is_lossy(moe) else None,
             _abstract_tables(cfg, moe, mesh),
             abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
         )

@@ -9,7 +9,7 @@ import logging
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,17 @@ from jmoe.engine.nodes import Nodes, join
 from jmoe.engine.request import EngineDead
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
-from jmoe.engine.step import Sizes, StepInput
+from jmoe.engine.step_input import Sizes, StepInput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<3Id")  # operation, rows, tokens a row, the capacity factor of the moment
+HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows beside, the momentary capacity factor
 
 
 class Operation(IntEnum):
-    RUN, SCORE, WINDOW, DRAIN, STOP = range(5)
+    RUN, COPY, SCORE, WINDOW, DRAIN, STOP = range(6)
 
 
 class Leader(Runner):
@@ -62,15 +62,20 @@ class Leader(Runner):
         return self._followers.lost is None
 
     def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
-        self._tell(Operation.RUN, given.tokens_BT.shape, host_arrays(given))
+        beside = 0 if given.beside is None else len(given.beside.tokens_BT)
+        self._tell(Operation.RUN, (*given.own.tokens_BT.shape, beside), jax.tree.leaves(given))
         sampled, self._hidden, changes = super().run(given)
         return sampled, self._hidden, changes
 
-    def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if hidden_BTD is not self._hidden:  # followers keep no others
+    def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
+        self._tell(Operation.COPY, (), [from_R, to_R])
+        super().copy_pages(from_R, to_R)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
+        if hidden_RND is not self._hidden:  # followers keep no others
             raise ValueError("with several processes only the last run can be scored")
-        self._tell(Operation.SCORE, targets_BT.shape, [targets_BT])
-        return super().score(hidden_BTD, targets_BT)
+        self._tell(Operation.SCORE, targets_RN.shape, [targets_RN])
+        return super().score(hidden_RND, targets_RN)
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         self._tell(Operation.WINDOW, tokens_BT.shape, [tokens_BT, positions_BT])
@@ -86,8 +91,8 @@ class Leader(Runner):
         self._hidden = None
         super().close()
 
-    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0) -> bytes:
-        return HEADER.pack(operation, rows, tokens, self.capacity_factor)
+    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, beside: int = 0) -> bytes:
+        return HEADER.pack(operation, rows, tokens, beside, self.capacity_factor)
 
     def _tell(
         self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
@@ -95,34 +100,30 @@ class Leader(Runner):
         self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
 
 
-def host_arrays(given: StepInput) -> list[np.ndarray]:
-    """The arrays of a step in one order for all processes; their shapes follow from that of its tokens."""
-    return jax.tree.leaves([getattr(given, field.name) for field in fields(given)])
-
-
 def repeat(runner: Runner, line: Line) -> None:
     """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
     hidden = None
     while True:
-        operation, rows, tokens, runner.capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, beside, runner.capacity_factor = HEADER.unpack(line.read(HEADER.size))
         if operation == Operation.STOP:
             return
         if operation == Operation.DRAIN:
             runner.drain()
-            continue
-        given = runner.blank(rows // runner.ranks, tokens)
-        if operation == Operation.RUN:
-            for array in host_arrays(given):
+        elif operation == Operation.RUN:
+            given = runner.blank(rows // runner.ranks, tokens, beside // runner.ranks)
+            for array in jax.tree.leaves(given):
                 line.read_into(array.reshape(-1).view(np.uint8))
             _, hidden, _ = runner.run(given)
+        elif operation == Operation.COPY:
+            line.read_into(both := np.zeros((2, runner.ranks), np.int32))
+            runner.copy_pages(*both)
         elif operation == Operation.SCORE:
             assert hidden is not None
-            line.read_into(given.tokens_BT)
-            runner.score(hidden, given.tokens_BT)
+            line.read_into(targets := np.zeros((rows, tokens), np.int32))
+            runner.score(hidden, targets)
         else:
-            line.read_into(given.tokens_BT)
-            line.read_into(given.positions_BT)
-            runner.window_logits(given.tokens_BT, given.positions_BT)
+            line.read_into(both := np.zeros((2, rows, tokens), np.int32))
+            runner.window_logits(*both)
 
 
 def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> Engine:

@@ -1,4 +1,77 @@
-"""Who holds which KV page. Pure host code: a free list for every rank."""
+"""Who holds which KV page, and what free ones still hold. Pure host code.
+
+A page's content has a name: the hash of all tokens up to its end (``prefix``). A named page can serve every
+sequence that begins with those tokens. One that nobody uses any more is free, and keeps its content until
+another sequence needs the page; the least recently used one goes first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class RankPages:
+    """The pages of one rank."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.blank = list(range(count - 1, -1, -1))  # free, without a name
+        self.kept: OrderedDict[int, None] = OrderedDict()  # free, with one; least recently used first
+        self.users = [0] * count
+        self.names: list[list[bytes]] = [[] for _ in range(count)]
+        self.named: dict[bytes, int] = {}
+
+    @property
+    def free(self) -> int:
+        return len(self.blank) + len(self.kept)
+
+    def take(self, count: int) -> list[int]:
+        """``count`` pages for one user, their content forgotten; ValueError where fewer are free."""
+        if count > self.free:
+            raise ValueError(f"{self.free} pages are free, {count} are asked for")
+        return [self._take_one() for _ in range(count)]
+
+    def _take_one(self) -> int:
+        if self.blank:
+            page = self.blank.pop()
+        else:
+            page, _ = self.kept.popitem(last=False)
+            for name in self.names[page]:
+                del self.named[name]
+            self.names[page] = []
+        self.users[page] = 1
+        return page
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """One user less. A sequence's later pages go first: without them its earlier ones are still of
+        use."""
+        for page in reversed(list(pages)):
+            self.users[page] -= 1
+            if self.users[page] == 0 and self.names[page]:
+                self.kept[page] = None
+            elif self.users[page] == 0:
+                self.blank.append(page)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One user more for pages that hold something."""
+        for page in pages:
+            self.users[page] += 1
+            self.kept.pop(page, None)
+
+    def name(self, page: int, name: bytes) -> None:
+        """Says what a page holds. Where another page holds the same, that one keeps the name."""
+        if name not in self.named:
+            self.named[name] = page
+            self.names[page].append(name)
+
+    def find(self, names: Iterable[bytes]) -> list[int]:
+        """The pages of these names up to the first that none has."""
+        found = []
+        for name in names:
+            page = self.named.get(name)
+            if page is None:
+                break
+            found.append(page)
+        return found
 
 
 class PagePool:
@@ -6,23 +79,12 @@ class PagePool:
 
     def __init__(self, ranks: int, pages_per_rank: int, page_size: int):
         self.pages_per_rank, self.page_size = pages_per_rank, page_size
-        self.free = [list(range(pages_per_rank - 1, -1, -1)) for _ in range(ranks)]
+        self.ranks = [RankPages(pages_per_rank) for _ in range(ranks)]
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def take(self, rank: int, count: int) -> list[int]:
-        """``count`` pages of ``rank``; ValueError where fewer are free."""
-        free = self.free[rank]
-        if count > len(free):
-            raise ValueError(f"rank {rank} has {len(free)} free pages, {count} are asked for")
-        return [free.pop() for _ in range(count)]
-
-    def give_back(self, rank: int, pages: list[int]) -> None:
-        self.free[rank].extend(pages)
-
     @property
     def usage(self) -> float:
         """Share of all pages in use, 0 to 1."""
-        total = self.pages_per_rank * len(self.free)
-        return 1 - sum(map(len, self.free)) / total
+        return 1 - sum(rank.free for rank in self.ranks) / (self.pages_per_rank * len(self.ranks))

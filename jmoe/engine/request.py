@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from jmoe.engine.prefix import PageNames
+
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
 MAX_STOPS = 16
@@ -123,12 +125,12 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A request in the engine. Times are ``time.monotonic`` seconds. seat: a number of its own among those
-    that run, below the most that can. constraint: None lets every token come.
+    """A request in the engine. Times are ``time.monotonic`` seconds. constraint: None lets every token come.
 
-    emit is called from the engine's thread with every increment and must not block.
+    emit is called from the engine's thread with every increment and must not block. place: what the
+    scheduler knows of it.
     """
 
     id: str
@@ -138,17 +140,43 @@ class Request:
     arrived: float
     constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list)
-    prefilled: int = 0  # prompt tokens whose keys and values are in the cache
-    rank: int = -1
-    seat: int = 0
-    pages: list[int] = field(default_factory=list)
+    place: "Place" = field(default_factory=lambda: Place())
     started: float | None = None
     first_token: float | None = None
+    cached_tokens: int = 0  # of the prompt, found in pages when it first ran
     moe: MoEUsage = field(default_factory=MoEUsage)
 
     @property
     def length(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt_token_ids, *self.token_ids]
+
+
+@dataclass
+class Place:
+    """Where a request is. Counts are of tokens and include those of steps that were started.
+
+    number: it came in as. passed: how often later ones were let in before it. rank, seat, pages: its own
+    while it runs; a seat is a number that no other running one has, below the most that can run. goal: tokens
+    to run through as a prompt. computed: those whose keys and values are in the pages. drawn: those the
+    device has drawn and the host has not seen. ended: nothing of it is wanted any more.
+    """
+
+    number: int = -1
+    passed: int = 0
+    rank: int = -1
+    seat: int = -1
+    pages: list[int] = field(default_factory=list)
+    names: PageNames | None = None
+    named: int = 0  # pages whose names are told
+    begun: int = 0
+    goal: int = 0
+    computed: int = 0
+    drawn: int = 0
+    ended: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -10,17 +11,16 @@ from jax.sharding import Mesh
 
 from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.sampling import Sampled
-from jmoe.engine.stats import PHASES, MoECounters, MoETotals, expert_bytes, transported_bytes
-from jmoe.engine.step import (
-    Sizes,
-    StepInput,
-    WindowRouting,
-    blank_input,
-    is_lossy,
-    jitted,
-    make_knobs,
-    totals_maker,
+from jmoe.engine.stats import (
+    PHASES,
+    MoECounters,
+    MoETotals,
+    expert_bytes,
+    transported_bytes,
+    zero_totals,
 )
+from jmoe.engine.step import WindowRouting, is_lossy, jitted, make_knobs, maker
+from jmoe.engine.step_input import Sizes, StepInput, blank_input
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
@@ -54,13 +54,15 @@ class Runner:
         attention = model.kernels.attention
         self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
         capacity = model.moe.capacity
-        self.lossy = is_lossy(model.moe)
+        self.moe, self.lossy = model.moe, is_lossy(model.moe)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
         self.cache = cache
         self._steps = 0
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._totals = {phase: self._fresh_totals() for phase in PHASES}
+        seats = self.ranks * sizes.decode[-1]
+        self._latest_S = maker(sharding(mesh), jnp.zeros, seats, jnp.int32)()
         self._undrained = 0
         row_bytes = transported_bytes(model.cfg, mesh)
         sizes_of = row_bytes, expert_bytes(model.cfg)
@@ -69,53 +71,55 @@ class Runner:
 
     def _fresh_totals(self) -> MoETotals:
         cfg = self.cfg
-        return totals_maker(len(cfg.moe_layers), cfg.num_experts, sharding(self.mesh))()
+        return maker(sharding(self.mesh), zero_totals, len(cfg.moe_layers), cfg.num_experts)()
 
     @property
     def alive(self) -> bool:
         """False where it can run nothing any more."""
         return True
 
-    def blank(self, sequences: int, tokens: int) -> StepInput:
-        """An input of ``sequences`` rows a rank in which every token is padding."""
-        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens)
+    def blank(self, sequences: int, tokens: int, beside: int = 0) -> StepInput:
+        """An input of ``sequences`` rows a rank, and ``beside`` of one token, in which all is padding."""
+        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens, beside)
 
     def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
-        """(sampled tokens, final hidden states ``[B, T, D]``, what lossy techniques did to each row).
+        """(sampled tokens, final hidden states ``[R, n, D]``, what lossy techniques did to each row).
 
-        All stay on the device; there are no changes where nothing lossy is configured for the phase.
+        Started, not waited for. All stay on the device; there are no changes where nothing lossy is
+        configured for the phase.
         """
-        phase = "decode" if given.tokens_BT.shape[1] == 1 else "prefill"
-        arrays = (
-            given.tokens_BT,
-            given.positions_BT,
-            given.table_BM,
-            given.last_B,
-            given.seats_B,
-            given.rows,
-        )
-        lossy = (given.exact_B, make_knobs(self.capacity_factor, self._steps)) if self.lossy else None
+        phase: Phase = "decode" if given.decodes else "prefill"
+        knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            outputs = self._step(phase, arrays, lossy)
+            outputs = self._step(phase, given, knobs)
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
         return outputs
 
     def _step(
-        self, phase: Phase, arrays: tuple, lossy: tuple[np.ndarray, Knobs] | None
+        self, phase: Phase, given: StepInput, knobs: Knobs | None
     ) -> tuple[Sampled, Array, Changes | None]:
         """One step; what lies on the device is then as behind it."""
-        sampled, hidden, self.pages, self._totals[phase], changes, self.cache = self._jitted.step(
-            self.weights, self.pages, self._totals[phase], arrays, lossy, self.tables, self.cache
-        )
+        sampled, hidden, self.pages, self._totals[phase], self._latest_S, changes, self.cache = (
+            self._jitted.step(
+                self.weights, self.pages, self._totals[phase], self._latest_S, given, knobs, self.tables,
+                self.cache,
+            )
+        )  # fmt: skip
         return sampled, hidden, changes
 
-    def score(self, hidden_BTD: Array, targets_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Host arrays: log-probability of each target, likeliest ids and their log-probabilities."""
+    def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
+        """Copies a page of every rank over another one of it, before the next step; 0 and 0 copies none."""
         with self.compilations.watch():
-            return jax.device_get(self._jitted.score(self.weights, hidden_BTD, targets_BT))
+            self.pages = self._jitted.copy_pages(self.weights, self.pages, from_R, to_R)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
+        """Log-probability of each target, likeliest ids and their log-probabilities; started, not waited
+        for."""
+        with self.compilations.watch():
+            return self._jitted.score(self.weights, hidden_RND, targets_RN)
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
@@ -148,13 +152,15 @@ class Runner:
         self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
     ) -> None:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
-        shapes = [(b, 1) for b in self.sizes.decode] + [(1, t) for t in self.sizes.prefill]
-        for done, (sequences, tokens) in enumerate(shapes):
+        most = self.sizes.decode[-1]
+        shapes = [(b, 1, 0) for b in self.sizes.decode] + [(1, t, most) for t in self.sizes.prefill]
+        for done, shape in enumerate(shapes):
             progress(done, len(shapes))
-            given = self.blank(sequences, tokens)
+            given = self.blank(*shape)
             hidden = self._rehearse(given)
-            if tokens > 1 and scores_prompts:
-                self.score(hidden, given.tokens_BT)
+            if not given.decodes and scores_prompts:
+                self.score(hidden, np.zeros(hidden.shape[:2], np.int32))
+        self.copy_pages(*np.zeros((2, self.ranks), np.int32))
         self.drain()
         jax.block_until_ready(self.pages)
         progress(len(shapes), len(shapes))

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
-from jmoe.engine.request import MAX_LOGPROBS
+from jmoe.engine.request import MAX_BIASES, MAX_LOGPROBS
 
 HostOrDevice = Array | np.ndarray
+ENDS = 8  # end tokens that a row may be kept from drawing, under min_tokens
+BIASES = MAX_BIASES + ENDS
 
 
 @jax.tree_util.register_dataclass
@@ -22,17 +24,41 @@ HostOrDevice = Array | np.ndarray
 class SamplingRows:
     """Sampling parameters of a batch, one row a sequence.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is a 32-bit word, position the place of the
-    token to be drawn. logprobs (of the whole batch): whether any row reports log-probabilities.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; seed is a 32-bit word, position the place
+    of the token to be drawn. biased_BX, bias_BX: token ids and what is added to their logits, an id past the
+    vocabulary for none. allowed_BW: bit t % 32 of word t // 32 says whether token t may be drawn. Of the
+    whole batch: shaped, whether any row has a bias or a token that it may not draw; logprobs, whether any row
+    reports log-probabilities.
     """
 
     temperature_B: Float[HostOrDevice, " B"]
     top_p_B: Float[HostOrDevice, " B"]
     top_k_B: Int[HostOrDevice, " B"]
+    min_p_B: Float[HostOrDevice, " B"]
     seed_B: Int[HostOrDevice, " B"]
     position_B: Int[HostOrDevice, " B"]
-    banned_BX: Int[HostOrDevice, "B X"]
+    biased_BX: Int[HostOrDevice, "B X"]
+    bias_BX: Float[HostOrDevice, "B X"]
+    allowed_BW: UInt32[HostOrDevice, "B W"]
+    shaped: Bool[HostOrDevice, ""]
     logprobs: Bool[HostOrDevice, ""]
+
+
+def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
+    """Greedy rows on the host that may draw every token."""
+    return SamplingRows(
+        temperature_B=np.zeros(rows, np.float32),
+        top_p_B=np.ones(rows, np.float32),
+        top_k_B=np.zeros(rows, np.int32),
+        min_p_B=np.zeros(rows, np.float32),
+        seed_B=np.zeros(rows, np.int32),
+        position_B=np.zeros(rows, np.int32),
+        biased_BX=np.full((rows, BIASES), vocab_size, np.int32),
+        bias_BX=np.zeros((rows, BIASES), np.float32),
+        allowed_BW=np.full((rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
+        shaped=np.zeros((), bool),
+        logprobs=np.zeros((), bool),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -49,17 +75,26 @@ class Sampled:
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
     """One token a row. Truncating the vocabulary and scoring happen only if some row asks for it."""
-    rows_B = jnp.arange(logits_BV.shape[0])[:, None]
-    allowed_BV = logits_BV.at[rows_B, rows.banned_BX].set(-jnp.inf, mode="drop")
-    greedy_B = _argmax(allowed_BV)
+    shaped_BV = lax.cond(rows.shaped, lambda: _shape(logits_BV, rows), lambda: logits_BV)
+    greedy_B = _argmax(shaped_BV)
     random = jnp.any(rows.temperature_B > 0)
-    ids_B = lax.cond(random, lambda: _draw(allowed_BV, rows, greedy_B), lambda: greedy_B)
+    ids_B = lax.cond(random, lambda: _draw(shaped_BV, rows, greedy_B), lambda: greedy_B)
     b = logits_BV.shape[0]
     a = min(MAX_LOGPROBS, logits_BV.shape[1])
     nothing = (jnp.zeros(b), jnp.zeros((b, a), jnp.int32), jnp.zeros((b, a)))
     scored = lax.cond(rows.logprobs, lambda: score(logits_BV, ids_B), lambda: nothing)
     chosen_B, top_ids_BA, top_BA = scored
     return Sampled(ids_B, chosen_B, top_ids_BA, top_BA, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
+
+
+def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
+    """The logits with every row's biases, -inf at tokens that it may not draw."""
+    row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
+    biased_BV = logits_BV.at[row_B1, rows.biased_BX].add(rows.bias_BX, mode="drop")
+    token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+    words_BV = jnp.asarray(rows.allowed_BW)[:, token_V // 32]
+    allowed_BV = (words_BV >> (token_V % 32).astype(jnp.uint32)[None]) & 1
+    return jnp.where(allowed_BV == 1, biased_BV, -jnp.inf)
 
 
 def _argmax(x_BV: Array) -> Array:
@@ -71,7 +106,7 @@ def _argmax(x_BV: Array) -> Array:
 
 def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
     scaled_BV = logits_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)[:, None]
-    truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1))
+    truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0))
     scaled_BV = lax.cond(truncates, lambda: _truncate(scaled_BV, rows), lambda: scaled_BV)
 
     def gumbel(seed: HostOrDevice, position: HostOrDevice) -> Array:
@@ -83,7 +118,8 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
 
 
 def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
-    """Keeps the top_k likeliest tokens, and of those the smallest set whose probability reaches top_p.
+    """Keeps the top_k likeliest tokens, of those the smallest set whose probability reaches top_p, and of
+    those the ones with min_p of the likeliest one's probability.
 
     Tokens as likely as the last one kept stay too.
     """
@@ -94,7 +130,9 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
     def reaches(kept_BV: Array) -> Array:
         return (jnp.sum(jnp.where(kept_BV, share_BV, 0.0), axis=-1) >= rows.top_p_B) & (rows.top_p_B < 1)
 
-    return _at_least(scaled_BV, reaches)
+    scaled_BV = _at_least(scaled_BV, reaches)
+    lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]
+    return jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
 
 
 def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:

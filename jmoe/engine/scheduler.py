@@ -1,128 +1,348 @@
 """What the next step runs. Pure host code over plain objects.
 
-First come, first served. A request enters when a decode slot and all the pages that it can ever need are
-free on one rank, so a running request never has to stop. Prompts go before decoding: a step is either one
-prefill run of at most one prompt a rank, or one token for every running request.
+A step holds one token of every request that is being decoded and, on each rank, the next tokens of one
+prompt, as many as the budget leaves. Requests enter first come, first served, one prompt a rank at a time,
+when there is a place and pages for what they bring; pages for what they generate are taken one by one. Where
+none is free, the request that came last gives its pages back and later runs again from its tokens, so that
+the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
+times at most.
 
-Which rank: the one with the most free pages. With ``share`` (request scheduling of Speculative MoE, arXiv
-2503.04398) the one that holds most of the prompt's experts, of those that have room and were not given a
-request yet in this round; a round ends when every rank was given one, so that none is left behind. Where only
-ranks of this round have room, one of them takes the request at once: nobody waits for the round's sake.
+Which rank (``dispatch`` says in which order, and what is not named is not asked): "prefix", the one whose
+pages already hold most of the prompt, unless it is much busier than others; "experts" (request scheduling of
+Speculative MoE, arXiv 2503.04398), the one that holds most of the prompt's experts, of those that were not
+given a request yet in this round, a round ending when every rank was given one, so that none is left behind;
+"load", the one that runs the fewest requests and has the most free pages. Else they take turns.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from jmoe.engine.pages import PagePool
-from jmoe.engine.request import QueueFull, Request
+from jmoe.engine.prefix import PageNames
+from jmoe.engine.request import Place, QueueFull, Request
 
 # prompt token ids -> the part of their assignments that is expected on each rank
 Share = Callable[[list[int]], Sequence[float]]
+Reason = Literal["prefix", "experts", "load"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+MAX_PASSED = 8
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call of the model. prefill: prompts' next runs of tokens; else one decode token each."""
+class Run:
+    """``count`` tokens of a request from position ``start`` on. decodes: whether that is one token behind all
+    that are computed, else a part of a prompt; draws: whether the next one is drawn."""
 
-    requests: list[Request]
-    prefill: bool
+    request: Request
+    start: int
+    count: int
+    decodes: bool
+    draws: bool
+
+
+@dataclass
+class Step:
+    """One call of the model. size: the compiled length of a prompt's run, 0 without prompts. copies: of pages
+    within a rank, (rank, from, to), before it."""
+
+    decodes: list[Run] = field(default_factory=list)
+    prompts: list[Run] = field(default_factory=list)
+    size: int = 0
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
+        """The copies, of each rank at most one a round."""
+        rounds: list[list[tuple[int, int, int]]] = []
+        for copy in self.copies:
+            free = next((r for r in rounds if all(copy[0] != other[0] for other in r)), None)
+            if free is None:
+                rounds.append(free := [])
+            free.append(copy)
+        return rounds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slots: requests that run together on a rank. budget: tokens of a step on a rank, at least a page of a
+    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests."""
+
+    slots: int
+    budget: int
+    longest: int
+    queue: int
+
+
+@dataclass
+class PrefixCounts:
+    """Tokens of prompts: looked up in the pages, and found there."""
+
+    queries: int = 0
+    hits: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a request could enter a rank. held: pages that hold its beginning; part: one that holds the
+    rest."""
+
+    rank: int
+    held: list[int]
+    part: int | None
+    found: int
 
 
 class Scheduler:
-    """slots_per_rank: requests that decode together on one rank. max_queue: waiting requests at most.
-
-    share: what part of a prompt's expected assignments lies on each rank; None places requests without it.
+    """run_size: the tokens of a prompt's run that is compiled for so many. kind: names what a request's pages
+    depend on beside its tokens; None shares no pages. share: what part of a prompt's expected assignments
+    lies on each rank, for the dispatch by experts; None where nothing says.
     """
 
     def __init__(
         self,
         pool: PagePool,
-        slots_per_rank: int,
-        max_queue: int,
-        max_model_len: int,
+        limits: Limits,
+        run_size: Callable[[int], int] = lambda tokens: tokens,
+        kind: Callable[[Request], str] | None = None,
         share: Share | None = None,
+        dispatch: Sequence[Reason] = REASONS,
     ):
-        self.pool, self.slots, self.max_queue, self.max_model_len = (
-            pool,
-            slots_per_rank,
-            max_queue,
-            max_model_len,
-        )
-        self.share = share
-        self.round: set[int] = set()  # ranks that were given a request
+        self.pool, self.limits, self.run_size = pool, limits, run_size
+        self.kind, self.share = kind, share
+        self.dispatch = tuple(dispatch)
+        self.round: set[int] = set()  # ranks that were given a request for its experts
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.prefix, self.preemptions = PrefixCounts(), 0
+        self._came = self._turn = 0
 
     def pages_needed(self, request: Request) -> int:
         """Pages for the prompt and everything it may generate (the last token's keys are never stored)."""
-        room = self.max_model_len - len(request.prompt_token_ids)
-        limit = request.params.max_tokens
+        prompt, limit = len(request.prompt_token_ids), request.params.max_tokens
+        room = self.limits.longest - prompt
         new = room if limit is None else min(limit, room)
-        return self.pool.pages_for(len(request.prompt_token_ids) + max(new - 1, 0))
+        return self.pool.pages_for(prompt + max(new - 1, 0))
 
     def add(self, requests: list[Request]) -> None:
         """Queues all or none; QueueFull where they do not fit."""
-        if len(self.waiting) + len(requests) > self.max_queue:
+        if len(self.waiting) + len(requests) > self.limits.queue:
             raise QueueFull(
-                f"the queue is full: {len(self.waiting)} of {self.max_queue} requests are waiting"
+                f"the queue is full: {len(self.waiting)} of {self.limits.queue} requests are waiting"
             )
+        for request in requests:
+            request.place = Place(number=self._came)
+            self._came += 1
         self.waiting.extend(requests)
 
+    # ---- a step --------------------------------------------------------------------------------------
+
     def next_step(self) -> Step | None:
-        self._admit()
-        prefill: dict[int, Request] = {}
+        """What to run now; the requests' places are then as behind it. None where nothing can run."""
+        step = Step()
+        for request in sorted(self.running, key=lambda r: r.place.number):  # who came last gives way
+            if request in self.running and self._continues(request):
+                self._decode(request, step)
+        self._admit(step)
+        self._prefill(step)
+        return step if step.decodes or step.prompts else None
+
+    def _continues(self, request: Request) -> bool:
+        """Whether a token follows the last one that was drawn, which is all that is not computed yet."""
+        place, limit = request.place, request.params.max_tokens
+        reach = request.length + place.drawn
+        new = reach - len(request.prompt_token_ids)
+        if place.computed != reach - 1:
+            return False
+        return reach < self.limits.longest and (limit is None or new < limit)
+
+    def _decode(self, request: Request, step: Step) -> None:
+        place, rank = request.place, self.pool.ranks[request.place.rank]
+        while self.pool.pages_for(place.computed + 1) > len(place.pages):
+            if rank.free:
+                place.pages += rank.take(1)
+            elif self._preempt(place.rank) is request:
+                return
+        step.decodes.append(Run(request, place.computed, 1, decodes=True, draws=True))
+        self._advance(request, 1, draws=True)
+
+    def _preempt(self, rank: int) -> Request:
+        """Takes the pages of the running request of ``rank`` that came last; it runs again from its
+        tokens."""
+        last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.number)
+        self._leave(last)
+        place = last.place
+        last.place = Place(place.number, place.passed, drawn=place.drawn)
+        after = next((i for i, r in enumerate(self.waiting) if r.place.number > place.number), None)
+        self.waiting.insert(len(self.waiting) if after is None else after, last)
+        self.preemptions += 1
+        return last
+
+    def _prefill(self, step: Step) -> None:
+        """The next tokens of the prompts under way: whole pages, up to a prompt's end."""
+        size = self.pool.page_size
+        wanted: list[tuple[Request, int]] = []
         for request in self.running:
-            if request.prefilled < len(request.prompt_token_ids):
-                prefill.setdefault(request.rank, request)
-        if prefill:
-            return Step(list(prefill.values()), prefill=True)
-        return Step(list(self.running), prefill=False) if self.running else None
+            place = request.place
+            if place.computed < place.goal:
+                beside = sum(run.request.place.rank == place.rank for run in step.decodes)
+                budget = max((self.limits.budget - beside) // size, 1) * size
+                wanted.append((request, min(place.goal - place.computed, budget)))
+        if not wanted:
+            return
+        step.size = self.run_size(max(count for _, count in wanted))
+        for request, most in wanted:
+            place, count = request.place, min(most, step.size)
+            draws = place.computed + count == place.goal
+            step.prompts.append(Run(request, place.computed, count, decodes=False, draws=draws))
+            self._advance(request, count, draws=draws)
+
+    def _advance(self, request: Request, count: int, *, draws: bool) -> None:
+        request.place.computed += count
+        request.place.drawn += draws
+        self.tell(request)
+
+    # ---- in and out ----------------------------------------------------------------------------------
+
+    def tell(self, request: Request) -> None:
+        """Names the pages whose content is known by now."""
+        place, size = request.place, self.pool.page_size
+        done = min(place.computed, request.length)
+        if place.names is None or (place.named * size > done - size and done != place.goal):
+            return
+        rank, tokens = self.pool.ranks[place.rank], request.tokens[:done]
+        names = place.names.full(tokens)
+        for page in range(place.named, len(names)):
+            rank.name(place.pages[page], names[page])
+        place.named = len(names)
+        rest = place.names.rest(tokens)
+        if rest is not None and done == place.goal:
+            rank.name(place.pages[place.named], rest)
 
     def finish(self, request: Request) -> None:
-        """Frees a running request's slot and pages."""
-        self.running.remove(request)
-        self.pool.give_back(request.rank, request.pages)
-        request.pages = []
+        """Takes it out; nothing of it is wanted any more, from steps that were started either."""
+        if request.place.rank < 0:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        request.place.ended = True
 
     def drop(self, request_id: str) -> Request | None:
         """Takes a request out wherever it is; None where it is not here (any more)."""
+        found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
+        if found is not None:
+            self.finish(found)
+        return found
+
+    def _leave(self, request: Request) -> None:
+        place = request.place
+        self.tell(request)
+        self.running.remove(request)
+        self.pool.ranks[place.rank].give_back(place.pages)
+        place.pages, place.rank = [], -1
+
+    # ---- who enters, and where -----------------------------------------------------------------------
+
+    def _admit(self, step: Step) -> None:
+        behind: list[Request] = []  # those that stay, in order
+        while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks()):
+            request = self.waiting.popleft()
+            entry = None if request.place.drawn else self._entry(request, ranks)
+            if entry is not None:
+                self._enter(request, entry, step)
+                for other in behind:
+                    other.place.passed += 1
+            else:
+                behind.append(request)
+            if any(other.place.passed >= MAX_PASSED or other.place.drawn for other in behind):
+                break
+        self.waiting.extendleft(reversed(behind))
+
+    def _open_ranks(self) -> list[int]:
+        """Those with a place and no prompt under way."""
+        counts = self._counts()
+        busy = {r.place.rank for r in self.running if r.place.computed < r.place.goal}
+        return [r for r, count in enumerate(counts) if count < self.limits.slots and r not in busy]
+
+    def _counts(self) -> list[int]:
+        counts = [0] * len(self.pool.ranks)
         for request in self.running:
-            if request.id == request_id:
-                self.finish(request)
-                return request
-        for request in self.waiting:
-            if request.id == request_id:
-                self.waiting.remove(request)
-                return request
-        return None
+            counts[request.place.rank] += 1
+        return counts
 
-    def _admit(self) -> None:
-        while self.waiting:
-            taken = [0] * len(self.pool.free)
-            for request in self.running:
-                taken[request.rank] += 1
-            request = self.waiting[0]
-            open_ranks = [r for r, count in enumerate(taken) if count < self.slots]
-            if not open_ranks:
-                return
-            need = self.pages_needed(request)
-            fitting = [r for r in open_ranks if len(self.pool.free[r]) >= need]
-            if not fitting:
-                return
-            rank = max(fitting, key=lambda r: (len(self.pool.free[r]), -taken[r], -r))
-            if self.share is not None:
-                rank = self._likeliest(self.share(request.prompt_token_ids), fitting)
-            seated = {r.seat for r in self.running}
-            request.seat = next(seat for seat in range(len(seated) + 1) if seat not in seated)
-            request.rank, request.pages = rank, self.pool.take(rank, need)
-            self.running.append(self.waiting.popleft())
+    def _entry(self, request: Request, ranks: list[int]) -> Entry | None:
+        """Where and how it enters, None where no rank has the pages."""
+        entries = [entry for r in ranks if (entry := self._entry_at(request, r)) is not None]
+        return self._preferred(request, entries) if entries else None
 
-    def _likeliest(self, share: Sequence[float], fitting: list[int]) -> int:
+    def _entry_at(self, request: Request, rank: int) -> Entry | None:
+        """None where there are not enough pages for its tokens and one for each that runs there already."""
+        pages, tokens, size = self.pool.ranks[rank], request.tokens, self.pool.page_size
+        held: list[int] = []
+        part = None
+        if (names := self._names(request)) is not None:
+            held = pages.find(names.full(tokens))
+            if len(held) == len(tokens) // size:  # the rest may be there too
+                rest = names.rest(tokens)
+                part = held.pop() if rest is None else next(iter(pages.find([rest])), None)
+        beside = sum(r.place.rank == rank for r in self.running)
+        need = self.pool.pages_for(len(tokens)) - len(held) + beside + sum(not pages.users[p] for p in held)
+        if part is not None and need + (not pages.users[part]) <= pages.free:
+            return Entry(rank, held, part, len(tokens) - 1)
+        return Entry(rank, held, None, len(held) * size) if need <= pages.free else None
+
+    def _names(self, request: Request) -> PageNames | None:
+        """None where its pages are not shared, or all of the prompt has to run because it is scored."""
+        if self.kind is None or request.params.prompt_logprobs is not None:
+            return None
+        if request.place.names is None:
+            request.place.names = PageNames(self.pool.page_size, self.kind(request))
+        return request.place.names
+
+    def _preferred(self, request: Request, entries: list[Entry]) -> Entry:
+        """By the first reason that has something to say."""
+        counts = self._counts()
+        for reason in self.dispatch:
+            if reason == "prefix":
+                calm = min(counts) + max(self.limits.slots // 2, 1)
+                best = max((e for e in entries if counts[e.rank] < calm), key=lambda e: e.found, default=None)
+                if best is not None and best.found:
+                    return best
+            elif reason == "experts" and self.share is not None:
+                return self._likeliest(self.share(request.tokens), entries)
+            elif reason == "load":
+                return max(entries, key=lambda e: (-counts[e.rank], self.pool.ranks[e.rank].free, -e.rank))
+        self._turn += 1
+        return entries[self._turn % len(entries)]
+
+    def _likeliest(self, share: Sequence[float], entries: list[Entry]) -> Entry:
         """The rank for a request with these expected shares, noted in this round."""
-        fresh = [r for r in fitting if r not in self.round] or fitting
-        rank = max(fresh, key=lambda r: (share[r], len(self.pool.free[r]), -r))
-        self.round.add(rank)
-        if len(self.round) == len(self.pool.free):
+        fresh = [e for e in entries if e.rank not in self.round] or entries
+        best = max(fresh, key=lambda e: (share[e.rank], self.pool.ranks[e.rank].free, -e.rank))
+        self.round.add(best.rank)
+        if len(self.round) == len(self.pool.ranks):
             self.round.clear()
-        return rank
+        return best
+
+    def _enter(self, request: Request, entry: Entry, step: Step) -> None:
+        place, rank = request.place, self.pool.ranks[entry.rank]
+        shared = [*entry.held, *([] if entry.part is None else [entry.part])]
+        rank.share(shared)
+        need = self.pool.pages_for(request.length) - len(entry.held)
+        place.pages = [*entry.held, *rank.take(need)]
+        if entry.part is not None:  # its user goes on writing into it, and so will this one
+            step.copies.append((entry.rank, entry.part, place.pages[-1]))
+            rank.give_back([entry.part])
+        seats = {r.place.seat for r in self.running}
+        place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
+        place.rank, place.goal = entry.rank, request.length
+        place.begun = place.computed = entry.found
+        place.named = len(entry.held)
+        if place.names is not None:
+            self.prefix.queries += place.goal
+            self.prefix.hits += entry.found
+        if not request.token_ids:
+            request.cached_tokens = entry.found
+        self.running.append(request)
+        if place.goal - place.computed == 1 and entry.found:  # the one token left is as one that was drawn
+            self._decode(request, step)

@@ -1,12 +1,11 @@
-"""The jitted step of a model: its host input, its shapes, and the functions that are compiled.
+"""The jitted step of a model and the other functions that are compiled.
 
-One function serves prefill and decode: sequences ``[B, T]`` against the paged cache, sampled at each
-sequence's last token. B and T come from short lists of sizes, so that all shapes compile at warm-up.
-With several ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``.
+One function serves all steps: sequences against the paged cache (``StepInput``), all sampled at their last
+token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,80 +14,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config import MoEConfig
-from jmoe.engine.sampling import Sampled, SamplingRows, sample, score
-from jmoe.engine.stats import MoETotals, add_step, zero_totals
+from jmoe.engine.sampling import Sampled, sample, score
+from jmoe.engine.stats import MoETotals, add_step
+from jmoe.engine.step_input import HostRows, StepInput
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes, Knobs, Routing
-from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import page_spec
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
-BANNED = 8  # tokens that a row may be kept from drawing (the end tokens, under min_tokens)
 
+def sequences_of(given: StepInput, latest_S: Array, *, lossy: bool, cached: bool) -> Sequences:
+    """The step's sequences; for use under jit. lossy, cached: whether anything asks who is exact, and who has
+    which seat."""
+    n = 0 if given.beside is None else len(given.beside.tokens_BT)
 
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes that compile. decode: sequences a rank; prefill: tokens a run (multiples of the page size)."""
+    def made(rows: HostRows, which: slice) -> Sequences:
+        tokens_BT, positions_BT, table_BM = map(jnp.asarray, rows)
+        seats_B = jnp.asarray(given.seats_B[which])
+        if tokens_BT.shape[1] == 1:
+            drawn_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
+            tokens_BT = jnp.where(tokens_BT < 0, drawn_B1, tokens_BT)
+        exact_B = jnp.asarray(given.exact_B[which]) if lossy else None
+        return Sequences(tokens_BT, positions_BT, table_BM, exact_B, seats_B if cached else None)
 
-    decode: tuple[int, ...]
-    prefill: tuple[int, ...]
-    page_size: int
-    pages_per_rank: int
-    table: int  # pages a sequence may have
-
-    def decode_size(self, sequences: int) -> int:
-        """The smallest compiled batch that holds ``sequences`` a rank."""
-        return next(s for s in self.decode if s >= sequences)
-
-    def prefill_size(self, left: int) -> int:
-        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill more than
-        half of it, else the largest that they fill; padding never doubles the work."""
-        holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
-        filled = [s for s in self.prefill if s <= left]
-        return holds if not filled or left > holds / 2 else filled[-1]
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """Host arrays of one step: tokens and positions ``[B, T]``, page tables ``[B, M]``, last index ``[B]``,
-    sampling parameters, which rows opted out of lossy techniques ``[B]``, and their seats ``[B]``."""
-
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    table_BM: np.ndarray
-    last_B: np.ndarray
-    rows: SamplingRows
-    exact_B: np.ndarray
-    seats_B: np.ndarray
-
-
-def blank_input(vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int) -> StepInput:
-    """An input of ``sequences`` rows on each of ``ranks`` in which every token is padding."""
-    b = ranks * sequences
-    rows = SamplingRows(
-        temperature_B=np.zeros(b, np.float32),
-        top_p_B=np.ones(b, np.float32),
-        top_k_B=np.zeros(b, np.int32),
-        seed_B=np.zeros(b, np.int32),
-        position_B=np.zeros(b, np.int32),
-        banned_BX=np.full((b, BANNED), vocab_size, np.int32),
-        logprobs=np.zeros((), bool),
-    )
-    return StepInput(
-        np.zeros((b, tokens), np.int32),
-        np.full((b, tokens), -1, np.int32),
-        np.zeros((b, sizes.table), np.int32),
-        np.zeros(b, np.int32),
-        rows,
-        np.zeros(b, bool),
-        np.zeros(b, np.int32),
-    )
+    own = made(given.own, slice(n, None))
+    beside = None if given.beside is None else made(given.beside, slice(n))
+    return replace(own, fresh_B=jnp.asarray(given.fresh_B) if cached else None, beside=beside)
 
 
 def is_lossy(moe: MoEConfig) -> bool:
@@ -105,11 +63,16 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
-def draw(model: Decoder, hidden_BTD: Array, last_B: Array, rows: SamplingRows) -> Sampled:
-    """The token behind each sequence's last one; for use under jit."""
-    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+def draw(
+    model: Decoder, hidden_RND: Array, seqs: Sequences, given: StepInput, latest_S: Array
+) -> tuple[Sampled, Array]:
+    """The token behind each row's last one, and those drawn last for every seat; for use under jit."""
+    *beside, own_BTD = seqs.cut(hidden_RND)
+    last_BD = jnp.take_along_axis(own_BTD, given.last_B[:, None, None], axis=1)[:, 0]
+    last_BD = jnp.concatenate([*(b[:, 0] for b in beside), last_BD])
     with jax.named_scope("sample"):
-        return sample(model.logits(last_BD), rows)
+        sampled = sample(model.logits(last_BD), given.rows)
+    return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
 
 
 @jax.tree_util.register_dataclass
@@ -170,29 +133,48 @@ class ModelFunctions:
         weights: list[Array],
         pages: list[LayerPages],
         totals: MoETotals,
-        given: tuple,
-        lossy: tuple[Array, Knobs] | None,
+        latest_S: Array,
+        given: StepInput,
+        knobs: Knobs | None,
         tables: list[ShuffleTables] | None,
         cache: ExpertCache | None,
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Changes | None, ExpertCache | None]:
-        """lossy: which rows opted out, and the knobs; None where no lossy technique is configured.
+    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Array, Changes | None, ExpertCache | None]:
+        """latest_S: the tokens drawn last, by seat. knobs: None where no lossy technique is configured.
 
         tables: what to shuffle tokens by, one a layer; None leaves them where they are. cache: of offloaded
         experts.
         """
-        tokens_BT, positions_BT, table_BM, last_B, seats_B, rows = given
         model = self.merge(weights)
-        exact_B, knobs = (None, None) if lossy is None else lossy
-        seqs = Sequences(tokens_BT, positions_BT, table_BM, exact_B, None if cache is None else seats_B)
+        seqs = sequences_of(given, latest_S, lossy=knobs is not None, cached=cache is not None)
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
-        sampled = draw(model, out.hidden_BTD, last_B, rows)
+        sampled, latest_S = draw(model, out.hidden_RND, seqs, given, latest_S)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
         totals = add_step(totals, out.stats)
-        sampled, totals, changes_B = readable((sampled, totals, out.changes_B), model.mesh)
-        return sampled, out.hidden_BTD, pages, totals, changes_B, out.cache
+        told = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
+        sampled, totals, latest_S, changes_B = told
+        return sampled, out.hidden_RND, pages, totals, latest_S, changes_B, out.cache
+
+    def copy_pages(
+        self, weights: list[Array], pages: list[LayerPages], from_R: Array, to_R: Array
+    ) -> list[LayerPages]:
+        """Every rank's page ``from_R`` written over its page ``to_R``; 0 and 0 where it has none to copy."""
+
+        def copy(a_P: Array, from_1: Array, to_1: Array) -> Array:
+            one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
+            return lax.dynamic_update_index_in_dim(a_P, one, to_1[0], 0)
+
+        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
+            return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), pages)
+
+        model = self.merge(weights)
+        if is_single(model.mesh):
+            return of_rank(pages, from_R, to_R)
+        paged, rows = page_spec(model.kernels.attention, model.split), PartitionSpec(model.split.sequences)
+        specs = {"in_specs": (paged, rows, rows), "out_specs": paged, "check_vma": False}
+        return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.
@@ -220,7 +202,7 @@ class ModelFunctions:
         """``[B, T, V]`` logits of whole windows, without KV pages."""
         model = self.merge(weights)
         out = model(Sequences(tokens_BT, positions_BT), cache=cache)
-        return readable(model.logits(out.hidden_BTD), model.mesh)
+        return readable(model.logits(out.hidden_RND), model.mesh)
 
     def window_routing(
         self,
@@ -245,6 +227,7 @@ class Jitted:
 
     merge: Callable[[list[Array]], Decoder]
     step: jax.stages.Wrapped
+    copy_pages: jax.stages.Wrapped
     score: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
     window_routing: jax.stages.Wrapped
@@ -260,14 +243,15 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     functions = ModelFunctions(graph, structure)
     return Jitted(
         merge=functions.merge,
-        step=jax.jit(functions.step, donate_argnums=(1, 2, 6)),
+        step=jax.jit(functions.step, donate_argnums=(1, 2, 3, 7)),
+        copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
         score=jax.jit(functions.score),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )
 
 
-@lru_cache(maxsize=8)
-def totals_maker(layers: int, experts: int, where: NamedSharding) -> Callable[[], MoETotals]:
-    """A compiled maker of zeros: putting arrays on a mesh of several processes would compare them first."""
-    return jax.jit(partial(zero_totals, layers, experts), out_shardings=where)
+@lru_cache(maxsize=32)
+def maker(where: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """``make(*args)``, compiled: putting arrays on a mesh of several processes would compare them first."""
+    return jax.jit(partial(make, *args), out_shardings=where)

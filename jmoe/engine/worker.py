@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from jmoe.engine.engine import Engine, Listener
@@ -51,8 +52,7 @@ class EngineWorker:
     def snapshot(self) -> EngineSnapshot:
         """Read without waiting for a step to end: each number is right, together they may be a step apart."""
         s = self._engine.snapshot()
-        alive = s.alive and self._dead is None
-        return EngineSnapshot(s.running, s.waiting, s.kv_usage, alive, s.compilations_after_warmup)
+        return replace(s, alive=s.alive and self._dead is None)
 
     def moe_stats(self) -> dict[str, Any]:
         return self._call(self._engine.moe_stats)
@@ -92,8 +92,7 @@ class EngineWorker:
     def _run_calls(self) -> bool:
         """Runs what was posted, waiting for some where there is nothing to step; False at the end."""
         with self._wake:
-            scheduler = self._engine.scheduler
-            while not (self._calls or self._closing or scheduler.running or scheduler.waiting):
+            while not (self._calls or self._closing or self._engine.busy):
                 self._wake.wait()
             calls, self._calls = self._calls, []
             closing = self._closing

@@ -27,11 +27,11 @@ from jmoe.moe.experts import HostExperts
 from jmoe.moe.orders import Hints, Move, ShuffleTables
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing
-from jmoe.nn.attention import Sequences
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.types import Predictor, StepSeen
 
@@ -39,14 +39,15 @@ from jmoe.offload.types import Predictor, StepSeen
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_BTD: final normed states, float32. pages: the updated cache. routing, stats: one entry a
-    layer with experts, the router's own choices and what was done with them.
+    """hidden_RND: final normed states, float32, as the grid of ``Sequences``. pages: the updated cache.
+    routing, stats: one entry a layer with experts, the router's own choices and what was done with them.
 
-    changes_B: what lossy techniques did to each sequence, summed over tokens and layers; None without any.
+    changes_B: what lossy techniques did to each sequence, those beside prompts first, summed over tokens and
+    layers; None without any.
     cache: of offloaded experts, after the step.
     """
 
-    hidden_BTD: Float[Array, "B T D"]
+    hidden_RND: Float[Array, "R n D"]
     pages: list[LayerPages] | None
     routing: list[Routing]
     stats: list[DispatchStats]
@@ -56,10 +57,9 @@ class DecoderOutput:
 
 def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
     """What a predictor is shown of a decode step before its first layer; None of a prefill."""
-    b, t = seqs.tokens_BT.shape
-    if t > 1:
+    if not seqs.decodes:
         return None
-    seats_B = jnp.zeros(b, jnp.int32) if seqs.seats_B is None else seqs.seats_B
+    seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
     return StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
 
 
@@ -67,8 +67,13 @@ def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
     """Of each sequence, over its tokens and all layers; None where there are none."""
     if not layers:
         return None
-    shape = seqs.tokens_BT.shape
-    return jax.tree.map(lambda *counts: jnp.stack(counts).sum(0).reshape(shape).sum(1), *layers)
+    shape = seqs.positions_RN.shape
+
+    def by_row(*counts_T: Array) -> Array:
+        parts = seqs.cut(jnp.stack(counts_T).sum(0).reshape(shape))
+        return jnp.concatenate([part.sum(1) for part in parts])
+
+    return jax.tree.map(by_row, *layers)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -129,20 +134,20 @@ class Decoder(nnx.Module):
         knobs: None switches every lossy technique off. tables: one a MoE layer, to shuffle tokens by. cache:
         of the experts, where they are offloaded.
         """
-        b, t = seqs.tokens_BT.shape
         x_ND, by = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_seen(seqs, x_ND))
         outs: list[MoEOutput] = []
         been: list[Array] = []  # the rank of each token's experts, by layer, where tables ask for it
-        order = home = self.shuffle.own_order(b * t) if tables else None
+        order = home = self.shuffle.own_order(len(x_ND)) if tables else None
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             nth, has_experts = len(outs), layer.moe is not None  # nth of the layers with experts
             own_knobs = None if knobs is None else knobs.of(nth)
             hints = Hints.make(tables[nth], been) if tables and has_experts else None
+            ahead = self.routers_after(i) if seqs.decodes and has_experts else None
             x_ND, layer_pages, out, order = _apply(
                 *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints, order,
-                visit if has_experts else None, self.routers_after(i) if t == 1 and has_experts else None,
+                visit if has_experts else None, ahead,
             )  # fmt: skip
             if layer_pages is not None:
                 new_pages.append(layer_pages)
@@ -156,43 +161,44 @@ class Decoder(nnx.Module):
             outs.append(out)
         if order is not None and home is not None:
             x_ND = self.shuffle.move(x_ND, Move(order, home))
-        hidden_BTD = self.finish(x_ND, seqs)
+        hidden_RND = self.finish(x_ND, seqs)
         changes_B = sum_changes([out.changes for out in outs if out.changes is not None], seqs)
         routing, stats = [out.routing for out in outs], [out.stats for out in outs]
         if visit is not None:
             cache = visit.end()
             cache = replace(cache, predictor=self.absorb(cache.predictor, seqs, routing))
-        return DecoderOutput(hidden_BTD, new_pages or None, routing, stats, changes_B, cache)
+        return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
         """The rows before the first layer, and how attention rotates them."""
         cfg = self.cfg
-        x_ND = self.embed[...][seqs.tokens_BT.reshape(-1)].astype(jnp.float32)
+        x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
         dim = cfg.head_dim if cfg.latent is None else cfg.latent.qk_rope_head_dim
-        return x_ND, rotation(seqs.positions_BT, dim, cfg.rope)
+        return x_ND, rotation(seqs.positions_RN, dim, cfg.rope)
 
-    def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "B T D"]:
+    def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
         """The final states of the rows behind the last layer."""
         hidden_ND = normalize(x_ND, self.norm.weights, self.cfg.rms_norm_eps)
-        return hidden_ND.reshape(*seqs.tokens_BT.shape, -1)
+        return hidden_ND.reshape(*seqs.positions_RN.shape, -1)
 
     def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
         """The predictor, which has learned what a prompt chose; of a decode step it learns elsewhere."""
-        b, t = seqs.tokens_BT.shape
-        if t == 1 or seqs.seats_B is None:
+        if seqs.decodes or seqs.seats_B is None:
             return predictor
+        (b, _), grid = seqs.tokens_BT.shape, seqs.positions_RN.shape
         valid_BTK = (seqs.positions_BT >= 0)[..., None]
         rows_B1 = jnp.arange(b)[:, None]
 
         def counts(ids_NK: Array) -> Array:
-            ids_BN = jnp.where(valid_BTK, ids_NK.reshape(b, t, -1), self.cfg.num_experts).reshape(b, -1)
+            ids_BTK = seqs.cut(ids_NK.reshape(*grid, -1))[-1]
+            ids_BN = jnp.where(valid_BTK, ids_BTK, self.cfg.num_experts).reshape(b, -1)
             zeros_BE = jnp.zeros((b, self.cfg.num_experts), jnp.float32)
             return zeros_BE.at[rows_B1, ids_BN].add(1.0, mode="drop")
 
         counts_BLE = jnp.stack([counts(r.ids_TK) for r in routing], axis=1)
-        fresh_B = seqs.positions_BT[:, 0] == 0
+        fresh_B = seqs.positions_BT[:, 0] == 0 if seqs.fresh_B is None else seqs.fresh_B
         return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
 
     def routers_after(self, i: int) -> list[Foresight] | None:

@@ -18,13 +18,13 @@ from jmoe.moe.router import RouterWeights, choose, router_logits
 from jmoe.moe.routing import likely
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, Phase, TokenFlags
-from jmoe.nn.attention import Sequences
 from jmoe.nn.grouped_query import GroupedQueryAttention
 from jmoe.nn.latent import LatentAttention
 from jmoe.nn.mlp import DenseMLP
 from jmoe.nn.norm import Norm, NormWeights, normalize
 from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation
+from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import Visit
 
 
@@ -81,7 +81,7 @@ class DecoderLayer(nnx.Module):
             with jax.named_scope("shuffle"):
                 after = before
                 if hints is not None:
-                    after = self.shuffle.order(hints, seqs.tokens_BT.reshape(-1), flags.valid_T)
+                    after = self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T)
                 move, flags = Move(before, after), self.shuffle.deal(flags, after)
         x_ND, pages = self.attend(x_ND, by, seqs, pages, move)
         if self.moe is None:
@@ -147,15 +147,24 @@ class DecoderLayer(nnx.Module):
 
 
 def phase_of(seqs: Sequences) -> Phase:
-    return "decode" if seqs.positions_BT.shape[1] == 1 else "prefill"
+    """A step that holds prompt tokens is one of prefill: they touch nearly every expert anyway."""
+    return "decode" if seqs.decodes else "prefill"
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
-    """What each of the N = B * T tokens is."""
-    exact_T = None
-    if seqs.exact_B is not None:
-        exact_T = jnp.broadcast_to(seqs.exact_B[:, None], seqs.positions_BT.shape).reshape(-1)
-    return TokenFlags((seqs.positions_BT >= 0).reshape(-1), exact_T)
+    """What each of the N tokens is."""
+
+    def each_T(of_B: list[Array]) -> Array:
+        """What holds for each row of a piece, for its tokens."""
+        shapes = [own.tokens_BT.shape for own in seqs.pieces]
+        rows = [jnp.broadcast_to(b[:, None], shape) for b, shape in zip(of_B, shapes, strict=True)]
+        return seqs.grid(rows).reshape(-1)
+
+    exact, decoded_T = [own.exact_B for own in seqs.pieces if own.exact_B is not None], None
+    if seqs.beside is not None:
+        decoded_T = each_T([jnp.full(len(own.tokens_BT), own is seqs.beside) for own in seqs.pieces])
+    valid_T = (seqs.positions_RN >= 0).reshape(-1)
+    return TokenFlags(valid_T, each_T(exact) if exact else None, decoded_T=decoded_T)
 
 
 def foresight(layer: DecoderLayer) -> Foresight:

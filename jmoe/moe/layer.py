@@ -202,8 +202,9 @@ class MoELayer(nnx.Module):
             plain, routing, remapped_T = self._route(logits_TE, router, tokens, rule, knobs, here_E)
         limited = None
         if limit_by is not None and knobs is not None:
+            limited_ones = tokens if limit_by.phase == "both" else tokens.sparing_decoded()
             with jax.named_scope("capacity"):
-                routing, limited = self._limit(routing, tokens, limit_by, knobs, held)
+                routing, limited = self._limit(routing, limited_ones, limit_by, knobs, held)
         return Decision(plain, routing, count_changes(remapped_T, limited))
 
     def _route(

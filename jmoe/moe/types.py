@@ -18,7 +18,7 @@ A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
 import jax
@@ -60,17 +60,26 @@ class TokenFlags:
     """What each token of the shard is.
 
     valid_T: not padding. exact_T: its request opted out of everything lossy; None = none did. priority_T:
-    under a limit, tokens of higher priority keep their experts first; None = all alike.
+    under a limit, tokens of higher priority keep their experts first; None = all alike. decoded_T: decoded
+    ones beside those of prompts; None where the step holds one kind.
     """
 
     valid_T: Bool[Array, " T"]
     exact_T: Bool[Array, " T"] | None = None
     priority_T: Float[Array, " T"] | None = None
+    decoded_T: Bool[Array, " T"] | None = None
 
     @property
     def lossy_T(self) -> Bool[Array, " T"]:
         """Which tokens a lossy technique may touch."""
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
+
+    def sparing_decoded(self) -> "TokenFlags":
+        """The same, but a technique for prompts may not touch tokens that are decoded beside them."""
+        if self.decoded_T is None:
+            return self
+        spared_T = self.decoded_T if self.exact_T is None else self.decoded_T | self.exact_T
+        return replace(self, exact_T=spared_T)
 
 
 @jax.tree_util.register_dataclass

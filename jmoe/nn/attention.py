@@ -6,14 +6,13 @@ Where there are fewer KV heads than ranks, each rank keeps the one KV head that 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, paged_attention
@@ -24,28 +23,13 @@ from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.param import specs_of
 from jmoe.nn.rope import Rotation
+from jmoe.nn.sequences import Sequences
 from jmoe.nn.window import attend_window
 
 Weights = dict[str, Array]
 # (weights, x_BTD, rotation, positions_BT) -> of one rank's heads queries [B, T, H, d], keys and values
 # [B, T, G, d]; values None where a key is its own value
 Project = Callable[[Weights, Array, Rotation, Array], tuple[Array, Array, Array | None]]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sequences:
-    """The tokens of a step. positions_BT: -1 marks padding. table_BM: page tables, None without a cache.
-
-    exact_B: sequences that opted out of lossy techniques; None = none did. seats_B: a number that each
-    running request keeps (see ``Request.seat``).
-    """
-
-    tokens_BT: Int[Array, "B T"]
-    positions_BT: Int[Array, "B T"]
-    table_BM: Int[Array, "B M"] | None = None
-    exact_B: Bool[Array, " B"] | None = None
-    seats_B: Int[Array, " B"] | None = None
 
 
 class Attention(nnx.Module):
@@ -110,23 +94,35 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerPages | None]:
         x_ND = self._gather(x_ND, w["o_proj"].dtype)
         x_ND = x_ND if move is None else x_ND[move.before.row_N]
-        x_BTD = x_ND.reshape(*seqs.positions_BT.shape, -1)
+        positions_RN = seqs.positions_RN
         with jax.named_scope("qkv"):
-            q, k, v = self.project(w, x_BTD, by, seqs.positions_BT)
+            q, k, v = self.project(w, x_ND.reshape(*positions_RN.shape, -1), by, positions_RN)
             if self.scale is not None:
                 q = q * (self.scale * q.shape[-1] ** 0.5)  # kernels scale by its dimension
         sinks_H = w["sinks_H"].astype(jnp.float32) if "sinks_H" in w else None
         with jax.named_scope("attend"):
             if pages is None or seqs.table_BM is None:
-                out = attend_window(q, k, k if v is None else v, seqs.positions_BT, self.span, sinks_H)
+                out = attend_window(q, k, k if v is None else v, positions_RN, self.span, sinks_H)
             else:
-                new = NewTokens(q, k, v, seqs.positions_BT, seqs.table_BM)
-                out, pages = paged_attention(self.kernels.attention, new, pages, self.span, sinks_H)
+                out, pages = self._attend(seqs, q, k, v, pages, sinks_H)
         with jax.named_scope("out"):
             out = self.read_out(w, out).reshape(-1, w["o_proj"].shape[1])
             y_ND = linear(out, w["o_proj"], self.kernels.dense)
         y_ND = y_ND if move is None else y_ND[move.after.token_N]
         return self._scatter(y_ND) + bias_of(w, "o_bias", 2), pages
+
+    def _attend(
+        self, seqs: Sequences, q: Array, k: Array, v: Array | None, pages: LayerPages, sinks_H: Array | None
+    ) -> tuple[Array, LayerPages]:
+        """Attention over the cache: of the sequences beside the prompts, then of the prompts."""
+        values = [None] * len(seqs.pieces) if v is None else seqs.cut(v)
+        outs = []
+        for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True):
+            assert own.table_BM is not None
+            new = NewTokens(q_own, k_own, v_own, own.positions_BT, own.table_BM)
+            out, pages = paged_attention(self.kernels.attention, new, pages, self.span, sinks_H)
+            outs.append(out)
+        return seqs.grid(outs), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:
         """The tokens of this rank's sequences, from the ranks that share their heads and split the tokens.

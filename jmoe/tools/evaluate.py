@@ -21,7 +21,7 @@ import numpy as np
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
-from jmoe.engine.step import StepInput
+from jmoe.engine.step_input import StepInput
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 Mode = Literal["prefill", "decode"]
@@ -105,7 +105,7 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
             given = runner.blank(per_rank, size)
-            targets = np.zeros_like(given.tokens_BT)
+            targets = np.zeros_like(given.own.tokens_BT)
             counts = np.zeros(len(batch), int)
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
@@ -114,7 +114,7 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
                 targets[row, : len(following)], counts[row] = following, len(following)
                 done[row] += n
             _, hidden, _ = runner.run(given)
-            logprobs = runner.score(hidden, targets)[0]
+            logprobs = np.asarray(runner.score(hidden, targets)[0])
             score.nll -= sum(float(logprobs[row, :n].sum(dtype=np.float64)) for row, n in enumerate(counts))
             score.tokens += int(counts.sum())
             progress(int(counts.sum()))
@@ -143,13 +143,13 @@ def score_decode(
         if not active:
             return score
         given = runner.blank(per_rank, 1)
-        targets = np.zeros_like(given.tokens_BT)
+        targets = np.zeros_like(given.own.tokens_BT)
         for i, window, at in active:
             _fill(given, i, window, at, 1, pool.table[i])
             targets[i, 0] = window[at + 1]
             places[i] = (window, at + 1)
         _, hidden, _ = runner.run(given)
-        logprobs = runner.score(hidden, targets)[0]
+        logprobs = np.asarray(runner.score(hidden, targets)[0])
         rows = [i for i, _, _ in active]
         score.nll -= float(logprobs[rows, 0].sum(dtype=np.float64))
         score.tokens += len(rows)
@@ -172,6 +172,6 @@ class PageRows:
 
 
 def _fill(given: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
-    given.tokens_BT[row, :count] = window[start : start + count]
-    given.positions_BT[row, :count] = np.arange(start, start + count)
-    given.table_BM[row] = table
+    given.own.tokens_BT[row, :count] = window[start : start + count]
+    given.own.positions_BT[row, :count] = np.arange(start, start + count)
+    given.own.table_BM[row] = table

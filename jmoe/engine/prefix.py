@@ -1,0 +1,38 @@
+"""The names of pages: hashes of a sequence's tokens, so that equal beginnings find each other's pages.
+
+A page's name hashes the name of the page before it and its own tokens. The first one's predecessor is the
+``kind``: what else the content depends on (the request's cache salt, and the lossy techniques that touched
+it), so that pages of one kind never serve another. SHA-256, as in vLLM: with a short hash somebody could make
+two prompts whose pages are mistaken for each other.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class PageNames:
+    """Names of the full pages of one growing sequence, each computed once."""
+
+    def __init__(self, page_size: int, kind: str):
+        self.page_size = page_size
+        self.root = hashlib.sha256(kind.encode()).digest()
+        self._full: list[bytes] = []
+
+    def full(self, tokens: Sequence[int]) -> list[bytes]:
+        """Of the full pages of ``tokens``, which begin with what was given before."""
+        size = self.page_size
+        for page in range(len(self._full), len(tokens) // size):
+            self._full.append(self._name(page, tokens[page * size : (page + 1) * size]))
+        return self._full[: len(tokens) // size]
+
+    def rest(self, tokens: Sequence[int]) -> bytes | None:
+        """Of the page that the end of ``tokens`` begins; None where it fills its last page."""
+        pages = len(self.full(tokens))
+        rest = tokens[pages * self.page_size :]
+        return self._name(pages, rest) if rest else None
+
+    def _name(self, page: int, tokens: Sequence[int]) -> bytes:
+        before = self._full[page - 1] if page else self.root
+        return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes()).digest()
