@@ -6,31 +6,60 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jmoe.engine.dispatch import REASONS, Dispatch
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import QueueFull, Request, SamplingParams
-from jmoe.engine.scheduler import Scheduler
+from jmoe.engine.scheduler import MAX_PASSED, Limits, Scheduler, Step
 from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import Detokenizer, TextCodec
 
 
-def request(name: str, prompt: int, max_tokens: int | None) -> Request:
+def request(name: str, prompt: int, max_tokens: int | None, token: int = 0) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
-    return Request(name, [0] * prompt, params, lambda output: None, 0.0)
+    return Request(name, [token] * prompt, params, lambda output: None, 0.0)
+
+
+def scheduler_of(
+    pool: PagePool, slots=4, budget=64, longest=20, queue=10, dispatch=REASONS, share=None
+) -> Scheduler:
+    by = Dispatch(len(pool.ranks), slots, dispatch, share)
+    limits = Limits(slots, budget, longest, queue)
+    return Scheduler(pool, limits, kind=lambda r: r.params.cache_salt, dispatch=by)
+
+
+def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
+    """What the engine does once a step has ended, for requests that want more than it gave."""
+    for run in step.decodes + step.prompts:
+        place = run.request.place
+        place.drawn -= run.draws
+        if run.draws and not place.ended:
+            run.request.token_ids.append(token)
+            if place.rank >= 0:
+                scheduler.tell(run.request)
+            if len(run.request.token_ids) == run.request.params.max_tokens or run.request.length == 20:
+                scheduler.finish(run.request)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, finish and are aborted in any order: no page is lost, shared or exceeded."""
+    """Requests come, run, give way, finish and are aborted in any order, with prompts that begin alike: no
+    page is lost, none is used by two but where it holds the same, and every request computes each token once
+    or again."""
+
+    RANKS, PAGES, SIZE = 2, 6, 4
 
     def __init__(self):
         super().__init__()
-        self.pool = PagePool(ranks=2, pages_per_rank=6, page_size=4)
-        self.scheduler = Scheduler(self.pool, slots_per_rank=2, max_queue=5, max_model_len=20)
-        self.order, self.entered = [], []
+        self.pool = PagePool(self.RANKS, self.PAGES, self.SIZE)
+        self.scheduler = scheduler_of(self.pool, slots=2, budget=10, queue=5)
+        self.order: list[Request] = []
+        self.started: Step | None = None  # runs, and is not delivered
+        self.held: dict[tuple[int, int], tuple] = {}  # (rank, page) -> tokens that were written
 
-    @rule(prompt=st.integers(1, 12), new=st.one_of(st.none(), st.integers(0, 8)))
-    def add(self, prompt, new):
+    @rule(prompt=st.integers(1, 12), new=st.one_of(st.none(), st.integers(1, 8)), kind=st.integers(0, 2))
+    def add(self, prompt, new, kind):
         made = request(str(len(self.order)), prompt, new)
-        if len(self.scheduler.waiting) == 5:
+        made.prompt_token_ids[:] = [7] * (prompt // 2) + [kind] * (prompt - prompt // 2)
+        if len(self.scheduler.waiting) >= 5:
             with pytest.raises(QueueFull):
                 self.scheduler.add([made])
         else:
@@ -39,24 +68,33 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        before = {id(r) for r in self.scheduler.running}
+        """The next step is started before the one before it is delivered."""
         step = self.scheduler.next_step()
-        self.entered += [r for r in self.scheduler.running if id(r) not in before]
-        if step is None:
+        if step is not None:
+            self._compute(step)
+        elif self.started is None:
             assert not self.scheduler.running and not self.scheduler.waiting
-        elif step.prefill:
-            assert len({r.rank for r in step.requests}) == len(step.requests), "one prompt a rank"
-            for r in step.requests:
-                r.prefilled = len(r.prompt_token_ids)
-                r.token_ids.append(0)
-        else:
-            for r in step.requests:
-                r.token_ids.append(0)
+        if self.started is not None:
+            deliver(self.scheduler, self.started)
+        self.started = step
 
-    @rule(data=st.data())
-    def finish(self, data):
-        if self.scheduler.running:
-            self.scheduler.finish(data.draw(st.sampled_from(self.scheduler.running)))
+    def _compute(self, step: Step) -> None:
+        """Writes the runs' tokens, each onto what is there; all before it must be its own."""
+        assert len({run.request.place.rank for run in step.prompts}) == len(step.prompts), "one prompt a rank"
+        for rank, source, target in step.copies:
+            self.held[rank, target] = self.held[rank, source]
+        for run in step.decodes + step.prompts:
+            place, tokens = run.request.place, [*run.request.tokens, 0]
+            assert run.decodes or run.start % self.SIZE == 0
+            for at in range(run.start, run.start + run.count):
+                page = place.rank, place.pages[at // self.SIZE]
+                before = self.held.get(page, ())[: at % self.SIZE]
+                first = at - at % self.SIZE
+                assert list(before) == tokens[first:at], "what came before is there"
+                self.held[page] = (*before, tokens[at])
+            for index in range((run.start + run.count) // self.SIZE):
+                want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
+                assert self.held[place.rank, place.pages[index]] == want
 
     @rule(data=st.data())
     def abort(self, data):
@@ -64,60 +102,164 @@ class SchedulerMachine(RuleBasedStateMachine):
             chosen = data.draw(st.sampled_from(self.order))
             here = chosen in self.scheduler.running or chosen in self.scheduler.waiting
             assert (self.scheduler.drop(chosen.id) is chosen) == here
+            assert not chosen.place.pages, "its pages are free at once"
 
     @invariant()
     def pages_are_conserved(self):
-        for rank, free in enumerate(self.pool.free):
-            held = [p for r in self.scheduler.running if r.rank == rank for p in r.pages]
-            assert sorted(free + held) == list(range(6))
-            assert sum(r.rank == rank for r in self.scheduler.running) <= 2
+        for number, rank in enumerate(self.pool.ranks):
+            users = [0] * self.PAGES
+            for r in self.scheduler.running:
+                for page in r.place.pages if r.place.rank == number else ():
+                    users[page] += 1
+            assert rank.users == users
+            assert sorted([*rank.blank, *rank.kept, *(p for p, n in enumerate(users) if n)]) == list(range(6))
+            assert all(rank.named[name] == p for p in range(self.PAGES) for name in rank.names[p])
+            assert sum(r.place.rank == number for r in self.scheduler.running) <= 2
 
     @invariant()
-    def first_come_first_served(self):
-        numbers = [int(r.id) for r in self.entered]
-        assert numbers == sorted(numbers)
+    def seats_are_their_own(self):
+        seats = [r.place.seat for r in self.scheduler.running]
+        assert len(set(seats)) == len(seats) and all(0 <= seat < 4 for seat in seats)
+
+    @invariant()
+    def nobody_is_passed_without_end(self):
+        assert all(r.place.passed <= MAX_PASSED for r in self.order)
+
+    def teardown(self):
+        """Left alone, everything ends and all pages are free."""
+        for _ in range(400):
+            self.step()
+        assert self.started is None and self.pool.usage == 0
 
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def admitted(scheduler: Scheduler, count: int) -> list[int]:
+    """The ranks of the next ``count`` requests that enter, one prompt a rank and step."""
+    ranks = []
+    while len(ranks) < count:
+        before = set(map(id, scheduler.running))
+        scheduler.next_step()
+        ranks += [r.place.rank for r in scheduler.running if id(r) not in before]
+    return ranks
+
+
 def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind():
     wishes = {5: [0.1, 0.7, 0.2], 6: [0.6, 0.3, 0.1]}
-    pool = PagePool(ranks=3, pages_per_rank=6, page_size=4)
-    scheduler = Scheduler(pool, 2, 10, 20, share=lambda ids: wishes[ids[0]])
-    for i, token in enumerate([5, 5, 6, 6, 6]):
-        asked = request(str(i), 1, 2)
-        asked.prompt_token_ids[:] = [token]
-        scheduler.add([asked])
-    scheduler.next_step()
-    # The second 5 finds rank 1 given already; the first 6 takes what is left; then a new round begins.
-    assert [r.rank for r in scheduler.running] == [1, 2, 0, 0, 1]
-    scheduler.add([request("full", 1, 2), request("last", 1, 2)])
-    scheduler.share = lambda ids: [1.0, 0.0, 0.0]
-    scheduler.next_step()
-    assert [r.rank for r in scheduler.running[5:]] == [2], "the one rank with a slot, then none"
-    scheduler.finish(scheduler.running[0])
-    scheduler.next_step()
-    assert scheduler.running[-1].id == "last" and scheduler.running[-1].rank == 1
+    scheduler = scheduler_of(PagePool(3, 6, 4), slots=2, share=lambda ids: wishes[ids[0]])
+    scheduler.add([request(str(i), 1, 2, token) for i, token in enumerate([5, 5, 6])])
+    # The second 5 finds rank 1 given already; the 6 takes what is left; then a new round begins.
+    assert admitted(scheduler, 3) == [1, 2, 0]
+    assert scheduler.dispatch.round == set()
 
 
-def test_a_request_reserves_every_page_it_can_need():
-    scheduler = Scheduler(PagePool(1, 8, 4), 4, 10, max_model_len=20)
+@pytest.mark.parametrize(
+    ("dispatch", "want"),
+    [(("prefix", "load"), [0, 0]), (("load",), [0, 1]), (("experts", "load"), [0, 2]), ((), [1, 2])],
+    ids=str,
+)
+def test_the_reasons_of_the_dispatch_go_in_their_order_and_each_can_be_left_out(dispatch, want):
+    """The same prompt twice, on three ranks; its experts are on the last one, the second time."""
+    share = iter([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    scheduler = scheduler_of(PagePool(3, 6, 4), share=lambda ids: next(share), dispatch=dispatch)
+    ranks = []
+    for i in range(2):
+        scheduler.add([request(str(i), 9, 4)])
+        ranks += admitted(scheduler, 1)
+    assert ranks == want
+
+
+def test_a_rank_that_is_much_busier_is_not_chosen_for_its_pages():
+    scheduler = scheduler_of(PagePool(2, 30, 4), slots=4)
+    ranks = []
+    for i in range(4):
+        scheduler.add([request(str(i), 9, 4)])
+        ranks += admitted(scheduler, 1)
+    assert ranks == [0, 0, 1, 0], "half its places more than the other is too many"
+
+
+def test_the_pages_of_everything_it_may_generate_must_be_there_in_all():
+    scheduler = scheduler_of(PagePool(1, 8, 4))
     assert scheduler.pages_needed(request("a", 5, 3)) == 2  # 5 + 2 stored tokens
     assert scheduler.pages_needed(request("a", 5, 5)) == 3
     assert scheduler.pages_needed(request("a", 5, None)) == 5  # to the end of the context
     assert scheduler.pages_needed(request("a", 8, 0)) == 2
 
 
-def test_a_long_request_does_not_overtake_nor_starve():
-    scheduler = Scheduler(PagePool(1, 4, 4), 4, 10, max_model_len=16)
-    first, long, short = request("0", 8, 1), request("1", 15, 1), request("2", 2, 1)
-    scheduler.add([first, long, short])
-    assert scheduler.next_step().requests == [first]
-    assert scheduler.running == [first], "the short one waits behind the long one"
-    scheduler.finish(first)
-    assert scheduler.next_step().requests == [long]
+def test_prompts_are_cut_to_the_budget_that_decoding_leaves():
+    scheduler = scheduler_of(PagePool(1, 40, 4), budget=10, longest=100)
+    scheduler.add([request("0", 3, 50), request("1", 21, 50, token=1)])
+    first = scheduler.next_step()
+    assert [(r.start, r.count, r.draws) for r in first.prompts] == [(0, 3, True)] and not first.decodes
+    deliver(scheduler, first)
+    seen = []
+    while not seen or not seen[-1][-1]:
+        step = scheduler.next_step()
+        assert [r.request.id for r in step.decodes] == ["0"], "decoding goes on beside the prompt"
+        seen += [(r.start, r.count, r.draws) for r in step.prompts]
+        deliver(scheduler, step)
+    assert seen == [(0, 8, False), (8, 8, False), (16, 5, True)], "whole pages of 4 within 10 - 1 tokens"
+
+
+def test_a_prompt_that_waits_for_pages_is_overtaken_a_few_times_only():
+    scheduler = scheduler_of(PagePool(1, 8, 4), slots=8, queue=100, longest=32)
+    scheduler.add([request("first", 16, 1)])
+    scheduler.next_step()  # it is not delivered, and so holds its pages
+    scheduler.add([request("long", 24, 4, token=1000)])
+    entered = []
+    for i in range(3 * MAX_PASSED):
+        scheduler.add([request(str(i), 1, 1, token=i + 1)])
+        step = scheduler.next_step()
+        for run in step.prompts if step is not None else ():
+            entered.append(run.request.id)
+            scheduler.finish(run.request)
+    assert entered == [str(i) for i in range(MAX_PASSED)]
+    scheduler.finish(scheduler.running[0])
+    assert scheduler.next_step().prompts[0].request.id == "long"
+
+
+def test_the_latest_gives_way_and_runs_again_from_its_tokens():
+    scheduler = scheduler_of(PagePool(1, 4, 4), longest=16)
+    old, young = request("old", 4, 12), request("young", 4, 8, token=1)
+    scheduler.add([old, young])
+    while not scheduler.preemptions:
+        deliver(scheduler, scheduler.next_step())
+    assert old in scheduler.running and list(scheduler.waiting) == [young] and young.place.rank == -1
+    told = list(young.token_ids)
+    while young.place.rank < 0:
+        deliver(scheduler, scheduler.next_step())
+    assert old.place.ended and len(old.token_ids) == 12, "the oldest went on to its end"
+    assert young.token_ids[: len(told)] == told and young.place.goal == 4 + len(told)
+
+
+def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
+    scheduler = scheduler_of(PagePool(1, 40, 4), slots=8, longest=100)
+
+    def enter(
+        name: str, tokens: list[int], salt: str = "", scores: int | None = None
+    ) -> tuple[Request, Step]:
+        params = SamplingParams(max_tokens=4, cache_salt=salt, prompt_logprobs=scores)
+        made = Request(name, tokens, params, lambda output: None, 0.0)
+        scheduler.add([made])
+        step = scheduler.next_step()
+        assert made.place.goal == len(tokens)
+        return made, step
+
+    prompt = list(range(10))
+    first, _ = enter("first", prompt)
+    same, step = enter("same", prompt)
+    assert same.place.pages[:2] == first.place.pages[:2] and same.place.pages[2] != first.place.pages[2]
+    assert step.copies == [(0, first.place.pages[2], same.place.pages[2])]
+    assert [(r.request.id, r.start, r.count) for r in step.decodes if r.request is same] == [("same", 9, 1)]
+    longer, step = enter("longer", [*prompt, 10, 11, 12])
+    assert longer.place.pages[:2] == first.place.pages[:2] and step.prompts[0].start == 8 and not step.copies
+    even, _ = enter("even", prompt[:8])
+    assert even.cached_tokens == 7 and even.place.pages[0] == first.place.pages[0], "the last page is copied"
+    for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
+        assert other.cached_tokens == 0 and not set(other.place.pages) & set(first.place.pages)
+    assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
 
 @given(st.integers(1, 3000))

@@ -215,7 +215,8 @@ def test_the_pool_is_changed_in_place(model: Path):
     with closing(engine):
         runner, given = engine.runner, engine.runner.blank(1, 1)
         arrays = (
-            given.own.tokens_BT, given.own.positions_BT, given.own.table_BM, given.last_B, given.seats_B, given.rows,
+            given.own.tokens_BT, given.own.positions_BT, given.own.table_BM, given.last_B, given.seats_B,
+            given.rows,
         )  # fmt: skip
         totals = runner._totals["decode"]
         lowered = runner._jitted.step.lower(

@@ -16,13 +16,14 @@ from jmoe_kernels.choice import choose
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
+from jmoe.engine.dispatch import REASONS, Dispatch, Reason, Share
 from jmoe.engine.engine import Engine, page_kind
 from jmoe.engine.host_driven import HostDrivenRunner
 from jmoe.engine.offload import make_cache, pick_executor, read_profile
 from jmoe.engine.pages import PagePool
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
-from jmoe.engine.scheduler import REASONS, Limits, Reason, Scheduler, Share
+from jmoe.engine.scheduler import Limits, Scheduler
 from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import TextCodec
 from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
@@ -213,7 +214,8 @@ def schedule(
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
-    return Scheduler(pool, limits, sizes.prefill_size, kind, share, settings.dispatch)
+    dispatch = Dispatch(runner.ranks, limits.slots, settings.dispatch, share)
+    return Scheduler(pool, limits, sizes.prefill_size, kind, dispatch)
 
 
 def runner_for(moe: MoEConfig, platform: str) -> type[Runner]:

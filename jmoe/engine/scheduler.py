@@ -5,28 +5,18 @@ prompt, as many as the budget leaves. Requests enter first come, first served, o
 when there is a place and pages for what they bring; pages for what they generate are taken one by one. Where
 none is free, the request that came last gives its pages back and later runs again from its tokens, so that
 the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
-times at most.
-
-Which rank (``dispatch`` says in which order, and what is not named is not asked): "prefix", the one whose
-pages already hold most of the prompt, unless it is much busier than others; "experts" (request scheduling of
-Speculative MoE, arXiv 2503.04398), the one that holds most of the prompt's experts, of those that were not
-given a request yet in this round, a round ending when every rank was given one, so that none is left behind;
-"load", the one that runs the fewest requests and has the most free pages. Else they take turns.
+times at most. Which rank they enter, ``dispatch`` says.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
+from jmoe.engine.dispatch import Dispatch, Entry, entry_at
 from jmoe.engine.pages import PagePool
 from jmoe.engine.prefix import PageNames
 from jmoe.engine.request import Place, QueueFull, Request
 
-# prompt token ids -> the part of their assignments that is expected on each rank
-Share = Callable[[list[int]], Sequence[float]]
-Reason = Literal["prefix", "experts", "load"]
-REASONS: tuple[Reason, ...] = get_args(Reason)
 MAX_PASSED = 8
 
 
@@ -82,21 +72,9 @@ class PrefixCounts:
     hits: int = 0
 
 
-@dataclass(frozen=True)
-class Entry:
-    """How a request could enter a rank. held: pages that hold its beginning; part: one that holds the
-    rest."""
-
-    rank: int
-    held: list[int]
-    part: int | None
-    found: int
-
-
 class Scheduler:
     """run_size: the tokens of a prompt's run that is compiled for so many. kind: names what a request's pages
-    depend on beside its tokens; None shares no pages. share: what part of a prompt's expected assignments
-    lies on each rank, for the dispatch by experts; None where nothing says.
+    depend on beside its tokens; None shares no pages. dispatch: chooses ranks; None by load.
     """
 
     def __init__(
@@ -105,17 +83,14 @@ class Scheduler:
         limits: Limits,
         run_size: Callable[[int], int] = lambda tokens: tokens,
         kind: Callable[[Request], str] | None = None,
-        share: Share | None = None,
-        dispatch: Sequence[Reason] = REASONS,
+        dispatch: Dispatch | None = None,
     ):
-        self.pool, self.limits, self.run_size = pool, limits, run_size
-        self.kind, self.share = kind, share
-        self.dispatch = tuple(dispatch)
-        self.round: set[int] = set()  # ranks that were given a request for its experts
+        self.pool, self.limits, self.run_size, self.kind = pool, limits, run_size, kind
+        self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.slots)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.prefix, self.preemptions = PrefixCounts(), 0
-        self._came = self._turn = 0
+        self._came = 0
 
     def pages_needed(self, request: Request) -> int:
         """Pages for the prompt and everything it may generate (the last token's keys are never stored)."""
@@ -272,24 +247,15 @@ class Scheduler:
 
     def _entry(self, request: Request, ranks: list[int]) -> Entry | None:
         """Where and how it enters, None where no rank has the pages."""
-        entries = [entry for r in ranks if (entry := self._entry_at(request, r)) is not None]
-        return self._preferred(request, entries) if entries else None
-
-    def _entry_at(self, request: Request, rank: int) -> Entry | None:
-        """None where there are not enough pages for its tokens and one for each that runs there already."""
-        pages, tokens, size = self.pool.ranks[rank], request.tokens, self.pool.page_size
-        held: list[int] = []
-        part = None
-        if (names := self._names(request)) is not None:
-            held = pages.find(names.full(tokens))
-            if len(held) == len(tokens) // size:  # the rest may be there too
-                rest = names.rest(tokens)
-                part = held.pop() if rest is None else next(iter(pages.find([rest])), None)
-        beside = sum(r.place.rank == rank for r in self.running)
-        need = self.pool.pages_for(len(tokens)) - len(held) + beside + sum(not pages.users[p] for p in held)
-        if part is not None and need + (not pages.users[part]) <= pages.free:
-            return Entry(rank, held, part, len(tokens) - 1)
-        return Entry(rank, held, None, len(held) * size) if need <= pages.free else None
+        tokens, names, counts, size = (
+            request.tokens,
+            self._names(request),
+            self._counts(),
+            self.pool.page_size,
+        )
+        each = (entry_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
+        entries = [entry for entry in each if entry is not None]
+        return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
 
     def _names(self, request: Request) -> PageNames | None:
         """None where its pages are not shared, or all of the prompt has to run because it is scored."""
@@ -298,31 +264,6 @@ class Scheduler:
         if request.place.names is None:
             request.place.names = PageNames(self.pool.page_size, self.kind(request))
         return request.place.names
-
-    def _preferred(self, request: Request, entries: list[Entry]) -> Entry:
-        """By the first reason that has something to say."""
-        counts = self._counts()
-        for reason in self.dispatch:
-            if reason == "prefix":
-                calm = min(counts) + max(self.limits.slots // 2, 1)
-                best = max((e for e in entries if counts[e.rank] < calm), key=lambda e: e.found, default=None)
-                if best is not None and best.found:
-                    return best
-            elif reason == "experts" and self.share is not None:
-                return self._likeliest(self.share(request.tokens), entries)
-            elif reason == "load":
-                return max(entries, key=lambda e: (-counts[e.rank], self.pool.ranks[e.rank].free, -e.rank))
-        self._turn += 1
-        return entries[self._turn % len(entries)]
-
-    def _likeliest(self, share: Sequence[float], entries: list[Entry]) -> Entry:
-        """The rank for a request with these expected shares, noted in this round."""
-        fresh = [e for e in entries if e.rank not in self.round] or entries
-        best = max(fresh, key=lambda e: (share[e.rank], self.pool.ranks[e.rank].free, -e.rank))
-        self.round.add(best.rank)
-        if len(self.round) == len(self.pool.ranks):
-            self.round.clear()
-        return best
 
     def _enter(self, request: Request, entry: Entry, step: Step) -> None:
         place, rank = request.place, self.pool.ranks[entry.rank]
