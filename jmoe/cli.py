@@ -69,7 +69,16 @@ def _serve_parser(commands: Any) -> None:
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
     p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
-    p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
+    p.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step, decoded ones and prompts'"
+    )
+    p.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="prompts that begin alike share KV pages (the default)",
+    )
+    reasons = "what says which rank a request goes to, the first one first (prefix,experts,load)"
+    p.add_argument("--dispatch", type=reasons_of, metavar="R,...", help=reasons)
     p.add_argument(
         "--nnodes", type=int, metavar="N", help="processes that serve together, e.g. one a machine"
     )
@@ -77,6 +86,11 @@ def _serve_parser(commands: Any) -> None:
         "--node-rank", type=int, metavar="R", help="this one's number; 0 schedules and serves HTTP"
     )
     p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
+
+
+def reasons_of(text: str) -> tuple[str, ...]:
+    """A comma-separated list; "none" is an empty one."""
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _generate_parser(commands: Any) -> None:
@@ -214,6 +228,8 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     check_keys(str(path), values, sorted(known - {"help", "config", "moe_config"}))
     if isinstance(values.get("kv_memory"), str):
         values["kv_memory"] = size(values["kv_memory"])
+    if "dispatch" in values:
+        values["dispatch"] = tuple(values["dispatch"])
     return values if moe is None else values | {"moe_config": moe}
 
 

@@ -24,7 +24,7 @@ from jmoe import LLM, ModelConfig, MoEConfig, SamplingParams
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.engine.build import model_directory
 from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import Sizes
+from jmoe.engine.step_input import HostRows, Sizes
 from jmoe.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -94,12 +94,7 @@ class DecodeBench:
 
         def given(i: int):
             tokens = rng.integers(0, self.cfg.vocab_size, (batch, 1)).astype(np.int32)
-            return replace(
-                blank,
-                tokens_BT=tokens,
-                positions_BT=np.full((batch, 1), CONTEXT + i, np.int32),
-                table_BM=table,
-            )
+            return replace(blank, own=HostRows(tokens, np.full((batch, 1), CONTEXT + i, np.int32), table))
 
         jax.block_until_ready(runner.run(given(0)))
         runner.drain()

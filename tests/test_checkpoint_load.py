@@ -19,9 +19,9 @@ from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
 from jmoe.config import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
-from jmoe.nn.sequences import Sequences
 from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.param import ParamMaker
+from jmoe.nn.sequences import Sequences
 
 
 def one_device():

@@ -9,10 +9,10 @@ from small import config, decoder, mesh_of, tokens
 
 from jmoe.anatomy import RopeConfig
 from jmoe.config import MoEConfig
-from jmoe.nn.sequences import Sequences
 from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import rotate, rotation
+from jmoe.nn.sequences import Sequences
 
 
 def test_rope_depends_on_distance_only():
