@@ -30,8 +30,8 @@ from jmoe.checkpoint import load_model, save_hf
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.nn.sequences import Sequences
 from jmoe.nn.param import ParamMaker
+from jmoe.nn.sequences import Sequences
 
 END = "<|endoftext|>"
 # GPT-2's split with single digits, and with runs of line ends and their indentation kept whole
