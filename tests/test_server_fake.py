@@ -21,8 +21,8 @@ BOS, EOS, VOCAB = 256, 257, 258
 
 
 def byte_tokenizer() -> Tokenizer:
-    """``ByteCodec``'s tokens as ``tokenizers`` has them, spelled as in GPT-2's vocabulary: bytes that print by
-    themselves, the others by characters from U+0100 on."""
+    """``ByteCodec``'s tokens as ``tokenizers`` has them, spelled as in GPT-2's vocabulary: bytes that print
+    by themselves, the others by characters from U+0100 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     vocabulary = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}

@@ -35,7 +35,10 @@ class GrammarChecker:
 
     def check(self, source: str) -> None:
         """Raises ValueError with one line where ``source`` cannot be compiled within the limits."""
-        child = self.child or self._start()
+        child = self.child
+        if child is None or child.poll() is not None:
+            self.close()
+            child = self._start()
         answer = _ask(child, source)
         if answer is None:
             self.close()

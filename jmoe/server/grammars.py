@@ -26,7 +26,7 @@ class Grammars:
         self._tools: tuple[GrammarCompiler, GrammarChecker] | None = None
 
     async def compile(self, grammar: Grammar, param: str) -> CompiledGrammar:
-        """The compiled grammar; 400 says why there is none, 503 that too many wait. param: the field to blame."""
+        """400 says why it cannot be compiled, 503 that too many wait. param: the field to blame."""
         kept = self.kept.get(grammar)
         if kept is not None:
             self.kept.move_to_end(grammar)

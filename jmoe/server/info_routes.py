@@ -34,7 +34,8 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def openapi(service: Service, request: Request) -> Response:
-    return json_response(openapi_document(__version__, with_key=service.settings.api_key is not None))
+    with_key = service.settings.api_key is not None
+    return json_response(openapi_document(__version__, service.model, with_key=with_key))
 
 
 async def metrics(service: Service, request: Request) -> Response:
