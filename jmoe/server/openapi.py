@@ -125,10 +125,11 @@ def _content(operation: Operation, schemas: dict[type, Any]) -> dict[str, Any]:
 
 def _event(chunk: Any, error: Any) -> dict[str, Any]:
     """One server-sent event of a stream."""
-    data = {
+    json = {
         "type": "string",
-        "description": "A chunk, or an error where the answer fails; '[DONE]' in the last event",
+        "description": "A chunk, or an error where the answer fails",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [chunk, error]},
     }
-    return {"type": "object", "required": ["data"], "properties": {"data": data}}
+    last = {"const": "[DONE]", "description": "In the last event"}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [last, json]}}}
