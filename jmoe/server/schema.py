@@ -133,7 +133,7 @@ class CalledFunction(Strict, kw_only=True):
 class ToolCall(Strict, kw_only=True):
     id: str
     function: CalledFunction
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
 
 
 class Message(Strict, kw_only=True):
