@@ -98,7 +98,7 @@ def _operation(
 ) -> dict[str, Any]:
     guarded = with_key and path not in OPEN_PATHS
     error = {"application/json": {"schema": schemas[replies.Error]}}
-    statuses = sorted({*operation.errors, 500, *([401] if guarded else [])})
+    statuses = sorted((*operation.errors, 500, 401) if guarded else (*operation.errors, 500))
     responses = {"200": {"description": "OK", "content": _content(operation, schemas)}}
     responses |= {str(s): {"description": ERRORS[s], "content": error} for s in statuses}
     described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
