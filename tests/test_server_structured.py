@@ -162,7 +162,7 @@ def prompt_of(client):
 
 
 def test_the_template_sees_tools_calls_and_variables(client):
-    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [
+    messages = [*USER, {"role": "assistant", "content": None, "annotations": None, "tool_calls": [
         {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 7}'}}]},
         {"role": "tool", "tool_call_id": "c1", "content": "found"}]  # fmt: skip
     ask(client, messages=messages, tools=TOOLS[1:], tool_choice="required",

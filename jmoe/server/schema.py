@@ -145,6 +145,7 @@ class Message(Strict, kw_only=True):
     tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
+    annotations: Any = None
 
 
 class Function(Strict, kw_only=True):
@@ -224,6 +225,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "functions": (),
     "function_call": ("none",),
+    "annotations": ([],),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
