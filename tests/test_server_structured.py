@@ -1,11 +1,16 @@
 """Structured answers and calls of functions over HTTP, with the fake engine obeying the real constraints."""
 
 import json
+from typing import Literal
 
+import openai
+import pydantic
 import pytest
 from test_server_api import events
 from test_server_errors import UNSUPPORTED, VALUE, check
-from test_server_fake import ByteCodec, FakeEngine, served
+from test_server_fake import ByteCodec, FakeEngine, listening, served
+
+from jmoe.server.chat_template import ChatTemplate
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
@@ -230,9 +235,49 @@ def test_bad_structure(client, change, param, code):
     assert not client.service.running
 
 
+def test_a_hostile_schema_is_a_400(client):
+    """It would exhaust the stack of whoever compiles it."""
+    links = {f"r{i}": {"properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(1000)}
+    schema = {"$ref": "#/$defs/r0", "$defs": links | {"r1000": {"type": "string"}}}
+    response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"json": schema}})
+    assert "too complex" in check(response, 400, "structured_outputs", VALUE)
+    assert ask(client, TEXT, structured_outputs={"regex": "after"})[0]["text"] == "after"
+
+
+def test_too_many_waiting_grammars_are_a_503(client, monkeypatch):
+    monkeypatch.setattr("jmoe.server.grammars.MAX_WAITING", 0)
+    response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"regex": "unseen"}})
+    check(response, 503, None, "grammar_queue_full")
+    assert response.headers["retry-after"] == "1"
+
+
 def test_auto_says_what_to_do(client):
     text = client.post(CHAT, json={"messages": USER, "tools": TOOLS}).json()["error"]["message"]
     assert all(word in text for word in ("'required'", "a named function", "'none'"))
+
+
+class Pick(pydantic.BaseModel):
+    mood: Literal["calm", "loud"]
+    sure: bool
+
+
+def test_the_openai_client_gets_what_it_parses():
+    """Its schemas, its reading of whole and streamed answers, and messages that it sends back."""
+    with listening(FakeEngine(ByteCodec(), max_model_len=2048)) as (url, server):
+        server.service.template = ChatTemplate(TEMPLATE, {})
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
+        chat, tools = client.chat.completions, [openai.pydantic_function_tool(Pick)]
+        ask = {"model": "fake", "messages": USER}
+        parsed = chat.parse(**ask, response_format=Pick).choices[0].message.parsed
+        assert isinstance(parsed, Pick)
+        with chat.stream(**ask, tools=tools, tool_choice="required") as stream:
+            final = stream.get_final_completion().choices[0]
+        assert final.finish_reason == "tool_calls"
+        assert isinstance(final.message.tool_calls[0].function.parsed_arguments, Pick)
+        called = chat.create(**ask, tools=tools, tool_choice=named("Pick")).choices[0].message
+        result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "done"}
+        for message in (called, called.model_dump()):
+            assert chat.create(model="fake", messages=[*USER, message, result], max_tokens=3).choices
 
 
 def test_without_a_tokenizer_or_an_end():
