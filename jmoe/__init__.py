@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from jmoe.checkpoint import convert
     from jmoe.checkpoint import load_model as load
     from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.engine.grammar import Grammar
     from jmoe.engine.llm import LLM
     from jmoe.engine.request import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "MoEConfig", "ModelConfig", "SamplingParams", "convert", "load"]
+__all__ = ["LLM", "Grammar", "MoEConfig", "ModelConfig", "SamplingParams", "convert", "load"]
 
 _HOME = {
     "LLM": ("jmoe.engine.llm", "LLM"),
+    "Grammar": ("jmoe.engine.grammar", "Grammar"),
     "SamplingParams": ("jmoe.engine.request", "SamplingParams"),
     "ModelConfig": ("jmoe.config", "ModelConfig"),
     "MoEConfig": ("jmoe.config", "MoEConfig"),

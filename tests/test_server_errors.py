@@ -10,6 +10,7 @@ from test_server_fake import TEMPLATE, ByteCodec, FakeEngine, served
 from jmoe.server.schema import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -71,29 +72,44 @@ BAD_COMPLETIONS = [
     ({"prompt": "a" * 60}, "prompt", "context_length_exceeded"),
     ({"suffix": "x"}, "suffix", UNSUPPORTED),
     ({"best_of": 2}, "best_of", UNSUPPORTED),
-    ({"logit_bias": {"5": 1}}, "logit_bias", UNSUPPORTED),
+    ({"logit_bias": {"5": 101}}, "logit_bias[...]", VALUE),
+    ({"logit_bias": {"258": 1}}, "logit_bias", VALUE),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", VALUE),
+    ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias", VALUE),
+    ({"logit_bias": {str(i): 1 for i in range(257)}}, "logit_bias", VALUE),
+    ({"cache_salt": ""}, "cache_salt", VALUE),
+    ({"cache_salt": "s" * 257}, "cache_salt", VALUE),
+    ({"priority": 1}, "priority", UNSUPPORTED),
+    ({"skip_special_tokens": False}, "skip_special_tokens", UNSUPPORTED),
+    ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", UNSUPPORTED),
     ({"presence_penalty": 0.5}, "presence_penalty", UNSUPPORTED),
     ({"frequency_penalty": 3}, "frequency_penalty", VALUE),
     ({"repetition_penalty": 1.1}, "repetition_penalty", UNSUPPORTED),
-    ({"min_p": 0.1}, "min_p", UNSUPPORTED),
-    ({"response_format": {"type": "json_object"}}, "response_format", UNSUPPORTED),
+    ({"min_p": 1.1}, "min_p", VALUE),
+    ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages", VALUE),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", VALUE),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", VALUE),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", VALUE),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+     "messages[0].tool_call_id", VALUE),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls", VALUE),
+    ({"messages": [*USER, {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f",
+      "arguments": "[]"}}]}]}, "messages[1].tool_calls[0].function.arguments", VALUE),
     ({"messages": [{"role": "user"}]}, "messages[0].content", VALUE),
     ({"messages": [{"role": "user", "content": "x", "foo": 1}]}, "messages[0].foo", "unknown_parameter"),
-    ({"messages": [*USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls", UNSUPPORTED),
+    ({"messages": [*USER, {"role": "assistant", "tool_calls": [{}]}]},
+     "messages[1].tool_calls[0].id", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
      "messages[0].content[0]", UNSUPPORTED),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", VALUE),
     ({"messages": [*USER, {"role": "system", "content": "late"}]}, "messages", VALUE),
     ({"messages": [{"role": "user", "content": "a" * 80}]}, "messages", "context_length_exceeded"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", UNSUPPORTED),
-    ({"tools": []}, "tools", UNSUPPORTED),
-    ({"tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
-    ({"tool_choice": "auto"}, "tool_choice", UNSUPPORTED),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", UNSUPPORTED),
+    ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", VALUE),
+    ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs", VALUE),
+    ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs[...]", VALUE),
     ({"max_tokens": 0}, "max_tokens", VALUE),
     ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens", VALUE),
     ({"logprobs": 1}, "logprobs", VALUE),
@@ -119,7 +135,7 @@ def post(client, raw: bytes, path="/v1/completions"):
 
 @pytest.mark.parametrize("raw", [
     b"", b"{", b"[1]", b"null", b'"x"', b'{"prompt": "a"} x', b'{"prompt": NaN}', b'{"prompt": "\xff"}',
-    b"\xff", b"[" * 100_000, b'{"prompt": "a", "response_format": ' + b"[" * 100_000,
+    b"\xff", b"[" * 100_000, b'{"prompt": "a", "chat_template": ' + b"[" * 100_000,
     b'{"prompt": "\\ud800"}', b'{"prompt": "\\ud83d\\ude00 \\udc00"}',
 ])  # fmt: skip
 def test_bodies_that_are_no_json_object(client, raw):

@@ -5,8 +5,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
 from jmoe.engine.text import Detokenizer
@@ -18,8 +20,23 @@ from jmoe.server.settings import ServerSettings
 BOS, EOS, VOCAB = 256, 257, 258
 
 
+def byte_tokenizer() -> Tokenizer:
+    """``ByteCodec``'s tokens as ``tokenizers`` has them, spelled as in GPT-2's vocabulary: bytes that print
+    by themselves, the others by characters from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in plain]
+    vocabulary = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
 class ByteCodec:
     """One token a UTF-8 byte; text gets a BOS in front, as some families' tokenizers do."""
+
+    tokenizer = byte_tokenizer()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         try:
@@ -36,9 +53,13 @@ class ByteCodec:
 
 
 class FakeEngine:
-    """pace: seconds a step. room: requests at most. fails_at: the token count at which a request fails."""
+    """pace: seconds a step. room: requests at most. fails_at: the token count at which a request fails.
+
+    A request with a constraint gets the token that the prompt says where it is allowed, else the lowest one.
+    """
 
     vocab_size = VOCAB
+    end_ids = frozenset({EOS})
 
     def __init__(self, codec=None, max_model_len=64, pace=0.0, room=1000, fails_at=None):
         self.codec, self.max_model_len, self.pace = codec, max_model_len, pace
@@ -141,6 +162,11 @@ class FakeEngine:
         if done == self.fails_at:
             return self._end(request, Output(request.id, finish_reason="error", error="NaN logits"))
         token = request.prompt_token_ids[done % len(request.prompt_token_ids)]
+        if request.constraint is not None:
+            try:
+                token = self._allowed(request, token)
+            except ValueError as error:
+                return self._end(request, Output(request.id, finish_reason="error", error=str(error)))
         request.token_ids.append(token)
         for listener in self.listeners:
             listener.token(request, time.monotonic())
@@ -169,6 +195,14 @@ class FakeEngine:
         request.emit(output)
 
     @staticmethod
+    def _allowed(request, token):
+        words = request.constraint.allowed()
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        token = token if token in allowed else int(allowed[0])
+        request.constraint.accept(token)
+        return token
+
+    @staticmethod
     def _score(token, alternatives):
         """The token is the second best of all; alternatives 0 and 1 must still report it."""
         top = [((token + 1) % VOCAB, -0.25), (token, -0.5), ((token + 2) % VOCAB, -2.0)][
@@ -194,6 +228,7 @@ def served(engine: FakeEngine, directory=None, **changes) -> Iterator[TestClient
         client.service = service
         yield client
     service.executor.shutdown()
+    service.grammars.close()
     engine.closing = True
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine, with_seed
+from jmoe.engine.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
 
 Prompt = str | Sequence[int]
@@ -74,11 +76,19 @@ class LLM:
         self.close()
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams = SamplingParams()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams = SamplingParams(),
+        *,
+        grammar: Grammar | None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad one."""
+        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad one.
+
+        grammar: what every answer must be, as far as ``max_tokens`` lets it come; ValueError for a bad one.
+        """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")
+        compiled = None if grammar is None else self._grammars.compile(grammar)
         arrived = time.monotonic()
         collected: list[list[Output]] = [[] for _ in prompts]
         requests = [
@@ -88,11 +98,18 @@ class LLM:
                 params=with_seed(params),
                 emit=collected[i].append,
                 arrived=arrived,
+                constraint=None if compiled is None else compiled.constraint(),
             )
             for i, prompt in enumerate(prompts)
         ]
         self.engine.run(requests)
         return [self._result(r, parts) for r, parts in zip(requests, collected, strict=True)]
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.engine.codec is None:
+            raise ValueError("this model directory has no tokenizer.json, which grammars need")
+        return GrammarCompiler(self.engine.codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ValueError where it is text and the model has no tokenizer."""

@@ -40,6 +40,10 @@ class EngineWorker:
     def vocab_size(self) -> int:
         return self._engine.vocab_size
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self._engine.end_ids
+
     def submit(self, requests: list[Request]) -> None:
         """Queues all or none; raises ValueError (bad request), QueueFull or EngineDead."""
         self._call(lambda: self._engine.add(requests))

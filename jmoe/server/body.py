@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from jmoe.server.chat_template import RESERVED
 from jmoe.server.errors import ApiError, invalid, unsupported
 from jmoe.server.schema import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Message
 from jmoe.server.settings import ServerSettings
+from jmoe.server.tools import check_tools
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
@@ -113,6 +115,10 @@ def check_completion(body: CompletionRequest) -> None:
 def check_chat(body: ChatRequest) -> None:
     check_generation(body)
     check_messages(body.messages)
+    check_tools(body)
+    for name in body.chat_template_kwargs or ():
+        if name in RESERVED:
+            raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
@@ -122,4 +128,11 @@ def check_chat(body: ChatRequest) -> None:
 
 def check_messages(messages: list[Message]) -> None:
     for i, message in enumerate(messages):
-        check_supported(message, f"messages[{i}].")
+        where = f"messages[{i}]"
+        check_supported(message, f"{where}.")
+        if message.tool_calls and message.role != "assistant":
+            raise invalid(f"{where}.tool_calls is only for the assistant", f"{where}.tool_calls")
+        if (message.tool_call_id is None) == (message.role == "tool"):
+            raise invalid(
+                f"{where}.tool_call_id belongs to each tool message and to no other", f"{where}.tool_call_id"
+            )

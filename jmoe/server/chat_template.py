@@ -9,8 +9,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 MAX_RENDERED = 8 * 1024 * 1024  # characters; the body's limit, for templates that repeat what they are given
 MAX_SECONDS = 5.0  # of the thread's own CPU time; a long conversation takes milliseconds
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+RESERVED = frozenset({
+    *TOKENS, "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize",
+})  # fmt: skip
 
 
 class TooLong(jinja2.TemplateRuntimeError):
@@ -80,12 +85,22 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The conversation as text, open for the assistant's answer. ValueError says why it cannot be."""
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The conversation as text, open for the assistant's answer. ValueError says why it cannot be.
+
+        variables: more that the template may read, without ``RESERVED`` names.
+        """
+        given = {**variables, **self.tokens, "messages": messages, "add_generation_prompt": True}
+        given |= {} if tools is None else {"tools": tools}
         parts, size = [], 0
         self.environment.start_clock()
         try:
-            for part in self.template.generate(messages=messages, add_generation_prompt=True, **self.tokens):
+            for part in self.template.generate(given):
                 size += len(part)
                 if size > MAX_RENDERED:
                     break

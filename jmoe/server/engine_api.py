@@ -18,7 +18,7 @@ class Listener(Protocol):
 class EngineProtocol(Protocol):
     """An engine that runs by itself. Every method may be called from any thread.
 
-    codec: None = the model has no tokenizer, prompts are token ids.
+    codec: None = the model has no tokenizer, prompts are token ids. end_ids: its end-of-text tokens.
     submit: queues all or none; raises ValueError (one line, safe to show), QueueFull or EngineDead. It and
     moe_stats may wait for a running step, so they are called off the event loop.
     abort: idempotent. snapshot: never waits.
@@ -30,6 +30,8 @@ class EngineProtocol(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def end_ids(self) -> frozenset[int]: ...
 
     def submit(self, requests: list[Request]) -> None: ...
     def abort(self, request_ids: Iterable[str]) -> None: ...

@@ -34,7 +34,8 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def openapi(service: Service, request: Request) -> Response:
-    return json_response(openapi_document(__version__, with_key=service.settings.api_key is not None))
+    with_key = service.settings.api_key is not None
+    return json_response(openapi_document(__version__, service.model, with_key=with_key))
 
 
 async def metrics(service: Service, request: Request) -> Response:
@@ -74,8 +75,13 @@ async def tokenize(service: Service, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        check_messages(body.messages)
-        ids = (await service.in_thread(chat_prompt, body.messages, service.template, codec)).token_ids
+        messages = body.messages
+        check_messages(messages)
+        special = bool(body.add_special_tokens)
+        prompt = await service.in_thread(
+            lambda: chat_prompt(messages, service.template, codec, special=special)
+        )
+        ids = prompt.token_ids
     else:
         text = body.prompt or ""
         special = body.add_special_tokens is not False

@@ -1,77 +1,135 @@
-"""The OpenAPI document, its request schemas made from the structs that check the requests."""
+"""The OpenAPI document: bodies from the structs that check the requests, answers from ``replies``."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from jmoe.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jmoe.server import replies
+from jmoe.server.middleware import OPEN_PATHS
+from jmoe.server.schema import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
+
+@dataclass(frozen=True)
+class Operation:
+    """One route. body, answer: types, None for no body and for an answer that is no JSON of ours.
+
+    errors: the statuses beside 200 that it may answer with, without 401 and 500.
+    """
+
+    summary: str
+    answer: type | None
+    errors: tuple[int, ...] = ()
+    body: type | None = None
+    example: dict[str, Any] | None = None
+    stream: type | None = None
+
+
+GENERATES = (400, 404, 408, 413, 415, 503)
 POST = {
-    "/v1/completions": (CompletionRequest, "Continue a text or token ids"),
-    "/v1/chat/completions": (ChatRequest, "Answer a conversation"),
-    "/tokenize": (TokenizeRequest, "Text to token ids"),
-    "/detokenize": (DetokenizeRequest, "Token ids to text"),
-}
+    "/v1/completions": Operation(
+        "Continue a text or token ids",
+        replies.Completion, GENERATES, CompletionRequest,
+        {"prompt": "Once upon a time", "max_tokens": 8}, replies.Completion,
+    ),
+    "/v1/chat/completions": Operation(
+        "Answer a conversation",
+        replies.ChatCompletion, GENERATES, ChatRequest,
+        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}, replies.ChatCompletionChunk,
+    ),
+    "/tokenize": Operation(
+        "Text to token ids", replies.Tokens, GENERATES, TokenizeRequest, {"prompt": "Hello"}
+    ),
+    "/detokenize": Operation(
+        "Token ids to text", replies.Text, GENERATES, DetokenizeRequest, {"tokens": [1, 2]}
+    ),
+}  # fmt: skip
 GET = {
-    "/live": "200 while the engine lives",
-    "/ready": "200 while new requests are taken",
-    "/health": "The same as /ready",
-    "/ping": "The same as /ready",
-    "/version": "The server's version",
-    "/v1/models": "The served models",
-    "/v1/models/{id}": "One served model",
-    "/moe/stats": "What the experts did, by layer and expert",
-    "/openapi.json": "This document",
-    "/metrics": "Prometheus metrics",
+    "/live": Operation("200 while the engine lives", replies.Status, (503,)),
+    "/ready": Operation("200 while new requests are taken", replies.Status, (503,)),
+    "/health": Operation("The same as /ready", replies.Status, (503,)),
+    "/ping": Operation("The same as /ready", replies.Status, (503,)),
+    "/version": Operation("The server's version", replies.Version),
+    "/v1/models": Operation("The served models", replies.Models),
+    "/v1/models/{id}": Operation("One served model", replies.Model, (404,)),
+    "/moe/stats": Operation("What the experts did, by layer and expert", replies.MoEStats, (503,)),
+    "/openapi.json": Operation("This document", dict),
+    "/metrics": Operation("Prometheus metrics", None),
 }
-STREAMED = ("/v1/completions", "/v1/chat/completions")
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+ERRORS = {
+    400: "The request is wrong; param names the field",
+    401: "The key is missing or wrong",
+    404: "There is no such model",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "Content-Type is not application/json",
+    500: "The server failed; the message has an id to find in its log",
+    503: "The queue is full, or the server is stopping",
 }
 
 
-def openapi_document(version: str, *, with_key: bool) -> dict[str, Any]:
-    """A JSON-able OpenAPI 3.1 document of all routes."""
-    kinds = [kind for kind, _ in POST.values()]
-    bodies, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    paths: dict[str, Any] = {path: {"get": _operation(path, text, None)} for path, text in GET.items()}
-    for (path, (_, text)), body in zip(POST.items(), bodies, strict=True):
-        paths[path] = {"post": _operation(path, text, body)}
-    components: dict[str, Any] = {"schemas": {**schemas, "Error": ERROR}}
+def openapi_document(version: str, model: str, *, with_key: bool) -> dict[str, Any]:
+    """A JSON-able OpenAPI 3.1 document of all routes. model: the served one's name."""
+    operations = [*GET.values(), *POST.values()]
+    kinds = {k for o in operations for k in (o.answer, o.body, o.stream) if k is not None} | {replies.Error}
+    ordered = sorted(kinds, key=lambda kind: kind.__name__)
+    found, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
+    schemas = dict(zip(ordered, found, strict=True))
+    for component in components.values():
+        _tell_neutral(component)
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+        components[kind.__name__]["properties"]["model"] = {"enum": [None, model], "default": None}
+    paths = {path: {"get": _operation(path, o, schemas, model, with_key)} for path, o in GET.items()}
+    paths |= {path: {"post": _operation(path, o, schemas, model, with_key)} for path, o in POST.items()}
     document = {"openapi": "3.1.0", "info": {"title": "jmoe", "version": version}, "paths": paths}
-    if with_key:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-    return document | {"components": components}
+    keys = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if with_key else {}
+    return document | {"components": {"schemas": components, **keys}}
 
 
-def _operation(path: str, summary: str, body: dict | None) -> dict[str, Any]:
-    kinds = ["text/plain"] if path == "/metrics" else ["application/json"]
-    kinds += ["text/event-stream"] if path in STREAMED else []
-    error = {"$ref": "#/components/schemas/Error"}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {
-            "200": {"description": "OK", "content": {kind: {} for kind in kinds}},
-            "default": {"description": "Error", "content": {"application/json": {"schema": error}}},
-        },
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+def _tell_neutral(component: dict[str, Any]) -> None:
+    """Fields of which only some values are accepted have these as their schema."""
+    for name, schema in component.get("properties", {}).items():
+        if name in NEUTRAL and "default" in schema:
+            component["properties"][name] = {"enum": [None, *NEUTRAL[name]], "default": None}
+
+
+def _operation(
+    path: str, operation: Operation, schemas: dict[type, Any], model: str, with_key: bool
+) -> dict[str, Any]:
+    guarded = with_key and path not in OPEN_PATHS
+    error = {"application/json": {"schema": schemas[replies.Error]}}
+    statuses = sorted((*operation.errors, 500, 401) if guarded else (*operation.errors, 500))
+    responses = {"200": {"description": "OK", "content": _content(operation, schemas)}}
+    responses |= {str(s): {"description": ERRORS[s], "content": error} for s in statuses}
+    described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+    if guarded:
+        described["security"] = [{"key": []}]
+    if operation.body is not None:
+        content = {"schema": schemas[operation.body], "example": operation.example}
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
     if "{id}" in path:
         text = {"type": "string", "minLength": 1}
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": text}]
-    return operation
+        parameter = {"name": "id", "in": "path", "required": True, "schema": text, "example": model}
+        described["parameters"] = [parameter]
+    return described
+
+
+def _content(operation: Operation, schemas: dict[type, Any]) -> dict[str, Any]:
+    if operation.answer is None:
+        return {"text/plain": {"schema": {"type": "string"}}}
+    content: dict[str, Any] = {"application/json": {"schema": schemas[operation.answer]}}
+    if operation.stream is not None:
+        content["text/event-stream"] = {"schema": _event(schemas[operation.stream], schemas[replies.Error])}
+    return content
+
+
+def _event(chunk: Any, error: Any) -> dict[str, Any]:
+    """One server-sent event of a stream."""
+    json = {
+        "type": "string",
+        "description": "A chunk, or an error where the answer fails",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [chunk, error]},
+    }
+    last = {"const": "[DONE]", "description": "In the last event"}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [last, json]}}}

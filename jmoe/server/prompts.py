@@ -1,12 +1,16 @@
 """Prompts as token ids: from text, token ids or chat messages."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from jmoe.engine.text import TextCodec
 from jmoe.server.chat_template import ChatTemplate
 from jmoe.server.errors import ApiError, invalid, unsupported
-from jmoe.server.schema import MAX_CHOICES, Message
+from jmoe.server.schema import MAX_CHOICES, Message, ToolCall
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,14 @@ class Prompt:
 
 
 def completion_prompts(
-    given: str | list[str | int | list[int]], codec: TextCodec | None, echo: bool
+    given: str | list[str | int | list[int]], codec: TextCodec | None, *, echo: bool, special: bool = True
 ) -> list[Prompt]:
-    """One prompt or several: text, list of texts, token ids, list of token-id lists."""
+    """One prompt or several: text, list of texts, token ids, list of token-id lists.
+
+    special: whether text gets the tokenizer's own special tokens.
+    """
     if isinstance(given, str):
-        return [_from_text(given, codec)]
+        return [_from_text(given, codec, special)]
     kinds = {type(item) for item in given}
     if len(kinds) > 1:
         raise invalid("prompt must not mix strings, token ids and lists", "prompt")
@@ -33,7 +40,7 @@ def completion_prompts(
     if len(given) > MAX_CHOICES:
         raise invalid(f"prompt holds {len(given)} prompts; the limit is {MAX_CHOICES}", "prompt")
     if kinds == {str}:
-        return [_from_text(item, codec) for item in given]  # type: ignore[arg-type]
+        return [_from_text(item, codec, special) for item in given]  # type: ignore[arg-type]
     return [_from_ids(item, codec, echo) for item in given]  # type: ignore[arg-type]
 
 
@@ -46,8 +53,8 @@ def encode(text: str, codec: TextCodec | None, param: str, *, special: bool) -> 
         raise invalid(str(error), param) from None
 
 
-def _from_text(text: str, codec: TextCodec | None) -> Prompt:
-    ids = encode(text, codec, "prompt", special=True)
+def _from_text(text: str, codec: TextCodec | None, special: bool) -> Prompt:
+    ids = encode(text, codec, "prompt", special=special)
     if not text or not ids:  # a BOS alone is no prompt
         raise invalid("prompt must not be empty", "prompt")
     return Prompt(ids, text)
@@ -62,8 +69,18 @@ def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
     return Prompt(ids, text)
 
 
-def chat_prompt(messages: list[Message], template: ChatTemplate | None, codec: TextCodec | None) -> Prompt:
-    """The rendered conversation. The template writes the special tokens, so none are added again."""
+def chat_prompt(
+    messages: list[Message],
+    template: ChatTemplate | None,
+    codec: TextCodec | None,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+    special: bool = False,
+) -> Prompt:
+    """The rendered conversation. The template writes the special tokens, so none are added again.
+
+    tools, variables: what the template gets beside the messages. special: add special tokens nevertheless.
+    """
     if template is None:
         raise ApiError(
             400,
@@ -72,10 +89,10 @@ def chat_prompt(messages: list[Message], template: ChatTemplate | None, codec: T
             code="no_chat_template",
         )
     try:
-        text = template.render([_plain(i, m) for i, m in enumerate(messages)])
+        text = template.render([_plain(i, m) for i, m in enumerate(messages)], tools, variables)
     except ValueError as error:
         raise invalid(str(error), "messages") from None
-    return Prompt(encode(text, codec, "messages", special=False), text)
+    return Prompt(encode(text, codec, "messages", special=special), text)
 
 
 def _plain(i: int, message: Message) -> dict[str, Any]:
@@ -88,7 +105,22 @@ def _plain(i: int, message: Message) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(_part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content))
     plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return plain | ({"name": message.name} if message.name is not None else {})
+    calls = [
+        _plain_call(call, f"messages[{i}].tool_calls[{j}]") for j, call in enumerate(message.tool_calls or ())
+    ]
+    rest = {"name": message.name, "tool_call_id": message.tool_call_id, "tool_calls": calls or None}
+    return plain | {key: value for key, value in rest.items() if value is not None}
+
+
+def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+    """A call as templates know it: they expect the arguments as an object."""
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        field = f"{where}.function.arguments"
+        raise invalid(f"{field} must be the JSON text of an object", field) from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _part_text(part: dict[str, Any], where: str) -> str:

@@ -42,6 +42,7 @@ def _params(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k or 0,
+            min_p=body.min_p or 0.0,
             seed=body.seed,
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -49,10 +50,25 @@ def _params(
             min_tokens=body.min_tokens or 0,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            logit_bias=_biases(body.logit_bias or {}, vocab_size),
+            cache_salt=body.cache_salt or "",
             exact=bool(body.moe and body.moe.exact),
         )
     except ValueError as error:  # the message begins with the field
         raise invalid(str(error), str(error).partition(" ")[0]) from None
+
+
+def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """(token id, addend) pairs. JSON has no keys but strings, so the ids come as decimal digits."""
+    for key in given:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
+            raise invalid(
+                f"logit_bias: {key[:40]!r} is not a token id below the vocabulary's {vocab_size}",
+                "logit_bias",
+            )
+    if len({int(key) for key in given}) < len(given):
+        raise invalid("logit_bias: a token id is given twice", "logit_bias")
+    return tuple((int(key), value) for key, value in given.items())
 
 
 def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:

@@ -17,6 +17,10 @@ Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopTexts = Annotated[list[StopText], Meta(max_length=4)]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Scalar = str | int | float | bool | None
+GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True):
@@ -35,6 +39,38 @@ class MoEOptions(Strict, kw_only=True):
     exact: bool | None = None
 
 
+class TextFormat(Strict, tag_field="type", tag="text"):
+    """No constraint."""
+
+
+class JsonObjectFormat(Strict, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(Strict, kw_only=True):
+    """strict: accepted; the schema is always followed to the letter."""
+
+    name: Name
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(Strict, kw_only=True):
+    """Exactly one: a JSON schema (or one as text), what the whole answer matches, one of several answers, a
+    grammar in llguidance's Lark dialect, any JSON object."""
+
+    json: dict[str, Any] | GrammarText | None = None
+    regex: GrammarText | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=1024)] | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
+
+
 class GenerationRequest(Strict, kw_only=True):
     """What completions and chat completions share."""
 
@@ -51,6 +87,12 @@ class GenerationRequest(Strict, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     return_token_ids: bool | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=256)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    add_special_tokens: bool | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     moe: MoEOptions | None = None
     # Accepted and without effect here: they concern accounts, storage and billing.
     user: str | None = None
@@ -58,13 +100,17 @@ class GenerationRequest(Strict, kw_only=True):
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # Neutral values only.
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    response_format: Any = None
+    priority: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Any = None
+    return_routed_experts: bool | None = None
     chat_template: Any = None
 
 
@@ -77,14 +123,52 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: str | None = None
 
 
+class CalledFunction(Strict, kw_only=True):
+    """arguments: JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] | None = None
+
+
 class Message(Strict, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
+    annotations: Any = None
+
+
+class Function(Strict, kw_only=True):
+    """parameters: the JSON schema of an object; none = no arguments. strict: accepted; always followed."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict, kw_only=True):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict, kw_only=True):
+    name: str
+
+
+class NamedTool(Strict, kw_only=True):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -93,9 +177,13 @@ class ChatRequest(GenerationRequest, kw_only=True):
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)] | None
+    ) = None
+    # Neutral values only.
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -104,7 +192,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
-    chat_template_kwargs: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class TokenizeRequest(Strict, kw_only=True):
@@ -125,24 +214,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "return_routed_experts": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": (),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": (),
     "function_call": ("none",),
+    "annotations": ([],),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": (),
     "web_search_options": (),
-    "tool_calls": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
     "include_obfuscation": (False,),
 }

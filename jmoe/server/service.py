@@ -12,12 +12,14 @@ import msgspec
 from starlette.requests import Request
 
 from jmoe import __version__
+from jmoe.engine.grammar import CompiledGrammar
 from jmoe.engine.request import SamplingParams
 from jmoe.server.body import decode, read_body
 from jmoe.server.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.generation import Generation
+from jmoe.server.grammars import Grammars
 from jmoe.server.metrics import Metrics
 from jmoe.server.prompts import Prompt
 from jmoe.server.settings import ServerSettings
@@ -40,6 +42,7 @@ class Service:
         self.turn_ends = () if directory is None or engine.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)
+        self.grammars = Grammars(engine)
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.running: set[Generation] = set()
         self.draining = False
@@ -72,12 +75,20 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.executor, function, *args)
 
     async def generate(
-        self, id: str, prompts: Sequence[Prompt], params: Sequence[SamplingParams], param: str
+        self,
+        id: str,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        param: str,
+        grammar: CompiledGrammar | None = None,
     ) -> Generation:
-        """Started answers, ``len(params) / len(prompts)`` for each prompt, prompt-major."""
+        """Started answers, ``len(params) / len(prompts)`` a prompt, prompt-major, all in ``grammar``."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         generation = Generation(self.engine, self.executor, id, work, self.running.discard)
+        if grammar is not None:
+            for request in generation.requests:
+                request.constraint = grammar.constraint()
         self.running.add(generation)
         try:
             await generation.start(param)
