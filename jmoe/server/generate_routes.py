@@ -48,6 +48,7 @@ async def _answer(
 ) -> Response:
     head, usage = service.head(prefix), Usage(prompts)
     generation = await service.generate(head["id"], prompts, params, param)
+    request.state.generation = generation  # for who logs and traces the answer
     if body.stream:
         return EventStream(generation, stream_events(generation, form, usage, head, body.stream_options))
     return await whole_answer(request, generation, form, usage, head)

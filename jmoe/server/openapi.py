@@ -21,10 +21,20 @@ GET = {
     "/v1/models": "The served models",
     "/v1/models/{id}": "One served model",
     "/moe/stats": "What the experts did, by layer and expert",
+    "/moe/events": "What they and the server did in the last seconds, each second",
+    "/dashboard": "A page that shows it",
+    "/moe": "The same as /dashboard",
     "/openapi.json": "This document",
     "/metrics": "Prometheus metrics",
 }
-STREAMED = ("/v1/completions", "/v1/chat/completions")
+OTHER_KINDS = {
+    "/metrics": ["text/plain"],
+    "/dashboard": ["text/html"],
+    "/moe": ["text/html"],
+    "/moe/events": ["text/event-stream"],
+    "/v1/completions": ["application/json", "text/event-stream"],
+    "/v1/chat/completions": ["application/json", "text/event-stream"],
+}
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -59,8 +69,7 @@ def openapi_document(version: str, *, with_key: bool) -> dict[str, Any]:
 
 
 def _operation(path: str, summary: str, body: dict | None) -> dict[str, Any]:
-    kinds = ["text/plain"] if path == "/metrics" else ["application/json"]
-    kinds += ["text/event-stream"] if path in STREAMED else []
+    kinds = OTHER_KINDS.get(path, ["application/json"])
     error = {"$ref": "#/components/schemas/Error"}
     operation: dict[str, Any] = {
         "summary": summary,

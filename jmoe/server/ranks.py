@@ -1,0 +1,20 @@
+"""Which rank holds which expert, and what each rank's experts got."""
+
+from typing import Any
+
+import numpy as np
+
+
+def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
+    """int ``[layers, experts]``: ``placement`` of the engine's statistics, without one even shares in order."""
+    layers, experts = len(stats["model"]["moe_layers"]), stats["model"]["experts"]
+    ranks = stats["mesh"]["expert"]
+    if stats.get("placement") is not None:
+        return np.asarray(stats["placement"], np.int64)
+    return np.broadcast_to(np.arange(experts) * ranks // experts, (layers, experts))
+
+
+def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
+    """int ``[layers, ranks]``: the assignments to each rank's experts."""
+    ranks = int(rank_LE.max(initial=0)) + 1
+    return np.stack([(counts_LE * (rank_LE == rank)).sum(1) for rank in range(ranks)], 1)
