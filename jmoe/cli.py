@@ -68,6 +68,9 @@ def _serve_parser(commands: Any) -> None:
     p.add_argument("--api-key", metavar="K")
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
+    p.add_argument("--log-format", choices=["text", "json"], help="json: one object a line")
+    p.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    p.add_argument("--otlp-traces-endpoint", metavar="URL", help="where spans go (needs the otel extra)")
     p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
     p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
     p.add_argument(
@@ -127,15 +130,13 @@ def _place_parser(commands: Any) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    import logging
-
     from jmoe.engine.nodes import Nodes, leave
+    from jmoe.server.logs import configure
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("jax").setLevel(logging.WARNING)
     values = vars(args) | {}
     if "config" in values:
         values = read_serve_config(values["config"]) | values
+    configure(values.get("log_format", "text"), values.get("log_level", "info"))
     nodes = Nodes(**{k: values[k] for k in NODE_FLAGS if k in values})
     if nodes.nnodes == 1:
         return serve_model(values)
@@ -153,7 +154,9 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     from jmoe.server.run import ServerSettings, bind, serve
 
     log = logging.getLogger(__name__)
+    log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
     server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
+    tracer = make_tracer(values, server.served_model_name)
     socket = bind(server.host, server.port)  # before the model: a port in use shows at once
     settings, model = settings_from(values), values.get("model", "tiny")
     try:
@@ -171,10 +174,33 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     worker = EngineWorker(engine)
     worker.start()
     try:
-        return serve(worker, server, socket, model_directory(model), model)
+        observers = [tracer] if tracer else []
+        return serve(worker, server, socket, model_directory(model), model, observers)
     finally:
+        if tracer:
+            tracer.close()
         if engine.runner.alive:  # else a step may never end
             worker.close()
+
+
+def given_settings(values: dict[str, Any]) -> str:
+    """What the command line and the file set, without the key and what is no setting, for the log."""
+    shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
+    if "api_key" in shown:
+        shown["api_key"] = "***"
+    return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"
+
+
+def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
+    """The observer that sends spans, None where no endpoint was given."""
+    if "otlp_traces_endpoint" not in values:
+        return None
+    try:
+        from jmoe.server.tracing import Tracer, exporting_to
+    except ImportError:
+        raise ValueError("--otlp-traces-endpoint needs the otel extra: pip install 'jmoe[otel]'") from None
+    model = served_model_name or values.get("model", "tiny")
+    return Tracer(exporting_to(values["otlp_traces_endpoint"]), model)
 
 
 def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:

@@ -102,7 +102,11 @@ class FakeEngine:
                 "prefetch_bytes": 900,
                 "prefetch_useful_bytes": 300,
             }
-            means = {"active_experts": active, "active_experts_baseline": 2 * active, "max_over_mean_load": 2.0}
+            means = {
+                "active_experts": active,
+                "active_experts_baseline": 2 * active,
+                "max_over_mean_load": 2.0,
+            }
             return {**means, "assignments": assignments, **sums}
 
         prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]

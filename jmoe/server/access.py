@@ -46,8 +46,10 @@ Observer = Callable[[Answered], None]
 
 
 class Access:
-    """Tells ``observers`` of each answer. routes: pattern of each endpoint. A handler that begins a generation
-    leaves it in the request's state."""
+    """Tells ``observers`` of each answer. routes: the pattern of each endpoint.
+
+    A handler that begins a generation leaves it in the request's state.
+    """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]):
         self.app, self.routes, self.observers = app, routes, observers

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from importlib import resources
 from typing import get_args
 
@@ -91,7 +91,7 @@ class ReportStream(Response):
     def __init__(self, sampler: Sampler, window: int, phase: Phase):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]  # unknown; the server sends chunks
-        self.sampler, self.window, self.phase = sampler, window, phase
+        self.reports = sampler.reports(window, phase)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_part(part: bytes, more: bool = True) -> None:
@@ -100,12 +100,10 @@ class ReportStream(Response):
 
         async def send_all() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with aclosing(self.sampler.reports(self.window, self.phase)) as reports:
+            async with aclosing(self.reports) as reports:
                 async for report in reports:
                     await send_part(b"data: " + report + b"\n\n")
             await send_part(b"", more=False)
 
-        try:
+        with suppress(ClientLeft, TimeoutError):
             await unless_client_leaves(receive, send_all())
-        except (ClientLeft, TimeoutError):
-            pass

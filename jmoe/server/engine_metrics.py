@@ -66,7 +66,7 @@ def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
     phases = [stats["prefill"], stats["decode"]]
     steps = max(sum(phase["steps"] for phase in phases), 1)
     rows = zip(*(phase["per_layer"] for phase in phases), strict=True)
-    counts_LE = sum(np.asarray(phase["counts"], np.int64) for phase in phases)
+    counts_LE = np.array([phase["counts"] for phase in phases], np.int64).sum(0)
     load_LR = load_by_rank(counts_LE, rank_of_expert(stats))
     for number, layers, load_R in zip(stats["model"]["moe_layers"], rows, load_LR, strict=True):
         summed = sum(

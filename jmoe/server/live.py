@@ -1,5 +1,7 @@
-"""Cumulative counts of what the engine delivers, cheap enough to take at every token; two copies of them, taken
-some time apart, tell what happened between."""
+"""Counts since the start of what the engine delivers, cheap enough to take at every token.
+
+Two copies of them, taken some time apart, tell what happened between.
+"""
 
 import copy
 import math

@@ -1,18 +1,21 @@
-"""How log lines look: text, or one JSON object a line. Nothing that a client sends can begin a line of its own."""
+"""How log lines look: text, or one JSON object a line. No client's text begins a line of its own."""
 
 import logging
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-LogFormat = Literal["text", "json"]
-FORMATS: tuple[LogFormat, ...] = ("text", "json")
+FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure(form: LogFormat, level: str) -> None:
-    """Sends every logger's lines to standard error."""
+def configure(form: str, level: str) -> None:
+    """Sends every logger's lines to standard error. Raises ValueError for a format or level that is none."""
+    if form not in FORMATS:
+        raise ValueError(f"log_format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if level not in LEVELS:
+        raise ValueError(f"log_level must be one of {', '.join(LEVELS)}, got {level!r}")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

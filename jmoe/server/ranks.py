@@ -6,7 +6,8 @@ import numpy as np
 
 
 def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
-    """int ``[layers, experts]``: ``placement`` of the engine's statistics, without one even shares in order."""
+    """int ``[layers, experts]``: ``placement`` in the engine's statistics; where it is absent, experts lie in
+    order and in even shares."""
     layers, experts = len(stats["model"]["moe_layers"]), stats["model"]["experts"]
     ranks = stats["mesh"]["expert"]
     if stats.get("placement") is not None:

@@ -62,7 +62,8 @@ def serve(
     """Serves until SIGTERM or SIGINT; the exit code: 0, or 1 where the engine died.
 
     bound: from ``bind``; None binds now. directory: where the model's chat template may be. model: the name
-    to serve where the settings give none. observers: told of every answer. Raises ValueError for a bad template or a taken port.
+    to serve where the settings give none. observers: told of every answer.
+    Raises ValueError for a bad template or a taken port.
     The first signal ends new work, lets running answers finish for ``shutdown_timeout`` seconds and then ends
     them with an error; the second ends at once.
     """

@@ -36,10 +36,10 @@ class Sampler:
         self.listeners = 0
         self._task: asyncio.Task | None = None
         self._next = asyncio.Event()  # set, and replaced, with each sample and at the end
-        self._reports: dict[tuple[int, Phase], bytes] = {}  # of the newest sample, made for the first who asks
+        self._reports: dict[tuple[int, Phase], bytes] = {}  # made of the newest sample when asked for
 
     async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
-        """JSON reports, one a sample, until the engine or the server ends. The first may be of no time at all."""
+        """JSON reports, one a sample, until the engine or the server ends; the first may be of no time."""
         self.listeners += 1
         seen = 0
         try:

@@ -21,11 +21,9 @@ async def log_traffic(engine: EngineProtocol, live: Live, every: float = EVERY) 
         if now != before or snapshot.running or snapshot.waiting:
             prompt, generated, looked_up, found = (n - b for n, b in zip(now, before, strict=True))
             hits = f"{100 * found / looked_up:.1f} %" if looked_up else "-"
-            log.info(
-                "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV %.1f %%, prefix hits %s",
-                *(prompt / every, generated / every, snapshot.running, snapshot.waiting),
-                *(100 * snapshot.kv_usage, hits),
-            )
+            speeds = f"prompt {prompt / every:.1f} tok/s, generation {generated / every:.1f} tok/s"
+            requests = f"running {snapshot.running}, waiting {snapshot.waiting}"
+            log.info("%s, %s, KV %.1f %%, prefix hits %s", speeds, requests, 100 * snapshot.kv_usage, hits)
         before = now
 
 
