@@ -149,8 +149,10 @@ class FakeEngine:
             return self._end(request, Output(request.id, finish_reason="error", error="NaN logits"))
         token = request.prompt_token_ids[done % len(request.prompt_token_ids)]
         request.token_ids.append(token)
+        now = time.monotonic()
+        request.first_token = request.first_token or now
         for listener in self.listeners:
-            listener.token(request, time.monotonic())
+            listener.token(request, now)
         texts = self.texts.get(request.id)
         text, finish, why = texts.push(token) if texts else "", None, None
         if token == EOS and not params.ignore_eos:

@@ -1,10 +1,9 @@
 """How log lines look: text, or one JSON object a line. No client's text begins a line of its own."""
 
+import json
 import logging
 from datetime import UTC, datetime
 from typing import Any
-
-import msgspec
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -56,7 +55,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
+        return json.dumps(line, default=str)  # in ASCII: some readers end lines at U+2028 too
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
