@@ -19,7 +19,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--
 
 
 class Page:
-    """One tab. requests: the URLs that it asked for; errors: what its scripts and its policy complained of."""
+    """One tab. requests: the URLs that it asked for; errors: what its scripts or policy complained of."""
 
     def __init__(self, reading: int, writing: int):
         self.reading, self.writing = reading, writing
@@ -48,7 +48,9 @@ class Page:
         """The next message; what it tells of requests and errors is kept."""
         while b"\0" not in self.buffer:
             assert select.select([self.reading], [], [], seconds)[0], "the browser is silent"
-            self.buffer += os.read(self.reading, 1 << 16)
+            read = os.read(self.reading, 1 << 16)
+            assert read, "the browser has ended"
+            self.buffer += read
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         params = message.get("params", {})
@@ -90,9 +92,10 @@ def browser(profile: Path) -> Iterator[Page]:
     """profile: an empty directory for the browser's files."""
     assert CHROMIUM is not None
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
+    # bash: other shells know no descriptors above 9
     command = f'exec "$@" 3<&{their_in} 4>&{their_out}'
     process = subprocess.Popen(
-        ["sh", "-c", command, "sh", CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        ["bash", "-c", command, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
         pass_fds=(their_in, their_out),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -81,7 +81,7 @@ def test_each_answer_is_one_line_without_its_prompt(caplog):
             client.get(path)
     lines = [r.fields for r in caplog.records if r.message == "answered"]
     assert [(line["method"], line["route"], line["status"]) for line in lines] == [
-        ("POST", "/v1/completions", 200), ("GET", "/v1/models/{id}", 404),
+        ("POST", "/v1/completions", 200), ("GET", "unknown", 404),
     ]  # fmt: skip
     assert lines[0]["request_id"] == "r1" and lines[0]["ms"] > 0
     assert (lines[0]["prompt_tokens"], lines[0]["tokens"]) == (len("a secret") + 1, 6)

@@ -12,8 +12,8 @@ from jmoe.engine.request import EngineSnapshot, StepReport
 
 NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
-    "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "request_success", "admission_rejections",
-    "http_requests", "time_to_first_token_seconds", "inter_token_latency_seconds",
+    "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "request_success",
+    "admission_rejections", "http_requests", "time_to_first_token_seconds", "inter_token_latency_seconds",
     "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
     "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
     "request_generation_tokens", "step_time_seconds", "iteration_tokens", "compilations_after_warmup",
