@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jmoe import __version__
-from jmoe.flags import Parser, add_command, add_model_flags, settings_from, size
+from jmoe.flags import (
+    Parser,
+    add_command,
+    add_model_flags,
+    add_serve_flags,
+    given_settings,
+    settings_from,
+    size,
+)
 from jmoe.progress import Bars
 
 if TYPE_CHECKING:
@@ -42,7 +50,9 @@ def parser() -> Parser:
     top = Parser(prog="jmoe", description="Serves Mixture-of-Experts language models.")
     top.add_argument("--version", action="version", version=f"jmoe {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    _serve_parser(commands)
+    serve = add_command(commands, "serve", run_serve, "an OpenAI-compatible server")
+    add_model_flags(serve)
+    add_serve_flags(serve)
     _generate_parser(commands)
     _eval_parser(commands)
     _profile_parser(commands)
@@ -56,30 +66,6 @@ def parser() -> Parser:
     convert.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     convert.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     return top
-
-
-def _serve_parser(commands: Any) -> None:
-    p = add_command(commands, "serve", run_serve, "an OpenAI-compatible server")
-    add_model_flags(p)
-    p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
-    p.add_argument("--host")
-    p.add_argument("--port", type=int)
-    p.add_argument("--served-model-name", metavar="N")
-    p.add_argument("--api-key", metavar="K")
-    p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
-    p.add_argument("--shutdown-timeout", type=float, metavar="S")
-    p.add_argument("--log-format", choices=["text", "json"], help="json: one object a line")
-    p.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
-    p.add_argument("--otlp-traces-endpoint", metavar="URL", help="where spans go (needs the otel extra)")
-    p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
-    p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
-    p.add_argument(
-        "--nnodes", type=int, metavar="N", help="processes that serve together, e.g. one a machine"
-    )
-    p.add_argument(
-        "--node-rank", type=int, metavar="R", help="this one's number; 0 schedules and serves HTTP"
-    )
-    p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
 
 
 def _generate_parser(commands: Any) -> None:
@@ -181,14 +167,6 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
             tracer.close()
         if engine.runner.alive:  # else a step may never end
             worker.close()
-
-
-def given_settings(values: dict[str, Any]) -> str:
-    """What the command line and the file set, without the key and what is no setting, for the log."""
-    shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
-    if "api_key" in shown:
-        shown["api_key"] = "***"
-    return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"
 
 
 def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 from test_server_fake import ByteCodec, FakeEngine, eventually, served
 
-from jmoe.cli import given_settings
 from jmoe.engine.request import EngineSnapshot
+from jmoe.flags import given_settings
 from jmoe.server.live import Live
 from jmoe.server.logs import JsonLines, TextLines, configure, printable
 from jmoe.server.traffic import log_traffic
