@@ -17,5 +17,7 @@ def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
 
 def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
     """int ``[layers, ranks]``: the assignments to each rank's experts."""
-    ranks = int(rank_LE.max(initial=0)) + 1
-    return np.stack([(counts_LE * (rank_LE == rank)).sum(1) for rank in range(ranks)], 1)
+    layers, ranks = len(rank_LE), int(rank_LE.max(initial=0)) + 1
+    places = np.arange(layers)[:, None] * ranks + rank_LE
+    sums = np.bincount(places.ravel(), counts_LE.ravel(), layers * ranks)  # exact up to 2^53
+    return sums.astype(np.int64).reshape(layers, ranks)
