@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jmoe import __version__
-from jmoe.flags import Parser, add_command, add_model_flags, settings_from, size
+from jmoe.flags import (
+    Parser,
+    add_command,
+    add_model_flags,
+    add_serve_flags,
+    given_settings,
+    settings_from,
+    size,
+)
 from jmoe.progress import Bars
 
 if TYPE_CHECKING:
@@ -42,7 +50,9 @@ def parser() -> Parser:
     top = Parser(prog="jmoe", description="Serves Mixture-of-Experts language models.")
     top.add_argument("--version", action="version", version=f"jmoe {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    _serve_parser(commands)
+    serve = add_command(commands, "serve", run_serve, "an OpenAI-compatible server")
+    add_model_flags(serve)
+    add_serve_flags(serve)
     _generate_parser(commands)
     _eval_parser(commands)
     _profile_parser(commands)
@@ -56,41 +66,6 @@ def parser() -> Parser:
     convert.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     convert.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     return top
-
-
-def _serve_parser(commands: Any) -> None:
-    p = add_command(commands, "serve", run_serve, "an OpenAI-compatible server")
-    add_model_flags(p)
-    p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
-    p.add_argument("--host")
-    p.add_argument("--port", type=int)
-    p.add_argument("--served-model-name", metavar="N")
-    p.add_argument("--api-key", metavar="K")
-    p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
-    p.add_argument("--shutdown-timeout", type=float, metavar="S")
-    p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
-    p.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step, decoded ones and prompts'"
-    )
-    p.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="prompts that begin alike share KV pages (the default)",
-    )
-    reasons = "what says which rank a request goes to, the first one first (prefix,experts,load)"
-    p.add_argument("--dispatch", type=reasons_of, metavar="R,...", help=reasons)
-    p.add_argument(
-        "--nnodes", type=int, metavar="N", help="processes that serve together, e.g. one a machine"
-    )
-    p.add_argument(
-        "--node-rank", type=int, metavar="R", help="this one's number; 0 schedules and serves HTTP"
-    )
-    p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
-
-
-def reasons_of(text: str) -> tuple[str, ...]:
-    """A comma-separated list; "none" is an empty one."""
-    return () if text == "none" else tuple(text.split(","))
 
 
 def _generate_parser(commands: Any) -> None:
@@ -141,15 +116,13 @@ def _place_parser(commands: Any) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    import logging
-
     from jmoe.engine.nodes import Nodes, leave
+    from jmoe.server.logs import configure
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("jax").setLevel(logging.WARNING)
     values = vars(args) | {}
     if "config" in values:
         values = read_serve_config(values["config"]) | values
+    configure(values.get("log_format", "text"), values.get("log_level", "info"))
     nodes = Nodes(**{k: values[k] for k in NODE_FLAGS if k in values})
     if nodes.nnodes == 1:
         return serve_model(values)
@@ -167,7 +140,9 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     from jmoe.server.run import ServerSettings, bind, serve
 
     log = logging.getLogger(__name__)
+    log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
     server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
+    tracer = make_tracer(values, server.served_model_name)
     socket = bind(server.host, server.port)  # before the model: a port in use shows at once
     settings, model = settings_from(values), values.get("model", "tiny")
     try:
@@ -185,10 +160,25 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     worker = EngineWorker(engine)
     worker.start()
     try:
-        return serve(worker, server, socket, model_directory(model), model)
+        observers = [tracer] if tracer else []
+        return serve(worker, server, socket, model_directory(model), model, observers)
     finally:
+        if tracer:
+            tracer.close()
         if engine.runner.alive:  # else a step may never end
             worker.close()
+
+
+def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
+    """The observer that sends spans, None where no endpoint was given."""
+    if "otlp_traces_endpoint" not in values:
+        return None
+    try:
+        from jmoe.server.tracing import Tracer, exporting_to
+    except ImportError:
+        raise ValueError("--otlp-traces-endpoint needs the otel extra: pip install 'jmoe[otel]'") from None
+    model = served_model_name or values.get("model", "tiny")
+    return Tracer(exporting_to(values["otlp_traces_endpoint"]), model)
 
 
 def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:

@@ -48,6 +48,43 @@ def add_model_flags(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def reasons_of(text: str) -> tuple[str, ...]:
+    """A comma-separated list; "none" is an empty one."""
+    return () if text == "none" else tuple(text.split(","))
+
+
+def add_serve_flags(p: Parser) -> None:
+    """Flags of ``serve`` alone."""
+    p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
+    p.add_argument("--host")
+    p.add_argument("--port", type=int)
+    p.add_argument("--served-model-name", metavar="N")
+    p.add_argument("--api-key", metavar="K")
+    p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
+    p.add_argument("--shutdown-timeout", type=float, metavar="S")
+    p.add_argument("--log-format", choices=["text", "json"], help="json: one object a line")
+    p.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    p.add_argument("--otlp-traces-endpoint", metavar="URL", help="where spans go (needs the otel extra)")
+    p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
+    p.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step, decoded ones and prompts'"
+    )
+    p.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="prompts that begin alike share KV pages (the default)",
+    )
+    reasons = "what says which rank a request goes to, the first one first (prefix,experts,load)"
+    p.add_argument("--dispatch", type=reasons_of, metavar="R,...", help=reasons)
+    p.add_argument(
+        "--nnodes", type=int, metavar="N", help="processes that serve together, e.g. one a machine"
+    )
+    p.add_argument(
+        "--node-rank", type=int, metavar="R", help="this one's number; 0 schedules and serves HTTP"
+    )
+    p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
+
+
 def settings_from(values: dict[str, Any]) -> "EngineSettings":
     """Engine settings of parsed flags, the compilation cache switched on."""
     import dataclasses
@@ -64,6 +101,14 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     elif moe is not None:
         given["moe"] = MoEConfig.from_dict(moe)
     return EngineSettings(**given)
+
+
+def given_settings(values: dict[str, Any]) -> str:
+    """What the command line and the file set, without the key and what is no setting, for the log."""
+    shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
+    if "api_key" in shown:
+        shown["api_key"] = "***"
+    return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"
 
 
 def cache_directory() -> Path:

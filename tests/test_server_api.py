@@ -180,7 +180,7 @@ def test_served_name_may_hold_slashes():
 
 def test_openapi_lists_every_route(client):
     document = client.get("/openapi.json").json()
-    routes = {r.path.replace(":path", "") for r in client.app.app.routes}
+    routes = {r.path.replace(":path", "") for r in client.app.app.app.routes}
     assert set(document["paths"]) == routes
     assert "prompt" in document["components"]["schemas"]["CompletionRequest"]["required"]
 

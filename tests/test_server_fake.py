@@ -119,17 +119,24 @@ class FakeEngine:
                 "expert_cache_hits": 7,
                 "expert_cache_misses": 3,
                 "expert_cache_evictions": 2,
+                "bytes_host_to_device": 1200,
                 "prefetch_bytes": 900,
                 "prefetch_useful_bytes": 300,
             }
-            return {"active_experts": active, "assignments": assignments, **sums}
+            means = {
+                "active_experts": active,
+                "active_experts_baseline": 2 * active,
+                "max_over_mean_load": 2.0,
+            }
+            return {**means, "assignments": assignments, **sums}
 
         prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]
-        shape = {"moe_layers": list(range(len(prefill)))}
+        shape = {"layers": 2, "moe_layers": [0, 1], "experts": 4, "top_k": 2}
         return {
             "model": shape,
-            "prefill": {"steps": 1, "per_layer": prefill},
-            "decode": {"steps": 3, "per_layer": decode},
+            "mesh": {"data": 1, "expert": 2, "tensor": 1},
+            "prefill": {"steps": 1, "per_layer": prefill, "counts": [[4, 2, 2, 2], [10, 0, 0, 0]]},
+            "decode": {"steps": 3, "per_layer": decode, "counts": [[2, 0, 0, 0], [0, 0, 1, 1]]},
         }
 
     def add_listener(self, listener):
@@ -168,8 +175,10 @@ class FakeEngine:
             except ValueError as error:
                 return self._end(request, Output(request.id, finish_reason="error", error=str(error)))
         request.token_ids.append(token)
+        now = time.monotonic()
+        request.first_token = request.first_token or now
         for listener in self.listeners:
-            listener.token(request, time.monotonic())
+            listener.token(request, now)
         texts = self.texts.get(request.id)
         text, finish, why = texts.push(token) if texts else "", None, None
         if token == EOS and not params.ignore_eos:

@@ -10,7 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from jmoe.server import generate_routes, info_routes
+from jmoe.server import dashboard, generate_routes, info_routes
+from jmoe.server.access import Access
 from jmoe.server.errors import ApiError
 from jmoe.server.middleware import ApiKey, RequestId
 from jmoe.server.service import Service
@@ -25,7 +26,10 @@ GET = {
     "/version": info_routes.version,
     "/metrics": info_routes.metrics,
     "/openapi.json": info_routes.openapi,
-    "/moe/stats": info_routes.moe_stats,
+    "/moe/stats": dashboard.stats,
+    "/moe/events": dashboard.events,
+    "/dashboard": dashboard.page,
+    "/moe": dashboard.page,
     "/v1/models": info_routes.models,
     "/v1/models/{id:path}": info_routes.model,  # names may hold slashes
 }
@@ -41,7 +45,7 @@ def make_app(service: Service) -> ASGIApp:
     routes = [Route(path, partial(handler, service), methods=["GET"]) for path, handler in GET.items()]
     routes += [Route(path, partial(handler, service), methods=["POST"]) for path, handler in POST.items()]
     handlers = {
-        ApiError: _api_error,
+        ApiError: partial(_api_error, service),
         HTTPException: _http_error,
         ClientDisconnect: _client_left,
         Exception: _unexpected,
@@ -51,10 +55,13 @@ def make_app(service: Service) -> ASGIApp:
     app: ASGIApp = starlette
     if service.settings.api_key is not None:
         app = ApiKey(app, service.settings.api_key)
-    return RequestId(app)
+    patterns = {route.endpoint: route.path_format for route in routes}
+    return RequestId(Access(app, patterns, service.observers))
 
 
-async def _api_error(request: Request, error: ApiError) -> Response:
+async def _api_error(service: Service, request: Request, error: ApiError) -> Response:
+    if error.status == 503:
+        service.metrics.rejected(error.code or "other")
     return error.response()
 
 

@@ -74,6 +74,7 @@ async def _answer(
 ) -> Response:
     head, usage = service.head(prefix), Usage(work.prompts)
     generation = await service.generate(head["id"], work.prompts, work.params, work.field, work.grammar)
+    request.state.generation = generation  # for who logs and traces the answer
     if body.stream:
         return EventStream(generation, stream_events(generation, form, usage, head, body.stream_options))
     return await whole_answer(request, generation, form, usage, head)

@@ -35,6 +35,7 @@ class Generation:
             for i, (tokens, params) in enumerate(work)
         ]
         self.unfinished = {request.id for request in self.requests}
+        self.reasons: dict[str, str] = {}  # why each of the others ended
 
     def _emitter(self, index: int) -> Callable[[Output], None]:
         def emit(output: Output) -> None:
@@ -69,6 +70,7 @@ class Generation:
                 raise self._failure(output)
             if output.finish_reason is not None:
                 self.unfinished.discard(output.request_id)
+                self.reasons[output.request_id] = output.finish_reason
             yield index, output
 
     def stop(self) -> None:

@@ -7,9 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jmoe import __version__
-from jmoe.engine.request import EngineDead
 from jmoe.server.body import check_messages
-from jmoe.server.errors import engine_dead, invalid, json_response
+from jmoe.server.errors import invalid, json_response
 from jmoe.server.logprobs import token_name
 from jmoe.server.openapi import openapi_document
 from jmoe.server.prompts import chat_prompt, encode
@@ -41,13 +40,6 @@ async def openapi(service: Service, request: Request) -> Response:
 async def metrics(service: Service, request: Request) -> Response:
     text = await service.in_thread(service.metrics.text)  # it asks the engine, which may be in a step
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
-
-
-async def moe_stats(service: Service, request: Request) -> Response:
-    try:
-        return json_response(await service.in_thread(service.engine.moe_stats))
-    except EngineDead:
-        raise engine_dead() from None
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jmoe.server.errors import ApiError
 
-OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/ping"})  # all others need the key
+# All others need the key. The page holds no data, and asks for the key that its data needs.
+OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/ping", "/dashboard", "/moe"})
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 

@@ -12,7 +12,8 @@ from jmoe.server.schema import NEUTRAL, ChatRequest, CompletionRequest, Detokeni
 
 @dataclass(frozen=True)
 class Operation:
-    """One route. body, answer: types, None for no body and for an answer that is no JSON of ours.
+    """One route. body, answer: types, None for no body and for an answer that is no JSON of ours but of
+    another ``kind``.
 
     errors: the statuses beside 200 that it may answer with, without 401 and 500.
     """
@@ -23,6 +24,7 @@ class Operation:
     body: type | None = None
     example: dict[str, Any] | None = None
     stream: type | None = None
+    kind: str = "text/plain"
 
 
 GENERATES = (400, 404, 408, 413, 415, 503)
@@ -44,6 +46,7 @@ POST = {
         "Token ids to text", replies.Text, GENERATES, DetokenizeRequest, {"tokens": [1, 2]}
     ),
 }  # fmt: skip
+# Without /moe/events, which never ends: who tries every operation of the document would wait for it.
 GET = {
     "/live": Operation("200 while the engine lives", replies.Status, (503,)),
     "/ready": Operation("200 while new requests are taken", replies.Status, (503,)),
@@ -53,6 +56,8 @@ GET = {
     "/v1/models": Operation("The served models", replies.Models),
     "/v1/models/{id}": Operation("One served model", replies.Model, (404,)),
     "/moe/stats": Operation("What the experts did, by layer and expert", replies.MoEStats, (503,)),
+    "/dashboard": Operation("A page that shows it while it happens", None, kind="text/html"),
+    "/moe": Operation("The same as /dashboard", None, kind="text/html"),
     "/openapi.json": Operation("This document", dict),
     "/metrics": Operation("Prometheus metrics", None),
 }
@@ -116,7 +121,7 @@ def _operation(
 
 def _content(operation: Operation, schemas: dict[type, Any]) -> dict[str, Any]:
     if operation.answer is None:
-        return {"text/plain": {"schema": {"type": "string"}}}
+        return {operation.kind: {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": schemas[operation.answer]}}
     if operation.stream is not None:
         content["text/event-stream"] = {"schema": _event(schemas[operation.stream], schemas[replies.Error])}

@@ -5,6 +5,7 @@ import errno
 import ipaddress
 import logging
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jmoe.server.access import Observer
 from jmoe.server.app import make_app
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
+from jmoe.server.traffic import log_traffic
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
@@ -54,15 +57,18 @@ def serve(
     bound: socket.socket | None = None,
     directory: Path | None = None,
     model: str = "model",
+    observers: Sequence[Observer] = (),
 ) -> int:
     """Serves until SIGTERM or SIGINT; the exit code: 0, or 1 where the engine died.
 
     bound: from ``bind``; None binds now. directory: where the model's chat template may be. model: the name
-    to serve where the settings give none. Raises ValueError for a bad template or a taken port.
+    to serve where the settings give none. observers: told of every answer.
+    Raises ValueError for a bad template or a taken port.
     The first signal ends new work, lets running answers finish for ``shutdown_timeout`` seconds and then ends
     them with an error; the second ends at once.
     """
     service = Service(engine, settings, directory, model)
+    service.observers += observers
     bound = bound or bind(settings.host, settings.port)
     port = bound.getsockname()[1]
     try:
@@ -118,11 +124,14 @@ class Server(uvicorn.Server):
         self.service.draining = True
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        service = self.service
         watch = asyncio.create_task(self._watch())
+        traffic = asyncio.create_task(log_traffic(service.engine, service.metrics.live))
         try:
             await super().serve(sockets)
         finally:
             watch.cancel()
+            traffic.cancel()
 
     async def _watch(self) -> None:
         """Ends the server once it is asked to and nothing runs, or the engine is dead."""

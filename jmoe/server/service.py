@@ -14,6 +14,7 @@ from starlette.requests import Request
 from jmoe import __version__
 from jmoe.engine.grammar import CompiledGrammar
 from jmoe.engine.request import SamplingParams
+from jmoe.server.access import Answered, Observer, log_answer
 from jmoe.server.body import decode, read_body
 from jmoe.server.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.engine_api import EngineProtocol
@@ -22,6 +23,8 @@ from jmoe.server.generation import Generation
 from jmoe.server.grammars import Grammars
 from jmoe.server.metrics import Metrics
 from jmoe.server.prompts import Prompt
+from jmoe.server.sampler import Sampler
+from jmoe.server.samples import Sample, take_sample
 from jmoe.server.settings import ServerSettings
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -47,6 +50,8 @@ class Service:
         self.running: set[Generation] = set()
         self.draining = False
         self.created = int(time.time())
+        self.observers: list[Observer] = [self._count_answer, log_answer]
+        self.sampler = Sampler(lambda: self.in_thread(self._sample), self._state)
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The request's checked body, where the server takes work and has the model it names."""
@@ -106,7 +111,20 @@ class Service:
             "system_fingerprint": f"jmoe-{__version__}",
         }
 
+    def _count_answer(self, answered: Answered) -> None:
+        self.metrics.answered(answered.method, answered.status, answered.route)
+
+    def _sample(self) -> Sample:
+        """Waits for a running step."""
+        return take_sample(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.live)
+
+    def _state(self) -> dict[str, Any]:
+        """What the dashboard shows of the server itself."""
+        uptime = int(time.time()) - self.created
+        return {"name": self.model, "state": "draining" if self.draining else "ready", "uptime_s": uptime}
+
     def stop_running(self) -> None:
-        """Ends what still runs with an error to its client."""
+        """Ends what still runs with an error to its client, and the dashboards' events."""
+        self.sampler.close()
         for generation in list(self.running):
             generation.stop()
