@@ -20,8 +20,12 @@ class ServedModel:
 
 
 async def served_model(client: Client, name: str | None) -> ServedModel:
-    """The model called ``name``, or the only one. ValueError where it cannot be told."""
-    listed = read_json(await client.send("GET", "/v1/models"), "/v1/models").get("data", [])
+    """The model called ``name``, or the only one. ValueError where it cannot be told; a server that lists
+    none will still do where a name is given."""
+    answer = await client.send("GET", "/v1/models")
+    if name is not None and answer.status != 200:
+        return ServedModel(name, None)
+    listed = read_json(answer, "/v1/models").get("data", [])
     names: list[str] = [entry["id"] for entry in listed]
     if name is None:
         if len(names) != 1:
