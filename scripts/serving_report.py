@@ -127,13 +127,19 @@ def _verdicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     ]
 
 
+def _met(said: str, share: float) -> str:
+    return (
+        f"{said}: the target of less than {HOST_TARGET:.0%} is {'met' if share < HOST_TARGET else 'missed'}."
+    )
+
+
 def host(part: dict[str, Any]) -> list[str]:
-    share = part["host_share"]
-    lines = [
+    extra = part["step_ms"] / part["device_ms"] - 1
+    return [
         "## What the host takes of a decode step",
         "",
         *_head(part),
-        f"Model: {part['model']}, random weights. {part['batch']} requests decode together; medians of "
+        f"Model: {part['model']}. {part['batch']} requests decode together; medians of "
         f"{part['steps']} steps a round, {part['rounds']} rounds.",
         "",
         *table(
@@ -144,9 +150,7 @@ def host(part: dict[str, Any]) -> list[str]:
                 ["busy host, as the engine reports it", f"{part['host_ms']:.3f}"],
             ],
         ),
-        f"The host's share of a step is {share:.1%}: the target of less than {HOST_TARGET:.0%} is "
-        f"{'met' if share < HOST_TARGET else 'missed'}. By the clock a step takes "
-        f"{part['step_ms'] / part['device_ms'] - 1:+.1%} of its programs' time more than they alone.",
+        _met(f"The host is busy for {part['host_share']:.1%} of a step", part["host_share"]),
+        _met(f"By the clock a step takes {extra:.1%} more than its programs alone", extra),
         "",
     ]
-    return lines
