@@ -74,7 +74,8 @@ class Recorder:
         import jax
 
         args, options = self.last
-        jax.block_until_ready(self.run(*args, **options)[0])
+        sampled = self.run(*args, **options)[0]
+        jax.block_until_ready(sampled)
         start = time.perf_counter()
         for _ in range(steps):
             sampled = self.run(*args, **options)[0]

@@ -11,6 +11,7 @@ where all agree, 1 where not. Needs lm-eval[api], torch and transformers.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def leaves(answers: Any) -> list[Any]:
 
 
 def difference(ours: float, theirs: float) -> float:
-    """The smaller of the absolute and the relative one."""
-    return min(abs(ours - theirs), abs(ours - theirs) / max(abs(theirs), 1e-30))
+    """The smaller of the absolute and the relative one; infinite where there is none."""
+    apart = abs(ours - theirs)
+    return min(apart, apart / max(abs(theirs), 1e-30)) if math.isfinite(apart) else math.inf
 
 
 def compare(ours: Samples, theirs: Samples) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def compare(ours: Samples, theirs: Samples) -> dict[str, Any]:
         for mine, reference in zip(leaves(ours[key]), leaves(theirs[key]), strict=True):
             if isinstance(mine, float) and isinstance(reference, float):
                 report["numbers"] += 1
-                if not (apart := difference(mine, reference)) <= report["worst"]:
+                if (apart := difference(mine, reference)) > report["worst"]:
                     report["worst"], report["where"] = apart, [*key, mine, reference]
             else:
                 report["texts"] += 1
