@@ -103,7 +103,7 @@ def free_port() -> int:
 def serving(words: list[str], port: int, log: Path, **about: Any) -> Iterator[Served]:
     """The server once it answers /health; raises SystemExit with the end of its log where it does not."""
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
     served = Served(process, url, **about)
@@ -197,6 +197,7 @@ def main() -> None:
         raise SystemExit(
             "no transformers command: pip install 'transformers[serving]', or --transformers PATH"
         )
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as the other
     with tempfile.TemporaryDirectory() as temporary:
         folder, logs = Path(temporary) / "model", Path(temporary)
         folder.mkdir()

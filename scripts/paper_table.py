@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="tiny, or a directory")
     parser.add_argument("--model-dir", type=Path, help="with its tokenizer, for the harness; --model's")
     parser.add_argument("--data", default="", help="text for the commands that a table runs before")
+    parser.add_argument("--devices", default="8", help="that a table with several devices runs on")
     parser.add_argument("--tasks", nargs="*", help="instead of the table's; configs/eval has some")
     parser.add_argument("--limit", type=int, help="documents of a task at most")
     parser.add_argument("--num-prompts", type=int, help="requests of the load, instead of the table's")
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
 
 
 def filled(value: Any, names: dict[str, str]) -> Any:
-    """``value`` with {model}, {data} and {work} in its strings replaced."""
+    """``value`` with {model}, {data}, {devices} and {work} in its strings replaced."""
     if isinstance(value, dict):
         return {key: filled(item, names) for key, item in value.items()}
     if isinstance(value, list):
@@ -98,7 +99,7 @@ def main() -> None:
     directory = args.model_dir or (ROOT / "jmoe/assets/tiny" if args.model == "tiny" else Path(args.model))
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
-        names = {"model": args.model, "data": args.data, "work": work}
+        names = {"model": args.model, "data": args.data, "devices": args.devices, "work": work}
         asked = filled(tomllib.loads(path.read_text(encoding="utf-8")), names)
         tasks = asked["tasks"] if args.tasks is None else dict.fromkeys(args.tasks, 0)
         for words in asked.get("prepare", []):
