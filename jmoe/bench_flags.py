@@ -20,11 +20,13 @@ def add_bench(commands: Any) -> None:
     _serve_parser(add_command(kinds, "serve", run_serve, "a load on any OpenAI-compatible server"))
     throughput = add_command(kinds, "throughput", run_throughput, "tokens a second of a load, no server")
     add_model_flags(throughput)
-    _batch_flags(throughput)
+    throughput.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
+    _prefill_flag(throughput)
     _load_flags(throughput)
     throughput.add_argument("--num-iters", type=int, metavar="N", default=3, help="rounds; medians count")
     latency = add_command(kinds, "latency", run_latency, "time of one batch, no server")
     add_model_flags(latency)
+    _prefill_flag(latency)
     latency.add_argument("--batch-size", type=int, metavar="B", default=8)
     latency.add_argument("--input-len", type=int, metavar="N", default=32)
     latency.add_argument("--output-len", type=int, metavar="N", default=128)
@@ -46,8 +48,7 @@ def _load_flags(p: Parser) -> None:
     p.add_argument("--seed", type=int, metavar="N")
 
 
-def _batch_flags(p: Parser) -> None:
-    p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
+def _prefill_flag(p: Parser) -> None:
     p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
 
 

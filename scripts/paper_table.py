@@ -1,7 +1,7 @@
 """Runs one paper's table anew: each of its settings on ``jmoe serve``, its tasks through lm_eval.
 
     python scripts/paper_table.py lynx --model DIR                       # the table of configs/eval/lynx.toml
-    python scripts/paper_table.py lynx --model tiny --tasks parity_choices --limit 8 --num-prompts 32
+    python scripts/paper_table.py lynx --model tiny --tasks parity_choices --limit 8 --num-prompts 16
 
 A table (configs/eval/NAME.toml) names the flags of ``jmoe serve``, those of ``jmoe bench serve``, the tasks
 with their numbers of examples, the ``--moe-config`` of every setting, and commands of ``jmoe`` to run before.
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="", help="text for the commands that a table runs before")
     parser.add_argument("--devices", default="8", help="that a table with several devices runs on")
     parser.add_argument("--tasks", nargs="*", help="instead of the table's; configs/eval has some")
+    parser.add_argument("--settings", nargs="+", help="of the table's, by name; all")
     parser.add_argument("--limit", type=int, help="documents of a task at most")
     parser.add_argument("--num-prompts", type=int, help="requests of the load, instead of the table's")
     parser.add_argument(
@@ -102,9 +103,12 @@ def main() -> None:
         names = {"model": args.model, "data": args.data, "devices": args.devices, "work": work}
         asked = filled(tomllib.loads(path.read_text(encoding="utf-8")), names)
         tasks = asked["tasks"] if args.tasks is None else dict.fromkeys(args.tasks, 0)
+        settings = {k: v for k, v in asked["settings"].items() if args.settings is None or k in args.settings}
+        if unknown := set(args.settings or ()) - set(settings):
+            raise SystemExit(f"{path.name} has no setting {min(unknown)!r}")
         for words in asked.get("prepare", []):
             run([*JMOE, *words])
-        for name, moe in asked["settings"].items():
+        for name, moe in settings.items():
             port = free_port()
             words = [*JMOE, "serve", args.model, "--port", str(port), *asked["serve"], *args.serve_options]
             words += ["--moe-config", json.dumps(moe)] if moe else []
