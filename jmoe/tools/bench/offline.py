@@ -1,5 +1,6 @@
 """``jmoe bench throughput`` and ``latency``: a model in this process, without a server."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.checkpoint import read_config
+from jmoe.engine.build import EngineSettings, build_engine, context_length, model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.tools.bench.loads import Clipped, Limits, Load, clip
@@ -72,8 +74,9 @@ def bench_throughput(
 ) -> dict[str, Any]:
     """Medians over ``iterations`` rounds of the whole load, behind one of its first requests to warm up."""
     _check(iterations)
+    limits = dataclasses.replace(limits, context=_context(model, settings))
+    load, clipped = clip(load, limits)
     with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
-        load, clipped = clip(load, _within(limits, engine))
         run_round(engine, Load(load.calls[:2], False, load.block), seed)
         runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
     seconds = statistics.median(run.seconds for run in runs)
@@ -103,14 +106,15 @@ def bench_latency(
 ) -> dict[str, Any]:
     """A batch that starts together: how long it takes, to all its first tokens and between its tokens."""
     _check(iterations)
+    context = _context(model, settings)
+    load, clipped = clip(load, Limits(context=context))
+    if clipped != Clipped():
+        first = load.calls[0]
+        raise ValueError(
+            f"the context of {context} tokens is too short for that; it holds "
+            f"--input-len {first.input_length} --output-len {first.output_length}"
+        )
     with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
-        load, clipped = clip(load, _within(Limits(), engine))
-        if clipped != Clipped():
-            first = load.calls[0]
-            raise ValueError(
-                f"the context of {engine.max_model_len} tokens is too short for that; it holds "
-                f"--input-len {first.input_length} --output-len {first.output_length}"
-            )
         run_round(engine, load, seed)
         runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
     return {
@@ -127,8 +131,9 @@ def _check(iterations: int) -> None:
         raise ValueError(f"num-iters must be at least 1, got {iterations}")
 
 
-def _within(limits: Limits, engine: Engine) -> Limits:
-    return Limits(limits.max_input, limits.max_output, engine.max_model_len)
+def _context(model: str, settings: EngineSettings) -> int:
+    """Known before anything is loaded."""
+    return context_length(read_config(model_directory(model)), settings.max_model_len)
 
 
 def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:
