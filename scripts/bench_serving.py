@@ -104,6 +104,7 @@ def serving(words: list[str], port: int, log: Path, **about: Any) -> Iterator[Se
     """The server once it answers /health; raises SystemExit with the end of its log where it does not."""
     url = f"http://127.0.0.1:{port}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with this process
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
     served = Served(process, url, **about)
