@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jmoe import __version__
+from jmoe.bench_flags import add_bench
 from jmoe.flags import (
     Parser,
     add_command,
@@ -57,6 +58,7 @@ def parser() -> Parser:
     _eval_parser(commands)
     _profile_parser(commands)
     _place_parser(commands)
+    add_bench(commands)
     doctor = add_command(
         commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why"
     )

@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, nothing elsewhere."""
+"""Progress on standard error: bars on a terminal; elsewhere nothing, or a line a tenth of the way."""
 
 import sys
 from collections.abc import Callable
@@ -13,6 +13,7 @@ UNITS = {
     "score": ("token", True),
     "profile": ("token", True),
     "place": ("step", False),
+    "bench": ("round", False),
 }
 
 
@@ -53,3 +54,15 @@ class Bars:
             self(stage, done, None)
 
         return add
+
+
+class Tenths:
+    """A line at every tenth of ``what``, for logs; called with (done, total)."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.told = what, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if (tenth := 10 * done // total) > self.told:
+            self.told = tenth
+            print(f"{done} of {total} {self.what} ({100 * done // total} %)", file=sys.stderr, flush=True)

@@ -25,7 +25,8 @@ LAYERS = {
     "tools": 5,
     "progress": 5,
     "flags": 5,
-    "cli": 6,
+    "bench_flags": 6,
+    "cli": 7,
 }
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

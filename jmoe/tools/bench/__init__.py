@@ -1,0 +1,1 @@
+"""``jmoe bench``: a load generator for any OpenAI-compatible server, and measurements without one."""

@@ -1,0 +1,153 @@
+"""A generation over HTTP: the events of its stream, and what they say about its speed."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from jmoe.tools.bench.http import Answer, Failure
+
+DONE = b"[DONE]"
+
+
+class Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    text: str | None = None
+    delta: Delta | None = None
+    finish_reason: str | None = None
+
+    @property
+    def written(self) -> str:
+        if self.delta is None:
+            return self.text or ""
+        return (self.delta.content or "") + (self.delta.reasoning_content or "")
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    moe: dict[str, int] | None = None
+
+
+class Chunk(msgspec.Struct):
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: Any = None
+
+
+@dataclass
+class Result:
+    """One request's end. Times are ``time.perf_counter`` seconds. cause: why it failed, None = it did not.
+
+    first: when its first token came. gaps: seconds between its tokens' events. counted: the server told the
+    tokens; else they are events. moe: what lossy techniques did to it, where the server tells.
+    """
+
+    sent: float = 0.0
+    first: float = 0.0
+    end: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    input_tokens: int = 0
+    output_tokens: int = 0
+    counted: bool = False
+    moe: dict[str, int] | None = None
+    cause: str | None = None
+    lag: float = 0.0
+
+    @property
+    def token_times(self) -> list[float]:
+        times = [self.first]
+        for gap in self.gaps:
+            times.append(times[-1] + gap)
+        return times
+
+
+def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """(when it was whole, data) of each server-sent event, however the bytes were cut."""
+    rest, now = b"", 0.0
+    for now, part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):  # OpenAI's events are one line each
+                yield now, line[5:].strip()
+    if rest.startswith(b"data:"):
+        yield now, rest[5:].strip()
+
+
+def read_stream(answer: Answer, asked: int) -> Result:
+    """What a streamed answer was like; ``asked``: tokens it had to have at most."""
+    result = Result(sent=answer.sent)
+    if answer.status != 200:
+        result.cause = f"HTTP {answer.status}: {error_text(answer.body)}"
+        return result
+    decoder, finished, times = msgspec.json.Decoder(Chunk), False, []
+    for now, data in events(answer.parts):
+        if data == DONE:
+            break
+        try:
+            chunk = decoder.decode(data)
+        except msgspec.MsgspecError:
+            result.cause = "an event is not a completion's chunk"
+            return result
+        if chunk.error is not None:
+            result.cause = f"error in the stream: {_message(chunk.error)}"
+            return result
+        if chunk.usage is not None:
+            _count(result, chunk.usage)
+        for choice in chunk.choices:
+            result.end = now
+            finished = finished or choice.finish_reason is not None
+            opening = choice.delta is not None and choice.delta.role is not None
+            # a token may spell half a character, and so nothing; a chat's opening and an end are no tokens
+            if choice.written or not (opening or choice.finish_reason):
+                times.append(now)
+    if not finished:
+        result.cause = "the stream ended before its answer"
+    elif not times:
+        result.cause = "the answer holds no token"
+    else:
+        result.first, result.gaps = times[0], [b - a for a, b in pairwise(times)]
+        if not result.counted:
+            result.output_tokens = len(times)
+        if result.output_tokens > asked:
+            result.cause = f"the answer is longer than asked ({result.output_tokens} tokens for {asked})"
+    return result
+
+
+def _count(result: Result, usage: Usage) -> None:
+    result.input_tokens, result.output_tokens = usage.prompt_tokens, usage.completion_tokens
+    result.counted, result.moe = True, usage.moe
+
+
+def read_json(answer: Answer, what: str) -> Any:
+    """The answer's JSON. Raises Failure with ``what`` where it is an error."""
+    if answer.status != 200:
+        raise Failure(f"{what}: HTTP {answer.status}: {error_text(answer.body)}")
+    try:
+        return msgspec.json.decode(answer.body)
+    except msgspec.MsgspecError:
+        raise Failure(f"{what}: the answer is not JSON") from None
+
+
+def error_text(body: bytes) -> str:
+    """The message of an error's body, on one line."""
+    try:
+        said = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        said = body.decode(errors="replace")
+    if isinstance(said, dict):
+        said = said.get("error", said.get("detail", said.get("message", said)))
+    return _message(said)
+
+
+def _message(error: Any) -> str:
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return " ".join(str(error).split())[:200]

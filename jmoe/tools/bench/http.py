@@ -1,0 +1,162 @@
+"""A small HTTP/1.1 client that notes when each piece of an answer came and looks at the pieces later.
+
+A load generator shares its machine with the server it measures, so it does as little as it can while an
+answer grows: h11 finds the pieces, and nobody is woken before the last one.
+"""
+
+import asyncio
+import ssl
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import h11
+
+
+class Failure(Exception):
+    """Why a request has no answer, in a few words that count together with others of the same cause."""
+
+
+@dataclass
+class Answer:
+    """status: of HTTP. parts: (``time.perf_counter``, bytes) of the body as they came. sent: when it was
+    asked for."""
+
+    status: int = 0
+    sent: float = 0.0
+    parts: list[tuple[float, bytes]] = field(default_factory=list)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(part for _, part in self.parts)
+
+
+class Connection(asyncio.Protocol):
+    """A connection that is kept; one request at a time."""
+
+    def __init__(self) -> None:
+        self.http = h11.Connection(h11.CLIENT)
+        self.transport: asyncio.Transport | None = None
+        self.open, self.used = True, False
+        self.answer, self.done = Answer(), asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def ask(self, request: h11.Request, body: bytes) -> asyncio.Future:
+        """Sends; the future's result is the whole ``Answer``."""
+        assert self.transport is not None
+        self.answer = Answer(sent=time.perf_counter())
+        self.done = asyncio.get_running_loop().create_future()
+        events = [request, h11.Data(data=body), h11.EndOfMessage()]
+        self.transport.write(b"".join(self.http.send(event) or b"" for event in events))
+        return self.done
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        try:
+            self.http.receive_data(data)
+            self._take(now)
+        except h11.RemoteProtocolError as error:
+            self._fail(f"bad HTTP: {error}")
+
+    def _take(self, now: float) -> None:
+        while (event := self.http.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            if isinstance(event, h11.Response):
+                self.answer.status = event.status_code
+            elif isinstance(event, h11.Data):
+                self.answer.parts.append((now, bytes(event.data)))
+            elif isinstance(event, h11.EndOfMessage):
+                self._finish()
+                return
+
+    def _finish(self) -> None:
+        self.used = True
+        if self.http.our_state is h11.DONE and self.http.their_state is h11.DONE:
+            self.http.start_next_cycle()
+        else:  # the server wants it closed
+            self.close()
+        if not self.done.done():
+            self.done.set_result(self.answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        if not self.done.done() and self.http.their_state is h11.SEND_BODY:
+            try:  # a body without a length ends here
+                self.http.receive_data(b"")
+                self._take(time.perf_counter())
+            except h11.RemoteProtocolError:
+                pass
+        self._fail("the connection broke off")
+
+    def _fail(self, cause: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(Failure(cause))
+            self.done.exception()  # nobody may be waiting for it
+        self.close()
+
+    def close(self) -> None:
+        self.open = False
+        if self.transport is not None:
+            self.transport.close()
+
+
+class Client:
+    """Requests to one server; connections are made when needed and kept. timeout: seconds a request."""
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 600.0):
+        url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"base-url must be like http://127.0.0.1:8000, got {base_url!r}")
+        self.host, self.port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        self.tls = ssl.create_default_context() if url.scheme == "https" else None
+        self.prefix = url.path.rstrip("/").removesuffix("/v1")
+        self.headers = [("Host", url.netloc), ("Content-Type", "application/json")]
+        if api_key:
+            self.headers.append(("Authorization", f"Bearer {api_key}"))
+        self.timeout = timeout
+        self.idle: list[Connection] = []
+
+    async def send(self, method: str, path: str, body: bytes = b"") -> Answer:
+        """The answer, whatever its status. Raises Failure where there is none."""
+        headers = [*self.headers, ("Content-Length", str(len(body)))]
+        request = h11.Request(method=method, target=self.prefix + path, headers=headers)
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self._exchange(request, body)
+        except TimeoutError:
+            raise Failure(f"no answer within {self.timeout:g} s") from None
+        except OSError as error:
+            raise Failure(f"no connection: {error.strerror or error}") from None
+
+    async def _exchange(self, request: h11.Request, body: bytes) -> Answer:
+        connection = await self._connection()
+        reused = connection.used
+        try:
+            answer = await connection.ask(request, body)
+        except Failure:
+            if not reused or connection.answer.status:
+                raise
+            connection = await self._fresh()  # the server had just closed a kept one
+            answer = await connection.ask(request, body)
+        finally:
+            if not connection.done.done() or connection.done.cancelled():
+                connection.close()
+        if connection.open:
+            self.idle.append(connection)
+        return answer
+
+    async def _connection(self) -> Connection:
+        while self.idle:
+            kept = self.idle.pop()
+            if kept.open:
+                return kept
+        return await self._fresh()
+
+    async def _fresh(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        return (await loop.create_connection(Connection, self.host, self.port, ssl=self.tls))[1]
+
+    def close(self) -> None:
+        for connection in self.idle:
+            connection.close()

@@ -1,0 +1,66 @@
+"""Sends a load: open loop by the clock, or as many at a time as there is room for."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jmoe.tools.bench.answers import Result, read_stream
+from jmoe.tools.bench.http import Client, Failure
+from jmoe.tools.bench.loads import Load
+
+
+@dataclass(frozen=True)
+class Replay:
+    """results in the calls' order. seconds: from the first request to the last answer's end. cpu_seconds: of
+    this process meanwhile."""
+
+    results: list[Result]
+    seconds: float
+    cpu_seconds: float
+
+
+async def replay(
+    client: Client,
+    path: str,
+    load: Load,
+    bodies: list[bytes],
+    max_concurrency: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Replay:
+    """Sends ``bodies[i]`` to ``path`` when ``load.calls[i]`` is due.
+
+    A request that is due waits for room under ``max_concurrency``; a result's lag is how long after its time
+    this process came to send it, without that wait.
+    """
+    room = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+    start, cpu, done = time.perf_counter(), time.process_time(), 0
+
+    async def one(index: int) -> Result:
+        nonlocal done
+        call = load.calls[index]
+        lag = max(0.0, time.perf_counter() - start - call.at) if load.timed else 0.0
+        async with room:
+            result = await generate(client, path, bodies[index], call.output_length)
+        result.lag = lag
+        done += 1
+        progress(done)
+        return result
+
+    tasks = []
+    for index, call in enumerate(load.calls):
+        if load.timed and (wait := start + call.at - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(index)))
+    results = list(await asyncio.gather(*tasks))
+    return Replay(results, time.perf_counter() - start, time.process_time() - cpu)
+
+
+async def generate(client: Client, path: str, body: bytes, asked: int) -> Result:
+    """One request's result, a failure's too."""
+    sent = time.perf_counter()
+    try:
+        return read_stream(await client.send("POST", path, body), asked)
+    except Failure as failure:
+        return Result(sent=sent, end=time.perf_counter(), cause=str(failure))

@@ -1,0 +1,139 @@
+"""What a benchmark sends and when: recorded traces and synthetic loads, and what clipping took from them."""
+
+import dataclasses
+import gzip
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK = 512  # tokens that one of a trace's hash_ids stands for
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request. at: seconds after the start. input_length, output_length: tokens. blocks: numbers of the
+    blocks its prompt begins with, each a whole block but the last; empty = a prompt of its own."""
+
+    at: float
+    input_length: int
+    output_length: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Load:
+    """calls by time. timed: False = all are due at once. block: tokens of a block of ``Call.blocks``."""
+
+    calls: list[Call]
+    timed: bool
+    block: int = BLOCK
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens at most, None = any number. context: of prompt and answer together."""
+
+    max_input: int | None = None
+    max_output: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """How many calls were shortened: by max_input, by max_output, to fit the context; tokens taken in all."""
+
+    input: int = 0
+    output: int = 0
+    context: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+def read_trace(
+    path: Path, *, time_scale: float = 1.0, length_scale: float = 1.0, max_requests: int | None = None
+) -> Load:
+    """The calls of a ``.jsonl(.gz)`` with ``timestamp`` (ms), ``input_length``, ``output_length`` and, as
+    Mooncake's have, ``hash_ids``; times and lengths (a block's too) multiplied. Raises ValueError naming the
+    line that is none."""
+    if time_scale < 0 or length_scale <= 0:
+        raise ValueError("time-scale must be at least 0 and length-scale above 0")
+    block = max(1, round(BLOCK * length_scale))
+    calls = []
+    for number, item in _lines(path):
+        if max_requests is not None and len(calls) == max_requests:
+            break
+        try:
+            at = float(item["timestamp"]) / 1000 * time_scale
+            lengths = [max(1, round(int(item[k]) * length_scale)) for k in ("input_length", "output_length")]
+            blocks = tuple(int(i) for i in item.get("hash_ids", ()))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"{path} line {number} is not an object with timestamp, input_length and output_length"
+            ) from None
+        if not math.isfinite(at) or at < 0:
+            raise ValueError(f"{path} line {number}: timestamp must be at least 0")
+        if blocks:
+            lengths[0] = min(lengths[0], len(blocks) * block)  # rounding may ask for a token more
+        calls.append(Call(at, lengths[0], lengths[1], blocks))
+    if not calls:
+        raise ValueError(f"{path} holds no request")
+    calls.sort(key=lambda call: call.at)
+    first = calls[0].at
+    return Load([dataclasses.replace(c, at=c.at - first) for c in calls], timed=time_scale > 0, block=block)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON lines: {error}") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def synthetic(
+    requests: int, input_length: int, output_length: int, rate: float, burstiness: float, seed: int
+) -> Load:
+    """``requests`` calls of equal lengths, ``rate`` a second on average (inf: all at once); the times between
+    them are drawn from a gamma distribution of shape ``burstiness``: 1 is Poisson, less is burstier."""
+    if min(requests, input_length, output_length) < 1:
+        raise ValueError("num-prompts, input-len and output-len must be at least 1")
+    if not rate > 0 or not burstiness > 0:
+        raise ValueError("request-rate and burstiness must be above 0")
+    if math.isinf(rate):
+        return Load([Call(0.0, input_length, output_length)] * requests, timed=False)
+    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), requests - 1)
+    times = np.concatenate([[0.0], np.cumsum(gaps)]).tolist()
+    return Load([Call(at, input_length, output_length) for at in times], timed=True)
+
+
+def clip(load: Load, limits: Limits) -> tuple[Load, Clipped]:
+    """The load within ``limits``: a prompt loses its end, and what the context cannot hold goes from the
+    prompt while it has more than one token, then from the answer."""
+    calls, counts = [], {"input": 0, "output": 0, "context": 0}
+    for call in load.calls:
+        given = min(call.input_length, limits.max_input or call.input_length)
+        asked = min(call.output_length, limits.max_output or call.output_length)
+        counts["input"] += given < call.input_length
+        counts["output"] += asked < call.output_length
+        if limits.context is not None and given + asked > limits.context:
+            counts["context"] += 1
+            asked = min(asked, limits.context - 1)
+            given = min(given, limits.context - asked)
+        calls.append(dataclasses.replace(call, input_length=given, output_length=asked))
+    before, after = _tokens(load.calls), _tokens(calls)
+    counts |= {"input_tokens": before[0] - after[0], "output_tokens": before[1] - after[1]}
+    return dataclasses.replace(load, calls=calls), Clipped(**counts)
+
+
+def _tokens(calls: list[Call]) -> tuple[int, int]:
+    return sum(c.input_length for c in calls), sum(c.output_length for c in calls)

@@ -1,0 +1,132 @@
+"""The figures of a run, under the names that ``vllm bench serve`` writes."""
+
+import collections
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jmoe.tools.bench.answers import Result
+from jmoe.tools.bench.load import Replay
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+LOSSY = ("remapped", "dropped", "rerouted")
+
+
+def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
+    """Milliseconds: to the first token; a token after it, by request; between tokens; of whole requests."""
+    found: dict[str, list[float]] = {name: [] for name in LATENCIES}
+    for r in results:
+        found["ttft"].append((r.first - r.sent) * 1e3)
+        if (each := per_token(r)) is not None:
+            found["tpot"].append(each)
+        found["itl"] += [gap * 1e3 for gap in r.gaps]
+        found["e2el"].append((r.end - r.sent) * 1e3)
+    return found
+
+
+def per_token(r: Result) -> float | None:
+    """Milliseconds a token after the first; None where there is no second."""
+    return (r.end - r.first) * 1e3 / (r.output_tokens - 1) if r.output_tokens > 1 else None
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Zeros where nothing was measured, as vLLM has them."""
+    some = values or [0.0]
+    return {
+        f"mean_{name}_ms": float(np.mean(some)),
+        f"median_{name}_ms": float(np.median(some)),
+        f"std_{name}_ms": float(np.std(some)),
+        f"p90_{name}_ms": float(np.percentile(some, 90)),
+        f"p99_{name}_ms": float(np.percentile(some, 99)),
+    }
+
+
+def peak_concurrency(results: Iterable[Result]) -> int:
+    """Requests that were under way together at most."""
+    changes = [(r.sent, 1) for r in results] + [(r.end, -1) for r in results]
+    now = most = 0
+    for _, change in sorted(changes):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def peak_tokens(results: Iterable[Result]) -> int:
+    """Token events of the fullest second."""
+    times = [t for r in results for t in r.token_times]
+    start = min(times, default=0.0)
+    seconds = collections.Counter(int(t - start) for t in times)
+    return max(seconds.values(), default=0)
+
+
+def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float) -> float:
+    """Requests a second within every limit: milliseconds by the names of ``LATENCIES``, itl excepted."""
+    good = 0
+    for r in results:
+        measured = {"ttft": (r.first - r.sent) * 1e3, "tpot": per_token(r) or 0.0}
+        measured["e2el"] = (r.end - r.sent) * 1e3
+        good += all(measured[name] <= most for name, most in limits.items())
+    return good / seconds
+
+
+def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
+    """Assignments of tokens to experts and what lossy techniques did to them, in all and as shares; None
+    where the server tells of none."""
+    told = [r.moe for r in results if r.moe is not None]
+    if not told:
+        return None
+    total = {name: sum(moe.get(name, 0) for moe in told) for name in ("assignments", *LOSSY)}
+    shares = {f"{name}_share": total[name] / max(total["assignments"], 1) for name in LOSSY}
+    return {**total, **shares}
+
+
+def lag(results: Iterable[Result]) -> dict[str, float]:
+    """Milliseconds that requests were sent after they were due."""
+    late = [r.lag * 1e3 for r in results] or [0.0]
+    median, p99 = np.percentile(late, [50, 99]).tolist()
+    return {"median_ms": median, "p99_ms": p99, "max_ms": max(late)}
+
+
+def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str, Any]:
+    """Everything that is measured of a run. Failed requests count by cause and in nothing else."""
+    good = [r for r in replay.results if r.cause is None]
+    failed = collections.Counter(r.cause for r in replay.results if r.cause is not None)
+    seconds = replay.seconds
+    given, written = sum(r.input_tokens for r in good), sum(r.output_tokens for r in good)
+    measured = latencies(good)
+    return {
+        "duration": seconds,
+        "completed": len(good),
+        "failed": sum(failed.values()),
+        "failures": dict(failed.most_common()),
+        "total_input_tokens": given,
+        "total_output_tokens": written,
+        "tokens_counted_by": "usage" if all(r.counted for r in good) else "events",
+        "request_throughput": len(good) / seconds,
+        "request_goodput": goodput(good, limits, seconds) if limits else None,
+        "output_throughput": written / seconds,
+        "total_token_throughput": (given + written) / seconds,
+        "max_output_tokens_per_s": peak_tokens(good),
+        "max_concurrent_requests": peak_concurrency(replay.results),
+        **{k: v for name in LATENCIES for k, v in spread(name, measured[name]).items()},
+        "lag": lag(replay.results),
+        "client_cpu_share": replay.cpu_seconds / seconds,
+        "moe": lossy_counts(good),
+    }
+
+
+def details(results: Sequence[Result]) -> dict[str, list[Any]]:
+    """One entry a request, in the order they were due; times in seconds, from the first one sent."""
+    start = min(r.sent for r in results)
+    return {
+        "start_times": [r.sent - start for r in results],
+        "lags": [r.lag for r in results],
+        "input_lens": [r.input_tokens for r in results],
+        "output_lens": [r.output_tokens for r in results],
+        "ttfts": [r.first - r.sent if r.cause is None else None for r in results],
+        "itls": [r.gaps for r in results],
+        "e2els": [r.end - r.sent for r in results],
+        "moe": [r.moe for r in results],
+        "errors": [r.cause for r in results],
+    }

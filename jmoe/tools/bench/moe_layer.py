@@ -1,0 +1,148 @@
+"""``jmoe bench moe-layer``: the routed experts of one layer alone, by batch size and active experts."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
+
+from jmoe.checkpoint import read_config
+from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.config import ModelConfig, read_toml
+from jmoe.engine.build import model_directory
+from jmoe.moe.experts import apply_experts
+from jmoe.moe.routing import plan_dispatch
+
+Layers = list[ExpertWeights]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of the report: tokens of a step, and the experts that they may choose from."""
+
+    tokens: int
+    allowed: int
+
+
+def layer_config(model: str) -> ModelConfig:
+    """The shape of a TOML of sizes, or of a model's directory."""
+    if model.endswith(".toml"):
+        return ModelConfig.from_dict(read_toml(Path(model)))
+    return read_config(model_directory(model))
+
+
+def bench_moe_layer(
+    model: str,
+    *,
+    batch_sizes: Sequence[int],
+    active: Sequence[int] = (),
+    layers: int = 4,
+    iterations: int = 7,
+    dtype: str = "auto",
+    progress: Callable[[int], None] = lambda points: None,
+) -> dict[str, Any]:
+    """Medians over ``iterations`` of a run through ``layers`` layers of random weights taken in turn, so that
+    caches do not hold them. active: also the largest batch with its experts confined to so many.
+
+    GB/s counts each active expert's weights once.
+    """
+    cfg = layer_config(model)
+    if not cfg.num_experts:
+        raise ValueError(f"{model} has no routed experts")
+    k, experts = cfg.num_experts_per_tok, cfg.num_experts
+    if min([layers, iterations, *batch_sizes], default=0) < 1 or not batch_sizes:
+        raise ValueError("batch sizes, layers and num-iters must be at least 1")
+    if bad := [n for n in active if not k <= n <= experts]:
+        raise ValueError(f"active experts lie between {k} (a token's) and {experts}, got {bad[0]}")
+    kind = jnp.dtype(cfg.dtype if dtype == "auto" else dtype)
+    stacks = make_layers(cfg, layers, kind)
+    kernel, why = pick(jax.default_backend(), stacks[0].dtype, stacks[0].dims)
+    run = layer_step(kernel)
+    points = [Point(n, experts) for n in batch_sizes] + [Point(max(batch_sizes), n) for n in active]
+    one = 3 * cfg.moe_intermediate_size * cfg.hidden_size * kind.itemsize
+    rows = []
+    for point in points:
+        rows.append(measure(run, cfg, point, stacks, iterations, one))
+        progress(1)
+    return {
+        "model": model,
+        "experts": experts,
+        "experts_per_token": k,
+        "expert_bytes": one,
+        "dtype": kind.name,
+        "kernel": kernel,
+        "why": why,
+        "platform": jax.default_backend(),
+        "layers": layers,
+        "iterations": iterations,
+        "rows": rows,
+    }
+
+
+def make_layers(cfg: ModelConfig, count: int, dtype: jnp.dtype) -> Layers:
+    """Weights of ``count`` layers, normal with the standard deviation of one over the root of their inputs,
+    kept as the loader keeps them."""
+    kept = storage_dtype(dtype)
+    e, f, d = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
+
+    def stack(seed: int, *shape: int) -> Array:
+        buffer = aligned_empty(shape, np.dtype(kept))
+        rng = np.random.default_rng(seed)
+        for expert in buffer:
+            normal = rng.standard_normal(expert.shape, np.float32) * np.float32(shape[-1] ** -0.5)
+            expert[...] = np.asarray(jnp.asarray(normal, dtype)).view(np.dtype(kept))
+        return jax.device_put(buffer, may_alias=True)
+
+    return [ExpertWeights(stack(2 * i, e, 2, f, d), stack(2 * i + 1, e, d, f)) for i in range(count)]
+
+
+def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
+    """A jitted run through all layers: (x, ids, layers) -> x with their outputs added."""
+
+    @jax.jit
+    def run(x_TD: Array, ids_TK: Array, layers: Layers) -> Array:
+        plan = plan_dispatch(ids_TK, jnp.ones(len(x_TD), bool), 0, layers[0].dims[0])
+        weights_TK = jnp.full(ids_TK.shape, 1 / ids_TK.shape[1])
+        experts = partial(apply_experts, implementation=kernel)
+        for weights in layers:
+            x_TD = x_TD + experts(x_TD, weights_TK, plan, weights)
+        return x_TD
+
+    return run
+
+
+def routed(point: Point, k: int) -> np.ndarray:
+    """Each token's ``k`` distinct experts, all allowed ones alike, ``[T, K]``."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(point.allowed)[:k] for _ in range(point.tokens)]).astype(np.int32)
+
+
+def measure(
+    run: Callable, cfg: ModelConfig, point: Point, layers: Layers, iterations: int, expert_bytes: int
+) -> dict[str, float]:
+    """One row: milliseconds a layer, bytes read and products computed a second."""
+    k, f, d = cfg.num_experts_per_tok, cfg.moe_intermediate_size, cfg.hidden_size
+    ids_TK = routed(point, k)
+    x_TD = np.random.default_rng(1).standard_normal((point.tokens, d), np.float32)
+    jax.block_until_ready(run(x_TD, ids_TK, layers))  # compiles
+    taken = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        jax.block_until_ready(run(x_TD, ids_TK, layers))
+        taken.append((time.perf_counter() - start) / len(layers))
+    seconds, active = statistics.median(taken), len(np.unique(ids_TK))
+    return {
+        "tokens": point.tokens,
+        "active_experts": active,
+        "ms": seconds * 1e3,
+        "gb_per_s": active * expert_bytes / seconds / 1e9,
+        "gflop_per_s": 6 * point.tokens * k * f * d / seconds / 1e9,
+    }

@@ -1,0 +1,152 @@
+"""``jmoe bench throughput`` and ``latency``: a model in this process, without a server."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from jmoe.checkpoint import read_config
+from jmoe.engine.build import EngineSettings, build_engine, context_length, model_directory
+from jmoe.engine.engine import Engine
+from jmoe.engine.request import Output, Request, SamplingParams
+from jmoe.tools.bench.loads import Clipped, Limits, Load, clip
+from jmoe.tools.bench.prompts import Source
+
+Loading = Callable[[str, int, int], None]
+Count = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One round. seconds: from its start to its last token. first: to every request's first token. gaps:
+    between each request's tokens."""
+
+    seconds: float
+    first: float
+    gaps: list[float]
+    input_tokens: int
+    output_tokens: int
+
+
+def run_round(engine: Engine, load: Load, seed: int) -> Run:
+    """Serves the load's calls as fast as they go, greedily and to their full lengths, prompts drawn anew."""
+    source = Source(range(engine.vocab_size), running=False, seed=seed)
+    times: list[list[float]] = [[] for _ in load.calls]
+    failed: list[str] = []
+
+    def listener(index: int) -> Callable[[Output], None]:
+        def emit(output: Output) -> None:
+            times[index] += [time.monotonic()] * len(output.token_ids)
+            if output.error is not None:
+                failed.append(output.error)
+
+        return emit
+
+    requests, now = [], time.monotonic()
+    for i, call in enumerate(load.calls):
+        params = SamplingParams(max_tokens=call.output_length, temperature=0.0, ignore_eos=True, seed=0)
+        requests.append(Request(str(i), source.prompt(i, call, load.block), params, listener(i), now))
+    start = time.monotonic()
+    engine.run(requests)
+    seconds = time.monotonic() - start
+    if failed:
+        raise ValueError(f"{len(failed)} requests failed: {failed[0]}")
+    gaps = [b - a for each in times for a, b in pairwise(each)]
+    given = sum(len(r.prompt_token_ids) for r in requests)
+    return Run(seconds, max(t[0] for t in times) - start, gaps, given, sum(map(len, times)))
+
+
+def bench_throughput(
+    model: str,
+    settings: EngineSettings,
+    load: Load,
+    limits: Limits,
+    iterations: int,
+    seed: int = 0,
+    loading: Loading = lambda stage, done, total: None,
+    progress: Count = lambda rounds: None,
+) -> dict[str, Any]:
+    """Medians over ``iterations`` rounds of the whole load, behind one of its first requests to warm up."""
+    _check(iterations)
+    limits = dataclasses.replace(limits, context=_context(model, settings))
+    load, clipped = clip(load, limits)
+    with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
+        run_round(engine, Load(load.calls[:2], False, load.block), seed)
+        runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
+    seconds = statistics.median(run.seconds for run in runs)
+    given, written = runs[0].input_tokens, runs[0].output_tokens
+    return {
+        "requests": len(load.calls),
+        "iterations": iterations,
+        "elapsed_time": seconds,
+        "rounds": [run.seconds for run in runs],
+        "input_tokens": given,
+        "output_tokens": written,
+        "requests_per_second": len(load.calls) / seconds,
+        "tokens_per_second": (given + written) / seconds,
+        "output_tokens_per_second": written / seconds,
+        "clipped": vars(clipped) | {},
+    }
+
+
+def bench_latency(
+    model: str,
+    settings: EngineSettings,
+    load: Load,
+    iterations: int,
+    seed: int = 0,
+    loading: Loading = lambda stage, done, total: None,
+    progress: Count = lambda rounds: None,
+) -> dict[str, Any]:
+    """A batch that starts together: how long it takes, to all its first tokens and between its tokens."""
+    _check(iterations)
+    context = _context(model, settings)
+    load, clipped = clip(load, Limits(context=context))
+    if clipped != Clipped():
+        first = load.calls[0]
+        raise ValueError(
+            f"the context of {context} tokens is too short for that; it holds "
+            f"--input-len {first.input_length} --output-len {first.output_length}"
+        )
+    with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
+        run_round(engine, load, seed)
+        runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
+    return {
+        "batch_size": len(load.calls),
+        "iterations": iterations,
+        **_spread("latency", [run.seconds for run in runs]),
+        **_spread("prefill", [run.first for run in runs]),
+        **_spread("per_token", [gap for run in runs for gap in run.gaps]),
+    }
+
+
+def _check(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"num-iters must be at least 1, got {iterations}")
+
+
+def _context(model: str, settings: EngineSettings) -> int:
+    """Known before anything is loaded."""
+    return context_length(read_config(model_directory(model)), settings.max_model_len)
+
+
+def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:
+    run = run_round(engine, load, seed)
+    progress(1)
+    return run
+
+
+def _spread(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
+    """None where nothing was measured: answers of one token have no gaps."""
+    if not seconds:
+        return {f"{name}_median_ms": None, f"{name}_p99_ms": None}
+    return {
+        f"{name}_median_ms": statistics.median(seconds) * 1e3,
+        f"{name}_p99_ms": float(np.percentile(seconds, 99)) * 1e3,
+    }

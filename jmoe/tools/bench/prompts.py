@@ -1,0 +1,43 @@
+"""Prompts of a wanted length: token ids or words, drawn with a seed; equal blocks give equal tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jmoe.tools.bench.loads import Call
+
+COMMON = (
+    "the of and to in is that it was for on are as with his they at be this from have or by one had not but "
+    "what all were when we there can an your which their said if do will each about how up out them then she"
+)
+SHARED, OWN = 0, 1  # streams of random numbers: blocks by number, prompts by request
+
+
+@dataclass(frozen=True)
+class Source:
+    """What prompts are made of: units (token ids or words). running: prompts are stretches of the units in
+    their order (they are a text's); else units are drawn one by one."""
+
+    units: Sequence[int] | Sequence[str]
+    running: bool
+    seed: int
+
+    def draw(self, stream: int, number: int, length: int) -> list:
+        """``length`` units, the same ones for the same numbers."""
+        rng, units = np.random.default_rng([self.seed, stream, number]), self.units
+        if self.running:
+            start = int(rng.integers(len(units)))
+            return [units[(start + i) % len(units)] for i in range(length)]
+        return [units[i] for i in rng.integers(len(units), size=length)]
+
+    def prompt(self, number: int, call: Call, block: int) -> list:
+        """The prompt of request ``number``; calls with the same first blocks share their units."""
+        if not call.blocks:
+            return self.draw(OWN, number, call.input_length)
+        units: list = []
+        for one in call.blocks:
+            if len(units) >= call.input_length:
+                break
+            units += self.draw(SHARED, one, block)
+        return units[: call.input_length]

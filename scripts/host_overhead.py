@@ -1,0 +1,137 @@
+"""What the host takes of a decode step, beside the programs that compute it.
+
+    python scripts/host_overhead.py --model configs/model/olmoe-0.9b.toml --batch 32 --threads 2
+
+An engine decodes ``--batch`` requests that started together. Three times a step: by the clock, from one
+step's end to the next one's; the host's own, as the engine reports it (``StepReport.host_seconds``); and that
+of the same step's programs alone, run back to back on the last step's input with nothing read in between.
+Medians over the steps in which all requests decoded, then over the rounds.
+
+Writes the part "host" of docs/results/serving.json and docs/results/serving.md, which is made from it. Run it
+on an otherwise idle machine.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_protocol import Jmoe, checkpoint, pin
+from serving_report import command_line, machine, write_part
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="configs/model/olmoe-0.9b.toml", help="or tiny, or a directory")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
+    parser.add_argument("--batch", type=int, default=32, help="requests that decode together")
+    parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens generated for each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
+    args = parser.parse_args()
+    if min(args.batch, args.context, args.rounds, args.threads) < 1 or args.new < 4:
+        parser.error("sizes must be at least 1, and --new at least 4")
+    return parser, args
+
+
+class Clock:
+    """A listener of the engine: when each step of a full batch ended, and how long the host was busy."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+        self.ends: list[float] = []
+        self.busy: list[float] = []
+
+    def token(self, request: Any, now: float) -> None: ...
+
+    def finished(self, request: Any, reason: str) -> None: ...
+
+    def stepped(self, report: Any) -> None:
+        if report.decode_tokens == self.batch and not report.prompt_tokens:
+            self.ends.append(time.perf_counter())
+            self.busy.append(report.host_seconds)
+
+
+class Recorder:
+    """A runner's ``run`` that keeps what it was last given."""
+
+    def __init__(self, runner: Any):
+        self.run, self.last = runner.run, ((), {})
+        runner.run = self
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.last = args, options
+        return self.run(*args, **options)
+
+    def alone(self, steps: int) -> float:
+        """Seconds a step of the last one's programs, back to back."""
+        import jax
+
+        args, options = self.last
+        sampled = self.run(*args, **options)[0]
+        jax.block_until_ready(sampled)
+        start = time.perf_counter()
+        for _ in range(steps):
+            sampled = self.run(*args, **options)[0]
+        jax.block_until_ready(sampled)
+        return (time.perf_counter() - start) / steps
+
+
+def one_round(ours: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float]:
+    """Milliseconds a step. Raises SystemExit where the engine reported too few steps of the whole batch."""
+    clock = Clock(len(prompts))
+    ours.engine.listeners.append(clock)
+    recorder = Recorder(ours.engine.runner)
+    try:
+        ours.decode(prompts, new)
+    finally:
+        ours.engine.listeners.remove(clock)
+        ours.engine.runner.run = recorder.run
+    if len(clock.ends) < 3:
+        raise SystemExit(f"the engine reported {len(clock.ends)} steps of {len(prompts)} decoding requests")
+    steps = [b - a for a, b in itertools.pairwise(clock.ends)]
+    return {
+        "step_ms": statistics.median(steps) * 1e3,
+        "host_ms": statistics.median(clock.busy) * 1e3,
+        "device_ms": recorder.alone(len(steps)) * 1e3,
+    }
+
+
+def main() -> None:
+    parser, args = arguments()
+    pin(args.threads)
+    import numpy as np
+
+    from jmoe.checkpoint import read_config
+
+    with checkpoint(args.model) as directory:
+        args.prompt, args.batches = args.context, [args.batch]
+        ours = Jmoe(directory, args)
+        rng, vocab = np.random.default_rng(0), read_config(directory).vocab_size
+        rounds = [
+            one_round(ours, rng.integers(0, vocab, (args.batch, args.context)).tolist(), args.new)
+            for _ in range(args.rounds + 1)
+        ][1:]  # the first only warms up
+    medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    figures = {
+        "command": command_line(parser, args),
+        **machine(("jax",)),
+        "model": args.model,
+        "batch": args.batch,
+        "steps": args.new - 2,
+        "rounds": args.rounds,
+        **medians,
+        "host_share": medians["host_ms"] / medians["step_ms"],
+        "samples": rounds,
+    }
+    write_part(args.out, "host", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""docs/results/serving.json, a part at a time, and the page that is made from it alone."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from bench_protocol import paired_ratio
+from bench_results import dumps, table
+
+TARGET, HOST_TARGET = 3.0, 0.05
+ROWS = {
+    "output_throughput": ("output tokens/s", 1),
+    "median_ttft_ms": ("TTFT, median, ms", 1),
+    "p99_ttft_ms": ("TTFT, P99, ms", 1),
+    "median_tpot_ms": ("TPOT, median, ms", 2),
+    "p99_tpot_ms": ("TPOT, P99, ms", 2),
+    "median_e2el_ms": ("whole request, median, ms", 1),
+}
+
+
+def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """What measures it again: the options that are not at their defaults; not where things lie here."""
+    words = [f"python scripts/{parser.prog}"]
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.dest in ("out", "transformers"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        shown = [v.name if isinstance(v, Path) else str(v) for v in values]
+        words += [action.option_strings[0], *(repr(v) if " " in v else v for v in shown)]
+    return " ".join(words)
+
+
+def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, Any]:
+    """date, processor, cores and the packages' versions: those installed here, else those of ``python``."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": names[0] if names else "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: _version(name, python) for name in ("jmoe", *packages)},
+    }
+
+
+def _version(name: str, python: Path | None) -> str:
+    ask = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    if python is not None and python.exists() and name not in ("jmoe", "jax"):  # the peer's may lie elsewhere
+        return subprocess.run([python, "-c", ask, name], capture_output=True, text=True).stdout.strip()
+    if name == "jmoe":
+        from jmoe import __version__
+
+        return __version__
+    return importlib.metadata.version(name)
+
+
+def write_part(folder: Path, part: str, figures: dict[str, Any]) -> None:
+    """Replaces the part in ``serving.json`` and writes ``serving.md`` anew."""
+    path = folder / "serving.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[part] = figures
+    path.write_text(dumps(results))
+    (folder / "serving.md").write_text(page(results))
+    print(f"wrote {path} and {folder / 'serving.md'}")
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = ["# Serving on a CPU", ""]
+    if "serving" in results:
+        lines += serving(results["serving"])
+    if "host" in results:
+        lines += host(results["host"])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(part: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+    return [
+        f"`{part['command']}`",
+        "",
+        f"{part['date']}; {part['cores']} cores of {part['processor']}; {versions}.",
+        "",
+    ]
+
+
+def serving(part: dict[str, Any]) -> list[str]:
+    ours, theirs = part["samples"]["jmoe"], part["samples"]["transformers"]
+    asked = part["settings"]
+    rows = []
+    for key, (title, digits) in ROWS.items():
+        ratio, least, most = paired_ratio(ours[key], theirs[key])
+        medians = (f"{statistics.median(side[key]):.{digits}f}" for side in (ours, theirs))
+        rows.append([title, *medians, f"{ratio:.2f} ({least:.2f}..{most:.2f})"])
+    given, written = map(statistics.median, zip(*ours["tokens"], strict=True))
+    busy = statistics.median(ours["client_cpu_share"])
+    return [
+        "## jmoe beside `transformers serve --continuous-batching`",
+        "",
+        *_head(part),
+        f"Model: {part['model']}, dtype {part['dtype']}. {asked['requests']} requests a round, "
+        f"{asked['concurrency']} at a time; {given:.0f} prompt and {written:.0f} output tokens, as many on "
+        f"both sides; {asked['rounds']} rounds in turn, one server stopped while the other is measured. "
+        "Medians of the rounds; ratios jmoe / transformers are the median of the rounds' and their range. "
+        f"Flags of transformers serve: `{part['flags']['transformers']}`. The load generator shares the "
+        f"machine: it took {busy:.0%} of one core beside jmoe.",
+        "",
+        *table(["", "jmoe", "transformers", "ratio"], rows),
+        *_verdicts(ours, theirs),
+        "",
+    ]
+
+
+def _verdicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    speed = paired_ratio(ours["output_throughput"], theirs["output_throughput"])[0]
+    first = paired_ratio(ours["p99_ttft_ms"], theirs["p99_ttft_ms"])[0]
+    return [
+        f"The target of {TARGET:g} times the output tokens/s is {'met' if speed >= TARGET else 'missed'} "
+        f"({speed:.2f}); that of a P99 TTFT no worse is {'met' if first <= 1 else 'missed'} ({first:.2f} of "
+        "transformers').",
+    ]
+
+
+def _met(said: str, share: float) -> str:
+    return (
+        f"{said}: the target of less than {HOST_TARGET:.0%} is {'met' if share < HOST_TARGET else 'missed'}."
+    )
+
+
+def host(part: dict[str, Any]) -> list[str]:
+    extra = part["step_ms"] / part["device_ms"] - 1
+    return [
+        "## What the host takes of a decode step",
+        "",
+        *_head(part),
+        f"Model: {part['model']}. {part['batch']} requests decode together; medians of "
+        f"{part['steps']} steps a round, {part['rounds']} rounds.",
+        "",
+        *table(
+            ["", "ms a step"],
+            [
+                ["a step, from one to the next", f"{part['step_ms']:.3f}"],
+                ["the same step's programs alone, back to back", f"{part['device_ms']:.3f}"],
+                ["busy host, as the engine reports it", f"{part['host_ms']:.3f}"],
+            ],
+        ),
+        _met(f"The host is busy for {part['host_share']:.1%} of a step", part["host_share"]),
+        _met(f"By the clock a step takes {extra:.1%} more than its programs alone", extra),
+        "",
+    ]

@@ -1,0 +1,128 @@
+"""The serving benchmarks' scripts: what is compared, what the page says of figures, tables of the papers."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from bench_serving import copy_without_ends
+from lm_eval_parity import compare, difference
+from paper_table import filled, shown
+from serving_report import write_part
+
+from jmoe.checkpoint import read_config
+from jmoe.config import MoEConfig
+from jmoe.engine.build import model_directory
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "configs/eval").glob("*.toml"))
+
+
+def sample(*answers):
+    return {("task", i): [[list(a) if isinstance(a, tuple) else a]] for i, a in enumerate(answers)}
+
+
+def test_equal_answers_are_equal_whatever_they_are_written_as():
+    report = compare(sample(("-1.5", "False"), "text"), sample((-1.5, "False"), "text"))
+    assert report == {"numbers": 1, "worst": 0.0, "where": None, "texts": 2, "unequal": []}
+
+
+def test_the_worst_difference_and_unequal_texts_are_found():
+    ours, theirs = sample((-10.0, "True"), "a", (-0.5, "x")), sample((-10.2, "True"), "b", (-0.501, "x"))
+    report = compare(ours, theirs)
+    assert report["worst"] == pytest.approx(0.2 / 10.2) and report["where"] == ["task", 0, -10.0, -10.2]
+    assert report["unequal"] == [["task", 1, "a", "b"]]
+
+
+def test_a_number_that_is_none_is_a_difference():
+    assert compare(sample("nan", -1.0), sample(-1.0, -1.0))["worst"] == float("inf")
+
+
+def test_the_smaller_difference_counts():
+    assert difference(-2000.0, -2000.01) == pytest.approx(5e-6, rel=1e-4)
+    assert difference(-1e-6, -2e-6) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [({}, {}), (sample("a"), sample("a", "b"))])
+def test_other_documents_cannot_be_compared(ours, theirs):
+    with pytest.raises(SystemExit):
+        compare(ours, theirs)
+
+
+HEAD = {"date": "2026-01-01", "processor": "P", "cores": 2, "versions": {"jmoe": "1"}, "model": "tiny"}
+
+
+def serving(ours: float, theirs: float, ttft: float) -> dict:
+    def side(speed: float, first: float) -> dict:
+        names = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_e2el_ms")
+        return {"output_throughput": [speed] * 2, "client_cpu_share": [0.1] * 2, "tokens": [[5, 6]] * 2} | {
+            name: [first] * 2 for name in names
+        }
+
+    settings = {"concurrency": 32, "requests": 64, "input_len": 8, "output_len": 8, "rounds": 2}
+    flags = {"jmoe": "", "transformers": "--x"}
+    samples = {"jmoe": side(ours, ttft), "transformers": side(theirs, 10.0)}
+    more = {"dtype": "auto", "settings": settings, "flags": flags, "samples": samples}
+    return {"command": "python scripts/bench_serving.py", **HEAD, **more}
+
+
+def host(share: float) -> dict:
+    times = {"step_ms": 10.0, "device_ms": 9.8, "host_ms": 10 * share, "host_share": share}
+    return {"command": "c", **HEAD, "batch": 32, "steps": 4, "rounds": 3, **times}
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (serving(320, 100, 9), "output tokens/s is met (3.20); that of a P99 TTFT no worse is met (0.90"),
+        (
+            serving(290, 100, 11),
+            "output tokens/s is missed (2.90); that of a P99 TTFT no worse is missed (1.10",
+        ),
+    ],
+)
+def test_the_page_says_what_was_measured(tmp_path, figures, said):
+    write_part(tmp_path, "serving", figures)
+    assert said in (tmp_path / "serving.md").read_text()
+
+
+def test_a_part_does_not_touch_the_other(tmp_path):
+    write_part(tmp_path, "serving", serving(320, 100, 9))
+    write_part(tmp_path, "host", host(0.07))
+    write_part(tmp_path, "host", host(0.03))
+    page = (tmp_path / "serving.md").read_text()
+    assert "busy for 3.0% of a step: the target of less than 5% is met" in page and "7.0%" not in page
+    assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
+    assert "jmoe beside `transformers serve" in page
+    assert set(json.loads((tmp_path / "serving.json").read_text())) == {"serving", "host"}
+
+
+def test_the_copy_ends_no_text(tmp_path):
+    copy_without_ends(model_directory("tiny"), tmp_path)
+    assert read_config(tmp_path).eos_token_ids == ()
+    assert not (tmp_path / "generation_config.json").exists() and (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_the_papers_tables_are_settings_that_jmoe_takes(path):
+    asked = tomllib.loads(path.read_text())
+    for moe in filled(asked["settings"], {"work": "/tmp"}).values():
+        MoEConfig.from_dict(moe)
+    assert len(asked["settings"]) > 1 and all(isinstance(shots, int) for shots in asked["tasks"].values())
+
+
+def test_a_table_has_a_column_a_task():
+    load = {"output_throughput": 9.0, "median_tpot_ms": 1.0, "p99_ttft_ms": 2.0}
+    moe = {"remapped_share": 0.25, "dropped_share": 0.0}
+    rows = {
+        "plain": {"load": {**load, "moe": None}, "scores": {"gsm8k": 0.5}},
+        "binned": {"load": {**load, "moe": moe}, "scores": {"gsm8k": 0.25}},
+    }
+    lines = shown(rows, ["gsm8k"])
+    assert lines[0].endswith("| remapped | dropped | gsm8k |")
+    assert lines[2] == "| plain | 9.00 | 1.00 | 2.00 | 0.0% | 0.0% | 0.500 |"
+    assert lines[3] == "| binned | 9.00 | 1.00 | 2.00 | 25.0% | 0.0% | 0.250 |"
