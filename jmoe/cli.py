@@ -18,7 +18,7 @@ from jmoe.progress import Bars
 if TYPE_CHECKING:
     from jmoe.engine.nodes import Nodes
 
-SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout")
+SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout", "request_timeout")
 NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
 
 
@@ -68,6 +68,7 @@ def _serve_parser(commands: Any) -> None:
     p.add_argument("--api-key", metavar="K")
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
+    p.add_argument("--request-timeout", type=float, metavar="S", help="longest time to a whole answer")
     p.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
     p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
     p.add_argument(

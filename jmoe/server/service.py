@@ -77,7 +77,8 @@ class Service:
         """Started answers, ``len(params) / len(prompts)`` for each prompt, prompt-major."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
-        generation = Generation(self.engine, self.executor, id, work, self.running.discard)
+        timeout = self.settings.request_timeout
+        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout)
         self.running.add(generation)
         try:
             await generation.start(param)
