@@ -115,7 +115,7 @@ schemathesis() {
 
 lm_eval() {
   wanted lm-eval && installed lm-eval 'lm-eval[api,hf]==0.4.13' transformers torch==2.13.0 || return
-  run lm-eval "lm-eval==0.4.13" "$env/bin/python" "$here/../lm_eval_parity.py" --base-url "$BASE" --model "$MODEL" \
+  run lm-eval "lm-eval==0.4.13" "$env/bin/python" "${here%/*}/lm_eval_parity.py" --base-url "$BASE" --model "$MODEL" \
     --model-dir "$tiny"
 }
 
@@ -133,7 +133,7 @@ guidellm() {
 aiperf() {
   local out="$dir/aiperf"
   wanted aiperf && installed aiperf aiperf==0.13.0 || return
-  run aiperf "aiperf==0.13.0" bash -c "rm -rf '$out'; HF_HUB_OFFLINE=0 '$env/bin/aiperf' profile --model $MODEL \
+  run aiperf "aiperf==0.13.0" bash -c "rm -rf '$out'; HF_HUB_OFFLINE= '$env/bin/aiperf' profile --model $MODEL \
     --url $BASE --endpoint-type completions --streaming --tokenizer '$tiny' --concurrency 4 --request-count 40 \
     --isl 64 --osl 16 --extra-inputs ignore_eos:true --artifact-dir '$out' --ui none &&
     '$env/bin/python' '$here/load_report.py' aiperf '$out' '$BASE'"
