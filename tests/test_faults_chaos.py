@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,32 @@ def test_a_thousand_requests_of_every_kind(served, quiet):
         f"1000 requests in {time.monotonic() - start:.0f} s, {grown / 2**20:.1f} MiB grown in the second half"
     )
     assert grown < 32 << 20, objects
+
+
+def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypatch):
+    """Eight hold the seats, four may wait: of twelve more eight are sent away, at once and with a time."""
+    port, worker, server = served
+    monkeypatch.setattr(worker._engine.scheduler, "max_queue", 4)
+    long = {"prompt": TEXTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+
+    async def storm() -> list[tuple[int, bytes]]:
+        async with AsyncExitStack() as seats:
+            for _ in range(8):
+                reader, writer = await seats.enter_async_context(connected(port))
+                writer.write(post(PATH, long))
+                await reader.readuntil(b"data: ")
+            assert worker.snapshot().running == 8
+            waiting = [
+                asyncio.create_task(ask(port, post(PATH, long | {"max_tokens": 2}))) for _ in range(12)
+            ]
+            while sum(task.done() for task in waiting) < 8 or worker.snapshot().waiting < 4:
+                await asyncio.sleep(0.02)
+            pair = await ask(port, post(PATH, long | {"n": 2}))
+            assert pair[0] == 503, "two find no room for one either"
+        return [await task for task in waiting]  # the seats are free again
+
+    results = asyncio.run(asyncio.wait_for(storm(), 60))
+    assert sorted(status for status, _ in results) == [200] * 4 + [503] * 8
+    refusals = [json.loads(body)["error"]["code"] for status, body in results if status == 503]
+    assert set(refusals) == {"queue_full"}
+    check_idle(worker, server)
