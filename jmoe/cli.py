@@ -27,7 +27,7 @@ from jmoe.progress import Bars
 if TYPE_CHECKING:
     from jmoe.engine.nodes import Nodes
 
-SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout")
+SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout", "request_timeout")
 NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
 
 

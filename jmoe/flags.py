@@ -62,6 +62,7 @@ def add_serve_flags(p: Parser) -> None:
     p.add_argument("--api-key", metavar="K")
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
+    p.add_argument("--request-timeout", type=float, metavar="S", help="longest time to a whole answer")
     p.add_argument("--log-format", choices=["text", "json"], help="json: one object a line")
     p.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     p.add_argument("--otlp-traces-endpoint", metavar="URL", help="where spans go (needs the otel extra)")

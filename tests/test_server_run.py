@@ -88,12 +88,12 @@ def raw(url: str, data: bytes, parts: int = 1) -> bytes:
 def test_limits_of_the_wire():
     with listening(slow_engine(), header_timeout=0.3, body_timeout=0.3, max_body_bytes=1000) as (url, _):
         assert raw(url, b"GET /live HTTP/1.1\r\nx: ") == b""  # a head that never ends is cut
-        assert b" 400 " in raw(url, b"GET /live HTTP/1.1\r\nx: " + b"a" * 1_000_000)
+        assert b" 431 " in raw(url, b"GET /live HTTP/1.1\r\nx: " + b"a" * 1_000_000)
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         assert b" 413 " in raw(url, head + b"Content-Length: 90000000000\r\n\r\n")
         assert b" 408 " in raw(url, head + b"Content-Length: 5\r\n\r\n{")
         both = head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-        assert b" 200 " not in raw(url, both)
+        assert b" 400 " in raw(url, both)
         assert httpx.get(f"{url}/live").status_code == 200
 
 
@@ -113,7 +113,7 @@ import sys
 from test_server_fake import ByteCodec, FakeEngine
 from jmoe.server.run import bind, serve
 from jmoe.server.settings import ServerSettings
-bound = bind("127.0.0.1", 0)
+bound = bind("127.0.0.1", int(sys.argv[2]))
 print(bound.getsockname()[1], flush=True)
 engine = FakeEngine(ByteCodec(), max_model_len=4096, pace=0.02)
 sys.exit(serve(engine, ServerSettings(shutdown_timeout=float(sys.argv[1])), bound, model="fake"))
@@ -121,9 +121,9 @@ sys.exit(serve(engine, ServerSettings(shutdown_timeout=float(sys.argv[1])), boun
 
 
 @contextlib.contextmanager
-def process(shutdown_timeout: float):
+def process(shutdown_timeout: float, port: int = 0):
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    command = [sys.executable, "-c", PROGRAM, str(shutdown_timeout)]
+    command = [sys.executable, "-c", PROGRAM, str(shutdown_timeout), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as server:
         try:
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"
@@ -149,6 +149,7 @@ def test_sigterm_lets_streams_finish_and_refuses_new_work():
             assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
             refused = httpx.post(f"{url}/v1/completions", json=body)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.headers["connection"] == "close"
             assert httpx.get(f"{url}/live").status_code == 200
             rest = [line for line in lines if line]
         assert '"finish_reason":"length"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) == 50
@@ -169,3 +170,18 @@ def test_what_does_not_finish_is_ended(timeout, signals):
                 rest = [line for line in lines if line]
                 assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]"
         assert server.wait(5) == 0
+
+
+def test_kill_9_in_mid_stream_frees_the_port():
+    """The client sees that its answer is not whole, and the next server takes the port."""
+    port = 0
+    for _ in range(2):
+        with process(10, port) as (server, url):
+            with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+                lines = response.iter_lines()
+                next(lines)
+                server.kill()
+                with pytest.raises(httpx.TransportError):
+                    list(lines)
+            assert server.wait(5) == -signal.SIGKILL
+            port = int(url.rpartition(":")[2])

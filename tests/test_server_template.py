@@ -1,11 +1,14 @@
 """The chat template's sandbox: what every loop form renders, and that no template runs for ever."""
 
+import os
+import subprocess
+import sys
 import time
 
 import jinja2.sandbox
 import pytest
 
-from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.chat_template import ChatTemplate, load_chat_template, load_turn_ends
 
 MESSAGES = [{"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("user", "you?"))]
 LOOPS = {
@@ -61,3 +64,51 @@ def test_a_long_conversation_is_in_time():
     start = time.thread_time()
     assert len(ChatTemplate(source, {}).render(MESSAGES * 10_000)) > 300_000
     assert time.thread_time() - start < 2.5, "half the limit"
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"chat_template": 5}'),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 5}]}'),
+    ("tokenizer_config.json", "[" * 100_000),
+    ("chat_template.jinja", "{% for %}"),
+    ("generation_config.json", "[]"),
+    ("generation_config.json", '{"stop_strings": 5}'),
+    ("generation_config.json", '{"stop_strings": [""]}'),
+])  # fmt: skip
+def test_a_template_file_that_is_none_is_refused_by_name(tmp_path, name: str, text: str):
+    (tmp_path / name).write_text(text)
+    read = load_turn_ends if name.startswith("generation") else load_chat_template
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read(tmp_path)
+
+
+MEMORY = {
+    "a long list": "{{ [0] * 10 ** 10 }}",
+    "doubled over and over": "{% set ns = namespace(x='x') %}{% for i in range(99) %}"
+    "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "padded": "{{ 'x' | center(10 ** 11) }}",
+}
+IN_LITTLE_MEMORY = """
+import resource, sys
+from jmoe.server.chat_template import ChatTemplate
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for source in sys.argv[1:]:
+    try:
+        ChatTemplate(source, {}).render([])
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_where_memory_ends_a_template_is_refused_and_the_process_goes_on():
+    """A template comes from the model's folder, never with a request; its process may be given a limit."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY, *MEMORY.values()],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["the chat template cannot render these messages"] * len(MEMORY)

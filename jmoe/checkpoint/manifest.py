@@ -60,7 +60,7 @@ def read_manifest(directory: Path) -> Manifest:
             {name: tuple(map(int, shape)) for name, shape in raw.pop("parameters").items()},
             {_inside(name): (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()},
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -68,7 +68,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     """Raises ValueError naming the first file that is missing, added or not as it was written."""
     for name, (size, _) in manifest.files.items():
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # where Path.is_file raises for a name too long, this is False
             raise ValueError(f"{path}: is missing; {MANIFEST} lists it")
         if path.stat().st_size != size:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {size}")

@@ -145,11 +145,12 @@ def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
         return frozenset(cfg.eos_token_ids)
     try:
         ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    return frozenset(
-        [*cfg.eos_token_ids, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])]
-    )
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {str(ends)[:100]}")
+    return frozenset([*cfg.eos_token_ids, *ends])
 
 
 def build_engine(

@@ -127,30 +127,46 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
     config: dict[str, Any] = {}
     try:
         if config_path.is_file():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config = _json_object(config_path)
         source = _named(config.get("chat_template"))
         if jinja_path.is_file():
             source = jinja_path.read_text(encoding="utf-8")
+        return None if source is None else ChatTemplate(source, _special_tokens(config))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
-    return None if source is None else ChatTemplate(source, _special_tokens(config))
 
 
 def load_turn_ends(directory: Path) -> tuple[str, ...]:
     """Strings that end an assistant's turn: ``stop_strings`` of ``generation_config.json``."""
     path = directory / "generation_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = _json_object(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     ends = config.get("stop_strings") or []
-    return tuple([ends] if isinstance(ends, str) else ends)
+    ends = [ends] if isinstance(ends, str) else ends
+    if not isinstance(ends, list) or not all(isinstance(end, str) and end for end in ends):
+        raise ValueError(f"{path}: stop_strings must be a list of texts, got {str(ends)[:100]}")
+    return tuple(ends)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, it is {type(value).__name__}")
+    return value
 
 
 def _named(template: Any) -> str | None:
     """A template may be one text or a list of named ones, of which "default" is for plain chat."""
     if isinstance(template, list):
-        return next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"chat_template must be text, it is {type(template).__name__}")
     return template
 
 

@@ -58,7 +58,14 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 def draining() -> ApiError:
-    return unavailable("the server is shutting down", "draining")
+    """It closes the connection: a load balancer's next request should find another server."""
+    error = unavailable("the server is shutting down", "draining")
+    error.headers["Connection"] = "close"
+    return error
+
+
+def timed_out(seconds: float) -> ApiError:
+    return ApiError(504, f"the answer was not complete after {seconds:g} seconds", code="timeout")
 
 
 def engine_dead() -> ApiError:

@@ -4,17 +4,18 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 
 from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.errors import ApiError, draining, engine_dead, refused, unavailable
+from jmoe.server.errors import ApiError, draining, engine_dead, refused, timed_out, unavailable
 
 
 class Generation:
     """Answers in the making, numbered as the choices will be. Made on the event loop that reads them.
 
-    Whoever starts one closes it: ``close`` aborts what still runs.
+    Whoever starts one closes it: ``close`` aborts what still runs. timeout: seconds from now that all of them
+    may take, None = no limit.
     """
 
     def __init__(
@@ -24,9 +25,11 @@ class Generation:
         id: str,
         work: Iterable[tuple[list[int], SamplingParams]],
         on_close: Callable[["Generation"], None],
+        timeout: float | None = None,
     ):
         self.engine, self.executor, self.on_close = engine, executor, on_close
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.timeout = asyncio.get_running_loop(), timeout
+        self.deadline = None if timeout is None else self.loop.time() + timeout
         # A queue never holds more than max_tokens increments an answer.
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         arrived = time.monotonic()
@@ -51,10 +54,8 @@ class Generation:
         """
         future = self.executor.submit(self.engine.submit, self.requests)
         try:
-            await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(lambda _: self._abort())  # it may be queued after this point
-            raise
+            async with self._in_time():
+                await self._or_abort(future)
         except ValueError as error:
             raise refused(error, param) from None
         except QueueFull as error:
@@ -65,13 +66,30 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """(choice, increment) until every choice has finished; ApiError where one fails."""
         while self.unfinished:
-            index, output = await self.queue.get()
+            async with self._in_time():
+                index, output = await self.queue.get()
             if output.finish_reason in ("error", "abort"):
                 raise self._failure(output)
             if output.finish_reason is not None:
                 self.unfinished.discard(output.request_id)
                 self.reasons[output.request_id] = output.finish_reason
             yield index, output
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raises an ApiError where the deadline passes inside."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                yield
+        except TimeoutError:
+            raise timed_out(self.timeout or 0) from None
+
+    async def _or_abort(self, future: Future[None]) -> None:
+        try:
+            await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda _: self._abort())  # it may be queued after this point
+            raise
 
     def stop(self) -> None:
         """Makes ``outputs`` fail as in a shutdown."""

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jmoe.server.access import Observer
 from jmoe.server.app import make_app
 from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.protocol import HeadLimits, protocol
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.traffic import log_traffic
@@ -98,8 +97,8 @@ class Server(uvicorn.Server):
         settings = service.settings
         super().__init__(
             uvicorn.Config(
-                make_app(service),
-                http=_protocol(settings.header_timeout),
+                HeadLimits(make_app(service), settings.max_header_bytes),
+                http=protocol(settings),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -149,36 +148,3 @@ class Server(uvicorn.Server):
         service.draining = True
         service.stop_running()
         self.should_exit = True
-
-
-def _protocol(header_timeout: float) -> type[H11Protocol]:
-    """uvicorn's h11 protocol with a limit on the time that a request's head may take, which it lacks."""
-
-    class TimedHead(H11Protocol):
-        deadline: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch_head()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch_head()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._clear()
-            super().connection_lost(exc)
-
-        def _watch_head(self) -> None:
-            """Their side is idle until a head is complete."""
-            if self.conn.their_state is not h11.IDLE:
-                self._clear()
-            elif self.deadline is None:
-                self.deadline = self.loop.call_later(header_timeout, self.transport.close)
-
-        def _clear(self) -> None:
-            if self.deadline is not None:
-                self.deadline.cancel()
-                self.deadline = None
-
-    return TimedHead

@@ -90,7 +90,8 @@ class Service:
         """Started answers, ``len(params) / len(prompts)`` a prompt, prompt-major, all in ``grammar``."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
-        generation = Generation(self.engine, self.executor, id, work, self.running.discard)
+        timeout = self.settings.request_timeout
+        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout)
         if grammar is not None:
             for request in generation.requests:
                 request.constraint = grammar.constraint()

@@ -1,0 +1,19 @@
+// Vercel's AI SDK with its provider for compatible servers.  node ai_sdk.mjs BASE MODEL
+import assert from "node:assert/strict";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { generateText, streamText } from "ai";
+
+const [base, model] = process.argv.slice(2);
+const provider = createOpenAICompatible({ name: "jmoe", baseURL: `${base}/v1`, apiKey: "EMPTY", includeUsage: true });
+const asked = { model: provider(model), prompt: "Hi, two tickets please.", temperature: 0, maxOutputTokens: 16, maxRetries: 0 };
+
+const whole = await generateText(asked);
+assert.ok(whole.text.length > 0);
+const stream = streamText(asked);
+let text = "";
+for await (const part of stream.textStream) text += part;
+assert.equal(text, whole.text);
+assert.equal((await stream.usage).outputTokens, whole.usage.outputTokens);
+assert.ok(whole.usage.inputTokens > 0);
+await assert.rejects(generateText({ ...asked, model: provider("gpt-9") }), (error) => error.statusCode === 404);
+console.log(`generateText and streamText agree over ${whole.usage.outputTokens} tokens`);
