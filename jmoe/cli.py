@@ -162,8 +162,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     worker = EngineWorker(engine)
     worker.start()
     try:
-        observers = [tracer] if tracer else []
-        return serve(worker, server, socket, model_directory(model), model, observers)
+        return serve(worker, server, socket, model_directory(model), model, [tracer] if tracer else [])
     finally:
         if tracer:
             tracer.close()

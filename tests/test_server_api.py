@@ -181,7 +181,7 @@ def test_served_name_may_hold_slashes():
 def test_openapi_lists_every_route(client):
     document = client.get("/openapi.json").json()
     routes = {r.path.replace(":path", "") for r in client.app.app.app.routes}
-    assert set(document["paths"]) == routes
+    assert set(document["paths"]) == routes - {"/moe/events"}, "all but the one that never ends"
     assert "prompt" in document["components"]["schemas"]["CompletionRequest"]["required"]
 
 

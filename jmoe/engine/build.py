@@ -17,11 +17,11 @@ from jmoe_kernels.choice import choose
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.dispatch import REASONS, Dispatch, Reason, Share
-from jmoe.engine.engine import Engine, page_kind
+from jmoe.engine.engine import Engine
 from jmoe.engine.host_driven import HostDrivenRunner
 from jmoe.engine.offload import make_cache, pick_executor, read_profile
 from jmoe.engine.pages import PagePool
-from jmoe.engine.request import SamplingParams
+from jmoe.engine.request import Request, SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.scheduler import Limits, Scheduler
 from jmoe.engine.step_input import Sizes
@@ -217,6 +217,20 @@ def schedule(
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
     dispatch = Dispatch(runner.ranks, limits.slots, settings.dispatch, share)
     return Scheduler(pool, limits, sizes.prefill_size, kind, dispatch)
+
+
+def page_kind(request: Request, runner: Runner) -> str:
+    """What the pages of a request depend on beside its tokens.
+
+    Where anything lossy is on, its tokens were touched by it, as it is set at the moment; unless the request
+    opted out, whose pages are those of a lossless engine.
+    """
+    lossy = None
+    if runner.lossy and not request.params.exact:
+        moe = runner.moe
+        techniques = [dataclasses.asdict(t) for t in (moe.binning, moe.capacity) if t is not None]
+        lossy = [techniques, runner.capacity_factor]
+    return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 
 
 def runner_for(moe: MoEConfig, platform: str) -> type[Runner]:

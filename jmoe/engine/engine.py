@@ -6,15 +6,15 @@ answer, a grammar). A request that turns out to have ended leaves a row in the s
 Synchronous; ``worker`` gives it a thread of its own.
 """
 
-import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from jmoe.engine.placing import constrain, fill, place
 from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
@@ -23,12 +23,12 @@ from jmoe.engine.request import (
     Request,
     SamplingParams,
     StepReport,
-    TokenLogprob,
 )
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import ENDS
 from jmoe.engine.scheduler import Scheduler, Step
-from jmoe.engine.started import Placed, Started, constrain, fill, place
+from jmoe.engine.scores import PromptScores, token_logprob
+from jmoe.engine.started import Started
 from jmoe.engine.text import Detokenizer, TextCodec
 from jmoe.moe.placement import Placement
 
@@ -58,7 +58,7 @@ class Engine:
         self.max_model_len, self.vocab_size = scheduler.limits.longest, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._texts: dict[str, Detokenizer] = {}
-        self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._scores = PromptScores(runner)
         self._started: Started | None = None  # and not delivered
         self._closed = False
 
@@ -115,8 +115,7 @@ class Engine:
         for request in requests:
             if self.codec is not None:
                 self._texts[request.id] = Detokenizer(self.codec, request.params.stop)
-            if request.params.prompt_logprobs is not None:
-                self._prompt_scores[request.id] = [None]
+            self._scores.want(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; unknown ids are finished ones and change nothing."""
@@ -171,27 +170,12 @@ class Engine:
                 self._fail(request, failure)
         planned = time.monotonic() - began
         sampled, hidden, changes = runner.run(given)
-        column = hidden.shape[1] - given.own.tokens_BT.shape[1]
-        scores = self._score(placed, hidden, column)
-        return Started(placed, sampled, changes if runner.lossy else None, scores, column, began, planned)
+        scores = self._scores.start(placed, given, hidden)
+        return Started(placed, sampled, changes if runner.lossy else None, scores, began, planned)
 
     def _ends(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.end_ids
         return sorted({*ends, *params.stop_token_ids})
-
-    def _score(self, placed: list[Placed], hidden_RND: jax.Array, column: int) -> tuple | None:
-        """Log-probabilities of the prompt tokens that a step's positions predict; None where nobody asks.
-
-        column: the first one of prompts in the grid of states.
-        """
-        asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._prompt_scores]
-        if not asked:
-            return None
-        targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
-        for run, _, rank, _, _ in asked:
-            following = run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]
-            targets_RN[rank, column : column + len(following)] = following
-        return self.runner.score(hidden_RND, targets_RN)
 
     # ---- results out -------------------------------------------------------------------------------
 
@@ -201,7 +185,7 @@ class Engine:
         assert started is not None
         ids, *scores, finite = started.fetch()
         now = time.monotonic()
-        self._keep_scores(started)
+        self._scores.keep(started.placed, started.scores)
         self._count_assignments(started)
         for run, row, *_ in started.placed:
             request = run.request
@@ -217,24 +201,6 @@ class Engine:
         report = started.report(now, time.monotonic())
         for listener in self.listeners:
             listener.stepped(report)
-
-    def _keep_scores(self, started: Started) -> None:
-        """Of prompt tokens, until the first output takes them along."""
-        if started.scores is None:
-            return
-        scores = jax.device_get(started.scores)
-        for run, _, rank, _, _ in started.placed:
-            kept = self._prompt_scores.get(run.request.id)
-            if kept is None or run.decodes:
-                continue
-            if run.start == 0:  # it may have begun before, and lost its pages
-                del kept[1:]
-            prompt, asked = run.request.prompt_token_ids, run.request.params.prompt_logprobs or 0
-            following = prompt[run.start + 1 : run.start + run.count + 1]
-            kept.extend(
-                _token_logprob(token, tuple(s[rank, started.first_column + i] for s in scores), asked)
-                for i, token in enumerate(following)
-            )
 
     def _count_assignments(self, started: Started) -> None:
         """What the step did to each request's assignments, where it may have done something to them."""
@@ -275,7 +241,7 @@ class Engine:
             text += detokenizer.flush()
         logprobs = ()
         if params.logprobs is not None:
-            logprobs = (_token_logprob(token, scores, params.logprobs),)
+            logprobs = (token_logprob(token, scores, params.logprobs),)
         if request.constraint is not None and finish is None:
             try:
                 request.constraint.accept(token)
@@ -291,9 +257,7 @@ class Engine:
             self._end(request, output)
 
     def _output(self, request: Request, token_ids: tuple[int, ...], **fields: Any) -> Output:
-        prompt = self._prompt_scores.pop(request.id, None)
-        scores = None if prompt is None else tuple(prompt)
-        return Output(request.id, token_ids, prompt_logprobs=scores, **fields)
+        return Output(request.id, token_ids, prompt_logprobs=self._scores.take(request), **fields)
 
     def _fail(self, request: Request, cause: str) -> None:
         self._end(request, Output(request.id, finish_reason="error", error=cause))
@@ -304,10 +268,11 @@ class Engine:
 
     def _ended(self, request: Request, output: Output) -> None:
         self._texts.pop(request.id, None)
-        self._prompt_scores.pop(request.id, None)
+        self._scores.take(request)
         reason: FinishReason = output.finish_reason or "error"
-        if self.runner.lossy:
-            output = replace(output, moe=request.moe)
+        output = replace(
+            output, moe=request.moe if self.runner.lossy else None, cached_tokens=request.cached_tokens
+        )
         for listener in self.listeners:
             listener.finished(request, reason)
         request.emit(output)
@@ -342,30 +307,19 @@ class Engine:
             "experts": cfg.num_experts,
             "top_k": cfg.num_experts_per_tok,
         }
-        return {"model": shape, "mesh": dict(self.runner.mesh.shape), **phases}
+        ranks = {} if self.placement is None else {"placement": self._rank_of_expert().tolist()}
+        return {"model": shape, "mesh": dict(self.runner.mesh.shape), **ranks, **phases}
+
+    def _rank_of_expert(self) -> np.ndarray:
+        """int ``[L, E]``: where each expert, as the checkpoint numbers it, is computed."""
+        assert self.placement is not None
+        experts_LP, ranks = self.placement.experts_LP, self.placement.ranks
+        places = np.broadcast_to(
+            np.arange(experts_LP.shape[1]) * ranks // experts_LP.shape[1], experts_LP.shape
+        )
+        rank_LE = np.zeros((len(experts_LP), self.runner.cfg.num_experts), np.int64)
+        np.put_along_axis(rank_LE, experts_LP.astype(np.int64), places, axis=1)
+        return rank_LE
 
     def _by_expert(self, counts_LP: np.ndarray) -> np.ndarray:
         return counts_LP if self.placement is None else self.placement.by_expert(counts_LP)
-
-
-def page_kind(request: Request, runner: Runner) -> str:
-    """What the pages of a request depend on beside its tokens.
-
-    Where anything lossy is on, its tokens were touched by it, as it is set at the moment; unless the request
-    opted out, whose pages are those of a lossless engine.
-    """
-    lossy = None
-    if runner.lossy and not request.params.exact:
-        moe = runner.moe
-        techniques = [asdict(t) for t in (moe.binning, moe.capacity) if t is not None]
-        lossy = [techniques, runner.capacity_factor]
-    return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
-
-
-def _token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:
-    """The token's log-probability and the ``alternatives`` likeliest tokens, itself always among them."""
-    logprob, top_ids, top = scores
-    pairs = [(int(i), float(p)) for i, p in zip(top_ids[:alternatives], top[:alternatives], strict=True)]
-    if token not in (i for i, _ in pairs):
-        pairs.append((token, float(logprob)))
-    return TokenLogprob(token, next(p for i, p in pairs if i == token), tuple(pairs))

@@ -82,6 +82,7 @@ class Generation:
             async with asyncio.timeout_at(self.deadline):
                 yield
         except TimeoutError:
+            self.reasons |= dict.fromkeys(self.unfinished, "timeout")
             raise timed_out(self.timeout or 0) from None
 
     async def _or_abort(self, future: Future[None]) -> None:

@@ -1,0 +1,80 @@
+"""Log-probabilities of drawn tokens, and of a prompt's, which come with its runs and leave with its answer."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jmoe.engine.placing import Placed
+from jmoe.engine.request import Request, TokenLogprob
+from jmoe.engine.runner import Runner
+from jmoe.engine.step_input import StepInput
+
+
+class StartedScores(NamedTuple):
+    """Scores on their way. column: of the first prompt token in the grid. all: see ``sampling.score``."""
+
+    column: int
+    all: tuple[Array, Array, Array]
+
+
+class PromptScores:
+    """The scores of the prompts whose answers have not begun."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self._kept: dict[str, list[TokenLogprob | None]] = {}
+
+    def want(self, request: Request) -> None:
+        if request.params.prompt_logprobs is not None:
+            self._kept[request.id] = [None]  # nothing predicts the first token
+
+    def start(self, placed: list[Placed], given: StepInput, hidden_RND: Array) -> StartedScores | None:
+        """Of the prompt tokens that a step's positions predict; None where nobody asks."""
+        asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._kept]
+        if not asked:
+            return None
+        column = hidden_RND.shape[1] - given.own.tokens_BT.shape[1]
+        targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
+        for each in asked:
+            following = _following(each)
+            targets_RN[each.rank, column : column + len(following)] = following
+        return StartedScores(column, self.runner.score(hidden_RND, targets_RN))
+
+    def keep(self, placed: list[Placed], started: StartedScores | None) -> None:
+        if started is None:
+            return
+        scores = jax.device_get(started.all)
+        for each in placed:
+            request = each.run.request
+            kept = self._kept.get(request.id)
+            if kept is None or each.run.decodes:
+                continue
+            if each.run.start == 0:  # it may have begun before, and lost its pages
+                del kept[1:]
+            asked = request.params.prompt_logprobs or 0
+            kept.extend(
+                token_logprob(token, tuple(s[each.rank, started.column + i] for s in scores), asked)
+                for i, token in enumerate(_following(each))
+            )
+
+    def take(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
+        """One entry a prompt token, told once; None where none are kept."""
+        kept = self._kept.pop(request.id, None)
+        return None if kept is None else tuple(kept)
+
+
+def _following(placed: Placed) -> list[int]:
+    """The prompt's tokens behind each of a run's."""
+    run = placed.run
+    return run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]
+
+
+def token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:
+    """The token's log-probability and the ``alternatives`` likeliest tokens, itself always among them."""
+    logprob, top_ids, top = scores
+    pairs = [(int(i), float(p)) for i, p in zip(top_ids[:alternatives], top[:alternatives], strict=True)]
+    if token not in (i for i, _ in pairs):
+        pairs.append((token, float(logprob)))
+    return TokenLogprob(token, next(p for i, p in pairs if i == token), tuple(pairs))
