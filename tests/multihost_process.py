@@ -21,7 +21,8 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 def generated(engine: Engine) -> dict[str, Any]:
-    """Tokens of prompts of one run and of several; the log-probabilities of one prompt; expert counts."""
+    """Tokens of prompts of one run and of several; the log-probabilities of one prompt; expert counts of all
+    steps (which kind of step a decoded token is in depends on the number of ranks)."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 96, length).tolist() for length in (1, 7, 50, 33, 20)]
     outputs: list[Output] = []
@@ -31,10 +32,12 @@ def generated(engine: Engine) -> dict[str, Any]:
     ]
     engine.run(requests)
     scores = next(o.prompt_logprobs for o in outputs if o.prompt_logprobs)
+    stats = engine.moe_stats()
+    counts = np.sum([stats[phase]["counts"] for phase in ("prefill", "decode")], axis=0)
     return {
         "tokens": [r.token_ids for r in requests],
         "logprobs": [s.logprob for s in scores if s],
-        "counts": [engine.moe_stats()[phase]["counts"] for phase in ("prefill", "decode")],
+        "counts": counts.tolist(),
     }
 
 
