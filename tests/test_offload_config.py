@@ -76,7 +76,8 @@ def test_the_minimum_that_is_named_is_the_minimum(model: Path, copies: int):
 
 
 def test_slots_a_layer_are_at_most_the_experts(model: Path):
-    with pytest.raises(ValueError, match=f"at most the model's {EXPERTS} experts, got {EXPERTS + 1}"):
+    limit = f"at most the {EXPERTS} experts of a layer on a device, got {EXPERTS + 1}"
+    with pytest.raises(ValueError, match=limit):
         offloaded(model, slots_per_layer=EXPERTS + 1)
     everything = LAYERS * EXPERTS
     assert OffloadConfig(slots_per_layer=EXPERTS).slots(**SIZES) == everything
