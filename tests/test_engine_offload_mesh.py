@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +34,10 @@ from jmoe.grouping.profile import Profile
 from jmoe.mesh import make_mesh
 from jmoe.moe.placement import Placement
 from jmoe.moe.tables import Tables
+from jmoe.offload.expert_map import ExpertMaps
 from jmoe.offload.history import Renumbered
 from jmoe.offload.predictors import NAMES, make_predictor
+from jmoe.offload.request_counts import RequestCounts
 from jmoe.techniques import OffloadConfig, ShuffleConfig
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}  # of a device: the experts of one token in one layer
@@ -76,7 +79,12 @@ def placed(model: Path):
 
 
 def meshed(
-    model: Path, shape: tuple[int, int, int], moe: MoEConfig = MoEConfig(), *, warm_up=False, **offload
+    model: Path,
+    shape: tuple[int, int, int],
+    moe: MoEConfig = MoEConfig(),
+    *,
+    warm_up: bool = False,
+    **offload: Any,
 ) -> Engine:
     axes = ("data_parallel_size", "expert_parallel_size", "tensor_parallel_size")
     moe = replace(moe, offload=OffloadConfig(**offload))
@@ -87,7 +95,7 @@ def meshed(
 @pytest.mark.parametrize(
     ("shape", "transport", "offload"),
     [
-        ((1, 2, 1), "replicated", LEAST),
+        pytest.param((1, 2, 1), "replicated", LEAST, marks=pytest.mark.matrix),
         ((1, 5, 1), "ragged_all_to_all", {"slots_per_layer": 1}),
         pytest.param((1, 5, 1), "replicated", {"slots_per_layer": 1}, marks=pytest.mark.matrix),
         pytest.param((1, 2, 1), "all_to_all", {"slots_per_layer": 2}, marks=pytest.mark.matrix),
@@ -162,6 +170,7 @@ def test_copies_beside_compute_bring_the_same_on_every_rank(model: Path, residen
     assert others == [2 * 2 * EXPERT_BYTES * decode["steps"]] * (LAYERS - 1)
 
 
+@pytest.mark.matrix
 def test_shuffled_rows_come_to_the_predictor_in_their_own_order(model: Path, placed, resident):
     """What it has learned of every request is what it learns on one device that shuffles nothing."""
     seen = []
@@ -179,7 +188,9 @@ def test_shuffled_rows_come_to_the_predictor_in_their_own_order(model: Path, pla
         with closing(engine):
             assert serve(engine, prompts(6)) == resident
             assert engine.runner.cache is not None
-            seen.append(np.asarray(engine.runner.cache.predictor.counts_ZLE))
+            predictor = engine.runner.cache.predictor
+            assert isinstance(predictor, RequestCounts)
+            seen.append(np.asarray(predictor.counts_ZLE))
     assert seen[0].sum() > 0
     np.testing.assert_array_equal(*seen)
 
@@ -207,7 +218,7 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
         was_TE = profile.chosen(layer, tokens_T)
         np.testing.assert_array_equal(moved.chosen(layer, tokens_T), was_TE[:, row_E])
         np.testing.assert_array_equal(moved.loads_LE[layer], was_TE.sum(0)[row_E])
-    sizes = {"distance": 2, "k": K, "layers": LAYERS, "experts": EXPERTS, "seats": 4}
+    sizes: dict[str, Any] = {"distance": 2, "k": K, "layers": LAYERS, "experts": EXPERTS, "seats": 4}
     embeddings_VD = np.random.default_rng(6).normal(size=(VOCAB, 8)).astype(np.float32)
     for name, table in (("counts", "stored_QLE"), ("token_table", "table_RLE")):
         was, now = (
@@ -215,10 +226,11 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
             for each in (profile, moved)
         )
         np.testing.assert_array_equal(now, np.take_along_axis(was, rows_LE[None], 2))
-    maps = [
-        make_predictor("expert_map", **sizes, profile=each, embeddings_VD=embeddings_VD).store.maps_CLE
-        for each in (profile, moved)
-    ]
+    maps = []
+    for each in (profile, moved):
+        predictor = make_predictor("expert_map", **sizes, profile=each, embeddings_VD=embeddings_VD)
+        assert isinstance(predictor, ExpertMaps)
+        maps.append(predictor.store.maps_CLE)
     np.testing.assert_array_equal(maps[1], np.take_along_axis(np.asarray(maps[0]), rows_LE[None], 2))
 
 

@@ -105,9 +105,12 @@ class MoELayer(nnx.Module):
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
         then there are no changes to tell. source: of the experts where they are offloaded.
         """
-        assert (self.experts is None) == (source is not None), "experts that are not here come from a source"
+        if self.experts is not None:
+            held, specs = self.experts.weights, self.experts.specs
+        else:
+            assert source is not None, "experts that are not here come from a source"
+            held, specs = source, source.specs
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
-        held, specs = (self.experts.weights, self.experts.specs) if self.experts else (source, source.specs)
         run = partial(self._shard, phase=phase, decide=self._decider(phase, knobs))
         given = x_TD, tokens, knobs, self.router.weights, held
         if is_single(self.mesh):

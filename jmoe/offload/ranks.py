@@ -23,7 +23,7 @@ from jmoe.offload.table import Moves, Table
 from jmoe.offload.types import Forecast
 
 EACH, SAME = PartitionSpec(TOKENS), PartitionSpec()
-TABLE = Table(EACH, Usage(EACH, EACH, SAME, EACH), EACH)  # the clock is everyone's
+TABLE = Table(EACH, Usage(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
 MOVES = Moves(EACH, EACH, SAME, EACH)
 
 
