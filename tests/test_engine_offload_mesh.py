@@ -25,7 +25,7 @@ from offloaded import (
     write_profile,
 )
 
-from jmoe.checkpoint import load_model
+from jmoe.checkpoint import convert, load_model
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config import MoEConfig
 from jmoe.engine.build import build_engine
@@ -168,6 +168,14 @@ def test_copies_beside_compute_bring_the_same_on_every_rank(model: Path, residen
         check_pool(engine)
     _, *others = (layer["prefetch_bytes"] for layer in decode["per_layer"])
     assert others == [2 * 2 * EXPERT_BYTES * decode["steps"]] * (LAYERS - 1)
+
+
+@pytest.mark.matrix
+def test_a_converted_checkpoint_lies_on_the_mesh_alike(model: Path, resident, tmp_path: Path):
+    convert(model, tmp_path / "converted", "float32")
+    with closing(meshed(tmp_path / "converted", (1, 2, 1), slots_per_layer=2)) as engine:
+        assert serve(engine, prompts(6)) == resident
+        check_pool(engine)
 
 
 @pytest.mark.matrix

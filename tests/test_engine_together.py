@@ -31,7 +31,7 @@ OFFLOAD = OffloadConfig(slots_per_layer=2)
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 COUNT = 6  # requests, more than run at once on the meshes with one batch
 EXACT = (1, 4)  # those that opt out of what is lossy
-TP, DP, ALONE = ("tp", (1, 2, 1)), ("dp", (1, 5, 1)), ("dp", (1, 1, 1))
+TP, DP, ALONE = ("tp", (1, 2, 1)), ("dp", (1, 2, 1)), ("dp", (1, 1, 1))
 Where = tuple[str, tuple[int, int, int]]
 
 
