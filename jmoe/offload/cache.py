@@ -140,7 +140,7 @@ class Visit:
         if phase == "prefill":
             y_TD, traffic = send(*given, self._here(apply, overflows=True))
             counts = CacheCounts(hits, misses, none, misses, none, none)
-            return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1)
+            return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1, row_N=None)
 
         scores_L = ranks.of_group(rows.highest(plain.scores_TE, valid_T), e)
         visit = self._observe(plain, valid_T)
