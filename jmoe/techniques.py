@@ -160,6 +160,9 @@ class OffloadConfig:
     start warm from; store_size: iterations that predictor "expert_map" keeps. executor: "graph" decides and
     copies inside the jitted step, "host" between the jitted parts of each layer; None picks and ``jmoe
     doctor`` says which and why.
+
+    On a mesh memory, slots_per_layer and prefetch_per_layer are those of each device, for the experts and
+    the parts of experts that it holds.
     """
 
     memory: int | str | None = None
@@ -190,10 +193,12 @@ class OffloadConfig:
             raise ValueError("moe.offload.predictor = 'token_table' needs moe.offload.store, a profile")
 
     def check_mesh(self, mesh: Mapping[str, int]) -> None:
-        """Raises ValueError for a mesh of more than one device."""
-        if math.prod(mesh.values()) > 1:
+        """Raises ValueError for an executor that does not run on several devices."""
+        if self.executor == "host" and math.prod(mesh.values()) > 1:
             sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-            raise ValueError(f"moe.offload runs on one device, got a mesh of {sizes}")
+            raise ValueError(
+                "moe.offload.executor = 'host' drives one device, 'graph' any number: got a mesh of " + sizes
+            )
 
     @property
     def aside(self) -> int:
@@ -202,13 +207,16 @@ class OffloadConfig:
         return max(2, self.prefetch_per_layer) + 1
 
     def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
-        """Slots of the pool; ValueError where not even one token's experts fit, or more than there are."""
+        """Slots of a device's pool; ValueError where not even one token's experts fit or there are fewer.
+
+        experts: of a layer on this device; k: those of them that one token may use.
+        """
         aside = self.aside
         if self.slots_per_layer is not None:
             if self.slots_per_layer > experts:
                 raise ValueError(
-                    f"moe.offload.slots_per_layer must be at most the model's {experts} experts, "
-                    f"got {self.slots_per_layer}"
+                    f"moe.offload.slots_per_layer must be at most the {experts} experts of a layer on a "
+                    f"device, got {self.slots_per_layer}"
                 )
             slots, name = self.slots_per_layer * layers, f"slots_per_layer {self.slots_per_layer}"
         else:

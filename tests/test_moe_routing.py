@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from routers import EXPERTS, GROUPED, VARIANTS, Variant, choose, compiled
 
+from jmoe.moe.routing import plan_dispatch, regrouped
 from jmoe.moe.types import Routing
 
 ROWS = 24
@@ -145,3 +146,20 @@ def test_renumbered_experts_are_chosen_as_before(name: str):
     if name in GROUPED:
         forgotten = routed(variant, normal()[:, row_P], there)
         assert (row_P[forgotten.ids_TK] != plain.ids_TK).any(), "or the groups are too weak to tell"
+
+
+def test_a_plan_with_its_groups_elsewhere_is_the_plan_of_the_places():
+    """And rows of groups that have no place lie behind all others, each once."""
+    rng, experts, places = np.random.default_rng(4), 6, 5
+    for _ in range(20):
+        ids_TK = rng.integers(0, experts, (7, 2)).astype(np.int32)
+        valid_T = rng.random(7) < 0.8
+        place_L = np.full(experts, places, np.int32)
+        some = rng.permutation(experts)[: rng.integers(0, places + 1)]
+        place_L[some] = rng.permutation(places)[: len(some)]
+        got = regrouped(plan_dispatch(ids_TK, valid_T, 0, experts), jnp.asarray(place_L), places)
+        want = plan_dispatch(place_L[ids_TK], valid_T, 0, places)
+        np.testing.assert_array_equal(got.group_sizes_L, want.group_sizes_L)
+        rows = int(want.group_sizes_L.sum())
+        np.testing.assert_array_equal(got.order_N[:rows], want.order_N[:rows])
+        assert sorted(got.order_N.tolist()) == list(range(ids_TK.size))

@@ -20,6 +20,7 @@ from jmoe.mesh import make_mesh
 from jmoe.moe.experts import ApplyBy, HostExperts
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.placement import Placement
+from jmoe.moe.transport import local
 from jmoe.moe.types import Phase, TokenFlags
 from jmoe.nn.param import ParamMaker
 from jmoe.offload.cache import ExpertCache, Visit
@@ -171,7 +172,7 @@ def visit_program(apply: ApplyBy, k: int):
         phases: tuple[Phase, ...] = ("decode", "prefill")
         visits = [first_visit(store, cache, x_TD, phase) for phase in phases]
         return [
-            v.run(x_TD, routing, routing, VALID, p, apply)[:2] for v, p in zip(visits, phases, strict=True)
+            v.run(x_TD, routing, routing, VALID, p, apply, local) for v, p in zip(visits, phases, strict=True)
         ]
 
     return run
@@ -182,7 +183,7 @@ def test_offloaded_experts_give_the_dense_output(name: str):
     layer, variant = layer_of(name), VARIANTS[name]
     x_TD, store = given(layer), stored(layer)
     routing = router(variant)(logits(layer).astype(np.float32), variant.correction(), None)
-    for y_TD, counts in visit_program(layer.apply, variant.k)(store, cache_over(store), x_TD, routing):
+    for y_TD, _, counts, _ in visit_program(layer.apply, variant.k)(store, cache_over(store), x_TD, routing):
         np.testing.assert_allclose(y_TD, dense(name), atol=2e-4)
         assert counts.misses > 0 and counts.hits > 0
 

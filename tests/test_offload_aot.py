@@ -71,3 +71,25 @@ def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
             assert sorted(events[: len(alone)]) == sorted(alone)
             assert all(event.startswith("grouped_mlp") for event in events[len(alone) :])
     assert "entry" not in prefill["host_copies"]
+
+
+@pytest.mark.matrix
+def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_beside_them():
+    """Host memory, pool and prefetches are a rank's; what moves between ranks for it is a few kilobytes."""
+    where = (*WHERE[:4], "--mesh", "1x4x1", *WHERE[6:])
+    offload = {"slots_per_layer": SLOTS // 4, "predictor": "next_gate", "prefetch_per_layer": COPIES}
+    (status, plain), (ours_status, ours) = (
+        check(*where, "--moe-config", json.dumps({"offload": each} if each else {})) for each in ({}, offload)
+    )
+    assert status == ours_status == 0, ours
+    held = LAYERS * CFG["num_experts"] // 4 * EXPERT
+    pool = (LAYERS * SLOTS // 4 + 1) * EXPERT
+    for before, after in zip(plain, ours, strict=True):
+        assert before["bytes"]["host"] == 0 and after["bytes"]["host"] == held
+        assert after["bytes"]["resident"] - (before["bytes"]["resident"] - held) < pool + (1 << 20)
+    entry = ours[0]["host_copies"]["entry"]
+    kernels = [i for i, event in enumerate(entry) if event == "grouped_mlp_decode"]
+    done = {e: entry.index(e.replace("start", "done")) for e in entry if e.startswith("start")}
+    for kernel in kernels:
+        assert sum(entry.index(e) < kernel < at for e, at in done.items()) == STACKS * COPIES, entry
+    assert ours[0]["sent_mb"] - plain[0]["sent_mb"] < 1

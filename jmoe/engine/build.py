@@ -198,8 +198,8 @@ def build_engine(
             share = prompt_share(placement.tables, groups=mesh.shape[DATA])
     cache = None
     if settings.moe.offload is not None:
-        cache = make_cache(decoder, mesh, sizes.decode[-1], profile)
-    make_runner = make_runner or runner_for(settings.moe, platform_of(mesh))
+        cache = make_cache(decoder, mesh, sizes.decode[-1], profile, placement)
+    make_runner = make_runner or runner_for(settings.moe, mesh)
     runner = make_runner(decoder, mesh, sizes, tables, cache)
     if warm_up:
         runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
@@ -233,9 +233,9 @@ def page_kind(request: Request, runner: Runner) -> str:
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 
 
-def runner_for(moe: MoEConfig, platform: str) -> type[Runner]:
+def runner_for(moe: MoEConfig, mesh: Mesh) -> type[Runner]:
     """What runs the steps of one process."""
-    driven = moe.offload is not None and pick_executor(moe.offload, platform)[0] == "host"
+    driven = moe.offload is not None and pick_executor(moe.offload, mesh)[0] == "host"
     return HostDrivenRunner if driven else Runner
 
 

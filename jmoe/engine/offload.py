@@ -2,23 +2,27 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.stats import expert_bytes
 from jmoe.grouping.profile import Profile
-from jmoe.mesh import platform_of, sharding
+from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder
+from jmoe.moe.experts import weight_specs
+from jmoe.moe.placement import Placement
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
+from jmoe.offload.history import History, Renumbered
 from jmoe.offload.predictors import make_predictor
+from jmoe.offload.ranks import MOVES, SAME, TABLE, Ranks
 from jmoe.offload.table import Moves, Rule, Table, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.techniques import OffloadConfig
@@ -29,27 +33,31 @@ def read_profile(offload: OffloadConfig | None) -> Profile | None:
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
-def make_cache(model: Decoder, mesh: Mesh, seats: int, profile: Profile | None) -> ExpertCache:
-    """A full pool: the experts that the profile saw most often, else the first ones of every layer.
+def make_cache(
+    model: Decoder, mesh: Mesh, seats: int, profile: Profile | None, placement: Placement | None = None
+) -> ExpertCache:
+    """Full pools: of each rank's experts those that the profile saw most often, else the first ones of every
+    layer.
 
-    seats: the most requests that run at once. ValueError for the profile of another model.
+    seats: the most requests that run at once on a rank. placement: what the experts were renumbered by.
+    ValueError for the profile of another model.
     """
     cfg, offload = model.cfg, model.moe.offload
     assert offload is not None
-    if profile is not None and profile.model != (own := model_identity(model)):
-        raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
-    shape = len(cfg.moe_layers), cfg.num_experts
-    often_LE = np.broadcast_to(-np.arange(cfg.num_experts), shape) if profile is None else profile.loads_LE
+    history = _by_our_numbers(profile, model, placement)
+    shape, held = (len(cfg.moe_layers), cfg.num_experts), _held(cfg, mesh)
+    often_LE = (
+        np.broadcast_to(-np.arange(cfg.num_experts) % held, shape) if history is None else history.loads_LE
+    )
     embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
     with jax.set_mesh(mesh):
-        predictor = _predictor(cfg, offload, seats, embeddings_VD, profile)
-    slots = count_slots(cfg, offload)
-    table, moves = fill(new_table(slots, *shape, np), often_LE.astype(np.float32))
-    start = jax.jit(partial(_fill_pool, empty_pool(cfg, slots, platform_of(mesh))))
-    table, predictor, pool = jax.device_put(
-        (table, predictor, start(model.store.weights, moves)), sharding(mesh)
-    )
-    return _cache(cfg, model.moe, mesh, table, predictor, pool)
+        predictor = _predictor(cfg, model.moe, mesh, seats, embeddings_VD, history)
+    slots, ranks, store = count_slots(cfg, offload, mesh), _ranks(mesh), model.store.weights
+    table, moves = _full(slots, often_LE.astype(np.float32), mesh)
+    pool = _empty(cfg, slots, mesh)
+    start = ranks.over(partial(_fill_pool, pool), (weight_specs(store, None, EXPERT), MOVES), _split(pool))
+    cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, moves))
+    return jax.device_put(cache, _shardings(cache, mesh))
 
 
 def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> ExpertCache | None:
@@ -57,24 +65,26 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
     offload = moe.offload
     if offload is None:
         return None
-    slots, shape = count_slots(cfg, offload), (len(cfg.moe_layers), cfg.num_experts)
+    slots = count_slots(cfg, offload, mesh)
 
     def made() -> ExpertCache:
         any_VD = np.zeros((1, cfg.hidden_size), np.float32)
-        predictor = _predictor(cfg, offload, seats, any_VD, None)
-        table: Table = jax.tree.map(jnp.asarray, new_table(slots, *shape, np))
-        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty_pool(cfg, slots, platform_of(mesh)))
-        return _cache(cfg, moe, mesh, table, predictor, pool)
+        predictor = _predictor(cfg, moe, mesh, seats, any_VD, None)
+        table, _ = _full(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
+        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), _empty(cfg, slots, mesh, whole=True))
+        return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), jax.eval_shape(made)
-    )
+    cache = jax.eval_shape(made)
+    placed = jax.tree.broadcast(_shardings(cache, mesh), cache)
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), cache, placed)
 
 
-def count_slots(cfg: ModelConfig, offload: OffloadConfig) -> int:
+def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
+    """Of each device's pool."""
+    held = _held(cfg, mesh)
     return offload.slots(
-        layers=len(cfg.moe_layers), experts=cfg.num_experts, k=cfg.num_experts_per_tok,
-        expert_bytes=expert_bytes(cfg),
+        layers=len(cfg.moe_layers), experts=held, k=min(cfg.num_experts_per_tok, held),
+        expert_bytes=expert_bytes(cfg, mesh.shape[TENSOR]),
     )  # fmt: skip
 
 
@@ -83,35 +93,82 @@ def copies_run_beside(mesh: Mesh) -> bool:
     return platform_of(mesh) == "tpu"
 
 
-def pick_executor(offload: OffloadConfig, platform: str) -> tuple[Literal["graph", "host"], str]:
+def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Literal["graph", "host"], str]:
     """What runs the steps, and why."""
     if offload.executor is not None:
         return offload.executor, "named in the moe config"
-    if platform == "gpu":
+    if not is_single(mesh):
+        return "graph", "each rank of a mesh decides and copies inside the step; the host drives one device"
+    if platform_of(mesh) == "gpu":
         return (
             "host",
             "a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
         )
-    if platform == "tpu":
+    if platform_of(mesh) == "tpu":
         return "graph", "the compiler makes a prefetch an asynchronous copy beside the experts"
     return "graph", "one compiled step; driving each layer from the host takes longer on a CPU"
 
 
-def empty_pool(cfg: ModelConfig, slots: int, platform: str) -> ExpertWeights:
-    """Its shapes."""
-    dtype = storage_dtype(jnp.dtype(cfg.dtype), platform)
-    f, d = cfg.moe_intermediate_size, cfg.hidden_size
+def _by_our_numbers(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:
+    """The profile as this model numbers its experts; ValueError where it is of another model."""
+    if profile is None:
+        return None
+    if profile.model != (own := model_identity(model, placement)):
+        offload = model.moe.offload
+        assert offload is not None
+        raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
+    return profile if placement is None else Renumbered(profile, placement.experts_LP)
+
+
+def _held(cfg: ModelConfig, mesh: Mesh) -> int:
+    """Experts of a layer on each rank."""
+    return cfg.num_experts // mesh.shape[EXPERT]
+
+
+def _ranks(mesh: Mesh) -> Ranks:
+    return Ranks(None if is_single(mesh) else mesh)
+
+
+def _shardings(cache: ExpertCache, mesh: Mesh) -> Any:
+    return jax.tree.map(partial(NamedSharding, mesh), cache.specs)
+
+
+def _split(pool: ExpertWeights) -> ExpertWeights:
+    return weight_specs(pool, TOKENS)
+
+
+def _full(slots: int, often_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Moves]:
+    """The tables of all ranks, each with those of its experts that are used most often, and what to copy."""
+    layers, ranks = len(often_LE), mesh.shape[EXPERT]
+    own = np.split(often_LE, ranks, axis=1)
+    tables = [fill(new_table(slots, layers, each.shape[1], np), each) for each in own] * mesh.shape[DATA]
+
+    def joined(spec: PartitionSpec, *parts: np.ndarray) -> np.ndarray:
+        return parts[0] if spec == SAME else np.concatenate([np.atleast_1d(part) for part in parts])
+
+    return jax.tree.map(joined, jax.tree.broadcast((TABLE, MOVES), tables[0]), *tables)
+
+
+def _empty(cfg: ModelConfig, slots: int, mesh: Mesh, *, whole: bool = False) -> ExpertWeights:
+    """Shapes of a rank's pool; of all ranks' together where ``whole``."""
+    dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
+    parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if whole else (mesh.shape[TENSOR], 1)
+    f, d = cfg.moe_intermediate_size // parts, cfg.hidden_size
     shapes = [(2, f, d), (d, f), *([(2, f), (d,)] if cfg.expert_bias else [])]
-    return ExpertWeights(*(jax.ShapeDtypeStruct((slots + 1, *shape), dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
+    return ExpertWeights(*(jax.ShapeDtypeStruct((ranks * (slots + 1), *shape), dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
 
 
 def _predictor(
-    cfg: ModelConfig, offload: OffloadConfig, seats: int, embeddings_VD: np.ndarray, profile: Profile | None
-) -> Predictor:
+    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int, embeddings_VD: np.ndarray,
+    history: History | None,
+) -> Predictor:  # fmt: skip
+    offload, layers = moe.offload, len(cfg.moe_layers)
+    assert offload is not None
     return make_predictor(
         offload.predictor,
-        distance=min(offload.prefetch_distance, len(cfg.moe_layers)), k=cfg.num_experts_per_tok,
-        layers=len(cfg.moe_layers), experts=cfg.num_experts, seats=seats, profile=profile,
+        distance=min(offload.prefetch_distance, layers), k=cfg.num_experts_per_tok,
+        layers=layers, experts=cfg.num_experts,
+        seats=seats * split_attention(mesh, moe.attention).sequence_ranks, profile=history,
         embeddings_VD=embeddings_VD, capacity=offload.store_size,
     )  # fmt: skip
 
@@ -127,4 +184,4 @@ def _cache(
     assert moe.offload is not None
     ahead = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
     rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
-    return ExpertCache(table, predictor, pool, rule, copies_run_beside(mesh))
+    return ExpertCache(table, predictor, pool, rule, copies_run_beside(mesh), _ranks(mesh))

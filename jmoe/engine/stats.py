@@ -120,9 +120,9 @@ def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
     return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
 
 
-def expert_bytes(cfg: ModelConfig) -> int:
-    """Bytes of one routed expert."""
-    inner, model = cfg.moe_intermediate_size, cfg.hidden_size
+def expert_bytes(cfg: ModelConfig, parts: int = 1) -> int:
+    """Bytes of one routed expert; of what a device has of one that is split over ``parts`` of them."""
+    inner, model = cfg.moe_intermediate_size // parts, cfg.hidden_size
     numbers = 3 * inner * model + (2 * inner + model if cfg.expert_bias else 0)
     return numbers * jnp.dtype(cfg.dtype).itemsize
 
@@ -163,7 +163,7 @@ class MoECounters:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
         assignments are those that experts computed. expert_cache_*, prefetch*: of offloaded experts, see
-        ``CacheCounts``; zeros where all are on the device.
+        ``CacheCounts``, over all ranks; zeros where all are on the device.
         """
         means = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
         changed = self.remapped_L, self.dropped_L, self.rerouted_L

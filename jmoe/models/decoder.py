@@ -33,6 +33,7 @@ from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
+from jmoe.offload.ranks import SAME
 from jmoe.offload.types import Predictor, StepSeen
 
 
@@ -158,6 +159,8 @@ class Decoder(nnx.Module):
                 asks = nth + 1 < len(tables) and tables[nth + 1].by_history_HR is not None
                 out, rank_N = self.shuffle.tell(out, order, history=asks)
                 been += [] if rank_N is None else [rank_N]
+                if cache is not None:
+                    out = replace(out, routing=self.shuffle.home(replace(out.routing, plan=None), order))
             outs.append(out)
         if order is not None and home is not None:
             x_ND = self.shuffle.move(x_ND, Move(order, home))
@@ -166,7 +169,8 @@ class Decoder(nnx.Module):
         routing, stats = [out.routing for out in outs], [out.stats for out in outs]
         if visit is not None:
             cache = visit.end()
-            cache = replace(cache, predictor=self.absorb(cache.predictor, seqs, routing))
+            predictor = self.absorb(cache.predictor, seqs, routing)
+            cache = replace(cache, predictor=cache.ranks.kept(predictor, SAME))
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:

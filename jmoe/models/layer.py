@@ -90,6 +90,8 @@ class DecoderLayer(nnx.Module):
             normed_ND = self.normed(x_ND)
             if visit is not None and ahead is not None:
                 visit = replace(visit, ahead_TAE=self.ask(x_ND, ahead))
+            if visit is not None and move is not None:
+                visit = replace(visit, row_N=move.after.row_N)
             out = self.moe(normed_ND, flags, phase_of(seqs), knobs, visit)
             x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
         return x_ND, pages, out, move and move.after

@@ -1,10 +1,10 @@
 """The stacked weights of a layer's routed experts, and the rows-by-expert computation over them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
@@ -17,6 +17,17 @@ from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.types import DispatchPlan
 from jmoe.nn.param import HOST, ParamMaker
 
+# The mesh axes of an expert's own dimensions: gate and up, down, and the biases of both.
+WITHIN = (None, TENSOR, None), (None, TENSOR), (None, TENSOR), (None,)
+
+
+def weight_specs(like: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
+    """How stacks are split whose axes before an expert's own are split over ``front``; None where ``like``
+    has None."""
+    every = like.gate_up_E2FD, like.down_EDF, like.gate_up_bias_E2F, like.down_bias_ED
+    specs = (PartitionSpec(*front, *within) for within in WITHIN)
+    return ExpertWeights(*(None if a is None else spec for a, spec in zip(every, specs, strict=True)))  # pyright: ignore[reportArgumentType]
+
 
 class Experts(nnx.Module):
     """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
@@ -27,11 +38,12 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         experts, model, inner = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
-        self.gate_up_E2FD = make.stored((experts, 2, inner, model), (EXPERT, None, TENSOR, None))
-        self.down_EDF = make.stored((experts, model, inner), (EXPERT, None, TENSOR))
+        gate_up, down, gate_up_bias, down_bias = ((EXPERT, *within) for within in WITHIN)
+        self.gate_up_E2FD = make.stored((experts, 2, inner, model), gate_up)
+        self.down_EDF = make.stored((experts, model, inner), down)
         biased = cfg.expert_bias
-        self.gate_up_bias_E2F = make((experts, 2, inner), (EXPERT, None, TENSOR)) if biased else None
-        self.down_bias_ED = make((experts, model), (EXPERT, None)) if biased else None
+        self.gate_up_bias_E2F = make((experts, 2, inner), gate_up_bias) if biased else None
+        self.down_bias_ED = make((experts, model), down_bias) if biased else None
 
     @property
     def weights(self) -> ExpertWeights:
@@ -40,9 +52,8 @@ class Experts(nnx.Module):
 
     @property
     def specs(self) -> ExpertWeights:
-        """How they are split, as the parameters declare it."""
-        every = self.gate_up_E2FD, self.down_EDF, self.gate_up_bias_E2F, self.down_bias_ED
-        return ExpertWeights(*(None if p is None else PartitionSpec(*p.get_metadata("axes")) for p in every))  # pyright: ignore[reportArgumentType]
+        """How they are split."""
+        return weight_specs(self.weights, EXPERT)
 
 
 class HostExperts(nnx.Module):
@@ -51,10 +62,10 @@ class HostExperts(nnx.Module):
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         both = len(cfg.moe_layers), cfg.num_experts
         model, inner = cfg.hidden_size, cfg.moe_intermediate_size
-        spread = (None, EXPERT, None, TENSOR, None)
-        self.gate_up_LE2FD = make.stored((*both, 2, inner, model), spread, memory=HOST)
-        self.down_LEDF = make.stored((*both, model, inner), (*spread[:3], TENSOR), memory=HOST)
-        biases = ((*both, 2, inner), spread[:4]), ((*both, model), spread[:3])
+        gate_up, down, gate_up_bias, down_bias = ((None, EXPERT, *within) for within in WITHIN)
+        self.gate_up_LE2FD = make.stored((*both, 2, inner, model), gate_up, memory=HOST)
+        self.down_LEDF = make.stored((*both, model, inner), down, memory=HOST)
+        biases = ((*both, 2, inner), gate_up_bias), ((*both, model), down_bias)
         made = [make.stored(*bias, memory=HOST) if cfg.expert_bias else None for bias in biases]
         self.gate_up_bias_LE2F, self.down_bias_LED = made
 
@@ -67,19 +78,30 @@ class HostExperts(nnx.Module):
 
 @dataclass(frozen=True)
 class ApplyBy:
-    """``Apply``, by the kernels of a model."""
+    """``Apply``, by the kernels of a model. parts: tensor ranks that an expert is split over."""
 
     kernels: Kernels
     activation: Activation
     weigh_input: bool
+    parts: int = 1
 
     def __call__(
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
     ) -> Float[Array, "T D"]:
+        experts = biased_once(experts, self.parts)
         return apply_experts(
             x_TD, weights_TK, plan, experts, self.kernels.experts, self.kernels.platform,
             activation=self.activation, weigh_input=self.weigh_input,
         )  # fmt: skip
+
+
+def biased_once(experts: ExpertWeights, parts: int) -> ExpertWeights:
+    """What this one of ``parts`` tensor ranks computes with: their outputs are summed, so that the last bias
+    is the first one's alone."""
+    if experts.down_bias_ED is None or parts == 1:
+        return experts
+    first = lax.axis_index(TENSOR) == 0
+    return replace(experts, down_bias_ED=jnp.where(first, experts.down_bias_ED, 0))
 
 
 def apply_experts(

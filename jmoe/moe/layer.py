@@ -25,7 +25,7 @@ from jmoe.moe import transport
 from jmoe.moe.binning import bin_assignments, get_rule, route_binned
 from jmoe.moe.capacity import limit
 from jmoe.moe.counting import count_changes, count_dispatch, over_shards
-from jmoe.moe.experts import ApplyBy, Experts, apply_experts
+from jmoe.moe.experts import ApplyBy, Experts, apply_experts, biased_once
 from jmoe.moe.router import Router, RouterWeights, choose, router_logits
 from jmoe.moe.types import (
     CapacityCounts,
@@ -37,6 +37,7 @@ from jmoe.moe.types import (
     MoEOutput,
     Phase,
     Routing,
+    Send,
     TokenFlags,
     Traffic,
 )
@@ -87,7 +88,7 @@ class MoELayer(nnx.Module):
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.router = Router(cfg, make)
         self.experts = Experts(cfg, make) if moe.offload is None else None
-        self.apply = ApplyBy(kernels, cfg.hidden_act, cfg.router.weigh_input)
+        self.apply = ApplyBy(kernels, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR])
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(
@@ -104,23 +105,24 @@ class MoELayer(nnx.Module):
         knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
         then there are no changes to tell. source: of the experts where they are offloaded.
         """
-        if self.experts is None:
+        if self.experts is not None:
+            held, specs = self.experts.weights, self.experts.specs
+        else:
             assert source is not None, "experts that are not here come from a source"
-            return self._sourced(x_TD, tokens, knobs, phase, source)
-        decide = self._decider(phase, knobs)
-        weights = (self.router.weights, self.experts.weights)
-        if is_single(self.mesh):
-            return self._shard(x_TD, tokens, knobs, *weights, send=transport.local, decide=decide)
+            held, specs = source, source.specs
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
-        send = transport.get_transport(self.moe.transport, self.kernels.platform)
+        run = partial(self._shard, phase=phase, decide=self._decider(phase, knobs))
+        given = x_TD, tokens, knobs, self.router.weights, held
+        if is_single(self.mesh):
+            return run(*given, send=transport.local)
         run = jax.shard_map(
-            partial(self._shard, send=send, decide=decide),
+            partial(run, send=transport.get_transport(self.moe.transport, self.kernels.platform)),
             mesh=self.mesh,
-            in_specs=(split, split, whole, whole, self.experts.specs),
-            out_specs=MoEOutput(split, split, whole, split),  # pyright: ignore[reportArgumentType]
+            in_specs=(split, split, whole, whole, specs),
+            out_specs=MoEOutput(split, split, whole, split, None if source is None else specs),  # pyright: ignore[reportArgumentType]
             check_vma=False,
         )
-        return run(x_TD, tokens, knobs, *weights)
+        return run(*given)
 
     def _shard(
         self,
@@ -128,50 +130,38 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         knobs: Knobs | None,
         router: RouterWeights,
-        weights: ExpertWeights,
+        held: ExpertWeights | ExpertSource,
         *,
-        send: transport.Transport,
+        phase: Phase,
+        send: Send,
         decide: Callable[..., Decision],
     ) -> MoEOutput:
-        """One rank's tokens through the experts of all ranks."""
-        routed = decide(x_TD, tokens, knobs, router, held=weights.dims[0])
-        train_capacity = self._train_capacity(x_TD.shape[0])
-        experts = self._local_experts(weights, train_capacity)
+        """One rank's tokens through the experts of all ranks. held: this rank's, or where they come from."""
+        source = None if isinstance(held, ExpertWeights) else held
+        routed = decide(x_TD, tokens, knobs, router, here_E=None if source is None else source.resident_E)
+        train_capacity, cached = self._train_capacity(x_TD.shape[0]), None
         with jax.named_scope("experts"):
-            y_TD, traffic = send(x_TD, routed.final, tokens.valid_T, experts)
+            if isinstance(held, ExpertWeights):
+                experts = self._local_experts(held, train_capacity)
+                y_TD, traffic = send(x_TD, routed.final, tokens.valid_T, experts)
+            else:
+                y_TD, traffic, cached, source = held.run(
+                    x_TD, routed.plain, routed.final, tokens.valid_T, phase, self.apply, send
+                )
         stats = count_dispatch(
             routed.plain, routed.final, tokens.valid_T, routed.changes, traffic, train_capacity
         )
-        if is_single(self.mesh):
-            return MoEOutput(y_TD, routed.plain, stats, routed.changes)
-        with jax.named_scope("combine"):
-            y_TD = lax.psum(y_TD, TENSOR)
-        stats = over_shards(stats, routed.final, tokens.valid_T)
-        return MoEOutput(y_TD, routed.plain, stats, routed.changes)
-
-    def _sourced(
-        self,
-        x_TD: Array,
-        tokens: TokenFlags,
-        knobs: Knobs | None,
-        phase: Phase,
-        source: ExpertSource,
-    ) -> MoEOutput:
-        """The same where experts are not all on the device."""
-        routed = self.decide(x_TD, tokens, knobs, phase, source.resident_E)
-        both = routed.plain, routed.final
-        with jax.named_scope("experts"):
-            y_TD, cached, source = source.run(x_TD, *both, tokens.valid_T, phase, self.apply)
-        stats = replace(count_alone(routed, tokens), cache=cached)
-        return MoEOutput(y_TD, routed.plain, stats, routed.changes, source)
+        if not is_single(self.mesh):
+            with jax.named_scope("combine"):
+                y_TD = lax.psum(y_TD, TENSOR)
+            stats = over_shards(stats, routed.final, tokens.valid_T)
+        return MoEOutput(y_TD, routed.plain, replace(stats, cache=cached), routed.changes, source)
 
     def decide(
         self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, here_E: Array | None
     ) -> Decision:
         """Where tokens go on one device that has some of the experts, ``here_E``, or cannot say which."""
-        held = self.cfg.num_experts
-        decide, router = self._decider(phase, knobs), self.router.weights
-        return decide(x_TD, tokens, knobs, router, held=held, here_E=here_E)
+        return self._decider(phase, knobs)(x_TD, tokens, knobs, self.router.weights, here_E=here_E)
 
     def _decider(self, phase: Phase, knobs: Knobs | None) -> Callable[..., Decision]:
         """``_decide`` with the techniques that are on in the phase."""
@@ -192,11 +182,10 @@ class MoELayer(nnx.Module):
         *,
         rule: Rule | None,
         limit_by: CapacityConfig | None,
-        held: int,
-        here_E: Array | None = None,
+        here_E: Array | None,
     ) -> Decision:
-        """Where tokens go: the router's word, then the lossy techniques'. held: experts of this rank; here_E:
-        which of them are on the device, where not all are."""
+        """Where tokens go: the router's word, then the lossy techniques'. here_E: which experts are on a
+        device, where not all are."""
         with jax.named_scope("route"):
             logits_TE = router_logits(x_TD, router, self.kernels.dense)
             plain, routing, remapped_T = self._route(logits_TE, router, tokens, rule, knobs, here_E)
@@ -204,7 +193,7 @@ class MoELayer(nnx.Module):
         if limit_by is not None and knobs is not None:
             limited_ones = tokens if limit_by.phase == "both" else tokens.sparing_decoded()
             with jax.named_scope("capacity"):
-                routing, limited = self._limit(routing, limited_ones, limit_by, knobs, held)
+                routing, limited = self._limit(routing, limited_ones, limit_by, knobs)
         return Decision(plain, routing, count_changes(remapped_T, limited))
 
     def _route(
@@ -240,23 +229,25 @@ class MoELayer(nnx.Module):
 
     def _bonus(self, here_E: Array | None) -> Array | None:
         """Nats by which a token likes each expert more than its router says; None where it does nowhere."""
-        cfg, experts = self.moe.binning, self.cfg.num_experts
+        cfg, experts, bonus_E = self.moe.binning, self.cfg.num_experts, None
         if cfg is not None and cfg.resident_bonus and here_E is not None:
-            return jnp.where(here_E, jnp.float32(cfg.resident_bonus), 0.0)
+            bonus_E = jnp.where(here_E, jnp.float32(cfg.resident_bonus), 0.0)
         if cfg is None or not cfg.local_bonus:
-            return None
+            return bonus_E
         held = experts // self.mesh.shape[EXPERT]
         own_E = jnp.arange(experts, dtype=jnp.int32) // held == lax.axis_index(EXPERT)
-        return jnp.where(own_E, jnp.float32(cfg.local_bonus), 0.0)
+        local_E = jnp.where(own_E, jnp.float32(cfg.local_bonus), 0.0)
+        return local_E if bonus_E is None else bonus_E + local_E
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Sums over the ranks that read the same experts' weights."""
         return partial(lax.psum, axis_name=EXPERT) if self.mesh.shape[EXPERT] > 1 else None
 
     def _limit(
-        self, routing: Routing, tokens: TokenFlags, cfg: CapacityConfig, knobs: Knobs, held: int
+        self, routing: Routing, tokens: TokenFlags, cfg: CapacityConfig, knobs: Knobs
     ) -> tuple[Routing, CapacityCounts]:
         """The routing within the limit of this shard's tokens."""
+        held = self.cfg.num_experts // self.mesh.shape[EXPERT]
         if is_single(self.mesh):
             return limit(routing, tokens, cfg, factor=knobs.factor, local=(0, held), seed=knobs.seed)
         return limit(
@@ -274,9 +265,7 @@ class MoELayer(nnx.Module):
             "capacity": capacity,
             "activation": self.cfg.hidden_act,
         }
-        if weights.down_bias_ED is not None and not is_single(self.mesh):  # its sum is over the tensor ranks
-            first = lax.axis_index(TENSOR) == 0
-            weights = replace(weights, down_bias_ED=jnp.where(first, weights.down_bias_ED, 0))
+        weights = biased_once(weights, self.mesh.shape[TENSOR])
         weigh_input = self.cfg.router.weigh_input
         combined = partial(apply_experts, experts=weights, weigh_input=weigh_input, **how)
 

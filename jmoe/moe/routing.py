@@ -138,3 +138,21 @@ def plan_dispatch(
     # One operand sorts ten times as fast on XLA:CPU as a stable sort of keys and places.
     sorted_N = lax.sort(keys_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False)
     return DispatchPlan(sorted_N % n, jnp.bincount(keys_N, length=experts).astype(jnp.int32))
+
+
+def regrouped(plan: DispatchPlan, place_L: Int[Array, " L"], groups: int) -> DispatchPlan:
+    """The plan with its groups in other places, 0 to ``groups - 1``; one past the last is none of them.
+
+    place_L: of each group, no two in one place. Rows move as blocks: nothing is sorted but the groups.
+    """
+    sizes_L, n = plan.group_sizes_L, plan.order_N.shape[0]
+    ends_L = jnp.cumsum(sizes_L, dtype=jnp.int32)
+    order_L = jnp.argsort(place_L, stable=True)
+    sorted_L = sizes_L[order_L]
+    starts_L = jnp.zeros_like(ends_L).at[order_L].set(jnp.cumsum(sorted_L, dtype=jnp.int32) - sorted_L)
+    shift_L = starts_L - (ends_L - sizes_L)
+    row_N = jnp.arange(n, dtype=jnp.int32)
+    group_N = jnp.searchsorted(ends_L, row_N, side="right")  # L for the rows behind the last group
+    to_N = row_N + jnp.append(shift_L, jnp.zeros(1, jnp.int32))[group_N]
+    order_N = jnp.zeros_like(plan.order_N).at[to_N].set(plan.order_N, unique_indices=True)
+    return DispatchPlan(order_N, jnp.zeros(groups, jnp.int32).at[place_L].add(sizes_L, mode="drop"))

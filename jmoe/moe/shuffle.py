@@ -76,6 +76,14 @@ class Shuffle:
         exchange = get_exchange(platform_of(self.mesh), EXPERT)
         return self._over(partial(_moved, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
 
+    def home(self, rows: Any, order: Order) -> Any:
+        """Arrays of rows in the tokens' own order, known to the whole group."""
+
+        def of_group(rows: Any, order: Order) -> Any:
+            return jax.tree.map(lambda a: lax.all_gather(a, EXPERT, tiled=True)[order.row_N], rows)
+
+        return self._over(of_group, (ROWS, GROUP), GROUP)(rows, order)
+
     def tell(
         self, out: MoEOutput, order: Order, *, history: bool
     ) -> tuple[MoEOutput, Int[Array, " N"] | None]:

@@ -16,7 +16,6 @@ of the expert axis, L a rank's experts. ``local`` is the case without expert par
 Rows go out in the experts' weight dtype, to which the experts round them anyway, and come back float32.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
@@ -30,10 +29,7 @@ from jmoe.config import TransportName
 from jmoe.mesh import DATA, EXPERT
 from jmoe.moe.exchange import Exchange, get_exchange, starts
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import LocalExperts, Routing, Traffic
-
-# (x_TD, routing, valid_T, the shard's experts) -> (y_TD, the shard's traffic)
-Transport = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
+from jmoe.moe.types import LocalExperts, Routing, Send, Traffic
 
 
 def local(
@@ -175,7 +171,7 @@ def _padded_traffic(routing: Routing, valid_T: Array, experts: LocalExperts, row
     return Traffic(_useful_rows(routing, valid_T, experts), jnp.asarray(sent, jnp.int32))
 
 
-def get_transport(name: TransportName, platform: str) -> Transport:
+def get_transport(name: TransportName, platform: str) -> Send:
     """The transport called ``name`` for devices of ``platform`` ("cpu", "gpu", "tpu")."""
     if name not in get_args(TransportName):
         raise ValueError(f"transport {name!r} is unknown; known: {', '.join(get_args(TransportName))}")

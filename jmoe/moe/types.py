@@ -19,7 +19,7 @@ A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,7 @@ class Traffic:
 @dataclass(frozen=True)
 class CacheCounts:
     """What an expert cache did for one layer; experts are counted once a step, however many tokens they have.
+    On a mesh the sum over the ranks, each of which has a cache of its own experts.
 
     hits, misses: experts needed that were on the device when they were needed, and those that were not.
     evicted: experts that gave way. copied: experts from host to device, for whatever reason; prefetched:
@@ -199,16 +200,35 @@ class CacheCounts:
     useful: Int[Array, ""]
 
 
-# (x_TD, weights_TK, plan, experts) -> y_TD: each token's weighted sum of its planned experts, float32
-Apply = Callable[[Array, Array, DispatchPlan, ExpertWeights], Array]
+# (x_TD, routing, valid_T, a rank's experts) -> (y_TD, the rank's traffic), see ``jmoe.moe.transport``
+Send = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
+
+
+class Apply(Protocol):
+    """The computation over some experts. weigh_input: see ``LocalExperts``."""
+
+    @property
+    def weigh_input(self) -> bool: ...
+
+    def __call__(
+        self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
+    ) -> Float[Array, "T D"]:
+        """Each token's weighted sum of its planned experts, float32."""
+        ...
 
 
 class ExpertSource(Protocol):
-    """Where the experts of a layer come from when they are not all on the device. A pytree."""
+    """Where the experts of a layer come from when they are not all on the device. A pytree; inside
+    ``shard_map`` a rank's part of it, with the experts of that rank."""
+
+    @property
+    def specs(self) -> Any:
+        """How it is split over a mesh."""
+        ...
 
     @property
     def resident_E(self) -> Bool[Array, " E"]:
-        """Which experts are on the device."""
+        """Which experts are on the devices that share this one's tokens."""
         ...
 
     def run(
@@ -219,10 +239,13 @@ class ExpertSource(Protocol):
         valid_T: Bool[Array, " T"],
         phase: Phase,
         apply: Apply,
-    ) -> tuple[Float[Array, "T D"], CacheCounts, Self]:
-        """The experts of ``routing`` on this layer's tokens, and the source of the next layer.
+        send: Send,
+    ) -> tuple[Float[Array, "T D"], Traffic, CacheCounts, Self]:
+        """The experts of ``routing`` on this layer's tokens, what moved, what was done on all ranks, and the
+        source of the next layer.
 
-        plain: the router's own choice, from which it may learn.
+        plain: the router's own choice, from which it may learn. send: takes tokens to the ranks that hold
+        their experts.
         """
         ...
 

@@ -15,6 +15,10 @@ step runs beside it, and only what is wished for is copied.
 **Prefill, and steps that need more experts than there are slots.** A prompt fires nearly all experts, so
 nothing is predicted: those in the pool run from there, the layer's others stream through a buffer, one after
 another. The pool stays as it is for decoding.
+
+**On a mesh** every rank has a store, a pool and a table of its own experts (``ranks``). Which of them are
+needed is known before the tokens are sent, so that what is missing comes on every rank alike before the
+exchange; what streams, behind it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,14 +27,18 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import Apply, CacheCounts, Phase, Routing
+from jmoe.mesh import DATA, EXPERT, TOKENS
+from jmoe.moe.experts import weight_specs
+from jmoe.moe.routing import regrouped
+from jmoe.moe.types import Apply, CacheCounts, DispatchPlan, LocalExperts, Phase, Routing, Send, Traffic
 from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
+from jmoe.offload.ranks import SAME, TABLE, Ranks, most_needed, needed_here
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen
@@ -42,13 +50,19 @@ BEFORE = -1  # the layer of what happens before the first
 @dataclass(frozen=True)
 class ExpertCache:
     """What stays on the device between steps. pool: ``[S + 1, ...]``, the last slot being nobody's. beside:
-    whether copies run beside compute."""
+    whether copies run beside compute. ranks: those that have a part of it."""
 
     table: Table
     predictor: Predictor
     pool: ExpertWeights
     rule: Rule = field(metadata={"static": True})
     beside: bool = field(metadata={"static": True})
+    ranks: Ranks = field(default=Ranks(), metadata={"static": True})
+
+    @property
+    def specs(self) -> Any:
+        """How it is split over a mesh."""
+        return replace(self, table=TABLE, predictor=SAME, pool=weight_specs(self.pool, TOKENS))
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +72,8 @@ class Visit:
 
     store: experts of all layers in host memory, ``[L, E, ...]``. walk: the predictor's own; None in prefill.
     untold: what was done before the first layer, which tells it as its own. ahead_TAE: the scores that the
-    routers of the next layers give to this layer's tokens, for a predictor that wants them.
+    routers of the next layers give to this layer's tokens, for a predictor that wants them. row_N: the row
+    of each token where this layer's were shuffled.
     """
 
     store: ExpertWeights
@@ -67,19 +82,24 @@ class Visit:
     layer: Int[Array, ""]
     untold: CacheCounts
     ahead_TAE: Float[Array, "T A E"] | None = None
+    row_N: Int[Array, " N"] | None = None
 
     @classmethod
     def begin(cls, store: ExpertWeights, cache: ExpertCache, seen: StepSeen | None) -> Self:
         """Before the first layer. seen: of a decode step; None in prefill, which predicts nothing."""
-        layer = jnp.zeros((), jnp.int32)
+        visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _nothing())
         if seen is None:
-            return cls(store, cache, None, layer, _nothing())
+            return visit
+        return cache.ranks.over(cls._foreseen, (visit.specs, SAME), visit.specs)(visit, seen)
+
+    def _foreseen(self, seen: StepSeen) -> Self:
+        """With what the first layers are expected to need."""
+        cache = self.cache
         walk, forecast = cache.predictor.start(seen)
-        table = decide.foresee(cache.table, 0, forecast)
+        table = decide.foresee(cache.table, 0, cache.ranks.own_forecast(forecast, self._experts))
         table, moves = decide.prefetch(table, cache.rule, BEFORE)
-        table = table._replace(slots=land(table.slots))
-        visit = cls(store, replace(cache, table=table), walk, layer, _nothing())
-        visit = replace(visit, untold=visit._count_prefetch(moves))
+        visit = replace(self._with(table._replace(slots=land(table.slots))), walk=walk)
+        visit = replace(visit, untold=cache.ranks.total(visit._count_prefetch(moves)))
         visit, begun = visit._begun(moves)
         return visit._landed(moves, begun)
 
@@ -90,9 +110,14 @@ class Visit:
         return replace(self.cache, predictor=self.cache.predictor.finish(self.walk))
 
     @property
+    def specs(self) -> Any:
+        store, cache = weight_specs(self.store, None, EXPERT), self.cache.specs
+        return Visit(store, cache, SAME, SAME, SAME, PartitionSpec(TOKENS), PartitionSpec(DATA))  # pyright: ignore[reportArgumentType]
+
+    @property
     def resident_E(self) -> Bool[Array, " E"]:
-        """Which of this layer's experts are in the pool."""
-        return decide.at(resident(self.cache.table.slots), self.layer, self._experts)
+        """Which of this layer's experts are in the pools of the group."""
+        return self.cache.ranks.all_experts(self._resident_L)
 
     def run(
         self,
@@ -102,38 +127,43 @@ class Visit:
         valid_T: Bool[Array, " T"],
         phase: Phase,
         apply: Apply,
-    ) -> tuple[Float[Array, "T D"], CacheCounts, Self]:
-        """This layer's experts on its tokens, what it took, and the visit of the next layer."""
-        e = self._experts
-        ids_TK = rows.assigned(routing, valid_T)
-        needed_E = rows.needed(ids_TK, e)
-        hits = jnp.sum(needed_E & self.resident_E, dtype=jnp.int32)
-        needed = jnp.sum(needed_E, dtype=jnp.int32)
+        send: Send,
+    ) -> tuple[Float[Array, "T D"], Traffic, CacheCounts, Self]:
+        """This layer's experts on its tokens, what moved and was done, and the visit of the next layer."""
+        ranks, e = self.cache.ranks, self._experts
+        ids_TK, most = rows.assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
+        needed_L = needed_here(ids_TK, ranks, plain.scores_TE.shape[1], e)
+        hits = jnp.sum(needed_L & self._resident_L, dtype=jnp.int32)
+        misses = jnp.sum(needed_L, dtype=jnp.int32) - hits
         none = jnp.zeros((), jnp.int32)
+        given = x_TD, routing, valid_T
         if phase == "prefill":
-            y_TD = self._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=True)
-            counts = CacheCounts(hits, needed - hits, none, needed - hits, none, none)
-            return y_TD, counts, replace(self, layer=self.layer + 1)
+            y_TD, traffic = send(*given, self._here(apply, overflows=True))
+            counts = CacheCounts(hits, misses, none, misses, none, none)
+            return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1, row_N=None)
 
-        scores_E = rows.highest(plain.scores_TE, valid_T)
-        chosen_TK = rows.assigned(plain, valid_T)
-        visit = self._observe(LayerSeen(plain.scores_TE, chosen_TK, self.ahead_TAE))
+        scores_L = ranks.of_group(rows.highest(plain.scores_TE, valid_T), e)
+        visit = self._observe(plain, valid_T)
         useful = jnp.sum(
-            decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_E, dtype=jnp.int32
+            decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
         )
-        table, missing = decide.demand(
-            visit.cache.table, self.cache.rule, needed_E, self.layer, min(e, ids_TK.size)
-        )
+        table, missing = decide.demand(visit.cache.table, self.cache.rule, needed_L, self.layer, most)
         visit = visit._with(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
         table, wishes = decide.prefetch(table, self.cache.rule, self.layer)
         visit, begun = visit._begun(wishes)
-        overflows = visit._slots < min(e, ids_TK.size)
-        y_TD = visit._with(table)._compute(x_TD, ids_TK, routing.weights_TK, apply, overflows=overflows)
-        visit = visit._with(decide.finish_layer(table, needed_E, scores_E, self.layer))
+        y_TD, traffic = send(*given, visit._with(table)._here(apply, overflows=visit._slots < most))
+        visit = visit._with(decide.finish_layer(table, needed_L, scores_L, self.layer))
         visit = visit._landed(wishes, begun)
-        own = CacheCounts(hits, needed - hits, missing.evicted, needed - hits, none, useful)
-        counts = jax.tree.map(lambda *parts: sum(parts), own, self._count_prefetch(wishes), self.untold)
-        return y_TD, counts, replace(visit, layer=self.layer + 1, untold=_nothing(), ahead_TAE=None)
+        own = CacheCounts(hits, misses, missing.evicted, misses, none, useful)
+        own = ranks.total(jax.tree.map(jnp.add, own, self._count_prefetch(wishes)))
+        counts = jax.tree.map(jnp.add, own, self.untold)
+        visit = replace(visit, layer=self.layer + 1, untold=_nothing(), ahead_TAE=None, row_N=None)
+        return y_TD, traffic, counts, visit
+
+    @property
+    def _resident_L(self) -> Bool[Array, " L"]:
+        """Which of this layer's experts are in this rank's pool."""
+        return decide.at(resident(self.cache.table.slots), self.layer, self._experts)
 
     @property
     def _experts(self) -> int:
@@ -149,8 +179,11 @@ class Visit:
     def _with_pool(self, pool: ExpertWeights) -> Self:
         return replace(self, cache=replace(self.cache, pool=pool))
 
-    def _observe(self, seen: LayerSeen) -> Self:
-        walk, forecast = self.cache.predictor.observe(self.walk, self.layer, seen)
+    def _observe(self, plain: Routing, valid_T: Array) -> Self:
+        ranks, predictor = self.cache.ranks, self.cache.predictor
+        seen = LayerSeen(plain.scores_TE, rows.assigned(plain, valid_T), self.ahead_TAE)
+        walk, forecast = predictor.observe(self.walk, self.layer, ranks.all_rows(seen, self.row_N))
+        forecast = ranks.own_forecast(forecast, self._experts)
         return replace(self._with(decide.foresee(self.cache.table, self.layer + 1, forecast)), walk=walk)
 
     def _begun(self, moves: Moves) -> tuple[Self, list[ExpertWeights]]:
@@ -175,24 +208,35 @@ class Visit:
         copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.beside else moves.count
         return CacheCounts(none, none, moves.evicted, copied=copied, prefetched=copied, useful=none)
 
+    def _here(self, apply: Apply, *, overflows: bool) -> LocalExperts:
+        """This layer's experts as a transport takes them. overflows: whether some may not be in the pool."""
+
+        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Array:
+            return self._compute(x_TD, weights_TJ, plan, apply, overflows=overflows)
+
+        def by_row(rows_ND: Array, group_sizes_L: Array) -> Array:
+            n = len(rows_ND)
+            plan = DispatchPlan(jnp.arange(n, dtype=jnp.int32), group_sizes_L)
+            return combined(rows_ND, jnp.ones((n, 1)), plan)
+
+        return LocalExperts(self._experts, self.store.dtype, combined, by_row, apply.weigh_input)
+
     def _compute(
-        self, x_TD: Array, ids_TK: Array, weights_TK: Array, apply: Apply, *, overflows: bool
+        self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
     ) -> Array:
         """From the pool, and streamed what is not in it where there may be such: ``overflows``."""
-        e, slots = self._experts, self.cache.table.slots
-        everyone_T = jnp.ones(len(ids_TK), bool)
+        e, slots, here_L = self._experts, self.cache.table.slots, self._resident_L
         nowhere = self._slots + 1
-        slot_E = jnp.where(self.resident_E, decide.at(slots.slot_X, self.layer, e), nowhere)
-        y_TD = apply(x_TD, weights_TK, rows.by_slot(ids_TK, slot_E, nowhere), self.cache.pool)
+        slot_L = jnp.where(here_L, decide.at(slots.slot_X, self.layer, e), nowhere)
+        y_TD = apply(x_TD, weights_TK, regrouped(plan, slot_L, nowhere), self.cache.pool)
         if not overflows:
             return y_TD
-        away_E = rows.needed(ids_TK, e) & ~self.resident_E
-        order_E = jnp.argsort(~away_E, stable=True).astype(jnp.int32)
-        turn_E = jnp.zeros(e, jnp.int32).at[order_E].set(jnp.arange(e, dtype=jnp.int32))
-        turn_TK = jnp.append(jnp.where(away_E, turn_E, e), jnp.int32(e))[ids_TK]
+        away_L = (plan.group_sizes_L > 0) & ~here_L
+        order_L = jnp.argsort(~away_L, stable=True).astype(jnp.int32)
+        turn_L = jnp.zeros(e, jnp.int32).at[order_L].set(jnp.arange(e, dtype=jnp.int32))
         return stream(
-            self.store, self.layer * e + order_E, plan_dispatch(turn_TK, everyone_T, 0, e),
-            jnp.sum(away_E, dtype=jnp.int32), lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
+            self.store, self.layer * e + order_L, regrouped(plan, jnp.where(away_L, turn_L, e), e),
+            jnp.sum(away_L, dtype=jnp.int32), lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
         )  # fmt: skip
 
 

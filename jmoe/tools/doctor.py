@@ -16,7 +16,7 @@ from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
 from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
 from jmoe.engine.stats import expert_bytes
-from jmoe.mesh import make_mesh, platform_of
+from jmoe.mesh import TENSOR, make_mesh, platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
@@ -78,11 +78,12 @@ def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str
         return None
     offload.check_mesh(dict(mesh.shape))
     read_profile(offload)
-    one, slots = expert_bytes(cfg), count_slots(cfg, offload)
-    executor, why = pick_executor(offload, platform_of(mesh))
+    whole, slots = expert_bytes(cfg), count_slots(cfg, offload, mesh)
+    one = expert_bytes(cfg, mesh.shape[TENSOR])
+    executor, why = pick_executor(offload, mesh)
     return {
-        "expert_bytes": one,
-        "host_bytes": len(cfg.moe_layers) * cfg.num_experts * one,
+        "expert_bytes": whole,
+        "host_bytes": len(cfg.moe_layers) * cfg.num_experts * whole,
         "slots": slots,
         "slots_per_layer": slots / len(cfg.moe_layers),
         "pool_bytes": slots * one,

@@ -1,0 +1,96 @@
+"""How the ranks of a mesh share an expert cache: each has one of its own experts and nobody else's.
+
+Inside ``shard_map`` a rank's part of every array looks like the whole of one on a single device, with the
+rank's L experts for the model's E; outside, the parts lie one behind the other along the first axis. The
+predictor is the same on all ranks: each shows it the tokens of all of them, in the order that their
+sequences have, and takes what it says of its own experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int
+
+from jmoe.mesh import DATA, EXPERT, TOKENS
+from jmoe.offload.policy import Usage
+from jmoe.offload.table import Moves, Table
+from jmoe.offload.types import Forecast
+
+EACH, SAME = PartitionSpec(TOKENS), PartitionSpec()
+TABLE = Table(EACH, Usage(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
+MOVES = Moves(EACH, EACH, SAME, EACH)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """mesh: None is a single device, which has all tokens and all experts."""
+
+    mesh: Mesh | None = None
+
+    def over(self, run: Callable, ins: Any, outs: Any) -> Callable:
+        """``run`` on every rank, its arguments and results split as ``ins`` and ``outs`` say."""
+        if self.mesh is None:
+            return run
+        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+    def kept(self, tree: Any, specs: Any) -> Any:
+        """``tree`` split as ``specs`` say, a prefix of it; under jit."""
+        if self.mesh is None:
+            return tree
+        mesh = self.mesh
+        return lax.with_sharding_constraint(tree, jax.tree.map(partial(NamedSharding, mesh), specs))
+
+    # Inside shard_map:
+
+    def own(self, values_ZE: Array, held: int) -> Array:
+        """Those of this rank's ``held`` experts."""
+        if self.mesh is None:
+            return values_ZE
+        return lax.dynamic_slice_in_dim(values_ZE, lax.axis_index(EXPERT) * held, held, values_ZE.ndim - 1)
+
+    def own_forecast(self, forecast: Forecast, held: int) -> Forecast:
+        return Forecast(*(self.own(each_AE, held) for each_AE in forecast))
+
+    def of_group(self, values_E: Float[Array, " E"], held: int) -> Float[Array, " L"]:
+        """The highest among the ranks whose tokens this one's experts serve, of its own experts."""
+        return values_E if self.mesh is None else self.own(lax.pmax(values_E, EXPERT), held)
+
+    def all_experts(self, own_L: Bool[Array, " L"]) -> Bool[Array, " E"]:
+        return own_L if self.mesh is None else lax.all_gather(own_L, EXPERT, tiled=True)
+
+    def all_rows(self, rows: Any, row_N: Int[Array, " N"] | None) -> Any:
+        """Arrays of rows of all ranks, in the order of their sequences. row_N: the row of each token of the
+        data group, where tokens were shuffled."""
+        if self.mesh is None:
+            return rows
+
+        def whole(rows_T: Array) -> Array:
+            rows_N = lax.all_gather(rows_T, EXPERT, tiled=True)
+            return lax.all_gather(rows_N if row_N is None else rows_N[row_N], DATA, tiled=True)
+
+        return jax.tree.map(whole, rows)
+
+    def total(self, counts: Any) -> Any:
+        return counts if self.mesh is None else lax.psum(counts, TOKENS)
+
+    def tokens(self, own: int) -> int:
+        """Of a data group, where each rank has ``own``."""
+        return own if self.mesh is None else own * self.mesh.shape[EXPERT]
+
+
+def most_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, held: int) -> int:
+    """How many of a rank's ``held`` experts its group's tokens can need at most."""
+    t, k = ids_TK.shape
+    return min(held, ranks.tokens(t) * k)
+
+
+def needed_here(ids_TK: Int[Array, "T K"], ranks: Ranks, experts: int, held: int) -> Bool[Array, " L"]:
+    """Which of this rank's experts any token of its group goes to."""
+    used_E = jnp.zeros(experts, jnp.float32).at[ids_TK.reshape(-1)].set(1.0, mode="drop")
+    return ranks.of_group(used_E, held) > 0
