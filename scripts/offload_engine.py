@@ -67,6 +67,7 @@ def _questions(path: Path) -> list[str]:
 
 def _llm(batch: int, length: int, offload: OffloadConfig | None) -> LLM:
     sizes: dict[str, Any] = {"max_num_seqs": batch, "max_model_len": length, "max_num_batched_tokens": 64}
+    sizes["enable_prefix_caching"] = False  # prompts come again
     return LLM("tiny", moe=MoEConfig(offload=offload), dtype="float32", **sizes)
 
 

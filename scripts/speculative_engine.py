@@ -65,7 +65,7 @@ def run(
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     with LLM(
         model, moe=moe, attention=attention, expert_parallel_size=RANKS, data_parallel_size=GROUPS,
-        dtype="float32", warm_up=False, **sizes,
+        dtype="float32", warm_up=False, enable_prefix_caching=False, **sizes,
     ) as llm:  # fmt: skip
         prompts = [llm.encode(text)[:PROMPT] for text in texts]
         llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))  # compiles

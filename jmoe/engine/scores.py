@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens, and of a prompt's, which come with its runs and leave with the answer."""
+"""Log-probabilities of drawn tokens and of a prompt's, which come with its runs and leave with the answer."""
 
 from typing import NamedTuple
 
