@@ -48,7 +48,9 @@ def resident(model: Path) -> dict[int, list[list[int]]]:
     ("budget", "count"),
     [
         (LEAST, 1), ({"slots_per_layer": 1}, 4),
-        ({"memory": f"{(LAYERS * EXPERTS // 4 + 3) * EXPERT_BYTES}B"}, 16),
+        pytest.param(
+            {"memory": f"{(LAYERS * EXPERTS // 4 + 3) * EXPERT_BYTES}B"}, 16, marks=pytest.mark.matrix
+        ),
     ],
     ids=str,
 )  # fmt: skip
@@ -61,6 +63,7 @@ def test_every_budget_and_batch_gives_the_resident_tokens(model: Path, resident,
         assert check_pool(engine) == {1: K, 4: LAYERS, 16: LAYERS * EXPERTS // 4}[count]
 
 
+@pytest.mark.matrix
 def test_a_full_pool_copies_nothing_in_decode(model: Path, resident):
     engine = offloaded(model, slots_per_layer=EXPERTS, seqs=16)
     with closing(engine):

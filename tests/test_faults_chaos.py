@@ -2,6 +2,7 @@
 what they get from a server of their own."""
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -242,7 +243,8 @@ def test_a_thousand_requests_of_every_kind(served, quiet):
 def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypatch):
     """Eight hold the seats, four may wait: of twelve more eight are sent away, at once and with a time."""
     port, worker, server = served
-    monkeypatch.setattr(worker._engine.scheduler, "max_queue", 4)
+    scheduler = worker._engine.scheduler
+    monkeypatch.setattr(scheduler, "limits", dataclasses.replace(scheduler.limits, queue=4))
     long = {"prompt": TEXTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
 
     async def storm() -> list[tuple[int, bytes]]:

@@ -125,6 +125,7 @@ def test_prefill_groups_across_windows_and_a_poisoned_row():
     check((133, 0, 61), 203, PREFILL, poison_row=130, races=True)
 
 
+@pytest.mark.matrix
 def test_prefill_bias_and_clamped_activation():
     check((5, 150, 0), 155, PREFILL, activation="swiglu_oai", biased=True)
 

@@ -97,6 +97,7 @@ def test_two_processes_generate_what_one_device_does(model, start, tmp_path):
     assert experts > 0.5 * sum(whole for whole, _ in leader["held"])
 
 
+@pytest.mark.matrix
 def test_serve_answers_for_both_and_ends_both(model, start, tmp_path):
     """Process 1 has its flags from a file. A follower that is told to end waits for process 0."""
     address, port = f"127.0.0.1:{free_port()}", free_port()

@@ -270,9 +270,8 @@ class Engine:
         self._texts.pop(request.id, None)
         self._scores.take(request)
         reason: FinishReason = output.finish_reason or "error"
-        output = replace(
-            output, moe=request.moe if self.runner.lossy else None, cached_tokens=request.cached_tokens
-        )
+        if self.runner.lossy:
+            output = replace(output, moe=request.moe)
         for listener in self.listeners:
             listener.finished(request, reason)
         request.emit(output)

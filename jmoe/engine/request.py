@@ -98,8 +98,8 @@ class Output:
 
     text is what became certain: it never holds half a character nor the beginning of a stop string.
     prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
-    error: for ``finish_reason`` "error", the one-line cause. With the last one: moe, where anything lossy is
-    configured; cached_tokens, those of the prompt that were found in pages.
+    error: for ``finish_reason`` "error", the one-line cause. moe: with the last one, where anything lossy is
+    configured.
     """
 
     request_id: str
@@ -111,7 +111,6 @@ class Output:
     stop_reason: str | int | None = None
     error: str | None = None
     moe: MoEUsage | None = None
-    cached_tokens: int = 0
 
 
 class Constraint(Protocol):

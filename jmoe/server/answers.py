@@ -119,30 +119,25 @@ def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
 
 
 class Usage:
-    """Tokens of one HTTP request so far; each prompt counts once, whatever ``n``, its answers."""
+    """Tokens of one HTTP request so far; each prompt counts once, whatever n."""
 
-    def __init__(self, prompts: Sequence[Prompt], n: int):
-        self.prompt_tokens, self.n = sum(len(p.token_ids) for p in prompts), n
-        self.completion_tokens = self.cached_tokens = 0
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
+        self.completion_tokens = 0
         self.moe: dict[str, int] = {}
 
-    def add(self, choice: int, output: Output) -> None:
+    def add(self, output: Output) -> None:
         self.completion_tokens += len(output.token_ids)
-        if choice % self.n == 0:  # the other answers to its prompt find what it computed
-            self.cached_tokens += output.cached_tokens
         if output.moe is not None:
             for name, count in asdict(output.moe).items():
                 self.moe[name] = self.moe.get(name, 0) + count
 
     def report(self) -> dict[str, Any]:
-        """With the prompt tokens that were found in cached pages, if any were, and with what lossy techniques
-        did to the assignments of the answers that have ended, if any may."""
+        """With what lossy techniques did to the assignments of the answers that have ended, if any may."""
         moe = {"moe": dict(self.moe)} if self.moe else {}
-        found = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}} if self.cached_tokens else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            **found,
             **moe,
         }

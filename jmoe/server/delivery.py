@@ -32,7 +32,7 @@ async def whole_answer(
         collected: list[list[Output]] = [[] for _ in generation.requests]
         async for index, output in generation.outputs():
             collected[index].append(output)
-            usage.add(index, output)
+            usage.add(output)
         return collected
 
     try:
@@ -64,7 +64,7 @@ async def stream_events(
         for choice in form.opening():
             yield chunk([choice])
         async for index, output in generation.outputs():
-            usage.add(index, output)
+            usage.add(output)
             yield chunk([form.delta(index, output)])
         if options.include_usage:
             yield chunk([], with_usage=True)

@@ -72,7 +72,7 @@ async def _grammar(service: Service, body: GenerationRequest) -> CompiledGrammar
 async def _answer(
     service: Service, request: Request, body: GenerationRequest, work: Work, form: AnswerFormat, prefix: str
 ) -> Response:
-    head, usage = service.head(prefix), Usage(work.prompts, len(work.params) // len(work.prompts))
+    head, usage = service.head(prefix), Usage(work.prompts)
     generation = await service.generate(head["id"], work.prompts, work.params, work.field, work.grammar)
     request.state.generation = generation  # for who logs and traces the answer
     if body.stream:

@@ -34,17 +34,10 @@ class MoEUse(Strict):
     rerouted: Count
 
 
-class PromptTokensDetails(Strict):
-    """cached_tokens: found in pages that another request computed."""
-
-    cached_tokens: Count
-
-
 class Usage(Strict):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
-    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
     moe: MoEUse | UnsetType = UNSET
 
 
