@@ -55,8 +55,7 @@ def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
     answer."""
     run, row, _, of, at = placed
     request, start, count, own = run.request, run.start, run.count, run.request.place
-    tokens = request.tokens[start : start + count] or [-1]
-    of.tokens_BT[at, :count] = tokens
+    of.tokens_BT[at, :count] = request.part(start, count) or [-1]
     of.positions_BT[at, :count] = np.arange(start, start + count)
     of.table_BM[at, : len(own.pages)] = own.pages
     if of is given.own:

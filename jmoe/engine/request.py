@@ -154,6 +154,12 @@ class Request:
     def tokens(self) -> list[int]:
         return [*self.prompt_token_ids, *self.token_ids]
 
+    def part(self, start: int, count: int) -> list[int]:
+        """Its tokens from position ``start`` on, ``count`` or as many as are known."""
+        n = len(self.prompt_token_ids)
+        generated = self.token_ids[max(start - n, 0) : max(start + count - n, 0)]
+        return [*self.prompt_token_ids[start : start + count], *generated]
+
 
 @dataclass
 class Place:
