@@ -59,14 +59,16 @@ def test_long_prompts_run_in_pieces_beside_decoding_and_change_no_token(engine: 
     assert all(0 < s.host_seconds < s.seconds + 1 for s in reports.steps)
 
 
-def test_equal_beginnings_run_once_and_give_the_same_tokens(engine: Engine):
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.matrix)], ids=str)
+def test_equal_beginnings_run_once_and_give_the_same_tokens(engine: Engine, shape):
     """Whole pages, a part of one, all of a prompt; then from generated tokens, as in a conversation."""
+    on = engine if shape == (1, 1, 1) else engine_on(mesh_of(shape), first=2)
     prompt = tokens(CFG, 21, seed=41)
-    cold = answer(engine, prompt)
+    cold = answer(on, prompt)
     for again, found in ((prompt, 20), (prompt[:16], 15), ([*prompt, 3, 4], 16), ([*prompt, *cold], 32)):
         fresh = answer(engine_on(make_mesh(), enable_prefix_caching=False), again)
         outputs: list[list[int]] = []
-        assert hits(engine, lambda again=again, out=outputs: out.append(answer(engine, again))) == found
+        assert hits(on, lambda again=again, out=outputs: out.append(answer(on, again))) == found
         assert outputs == [fresh]
 
 
