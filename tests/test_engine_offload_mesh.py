@@ -145,6 +145,7 @@ def test_every_predictor_gives_the_resident_tokens(model: Path, store: str, resi
         check_pool(engine)
 
 
+@pytest.mark.matrix
 def test_pools_that_hold_all_experts_copy_none_and_nothing_compiles_after_warm_up(model: Path, resident):
     engine = meshed(model, (1, 2, 1), slots_per_layer=EXPERTS // 2, warm_up=True)
     with closing(engine):

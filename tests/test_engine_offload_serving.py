@@ -130,6 +130,7 @@ def test_a_whole_window_has_the_resident_logits(model: Path):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
     """And a decode step does not."""
     engine = offloaded(model, slots_per_layer=3, predictor="counts")

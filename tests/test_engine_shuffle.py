@@ -126,6 +126,7 @@ def test_scheduled_requests_get_the_same_answers(model: Path, placed, plain, sha
     np.testing.assert_array_equal(counted, want)
 
 
+@pytest.mark.matrix
 def test_shuffling_goes_with_binning_and_tells_every_request(model: Path, placed):
     """Rows are in another order in the layer; what is counted must come back to its own request."""
     binning = BinningConfig(bin_width=0.05)
