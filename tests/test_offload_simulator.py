@@ -12,6 +12,8 @@ import pytest
 from offloaded import EXPERTS, GREEDY, LAYERS, VOCAB, K, build, offloaded, serve, write_model, write_profile
 
 from jmoe.config import MoEConfig
+from jmoe.engine.engine import Engine
+from jmoe.engine.request import Request
 from jmoe.moe.types import CacheCounts
 from jmoe.offload import simulator
 from jmoe.offload.predictors import Given, NoPredictor
@@ -57,6 +59,18 @@ def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Tra
     return found
 
 
+def decode_behind_all_prompts(engine: Engine) -> None:
+    """As the traces have it: nothing is decoded beside a prompt, so that all decode in lock step."""
+    scheduler = engine.scheduler
+    continues = scheduler._continues
+
+    def waits(request: Request) -> bool:
+        prompts = any(r.place.computed < r.place.goal for r in scheduler.running)
+        return not (scheduler.waiting or prompts) and continues(request)
+
+    scheduler._continues = waits
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("predictor", "eviction", "copies", "slots_per_layer", "batch"),
@@ -82,6 +96,7 @@ def test_the_simulator_counts_what_the_engine_does(
     how = {"predictor": predictor, "eviction": eviction, "prefetch_per_layer": copies, "store": store}
     with closing(offloaded(model, slots_per_layer=slots_per_layer, **how)) as engine:
         start = jax.tree.map(jnp.copy, (engine.runner.cache.table, engine.runner.cache.predictor))
+        decode_behind_all_prompts(engine)
         assert serve(engine, prompts) == answers
         counted, left = decode_counts(engine), np.asarray(engine.runner.cache.table.slots.held_S)
         rule = engine.runner.cache.rule
