@@ -31,7 +31,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--batch", type=int, default=32, help="requests that decode together")
     parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens generated for each")
+    parser.add_argument("--new", type=int, default=64, help="steps of the whole batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     args = parser.parse_args()
@@ -59,26 +59,26 @@ class Clock:
 
 
 class Recorder:
-    """A runner's ``run`` that keeps what it was last given."""
+    """A runner's ``run`` that keeps the last input in which ``batch`` requests decoded."""
 
-    def __init__(self, runner: Any):
-        self.run, self.last = runner.run, ((), {})
+    def __init__(self, runner: Any, batch: int):
+        self.run, self.batch, self.last = runner.run, batch, None
         runner.run = self
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.last = args, options
-        return self.run(*args, **options)
+    def __call__(self, given: Any) -> Any:
+        if given.decodes and (given.own.positions_BT >= 0).sum() == self.batch:
+            self.last = given
+        return self.run(given)
 
     def alone(self, steps: int) -> float:
         """Seconds a step of the last one's programs, back to back."""
         import jax
 
-        args, options = self.last
-        sampled = self.run(*args, **options)[0]
+        sampled = self.run(self.last)[0]
         jax.block_until_ready(sampled)
         start = time.perf_counter()
         for _ in range(steps):
-            sampled = self.run(*args, **options)[0]
+            sampled = self.run(self.last)[0]
         jax.block_until_ready(sampled)
         return (time.perf_counter() - start) / steps
 
@@ -87,7 +87,7 @@ def one_round(ours: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float
     """Milliseconds a step. Raises SystemExit where the engine reported too few steps of the whole batch."""
     clock = Clock(len(prompts))
     ours.engine.listeners.append(clock)
-    recorder = Recorder(ours.engine.runner)
+    recorder = Recorder(ours.engine.runner, len(prompts))
     try:
         ours.decode(prompts, new)
     finally:
@@ -105,13 +105,15 @@ def one_round(ours: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float
 
 def main() -> None:
     parser, args = arguments()
+    command = command_line(parser, args)
     pin(args.threads)
     import numpy as np
 
     from jmoe.checkpoint import read_config
 
     with checkpoint(args.model) as directory:
-        args.prompt, args.batches = args.context, [args.batch]
+        # Prompts enter one a step, beside the ones before: the first answer must outlast the last prompt.
+        args.prompt, args.batches, args.new = args.context + args.batch, [args.batch], args.new + args.batch
         ours = Jmoe(directory, args)
         rng, vocab = np.random.default_rng(0), read_config(directory).vocab_size
         rounds = [
@@ -120,11 +122,11 @@ def main() -> None:
         ][1:]  # the first only warms up
     medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
     figures = {
-        "command": command_line(parser, args),
+        "command": command,
         **machine(("jax",)),
         "model": args.model,
         "batch": args.batch,
-        "steps": args.new - 2,
+        "steps": args.new - args.batch,
         "rounds": args.rounds,
         **medians,
         "host_share": medians["host_ms"] / medians["step_ms"],
