@@ -84,7 +84,7 @@ def model_directory(model: str | Path) -> Path:
 
 
 def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 256, 512 ... tokens.
+    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 128, 256 ... tokens.
 
     Both are multiples of the ranks that share heads of a sequence and split its tokens.
     """
@@ -104,7 +104,7 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
     decode = {*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)}
-    prefill = {*_steps(64, min(256, longest), 4), *_steps(min(256, longest), longest, 2)}
+    prefill = set(_steps(64, longest, 2))
     return Sizes(
         tuple(sorted({round_up(n, sharing) for n in decode})),
         tuple(sorted({round_up(n, math.lcm(PAGE_SIZE, sharing)) for n in prefill})),
