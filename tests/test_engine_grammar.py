@@ -191,3 +191,16 @@ def test_a_checker_starts_again_after_its_child_was_killed(compiler):
     checker.child.wait()
     checker.check(Grammar("regex", "b").source())
     checker.close()
+
+
+def test_objects_with_named_properties_are_closed_where_the_schema_is_silent():
+    def made(schema: dict) -> dict:
+        return json.loads(schema_grammar(schema).text)
+
+    inner = {"type": "object", "properties": {"b": {"type": "string"}}}
+    plain = {"type": "object", "properties": {"a": inner, "c": {"type": "array", "items": inner}}}
+    closed = made(plain)
+    assert closed["additionalProperties"] is closed["properties"]["a"]["additionalProperties"] is False
+    assert closed["properties"]["c"]["items"]["additionalProperties"] is False
+    for kept in (plain | {"additionalProperties": True}, {"type": "object"}, {"allOf": [plain, inner]}):
+        assert made(kept).get("additionalProperties") == kept.get("additionalProperties")

@@ -48,11 +48,40 @@ def one_of(texts: Iterable[str]) -> Grammar:
 
 
 def schema_grammar(schema: dict[str, Any]) -> Grammar:
-    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself."""
+    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself.
+
+    Objects with named properties hold no others unless the schema says so: every answer still satisfies it,
+    and a model cannot go on adding properties until its tokens are spent.
+    """
     try:
-        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        if '"allOf"' not in text:  # there each part would refuse what the others name
+            closed = json.dumps(_closed(schema), ensure_ascii=False, allow_nan=False)
+            text = closed if len(closed.encode(errors="replace")) <= MAX_GRAMMAR_BYTES else text
+        return Grammar("json_schema", text)
     except RecursionError:
         raise ValueError("the schema is nested too deeply") from None
+
+
+OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties")
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with every object of named properties closed where it does not say."""
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for name in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(schema.get(name), dict):
+            made[name] = {key: _closed(value) for key, value in schema[name].items()}
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(schema.get(name), list):
+            made[name] = [_closed(value) for value in schema[name]]
+    for name in ("items", "additionalProperties"):
+        made |= {name: _closed(schema[name])} if name in schema else {}
+    if isinstance(schema.get("properties"), dict) and not any(name in schema for name in OPEN):
+        made["additionalProperties"] = False
+    return made
 
 
 def _literal(character: str) -> str:
