@@ -256,9 +256,9 @@ def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
     longer, step = enter("longer", [*prompt, 10, 11, 12])
     assert longer.place.pages[:2] == first.place.pages[:2] and step.prompts[0].start == 8 and not step.copies
     even, _ = enter("even", prompt[:8])
-    assert even.cached_tokens == 7 and even.place.pages[0] == first.place.pages[0], "the last page is copied"
+    assert even.place.begun == 7 and even.place.pages[0] == first.place.pages[0], "the last page is copied"
     for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
-        assert other.cached_tokens == 0 and not set(other.place.pages) & set(first.place.pages)
+        assert other.place.begun == 0 and not set(other.place.pages) & set(first.place.pages)
     assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
 

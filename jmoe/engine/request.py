@@ -143,7 +143,6 @@ class Request:
     place: "Place" = field(default_factory=lambda: Place())
     started: float | None = None
     first_token: float | None = None
-    cached_tokens: int = 0  # of the prompt, found in pages when it first ran
     moe: MoEUsage = field(default_factory=MoEUsage)
 
     @property
@@ -166,9 +165,10 @@ class Place:
     """Where a request is. Counts are of tokens and include those of steps that were started.
 
     number: it came in as. passed: how often later ones were let in before it. rank, seat, pages: its own
-    while it runs; a seat is a number that no other running one has, below the most that can run. goal: tokens
-    to run through as a prompt. computed: those whose keys and values are in the pages. drawn: those the
-    device has drawn and the host has not seen. ended: nothing of it is wanted any more.
+    while it runs; a seat is a number that no other running one has, below the most that can run. names: of
+    its pages, None where they are not shared; named: how many were told. begun: tokens found in pages when it
+    entered. goal: those to run through as a prompt. computed: those whose keys and values are in the pages.
+    drawn: those the device has drawn and the host has not seen. ended: nothing of it is wanted any more.
     """
 
     number: int = -1
@@ -177,7 +177,7 @@ class Place:
     seat: int = -1
     pages: list[int] = field(default_factory=list)
     names: PageNames | None = None
-    named: int = 0  # pages whose names are told
+    named: int = 0
     begun: int = 0
     goal: int = 0
     computed: int = 0

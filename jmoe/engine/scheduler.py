@@ -282,8 +282,6 @@ class Scheduler:
         if place.names is not None:
             self.prefix.queries += place.goal
             self.prefix.hits += entry.found
-        if not request.token_ids:
-            request.cached_tokens = entry.found
         self.running.append(request)
         if place.goal - place.computed == 1 and entry.found:  # the one token left is as one that was drawn
             self._decode(request, step)
