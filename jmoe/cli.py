@@ -121,6 +121,9 @@ def run_serve(args: argparse.Namespace) -> int:
     from jmoe.engine.nodes import Nodes, leave
     from jmoe.server.logs import configure
 
+    # Python's own handler raises an exception, which an import or a callback under way may swallow. Servers
+    # set handlers of their own once they serve.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     values = vars(args) | {}
     if "config" in values:
         values = read_serve_config(values["config"]) | values
