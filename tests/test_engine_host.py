@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.dispatch import REASONS, Dispatch
 from jmoe.engine.pages import PagePool
+from jmoe.engine.plan import Run, Step
 from jmoe.engine.request import QueueFull, Request, SamplingParams
-from jmoe.engine.scheduler import MAX_PASSED, Limits, Run, Scheduler, Step
+from jmoe.engine.scheduler import MAX_PASSED, Limits, Scheduler
 from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import Detokenizer, TextCodec
 

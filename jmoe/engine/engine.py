@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jmoe.engine.placing import constrain, fill, place
+from jmoe.engine.plan import Step
 from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
@@ -26,7 +27,7 @@ from jmoe.engine.request import (
 )
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import ENDS
-from jmoe.engine.scheduler import Scheduler, Step
+from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.scores import PromptScores, token_logprob
 from jmoe.engine.started import Started
 from jmoe.engine.text import Detokenizer, TextCodec

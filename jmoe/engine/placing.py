@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jmoe.engine.plan import Run, Step
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import SamplingRows
-from jmoe.engine.scheduler import Run, Step
 from jmoe.engine.step_input import HostRows, StepInput
 
 

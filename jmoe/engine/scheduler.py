@@ -10,47 +10,15 @@ that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED`` times a
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jmoe.engine.dispatch import Dispatch, Entry, entry_at
 from jmoe.engine.pages import PagePool
+from jmoe.engine.plan import Room, Run, Step
 from jmoe.engine.prefix import PageNames
 from jmoe.engine.request import Place, QueueFull, Request
 
 MAX_PASSED = 8
-
-
-@dataclass(frozen=True)
-class Run:
-    """``count`` tokens of a request from position ``start`` on. decodes: whether that is one token behind all
-    that are computed, else a part of a prompt; draws: whether the next one is drawn."""
-
-    request: Request
-    start: int
-    count: int
-    decodes: bool
-    draws: bool
-
-
-@dataclass
-class Step:
-    """One call of the model. size: tokens of prompts a rank, as compiled, 0 without prompts. copies: of pages
-    within a rank, (rank, from, to), before it."""
-
-    decodes: list[Run] = field(default_factory=list)
-    prompts: list[Run] = field(default_factory=list)
-    size: int = 0
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
-        """The copies, of each rank at most one a round."""
-        rounds: list[list[tuple[int, int, int]]] = []
-        for copy in self.copies:
-            free = next((r for r in rounds if all(copy[0] != other[0] for other in r)), None)
-            if free is None:
-                rounds.append(free := [])
-            free.append(copy)
-        return rounds
 
 
 @dataclass(frozen=True)
@@ -64,25 +32,6 @@ class Limits:
     longest: int
     queue: int
     run: int
-
-
-@dataclass
-class Room:
-    """What a step has left for prompts on a rank: tokens, and rows of ``run`` tokens, which a prompt does not
-    share with another. used: rows."""
-
-    tokens: int
-    rows: int
-    run: int
-    used: int = 0
-
-    def take(self, wanted: int, page: int) -> int:
-        """Tokens of a prompt that has ``wanted`` left: all, or whole pages."""
-        most = min(self.tokens, (self.rows - self.used) * self.run)
-        count = wanted if wanted <= most else most // page * page
-        self.tokens -= count
-        self.used += -(-count // self.run)
-        return count
 
 
 @dataclass
@@ -314,5 +263,6 @@ class Scheduler:
             self.prefix.queries += place.goal
             self.prefix.hits += entry.found
         self.running.append(request)
-        if place.goal - place.computed == 1 and entry.found:  # the one token left is as one that was drawn
+        written = rank.unwritten.isdisjoint(entry.held)
+        if place.goal - place.computed == 1 and entry.found and written:  # it is as one that was drawn
             self._decode(request, step)
