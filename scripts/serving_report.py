@@ -75,6 +75,8 @@ def page(results: dict[str, Any]) -> str:
     lines = ["# Serving on a CPU", ""]
     if "serving" in results:
         lines += serving(results["serving"])
+    if "traces" in results:
+        lines += traces(results["traces"])
     if "host" in results:
         lines += host(results["host"])
     return "\n".join(lines).rstrip() + "\n"
@@ -125,6 +127,57 @@ def _verdicts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         f"({speed:.2f}); that of a P99 TTFT no worse is {'met' if first <= 1 else 'missed'} ({first:.2f} of "
         "transformers').",
     ]
+
+
+def traces(part: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            run["trace"],
+            run["setting"],
+            f"{run['completed']} of {run['completed'] + run['failed']}",
+            f"{run['output_throughput']:.0f}",
+            f"{run['median_ttft_ms']:.0f}, {run['p99_ttft_ms']:.0f}",
+            f"{run['median_tpot_ms']:.1f}, {run['p99_tpot_ms']:.1f}",
+            f"{run['median_itl_ms']:.1f}, {run['p99_itl_ms']:.1f}",
+            f"{run['median_e2el_ms']:.0f}",
+            str(run["max_concurrent_requests"]),
+            "-" if run["prefix_hit_rate"] is None else f"{run['prefix_hit_rate']:.1%}",
+        ]
+        for run in part["runs"]
+    ]
+    scales = "; ".join(
+        f"{name} is `{of['file']}` with lengths times {of['length_scale']:.3g} and times times "
+        f"{of['time_scale']:.3g}"
+        for name, of in part["scales"].items()
+    )
+    return [
+        "## Recorded arrivals",
+        "",
+        *_head(part),
+        f"Model: {part['model']}, {part['max_num_seqs']} sequences. Open loop: {scales}. Milliseconds, "
+        "median and P99; hits are the share of prompt tokens found in the pages.",
+        "",
+        *table(
+            ["trace", "server", "completed", "output tokens/s", "TTFT", "TPOT", "ITL", "E2EL, median",
+             "most at once", "hits"],
+            rows,
+        ),
+        *filter(None, map(_cost, part["runs"])),
+        "",
+    ]  # fmt: skip
+
+
+def _cost(run: dict[str, Any]) -> str:
+    """What a lossy setting did; nothing of the others."""
+    if run["quality"] is None:
+        return ""
+    prompt, decode, moe = run["quality"]["prompt"], run["quality"]["decode"], run["moe"]
+    return (
+        f"{run['trace']}, {run['setting']} (`{run['flags']}`): {moe['remapped_share']:.1%} of the "
+        f"assignments remapped; perplexity of prompts {prompt['perplexity']:.3f}, exact "
+        f"{prompt['perplexity_exact']:.3f}; greedy answers cost {decode['nll_difference']:+.4f} nats a token "
+        "by the exact model."
+    )
 
 
 def _met(said: str, share: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import bench_traces
 from bench_serving import copy_without_ends
 from lm_eval_parity import compare, difference
 from paper_table import filled, shown
@@ -99,6 +100,21 @@ def test_a_part_does_not_touch_the_other(tmp_path):
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
     assert "jmoe beside `transformers serve" in page
     assert set(json.loads((tmp_path / "serving.json").read_text())) == {"serving", "host"}
+
+
+def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_costs(tmp_path):
+    numbers = dict.fromkeys(bench_traces.KEPT, 7.0) | {"completed": 3, "failed": 1, "prefix_hit_rate": None}
+    plain = numbers | {"trace": "azure", "setting": "exact", "flags": "", "moe": None, "quality": None}
+    prompt, moe = {"perplexity": 5.5, "perplexity_exact": 5.25}, {"remapped_share": 0.25}
+    quality = {"prompt": prompt, "decode": {"nll_difference": 0.125}}
+    lossy = plain | {"setting": "binned", "flags": "--moe-config X", "moe": moe, "quality": quality}
+    scales = {"azure": {"file": "a.gz", "length_scale": 0.5, "time_scale": 0.25}}
+    figures = {"command": "c", **HEAD, "max_num_seqs": 4, "scales": scales, "runs": [plain, lossy]}
+    write_part(tmp_path, "traces", figures)
+    page = (tmp_path / "serving.md").read_text()
+    assert "| azure | exact | 3 of 4 | 7 | 7, 7 | 7.0, 7.0 | 7.0, 7.0 | 7 | 7.0 | - |" in page
+    assert "25.0% of the assignments remapped; perplexity of prompts 5.500, exact 5.250" in page
+    assert "cost +0.1250 nats a token" in page and "lengths times 0.5 and times times 0.25" in page
 
 
 def test_the_copy_ends_no_text(tmp_path):
