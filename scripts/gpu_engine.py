@@ -24,7 +24,7 @@ from jmoe import LLM, ModelConfig, MoEConfig, SamplingParams
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.engine.build import model_directory
 from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import HostRows, Sizes
+from jmoe.engine.step_input import Sizes
 from jmoe.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,9 @@ class DecodeBench:
 
         def given(i: int):
             tokens = rng.integers(0, self.cfg.vocab_size, (batch, 1)).astype(np.int32)
-            return replace(blank, own=HostRows(tokens, np.full((batch, 1), CONTEXT + i, np.int32), table))
+            positions = np.full((batch, 1), CONTEXT + i, np.int32)
+            own = blank.own._replace(tokens_BT=tokens, positions_BT=positions, table_BM=table)
+            return replace(blank, own=own)
 
         jax.block_until_ready(runner.run(given(0)))
         runner.drain()

@@ -184,6 +184,7 @@ def check(case: Case) -> dict:
     from jax.experimental import topologies
 
     from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.engine.build import ROW
     from jmoe.engine.lowering import lower_step
     from jmoe.engine.step_input import Sizes
     from jmoe.mesh import make_mesh
@@ -194,7 +195,8 @@ def check(case: Case) -> dict:
     mesh = make_mesh(*case.mesh, devices=devices)
     table = CONTEXT // PAGE
     slots = case.sequences if case.tokens == 1 else 1
-    sizes = Sizes((case.sequences,), (case.tokens,), PAGE, max(1, case.sequences) * table, table)
+    prefill = min(ROW["tpu"], case.tokens), case.tokens
+    sizes = Sizes((case.sequences,), prefill, PAGE, max(1, case.sequences) * table, table)
     start = time.perf_counter()
     moe = replace(MoEConfig.from_text(case.moe), transport=case.transport, attention=case.attention)  # pyright: ignore[reportArgumentType]
     compiled = lower_step(cfg, moe, mesh, sizes, sequences=slots, tokens=case.tokens).compile()

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.dispatch import REASONS, Dispatch
 from jmoe.engine.pages import PagePool
+from jmoe.engine.plan import Run, Step
 from jmoe.engine.request import QueueFull, Request, SamplingParams
-from jmoe.engine.scheduler import MAX_PASSED, Limits, Scheduler, Step
+from jmoe.engine.scheduler import MAX_PASSED, Limits, Scheduler
 from jmoe.engine.step_input import Sizes
 from jmoe.engine.text import Detokenizer, TextCodec
 
@@ -23,8 +24,10 @@ def scheduler_of(
     pool: PagePool, slots=4, budget=64, longest=20, queue=10, dispatch=REASONS, share=None
 ) -> Scheduler:
     by = Dispatch(len(pool.ranks), slots, dispatch, share)
-    limits = Limits(slots, budget, longest, queue)
-    return Scheduler(pool, limits, kind=lambda r: r.params.cache_salt, dispatch=by)
+    run = pool.page_size
+    limits = Limits(slots, budget, longest, queue, run)
+    sizes = range(run, budget + run, run)
+    return Scheduler(pool, limits, sizes, kind=lambda r: r.params.cache_salt, dispatch=by)
 
 
 def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
@@ -79,22 +82,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.started = step
 
     def _compute(self, step: Step) -> None:
-        """Writes the runs' tokens, each onto what is there; all before it must be its own."""
-        assert len({run.request.place.rank for run in step.prompts}) == len(step.prompts), "one prompt a rank"
+        """Writes the runs' tokens, each onto what is there; all before it must be its own. A layer of the
+        model writes and reads what is decoded, then writes all prompts and reads them."""
+        for rank in range(self.RANKS):
+            counts = [-(-run.count // self.SIZE) for run in step.prompts if run.request.place.rank == rank]
+            assert sum(counts) * self.SIZE <= step.size
         for rank, source, target in step.copies:
             self.held[rank, target] = self.held[rank, source]
-        for run in step.decodes + step.prompts:
-            place, tokens = run.request.place, [*run.request.tokens, 0]
-            assert run.decodes or run.start % self.SIZE == 0
-            for at in range(run.start, run.start + run.count):
-                page = place.rank, place.pages[at // self.SIZE]
-                before = self.held.get(page, ())[: at % self.SIZE]
-                first = at - at % self.SIZE
-                assert list(before) == tokens[first:at], "what came before is there"
-                self.held[page] = (*before, tokens[at])
-            for index in range((run.start + run.count) // self.SIZE):
-                want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
-                assert self.held[place.rank, place.pages[index]] == want
+        for piece in ([[run] for run in step.decodes], [step.prompts]):
+            for runs in piece:
+                for run in runs:
+                    self._write(run)
+                for run in runs:
+                    self._read(run)
+
+    def _write(self, run: Run) -> None:
+        place, tokens = run.request.place, [*run.request.tokens, 0]
+        assert run.decodes or run.start % self.SIZE == 0
+        for at in range(run.start, run.start + run.count):
+            page = place.rank, place.pages[at // self.SIZE]
+            before = self.held.get(page, ())[: at % self.SIZE]
+            first = at - at % self.SIZE
+            assert list(before) == tokens[first:at], "what came before is there"
+            self.held[page] = (*before, tokens[at])
+
+    def _read(self, run: Run) -> None:
+        place, tokens = run.request.place, [*run.request.tokens, 0]
+        for index in range((run.start + run.count) // self.SIZE):
+            want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
+            assert self.held[place.rank, place.pages[index]] == want
 
     @rule(data=st.data())
     def abort(self, data):
@@ -137,7 +153,7 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 
 def admitted(scheduler: Scheduler, count: int) -> list[int]:
-    """The ranks of the next ``count`` requests that enter, one prompt a rank and step."""
+    """The ranks of the next ``count`` requests that enter."""
     ranks = []
     while len(ranks) < count:
         before = set(map(id, scheduler.running))
@@ -192,7 +208,9 @@ def test_prompts_are_cut_to_the_budget_that_decoding_leaves():
     scheduler = scheduler_of(PagePool(1, 40, 4), budget=10, longest=100)
     scheduler.add([request("0", 3, 50), request("1", 21, 50, token=1)])
     first = scheduler.next_step()
-    assert [(r.start, r.count, r.draws) for r in first.prompts] == [(0, 3, True)] and not first.decodes
+    runs = [(r.request.id, r.start, r.count, r.draws) for r in first.prompts]
+    assert runs == [("0", 0, 3, True), ("1", 0, 4, False)] and not first.decodes
+    assert first.size == 8, "a row of 4 tokens each"
     deliver(scheduler, first)
     seen = []
     while not seen or not seen[-1][-1]:
@@ -200,7 +218,29 @@ def test_prompts_are_cut_to_the_budget_that_decoding_leaves():
         assert [r.request.id for r in step.decodes] == ["0"], "decoding goes on beside the prompt"
         seen += [(r.start, r.count, r.draws) for r in step.prompts]
         deliver(scheduler, step)
-    assert seen == [(0, 8, False), (8, 8, False), (16, 5, True)], "whole pages of 4 within 10 - 1 tokens"
+    assert seen == [(4, 8, False), (12, 9, True)], "within 10 - 1 tokens whole pages of 4, or to the end"
+
+
+def test_a_step_holds_as_many_prompts_as_its_budget_and_the_oldest_goes_on_first():
+    scheduler = scheduler_of(PagePool(1, 40, 4), budget=16, longest=100)
+    lengths = [3, 6, 9, 2]
+    scheduler.add([request(str(i), n, 50, token=i) for i, n in enumerate(lengths)])
+    steps = [scheduler.next_step() for _ in range(2)]
+    runs = [[(r.request.id, r.start, r.count) for r in step.prompts] for step in steps]
+    assert runs == [[("0", 0, 3), ("1", 0, 6), ("2", 0, 4)], [("2", 4, 5), ("3", 0, 2)]]
+    assert [step.size for step in steps] == [16, 12] and len(steps[1].decodes) == 2
+
+
+def test_prompts_of_one_step_read_the_pages_that_it_writes_and_copy_none():
+    scheduler = scheduler_of(PagePool(1, 40, 4), longest=100)
+    scheduler.add([request("0", 10, 50), request("same", 10, 50), request("even", 8, 50)])
+    step = scheduler.next_step()
+    assert [(r.request.id, r.start, r.count) for r in step.prompts] == [
+        ("0", 0, 10), ("same", 8, 2), ("even", 4, 4),
+    ]  # fmt: skip
+    assert not step.copies and not step.decodes
+    first, same, even = (run.request.place.pages for run in step.prompts)
+    assert first[:2] == same[:2] and first[0] == even[0] and first[1] != even[1]
 
 
 def test_a_prompt_that_waits_for_pages_is_overtaken_a_few_times_only():

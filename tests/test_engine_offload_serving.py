@@ -167,9 +167,8 @@ def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Pa
     def recorded(step):
         """Whether it only decodes; seats and last positions of its own rows in use."""
         live_B = step.own.positions_BT[:, 0] >= 0
-        seats_B = step.seats_B[-len(live_B) :][live_B]
-        at = np.flatnonzero(live_B), step.last_B[live_B]
-        rows.append((step.decodes, seats_B, step.own.positions_BT[at]))
+        last_B = step.own.positions_BT[live_B].max(axis=1)
+        rows.append((step.decodes, step.own.seats_B[live_B], last_B))
         return run(step)
 
     engine.runner.run = recorded

@@ -54,8 +54,8 @@ def test_long_prompts_run_in_pieces_beside_decoding_and_change_no_token(engine: 
     requests, _ = serve(engine, [first, long])
     engine.listeners.remove(reports)
     assert [r.token_ids for r in requests] == alone
-    mixed = [s for s in reports.steps if s.prompt_tokens and s.decode_tokens]
-    assert [s.prompt_tokens for s in mixed] == [32, 16], "36 tokens a step, whole pages beside one decoded"
+    steps = [(s.prompt_tokens, s.decode_tokens) for s in reports.steps]
+    assert steps[:3] == [(5 + 16, 0), (32, 1), (0, 2)], "rows of 16 tokens, two a step"
     assert all(0 < s.host_seconds < s.seconds + 1 for s in reports.steps)
 
 
@@ -70,6 +70,18 @@ def test_equal_beginnings_run_once_and_give_the_same_tokens(engine: Engine, shap
         outputs: list[list[int]] = []
         assert hits(on, lambda again=again, out=outputs: out.append(answer(on, again))) == found
         assert outputs == [fresh]
+
+
+def test_equal_beginnings_that_come_together_run_once_too(engine: Engine):
+    """The second reads, in one step with it, pages that the first writes."""
+    begin = [int(t) for t in tokens(CFG, 8, seed=43)]
+    both = [[*begin, 5, 6], [*begin, 7, 8, 9]]
+    alone = [answer(engine_on(make_mesh(), enable_prefix_caching=False), prompt) for prompt in both]
+    reports = Reports(engine)
+    requests, _ = serve(engine, both)
+    engine.listeners.remove(reports)
+    assert reports.steps[0].prompt_tokens == 10 + 3
+    assert [r.token_ids for r in requests] == alone
 
 
 def test_a_salt_or_scores_of_the_prompt_find_nothing(engine: Engine):
@@ -228,7 +240,7 @@ def test_biases_add_to_the_logits(engine: Engine):
 def test_a_limit_for_prompts_spares_what_is_decoded_beside_them():
     moe = MoEConfig(capacity=CapacityConfig(factor=0.25, phase="prefill"))
     limited = engine_on(make_mesh(), moe, enable_prefix_caching=False)
-    first, long = tokens(CFG, 5, seed=31), tokens(CFG, 48, seed=32)
+    first, long = tokens(CFG, 20, seed=31), tokens(CFG, 48, seed=32)  # the first fills a step
     short = dataclasses.replace(GREEDY, exact=True)
     _, outputs = serve(limited, [first, long], [short, GREEDY])
     usages = [parts[-1].moe for parts in outputs]

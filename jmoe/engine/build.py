@@ -34,6 +34,8 @@ from jmoe.techniques import ShuffleConfig
 
 Progress = Callable[[str, int, int], None]
 PAGE_SIZE = 32  # tokens
+# Tokens of a row of a prompt: few pad little; on a GPU attention reads a row's whole page table (``gpu.py``).
+ROW = {"cpu": 64, "tpu": 64, "gpu": 256}
 DEFAULT_KV_BYTES = 2 << 30
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
@@ -84,15 +86,17 @@ def model_directory(model: str | Path) -> Path:
 
 
 def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: 1, 4, 8, 16 ... sequences; prefill runs of 64, 128, 256 ... tokens.
+    """Shapes to compile: 1, 4, 8, 16 ... sequences; 1, 2, 4, 8 ... rows of prompts' tokens.
 
     Both are multiples of the ranks that share heads of a sequence and split its tokens.
     """
     split = settings_split(settings)
     sharing = split.mesh.shape[EXPERT] if EXPERT in split.heads else 1
     slots = round_up(-(-settings.max_num_seqs // split.sequence_ranks), sharing)
-    longest = max(PAGE_SIZE, min(settings.max_num_batched_tokens, max_model_len))
-    longest = round_up(longest, math.lcm(PAGE_SIZE, sharing))
+    step, row = math.lcm(PAGE_SIZE, sharing), ROW[platform_of(split.mesh)]
+    most = round_up(max(PAGE_SIZE, settings.max_num_batched_tokens), step)
+    run = min(round_up(row, step), most, round_up(max_model_len, step))
+    rows = min(-(-most // run), slots * -(-max_model_len // run))
     table = -(-max_model_len // PAGE_SIZE)
     one_page = page_bytes(cfg, split, PAGE_SIZE)
     if settings.kv_memory is None:
@@ -104,10 +108,9 @@ def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) ->
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
     decode = {*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)}
-    prefill = set(_steps(64, longest, 2))
     return Sizes(
         tuple(sorted({round_up(n, sharing) for n in decode})),
-        tuple(sorted({round_up(n, math.lcm(PAGE_SIZE, sharing)) for n in prefill})),
+        tuple(count * run for count in _steps(1, rows, 2)),
         PAGE_SIZE, pages, table,
     )  # fmt: skip
 
@@ -213,10 +216,11 @@ def schedule(
     """A scheduler of ``runner``'s shapes."""
     sizes = runner.sizes
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
-    limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
+    budget, queue = settings.max_num_batched_tokens, settings.max_queue
+    limits = Limits(sizes.decode[-1], budget, max_model_len, queue, sizes.run)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
     dispatch = Dispatch(runner.ranks, limits.slots, settings.dispatch, share)
-    return Scheduler(pool, limits, sizes.prefill_size, kind, dispatch)
+    return Scheduler(pool, limits, sizes.prefill, kind, dispatch)
 
 
 def page_kind(request: Request, runner: Runner) -> str:

@@ -44,7 +44,8 @@ def entry_at(
 ) -> Entry | None:
     """None where there are not enough pages for ``tokens`` and one for each request that runs there already.
 
-    names: of the tokens' pages, None where nothing is to be found. size: tokens of a page.
+    names: of the tokens' pages, None where nothing is to be found. size: tokens of a page. Full pages that
+    the planned step writes may be read in it, by tokens of prompts; copied or decoded from they may not.
     """
     held: list[int] = []
     part = None
@@ -53,6 +54,8 @@ def entry_at(
         if len(held) == len(tokens) // size:  # the rest may be there too
             rest = names.rest(tokens)
             part = held.pop() if rest is None else next(iter(pages.find([rest])), None)
+            if not pages.unwritten.isdisjoint([*held, part]):
+                part = None
     reused = sum(not pages.users[page] for page in held)
     need = -(-len(tokens) // size) - len(held) + reused + running
     if part is not None and need + (not pages.users[part]) <= pages.free:

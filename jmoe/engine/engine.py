@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jmoe.engine.placing import constrain, fill, place
+from jmoe.engine.plan import Step
 from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
@@ -26,7 +27,7 @@ from jmoe.engine.request import (
 )
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import ENDS
-from jmoe.engine.scheduler import Scheduler, Step
+from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.scores import PromptScores, token_logprob
 from jmoe.engine.started import Started
 from jmoe.engine.text import Detokenizer, TextCodec
@@ -170,7 +171,7 @@ class Engine:
                 self._fail(request, failure)
         planned = time.monotonic() - began
         sampled, hidden, changes = runner.run(given)
-        scores = self._scores.start(placed, given, hidden)
+        scores = self._scores.start(placed, hidden)
         return Started(placed, sampled, changes if runner.lossy else None, scores, began, planned)
 
     def _ends(self, params: SamplingParams) -> list[int]:
@@ -208,13 +209,14 @@ class Engine:
             return
         cfg = self.runner.cfg
         counts = None if started.changes is None else jax.device_get(started.changes)
-        for run, row, *_ in started.placed:
+        for placed in started.placed:
+            run, rows = placed.run, placed.changed
             moe = run.request.moe
             moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
             if counts is not None:
-                moe.remapped += int(counts.remapped_T[row])
-                moe.dropped += int(counts.dropped_T[row])
-                moe.rerouted += int(counts.rerouted_T[row])
+                moe.remapped += int(counts.remapped_T[rows].sum())
+                moe.dropped += int(counts.dropped_T[rows].sum())
+                moe.rerouted += int(counts.rerouted_T[rows].sum())
 
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)

@@ -113,11 +113,13 @@ class PartFunctions:
 
         latest_S, knobs: see ``ModelFunctions.step``. predictor: None where nothing is predicted.
         """
+        model = self.merge(weights)
         if isinstance(given, Sequences):
             seqs = given
         else:
-            seqs = sequences_of(given, latest_S, lossy=knobs is not None, cached=True)
-        x_ND, by = self.merge(weights).begin(seqs)
+            ranks = model.split.sequence_ranks
+            seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=True)
+        x_ND, by = model.begin(seqs)
         walk, told_RE = None, None
         if predictor is not None:
             seen = step_seen(seqs, x_ND)
@@ -152,7 +154,7 @@ class PartFunctions:
         """counts_CL: the fields of ``CacheCounts``, of each layer."""
         model = self.merge(weights)
         hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
-        sampled, latest_S = draw(model, hidden_RND, seqs, given, latest_S)
+        sampled, latest_S = draw(model, hidden_RND, given, latest_S)
         stats = [replace(each.stats, cache=CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
         if seqs.decodes:

@@ -19,8 +19,8 @@ from jmoe.nn.kv_cache import page_layout
 def lower_step(
     cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes, *, sequences: int, tokens: int
 ) -> jax.stages.Lowered:
-    """The step over ``sequences`` a rank of ``tokens`` each: 1 is decode, more is prefill, beside which as
-    many sequences are decoded as may run.
+    """The step over ``sequences`` a rank of one token each, or over ``tokens`` of prompts a rank, more than
+    one, beside which as many sequences are decoded as may run.
 
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
@@ -33,7 +33,8 @@ def lower_step(
     weights, structure = jax.tree.flatten(state)
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     ranks, most = model.split.sequence_ranks, sizes.decode[-1]
-    given = blank_input(cfg.vocab_size, sizes, ranks, sequences, tokens, beside=most if tokens > 1 else 0)
+    rows, length, beside = (sequences, 1, 0) if tokens == 1 else (tokens // sizes.run, sizes.run, most)
+    given = blank_input(cfg.vocab_size, sizes, ranks, rows, length, beside)
     attention = model.kernels.attention
     pages = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 
 class RankPages:
-    """The pages of one rank."""
+    """The pages of one rank. unwritten: those that were named since it was last cleared, for what the step
+    that is being planned will write into them."""
 
     def __init__(self, count: int):
         self.count = count
@@ -19,6 +20,7 @@ class RankPages:
         self.users = [0] * count
         self.names: list[list[bytes]] = [[] for _ in range(count)]
         self.named: dict[bytes, int] = {}
+        self.unwritten: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -62,6 +64,7 @@ class RankPages:
         if name not in self.named:
             self.named[name] = page
             self.names[page].append(name)
+            self.unwritten.add(page)
 
     def find(self, names: Iterable[bytes]) -> list[int]:
         """The pages of these names up to the first that none has."""

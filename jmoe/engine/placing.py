@@ -5,62 +5,69 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jmoe.engine.plan import Run, Step
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import SamplingRows
-from jmoe.engine.scheduler import Run, Step
 from jmoe.engine.step_input import HostRows, StepInput
 
 
 class Placed(NamedTuple):
-    """A run in a step. row: of the sampled tokens. rank: of its request. of, at: its host arrays and its row
-    in them."""
+    """A run in a step. row: of the drawn tokens. of, at: its host arrays and its rows in them. changed: those
+    rows among all of the step. rank, column: where its first token is in the grid."""
 
     run: Run
     row: int
-    rank: int
     of: HostRows
-    at: int
+    at: slice
+    changed: slice
+    rank: int
+    column: int
 
 
 def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
-    """The host arrays of a step's shape, all padding yet, and where in them each run goes."""
-    by_rank: list[list[Run]] = [[] for _ in range(runner.ranks)]
-    for run in step.decodes:
-        by_rank[run.request.place.rank].append(run)
+    """The host arrays of a step's shape, all padding yet, and where in them each run goes.
+
+    A rank's runs take one row each of the tokens that are drawn: no more run there than may be drawn.
+    """
+    decodes, prompts = (by_rank(runs, runner.ranks) for runs in (step.decodes, step.prompts))
+    b, length, rows = runner.sizes.decode[-1], runner.sizes.run, step.size // runner.sizes.run
     if step.size:
-        b = runner.sizes.decode[-1]
-        given = runner.blank(1, step.size, beside=b)
-        beside = given.beside
-        assert beside is not None
+        given = runner.blank(rows, length, beside=b)
     else:
-        b = runner.sizes.decode_size(max(map(len, by_rank)))
+        b = runner.sizes.decode_size(max(map(len, decodes)))
         given = runner.blank(b, 1)
-        beside = given.own
-    decodes = [
-        Placed(run, rank * b + i, rank, beside, rank * b + i)
-        for rank, mine in enumerate(by_rank)
-        for i, run in enumerate(mine)
-    ]
-    ranks = [run.request.place.rank for run in step.prompts]
-    prompts = [
-        Placed(run, runner.ranks * b + rank, rank, given.own, rank)
-        for run, rank in zip(step.prompts, ranks, strict=True)
-    ]
-    return decodes + prompts, given
+    placed = []
+    for rank in range(runner.ranks):
+        for i, run in enumerate(decodes[rank]):
+            row = rank * b + i
+            at = slice(row, row + 1)
+            placed.append(Placed(run, row, given.beside or given.own, at, at, rank, i))
+        first = 0  # of the rank's rows
+        for i, run in enumerate(prompts[rank], len(decodes[rank])):
+            count = -(-run.count // length)
+            at = slice(rank * rows + first, rank * rows + first + count)
+            changed = slice(runner.ranks * b + at.start, runner.ranks * b + at.stop)
+            placed.append(Placed(run, rank * b + i, given.own, at, changed, rank, b + first * length))
+            first += count
+    return placed, given
+
+
+def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
+    return [[run for run in runs if run.request.place.rank == rank] for rank in range(ranks)]
 
 
 def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
-    """The arrays' row of one run. A token that only the device knows is -1. ends: tokens that end an
+    """The arrays' rows of one run. A token that only the device knows is -1. ends: tokens that end an
     answer."""
-    run, row, _, of, at = placed
+    run, row, of, at, _, _, column = placed
     request, start, count, own = run.request, run.start, run.count, run.request.place
-    of.tokens_BT[at, :count] = request.part(start, count) or [-1]
-    of.positions_BT[at, :count] = np.arange(start, start + count)
+    of.tokens_BT[at].reshape(-1)[:count] = request.part(start, count) or [-1]  # rows lie one behind another
+    of.positions_BT[at].reshape(-1)[:count] = np.arange(start, start + count)
     of.table_BM[at, : len(own.pages)] = own.pages
-    if of is given.own:
-        given.last_B[at], given.fresh_B[at] = count - 1, start == own.begun
-    given.exact_B[row], given.seats_B[row] = request.params.exact, own.seat
+    of.exact_B[at], of.seats_B[at] = request.params.exact, own.seat
+    of.fresh_B[at.start] = start == own.begun
+    given.behind_B[row], given.seats_B[row] = column + count - 1, own.seat
     fill_sampling(given.rows, row, request.params, start + count)
     generated = start + count - len(request.prompt_token_ids)
     fill_biases(given.rows, row, request.params, ends, generated)

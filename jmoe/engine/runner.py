@@ -153,7 +153,9 @@ class Runner:
     ) -> None:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
         most = self.sizes.decode[-1]
-        shapes = [(b, 1, 0) for b in self.sizes.decode] + [(1, t, most) for t in self.sizes.prefill]
+        shapes = [(b, 1, 0) for b in self.sizes.decode] + [
+            (tokens // self.sizes.run, self.sizes.run, most) for tokens in self.sizes.prefill
+        ]
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
             given = self.blank(*shape)

@@ -1,19 +1,20 @@
 """What the next step runs. Pure host code over plain objects.
 
-A step holds one token of every request that is being decoded and, on each rank, the next tokens of one
-prompt, as many as the budget leaves. Requests enter first come, first served, one prompt a rank at a time,
-when there is a place and pages for what they bring; pages for what they generate are taken one by one. Where
-none is free, the request that came last gives its pages back and later runs again from its tokens, so that
-the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
-times at most. Which rank they enter, ``dispatch`` says.
+A step holds one token of every request that is being decoded and, on each rank, the next tokens of prompts,
+as many as the budget leaves. Requests enter first come, first served, when there is a place and pages for
+what they bring; pages for what they generate are taken one by one. Where none is free, the request that came
+last gives its pages back and later runs again from its tokens, so that the oldest always goes on. A request
+that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED`` times at most. Which rank they enter,
+``dispatch`` says.
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from jmoe.engine.dispatch import Dispatch, Entry, entry_at
 from jmoe.engine.pages import PagePool
+from jmoe.engine.plan import Room, Run, Step
 from jmoe.engine.prefix import PageNames
 from jmoe.engine.request import Place, QueueFull, Request
 
@@ -21,47 +22,16 @@ MAX_PASSED = 8
 
 
 @dataclass(frozen=True)
-class Run:
-    """``count`` tokens of a request from position ``start`` on. decodes: whether that is one token behind all
-    that are computed, else a part of a prompt; draws: whether the next one is drawn."""
-
-    request: Request
-    start: int
-    count: int
-    decodes: bool
-    draws: bool
-
-
-@dataclass
-class Step:
-    """One call of the model. size: the compiled length of a prompt's run, 0 without prompts. copies: of pages
-    within a rank, (rank, from, to), before it."""
-
-    decodes: list[Run] = field(default_factory=list)
-    prompts: list[Run] = field(default_factory=list)
-    size: int = 0
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
-        """The copies, of each rank at most one a round."""
-        rounds: list[list[tuple[int, int, int]]] = []
-        for copy in self.copies:
-            free = next((r for r in rounds if all(copy[0] != other[0] for other in r)), None)
-            if free is None:
-                rounds.append(free := [])
-            free.append(copy)
-        return rounds
-
-
-@dataclass(frozen=True)
 class Limits:
     """slots: requests that run together on a rank. budget: tokens of a step on a rank, at least a page of a
-    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests."""
+    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests. run: tokens of
+    one row of a prompt."""
 
     slots: int
     budget: int
     longest: int
     queue: int
+    run: int
 
 
 @dataclass
@@ -73,19 +43,19 @@ class PrefixCounts:
 
 
 class Scheduler:
-    """run_size: the tokens of a prompt's run that is compiled for so many. kind: names what a request's pages
-    depend on beside its tokens; None shares no pages. dispatch: chooses ranks; None by load.
+    """sizes: tokens of prompts a rank that are compiled. kind: names what a request's pages depend on beside
+    its tokens; None shares no pages. dispatch: chooses ranks; None by load.
     """
 
     def __init__(
         self,
         pool: PagePool,
         limits: Limits,
-        run_size: Callable[[int], int] = lambda tokens: tokens,
+        sizes: Sequence[int],
         kind: Callable[[Request], str] | None = None,
         dispatch: Dispatch | None = None,
     ):
-        self.pool, self.limits, self.run_size, self.kind = pool, limits, run_size, kind
+        self.pool, self.limits, self.sizes, self.kind = pool, limits, tuple(sizes), kind
         self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.slots)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -115,12 +85,30 @@ class Scheduler:
     def next_step(self) -> Step | None:
         """What to run now; the requests' places are then as behind it. None where nothing can run."""
         step = Step()
-        for request in sorted(self.running, key=lambda r: r.place.number):  # who came last gives way
+        for rank in self.pool.ranks:
+            rank.unwritten.clear()
+        for request in self._by_age():  # who came last gives way
             if request in self.running and self._continues(request):
                 self._decode(request, step)
-        self._admit(step)
-        self._prefill(step)
+        rooms = self._rooms(step)
+        for request in self._by_age():
+            if request.place.computed < request.place.goal:
+                self._prefill(request, step, rooms)
+        self._admit(step, rooms)
+        most = max(room.used for room in rooms) * self.limits.run
+        step.size = next(size for size in (0, *self.sizes) if size >= most)
         return step if step.decodes or step.prompts else None
+
+    def _by_age(self) -> list[Request]:
+        return sorted(self.running, key=lambda r: r.place.number)
+
+    def _rooms(self, step: Step) -> list[Room]:
+        """Of each rank, beside what is decoded there."""
+        run, page = self.limits.run, self.pool.page_size
+        left = [self.limits.budget] * len(self.pool.ranks)
+        for decoded in step.decodes:
+            left[decoded.request.place.rank] -= 1
+        return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
 
     def _continues(self, request: Request) -> bool:
         """Whether a token follows the last one that was drawn, which is all that is not computed yet."""
@@ -153,21 +141,11 @@ class Scheduler:
         self.preemptions += 1
         return last
 
-    def _prefill(self, step: Step) -> None:
-        """The next tokens of the prompts under way: whole pages, up to a prompt's end."""
-        size = self.pool.page_size
-        wanted: list[tuple[Request, int]] = []
-        for request in self.running:
-            place = request.place
-            if place.computed < place.goal:
-                beside = sum(run.request.place.rank == place.rank for run in step.decodes)
-                budget = max((self.limits.budget - beside) // size, 1) * size
-                wanted.append((request, min(place.goal - place.computed, budget)))
-        if not wanted:
-            return
-        step.size = self.run_size(max(count for _, count in wanted))
-        for request, most in wanted:
-            place, count = request.place, min(most, step.size)
+    def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
+        """The next tokens of a prompt: whole pages, or up to its end; perhaps none."""
+        place = request.place
+        count = rooms[place.rank].take(place.goal - place.computed, self.pool.page_size)
+        if count:
             draws = place.computed + count == place.goal
             step.prompts.append(Run(request, place.computed, count, decodes=False, draws=draws))
             self._advance(request, count, draws=draws)
@@ -218,13 +196,15 @@ class Scheduler:
 
     # ---- who enters, and where -----------------------------------------------------------------------
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: Step, rooms: list[Room]) -> None:
         behind: list[Request] = []  # those that stay, in order
-        while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks()):
+        while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks(rooms)):
             request = self.waiting.popleft()
             entry = None if request.place.drawn else self._entry(request, ranks)
             if entry is not None:
                 self._enter(request, entry, step)
+                if request.place.computed < request.place.goal:
+                    self._prefill(request, step, rooms)
                 for other in behind:
                     other.place.passed += 1
             else:
@@ -233,11 +213,11 @@ class Scheduler:
                 break
         self.waiting.extendleft(reversed(behind))
 
-    def _open_ranks(self) -> list[int]:
-        """Those with a place and no prompt under way."""
-        counts = self._counts()
-        busy = {r.place.rank for r in self.running if r.place.computed < r.place.goal}
-        return [r for r, count in enumerate(counts) if count < self.limits.slots and r not in busy]
+    def _open_ranks(self, rooms: list[Room]) -> list[int]:
+        """Those with a place, and room for a page of a prompt."""
+        counts, page = self._counts(), self.pool.page_size
+        roomy = [room.tokens >= page and room.used < room.rows for room in rooms]
+        return [r for r, count in enumerate(counts) if count < self.limits.slots and roomy[r]]
 
     def _counts(self) -> list[int]:
         counts = [0] * len(self.pool.ranks)
@@ -283,5 +263,6 @@ class Scheduler:
             self.prefix.queries += place.goal
             self.prefix.hits += entry.found
         self.running.append(request)
-        if place.goal - place.computed == 1 and entry.found:  # the one token left is as one that was drawn
+        written = rank.unwritten.isdisjoint(entry.held)
+        if place.goal - place.computed == 1 and entry.found and written:  # it is as one that was drawn
             self._decode(request, step)

@@ -1,7 +1,5 @@
 """Log-probabilities of drawn tokens and of a prompt's, which come with its runs and leave with the answer."""
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 from jax import Array
@@ -9,14 +7,9 @@ from jax import Array
 from jmoe.engine.placing import Placed
 from jmoe.engine.request import Request, TokenLogprob
 from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import StepInput
 
-
-class StartedScores(NamedTuple):
-    """Scores on their way. column: of the first prompt token in the grid. all: see ``sampling.score``."""
-
-    column: int
-    all: tuple[Array, Array, Array]
+StartedScores = tuple[Array, Array, Array]
+"""Of every token of the grid, on their way: see ``sampling.score``."""
 
 
 class PromptScores:
@@ -30,22 +23,21 @@ class PromptScores:
         if request.params.prompt_logprobs is not None:
             self._kept[request.id] = [None]  # nothing predicts the first token
 
-    def start(self, placed: list[Placed], given: StepInput, hidden_RND: Array) -> StartedScores | None:
+    def start(self, placed: list[Placed], hidden_RND: Array) -> StartedScores | None:
         """Of the prompt tokens that a step's positions predict; None where nobody asks."""
         asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._kept]
         if not asked:
             return None
-        column = hidden_RND.shape[1] - given.own.tokens_BT.shape[1]
         targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
         for each in asked:
             following = _following(each)
-            targets_RN[each.rank, column : column + len(following)] = following
-        return StartedScores(column, self.runner.score(hidden_RND, targets_RN))
+            targets_RN[each.rank, each.column : each.column + len(following)] = following
+        return self.runner.score(hidden_RND, targets_RN)
 
     def keep(self, placed: list[Placed], started: StartedScores | None) -> None:
         if started is None:
             return
-        scores = jax.device_get(started.all)
+        scores = jax.device_get(started)
         for each in placed:
             request = each.run.request
             kept = self._kept.get(request.id)
@@ -55,7 +47,7 @@ class PromptScores:
                 del kept[1:]
             asked = request.params.prompt_logprobs or 0
             kept.extend(
-                token_logprob(token, tuple(s[each.rank, started.column + i] for s in scores), asked)
+                token_logprob(token, tuple(s[each.rank, each.column + i] for s in scores), asked)
                 for i, token in enumerate(_following(each))
             )
 

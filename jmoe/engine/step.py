@@ -1,7 +1,7 @@
 """The jitted step of a model and the other functions that are compiled.
 
-One function serves all steps: sequences against the paged cache (``StepInput``), all sampled at their last
-token.
+One function serves all steps: rows of tokens against the paged cache (``StepInput``), and what is drawn
+behind some of them.
 """
 
 from collections.abc import Callable
@@ -30,23 +30,22 @@ from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
 
-def sequences_of(given: StepInput, latest_S: Array, *, lossy: bool, cached: bool) -> Sequences:
+def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
     """The step's sequences; for use under jit. lossy, cached: whether anything asks who is exact, and who has
     which seat."""
-    n = 0 if given.beside is None else len(given.beside.tokens_BT)
 
-    def made(rows: HostRows, which: slice) -> Sequences:
-        tokens_BT, positions_BT, table_BM = map(jnp.asarray, rows)
-        seats_B = jnp.asarray(given.seats_B[which])
+    def made(rows: HostRows) -> Sequences:
+        tokens_BT, positions_BT, table_BM, exact_B, seats_B, fresh_B = map(jnp.asarray, rows)
         if tokens_BT.shape[1] == 1:
             drawn_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
             tokens_BT = jnp.where(tokens_BT < 0, drawn_B1, tokens_BT)
-        exact_B = jnp.asarray(given.exact_B[which]) if lossy else None
-        return Sequences(tokens_BT, positions_BT, table_BM, exact_B, seats_B if cached else None)
+        told = (seats_B, fresh_B) if cached else (None, None)
+        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *told)
 
-    own = made(given.own, slice(n, None))
-    beside = None if given.beside is None else made(given.beside, slice(n))
-    return replace(own, fresh_B=jnp.asarray(given.fresh_B) if cached else None, beside=beside)
+    own = made(given.own)
+    if given.beside is None:
+        return own
+    return replace(own, beside=made(given.beside), rows=len(given.own.tokens_BT) // ranks)
 
 
 def is_lossy(moe: MoEConfig) -> bool:
@@ -63,15 +62,13 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
-def draw(
-    model: Decoder, hidden_RND: Array, seqs: Sequences, given: StepInput, latest_S: Array
-) -> tuple[Sampled, Array]:
-    """The token behind each row's last one, and those drawn last for every seat; for use under jit."""
-    *beside, own_BTD = seqs.cut(hidden_RND)
-    last_BD = jnp.take_along_axis(own_BTD, given.last_B[:, None, None], axis=1)[:, 0]
-    last_BD = jnp.concatenate([*(b[:, 0] for b in beside), last_BD])
+def draw(model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array) -> tuple[Sampled, Array]:
+    """The tokens that the step draws, and those drawn last for every seat; for use under jit."""
+    ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
+    behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
+    last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
-        sampled = sample(model.logits(last_BD), given.rows)
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), given.rows)
     return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
 
 
@@ -145,10 +142,11 @@ class ModelFunctions:
         experts.
         """
         model = self.merge(weights)
-        seqs = sequences_of(given, latest_S, lossy=knobs is not None, cached=cache is not None)
+        ranks = model.split.sequence_ranks
+        seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=cache is not None)
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
-        sampled, latest_S = draw(model, out.hidden_RND, seqs, given, latest_S)
+        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)

@@ -1,8 +1,9 @@
 """What a step is told by the host: its shapes, and the arrays of one step.
 
-Sequences ``[B, T]``, and beside the prompts of a prefill those that are being decoded. B and T come from
-short lists of sizes, so that all shapes compile at warm-up. With several ranks, rows are rank-major: rank r
-owns rows ``r * B/R .. (r + 1) * B/R``, and those beside prompts likewise.
+Rows ``[B, T]``: of decode one token of each sequence; of prefill ``Sizes.run`` tokens of prompts, a long one
+over several rows, and beside them one token of each sequence that is being decoded. B comes from short lists
+of sizes, so that all shapes compile at warm-up. With several ranks, rows are rank-major: rank r owns rows
+``r * B/R .. (r + 1) * B/R``, and those beside prompts likewise.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,19 @@ from jmoe.engine.sampling import SamplingRows, blank_rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes that compile. decode: sequences a rank; prefill: tokens a run (multiples of the page size), with
-    the largest of ``decode`` beside it."""
+    """Shapes that compile. decode: sequences a rank; prefill: tokens of prompts a rank, multiples of the
+    first, which is a multiple of the page size, with the largest of ``decode`` beside them."""
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
     page_size: int
     pages_per_rank: int
     table: int  # pages a sequence may have
+
+    @property
+    def run(self) -> int:
+        """Tokens of one row of a prompt."""
+        return self.prefill[0]
 
     def decode_size(self, sequences: int) -> int:
         """The smallest compiled batch that holds ``sequences`` a rank."""
@@ -38,31 +44,33 @@ class Sizes:
 
 
 class HostRows(NamedTuple):
-    """Host arrays of sequences: tokens and positions ``[B, T]``, page tables ``[B, M]``. A token of -1 is the
-    one that was drawn last for the row's seat, which the host need not know."""
+    """Host arrays of rows: tokens and positions ``[B, T]``, page tables ``[B, M]``; which ones opted out of
+    lossy techniques, their requests' seats (of a row with none: any number past the last), and which begin
+    with the first token of a request to be computed. A token of -1 is the one that was drawn last for the
+    row's seat, which the host need not know."""
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
     table_BM: np.ndarray
+    exact_B: np.ndarray
+    seats_B: np.ndarray
+    fresh_B: np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInput:
-    """Host arrays of one step. own: its sequences; last_B: the last index of each. beside: those of one token
-    each beside prompts. fresh_B: of ``own``, the first of its tokens to be computed.
+    """Host arrays of one step. own: its rows. beside: those of one token each beside prompts.
 
-    Of all rows, those beside first: sampling parameters, which ones opted out of lossy techniques, their
-    seats (a row with none: any number past the last).
+    Of the tokens that are drawn, as many a rank as sequences may run: behind which token of the rank, counted
+    along its row of the grid (see ``Sequences``); whose they are, a seat; and by what parameters.
     """
 
     own: HostRows
-    last_B: np.ndarray
-    fresh_B: np.ndarray
     beside: HostRows | None
-    rows: SamplingRows
-    exact_B: np.ndarray
+    behind_B: np.ndarray
     seats_B: np.ndarray
+    rows: SamplingRows
 
     @property
     def decodes(self) -> bool:
@@ -73,16 +81,20 @@ def blank_input(
     vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int, beside: int = 0
 ) -> StepInput:
     """An input in which every token is padding: ``sequences`` rows of ``tokens`` on each of ``ranks``, and
-    ``beside`` of one token."""
+    ``beside`` of one token. It draws as many tokens a rank as it has rows beside, else rows."""
+    nobody = ranks * sizes.decode[-1]
 
     def blank(b: int, t: int) -> HostRows:
-        tokens_BT = np.zeros((b, t), np.int32)
-        return HostRows(tokens_BT, np.full((b, t), -1, np.int32), np.zeros((b, sizes.table), np.int32))
+        return HostRows(
+            np.zeros((b, t), np.int32), np.full((b, t), -1, np.int32), np.zeros((b, sizes.table), np.int32),
+            np.zeros(b, bool), np.full(b, nobody, np.int32), np.zeros(b, bool),
+        )  # fmt: skip
 
-    own, extra = ranks * sequences, ranks * beside
+    drawn = ranks * (beside or sequences)
     return StepInput(
-        blank(own, tokens), np.zeros(own, np.int32), np.zeros(own, bool),
-        blank(extra, 1) if beside else None,
-        blank_rows(own + extra, vocab_size),
-        np.zeros(own + extra, bool), np.full(own + extra, ranks * sizes.decode[-1], np.int32),
-    )  # fmt: skip
+        blank(ranks * sequences, tokens),
+        blank(ranks * beside, 1) if beside else None,
+        np.zeros(drawn, np.int32),
+        np.full(drawn, nobody, np.int32),
+        blank_rows(drawn, vocab_size),
+    )

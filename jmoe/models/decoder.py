@@ -65,7 +65,7 @@ def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
 
 
 def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
-    """Of each sequence, over its tokens and all layers; None where there are none."""
+    """Of each row of ``seqs``, over its tokens and all layers; None where there are none."""
     if not layers:
         return None
     shape = seqs.positions_RN.shape

@@ -47,20 +47,16 @@ def paged_attention_tpu(
         length_B = jnp.maximum(new.positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
         ends = jnp.arange(b + 1, dtype=jnp.int32)
         out = _ragged(new.q_BTHd[:, 0], kv_PSGd, length_B, new.table_BM, ends, window)[:, None]
-    else:  # a sequence at a time: between two that are shorter than T the kernel has no place for padding
-        runs = [
-            _ragged(
-                new.q_BTHd[i],
-                kv_PSGd,
-                jnp.maximum(jnp.max(new.positions_BT[i : i + 1], axis=1) + 1, 1),
-                new.table_BM[i : i + 1],
-                jnp.array([0, 1], jnp.int32)
-                * jnp.maximum(jnp.sum(new.positions_BT[i] >= 0, dtype=jnp.int32), 1),
-                window,
-            )
-            for i in range(b)
-        ]
-        out = jnp.stack(runs)
+    else:  # a row at a time: between two that are shorter than T the kernel has no place for padding
+
+        def attend_row(of: tuple[Array, Array, Array]) -> Array:
+            q_THd, positions_T, table_M = of
+            length = jnp.maximum(jnp.max(positions_T) + 1, 1)
+            count = jnp.maximum(jnp.sum(positions_T >= 0, dtype=jnp.int32), 1)
+            ends = jnp.array([0, 1], jnp.int32) * count
+            return _ragged(q_THd, kv_PSGd, length[None], table_M[None], ends, window)
+
+        out = lax.map(attend_row, (new.q_BTHd, new.positions_BT, new.table_BM))
     return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0), LayerPages((kv_PSGd,))
 
 

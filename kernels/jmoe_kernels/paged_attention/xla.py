@@ -1,5 +1,6 @@
 """The portable form: a scatter into the pages, then a loop over blocks of keys with a running softmax."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
@@ -92,13 +93,27 @@ def attend(
     """Causal attention to what of the sequences' pages each query's span reaches, up to its own position.
 
     The loop goes from the first key that one of its queries sees to the furthest of their positions, so one
-    compiled shape serves every context length; a run of many queries goes in blocks with ends of their own.
+    compiled shape serves every context length. Many queries go in blocks with ends of their own: of one row,
+    or of several short ones.
     """
-    t = q_BTHd.shape[1]
+    b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
-    kv = k_PGSd, v_PGSd
-    done = [_attend_block(q_BTHd[:, p], *kv, positions_BT[:, p], table_BM, span, sinks_H) for p in parts]
-    return jnp.concatenate(done, axis=1)
+    rows = b if t == 1 else max(1, BLOCK // t)
+
+    def attend_rows(of: tuple[Array, Array, Array]) -> Array:
+        q, positions, table = of
+        kv = k_PGSd, v_PGSd
+        done = [_attend_block(q[:, p], *kv, positions[:, p], table, span, sinks_H) for p in parts]
+        return jnp.concatenate(done, axis=1)
+
+    if rows >= b:
+        return attend_rows((q_BTHd, positions_BT, table_BM))
+    padding = [(0, -b % rows)]
+    tables = jnp.pad(table_BM, [*padding, (0, 0)])
+    positions = jnp.pad(positions_BT, [*padding, (0, 0)], constant_values=-1)
+    groups = jnp.pad(q_BTHd, [*padding, (0, 0), (0, 0), (0, 0)]), positions, tables
+    out = lax.map(attend_rows, jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), groups))
+    return out.reshape(-1, *q_BTHd.shape[1:])[:b]
 
 
 def _attend_block(
