@@ -1,21 +1,56 @@
-"""Eight emulated CPU devices and strict numerics for every test, compiled without LLVM's optimisations.
+"""Eight emulated CPU devices and strict numerics for every test, compiled cheaply and never twice.
 
-Most of the time is compilation, and each program runs a few times: 30 % less in all.
+Most of the time is compilation, and each program runs a few times. So nothing is optimised by LLVM, and XLA
+makes loops of its fusions itself instead of lowering each through MLIR, which halves the time of the whole.
+What compiles is kept for a run's other tests, workers and server processes, in JMOE_CACHE_DIR where it is
+set, else in a folder that goes with the run. The real clients (scripts/acceptance.sh) compile as users do.
 """
 
 import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 
 import jax
+
+OWN_CACHE = None if "JMOE_CACHE_DIR" in os.environ else Path(tempfile.mkdtemp(prefix="jmoe-tests-"))
+if OWN_CACHE:
+    os.environ["JMOE_CACHE_DIR"] = str(OWN_CACHE)
+CACHE = Path(os.environ["JMOE_CACHE_DIR"]) / "jmoe"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# What runs in a shell's background ignores SIGINT, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
     found = len(jax.devices())
     if found < 8:
         raise RuntimeError(f"the tests need 8 emulated CPU devices, jax has {found}")
+    if OWN_CACHE:  # the C++ kernels stay: they take a quarter of a minute, whatever is tested
+        kept = Path.home() / ".cache" / "jmoe" / "kernels"
+        kept.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir()
+        (CACHE / "kernels").symlink_to(kept)
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)

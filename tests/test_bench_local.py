@@ -4,7 +4,6 @@ import json
 
 import pytest
 from hf_tiny import hf_config, write_checkpoint
-from jmoe_kernels import cpu
 
 from jmoe.cli import main
 
@@ -13,16 +12,10 @@ SMALL = ("--max-model-len", "32", "--max-num-batched-tokens", "8")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    cpu.get_library()  # from the cache of all tests, before there is an empty one
     directory = tmp_path_factory.mktemp("model")
     changes = {"vocab_size": 64, "max_position_embeddings": 32, "num_local_experts": 4, "eos_token_id": None}
     write_checkpoint(directory, hf_config(**changes))
     return str(directory)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JMOE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:

@@ -39,11 +39,6 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JMOE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def test_generate_prints_the_completion_only(capsys, model):
     args = ("generate", model, "--prompt", "hello", "--max-tokens", "5", "--temperature", "0")
     code, out, err = run(capsys, *args)

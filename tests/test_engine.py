@@ -23,9 +23,13 @@ CFG = config()
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def engine_of(model: Decoder, mesh, slots=4, pages=40, length=64, first=1, **settings) -> Engine:
+def engine_of(
+    model: Decoder, mesh, slots=4, pages=40, length=64, first=1, warm_up=False, **settings
+) -> Engine:
+    """Compiles only what runs, unless a test is about just that."""
     runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
-    runner.warm_up()
+    if warm_up:
+        runner.warm_up()
     given = EngineSettings(max_num_batched_tokens=36, max_queue=100, **settings)
     return Engine(runner, schedule(runner, given, length), None, model.cfg.eos_token_ids)
 
@@ -36,7 +40,7 @@ def engine_on(mesh, moe=MoEConfig(), **sizes) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return engine_on(make_mesh())
+    return engine_on(make_mesh(), warm_up=True)
 
 
 def serve(engine: Engine, prompts, params=GREEDY) -> tuple[list[Request], list[list[Output]]]:
@@ -94,7 +98,8 @@ def test_company_changes_nothing(engine: Engine):
 def test_a_mesh_generates_the_same_tokens(engine: Engine, shape, attention: str, transport: str):
     many = prompts(9)
     moe = MoEConfig(attention=attention, transport=transport)
-    on_mesh = engine_on(mesh_of(shape), moe, slots=8 if attention == "tp" else 4, first=shape[1])
+    slots = 8 if attention == "tp" else 4
+    on_mesh = engine_on(mesh_of(shape), moe, slots=slots, first=shape[1], warm_up=True)
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
     assert on_mesh.runner.compilations.after_warm_up == 0
@@ -130,7 +135,7 @@ def test_a_second_engine_of_the_same_shapes_compiles_nothing(shape):
         compiled.append(event)
 
     def tokens_of(model: Decoder) -> list[int]:
-        engine = engine_of(model, mesh)
+        engine = engine_of(model, mesh, warm_up=True)
         [request], _ = serve(engine, [tokens(CFG, 40)], dataclasses.replace(GREEDY, prompt_logprobs=1))
         if mesh.size == 1:
             window_logits(engine, range(16))

@@ -17,9 +17,9 @@ EXACT = dataclasses.replace(GREEDY, exact=True)
 STRONG = BinningConfig(bin_width=0.05)
 
 
-def engine_on(moe: MoEConfig = MoEConfig()) -> Engine:
+def engine_on(moe: MoEConfig = MoEConfig(), **sizes) -> Engine:
     mesh = make_mesh()
-    return engine_of(decoder(CFG, mesh, moe), mesh)
+    return engine_of(decoder(CFG, mesh, moe), mesh, **sizes)
 
 
 def answers(engine: Engine) -> list[list[int]]:
@@ -84,7 +84,7 @@ def test_a_request_on_its_own_is_as_without_binning(strong: Engine, lossless: li
 @pytest.mark.matrix
 @pytest.mark.parametrize("binning", [BinningConfig("oea", k0=1), BinningConfig("random", keep=0.5)])
 def test_other_methods_serve(binning: BinningConfig):
-    engine = engine_on(MoEConfig(binning=binning))
+    engine = engine_on(MoEConfig(binning=binning), warm_up=True)
     answers(engine)
     decode = engine.moe_stats()["decode"]
     assert decode["active_experts"] < decode["active_experts_baseline"] and decode["remapped"] > 0

@@ -25,7 +25,7 @@ def lossless() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def harsh() -> Engine:
-    return engine_on(make_mesh(), MoEConfig(capacity=HARSH))
+    return engine_on(make_mesh(), MoEConfig(capacity=HARSH), warm_up=True)
 
 
 def test_a_wide_limit_changes_nothing(lossless: list[list[int]]):

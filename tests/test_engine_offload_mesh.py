@@ -97,9 +97,6 @@ def meshed(
     [
         pytest.param((1, 2, 1), "replicated", LEAST, marks=pytest.mark.matrix),
         ((1, 5, 1), "ragged_all_to_all", {"slots_per_layer": 1}),
-        pytest.param((1, 5, 1), "replicated", {"slots_per_layer": 1}, marks=pytest.mark.matrix),
-        pytest.param((1, 2, 1), "all_to_all", {"slots_per_layer": 2}, marks=pytest.mark.matrix),
-        pytest.param((1, 2, 1), "ragged_all_to_all", LEAST, marks=pytest.mark.matrix),
         pytest.param((2, 2, 1), "all_to_all", {"slots_per_layer": 2}, marks=pytest.mark.matrix),
         pytest.param((2, 1, 1), "replicated", {"slots_per_layer": 3}, marks=pytest.mark.matrix),
         pytest.param((1, 1, 2), "replicated", LEAST, marks=pytest.mark.matrix),
@@ -121,12 +118,14 @@ def test_every_mesh_transport_and_budget_gives_the_resident_tokens(
         )
 
 
+PREDICTORS = [  # cold elsewhere here: next_gate where copies run beside compute, counts where rows move
+    *((name, "warm") for name in NAMES if name != "none"), ("none", "cold"), ("expert_map", "cold"),
+]  # fmt: skip
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("start", ["cold", "warm"])
-@pytest.mark.parametrize("predictor", NAMES)
+@pytest.mark.parametrize(("predictor", "start"), PREDICTORS)
 def test_every_predictor_gives_the_resident_tokens(model: Path, store: str, resident, predictor, start: str):
-    if (predictor, start) == ("token_table", "cold"):
-        pytest.skip("it needs a profile")
     eviction = {"expert_map": "expert_map", "counts": "lfu", "none": "lru"}.get(predictor, "expected_use")
     warm = {"store": store} if start == "warm" else {}
     engine = meshed(
@@ -205,7 +204,7 @@ def test_shuffled_rows_come_to_the_predictor_in_their_own_order(model: Path, pla
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("predictor", ["token_table", "expert_map", "next_gate"])
+@pytest.mark.parametrize("predictor", ["expert_map", "next_gate"])  # of tables the next test tells
 def test_experts_that_were_moved_are_predicted_by_a_profile_of_the_checkpoint(
     model: Path, store: str, placed, resident, predictor
 ):

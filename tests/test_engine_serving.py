@@ -111,7 +111,7 @@ def test_an_exact_request_never_reuses_pages_of_a_lossy_one(engine: Engine):
 def test_requests_that_give_way_end_with_the_same_tokens(engine: Engine, shape):
     many = prompts(8, seed=51)
     want = [answer(engine, p) for p in many]
-    tight = engine_on(mesh_of(shape), pages=9)
+    tight = engine_on(mesh_of(shape), pages=9, warm_up=True)
     before = tight.runner.compilations.after_warm_up
     assert [r.token_ids for r in serve(tight, many)[0]] == want
     seen = tight.snapshot()

@@ -131,8 +131,8 @@ def cells(where: Where, *techniques: str) -> list[tuple[Where, str]]:
     ("where", "techniques"),
     [
         *cells(TP, "so", "bo", "bs", "co", "bco"),
-        *cells(DP, "bo", "co", "bco"),
-        *cells(ALONE, "bo", "co", "bco"),
+        *cells(DP, "bco"),
+        *cells(ALONE, "bco"),  # by twos: test_engine_offload_serving
     ],
     ids=str,
 )

@@ -213,8 +213,7 @@ def model(tmp_path_factory) -> str:
     return str(directory)
 
 
-def test_the_commands_from_text_to_placement(capsys, model: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("JMOE_CACHE_DIR", str(tmp_path / "cache"))
+def test_the_commands_from_text_to_placement(capsys, model: str, tmp_path: Path):
     text, profile, placement = tmp_path / "a.txt", tmp_path / "profile.npz", tmp_path / "placement.npz"
     documents = ["a first document, of some length", "and the second"] * 20
     text.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")

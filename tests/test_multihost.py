@@ -40,11 +40,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path_factory, tmp_path):
+def start(tmp_path):
     """Starts a process of four devices; what it says goes to ``NAME.log``."""
     started = []
     env = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
-    env["JMOE_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "cache")
 
     def start_one(name: str, *command: str) -> subprocess.Popen:
         with open(tmp_path / f"{name}.log", "w") as log:

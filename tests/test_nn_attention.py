@@ -30,13 +30,25 @@ def test_rms_norm_is_unit_rms():
     np.testing.assert_allclose(jnp.mean(y**2, -1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
-@pytest.mark.parametrize("attention", ["dp", "tp"])
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_decoder_on_a_mesh_equals_one_device(shape, attention, qk_norm: str):
+NORMS = ("none", "head", "full")
+PLACES = (  # without expert ranks, tp is dp
+    ((1, 8, 1), "dp"), ((1, 8, 1), "tp"), ((1, 1, 8), "dp"), ((2, 2, 2), "dp"), ((2, 2, 2), "tp"),
+    ((1, 2, 4), "dp"), ((1, 2, 4), "tp"),
+)  # fmt: skip
+
+
+def cells() -> list:
+    """Every place with one norm or another; with the other two it runs in the long tables."""
+    return [
+        pytest.param(*place, norm, marks=pytest.mark.matrix if (i + j) % len(NORMS) else ())
+        for i, place in enumerate(PLACES)
+        for j, norm in enumerate(NORMS)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "attention", "qk_norm"), cells(), ids=str)
+def test_decoder_on_a_mesh_equals_one_device(shape, attention: str, qk_norm: str):
     """8 ranks over 2 kv heads: the kv heads are replicated. With and without the cache."""
-    if attention == "tp" and shape[1] == 1:
-        pytest.skip("without expert ranks, tp is dp")
     cfg = config(
         qk_norm=qk_norm, attention_bias=qk_norm == "none", sliding_window=6 if qk_norm == "full" else None
     )

@@ -1,7 +1,6 @@
 """``jmoe serve`` on the bundled model, as its users meet it: the openai client over a real socket."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,15 +14,14 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     """(base URL, process); the process is stopped at the end of the module."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     base = f"http://127.0.0.1:{port}"
-    env = os.environ | {"JMOE_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "cache")}
     command = [sys.executable, "-m", "jmoe.cli", "serve", "tiny", "--port", str(port), "--max-num-seqs", "4"]
-    process = subprocess.Popen([*command, "--max-num-batched-tokens", "256"], env=env)
+    process = subprocess.Popen([*command, "--max-num-batched-tokens", "256"])
     end = time.monotonic() + 240
     while time.monotonic() < end and process.poll() is None:
         try:
