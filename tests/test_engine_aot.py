@@ -106,9 +106,7 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: 
     kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
     assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4), rel=0.05), prefill
     assert kinds["all-gather"] == pytest.approx(once * (2 + 2), rel=0.1), prefill  # it is 8 % less
-    assert kinds.get("all-reduce", 0) < 0.1 * once, (
-        prefill
-    )  # rows that tokens are drawn behind
+    assert kinds.get("all-reduce", 0) < 0.1 * once, prefill  # rows that tokens are drawn behind
     moved = (moves, moves * (tokens // 4) * 2048 * 4 * 3 // 4)
     assert tuple(prefill["by_kind"].get("ragged-all-to-all", (0, 0))) == moved
 
