@@ -48,7 +48,8 @@ def run_with(name: str):
 
 @pytest.fixture
 def reference_kernel(monkeypatch):
-    """jax's reference for its TPU kernel; rows that the kernel leaves unwritten are not a number."""
+    """jax's reference for its TPU kernel, which branches on values; rows that the kernel leaves unwritten are
+    not a number."""
 
     def reference(q, kv_pages, *args, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes, **kw):
         assert num_kv_pages_per_block <= TABLE and num_queries_per_block <= q.shape[0]
@@ -57,6 +58,8 @@ def reference_kernel(monkeypatch):
         return jnp.full(q.shape, jnp.nan, q.dtype).at[: len(out)].set(out)
 
     monkeypatch.setattr(library, "ragged_paged_attention", reference)
+    with jax.disable_jit():
+        yield
 
 
 def case(t: int, heads: Heads, dtype, seed: int):
