@@ -227,7 +227,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for model, where, mesh, sequences, tokens in asked:
         path = model if isinstance(model, Path) else ROOT / f"configs/model/{model}.toml"
         a, b, c = map(int, mesh.split("x"))
-        for step in (1, tokens):
+        for step in {"both": (1, tokens), "decode": (1,), "prefill": (tokens,)}[args.step]:
             how = args.layers, args.transport, args.attention, args.moe_config
             yield Case(path, where, (a, b, c), sequences, step, *how)
 
@@ -240,6 +240,7 @@ def main() -> int:
     parser.add_argument("--mesh", default="1x8x1", help="data x expert x tensor (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=16, help="a token rank (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="of a prefill run (default: %(default)s)")
+    parser.add_argument("--step", choices=("both", "decode", "prefill"), default="both")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--transport", default="replicated", help="(default: %(default)s)")
     parser.add_argument("--attention", default="dp", help="dp or tp (default: %(default)s)")

@@ -18,7 +18,7 @@ def test_schemathesis_finds_nothing(key, tmp_path):
     with listening(FakeEngine(ByteCodec(), max_model_len=512), api_key=key) as (url, server):
         server.service.template = ChatTemplate(TEMPLATE, {})
         command = [sys.executable, "-c", RUN, "run", f"{url}/openapi.json", "--checks", CHECKS, "--seed", "1"]
-        command += ["--phases", "examples,coverage,fuzzing", "-n", "20", "--max-time", "40", "--no-color"]
+        command += ["--phases", "examples,coverage,fuzzing", "-n", "20", "--max-time", "20", "--no-color"]
         command += ["-H", f"Authorization: Bearer {key}"] if key else []
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-5000:]
