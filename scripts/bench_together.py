@@ -1,6 +1,6 @@
 """Measures the four techniques alone and together, for docs/results/together.md.
 
-    python scripts/bench_together.py --data ../shared/data       # about 8 minutes on two cores
+    python scripts/bench_together.py --data ../shared/data       # about 3 minutes on two cores
     python scripts/bench_together.py --document                  # writes the document anew from the JSON
 
 The bundled model with its experts on several emulated CPU devices scores the valid split in the decode step
@@ -56,9 +56,9 @@ def techniques(row: str, placement: Path, profile: Path) -> Any:
         "shuffle": ShuffleConfig(str(placement)),
         "offload": OffloadConfig(slots_per_layer=2, store=str(profile)),
     }
-    on = every if row in ("all four", NEAR) else {name: every[name] for name in every if name == row}
     if row == NEAR:  # by a bin's width
-        on = on | {"binning": BinningConfig(local_bonus=0.5, resident_bonus=0.5)}
+        every["binning"] = BinningConfig(local_bonus=0.5, resident_bonus=0.5)
+    on = every if row in ("all four", NEAR) else {name: every[name] for name in every if name == row}
     return MoEConfig(attention="tp", transport="ragged_all_to_all", **on)
 
 
@@ -186,10 +186,12 @@ def document(found: dict[str, Any]) -> str:
         f"* The lossless ones, {' and '.join(LOSSLESS)}, differ from plain by at most {apart:.1e} nats a "
         "token: the order of sums.",
         f"* All four: {100 * four:+.2f} % perplexity, beside "
-        + " and ".join(f"{100 * value:+.2f} % of {name} alone" for name, value in lossy.items()) + ". What "
-        "binning and capacity move goes anywhere, and takes back much of what shuffling had made near.",
+        + " and ".join(f"{100 * value:+.2f} % of {name} alone" for name, value in lossy.items()) + ". A limit by "
+        "expert works against shuffling: each rank limits its own tokens, and shuffled ones want the same "
+        "experts, so that more of them are moved, and to anywhere.",
         "* Near first: binning prefers, by a bin's width, experts on the token's own device and those that "
-        "the device's memory holds.",
+        "the device's memory holds. That makes fewer experts and more hits; what it brings near, the limit "
+        "moves away again.",
         "",
     ])  # fmt: skip
 
