@@ -186,9 +186,9 @@ def document(found: dict[str, Any]) -> str:
         f"* The lossless ones, {' and '.join(LOSSLESS)}, differ from plain by at most {apart:.1e} nats a "
         "token: the order of sums.",
         f"* All four: {100 * four:+.2f} % perplexity, beside "
-        + " and ".join(f"{100 * value:+.2f} % of {name} alone" for name, value in lossy.items()) + ". A limit by "
-        "expert works against shuffling: each rank limits its own tokens, and shuffled ones want the same "
-        "experts, so that more of them are moved, and to anywhere.",
+        + " and ".join(f"{100 * value:+.2f} % of {name} alone" for name, value in lossy.items())
+        + ". A limit by expert works against shuffling: each rank limits its own tokens, and shuffled ones "
+        "want the same experts, so that more of them are moved, and to anywhere.",
         "* Near first: binning prefers, by a bin's width, experts on the token's own device and those that "
         "the device's memory holds. That makes fewer experts and more hits; what it brings near, the limit "
         "moves away again.",
