@@ -314,7 +314,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_loads(tmp_path):
 @pytest.mark.matrix
 def test_conversions_killed_at_many_moments(tmp_path):
     rng = random.Random(5)
-    assert kill_conversions(tmp_path, [rng.uniform(0.05, 2.5) for _ in range(6)])
+    assert kill_conversions(tmp_path, [rng.uniform(0.05, 2.5) for _ in range(12)])
 
 
 def test_a_conversion_leaves_another_that_still_runs_alone(tmp_path):
