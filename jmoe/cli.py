@@ -121,9 +121,9 @@ def run_serve(args: argparse.Namespace) -> int:
     from jmoe.engine.nodes import Nodes, leave
     from jmoe.server.logs import configure
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: an import may swallow Python's exception
-    given = vars(args)
-    values = (read_serve_config(given["config"]) if "config" in given else {}) | given
+    values = vars(args) | {}
+    if "config" in values:
+        values = read_serve_config(values["config"]) | values
     configure(values.get("log_format", "text"), values.get("log_level", "info"))
     nodes = Nodes(**{k: values[k] for k in NODE_FLAGS if k in values})
     if nodes.nnodes == 1:

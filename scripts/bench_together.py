@@ -25,8 +25,8 @@ from typing import Any
 from bench_results import dumps, table
 
 ROOT = Path(__file__).parents[1]
-NEAR = "all four, near first"
-ROWS = ("plain", "binning", "capacity", "shuffle", "offload", "all four", NEAR)
+BOTH, NEAR = "shuffle and capacity", "all four, near first"
+ROWS = ("plain", "binning", "capacity", "shuffle", "offload", BOTH, "all four", NEAR)
 LENGTH = 256  # tokens of a window
 LOSSLESS = ("shuffle", "offload")
 
@@ -58,7 +58,8 @@ def techniques(row: str, placement: Path, profile: Path) -> Any:
     }
     if row == NEAR:  # by a bin's width
         every["binning"] = BinningConfig(local_bonus=0.5, resident_bonus=0.5)
-    on = every if row in ("all four", NEAR) else {name: every[name] for name in every if name == row}
+    names = every if row in ("all four", NEAR) else row.split(" and ")
+    on = {name: every[name] for name in every if name in names}
     return MoEConfig(attention="tp", transport="ragged_all_to_all", **on)
 
 
@@ -187,8 +188,8 @@ def document(found: dict[str, Any]) -> str:
         "token: the order of sums.",
         f"* All four: {100 * four:+.2f} % perplexity, beside "
         + " and ".join(f"{100 * value:+.2f} % of {name} alone" for name, value in lossy.items())
-        + ". A limit by expert works against shuffling: each rank limits its own tokens, and shuffled ones "
-        "want the same experts, so that more of them are moved, and to anywhere.",
+        + ". A limit by expert works against shuffling, as the two alone show: each rank limits its own "
+        "tokens, and shuffled ones want the same experts, so that more of them are moved, and to anywhere.",
         "* Near first: binning prefers, by a bin's width, experts on the token's own device and those that "
         "the device's memory holds. That makes fewer experts and more hits; what it brings near, the limit "
         "moves away again.",

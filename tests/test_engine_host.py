@@ -25,7 +25,7 @@ def scheduler_of(
 ) -> Scheduler:
     by = Dispatch(len(pool.ranks), slots, dispatch, share)
     run = pool.page_size
-    limits = Limits(slots, budget, longest, queue, run)
+    limits = Limits(slots, budget, longest, queue)
     sizes = range(run, budget + run, run)
     return Scheduler(pool, limits, sizes, kind=lambda r: r.params.cache_salt, dispatch=by)
 

@@ -216,8 +216,7 @@ def schedule(
     """A scheduler of ``runner``'s shapes."""
     sizes = runner.sizes
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
-    budget, queue = settings.max_num_batched_tokens, settings.max_queue
-    limits = Limits(sizes.decode[-1], budget, max_model_len, queue, sizes.run)
+    limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
     dispatch = Dispatch(runner.ranks, limits.slots, settings.dispatch, share)
     return Scheduler(pool, limits, sizes.prefill, kind, dispatch)

@@ -54,7 +54,10 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
 
 
 def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
-    return [[run for run in runs if run.request.place.rank == rank] for rank in range(ranks)]
+    found: list[list[Run]] = [[] for _ in range(ranks)]
+    for run in runs:
+        found[run.request.place.rank].append(run)
+    return found
 
 
 def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:

@@ -24,14 +24,12 @@ MAX_PASSED = 8
 @dataclass(frozen=True)
 class Limits:
     """slots: requests that run together on a rank. budget: tokens of a step on a rank, at least a page of a
-    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests. run: tokens of
-    one row of a prompt."""
+    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests."""
 
     slots: int
     budget: int
     longest: int
     queue: int
-    run: int
 
 
 @dataclass
@@ -43,8 +41,8 @@ class PrefixCounts:
 
 
 class Scheduler:
-    """sizes: tokens of prompts a rank that are compiled. kind: names what a request's pages depend on beside
-    its tokens; None shares no pages. dispatch: chooses ranks; None by load.
+    """sizes: tokens of prompts a rank that are compiled, the first those of one row. kind: names what a
+    request's pages depend on beside its tokens; None shares no pages. dispatch: chooses ranks; None by load.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class Scheduler:
             if request.place.computed < request.place.goal:
                 self._prefill(request, step, rooms)
         self._admit(step, rooms)
-        most = max(room.used for room in rooms) * self.limits.run
+        most = max(room.used for room in rooms) * self.sizes[0]
         step.size = next(size for size in (0, *self.sizes) if size >= most)
         return step if step.decodes or step.prompts else None
 
@@ -104,7 +102,7 @@ class Scheduler:
 
     def _rooms(self, step: Step) -> list[Room]:
         """Of each rank, beside what is decoded there."""
-        run, page = self.limits.run, self.pool.page_size
+        run, page = self.sizes[0], self.pool.page_size
         left = [self.limits.budget] * len(self.pool.ranks)
         for decoded in step.decodes:
             left[decoded.request.place.rank] -= 1
