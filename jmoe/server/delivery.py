@@ -57,8 +57,10 @@ async def stream_events(
     head = {**head, "object": form.chunk_object}
     running = bool(options.include_usage and options.continuous_usage_stats)
 
-    def chunk(choices: list[dict[str, Any]], with_usage: bool = running) -> bytes:
-        return event({**head, "choices": choices, **({"usage": usage.report()} if with_usage else {})})
+    def chunk(choices: list[dict[str, Any]], counted: bool = running) -> bytes:
+        """The usage is null in a chunk that does not have it, where it was requested."""
+        shown = {"usage": usage.report() if counted else None} if options.include_usage else {}
+        return event({**head, "choices": choices, **shown})
 
     try:
         for choice in form.opening():
@@ -67,7 +69,7 @@ async def stream_events(
             usage.add(output)
             yield chunk([form.delta(index, output)])
         if options.include_usage:
-            yield chunk([], with_usage=True)
+            yield chunk([], counted=True)
     except ApiError as error:
         yield event(error.envelope())
     except Exception:

@@ -72,8 +72,9 @@ async def _grammar(service: Service, body: GenerationRequest) -> CompiledGrammar
 async def _answer(
     service: Service, request: Request, body: GenerationRequest, work: Work, form: AnswerFormat, prefix: str
 ) -> Response:
-    head, usage = service.head(prefix), Usage(work.prompts)
+    head = service.head(prefix)
     generation = await service.generate(head["id"], work.prompts, work.params, work.field, work.grammar)
+    usage = Usage(work.prompts, generation.requests)
     request.state.generation = generation  # for who logs and traces the answer
     if body.stream:
         return EventStream(generation, stream_events(generation, form, usage, head, body.stream_options))
