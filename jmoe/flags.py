@@ -60,6 +60,9 @@ def add_serve_flags(p: Parser) -> None:
     p.add_argument("--port", type=int)
     p.add_argument("--served-model-name", metavar="N")
     p.add_argument("--api-key", metavar="K")
+    origins = "web pages whose scripts may use the server, e.g. https://chat.example.org; * for all"
+    p.add_argument("--allowed-origins", metavar="O", nargs="+", help=origins)
+    p.add_argument("--keep-alive", type=int, metavar="S", help="how long an idle connection stays open")
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
     p.add_argument("--request-timeout", type=float, metavar="S", help="longest time to a whole answer")

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from jmoe.server import dashboard, generate_routes, info_routes
 from jmoe.server.access import Access
 from jmoe.server.errors import ApiError
-from jmoe.server.middleware import ApiKey, RequestId
+from jmoe.server.middleware import ApiKey, Origins, RequestId
 from jmoe.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ def make_app(service: Service) -> ASGIApp:
     app: ASGIApp = starlette
     if service.settings.api_key is not None:
         app = ApiKey(app, service.settings.api_key)
+    if service.settings.allowed_origins:
+        app = Origins(app, service.settings.allowed_origins)
     patterns = {route.endpoint: route.path_format for route in routes}
     return RequestId(Access(app, patterns, service.observers))
 

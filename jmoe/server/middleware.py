@@ -1,10 +1,14 @@
-"""ASGI layers around the application: request ids and the API key."""
+"""ASGI layers around the application: request ids, other origins' scripts and the API key."""
 
 import hashlib
 import re
 import secrets
 import uuid
+from collections.abc import Collection
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jmoe.server.errors import ApiError
@@ -33,6 +37,28 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class Origins(CORSMiddleware):
+    """Lets scripts of these web pages use the server (CORS). Before the key: a preflight carries none."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]):
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("x-request-id", "retry-after"),
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """A refusal in the usual envelope."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        message = bytes(response.body).decode()
+        return ApiError(400, message, code="disallowed_origin", headers={"Vary": "Origin"}).response()
 
 
 class ApiKey:

@@ -1,18 +1,37 @@
-"""What a connection may do: uvicorn's h11 protocol with the limits on time and on heads that it lacks."""
+"""What a connection may do: uvicorn's h11 protocol with the limits on time and on heads that it lacks, and
+with what RFC 9112 says of request targets, empty lines and kept connections.
+"""
 
 import asyncio
+import re
 import sys
 from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
 
 import h11
 import msgspec
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jmoe.server.errors import ApiError
 from jmoe.server.settings import ServerSettings
 
 MAX_HEADERS = 100
+METHODS = "GET, HEAD, POST, OPTIONS"  # of all that is served
+_EMPTY_LINES = re.compile(rb"(?:\r?\n)+")
+_ORIGIN = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
+
+
+class Connection(h11.Connection):
+    """Ignores empty lines before a request, as RFC 9112 (2.2) wants it: some clients end a body with one."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        received = self._receive_buffer
+        if self.their_state is h11.IDLE and (empty := _EMPTY_LINES.match(received._data)) is not None:
+            received.maybe_extract_at_most(empty.end())
+        return super().next_event()
 
 
 def protocol(settings: ServerSettings) -> type[H11Protocol]:
@@ -23,6 +42,11 @@ def protocol(settings: ServerSettings) -> type[H11Protocol]:
         write_timer: asyncio.TimerHandle | None = None
         unsent = 0
 
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.conn = Connection(h11.SERVER, settings.max_header_bytes)
+            self.timeout_keep_alive = settings.keep_alive
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # so writing pauses as soon as the client does not read
@@ -31,6 +55,12 @@ def protocol(settings: ServerSettings) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._watch_head()
+
+        def on_response_complete(self) -> None:
+            """The next request's head may have come in part, with the last one."""
+            super().on_response_complete()
+            if self.conn.trailing_data[0]:
+                self._watch_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_head_timer()
@@ -91,6 +121,11 @@ def protocol(settings: ServerSettings) -> type[H11Protocol]:
     return Guarded
 
 
+def wire_app(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+    """``app`` with what concerns the connection rather than the request."""
+    return KeepAlive(HeadLimits(Targets(app), settings.max_header_bytes), settings.keep_alive)
+
+
 class HeadLimits:
     """Refuses a head beyond the limits, and one that two servers in a row could cut differently.
 
@@ -101,10 +136,10 @@ class HeadLimits:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope["headers"]) if scope["type"] == "http" else None
+        error = self._refusal(scope["headers"], scope["http_version"]) if scope["type"] == "http" else None
         await (self.app if error is None else error.response())(scope, receive, send)
 
-    def _refusal(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+    def _refusal(self, headers: list[tuple[bytes, bytes]], version: str) -> ApiError | None:
         close = {"Connection": "close"}
         names = [name for name, _ in headers]
         if len(names) > MAX_HEADERS:
@@ -116,4 +151,50 @@ class HeadLimits:
         if b"content-length" in names and b"transfer-encoding" in names:
             message = "Content-Length and Transfer-Encoding contradict each other; send one"
             return ApiError(400, message, code="invalid_http", headers=close)
+        if b"transfer-encoding" in names and version == "1.0":  # what is before us may not know it
+            message = "HTTP/1.0 has no Transfer-Encoding"
+            return ApiError(400, message, code="invalid_http", headers=close)
         return None
+
+
+class Targets:
+    """The forms of a target beside ``/PATH`` (RFC 9112, 3.2): ``http://HOST/PATH``, and ``OPTIONS *``, which
+    concerns no path and asks for nothing."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        target = scope["raw_path"] if scope["type"] == "http" else b""
+        if target == b"*" and scope["method"] == "OPTIONS":
+            return await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
+        found = _ORIGIN.match(target)
+        await self.app(scope if found is None else _origin_form(scope, found), receive, send)
+
+
+def _origin_form(scope: Scope, found: re.Match[bytes]) -> Scope:
+    raw = scope["raw_path"][found.end() :] or b"/"
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    path = unquote(raw.decode("ascii"))
+    return {**scope, "path": path, "raw_path": raw, "headers": [(b"host", found["host"]), *headers]}
+
+
+class KeepAlive:
+    """Announces for how many seconds a connection stays open without a request."""
+
+    def __init__(self, app: ASGIApp, seconds: int):
+        stays = [(b"connection", b"keep-alive"), (b"keep-alive", b"timeout=%d" % seconds)]
+        self.app, self.announced = app, stays if seconds else [(b"connection", b"close")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_announced(message: Message) -> None:
+            if message["type"] == "http.response.start" and not _closes(message["headers"]):
+                message = {**message, "headers": [*message["headers"], *self.announced]}
+            await send(message)
+
+        kept = scope["type"] == "http" and scope["http_version"] == "1.1" and not _closes(scope["headers"])
+        await self.app(scope, receive, send_announced if kept else send)
+
+
+def _closes(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"connection" and b"close" in value.lower() for name, value in headers)

@@ -14,7 +14,7 @@ import uvicorn
 from jmoe.server.access import Observer
 from jmoe.server.app import make_app
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.protocol import HeadLimits, protocol
+from jmoe.server.protocol import protocol, wire_app
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.traffic import log_traffic
@@ -76,6 +76,10 @@ def serve(
         raise _not_listening(error, settings.host, port) from None
     if settings.api_key is None and not _is_loopback(settings.host):
         log.warning("listening on %s without an API key: everyone who reaches it may use it", settings.host)
+    if settings.api_key is None and "*" in settings.allowed_origins:
+        log.warning(
+            "allowed origins are * without an API key: any page in a browser that reaches it may use it"
+        )
     log.info("serving %s on http://%s:%d", service.model, settings.host, port)
     server = Server(service)
     server.run(sockets=[bound])
@@ -97,7 +101,7 @@ class Server(uvicorn.Server):
         settings = service.settings
         super().__init__(
             uvicorn.Config(
-                HeadLimits(make_app(service), settings.max_header_bytes),
+                wire_app(make_app(service), settings),
                 http=protocol(settings),
                 ws="none",
                 lifespan="off",
@@ -106,7 +110,6 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 backlog=BACKLOG,
-                h11_max_incomplete_event_size=settings.max_header_bytes,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
         )
