@@ -50,8 +50,8 @@ class SamplingParams:
             raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")
         if self.top_k < -1:
             raise ValueError(f"top_k must be at least -1 (-1 and 0 are off), got {self.top_k}")
         if not 0 <= self.min_p <= 1:

@@ -72,7 +72,8 @@ class ApiKey:
         self.app, self.digest = app, hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        is_open = scope["type"] == "http" and scope["path"].removesuffix("/") in OPEN_PATHS
+        if scope["type"] == "lifespan" or is_open:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})

@@ -31,6 +31,8 @@ class Connection(h11.Connection):
         received = self._receive_buffer
         if self.their_state is h11.IDLE and (empty := _EMPTY_LINES.match(received._data)) is not None:
             received.maybe_extract_at_most(empty.end())
+        if self.their_state is h11.IDLE and received._data == b"\r":
+            return h11.NEED_DATA
         return super().next_event()
 
 
