@@ -1,7 +1,6 @@
 """What the commands share: a parser with one-line errors, the flags of those that run a model, settings."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -93,10 +92,12 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     """Engine settings of parsed flags, the compilation cache switched on."""
     import dataclasses
 
+    from jmoe_kernels.cache import usable, user_cache
+
     from jmoe.config import MoEConfig
     from jmoe.engine.build import EngineSettings, use_compilation_cache
 
-    use_compilation_cache(cache_directory())
+    use_compilation_cache(usable(user_cache() / "xla"))
     known = {f.name for f in dataclasses.fields(EngineSettings)}
     given = {key: value for key, value in values.items() if key in known}
     moe = values.get("moe_config")
@@ -113,9 +114,3 @@ def given_settings(values: dict[str, Any]) -> str:
     if "api_key" in shown:
         shown["api_key"] = "***"
     return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"
-
-
-def cache_directory() -> Path:
-    """Where compiled programs are kept: JMOE_CACHE_DIR, else the user's cache folder."""
-    base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jmoe" / "xla"
