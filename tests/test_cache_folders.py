@@ -98,7 +98,7 @@ def test_kernels_are_built_where_they_can_be(nowhere, monkeypatch):
 
     monkeypatch.setattr(build, "build", into)
     monkeypatch.setattr(build, "load", lambda path: path)
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", f"{os.devnull}/jmoe/xla")
     try:
         found = build.get_library.__wrapped__()
