@@ -49,7 +49,7 @@ def fill(table: Table, often_LE: Any) -> tuple[Table, Moves]:
     xp = often_LE.__array_namespace__()
     (s,), often_X = table.slots.held_S.shape, often_LE.reshape(-1)
     first_M = xp.argsort(-often_X, stable=True)[:s].astype(xp.int32)
-    table, moves = _claim(table, first_M, xp.ones(first_M.shape[0], dtype=xp.float32), often_X * 0.0, False)
+    table, moves = _claim(table, first_M, xp.ones(first_M.shape[0], dtype=xp.float32), xp.zeros(often_X.shape[0], dtype=xp.float32), False)
     return table._replace(slots=land(table.slots)), moves
 
 
