@@ -64,13 +64,15 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits."""
+    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits.
+    lost: the step's assignments to experts that none computed, in all layers; 0, or the tokens are wrong."""
 
     ids_B: Int[Array, " B"]
     logprob_B: Float[Array, " B"]
     top_ids_BA: Int[Array, "B A"]
     top_logprobs_BA: Float[Array, "B A"]
     finite_B: Bool[Array, " B"]
+    lost: Int[Array, ""] | None = None
 
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:

@@ -24,7 +24,7 @@ from jmoe.engine.step_input import HostRows, StepInput
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, Knobs, Routing
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
@@ -62,13 +62,17 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
-def draw(model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array) -> tuple[Sampled, Array]:
-    """The tokens that the step draws, and those drawn last for every seat; for use under jit."""
+def draw(
+    model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array, layers: list[DispatchStats]
+) -> tuple[Sampled, Array]:
+    """The tokens that the step draws, and those drawn last for every seat; for use under jit. layers: what
+    the step's layers did, which says whether the tokens can be right."""
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
     behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_RSD.reshape(-1, dim)), given.rows)
+    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
     return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
 
 
@@ -146,7 +150,7 @@ class ModelFunctions:
         seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=cache is not None)
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
-        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S)
+        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S, out.stats)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
