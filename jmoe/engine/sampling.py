@@ -155,8 +155,17 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
     return jnp.where(ordered_BV >= threshold_B[:, None], x_BV, -jnp.inf)
 
 
+def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """The log-probability of each of ``ids_N``."""
+    logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
+    return jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
+
+
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:
-    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32."""
+    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32.
+
+    Finding the likeliest takes a CPU many times as long as all else: who needs none asks ``logprobs``.
+    """
     logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     chosen_N = jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
     top_NA, top_ids_NA = lax.top_k(logprob_NV, min(MAX_LOGPROBS, logits_NV.shape[-1]))

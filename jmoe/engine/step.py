@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config import MoEConfig
-from jmoe.engine.sampling import Sampled, sample, score
+from jmoe.engine.sampling import Sampled, logprobs, sample, score
 from jmoe.engine.stats import MoETotals, add_step
 from jmoe.engine.step_input import HostRows, StepInput
 from jmoe.mesh import is_single, sharding
@@ -179,13 +179,23 @@ class ModelFunctions:
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.
+        """Log-probabilities of ``targets_BT`` and the likeliest tokens."""
+        return self._by_chunks(score, weights, hidden_BTD, targets_BT)
+
+    def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
+        """Log-probabilities of ``targets_BT``."""
+        return self._by_chunks(logprobs, weights, hidden_BTD, targets_BT)
+
+    def _by_chunks(
+        self, of: Callable[[Array, Array], Any], weights: list[Array], hidden_BTD: Array, targets_BT: Array
+    ) -> Any:
+        """``of(logits, targets)``, about 128 positions at a time.
 
         A few positions of every sequence together, so that each rank of a mesh has its own ones to do.
         """
         model = self.merge(weights)
         b, t, _ = hidden_BTD.shape
-        chunk = max(1, 128 // b)
+        chunk = min(t, max(1, 128 // b))
 
         def chunks(a_BT: Array) -> Array:
             padded = jnp.pad(a_BT, ((0, 0), (0, -t % chunk), *[(0, 0)] * (a_BT.ndim - 2)))
@@ -195,7 +205,7 @@ class ModelFunctions:
             return a_NBC.swapaxes(0, 1).reshape(b, -1, *a_NBC.shape[3:])[:, :t]
 
         args = chunks(hidden_BTD), chunks(targets_BT)
-        scored = lax.map(lambda each: score(model.logits(each[0]), each[1]), args)
+        scored = lax.map(lambda each: of(model.logits(each[0]), each[1]), args)
         return readable(jax.tree.map(joined, scored), model.mesh)
 
     def window_logits(
@@ -231,6 +241,7 @@ class Jitted:
     step: jax.stages.Wrapped
     copy_pages: jax.stages.Wrapped
     score: jax.stages.Wrapped
+    logprobs: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
     window_routing: jax.stages.Wrapped
 
@@ -248,6 +259,7 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
         step=jax.jit(functions.step, donate_argnums=(1, 2, 3, 7)),
         copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
         score=jax.jit(functions.score),
+        logprobs=jax.jit(functions.logprobs),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )
