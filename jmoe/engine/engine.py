@@ -6,6 +6,7 @@ answer, a grammar). A request that turns out to have ended leaves a row in the s
 Synchronous; ``worker`` gives it a thread of its own.
 """
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,6 +33,8 @@ from jmoe.engine.scores import PromptScores, token_logprob
 from jmoe.engine.started import Started
 from jmoe.engine.text import Detokenizer, TextCodec
 from jmoe.moe.placement import Placement
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -184,7 +187,9 @@ class Engine:
         """Appends each row's token to its request and emits what became certain, once the step has ended."""
         started, self._started = self._started, None
         assert started is not None
-        ids, *scores, finite = started.fetch()
+        ids, *scores, finite, lost = started.fetch()
+        if lost:
+            self._lose(started, int(lost))
         now = time.monotonic()
         self._scores.keep(started.placed, started.scores)
         self._count_assignments(started)
@@ -260,6 +265,15 @@ class Engine:
 
     def _output(self, request: Request, token_ids: tuple[int, ...], **fields: Any) -> Output:
         return Output(request.id, token_ids, prompt_logprobs=self._scores.take(request), **fields)
+
+    def _lose(self, started: Started, lost: int) -> None:
+        """Ends the requests of a step whose experts were not given all that was theirs: the tokens, and what
+        the step wrote to the pages, are wrong."""
+        cause = f"{lost} of the step's assignments to experts were not computed: its answers would be wrong"
+        log.error("%s. This is a fault of the engine; restart it and report it", cause)
+        for placed in started.placed:
+            if not placed.run.request.place.ended:
+                self._fail(placed.run.request, cause)
 
     def _fail(self, request: Request, cause: str) -> None:
         self._end(request, Output(request.id, finish_reason="error", error=cause))
