@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jmoe.engine.grammar import MAX_GRAMMAR_BYTES
 from jmoe.server.errors import invalid
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -47,7 +48,8 @@ def check_json(text: bytes, what: str = "the request body", param: str | None = 
             (lists, MAX_JSON_LISTS, "lists and objects"),
         ):
             if count > limit:
-                raise invalid(f"{what} holds more than {limit} {name}", param, "too_many_values")
+                code = "invalid_json" if param is None else "invalid_value"
+                raise invalid(f"{what} holds more than {limit} {name}", param, code)
 
 
 def _count(bytes_N: np.ndarray, outside_N: np.ndarray, of: bytes) -> int:
@@ -86,3 +88,10 @@ def exceeds(value: Any, limit: int) -> bool:
         elif isinstance(item, list):
             left.extend(item)
     return size > limit
+
+
+def bounded(of_grammar: Item) -> Item:
+    """The same; ValueError where a grammar of it is too long for certain, before it is copied and written."""
+    if exceeds(of_grammar, MAX_GRAMMAR_BYTES):
+        raise ValueError(f"the grammar is too long; the limit is {MAX_GRAMMAR_BYTES}")
+    return of_grammar
