@@ -114,10 +114,10 @@ class Generation:
                 self.engine.abort(sorted(self.unfinished))
 
     def _failure(self, output: Output) -> ApiError:
-        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
-            return draining()
         if not self.engine.snapshot().alive:
             return engine_dead()
+        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
+            return draining()
         return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
 
 

@@ -153,6 +153,11 @@ class Service:
         for generation in list(self.running):
             generation.stop()
 
+    def close(self) -> None:
+        """Lets go of the threads and of the grammars' child, which may first end what it does."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
+
 
 def _constrain(generation: Generation, grammar: CompiledGrammar) -> None:
     for request in generation.requests:
