@@ -108,9 +108,9 @@ FAMILIES = {  # architecture -> model_type, what the config calls the experts an
     "Qwen3MoeForCausalLM": ("qwen3_moe", "num_experts", "moe_intermediate_size"),
 }
 SAME = (  # fields that ModelConfig and these families' config.json call alike
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-    "clip_qkv", "sliding_window", "hidden_act", "dtype", "bos_token_id",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    "attention_bias", "clip_qkv", "sliding_window", "hidden_act", "dtype", "bos_token_id",
 )  # fmt: skip
 
 
