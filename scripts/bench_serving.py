@@ -3,8 +3,8 @@
     python scripts/bench_serving.py --model tiny --concurrency 32 --rounds 5
     python scripts/bench_serving.py --peer vllm --peer-command VENV/bin/vllm --concurrency 1 8 32
 
-The peers are ``transformers serve`` with continuous batching and ``vllm serve`` (``serving_peers.py`` says how
-to install and start each). Both servers have a copy of the checkpoint without end-of-text tokens
+The peers are ``transformers serve`` with continuous batching and ``vllm serve`` (``serving_peers.py`` says
+how to install and start each). Both servers have a copy of the checkpoint without end-of-text tokens
 (``transformers serve`` has no ``ignore_eos``), greedily, in the same dtype, and as many places as the largest
 ``--concurrency``; ``jmoe bench serve`` sends the same prompts to both, ``--concurrency`` at a time. Rounds
 alternate, in opposite order every other one; while one server is measured the other's processes are stopped.
@@ -31,7 +31,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from serving_peers import PEERS, Load, Peer
 from serving_report import command_line, machine, write_part
@@ -79,7 +79,7 @@ class Served:
     url: str
     model: str
     extra: dict[str, Any]
-    prompt_form: str
+    prompt_form: Literal["ids", "text"]
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -186,8 +186,9 @@ def take_turns(servers: dict[str, Served], args: argparse.Namespace, concurrency
             if turn >= 0:
                 for key in KEPT:
                     samples[name][key].append(report[key])
-                said = f"{report['output_throughput']:.1f} output tokens/s, TTFT {report['median_ttft_ms']:.1f} ms"
-                print(f"{concurrency} at a time, round {turn + 1}, {name}: {said}", flush=True)
+                speed, first = report["output_throughput"], report["median_ttft_ms"]
+                which = f"{concurrency} at a time, round {turn + 1}, {name}"
+                print(f"{which}: {speed:.1f} output tokens/s, TTFT {first:.1f} ms", flush=True)
         if len({tuple(count) for count in counts.values()}) > 1:
             raise SystemExit(f"the servers do not count the same tokens: {counts}")
         if turn >= 0:

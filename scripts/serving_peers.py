@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TRANSFORMERS_PAGE = 256  # tokens of a page of transformers' cache
 
@@ -32,7 +32,7 @@ class Peer:
     command: str
     install: str
     words: Callable[[Path, int, Load], list[str]]
-    prompt_form: str
+    prompt_form: Literal["ids", "text"]
     packages: tuple[str, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)

@@ -113,8 +113,8 @@ def serving(peer: str, part: dict[str, Any]) -> list[str]:
         f"## jmoe beside `{SERVERS[peer]}`",
         "",
         *_head(part),
-        f"Model: {part['model']}, dtype {part['dtype']}. {asked['rounds']} rounds in turn, one server stopped "
-        f"while the other is measured. Medians of the rounds; ratios jmoe / {peer} are the median of the "
+        f"Model: {part['model']}, dtype {part['dtype']}. {asked['rounds']} rounds in turn, one server is "
+        f"stopped while the other is measured. Medians of the rounds; ratios jmoe / {peer} are the median of the "
         f"rounds' and their range. Flags of the peer: `{part['flags'][peer]}`. The load generator shares the "
         f"machine: it took {busy:.0%} of one core beside jmoe.",
         "",
@@ -133,8 +133,8 @@ def _row(peer: str, concurrency: int, row: dict[str, Any]) -> list[str]:
         rows.append([title, *medians, f"{ratio:.2f} ({least:.2f}..{most:.2f})"])
     given, written = map(statistics.median, zip(*ours["tokens"], strict=True))
     return [
-        f"{concurrency} at a time; {given:.0f} prompt and {written:.0f} output tokens a round, as many on both "
-        "sides:",
+        f"{concurrency} at a time; {given:.0f} prompt and {written:.0f} output tokens a round, as many on "
+        "both sides:",
         "",
         *table(["", "jmoe", peer, "ratio"], rows),
         "",
