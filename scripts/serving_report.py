@@ -114,9 +114,9 @@ def serving(peer: str, part: dict[str, Any]) -> list[str]:
         "",
         *_head(part),
         f"Model: {part['model']}, dtype {part['dtype']}. {asked['rounds']} rounds in turn, one server is "
-        f"stopped while the other is measured. Medians of the rounds; ratios jmoe / {peer} are the median of the "
-        f"rounds' and their range. Flags of the peer: `{part['flags'][peer]}`. The load generator shares the "
-        f"machine: it took {busy:.0%} of one core beside jmoe.",
+        f"stopped while the other is measured. Medians of the rounds; ratios jmoe / {peer} are the median of "
+        f"the rounds' and their range. Flags of the peer: `{part['flags'][peer]}`. The load generator shares "
+        f"the machine: it took {busy:.0%} of one core beside jmoe.",
         "",
     ]
     for concurrency, row in part["rows"].items():
