@@ -120,6 +120,7 @@ def _place_parser(commands: Any) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     from jmoe.engine.nodes import Nodes, leave
     from jmoe.server.logs import configure
+    from jmoe.server.run import without_threads
 
     values = vars(args) | {}
     if "config" in values:
@@ -127,8 +128,9 @@ def run_serve(args: argparse.Namespace) -> int:
     configure(values.get("log_format", "text"), values.get("log_level", "info"))
     nodes = Nodes(**{k: values[k] for k in NODE_FLAGS if k in values})
     if nodes.nnodes == 1:
-        return serve_model(values)
-    return leave(reported(lambda: (follow_leader if nodes.rank else serve_model)(values, nodes)))
+        return without_threads(serve_model(values))
+    run = follow_leader if nodes.rank else serve_model
+    return without_threads(leave(reported(lambda: run(values, nodes))))
 
 
 def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
@@ -197,8 +199,9 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
         log.info("process %d ends with process 0; a second signal ends it at once", nodes.rank)
 
     def ready(runner: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave_it_to_the_leader)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                signal.signal(number, leave_it_to_the_leader)
 
     try:
         with Bars() as bars:

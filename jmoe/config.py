@@ -188,6 +188,9 @@ class ModelConfig:
 MODEL_TABLES = {"router": RouterConfig, "rope": RopeConfig, "latent": LatentConfig}
 
 
+TRAINING = {"mode": "training"}  # of a field that no engine takes
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
@@ -207,7 +210,7 @@ class MoEConfig:
     attention: Literal["dp", "tp"] = "dp"
     transport: TransportName = "replicated"
     kernel: Implementation | None = None
-    train_capacity_factor: float | None = None
+    train_capacity_factor: float | None = field(default=None, metadata=TRAINING)
     binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None
     shuffle: ShuffleConfig | None = None
@@ -227,6 +230,16 @@ class MoEConfig:
             raise ValueError("moe.binning.resident_bonus needs moe.offload: all experts are on the device")
         if self.offload is not None and self.train_capacity_factor is not None:
             raise ValueError("moe.offload and moe.train_capacity_factor exclude each other")
+
+    def check_serves(self) -> None:
+        """Raises ValueError for a setting that means something in training alone."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.metadata.get("mode") == TRAINING["mode"] and value != each.default:
+                raise ValueError(
+                    f"moe.{each.name} = {value!r} is for training only, no engine takes it; a limit on what "
+                    "experts compute is moe.capacity"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -4,7 +4,6 @@ Nothing here imports jax before ``pin`` can have been called.
 """
 
 import argparse
-import dataclasses
 import os
 import statistics
 import tempfile
@@ -103,15 +102,32 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     save_hf(model, hf_config(cfg), directory)
 
 
+FAMILIES = {  # architecture -> model_type, what the config calls the experts and their inner dimension
+    "MixtralForCausalLM": ("mixtral", "num_local_experts", "intermediate_size"),
+    "OlmoeForCausalLM": ("olmoe", "num_experts", "intermediate_size"),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", "num_experts", "moe_intermediate_size"),
+}
+SAME = (  # fields that ModelConfig and these families' config.json call alike
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    "attention_bias", "clip_qkv", "sliding_window", "hidden_act", "dtype", "bos_token_id",
+)  # fmt: skip
+
+
 def hf_config(cfg: Any) -> dict[str, Any]:
-    """The ``config.json`` of a ModelConfig, under the names that the families' classes have."""
-    model_types = {"MixtralForCausalLM": "mixtral", "Qwen3MoeForCausalLM": "qwen3_moe"}
+    """The ``config.json`` of a ModelConfig, in the families' own fields alone: transformers refuses others.
+
+    Raises ValueError for a family that has no entry in FAMILIES.
+    """
+    if cfg.architecture not in FAMILIES:
+        raise ValueError(f"{cfg.architecture} has no random checkpoint here; {', '.join(FAMILIES)} have")
+    model_type, experts, inner = FAMILIES[cfg.architecture]
     return {
-        **dataclasses.asdict(cfg),
+        **{name: getattr(cfg, name) for name in SAME},
         "architectures": [cfg.architecture],
-        "model_type": model_types.get(cfg.architecture, "olmoe"),
-        "intermediate_size": cfg.moe_intermediate_size,
-        "num_local_experts": cfg.num_experts,
+        "model_type": model_type,
+        experts: cfg.num_experts,
+        inner: cfg.moe_intermediate_size,
         "use_sliding_window": cfg.sliding_window is not None,
         "norm_topk_prob": cfg.router.norm_topk_prob,
         "rope_theta": cfg.rope.rope_theta,

@@ -1,15 +1,18 @@
-"""Measures ``jmoe serve`` beside ``transformers serve`` with continuous batching: one checkpoint, one load.
+"""Measures ``jmoe serve`` beside another server on the same CPU: one checkpoint, one load.
 
     python scripts/bench_serving.py --model tiny --concurrency 32 --rounds 5
+    python scripts/bench_serving.py --peer vllm --peer-command VENV/bin/vllm --concurrency 1 8 32
 
-Both serve a copy of the checkpoint without end-of-text tokens (``transformers serve`` has no ``ignore_eos``),
-greedily, in the same dtype; ``jmoe bench serve`` sends the same text prompts to both, ``--concurrency`` at a
-time. Rounds alternate, in opposite order every other one; while one server is measured the other's processes
-are stopped. Each round has prompts of its own, so that no cache of prefixes knows them. Token counts must be
-equal on both sides. Ratios are the median of the rounds' ratios and their range.
+The peers are ``transformers serve`` with continuous batching and ``vllm serve`` (``serving_peers.py`` says
+how to install and start each). Both servers have a copy of the checkpoint without end-of-text tokens
+(``transformers serve`` has no ``ignore_eos``), greedily, in the same dtype, and as many places as the largest
+``--concurrency``; ``jmoe bench serve`` sends the same prompts to both, ``--concurrency`` at a time. Rounds
+alternate, in opposite order every other one; while one server is measured the other's processes are stopped.
+Each round has prompts of its own, so that no cache of prefixes knows them. Token counts must be equal on both
+sides. Ratios are the median of the rounds' ratios and their range.
 
-Writes the part "serving" of docs/results/serving.json and docs/results/serving.md, which is made from it.
-Needs the parity extra and transformers[serving]; run it on an otherwise idle machine.
+Writes the peer's part of docs/results/serving.json and docs/results/serving.md, which is made from it. Run it
+on an otherwise idle machine.
 """
 
 import argparse
@@ -28,14 +31,14 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from serving_peers import PEERS, Load, Peer
 from serving_report import command_line, machine, write_part
 
 from jmoe.engine.build import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 
-PAGE = 256  # tokens of a page of transformers' cache
 KEPT = (
     "duration", "output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
     "median_e2el_ms", "client_cpu_share",
@@ -48,20 +51,19 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument("--model", default="tiny", help="tiny, or a Hugging Face directory")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=128, help="a round")
+    parser.add_argument("--peer", choices=tuple(PEERS), default="transformers")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[32], help="a row of the table each")
+    parser.add_argument("--requests", type=int, help="a round; by default 4 times the row's concurrency")
     parser.add_argument("--input-len", type=int, default=64, help="words of a prompt")
     parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="text that prompts are cut from")
     parser.add_argument("--jmoe-options", default="", help="further flags of jmoe serve, in one word")
-    parser.add_argument("--peer-options", default="", help="further flags of transformers serve, in one word")
-    parser.add_argument(
-        "--transformers", default=str(Path(sys.prefix) / "bin/transformers"), help="its command"
-    )
+    parser.add_argument("--peer-options", default="", help="further flags of the peer, in one word")
+    parser.add_argument("--peer-command", help="the peer's program, where it is not on the path")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     args = parser.parse_args()
-    if min(args.concurrency, args.requests, args.input_len, args.rounds) < 1 or args.output_len < 2:
+    if min(*args.concurrency, args.requests or 1, args.input_len, args.rounds) < 1 or args.output_len < 2:
         parser.error("sizes must be at least 1, and --output-len at least 2")
     return parser, args
 
@@ -77,6 +79,7 @@ class Served:
     url: str
     model: str
     extra: dict[str, Any]
+    prompt_form: Literal["ids", "text"]
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -90,7 +93,7 @@ def copy_without_ends(directory: Path, folder: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     if not (folder / "tokenizer.json").exists():
-        raise SystemExit(f"{directory} has no tokenizer.json, and transformers serve takes text only")
+        raise SystemExit(f"{directory} has no tokenizer.json; the peers need one")
 
 
 def free_port() -> int:
@@ -100,10 +103,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(words: list[str], port: int, log: Path, **about: Any) -> Iterator[Served]:
+def serving(
+    words: list[str], port: int, log: Path, environment: dict[str, str], **about: Any
+) -> Iterator[Served]:
     """The server once it answers /health; raises SystemExit with the end of its log where it does not."""
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with this process
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -132,22 +137,16 @@ def wait_for(served: Served, log: Path, seconds: float = 300) -> None:
 
 def jmoe_words(args: argparse.Namespace, directory: Path, port: int) -> list[str]:
     words = [sys.executable, "-m", "jmoe.cli", "serve", str(directory), "--port", str(port)]
-    words += ["--max-num-seqs", str(args.concurrency), "--dtype", args.dtype]
+    words += ["--max-num-seqs", str(max(args.concurrency)), "--dtype", args.dtype]
     return words + shlex.split(args.jmoe_options)
-
-
-def peer_words(args: argparse.Namespace, directory: Path, port: int) -> list[str]:
-    """Its cache is given room for twice what the load needs; by itself it takes most of the memory."""
-    pages = -(-(4 * args.input_len + args.output_len) // PAGE) * args.concurrency * 2
-    words = [args.transformers, "serve", str(directory), "--continuous-batching", "--device", "cpu"]
-    words += ["--port", str(port), "--host", "127.0.0.1", "--dtype", args.dtype]
-    return [*words, "--cb-num-blocks", str(pages), *shlex.split(args.peer_options)]
 
 
 # ---- measuring
 
 
-def measured(served: Served, args: argparse.Namespace, seed: int, requests: int, output_len: int) -> dict:
+def measured(
+    served: Served, args: argparse.Namespace, seed: int, concurrency: int, requests: int, output_len: int
+) -> dict:
     """The report of one round; raises SystemExit where a request failed."""
     report = bench_serve(
         ServeOptions(
@@ -156,8 +155,8 @@ def measured(served: Served, args: argparse.Namespace, seed: int, requests: int,
             input_len=args.input_len,
             output_len=output_len,
             num_prompts=requests,
-            max_concurrency=args.concurrency,
-            prompt_form="text",
+            max_concurrency=concurrency,
+            prompt_form=served.prompt_form,
             data=tuple(args.data),
             extra_body=served.extra,
             seed=seed,
@@ -168,63 +167,75 @@ def measured(served: Served, args: argparse.Namespace, seed: int, requests: int,
     return report
 
 
-def take_turns(ours: Served, theirs: Served, args: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
-    """Every figure's samples by server; raises SystemExit where their token counts differ."""
-    servers = {"jmoe": ours, "transformers": theirs}
+def take_turns(servers: dict[str, Served], args: argparse.Namespace, concurrency: int) -> dict[str, dict]:
+    """Every figure's samples by server; raises SystemExit where their token counts differ.
+
+    The servers are stopped before and afterwards.
+    """
+    requests = args.requests or 4 * concurrency
     samples: dict[str, dict[str, list[Any]]] = {name: {key: [] for key in KEPT} for name in servers}
-    for served in servers.values():
-        measured(served, args, 10_000, args.concurrency, min(args.output_len, 8))  # warms up
-        served.signal(signal.SIGSTOP)
-    for turn in range(args.rounds):
+    for turn in range(-1, args.rounds):  # the first warms up
         counts = {}
         for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
             servers[name].signal(signal.SIGCONT)
-            report = measured(servers[name], args, turn, args.requests, args.output_len)
+            seed = 1000 * concurrency + turn
+            of_round = (requests, args.output_len) if turn >= 0 else (concurrency, min(args.output_len, 8))
+            report = measured(servers[name], args, seed, concurrency, *of_round)
             servers[name].signal(signal.SIGSTOP)
             counts[name] = [report["total_input_tokens"], report["total_output_tokens"]]
-            for key in KEPT:
-                samples[name][key].append(report[key])
-            print(f"round {turn + 1}, {name}: {report['output_throughput']:.1f} output tokens/s", flush=True)
-        if counts["jmoe"] != counts["transformers"]:
+            if turn >= 0:
+                for key in KEPT:
+                    samples[name][key].append(report[key])
+                speed, first = report["output_throughput"], report["median_ttft_ms"]
+                which = f"{concurrency} at a time, round {turn + 1}, {name}"
+                print(f"{which}: {speed:.1f} output tokens/s, TTFT {first:.1f} ms", flush=True)
+        if len({tuple(count) for count in counts.values()}) > 1:
             raise SystemExit(f"the servers do not count the same tokens: {counts}")
-        for name in servers:
-            samples[name].setdefault("tokens", []).append(counts[name])
+        if turn >= 0:
+            for name in servers:
+                samples[name].setdefault("tokens", []).append(counts[name])
     return samples
 
 
 def main() -> None:
     parser, args = arguments()
-    if shutil.which(args.transformers) is None:
-        raise SystemExit(
-            "no transformers command: pip install 'transformers[serving]', or --transformers PATH"
-        )
+    peer: Peer = PEERS[args.peer]
+    command = args.peer_command or peer.command
+    if shutil.which(command) is None:
+        raise SystemExit(f"no command {command}: {peer.install}, or --peer-command PATH")
     os.environ["JAX_PLATFORMS"] = "cpu"  # as the other
     with tempfile.TemporaryDirectory() as temporary:
         folder, logs = Path(temporary) / "model", Path(temporary)
         folder.mkdir()
         copy_without_ends(model_directory(args.model), folder)
         ports = free_port(), free_port()
-        words = jmoe_words(args, folder, ports[0]), peer_words(args, folder, ports[1])
-        mine = {"model": str(folder), "extra": {}}
-        theirs = {"model": str(folder), "extra": {"ignore_eos": None}}
+        load = Load(max(args.concurrency), args.input_len, args.output_len, args.dtype)
+        ours = jmoe_words(args, folder, ports[0])
+        theirs = [command, *peer.words(folder, ports[1], load), *shlex.split(args.peer_options)]
+        alike = {"model": str(folder), "prompt_form": peer.prompt_form}
         with (
-            serving(words[0], ports[0], logs / "jmoe.log", **mine) as ours,
-            serving(words[1], ports[1], logs / "peer.log", **theirs) as peer,
+            serving(ours, ports[0], logs / "jmoe.log", {}, **alike, extra={}) as mine,
+            serving(
+                theirs, ports[1], logs / "peer.log", peer.environment, **alike, extra=peer.extra
+            ) as other,
         ):
-            samples = take_turns(ours, peer, args)
-    settings = {k: getattr(args, k) for k in ("concurrency", "requests", "input_len", "output_len", "rounds")}
-    packages = ("jax", "torch", "transformers")
+            servers = {"jmoe": mine, args.peer: other}
+            for served in servers.values():
+                served.signal(signal.SIGSTOP)
+            rows = {str(count): take_turns(servers, args, count) for count in args.concurrency}
+    settings = {k: getattr(args, k) for k in ("requests", "input_len", "output_len", "rounds")}
+    program = shutil.which(command)
     write_part(
         args.out,
-        "serving",
+        args.peer,
         {
             "command": command_line(parser, args),
-            **machine(packages, python=Path(args.transformers).parent / "python"),
+            **machine(("jax", *peer.packages), python=Path(str(program)).resolve().parent / "python"),
             "model": args.model,
             "dtype": args.dtype,
             "settings": settings,
-            "flags": {"jmoe": args.jmoe_options, "transformers": " ".join(words[1][4:])},
-            "samples": samples,
+            "flags": {"jmoe": args.jmoe_options, args.peer: " ".join(peer.shown(theirs[1:]))},
+            "rows": rows,
         },
     )
 

@@ -120,7 +120,7 @@ class Meter:
             given.own.table_BM[row] = self.table_BM[row]
             targets[row, : len(window) - 1] = window[1:]
         _, hidden, _ = self.runner.run(given)
-        logprobs = np.asarray(self.scorer.runner.score(np.asarray(hidden), targets)[0])  # pyright: ignore
+        logprobs = np.asarray(self.scorer.runner.logprobs(np.asarray(hidden), targets))  # pyright: ignore
         return [logprobs[row, : len(window) - 1] for row, (_, window) in zip(row_of, batch, strict=True)]
 
 

@@ -68,7 +68,7 @@ def add_sizes(writer: Any, sizes: dict[str, Any]) -> None:
     writer.add_feed_forward_length(sizes["moe_intermediate_size"])
     writer.add_head_count(sizes["num_attention_heads"])
     writer.add_head_count_kv(sizes["num_key_value_heads"])
-    writer.add_rope_freq_base(sizes["rope_theta"])
+    writer.add_rope_freq_base(sizes["rope"]["rope_theta"])
     writer.add_layer_norm_rms_eps(sizes["rms_norm_eps"])
     writer.add_expert_count(sizes["num_experts"])
     writer.add_expert_used_count(sizes["num_experts_per_tok"])

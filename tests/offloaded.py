@@ -71,6 +71,7 @@ def check_counters(engine: Engine, groups: int = 1) -> dict:
     need what several groups' tokens go to."""
     stats = engine.moe_stats()
     for phase in ("prefill", "decode"):
+        assert stats[phase]["lost_assignments"] == 0 < stats[phase]["assignments"]
         for layer in stats[phase]["per_layer"]:
             needed = layer["bytes_host_to_device"] - layer["prefetch_bytes"]
             assert needed == layer["expert_cache_misses"] * EXPERT_BYTES

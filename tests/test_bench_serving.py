@@ -13,6 +13,7 @@ import bench_traces
 from bench_serving import copy_without_ends
 from lm_eval_parity import compare, difference
 from paper_table import filled, shown
+from serving_peers import PEERS, Load
 from serving_report import write_part
 
 from jmoe.checkpoint import read_config
@@ -57,17 +58,16 @@ def test_other_documents_cannot_be_compared(ours, theirs):
 HEAD = {"date": "2026-01-01", "processor": "P", "cores": 2, "versions": {"jmoe": "1"}, "model": "tiny"}
 
 
-def serving(ours: float, theirs: float, ttft: float) -> dict:
+def serving(ours: float, theirs: float, ttft: float, peer: str = "transformers") -> dict:
     def side(speed: float, first: float) -> dict:
         names = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_e2el_ms")
         return {"output_throughput": [speed] * 2, "client_cpu_share": [0.1] * 2, "tokens": [[5, 6]] * 2} | {
             name: [first] * 2 for name in names
         }
 
-    settings = {"concurrency": 32, "requests": 64, "input_len": 8, "output_len": 8, "rounds": 2}
-    flags = {"jmoe": "", "transformers": "--x"}
-    samples = {"jmoe": side(ours, ttft), "transformers": side(theirs, 10.0)}
-    more = {"dtype": "auto", "settings": settings, "flags": flags, "samples": samples}
+    settings = {"requests": 64, "input_len": 8, "output_len": 8, "rounds": 2}
+    rows = {"32": {"jmoe": side(ours, ttft), peer: side(theirs, 10.0)}}
+    more = {"dtype": "auto", "settings": settings, "flags": {"jmoe": "", peer: "--x"}, "rows": rows}
     return {"command": "python scripts/bench_serving.py", **HEAD, **more}
 
 
@@ -77,29 +77,36 @@ def host(share: float) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("figures", "said"),
+    ("peer", "figures", "said"),
     [
-        (serving(320, 100, 9), "output tokens/s is met (3.20); that of a P99 TTFT no worse is met (0.90"),
-        (
-            serving(290, 100, 11),
-            "output tokens/s is missed (2.90); that of a P99 TTFT no worse is missed (1.10",
-        ),
+        ("transformers", (320, 100, 9), ["3 times the peer's: met (3.20)", "1 times the peer's: met (0.90)"]),
+        ("transformers", (290, 100, 11), ["3 times the peer's: missed (2.90)", "missed (1.10)"]),
+        ("vllm", (140, 100, 11), ["median, ms, 32 at a time: at most 1 times the peer's: missed", "(1.40)"]),
     ],
-)
-def test_the_page_says_what_was_measured(tmp_path, figures, said):
-    write_part(tmp_path, "serving", figures)
-    assert said in (tmp_path / "serving.md").read_text()
+)  # fmt: skip
+def test_the_page_says_what_was_measured_and_which_targets_it_meets(tmp_path, peer, figures, said):
+    write_part(tmp_path, peer, serving(*figures, peer))
+    page = (tmp_path / "serving.md").read_text()
+    assert all(line in page for line in said) and "1 at a time" not in page
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_a_peers_words_are_told_without_what_holds_here_alone(peer):
+    words = peer.words(Path("/here/model"), 4321, Load(32, 64, 64, "auto"))
+    shown = " ".join(peer.shown(words))
+    assert "/here/model" in words and "4321" in words
+    assert "here" not in shown.replace("--host", "") and "4321" not in shown and "--port" not in shown
 
 
 def test_a_part_does_not_touch_the_other(tmp_path):
-    write_part(tmp_path, "serving", serving(320, 100, 9))
+    write_part(tmp_path, "transformers", serving(320, 100, 9))
     write_part(tmp_path, "host", host(0.07))
     write_part(tmp_path, "host", host(0.03))
     page = (tmp_path / "serving.md").read_text()
     assert "busy for 3.0% of a step: the target of less than 5% is met" in page and "7.0%" not in page
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
     assert "jmoe beside `transformers serve" in page
-    assert set(json.loads((tmp_path / "serving.json").read_text())) == {"serving", "host"}
+    assert set(json.loads((tmp_path / "serving.json").read_text())) == {"transformers", "host"}
 
 
 def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_costs(tmp_path):

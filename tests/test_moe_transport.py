@@ -18,7 +18,7 @@ from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
 from jmoe.moe.exchange import emulated_ragged_all_to_all
 from jmoe.moe.experts import apply_experts
-from jmoe.moe.types import DispatchStats, LocalExperts, Routing, Traffic
+from jmoe.moe.types import Computed, DispatchStats, LocalExperts, Routing, Traffic
 from jmoe.nn.sequences import Sequences
 
 TOKENS_IN_ALL, EXPERTS, MODEL, INNER = 48, 16, 24, 8
@@ -40,10 +40,13 @@ def program(name: str, shape: tuple[int, int, int], dtype: str, kernel: str = "x
 
     def shard(x_TD, ids_TJ, weights_TJ, valid_T, gate_up, down, *, send):
         experts = ExpertWeights(gate_up, down)
-        combined = partial(apply_experts, experts=experts, implementation=kernel)
+
+        def combined(x_TD, weights_TJ, plan):
+            y_TD = apply_experts(x_TD, weights_TJ, plan, experts, implementation=kernel)
+            return Computed(y_TD, plan.rows)
 
         def by_row(rows_ND, sizes_L):
-            return grouped_mlp(rows_ND, experts, sizes_L, implementation=kernel)
+            return Computed(grouped_mlp(rows_ND, experts, sizes_L, implementation=kernel), jnp.sum(sizes_L))
 
         mine = LocalExperts(experts.dims[0], experts.dtype, combined, by_row)
         unread_TE = jnp.zeros((x_TD.shape[0], EXPERTS))
@@ -130,6 +133,7 @@ def check(name: str, shape: tuple[int, int, int], dtype: str, columns: int = 4, 
         assert not np.any(np.asarray(y)[nobody]), case
         want = (0, 0) if name == "local" else counted(name, ids, valid, shape)
         assert (int(traffic.useful), int(traffic.sent)) == want, case
+        assert int(traffic.computed) == np.sum(valid[:, None] & (ids < EXPERTS)), case
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -208,7 +212,8 @@ def test_an_unknown_transport_is_refused():
 def step(counts: int, rows: int) -> DispatchStats:
     """One layer of 2 experts, every count of it near the 32-bit limit."""
     each, row = jnp.full(2, counts, jnp.int32), jnp.asarray(rows, jnp.int32)
-    return DispatchStats(each, each, jnp.zeros(2), row, row * 0, row * 0, row, Traffic(row, row))
+    traffic = Traffic(row, row, jnp.sum(each))
+    return DispatchStats(each, each, jnp.zeros(2), row, row * 0, row * 0, row, traffic)
 
 
 def test_totals_of_many_large_steps_do_not_overflow():

@@ -113,6 +113,7 @@ class FakeEngine:
                 "dropped": 5,
                 "rerouted": 4,
                 "remapped": 5,
+                "lost_assignments": 0,
                 "remote_assignments": 1,
                 "transport_bytes": 600,
                 "transport_useful_bytes": 400,

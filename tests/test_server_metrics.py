@@ -18,8 +18,8 @@ NAMES = {
     "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
     "request_generation_tokens", "step_time_seconds", "iteration_tokens", "compilations_after_warmup",
     "moe_active_experts", "moe_rank_load_max_over_mean", "moe_assignments", "moe_dropped_assignments",
-    "moe_rerouted_assignments", "moe_remapped_assignments", "moe_remote_assignments", "moe_transport_bytes",
-    "moe_transport_useful_bytes", "moe_expert_cache_hits", "moe_expert_cache_misses",
+    "moe_rerouted_assignments", "moe_remapped_assignments", "moe_lost_assignments", "moe_remote_assignments",
+    "moe_transport_bytes", "moe_transport_useful_bytes", "moe_expert_cache_hits", "moe_expert_cache_misses",
     "moe_expert_cache_evictions", "moe_prefetch_bytes", "moe_prefetch_useful_bytes",
 }  # fmt: skip
 GRAFANA = Path(__file__).parent.parent / "configs/grafana/jmoe.json"

@@ -70,6 +70,7 @@ class EngineSettings:
         if self.moe.attention not in ("dp", self.attention):
             raise ValueError(f"attention is {self.attention!r} here and {self.moe.attention!r} in moe")
         object.__setattr__(self, "moe", dataclasses.replace(self.moe, attention=self.attention))
+        self.moe.check_serves()
         if self.moe.shuffle is not None:
             self.moe.shuffle.check_attention(self.attention)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):

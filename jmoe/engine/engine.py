@@ -6,15 +6,16 @@ answer, a grammar). A request that turns out to have ended leaves a row in the s
 Synchronous; ``worker`` gives it a thread of its own.
 """
 
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jmoe.engine.placing import constrain, fill, place
+from jmoe.engine.placing import Placed, constrain, fill, place
 from jmoe.engine.plan import Step
 from jmoe.engine.request import (
     EngineDead,
@@ -30,8 +31,12 @@ from jmoe.engine.sampling import ENDS
 from jmoe.engine.scheduler import Scheduler
 from jmoe.engine.scores import PromptScores, token_logprob
 from jmoe.engine.started import Started
+from jmoe.engine.step_input import StepInput
 from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.faults import ENDING, tell
 from jmoe.moe.placement import Placement
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -75,15 +80,27 @@ class Engine:
 
     # ---- requests in -------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError with one line where the request can never be served; EngineDead once closed."""
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises ValueError with one line where one can never be served; EngineDead once closed.
+
+        Any thread may ask: it reads only what never changes.
+        """
         self.check_open()
+        most = self.scheduler.limits.queue
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
+        for request in requests:
+            self._check(request)
+        for prompt in {id(r.prompt_token_ids): r.prompt_token_ids for r in requests}.values():
+            if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+                bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+
+    def _check(self, request: Request) -> None:
+        """All but the prompt's tokens, of which the answers to one prompt have the same."""
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
-        bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
         asked = params.max_tokens or 0
         if len(prompt) + asked > self.max_model_len or (
             len(prompt) == self.max_model_len and params.max_tokens != 0
@@ -105,14 +122,14 @@ class Engine:
         if self.codec is None and params.stop:
             raise ValueError("stop strings need a tokenizer, which this model directory does not have")
 
-    def add(self, requests: list[Request]) -> None:
+    def add(self, requests: Sequence[Request]) -> None:
         """Queues all or none. Raises ValueError for a bad one, QueueFull where there is no room."""
-        most = self.scheduler.limits.queue
-        if len(requests) > most:
-            raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
-        for request in requests:
-            self.check(request)
-        self.scheduler.add(requests)
+        self.check(requests)
+        self.enqueue(requests)
+
+    def enqueue(self, requests: Sequence[Request]) -> None:
+        """Queues all or none of what ``check`` let through; QueueFull where there is no room."""
+        self.scheduler.add(list(requests))
         for request in requests:
             if self.codec is not None:
                 self._texts[request.id] = Detokenizer(self.codec, request.params.stop)
@@ -127,11 +144,11 @@ class Engine:
     def run(self, requests: list[Request]) -> None:
         """Serves ``requests`` to their ends, feeding the queue as it has room."""
         for request in requests:
-            self.check(request)
+            self.check([request])
         left, scheduler = requests[::-1], self.scheduler
         while left or self.busy:
             while left and len(scheduler.waiting) < scheduler.limits.queue:
-                self.add([left.pop()])
+                self.enqueue([left.pop()])
             self.step()
 
     # ---- one step ----------------------------------------------------------------------------------
@@ -164,15 +181,18 @@ class Engine:
             runner.copy_pages(from_R, to_R)
         placed, given = place(step, runner)
         for each in placed:
-            request = each.run.request
-            request.started = request.started or began
-            fill(each, given, self._ends(request.params))
-            if (failure := constrain(each, given)) is not None:
-                self._fail(request, failure)
+            each.run.request.started = each.run.request.started or began
+            self._alone(each.run.request, self._fill, each, given)
         planned = time.monotonic() - began
         sampled, hidden, changes = runner.run(given)
         scores = self._scores.start(placed, hidden)
         return Started(placed, sampled, changes if runner.lossy else None, scores, began, planned)
+
+    def _fill(self, placed: Placed, given: StepInput) -> None:
+        request = placed.run.request
+        fill(placed, given, self._ends(request.params))
+        if (failure := constrain(placed, given)) is not None:
+            self._fail(request, failure)
 
     def _ends(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.end_ids
@@ -184,39 +204,46 @@ class Engine:
         """Appends each row's token to its request and emits what became certain, once the step has ended."""
         started, self._started = self._started, None
         assert started is not None
-        ids, *scores, finite = started.fetch()
+        ids, *scores, finite, lost = started.fetch()
+        if lost:
+            self._lose(started, int(lost))
         now = time.monotonic()
-        self._scores.keep(started.placed, started.scores)
-        self._count_assignments(started)
-        for run, row, *_ in started.placed:
-            request = run.request
-            request.place.drawn -= run.draws
-            if request.place.ended or not run.draws:
-                continue
-            if not finite[row]:
-                self._fail(request, "the model produced NaN logits")
-            elif request.params.max_tokens == 0:
-                self._end(request, self._output(request, (), finish_reason="length"))
-            else:
-                self._deliver_token(request, int(ids[row]), tuple(s[row] for s in scores), now)
+        scored, changes = jax.device_get((started.scores, started.changes))
+        for placed in started.placed:
+            run, row = placed.run, placed.row
+            run.request.place.drawn -= run.draws
+            self._count_assignments(placed, changes)
+            drawn = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
+            self._alone(run.request, self._deliver_run, placed, scored, drawn, now)
         report = started.report(now, time.monotonic())
         for listener in self.listeners:
-            listener.stepped(report)
+            tell(listener.stepped, report)
 
-    def _count_assignments(self, started: Started) -> None:
-        """What the step did to each request's assignments, where it may have done something to them."""
+    def _count_assignments(self, placed: Placed, changes: Any) -> None:
+        """What the step did to a request's assignments, where it may have done something to them."""
         if not self.runner.lossy:
             return
-        cfg = self.runner.cfg
-        counts = None if started.changes is None else jax.device_get(started.changes)
-        for placed in started.placed:
-            run, rows = placed.run, placed.changed
-            moe = run.request.moe
-            moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
-            if counts is not None:
-                moe.remapped += int(counts.remapped_T[rows].sum())
-                moe.dropped += int(counts.dropped_T[rows].sum())
-                moe.rerouted += int(counts.rerouted_T[rows].sum())
+        cfg, run, rows = self.runner.cfg, placed.run, placed.changed
+        moe = run.request.moe
+        moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
+        if changes is not None:
+            moe.remapped += int(changes.remapped_T[rows].sum())
+            moe.dropped += int(changes.dropped_T[rows].sum())
+            moe.rerouted += int(changes.rerouted_T[rows].sum())
+
+    def _deliver_run(self, placed: Placed, scored: Any, drawn: tuple[int, tuple, bool], now: float) -> None:
+        """What a step gave to one request. drawn: its token, the scores of it, and whether they are sane."""
+        run, request = placed.run, placed.run.request
+        token, scores, finite = drawn
+        self._scores.keep(placed, scored)
+        if request.place.ended or not run.draws:
+            return
+        if not finite:
+            self._fail(request, "the model produced NaN logits")
+        elif request.params.max_tokens == 0:
+            self._end(request, self._output(request, (), finish_reason="length"))
+        else:
+            self._deliver_token(request, token, scores, now)
 
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)
@@ -261,8 +288,29 @@ class Engine:
     def _output(self, request: Request, token_ids: tuple[int, ...], **fields: Any) -> Output:
         return Output(request.id, token_ids, prompt_logprobs=self._scores.take(request), **fields)
 
+    def _lose(self, started: Started, lost: int) -> None:
+        """Ends the requests of a step whose experts were not given all that was theirs: the tokens, and what
+        the step wrote to the pages, are wrong."""
+        cause = f"{lost} of the step's assignments to experts were not computed: its answers would be wrong"
+        log.error("%s. This is a fault of the engine; restart it and report it", cause)
+        for placed in started.placed:
+            if not placed.run.request.place.ended:
+                self._fail(placed.run.request, cause)
+
     def _fail(self, request: Request, cause: str) -> None:
         self._end(request, Output(request.id, finish_reason="error", error=cause))
+
+    def _alone(self, request: Request, work: Callable[..., None], *given: Any) -> None:
+        """Runs the host's ``work`` for one request, whose failure ends that request and no other."""
+        try:
+            work(*given)
+        except ENDING:
+            raise
+        except BaseException:  # a panic of a Rust library is no Exception
+            log.exception("request %s failed on the host", request.id)
+            request.place.names = None  # who knows what its pages hold
+            if not request.place.ended:
+                self._fail(request, "the request failed on the host; the log has the cause")
 
     def _end(self, request: Request, output: Output) -> None:
         self.scheduler.finish(request)
@@ -275,14 +323,14 @@ class Engine:
         if self.runner.lossy:
             output = replace(output, moe=request.moe)
         for listener in self.listeners:
-            listener.finished(request, reason)
-        request.emit(output)
+            tell(listener.finished, request, reason)
+        tell(request.emit, output)
 
     def give_up(self, reason: FinishReason, cause: str) -> None:
         """Ends every request, once no step can run any more."""
         self._started = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.scheduler.drop(request.id)
+            tell(self.scheduler.drop, request.id)  # what broke the step may have broken its lists
             self._ended(request, Output(request.id, finish_reason=reason, error=cause))
 
     # ---- looking in --------------------------------------------------------------------------------
@@ -308,19 +356,8 @@ class Engine:
             "experts": cfg.num_experts,
             "top_k": cfg.num_experts_per_tok,
         }
-        ranks = {} if self.placement is None else {"placement": self._rank_of_expert().tolist()}
+        ranks = {} if self.placement is None else {"placement": self.placement.rank_LE.tolist()}
         return {"model": shape, "mesh": dict(self.runner.mesh.shape), **ranks, **phases}
-
-    def _rank_of_expert(self) -> np.ndarray:
-        """int ``[L, E]``: where each expert, as the checkpoint numbers it, is computed."""
-        assert self.placement is not None
-        experts_LP, ranks = self.placement.experts_LP, self.placement.ranks
-        places = np.broadcast_to(
-            np.arange(experts_LP.shape[1]) * ranks // experts_LP.shape[1], experts_LP.shape
-        )
-        rank_LE = np.zeros((len(experts_LP), self.runner.cfg.num_experts), np.int64)
-        np.put_along_axis(rank_LE, experts_LP.astype(np.int64), places, axis=1)
-        return rank_LE
 
     def _by_expert(self, counts_LP: np.ndarray) -> np.ndarray:
         return counts_LP if self.placement is None else self.placement.by_expert(counts_LP)

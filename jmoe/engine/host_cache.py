@@ -85,8 +85,7 @@ class HostCache:
 
     def slot_E(self, layer: int) -> np.ndarray:
         """The slots of the layer's experts, one past nobody's for those that have none."""
-        slot_E = decide.at(self.table.slots.slot_X, layer, self._experts)
-        return np.where(self.resident_E(layer), slot_E, np.int32(self._slots + 1))
+        return decide.places(self.table, layer, self._experts, self._slots + 1)
 
     def away(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
         """Experts of the layer that it needs and the pool does not have."""

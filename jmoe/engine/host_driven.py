@@ -24,7 +24,7 @@ from jmoe.engine.step import WindowRouting
 from jmoe.engine.step_input import Sizes, StepInput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import Changes, Knobs, Phase
+from jmoe.moe.types import Changes, Computed, Knobs, Phase
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
@@ -110,9 +110,9 @@ class HostDrivenRunner(Runner):
                 )
                 cache.settle()
                 walk, told_RE = attended.walk, np.asarray(attended.told_RE)
-                y_ND = self._experts(nth, attended.work, told_RE, cache, predicts=predicts)
+                y_ND, computed = self._experts(nth, attended.work, told_RE, cache, predicts=predicts)
                 rows = Rows(attended.x_ND, y_ND)
-                layers.append(attended.seen)
+                layers.append(attended.seen._replace(computed=computed))
             if pages is not None:
                 self.pages[i] = pages
         cache.settle()
@@ -120,23 +120,23 @@ class HostDrivenRunner(Runner):
 
     def _experts(
         self, layer: int, work: Work, told_RE: np.ndarray, cache: HostCache, *, predicts: bool
-    ) -> Array:
-        """``y_ND`` of a layer, from the pool and what is streamed beside it."""
+    ) -> Computed:
+        """A layer's experts, from the pool and what is streamed beside it."""
         needed_E = told_RE[0] > 0
         if predicts:
             most = min(self.cfg.num_experts, work.ids_TK.size)
             cache.demand(layer, needed_E, told_RE[1], forecast_of(told_RE[2:]), most)
         else:
             cache.pass_by(layer, needed_E)
-        y_ND: Array = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
+        done: Computed = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
 
         def add(expert: int, one: ExpertWeights) -> Array:
-            nonlocal y_ND
-            y_ND = self._parts.streamed(y_ND, work, self._numbers[expert], one)
-            return y_ND
+            nonlocal done
+            done = self._parts.streamed(done, work, self._numbers[expert], one)
+            return done.y_ND
 
         cache.stream(layer, [0] if self._rehearsing else cache.away(layer, needed_E), add)
-        return y_ND
+        return done
 
     def _here(self, cache: HostCache, layer: int) -> np.ndarray | None:
         """The layer's experts in the pool, where routing depends on that."""

@@ -31,7 +31,7 @@ from jmoe.models.layer import DecoderLayer, Foresight, token_flags
 from jmoe.moe.experts import ApplyBy
 from jmoe.moe.layer import count_alone
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import CacheCounts, Changes, Knobs, Routing
+from jmoe.moe.types import CacheCounts, Changes, Computed, Knobs, Routing
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
@@ -128,15 +128,16 @@ class PartFunctions:
             told_RE = tell(*forecast)
         return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
 
-    def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Array:
-        """``y_ND`` of the experts with a slot; ``slots + 1`` is none."""
+    def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Computed:
+        """The experts with a slot; ``slots + 1`` is none."""
         plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
-        return self.apply(work.x_TD, work.weights_TK, plan, pool)
+        return Computed(self.apply(work.x_TD, work.weights_TK, plan, pool), plan.rows)
 
-    def streamed(self, y_ND: Array, work: Work, expert: Array, one: ExpertWeights) -> Array:
-        """``y_ND`` plus the share of one expert."""
+    def streamed(self, before: Computed, work: Work, expert: Array, one: ExpertWeights) -> Computed:
+        """With one expert more."""
         plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
-        return y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
+        y_ND = before.y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
+        return Computed(y_ND, before.rows + plan.rows)
 
     def finish(
         self,
@@ -154,8 +155,8 @@ class PartFunctions:
         """counts_CL: the fields of ``CacheCounts``, of each layer."""
         model = self.merge(weights)
         hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
-        sampled, latest_S = draw(model, hidden_RND, given, latest_S)
-        stats = [replace(each.stats, cache=CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
+        stats = [each.done(CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
+        sampled, latest_S = draw(model, hidden_RND, given, latest_S, stats)
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
         if seqs.decodes:
             predictor = predictor.finish(walk)

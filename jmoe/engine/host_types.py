@@ -1,12 +1,13 @@
 """What passes between the host and the jitted parts of a step that it drives."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.moe.types import Changes, DispatchStats, Routing
+from jmoe.moe.types import CacheCounts, Changes, DispatchStats, Routing
 from jmoe.offload.types import Forecast
 
 
@@ -28,11 +29,18 @@ class Work(NamedTuple):
 
 class Seen(NamedTuple):
     """What a layer leaves for the end of the step. plain: the router's own choice, of a decode step None: the
-    predictor has seen it."""
+    predictor has seen it. computed: assignments that its experts were given, once they were."""
 
     plain: Routing | None
     stats: DispatchStats
     changes: Changes | None
+    computed: Array | None = None
+
+    def done(self, cache: CacheCounts) -> DispatchStats:
+        """What the layer did, with what the cache did for it."""
+        assert self.computed is not None, "the layer's experts did not run"
+        traffic = replace(self.stats.traffic, computed=self.computed)
+        return replace(self.stats, traffic=traffic, cache=cache)
 
 
 class Attended(NamedTuple):

@@ -1,35 +1,28 @@
-"""The lines, one TCP connection each, on which process 0 tells the others what to run.
+"""The lines, one TCP connection each, on which process 0 reports to the others what to run.
 
-Not jax's ``broadcast_one_to_all``: it takes 3 ms between two processes on one CPU where a step would need
-two, it keeps idle accelerators busy with waiting, and a process that ends while nothing runs goes unnoticed.
-It serves once, to tell the others where process 0 listens and what a connection must know to be let in.
+jax's ``broadcast_one_to_all`` would do that too, but it takes 3 ms between two processes on one CPU where a
+step would need two, it keeps idle accelerators busy with waiting, and a process that ends while nothing runs
+goes unnoticed. Both ends of a line send a sign of life every second: a process that is stopped or whose
+machine is gone is noticed by its silence.
 """
 
-import hmac
 import json
 import logging
-import secrets
 import socket
 import struct
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from select import select
 from typing import Any
 
-import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
-
-from jmoe.engine.nodes import Nodes, listen
+from jmoe.engine.gate import JOINING, Gate
 from jmoe.engine.request import EngineDead
 
 log = logging.getLogger(__name__)
-MEETING = 60  # seconds for every process to connect
-TOKEN = 16  # random bytes that only the processes of this mesh know
-HELLO = struct.Struct(f"<{TOKEN}sI")  # the token and the process's number
-PLACE = struct.Struct(f"<{TOKEN}sH")  # the token and process 0's port
+BEAT = 1  # seconds between two signs of life
+SILENCE = 10  # seconds without one after which a process counts as lost
 LENGTH = struct.Struct("<I")
+FACTS = 1 << 20  # bytes of settings and configuration at most
 
 
 class Line:
@@ -37,15 +30,24 @@ class Line:
 
     def __init__(self, connection: socket.socket):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.settimeout(JOINING)  # the other end may wait for further processes to join
         self.connection = connection
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
+
+    def send(self, data: bytes) -> None:
+        """Sends ``data`` whole, never between the bytes of another message; OSError where nobody reads."""
+        with self._sending:
+            self.connection.sendall(data)
 
     def read_into(self, buffer: Any) -> None:
-        """Fills ``buffer``; EngineDead where the other end is gone."""
+        """Fills ``buffer``; EngineDead where the other end is gone or silent."""
         view = memoryview(buffer).cast("B")
         while view:
             try:
                 count = self.connection.recv_into(view)
+            except TimeoutError:
+                raise EngineDead(f"it was silent for {SILENCE} s") from None
             except OSError as error:
                 raise EngineDead(f"the connection was lost ({error.strerror or error})") from None
             if count == 0:
@@ -59,8 +61,11 @@ class Line:
     def agree(self, facts: dict[str, Any], other: int) -> None:
         """Raises ValueError naming the first of ``facts`` that the other process has otherwise."""
         text = json.dumps(facts, default=str).encode()
-        self.connection.sendall(LENGTH.pack(len(text)) + text)
-        mine, theirs = json.loads(text), json.loads(self.read(*LENGTH.unpack(self.read(LENGTH.size))))
+        self.send(LENGTH.pack(len(text)) + text)
+        (length,) = LENGTH.unpack(self.read(LENGTH.size))
+        if length > FACTS:
+            raise EngineDead(f"process {other} sent {length} bytes of settings; the limit is {FACTS}")
+        mine, theirs = json.loads(text), json.loads(self.read(length))
         for key in mine | theirs:
             if mine.get(key) != theirs.get(key):
                 raise ValueError(
@@ -68,66 +73,56 @@ class Line:
                     "all processes take the same model and flags"
                 )
 
+    def live(self, sign: bytes) -> None:
+        """From now on sends ``sign`` every ``BEAT`` seconds, and takes ``SILENCE`` seconds without anything
+        from the other end for its loss."""
+        self.connection.settimeout(SILENCE)
 
-def to_leader(nodes: Nodes, facts: dict[str, Any]) -> Line:
-    """A follower's line to process 0, once both have found the same ``facts``."""
-    place = broadcast_one_to_all(np.zeros(PLACE.size, np.uint8))
-    token, port = PLACE.unpack(bytes(place))
-    connection = socket.create_connection((nodes.host, port), timeout=MEETING)
-    line = Line(connection)
-    connection.sendall(HELLO.pack(token, nodes.rank))
-    line.agree(facts, 0)
-    connection.settimeout(None)  # the next request may be long in coming
-    return line
+        def beat() -> None:
+            with suppress(OSError):
+                while not self._closed.wait(BEAT):
+                    self.send(sign)
+
+        threading.Thread(target=beat, name="jmoe-beat", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        with self.connection, suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # close alone waits for a thread that reads
 
 
 class Followers:
-    """Process 0's lines to all others. ``lost`` says who is gone as soon as one is."""
+    """Process 0's lines to all others. ``lost`` says who is gone as soon as one is.
 
-    def __init__(self, nodes: Nodes, facts: dict[str, Any]):
+    gate: where they join; closed with the lines. facts: what all must have alike; ValueError names what they
+    have not. sign: the message that says nothing but that process 0 lives.
+    """
+
+    def __init__(self, gate: Gate, facts: dict[str, Any], sign: bytes):
         self.lost: str | None = None
         self._closing = False
-        self._lines: dict[int, Line] = {}
-        token = secrets.token_bytes(TOKEN)
-        with listen(nodes.host, 0) as listening:
-            port = listening.getsockname()[1]
-            broadcast_one_to_all(np.frombuffer(PLACE.pack(token, port), np.uint8))
-            self._meet(listening, nodes, token)
+        self._losing = threading.Lock()
+        self._gate, self._lines = gate, {}
+        try:
+            self._lines = {rank: Line(connection) for rank, connection in gate.meet().items()}
+            for rank, line in self._lines.items():
+                self._agree(rank, line, facts)
+        except Exception:
+            self.close()
+            raise
         for rank, line in self._lines.items():
-            line.agree(facts, rank)
-            line.connection.settimeout(None)
-        threading.Thread(target=self._watch, name="jmoe-followers", daemon=True).start()
-
-    def _meet(self, listening: socket.socket, nodes: Nodes, token: bytes) -> None:
-        end = time.monotonic() + MEETING
-        while len(self._lines) < nodes.nnodes - 1:
-            listening.settimeout(max(0.1, end - time.monotonic()))
-            try:
-                connection, _ = listening.accept()
-            except TimeoutError:
-                missing = sorted({*range(1, nodes.nnodes)} - {*self._lines})
-                raise ValueError(f"process {missing[0]} did not connect within {MEETING} s") from None
-            connection.settimeout(MEETING)
-            line = Line(connection)
-            try:
-                told, rank = HELLO.unpack(line.read(HELLO.size))
-            except EngineDead:
-                continue
-            if hmac.compare_digest(told, token):
-                self._lines[rank] = line
-            else:
-                log.warning("a stranger's connection is refused")
-                connection.close()
+            line.live(sign)
+            threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
 
     def send(self, parts: Sequence[bytes]) -> None:
-        """Tells every follower; EngineDead where one is gone."""
+        """Sends every follower a message; EngineDead where one is gone."""
         message = b"".join(parts)
         for rank, line in self._lines.items():
             if self.lost is None:
                 try:
-                    line.connection.sendall(message)
+                    line.send(message)
                 except OSError as error:
-                    self._lose(rank, error)
+                    self._lose(rank, str(error.strerror or error))
         if self.lost is not None:
             raise EngineDead(self.lost)
 
@@ -135,22 +130,28 @@ class Followers:
         """Says ``last`` and closes the lines; a follower to which nothing is said takes it for a failure."""
         self._closing = True  # from here on, followers may go
         for line in self._lines.values():
-            with line.connection, suppress(OSError):
-                line.connection.sendall(last)
-                line.connection.shutdown(socket.SHUT_RDWR)  # close alone waits for the watching thread
+            with suppress(OSError):
+                line.send(last)
+            line.close()
         self._lines = {}
+        self._gate.close()
 
-    def _watch(self) -> None:
-        """Followers say nothing more, so what can be read is the end of one."""
-        lines = {line.connection: rank for rank, line in self._lines.items()}
+    def _agree(self, rank: int, line: Line, facts: dict[str, Any]) -> None:
         try:
-            ended, _, _ = select(list(lines), [], [])
-        except (OSError, ValueError):  # closed meanwhile
-            return
-        if not self._closing:
-            self._lose(lines[ended[0]], None)
+            line.agree(facts, rank)
+        except (EngineDead, OSError) as error:
+            raise EngineDead(f"process {rank} is gone ({error})") from None
 
-    def _lose(self, rank: int, error: OSError | None) -> None:
-        if self.lost is None and not self._closing:
-            self.lost = f"process {rank} is gone" + (f" ({error.strerror or error})" if error else "")
-            log.error("%s: nothing more can run on this mesh", self.lost)
+    def _watch(self, rank: int, line: Line) -> None:
+        """Followers send signs of life and nothing else."""
+        try:
+            while True:
+                line.read(1)
+        except EngineDead as error:
+            self._lose(rank, str(error))
+
+    def _lose(self, rank: int, why: str) -> None:
+        with self._losing:
+            if self.lost is None and not self._closing:
+                self.lost = f"process {rank} is gone ({why})"
+                log.error("%s: nothing more can run on this mesh", self.lost)

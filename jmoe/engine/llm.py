@@ -14,6 +14,8 @@ from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine, with_seed
 from jmoe.engine.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
+from jmoe.engine.step_input import window_length
+from jmoe.mesh import EXPERT
 
 Prompt = str | Sequence[int]
 
@@ -131,7 +133,7 @@ class LLM:
         if not 1 <= len(tokens) <= self.engine.max_model_len:
             raise ValueError(f"logits takes 1 to {self.engine.max_model_len} tokens, got {len(tokens)}")
         runner = self.engine.runner
-        length = 1 << (len(tokens) - 1).bit_length()
+        length = window_length(len(tokens), runner.mesh.shape[EXPERT])
         ids = np.zeros((runner.ranks, length), np.int32)
         positions = np.full((runner.ranks, length), -1, np.int32)
         ids[0, : len(tokens)], positions[0, : len(tokens)] = tokens, np.arange(len(tokens))

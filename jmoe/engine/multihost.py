@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 from jmoe.checkpoint import read_config
 from jmoe.engine.build import EngineSettings, Progress, build_engine, model_directory, settings_split
 from jmoe.engine.engine import Engine
-from jmoe.engine.line import Followers, Line, to_leader
-from jmoe.engine.nodes import Nodes, join
+from jmoe.engine.gate import Gate, Tunnel, knock
+from jmoe.engine.line import Followers, Line
+from jmoe.engine.nodes import Nodes, free_port, join, listen
 from jmoe.engine.request import EngineDead
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
@@ -38,7 +39,10 @@ HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows beside, th
 
 
 class Operation(IntEnum):
-    RUN, COPY, SCORE, WINDOW, DRAIN, STOP = range(6)
+    RUN, COPY, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(7)
+
+
+SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # of life, from process 0; a follower's is one byte
 
 
 class Leader(Runner):
@@ -104,9 +108,12 @@ def repeat(runner: Runner, line: Line) -> None:
     """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
     hidden = None
     while True:
-        operation, rows, tokens, beside, runner.capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, beside, capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        if operation == Operation.NOTHING:
+            continue
         if operation == Operation.STOP:
             return
+        runner.capacity_factor = capacity_factor
         if operation == Operation.DRAIN:
             runner.drain()
         elif operation == Operation.RUN:
@@ -131,8 +138,13 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Pr
 
     Raises ValueError as ``build_engine`` does, and EngineDead where a follower is gone.
     """
-    followers = Followers(nodes, start(nodes, model, settings))
+    facts = facts_of(nodes, model, settings)
+    coordinator = free_port()
+    gate = Gate(listen(nodes.host, nodes.port), nodes.nnodes, coordinator)
+    followers = Followers(gate, facts, SIGN)
     try:
+        join(nodes, coordinator)
+        settings_split(settings)  # refuses a mesh that does not fit the devices
         return build_engine(model, settings, progress, make_runner=partial(Leader, followers))
     except Exception as error:
         followers.close()
@@ -153,18 +165,22 @@ def follow(
     ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
     EngineDead where process 0 is gone.
     """
-    line = to_leader(nodes, start(nodes, model, settings))
-    with line.connection, closing(build_engine(model, settings, progress, warm_up=False)) as engine:
-        ready(engine.runner)
-        log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
-        repeat(engine.runner, line)
+    facts = facts_of(nodes, model, settings)
+    connection, token = knock(nodes.host, nodes.port, nodes.rank)
+    with closing(Line(connection)) as line:
+        line.agree(facts, 0)
+        line.live(b"\0")
+        join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
+        settings_split(settings)
+        with closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+            ready(engine.runner)
+            log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
+            repeat(engine.runner, line)
     log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
 
 
-def start(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
-    """What all processes must have in common, settings and the model's configuration, once jax has joined
-    them. Its ValueErrors come before the others have anything to wait for."""
+def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
+    """What all processes must have in common: their number, settings and the model's configuration. Its
+    ValueErrors come before the others have anything to wait for."""
     cfg = read_config(model_directory(model), settings.dtype)
-    join(nodes)
-    settings_split(settings)  # refuses a mesh that does not fit the devices
-    return asdict(settings) | asdict(cfg)
+    return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)

@@ -7,6 +7,7 @@ devices of all, and all must launch the same programs in the same order: ``multi
 import logging
 import os
 import socket
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -60,21 +61,22 @@ class Nodes:
         return int(port) if port.isdecimal() else 0
 
 
-def join(nodes: Nodes) -> None:
+def join(nodes: Nodes, coordinator: int) -> None:
     """Makes jax's devices those of all processes. Call it before anything touches a device.
 
-    Waits up to five minutes for the others. Raises ValueError where they cannot be one mesh.
+    coordinator: a port on the loopback address, where process 0 starts jax's coordination service and where
+    the others reach it (see ``gate``). Raises ValueError where the processes cannot be one mesh.
     """
-    if nodes.rank == 0:
-        listen(nodes.host, nodes.port).close()  # jax would end the process where it cannot listen
     log.info("process %d of %d: joining at %s", nodes.rank, nodes.nnodes, nodes.dist_init_addr)
     # It would take SIGTERM for a notice that the machine is to go, and the process would live on.
     jax.config.update("jax_enable_preemption_service", False)
+    address = f"127.0.0.1:{coordinator}"
     jax.distributed.initialize(
-        nodes.dist_init_addr,
+        address,
         nodes.nnodes,
         nodes.rank,
         cluster_detection_method="deactivate",  # the flags say all there is to know
+        coordinator_bind_address=address,  # jax's own choice is every address of the machine
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=2 * LEAVING,  # then it would abort; see leave
     )
@@ -84,15 +86,19 @@ def join(nodes: Nodes) -> None:
 
 
 def leave(code: int) -> int:
-    """``code``, once all processes have left together. Where another does not, this one ends here with it: a
-    step that waits for a process that is gone never ends, and jax would wait for it too, and then abort."""
-    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    leaving.start()
-    leaving.join(LEAVING)
-    if leaving.is_alive():
-        logging.shutdown()
-        os._exit(code)
-    return code
+    """``code``, once all processes have left together. After a failure, or where another does not leave, this
+    one ends here with it: a step that waits for a process that is gone never ends, and jax would wait for it
+    too, and then abort."""
+    if code == 0:
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(LEAVING)
+        if not leaving.is_alive():
+            return code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,3 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = error.strerror or error
         raise ValueError(f"process 0 cannot listen on {host} port {port} (dist_init_addr): {why}") from None
+
+
+def free_port() -> int:
+    """A port that is free on the loopback address at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

@@ -121,6 +121,10 @@ class Runner:
         with self.compilations.watch():
             return self._jitted.score(self.weights, hidden_RND, targets_RN)
 
+    def logprobs(self, hidden_RND: Array, targets_RN: np.ndarray) -> Array:
+        """Log-probability of each target alone; started, not waited for, and not compiled by ``warm_up``."""
+        return self._jitted.logprobs(self.weights, hidden_RND, targets_RN)
+
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
         return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT, self.cache))

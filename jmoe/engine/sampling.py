@@ -64,13 +64,15 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits."""
+    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits.
+    lost: the step's assignments to experts that none computed, in all layers; 0, or the tokens are wrong."""
 
     ids_B: Int[Array, " B"]
     logprob_B: Float[Array, " B"]
     top_ids_BA: Int[Array, "B A"]
     top_logprobs_BA: Float[Array, "B A"]
     finite_B: Bool[Array, " B"]
+    lost: Int[Array, ""] | None = None
 
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
@@ -153,8 +155,17 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
     return jnp.where(ordered_BV >= threshold_B[:, None], x_BV, -jnp.inf)
 
 
+def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """The log-probability of each of ``ids_N``."""
+    logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
+    return jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
+
+
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:
-    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32."""
+    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32.
+
+    Finding the likeliest takes a CPU many times as long as all else: who needs none asks ``logprobs``.
+    """
     logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     chosen_N = jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
     top_NA, top_ids_NA = lax.top_k(logprob_NV, min(MAX_LOGPROBS, logits_NV.shape[-1]))

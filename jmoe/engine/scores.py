@@ -1,6 +1,5 @@
 """Log-probabilities of drawn tokens and of a prompt's, which come with its runs and leave with the answer."""
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -34,22 +33,19 @@ class PromptScores:
             targets_RN[each.rank, each.column : each.column + len(following)] = following
         return self.runner.score(hidden_RND, targets_RN)
 
-    def keep(self, placed: list[Placed], started: StartedScores | None) -> None:
-        if started is None:
+    def keep(self, placed: Placed, scored: tuple[np.ndarray, ...] | None) -> None:
+        """What a step said of a run's prompt tokens. scored: ``start``'s, on the host."""
+        request = placed.run.request
+        kept = self._kept.get(request.id)
+        if scored is None or kept is None or placed.run.decodes:
             return
-        scores = jax.device_get(started)
-        for each in placed:
-            request = each.run.request
-            kept = self._kept.get(request.id)
-            if kept is None or each.run.decodes:
-                continue
-            if each.run.start == 0:  # it may have begun before, and lost its pages
-                del kept[1:]
-            asked = request.params.prompt_logprobs or 0
-            kept.extend(
-                token_logprob(token, tuple(s[each.rank, each.column + i] for s in scores), asked)
-                for i, token in enumerate(_following(each))
-            )
+        if placed.run.start == 0:  # it may have begun before, and lost its pages
+            del kept[1:]
+        asked = request.params.prompt_logprobs or 0
+        kept.extend(
+            token_logprob(token, tuple(s[placed.rank, placed.column + i] for s in scored), asked)
+            for i, token in enumerate(_following(placed))
+        )
 
     def take(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
         """One entry a prompt token, told once; None where none are kept."""

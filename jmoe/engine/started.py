@@ -30,9 +30,10 @@ class Started:
         return any(run.draws and run.request.constraint is not None for run, *_ in self.placed)
 
     def fetch(self) -> list[np.ndarray]:
-        """Drawn tokens, their scores, and whether they are sane; waits for the step's end."""
+        """Drawn tokens, their scores, whether they are sane, and how many assignments to experts were lost;
+        waits for the step's end."""
         s = self.sampled
-        return jax.device_get([s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B])
+        return jax.device_get([s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.lost])
 
     def report(self, fetched: float, delivered: float) -> StepReport:
         """fetched, delivered: ``time.monotonic`` when its results were on the host and told."""

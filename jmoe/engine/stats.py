@@ -51,9 +51,9 @@ class MoETotals:
     counts_LE: assignments to each expert. active_L, plain_active_L, load_L: sums over steps of the experts
     with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
     load over the mean. remote_L: assignments to another rank's experts. remapped_L; dropped_L, rerouted_L:
-    those that binning, or a capacity, took from the expert they chose. useful_L, sent_L: rows between ranks,
-    see ``Traffic``. cache_L: what the expert cache did, by the names of ``CacheCounts``; zeros without one.
-    steps: steps summed.
+    those that binning, or a capacity, took from the expert they chose. lost_L: those that no expert was
+    given, which must be 0. useful_L, sent_L: rows between ranks, see ``Traffic``. cache_L: what the expert
+    cache did, by the names of ``CacheCounts``; zeros without one. steps: steps summed.
     """
 
     counts_LE: Count64
@@ -64,6 +64,7 @@ class MoETotals:
     remapped_L: Count64
     dropped_L: Count64
     rerouted_L: Count64
+    lost_L: Count64
     useful_L: Count64
     sent_L: Count64
     cache_L: dict[str, Count64]
@@ -81,7 +82,7 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
         counts_LE=Count64.zeros(layers, experts),
         active_L=mean(), plain_active_L=mean(), load_L=mean(),
         remote_L=rows(), remapped_L=rows(), dropped_L=rows(), rerouted_L=rows(),
-        useful_L=rows(), sent_L=rows(),
+        lost_L=rows(), useful_L=rows(), sent_L=rows(),
         cache_L={field.name: rows() for field in fields(CacheCounts)},
         steps=jnp.zeros((), jnp.int32),
     )  # fmt: skip
@@ -107,6 +108,7 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
         totals.remapped_L.plus(step.remapped),
         totals.dropped_L.plus(step.dropped),
         totals.rerouted_L.plus(step.rerouted),
+        totals.lost_L.plus(jnp.stack([layer.lost for layer in layers])),
         totals.useful_L.plus(step.traffic.useful),
         totals.sent_L.plus(jnp.where(counts, step.traffic.sent, 0)),
         cache_L,
@@ -138,7 +140,7 @@ class MoECounters:
         self.counts_LE = np.zeros((layers, experts), np.int64)
         self.active_L, self.plain_active_L, self.load_L = (np.zeros(layers) for _ in range(3))
         self.remote_L, self.remapped_L = (np.zeros(layers, np.int64) for _ in range(2))
-        self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(2))
+        self.dropped_L, self.rerouted_L, self.lost_L = (np.zeros(layers, np.int64) for _ in range(3))
         self.useful_L, self.sent_L = (np.zeros(layers, np.int64) for _ in range(2))
         self.cache = {field.name: np.zeros(layers, np.int64) for field in fields(CacheCounts)}
         self.steps = 0
@@ -153,6 +155,7 @@ class MoECounters:
         self.remapped_L += host.remapped_L.fetched()
         self.dropped_L += host.dropped_L.fetched()
         self.rerouted_L += host.rerouted_L.fetched()
+        self.lost_L += host.lost_L.fetched()
         self.useful_L += host.useful_L.fetched()
         self.sent_L += host.sent_L.fetched()
         for name, total_L in self.cache.items():
@@ -162,11 +165,12 @@ class MoECounters:
     def report(self) -> dict[str, Any]:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
-        assignments are those that experts computed. expert_cache_*, prefetch*: of offloaded experts, see
+        assignments are those that were sent to experts, lost_assignments those of them that no expert was
+        given: anything but 0 means wrong answers. expert_cache_*, prefetch*: of offloaded experts, see
         ``CacheCounts``, over all ranks; zeros where all are on the device.
         """
         means = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
-        changed = self.remapped_L, self.dropped_L, self.rerouted_L
+        changed = self.remapped_L, self.dropped_L, self.rerouted_L, self.lost_L
         moved = self.remote_L, self.useful_L, self.sent_L
         sums = np.stack([self.counts_LE.sum(1), *changed, *moved, *self.cache.values()], 1)
         layers = [self._row(*row) for row in zip(means, sums, strict=True)]
@@ -175,7 +179,7 @@ class MoECounters:
 
     def _row(self, means: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
         active, plain_active, load = means.tolist()
-        assignments, remapped, dropped, rerouted, remote, useful, sent, *cache = sums.tolist()
+        assignments, remapped, dropped, rerouted, lost, remote, useful, sent, *cache = sums.tolist()
         hits, misses, evicted, copied, prefetched, prefetched_useful = cache
         steps = max(self.steps, 1)
         return {
@@ -185,6 +189,7 @@ class MoECounters:
             "dropped": dropped,
             "rerouted": rerouted,
             "remapped": remapped,
+            "lost_assignments": lost,
             "max_over_mean_load": load / steps,
             "remote_assignments": remote,
             "transport_bytes": sent * self.row_bytes,

@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config import MoEConfig
-from jmoe.engine.sampling import Sampled, sample, score
+from jmoe.engine.sampling import Sampled, logprobs, sample, score
 from jmoe.engine.stats import MoETotals, add_step
 from jmoe.engine.step_input import HostRows, StepInput
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, Knobs, Routing
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
@@ -62,13 +62,17 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
-def draw(model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array) -> tuple[Sampled, Array]:
-    """The tokens that the step draws, and those drawn last for every seat; for use under jit."""
+def draw(
+    model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array, layers: list[DispatchStats]
+) -> tuple[Sampled, Array]:
+    """The tokens that the step draws, and those drawn last for every seat; for use under jit. layers: what
+    the step's layers did, which says whether the tokens can be right."""
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
     behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_RSD.reshape(-1, dim)), given.rows)
+    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
     return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
 
 
@@ -146,7 +150,7 @@ class ModelFunctions:
         seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=cache is not None)
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
-        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S)
+        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S, out.stats)
         # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
@@ -175,13 +179,23 @@ class ModelFunctions:
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT`` and the likeliest tokens, about 128 positions at a time.
+        """Log-probabilities of ``targets_BT`` and the likeliest tokens."""
+        return self._by_chunks(score, weights, hidden_BTD, targets_BT)
+
+    def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
+        """Log-probabilities of ``targets_BT``."""
+        return self._by_chunks(logprobs, weights, hidden_BTD, targets_BT)
+
+    def _by_chunks(
+        self, of: Callable[[Array, Array], Any], weights: list[Array], hidden_BTD: Array, targets_BT: Array
+    ) -> Any:
+        """``of(logits, targets)``, about 128 positions at a time.
 
         A few positions of every sequence together, so that each rank of a mesh has its own ones to do.
         """
         model = self.merge(weights)
         b, t, _ = hidden_BTD.shape
-        chunk = max(1, 128 // b)
+        chunk = min(t, max(1, 128 // b))
 
         def chunks(a_BT: Array) -> Array:
             padded = jnp.pad(a_BT, ((0, 0), (0, -t % chunk), *[(0, 0)] * (a_BT.ndim - 2)))
@@ -191,7 +205,7 @@ class ModelFunctions:
             return a_NBC.swapaxes(0, 1).reshape(b, -1, *a_NBC.shape[3:])[:, :t]
 
         args = chunks(hidden_BTD), chunks(targets_BT)
-        scored = lax.map(lambda each: score(model.logits(each[0]), each[1]), args)
+        scored = lax.map(lambda each: of(model.logits(each[0]), each[1]), args)
         return readable(jax.tree.map(joined, scored), model.mesh)
 
     def window_logits(
@@ -227,6 +241,7 @@ class Jitted:
     step: jax.stages.Wrapped
     copy_pages: jax.stages.Wrapped
     score: jax.stages.Wrapped
+    logprobs: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
     window_routing: jax.stages.Wrapped
 
@@ -244,6 +259,7 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
         step=jax.jit(functions.step, donate_argnums=(1, 2, 3, 7)),
         copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
         score=jax.jit(functions.score),
+        logprobs=jax.jit(functions.logprobs),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )

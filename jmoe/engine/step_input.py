@@ -43,6 +43,13 @@ class Sizes:
         return holds if not filled or left > holds / 2 else filled[-1]
 
 
+def window_length(tokens: int, sharing: int, least: int = 1) -> int:
+    """What a window of ``tokens`` is padded to: the next power of two, so that few shapes compile, at least
+    ``least``, and a whole number for each of the ``sharing`` ranks that split a sequence's tokens."""
+    length = max(least, 1 << (tokens - 1).bit_length())
+    return -(-length // sharing) * sharing
+
+
 class HostRows(NamedTuple):
     """Host arrays of rows: tokens and positions ``[B, T]``, page tables ``[B, M]``; which ones opted out of
     lossy techniques, their requests' seats (of a row with none: any number past the last), and which begin

@@ -10,12 +10,17 @@ from typing import Any
 from jmoe.engine.engine import Engine, Listener
 from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Request
 from jmoe.engine.text import TextCodec
+from jmoe.faults import contained, tell
 
 log = logging.getLogger(__name__)
 
 
 class EngineWorker:
-    """Owns the thread on which alone the engine runs. Calls are done between two steps."""
+    """Owns the thread on which alone the engine runs. Calls are done between two steps.
+
+    Whatever ends that thread, nobody waits for it afterwards: calls and requests end with EngineDead, and
+    ``snapshot`` says that it is not alive.
+    """
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -46,17 +51,18 @@ class EngineWorker:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues all or none; raises ValueError (bad request), QueueFull or EngineDead."""
-        self._call(lambda: self._engine.add(requests))
+        self._engine.check(requests)  # on the caller's thread: long prompts hold up no step
+        self._call(lambda: self._engine.enqueue(requests))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         ids = list(request_ids)
         if self._dead is None:
-            self._post(lambda: [self._engine.abort(i) for i in ids])
+            self._post(lambda: [tell(self._engine.abort, i) for i in ids])
 
     def snapshot(self) -> EngineSnapshot:
         """Read without waiting for a step to end: each number is right, together they may be a step apart."""
         s = self._engine.snapshot()
-        return replace(s, alive=s.alive and self._dead is None)
+        return replace(s, alive=s.alive and self._dead is None and self._thread.is_alive())
 
     def moe_stats(self) -> dict[str, Any]:
         return self._call(self._engine.moe_stats)
@@ -85,13 +91,16 @@ class EngineWorker:
         return self._post(call).result()
 
     def _loop(self) -> None:
+        cause, reason = "the engine failed; the server's log has the cause", "error"
         try:
             while self._run_calls():
                 self._engine.step()
-            self._stop("the engine is shutting down", "abort")
-        except Exception:
-            log.exception("the engine's loop ended")
-            self._stop("the engine failed; the server's log has the cause", "error")
+            cause, reason = "the engine is shutting down", "abort"
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            self._dead = cause  # at once: logging takes memory and may fail as well
+            log.critical("the engine's thread ended: %s", type(error).__name__, exc_info=error)
+        finally:
+            self._stop(cause, reason)
 
     def _run_calls(self) -> bool:
         """Runs what was posted, waiting for some where there is nothing to step; False at the end."""
@@ -102,7 +111,7 @@ class EngineWorker:
             closing = self._closing
         for call, future in calls:
             try:
-                future.set_result(call())
+                future.set_result(contained(call))
             except Exception as error:  # the caller's to handle: it is raised there
                 future.set_exception(error)
         return not closing

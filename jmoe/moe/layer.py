@@ -30,6 +30,8 @@ from jmoe.moe.router import Router, RouterWeights, choose, router_logits
 from jmoe.moe.types import (
     CapacityCounts,
     Changes,
+    Computed,
+    DispatchPlan,
     DispatchStats,
     ExpertSource,
     Knobs,
@@ -68,10 +70,10 @@ class Decision(NamedTuple):
 
 
 def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
-    """What a layer on one device did with its tokens."""
+    """What a layer on one device will do with its tokens: nothing is computed yet."""
     none = jnp.zeros((), jnp.int32)
     return count_dispatch(
-        routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none), None
+        routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none, none), None
     )
 
 
@@ -267,10 +269,14 @@ class MoELayer(nnx.Module):
         }
         weights = biased_once(weights, self.mesh.shape[TENSOR])
         weigh_input = self.cfg.router.weigh_input
-        combined = partial(apply_experts, experts=weights, weigh_input=weigh_input, **how)
 
-        def by_row(rows_ND: Array, group_sizes_L: Array) -> Array:
-            return grouped_mlp(rows_ND, weights, group_sizes_L, **how)
+        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
+            y_TD = apply_experts(x_TD, weights_TJ, plan, weights, weigh_input=weigh_input, **how)
+            return Computed(y_TD, plan.rows)
+
+        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
+            y_ND = grouped_mlp(rows_ND, weights, group_sizes_L, **how)
+            return Computed(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
 
         return LocalExperts(weights.dims[0], weights.dtype, combined, by_row, weigh_input)
 

@@ -54,6 +54,15 @@ class Placement:
             self.tables.check(layers=self.layers, ranks=self.ranks)
 
     @property
+    def rank_LE(self) -> Int[np.ndarray, "L E"]:
+        """The rank that computes each expert, where every expert has one slot."""
+        layers, slots = self.experts_LP.shape
+        ranks_LP = np.broadcast_to(np.arange(slots) * self.ranks // slots, (layers, slots))
+        rank_LE = np.zeros((layers, int(self.experts_LP.max()) + 1), np.int64)
+        np.put_along_axis(rank_LE, self.experts_LP.astype(np.int64), ranks_LP, axis=1)
+        return rank_LE
+
+    @property
     def layers(self) -> int:
         return self.experts_LP.shape[0]
 

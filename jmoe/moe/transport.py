@@ -38,7 +38,8 @@ def local(
     """All experts are here."""
     plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
     none = jnp.zeros((), jnp.int32)
-    return experts.combined(x_TD, routing.weights_TK, plan), Traffic(none, none)
+    y_TD, computed = experts.combined(x_TD, routing.weights_TK, plan)
+    return y_TD, Traffic(none, none, computed)
 
 
 def replicated(
@@ -49,8 +50,8 @@ def replicated(
     ids, weights, valid = gather(routing.ids_TK), gather(routing.weights_TK), gather(valid_T)
     first = lax.axis_index(EXPERT) * experts.count
     plan = plan_dispatch(ids, valid, first, experts.count)
-    y = experts.combined(gather(x_TD.astype(experts.dtype)), weights, plan)
-    traffic = _padded_traffic(routing, valid_T, experts, x_TD.shape[0])
+    y, computed = experts.combined(gather(x_TD.astype(experts.dtype)), weights, plan)
+    traffic = _padded_traffic(routing, valid_T, experts, x_TD.shape[0], computed)
     return lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), traffic
 
 
@@ -78,9 +79,9 @@ def all_to_all(
     got_ND = exchange(rows_ND)
 
     plan = plan_dispatch(got_ids_N[:, None], jnp.ones(ranks * c, bool), 0, local_experts)
-    y_ND = exchange(experts.combined(got_ND, jnp.ones((ranks * c, 1)), plan))
-    y_TD = _combine(y_ND, slot_N, assignment_N, weights_TJ)
-    return y_TD, _padded_traffic(routing, valid_T, experts, c)
+    y_ND, computed = experts.combined(got_ND, jnp.ones((ranks * c, 1)), plan)
+    y_TD = _combine(exchange(y_ND), slot_N, assignment_N, weights_TJ)
+    return y_TD, _padded_traffic(routing, valid_T, experts, c, computed)
 
 
 def ragged_all_to_all(
@@ -115,13 +116,13 @@ def ragged_all_to_all(
     got_MD = exchange(
         rows_ND, room_MD, outgoing(starts_RRL), sizes_E, outgoing(lands_RRL), incoming(sizes_RRL)
     )
-    y_MD = experts.by_row(got_MD, group_sizes_RL[me])
+    y_MD, computed = experts.by_row(got_MD, group_sizes_RL[me])
     y_ND = exchange(
         y_MD, jnp.zeros(rows_ND.shape, y_MD.dtype),
         incoming(lands_RRL), incoming(sizes_RRL), incoming(starts_RRL), sizes_E,
     )  # fmt: skip
     sent = jnp.sum(sizes_E) - jnp.sum(sizes_RRL[me, me])
-    traffic = Traffic(_useful_rows(routing, valid_T, experts), sent)
+    traffic = Traffic(_useful_rows(routing, valid_T, experts), sent, computed)
     return _combine(y_ND, inverse_N, plan.order_N, weights_TJ), traffic
 
 
@@ -161,14 +162,16 @@ def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int
     return jnp.sum(away_TJ & ~again_TJ, dtype=jnp.int32)
 
 
-def _padded_traffic(routing: Routing, valid_T: Array, experts: LocalExperts, rows: int) -> Traffic:
+def _padded_traffic(
+    routing: Routing, valid_T: Array, experts: LocalExperts, rows: int, computed: Array
+) -> Traffic:
     """``rows`` from each rank to each other one, whatever the routing."""
     ranks = lax.axis_size(EXPERT)
     sent = (ranks - 1) * rows
     everywhere = sent * ranks * lax.axis_size(DATA)
     if everywhere > np.iinfo(np.int32).max:  # terabytes a layer: the buffers would not fit a device either
         raise ValueError(f"{everywhere} rows between ranks in one layer do not fit a 32-bit count")
-    return Traffic(_useful_rows(routing, valid_T, experts), jnp.asarray(sent, jnp.int32))
+    return Traffic(_useful_rows(routing, valid_T, experts), jnp.asarray(sent, jnp.int32), computed)
 
 
 def get_transport(name: TransportName, platform: str) -> Send:

@@ -19,7 +19,7 @@ A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,11 @@ class DispatchPlan:
     group_sizes_L: Int[Array, " L"]
 
     @property
+    def rows(self) -> Int[Array, ""]:
+        """Assignments to experts of the plan."""
+        return jnp.sum(self.group_sizes_L, dtype=jnp.int32)
+
+    @property
     def inverse_N(self) -> Int[Array, " N"]:
         """The sorted row of each flat assignment."""
         n = self.order_N.shape[0]
@@ -148,9 +153,16 @@ class DispatchPlan:
         return jnp.zeros(n, jnp.int32).at[self.order_N].set(rows_N, unique_indices=True)
 
 
+class Computed(NamedTuple):
+    """What experts gave, float32, and how many assignments they were given: rows in a group of theirs."""
+
+    y_ND: Float[Array, "N D"]
+    rows: Int[Array, ""]
+
+
 @dataclass(frozen=True)
 class LocalExperts:
-    """The L experts of one rank as functions, float32 out.
+    """The L experts of one rank as functions.
 
     combined: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
     by_row: (rows_ND, group_sizes_L) -> y_ND, rows that are sorted by expert already; those past the last
@@ -160,8 +172,8 @@ class LocalExperts:
 
     count: int
     dtype: jnp.dtype
-    combined: Callable[[Array, Array, DispatchPlan], Array]
-    by_row: Callable[[Array, Array], Array]
+    combined: Callable[[Array, Array, DispatchPlan], Computed]
+    by_row: Callable[[Array, Array], Computed]
     weigh_input: bool = False
 
 
@@ -169,16 +181,19 @@ class LocalExperts:
 @dataclass(frozen=True)
 class Traffic:
     """Rows of D numbers between ranks, counted one way: as many come back as went out, in every transport.
+    And those that arrived.
 
     useful: distinct pairs of a valid token and another rank that holds one of its experts. The least that
     any transport could move, so the three compare by it.
     sent: rows put on the wire, padding included; a rank's own rows are not on it.
+    computed: assignments that the rank's experts were given, wherever they came from.
     A tensor axis multiplies both: every tensor rank moves a copy of its own, which neither counts. The few
     bytes of ids and sizes beside the rows are not counted either.
     """
 
     useful: Int[Array, ""]
     sent: Int[Array, ""]
+    computed: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -271,6 +286,11 @@ class DispatchStats:
     rerouted: Int[Array, ""]
     traffic: Traffic
     cache: CacheCounts | None = None
+
+    @property
+    def lost(self) -> Int[Array, ""]:
+        """Assignments that no expert was given, or one too many: anything but 0 is a wrong output."""
+        return jnp.abs(jnp.sum(self.counts_E, dtype=jnp.int32) - self.traffic.computed)
 
 
 @jax.tree_util.register_dataclass

@@ -34,7 +34,17 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.experts import weight_specs
 from jmoe.moe.routing import regrouped
-from jmoe.moe.types import Apply, CacheCounts, DispatchPlan, LocalExperts, Phase, Routing, Send, Traffic
+from jmoe.moe.types import (
+    Apply,
+    CacheCounts,
+    Computed,
+    DispatchPlan,
+    LocalExperts,
+    Phase,
+    Routing,
+    Send,
+    Traffic,
+)
 from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
@@ -211,10 +221,10 @@ class Visit:
     def _here(self, apply: Apply, *, overflows: bool) -> LocalExperts:
         """This layer's experts as a transport takes them. overflows: whether some may not be in the pool."""
 
-        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Array:
+        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
             return self._compute(x_TD, weights_TJ, plan, apply, overflows=overflows)
 
-        def by_row(rows_ND: Array, group_sizes_L: Array) -> Array:
+        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
             n = len(rows_ND)
             plan = DispatchPlan(jnp.arange(n, dtype=jnp.int32), group_sizes_L)
             return combined(rows_ND, jnp.ones((n, 1)), plan)
@@ -223,21 +233,23 @@ class Visit:
 
     def _compute(
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
-    ) -> Array:
+    ) -> Computed:
         """From the pool, and streamed what is not in it where there may be such: ``overflows``."""
-        e, slots, here_L = self._experts, self.cache.table.slots, self._resident_L
-        nowhere = self._slots + 1
-        slot_L = jnp.where(here_L, decide.at(slots.slot_X, self.layer, e), nowhere)
-        y_TD = apply(x_TD, weights_TK, regrouped(plan, slot_L, nowhere), self.cache.pool)
+        e, here_L, nowhere = self._experts, self._resident_L, self._slots + 1
+        slot_L = decide.places(self.cache.table, self.layer, e, nowhere)
+        pooled = regrouped(plan, slot_L, nowhere)
+        y_TD = apply(x_TD, weights_TK, pooled, self.cache.pool)
         if not overflows:
-            return y_TD
+            return Computed(y_TD, pooled.rows)
         away_L = (plan.group_sizes_L > 0) & ~here_L
         order_L = jnp.argsort(~away_L, stable=True).astype(jnp.int32)
         turn_L = jnp.zeros(e, jnp.int32).at[order_L].set(jnp.arange(e, dtype=jnp.int32))
-        return stream(
-            self.store, self.layer * e + order_L, regrouped(plan, jnp.where(away_L, turn_L, e), e),
-            jnp.sum(away_L, dtype=jnp.int32), lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
+        streamed = regrouped(plan, jnp.where(away_L, turn_L, e), e)
+        y_TD = stream(
+            self.store, self.layer * e + order_L, streamed, jnp.sum(away_L, dtype=jnp.int32),
+            lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
         )  # fmt: skip
+        return Computed(y_TD, pooled.rows + streamed.rows)
 
 
 def _nothing() -> CacheCounts:

@@ -35,11 +35,11 @@ def over_batch(
 ) -> Forecast:
     """What any valid token wants, and how much the one that likes each expert most does.
 
-    The paper leaves the combination open; union and maximum are ours.
+    The paper leaves the combination open; union and maximum are ours. A token whose p is no finite number
+    says nothing of that layer, and the others what they say without it.
     """
-    valid_B11 = valid_B[:, None, None]
-    p_BAE = jnp.where(valid_B11, p_BAE, 0)
-    return Forecast(jnp.max(p_BAE, 0), jnp.any(wanted_BAE & valid_B11, 0))
+    says_BA1 = valid_B[:, None, None] & jnp.all(jnp.isfinite(p_BAE), -1, keepdims=True)
+    return Forecast(jnp.max(jnp.where(says_BA1, p_BAE, 0), 0), jnp.any(wanted_BAE & says_BA1, 0))
 
 
 class Plan(NamedTuple):

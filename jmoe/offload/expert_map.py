@@ -57,29 +57,32 @@ class ExpertMaps:
 
     def start(self, seen: StepSeen) -> tuple[Trail, Forecast]:
         (b, _), capacity = seen.embeddings_BD.shape, self.store.used_C.shape[0]
-        keys_BD = unit(seen.embeddings_BD)
+        sane_B = jnp.all(jnp.isfinite(seen.embeddings_BD), 1)
+        valid_B, keys_BD = seen.valid_B & sane_B, jnp.where(sane_B[:, None], unit(seen.embeddings_BD), 0)
         cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
         trail = Trail(
-            seen.valid_B,
+            valid_B,
             jnp.zeros((b, capacity), jnp.float32),
             jnp.zeros(b, jnp.float32),
             jnp.zeros(capacity, jnp.float32),
-            self._choose(seen.valid_B, keys_BD, cos_BC) if self.online else None,
+            self._choose(valid_B, keys_BD, cos_BC) if self.online else None,
         )
-        return trail, self._forecast(cos_BC, 0, seen.valid_B)
+        return trail, self._forecast(cos_BC, 0, valid_B)
 
     def observe(self, walk: Trail, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Trail, Forecast]:
         """Adds the layer's own part to every cosine: the same work at every depth, O(B * C * E).
 
         The paper forecasts the single layer ``layer + A`` from here; the rows of the nearer ones refresh what
-        shallower searches said of them.
+        shallower searches said of them. A token whose scores are no finite numbers says nothing from here on.
         """
         maps_CE = lax.dynamic_index_in_dim(self.store.maps_CLE, layer, 1, keepdims=False)
         squares_C = lax.dynamic_index_in_dim(self.store.squares_CL, layer, 1, keepdims=False)
-        scores_BE, learning = seen.scores_BE, walk.learning
-        if learning is not None:
-            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(scores_BE[learning.row]))
+        learning, sane_B = walk.learning, jnp.all(jnp.isfinite(seen.scores_BE), 1)
+        if learning is not None:  # as it is: the store takes no map with such a layer
+            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(seen.scores_BE[learning.row]))
+        scores_BE = jnp.where(sane_B[:, None], seen.scores_BE, 0)
         walk = walk._replace(
+            valid_B=walk.valid_B & sane_B,
             dots_BC=walk.dots_BC + jnp.matmul(scores_BE, maps_CE.T, precision=EXACT),
             squares_B=walk.squares_B + jnp.sum(scores_BE * scores_BE, 1),
             entry_squares_C=walk.entry_squares_C + squares_C,

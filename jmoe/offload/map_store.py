@@ -81,8 +81,10 @@ def put(
 ) -> MapStore:
     """The store with one iteration more, in the first free place or in that of the most redundant entry.
 
-    key_D: of length 1. keep: where false the store stays as it is.
+    key_D: of length 1. keep: where false the store stays as it is, as it does where an embedding or a map is
+    not all finite numbers: one such entry would be the nearest of every later step.
     """
+    keep = keep & jnp.all(jnp.isfinite(key_D)) & jnp.all(jnp.isfinite(map_LE))
     place = jnp.where(jnp.all(store.used_C), jnp.argmax(redundancy_C), jnp.argmin(store.used_C))
     place = jnp.where(keep, place, store.used_C.shape[0])  # past the end nothing is written
     new = MapStore(key_D, map_LE, jnp.sum(map_LE * map_LE, 1), jnp.ones((), bool))

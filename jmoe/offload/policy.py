@@ -21,6 +21,7 @@ itself (ours: a forecast of nothing must not push out a good one). Where the nex
 
 from typing import Any, NamedTuple
 
+from jmoe.offload.slots import NEEDED
 from jmoe.techniques import Eviction
 
 LEAST = 1e-6  # a forecast of nothing, so that visits still rank
@@ -79,8 +80,11 @@ def use(usage: Usage, needed_X: Any) -> Usage:
 
 
 def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
-    """With a forecast of the layers from ``first`` on; what lies past the last is dropped."""
+    """With a forecast of the layers from ``first`` on; what lies past the last is dropped, and what is no
+    finite number says 0."""
     xp = p_AE.__array_namespace__()
+    sane_AE = xp.isfinite(p_AE)
+    p_AE, wanted_AE = xp.where(sane_AE, p_AE, xp.zeros((), dtype=p_AE.dtype)), wanted_AE & sane_AE
     a = p_AE.shape[0]
     row_L = xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - first
     told_L1 = ((row_L >= 0) & (row_L < a))[:, None]
@@ -90,8 +94,10 @@ def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlo
 
 
 def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
-    """After a layer's gate: what it scored."""
+    """After a layer's gate: what it scored. The mean outlives the request, so that what is no finite number
+    counts as 0."""
     xp = scores_E.__array_namespace__()
+    scores_E = xp.where(xp.isfinite(scores_E), scores_E, xp.zeros((), dtype=scores_E.dtype))
     at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
     heat_LE = xp.where(at_L1, MEMORY * outlook.heat_LE + (1 - MEMORY) * scores_E[None], outlook.heat_LE)
     return outlook._replace(heat_LE=heat_LE.astype(xp.float32))
@@ -142,9 +148,9 @@ def next_wishes(
 
 def misses(needed_E: Any, present_E: Any, first: Any, most: int, none: int) -> tuple[Any, Any]:
     """The flat ids of a layer's experts that are needed and not there, ``none`` for no more and those last,
-    and their gain: any slot's. first: the flat id of the layer's first expert."""
+    and their gain. first: the flat id of the layer's first expert."""
     xp = needed_E.__array_namespace__()
     missing_E = needed_E & ~present_E
     first_M = xp.argsort(~missing_E, stable=True)[:most].astype(xp.int32)
     experts_M = xp.where(missing_E[first_M], first + first_M, none).astype(xp.int32)
-    return experts_M, xp.full(experts_M.shape[0], xp.finfo(xp.float32).max, dtype=xp.float32)
+    return experts_M, xp.full(experts_M.shape[0], NEEDED, dtype=xp.float32)

@@ -65,8 +65,8 @@ class RequestCounts:
         self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Float[Array, "B L E"]
     ) -> Self:
         """A seat whose piece begins a request forgets the one that sat there."""
-        kept_B11 = (~fresh_B).astype(jnp.float32)[:, None, None]
-        reset_ZLE = self.counts_ZLE.at[seats_B].multiply(kept_B11, mode="drop")
+        forgotten_B = jnp.where(fresh_B, seats_B, len(self.counts_ZLE))
+        reset_ZLE = self.counts_ZLE.at[forgotten_B].set(0, mode="drop")
         return replace(self, counts_ZLE=reset_ZLE)._add(seats_B, counts_BLE)
 
     def _add(self, seats_B: Array, counts_BLE: Array) -> Self:

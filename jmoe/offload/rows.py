@@ -18,8 +18,8 @@ def needed(ids_TK: Int[Array, "T K"], experts: int) -> Bool[Array, " E"]:
 
 
 def highest(scores_TE: Float[Array, "T E"], valid_T: Bool[Array, " T"]) -> Float[Array, " E"]:
-    """Of each expert, over the valid tokens; 0 without any."""
-    return jnp.max(jnp.where(valid_T[:, None], scores_TE, 0.0), axis=0)
+    """Of each expert, over the valid tokens whose score is a finite number; 0 without any."""
+    return jnp.max(jnp.where(valid_T[:, None] & jnp.isfinite(scores_TE), scores_TE, 0.0), axis=0)
 
 
 def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], nowhere: int) -> DispatchPlan:

@@ -10,6 +10,8 @@ never taken. Weights are read-only: what is evicted is forgotten, nothing goes b
 
 from typing import Any, NamedTuple
 
+NEEDED = float("inf")  # the gain of an expert that must have a slot if any may be taken
+
 
 class Slots(NamedTuple):
     """held_S: the flat expert of each slot, X where it is empty. slot_X: the slot of each expert, S where it
@@ -47,16 +49,19 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
     """Slots for experts that have none, and the slot of each, S for those that got none.
 
     experts_M: the first in need first, X for none, those last. gain_M: what each is worth, falling; it takes
-    the slot of an expert worth less and nothing else. worth_X: of every expert, finite; an empty slot's is
-    -inf; of equals the lower slot goes first.
+    the slot of an expert worth less and nothing else; where it is ``NEEDED``, any slot that may be taken.
+    worth_X: of every expert, whatever numbers they are: one that is none is worth least, and no worth is
+    below an empty slot's or above what any need takes. Of equals the lower slot goes first.
     """
     xp = slots.held_S.__array_namespace__()
     (s,), (x,), (m,) = slots.held_S.shape, slots.slot_X.shape, experts_M.shape
-    worth_S = _with(worth_X, -xp.inf)[slots.held_S]
+    # In order: empty slots at -inf, held ones at finite worths, and at inf those that may not be taken.
+    worth_S = _with(_finite(worth_X), -xp.inf)[slots.held_S]
     worth_S = xp.where(slots.pinned_S | slots.flying_S, xp.asarray(xp.inf, dtype=worth_S.dtype), worth_S)
     cheapest_S = xp.argsort(worth_S, stable=True).astype(xp.int32)
     cheapest_M, worth_M = _padded(cheapest_S, m, s), _padded(worth_S[cheapest_S], m, xp.inf)
     takes_M = (experts_M < x) & (worth_M < gain_M)
+    takes_M = xp.cumsum(~takes_M) == 0  # those that take one are the first of M, whatever the gains are
     slot_M = xp.where(takes_M, cheapest_M, s).astype(xp.int32)
 
     new_MS = slot_M[:, None] == xp.arange(s, dtype=xp.int32)[None]
@@ -75,6 +80,13 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
 def land(slots: Slots) -> Slots:
     """Every copy has arrived."""
     return slots._replace(flying_S=slots.flying_S & False)
+
+
+def _finite(worth_X: Any) -> Any:
+    """Of the same order, and every one a finite number: the sort and the comparisons behind it are total."""
+    xp = worth_X.__array_namespace__()
+    most = xp.finfo(worth_X.dtype).max
+    return xp.clip(xp.where(xp.isnan(worth_X), -most, worth_X), -most, most)
 
 
 def _with(values_N: Any, last: Any) -> Any:

@@ -49,7 +49,13 @@ def fill(table: Table, often_LE: Any) -> tuple[Table, Moves]:
     xp = often_LE.__array_namespace__()
     (s,), often_X = table.slots.held_S.shape, often_LE.reshape(-1)
     first_M = xp.argsort(-often_X, stable=True)[:s].astype(xp.int32)
-    table, moves = _claim(table, first_M, xp.ones(first_M.shape[0], dtype=xp.float32), often_X * 0.0, False)
+    table, moves = _claim(
+        table,
+        first_M,
+        xp.ones(first_M.shape[0], dtype=xp.float32),
+        xp.zeros(often_X.shape[0], dtype=xp.float32),
+        False,
+    )
     return table._replace(slots=land(table.slots)), moves
 
 
@@ -91,6 +97,17 @@ def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Tabl
     usage = policy.use(table.usage, used_X & resident(table.slots))
     outlook = policy.warm(table.outlook, layer, scores_E)
     return Table(pin(land(table.slots), used_X & False), usage, outlook)
+
+
+def places(table: Table, layer: Any, experts: int, nowhere: int) -> Any:
+    """``[E]``, int32: the slot that holds each of a layer's experts, ready to be computed with; ``nowhere``
+    where none does. Both halves of the table must say so: else the expert counts as lost, not as another."""
+    slots, xp = table.slots, table.slots.held_S.__array_namespace__()
+    slot_E = at(slots.slot_X, layer, experts)
+    held_E = slots.held_S[xp.clip(slot_E, 0, slots.held_S.shape[0] - 1)]
+    own_E = layer * experts + xp.arange(experts, dtype=xp.int32)
+    ready_E = at(resident(slots), layer, experts) & (held_E == own_E)
+    return xp.where(ready_E, slot_E, nowhere).astype(xp.int32)
 
 
 def at(values_X: Any, layer: Any, experts: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jmoe.faults import tell
 from jmoe.server.generation import Generation
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Access:
         finally:
             answered = self._answered(scope, status, time.monotonic() - started)
             for observer in self.observers:
-                observer(answered)
+                tell(observer, answered)
 
     def _answered(self, scope: Scope, status: int, seconds: float) -> Answered:
         state = scope["state"]

@@ -1,10 +1,12 @@
 """The ASGI application: routes, errors, middleware."""
 
+import errno
 import logging
 from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -12,8 +14,8 @@ from starlette.types import ASGIApp, Scope
 
 from jmoe.server import dashboard, generate_routes, info_routes
 from jmoe.server.access import Access
-from jmoe.server.errors import ApiError
-from jmoe.server.middleware import ApiKey, Origins, RequestId
+from jmoe.server.errors import ApiError, unavailable
+from jmoe.server.middleware import ApiKey, Contained, Origins, RequestId
 from jmoe.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -61,9 +63,10 @@ def make_app(service: Service) -> ASGIApp:
         ApiError: partial(_api_error, service),
         HTTPException: _http_error,
         ClientDisconnect: _client_left,
+        OSError: partial(_no_resources, service),
         Exception: _unexpected,
     }
-    starlette = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    starlette = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Contained)])  # type: ignore[arg-type]
     starlette.router.redirect_slashes = False
     app: ASGIApp = starlette
     if service.settings.api_key is not None:
@@ -78,6 +81,15 @@ async def _api_error(service: Service, request: Request, error: ApiError) -> Res
     if error.status == 503:
         service.metrics.rejected(error.code or "other")
     return error.response()
+
+
+async def _no_resources(service: Service, request: Request, error: OSError) -> Response:
+    """What the system has none of for the moment: descriptors, memory, processes."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+        raise error
+    log.error("a request was refused: %s", error.strerror)
+    message = f"the server has no resources left for this request ({error.strerror})"
+    return await _api_error(service, request, unavailable(message, "no_resources"))
 
 
 async def _client_left(request: Request, error: Exception) -> Response:

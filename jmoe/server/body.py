@@ -1,15 +1,18 @@
 """From bytes on the wire to a checked request body, every failure a 4xx that names its cause."""
 
 import asyncio
+import contextlib
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from jmoe.server.bounds import LIGHT, MAX_TOOL_CHARACTERS, check_json, exceeds
 from jmoe.server.chat_template import RESERVED
-from jmoe.server.errors import ApiError, invalid, unsupported
+from jmoe.server.errors import ApiError, invalid, unavailable, unsupported
 from jmoe.server.nulls import without_unknown_nulls
 from jmoe.server.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
 from jmoe.server.settings import ServerSettings
@@ -19,10 +22,44 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
+_SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
+MIN_RATE = 16 * 1024  # bytes a second that a body must come with, once ``body_timeout`` is over
 
 
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The whole body of a JSON request; 415 for another type, 413 past the limit, 408 where it stalls."""
+class BodyBytes:
+    """The bytes of all bodies that are being read or worked on. Beyond ``limit`` none may grow."""
+
+    def __init__(self, limit: int):
+        self.limit, self.taken = limit, 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator["HeldBytes"]:
+        held = HeldBytes(self)
+        try:
+            yield held
+        finally:
+            self.taken -= held.count
+
+
+class HeldBytes:
+    """Those of one body."""
+
+    def __init__(self, of: BodyBytes):
+        self.of, self.count = of, 0
+
+    def add(self, count: int) -> None:
+        """503 where there is no room; a small body always has some."""
+        if self.count + count > LIGHT and self.of.taken + count > self.of.limit:
+            error = unavailable(f"request bodies of {self.of.limit} bytes are being worked on", "bodies_full")
+            error.headers["Connection"] = "close"
+            raise error
+        self.count += count
+        self.of.taken += count
+
+
+async def read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
+    """The whole body of a JSON request; 415 for another type, 413 past the limit, 408 where it comes too
+    slowly: nothing for ``body_timeout`` seconds, or after these less than ``MIN_RATE`` in the mean."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f"Content-Type must be application/json, got {kind[:100]!r}"
@@ -37,10 +74,11 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise too_long
-    parts, size, more = [], 0, True
+    loop = asyncio.get_running_loop()
+    parts, size, more, latest = [], 0, True, loop.time() + settings.body_timeout
     while more:
         try:
-            async with asyncio.timeout(settings.body_timeout):
+            async with asyncio.timeout_at(min(loop.time() + settings.body_timeout, latest + size / MIN_RATE)):
                 message = await request.receive()
         except TimeoutError:
             raise stalled from None
@@ -50,6 +88,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         size += len(part)  # counted here too: a chunked body declares no length
         if size > limit:
             raise too_long
+        held.add(len(part))
         parts.append(part)
         more = message.get("more_body", False)
     whole = b"".join(parts)
@@ -58,6 +97,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     whole = await asyncio.to_thread(inflated, whole, limit)
     if len(whole) > limit:
         raise too_long
+    held.add(len(whole))
     return whole
 
 
@@ -85,6 +125,7 @@ def _no_gzip(cause: str) -> ApiError:
 
 def decode(raw: bytes, kind: type[Body]) -> Body:
     """The body as ``kind``. 400 with code invalid_json where it is no JSON object, else names the field."""
+    check_json(raw)
     try:
         return _decoded(raw, kind)
     except msgspec.ValidationError as error:
@@ -108,13 +149,13 @@ def _decoded(raw: bytes, kind: type[Body]) -> Body:
 
 def _lone_surrogate(raw: bytes) -> str | None:
     """The decoder reports half a surrogate pair at the end of a string as truncated input."""
-    found = re.search(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}", raw)
-    pair = rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    alone = found is not None and re.search(rb"\\u[dD][89a-fA-F]", re.sub(pair, b"", raw)) is not None
+    alone = any(found[1] is None for found in _SURROGATES.finditer(raw))
     return "a \\u escape is half of a surrogate pair" if alone else None
 
 
 def _bad_field(text: str) -> ApiError:
+    if len(text) > 4096:  # a name may have megabytes; the path is at the end
+        text = text[:2048] + text[-2048:]
     place = _PLACE.fullmatch(text)
     what, path = (place["what"], place["path"]) if place else (text, "")
     field = _FIELD.fullmatch(what)
@@ -163,6 +204,9 @@ def check_completion(body: CompletionRequest) -> None:
 def check_chat(body: ChatRequest) -> None:
     check_generation(body)
     check_messages(body.messages)
+    functions = [tool.function for tool in body.tools or ()]
+    if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
+        raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
     check_tools(body)
     for name in body.chat_template_kwargs or ():
         if name in RESERVED:

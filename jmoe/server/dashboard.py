@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jmoe.engine.request import EngineDead
-from jmoe.server.errors import engine_dead, invalid, json_response, unavailable
+from jmoe.server.delivery import PiecesResponse, encoded, joined
+from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.generation import ClientLeft, unless_client_leaves
-from jmoe.server.sampler import LONGEST, Sampler
+from jmoe.server.sampler import LONGEST, Sampler, SamplingFailed
 from jmoe.server.samples import Phase
 from jmoe.server.service import Service
 
@@ -44,7 +45,8 @@ async def stats(service: Service, request: Request) -> Response:
     """What the experts did since the start; with ``window`` or ``phase`` one report of the last seconds."""
     try:
         if not request.query_params:
-            return json_response(await service.in_thread(service.engine.moe_stats))
+            stats = service.engine.moe_stats
+            return PiecesResponse(await service.in_thread(lambda: list(joined(encoded(stats())))))
         window, phase = _asked(request)
         report = await service.sampler.report(window, phase)
     except EngineDead:
@@ -105,5 +107,5 @@ class ReportStream(Response):
                     await send_part(b"data: " + report + b"\n\n")
             await send_part(b"", more=False)
 
-        with suppress(ClientLeft, TimeoutError):
+        with suppress(ClientLeft, TimeoutError, SamplingFailed):
             await unless_client_leaves(receive, send_all())

@@ -16,6 +16,11 @@ MOE_COUNTERS = (  # metric, its text, the key in a layer's statistics
     ("jmoe_moe_remapped_assignments", "Those that binning gave to another expert", "remapped"),
     ("jmoe_moe_dropped_assignments", "Those that no expert computed", "dropped"),
     ("jmoe_moe_rerouted_assignments", "Those to another expert than chosen, for room", "rerouted"),
+    (
+        "jmoe_moe_lost_assignments",
+        "Those not computed though none dropped them: must be 0",
+        "lost_assignments",
+    ),
     ("jmoe_moe_remote_assignments", "Those to another rank's experts", "remote_assignments"),
     ("jmoe_moe_transport_bytes", "Between ranks, both ways, padding included", "transport_bytes"),
     ("jmoe_moe_transport_useful_bytes", "Those that the routing needed", "transport_useful_bytes"),

@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Executor, Future
 
 from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
+from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead, refused, timed_out, unavailable
+
+BREATH = 0.005  # seconds after which one that has much to tell lets others go on
 
 
 class Generation:
@@ -52,7 +55,7 @@ class Generation:
 
         The engine takes requests between two steps, so the wait is on a thread.
         """
-        future = self.executor.submit(self.engine.submit, self.requests)
+        future = self.executor.submit(contained, self.engine.submit, self.requests)
         try:
             async with self._in_time():
                 await self._or_abort(future)
@@ -65,8 +68,12 @@ class Generation:
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """(choice, increment) until every choice has finished; ApiError where one fails."""
+        breath = self.loop.time() + BREATH
         while self.unfinished:
             async with self._in_time():
+                if self.loop.time() > breath:  # what waits in the queue comes without a pause
+                    await asyncio.sleep(0)
+                    breath = self.loop.time() + BREATH
                 index, output = await self.queue.get()
             if output.finish_reason in ("error", "abort"):
                 raise self._failure(output)
@@ -107,10 +114,10 @@ class Generation:
                 self.engine.abort(sorted(self.unfinished))
 
     def _failure(self, output: Output) -> ApiError:
-        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
-            return draining()
         if not self.engine.snapshot().alive:
             return engine_dead()
+        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
+            return draining()
         return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
 
 

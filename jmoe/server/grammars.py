@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jmoe.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler
 from jmoe.engine.grammar_check import GrammarChecker
+from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import invalid, unavailable
 
@@ -36,7 +37,7 @@ class Grammars:
         self.waiting += 1
         try:
             compiled = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._compile, grammar
+                self._executor, contained, self._compile, grammar
             )
         except ValueError as error:
             raise invalid(f"{param} cannot be used: {error}", param) from None

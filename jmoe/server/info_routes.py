@@ -1,5 +1,6 @@
 """Everything that does not generate: health, models, tokenizer, metrics, statistics."""
 
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -8,6 +9,8 @@ from starlette.responses import Response
 
 from jmoe import __version__
 from jmoe.server.body import check_messages
+from jmoe.server.bounds import MAX_TOKENIZED
+from jmoe.server.delivery import PiecesResponse, encoded, joined
 from jmoe.server.errors import invalid, json_response
 from jmoe.server.logprobs import token_name
 from jmoe.server.openapi import openapi_document
@@ -34,7 +37,8 @@ async def version(service: Service, request: Request) -> Response:
 
 async def openapi(service: Service, request: Request) -> Response:
     with_key = service.settings.api_key is not None
-    return json_response(openapi_document(__version__, service.model, with_key=with_key))
+    make = partial(openapi_document, __version__, service.model, with_key=with_key)
+    return json_response(await service.in_thread(make))
 
 
 async def metrics(service: Service, request: Request) -> Response:
@@ -62,35 +66,39 @@ async def model(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = await service.read(request, TokenizeRequest)
-    codec = service.engine.codec
+    return PiecesResponse(await service.read(request, partial(_tokens, service)))
+
+
+def _tokens(service: Service, raw: bytes) -> list[bytes]:
+    body, codec = service.decode(raw, TokenizeRequest), service.engine.codec
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        messages = body.messages
-        check_messages(messages)
+        check_messages(body.messages)
         special = bool(body.add_special_tokens)
-        prompt = await service.in_thread(
-            lambda: chat_prompt(messages, service.template, codec, special=special)
-        )
-        ids = prompt.token_ids
+        ids = chat_prompt(body.messages, service.template, codec, special=special).token_ids
     else:
         text = body.prompt or ""
-        special = body.add_special_tokens is not False
-        ids = await service.in_thread(lambda: encode(text, codec, "prompt", special=special))
-    names = {"token_strs": [token_name(t, codec) for t in ids]} if body.return_token_strs else {}
-    return json_response(
-        {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, **names}
-    )
+        if len(text) > MAX_TOKENIZED:
+            raise invalid(f"prompt has {len(text)} characters; the limit is {MAX_TOKENIZED}", "prompt")
+        ids = encode(text, codec, "prompt", special=body.add_special_tokens is not False)
+    answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        names = {token: token_name(token, codec) for token in set(ids)}
+        answer["token_strs"] = [names[token] for token in ids]
+    return list(joined(encoded(answer)))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = await service.read(request, DetokenizeRequest)
+    return PiecesResponse(await service.read(request, partial(_text, service)))
+
+
+def _text(service: Service, raw: bytes) -> list[bytes]:
+    body = service.decode(raw, DetokenizeRequest)
     codec, size = service.engine.codec, service.engine.vocab_size
     if codec is None:
         raise invalid("this model has no tokenizer", "tokens")
     outside = next((t for t in body.tokens if t >= size), None)
     if outside is not None:
         raise invalid(f"token id {outside} is outside the vocabulary of {size}", "tokens")
-    text = await service.in_thread(lambda: codec.decode(body.tokens, skip_special=False))
-    return json_response({"prompt": text})
+    return list(joined(encoded({"prompt": codec.decode(body.tokens, skip_special=False)})))

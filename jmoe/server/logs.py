@@ -2,9 +2,12 @@
 
 import json
 import logging
+import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
+log = logging.getLogger(__name__)
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -18,8 +21,25 @@ def configure(form: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)  # Python's own warnings are lines of the same form
+    sys.excepthook, threading.excepthook = _log_exception, _log_thread_exception
+    sys.unraisablehook = _log_unraisable
     for noisy in ("jax", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    log.critical("the process ends", exc_info=(kind, error, trace))
+
+
+def _log_thread_exception(hook: threading.ExceptHookArgs) -> None:
+    name = hook.thread.name if hook.thread is not None else "unknown"
+    error = hook.exc_value or hook.exc_type()
+    log.critical("the thread %s ended", name, exc_info=(hook.exc_type, error, hook.exc_traceback))
+
+
+def _log_unraisable(hook: Any) -> None:
+    log.error("an exception that nobody could take", exc_info=hook.exc_value)
 
 
 def printable(text: str) -> str:

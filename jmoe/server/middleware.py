@@ -1,5 +1,6 @@
 """ASGI layers around the application: request ids, other origins' scripts and the API key."""
 
+import asyncio
 import hashlib
 import re
 import secrets
@@ -11,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jmoe.faults import Panic
 from jmoe.server.errors import ApiError
 
 # All others need the key. The page holds no data, and asks for the key that its data needs.
@@ -59,6 +61,21 @@ class Origins(CORSMiddleware):
             return response
         message = bytes(response.body).decode()
         return ApiError(400, message, code="disallowed_origin", headers={"Vary": "Origin"}).response()
+
+
+class Contained:
+    """Makes an Exception of a failure that is none, for the handlers of exceptions to answer."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # a panic of a Rust library; SystemExit would end the event loop
+            raise Panic(f"{type(error).__name__}: {error}") from error
 
 
 class ApiKey:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from jmoe.engine.text import TextCodec
+from jmoe.server.bounds import check_json
 from jmoe.server.chat_template import ChatTemplate
 from jmoe.server.errors import ApiError, invalid, unsupported
 from jmoe.server.schema import MAX_CHOICES, Message, ToolCall
@@ -115,7 +116,9 @@ def _plain(i: int, message: Message) -> dict[str, Any]:
 def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
     """A call as templates know it: they expect the arguments as an object."""
     try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+        text = call.function.arguments.encode(errors="replace") or b"{}"
+        check_json(text, f"{where}.function.arguments", f"{where}.function.arguments")
+        arguments = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):
         field = f"{where}.function.arguments"
         raise invalid(f"{field} must be the JSON text of an object", field) from None

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jmoe.server.crowd import Crowd
 from jmoe.server.errors import ApiError
 from jmoe.server.settings import ServerSettings
 
@@ -22,50 +23,77 @@ MAX_HEADERS = 100
 METHODS = "GET, HEAD, POST, OPTIONS"  # of all that is served
 _EMPTY_LINES = re.compile(rb"(?:\r?\n)+")
 _ORIGIN = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
+READ_BYTES = 8 * 1024  # taken from a connection at a time, so that it holds up the others for little
+FREE_CHUNKS = 1000  # of a body, of any size
+MIN_CHUNK = 16  # bytes that chunks have in the mean, where there are more
+
+
+class TinyChunks(h11.RemoteProtocolError):
+    """Each chunk costs the event loop as much as a whole request's head."""
 
 
 class Connection(h11.Connection):
-    """Ignores empty lines before a request, as RFC 9112 (2.2) wants it: some clients end a body with one."""
+    """Refuses a body that comes in very many very small chunks, and ignores empty lines before a request, as
+    RFC 9112 (2.2) wants it: some clients end a body with one."""
 
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+    chunks = chunk_bytes = 0
+
+    def next_event(self) -> Any:
         received = self._receive_buffer
         if self.their_state is h11.IDLE and (empty := _EMPTY_LINES.match(received._data)) is not None:
             received.maybe_extract_at_most(empty.end())
         if self.their_state is h11.IDLE and received._data == b"\r":
             return h11.NEED_DATA
-        return super().next_event()
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = self.chunk_bytes = 0
+        elif isinstance(event, h11.Data) and (event.chunk_start or event.chunk_end):
+            self.chunks += event.chunk_end
+            self.chunk_bytes += len(event.data)
+            if self.chunks > FREE_CHUNKS and self.chunk_bytes < self.chunks * MIN_CHUNK:
+                raise TinyChunks(f"{self.chunks} chunks of the body have less than {MIN_CHUNK} bytes each")
+        return event
 
 
-def protocol(settings: ServerSettings) -> type[H11Protocol]:
+def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
     """A protocol class: uvicorn makes one of it for each connection."""
 
     class Guarded(H11Protocol):
         head_timer: asyncio.TimerHandle | None = None
+        rest_timer: asyncio.TimerHandle | None = None
         write_timer: asyncio.TimerHandle | None = None
         unsent = 0
-
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.conn = Connection(h11.SERVER, settings.max_header_bytes)
-            self.timeout_keep_alive = settings.keep_alive
+        patience = settings.header_timeout
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.conn = Connection(h11.SERVER, settings.max_header_bytes)
+            transport.max_size = READ_BYTES  # type: ignore[attr-defined]
             transport.set_write_buffer_limits(high=0)  # so writing pauses as soon as the client does not read
+            entry = crowd.enter(self, len(self.connections))
+            if entry == "refused":
+                transport.abort()
+            elif entry == "probes":
+                self.app, self.patience = crowd.only_probes(self.app), crowd.PATIENCE
             self._watch_head()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._watch_head()
+            self._watch_rest()
 
         def on_response_complete(self) -> None:
             """The next request's head may have come in part, with the last one."""
             super().on_response_complete()
+            self._watch_rest()
             if self.conn.trailing_data[0]:
                 self._watch_head()
+            elif self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                crowd.idle[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_head_timer()
+            self._stop_rest_timer()
             self._stop_write_timer()
             super().connection_lost(exc)
 
@@ -74,9 +102,24 @@ def protocol(settings: ServerSettings) -> type[H11Protocol]:
             if self.conn.their_state is not h11.IDLE:
                 self._stop_head_timer()
             elif self.head_timer is None:
-                self.head_timer = self.loop.call_later(settings.header_timeout, self.transport.close)
+                crowd.idle[self] = None
+                self.head_timer = self.loop.call_later(self.patience, self.transport.close)
+
+        def _watch_rest(self) -> None:
+            """The rest of a body that was answered before its end may take as long as a head."""
+            answered = self.conn.our_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+            if not (answered and self.conn.their_state is h11.SEND_BODY):
+                self._stop_rest_timer()
+            elif self.rest_timer is None:
+                self.rest_timer = self.loop.call_later(self.patience, self.transport.abort)
+
+        def _stop_rest_timer(self) -> None:
+            if self.rest_timer is not None:
+                self.rest_timer.cancel()
+                self.rest_timer = None
 
         def _stop_head_timer(self) -> None:
+            crowd.idle.pop(self, None)
             if self.head_timer is not None:
                 self.head_timer.cancel()
                 self.head_timer = None
@@ -111,7 +154,9 @@ def protocol(settings: ServerSettings) -> type[H11Protocol]:
                 self.cycle.disconnected = True  # its handler must not answer too
                 self.cycle.message_event.set()
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                status = 431 if getattr(sys.exc_info()[1], "error_status_hint", 0) == 431 else 400
+                error = sys.exc_info()[1]
+                msg = str(error) if isinstance(error, TinyChunks) else msg
+                status = 431 if getattr(error, "error_status_hint", 0) == 431 else 400
                 body = msgspec.json.encode(ApiError(status, msg, code="invalid_http").envelope())
                 head = [("content-type", "application/json"), ("content-length", str(len(body)))]
                 head += [("connection", "close")]

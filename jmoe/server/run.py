@@ -1,18 +1,26 @@
 """Runs the server: its socket, its limits, its signals, its end."""
 
 import asyncio
+import contextlib
 import errno
+import gc
 import ipaddress
 import logging
+import os
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from jmoe.server.access import Observer
 from jmoe.server.app import make_app
+from jmoe.server.crowd import Crowd
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.protocol import protocol, wire_app
 from jmoe.server.service import Service
@@ -58,7 +66,7 @@ def serve(
     model: str = "model",
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Serves until SIGTERM or SIGINT; the exit code: 0, or 1 where the engine died.
+    """Serves until SIGTERM, SIGINT or SIGHUP; the exit code: 0, or 1 where the engine died.
 
     bound: from ``bind``; None binds now. directory: where the model's chat template may be. model: the name
     to serve where the settings give none. observers: told of every answer.
@@ -82,9 +90,28 @@ def serve(
         )
     log.info("serving %s on http://%s:%d", service.model, settings.host, port)
     server = Server(service)
+    gc.collect()
+    gc.freeze()  # a model's objects are many and stay: to look at them again takes tenths of a second
     server.run(sockets=[bound])
-    service.executor.shutdown(wait=False, cancel_futures=True)
+    closing = threading.Thread(target=service.close, name="jmoe-closing", daemon=True)
+    closing.start()
+    closing.join(LAST_WORDS)
     return server.exit_code
+
+
+def without_threads(code: int) -> int:
+    """``code``, once the threads that Python waits for have ended; where one goes on, the process ends here
+    without it: who restarts a server waits for its end."""
+    end = time.monotonic() + LAST_WORDS
+    others = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
+    for thread in others:
+        thread.join(max(end - time.monotonic(), 0))
+    going = [thread.name for thread in others if thread.is_alive()]
+    if going:
+        log.warning("the process ends without its threads %s", ", ".join(going))
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _is_loopback(host: str) -> bool:
@@ -94,22 +121,33 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _log_failure(task: asyncio.Task) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("what logs the traffic failed", exc_info=task.exception())
+
+
 class Server(uvicorn.Server):
     """uvicorn that drains: it goes on listening, and refusing, until running answers have finished."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, crowd: Crowd | None = None):
         settings = service.settings
+        self.app = wire_app(make_app(service), settings)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        crowd = crowd or Crowd.of_descriptors()
         super().__init__(
             uvicorn.Config(
-                wire_app(make_app(service), settings),
-                http=protocol(settings),
+                self._quietly,
+                http=protocol(settings, crowd),
+                loop="asyncio",  # ``protocol`` knows its transports, and how it takes a lack of descriptors
+                interface="asgi3",
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                backlog=BACKLOG,
+                backlog=min(BACKLOG, 2 * crowd.spare),  # so many are accepted before one is looked at
+                timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
         )
@@ -123,17 +161,57 @@ class Server(uvicorn.Server):
     def ask_to_stop(self) -> None:
         if self.service.draining:
             self.force_exit = self.should_exit = True
+            if self.loop is not None:
+                self.loop.call_soon_threadsafe(self._drop_connections)
         self.service.draining = True
 
+    def _drop_connections(self) -> None:
+        """Their requests then end as those whose clients left."""
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+
+    async def _quietly(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, whose requests may be cancelled at the end without a traceback."""
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.should_exit:
+                raise
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        service = self.service
+        service, self.loop = self.service, asyncio.get_running_loop()
         watch = asyncio.create_task(self._watch())
+        watch.add_done_callback(self._watch_ended)
         traffic = asyncio.create_task(log_traffic(service.engine, service.metrics.live))
+        traffic.add_done_callback(_log_failure)
         try:
             await super().serve(sockets)
         finally:
             watch.cancel()
             traffic.cancel()
+            await asyncio.gather(watch, traffic, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGHUP as well, which a terminal sends that is closed, unless it is ignored (nohup)."""
+        before = signal.getsignal(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+            with super().capture_signals():
+                yield
+            return
+        signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def _watch_ended(self, watch: asyncio.Task) -> None:
+        """Without it nobody would see a dead engine, or a signal."""
+        if not watch.cancelled() and watch.exception() is not None:
+            log.critical("the server's watch ended", exc_info=watch.exception())
+            self.exit_code = 1
+            self.should_exit = True
 
     async def _watch(self) -> None:
         """Ends the server once it is asked to and nothing runs, or the engine is dead."""

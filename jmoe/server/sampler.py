@@ -19,16 +19,25 @@ LONGEST = 60  # seconds that samples are kept
 STAYS = 30.0  # seconds of sampling after the last look: who polls, or loads a page anew, finds a window
 
 
+class SamplingFailed(Exception):
+    """There is no newest sample; the next look tries again."""
+
+
 class Sampler:
-    """Runs on the event loop. take: a new sample, which may wait for a step. state: the words of each report
-    that no sample holds.
+    """Runs on the event loop. take: a new sample, which may wait for a step; it and the reports are made by
+    ``in_thread``. state: the words of each report that no sample holds.
 
     Whoever looks waits for the newest sample and never queues older ones, so that a slow reader costs nothing
     but its own connection.
     """
 
-    def __init__(self, take: Callable[[], Awaitable[Sample]], state: Callable[[], dict[str, Any]]):
-        self.take, self.state = take, state
+    def __init__(
+        self,
+        take: Callable[[], Sample],
+        state: Callable[[], dict[str, Any]],
+        in_thread: Callable[..., Awaitable[Any]],
+    ):
+        self.take, self.state, self.in_thread = take, state, in_thread
         self.samples: deque[Sample] = deque(maxlen=int(LONGEST / PERIOD) + 1)
         self.number = 0  # of samples taken
         self.looked = 0.0
@@ -36,10 +45,12 @@ class Sampler:
         self.listeners = 0
         self._task: asyncio.Task | None = None
         self._next = asyncio.Event()  # set, and replaced, with each sample and at the end
-        self._reports: dict[tuple[int, Phase], bytes] = {}  # made of the newest sample when asked for
+        # Those made of the newest sample, as tasks: equal ones are made once.
+        self._reports: dict[tuple[int, Phase], asyncio.Task[bytes]] = {}
 
     async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
-        """JSON reports, one a sample, until the engine or the server ends; the first may be of no time."""
+        """JSON reports, one a sample, until the engine or the server ends; the first may be of no time.
+        Raises SamplingFailed where no sample can be taken."""
         self.listeners += 1
         seen = 0
         try:
@@ -47,7 +58,9 @@ class Sampler:
             while not self.closed:
                 if self.samples and self.number != seen:
                     seen = self.number
-                    yield self._report(window, phase)
+                    yield await asyncio.shield(self._report(window, phase))
+                elif self._task is None or self._task.done():
+                    raise SamplingFailed
                 else:
                     await self._next.wait()
         finally:
@@ -78,12 +91,13 @@ class Sampler:
         if self._task is None or self._task.done():
             self.samples.clear()  # as old as the last look
             self._task = asyncio.create_task(self._sample())
+            self._task.add_done_callback(lambda _: self._tell())  # whoever waits sees that it has ended
 
     async def _sample(self) -> None:
         due = time.monotonic()
         try:
             while self.listeners or time.monotonic() - self.looked < STAYS:
-                self.samples.append(await self.take())
+                self.samples.append(await self.in_thread(self.take))
                 self._reports.clear()
                 self.number += 1
                 self._tell()
@@ -92,15 +106,18 @@ class Sampler:
         except EngineDead:
             self.close()
         except Exception:
-            log.exception("the dashboard's sampling ended")
-            self.close()
+            log.exception("the dashboard's sampling failed")
 
-    def _report(self, window: int, phase: Phase) -> bytes:
+    def _report(self, window: int, phase: Phase) -> "asyncio.Task[bytes]":
         found = self._reports.get((window, phase))
         if found is None:
             new = self.samples[-1]
             oldest = new.time - window - PERIOD / 2
             old = next(sample for sample in self.samples if sample.time >= oldest)
-            report = {"t": round(time.time(), 3), **self.state(), **window_report(old, new, phase)}
-            found = self._reports[window, phase] = msgspec.json.encode(report)
+            head = {"t": round(time.time(), 3), **self.state()}
+            found = asyncio.create_task(self._made(head, old, new, phase))
+            self._reports[window, phase] = found
         return found
+
+    async def _made(self, head: dict[str, Any], old: Sample, new: Sample, phase: Phase) -> bytes:
+        return await self.in_thread(lambda: msgspec.json.encode({**head, **window_report(old, new, phase)}))

@@ -13,9 +13,9 @@ from jmoe.server.ranks import load_by_rank, rank_of_expert
 Phase = Literal["all", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
 SUMS = (
-    "assignments", "remapped", "dropped", "rerouted", "remote_assignments", "transport_bytes",
-    "transport_useful_bytes", "expert_cache_hits", "expert_cache_misses", "expert_cache_evictions",
-    "bytes_host_to_device", "prefetch_bytes", "prefetch_useful_bytes",
+    "assignments", "remapped", "dropped", "rerouted", "lost_assignments", "remote_assignments",
+    "transport_bytes", "transport_useful_bytes", "expert_cache_hits", "expert_cache_misses",
+    "expert_cache_evictions", "bytes_host_to_device", "prefetch_bytes", "prefetch_useful_bytes",
 )  # fmt: skip
 MEANS = ("active_experts", "active_experts_baseline", "max_over_mean_load")
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from jmoe.server.bounds import MAX_MESSAGES
+
 MAX_CHOICES = 1024  # answers one HTTP request may ask for: prompts x n, bounded before anything is allocated
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -248,7 +250,7 @@ class NamedTool(Strict, kw_only=True):
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Limit | None = None
     max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
@@ -283,7 +285,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class TokenizeRequest(Strict, kw_only=True):
     prompt: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

@@ -1,9 +1,10 @@
 """What the handlers share: the engine, the chat template, the running generations, whether we drain."""
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from starlette.requests import Request
 from jmoe import __version__
 from jmoe.engine.grammar import CompiledGrammar
 from jmoe.engine.request import SamplingParams
+from jmoe.faults import contained
 from jmoe.server.access import Answered, Observer, log_answer
-from jmoe.server.body import decode, read_body
+from jmoe.server.body import BodyBytes, decode, read_body
+from jmoe.server.bounds import LIGHT
 from jmoe.server.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
@@ -30,6 +33,9 @@ from jmoe.server.settings import ServerSettings
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")
 THREADS = 64  # each may wait for a step to end; made when needed
+BODIES = 8  # of the largest size, whose bytes may be in memory at once
+# What takes long runs a few at a time, by its bytes: threads take turns of 5 ms, and so does the event loop.
+LANES = ((256 * 1024, 2), (None, 1))
 
 
 class Service:
@@ -47,18 +53,36 @@ class Service:
         engine.add_listener(self.metrics)
         self.grammars = Grammars(engine)
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
+        self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
+        self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]
         self.running: set[Generation] = set()
         self.draining = False
-        self.created = int(time.time())
+        self.created, self.began = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
-        self.sampler = Sampler(lambda: self.in_thread(self._sample), self._state)
+        self.sampler = Sampler(self._sample, self._state, self.in_thread)
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
-        """The request's checked body, where the server takes work and has the model it names."""
+    async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
+        """What ``make`` makes, on a thread, of the request's body, where the server takes work."""
         self.check_ready()
-        body = decode(await read_body(request, self.settings), kind)
+        with self.bodies.held() as held:
+            raw = await read_body(request, self.settings, held)
+            async with self.lane(len(raw)):
+                return await self.in_thread(make, raw)
+
+    def decode(self, raw: bytes, kind: type[Body]) -> Body:
+        """The body, where the server has the model that it names."""
+        body = decode(raw, kind)
         self.check_model(getattr(body, "model", None))
         return body
+
+    @contextlib.asynccontextmanager
+    async def lane(self, size: int) -> AsyncIterator[None]:
+        """A place among the work of this many bytes; what is small needs none."""
+        if size <= LIGHT:
+            yield
+            return
+        async with next(places for limit, places in self.lanes if limit is None or size <= limit):
+            yield
 
     def check_ready(self) -> None:
         """Raises a 503 while draining or without an engine."""
@@ -77,7 +101,7 @@ class Service:
 
     async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         """For what takes long (tokenizing megabytes) or waits for the engine."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, contained, function, *args)
 
     async def generate(
         self,
@@ -92,11 +116,10 @@ class Service:
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
         generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout)
-        if grammar is not None:
-            for request in generation.requests:
-                request.constraint = grammar.constraint()
         self.running.add(generation)
         try:
+            if grammar is not None:
+                await self.in_thread(_constrain, generation, grammar)
             await generation.start(param)
         except BaseException:
             self.running.discard(generation)
@@ -121,7 +144,7 @@ class Service:
 
     def _state(self) -> dict[str, Any]:
         """What the dashboard shows of the server itself."""
-        uptime = int(time.time()) - self.created
+        uptime = int(time.monotonic() - self.began)
         return {"name": self.model, "state": "draining" if self.draining else "ready", "uptime_s": uptime}
 
     def stop_running(self) -> None:
@@ -129,3 +152,13 @@ class Service:
         self.sampler.close()
         for generation in list(self.running):
             generation.stop()
+
+    def close(self) -> None:
+        """Lets go of the threads and of the grammars' child, which may first end what it does."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
+
+
+def _constrain(generation: Generation, grammar: CompiledGrammar) -> None:
+    for request in generation.requests:
+        request.constraint = grammar.constraint()

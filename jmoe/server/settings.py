@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from jmoe.server.bounds import MAX_BODY_BYTES
+
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+")
 MAX_KEEP_ALIVE = 24 * 60 * 60
 
@@ -26,7 +28,7 @@ class ServerSettings:
     api_key: str | None = None
     shutdown_timeout: float = 30.0
     request_timeout: float | None = None
-    max_body_bytes: int = 8 * 1024 * 1024
+    max_body_bytes: int = MAX_BODY_BYTES
     max_header_bytes: int = 64 * 1024
     header_timeout: float = 20.0
     body_timeout: float = 30.0

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jmoe.engine.grammar import Grammar, one_of, schema_grammar
+from jmoe.server.bounds import bounded
 from jmoe.server.errors import invalid
 from jmoe.server.schema import (
     ChatRequest,
@@ -49,7 +50,9 @@ def wanted_grammar(body: GenerationRequest) -> Wanted | None:
 
 def _of_format(body: GenerationRequest) -> Grammar:
     form = body.response_format
-    return schema_grammar(form.json_schema.schema if isinstance(form, JsonSchemaFormat) else ANY_OBJECT)
+    return schema_grammar(
+        bounded(form.json_schema.schema) if isinstance(form, JsonSchemaFormat) else ANY_OBJECT
+    )
 
 
 def _of_outputs(body: GenerationRequest) -> Grammar:
@@ -62,11 +65,11 @@ def _of_outputs(body: GenerationRequest) -> Grammar:
     if isinstance(given.json, str):
         return Grammar("json_schema", given.json)
     if given.json is not None:
-        return schema_grammar(given.json)
+        return schema_grammar(bounded(given.json))
     if given.regex is not None:
         return Grammar("regex", given.regex)
     if given.choice is not None:
-        return one_of(given.choice)
+        return one_of(bounded(given.choice))
     if given.grammar is not None:
         return Grammar("lark", given.grammar)
     return schema_grammar(ANY_OBJECT)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from jmoe.engine.grammar import WHITESPACE, Grammar, schema_grammar
+from jmoe.server.bounds import bounded
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.schema import ChatRequest, Function, NamedTool
 
@@ -48,6 +49,7 @@ def forced_tools(body: ChatRequest) -> list[Function]:
 def tools_grammar(body: ChatRequest) -> Grammar:
     """The grammar of an answer that calls one of ``forced_tools``. ValueError for parameters of no object."""
     functions = forced_tools(body)
+    bounded([function.parameters for function in functions])
     if isinstance(body.tool_choice, NamedTool):
         return schema_grammar(_parameters(functions[0]))
     calls, rules, spaced = [], [], {"x-guidance": {"whitespace_pattern": WHITESPACE}}

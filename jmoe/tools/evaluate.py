@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax import Array
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
+from jmoe.engine.runner import Runner
 from jmoe.engine.step_input import StepInput
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
@@ -30,10 +32,33 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Score:
-    """nll: sum over scored tokens, nats."""
+    """nll: sum over scored tokens, nats, but for those that were begun last. tokens: all that were begun.
+
+    Nothing that is scored depends on what a step gave, so that the device works on one while the host takes
+    the results of the one before.
+    """
 
     nll: float = 0.0
     tokens: int = 0
+    _begun: tuple[Array, np.ndarray] | None = None
+
+    def begin(self, logprobs: Array, asked: np.ndarray) -> int:
+        """Takes log-probabilities that are on their way, of which those ``asked`` count; how many."""
+        self.settle()
+        self._begun, count = (logprobs, asked), int(asked.sum())
+        self.tokens += count
+        return count
+
+    def settle(self) -> None:
+        """Waits for what was begun. Raises ValueError where the model gave a token no probability."""
+        if self._begun is None:
+            return
+        logprobs, asked = np.asarray(self._begun[0]), self._begun[1]
+        self._begun, found = None, logprobs[asked]
+        if not np.isfinite(found).all():
+            bad = int(np.sum(~np.isfinite(found)))
+            raise ValueError(f"the model gave NaN logits for {bad} of {len(found)} tokens: nothing to score")
+        self.nll -= float(found.sum(dtype=np.float64))
 
 
 def evaluate(
@@ -98,26 +123,23 @@ def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
 def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, progress: Progress) -> Score:
     """``batch_size`` windows a pass, padded to the longest one's size."""
     runner, score = engine.runner, Score()
-    per_rank = -(-batch_size // runner.ranks)
+    per_rank = rows_a_rank(runner, batch_size)
     pool = PageRows(engine, per_rank)
     while batch := list(itertools.islice(source, batch_size)):
         done = [0] * len(batch)
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
             given = runner.blank(per_rank, size)
-            targets = np.zeros_like(given.own.tokens_BT)
-            counts = np.zeros(len(batch), int)
+            targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
                 _fill(given, row, window, done[row], n, pool.table[row])
                 following = window[done[row] + 1 : done[row] + n + 1]
-                targets[row, : len(following)], counts[row] = following, len(following)
+                targets[row, : len(following)], asked[row, : len(following)] = following, True
                 done[row] += n
             _, hidden, _ = runner.run(given)
-            logprobs = np.asarray(runner.score(hidden, targets)[0])
-            score.nll -= sum(float(logprobs[row, :n].sum(dtype=np.float64)) for row, n in enumerate(counts))
-            score.tokens += int(counts.sum())
-            progress(int(counts.sum()))
+            progress(score.begin(runner.logprobs(hidden, targets), asked))
+    score.settle()
     return score
 
 
@@ -130,7 +152,7 @@ def score_decode(
     (and run) as are still wanted.
     """
     runner, score = engine.runner, Score()
-    per_rank = -(-batch_size // runner.ranks)
+    per_rank = rows_a_rank(runner, batch_size)
     pool = PageRows(engine, per_rank)
     places: list[tuple[list[int], int] | None] = [None] * batch_size
     while True:
@@ -141,19 +163,21 @@ def score_decode(
         wanted = batch_size if max_tokens is None else max_tokens - score.tokens
         active = [(i, *place) for i, place in enumerate(places) if place is not None][:wanted]
         if not active:
+            score.settle()
             return score
         given = runner.blank(per_rank, 1)
-        targets = np.zeros_like(given.own.tokens_BT)
+        targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
         for i, window, at in active:
             _fill(given, i, window, at, 1, pool.table[i])
-            targets[i, 0] = window[at + 1]
+            targets[i, 0], asked[i, 0] = window[at + 1], True
             places[i] = (window, at + 1)
         _, hidden, _ = runner.run(given)
-        logprobs = np.asarray(runner.score(hidden, targets)[0])
-        rows = [i for i, _, _ in active]
-        score.nll -= float(logprobs[rows, 0].sum(dtype=np.float64))
-        score.tokens += len(rows)
-        progress(len(rows))
+        progress(score.begin(runner.logprobs(hidden, targets), asked))
+
+
+def rows_a_rank(runner: Runner, batch_size: int) -> int:
+    """Rows of each rank of a batch of ``batch_size``, which is the most that the engine runs together."""
+    return runner.sizes.decode_size(-(-batch_size // runner.ranks))
 
 
 class PageRows:

@@ -17,6 +17,7 @@ import numpy as np
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine, round_up
 from jmoe.engine.runner import Runner
+from jmoe.engine.step_input import window_length
 from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.mesh import EXPERT
 from jmoe.moe.npz import check_writable
@@ -79,8 +80,7 @@ def routed(
     rng = np.random.default_rng(seed)
     rows = round_up(batch_size, runner.ranks)
     while batch := list(itertools.islice(source, batch_size)):
-        longest = 1 << (max(map(len, batch)) - 1).bit_length()
-        length = round_up(max(SHORTEST, longest), runner.mesh.shape[EXPERT])
+        length = window_length(max(map(len, batch)), runner.mesh.shape[EXPERT], SHORTEST)
         tokens_BT = np.zeros((rows, length), np.int32)
         positions_BT = np.full((rows, length), -1, np.int32)
         picks_BM = np.full((rows, MAPS), -1, np.int32)
