@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ from jmoe.progress import Bars
 if TYPE_CHECKING:
     from jmoe.engine.nodes import Nodes
 
-SERVE_FLAGS = ("host", "port", "served_model_name", "api_key", "shutdown_timeout", "request_timeout")
 NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
 
 
@@ -145,7 +145,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
 
     log = logging.getLogger(__name__)
     log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
-    server = ServerSettings(**{k: values[k] for k in SERVE_FLAGS if k in values})
+    server = ServerSettings(**{f.name: values[f.name] for f in fields(ServerSettings) if f.name in values})
     tracer = make_tracer(values, server.served_model_name)
     socket = bind(server.host, server.port)  # before the model: a port in use shows at once
     settings, model = settings_from(values), values.get("model", "tiny")

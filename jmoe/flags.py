@@ -1,7 +1,6 @@
 """What the commands share: a parser with one-line errors, the flags of those that run a model, settings."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,6 +59,9 @@ def add_serve_flags(p: Parser) -> None:
     p.add_argument("--port", type=int)
     p.add_argument("--served-model-name", metavar="N")
     p.add_argument("--api-key", metavar="K")
+    origins = "web pages whose scripts may use the server, e.g. https://chat.example.org; * for all"
+    p.add_argument("--allowed-origins", metavar="O", nargs="+", help=origins)
+    p.add_argument("--keep-alive", type=int, metavar="S", help="how long an idle connection stays open")
     p.add_argument("--max-queue", type=int, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=float, metavar="S")
     p.add_argument("--request-timeout", type=float, metavar="S", help="longest time to a whole answer")
@@ -90,10 +92,12 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     """Engine settings of parsed flags, the compilation cache switched on."""
     import dataclasses
 
+    from jmoe_kernels.cache import usable, user_cache
+
     from jmoe.config import MoEConfig
     from jmoe.engine.build import EngineSettings, use_compilation_cache
 
-    use_compilation_cache(cache_directory())
+    use_compilation_cache(usable(user_cache() / "xla"))
     known = {f.name for f in dataclasses.fields(EngineSettings)}
     given = {key: value for key, value in values.items() if key in known}
     moe = values.get("moe_config")
@@ -110,9 +114,3 @@ def given_settings(values: dict[str, Any]) -> str:
     if "api_key" in shown:
         shown["api_key"] = "***"
     return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"
-
-
-def cache_directory() -> Path:
-    """Where compiled programs are kept: JMOE_CACHE_DIR, else the user's cache folder."""
-    base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jmoe" / "xla"

@@ -53,7 +53,7 @@ def ask(base: str, question: str) -> None:
             event = json.loads(data)
             for choice in event["choices"]:
                 print(choice["delta"].get("content", ""), end="", flush=True)
-            if "usage" in event:
+            if event.get("usage"):
                 print(f"\n\nusage: {event['usage']}")
 
 

@@ -297,8 +297,10 @@ def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
     assert longer.place.pages[:2] == first.place.pages[:2] and step.prompts[0].start == 8 and not step.copies
     even, _ = enter("even", prompt[:8])
     assert even.place.begun == 7 and even.place.pages[0] == first.place.pages[0], "the last page is copied"
+    assert [r.cached_tokens for r in (first, same, longer, even)] == [0, 9, 8, 7]
     for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
-        assert other.place.begun == 0 and not set(other.place.pages) & set(first.place.pages)
+        assert other.place.begun == other.cached_tokens == 0
+        assert not set(other.place.pages) & set(first.place.pages)
     assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
 
@@ -381,7 +383,8 @@ def test_codec_refusals(codec: TextCodec, tmp_path):
         ({"max_tokens": -1}, "max_tokens must be at least 0"),
         ({"temperature": float("nan")}, "temperature must be between 0 and 2"),
         ({"temperature": 2.5}, "temperature must be between 0 and 2"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": -1e-9}, "top_p must be between 0 and 1"),
+        ({"top_p": float("nan")}, "top_p must be between 0 and 1"),
         ({"top_k": -2}, "top_k must be at least -1"),
         ({"seed": 2**63}, "seed must fit 64 bits"),
         ({"stop": ("",)}, "non-empty"),

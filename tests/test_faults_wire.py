@@ -147,7 +147,7 @@ TOO_MUCH = [
     ({"prompt": ["a"] * 1025}, "prompt"),
     ({"prompt": ["a"] * 100, "n": 100}, "n"),
     ({"stop": "s" * 1025}, "stop"),
-    ({"stop": ["s"] * 5}, "stop"),
+    ({"stop": ["s"] * 17}, "stop"),
     ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
     ({"max_tokens": 2**31}, "max_tokens"),
     ({"prompt": "a" * 5000}, "prompt"),

@@ -58,7 +58,12 @@ def test_streamed_chat_is_the_whole_answer(client):
     text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
     assert text == whole.choices[0].message.content and text.strip()
     assert "\n" not in text, "a turn of this model's dialogues is one line"
-    assert events[-1].usage == whole.usage and whole.usage.completion_tokens > 0
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(events[-1].usage, count) == getattr(whole.usage, count) > 0
+    assert [e.usage.prompt_tokens_details.cached_tokens for e in (whole, events[-1])] == [
+        0,
+        whole.usage.prompt_tokens - 1,
+    ], "the last token's keys and values are always computed"
 
 
 def test_completions_models_and_parallel_greedy(client):
@@ -82,7 +87,7 @@ def test_bad_requests_are_4xx_and_the_server_goes_on(client):
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="gpt-9", prompt="x")
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
-        client.completions.create(model="tiny", prompt="x", max_tokens=-1)
+        client.completions.create(model="tiny", prompt="x", max_tokens=-2)
     with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens"):
         client.completions.create(model="tiny", prompt="word " * 3000)
     assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices

@@ -8,7 +8,7 @@ from test_server_api import events
 from test_server_fake import TEMPLATE, ByteCodec, FakeEngine, served
 from test_server_fuzz import BODIES
 
-from jmoe.server.schema import NEUTRAL
+from jmoe.server.schema import ChatRequest, CompletionRequest, neutral
 
 CHAT = "/v1/chat/completions"
 
@@ -101,14 +101,13 @@ def test_examples_work(client, document):
 
 def test_fields_of_one_value_are_told(client, document):
     """What the schema lets through of these fields is what the server accepts."""
-    components = document["components"]["schemas"]
-    for path, name in (("/v1/completions", "CompletionRequest"), (CHAT, "ChatRequest")):
-        base = {"prompt": "a"} if name == "CompletionRequest" else {"messages": BODIES[CHAT]["messages"][:2]}
-        for field, schema in components[name]["properties"].items():
-            if field in NEUTRAL:
-                assert schema["enum"] == [None, *NEUTRAL[field]]
-                for value in schema["enum"]:
-                    assert client.post(path, json={**base, "max_tokens": 1, field: value}).status_code == 200
+    for path, kind in (("/v1/completions", CompletionRequest), (CHAT, ChatRequest)):
+        base = {"prompt": "a"} if kind is CompletionRequest else {"messages": BODIES[CHAT]["messages"][:2]}
+        described = document["components"]["schemas"][kind.__name__]["properties"]
+        for field, values in neutral(kind).items():
+            assert described[field]["enum"] == [None, *values]
+            for value in described[field]["enum"]:
+                assert client.post(path, json={**base, "max_tokens": 1, field: value}).status_code == 200
 
 
 def test_a_key_is_told():

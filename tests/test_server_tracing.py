@@ -57,7 +57,7 @@ def test_the_callers_span_is_the_parent(traced):
 def test_refusals_and_streams_are_spans_and_nothing_else_is(traced):
     client, spans = traced
     client.get("/v1/models")
-    client.post("/v1/completions", json={"prompt": "a", "max_tokens": -1})
+    client.post("/v1/completions", json={"prompt": "a", "max_tokens": -2})
     client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 4, "stream": True})
     client.service.draining = True
     client.post("/v1/completions", json={"prompt": "a"})

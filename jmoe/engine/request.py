@@ -11,7 +11,7 @@ from jmoe.engine.prefix import PageNames
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
-MAX_STOPS = 16
+MAX_STOPS = 64  # a request's 16, and the model's own that end a turn
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -50,8 +50,8 @@ class SamplingParams:
             raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")
         if self.top_k < -1:
             raise ValueError(f"top_k must be at least -1 (-1 and 0 are off), got {self.top_k}")
         if not 0 <= self.min_p <= 1:
@@ -130,7 +130,7 @@ class Request:
     """A request in the engine. Times are ``time.monotonic`` seconds. constraint: None lets every token come.
 
     emit is called from the engine's thread with every increment and must not block. place: what the
-    scheduler knows of it.
+    scheduler knows of it. cached_tokens: those of the prompt that were found in pages when it first entered.
     """
 
     id: str
@@ -144,6 +144,7 @@ class Request:
     started: float | None = None
     first_token: float | None = None
     moe: MoEUsage = field(default_factory=MoEUsage)
+    cached_tokens: int = 0
 
     @property
     def length(self) -> int:

@@ -256,6 +256,8 @@ class Scheduler:
         place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
         place.rank, place.goal = entry.rank, request.length
         place.begun = place.computed = entry.found
+        if request.started is None:  # else it lost its pages, and finds its own
+            request.cached_tokens = entry.found
         place.named = len(entry.held)
         if place.names is not None:
             self.prefix.queries += place.goal

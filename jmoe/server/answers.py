@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from jmoe.engine.request import Output
+from jmoe.engine.request import Output, Request
 from jmoe.engine.text import TextCodec
 from jmoe.server.logprobs import chat_logprobs, completion_logprobs
 from jmoe.server.prompts import Prompt
@@ -119,10 +119,12 @@ def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
 
 
 class Usage:
-    """Tokens of one HTTP request so far; each prompt counts once, whatever n."""
+    """Tokens of one HTTP request so far; each prompt counts once, whatever n. requests: prompt-major."""
 
-    def __init__(self, prompts: Sequence[Prompt]):
+    def __init__(self, prompts: Sequence[Prompt], requests: Sequence[Request]):
         self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
+        n = len(requests) // len(prompts)
+        self.requests = [requests[i : i + n] for i in range(0, len(requests), n)]
         self.completion_tokens = 0
         self.moe: dict[str, int] = {}
 
@@ -139,5 +141,10 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
             **moe,
         }
+
+    def _cached_tokens(self) -> int:
+        """Of n answers one computes the prompt that the others then find."""
+        return sum(min(request.cached_tokens for request in answers) for answers in self.requests)

@@ -9,13 +9,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Scope
 
 from jmoe.server import dashboard, generate_routes, info_routes
 from jmoe.server.access import Access
 from jmoe.server.errors import ApiError, unavailable
-from jmoe.server.middleware import ApiKey, Contained, RequestId
+from jmoe.server.middleware import ApiKey, Contained, Origins, RequestId
 from jmoe.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,22 @@ POST = {
 }
 
 
+class Slashed(Route):
+    """A route that also answers its path with a slash more, as some clients join it to their base URL.
+
+    It does not redirect: the URL to go to would be made of the Host header and lose the proxy's own part.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        if match is Match.NONE and scope["type"] == "http" and scope["path"].endswith("/"):
+            return super().matches({**scope, "path": scope["path"][:-1]})
+        return match, found
+
+
 def make_app(service: Service) -> ASGIApp:
-    routes = [Route(path, partial(handler, service), methods=["GET"]) for path, handler in GET.items()]
-    routes += [Route(path, partial(handler, service), methods=["POST"]) for path, handler in POST.items()]
+    routes = [Slashed(path, partial(handler, service), methods=["GET"]) for path, handler in GET.items()]
+    routes += [Slashed(path, partial(handler, service), methods=["POST"]) for path, handler in POST.items()]
     handlers = {
         ApiError: partial(_api_error, service),
         HTTPException: _http_error,
@@ -58,6 +71,8 @@ def make_app(service: Service) -> ASGIApp:
     app: ASGIApp = starlette
     if service.settings.api_key is not None:
         app = ApiKey(app, service.settings.api_key)
+    if service.settings.allowed_origins:
+        app = Origins(app, service.settings.allowed_origins)
     patterns = {route.endpoint: route.path_format for route in routes}
     return RequestId(Access(app, patterns, service.observers))
 
@@ -84,8 +99,17 @@ async def _client_left(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own 404 and 405, in the envelope; 405 keeps its ``Allow``."""
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
+    path = request.scope["path"]
+    message = f"{error.detail}: {request.method} {path[:200]}"
+    if error.status_code == 404 and (near := _near(path.rstrip("/"))) is not None:
+        message += f"; did you mean {near}?"
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+def _near(path: str) -> str | None:
+    """A route where the base URL lacks /v1, or has more than it should."""
+    routes = (route for route in (*GET, *POST) if "{" not in route)
+    return next((r for r in routes if path and (r.endswith(path) or path.endswith(r))), None)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -12,11 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from jmoe.server.bounds import LIGHT, MAX_TOOL_CHARACTERS, check_json, exceeds
 from jmoe.server.chat_template import RESERVED
 from jmoe.server.errors import ApiError, invalid, unavailable, unsupported
-from jmoe.server.schema import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Message
+from jmoe.server.nulls import without_unknown_nulls
+from jmoe.server.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
 from jmoe.server.settings import ServerSettings
 from jmoe.server.tools import check_tools
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 _SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
@@ -61,6 +64,10 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
     if kind != "application/json":
         message = f"Content-Type must be application/json, got {kind[:100]!r}"
         raise ApiError(415, message, code="unsupported_media_type")
+    coding = ",".join(request.headers.getlist("content-encoding")).strip().lower() or "identity"
+    if coding not in ("identity", "gzip", "x-gzip"):
+        message = f"Content-Encoding must be gzip or absent, got {coding[:100]!r}"
+        raise ApiError(415, message, code="unsupported_encoding", headers={"Accept-Encoding": "gzip"})
     limit = settings.max_body_bytes
     too_long = ApiError(413, f"the request body exceeds the limit of {limit} bytes", code="body_too_large")
     stalled = ApiError(408, "the request body did not arrive in time", headers={"Connection": "close"})
@@ -84,14 +91,43 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
         held.add(len(part))
         parts.append(part)
         more = message.get("more_body", False)
-    return b"".join(parts)
+    whole = b"".join(parts)
+    if coding == "identity":
+        return whole
+    whole = await asyncio.to_thread(inflated, whole, limit)
+    if len(whole) > limit:
+        raise too_long
+    held.add(len(whole))
+    return whole
+
+
+def inflated(raw: bytes, limit: int) -> bytes:
+    """What a gzip body holds, or its first ``limit`` + 1 bytes; 400 where it is none. The members of one are
+    few: each costs time, and may hold nothing."""
+    held = bytearray()
+    for _ in range(64):
+        stream = zlib.decompressobj(wbits=31)
+        try:
+            held += stream.decompress(raw, limit + 1 - len(held))
+        except zlib.error as error:
+            raise _no_gzip(str(error)) from None
+        raw = stream.unused_data
+        if len(held) > limit or (stream.eof and not raw):
+            return bytes(held)
+        if not stream.eof:
+            raise _no_gzip("it is cut off")
+    raise _no_gzip("it has more than 64 members")
+
+
+def _no_gzip(cause: str) -> ApiError:
+    return invalid(f"the request body cannot be read as gzip: {cause}", code="invalid_encoding")
 
 
 def decode(raw: bytes, kind: type[Body]) -> Body:
     """The body as ``kind``. 400 with code invalid_json where it is no JSON object, else names the field."""
     check_json(raw)
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return _decoded(raw, kind)
     except msgspec.ValidationError as error:
         raise _bad_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -99,6 +135,16 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
         if isinstance(error, msgspec.DecodeError):
             cause = _lone_surrogate(raw) or str(error)
         raise invalid(f"the request body cannot be read as JSON: {cause}", code="invalid_json") from None
+
+
+def _decoded(raw: bytes, kind: type[Body]) -> Body:
+    """null means absent for a field that ``kind`` lacks too; only a body with such a field is read twice."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        if not str(error).startswith("Object contains unknown field"):
+            raise
+    return msgspec.convert(without_unknown_nulls(msgspec.json.decode(raw), kind), kind)
 
 
 def _lone_surrogate(raw: bytes) -> str | None:
@@ -126,10 +172,10 @@ def _bad_field(text: str) -> ApiError:
 
 def check_supported(body: msgspec.Struct, prefix: str = "") -> None:
     """Refuses a field whose value asks for what the server cannot do."""
-    for name in body.__struct_fields__:
+    for name, values in neutral(type(body)).items():
         value: Any = getattr(body, name)
-        if name in NEUTRAL and value is not None and not any(_same(value, v) for v in NEUTRAL[name]):
-            only = " or ".join(["null", *(msgspec.json.encode(v).decode() for v in NEUTRAL[name])])
+        if value is not None and not any(_same(value, v) for v in values):
+            only = " or ".join(["null", *(msgspec.json.encode(v).decode() for v in values)])
             raise unsupported(prefix + name, f"{prefix}{name} is not supported here, only {only} is accepted")
 
 
@@ -140,16 +186,19 @@ def _same(value: Any, neutral: Any) -> bool:
 def check_generation(body: GenerationRequest) -> None:
     """Refuses unsupported fields and combinations that contradict themselves."""
     check_supported(body)
-    if body.stream_options is not None:
-        check_supported(body.stream_options, "stream_options.")
-        if not body.stream:
+    if body.best_of not in (None, 1, body.n):  # as many as are answered: none is left out
+        raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
+    options = body.stream_options
+    if options is not None:
+        check_supported(options, "stream_options.")
+        if not body.stream and (options.include_usage or options.continuous_usage_stats):
             raise invalid("stream_options is only allowed with stream: true", "stream_options")
 
 
 def check_completion(body: CompletionRequest) -> None:
     check_generation(body)
     if body.max_tokens == 0 and not body.echo:
-        raise invalid("max_tokens must be at least 1 (0 only with echo, to score a prompt)", "max_tokens")
+        raise invalid(f"{AT_LEAST}; 0 only with echo, to score a prompt", "max_tokens")
 
 
 def check_chat(body: ChatRequest) -> None:
@@ -162,7 +211,10 @@ def check_chat(body: ChatRequest) -> None:
     for name in body.chat_template_kwargs or ():
         if name in RESERVED:
             raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
-    if body.top_logprobs is not None and not body.logprobs:
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(body, name) == 0:
+            raise invalid(AT_LEAST.replace("max_tokens", name), name)
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 log = logging.getLogger(__name__)
 MAX_RENDERED = 8 * 1024 * 1024  # characters; the body's limit, for templates that repeat what they are given
+MAX_TURN_ENDS = 48  # beside a request's own 16 stop strings
 MAX_SECONDS = 5.0  # of the thread's own CPU time; a long conversation takes milliseconds
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 RESERVED = frozenset({
@@ -147,6 +148,8 @@ def load_turn_ends(directory: Path) -> tuple[str, ...]:
     ends = [ends] if isinstance(ends, str) else ends
     if not isinstance(ends, list) or not all(isinstance(end, str) and end for end in ends):
         raise ValueError(f"{path}: stop_strings must be a list of texts, got {str(ends)[:100]}")
+    if len(ends) > MAX_TURN_ENDS:
+        raise ValueError(f"{path}: stop_strings holds {len(ends)} texts; the limit is {MAX_TURN_ENDS}")
     return tuple(ends)
 
 

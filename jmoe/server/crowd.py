@@ -81,7 +81,8 @@ class Crowd:
                 await send(message)
 
             if scope["path"] in PROBES:
-                return await app(scope, receive, send_and_close)
+                closing = [*scope["headers"], (b"connection", b"close")]  # so that nothing else is announced
+                return await app({**scope, "headers": closing}, receive, send_and_close)
             error = unavailable(f"{self.limit} connections are served at a time", "too_many_connections")
             await error.response()(scope, receive, send_and_close)
 

@@ -126,8 +126,10 @@ async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncI
     head = {**answer.head, "object": form.chunk_object}
     running = bool(options.include_usage and options.continuous_usage_stats)
 
-    def chunk(choices: list[dict[str, Any]], with_usage: bool = running) -> dict[str, Any]:
-        return {**head, "choices": choices, **({"usage": usage.report()} if with_usage else {})}
+    def chunk(choices: list[dict[str, Any]], counted: bool = running) -> dict[str, Any]:
+        """The usage is null in a chunk that does not have it, where it was requested."""
+        shown = {"usage": usage.report() if counted else None} if options.include_usage else {}
+        return {**head, "choices": choices, **shown}
 
     def parts(index: int, output: Output) -> list[bytes]:
         return list(joined([b"data: ", *encoded(chunk([form.delta(index, output)])), b"\n\n"]))
@@ -143,7 +145,7 @@ async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncI
             else:
                 yield event(chunk([form.delta(index, output)]))
         if options.include_usage:
-            yield event(chunk([], with_usage=True))
+            yield event(chunk([], counted=True))
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except ApiError as error:

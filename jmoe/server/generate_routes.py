@@ -71,9 +71,10 @@ def _chat(service: Service, raw: bytes) -> Work:
 
 
 async def _answer(service: Service, request: Request, work: Work, prefix: str) -> Response:
-    wanted, head, usage = work.wanted, service.head(prefix), Usage(work.prompts)
+    wanted, head = work.wanted, service.head(prefix)
     grammar = None if wanted is None else await service.grammars.compile(wanted.grammar, wanted.param)
     generation = await service.generate(head["id"], work.prompts, work.params, work.field, grammar)
+    usage = Usage(work.prompts, generation.requests)
     request.state.generation = generation  # for who logs and traces the answer
     answer = Answer(generation, work.form, usage, head, service.in_thread)
     if work.body.stream:

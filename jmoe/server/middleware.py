@@ -1,11 +1,15 @@
-"""ASGI layers around the application: request ids and the API key."""
+"""ASGI layers around the application: request ids, other origins' scripts and the API key."""
 
 import asyncio
 import hashlib
 import re
 import secrets
 import uuid
+from collections.abc import Collection
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jmoe.faults import Panic
@@ -37,6 +41,28 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
+class Origins(CORSMiddleware):
+    """Lets scripts of these web pages use the server (CORS). Before the key: a preflight carries none."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]):
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("x-request-id", "retry-after"),
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """A refusal in the usual envelope."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        message = bytes(response.body).decode()
+        return ApiError(400, message, code="disallowed_origin", headers={"Vary": "Origin"}).response()
+
+
 class Contained:
     """Makes an Exception of a failure that is none, for the handlers of exceptions to answer."""
 
@@ -63,7 +89,8 @@ class ApiKey:
         self.app, self.digest = app, hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        is_open = scope["type"] == "http" and scope["path"].removesuffix("/") in OPEN_PATHS
+        if scope["type"] == "lifespan" or is_open:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})

@@ -7,7 +7,7 @@ import msgspec
 
 from jmoe.server import replies
 from jmoe.server.middleware import OPEN_PATHS
-from jmoe.server.schema import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jmoe.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ ERRORS = {
     404: "There is no such model",
     408: "The body did not arrive in time",
     413: "The body is too large",
-    415: "Content-Type is not application/json",
+    415: "Content-Type is not application/json, or Content-Encoding is not gzip",
     500: "The server failed; the message has an id to find in its log",
     503: "The queue is full, or the server is stopping",
 }
@@ -80,8 +80,6 @@ def openapi_document(version: str, model: str, *, with_key: bool) -> dict[str, A
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
     found, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     schemas = dict(zip(ordered, found, strict=True))
-    for component in components.values():
-        _tell_neutral(component)
     for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
         components[kind.__name__]["properties"]["model"] = {"enum": [None, model], "default": None}
     paths = {path: {"get": _operation(path, o, schemas, model, with_key)} for path, o in GET.items()}
@@ -89,13 +87,6 @@ def openapi_document(version: str, model: str, *, with_key: bool) -> dict[str, A
     document = {"openapi": "3.1.0", "info": {"title": "jmoe", "version": version}, "paths": paths}
     keys = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if with_key else {}
     return document | {"components": {"schemas": components, **keys}}
-
-
-def _tell_neutral(component: dict[str, Any]) -> None:
-    """Fields of which only some values are accepted have these as their schema."""
-    for name, schema in component.get("properties", {}).items():
-        if name in NEUTRAL and "default" in schema:
-            component["properties"][name] = {"enum": [None, *NEUTRAL[name]], "default": None}
 
 
 def _operation(

@@ -34,10 +34,17 @@ class MoEUse(Strict):
     rerouted: Count
 
 
+class PromptDetails(Strict):
+    """cached_tokens: those of the prompts whose keys and values were found, not computed."""
+
+    cached_tokens: Count
+
+
 class Usage(Strict):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: PromptDetails
     moe: MoEUse | UnsetType = UNSET
 
 
@@ -77,7 +84,7 @@ class Completion(Head, kw_only=True):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class TopLogprob(Strict):
@@ -156,11 +163,11 @@ class ChatPiece(Ended, kw_only=True):
 
 
 class ChatCompletionChunk(Head, kw_only=True):
-    """One event of a streamed chat answer; the last one before [DONE] has the usage, where asked for."""
+    """One event of a streamed chat answer. usage: where requested, null but in the last one before [DONE]."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
-    usage: Usage | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class Tokens(Strict, kw_only=True):

@@ -22,7 +22,7 @@ from jmoe.server.access import Observer
 from jmoe.server.app import make_app
 from jmoe.server.crowd import Crowd
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.protocol import HeadLimits, protocol
+from jmoe.server.protocol import protocol, wire_app
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.traffic import log_traffic
@@ -84,6 +84,10 @@ def serve(
         raise _not_listening(error, settings.host, port) from None
     if settings.api_key is None and not _is_loopback(settings.host):
         log.warning("listening on %s without an API key: everyone who reaches it may use it", settings.host)
+    if settings.api_key is None and "*" in settings.allowed_origins:
+        log.warning(
+            "allowed origins are * without an API key: any page in a browser that reaches it may use it"
+        )
     log.info("serving %s on http://%s:%d", service.model, settings.host, port)
     server = Server(service)
     gc.collect()
@@ -127,7 +131,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, crowd: Crowd | None = None):
         settings = service.settings
-        self.app = HeadLimits(make_app(service), settings.max_header_bytes)
+        self.app = wire_app(make_app(service), settings)
         self.loop: asyncio.AbstractEventLoop | None = None
         crowd = crowd or Crowd.of_descriptors()
         super().__init__(
@@ -143,7 +147,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 backlog=min(BACKLOG, 2 * crowd.spare),  # so many are accepted before one is looked at
-                h11_max_incomplete_event_size=settings.max_header_bytes,
+                timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
         )

@@ -11,16 +11,21 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat goes on to the
 
 
 def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParams:
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else _limit(body.max_tokens)
     return _params(body, vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
 
 
 def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
     """turn_ends: the model's own strings that end a turn, beside the request's."""
-    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, vocab_size, limit, logprobs, None)
     return dataclasses.replace(params, stop=(*params.stop, *turn_ends))
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    """-1 is llama-server's word for the rest of the context."""
+    return None if max_tokens == -1 else max_tokens
 
 
 def _params(
@@ -35,7 +40,7 @@ def _params(
         raise invalid(
             f"stop_token_ids: {outside} is not below the vocabulary's {vocab_size}", "stop_token_ids"
         )
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop = (body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ())
     try:
         return SamplingParams(
             max_tokens=max_tokens,

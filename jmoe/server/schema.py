@@ -1,9 +1,10 @@
 """Request bodies as typed structs. ``null`` means the default; an unknown field is refused by name.
 
-Fields that clients send and this server cannot honour are declared too, so that their neutral values pass
-and any other value is answered with a 400 that names the field (``NEUTRAL``).
+Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
+ask for nothing pass and any other value is answered with a 400 that names the field.
 """
 
+import functools
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,13 +17,38 @@ MAX_CHOICES = 1024  # answers one HTTP request may ask for: prompts x n, bounded
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Alternatives = Annotated[int, Meta(ge=0, le=20)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
-StopTexts = Annotated[list[StopText], Meta(max_length=4)]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+StopText = Annotated[str, Meta(max_length=1024)]
+StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Scalar = str | int | float | bool | None
 GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
+
+
+def only(*values: Any) -> Meta:
+    """Annotates a field that asks for what is not here: null and ``values`` ask for nothing, and pass.
+
+    They are kept as JSON: typing takes equal annotations for one, and False equals 0.
+    """
+    return Meta(extra={"only": msgspec.json.encode(values)}, extra_json_schema={"enum": [None, *values]})
+
+
+Off = Annotated[Any, only(False)]
+On = Annotated[Any, only(True)]
+Zero = Annotated[Any, only(0)]
+One = Annotated[Any, only(1)]
+Unlimited = Annotated[Any, only(-1)]
+Absent = Annotated[Any, only()]
+
+
+@functools.cache
+def neutral(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
+    """The values that pass besides null, of each field of ``kind`` that is declared with ``only``."""
+    shape = msgspec.inspect.type_info(kind)
+    assert isinstance(shape, msgspec.inspect.StructType)
+    extras = {field.name: getattr(field.type, "extra", None) or {} for field in shape.fields}
+    return {name: msgspec.json.decode(extra["only"]) for name, extra in extras.items() if "only" in extra}
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,7 +58,7 @@ class Strict(msgspec.Struct, forbid_unknown_fields=True):
 class StreamOptions(Strict, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: Off = None
 
 
 class MoEOptions(Strict, kw_only=True):
@@ -81,7 +107,7 @@ class GenerationRequest(Strict, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | StopTexts | None = None
@@ -96,33 +122,83 @@ class GenerationRequest(Strict, kw_only=True):
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     moe: MoEOptions | None = None
-    # Accepted and without effect here: they concern accounts, storage and billing.
+    best_of: Positive | None = None
+    # Accepted and without effect here: they concern accounts, storage, billing and other servers' caches.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Neutral values only.
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    priority: int | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: Any = None
-    return_routed_experts: bool | None = None
-    chat_template: Any = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    session_id: str | None = None
+    cache_prompt: bool | None = None
+    # Neutral values only: OpenAI's fields, then vLLM's, SGLang's and llama-server's.
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
+    repetition_penalty: One = None
+    length_penalty: One = None
+    use_beam_search: Off = None
+    early_stopping: Off = None
+    priority: Zero = None
+    skip_special_tokens: On = None
+    spaces_between_special_tokens: On = None
+    include_stop_str_in_output: Off = None
+    truncate_prompt_tokens: Absent = None
+    truncation_side: Annotated[Any, only("left", "right")] = None
+    bad_words: Annotated[Any, only([])] = None
+    thinking_token_budget: Unlimited = None
+    stream_interval: One = None
+    watermarking: Off = None
+    vllm_xargs: Annotated[Any, only({})] = None
+    kv_transfer_params: Annotated[Any, only({})] = None
+    return_routed_experts: Off = None
+    routed_experts_prompt_start: Zero = None
+    return_tokens_as_token_ids: Off = None
+    return_token_offsets: Off = None
+    return_prompt_text: Off = None
+    return_mm_kwargs: On = None
+    return_hidden_states: Off = None
+    no_stop_trim: Off = None
+    chat_template: Absent = None
+    n_predict: Unlimited = None
+    n_probs: Zero = None
+    n_keep: Zero = None
+    min_keep: Zero = None
+    id_slot: Unlimited = None
+    repeat_penalty: One = None
+    typical_p: One = None
+    typ_p: One = None
+    tfs_z: One = None
+    top_a: Zero = None
+    top_n_sigma: Annotated[Any, only(-1, 0)] = None
+    mirostat: Zero = None
+    dynatemp_range: Zero = None
+    xtc_probability: Zero = None
+    dry_multiplier: Zero = None
+    backend_sampling: Off = None
+    timings_per_token: Off = None
+    return_progress: Off = None
+    # Of any value: they shape what the fields above leave switched off.
+    repeat_last_n: Any = None
+    mirostat_tau: Any = None
+    mirostat_eta: Any = None
+    dynatemp_exponent: Any = None
+    xtc_threshold: Any = None
+    dry_base: Any = None
+    dry_allowed_length: Any = None
+    dry_penalty_last_n: Any = None
+    dry_sequence_breakers: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    max_tokens: Count | None = None
+    max_tokens: Limit | None = None
     echo: bool | None = None
     logprobs: Alternatives | None = None
-    best_of: Positive | None = None
-    suffix: str | None = None
+    # Neutral values only.
+    suffix: Annotated[Any, only("")] = None
 
 
 class CalledFunction(Strict, kw_only=True):
@@ -145,9 +221,9 @@ class Message(Strict, kw_only=True):
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    function_call: Any = None
-    audio: Any = None
-    annotations: Any = None
+    function_call: Annotated[Any, only("none")] = None
+    audio: Absent = None
+    annotations: Annotated[Any, only([])] = None
 
 
 class Function(Strict, kw_only=True):
@@ -175,27 +251,36 @@ class NamedTool(Strict, kw_only=True):
 
 class ChatRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: (
         Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)] | None
     ) = None
-    # Neutral values only.
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    # Neutral values only: OpenAI's fields, then vLLM's, SGLang's and llama-server's.
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Absent = None
+    prediction: Absent = None
+    moderation: Absent = None
+    reasoning_effort: Annotated[Any, only("none", "medium")] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Absent = None
+    echo: Off = None
+    add_generation_prompt: On = None
+    continue_final_message: Off = None
+    documents: Annotated[Any, only([])] = None
+    include_reasoning: On = None
+    media_io_kwargs: Annotated[Any, only({})] = None
+    mm_processor_kwargs: Annotated[Any, only({})] = None
+    separate_reasoning: On = None
+    stream_reasoning: On = None
+    reasoning_format: Annotated[Any, only("none", "auto")] = None
 
 
 class TokenizeRequest(Strict, kw_only=True):
@@ -209,32 +294,3 @@ class TokenizeRequest(Strict, kw_only=True):
 class DetokenizeRequest(Strict, kw_only=True):
     tokens: list[Count]
     model: str | None = None
-
-
-# Field -> the values besides null that ask for nothing, as vLLM's and OpenAI's clients send them.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "priority": (0,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "truncate_prompt_tokens": (),
-    "return_routed_experts": (False,),
-    "chat_template": (),
-    "best_of": (1,),
-    "suffix": ("",),
-    "functions": (),
-    "function_call": ("none",),
-    "annotations": ([],),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": (),
-    "web_search_options": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "include_obfuscation": (False,),
-}

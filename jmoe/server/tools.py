@@ -23,8 +23,8 @@ AUTO = (
 
 def check_tools(body: ChatRequest) -> None:
     """400 where tools and tool_choice do not fit together or ask for what is not here."""
-    if body.tools is None:
-        if body.tool_choice not in (None, "none"):
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice is only allowed with tools", "tool_choice")
         return
     if body.tool_choice in (None, "auto"):

@@ -36,4 +36,4 @@ class Caller(FastHttpUser):
 
     @task(1)
     def bad(self) -> None:
-        self.ask("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400)
+        self.ask("/v1/completions", {"prompt": "x", "max_tokens": -2}, 400)

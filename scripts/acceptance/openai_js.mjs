@@ -26,7 +26,7 @@ for await (const event of stream) {
 assert.equal(text, whole.choices[0].message.content);
 assert.deepEqual(usage.total_tokens, whole.usage.total_tokens);
 
-await assert.rejects(client.completions.create({ model, prompt: "x", max_tokens: -1 }), (error) => {
+await assert.rejects(client.completions.create({ model, prompt: "x", max_tokens: -2 }), (error) => {
   assert.ok(error instanceof OpenAI.BadRequestError);
   assert.equal(error.param, "max_tokens");
   return true;

@@ -191,7 +191,7 @@ with check("tool_choice none lets the model speak"):
 for wanted, status, param, code, ask in [
     (openai.NotFoundError, 404, "model", "model_not_found", lambda: complete(model="gpt-9")),
     (openai.NotFoundError, 404, "model", "model_not_found", lambda: client.models.retrieve("gpt-9")),
-    (openai.BadRequestError, 400, "max_tokens", None, lambda: complete(max_tokens=-1)),
+    (openai.BadRequestError, 400, "max_tokens", None, lambda: complete(max_tokens=-2)),
     (openai.BadRequestError, 400, "temperature", None, lambda: complete(temperature=3)),
     (openai.BadRequestError, 400, "nonsense", None, lambda: complete(extra_body={"nonsense": 1})),
     (openai.BadRequestError, 400, "prompt", "context_length_exceeded",

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import jax
 
+from jmoe_kernels.cache import temporary_cache, user_cache
+
 SOURCE = Path(__file__).parent / "src"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
 X86_FLAGS = {
@@ -67,15 +69,20 @@ class Library:
 def cache_directory() -> Path:
     """Where compiled kernels are kept: beside jax's compilation cache, or in the user's cache folder."""
     programs = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    return (Path(programs).parent if programs else Path.home() / ".cache" / "jmoe") / "kernels"
+    return (Path(programs).parent if programs else user_cache()) / "kernels"
 
 
 @functools.cache
 def get_library() -> Library | str:
-    """The loaded library, built if it is not in the cache; or why there is none."""
+    """The loaded library, built if it is not in the cache; or why there is none.
+
+    A cache that cannot be written to, or not be loaded from, is no reason for slow kernels.
+    """
     try:
-        path = build(cache_directory())
-        return load(path)
+        try:
+            return load(build(cache_directory()))
+        except OSError as error:
+            return load(build(temporary_cache(str(error)) / "kernels"))
     except (OSError, RuntimeError) as error:
         return str(error)
 
