@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from test_server_fake import FakeEngine
 
@@ -48,7 +48,9 @@ async def watched() -> AsyncIterator[Gaps]:
 
 
 @contextlib.asynccontextmanager
-async def served_here(engine: FakeEngine, directory=None, crowd=None, **changes) -> AsyncIterator[tuple[int, Server]]:
+async def served_here(
+    engine: FakeEngine, directory=None, crowd=None, **changes
+) -> AsyncIterator[tuple[int, Server]]:
     """(port, server) on the running loop."""
     server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), crowd)
     bound = bind("127.0.0.1", 0)

@@ -41,7 +41,7 @@ def panic() -> None:
 
 
 def test_a_rust_panic_is_no_exception():
-    with pytest.raises(BaseException) as raised:  # noqa: B017, PT011
+    with pytest.raises(BaseException) as raised:
         a_true_panic()
     assert not isinstance(raised.value, Exception)
 
@@ -122,12 +122,12 @@ def out_of_memory() -> None:
 
 
 CULPRITS = {
-    "its text": dict(token=FATAL),
-    "its grammar's mask": dict(fails="allowed"),
-    "its grammar's step": dict(fails="accept"),
-    "a mask that is an error": dict(fails="allowed", failing=boom),
-    "a step without memory": dict(fails="accept", failing=out_of_memory),
-    "a true panic": dict(fails="accept", failing=a_true_panic),
+    "its text": {"token": FATAL},
+    "its grammar's mask": {"fails": "allowed"},
+    "its grammar's step": {"fails": "accept"},
+    "a mask that is an error": {"fails": "allowed", "failing": boom},
+    "a step without memory": {"fails": "accept", "failing": out_of_memory},
+    "a true panic": {"fails": "accept", "failing": a_true_panic},
 }
 
 
