@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator
 
@@ -54,6 +55,8 @@ async def served_here(
     """(port, server) on the running loop."""
     server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), crowd)
     bound = bind("127.0.0.1", 0)
+    gc.collect()
+    gc.freeze()  # as ``serve`` does
     task = asyncio.create_task(server.serve([bound]))
     while not server.started:
         await asyncio.sleep(0.01)
@@ -65,3 +68,4 @@ async def served_here(
         await task
         server.service.close()
         engine.closing = True
+        gc.unfreeze()
