@@ -29,11 +29,11 @@ class CountedConnection(h11.Connection):
 
     chunks = chunk_bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> Any:  # of h11, or one of its two markers
         event = super().next_event()
-        if type(event) is h11.Request:
+        if isinstance(event, h11.Request):
             self.chunks = self.chunk_bytes = 0
-        elif type(event) is h11.Data and (event.chunk_start or event.chunk_end):
+        elif isinstance(event, h11.Data) and (event.chunk_start or event.chunk_end):
             self.chunks += event.chunk_end
             self.chunk_bytes += len(event.data)
             if self.chunks > FREE_CHUNKS and self.chunk_bytes < self.chunks * MIN_CHUNK:
