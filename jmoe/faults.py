@@ -28,7 +28,7 @@ def contained(function: Callable[..., Result], *given: Any) -> Result:
         raise Panic(f"{type(error).__name__}: {error}") from error
 
 
-def tell(hear: Callable[..., None], *told: Any) -> None:
+def tell(hear: Callable[..., object], *told: Any) -> None:
     """Calls one that only listens. Its failure is logged, and ends nothing of the caller's."""
     try:
         hear(*told)

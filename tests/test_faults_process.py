@@ -34,13 +34,15 @@ bound = bind("127.0.0.1", port)
 settings = EngineSettings(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 engine = build_engine(directory, settings, warm_up=False)
 step, steps = engine.runner.run, 0
+class Panic(BaseException): "As pyo3 has it."
+kind = {"Panic": Panic, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[sys.argv[4]]
 
 def run(*given, **named):
     global steps
     steps += 1
     time.sleep(0.02)
     if steps == fails_at:
-        raise RuntimeError("secret: 0xdeadbeef in /home/somebody")
+        raise kind("secret: 0xdeadbeef in /home/somebody")
     return step(*given, **named)
 
 engine.runner.run = run
@@ -82,19 +84,25 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, port: int = 0, fails_at: int = 0) -> Iterator[tuple]:
+def serving(
+    model: Path, log: Path, port: int = 0, fails_at: int = 0, kind: str = "RuntimeError"
+) -> Iterator[tuple]:
     """(process, URL) of a server with the real engine, 20 ms a step."""
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    with started([sys.executable, "-c", SERVER, str(model), str(port), str(fails_at)], log) as process:
+    with started([sys.executable, "-c", SERVER, str(model), str(port), str(fails_at), kind], log) as process:
         assert eventually(lambda: answers(url) or process.poll() is not None, 60)
         assert process.poll() is None, log.read_text()
         yield process, url
 
 
-def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_process(model, tmp_path):
+@pytest.mark.parametrize("kind", ["RuntimeError", "Panic", "SystemExit"])
+def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_process(model, tmp_path, kind):
     bodies = [STREAM, STREAM | {"n": 2}, STREAM | {"stream": False}]
-    with serving(model, tmp_path / "log", fails_at=30) as (process, url), ThreadPoolExecutor(3) as clients:
+    with (
+        serving(model, tmp_path / "log", fails_at=30, kind=kind) as (process, url),
+        ThreadPoolExecutor(3) as clients,
+    ):
 
         def ask(body: dict) -> httpx.Response:
             return httpx.post(f"{url}/v1/completions", json=body, timeout=60)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 from urllib.parse import quote
 
 import pytest
@@ -131,3 +133,32 @@ def test_the_client_that_leaves_is_a_line_too(caplog):
         with client.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
         assert eventually(lambda: any(r.message == "answered" for r in caplog.records))
+
+
+NOISY = """
+import threading, warnings
+from jmoe.server.logs import configure
+configure("json", "info")
+warnings.warn("two\\nlines", RuntimeWarning)
+thread = threading.Thread(target=lambda: 1 / 0, name="some-thread")
+thread.start()
+thread.join()
+
+class Untold:
+    def __del__(self):
+        raise KeyError("gone")
+
+Untold()
+raise OSError("the end")
+"""
+
+
+def test_what_python_writes_itself_is_json_too():
+    """Warnings, and exceptions that nobody catches: on a thread, in a finalizer, in the program."""
+    done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and len(lines) == 4
+    warning, thread, finalizer, end = lines
+    assert warning["level"] == "warning" and "two\nlines" in warning["message"]
+    assert "some-thread" in thread["message"] and "ZeroDivisionError" in thread["exception"]
+    assert "KeyError" in finalizer["exception"] and "the end" in end["exception"]

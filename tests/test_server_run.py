@@ -121,10 +121,13 @@ sys.exit(serve(engine, ServerSettings(shutdown_timeout=float(sys.argv[1])), boun
 
 
 @contextlib.contextmanager
-def process(shutdown_timeout: float, port: int = 0):
+def process(shutdown_timeout: float, port: int = 0, log=None):
+    """log: a file for its standard error."""
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     command = [sys.executable, "-c", PROGRAM, str(shutdown_timeout), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, "PYTHONPATH": path}
+    ) as server:
         try:
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"
             assert eventually(lambda: answers(url), 10)
@@ -139,13 +142,14 @@ def answers(url: str) -> bool:
     return False
 
 
-def test_sigterm_lets_streams_finish_and_refuses_new_work():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_streams_finish_and_refuses_new_work(number):
     with process(shutdown_timeout=10) as (server, url):
         body = {"prompt": "abc", "max_tokens": 50, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(number)
             assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
             refused = httpx.post(f"{url}/v1/completions", json=body)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
@@ -157,9 +161,11 @@ def test_sigterm_lets_streams_finish_and_refuses_new_work():
 
 
 @pytest.mark.parametrize(("timeout", "signals"), [(0.3, 1), (60, 2)])
-def test_what_does_not_finish_is_ended(timeout, signals):
-    """After the shutdown timeout with an error to the client, at the second signal at once."""
-    with process(timeout) as (server, url):
+def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
+    """After the shutdown timeout with an error to the client, at the second signal at once. Neither is a
+    fault, so neither leaves a traceback."""
+    log = tmp_path / "log"
+    with log.open("wb") as file, process(timeout, log=file) as (server, url):
         with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
@@ -170,6 +176,7 @@ def test_what_does_not_finish_is_ended(timeout, signals):
                 rest = [line for line in lines if line]
                 assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]"
         assert server.wait(5) == 0
+    assert "Traceback" not in log.read_text()
 
 
 def test_kill_9_in_mid_stream_frees_the_port():

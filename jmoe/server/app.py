@@ -1,6 +1,5 @@
 """The ASGI application: routes, errors, middleware."""
 
-import errno
 import logging
 from functools import partial
 
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Scope
 
 from jmoe.server import dashboard, generate_routes, info_routes
 from jmoe.server.access import Access
+from jmoe.server.crowd import LACKING
 from jmoe.server.errors import ApiError, unavailable
 from jmoe.server.middleware import ApiKey, Contained, Origins, RequestId
 from jmoe.server.service import Service
@@ -85,7 +85,7 @@ async def _api_error(service: Service, request: Request, error: ApiError) -> Res
 
 async def _no_resources(service: Service, request: Request, error: OSError) -> Response:
     """What the system has none of for the moment: descriptors, memory, processes."""
-    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+    if error.errno not in LACKING:
         raise error
     log.error("a request was refused: %s", error.strerror)
     message = f"the server has no resources left for this request ({error.strerror})"

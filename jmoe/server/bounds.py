@@ -12,7 +12,8 @@ from jmoe.engine.grammar import MAX_GRAMMAR_BYTES
 from jmoe.server.errors import invalid
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
-MAX_JSON_VALUES = 2**19  # in lists and objects, at any depth: token ids are most of them
+MAX_JSON_VALUES = 2**20  # in lists and objects, at any depth: token ids are most of them
+MAX_JSON_STRINGS = 2**17
 MAX_JSON_KEYS = 2**16
 MAX_JSON_LISTS = 2**15  # and objects
 MAX_MESSAGES = 2**13
@@ -32,18 +33,20 @@ def check_json(text: bytes, what: str = "the request body", param: str | None = 
     """
     if len(text) <= LIGHT:
         return
-    values = keys = lists = 1
+    values = quotes = keys = lists = 0
     in_string, odd = False, False  # at the piece's first byte; odd: it follows a backslash that counts
     for start in range(0, len(text), PIECE):
         bytes_N = np.frombuffer(text, np.uint8, min(PIECE, len(text) - start), start)
         quotes_N, odd = _quotes(bytes_N, odd)
         outside_N = (np.cumsum(quotes_N, dtype=np.int32) & 1) == in_string
         in_string ^= bool(quotes_N.sum() & 1)
+        quotes += int(quotes_N.sum())
         values += _count(bytes_N, outside_N, b",")
         keys += _count(bytes_N, outside_N, b":")
         lists += _count(bytes_N, outside_N, b"[{")
         for count, limit, name in (
             (values, MAX_JSON_VALUES, "values"),
+            (quotes // 2, MAX_JSON_STRINGS, "strings"),
             (keys, MAX_JSON_KEYS, "keys"),
             (lists, MAX_JSON_LISTS, "lists and objects"),
         ):

@@ -4,6 +4,7 @@ A connection takes one of the process's descriptors, and without one nothing els
 grammar, no file. So some are kept back, and of these some for probes.
 """
 
+import errno
 import logging
 import os
 import resource
@@ -16,6 +17,7 @@ from jmoe.server.errors import unavailable
 log = logging.getLogger(__name__)
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 10_000
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # what the system may have again later
 PROBES = frozenset({"/live", "/ready", "/health", "/ping"})
 Entry = Literal["served", "probes", "refused"]
 
@@ -52,8 +54,8 @@ class Crowd:
     def of_descriptors(cls) -> "Crowd":
         """Of what is left beside the descriptors that are open now, and those kept back."""
         most = raise_descriptors()
-        kept = min(max(most // 8, 16), 512)
-        return cls(max(1, min(MAX_CONNECTIONS, most - open_descriptors() - kept)), kept // 4)
+        kept = min(max(most // 8, 24), 512)
+        return cls(max(1, min(MAX_CONNECTIONS, most - open_descriptors() - kept)), kept // 6)
 
     def enter(self, connection: Any, count: int) -> Entry:
         """What becomes of a new connection. count: with it."""

@@ -38,7 +38,7 @@ class Connection(h11.Connection):
 
     chunks = chunk_bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> Any:  # of h11, or one of its two markers
         received = self._receive_buffer
         if self.their_state is h11.IDLE and (empty := _EMPTY_LINES.match(received._data)) is not None:
             received.maybe_extract_at_most(empty.end())

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from jmoe.server.access import Observer
 from jmoe.server.app import make_app
-from jmoe.server.crowd import Crowd
+from jmoe.server.crowd import LACKING, Crowd
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.protocol import protocol, wire_app
 from jmoe.server.service import Service
@@ -126,6 +126,15 @@ def _log_failure(task: asyncio.Task) -> None:
         log.error("what logs the traffic failed", exc_info=task.exception())
 
 
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody waits for. An accept without a descriptor is tried again in a second."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in LACKING:
+        log.error("%s: %s", context.get("message"), error.strerror)
+    else:
+        loop.default_exception_handler(context)
+
+
 class Server(uvicorn.Server):
     """uvicorn that drains: it goes on listening, and refusing, until running answers have finished."""
 
@@ -146,7 +155,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                backlog=min(BACKLOG, 2 * crowd.spare),  # so many are accepted before one is looked at
+                backlog=max(1, min(BACKLOG, crowd.spare // 2)),  # so many are accepted at once, see startup
                 timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
@@ -177,6 +186,12 @@ class Server(uvicorn.Server):
         except asyncio.CancelledError:
             if not self.should_exit:
                 raise
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)  # the system may hold more than are accepted at once
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         service, self.loop = self.service, asyncio.get_running_loop()
