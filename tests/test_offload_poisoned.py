@@ -19,7 +19,10 @@ from jmoe.config import MoEConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
+from jmoe.grouping.profile import Profile
 from jmoe.techniques import OffloadConfig
+from jmoe.tools.evaluate import evaluate
+from jmoe.tools.profile import profile
 
 POISON = VOCAB - 1
 rng = np.random.default_rng(0)
@@ -134,3 +137,40 @@ def test_meshes(model: Path, want, shape: tuple[int, int, int], transport):
     moe = MoEConfig(transport=transport, offload=offload)
     with closing(build(model, moe, **dict(zip(axes, shape, strict=True)))) as engine:
         check_nothing_is_left(engine, want, groups=shape[0])
+
+
+@pytest.mark.parametrize("executor", ["graph", pytest.param("host", marks=pytest.mark.matrix)])
+def test_an_assignment_that_no_expert_was_given_ends_its_requests_and_is_told(
+    model: Path, want, executor, caplog
+):
+    """The two halves of the slot table are made to differ: an expert is held where nobody looks for it."""
+    offload = OffloadConfig(slots_per_layer=EXPERTS, predictor="none", executor=executor)
+    with closing(build(model, MoEConfig(offload=offload))) as engine:
+        assert serve(engine, HEALTHY) == want
+        cache = engine.runner.cache
+        assert cache is not None
+        slots = cache.table.slots
+        crossed = slots._replace(held_S=slots.held_S[::-1])
+        engine.runner.cache = replace(cache, table=cache.table._replace(slots=crossed))
+        error, _ = beside(engine, HEALTHY[0], GREEDY)
+        assert error is not None and "assignments to experts were not computed" in error
+        stats = engine.moe_stats()
+        assert stats["prefill"]["lost_assignments"] + stats["decode"]["lost_assignments"] > 0
+        assert any("fault of the engine" in record.message for record in caplog.records)
+
+
+def test_eval_and_profile_of_a_text_that_overflows(model: Path, tmp_path: Path):
+    """A loss is refused; a profile leaves the window out, says so, and holds numbers alone."""
+    text, out = tmp_path / "bad.txt", tmp_path / "profile.npz"
+    text.write_text(
+        "a window that is well\n<|endoftext|>\na soft hyphen\u00ad is token 255", encoding="utf-8"
+    )
+    for mode in ("prefill", "decode"):
+        with pytest.raises(ValueError, match=r"NaN logits for \d+ of \d+ tokens"):
+            evaluate(str(model), [text], mode=mode, batch_size=2, settings=SETTINGS)
+    report = profile(str(model), [text], out, batch_size=2, settings=SETTINGS)
+    assert report["windows"] == 2 and report["overflown_windows"] == 1
+    assert Profile.load(out).tokens == len("a window that is well") == report["tokens"]
+    text.write_text("soft\u00adhyphen", encoding="utf-8")
+    with pytest.raises(ValueError, match="activations of every window overflow"):
+        profile(str(model), [text], out, batch_size=2, settings=SETTINGS)

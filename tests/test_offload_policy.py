@@ -158,8 +158,19 @@ def test_a_pool_is_filled_with_what_is_used_most():
         assert held(table) == set(best) and not table.slots.flying_S.any() and moves.evicted == 0
 
 
-def one_step(rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int = 3) -> list:
-    """Some steps of decode decisions on random needs and forecasts; every state and move on the way."""
+ODD = np.array([np.nan, np.inf, -np.inf, 2.0, -1.0, 1e-42, 2e-38], np.float32)  # of no sane score
+
+
+def one_step(
+    rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int = 3, *, odd: bool = False
+) -> list:
+    """Some steps of decode decisions on random needs and forecasts; every state and move on the way. odd:
+    half of what is forecast and scored is no number, or none of a probability."""
+
+    def spoiled(values: np.ndarray) -> np.ndarray:
+        spoils = rng.random(values.shape) < 0.5 if odd else np.zeros(values.shape, bool)
+        return np.where(spoils, rng.choice(ODD, values.shape), values).astype(np.float32)
+
     jitted = jax.jit if xp is jnp else (lambda f, **_: f)
     foresee, prefetch = jitted(decide.foresee), jitted(partial(decide.prefetch, rule=rule))
     demand = jitted(partial(decide.demand, rule=rule, most=E))
@@ -171,7 +182,7 @@ def one_step(rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int
     for _ in range(steps):
         for layer in range(-1, L):
             p_AE = rng.integers(0, 4, (A, E)).astype(np.float32) / 4
-            forecast = Forecast(xp.asarray(p_AE), xp.asarray(rng.random((A, E)) < 0.6))
+            forecast = Forecast(xp.asarray(spoiled(p_AE)), xp.asarray(rng.random((A, E)) < 0.6))
             needed_E = xp.asarray(rng.random(E) < 0.5)
             at = xp.asarray(layer, dtype="int32")
             table = foresee(table, at + 1, forecast)
@@ -181,7 +192,7 @@ def one_step(rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int
             table, wishes = prefetch(table, layer=at)
             trail.append((table, wishes, None))
             if layer >= 0:
-                table = finish(table, needed_E, xp.asarray(rng.random(E), dtype="float32"), at)
+                table = finish(table, needed_E, xp.asarray(spoiled(rng.random(E))), at)
             else:
                 table = table._replace(slots=table.slots._replace(flying_S=table.slots.flying_S & False))
             trail.append((table, None, None))
@@ -190,10 +201,14 @@ def one_step(rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
 @pytest.mark.parametrize("slots", [2, 5, 9, X])
-def test_decisions_of_whole_steps(eviction, slots: int):
+@pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
+def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
     """What a layer needs is there behind its demand as far as slots go; a prefetch takes none of it."""
     for seed in range(10):
-        trail = one_step(np.random.default_rng(seed), Rule(eviction, 2, A), slots)
+        trail = one_step(np.random.default_rng(seed), Rule(eviction, 2, A), slots, odd=odd)
+        assert all(
+            np.isfinite(t.outlook.heat_LE).all() and np.isfinite(t.outlook.p_LE).all() for t, *_ in trail
+        )
         for (before, *_), (after, moves, needs) in pairwise(trail):
             if moves is None:
                 assert held(after) == held(before) and not after.slots.flying_S.any()
@@ -219,10 +234,11 @@ def test_decisions_of_whole_steps(eviction, slots: int):
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
-def test_jax_decides_as_numpy_does_bit_for_bit(eviction):
+@pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
+def test_jax_decides_as_numpy_does_bit_for_bit(eviction, odd: bool):
     for seed in range(3):
         ours, theirs = (
-            one_step(np.random.default_rng(seed), Rule(eviction, 2, A), 5, xp) for xp in (np, jnp)
+            one_step(np.random.default_rng(seed), Rule(eviction, 2, A), 5, xp, odd=odd) for xp in (np, jnp)
         )
         for (a, moves, _), (b, same_moves, _) in zip(ours, theirs, strict=True):
             for want, got in zip(jax.tree.leaves((a, moves)), jax.tree.leaves((b, same_moves)), strict=True):

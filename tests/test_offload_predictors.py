@@ -187,3 +187,33 @@ def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list
     np.testing.assert_array_equal(found.wanted_AE, expected.wanted_AE)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), after, eager)
     assert found.p_AE.dtype == np.float32 and found.p_AE.shape == (LAYERS + 1, A, E)
+
+
+@pytest.mark.parametrize("name", (*NAMES, "expert_map online"))
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, value: float):
+    """Its mates' forecast is the one without it; a later step's is that of a predictor that never saw it."""
+    table = np.tile(embeddings(), (1, 2))[:, :D]
+    profile = None if "online" in name else PROFILE
+    made = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    rng = np.random.default_rng(2)
+    seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
+    made, _ = walked(made, seen, layers)
+    bad = [
+        LayerSeen(each.scores_BE.at[0].set(value), each.ids_BK, each.ahead_BAE.at[0].set(value))
+        for each in layers
+        if each.ahead_BAE is not None
+    ]
+    alone = seen._replace(valid_B=jnp.asarray([False, True, True]))
+    after, forecasts = walked(made, seen, bad)
+    _, expected = walked(made, alone, layers)
+    by_ids = name in ("token_table", "counts")  # these go by the token's id, or by what its request chose
+    for got, want in zip(forecasts[1:], expected[1:], strict=True):
+        assert np.isfinite(got.p_AE).all()
+        if not by_ids:
+            np.testing.assert_allclose(got.p_AE, want.p_AE, atol=1e-6)
+            np.testing.assert_array_equal(got.wanted_AE, want.wanted_AE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    overflown = seen._replace(embeddings_BD=seen.embeddings_BD.at[0].set(value))
+    for walk in (walked(made, overflown, bad), walked(after, overflown, bad)):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(walk))

@@ -187,3 +187,58 @@ def test_jax_decides_as_numpy_does_under_jit():
         for got, want in zip((*on_device, found_M), (*state, slot_M), strict=True):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
+
+
+ODD = np.array(
+    [
+        np.nan,
+        np.inf,
+        -np.inf,
+        0.0,
+        -0.0,
+        1e-42,
+        -1e-42,
+        1.0,
+        -1.0,
+        *(s * np.finfo(np.float32).max for s in (1, -1)),
+    ],
+    np.float32,
+)
+
+
+def cost(worth: float) -> float:
+    most = float(np.finfo(np.float32).max)
+    if np.isnan(worth):
+        return -most
+    return 0.0 if abs(worth) < np.finfo(np.float32).tiny else min(max(worth, -most), most)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_whatever_experts_are_worth_what_is_needed_has_a_slot(xp):
+    """Any number, or none, in any worth and any gain: the order is total, and nothing that is needed goes
+    without as long as a slot may be taken."""
+    rng, slots, experts, most = np.random.default_rng(1), 6, 10, 4
+    step = jax.jit(under_test.claim) if xp is jnp else under_test.claim
+    for _ in range(300):
+        held_S = np.where(rng.random(slots) < 0.8, rng.permutation(experts)[:slots], experts).astype(np.int32)
+        machine = tuple(
+            Slot(None if e == experts else int(e), *(bool(b) for b in (rng.random(2) < 0.25) & (e < experts)))
+            for e in held_S
+        )
+        before = as_arrays(machine, experts)
+        absent = rng.permutation(np.setdiff1d(np.arange(experts), held_S))[: rng.integers(0, most + 1)]
+        experts_M = np.append(absent, np.full(most - len(absent), experts)).astype(np.int32)
+        worth_X, needed = rng.choice(ODD, experts), rng.random() < 0.5
+        gain_M = np.full(most, under_test.NEEDED, np.float32) if needed else rng.choice(ODD, most)
+        given = map(xp.asarray, (experts_M, gain_M, worth_X))
+        after, slot_M = jax.tree.map(np.asarray, step(Slots(*map(xp.asarray, before)), *given))
+        free = [i for i, slot in enumerate(machine) if not (slot.pinned or slot.flying)]
+        in_order = sorted(free, key=lambda i: (held_S[i] < experts, cost(worth_X[held_S[i] % experts]), i))
+        took = [int(slot) for slot in slot_M if slot < slots]
+        assert took == in_order[: len(took)] and slot_M[len(took) :].tolist() == [slots] * (most - len(took))
+        if needed:
+            assert len(took) == min(len(absent), len(free))
+        assert after.held_S[took].tolist() == absent[: len(took)].tolist() and after.flying_S[took].all()
+        for slot, expert in enumerate(after.held_S):
+            assert expert == experts or after.slot_X[expert] == slot
+        assert np.sum(after.slot_X < slots) == np.sum(after.held_S < experts)

@@ -156,9 +156,11 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
 
 
 def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """The log-probability of each of ``ids_N``."""
-    logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
-    return jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]
+    """The log-probability of each of ``ids_N``: ``jax.nn.log_softmax`` of them alone."""
+    highest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+    sum_N = jnp.sum(jnp.exp(logits_NV - highest_N1), axis=-1)
+    chosen_N1 = jnp.take_along_axis(logits_NV, ids_N[..., None], axis=-1)
+    return (chosen_N1 - highest_N1)[..., 0] - jnp.log(sum_N)
 
 
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:

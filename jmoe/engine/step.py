@@ -97,11 +97,12 @@ class WindowRouting:
 def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
     """What ``routing``, one a layer, says of whole windows; for use under jit."""
     b, t = seqs.tokens_BT.shape
-    valid_BT1 = (seqs.positions_BT >= 0).astype(jnp.float32)[:, :, None]
+    valid_BT1 = (seqs.positions_BT >= 0)[:, :, None]
 
     def mean(values_BTX: Array) -> Array:
         """Over each window's own tokens."""
-        return jnp.sum(values_BTX * valid_BT1, 1) / jnp.maximum(jnp.sum(valid_BT1, 1), 1.0)
+        count_B1 = jnp.maximum(jnp.sum(valid_BT1, 1, dtype=jnp.float32), 1.0)
+        return jnp.sum(jnp.where(valid_BT1, values_BTX, 0.0), 1) / count_B1
 
     def picked(scores_TE: Array) -> Array:
         return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)

@@ -94,6 +94,15 @@ class Profile:
         for name, (array, limit) in limits.items():
             if array.size and not 0 <= array.min() <= array.max() < limit:
                 raise ValueError(f"{name} must be from 0 to {limit - 1}")
+        shares = {
+            "sampled gates": sample.gates_QLE,
+            "sampled embeddings": sample.embeddings_QD,
+            "trace weights": sample.weights_QPLK,
+            "maps": sample.maps_QMLE,
+        }
+        for name, array in shares.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite numbers")
         if np.any(np.diff(self.pairs_X) <= 0):
             raise ValueError("pairs must ascend")
 

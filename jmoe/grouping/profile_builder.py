@@ -33,11 +33,19 @@ class RoutedRequest:
     maps_MLE: Float[np.ndarray, "M L E"]
     map_tokens_M: Int[np.ndarray, " M"]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was measured is numbers. Maps at no position are not."""
+        maps_XLE = self.maps_MLE[self.map_tokens_M >= 0]
+        measured = self.weights_LNK, self.gates_LE, self.embedding_D, maps_XLE
+        return all(bool(np.isfinite(each).all()) for each in measured)
+
 
 class ProfileBuilder:
     """Takes routed requests and finishes to their ``Profile``.
 
-    requests: how many are kept as the sample; trace: how many tokens of each.
+    requests: how many are kept as the sample; trace: how many tokens of each. overflown: requests that were
+    left out, as the model's activations overflowed: what their routers chose says nothing.
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class ProfileBuilder:
         requests: int = 1024, trace: int = 32, seed: int = 0,
     ):  # fmt: skip
         self.experts, self.k, self.trace = experts, k, trace
-        self.tokens = 0
+        self.tokens = self.overflown = 0
         self._rng = np.random.default_rng(seed)
         self._size, self._seen = requests, 0
         self._kept: list[dict[str, np.ndarray]] = []
@@ -57,6 +65,9 @@ class ProfileBuilder:
         self._waiting_size = 0
 
     def add(self, request: RoutedRequest) -> None:
+        if not request.is_finite:
+            self.overflown += 1
+            return
         tokens_N, ids_LNK = request.tokens_N, request.ids_LNK.astype(np.int64)
         layers, n, _ = ids_LNK.shape
         vocab = len(self._frequency_V)
@@ -117,12 +128,12 @@ class ProfileBuilder:
         tokens_P[: len(request.tokens_N[piece])] = request.tokens_N[piece]
         kept = {
             "experts_QLE": experts_LE.astype(np.int32),
-            "gates_QLE": request.gates_LE.astype(np.float16),
-            "embeddings_QD": request.embedding_D.astype(np.float16),
+            "gates_QLE": _half(request.gates_LE),
+            "embeddings_QD": _half(request.embedding_D),
             "tokens_QP": tokens_P,
             "ids_QPLK": self._piece(request.ids_LNK[:, piece], np.int16),
-            "weights_QPLK": self._piece(request.weights_LNK[:, piece], np.float16),
-            "maps_QMLE": request.maps_MLE.astype(np.float16),
+            "weights_QPLK": self._piece(_half(request.weights_LNK[:, piece]), np.float16),
+            "maps_QMLE": _half(np.where((request.map_tokens_M >= 0)[:, None, None], request.maps_MLE, 0)),
             "map_tokens_QM": request.map_tokens_M.astype(np.int32),
         }
         self._kept[place : place + 1] = [kept]
@@ -133,6 +144,12 @@ class ProfileBuilder:
         piece_PLK = np.zeros((self.trace, layers, k), dtype)
         piece_PLK[:n] = values_LNK.transpose(1, 0, 2)
         return piece_PLK
+
+
+def _half(values_Z: Float[np.ndarray, "*Z"]) -> Float[np.ndarray, "*Z"]:
+    """In float16, whose largest number stands for larger ones."""
+    most = np.finfo(np.float16).max
+    return np.clip(values_Z, -most, most).astype(np.float16)
 
 
 def nearest_seen(embeddings_VD: Float[np.ndarray, "V D"], seen_V: np.ndarray) -> Int[np.ndarray, " V"]:

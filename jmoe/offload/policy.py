@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from jmoe.offload.slots import NEEDED
 from jmoe.techniques import Eviction
 
+FAINT = 1e-30  # what is below it counts as 0; products with it are no denormal numbers yet
 LEAST = 1e-6  # a forecast of nothing, so that visits still rank
 MEMORY = 0.9  # of heat from one step to the next: that of ten steps
 
@@ -83,8 +84,7 @@ def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlo
     """With a forecast of the layers from ``first`` on; what lies past the last is dropped, and what is no
     finite number says 0."""
     xp = p_AE.__array_namespace__()
-    sane_AE = xp.isfinite(p_AE)
-    p_AE, wanted_AE = xp.where(sane_AE, p_AE, xp.zeros((), dtype=p_AE.dtype)), wanted_AE & sane_AE
+    p_AE, wanted_AE = told(p_AE), wanted_AE & xp.isfinite(p_AE)
     a = p_AE.shape[0]
     row_L = xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - first
     told_L1 = ((row_L >= 0) & (row_L < a))[:, None]
@@ -97,10 +97,17 @@ def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
     """After a layer's gate: what it scored. The mean outlives the request, so that what is no finite number
     counts as 0."""
     xp = scores_E.__array_namespace__()
-    scores_E = xp.where(xp.isfinite(scores_E), scores_E, xp.zeros((), dtype=scores_E.dtype))
     at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
-    heat_LE = xp.where(at_L1, MEMORY * outlook.heat_LE + (1 - MEMORY) * scores_E[None], outlook.heat_LE)
+    heat_LE, scores_E = told(outlook.heat_LE), told(scores_E)
+    heat_LE = xp.where(at_L1, MEMORY * heat_LE + (1 - MEMORY) * scores_E[None], heat_LE)
     return outlook._replace(heat_LE=heat_LE.astype(xp.float32))
+
+
+def told(p_Z: Any) -> Any:
+    """What scores and forecasts say of experts: 0 where they are no finite numbers, and where they are so
+    small that some hardware would make them 0 and other would not."""
+    xp = p_Z.__array_namespace__()
+    return xp.where(xp.isfinite(p_Z) & (xp.abs(p_Z) >= FAINT), p_Z, xp.zeros((), dtype=p_Z.dtype))
 
 
 def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:

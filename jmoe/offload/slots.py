@@ -60,7 +60,7 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
     worth_S = xp.where(slots.pinned_S | slots.flying_S, xp.asarray(xp.inf, dtype=worth_S.dtype), worth_S)
     cheapest_S = xp.argsort(worth_S, stable=True).astype(xp.int32)
     cheapest_M, worth_M = _padded(cheapest_S, m, s), _padded(worth_S[cheapest_S], m, xp.inf)
-    takes_M = (experts_M < x) & (worth_M < gain_M)
+    takes_M = (experts_M < x) & (worth_M < _normal(gain_M))
     takes_M = xp.cumsum(~takes_M) == 0  # those that take one are the first of M, whatever the gains are
     slot_M = xp.where(takes_M, cheapest_M, s).astype(xp.int32)
 
@@ -86,7 +86,14 @@ def _finite(worth_X: Any) -> Any:
     """Of the same order, and every one a finite number: the sort and the comparisons behind it are total."""
     xp = worth_X.__array_namespace__()
     most = xp.finfo(worth_X.dtype).max
-    return xp.clip(xp.where(xp.isnan(worth_X), -most, worth_X), -most, most)
+    return xp.clip(xp.where(xp.isnan(worth_X), -most, _normal(worth_X)), -most, most)
+
+
+def _normal(values_N: Any) -> Any:
+    """With 0 for denormal numbers, which some hardware compares as 0 and other does not."""
+    xp = values_N.__array_namespace__()
+    least = xp.finfo(values_N.dtype).tiny
+    return xp.where(xp.abs(values_N) < least, xp.zeros((), dtype=values_N.dtype), values_N)
 
 
 def _with(values_N: Any, last: Any) -> Any:
