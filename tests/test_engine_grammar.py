@@ -184,15 +184,6 @@ def deep(levels):
     return schema
 
 
-def test_a_checker_starts_again_after_its_child_was_killed(compiler):
-    checker = GrammarChecker(compiler.spec)
-    checker.check(Grammar("regex", "a").source())
-    checker.child.kill()
-    checker.child.wait()
-    checker.check(Grammar("regex", "b").source())
-    checker.close()
-
-
 def test_objects_with_named_properties_are_closed_where_the_schema_is_silent():
     def made(schema: dict) -> dict:
         return json.loads(schema_grammar(schema).text)

@@ -168,7 +168,7 @@ class Engine:
             request.started = request.started or began
             fill(each, given, self._ends(request.params))
             if (failure := constrain(each, given)) is not None:
-                self._fail(request, failure)
+                self._fail(request, failure, invalid=True)
         planned = time.monotonic() - began
         sampled, hidden, changes = runner.run(given)
         scores = self._scores.start(placed, hidden)
@@ -248,7 +248,7 @@ class Engine:
             try:
                 request.constraint.accept(token)
             except ValueError as error:
-                self._fail(request, str(error))
+                self._fail(request, str(error), invalid=True)
                 return
         output = self._output(
             request, (token,), text=text, logprobs=logprobs, finish_reason=finish, stop_reason=stopped_by
@@ -261,8 +261,8 @@ class Engine:
     def _output(self, request: Request, token_ids: tuple[int, ...], **fields: Any) -> Output:
         return Output(request.id, token_ids, prompt_logprobs=self._scores.take(request), **fields)
 
-    def _fail(self, request: Request, cause: str) -> None:
-        self._end(request, Output(request.id, finish_reason="error", error=cause))
+    def _fail(self, request: Request, cause: str, *, invalid: bool = False) -> None:
+        self._end(request, Output(request.id, finish_reason="error", error=cause, invalid=invalid))
 
     def _end(self, request: Request, output: Output) -> None:
         self.scheduler.finish(request)

@@ -5,11 +5,11 @@ import dataclasses
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jmoe.engine.grammar import CompiledGrammar
 from jmoe.engine.request import SamplingParams
 from jmoe.server.answers import AnswerFormat, ChatFormat, CompletionFormat, Usage
 from jmoe.server.body import check_chat, check_completion
 from jmoe.server.delivery import EventStream, stream_events, whole_answer
+from jmoe.server.grammars import Following
 from jmoe.server.prompts import Prompt, chat_prompt, completion_prompts
 from jmoe.server.sampling import chat_params, completion_params, fan_out
 from jmoe.server.schema import ChatRequest, CompletionRequest, GenerationRequest, NamedTool
@@ -26,7 +26,7 @@ class Work:
 
     prompts: list[Prompt]
     params: list[SamplingParams]
-    grammar: CompiledGrammar | None
+    grammar: Following | None
     field: str
 
 
@@ -64,7 +64,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     )
 
 
-async def _grammar(service: Service, body: GenerationRequest) -> CompiledGrammar | None:
+async def _grammar(service: Service, body: GenerationRequest) -> Following | None:
     wanted = wanted_grammar(body)
     return None if wanted is None else await service.grammars.compile(wanted.grammar, wanted.param)
 
