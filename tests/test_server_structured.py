@@ -227,7 +227,10 @@ BAD = [
     ({"tools": [{"type": "search"}], "tool_choice": "required"}, "tools[0].type", VALUE),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools[0].function",
      "missing_required_parameter"),
-    ({"tools": [tool("a b")], "tool_choice": "required"}, "tools[0].function.name", VALUE),
+    *(({"tools": [tool(name)], "tool_choice": "required"}, "tools[0].function.name", VALUE)
+      for name in ("a b", "f\n", "\nf", "f\r", "f\u2028", "f\x85", "\u0661", "")),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x\n", "schema": {}}}},
+     "response_format.json_schema.name", VALUE),
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from jmoe.engine.grammar_tokens import (
     tokenizer_spec,
     try_grammar,
 )
+from jmoe.engine.json_schema import prepared
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 # Between the tokens of a JSON text. Bounded: a model could otherwise indent until its tokens are spent.
@@ -40,13 +41,16 @@ class Grammar:
             raise ValueError(f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
 
     def source(self) -> str:
-        """The grammar in llguidance's own form; ValueError for a schema that is no JSON."""
+        """The grammar in llguidance's own form; ValueError for a schema that is no JSON or not followed.
+
+        In a schema, objects with named properties hold no others where it is silent (``json_schema``).
+        """
         if self.kind == "regex":
             return llguidance.LLMatcher.grammar_from_regex(self.text)
         if self.kind == "lark":
             return llguidance.LLMatcher.grammar_from_lark(self.text)
         options = {"whitespace_pattern": WHITESPACE}
-        return llguidance.LLMatcher.grammar_from_json_schema(self.text, defaults=options)  # type: ignore[arg-type]
+        return llguidance.LLMatcher.grammar_from_json_schema(prepared(self.text), defaults=options)  # type: ignore[arg-type]
 
 
 def one_of(texts: Iterable[str]) -> Grammar:
@@ -55,40 +59,11 @@ def one_of(texts: Iterable[str]) -> Grammar:
 
 
 def schema_grammar(schema: dict[str, Any]) -> Grammar:
-    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself.
-
-    Objects with named properties hold no others unless the schema says so: every answer still satisfies it,
-    and a model cannot go on adding properties until its tokens are spent.
-    """
+    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself."""
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-        if '"allOf"' not in text:  # there each part would refuse what the others name
-            closed = json.dumps(_closed(schema), ensure_ascii=False, allow_nan=False)
-            text = closed if len(closed.encode(errors="replace")) <= MAX_GRAMMAR_BYTES else text
-        return Grammar("json_schema", text)
+        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except RecursionError:
         raise ValueError("the schema is nested too deeply") from None
-
-
-OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties")
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with every object of named properties closed where it does not say."""
-    if not isinstance(schema, dict):
-        return schema
-    made = dict(schema)
-    for name in ("properties", "patternProperties", "$defs", "definitions"):
-        if isinstance(schema.get(name), dict):
-            made[name] = {key: _closed(value) for key, value in schema[name].items()}
-    for name in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(schema.get(name), list):
-            made[name] = [_closed(value) for value in schema[name]]
-    for name in ("items", "additionalProperties"):
-        made |= {name: _closed(schema[name])} if name in schema else {}
-    if isinstance(schema.get("properties"), dict) and not any(name in schema for name in OPEN):
-        made["additionalProperties"] = False
-    return made
 
 
 def _literal(character: str) -> str:

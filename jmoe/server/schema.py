@@ -17,7 +17,8 @@ Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopTexts = Annotated[list[StopText], Meta(max_length=4)]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+# In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Scalar = str | int | float | bool | None
 GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
