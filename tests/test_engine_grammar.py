@@ -161,7 +161,7 @@ def test_hostile_grammars_end_a_child_and_not_the_server(compiler, checker, gram
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"too complex: compiling it takes more than 2 s or 256 MiB"):
         checker.check(grammar.source())
-    assert time.monotonic() - start < 30  # two of processor time, on a busy machine
+    assert time.monotonic() - start < 55  # two of processor time, on a busy machine
     checker.check(chain(40).source())  # the next child, and a depth that people write
     assert compiler.compile(chain(40))
 

@@ -118,7 +118,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]):
         self.words = -(-vocab_size // 32)
-        self.spec = tokenizer_spec(tokenizer, vocab_size, end_ids)
+        with panics_as_errors():
+            self.spec = tokenizer_spec(tokenizer, vocab_size, end_ids)
         self.tokenizer = make_tokenizer(self.spec)
 
     def source(self, grammar: Grammar) -> str:

@@ -20,7 +20,6 @@ from jmoe.engine.grammar_tokens import follow, make_tokenizer, try_grammar
 
 MAX_BYTES = 256 * 1024 * 1024  # of address space, beyond what the process takes with its tokenizer
 STACK_BYTES = 2 * 1024 * 1024
-NICENESS = 5  # answers go before grammars
 
 
 def serve() -> None:
@@ -30,7 +29,6 @@ def serve() -> None:
     spec = json.loads(_exactly(control, int.from_bytes(_exactly(control, 8), "big")))
     tokenizer = make_tokenizer(spec)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    os.nice(NICENESS)
     memory = _memory_limit()
     while True:
         data, handles, *_ = socket.recv_fds(control, 1, 1)
