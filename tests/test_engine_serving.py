@@ -218,7 +218,7 @@ def test_a_broken_constraint_ends_its_request_alone(engine: Engine):
     broken = Request("broken", [1, 2], GREEDY, got.append, 0.0, constraint=Only([5] * 12, fails=3))
     fine = Request("fine", [1, 2], GREEDY, lambda output: None, 0.0)
     engine.run([broken, fine])
-    assert got[-1].finish_reason == "error" and "grammar is broken" in got[-1].error
+    assert got[-1].finish_reason == "error" and "grammar is broken" in got[-1].error and got[-1].invalid
     assert broken.token_ids == [5, 5, 5] and len(fine.token_ids) == 12
     assert engine.snapshot().kv_usage == 0
 

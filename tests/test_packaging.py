@@ -93,7 +93,8 @@ def test_moe_stages_do_not_import_one_another():
 
 
 def test_the_host_side_of_the_engine_knows_no_jax():
-    host = "request", "pages", "prefix", "dispatch", "plan", "scheduler", "text", "grammar", "grammar_check"
+    host = "request", "pages", "prefix", "dispatch", "plan", "scheduler", "text", "grammar", "grammar_tokens"
+    host += "grammar_check", "grammar_child", "json_schema", "schema_keywords"
     for name in host:
         assert not re.search(r"^\s*(import|from) jax", (ROOT / f"jmoe/engine/{name}.py").read_text(), re.M)
     for path in (ROOT / "jmoe/server").glob("*.py"):

@@ -174,7 +174,9 @@ class FakeEngine:
             try:
                 token = self._allowed(request, token)
             except ValueError as error:
-                return self._end(request, Output(request.id, finish_reason="error", error=str(error)))
+                return self._end(
+                    request, Output(request.id, finish_reason="error", error=str(error), invalid=True)
+                )
         request.token_ids.append(token)
         now = time.monotonic()
         request.first_token = request.first_token or now

@@ -1,6 +1,9 @@
 """Structured answers and calls of functions over HTTP, with the fake engine obeying the real constraints."""
 
+import errno
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import openai
@@ -225,7 +228,10 @@ BAD = [
     ({"tools": [{"type": "search"}], "tool_choice": "required"}, "tools[0].type", VALUE),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools[0].function",
      "missing_required_parameter"),
-    ({"tools": [tool("a b")], "tool_choice": "required"}, "tools[0].function.name", VALUE),
+    *(({"tools": [tool(name)], "tool_choice": "required"}, "tools[0].function.name", VALUE)
+      for name in ("a b", "f\n", "\nf", "f\r", "f\u2028", "f\x85", "\u0661", "")),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x\n", "schema": {}}}},
+     "response_format.json_schema.name", VALUE),
 ]  # fmt: skip
 
 
@@ -243,6 +249,54 @@ def test_a_hostile_schema_is_a_400(client):
     response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"json": schema}})
     assert "too complex" in check(response, 400, "structured_outputs", VALUE)
     assert ask(client, TEXT, structured_outputs={"regex": "after"})[0]["text"] == "after"
+
+
+LATE = {
+    "lexer": {"regex": "a{1000000}"},
+    "for ever": {"grammar": 'start: "a" start'},
+    "row": {"grammar": "start: \"a\" (" + " | ".join(f'"{i}" b' for i in range(3000)) + ')\nb: "b"'},
+    "objects": {"json": {"anyOf": [
+        {"type": "object", "properties": {f"o{i}_{j}": {"type": "string"} for j in range(20)}}
+        for i in range(50)
+    ]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs", LATE.values(), ids=LATE)
+def test_what_fails_within_a_few_tokens_is_refused_before_the_answer_begins(client, outputs):
+    body = {"prompt": "a", "max_tokens": 5, "stream": True, "structured_outputs": outputs}
+    check(client.post(TEXT, json=body), 400, "structured_outputs", VALUE)
+
+
+def test_costly_grammars_delay_one_another_only(client, monkeypatch):
+    """A cheap one that comes last is not the last one to be answered."""
+    ask(client, TEXT, structured_outputs={"regex": "the tokenizer is read"})
+    monkeypatch.setattr("jmoe.server.grammars.QUICK_SECONDS", 0.03)  # a costly one here takes four times that
+    done = []
+
+    def post(name, outputs):
+        ask(client, TEXT, max_tokens=1, structured_outputs=outputs)
+        done.append(name)
+
+    with ThreadPoolExecutor(7) as pool:
+        costly = [{"type": "integer", "multipleOf": 20011 + 2 * k} for k in range(5)]
+        jobs = [pool.submit(post, "costly", {"json": schema}) for schema in costly]
+        while client.service.grammars.waiting < len(jobs):
+            time.sleep(0.001)
+        jobs += [pool.submit(post, "cheap", {"choice": [f"q{k}", "r"]}) for k in range(2)]
+        for job in jobs:
+            job.result()
+    assert done[-1] == "costly", done
+
+
+def test_without_descriptors_a_grammar_is_a_503(client, monkeypatch):
+    def none(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("socket.socketpair", none)
+    response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"regex": "unheard"}})
+    assert "Too many open files" in check(response, 503, None, "grammars_unavailable")
+    assert response.headers["retry-after"] == "1"
 
 
 def test_too_many_waiting_grammars_are_a_503(client, monkeypatch):
@@ -292,9 +346,14 @@ def test_without_a_tokenizer_or_an_end():
 
 
 def test_a_matcher_that_fails_ends_its_request_alone(client):
-    """More ways to go on than llguidance follows, and only behind the first token."""
+    """More ways to go on than llguidance follows, and only after so many tokens that no try sees it. What
+    was asked for is at fault: another try would fail too."""
     many = " | ".join(f'"{i}" b' for i in range(3000))
-    outputs = {"grammar": f'start: "a" b ({many})\nb: "b"'}
-    response = client.post(TEXT, json={"prompt": "a", "structured_outputs": outputs})
-    assert "the grammar failed" in check(response, 500)
+    outputs = {"grammar": f'start: /[ac]{{20}}/ b ({many})\nb: "b"'}
+    body = {"prompt": "a", "max_tokens": 40, "structured_outputs": outputs}
+    message = check(client.post(TEXT, json=body), 400, "structured_outputs", VALUE)
+    assert "the grammar failed" in message and not client.service.running
+    *parts, last = events(client.post(TEXT, json={**body, "stream": True}))
+    assert "".join(p["choices"][0]["text"] for p in parts) == "a" * 20
+    assert (last["error"]["type"], last["error"]["param"]) == ("invalid_request_error", "structured_outputs")
     assert ask(client, TEXT, structured_outputs=REGEX)[0]["text"] == "a"

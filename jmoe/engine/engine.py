@@ -192,7 +192,7 @@ class Engine:
         request = placed.run.request
         fill(placed, given, self._ends(request.params))
         if (failure := constrain(placed, given)) is not None:
-            self._fail(request, failure)
+            self._fail(request, failure, invalid=True)
 
     def _ends(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.end_ids
@@ -275,7 +275,7 @@ class Engine:
             try:
                 request.constraint.accept(token)
             except ValueError as error:
-                self._fail(request, str(error))
+                self._fail(request, str(error), invalid=True)
                 return
         output = self._output(
             request, (token,), text=text, logprobs=logprobs, finish_reason=finish, stop_reason=stopped_by
@@ -297,8 +297,8 @@ class Engine:
             if not placed.run.request.place.ended:
                 self._fail(placed.run.request, cause)
 
-    def _fail(self, request: Request, cause: str) -> None:
-        self._end(request, Output(request.id, finish_reason="error", error=cause))
+    def _fail(self, request: Request, cause: str, *, invalid: bool = False) -> None:
+        self._end(request, Output(request.id, finish_reason="error", error=cause, invalid=invalid))
 
     def _alone(self, request: Request, work: Callable[..., None], *given: Any) -> None:
         """Runs the host's ``work`` for one request, whose failure ends that request and no other."""

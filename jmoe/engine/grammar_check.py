@@ -1,104 +1,158 @@
-"""Tries grammars of strangers in a process of its own, which a hostile one may end.
+"""Tries grammars of strangers in processes of their own, which a hostile one may end (``grammar_child``)."""
 
-A JSON schema of 60 kB can exhaust llguidance's stack, a short grammar its time. Both would take the server
-with them, so the child gets a quarter of a thread's usual stack, processor time and memory: what it compiles,
-the server can.
-"""
-
+import contextlib
 import json
-import resource
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from jmoe.engine.grammar import make_tokenizer, try_grammar
+from jmoe.engine.grammar_child import MAX_BYTES
 
 MAX_SECONDS = 2.0  # of processor time
-MAX_BYTES = 256 * 1024 * 1024  # of address space, beyond what the child takes with its tokenizer
-STACK_BYTES = 2 * 1024 * 1024
+STALL_SECONDS = 3.0  # without any processor time: the process was stopped, or the machine swaps
+WALL_SECONDS = 60.0  # whatever the processors do
 ROOT = Path(__file__).parent.parent.parent
-MAIN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from jmoe.engine.grammar_check import serve; serve()"
+MAIN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from jmoe.engine.grammar_child import serve; serve()"
+NAME = "grammar_check"  # what it does, for lists of processes
+
+
+class TooCostly(ValueError):
+    """The grammar could not be tried within its limits."""
+
+
+class CheckerUnavailable(Exception):
+    """No grammar can be tried at present; the next try may succeed."""
 
 
 class GrammarChecker:
-    """The parent's end, for one thread at a time. A child that ended is replaced at the next call.
+    """The server's end. Threads may call it at once; a child that ended or was stopped is replaced.
 
-    spec: ``engine.grammar.tokenizer_spec``.
+    spec: ``engine.grammar_tokens.tokenizer_spec``.
     """
 
     def __init__(self, spec: dict[str, Any]):
         self.spec = spec
-        self.child: subprocess.Popen[str] | None = None
+        self.child: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._lock = threading.Lock()
 
-    def check(self, source: str) -> None:
-        """Raises ValueError with one line where ``source`` cannot be compiled within the limits."""
-        child = self.child
-        if child is None or child.poll() is not None:
-            self.close()
-            child = self._start()
-        answer = _ask(child, source)
-        if answer is None:
-            self.close()
+    def check(self, source: str, seconds: float = MAX_SECONDS) -> None:
+        """Raises ValueError with one line that says what is wrong with ``source``, TooCostly where it takes
+        more than ``seconds`` of processor time or the memory that it may have, and CheckerUnavailable."""
+        message = json.dumps({"source": source, "seconds": seconds}).encode() + b"\n"
+        answer = self._ask(message)
+        if answer is None and (answer := self._ask(message)) is None:
+            raise CheckerUnavailable("the process that tries grammars does not answer")
+        if "error" not in answer:
             limits = f"{MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB"
-            raise ValueError(f"it is too complex: compiling it takes more than {limits}")
+            raise TooCostly(f"it is too complex: compiling it takes more than {limits}")
         if answer["error"]:
             raise ValueError(answer["error"])
 
     def close(self) -> None:
         """Ends the child; it also ends by itself once this process has."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, message: bytes) -> dict[str, Any] | None:
+        """The answer of a fork, without "error" where it ended before it had one. None where none began, or
+        it was stopped: whichever process does not answer is ended."""
+        try:
+            mine, theirs = socket.socketpair()
+            with theirs, self._lock:
+                child = self._running()
+                self._hand_over(theirs)
+        except OSError as error:
+            raise CheckerUnavailable(f"grammars cannot be tried now: {error}") from None
+        with mine:
+            try:
+                begun = _line(mine, child.pid)
+            except TimeoutError:
+                begun = b""
+            if not begun:
+                with self._lock:
+                    if self.child is child:
+                        self._end()
+                return None
+            return _talk(mine, message, int(begun))
+
+    def _hand_over(self, end: socket.socket) -> None:
+        """Without a word where the child is gone or stopped: nobody will answer at the other end then."""
+        assert self._control is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
+            socket.send_fds(self._control, [b"."], [end.fileno()])
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        """The child, a new one where it has ended."""
+        if self.child is not None and self.child.poll() is None:
+            return self.child
+        self._end()
+        mine, theirs = socket.socketpair()
+        with theirs:
+            mine.settimeout(WALL_SECONDS)
+            command, quiet = [sys.executable, "-P", "-c", MAIN, NAME], subprocess.DEVNULL
+            try:
+                self.child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=quiet, stderr=quiet)
+            except OSError:
+                mine.close()
+                raise
+        self._control = mine
+        spec = json.dumps(self.spec).encode()
+        mine.sendall(len(spec).to_bytes(8, "big") + spec)
+        mine.settimeout(STALL_SECONDS)
+        return self.child
+
+    def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
         if self.child is not None:
             self.child.kill()
-            self.child.communicate()
+            self.child.wait()
             self.child = None
 
-    def _start(self) -> "subprocess.Popen[str]":
-        command, pipe, quiet = [sys.executable, "-P", "-c", MAIN], subprocess.PIPE, subprocess.DEVNULL
-        self.child = child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True)
-        _send(child, self.spec)
-        return child
 
-
-def _send(child: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(message) + "\n")
-    child.stdin.flush()
-
-
-def _ask(child: "subprocess.Popen[str]", source: str) -> dict[str, Any] | None:
-    """The child's answer, None where it ended instead."""
-    assert child.stdout is not None
+def _talk(fork: socket.socket, message: bytes, pid: int) -> dict[str, Any] | None:
     try:
-        _send(child, {"source": source})
-    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended: it says nothing
+            fork.sendall(message)
+        return json.loads(_line(fork, pid) or b"{}")
+    except TimeoutError:
+        os.kill(pid, signal.SIGKILL)  # it lives: its end of the socket is open
         return None
-    line = child.stdout.readline()
-    return json.loads(line) if line else None
 
 
-def serve() -> None:
-    """The child: a tokenizer on the first line of stdin, a grammar on each other one, an answer to each."""
-    tokenizer = make_tokenizer(json.loads(sys.stdin.readline()))
-    threading.stack_size(STACK_BYTES)
-    _limit_memory()
-    for line in sys.stdin:
-        answer: dict[str, Any] = {}
+def _line(end: socket.socket, pid: int) -> bytes:
+    """A line from process ``pid``, or nothing where it closed its end. TimeoutError where it gets no
+    processor time any more."""
+    line, used, deadline = b"", _ticks(pid), time.monotonic() + WALL_SECONDS
+    end.settimeout(STALL_SECONDS)
+    while not line.endswith(b"\n"):
+        try:
+            part = end.recv(1 << 16)
+        except ConnectionResetError:
+            return b""
+        except TimeoutError:
+            before, used = used, _ticks(pid)
+            if used == before or time.monotonic() > deadline:
+                raise
+            continue
+        if not part:
+            return b""
+        line += part
+    return line
 
-        def run(source: str, answer: dict[str, Any] = answer) -> None:
-            answer["error"] = try_grammar(tokenizer, source)[1]
 
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # nobody handles its signal: the process ends
-        thread = threading.Thread(target=run, args=[json.loads(line)["source"]])
-        thread.start()
-        thread.join()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
-
-
-def _limit_memory() -> None:
-    sizes = Path("/proc/self/statm")
-    if sizes.exists():  # Linux
-        limit = int(sizes.read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def _ticks(pid: int) -> float:
+    """A number that grows with the processor time of ``pid``."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:  # not Linux: only WALL_SECONDS ends it there
+        return time.monotonic()
+    return int(fields[11]) + int(fields[12])

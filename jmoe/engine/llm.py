@@ -86,7 +86,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues every prompt (text or token ids), in order. Raises ValueError for a bad one.
 
-        grammar: what every answer must be, as far as ``max_tokens`` lets it come; ValueError for a bad one.
+        grammar: what every answer must be, as far as ``max_tokens`` lets it come; ValueError for a bad one,
+        and for one that becomes too costly to follow.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")
@@ -142,7 +143,7 @@ class LLM:
     @staticmethod
     def _result(request: Request, parts: list[Output]) -> RequestOutput:
         if parts[-1].error is not None:
-            raise RuntimeError(parts[-1].error)
+            raise (ValueError if parts[-1].invalid else RuntimeError)(parts[-1].error)
         completion = Completion(
             text="".join(p.text for p in parts),
             token_ids=list(request.token_ids),

@@ -11,6 +11,9 @@ from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import SamplingRows
 from jmoe.engine.step_input import HostRows, StepInput
 
+SMALLEST = float(np.finfo(np.float32).tiny)  # devices take what is below it for 0, or not
+LARGEST_COUNT = np.iinfo(np.int32).max
+
 
 class Placed(NamedTuple):
     """A run in a step. row: of the drawn tokens. of, at: its host arrays and its rows in them. changed: those
@@ -77,9 +80,11 @@ def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
 
 
 def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position: int) -> None:
-    """position: of the token to be drawn."""
-    rows.temperature_B[row], rows.top_p_B[row] = params.temperature, params.top_p
-    rows.top_k_B[row], rows.min_p_B[row] = max(params.top_k, 0), params.min_p
+    """position: of the token to be drawn. What the arrays cannot hold becomes its limit."""
+    rows.temperature_B[row] = params.temperature if params.temperature >= SMALLEST else 0
+    rows.top_p_B[row] = params.top_p if params.top_p >= SMALLEST else 0
+    rows.min_p_B[row] = params.min_p if params.min_p >= SMALLEST else 0
+    rows.top_k_B[row] = min(max(params.top_k, 0), LARGEST_COUNT)
     rows.seed_B[row], rows.position_B[row] = _fold(params.seed or 0), position
     if params.logprobs is not None:
         rows.logprobs[...] = True

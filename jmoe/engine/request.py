@@ -20,8 +20,9 @@ class SamplingParams:
     """How to continue a prompt.
 
     max_tokens: tokens to generate at most; None = up to the end of the context; 0 only scores the prompt.
-    temperature: 0 is greedy. top_k: 0 or -1 is off. min_p: tokens less likely than this share of the
-    likeliest one's probability are never drawn. seed: None draws one. logit_bias: (token id, addend) pairs.
+    temperature: 0 is greedy. top_p: 0 keeps the likeliest token. top_k: 0 or -1 is off.
+    min_p: tokens less likely than this share of the likeliest one's probability are never drawn.
+    seed: None draws one. logit_bias: (token id, addend) pairs.
     stop: strings that end the text (and are cut from it). stop_token_ids: ids that end it.
     logprobs: alternatives reported for each generated token, None = none. prompt_logprobs: the same for
     the prompt's tokens. exact: opt out of every lossy technique of the MoE layers. cache_salt: the prompt's
@@ -98,8 +99,9 @@ class Output:
 
     text is what became certain: it never holds half a character nor the beginning of a stop string.
     prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
-    error: for ``finish_reason`` "error", the one-line cause. moe: with the last one, where anything lossy is
-    configured.
+    error: for ``finish_reason`` "error", the one-line cause.
+    invalid: whether what the request asked for is that cause, so that trying it again cannot help.
+    moe: with the last one, where anything lossy is configured.
     """
 
     request_id: str
@@ -110,6 +112,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    invalid: bool = False
     moe: MoEUsage | None = None
 
 

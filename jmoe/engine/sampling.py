@@ -24,7 +24,8 @@ BIASES = MAX_BIASES + ENDS
 class SamplingRows:
     """Sampling parameters of a batch, one row a sequence.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; seed is a 32-bit word, position the place
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; top_p 0 keeps
+    the likeliest token; seed is a 32-bit word, position the place
     of the token to be drawn. biased_BX, bias_BX: token ids and what is added to their logits, an id past the
     vocabulary for none. allowed_BW: bit t % 32 of word t // 32 says whether token t may be drawn. Of the
     whole batch: shaped, whether any row has a bias or a token that it may not draw; logprobs, whether any row
@@ -107,7 +108,9 @@ def _argmax(x_BV: Array) -> Array:
 
 
 def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
-    scaled_BV = logits_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)[:, None]
+    # The likeliest one's 0 stays 0: a small temperature sends the others to -inf and none to +inf.
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    scaled_BV = below_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)[:, None]
     truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0))
     scaled_BV = lax.cond(truncates, lambda: _truncate(scaled_BV, rows), lambda: scaled_BV)
 
@@ -130,7 +133,9 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
     share_BV = jax.nn.softmax(scaled_BV, axis=-1)
 
     def reaches(kept_BV: Array) -> Array:
-        return (jnp.sum(jnp.where(kept_BV, share_BV, 0.0), axis=-1) >= rows.top_p_B) & (rows.top_p_B < 1)
+        total_B = jnp.sum(jnp.where(kept_BV, share_BV, 0.0), axis=-1)
+        # None kept reaches a top_p of 0, which one that float32 cannot hold is too; one token must stay.
+        return (total_B >= rows.top_p_B) & (total_B > 0) & (rows.top_p_B < 1)
 
     scaled_BV = _at_least(scaled_BV, reaches)
     lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future
 from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
 from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.errors import ApiError, draining, engine_dead, refused, timed_out, unavailable
+from jmoe.server.errors import ApiError, draining, engine_dead, invalid, refused, timed_out, unavailable
 
 BREATH = 0.005  # seconds after which one that has much to tell lets others go on
 
@@ -18,7 +18,7 @@ class Generation:
     """Answers in the making, numbered as the choices will be. Made on the event loop that reads them.
 
     Whoever starts one closes it: ``close`` aborts what still runs. timeout: seconds from now that all of them
-    may take, None = no limit.
+    may take, None = no limit. grammar_param: the field to blame where an answer cannot go on in its grammar.
     """
 
     def __init__(
@@ -29,9 +29,11 @@ class Generation:
         work: Iterable[tuple[list[int], SamplingParams]],
         on_close: Callable[["Generation"], None],
         timeout: float | None = None,
+        grammar_param: str | None = None,
     ):
         self.engine, self.executor, self.on_close = engine, executor, on_close
         self.loop, self.timeout = asyncio.get_running_loop(), timeout
+        self.grammar_param = grammar_param
         self.deadline = None if timeout is None else self.loop.time() + timeout
         # A queue never holds more than max_tokens increments an answer.
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
@@ -118,6 +120,8 @@ class Generation:
             return engine_dead()
         if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
             return draining()
+        if output.invalid:
+            return invalid(f"{self.grammar_param} cannot be used: {output.error}", self.grammar_param)
         return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
 
 

@@ -13,7 +13,6 @@ import msgspec
 from starlette.requests import Request
 
 from jmoe import __version__
-from jmoe.engine.grammar import CompiledGrammar
 from jmoe.engine.request import SamplingParams
 from jmoe.faults import contained
 from jmoe.server.access import Answered, Observer, log_answer
@@ -23,7 +22,7 @@ from jmoe.server.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.generation import Generation
-from jmoe.server.grammars import Grammars
+from jmoe.server.grammars import Following, Grammars
 from jmoe.server.metrics import Metrics
 from jmoe.server.prompts import Prompt
 from jmoe.server.sampler import Sampler
@@ -109,17 +108,18 @@ class Service:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         param: str,
-        grammar: CompiledGrammar | None = None,
+        following: Following | None = None,
     ) -> Generation:
-        """Started answers, ``len(params) / len(prompts)`` a prompt, prompt-major, all in ``grammar``."""
+        """Started answers, ``len(params) / len(prompts)`` a prompt, prompt-major, all in one grammar."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
-        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout)
+        field = None if following is None else following.param
+        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout, field)
         self.running.add(generation)
         try:
-            if grammar is not None:
-                await self.in_thread(_constrain, generation, grammar)
+            if following is not None:
+                await self.in_thread(_constrain, generation, following)
             await generation.start(param)
         except BaseException:
             self.running.discard(generation)
@@ -159,6 +159,6 @@ class Service:
         self.grammars.close()
 
 
-def _constrain(generation: Generation, grammar: CompiledGrammar) -> None:
+def _constrain(generation: Generation, following: Following) -> None:
     for request in generation.requests:
-        request.constraint = grammar.constraint()
+        request.constraint = following.constraint()

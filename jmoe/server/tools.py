@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from jmoe.engine.grammar import WHITESPACE, Grammar, schema_grammar
+from jmoe.engine.json_schema import prepared
 from jmoe.server.bounds import bounded
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.schema import ChatRequest, Function, NamedTool
@@ -55,7 +56,7 @@ def tools_grammar(body: ChatRequest) -> Grammar:
     calls, rules, spaced = [], [], {"x-guidance": {"whitespace_pattern": WHITESPACE}}
     for i, function in enumerate(functions):
         calls.append(f'{json.dumps(_opening(function.name))} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {schema_grammar(spaced | _parameters(function)).text}")
+        rules.append(f"arguments_{i}: %json {prepared(schema_grammar(spaced | _parameters(function)).text)}")
     return Grammar("lark", "\n".join([f"start: {' | '.join(calls)}", *rules, ""]))
 
 

@@ -1,0 +1,169 @@
+"""A model's tokenizer as llguidance takes it, and llguidance's failures as ValueErrors.
+
+Imports nothing that starts threads: the process that tries grammars forks.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import llguidance
+from tokenizers import Tokenizer
+
+LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+STEPS = 8  # tokens that a tried grammar is followed for
+# What a Lark grammar may hold besides the name of a token: comments, strings, expressions.
+LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(<[^<>\s"]+>)')
+
+
+def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> dict[str, Any]:
+    """What ``make_tokenizer`` takes, as JSON has it: another process can make the same one.
+
+    llguidance tokenizes the text that a grammar forces. There a token that stands for no text of its own must
+    not be found by its name, and nothing may change the text: such tokens get names that nobody can guess,
+    and all rules but those for spaces are left out. ``named``: token ids by their real names.
+    """
+    ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
+    if not ends:
+        raise ValueError("the model names no end-of-text token, which an answer with a grammar needs")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"vocab size too small: the tokenizer has the id {largest}, the model {vocab_size}")
+    made = json.loads(tokenizer.to_str())
+    added = {token["content"]: token for token in made["added_tokens"]}
+    named = {name: t["id"] for name, t in added.items() if t["special"] or re.fullmatch("<.*>", name, re.S)}
+    for i in ends:
+        if (name := tokenizer.id_to_token(i)) is not None:
+            named[name] = i
+            added.setdefault(name, {"id": i, "content": name})
+    nonce = secrets.token_hex(16)
+    hidden = {name: f"<{nonce} {i}>" for name, i in named.items()}
+    made["added_tokens"] = sorted((_hide(t, hidden) for t in added.values()), key=lambda t: t["id"])
+    _rename(made["model"], hidden)
+    made["normalizer"] = _spaces_only(made["normalizer"])
+    made["pre_tokenizer"] = _splits_only(made["pre_tokenizer"])
+    made |= {"truncation": None, "padding": None, "post_processor": None}
+    return {"tokenizer": json.dumps(made), "vocab_size": vocab_size, "end_ids": ends, "named": named}
+
+
+def _hide(token: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
+    """An added token, special if its name is hidden; it takes no spaces around it, in words too."""
+    name = token["content"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token["id"], "content": hidden.get(name, name), **flags, "special": name in hidden}
+
+
+def _rename(model: dict[str, Any], hidden: dict[str, str]) -> None:
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in vocabulary.items()}
+    else:  # Unigram: pieces with scores, in the order of ids
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    if model.get("merges"):
+        pairs = [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & hidden.keys()]
+
+
+def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The normalizer without what may change other text than spaces (which tokens spell in their own way)."""
+    if normalizer is None or normalizer["type"] != "Sequence":
+        parts = [normalizer]
+    else:
+        parts = normalizer["normalizers"]
+    kept = [p for p in parts if p and p["type"] == "Replace" and p.get("pattern") == {"String": " "}]
+    return {"type": "Sequence", "normalizers": kept} if kept else None
+
+
+def _splits_only(given: Any) -> Any:
+    """The pre-tokenizer without what adds a space in front or removes what it splits at."""
+    if isinstance(given, list):
+        return [_splits_only(part) for part in given]
+    if not isinstance(given, dict):
+        return given
+    made = {key: _splits_only(value) for key, value in given.items()}
+    made |= {"add_prefix_space": False} if "add_prefix_space" in made and given["type"] == "ByteLevel" else {}
+    return made | ({"behavior": "Isolated"} if made.get("behavior") == "Removed" else {})
+
+
+def by_id(lark: str, named: dict[str, int]) -> str:
+    """A Lark grammar whose special tokens are written by their ids instead of their names."""
+
+    def number(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<[{named[name]}]>" if name in named else found[0]
+
+    return LARK.sub(number, lark)
+
+
+def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
+    """Raises ValueError with one line where llguidance cannot use the tokenizer."""
+    try:
+        with panics_as_errors():
+            return llguidance.LLTokenizer(
+                spec["tokenizer"], n_vocab=spec["vocab_size"], eos_token=spec["end_ids"]
+            )
+    except ValueError as error:
+        raise ValueError(f"llguidance cannot use this model's tokenizer: {one_line(str(error))}") from None
+
+
+def try_grammar(tokenizer: llguidance.LLTokenizer, source: str) -> tuple[llguidance.LLMatcher | None, str]:
+    """A matcher that has made its first mask, or None and why there is none."""
+    try:
+        with panics_as_errors():
+            matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
+            matcher.compute_bitmask()  # some limits show only here
+            return (None, one_line(matcher.get_error())) if matcher.is_error() else (matcher, "")
+    except ValueError as error:
+        return None, str(error)
+
+
+def follow(matcher: llguidance.LLMatcher, ends: Iterable[int]) -> str:
+    """Why the matcher fails within a few tokens, or "": many a grammar is too large only once it has begun.
+
+    Takes one of the allowed tokens at a time, always the same, and no end while there is another.
+    """
+    try:
+        with panics_as_errors():
+            for step in range(STEPS):
+                allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+                for end in ends:
+                    allowed &= ~(1 << end)
+                if matcher.is_error() or not allowed:
+                    break
+                matcher.consume_token(_bit(allowed, step))
+            return one_line(matcher.get_error()) if matcher.is_error() else ""
+    except ValueError as error:
+        return str(error)
+
+
+def _bit(bits: int, step: int) -> int:
+    """The place of a set bit: the lowest one above a share of the length that changes with the step."""
+    above = bits.bit_length() * (step * 5 % STEPS) // STEPS
+    rest = bits >> above
+    return above + (rest & -rest).bit_length() - 1
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A panic in Rust is no Exception in Python; it becomes a ValueError."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise ValueError(f"llguidance failed: {one_line(str(error))}") from None
+
+
+def one_line(text: str) -> str:
+    """llguidance's message without its excerpt of the grammar."""
+    if text.startswith("NoExtension"):
+        return "no answer can follow it"
+    message = re.split(r"\n +\d+ \| |<non-verbose/>", text)[0]
+    return " ".join(message.split())[:300]
