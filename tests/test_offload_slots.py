@@ -233,7 +233,9 @@ def test_whatever_experts_are_worth_what_is_needed_has_a_slot(xp):
         given = map(xp.asarray, (experts_M, gain_M, worth_X))
         after, slot_M = jax.tree.map(np.asarray, step(Slots(*map(xp.asarray, before)), *given))
         free = [i for i, slot in enumerate(machine) if not (slot.pinned or slot.flying)]
-        in_order = sorted(free, key=lambda i: (held_S[i] < experts, cost(worth_X[held_S[i] % experts]), i))
+        in_order = sorted(
+            free, key=lambda i: (held_S[i] < experts, cost(float(worth_X[held_S[i] % experts])), i)
+        )
         took = [int(slot) for slot in slot_M if slot < slots]
         assert took == in_order[: len(took)] and slot_M[len(took) :].tolist() == [slots] * (most - len(took))
         if needed:
