@@ -5,12 +5,12 @@ SystemExit and KeyboardInterrupt, which a library may raise as well.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-ENDING = (KeyboardInterrupt, SystemExit)  # in a program's main thread these are its user's or its own
 
 
 class Panic(Exception):
@@ -28,11 +28,17 @@ def contained(function: Callable[..., Result], *given: Any) -> Result:
         raise Panic(f"{type(error).__name__}: {error}") from error
 
 
+def ends_program(error: BaseException) -> bool:
+    """Whether it is the user's or the program's own wish: both come to the main thread alone."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and isinstance(error, KeyboardInterrupt | SystemExit)
+
+
 def tell(hear: Callable[..., object], *told: Any) -> None:
     """Calls one that only listens. Its failure is logged, and ends nothing of the caller's."""
     try:
         hear(*told)
-    except ENDING:
-        raise
-    except BaseException:
+    except BaseException as error:
+        if ends_program(error):
+            raise
         log.exception("%s failed", getattr(hear, "__qualname__", hear))

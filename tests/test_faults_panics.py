@@ -121,12 +121,17 @@ def out_of_memory() -> None:
     raise MemoryError
 
 
+def leave() -> None:
+    raise SystemExit(3)
+
+
 CULPRITS = {
     "its text": {"token": FATAL},
     "its grammar's mask": {"fails": "allowed"},
     "its grammar's step": {"fails": "accept"},
     "a mask that is an error": {"fails": "allowed", "failing": boom},
     "a step without memory": {"fails": "accept", "failing": out_of_memory},
+    "a wish to end": {"fails": "accept", "failing": leave},
     "a true panic": {"fails": "accept", "failing": a_true_panic},
 }
 
@@ -143,7 +148,7 @@ def test_who_causes_a_panic_fails_alone(engine, running, culprit):
     assert again[2].wait(60) and again[0].token_ids == [FINE] * 5 and running.snapshot().alive
 
 
-@pytest.mark.parametrize("failing", [panic, boom])
+@pytest.mark.parametrize("failing", [panic, boom, leave])
 def test_who_is_told_and_fails_harms_nobody_else(engine, running, failing):
     class Deaf:
         def token(self, request, now): ...
@@ -220,10 +225,6 @@ class Words(ByteCodec):
         return super().decode(ids, skip_special=skip_special)
 
 
-def leave() -> None:
-    raise SystemExit(3)
-
-
 BODIES = {
     "encode": ("/v1/completions", {"prompt": "a!"}),
     "tokenize": ("/tokenize", {"prompt": "a!"}),
@@ -276,3 +277,18 @@ def test_sampling_that_fails_is_told_and_tried_again(monkeypatch):
         service.sampler.take = take
         assert client.get("/moe/stats?window=1").status_code == 200, "the next look begins anew"
         assert json.loads(client.get("/moe/stats").content)["model"]["experts"] == 4
+
+
+def test_who_interrupts_a_program_ends_it(engine):
+    """In the main thread, where Python callers run the engine, an interrupt is no request's fault."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    engine.codec = Codec(interrupt)
+    bad = request(engine, "bad", FATAL)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([bad[0]])
+    engine.give_up("abort", "interrupted")
+    engine.codec = None
+    assert bad[1][-1].finish_reason == "abort" and not engine.busy

@@ -15,6 +15,7 @@ from raw_http import ask, connected, head, parsed, post
 from test_server_fake import ByteCodec, FakeEngine, listening
 from test_server_run import PROGRAM, answers, eventually
 
+from jmoe.server import crowd
 from jmoe.server.bounds import LIGHT
 from jmoe.server.crowd import Crowd
 
@@ -216,3 +217,26 @@ def test_uptime_does_not_follow_a_clock_that_is_set(monkeypatch):
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now - 1e6)
         assert server.service._state()["uptime_s"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"), [(64, 64, 64), (256, 4096, 4096), (1024, -1, 65536), (-1, -1, 65536)]
+)
+def test_as_many_descriptors_as_the_system_allows(monkeypatch, soft, hard, raised):
+    """-1: without a limit. What is kept back is there at any size."""
+    given = []
+    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(crowd.resource, "setrlimit", lambda which, limits: given.append(limits))
+    monkeypatch.setattr(crowd, "open_descriptors", lambda: 20)
+    made = Crowd.of_descriptors()
+    assert given == ([(raised, hard)] if soft != -1 and soft < raised else [])
+    assert made.limit == min(10_000, raised - 20 - min(max(raised // 8, 24), 512)) and made.spare >= 4
+
+
+def test_a_limit_that_cannot_be_raised_is_kept(monkeypatch):
+    def refuse(which, limits):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(crowd.resource, "setrlimit", refuse)
+    assert crowd.raise_descriptors() == 256

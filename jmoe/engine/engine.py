@@ -33,7 +33,7 @@ from jmoe.engine.scores import PromptScores, token_logprob
 from jmoe.engine.started import Started
 from jmoe.engine.step_input import StepInput
 from jmoe.engine.text import Detokenizer, TextCodec
-from jmoe.faults import ENDING, tell
+from jmoe.faults import ends_program, tell
 from jmoe.moe.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -81,13 +81,9 @@ class Engine:
     # ---- requests in -------------------------------------------------------------------------------
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError with one line where one can never be served; EngineDead once closed.
-
-        Any thread may ask: it reads only what never changes.
-        """
+        """ValueError with one line where one can never be served; EngineDead once closed. For any thread."""
         self.check_open()
-        most = self.scheduler.limits.queue
-        if len(requests) > most:
+        if len(requests) > (most := self.scheduler.limits.queue):
             raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
         for request in requests:
             self._check(request)
@@ -304,9 +300,9 @@ class Engine:
         """Runs the host's ``work`` for one request, whose failure ends that request and no other."""
         try:
             work(*given)
-        except ENDING:
-            raise
-        except BaseException:  # a panic of a Rust library is no Exception
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            if ends_program(error):
+                raise
             log.exception("request %s failed on the host", request.id)
             request.place.names = None  # who knows what its pages hold
             if not request.place.ended:
@@ -331,7 +327,7 @@ class Engine:
         self._started = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             tell(self.scheduler.drop, request.id)  # what broke the step may have broken its lists
-            self._ended(request, Output(request.id, finish_reason=reason, error=cause))
+            tell(self._ended, request, Output(request.id, finish_reason=reason, error=cause))
 
     # ---- looking in --------------------------------------------------------------------------------
 

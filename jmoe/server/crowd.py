@@ -26,14 +26,27 @@ def raise_descriptors() -> int:
     """Descriptors that this process may have open, once it may have as many as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if soft == resource.RLIM_INFINITY or soft >= most:
         return most
-    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:  # some systems have a lower limit than they tell
+        log.warning("the limit of %d open descriptors cannot be raised: %s", soft, error)
+        return soft
+    return most
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
+    """Those below 1024: new ones get the lowest numbers."""
+    return sum(map(_is_open, range(1024)))
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 class Crowd:
