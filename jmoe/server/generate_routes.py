@@ -35,8 +35,9 @@ async def create_completion(service: Service, request: Request) -> Response:
     check_completion(body)
     params, n = completion_params(body, service.engine.vocab_size), body.n or 1
     codec, echo, special = service.engine.codec, bool(body.echo), body.add_special_tokens is not False
+    limit = service.engine.max_model_len
     prompts = await service.in_thread(
-        lambda: completion_prompts(body.prompt, codec, echo=echo, special=special)
+        lambda: completion_prompts(body.prompt, codec, echo=echo, special=special, limit=limit)
     )
     ids, logprobs = bool(body.return_token_ids), body.logprobs is not None
     form = CompletionFormat(codec, prompts, n, echo=echo, logprobs=logprobs, token_ids=ids)
@@ -51,10 +52,12 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     # A grammar says itself where the answer ends; a string that ends a turn may stand inside one.
     turn_ends = () if grammar is not None else service.turn_ends
     params, n = chat_params(body, service.engine.vocab_size, turn_ends), body.n or 1
-    codec, special = service.engine.codec, bool(body.add_special_tokens)
+    codec, special, limit = service.engine.codec, bool(body.add_special_tokens), service.engine.max_model_len
     variables = body.chat_template_kwargs or {}
     prompt = await service.in_thread(
-        lambda: chat_prompt(body.messages, service.template, codec, plain_tools(body), variables, special)
+        lambda: chat_prompt(
+            body.messages, service.template, codec, plain_tools(body), variables, special, limit
+        )
     )
     form, functions = ChatFormat(codec, n, params.logprobs, bool(body.return_token_ids)), forced_tools(body)
     if functions:
