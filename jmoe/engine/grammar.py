@@ -125,7 +125,7 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Grammars over one tokenizer's tokens. vocab_size: the model's, at least the tokenizer's.
+    """Grammars over one tokenizer's tokens. vocab_size: the model's.
 
     end_ids: the tokens that end an answer. Takes about a second for a large vocabulary. Raises ValueError
     where there are no end ids or llguidance cannot read the tokenizer.
@@ -153,7 +153,8 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
     if not ends:
         raise ValueError("the model names no end-of-text token, which an answer with a grammar needs")
-    return {"tokenizer": tokenizer.to_str(), "vocab_size": vocab_size, "end_ids": ends}
+    size = max(vocab_size, 1 + max(tokenizer.get_vocab().values()))  # a tokenizer may have a [PAD] beyond it
+    return {"tokenizer": tokenizer.to_str(), "vocab_size": size, "end_ids": ends}
 
 
 def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:

@@ -101,11 +101,11 @@ def too_long(limit: int, has: str) -> str:
 class Detokenizer:
     """The growing text of one request; ``push`` returns what became certain.
 
-    A tail that may still change is held back: half a character, a suffix that could begin a stop string, spaces
-    that a text loses at its end.
+    A tail that may still change is held back: half a character, a suffix that could begin a stop string,
+    spaces that a text loses at its end.
 
-    prompt: the tokens whose text this continues: the first word keeps its space where any text precedes it. None =
-    all bytes of every token count, as a grammar describes them.
+    prompt: the tokens whose text this continues: the first word keeps its space where any text precedes it.
+    None = all bytes of every token count, as a grammar describes them.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):

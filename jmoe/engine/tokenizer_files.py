@@ -121,19 +121,21 @@ def read_config(directory: Path) -> TokenizerConfig:
     kind = _kind(config, directory)
     found = dict(config)
     decoder = config.get("added_tokens_decoder")
-    older: dict[str, Any] = {}
+    named, older, before = {}, {}, []
     if decoder is None:  # an older checkpoint has these two files instead
         named = _optional(directory / "special_tokens_map.json")
-        if MORE in named:
-            named[MORE] = [*(found.get(MORE) or []), *(named[MORE] or [])]
-        found |= named
         older = _optional(directory / "added_tokens.json")
+        before = found.get(MORE) or []
+        found |= named
     try:
+        if MORE in named:
+            found[MORE] = [*before, *(named[MORE] or [])]
         special, more = _special(found)
         chosen = {t.content for t in (*special.values(), *more)}
         added = _added(decoder, older, chosen)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{directory}: the tokenizer's added tokens cannot be read: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"{directory}: the tokenizer's added tokens cannot be read: {cause}") from None
     if not config.get("backend"):
         defaults = CLASS_TOKENS.get(kind, {}).items()
         special |= {n: AddedToken(t, special=True) for n, t in defaults if n not in found}
@@ -293,7 +295,7 @@ def check_ids(vocabulary: dict[str, int], added: Collection[int], vocab_size: in
         raise ValueError(f"{path} has {len(vocabulary)} tokens, the model's vocabulary {vocab_size}")
     for token, id in beyond.items():
         raise ValueError(
-            f"{path} gives {token[:50]!r} the id {id}, which is outside the model's vocabulary of {vocab_size}"
+            f"{path} gives {token[:50]!r} the id {id}, which is outside the model's {vocab_size} tokens"
         )
     seen: dict[int, str] = {}
     for token, id in vocabulary.items():

@@ -21,7 +21,8 @@ def needs_forms(messages: Sequence[Message]) -> bool:
 def template_message(i: int, message: Message, forms: Forms | None) -> dict[str, Any]:
     """Message ``i`` for a template of these ``forms``, which are there where ``needs_forms``.
 
-    Keys whose value is null are as absent ones, but for content: an assistant's is null where it calls a tool.
+    A key whose value is null is as an absent one, but for content: an assistant's is null where it calls a
+    tool.
     "developer" is OpenAI's newer word for "system".
     """
     where = f"messages[{i}]"

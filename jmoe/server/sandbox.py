@@ -1,9 +1,9 @@
 """A Jinja environment whose templates end: their time, and the size of every value they make, are bounded.
 
 Every turn of a loop and every call looks at the clock. What runs between two looks (an operator, a filter, a
-method) is one pass over values that exist: what could make a much larger value is asked for its size first, and
-what turns a value into text or compares it counts the value's parts, as often as they are shared. Nothing is
-computed when a template is compiled.
+method) is one pass over values that exist: what could make a much larger value is asked for its size first,
+and what turns a value into text or compares it counts the value's parts, as often as they are shared. Nothing
+is computed when a template is compiled.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,16 +21,16 @@ from jmoe.server.template_bounds import Bounds, check_number, check_size, flat, 
 
 # Filters that look at a value's first level only, or make a generator.
 SHALLOW = frozenset({
-    "length", "count", "first", "last", "default", "d", "items", "attr", "map", "select", "reject", "selectattr",
-    "rejectattr", "list", "reverse", "random", "in_time", "measured",
+    "length", "count", "first", "last", "default", "d", "items", "attr", "map", "select", "reject",
+    "selectattr", "rejectattr", "list", "reverse", "random", "in_time", "measured",
 })  # fmt: skip
-COMPARES = ("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">", "ge",
-            ">=", "in")  # fmt: skip
+COMPARES = ("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">",
+            "ge", ">=", "in")  # fmt: skip
 BUILTIN = (str, bytes, int, float, list, tuple, dict)
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what an assistant wrote, for training. What it holds is rendered as it is."""
+    """``{% generation %}`` marks what an assistant wrote, for training: it is rendered as if unmarked."""
 
     tags = {"generation"}  # noqa: RUF012
 
