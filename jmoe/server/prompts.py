@@ -89,7 +89,10 @@ def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
     if not ids:
         raise invalid("prompt must not be empty", "prompt")
     small = all(0 <= t < 2**31 for t in ids)  # the engine names the bad id; the tokenizer cannot take it
-    text = codec.decode(ids, skip_special=False) if echo and codec is not None and small else ""
+    try:
+        text = codec.decode(ids, skip_special=False) if echo and codec is not None and small else ""
+    except ValueError as error:
+        raise refused(error, "prompt") from None
     return Prompt(ids, text, shows_special=True)
 
 
