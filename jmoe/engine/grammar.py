@@ -153,8 +153,10 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
     if not ends:
         raise ValueError("the model names no end-of-text token, which an answer with a grammar needs")
-    size = max(vocab_size, 1 + max(tokenizer.get_vocab().values()))  # a tokenizer may have a [PAD] beyond it
-    return {"tokenizer": tokenizer.to_str(), "vocab_size": size, "end_ids": ends}
+    beyond = {id for id in tokenizer.get_vocab().values() if id >= vocab_size}
+    only_added = beyond <= tokenizer.get_added_tokens_decoder().keys()  # a fine-tune's [PAD]
+    size = 1 + max(beyond, default=-1) if only_added else 0
+    return {"tokenizer": tokenizer.to_str(), "vocab_size": max(size, vocab_size), "end_ids": ends}
 
 
 def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
