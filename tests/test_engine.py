@@ -1,12 +1,14 @@
 """The engine on a small random model: what it generates, alone, in company and on every mesh."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import config, decoder, mesh_of, tokens
+from tokenizers import Tokenizer, models
 
 from jmoe.config import MoEConfig
 from jmoe.engine.build import EngineSettings, schedule
@@ -16,6 +18,7 @@ from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import SamplingRows, blank_rows, sample
 from jmoe.engine.step_input import Sizes
+from jmoe.engine.token_bytes import TokenBytes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 
@@ -306,3 +309,32 @@ def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
     mixed = dataclasses.replace(rows(6), temperature_B=jnp.array([0.0, 2.0] * 3))
     drawn = sample(logits, mixed).ids_B
     assert drawn[::2].tolist() == logits.argmax(-1)[::2].tolist()
+
+
+class Panics(TokenBytes):
+    """Fails on one token, as a decoder does that panics."""
+
+    bad = -1
+
+    def __call__(self, id: int) -> bytes:
+        if id == self.bad:
+            raise ValueError("the tokenizer cannot decode a token: index out of bounds")
+        return b"x"
+
+
+def test_a_tokenizer_that_fails_ends_the_request_whose_token_it_was(engine):
+    pair = prompts(2, seed=11)
+    (first, second), _ = serve(engine, pair)
+    token_bytes = Panics(Tokenizer(models.BPE({}, [])))
+    token_bytes.bad = next(t for t in first.token_ids if t not in (*second.token_ids, *pair[0], *pair[1]))
+    engine.codec = SimpleNamespace(token_bytes=token_bytes)
+    try:
+        (failed, whole), outputs = serve(engine, pair)
+        with pytest.raises(ValueError, match="index out of bounds"):
+            engine.add([Request("x", [token_bytes.bad], GREEDY, lambda output: None, 0.0)])
+        assert not engine.busy, "one that cannot begin is not queued"
+    finally:
+        engine.codec = None
+    assert outputs[0][-1].finish_reason == "error" and "index out of bounds" in outputs[0][-1].error
+    assert len(failed.token_ids) <= len(first.token_ids) and whole.token_ids == second.token_ids
+    assert "".join(output.text for output in outputs[1]) == "x" * len(second.token_ids)

@@ -7,7 +7,7 @@ import time
 import jsonschema
 import numpy as np
 import pytest
-from test_server_fake import EOS, VOCAB, ByteCodec
+from test_server_fake import EOS, VOCAB, ByteCodec, byte_tokenizer
 
 from jmoe.engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, one_of, schema_grammar
 from jmoe.engine.grammar_check import GrammarChecker
@@ -176,6 +176,14 @@ def test_sizes_and_models_without_an_end(compiler):
         GrammarCompiler(ByteCodec.tokenizer, VOCAB, [])
     with pytest.raises(ValueError, match="vocab size too small"):
         GrammarCompiler(ByteCodec.tokenizer, VOCAB - 3, [5])
+
+
+def test_a_token_that_was_added_beyond_the_model_is_never_allowed():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["[PAD]"])
+    constraint = GrammarCompiler(tokenizer, VOCAB, [EOS]).compile(one_of(["a"])).constraint()
+    allowed = np.flatnonzero(np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little"))
+    assert list(allowed) == [ord("a")]
 
 
 def deep(levels):

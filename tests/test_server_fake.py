@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
 from jmoe.engine.text import Detokenizer
+from jmoe.engine.token_bytes import TokenBytes
 from jmoe.server.app import make_app
 from jmoe.server.run import Server, bind
 from jmoe.server.service import Service
@@ -37,8 +38,9 @@ class ByteCodec:
     """One token a UTF-8 byte; text gets a BOS in front, as some families' tokenizers do."""
 
     tokenizer = byte_tokenizer()
+    token_bytes = TokenBytes(tokenizer)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
         try:
             return [BOS] * special + list(text.encode())
         except UnicodeEncodeError:
@@ -92,7 +94,8 @@ class FakeEngine:
             for request in requests:
                 self.running[request.id] = request
                 if self.codec is not None:
-                    self.texts[request.id] = Detokenizer(self.codec, request.params.stop)
+                    prompt = None if request.constraint is not None else request.prompt_token_ids
+                    self.texts[request.id] = Detokenizer(self.codec, request.params.stop, prompt)
             self.lock.notify()
 
     def abort(self, request_ids):

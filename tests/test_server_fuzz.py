@@ -82,7 +82,7 @@ def put(value):
     return lambda container, key: container.__setitem__(key, value)
 
 
-OURS = re.compile(r'(cmpl-|call_)[0-9a-f]{32}|"created":[0-9]+')
+OURS = re.compile(r'cmpl-[0-9a-f]{32}|(?<="id":")[0-9A-Za-z]{9}(?=")|"created":[0-9]+')
 NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, 5e-324])
 LEAVES = (
     st.none() | st.booleans() | NUMBERS | st.text(max_size=6) | st.sampled_from(["", "\x00", "\ud800", "😀"])

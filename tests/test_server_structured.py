@@ -1,6 +1,7 @@
 """Structured answers and calls of functions over HTTP, with the fake engine obeying the real constraints."""
 
 import json
+import re
 from typing import Literal
 
 import openai
@@ -118,7 +119,7 @@ def test_required_tools_are_called(client):
     (choice,) = ask(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
     (call,) = choice["message"]["tool_calls"]
-    assert call["id"].startswith("call_") and call["type"] == "function"
+    assert re.fullmatch("[A-Za-z0-9]{9}", call["id"]) and call["type"] == "function"
     assert call["function"]["name"] == "look"
     assert json.loads(call["function"]["arguments"]) == {"a": 1, "s": "{"}
 
@@ -142,7 +143,7 @@ def test_streamed_calls_add_up(client, choice, n):
         assert mine[0]["delta"] == {"role": "assistant", "content": None}
         pieces = [p for c in mine for p in c["delta"].get("tool_calls", ())]
         assert {p["index"] for p in pieces} == {0}
-        assert pieces[0]["id"].startswith("call_") and pieces[0]["type"] == "function"
+        assert re.fullmatch("[A-Za-z0-9]{9}", pieces[0]["id"]) and pieces[0]["type"] == "function"
         assert all(
             set(p) == {"index", "function"} and set(p["function"]) == {"arguments"} for p in pieces[1:]
         )

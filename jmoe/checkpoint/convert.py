@@ -23,9 +23,12 @@ from jmoe.mesh import make_mesh
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
 )
 SPARE = 64 << 20  # bytes of disk beyond the weights, for the tokenizer's files
 
@@ -104,9 +107,10 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
         config.pop(stale, None)
     text = json.dumps(config | {"dtype": cfg.dtype}, indent=2)
     (working / "config.json").write_text(text + "\n", encoding="utf-8")
-    for name in COPIED:
-        if (hf_dir / name).is_file():
-            shutil.copyfile(hf_dir / name, working / name)
+    for path in (path for pattern in COPIED for path in hf_dir.glob(pattern) if path.is_file()):
+        target = working / path.relative_to(hf_dir)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()})
 
 

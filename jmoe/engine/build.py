@@ -25,7 +25,7 @@ from jmoe.engine.request import Request, SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.scheduler import Limits, Scheduler
 from jmoe.engine.step_input import Sizes
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text import load_codec
 from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
 from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.moe.placement import Placement
@@ -180,8 +180,7 @@ def build_engine(
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
     choose(platform_of(mesh), cfg.dtype, settings.moe.kernel)
     progress("kernels", 1, 1)
-    has_tokenizer = (directory / "tokenizer.json").is_file()
-    codec = TextCodec(directory, cfg.vocab_size) if has_tokenizer else None
+    codec = load_codec(directory, cfg.vocab_size)
     placement = read_placement(settings.moe.shuffle, cfg, mesh)
     profile = read_profile(settings.moe.offload)
     decoder = load_model(

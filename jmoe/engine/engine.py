@@ -125,11 +125,17 @@ class Engine:
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Queues all or none of what ``check`` let through; QueueFull where there is no room."""
+        texts = {request.id: text for request in requests if (text := self._text(request)) is not None}
         self.scheduler.add(list(requests))
+        self._texts |= texts
         for request in requests:
-            if self.codec is not None:
-                self._texts[request.id] = Detokenizer(self.codec, request.params.stop)
             self._scores.want(request)
+
+    def _text(self, request: Request) -> Detokenizer | None:
+        if self.codec is None:
+            return None
+        prompt = None if request.constraint is not None else request.prompt_token_ids
+        return Detokenizer(self.codec, request.params.stop, prompt)
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; unknown ids are finished ones and change nothing."""
@@ -255,7 +261,11 @@ class Engine:
         elif token in self.end_ids and not params.ignore_eos:
             finish = "stop"
         elif detokenizer is not None:
-            text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
+            try:
+                text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
+            except ValueError as error:
+                self._fail(request, str(error))
+                return
             if detokenizer.stopped_by is not None:
                 finish, stopped_by = "stop", detokenizer.stopped_by
         if finish is None and (

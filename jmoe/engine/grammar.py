@@ -110,7 +110,7 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Grammars over one tokenizer's tokens. vocab_size: the model's, at least the tokenizer's.
+    """Grammars over one tokenizer's tokens. vocab_size: the model's.
 
     end_ids: the tokens that end an answer. Takes about a second for a large vocabulary. Raises ValueError
     where there are no end ids or llguidance cannot read the tokenizer.

@@ -29,11 +29,12 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
     if not ends:
         raise ValueError("the model names no end-of-text token, which an answer with a grammar needs")
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    made = json.loads(tokenizer.to_str())
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if largest >= vocab_size:
         raise ValueError(f"vocab size too small: the tokenizer has the id {largest}, the model {vocab_size}")
-    made = json.loads(tokenizer.to_str())
-    added = {token["content"]: token for token in made["added_tokens"]}
+    # An added token past the model's vocabulary, a fine-tune's [PAD], is never drawn.
+    added = {token["content"]: token for token in made["added_tokens"] if token["id"] < vocab_size}
     named = {name: t["id"] for name, t in added.items() if t["special"] or re.fullmatch("<.*>", name, re.S)}
     for i in ends:
         if (name := tokenizer.id_to_token(i)) is not None:

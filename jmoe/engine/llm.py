@@ -120,7 +120,7 @@ class LLM:
             return [int(t) for t in prompt]
         if self.engine.codec is None:
             raise ValueError("this model directory has no tokenizer.json; prompts must be token ids")
-        return self.engine.codec.encode(prompt)
+        return self.engine.codec.encode(prompt, limit=self.engine.max_model_len)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.

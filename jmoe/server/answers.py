@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from jmoe.engine.request import Output, Request
+from jmoe.engine.request import Output, Request, TokenLogprob
 from jmoe.engine.text import TextCodec
+from jmoe.engine.token_bytes import GrowingText
 from jmoe.server.logprobs import chat_logprobs, completion_logprobs
 from jmoe.server.prompts import Prompt
 
@@ -24,6 +25,24 @@ class AnswerFormat(Protocol):
     def opening(self) -> list[dict[str, Any]]: ...
     def delta(self, index: int, output: Output) -> dict[str, Any]: ...
     def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]: ...
+
+
+class Places:
+    """Where in the text of one choice its tokens begin, in characters."""
+
+    def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
+        self.prompt, self.codec = prompt, codec
+        self.at = len(prompt.text) if echo else 0
+        self.text = None if codec is None else GrowingText(codec.token_bytes, prompt.token_ids)
+
+    def of_prompt(self) -> list[int]:
+        return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
+
+    def place(self, token_id: int) -> int:
+        """Of the answer's next token: for a part of a character, where that begins."""
+        begins = self.at
+        self.at += 0 if self.text is None else len(self.text.push(token_id))
+        return begins
 
 
 class CompletionFormat:
@@ -46,23 +65,32 @@ class CompletionFormat:
     ):
         self.codec, self.prompts, self.n = codec, prompts, n
         self.echo, self.logprobs, self.token_ids = echo, logprobs, token_ids
-        self.offsets = [0] * (len(prompts) * n)
-        self.begun = [False] * (len(prompts) * n)
+        self.places: list[Places | None] = [None] * (len(prompts) * n)
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
-        prompt = self.prompts[index // self.n]
-        text, entries = output.text, [(e.token_id, e) for e in output.logprobs]
-        if self.echo and not self.begun[index]:
-            text = prompt.text + text
-            entries = [*zip(prompt.token_ids, output.prompt_logprobs or (), strict=False), *entries]
-        self.begun[index] = True
-        logprobs = None
+        text, logprobs = output.text, None
+        opens, places = self.places[index] is None, self._places(index)
+        if opens and self.echo:
+            text = places.prompt.text + text
         if self.logprobs:
-            logprobs, self.offsets[index] = completion_logprobs(entries, self.codec, self.offsets[index])
+            logprobs = self._logprobs(places, output, opens and self.echo)
         return {"index": index, "text": text, "logprobs": logprobs, **_end([output], self.token_ids)}
+
+    def _places(self, index: int) -> Places:
+        if (places := self.places[index]) is None:
+            places = self.places[index] = Places(self.prompts[index // self.n], self.codec, echo=self.echo)
+        return places
+
+    def _logprobs(self, places: Places, output: Output, with_prompt: bool) -> dict[str, list]:
+        entries: list[tuple[int, TokenLogprob | None]] = [(e.token_id, e) for e in output.logprobs]
+        offsets = [places.place(token_id) for token_id, _ in entries]
+        if with_prompt:
+            before = [*zip(places.prompt.token_ids, output.prompt_logprobs or (), strict=False)]
+            entries, offsets = [*before, *entries], [*places.of_prompt()[: len(before)], *offsets]
+        return completion_logprobs(entries, self.codec, offsets)
 
     def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
         parts = [self.delta(index, output) for output in outputs]

@@ -127,7 +127,9 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
     """The body as ``kind``. 400 with code invalid_json where it is no JSON object, else names the field."""
     check_json(raw)
     try:
-        return _decoded(raw, kind)
+        body = _decoded(raw, kind)
+        _keep_sent(body, raw)
+        return body
     except msgspec.ValidationError as error:
         raise _bad_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -145,6 +147,21 @@ def _decoded(raw: bytes, kind: type[Body]) -> Body:
         if not str(error).startswith("Object contains unknown field"):
             raise
     return msgspec.convert(without_unknown_nulls(msgspec.json.decode(raw), kind), kind)
+
+
+class _Conversation(msgspec.Struct):
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
+    """Gives each message and tool of ``body`` the object that it was read from."""
+    kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
+    if kept:
+        sent = msgspec.json.decode(raw, type=_Conversation)
+        for name in kept:
+            for each, given in zip(getattr(body, name), getattr(sent, name), strict=True):
+                each.__dict__["sent"] = given
 
 
 def _lone_surrogate(raw: bytes) -> str | None:

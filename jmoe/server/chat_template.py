@@ -7,84 +7,67 @@ immutable and sandboxed, the text's length and the time are bounded, and no requ
 import datetime
 import json
 import logging
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jinja2
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jmoe.engine.tokenizer_files import MORE, NAMES, json_object, read_config
+from jmoe.server.sandbox import BoundedEnvironment
+from jmoe.server.template_bounds import MAX_SIZE, TooLarge, TooLong
+from jmoe.server.template_forms import Forms, find_forms
 
 log = logging.getLogger(__name__)
-MAX_RENDERED = 8 * 1024 * 1024  # characters; the body's limit, for templates that repeat what they are given
+MAX_RENDERED = MAX_SIZE
 MAX_TURN_ENDS = 48  # beside a request's own 16 stop strings
 MAX_SECONDS = 5.0  # of the thread's own CPU time; a long conversation takes milliseconds
-TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+PROBE_SECONDS = 0.5
+MAX_SOURCE = 1 << 20  # bytes of a template's file
+DEFAULT, TOOL_USE = "default", "tool_use"
 RESERVED = frozenset({
-    *TOKENS, "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    *NAMES, MORE, "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize",
 })  # fmt: skip
-
-
-class TooLong(jinja2.TemplateRuntimeError):
-    """The time for one rendering is over."""
-
-
-class TimedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates end: every turn of a loop and every call looks at the clock.
-
-    Those are all the ways in which a template can go on: what runs between two of them (an operator, a
-    filter) is one pass over values that exist. Renderings on several threads have a clock each.
-    """
-
-    def __init__(self, seconds: float):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        self.filters["in_time"] = self.in_time
-        self.seconds, self._local = seconds, threading.local()
-
-    def start_clock(self) -> None:
-        self._local.end = time.thread_time() + self.seconds
-
-    def check_clock(self) -> None:
-        """Raises TooLong once the time since ``start_clock`` on this thread exceeds the limit."""
-        if time.thread_time() > self._local.end:
-            raise TooLong(f"it takes longer than {self.seconds:g} s")
-
-    def in_time(self, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self.check_clock()
-            yield value
-
-    def call(self, /, *args: Any, **kwargs: Any) -> Any:
-        self.check_clock()
-        return super().call(*args, **kwargs)
-
-    def template(self, source: str) -> jinja2.Template:
-        """The template of ``source`` with ``in_time`` around what every loop goes through."""
-        tree = self.parse(source)
-        for loop in tree.find_all(jinja2.nodes.For):
-            loop.iter = jinja2.nodes.Filter(loop.iter, "in_time", [], [], None, None, lineno=loop.lineno)
-        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
 
 class ChatTemplate:
     """source: Jinja text. tokens: the special tokens by name. Raises ValueError where it does not compile.
 
     seconds: the time that one rendering may take.
+    tool_use: the text of the template for conversations with tools, None = ``source``.
     """
 
-    def __init__(self, source: str, tokens: dict[str, str], seconds: float = MAX_SECONDS):
-        self.environment = environment = TimedEnvironment(seconds)
-        environment.filters["tojson"] = _tojson
+    def __init__(
+        self,
+        source: str,
+        tokens: Mapping[str, Any],
+        seconds: float = MAX_SECONDS,
+        tool_use: str | None = None,
+    ):
+        self.environment = environment = BoundedEnvironment()
+        environment.filters["tojson"] = environment.bounded("tojson", _tojson)
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.tokens = tokens
+        self.tokens, self.seconds = tokens, seconds
+        environment.bounds.start(seconds)
         try:
             self.template = environment.template(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template does not compile: {error}") from None
+            raise ValueError(f"the chat template does not compile: {_first_line(error)}") from None
+        except Exception as error:  # Python's own compiler has limits too
+            raise ValueError(f"the chat template does not compile: {type(error).__name__}") from None
+        self.tool_use = None if tool_use is None else ChatTemplate(tool_use, tokens, seconds)
+
+    def chosen(self, tools: list[dict[str, Any]] | None) -> "ChatTemplate":
+        """The template for a conversation with these tools, or without any."""
+        return self if tools is None or self.tool_use is None else self.tool_use
+
+    @cached_property
+    def forms(self) -> Forms:
+        """The forms of messages that this template takes, found by rendering some."""
+        return find_forms(lambda messages, tools: self._render(messages, tools, {}, PROBE_SECONDS))
 
     def render(
         self,
@@ -96,43 +79,59 @@ class ChatTemplate:
 
         variables: more that the template may read, without ``RESERVED`` names.
         """
-        given = {**variables, **self.tokens, "messages": messages, "add_generation_prompt": True}
-        given |= {} if tools is None else {"tools": tools}
-        parts, size = [], 0
-        self.environment.start_clock()
+        chosen = self.chosen(tools)
         try:
-            for part in self.template.generate(given):
-                size += len(part)
-                if size > MAX_RENDERED:
-                    break
-                parts.append(part)
+            text = chosen._render(messages, tools, variables, chosen.seconds)
         except TooLong as error:
             log.warning("the chat template was ended: %s", error)
             raise ValueError(f"the chat template cannot render these messages: {error}") from None
+        except TooLarge as error:
+            log.warning("the chat template was ended: %s", error)
+            raise ValueError("the chat template cannot render these messages") from None
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {_first_line(error)}") from None
         except Exception as error:  # whatever the template's own expressions raise
             log.warning("the chat template failed: %s", _first_line(error))
             raise ValueError("the chat template cannot render these messages") from None
-        if size > MAX_RENDERED:
+        if len(text) > MAX_RENDERED:
             raise ValueError(f"the rendered conversation exceeds {MAX_RENDERED} characters")
+        return text
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+        seconds: float,
+    ) -> str:
+        given = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
+        self.environment.bounds.start(seconds)
+        parts, size = [], 0
+        for part in self.template.generate(given | {"add_generation_prompt": True}):
+            size += len(part)
+            parts.append(part)
+            if size > MAX_RENDERED:
+                break
         return "".join(parts)
 
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
     """The template of a Hugging Face model directory, None where it has none; ValueError for a bad file.
 
-    ``chat_template.jinja`` goes before ``tokenizer_config.json``, as in transformers.
+    Files of their own go before ``tokenizer_config.json``, as in transformers; ``chat_template.json``, which
+    processors have, goes last.
     """
-    config_path, jinja_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    config: dict[str, Any] = {}
     try:
-        if config_path.is_file():
-            config = _json_object(config_path)
-        source = _named(config.get("chat_template"))
-        if jinja_path.is_file():
-            source = jinja_path.read_text(encoding="utf-8")
-        return None if source is None else ChatTemplate(source, _special_tokens(config))
+        told = read_config(directory)
+        sources = _from_files(directory) or _named(told.config.get("chat_template"))
+        if not sources and (directory / "chat_template.json").is_file():
+            sources = _named(json_object(directory / "chat_template.json").get("chat_template"))
+        if not sources:
+            return None
+        default = sources.get(DEFAULT)
+        if default is None:  # transformers renders such a model's conversations with tools alone
+            default = "{{ raise_exception('this model has no default chat template') }}"
+        return ChatTemplate(default, told.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
 
@@ -141,7 +140,7 @@ def load_turn_ends(directory: Path) -> tuple[str, ...]:
     """Strings that end an assistant's turn: ``stop_strings`` of ``generation_config.json``."""
     path = directory / "generation_config.json"
     try:
-        config = _json_object(path) if path.is_file() else {}
+        config = json_object(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     ends = config.get("stop_strings") or []
@@ -153,30 +152,27 @@ def load_turn_ends(directory: Path) -> tuple[str, ...]:
     return tuple(ends)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"it must be a JSON object, it is {type(value).__name__}")
-    return value
+def _from_files(directory: Path) -> dict[str, str]:
+    """Templates by name: ``chat_template.jinja`` is the default one, the others are named by their files."""
+    paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (directory / "chat_template.jinja").is_file():
+        paths[DEFAULT] = directory / "chat_template.jinja"
+    for path in paths.values():
+        if path.stat().st_size > MAX_SOURCE:
+            raise ValueError(f"{path.name} has more than {MAX_SOURCE} bytes")
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
-def _named(template: Any) -> str | None:
-    """A template may be one text or a list of named ones, of which "default" is for plain chat."""
+def _named(template: Any) -> dict[str, str]:
+    """A template may be one text or named ones, as a list or an object."""
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
-    if not isinstance(template, str | None):
-        raise ValueError(f"chat_template must be text, it is {type(template).__name__}")
-    return template
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    given = {name: config.get(name) for name in TOKENS}
-    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in given.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+        template = {str(entry.get("name")): entry.get("template") for entry in named}
+    sources = template if isinstance(template, dict) else {DEFAULT: template}
+    for source in sources.values():
+        if not isinstance(source, str | None):
+            raise ValueError(f"chat_template must be text, it is {type(source).__name__}")
+    return {name: source for name, source in sources.items() if source is not None}
 
 
 def _raise_exception(message: str) -> None:
@@ -187,9 +183,17 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | str | None = None, **options: Any) -> str:
     """Plain JSON: Jinja's own filter escapes HTML characters, which would reach the model."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    if indent is None:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    parts, size = [], 0
+    for part in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
+        size += len(part)  # the spaces grow with the depth
+        if size > MAX_SIZE:
+            raise TooLarge
+        parts.append(part)
+    return "".join(parts)
 
 
 def _first_line(error: Exception) -> str:

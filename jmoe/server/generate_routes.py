@@ -47,7 +47,8 @@ def _completion(service: Service, raw: bytes) -> Work:
     params, n = completion_params(body, service.engine.vocab_size), body.n or 1
     codec, echo, special = service.engine.codec, bool(body.echo), body.add_special_tokens is not False
     wanted = wanted_grammar(body)
-    prompts = completion_prompts(body.prompt, codec, echo=echo, special=special)
+    limit = service.engine.max_model_len
+    prompts = completion_prompts(body.prompt, codec, echo=echo, special=special, limit=limit)
     ids, logprobs = bool(body.return_token_ids), body.logprobs is not None
     form = CompletionFormat(codec, prompts, n, echo=echo, logprobs=logprobs, token_ids=ids)
     return Work(body, prompts, fan_out(params, len(prompts), n), wanted, form, "prompt")
@@ -61,9 +62,10 @@ def _chat(service: Service, raw: bytes) -> Work:
     # A grammar says itself where the answer ends; a string that ends a turn may stand inside one.
     turn_ends = () if wanted is not None else service.turn_ends
     params, n = chat_params(body, service.engine.vocab_size, turn_ends), body.n or 1
-    codec, special = service.engine.codec, bool(body.add_special_tokens)
+    codec, special, limit = service.engine.codec, bool(body.add_special_tokens), service.engine.max_model_len
     variables = body.chat_template_kwargs or {}
-    prompt = chat_prompt(body.messages, service.template, codec, plain_tools(body), variables, special)
+    tools = plain_tools(body)
+    prompt = chat_prompt(body.messages, service.template, codec, tools, variables, special, limit)
     form, functions = ChatFormat(codec, n, params.logprobs, bool(body.return_token_ids)), forced_tools(body)
     if functions:
         form = ToolFormat(form, functions, named=isinstance(body.tool_choice, NamedTool))

@@ -14,21 +14,18 @@ def token_name(token_id: int, codec: TextCodec | None) -> str:
 
 
 def completion_logprobs(
-    entries: Iterable[tuple[int, TokenLogprob | None]], codec: TextCodec | None, offset: int
-) -> tuple[dict[str, list], int]:
-    """The ``logprobs`` object of (token id, entry) pairs whose text begins at ``offset``, and where it ends.
+    entries: Iterable[tuple[int, TokenLogprob | None]], codec: TextCodec | None, offsets: list[int]
+) -> dict[str, list]:
+    """The ``logprobs`` object of (token id, entry) pairs; offsets: where in the text each token begins.
 
     A prompt's first token has no entry: its values are null.
     """
-    names, values, tops, offsets = [], [], [], []
+    names, values, tops = [], [], []
     for token_id, entry in entries:
-        name = token_name(token_id, codec)
-        names.append(name)
+        names.append(token_name(token_id, codec))
         values.append(None if entry is None else _finite(entry.logprob))
         tops.append(None if entry is None else _by_name(entry, codec))
-        offsets.append(offset)
-        offset += len(name)
-    return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}, offset
+    return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
 def _by_name(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, float]:
@@ -57,10 +54,9 @@ def chat_logprobs(
 
 
 def _chat_token(token_id: int, logprob: float, codec: TextCodec | None) -> dict[str, Any]:
-    """bytes is null for a part of a character, whose bytes its text does not tell."""
-    name = token_name(token_id, codec)
-    whole = codec is not None and "\ufffd" not in name
-    return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode()) if whole else None}
+    """bytes are the token's own, also of a part of a character: joined they are the text's."""
+    own = None if codec is None else list(codec.token_bytes(token_id))
+    return {"token": token_name(token_id, codec), "logprob": _finite(logprob), "bytes": own}
 
 
 def _finite(logprob: float) -> float:

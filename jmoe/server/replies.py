@@ -88,7 +88,7 @@ class Completion(Head, kw_only=True):
 
 
 class TopLogprob(Strict):
-    """bytes: null for a part of a character."""
+    """bytes: the token's own; null where the model has no tokenizer."""
 
     token: str
     logprob: float

@@ -202,20 +202,37 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: Annotated[Any, only("")] = None
 
 
+class Sent(Strict, kw_only=True, dict=True):
+    """A JSON object that the model's template gets as it was sent: with its own keys in their order.
+
+    ``body.decode`` sets ``sent``.
+    """
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        return self.__dict__["sent"]
+
+
 class CalledFunction(Strict, kw_only=True):
-    """arguments: JSON text of an object."""
+    """arguments: JSON text, of an object unless the answer was cut."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]
 
 
 class ToolCall(Strict, kw_only=True):
+    """index, extra_content: what a stream's deltas hold, for who sends the joined ones back."""
+
     id: str
     function: CalledFunction
     type: Literal["function"] | None = None
+    index: int | None = None
+    extra_content: Any = None
 
 
-class Message(Strict, kw_only=True):
+class Message(Sent, kw_only=True):
+    """reasoning_content, reasoning, thinking: what an assistant thought before it answered."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
@@ -225,6 +242,9 @@ class Message(Strict, kw_only=True):
     function_call: Annotated[Any, only("none")] = None
     audio: Absent = None
     annotations: Annotated[Any, only([])] = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
 
 
 class Function(Strict, kw_only=True):
@@ -236,7 +256,7 @@ class Function(Strict, kw_only=True):
     strict: bool | None = None
 
 
-class Tool(Strict, kw_only=True):
+class Tool(Sent, kw_only=True):
     type: Literal["function"]
     function: Function
 

@@ -1,6 +1,7 @@
 """Chat answers that are calls of functions, whole and as increments of a stream."""
 
-import uuid
+import secrets
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,13 @@ from jmoe.engine.request import Output
 from jmoe.server.answers import ChatFormat
 from jmoe.server.schema import Function
 from jmoe.server.tools import CallReader
+
+ALPHABET = string.ascii_letters + string.digits
+
+
+def call_id() -> str:
+    """Nine letters and digits: some models' templates demand just that of the ids in a conversation."""
+    return "".join(secrets.choice(ALPHABET) for _ in range(9))
 
 
 class ToolFormat:
@@ -22,7 +30,7 @@ class ToolFormat:
         self.object, self.chunk_object = chat.object, chat.chunk_object
         self.readers = [CallReader(functions, named) for _ in range(chat.n)]
         self.begun = [False] * chat.n
-        self.ids = [f"call_{uuid.uuid4().hex}" for _ in range(chat.n)]
+        self.ids = [call_id() for _ in range(chat.n)]
 
     def opening(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": None}

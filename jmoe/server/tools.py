@@ -7,8 +7,6 @@ A named function's answer is its arguments alone. With "required" the model choo
 import json
 from typing import Any
 
-import msgspec
-
 from jmoe.engine.grammar import WHITESPACE, Grammar, schema_grammar
 from jmoe.engine.json_schema import prepared
 from jmoe.server.bounds import bounded
@@ -61,15 +59,8 @@ def tools_grammar(body: ChatRequest) -> Grammar:
 
 
 def plain_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools as chat templates know them, None where no call is wanted."""
-    return None if not forced_tools(body) else [_plain(tool.function) for tool in body.tools or ()]
-
-
-def _plain(function: Function) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "function": {k: v for k, v in msgspec.structs.asdict(function).items() if v is not None},
-    }
+    """The tools as they were sent, for the chat template; None where no call is wanted."""
+    return None if not forced_tools(body) else [tool.sent for tool in body.tools or ()]
 
 
 def _parameters(function: Function) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run_all(
     def emit(i: int) -> Callable[[Output], None]:
         return lambda output: receive(i, output)
 
-    encoded = [engine.codec.encode(prompt) for prompt in prompts]
+    encoded = [engine.codec.encode(prompt, limit=engine.max_model_len) for prompt in prompts]
     requests = [
         Request(str(i), ids, with_seed(_fitted(params, engine.max_model_len - len(ids))), emit(i), arrived)
         for i, ids in enumerate(encoded)

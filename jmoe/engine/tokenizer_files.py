@@ -1,0 +1,304 @@
+"""A checkpoint's tokenizer, from all the files that it may consist of.
+
+``tokenizer.json`` is the vocabulary and the rules; ``tokenizer_config.json``, ``special_tokens_map.json`` and
+``added_tokens.json`` name further tokens and change what is added around a text. What they mean is what
+transformers 4.57 does with the same directory, which most checkpoints were published for; a checkpoint that
+transformers 5 saved has all of it in ``tokenizer.json``.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE = "additional_special_tokens"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+FOREIGN = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")  # other forms of a vocabulary
+SPARE_IDS = 1 << 16  # ids beyond the model's vocabulary that a tokenizer may have, such as an added [PAD]
+ENDS = "<|endoftext|>"
+
+# Special tokens of a class where no file names them.
+CLASS_TOKENS = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    },
+    "CohereTokenizer": {
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "unk_token": "<UNK>",
+    },
+    "GPTNeoXTokenizer": {"bos_token": ENDS, "eos_token": ENDS, "unk_token": ENDS},
+    "GPT2Tokenizer": {"bos_token": ENDS, "eos_token": ENDS, "unk_token": ENDS},
+    "Qwen2Tokenizer": {"eos_token": ENDS, "unk_token": ENDS, "pad_token": ENDS},
+}
+# Classes that make the post-processor anew from add_bos_token and add_eos_token: whether BOS is the default.
+ADDS_BOS = {
+    "LlamaTokenizer": True,
+    "CodeLlamaTokenizer": True,
+    "GemmaTokenizer": True,
+    "CohereTokenizer": True,
+    "GPTNeoXTokenizer": False,
+}
+# The class of a model type whose tokenizer_config.json names none.
+CLASS_OF = {
+    **dict.fromkeys(
+        ("mixtral", "deepseek_v2", "deepseek_v3", "phimoe", "llama4", "jetmoe"), "LlamaTokenizer"
+    ),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "minimax"), "GPT2Tokenizer"),
+    "olmoe": "GPTNeoXTokenizer",
+}
+
+
+@contextmanager
+def guarded(doing: str) -> Iterator[None]:
+    """The door through which every call of the tokenizers library goes: what it raises is a ValueError.
+
+    It raises bare Exceptions, and a panic in its Rust code is a BaseException that no ``except Exception``
+    catches.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"the tokenizer cannot {doing}: {line}") from None
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError where it holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, it is {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What the files beside ``tokenizer.json`` say.
+
+    config: ``tokenizer_config.json``.
+    kind: the tokenizer's class without "Fast", "" where no file tells it.
+    special: the special tokens by name.
+    more: special tokens without a name of their own.
+    added: further tokens, in the order of their ids.
+    """
+
+    config: dict[str, Any]
+    kind: str
+    special: dict[str, AddedToken]
+    more: list[AddedToken] = field(default_factory=list)
+    added: list[AddedToken] = field(default_factory=list)
+
+    @property
+    def saved_whole(self) -> bool:
+        """Whether transformers 5 saved it: what the other files say is in ``tokenizer.json`` then."""
+        return "backend" in self.config
+
+    def names(self) -> dict[str, Any]:
+        """The special tokens' texts as chat templates know them."""
+        more = [token.content for token in self.more]
+        return {name: t.content for name, t in self.special.items()} | ({MORE: more} if more else {})
+
+
+def read_config(directory: Path) -> TokenizerConfig:
+    """Raises ValueError that names the file which cannot be read."""
+    config = _optional(directory / "tokenizer_config.json")
+    kind = _kind(config, directory)
+    found = dict(config)
+    decoder = config.get("added_tokens_decoder")
+    named, older, before = {}, {}, []
+    if decoder is None:  # an older checkpoint has these two files instead
+        named = _optional(directory / "special_tokens_map.json")
+        older = _optional(directory / "added_tokens.json")
+        before = found.get(MORE) or []
+        found |= named
+    try:
+        if MORE in named:
+            found[MORE] = [*before, *(named[MORE] or [])]
+        special, more = _special(found)
+        chosen = {t.content for t in (*special.values(), *more)}
+        added = _added(decoder, older, chosen)
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"{directory}: the tokenizer's added tokens cannot be read: {cause}") from None
+    if not config.get("backend"):
+        defaults = CLASS_TOKENS.get(kind, {}).items()
+        special |= {n: AddedToken(t, special=True) for n, t in defaults if n not in found}
+    return TokenizerConfig(config, kind, special, more, added)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def _kind(config: dict[str, Any], directory: Path) -> str:
+    named = config.get("tokenizer_class")
+    if not isinstance(named, str):
+        model = _optional(directory / "config.json")
+        named = model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")), "")
+    return str(named).removesuffix("Fast")
+
+
+def _special(found: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The named special tokens and the others. transformers 5 writes the others as extra_special_tokens."""
+    named = {name: found[name] for name in NAMES if found.get(name) is not None}
+    extra = found.get("extra_special_tokens") or []
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    more = {t.content: t for t in map(_special_token, [*(found.get(MORE) or []), *extra])}
+    return {name: _special_token(value) for name, value in named.items()}, list(more.values())
+
+
+def _special_token(value: Any) -> AddedToken:
+    return _token(value | {"special": True}) if isinstance(value, dict) else AddedToken(value, special=True)
+
+
+def _added(decoder: Any, older: dict[str, Any], chosen: set[str]) -> list[AddedToken]:
+    """chosen: the texts of the special tokens."""
+    tokens = {int(id): _token(value) for id, value in (decoder or {}).items()}
+    for text, id in older.items():
+        special = text in chosen
+        tokens[int(id)] = AddedToken(text, normalized=not special, special=special)
+    for token in tokens.values():
+        token.special = token.special or token.content in chosen
+    return [tokens[id] for id in sorted(tokens)]
+
+
+def _token(value: dict[str, Any]) -> AddedToken:
+    flags = {name: bool(value[name]) for name in FLAGS if name in value}
+    return AddedToken(value["content"], **flags)
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> tuple[Tokenizer, TokenizerConfig]:
+    """The tokenizer of a checkpoint and what its files say; ValueError in one line where there is none.
+
+    vocab_size: the model's, which bounds the ids.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            missing(directory) or f"{directory} has no tokenizer.json; prompts must be token ids"
+        )
+    try:
+        with guarded("be read"):
+            tokenizer = Tokenizer.from_file(str(path))
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    told = read_config(directory)
+    with guarded("take its added tokens"):
+        tokenizer.no_truncation()  # every trainer stores those of its last call
+        tokenizer.no_padding()
+        _add_tokens(tokenizer, told)
+        _apply(tokenizer, told)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder().keys()
+    check_ids(vocabulary, added, vocab_size, path)
+    return tokenizer, told
+
+
+def missing(directory: Path) -> str | None:
+    """Why a directory without ``tokenizer.json`` is refused; None where it has no tokenizer at all."""
+    has = next((name for name in FOREIGN if (directory / name).is_file()), None)
+    if has is None:
+        return None
+    command = (
+        "python -c 'import sys; from transformers import AutoTokenizer as T; "
+        f'T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])\' "{directory}"'
+    )
+    return (
+        f"{directory} has {has} and no tokenizer.json. Make one (pip install transformers sentencepiece "
+        f"tiktoken protobuf): {command}"
+    )
+
+
+def _add_tokens(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+    """Adds what the vocabulary lacks, and again what it knows with other flags, as transformers does."""
+    have = {_identity(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = [token for token in told.added if _identity(token) not in have]
+    known = {content for content, *_ in have} | {token.content for token in tokens}
+    defaults = CLASS_TOKENS.get(told.kind, {})
+    for name, token in (*told.special.items(), *((MORE, token) for token in told.more)):
+        # A class's own default is a name, not a promise that the vocabulary has the token.
+        is_default = name not in told.config and defaults.get(name) == token.content
+        if token.content not in known and not (is_default and tokenizer.token_to_id(token.content) is None):
+            known.add(token.content)
+            tokens.append(token)
+    tokenizer.add_tokens(tokens)
+
+
+def _identity(token: AddedToken) -> tuple:
+    return token.content, *(getattr(token, flag) for flag in FLAGS)
+
+
+def _apply(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+    """What the configuration changes of the tokenizer's rules."""
+    config = told.config
+    if config.get("split_special_tokens"):
+        tokenizer.encode_special_tokens = True
+    if told.saved_whole or not (config or told.kind):
+        return
+    prefix = config.get("add_prefix_space", None if told.kind in ADDS_BOS else False)
+    before = tokenizer.pre_tokenizer
+    if isinstance(before, pre_tokenizers.ByteLevel) and isinstance(prefix, bool):
+        before.add_prefix_space = prefix
+        tokenizer.pre_tokenizer = before
+    if told.kind in ADDS_BOS:
+        _set_ends(tokenizer, told)
+
+
+def _set_ends(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+    """The post-processor that adds BOS and EOS as the configuration says, whatever the file's one adds."""
+    wanted = {
+        "bos_token": told.config.get("add_bos_token", ADDS_BOS[told.kind]),
+        "eos_token": told.config.get("add_eos_token", False),
+    }
+    ends = {}
+    for name, token in told.special.items():
+        id = tokenizer.token_to_id(token.content)
+        if wanted.get(name) and id is not None:
+            ends[name] = (token.content, id)
+    parts = [ends.get("bos_token", ("", 0))[0], "$A", ends.get("eos_token", ("", 0))[0]]
+    single = [part for part in parts if part]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=list(ends.values())
+    )
+
+
+def check_ids(vocabulary: dict[str, int], added: Collection[int], vocab_size: int, path: Path) -> None:
+    """Raises ValueError where an id is beyond the model's vocabulary, or two tokens have one id.
+
+    added: the ids of added tokens, of which some may be beyond: fine-tunes add a [PAD] and leave the model as
+    it is. Texts without it work.
+    """
+    if not vocabulary:
+        raise ValueError(f"{path} has no tokens")
+    beyond = {t: i for t, i in vocabulary.items() if i >= vocab_size + (SPARE_IDS if i in added else 0)}
+    if beyond and len(vocabulary) > vocab_size:
+        raise ValueError(f"{path} has {len(vocabulary)} tokens, the model's vocabulary {vocab_size}")
+    for token, id in beyond.items():
+        raise ValueError(
+            f"{path} gives {token[:50]!r} the id {id}, which is outside the model's {vocab_size} tokens"
+        )
+    seen: dict[int, str] = {}
+    for token, id in vocabulary.items():
+        if (other := seen.setdefault(id, token)) != token:
+            first, second = sorted([other, token])
+            raise ValueError(f"{path} gives the id {id} to two tokens: {first[:50]!r} and {second[:50]!r}")
