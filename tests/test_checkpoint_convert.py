@@ -29,11 +29,18 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x.get_value()), np.asarray(y.get_value()), err_msg=str(path))
 
 
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "chat_template.jinja", "chat_template.json",
+          "additional_chat_templates/tool_use.jinja")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     root = tmp_path_factory.mktemp("converted")
     hf_tiny.write_checkpoint(root / "hf", hf_tiny.hf_config(dtype="bfloat16"), shards=2)
-    (root / "hf" / "tokenizer.json").write_text("{}")
+    (root / "hf" / "additional_chat_templates").mkdir()
+    for name in BESIDE:
+        (root / "hf" / name).write_text("{}")
     (root / "hf" / "pickle.bin").write_bytes(b"not copied")
     convert(root / "hf", root / "out")
     return root
@@ -62,8 +69,9 @@ def test_another_dtype_on_the_way_in_and_out(converted):
 
 
 def test_what_is_beside_the_weights(converted):
-    names = {p.name for p in (converted / "out").iterdir()}
-    assert names == {"params", "config.json", "tokenizer.json", MANIFEST}
+    out = converted / "out"
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert {n for n in names if not n.startswith("params/")} == {"config.json", *BESIDE, MANIFEST}
     assert read_config(converted / "out") == read_config(converted / "hf")
     manifest = json.loads((converted / "out" / MANIFEST).read_text())
     assert manifest["version"] == 2

@@ -11,6 +11,8 @@ from jmoe.server.errors import invalid, unsupported
 from jmoe.server.schema import Message
 from jmoe.server.template_forms import Forms
 
+# What an assistant thought: the name that most templates read, the one of some, the one of some clients.
+THOUGHT = ("reasoning_content", "thinking", "reasoning")
 TEXT_KEYS = ("type", "text", "cache_control")
 
 
@@ -33,6 +35,9 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
     plain["role"] = role = "system" if message.role == "developer" else message.role
     if message.content is None and role != "assistant":
         raise invalid(f"{where}.content is required", f"{where}.content")
+    thought = next((plain[key] for key in THOUGHT if key in plain), None)
+    if thought is not None:  # as transformers 5: under both names that templates read
+        plain = {"thinking": thought, **plain, "reasoning_content": thought}
     if forms is None:
         return plain
     if message.content is None and not forms.null:

@@ -142,6 +142,8 @@ def test_a_refusal_is_what_the_assistant_said():
 def test_what_an_assistant_thought_is_passed_on(field: str):
     template = EACH.replace("BODY", "{{ m." + field + " }}|{{ m.content }}")
     assert rendered(template, [{"role": "assistant", "content": "b", field: "hmm"}]) == "hmm|b"
+    usual = EACH.replace("BODY", "{{ m.reasoning_content }}{{ m.thinking }}")
+    assert rendered(usual, [{"role": "assistant", "content": "b", field: "hm"}]) == "hmhm"
     assert rendered(template, [{"role": "assistant", "content": "b", field: None}]) == "|b"
 
 
