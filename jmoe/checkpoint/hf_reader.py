@@ -13,11 +13,12 @@ import numpy as np
 from jmoe.checkpoint.safetensors_file import (
     ALIGN,
     DTYPES,
+    HEADER_LIMIT,
     TensorInfo,
     open_regular,
-    parse_json,
     read_exactly,
     read_header,
+    read_json,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -100,8 +101,7 @@ class HFCheckpoint:
             return None
         if (self.directory / "model.safetensors").exists():
             raise ValueError(f"{self.directory}: has both model.safetensors and {INDEX}; remove one")
-        with open_regular(path) as file:
-            weight_map = parse_json(file.read(), str(path)).get("weight_map")
+        weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path}: has no weight_map")
         for tensor, name in weight_map.items():

@@ -18,7 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit
+HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, here of an index too
+JSON_LIMIT = 16 << 20  # bytes of a config.json: the longest published ones have some hundred thousand
 ALIGN = 64  # bytes; XLA on CPU uses host memory in place only where it starts at a multiple of this
 
 DTYPES: dict[str, np.dtype | None] = {
@@ -89,22 +90,33 @@ def read_header(file: FileIO) -> dict[str, TensorInfo]:
         raise ValueError(f"{path}: not a safetensors file: {_describe(bytes(head), size, length)}")
     raw = bytearray(length)
     read_exactly(file, 8, memoryview(raw))
-    entries = parse_json(bytes(raw), f"{path}: header")
+    entries = parse_json(raw, f"{path}: header")
     entries.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object of a file; ValueError where it is absent, longer than ``limit`` or damaged."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{path}: has {size} bytes, more than the limit {limit}")
+        raw = bytearray(size)
+        read_exactly(file, 0, memoryview(raw))
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes | bytearray, what: str) -> dict[str, Any]:
     """A JSON object whose keys are each given once; ValueError beginning with ``what``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise ValueError(f"{twice!r} is given twice")
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise ValueError(f"{twice[:100]!r} is given twice")
         return out
 
     try:

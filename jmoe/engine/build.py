@@ -135,7 +135,7 @@ def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
 
 def context_length(cfg: ModelConfig, asked: int | None) -> int:
     """``asked`` or the model's; ValueError where more than the model's is asked."""
-    limit = cfg.max_position_embeddings
+    limit = cfg.longest_context
     if asked is not None and not 1 <= asked <= limit:
         raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {asked}")
     return asked or limit
@@ -173,7 +173,7 @@ def build_engine(
     done, shapes).
     """
     directory = model_directory(model)
-    cfg = read_config(directory)
+    cfg = read_config(directory, settings.dtype)
     max_model_len = context_length(cfg, settings.max_model_len)
     mesh = settings_split(settings).mesh
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
