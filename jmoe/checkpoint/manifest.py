@@ -14,6 +14,7 @@ MANIFEST = "jmoe_checkpoint.json"
 FORMAT, VERSION = "jmoe", 2
 PARAMS = "params"  # the folder of the Orbax checkpoints: one for each layer and one for the rest
 HASHING_THREADS = 4
+LONGEST = 1000  # characters of a file's relative path
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def _digests(directory: Path, names: list[str], *, flush: bool) -> dict[str, tup
 
 def _inside(name: Any) -> str:
     path = PurePosixPath(name)
+    if len(name) > LONGEST:
+        raise ValueError(f"file {name[:40]!r}... has a name of {len(name)} characters")
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"file {name!r} lies outside the checkpoint")
     return name

@@ -5,9 +5,12 @@ Each layer is an Orbax checkpoint of its own (``params/layers.3``), as is what i
 layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfloat16 weights hardly shrink.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -112,9 +115,33 @@ def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> d
     source = directory.resolve() / PARAMS / group
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
+            quieten_late_reads()
             return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
         except Exception as error:  # whatever a library says of damaged files, of which there is no list
             raise ValueError(f"{source}: cannot be restored: {cause(error)}") from error
+
+
+def quieten_late_reads() -> None:
+    """When one of a group's reads fails, the others fail some moments later or find their event loop closed,
+    and Python would print a traceback for each, after the one line that says what is wrong."""
+    logging.getLogger("asyncio").addFilter(_is_no_late_read)
+    if not isinstance(sys.unraisablehook, _LateReads):
+        sys.unraisablehook = _LateReads(sys.unraisablehook)
+
+
+def _is_no_late_read(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "was never retrieved" not in text or "async_deserialize" not in text
+
+
+@dataclass(frozen=True)
+class _LateReads:
+    report: Callable[[Any], object]
+
+    def __call__(self, raised: Any) -> None:
+        late = isinstance(raised.exc_value, RuntimeError) and "loop is closed" in str(raised.exc_value)
+        if not late:
+            self.report(raised)
 
 
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
