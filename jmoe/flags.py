@@ -91,7 +91,8 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     import dataclasses
 
     from jmoe.config import MoEConfig
-    from jmoe.engine.build import EngineSettings, use_compilation_cache
+    from jmoe.engine.build import EngineSettings
+    from jmoe.engine.compilation_cache import use_compilation_cache
 
     use_compilation_cache(cache_directory())
     known = {f.name for f in dataclasses.fields(EngineSettings)}

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 
@@ -256,13 +255,6 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
     if (shuffle.tokens or shuffle.requests) and placement.tables is None:
         raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
     return placement
-
-
-def use_compilation_cache(directory: Path) -> None:
-    """Keeps compiled programs in ``directory`` across processes, small and quick ones too."""
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:
