@@ -18,3 +18,9 @@ def cause(error: BaseException) -> str:
     """What a library's exception says, in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def brief(value: object) -> str:
+    """A value from a file as a message names it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

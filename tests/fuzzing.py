@@ -3,6 +3,7 @@
 ``Reader`` is a door of jmoe with good input; ``fuzz`` gives it damaged input, the same in every run.
 """
 
+import copy
 import json
 import random
 import re
@@ -159,7 +160,7 @@ def damaged_json(values: Any, rng: random.Random) -> bytes:
             case 3:
                 holder[key] = [holder[key]] if rng.random() < 0.5 else {"a": holder[key]}
             case _:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(root[0])
     if rng.random() < 0.05 and text.startswith('{"'):  # a name twice
         text = text[:-1] + "," + text[1 : text.index(":")] + ":1}"

@@ -30,6 +30,7 @@ from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
+from jmoe.units import brief
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]
@@ -186,12 +187,14 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     for stored in stored_tensors(checkpoint, cfg):
         for name in stored.tensors:
             if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
-                raise ValueError(f"{checkpoint.directory}: tensor {name!r} of {cfg.architecture} is missing")
+                raise ValueError(
+                    f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
+                )
             info = checkpoint.tensors[name]
             if stored.part is not None and stored.part >= (*info.shape, 0)[0]:  # an absurd num_experts
                 raise ValueError(
-                    f"{info.file}: tensor {name!r} has no entry {stored.part}, which config.json asks for: "
-                    f"it is {list(info.shape)}"
+                    f"{info.file}: tensor {brief(name)} has no entry {stored.part}, which config.json asks "
+                    f"for: it is {list(info.shape)}"
                 )
             expected.add(name)
     _, head = embedding_names(cfg)
@@ -204,7 +207,7 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
         )
         if not known:
             raise ValueError(
-                f"{info.file}: tensor {name!r} is not one of {cfg.architecture} as config.json has it"
+                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as config.json has it"
             )
 
 
