@@ -39,8 +39,9 @@ def convert(
 
     It is written under a temporary name beside ``out_dir`` and renamed when whole, so ``out_dir`` exists
     only complete; what a conversion to it that was killed has left there is removed. Host memory: about
-    four times one layer's (Orbax copies what it writes). progress: called with (bytes done, bytes in all). Raises ValueError where ``out_dir``
-    exists, the disk is too small, or ``hf_dir`` is not a checkpoint that ``load_model`` would take.
+    four times one layer's (Orbax copies what it writes). progress: called with (bytes done, bytes in all).
+    Raises ValueError where ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
+    ``load_model`` would take.
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
     if is_converted(hf_dir):
