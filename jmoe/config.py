@@ -155,6 +155,14 @@ class ModelConfig:
         return tuple(i for i in range(self.num_hidden_layers) if i not in self.mlp_only_layers)
 
     @property
+    def longest_context(self) -> int:
+        """Tokens. Where a model card has YaRN added to ``config.json``, ``max_position_embeddings`` stays."""
+        rope, trained = self.rope, self.max_position_embeddings
+        if rope.rope_type != "yarn" or not rope.factor or not rope.original_max_position_embeddings:
+            return trained
+        return max(trained, int(rope.factor * rope.original_max_position_embeddings))
+
+    @property
     def cached_heads(self) -> int:
         """Rows of the KV cache a token and layer: those of a latent are one."""
         return self.num_key_value_heads if self.latent is None else 1

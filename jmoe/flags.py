@@ -95,7 +95,8 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     from jmoe_kernels.cache import usable, user_cache
 
     from jmoe.config import MoEConfig
-    from jmoe.engine.build import EngineSettings, use_compilation_cache
+    from jmoe.engine.build import EngineSettings
+    from jmoe.engine.compilation_cache import use_compilation_cache
 
     use_compilation_cache(usable(user_cache() / "xla"))
     known = {f.name for f in dataclasses.fields(EngineSettings)}

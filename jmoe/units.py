@@ -1,4 +1,5 @@
-"""Sizes as people write them. Imports nothing: the command line reads them before anything heavy."""
+"""Sizes as people write them, errors as they read them. Imports nothing: the command line reads sizes before
+anything heavy."""
 
 import re
 
@@ -11,3 +12,15 @@ def parse_size(name: str, text: str) -> int:
     if not match or match[2] not in UNITS:
         raise ValueError(f"{name}: {text!r} is not a size such as 2GiB or 512MiB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def cause(error: BaseException) -> str:
+    """What a library's exception says, in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def brief(value: object) -> str:
+    """A value from a file as a message names it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -28,9 +28,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from serving_peers import PEERS, Load, Peer
@@ -104,15 +105,27 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(
-    words: list[str], port: int, log: Path, environment: dict[str, str], **about: Any
+    words: list[str],
+    port: int,
+    log: Path,
+    *,
+    model: str,
+    extra: dict[str, Any],
+    prompt_form: Literal["ids", "text"] = "text",
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Served]:
     """The server once it answers /health; raises SystemExit with the end of its log where it does not."""
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with this process
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
-    served = Served(process, url, **about)
+        process = subprocess.Popen(
+            words,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            start_new_session=True,
+        )
+    served = Served(process, url, model, extra, prompt_form)
     try:
         wait_for(served, log)
         yield served
@@ -212,11 +225,11 @@ def main() -> None:
         load = Load(max(args.concurrency), args.input_len, args.output_len, args.dtype)
         ours = jmoe_words(args, folder, ports[0])
         theirs = [command, *peer.words(folder, ports[1], load), *shlex.split(args.peer_options)]
-        alike = {"model": str(folder), "prompt_form": peer.prompt_form}
+        alike: dict[str, Any] = {"model": str(folder), "prompt_form": peer.prompt_form}
         with (
-            serving(ours, ports[0], logs / "jmoe.log", {}, **alike, extra={}) as mine,
+            serving(ours, ports[0], logs / "jmoe.log", extra={}, **alike) as mine,
             serving(
-                theirs, ports[1], logs / "peer.log", peer.environment, **alike, extra=peer.extra
+                theirs, ports[1], logs / "peer.log", extra=peer.extra, environment=peer.environment, **alike
             ) as other,
         ):
             servers = {"jmoe": mine, args.peer: other}

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 
 import hf_tiny
 import ml_dtypes
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, aligned_empty, all_finite
-from jmoe.checkpoint.safetensors_file import encode_header
+from jmoe.checkpoint.load import read_config
+from jmoe.checkpoint.safetensors_file import encode_header, parse_json
 
 FILE = "model.safetensors"
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -243,3 +245,29 @@ def test_helper_writes_every_name_once(tmp_path):
         tensors = hf_tiny.write_checkpoint(tmp_path / architecture, hf_tiny.hf_config(architecture), shards=2)
         with HFCheckpoint(tmp_path / architecture) as checkpoint:
             assert checkpoint.tensors.keys() == tensors.keys()
+
+
+def test_long_names_and_many_of_them_take_no_longer(tmp_path):
+    """A name given twice among many, numbers of thousands of digits, long names."""
+    once = {f"{i:x}": 1 for i in range(200_000)}
+    twice = json.dumps(once)[:-1] + ', "7": 2}'
+    start = time.process_time()
+    with pytest.raises(ValueError, match="damaged JSON: '7' is given twice"):
+        parse_json(twice.encode(), "it")
+    digits = "9" * 4000
+    shape = f"[{', '.join([digits] * 2000)}]"
+    huge = f'{{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}'
+    for name, entry in (("n" * 10_000, "{}"), ("a", huge)):
+        header = f'{{"{name}": {entry}}}'.encode()
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(ValueError, match="tensor '") as error:
+            HFCheckpoint(tmp_path)
+        assert len(str(error.value)) < 1000
+    assert time.process_time() - start < 5, "a second, were the machine quiet"
+
+
+def test_a_config_of_gigabytes_is_refused_unread(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(ValueError, match=r"config\.json: has 8589934592 bytes, more than the limit 16777216"):
+        read_config(tmp_path)

@@ -152,19 +152,23 @@ def test_dtypes_are_converted(stored, asked, target, tmp_path):
     )
 
 
-def test_float16_must_be_given_a_dtype(tmp_path):
-    hf_tiny.write_checkpoint(tmp_path, hf_tiny.hf_config(dtype="float16"))
-    with pytest.raises(ValueError, match=r"config\.json: float16 .* 'float32' or 'bfloat16'"):
-        load_model(tmp_path, one_device())
+def test_float16_is_computed_in_float32_which_holds_it(tmp_path):
+    tensors = hf_tiny.write_checkpoint(tmp_path, hf_tiny.hf_config(dtype="float16"))
+    model = load_model(tmp_path, one_device())
+    assert model.cfg.dtype == "float32"
+    np.testing.assert_array_equal(
+        values(model)["embed"], tensors["model.embed_tokens.weight"].astype(np.float32)
+    )
 
 
 def test_known_extras_are_left_out(tmp_path):
     config = hf_tiny.hf_config(tie_word_embeddings=True)
+    tensors = hf_tiny.random_tensors(config)
     extra = {
-        "lm_head.weight": np.ones((96, 32), np.float32),
+        "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
     }
-    hf_tiny.write_checkpoint(tmp_path, config, tensors=hf_tiny.random_tensors(config) | extra)
+    hf_tiny.write_checkpoint(tmp_path, config, tensors=tensors | extra)
     assert not hasattr(load_model(tmp_path, one_device()), "lm_head")
 
 

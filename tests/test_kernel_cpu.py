@@ -92,6 +92,28 @@ def test_a_build_is_kept(tmp_path: Path, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("damage", ["half", "empty", "one bit", "another file"])
+def test_a_damaged_library_is_built_again_and_never_loaded(tmp_path: Path, monkeypatch, damage: str):
+    """To load half a library ends the process; an empty one would mean the portable kernels for ever."""
+    assert isinstance(LIBRARY, cpu.Library)
+    good = LIBRARY.path.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    bad = {"half": good[: len(good) // 2], "empty": b"", "one bit": bytes(flipped)}.get(damage, b"#!/bin/sh")
+    (tmp_path / LIBRARY.path.name).write_bytes(bad)
+
+    def compile_quickly(command: list[str]) -> None:
+        if "-shared" in command:
+            Path(command[command.index("-o") + 1]).write_bytes(good)
+
+    monkeypatch.setattr(build, "_run", compile_quickly)
+    path = build.build(tmp_path)
+    assert path.name == LIBRARY.path.name and path.read_bytes() == good
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
+    assert build.build(tmp_path) == path and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "forbidden, end", [("0,1,3,5,6,7", 0), ("2", -signal.SIGSEGV)], ids=["idle", "active"]
 )

@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.load import DTypeChoice, Progress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
-from jmoe.config import MoEConfig
+from jmoe.checkpoint.safetensors_file import read_json
+from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import make_mesh
 
 COPIED = (
@@ -40,8 +42,9 @@ def convert(
 
     It is written under a temporary name beside ``out_dir`` and renamed when whole, so ``out_dir`` exists
     only complete; what a conversion to it that was killed has left there is removed. Host memory: about
-    twice one layer's. progress: called with (bytes done, bytes in all). Raises ValueError where ``out_dir``
-    exists, the disk is too small, or ``hf_dir`` is not a checkpoint that ``load_model`` would take.
+    four times one layer's (Orbax copies what it writes). progress: called with (bytes done, bytes in all).
+    Raises ValueError where ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
+    ``load_model`` would take.
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
     if is_converted(hf_dir):
@@ -94,7 +97,7 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
 
     cfg = read_config(hf_dir, dtype)
     with HFCheckpoint(hf_dir) as checkpoint:
-        _, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh())
+        model, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh(), keep=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():
@@ -102,16 +105,25 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
             done += sum(specs[p].nbytes for p in paths)
             if progress is not None:
                 progress(done, total)
-    config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
-    for stale in ("torch_dtype", "quantization_config"):  # the weights are as "dtype" says, whole
-        config.pop(stale, None)
-    text = json.dumps(config | {"dtype": cfg.dtype}, indent=2)
+    text = json.dumps(_as_written(read_json(hf_dir / "config.json"), model.cfg), indent=2)
     (working / "config.json").write_text(text + "\n", encoding="utf-8")
     for path in (path for pattern in COPIED for path in hf_dir.glob(pattern) if path.is_file()):
         target = working / path.relative_to(hf_dir)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()})
+    kept = tuple(path for path, spec in specs.items() if spec == spec.kept() and spec.keeps)
+    write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()}, kept)
+
+
+def _as_written(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """``config.json`` of weights that are whole, in one dtype, and tied or not as the tensors were."""
+    for stale in ("torch_dtype", "quantization_config"):
+        config.pop(stale, None)
+    config["dtype"] = cfg.dtype
+    for where in (config, config.get("text_config")):
+        if isinstance(where, dict) and where.get("tie_word_embeddings"):
+            where["tie_word_embeddings"] = cfg.tie_word_embeddings
+    return config
 
 
 def _check_disk(working: Path, need: int) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 from jmoe.checkpoint.safetensors_file import (
     ALIGN,
     DTYPES,
+    HEADER_LIMIT,
     TensorInfo,
     open_regular,
-    parse_json,
     read_exactly,
     read_header,
+    read_json,
 )
+from jmoe.units import brief
 
 INDEX = "model.safetensors.index.json"
 HUGE_PAGE = 2 << 20  # bytes
@@ -84,14 +86,14 @@ class HFCheckpoint:
             self._files[path] = open_regular(path)
             for tensor, info in read_header(self._files[path]).items():
                 if tensor in tensors:
-                    raise ValueError(f"{path}: tensor {tensor!r} is also in {tensors[tensor].file.name}")
+                    raise ValueError(f"{path}: tensor {brief(tensor)} is also in {tensors[tensor].file.name}")
                 if weight_map is not None and weight_map.get(tensor) != name:
-                    raise ValueError(f"{path}: tensor {tensor!r} is not given to this file by {INDEX}")
+                    raise ValueError(f"{path}: tensor {brief(tensor)} is not given to this file by {INDEX}")
                 tensors[tensor] = info
         for tensor, file in (weight_map or {}).items():
             if tensor not in tensors:
                 path = self.directory / file
-                raise ValueError(f"{path}: has no tensor {tensor!r}, see {INDEX}")
+                raise ValueError(f"{path}: has no tensor {brief(tensor)}, see {INDEX}")
         return tensors
 
     def _weight_map(self) -> dict[str, str] | None:
@@ -100,14 +102,13 @@ class HFCheckpoint:
             return None
         if (self.directory / "model.safetensors").exists():
             raise ValueError(f"{self.directory}: has both model.safetensors and {INDEX}; remove one")
-        with open_regular(path) as file:
-            weight_map = parse_json(file.read(), str(path)).get("weight_map")
+        weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path}: has no weight_map")
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or not _is_plain_name(name):
                 raise ValueError(
-                    f"{path}: tensor {tensor!r} lies in {name!r}, not a plain *.safetensors name"
+                    f"{path}: tensor {brief(tensor)} lies in {brief(name)}, not a plain *.safetensors name"
                 )
         return weight_map
 
@@ -116,7 +117,9 @@ class HFCheckpoint:
         info = self.tensors[name]
         shape = info.shape if part is None else info.shape[1:]
         if out.shape != shape or not out.flags.c_contiguous:
-            raise ValueError(f"{info.file}: tensor {name!r} is {list(shape)}, asked as {list(out.shape)}")
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} is {list(shape)}, asked as {list(out.shape)}"
+            )
         self.read_run(name, (part or 0) * out.size, out.reshape(-1))
 
     def read_run(self, name: str, start: int, out: np.ndarray) -> None:
@@ -129,7 +132,7 @@ class HFCheckpoint:
         source = DTYPES.get(info.dtype)
         if source is None:
             known = ", ".join(DTYPES)
-            raise ValueError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: {known}")
+            raise ValueError(f"{info.file}: tensor {brief(name)} has dtype {info.dtype}; supported: {known}")
         file, step = self._files[info.file], CHUNK // source.itemsize
         offset = self._offset(info, name, start, out.size, source.itemsize)
         scratch = None if source == out.dtype else np.empty(min(step, out.size), source)
@@ -141,13 +144,13 @@ class HFCheckpoint:
                 with np.errstate(over="ignore", invalid="ignore"):
                     chunk[...] = target
             if not all_finite(chunk):
-                raise ValueError(f"{info.file}: tensor {name!r} has NaN or Inf (as {out.dtype})")
+                raise ValueError(f"{info.file}: tensor {brief(name)} has NaN or Inf (as {out.dtype})")
 
     def read_bytes(self, name: str, start: int, count: int) -> np.ndarray:
         """``count`` bytes of a tensor of bytes, from the ``start``-th on."""
         info = self.tensors[name]
         if info.dtype != "U8":
-            raise ValueError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: U8")
+            raise ValueError(f"{info.file}: tensor {brief(name)} has dtype {info.dtype}; supported: U8")
         out = np.empty(count, np.uint8)
         read_exactly(self._files[info.file], self._offset(info, name, start, count, 1), out.data)
         return out
@@ -158,7 +161,7 @@ class HFCheckpoint:
         if start < 0 or (start + count) * itemsize > info.nbytes:
             values = info.nbytes // itemsize
             raise ValueError(
-                f"{info.file}: tensor {name!r} has {values} values, asked for those to {start + count}"
+                f"{info.file}: tensor {brief(name)} has {values} values, asked for those to {start + count}"
             )
         return info.offset + start * itemsize
 

@@ -15,13 +15,14 @@ from jmoe.checkpoint.hf_reader import all_finite
 from jmoe.checkpoint.params import abstract_decoder, dotted, sources
 from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.models import model_config
+from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import PLAIN, Stored
 
 
 def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) -> None:
-    """Writes the model under the family's per-expert names, in the dtypes of a model of ``hf_config``.
+    """Writes the model under the family's per-expert names, in the dtypes of a model of ``hf_config``; where
+    that has the model's dtype, in each parameter's own.
 
     The data starts 64-byte aligned. Each file appears whole (written beside, then renamed) and replaces one
     of that name. Raises ValueError where ``hf_config`` is not this model's, a weight is NaN or Inf, or the
@@ -31,12 +32,14 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     cfg = model_config(hf_config)
     _check_same(cfg, model.cfg)
     params = {dotted(keys): param for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    table = sources(cfg)
+    table = sources(get_family(cfg.architecture).names(cfg))
     _check_plain(cfg, table)
-    specs = abstract_decoder(cfg, MoEConfig(), model.mesh)[1]
+    dtypes = {path: spec.dtype for path, spec in abstract_decoder(cfg, MoEConfig(), model.mesh)[1].items()}
+    if cfg.dtype == model.cfg.dtype:
+        dtypes = {path: _dtype_of(params[path]) for path in table}
     codes = {known: name for name, known in DTYPES.items()}
     entries = [
-        (stored.name, codes[specs[path].dtype], specs[path].shape[len(stored.index) :])
+        (stored.name, codes[dtypes[path]], params[path].get_value().shape[len(stored.index) :])
         for path, parts in table.items()
         for stored in parts
     ]
@@ -45,7 +48,7 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     def write_weights(file: BinaryIO) -> None:
         file.write(encode_header(entries))
         for path, parts in table.items():
-            _write_param(file, path, np.asarray(params[path].get_value()), parts, specs[path].dtype)
+            _write_param(file, path, np.asarray(params[path].get_value()), parts, dtypes[path])
 
     write_whole(directory / "model.safetensors", write_weights)
     text = json.dumps(hf_config, indent=2) + "\n"
@@ -68,6 +71,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def canonical(values: np.ndarray) -> np.ndarray:
     """A parameter's stored value in the checkpoint's dtype: uint16 is how some bfloat16 is stored."""
     return values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
+
+
+def _dtype_of(param: nnx.Param) -> np.dtype:
+    """As a checkpoint keeps it."""
+    return canonical(np.empty(0, param.get_value().dtype)).dtype
 
 
 def _write_param(file: BinaryIO, path: str, value: np.ndarray, parts: list[Stored], dtype: np.dtype) -> None:

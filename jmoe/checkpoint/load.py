@@ -9,18 +9,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jmoe.checkpoint.facts import (
+    embedding_names,
+    has_weights,
+    is_wider,
+    own_dtype,
+    stored_tensors,
+    with_own_head,
+)
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
-from jmoe.checkpoint.manifest import is_converted
+from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.offload import into_stacks
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, made_up, place, sources
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
-from jmoe.checkpoint.safetensors_file import open_regular, parse_json
+from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.models import get_family, model_config
+from jmoe.mesh import make_mesh
+from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
+from jmoe.units import brief
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]
@@ -28,22 +38,21 @@ SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
 
 
 def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
-    """The model's shape from ``config.json``, with its own dtype or the one asked for.
+    """The model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the one asked for.
 
     Raises ValueError, naming the file, where it is absent, malformed or of an unsupported model.
     """
     directory = check_directory(directory)
     path = directory / "config.json"
-    with open_regular(path) as file:
-        hf = parse_json(file.read(), str(path))
-    if dtype != "auto":
-        hf["dtype"] = dtype
-    elif "float16" in (hf.get("dtype"), hf.get("torch_dtype")):
-        raise ValueError(f"{path}: float16 is not computed in; choose dtype 'float32' or 'bfloat16'")
+    hf = read_json(path)
+    hf["dtype"] = own_dtype(directory, hf) if dtype == "auto" else dtype
     try:
         cfg = model_config(hf)
+        longest = cfg.longest_context
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if longest > SIZE_LIMIT:
+        raise ValueError(f"{path}: a context of {longest} tokens exceeds {SIZE_LIMIT}")
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if isinstance(value, int) and value > SIZE_LIMIT:
@@ -70,13 +79,14 @@ def load_model(
 ) -> Decoder:
     """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
-    dtype: "auto" keeps the checkpoint's. progress: called with (bytes done, bytes in all) after each
-    parameter. placement: experts are renumbered by it. context: tokens of the longest sequence; the model's.
-    Host memory: the model's on CPU, else one parameter's. Raises ValueError, before any memory is taken, for
-    a name or shape that is not exactly the model's; and for the placement of another model.
+    dtype: "auto" keeps the checkpoint's, of routers and vectors each tensor's own. progress: called with
+    (bytes done, bytes in all) after each parameter. placement: experts are renumbered by it. context: tokens
+    of the longest sequence; the model's. Host memory: the model's on CPU, else one parameter's. Raises
+    ValueError, before any memory is taken, for a name or shape that is not exactly the model's; and for the
+    placement of another model.
     """
     cfg = read_config(directory, dtype)
-    cfg = dataclasses.replace(cfg, rope=cfg.rope.for_context(context or cfg.max_position_embeddings))
+    cfg = dataclasses.replace(cfg, rope=cfg.rope.for_context(context or cfg.longest_context))
     moe = MoEConfig() if moe is None else moe
     report = (lambda done, total: None) if progress is None else progress
     if placement is not None:
@@ -84,9 +94,9 @@ def load_model(
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
 
-        model = restore_model(Path(directory), cfg, moe, mesh, report, placement)
+        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, keep=dtype == "auto")
     else:
-        model = read_model(directory, cfg, moe, mesh, report, placement)
+        model = read_model(directory, cfg, moe, mesh, report, placement, keep=dtype == "auto")
     if placement is not None:
         check_model(placement, model)
     return model
@@ -99,10 +109,12 @@ def read_model(
     mesh: Mesh,
     report: Progress,
     placement: Placement | None,
+    *,
+    keep: bool,
 ) -> Decoder:
-    """The model of a Hugging Face directory, one parameter at a time."""
+    """The model of a Hugging Face directory, one parameter at a time. keep: see ``match``."""
     with HFCheckpoint(directory) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, moe, mesh, placement)
+        model, specs, table = match(checkpoint, cfg, moe, mesh, placement, keep=keep)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
@@ -121,11 +133,29 @@ def match(
     moe: MoEConfig,
     mesh: Mesh,
     placement: Placement | None = None,
+    *,
+    keep: bool,
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Stored]]]:
-    """The abstract model, its parameters and what fills each, once every name and shape has been checked."""
+    """The abstract model, its parameters and what fills each, once every name and shape has been checked.
+
+    keep: a router or vector that is stored in more than the model's dtype stays float32. The model's head is
+    its own where the checkpoint has one, whatever ``cfg`` says.
+    """
+    cfg = with_own_head(checkpoint, cfg)
     check_names(checkpoint, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
-    table = sources(cfg)
+    table = sources(stored_tensors(checkpoint, cfg))
+    if keep:
+        wide = {
+            path
+            for path, spec in specs.items()
+            if any(
+                is_wider(checkpoint.tensors[s.name].dtype, spec.dtype)
+                for s in table.get(path, ())
+                if spec.keeps
+            )
+        }
+        specs = {path: spec.kept() if path in wide else spec for path, spec in specs.items()}
     if placement is not None:
         table = into_slots(table, placement, cfg.moe_layers)
     if moe.offload is not None:
@@ -149,25 +179,53 @@ def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Stored]) -
 def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the family's tensors.
 
-    Two extras are known and not read: ``lm_head.weight`` of a tied model (a copy of the embedding) and the
-    rotary frequencies that old releases stored; a family may know more.
+    Two extras are known and not read: ``lm_head.weight`` of a tied model, which ``with_own_head`` has found
+    equal to the embedding, and the rotary frequencies that old releases stored, which everything computes
+    from ``config.json``. A family may know more.
     """
     family, expected = get_family(cfg.architecture), set()
-    for stored in family.names(cfg):
+    for stored in stored_tensors(checkpoint, cfg):
         for name in stored.tensors:
             if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
-                raise ValueError(f"{checkpoint.directory}: tensor {name!r} of {cfg.architecture} is missing")
+                raise ValueError(
+                    f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
+                )
             info = checkpoint.tensors[name]
             if stored.part is not None and stored.part >= (*info.shape, 0)[0]:  # an absurd num_experts
                 raise ValueError(
-                    f"{info.file}: tensor {name!r} has no entry {stored.part}, which config.json asks for: "
-                    f"it is {list(info.shape)}"
+                    f"{info.file}: tensor {brief(name)} has no entry {stored.part}, which config.json asks "
+                    f"for: it is {list(info.shape)}"
                 )
             expected.add(name)
+    _, head = embedding_names(cfg)
     for name, info in checkpoint.tensors.items():
-        tied_head = cfg.tie_word_embeddings and name == "lm_head.weight"
-        known = tied_head or name.endswith(".rotary_emb.inv_freq") or family.ignored(cfg, name)
-        if name not in expected and not known:
+        if name in expected:
+            continue
+        tied_head = cfg.tie_word_embeddings and name == head
+        known = (
+            tied_head or name.endswith(".rotary_emb.inv_freq") or _is_ignored(checkpoint, family, cfg, name)
+        )
+        if not known:
             raise ValueError(
-                f"{info.file}: tensor {name!r} is not one of {cfg.architecture} as config.json has it"
+                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as config.json has it"
             )
+
+
+def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name: str) -> bool:
+    """Whether the family leaves that tensor unread, and the checkpoint has what shows that it may."""
+    witness = family.witness(name)
+    return family.ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
+
+
+def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice) -> dict[str, ParamSpec]:
+    """The parameters as ``load_model`` would make them on one device; as ``cfg`` alone has them where the
+    directory has no weights. Raises ValueError for weights that ``load_model`` would refuse unread."""
+    directory, mesh, moe = Path(directory), make_mesh(), MoEConfig()
+    if is_converted(directory):
+        from jmoe.checkpoint.orbax_io import described  # heavy, as above
+
+        return described(directory, read_manifest(directory), cfg, moe, mesh, keep=dtype == "auto")[1]
+    if not has_weights(directory):
+        return abstract_decoder(cfg, moe, mesh)[1]
+    with HFCheckpoint(directory) as checkpoint:
+        return match(checkpoint, cfg, moe, mesh, keep=dtype == "auto")[1]

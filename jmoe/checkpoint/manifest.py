@@ -8,22 +8,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jmoe.checkpoint.safetensors_file import open_regular, parse_json
+from jmoe.checkpoint.safetensors_file import HEADER_LIMIT, open_regular, read_json
 
 MANIFEST = "jmoe_checkpoint.json"
 FORMAT, VERSION = "jmoe", 2
 PARAMS = "params"  # the folder of the Orbax checkpoints: one for each layer and one for the rest
 HASHING_THREADS = 4
+LONGEST = 1000  # characters of a file's relative path
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """dtype: the model's. parameters: shape by dotted path. files: (bytes, sha256) by relative path."""
+    """dtype: the model's. parameters: shape by dotted path. files: (bytes, sha256) by relative path. kept:
+    the parameters that are float32 because the checkpoint stores them so."""
 
     architecture: str
     dtype: str
     parameters: dict[str, tuple[int, ...]]
     files: dict[str, tuple[int, str]]
+    kept: tuple[str, ...] = ()
 
 
 def is_converted(directory: Path | str) -> bool:
@@ -31,11 +34,15 @@ def is_converted(directory: Path | str) -> bool:
 
 
 def write_manifest(
-    directory: Path, architecture: str, dtype: str, parameters: dict[str, tuple[int, ...]]
+    directory: Path,
+    architecture: str,
+    dtype: str,
+    parameters: dict[str, tuple[int, ...]],
+    kept: tuple[str, ...],
 ) -> None:
     """Flushes every file of ``directory`` to disk, then lists it. Call it last, before the rename."""
     files = _digests(directory, _listed(directory), flush=True)
-    manifest = Manifest(architecture, dtype, parameters, files)
+    manifest = Manifest(architecture, dtype, parameters, files, kept)
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -46,8 +53,7 @@ def write_manifest(
 def read_manifest(directory: Path) -> Manifest:
     """The manifest; ValueError for one that is malformed or of another version."""
     path = directory / MANIFEST
-    with open_regular(path) as file:
-        raw = parse_json(file.read(), str(path))
+    raw = read_json(path, HEADER_LIMIT)
     if raw.pop("format", None) != FORMAT or type(raw.get("version")) is not int:
         raise ValueError(f"{path}: is not the manifest of a converted checkpoint")
     version = raw.pop("version")
@@ -59,6 +65,7 @@ def read_manifest(directory: Path) -> Manifest:
             str(raw.pop("dtype")),
             {name: tuple(map(int, shape)) for name, shape in raw.pop("parameters").items()},
             {_inside(name): (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()},
+            tuple(map(str, raw.pop("kept", ()))),  # absent where an earlier release wrote it
         )
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
@@ -97,6 +104,8 @@ def _digests(directory: Path, names: list[str], *, flush: bool) -> dict[str, tup
 
 def _inside(name: Any) -> str:
     path = PurePosixPath(name)
+    if len(name) > LONGEST:
+        raise ValueError(f"file {name[:40]!r}... has a name of {len(name)} characters")
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"file {name!r} lies outside the checkpoint")
     return name

@@ -5,9 +5,12 @@ Each layer is an Orbax checkpoint of its own (``params/layers.3``), as is what i
 layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfloat16 weights hardly shrink.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from jmoe.checkpoint.renumber import permuted
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models.decoder import Decoder
 from jmoe.moe.placement import Placement
+from jmoe.units import cause
 
 CHUNK = 32 << 20  # bytes; a device reads every chunk that its slice touches
 
@@ -56,24 +60,25 @@ def restore_model(
     mesh: Mesh,
     report: Callable[[int, int], None],
     placement: Placement | None = None,
+    *,
+    keep: bool,
 ) -> Decoder:
     """The model with each parameter read straight onto its devices, one layer at a time.
 
     report: called with (bytes done, bytes in all) after each layer. placement: experts are renumbered by it,
-    where they lie, each parameter once more than it takes. Raises ValueError naming the file that is
-    missing or changed, or the parameter that is not as ``config.json`` has it.
+    where they lie, each parameter once more than it takes. keep: see ``match``. Raises ValueError naming
+    the file that is missing or changed, or the parameter that is not as ``config.json`` has it.
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
-    check_count(directory, manifest, cfg)
-    model, wanted = abstract_decoder(cfg, moe, mesh)
-    specs, stacks = wanted, None
+    resident = replace(moe, offload=None, binning=None)  # as they were written
+    model, specs = described(
+        directory, manifest, cfg, moe if moe.offload is None else resident, mesh, keep=keep
+    )
+    stacks = None
     if moe.offload is not None:
-        specs = abstract_decoder(cfg, replace(moe, offload=None, binning=None), mesh)[
-            1
-        ]  # as they were written
+        model, wanted = abstract_decoder(cfg, moe, mesh)
         stacks = Stacks(wanted, cfg.moe_layers)
-    check_parameters(directory, manifest, specs)
     arrays: dict[str, jax.Array] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
     for group, paths in grouped(specs).items():
@@ -89,6 +94,17 @@ def restore_model(
     return fill(model, arrays)
 
 
+def described(
+    directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, keep: bool
+) -> tuple[Decoder, dict[str, ParamSpec]]:
+    """The abstract model of experts that are not offloaded, and its parameters as the manifest lists them."""
+    check_count(directory, manifest, cfg)
+    model, specs = abstract_decoder(cfg, moe, mesh)
+    check_parameters(directory, manifest, specs)
+    kept = set(manifest.kept) if keep and cfg.dtype == manifest.dtype else set()
+    return model, {p: s.kept() if p in kept and s.keeps else s for p, s in specs.items()}
+
+
 def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> dict[str, jax.Array]:
     """Arrays in the checkpoint's dtype, on their devices."""
     abstract = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for p, s in specs.items()}
@@ -99,9 +115,33 @@ def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> d
     source = directory.resolve() / PARAMS / group
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
+            quieten_late_reads()
             return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{source}: cannot be restored: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever a library says of damaged files, of which there is no list
+            raise ValueError(f"{source}: cannot be restored: {cause(error)}") from error
+
+
+def quieten_late_reads() -> None:
+    """When one of a group's reads fails, the others fail some moments later or find their event loop closed,
+    and Python would print a traceback for each, after the one line that says what is wrong."""
+    logging.getLogger("asyncio").addFilter(_is_no_late_read)
+    if not isinstance(sys.unraisablehook, _LateReads):
+        sys.unraisablehook = _LateReads(sys.unraisablehook)
+
+
+def _is_no_late_read(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "was never retrieved" not in text or "async_deserialize" not in text
+
+
+@dataclass(frozen=True)
+class _LateReads:
+    report: Callable[[Any], object]
+
+    def __call__(self, raised: Any) -> None:
+        late = isinstance(raised.exc_value, RuntimeError) and "loop is closed" in str(raised.exc_value)
+        if not late:
+            self.report(raised)
 
 
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.mesh import is_single, platform_of
-from jmoe.models import get_family
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.nn.param import ParamMaker
@@ -22,13 +21,19 @@ from jmoe.nn.param import ParamMaker
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """dtype: as in a checkpoint. storage: as in memory, of the same width (uint16 for some bfloat16)."""
+    """dtype: as in a checkpoint. storage: as in memory, of the same width (uint16 for some bfloat16).
+    keeps: whether it is float32 where the checkpoint stores more than the model's dtype."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     storage: np.dtype
     sharding: Sharding
+    keeps: bool = False
+
+    def kept(self) -> "ParamSpec":
+        """The same in float32."""
+        return replace(self, dtype=np.dtype(np.float32), storage=np.dtype(np.float32))
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +56,8 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
             sharding = NamedSharding(mesh, axes, memory_kind=memory)
         # a parameter may be float32 in a bfloat16 model
         dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value.dtype
-        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding)
+        keeps = value.ndim == 1 or bool(param.get_metadata("keeps", False))
+        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding, keeps)
     return model, specs
 
 
@@ -66,11 +72,11 @@ def dotted(keys: Iterable[Any]) -> str:
     return ".".join(map(str, keys))
 
 
-def sources(cfg: ModelConfig) -> dict[str, list[Stored]]:
-    """The checkpoint tensors that fill each parameter, by the parameter's path; not of those that ``made_up``
-    gives."""
+def sources(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """The tensors of a checkpoint that fill each parameter, by the parameter's path; not of those that
+    ``made_up`` gives."""
     table: dict[str, list[Stored]] = {}
-    for stored in get_family(cfg.architecture).names(cfg):
+    for stored in tensors:
         table.setdefault(stored.path, []).append(stored)
     return table
 

@@ -18,7 +18,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit
+from jmoe.units import brief
+
+HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, here of an index too
+MOST_AXES, LARGEST = 32, 2**63 - 1  # of a shape: an absurd product would take for ever
+JSON_LIMIT = 16 << 20  # bytes of a config.json: the longest published ones have some hundred thousand
 ALIGN = 64  # bytes; XLA on CPU uses host memory in place only where it starts at a multiple of this
 
 DTYPES: dict[str, np.dtype | None] = {
@@ -89,22 +93,33 @@ def read_header(file: FileIO) -> dict[str, TensorInfo]:
         raise ValueError(f"{path}: not a safetensors file: {_describe(bytes(head), size, length)}")
     raw = bytearray(length)
     read_exactly(file, 8, memoryview(raw))
-    entries = parse_json(bytes(raw), f"{path}: header")
+    entries = parse_json(raw, f"{path}: header")
     entries.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object of a file; ValueError where it is absent, longer than ``limit`` or damaged."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{path}: has {size} bytes, more than the limit {limit}")
+        raw = bytearray(size)
+        read_exactly(file, 0, memoryview(raw))
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes | bytearray, what: str) -> dict[str, Any]:
     """A JSON object whose keys are each given once; ValueError beginning with ``what``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise ValueError(f"{twice!r} is given twice")
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise ValueError(f"{brief(twice)} is given twice")
         return out
 
     try:
@@ -130,20 +145,24 @@ def _describe(head: bytes, size: int, length: int) -> str:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {brief(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise ValueError(f"{where} has unknown dtype {dtype!r}")
+        raise ValueError(f"{where} has unknown dtype {brief(dtype)}")
     for what, numbers in (("shape", shape), ("data_offsets", span)):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"{where}: {what} must be a list of integers >= 0")
+        if len(numbers) > MOST_AXES or any(n > LARGEST for n in numbers):
+            raise ValueError(f"{where}: {what} must be at most {MOST_AXES} integers up to {LARGEST}")
     if len(span) != 2 or span[1] < span[0]:
-        raise ValueError(f"{where}: data_offsets must be [begin, end], got {span}")
+        raise ValueError(f"{where}: data_offsets must be [begin, end], got {brief(span)}")
     need = math.prod(shape) * ITEM_SIZES[dtype]
     if span[1] - span[0] != need:
-        raise ValueError(f"{where}: {dtype} {shape} needs {need} bytes, its offsets span {span[1] - span[0]}")
+        raise ValueError(
+            f"{where}: {dtype} {brief(shape)} needs {need} bytes, its offsets span {span[1] - span[0]}"
+        )
     return TensorInfo(path, dtype, tuple(shape), data_start + span[0], need)
 
 
@@ -153,8 +172,8 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != at:
             wrong = "overlaps" if info.offset < at else "leaves a gap after"
-            raise ValueError(f"{path}: tensor {name!r} {wrong} {before}")
-        at, before = info.offset + info.nbytes, repr(name)
+            raise ValueError(f"{path}: tensor {brief(name)} {wrong} {before}")
+        at, before = info.offset + info.nbytes, brief(name)
     if at != size:
         wrong = "truncated" if at > size else "bytes after the last tensor"
         raise ValueError(f"{path}: {wrong}: its header describes {at} bytes, the file has {size}")

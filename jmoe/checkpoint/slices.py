@@ -14,6 +14,7 @@ from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, all_finite
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.models.weights import PLAIN, Stored
+from jmoe.units import brief
 
 
 def read_slice(checkpoint: HFCheckpoint, stored: Stored, out: np.ndarray) -> None:
@@ -47,12 +48,12 @@ def _read_mxfp4(checkpoint: HFCheckpoint, stored: Stored, ordered: np.ndarray) -
         exponents = checkpoint.read_bytes(scales, at, count)
         if (exponents == NO_NUMBER).any():
             file = checkpoint.tensors[scales].file
-            raise ValueError(f"{file}: tensor {scales!r} has the scale {NO_NUMBER}, which is NaN")
+            raise ValueError(f"{file}: tensor {brief(scales)} has the scale {NO_NUMBER}, which is NaN")
         pairs = checkpoint.read_bytes(blocks, at * PAIRS, count * PAIRS)
         values = dequantised(pairs.reshape(-1, PAIRS), exponents, ordered.dtype)
         if not all_finite(values):
             file = checkpoint.tensors[blocks].file
-            raise ValueError(f"{file}: tensor {blocks!r} has NaN or Inf (as {ordered.dtype})")
+            raise ValueError(f"{file}: tensor {brief(blocks)} has NaN or Inf (as {ordered.dtype})")
         rows[...] = values.reshape(rows.shape)
 
 
@@ -80,13 +81,13 @@ def check_shapes(
                 expected = (*stacks.get(stored.name, ()), *entry.shape)
                 if info.shape != expected:
                     raise ValueError(
-                        f"{info.file}: tensor {entry.name!r} must be {list(expected)} by config.json, "
+                        f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by config.json, "
                         f"it is {list(info.shape)}"
                     )
                 if info.dtype not in entry.dtypes:
                     known = ", ".join(entry.dtypes)
                     raise ValueError(
-                        f"{info.file}: tensor {entry.name!r} has dtype {info.dtype}; supported: {known}"
+                        f"{info.file}: tensor {brief(entry.name)} has dtype {info.dtype}; supported: {known}"
                     )
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 
@@ -136,7 +135,7 @@ def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
 
 def context_length(cfg: ModelConfig, asked: int | None) -> int:
     """``asked`` or the model's; ValueError where more than the model's is asked."""
-    limit = cfg.max_position_embeddings
+    limit = cfg.longest_context
     if asked is not None and not 1 <= asked <= limit:
         raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {asked}")
     return asked or limit
@@ -174,7 +173,7 @@ def build_engine(
     done, shapes).
     """
     directory = model_directory(model)
-    cfg = read_config(directory)
+    cfg = read_config(directory, settings.dtype)
     max_model_len = context_length(cfg, settings.max_model_len)
     mesh = settings_split(settings).mesh
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
@@ -256,13 +255,6 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
     if (shuffle.tokens or shuffle.requests) and placement.tables is None:
         raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
     return placement
-
-
-def use_compilation_cache(directory: Path) -> None:
-    """Keeps compiled programs in ``directory`` across processes, small and quick ones too."""
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

@@ -26,7 +26,7 @@ FAMILIES = {
     for family in (
         mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, deepseek.V2, deepseek.V3,
         dots1.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY, granitemoe.FAMILY, llama4.FAMILY,
-        llama4.WITH_IMAGES, phimoe.FAMILY,
+        llama4.WITH_IMAGES, phimoe.FAMILY, phimoe.PUBLISHED,
     )
 }  # fmt: skip
 

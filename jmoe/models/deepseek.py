@@ -13,6 +13,7 @@ from jmoe.models.family import (
     HFConfig,
     common_fields,
     is_past_the_last_layer,
+    prediction_of,
     refuse,
     require,
 )
@@ -130,4 +131,4 @@ def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
 
 names = partial(decoder_names, experts=experts)
 V2 = Family("DeepseekV2ForCausalLM", config_v2, names)
-V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer)
+V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer, witness=prediction_of)

@@ -1,6 +1,7 @@
 """What a model family's file declares: how its Hugging Face config and weight names map onto the decoder."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -19,6 +20,7 @@ class Family:
 
     names: every tensor of the checkpoint that the model has, or every entry of a stacked one, exactly once.
     ignored: whether a checkpoint may have a tensor of that name beside them, which is then not read.
+    witness: the tensor that must be there too for that, as proof that the other is what it is taken for.
     quantization: the methods (``quant_method``) in which its checkpoints are read beside plain ones.
     """
 
@@ -27,6 +29,7 @@ class Family:
     names: Callable[[ModelConfig], Iterator[Stored]]
     ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
     quantization: tuple[str, ...] = ()
+    witness: Callable[[str], str | None] = lambda name: None
 
 
 def common_fields(
@@ -91,7 +94,9 @@ def rope_config(hf: HFConfig, *, interleaved: bool = False) -> RopeConfig:
     values["rope_theta"] = float(given.get("rope_theta") or require(hf, "rope_theta"))
     values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
     if kind != "default" and hf.get(original):
-        values.setdefault(original, hf[original])
+        values[original] = hf[original]  # before the one in the table, as transformers has it
+    if most and (kind in ("longrope", "llama3") or (kind == "yarn" and values.get("factor"))):
+        values.setdefault(original, most)
     if kind in ("yarn", "longrope") and most and values.get(original):
         values.setdefault("factor", most / values[original])
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -114,5 +119,11 @@ def dense_layers(hf: HFConfig) -> tuple[int, ...]:
 
 def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
     """Whether a tensor belongs to a layer that predicts further tokens, of which the decoder has none."""
-    parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= cfg.num_hidden_layers
+    number = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    return number is not None and int(number[1]) >= cfg.num_hidden_layers
+
+
+def prediction_of(name: str) -> str:
+    """The projection that only a layer that predicts further tokens has (arXiv 2412.19437, section 2.2).
+    Where it is missing, the layer is one that ``num_hidden_layers`` leaves out by mistake."""
+    return ".".join([*name.split(".")[:3], "eh_proj", "weight"])

@@ -2,7 +2,7 @@
 
 from jmoe.config import ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
-from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer
+from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_of
 
 # what transformers' Glm4MoeConfig has where config.json is silent (sizes of weights are required)
 DEFAULTS: HFConfig = {
@@ -34,4 +34,4 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family("Glm4MoeForCausalLM", config, names, is_past_the_last_layer)
+FAMILY = Family("Glm4MoeForCausalLM", config, names, is_past_the_last_layer, witness=prediction_of)

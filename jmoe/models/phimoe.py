@@ -34,4 +34,6 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family("PhimoeForCausalLM", config, partial(decoder_names, experts=mixtral_experts))
+names = partial(decoder_names, experts=mixtral_experts)
+FAMILY = Family("PhimoeForCausalLM", config, names)
+PUBLISHED = Family("PhiMoEForCausalLM", config, names)  # as Microsoft's own checkpoints spell it

@@ -30,7 +30,7 @@ class RouterWeights:
 class Router(nnx.Module):
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         experts = cfg.num_experts
-        self.gate_ED = make((experts, cfg.hidden_size), (None, None))
+        self.gate_ED = make((experts, cfg.hidden_size), (None, None), keeps=True)
         self.bias_E = make((experts,), (None,)) if cfg.router.bias else None
         self.correction_E = make.exact((experts,), (None,)) if cfg.router.correction_bias else None
         self.expert_E = make.numbers(experts) if cfg.router.n_group > 1 else None

@@ -28,8 +28,10 @@ class ParamMaker:
             return jnp.zeros(shape, self.dtype)
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
-    def __call__(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
-        return nnx.Param(self._normal(shape), axes=axes)
+    def __call__(self, shape: tuple[int, ...], axes: Axes, keeps: bool = False) -> nnx.Param:
+        """keeps: it is float32 where a checkpoint stores more than the model's dtype, as all vectors are.
+        They take part in float32 arithmetic, and a rounded router would choose other experts."""
+        return nnx.Param(self._normal(shape), axes=axes, keeps=keeps)
 
     def stored(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
         """memory: the kind it is to lie in, the device's own where None."""

@@ -11,12 +11,12 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint import read_config
-from jmoe.checkpoint.params import abstract_decoder
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.checkpoint.load import parameter_specs
+from jmoe.config import ModelConfig
 from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
 from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
 from jmoe.engine.stats import expert_bytes
-from jmoe.mesh import TENSOR, make_mesh, platform_of
+from jmoe.mesh import TENSOR, platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
@@ -46,7 +46,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "layers": cfg.num_hidden_layers,
             "experts": cfg.num_experts,
             "experts_per_token": cfg.num_experts_per_tok,
-            "weight_bytes": _weight_bytes(cfg),
+            "weight_bytes": sum(s.nbytes for s in parameter_specs(directory, cfg, settings.dtype).values()),
             "max_model_len": length,
         },
         "kv_cache": {
@@ -65,10 +65,6 @@ def _device(device: Any) -> dict[str, Any]:
     return {"id": device.id, "kind": device.device_kind, "platform": device.platform} | (
         {"memory_bytes": memory["bytes_limit"]} if "bytes_limit" in memory else {}
     )
-
-
-def _weight_bytes(cfg: ModelConfig) -> int:
-    return sum(spec.nbytes for spec in abstract_decoder(cfg, MoEConfig(), make_mesh())[1].values())
 
 
 def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """``jmoe bench moe-layer``: the routed experts of one layer alone, by batch size and active experts."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.load import DTypeChoice
 from jmoe.config import ModelConfig, read_toml
 from jmoe.engine.build import model_directory
 from jmoe.moe.experts import apply_experts
@@ -32,11 +34,12 @@ class Point:
     allowed: int
 
 
-def layer_config(model: str) -> ModelConfig:
+def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
     """The shape of a TOML of sizes, or of a model's directory."""
     if model.endswith(".toml"):
-        return ModelConfig.from_dict(read_toml(Path(model)))
-    return read_config(model_directory(model))
+        cfg = ModelConfig.from_dict(read_toml(Path(model)))
+        return cfg if dtype == "auto" else dataclasses.replace(cfg, dtype=dtype)
+    return read_config(model_directory(model), dtype)
 
 
 def bench_moe_layer(
@@ -46,7 +49,7 @@ def bench_moe_layer(
     active: Sequence[int] = (),
     layers: int = 4,
     iterations: int = 7,
-    dtype: str = "auto",
+    dtype: DTypeChoice = "auto",
     progress: Callable[[int], None] = lambda points: None,
 ) -> dict[str, Any]:
     """Medians over ``iterations`` of a run through ``layers`` layers of random weights taken in turn, so that
@@ -54,7 +57,7 @@ def bench_moe_layer(
 
     GB/s counts each active expert's weights once.
     """
-    cfg = layer_config(model)
+    cfg = layer_config(model, dtype)
     if not cfg.num_experts:
         raise ValueError(f"{model} has no routed experts")
     k, experts = cfg.num_experts_per_tok, cfg.num_experts
@@ -62,7 +65,7 @@ def bench_moe_layer(
         raise ValueError("batch sizes, layers and num-iters must be at least 1")
     if bad := [n for n in active if not k <= n <= experts]:
         raise ValueError(f"active experts lie between {k} (a token's) and {experts}, got {bad[0]}")
-    kind = jnp.dtype(cfg.dtype if dtype == "auto" else dtype)
+    kind = jnp.dtype(cfg.dtype)
     stacks = make_layers(cfg, layers, kind)
     kernel, why = pick(jax.default_backend(), stacks[0].dtype, stacks[0].dims)
     run = layer_step(kernel)

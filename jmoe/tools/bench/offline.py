@@ -133,7 +133,7 @@ def _check(iterations: int) -> None:
 
 def _context(model: str, settings: EngineSettings) -> int:
     """Known before anything is loaded."""
-    return context_length(read_config(model_directory(model)), settings.max_model_len)
+    return context_length(read_config(model_directory(model), settings.dtype), settings.max_model_len)
 
 
 def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:

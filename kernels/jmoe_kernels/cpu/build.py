@@ -3,8 +3,8 @@
 Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
 version, and a source install builds in isolation, where the jaxlib present is not the one that will run.
 The cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
-(about 8 s on two cores). Without a compiler, or where the build or the load fails, the portable kernels serve
-and the reason is kept for ``jmoe doctor``.
+(about 8 s on two cores), and so does a library in it that is not what was written. Without a compiler, or
+where the build or the load fails, the portable kernels serve and the reason is kept for ``jmoe doctor``.
 """
 
 import ctypes
@@ -105,17 +105,28 @@ def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found (c++, g++ or clang++)")
-    path = directory / f"jmoe-{_key(compiler, extra)}.so"
-    if path.exists():
-        return path
+    name = f"jmoe-{_key(compiler, extra)}"
+    for path in directory.glob(f"{name}-*.so"):
+        if path == _named(path, name):
+            return path
+        path.unlink(missing_ok=True)  # a processor that runs half a library ends the process
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda s: _compile(compiler, s, Path(scratch), extra), _sources()))
-        made = Path(scratch) / path.name
+        made = Path(scratch) / f"{name}.so"
         _run([compiler, "-shared", "-o", str(made), *map(str, objects), *extra, "-lpthread"])
-        made.replace(path)  # another process may have been quicker: either file is whole
-    return path
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        # another process may have been quicker: either file is whole
+        return made.replace(_named(made, name, directory))
+
+
+def _named(library: Path, name: str, directory: Path | None = None) -> Path:
+    """Where a library of these bytes lies: its name ends in their digest, so a damaged one is known by it."""
+    with open(library, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return (directory or library.parent) / f"{name}-{digest}.so"
 
 
 def _sources() -> list[Path]:

@@ -1,0 +1,110 @@
+"""What a checkpoint's tensors say where ``config.json`` is silent about them, or wrong."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jmoe.checkpoint.hf_reader import CHUNK, INDEX, HFCheckpoint
+from jmoe.checkpoint.manifest import is_converted, read_manifest
+from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
+from jmoe.config import ModelConfig
+from jmoe.models import get_family
+from jmoe.models.weights import Stored
+
+log = logging.getLogger(__name__)
+
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+# The dtype to compute in, of a checkpoint's own. float32 holds every float16; bfloat16 would round them all.
+COMPUTED = {"float16": "float32"}
+
+
+def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
+    """The dtype that a model is computed in by its own files: what ``config.json`` says, or the config of its
+    text model within it; where both are silent, the dtype of most of the tensors' bytes."""
+    text = hf.get("text_config")
+    for config in (hf, text if isinstance(text, Mapping) else {}):
+        for name in ("dtype", "torch_dtype"):
+            if config.get(name) is not None:
+                stated = config[name]
+                return COMPUTED.get(stated, stated) if isinstance(stated, str) else stated
+    if is_converted(directory):
+        return read_manifest(directory).dtype
+    if not has_weights(directory):
+        return "float32"
+    with HFCheckpoint(directory) as checkpoint:
+        return computed_dtype(checkpoint.tensors)
+
+
+def has_weights(directory: Path) -> bool:
+    return (directory / INDEX).exists() or any(directory.glob("*.safetensors"))
+
+
+def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """By the floating-point tensors alone: quantised ones are bytes."""
+    sizes: Counter[str] = Counter()
+    for info in tensors.values():
+        if info.dtype in NAMES:
+            sizes[NAMES[info.dtype]] += info.nbytes
+    found = max(sizes, key=lambda name: sizes[name], default="float32")
+    return "bfloat16" if found == "bfloat16" else "float32"
+
+
+def is_wider(dtype: str, than: np.dtype) -> bool:
+    """Whether a tensor's dtype (the file's name for it) has numbers that ``than`` does not hold."""
+    stored = DTYPES.get(dtype)
+    return stored is not None and stored != than and than.itemsize < 4
+
+
+def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
+    """``cfg``, untied where the checkpoint has a head that is not the embedding, whatever ``config.json``
+    says; transformers reads such a head too."""
+    embed, head = embedding_names(cfg)
+    tensors = checkpoint.tensors
+    if not cfg.tie_word_embeddings or embed not in tensors or head not in tensors:
+        return cfg
+    if tensors[embed].shape == tensors[head].shape and _are_equal(checkpoint, embed, head, cfg.dtype):
+        return cfg
+    log.warning(
+        "%s: config.json ties the head to the embedding, but %r is another matrix: it is read as the head",
+        checkpoint.directory, head,
+    )  # fmt: skip
+    return replace(cfg, tie_word_embeddings=False)
+
+
+def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
+    """The tensors of the embedding and, were it not tied, of the head."""
+    paths = {"embed": "", "lm_head": ""}
+    for stored in get_family(cfg.architecture).names(replace(cfg, tie_word_embeddings=False)):
+        if stored.path in paths:
+            paths[stored.path] = stored.name
+        if all(paths.values()):
+            break
+    return paths["embed"], paths["lm_head"]
+
+
+def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Stored]:
+    """Every tensor of the model, as this checkpoint names it: one matrix for embedding and head may be stored
+    under either name."""
+    embed, head = embedding_names(cfg)
+    names = checkpoint.tensors
+    as_head = cfg.tie_word_embeddings and embed not in names and head in names
+    for stored in get_family(cfg.architecture).names(cfg):
+        yield replace(stored, name=head) if as_head and stored.name == embed else stored
+
+
+def _are_equal(checkpoint: HFCheckpoint, one: str, other: str, dtype: str) -> bool:
+    """Whether two tensors of one shape are the same numbers once they are read in ``dtype``."""
+    size = int(np.prod(checkpoint.tensors[one].shape, dtype=np.int64))
+    a, b = (np.empty(min(size, CHUNK), dtype) for _ in range(2))
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        checkpoint.read_run(one, at, a[:count])
+        checkpoint.read_run(other, at, b[:count])
+        if not np.array_equal(a[:count].view(np.uint8), b[:count].view(np.uint8)):
+            return False
+    return True
