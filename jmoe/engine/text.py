@@ -27,7 +27,7 @@ class TextCodec:
     """
 
     def __init__(self, directory: Path, vocab_size: int):
-        self.tokenizer, self.files = load_tokenizer(directory, vocab_size)
+        self.tokenizer = load_tokenizer(directory, vocab_size)
         self.vocab_size = vocab_size
         self.token_bytes = TokenBytes(self.tokenizer)
         self._one_long_text = threading.Lock()

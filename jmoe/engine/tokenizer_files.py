@@ -187,8 +187,8 @@ def _token(value: dict[str, Any]) -> AddedToken:
     return AddedToken(value["content"], **flags)
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> tuple[Tokenizer, TokenizerConfig]:
-    """The tokenizer of a checkpoint and what its files say; ValueError in one line where there is none.
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint; ValueError in one line where there is none that can be read.
 
     vocab_size: the model's, which bounds the ids.
     """
@@ -211,7 +211,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tuple[Tokenizer, Tokeniz
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder().keys()
     check_ids(vocabulary, added, vocab_size, path)
-    return tokenizer, told
+    return tokenizer
 
 
 def missing(directory: Path) -> str | None:
