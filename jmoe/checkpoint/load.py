@@ -21,10 +21,10 @@ from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
+from jmoe.reading import named
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]
-SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
 
 
 def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
@@ -40,15 +40,8 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
         hf["dtype"] = dtype
     elif "float16" in (hf.get("dtype"), hf.get("torch_dtype")):
         raise ValueError(f"{path}: float16 is not computed in; choose dtype 'float32' or 'bfloat16'")
-    try:
-        cfg = model_config(hf)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if isinstance(value, int) and value > SIZE_LIMIT:
-            raise ValueError(f"{path}: {field.name} {value} exceeds {SIZE_LIMIT}")
-    return cfg
+    with named(path):
+        return model_config(hf)
 
 
 def check_directory(directory: Path | str) -> Path:

@@ -18,6 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jmoe.reading import unique_json
+
 HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit
 ALIGN = 64  # bytes; XLA on CPU uses host memory in place only where it starts at a multiple of this
 
@@ -98,18 +100,9 @@ def read_header(file: FileIO) -> dict[str, TensorInfo]:
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     """A JSON object whose keys are each given once; ValueError beginning with ``what``."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise ValueError(f"{twice!r} is given twice")
-        return out
-
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = unique_json(raw.decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{what} is damaged JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a JSON object, it is {type(value).__name__}")
