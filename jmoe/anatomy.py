@@ -7,14 +7,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from jmoe.reading import check_fields
+from jmoe.reading import Positive, check_fields
 
 Count = Annotated[int, Meta(ge=1, description="a positive integer")]
-# of what a model multiplies or divides by: neither 0 nor infinite in float32 either
-Multiplier = Annotated[
-    float, Meta(ge=2.0**-126, le=2.0**127, description="a finite number above 0, in float32 too")
+NotNegative = Annotated[
+    float, Meta(ge=0, le=2.0**127, description="a finite number of at least 0", extra={"float32": True})
 ]
-NotNegative = Annotated[float, Meta(ge=0, le=2.0**127, description="a finite number of at least 0")]
 ScoringFunc = Literal["softmax", "sigmoid", "sparsemixer"]
 RopeType = Literal["default", "linear", "yarn", "longrope", "llama3"]
 
@@ -38,7 +36,7 @@ class RouterConfig:
     group_score: Literal["max", "top2"] = "max"
     bias: bool = False
     correction_bias: bool = False
-    routed_scaling_factor: Multiplier = 1.0
+    routed_scaling_factor: Positive = 1.0
     router_jitter_noise: NotNegative = 0.0
     weigh_input: bool = False
 
@@ -79,24 +77,24 @@ class RopeConfig:
     rotated by the long factors, since cached keys cannot change.
     """
 
-    rope_theta: Multiplier = 10000.0
+    rope_theta: Positive = 10000.0
     rope_type: RopeType = "default"
-    partial_rotary_factor: Multiplier = 1.0
+    partial_rotary_factor: Positive = 1.0
     interleaved: bool = False
-    factor: Multiplier | None = None
+    factor: Positive | None = None
     original_max_position_embeddings: Count | None = None
-    attention_factor: Multiplier | None = None
-    beta_fast: Multiplier = 32.0
-    beta_slow: Multiplier = 1.0
+    attention_factor: Positive | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     mscale: NotNegative | None = None
     mscale_all_dim: NotNegative | None = None
     truncate: bool = True
-    short_factor: tuple[Multiplier, ...] = ()
-    long_factor: tuple[Multiplier, ...] = ()
-    short_mscale: Multiplier | None = None
-    long_mscale: Multiplier | None = None
-    low_freq_factor: Multiplier = 1.0
-    high_freq_factor: Multiplier = 4.0
+    short_factor: tuple[Positive, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
+    short_mscale: Positive | None = None
+    long_mscale: Positive | None = None
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
     long: bool = False
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from jmoe_kernels.grouped_mlp import Activation, Implementation
 from jmoe_kernels.paged_attention import Span
 from msgspec import Meta
 
-from jmoe.anatomy import Count, LatentConfig, Multiplier, NotNegative, RopeConfig, RouterConfig
+from jmoe.anatomy import Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
 from jmoe.reading import Natural, Positive, check_fields, from_table, named, read_toml, shown, unique_json
 from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 
@@ -70,8 +70,8 @@ class ModelConfig:
     attention_bias: bool = False
     qkv_bias: bool = False
     attention_sinks: bool = False
-    attention_multiplier: Multiplier | None = None
-    clip_qkv: Multiplier | None = None
+    attention_multiplier: Positive | None = None
+    clip_qkv: Positive | None = None
     attn_scale: NotNegative = 0.0
     floor_scale: Count = 8192
     hidden_act: Activation = "silu"
@@ -79,10 +79,10 @@ class ModelConfig:
     shared_expert_intermediate_size: Natural = 0
     shared_expert_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    rms_norm_eps: Multiplier = 1e-6
-    embedding_multiplier: Multiplier = 1.0
-    residual_multiplier: Multiplier = 1.0
-    logits_scaling: Multiplier = 1.0
+    rms_norm_eps: Positive = 1e-6
+    embedding_multiplier: Positive = 1.0
+    residual_multiplier: Positive = 1.0
+    logits_scaling: Positive = 1.0
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     dtype: DTypeName = "bfloat16"

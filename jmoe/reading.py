@@ -30,7 +30,12 @@ Table = TypeVar("Table")
 
 Natural = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0)]
+# the device computes in float32, in which it must be neither 0 nor infinite
+Positive = Annotated[
+    float,
+    Meta(ge=2.0**-126, le=2.0**127, description="a finite number above 0", extra={"float32": True}),
+]
+Secret = Annotated[str, Meta(extra={"secret": True})]  # not shown in messages
 Size = Annotated[int, Meta(ge=1, extra={"size": True})]  # bytes, or text such as "2GiB"
 
 
@@ -39,7 +44,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
     Numbers are finite, lists become tuples, and text of a ``Size`` becomes bytes.
     """
-    if isinstance(value, str) and any((meta.extra or {}).get("size") for meta in _metas(kind)):
+    if isinstance(value, str) and _is_marked(kind, "size"):
         value = parse_size(name, value)
     try:
         got = msgspec.convert(value, kind, strict=True)
@@ -147,7 +152,8 @@ def _refusal(name: str, value: Any, kind: Any, why: str) -> str:
     for index in re.findall(r"\[(\d+)\]", why.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):
             name, value, kind = f"{name}[{index}]", value[int(index)], _entry(kind)
-    return f"{name} must be {words(kind)}, got {shown(value)}"
+    got = type(value).__name__ if _is_marked(kind, "secret") else shown(value)
+    return f"{name} must be {words(kind)}, got {got}" + " (in float32)" * _is_marked(kind, "float32")
 
 
 def _entry(kind: Any) -> Any:
@@ -161,6 +167,10 @@ def _bounds(meta: Meta) -> str:
         return f" from {meta.ge} to {meta.le}"
     limits = (("above", meta.gt), ("of at least", meta.ge), ("below", meta.lt), ("of at most", meta.le))
     return "".join(f" {word} {limit}" for word, limit in limits if limit is not None)
+
+
+def _is_marked(kind: Any, mark: str) -> bool:
+    return any(mark in (meta.extra or {}) for meta in _metas(kind))
 
 
 def _metas(kind: Any) -> Iterator[Meta]:

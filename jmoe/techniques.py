@@ -14,7 +14,10 @@ from msgspec import Meta
 
 from jmoe.reading import AtLeastOne, Positive, Size, check_fields
 
-Bonus = Annotated[float, Meta(ge=0, description="a finite number above 0")]  # 0 is off
+# 0 is off
+Bonus = Annotated[
+    float, Meta(ge=0, le=2.0**127, description="a finite number above 0", extra={"float32": True})
+]
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
 Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 

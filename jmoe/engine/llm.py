@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 
 from jmoe.config import MoEConfig
-from jmoe.engine.build import EngineSettings, build_engine, with_seed
+from jmoe.engine.build import build_engine, with_seed
 from jmoe.engine.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
+from jmoe.engine.settings import EngineSettings
 
 Prompt = str | Sequence[int]
 

@@ -6,9 +6,9 @@ What no family reads may be anything. ``None`` is null: the families say what it
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from jmoe.anatomy import Count, Multiplier, NotNegative
+from jmoe.anatomy import Count, NotNegative
 from jmoe.config import LayerType, TokenId
-from jmoe.reading import Natural, typed
+from jmoe.reading import Natural, Positive, typed
 
 _NAMES: tuple[tuple[Any, str], ...] = (
     (
@@ -26,7 +26,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
         "decoder_sparse_step",
     ),
     (
-        Multiplier,
+        Positive,
         "rms_norm_eps rope_theta partial_rotary_factor routed_scaling_factor clip_qkv "
         "embedding_multiplier attention_multiplier residual_multiplier logits_scaling",
     ),
