@@ -9,7 +9,8 @@ from msgspec import Meta
 
 from jmoe.reading import Positive, check_fields
 
-Count = Annotated[int, Meta(ge=1, description="a positive integer")]
+SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
+Count = Annotated[int, Meta(ge=1, le=SIZE_LIMIT, description="a positive integer")]
 NotNegative = Annotated[
     float, Meta(ge=0, le=2.0**127, description="a finite number of at least 0", extra={"float32": True})
 ]

@@ -13,12 +13,12 @@ from jmoe_kernels.grouped_mlp import Activation, Implementation
 from jmoe_kernels.paged_attention import Span
 from msgspec import Meta
 
-from jmoe.anatomy import Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
+from jmoe.anatomy import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
 from jmoe.reading import Natural, Positive, check_fields, from_table, named, read_toml, shown, unique_json
 from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 
-LAYERS = 10_000  # more would be a damaged file, and lists of them take memory
-SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
+# more would be a damaged file, and lists of them take memory
+Layers = Annotated[int, Meta(ge=1, le=10_000, description="a positive integer")]
 TokenId = Annotated[int, Meta(ge=-(2**31), le=SIZE_LIMIT)]  # a negative one is never drawn
 DTypeName = Literal["float32", "bfloat16"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
@@ -49,7 +49,7 @@ class ModelConfig:
     architecture: str
     vocab_size: Count
     hidden_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
@@ -76,7 +76,7 @@ class ModelConfig:
     floor_scale: Count = 8192
     hidden_act: Activation = "silu"
     expert_bias: bool = False
-    shared_expert_intermediate_size: Natural = 0
+    shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=SIZE_LIMIT)] = 0
     shared_expert_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
     rms_norm_eps: Positive = 1e-6
@@ -92,11 +92,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        sizes = vars(self) | vars(self.rope) | (vars(self.latent) if self.latent else {})
-        for name, value in sizes.items():
-            limit = LAYERS if name == "num_hidden_layers" else SIZE_LIMIT
-            if isinstance(value, int) and value > limit:
-                raise ValueError(f"{name} {shown(value)} exceeds {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

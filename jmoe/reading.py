@@ -42,8 +42,10 @@ Size = Annotated[int, Meta(ge=1, extra={"size": True})]  # bytes, or text such a
 def typed(name: str, value: Any, kind: Any) -> Any:
     """``value`` as the declared type; ValueError beginning with ``name`` where it is none.
 
-    Numbers are finite, lists become tuples, and text of a ``Size`` becomes bytes.
+    Numbers are finite, lists become tuples, text of a ``Size`` becomes bytes, and numpy's numbers Python's.
     """
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, str) and _is_marked(kind, "size"):
         value = parse_size(name, value)
     try:
@@ -152,8 +154,12 @@ def _refusal(name: str, value: Any, kind: Any, why: str) -> str:
     for index in re.findall(r"\[(\d+)\]", why.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):
             name, value, kind = f"{name}[{index}]", value[int(index)], _entry(kind)
+    limit = next((meta.le for meta in _metas(kind) if meta.description and meta.le is not None), None)
+    if type(value) is int and limit is not None and value > limit:
+        return f"{name} {shown(value)} exceeds {limit}"
+    small = _is_marked(kind, "float32") and type(value) in (int, float)
     got = type(value).__name__ if _is_marked(kind, "secret") else shown(value)
-    return f"{name} must be {words(kind)}, got {got}" + " (in float32)" * _is_marked(kind, "float32")
+    return f"{name} must be {words(kind)}, got {got}" + " (in float32)" * small
 
 
 def _entry(kind: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from jmoe_kernels.binning import Method
 from msgspec import Meta
 
-from jmoe.reading import AtLeastOne, Positive, Size, check_fields
+from jmoe.reading import AtLeastOne, Positive, Size, check_fields, shown
 
 # 0 is off
 Bonus = Annotated[
@@ -180,6 +180,17 @@ class OffloadConfig:
                 "moe.offload.executor = 'host' drives one device, 'graph' any number: got a mesh of " + sizes
             )
 
+    def check_model(self, layers: int, experts: int) -> None:
+        """Raises ValueError for looking further ahead than ``layers`` or fetching more than ``experts``."""
+        limits = {
+            "prefetch_distance": (layers, "layers that have experts"),
+            "prefetch_per_layer": (experts, "experts of a layer on a device"),
+        }
+        for name, (limit, what) in limits.items():
+            value = getattr(self, name)
+            if value > limit and value != getattr(type(self), name):
+                raise ValueError(f"moe.offload.{name} must be at most the {limit} {what}, got {shown(value)}")
+
     @property
     def aside(self) -> int:
         """Experts that the memory holds beside the pool's: what is on its way, two that stream through or one
@@ -191,6 +202,7 @@ class OffloadConfig:
 
         experts: of a layer on this device; k: those of them that one token may use.
         """
+        self.check_model(layers, experts)
         aside = self.aside
         if self.slots_per_layer is not None:
             if self.slots_per_layer > experts:

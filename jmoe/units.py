@@ -3,8 +3,8 @@
 import re
 from fractions import Fraction
 
-_SMALL = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-UNITS = _SMALL | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SMALL = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
+UNITS = _SMALL | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 
 
 def parse_size(name: str, text: str) -> int:
@@ -17,6 +17,6 @@ def parse_size(name: str, text: str) -> int:
 
 def readable(size: float) -> str:
     """Bytes in the largest unit of which there is one, with three digits or more: "1.95 GiB"."""
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if size >= UNITS[u]), "B")
+    unit = next((u for u in ("PiB", "TiB", "GiB", "MiB", "KiB") if size >= UNITS[u]), "B")
     amount = size / UNITS[unit]
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.3g} {unit}"

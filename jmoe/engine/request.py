@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from jmoe.engine.prefix import PageNames
+from jmoe.reading import check_fields
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -46,6 +47,7 @@ class SamplingParams:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):

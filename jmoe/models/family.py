@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from jmoe.anatomy import RopeConfig, RopeType
-from jmoe.config import LAYERS, ModelConfig
+from jmoe.config import ModelConfig
 from jmoe.models.fields import HFConfig
 from jmoe.models.weights import Stored
 from jmoe.reading import hints, shown, typed
@@ -43,8 +43,6 @@ def common_fields(
         raise ValueError(f"hidden_act {shown(act)} is not supported; supported: 'silu'")
     heads, hidden = require(hf, "num_attention_heads"), require(hf, "hidden_size")
     layers = require(hf, "num_hidden_layers")
-    if layers > LAYERS:
-        raise ValueError(f"num_hidden_layers {shown(layers)} exceeds {LAYERS}")
     eos = hf.get("eos_token_id")
     return {
         "vocab_size": require(hf, "vocab_size"),

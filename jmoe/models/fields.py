@@ -4,16 +4,18 @@ What no family reads may be anything. ``None`` is null: the families say what it
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from jmoe.anatomy import Count, NotNegative
-from jmoe.config import LayerType, TokenId
+from msgspec import Meta
+
+from jmoe.anatomy import SIZE_LIMIT, Count, NotNegative
+from jmoe.config import Layers, LayerType, TokenId
 from jmoe.reading import Natural, Positive, typed
 
 _NAMES: tuple[tuple[Any, str], ...] = (
     (
         Count,
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim "
         "num_experts num_local_experts n_routed_experts num_experts_per_tok moe_intermediate_size "
         "intermediate_size intermediate_size_mlp max_position_embeddings sliding_window "
         "attention_chunk_size original_max_position_embeddings n_group topk_group kv_lora_rank "
@@ -21,7 +23,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
         "interleave_moe_layer_step floor_scale",
     ),
     (
-        Natural,
+        Annotated[int, Meta(ge=0, le=SIZE_LIMIT)],
         "shared_expert_intermediate_size n_shared_experts first_k_dense_replace max_window_layers "
         "decoder_sparse_step",
     ),
@@ -37,6 +39,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
         "use_sliding_window rope_interleave",
     ),
     (str, "dtype torch_dtype hidden_act topk_method scoring_func"),
+    (Layers, "num_hidden_layers"),
     (TokenId, "bos_token_id"),
     (TokenId | tuple[TokenId, ...], "eos_token_id"),
     (bool | int, "attn_temperature_tuning"),
