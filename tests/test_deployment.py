@@ -1,4 +1,4 @@
-"""What a model and settings come to on a machine and in its memory: one answer for ``serve`` and ``doctor``."""
+"""What a model and settings come to on a machine and in its memory, for ``serve`` and ``doctor`` alike."""
 
 import json
 import shutil
@@ -54,21 +54,22 @@ def test_the_default_pages_are_those_of_all_contexts_where_there_is_room(machine
     assert 0 <= (2 << 30) - resolve("tiny", small(max_num_seqs=4096)).memory.pages < PAGE
 
 
-def test_fewer_pages_where_there_is_less_and_a_shorter_context_where_not_one_fits(machine):
+def test_fewer_pages_where_there_is_less_and_the_context_that_fits_is_named(machine):
     machine(64 << 30)
     rest = taken(small())
     machine(rest + 2 * 50 * PAGE)
     found = resolve("tiny", small())
     assert (found.sizes.pages_per_rank, found.max_model_len, found.notes) == (50, 1024, ())
     machine(rest + 2 * 10 * PAGE)
-    found = resolve("tiny", small())
-    assert (found.sizes.pages_per_rank, found.max_model_len, found.sizes.table) == (10, 320, 10)
-    assert "a context of 1024 tokens (max_model_len) needs a KV cache of 3 MiB on each rank" in found.notes[0]
-    assert "holds 320 tokens: the context is shortened to them" in found.notes[0]
-    with pytest.raises(ValueError, match=r"holds 320 tokens: lower max_model_len or raise kv_memory"):
-        resolve("tiny", small(max_model_len=1024))
+    for asked in ({}, {"max_model_len": 1024}):
+        with pytest.raises(ValueError) as caught:
+            resolve("tiny", small(**asked))
+        text = str(caught.value)
+        assert "a context of 1024 tokens (max_model_len) needs a KV cache of 3 MiB on each rank" in text
+        assert text.endswith("holds 320 tokens: max_model_len 320 fits")
+    assert resolve("tiny", small(max_model_len=320)).sizes.pages_per_rank == 10
     machine(rest)
-    with pytest.raises(ValueError, match="holds 0 tokens: lower max_model_len"):
+    with pytest.raises(ValueError, match="holds 0 tokens: not one page fits"):
         resolve("tiny", small())
 
 
@@ -103,7 +104,7 @@ def test_what_does_not_fit_is_one_line_with_the_sizes(machine, settings: dict, m
     assert "the model does not fit the memory: weights " in text and message in text and "\n" not in text
 
 
-def test_ten_million_positions_are_shortened_or_refused_with_their_name(tmp_path: Path, machine):
+def test_of_ten_million_positions_those_that_fit_are_named(tmp_path: Path, machine):
     """Llama 4 Scout's: 1.9 TiB for one context of the whole model, 60 GiB of this one's."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
@@ -111,10 +112,10 @@ def test_ten_million_positions_are_shortened_or_refused_with_their_name(tmp_path
     (model / "config.json").unlink()
     (model / "config.json").write_text(json.dumps(config))
     machine(8 << 30)
-    found = resolve(model, small())
-    assert 32 << 10 < found.max_model_len < 10_485_760 and "10485760 tokens (max_model_len)" in found.notes[0]
-    with pytest.raises(ValueError, match="max_model_len"):
-        resolve(model, small(max_model_len=10_485_760))
+    with pytest.raises(ValueError, match=r"a context of 10485760 tokens \(max_model_len\)") as caught:
+        resolve(model, small())
+    fits = int(str(caught.value).split()[-2])
+    assert 1 << 20 < resolve(model, small(max_model_len=fits)).max_model_len == fits < 10_485_760
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b"])

@@ -2,10 +2,11 @@
 
 **Memory.** What does not fit is refused in one line that has the sizes, before weights are read. Weights come
 first, then what a step needs, then the pages of the KV cache. Without ``kv_memory`` the pages are those of
-``max_num_seqs`` whole contexts, but at most 2 GiB or one context, and at most half of what is left. Where
-pages do not hold one context, the model's default one is shortened to what they hold, which the log says; one
-that was requested is refused. Several processes must come to the same sizes without asking one another: their
-pages do not depend on what a machine has left.
+``max_num_seqs`` whole contexts, but at most 2 GiB or one context, and at most half of what is left. If they
+do not hold one context, the line names the ``max_model_len`` that they do hold. A ``kv_memory`` that does not
+hold the model's own context shortens it, which the log says; one that was requested is refused. Several
+processes must come to the same sizes without asking one another: their pages do not depend on what a machine
+has left.
 """
 
 import math
@@ -159,7 +160,10 @@ def fit_pages(
         f"a context of {length} tokens (max_model_len) needs a KV cache of {readable(table * one_page)} on "
         f"each rank, and {of} holds {pages * PAGE_SIZE} tokens"
     )
-    if settings.max_model_len is not None or pages < 1:
+    if settings.kv_memory is None:
+        fits = f"max_model_len {pages * PAGE_SIZE} fits" if pages > 0 else "not one page fits"
+        raise ValueError(f"{lack}: {fits}")
+    if settings.max_model_len is not None:
         raise ValueError(f"{lack}: lower max_model_len or raise kv_memory")
     note = f"{lack}: the context is shortened to them; set max_model_len or kv_memory"
     return pages * PAGE_SIZE, pages, [note]
