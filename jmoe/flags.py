@@ -145,8 +145,10 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
 
     from jmoe.config import MoEConfig
     from jmoe.engine.build import use_compilation_cache
+    from jmoe.engine.memory import check_start
     from jmoe.engine.settings import EngineSettings
 
+    check_start()
     use_compilation_cache(cache_directory())
     known = {f.name for f in dataclasses.fields(EngineSettings)}
     given = {key: value for key, value in values.items() if key in known}

@@ -157,7 +157,7 @@ def _refusal(name: str, value: Any, kind: Any, why: str) -> str:
     limit = next((meta.le for meta in _metas(kind) if meta.description and meta.le is not None), None)
     if type(value) is int and limit is not None and value > limit:
         return f"{name} {shown(value)} exceeds {limit}"
-    small = _is_marked(kind, "float32") and type(value) in (int, float)
+    small = _is_marked(kind, "float32") and type(value) in (int, float) and 0 < value < math.inf
     got = type(value).__name__ if _is_marked(kind, "secret") else shown(value)
     return f"{name} must be {words(kind)}, got {got}" + " (in float32)" * small
 

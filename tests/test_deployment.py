@@ -199,13 +199,20 @@ def test_the_least_of_all_limits_is_the_room(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_an_address_space_that_is_too_small_is_one_line():
-    """So much beside what Python and jax take that the pages do not fit."""
+    """With 1 GiB beside what Python and jax have taken, the pages do not fit; with little, nothing starts."""
+    limited = (
+        "import resource, sys; from jmoe.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
+        "sys.exit(main(['generate', 'tiny', '--prompt', 'x']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "") and "starting takes 1 GiB: raise the limit" in ran.stderr
     code = (
         "import resource, sys; import jax; jax.devices(); from jmoe.engine.memory import host_room\n"
         "from jmoe.cli import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)\n"
-        "sys.exit(main(['doctor', 'tiny', '--kv-memory', '512MiB']))"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30) + (256 << 20),) * 2)\n"
+        "sys.exit(main(['doctor', 'tiny', '--kv-memory', '2GiB']))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stdout == "", ran.stderr

@@ -119,8 +119,10 @@ def check_memory(memory: Memory) -> None:
     if memory.room is None or memory.total <= memory.room.bytes:
         return
     advice = "lower kv_memory, max_model_len, max_num_seqs or max_num_batched_tokens"
-    if memory.weights + memory.programs > memory.room.bytes:
+    if memory.weights > memory.room.bytes:
         advice = "the weights alone do not fit: share them by expert_parallel_size or tensor_parallel_size"
+    elif memory.step + memory.pages < memory.programs:
+        advice = "free some, or raise the limit"
     raise ValueError(f"the model does not fit the memory: {memory}; {advice}")
 
 

@@ -15,6 +15,8 @@ from jmoe.units import readable
 
 CGROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
+STARTING = 1 << 30  # bytes of address space that jax reserves while its CPU devices start
+RESERVED = 256 << 20  # bytes of it that allocators and threads reserve and do not use
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
     return None if most >= UNLIMITED else max(most - used + int(stat.get(cache, 0)), 0)
 
 
+def check_start() -> None:
+    """Raises ValueError where the address space is too small to start jax, which would end the process."""
+    for room in _limits():
+        if room.source.endswith("ulimit -v") and room.bytes + RESERVED < STARTING:
+            raise ValueError(
+                f"{readable(room.bytes + RESERVED)} of address space is left (ulimit -v) and starting takes "
+                f"{readable(STARTING)}: raise the limit"
+            )
+
+
 def _limits() -> Iterator[Room]:
     try:
         pages = [int(n) for n in Path("/proc/self/statm").read_text().split()]
@@ -92,10 +104,10 @@ def _limits() -> Iterator[Room]:
         return
     size = os.sysconf("SC_PAGE_SIZE")
     kinds = (
-        (resource.RLIMIT_AS, pages[0], "address space, ulimit -v"),
-        (resource.RLIMIT_DATA, pages[5], "ulimit -d"),
+        (resource.RLIMIT_AS, pages[0], RESERVED, "address space, ulimit -v"),
+        (resource.RLIMIT_DATA, pages[5], 0, "ulimit -d"),
     )
-    for kind, used, source in kinds:
+    for kind, used, kept, source in kinds:
         soft = resource.getrlimit(kind)[0]
         if soft != resource.RLIM_INFINITY:
-            yield Room(max(soft - used * size, 0), source)
+            yield Room(max(soft - used * size - kept, 0), source)
