@@ -3,8 +3,17 @@ attention. Field names are Hugging Face's where they have one."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from jmoe.reading import Positive, check_fields
+
+SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
+Count = Annotated[int, Meta(ge=1, le=SIZE_LIMIT, description="a positive integer")]
+NotNegative = Annotated[
+    float, Meta(ge=0, le=2.0**127, description="a finite number of at least 0", extra={"float32": True})
+]
 ScoringFunc = Literal["softmax", "sigmoid", "sparsemixer"]
 RopeType = Literal["default", "linear", "yarn", "longrope", "llama3"]
 
@@ -23,18 +32,21 @@ class RouterConfig:
 
     scoring_func: ScoringFunc = "softmax"
     norm_topk_prob: bool = True
-    n_group: int = 1
-    topk_group: int = 1
+    n_group: Count = 1
+    topk_group: Count = 1
     group_score: Literal["max", "top2"] = "max"
     bias: bool = False
     correction_bias: bool = False
-    routed_scaling_factor: float = 1.0
-    router_jitter_noise: float = 0.0
+    routed_scaling_factor: Positive = 1.0
+    router_jitter_noise: NotNegative = 0.0
     weigh_input: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def check(self, experts: int, k: int) -> None:
         """Raises ValueError where the groups do not fit ``experts``, ``k`` of them a token."""
-        if self.n_group < 1 or experts % self.n_group:
+        if experts % self.n_group:
             raise ValueError(f"n_group {self.n_group} does not divide num_experts {experts}")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group must be from 1 to n_group {self.n_group}, got {self.topk_group}")
@@ -66,25 +78,28 @@ class RopeConfig:
     rotated by the long factors, since cached keys cannot change.
     """
 
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_type: RopeType = "default"
-    partial_rotary_factor: float = 1.0
+    partial_rotary_factor: Positive = 1.0
     interleaved: bool = False
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Count | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
     truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    short_mscale: float | None = None
-    long_mscale: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    short_factor: tuple[Positive, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
+    short_mscale: Positive | None = None
+    long_mscale: Positive | None = None
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
     long: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def for_context(self, tokens: int) -> "RopeConfig":
         """The same as an engine that serves contexts of ``tokens`` rotates."""
@@ -94,8 +109,6 @@ class RopeConfig:
 
     def check(self, dim: int) -> None:
         """Raises ValueError for what cannot rotate heads of ``dim``."""
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
         rotated = int(dim * self.partial_rotary_factor)
         if not 0 < rotated <= dim or rotated % 2:
             raise ValueError(
@@ -104,8 +117,13 @@ class RopeConfig:
             )
         if self.rope_type in ("yarn", "longrope", "llama3") and not self.original_max_position_embeddings:
             raise ValueError(f"rope type {self.rope_type!r} needs original_max_position_embeddings")
-        if self.rope_type in ("linear", "yarn", "llama3") and not (self.factor and self.factor > 0):
-            raise ValueError(f"rope type {self.rope_type!r} needs a factor above 0, got {self.factor}")
+        if self.rope_type in ("linear", "yarn", "llama3") and self.factor is None:
+            raise ValueError(f"rope type {self.rope_type!r} needs a factor above 0, got None")
+        # both are divided by a logarithm
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope type 'yarn' needs a rope_theta above 1, got {self.rope_theta}")
+        if self.rope_type == "longrope" and self.original_max_position_embeddings == 1:
+            raise ValueError("rope type 'longrope' needs original_max_position_embeddings above 1, got 1")
         for name in ("short_factor", "long_factor"):
             if self.rope_type == "longrope" and len(getattr(self, name)) != rotated // 2:
                 raise ValueError(f"{name} must have {rotated // 2} numbers, got {len(getattr(self, name))}")
@@ -120,11 +138,14 @@ class LatentConfig:
     are not and are rotated; the latter is one for all heads. v_head_dim: of a head's value.
     """
 
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
+    kv_lora_rank: Count
+    qk_nope_head_dim: Count
+    qk_rope_head_dim: Count
+    v_head_dim: Count
+    q_lora_rank: Count | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def qk_head_dim(self) -> int:
@@ -134,9 +155,3 @@ class LatentConfig:
     def cached_dim(self) -> int:
         """Numbers of a token in the cache."""
         return self.kv_lora_rank + self.qk_rope_head_dim
-
-    def check(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (value is None and field.name == "q_lora_rank") and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jmoe.flags import Parser, add_command, add_model_flags, settings_from
+from jmoe.flags import Parser, add_command, add_json_flag, add_model_flags, integer, number, settings_from
 from jmoe.progress import Bars, Tenths
+from jmoe.reading import unique_json
 
 
 def add_bench(commands: Any) -> None:
@@ -20,36 +21,40 @@ def add_bench(commands: Any) -> None:
     _serve_parser(add_command(kinds, "serve", run_serve, "a load on any OpenAI-compatible server"))
     throughput = add_command(kinds, "throughput", run_throughput, "tokens a second of a load, no server")
     add_model_flags(throughput)
-    throughput.add_argument("--max-num-seqs", type=int, metavar="N", help="requests decoded together at most")
+    add_json_flag(throughput)
+    throughput.add_argument(
+        "--max-num-seqs", type=integer, metavar="N", help="requests decoded together at most"
+    )
     _prefill_flag(throughput)
     _load_flags(throughput)
-    throughput.add_argument("--num-iters", type=int, metavar="N", default=3, help="rounds; medians count")
+    throughput.add_argument("--num-iters", type=integer, metavar="N", default=3, help="rounds; medians count")
     latency = add_command(kinds, "latency", run_latency, "time of one batch, no server")
     add_model_flags(latency)
+    add_json_flag(latency)
     _prefill_flag(latency)
-    latency.add_argument("--batch-size", type=int, metavar="B", default=8)
-    latency.add_argument("--input-len", type=int, metavar="N", default=32)
-    latency.add_argument("--output-len", type=int, metavar="N", default=128)
-    latency.add_argument("--num-iters", type=int, metavar="N", default=10)
-    latency.add_argument("--seed", type=int, metavar="N", default=0)
+    latency.add_argument("--batch-size", type=integer, metavar="B", default=8)
+    latency.add_argument("--input-len", type=integer, metavar="N", default=32)
+    latency.add_argument("--output-len", type=integer, metavar="N", default=128)
+    latency.add_argument("--num-iters", type=integer, metavar="N", default=10)
+    latency.add_argument("--seed", type=integer, metavar="N", default=0)
     _layer_parser(add_command(kinds, "moe-layer", run_moe_layer, "the routed experts of one layer alone"))
 
 
 def _load_flags(p: Parser) -> None:
     p.add_argument("--trace", type=Path, metavar="F", help=".jsonl(.gz) of timestamps (ms) and lengths")
-    p.add_argument("--length-scale", type=float, metavar="X", help="a trace's lengths times X")
-    p.add_argument("--max-requests", type=int, metavar="N", help="of a trace")
-    p.add_argument("--max-input-len", type=int, metavar="N", help="longer prompts are cut, and counted")
-    p.add_argument("--max-output-len", type=int, metavar="N", help="longer answers are cut, and counted")
+    p.add_argument("--length-scale", type=number, metavar="X", help="a trace's lengths times X")
+    p.add_argument("--max-requests", type=integer, metavar="N", help="of a trace")
+    p.add_argument("--max-input-len", type=integer, metavar="N", help="longer prompts are cut, and counted")
+    p.add_argument("--max-output-len", type=integer, metavar="N", help="longer answers are cut, and counted")
     p.add_argument("--dataset", choices=["random"], help="without --trace: prompts of one length (default)")
-    p.add_argument("--input-len", type=int, metavar="N", help="tokens of a random prompt")
-    p.add_argument("--output-len", type=int, metavar="N", help="tokens of its answer")
-    p.add_argument("--num-prompts", type=int, metavar="N")
-    p.add_argument("--seed", type=int, metavar="N")
+    p.add_argument("--input-len", type=integer, metavar="N", help="tokens of a random prompt")
+    p.add_argument("--output-len", type=integer, metavar="N", help="tokens of its answer")
+    p.add_argument("--num-prompts", type=integer, metavar="N")
+    p.add_argument("--seed", type=integer, metavar="N")
 
 
 def _prefill_flag(p: Parser) -> None:
-    p.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="longest prefill run")
+    p.add_argument("--max-num-batched-tokens", type=integer, metavar="N", help="longest prefill run")
 
 
 def _serve_parser(p: Parser) -> None:
@@ -58,41 +63,45 @@ def _serve_parser(p: Parser) -> None:
     p.add_argument("--api-key", metavar="K")
     p.add_argument("--endpoint", choices=["completions", "chat"])
     _load_flags(p)
-    p.add_argument("--time-scale", type=float, metavar="X", help="a trace's times times X; 0 = all at once")
-    p.add_argument("--request-rate", type=float, metavar="R", help="a second; inf, the default = all at once")
-    p.add_argument("--burstiness", type=float, metavar="X", help="1 = Poisson; less is burstier")
-    p.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at most")
+    p.add_argument("--time-scale", type=number, metavar="X", help="a trace's times times X; 0 = at once")
+    p.add_argument(
+        "--request-rate", type=number, metavar="R", help="a second; inf, the default = all at once"
+    )
+    p.add_argument("--burstiness", type=number, metavar="X", help="1 = Poisson; less is burstier")
+    p.add_argument("--max-concurrency", type=integer, metavar="N", help="requests under way at most")
     p.add_argument("--data", type=Path, nargs="+", metavar="F", help="prompts are stretches of this text")
     p.add_argument(
         "--prompt-form", choices=["ids", "text"], help="text: words, whose tokens are the server's"
     )
-    p.add_argument("--vocab-size", type=int, metavar="N", help="for token ids where there is no /tokenize")
-    p.add_argument("--temperature", type=float, metavar="X", help="default 0")
+    p.add_argument(
+        "--vocab-size", type=integer, metavar="N", help="for token ids where there is no /tokenize"
+    )
+    p.add_argument("--temperature", type=number, metavar="X", help="default 0")
     p.add_argument("--no-ignore-eos", dest="ignore_eos", action="store_false", help="let answers end early")
     p.add_argument("--extra-body", type=_json_object, metavar="JSON", help="fields to add; null removes one")
     p.add_argument("--goodput", type=_goodput, metavar="L", help="ms, such as ttft:500,tpot:50,e2el:9000")
-    p.add_argument("--num-warmups", type=int, metavar="N", help="short requests before it (default 1)")
-    p.add_argument("--timeout", type=float, metavar="S", help="a request (default 600)")
+    p.add_argument("--num-warmups", type=integer, metavar="N", help="short requests before it (default 1)")
+    p.add_argument("--timeout", type=number, metavar="S", help="a request (default 600)")
     p.add_argument("--save-details", type=Path, metavar="F", help="JSON with every request's times")
     p.add_argument("--quality-data", type=Path, nargs="+", metavar="F", help="what lossy settings cost on it")
-    p.add_argument("--quality-tokens", type=int, metavar="N", help="tokens to score (default 4096)")
-    p.add_argument("--quality-concurrency", type=int, metavar="N", help="of its requests (default 8)")
+    p.add_argument("--quality-tokens", type=integer, metavar="N", help="tokens to score (default 4096)")
+    p.add_argument("--quality-concurrency", type=integer, metavar="N", help="of its requests (default 8)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _layer_parser(p: Parser) -> None:
     p.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help="a directory or a TOML of sizes")
-    p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", default=[1, 4, 8, 16, 32, 64, 512])
-    p.add_argument("--active", type=int, nargs="+", metavar="E", default=[], help="confine experts, too")
-    p.add_argument("--layers", type=int, metavar="N", default=4, help="layers of weights taken in turn")
-    p.add_argument("--num-iters", type=int, metavar="N", default=7)
+    p.add_argument("--batch-sizes", type=integer, nargs="+", metavar="B", default=[1, 4, 8, 16, 32, 64, 512])
+    p.add_argument("--active", type=integer, nargs="+", metavar="E", default=[], help="confine experts, too")
+    p.add_argument("--layers", type=integer, metavar="N", default=4, help="layers of weights taken in turn")
+    p.add_argument("--num-iters", type=integer, metavar="N", default=7)
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = unique_json(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -17,9 +17,13 @@ from jmoe.bench_flags import add_bench
 from jmoe.flags import (
     Parser,
     add_command,
+    add_json_flag,
     add_model_flags,
     add_serve_flags,
     given_settings,
+    integer,
+    number,
+    read_serve_config,
     settings_from,
     size,
 )
@@ -28,6 +32,7 @@ from jmoe.progress import Bars
 if TYPE_CHECKING:
     from jmoe.engine.nodes import Nodes
 
+__all__ = ["main", "parser", "read_serve_config", "size"]
 NODE_FLAGS = ("nnodes", "node_rank", "dist_init_addr")
 
 
@@ -63,6 +68,7 @@ def parser() -> Parser:
         commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why"
     )
     add_model_flags(doctor)
+    add_json_flag(doctor)
     convert = add_command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
     convert.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     convert.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -73,39 +79,42 @@ def parser() -> Parser:
 def _generate_parser(commands: Any) -> None:
     p = add_command(commands, "generate", run_generate, "continue prompts and print the completions")
     add_model_flags(p)
+    add_json_flag(p)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     length = "tokens to generate at most (default: 128, or fewer where the context ends)"
-    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help=length)
-    p.add_argument("--temperature", type=float, metavar="X", default=1.0)
-    p.add_argument("--top-p", type=float, metavar="X", default=1.0)
-    p.add_argument("--top-k", type=int, metavar="N", default=0)
-    p.add_argument("--seed", type=int, metavar="N", default=None)
+    p.add_argument("--max-tokens", type=integer, metavar="N", default=None, help=length)
+    p.add_argument("--temperature", type=number, metavar="X", default=1.0)
+    p.add_argument("--top-p", type=number, metavar="X", default=1.0)
+    p.add_argument("--top-k", type=integer, metavar="N", default=0)
+    p.add_argument("--seed", type=integer, metavar="N", default=None)
 
 
 def _eval_parser(commands: Any) -> None:
     p = add_command(commands, "eval", run_eval, "perplexity on text, and what the experts did")
     add_model_flags(p)
+    add_json_flag(p)
     p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
     p.add_argument("--mode", choices=["prefill", "decode"], default="prefill")
-    p.add_argument("--batch-size", type=int, metavar="B", default=8)
-    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to score at most")
+    p.add_argument("--batch-size", type=integer, metavar="B", default=8)
+    p.add_argument("--max-tokens", type=integer, metavar="N", default=None, help="tokens to score at most")
 
 
 def _profile_parser(commands: Any) -> None:
     p = add_command(commands, "profile", run_profile, "routing statistics on text, for place")
     add_model_flags(p)
+    add_json_flag(p)
     p.add_argument("--data", type=Path, nargs="+", required=True, metavar="F")
     p.add_argument("--out", type=Path, required=True, metavar="PROFILE")
-    p.add_argument("--batch-size", type=int, metavar="B", default=8)
-    p.add_argument("--max-tokens", type=int, metavar="N", default=None, help="tokens to count at most")
+    p.add_argument("--batch-size", type=integer, metavar="B", default=8)
+    p.add_argument("--max-tokens", type=integer, metavar="N", default=None, help="tokens to count at most")
 
 
 def _place_parser(commands: Any) -> None:
     p = add_command(commands, "place", run_place, "which device holds which experts, from a profile")
     p.add_argument("profile", metavar="PROFILE", type=Path)
-    p.add_argument("--devices", type=int, required=True, metavar="N")
+    p.add_argument("--devices", type=integer, required=True, metavar="N")
     p.add_argument("--out", type=Path, required=True, metavar="PLACEMENT")
     p.add_argument(
         "--method",
@@ -113,7 +122,7 @@ def _place_parser(commands: Any) -> None:
         default="alternating",
         help="alternating (the default), cross_entropy, exflow, moetuner, load, uniform or random",
     )
-    p.add_argument("--seed", type=int, metavar="N", default=0)
+    p.add_argument("--seed", type=integer, metavar="N", default=0)
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -137,9 +146,10 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     """Serves over HTTP, with the devices of all of ``nodes``; the exit code."""
     import logging
 
-    from jmoe.engine.build import build_engine, model_directory
+    from jmoe.engine.build import build_engine
     from jmoe.engine.multihost import lead
     from jmoe.engine.request import EngineDead
+    from jmoe.engine.settings import model_directory
     from jmoe.engine.worker import EngineWorker
     from jmoe.server.run import ServerSettings, bind, serve
 
@@ -199,9 +209,9 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
         log.info("process %d ends with process 0; a second signal ends it at once", nodes.rank)
 
     def ready(runner: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
-                signal.signal(number, leave_it_to_the_leader)
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # nohup's
+                signal.signal(each, leave_it_to_the_leader)
 
     try:
         with Bars() as bars:
@@ -210,21 +220,6 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
         log.error("process %d ends without process 0: %s", nodes.rank, error)
         return 1
     return 0
-
-
-def read_serve_config(path: Path) -> dict[str, Any]:
-    """A ``--config`` file: the flags' names with underscores, and ``[moe]`` tables."""
-    from jmoe.config import check_keys, read_toml
-
-    values = read_toml(path)
-    known = {a.dest for a in parser()._subparsers._group_actions[0].choices["serve"]._actions}  # type: ignore[union-attr]
-    moe = values.pop("moe", None)
-    check_keys(str(path), values, sorted(known - {"help", "config", "moe_config"}))
-    if isinstance(values.get("kv_memory"), str):
-        values["kv_memory"] = size(values["kv_memory"])
-    if "dispatch" in values:
-        values["dispatch"] = tuple(values["dispatch"])
-    return values if moe is None else values | {"moe_config": moe}
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -4,20 +4,22 @@ Unknown keys raise and name the nearest known one; impossible values raise with 
 """
 
 import dataclasses
-import difflib
-import json
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from jmoe_kernels.grouped_mlp import Activation, Implementation
 from jmoe_kernels.paged_attention import Span
+from msgspec import Meta
 
-from jmoe.anatomy import LatentConfig, RopeConfig, RouterConfig
-from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig, check_choice
+from jmoe.anatomy import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
+from jmoe.reading import Natural, Positive, check_fields, from_table, named, read_toml, shown, unique_json
+from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 
+# more would be a damaged file, and lists of them take memory
+Layers = Annotated[int, Meta(ge=1, le=10_000, description="a positive integer")]
+TokenId = Annotated[int, Meta(ge=-(2**31), le=SIZE_LIMIT)]  # a negative one is never drawn
 DTypeName = Literal["float32", "bfloat16"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
@@ -45,57 +47,51 @@ class ModelConfig:
     """
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    max_position_embeddings: int
+    vocab_size: Count
+    hidden_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    num_experts: Count
+    num_experts_per_tok: Count
+    moe_intermediate_size: Count
+    max_position_embeddings: Count
     router: RouterConfig = field(default_factory=RouterConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     latent: LatentConfig | None = None
-    mlp_only_layers: tuple[int, ...] = ()
-    intermediate_size: int | None = None
-    layer_types: tuple[str, ...] = ()
-    sliding_window: int | None = None
-    attention_chunk_size: int | None = None
-    no_rope_layers: tuple[int, ...] = ()
+    mlp_only_layers: tuple[Natural, ...] = ()
+    intermediate_size: Count | None = None
+    layer_types: tuple[LayerType, ...] = ()
+    sliding_window: Count | None = None
+    attention_chunk_size: Count | None = None
+    no_rope_layers: tuple[Natural, ...] = ()
     qk_norm: Literal["none", "head", "full", "l2"] = "none"
     attention_bias: bool = False
     qkv_bias: bool = False
     attention_sinks: bool = False
-    attention_multiplier: float | None = None
-    clip_qkv: float | None = None
-    attn_scale: float = 0.0
-    floor_scale: int = 8192
+    attention_multiplier: Positive | None = None
+    clip_qkv: Positive | None = None
+    attn_scale: NotNegative = 0.0
+    floor_scale: Count = 8192
     hidden_act: Activation = "silu"
     expert_bias: bool = False
-    shared_expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=SIZE_LIMIT)] = 0
     shared_expert_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    rms_norm_eps: float = 1e-6
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
+    rms_norm_eps: Positive = 1e-6
+    embedding_multiplier: Positive = 1.0
+    residual_multiplier: Positive = 1.0
+    logits_scaling: Positive = 1.0
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     dtype: DTypeName = "bfloat16"
     quant_method: Literal["mxfp4"] | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+    bos_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value, least = getattr(self, each.name), 0 if each.default == 0 else 1
-            if each.type is int and (type(value) is not int or value < least):
-                kind = "a positive integer" if least else "an integer of at least 0"
-                raise ValueError(f"{each.name} must be {kind}, got {value!r}")
-            if (choices := get_args(each.type)) and isinstance(choices[0], str):
-                check_choice(each.name, value, choices)
+        check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -105,12 +101,8 @@ class ModelConfig:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}")
         self.router.check(self.num_experts, self.num_experts_per_tok)
         self.rope.check(self.head_dim if self.latent is None else self.latent.qk_rope_head_dim)
-        if self.latent is not None:
-            self.latent.check()
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -123,17 +115,11 @@ class ModelConfig:
             ("sliding_window", "sliding_attention"),
             ("attention_chunk_size", "chunked_attention"),
         ):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if value is None and kind in self.layer_types:
+            if getattr(self, name) is None and kind in self.layer_types:
                 raise ValueError(f"layer_types has {kind!r} and there is no {name}")
-        for kind in self.layer_types:
-            check_choice("layer_types", kind, get_args(LayerType))
-        if any(not 0 <= i < self.num_hidden_layers for i in self.mlp_only_layers):
-            raise ValueError(
-                f"mlp_only_layers must be from 0 to {self.num_hidden_layers - 1}, got {self.mlp_only_layers}"
-            )
+        if max(self.mlp_only_layers, default=0) >= self.num_hidden_layers:
+            last, most = self.num_hidden_layers - 1, max(self.mlp_only_layers)
+            raise ValueError(f"mlp_only_layers must be from 0 to {last}, got {shown(most)}")
         if not self.moe_layers:
             raise ValueError("every layer is dense: there are no experts to serve")
         if self.mlp_only_layers and not self.intermediate_size:
@@ -152,7 +138,8 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have experts, in order; tables and statistics by layer have these alone."""
-        return tuple(i for i in range(self.num_hidden_layers) if i not in self.mlp_only_layers)
+        dense = frozenset(self.mlp_only_layers)
+        return tuple(i for i in range(self.num_hidden_layers) if i not in dense)
 
     @property
     def longest_context(self) -> int:
@@ -186,14 +173,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the tables of a TOML file; ValueError names an unknown key."""
-        values = _fields_of(cls, "model config", values)
-        for name, table in MODEL_TABLES.items():
-            if name in values:
-                values[name] = table(**_tuples(_fields_of(table, name, values[name])))
-        return cls(**_tuples(values))
+        return from_table(cls, values, "model config", "")
 
-
-MODEL_TABLES = {"router": RouterConfig, "rope": RopeConfig, "latent": LatentConfig}
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """From a TOML file; ValueError names it."""
+        values = read_toml(path)
+        with named(path):
+            return cls.from_dict(values)
 
 
 TRAINING = {"mode": "training"}  # of a field that no engine takes
@@ -218,22 +205,16 @@ class MoEConfig:
     attention: Literal["dp", "tp"] = "dp"
     transport: TransportName = "replicated"
     kernel: Implementation | None = None
-    train_capacity_factor: float | None = field(default=None, metadata=TRAINING)
+    train_capacity_factor: Positive | None = field(default=None, metadata=TRAINING)
     binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None
     shuffle: ShuffleConfig | None = None
     offload: OffloadConfig | None = None
 
     def __post_init__(self) -> None:
-        check_choice("attention", self.attention, ("dp", "tp"))
-        check_choice("moe.transport", self.transport, get_args(TransportName))
-        check_choice("moe.kernel", self.kernel, (None, *get_args(Implementation)))
+        check_fields(self, "moe.")
         if self.train_capacity_factor is not None and self.kernel != "batched":
             raise ValueError("moe.train_capacity_factor needs moe.kernel = 'batched'")
-        for name, table in TABLES.items():
-            value = getattr(self, name)
-            if not isinstance(value, table | None):
-                raise ValueError(f"moe.{name} must be a {table.__name__} or None, got {value!r}")
         if self.binning is not None and self.binning.resident_bonus and self.offload is None:
             raise ValueError("moe.binning.resident_bonus needs moe.offload: all experts are on the device")
         if self.offload is not None and self.train_capacity_factor is not None:
@@ -252,58 +233,19 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the JSON form or, with one level ``moe`` around it, the TOML form."""
-        if set(values) == {"moe"}:
+        if isinstance(values, Mapping) and set(values) == {"moe"}:
             values = values["moe"]
-        values = _fields_of(cls, "moe config", values)
-        for name, table in TABLES.items():
-            if values.get(name) is not None:
-                values[name] = table(**_fields_of(table, f"moe.{name}", values[name]))
-        return cls(**values)
+        return from_table(cls, values, "moe config", "moe.", without=("attention",))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
         """From a JSON object or the name of a ``.toml`` file."""
         if text.lstrip().startswith("{"):
             try:
-                return cls.from_dict(json.loads(text))
-            except json.JSONDecodeError as error:
+                values = unique_json(text)
+            except ValueError as error:
                 raise ValueError(f"moe config is not valid JSON: {error}") from None
-        return cls.from_dict(read_toml(Path(text)))
-
-
-TABLES = {
-    "binning": BinningConfig,
-    "capacity": CapacityConfig,
-    "shuffle": ShuffleConfig,
-    "offload": OffloadConfig,
-}
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; ValueError naming the file where it is absent or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def check_keys(what: str, values: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError naming the first unknown key and the nearest known one."""
-    known = list(known)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ValueError(f"{what}: unknown key {key!r}; nearest known key: {near[0]!r}")
-
-
-def _fields_of(cls: type, what: str, values: Any) -> dict[str, Any]:
-    """The table as keyword arguments of the dataclass ``cls``."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
-    check_keys(what, values, [f.name for f in dataclasses.fields(cls) if f.name != "attention"])
-    return dict(values)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists as tuples: a configuration can be hashed."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            return cls.from_dict(values)
+        values = read_toml(Path(text))
+        with named(text):
+            return cls.from_dict(values)

@@ -78,7 +78,8 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
 def check_divides(what: str, size: int, axis: str, parts: int) -> None:
     """Raises ValueError, listing the divisors, unless ``size`` splits evenly over ``parts``."""
     if size % parts:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+        divisors = sorted({*small, *(size // d for d in small)})
         raise ValueError(
             f"{axis} parallel size {parts} does not divide {what} {size}; it can be one of {divisors}"
         )

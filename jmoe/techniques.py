@@ -4,16 +4,20 @@
 What is absent is off. A key that the chosen method does not read is refused, not ignored.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from jmoe_kernels.binning import Method
+from msgspec import Meta
 
-from jmoe.units import parse_size
+from jmoe.reading import AtLeastOne, Positive, Size, check_fields, shown
 
+# 0 is off
+Bonus = Annotated[
+    float, Meta(ge=0, le=2.0**127, description="a finite number above 0", extra={"float32": True})
+]
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
 Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 
@@ -30,23 +34,16 @@ class BinningConfig:
     """
 
     method: Method = "affinity"
-    bin_width: float = 0.5
-    k0: int = 3
-    keep: float = 0.5
-    local_bonus: float = 0.0
-    resident_bonus: float = 0.0
+    bin_width: Positive = 0.5
+    k0: AtLeastOne = 3
+    keep: Positive = 0.5
+    local_bonus: Bonus = 0.0
+    resident_bonus: Bonus = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("moe.binning.method", self.method, get_args(Method))
-        _check_number("moe.binning.bin_width", self.bin_width)
-        _check_number("moe.binning.keep", self.keep)
+        check_fields(self, "moe.binning.")
         if self.keep > 1:
             raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
-        if type(self.k0) is not int or self.k0 < 1:
-            raise ValueError(f"moe.binning.k0 must be an integer of at least 1, got {self.k0!r}")
-        for name in ("local_bonus", "resident_bonus"):
-            if getattr(self, name) != 0:
-                _check_number(f"moe.binning.{name}", getattr(self, name))
         _check_read("moe.binning", self, "method", _BINNING_READS)
 
     def check_ranks(self, ranks: int) -> None:
@@ -88,23 +85,16 @@ class CapacityConfig:
     it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
     """
 
-    factor: float = 1.5
+    factor: Positive = 1.5
     policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
     metric: Literal["score", "order", "reverse_order", "random"] = "score"
     scope: Literal["expert", "device"] = "expert"
     phase: Literal["prefill", "decode", "both"] = "prefill"
-    rounds: int = 3
+    rounds: Annotated[int, Meta(ge=1, le=16)] = 3
     renormalize: bool = False
 
     def __post_init__(self) -> None:
-        _check_number("moe.capacity.factor", self.factor)
-        if type(self.rounds) is not int or not 1 <= self.rounds <= 16:
-            raise ValueError(f"moe.capacity.rounds must be an integer from 1 to 16, got {self.rounds!r}")
-        if type(self.renormalize) is not bool:
-            raise ValueError(f"moe.capacity.renormalize must be true or false, got {self.renormalize!r}")
-        for field in dataclasses.fields(self):
-            if choices := get_args(field.type):
-                check_choice(f"moe.capacity.{field.name}", getattr(self, field.name), choices)
+        check_fields(self, "moe.capacity.")
         _check_read("moe.capacity", self, "policy", _CAPACITY_READS)
 
     def check_ranks(self, ranks: int) -> None:
@@ -133,12 +123,9 @@ class ShuffleConfig:
     history: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.placement, str) or not self.placement:
+        check_fields(self, "moe.shuffle.")
+        if not self.placement:
             raise ValueError(f"moe.shuffle.placement must name a file, got {self.placement!r}")
-        for name in ("tokens", "requests", "history"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"moe.shuffle.{name} must be true or false, got {getattr(self, name)!r}")
-
         if self.history and not self.tokens:
             raise ValueError("moe.shuffle.history = true has no effect without moe.shuffle.tokens")
 
@@ -165,32 +152,25 @@ class OffloadConfig:
     the parts of experts that it holds.
     """
 
-    memory: int | str | None = None
-    slots_per_layer: int | None = None
+    memory: Size | None = None
+    slots_per_layer: AtLeastOne | None = None
     predictor: PredictorName = "next_gate"
     eviction: Eviction = "expected_use"
-    prefetch_distance: int = 3
-    prefetch_per_layer: int = 1
+    prefetch_distance: AtLeastOne = 3
+    prefetch_per_layer: AtLeastOne = 1
     store: str | None = None
-    store_size: int = 1000
+    store_size: AtLeastOne = 1000
     executor: Literal["graph", "host"] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "moe.offload.")
         if (self.memory is None) == (self.slots_per_layer is None):
             raise ValueError("moe.offload needs one of memory and slots_per_layer")
-        if isinstance(self.memory, str):
-            object.__setattr__(self, "memory", parse_size("moe.offload.memory", self.memory))
-        check_choice("moe.offload.predictor", self.predictor, get_args(PredictorName))
-        check_choice("moe.offload.eviction", self.eviction, get_args(Eviction))
-        check_choice("moe.offload.executor", self.executor, (None, "graph", "host"))
-        for name in ("memory", "slots_per_layer", "prefetch_distance", "prefetch_per_layer", "store_size"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"moe.offload.{name} must be an integer of at least 1, got {value!r}")
-        if self.store is not None and (not isinstance(self.store, str) or not self.store):
-            raise ValueError(f"moe.offload.store must name a file, got {self.store!r}")
+        if self.store == "":
+            raise ValueError("moe.offload.store must name a file, got ''")
         if self.predictor == "token_table" and self.store is None:
             raise ValueError("moe.offload.predictor = 'token_table' needs moe.offload.store, a profile")
+        _check_read("moe.offload", self, "predictor", _OFFLOAD_READS)
 
     def check_mesh(self, mesh: Mapping[str, int]) -> None:
         """Raises ValueError for an executor that does not run on several devices."""
@@ -199,6 +179,17 @@ class OffloadConfig:
             raise ValueError(
                 "moe.offload.executor = 'host' drives one device, 'graph' any number: got a mesh of " + sizes
             )
+
+    def check_model(self, layers: int, experts: int) -> None:
+        """Raises ValueError for looking further ahead than ``layers`` or fetching more than ``experts``."""
+        limits = {
+            "prefetch_distance": (layers, "layers that have experts"),
+            "prefetch_per_layer": (experts, "experts of a layer on a device"),
+        }
+        for name, (limit, what) in limits.items():
+            value = getattr(self, name)
+            if value > limit and value != getattr(type(self), name):
+                raise ValueError(f"moe.offload.{name} must be at most the {limit} {what}, got {shown(value)}")
 
     @property
     def aside(self) -> int:
@@ -211,6 +202,7 @@ class OffloadConfig:
 
         experts: of a layer on this device; k: those of them that one token may use.
         """
+        self.check_model(layers, experts)
         aside = self.aside
         if self.slots_per_layer is not None:
             if self.slots_per_layer > experts:
@@ -220,7 +212,7 @@ class OffloadConfig:
                 )
             slots, name = self.slots_per_layer * layers, f"slots_per_layer {self.slots_per_layer}"
         else:
-            assert isinstance(self.memory, int)
+            assert self.memory is not None
             slots, name = self.memory // expert_bytes - aside, f"memory {self.memory}"
         if slots < k:
             raise ValueError(
@@ -235,16 +227,12 @@ _BUDGETS = ("budget", "popularity", "random")
 _BINNING_READS = {"bin_width": ("affinity", "budget"), "k0": ("oea",), "keep": _BUDGETS}
 _RANKED = ("drop", "reroute", "expand")
 _CAPACITY_READS = {"factor": _RANKED, "metric": _RANKED, "scope": _RANKED, "rounds": ("reroute",)}
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or type(value) is bool or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+_FORECASTING = tuple(name for name in get_args(PredictorName) if name != "none")
+_OFFLOAD_READS = {
+    "prefetch_distance": _FORECASTING,
+    "prefetch_per_layer": _FORECASTING,
+    "store_size": ("expert_map",),
+}
 
 
 def _check_read(table: str, config: Any, by: str, readers: Mapping[str, tuple[str, ...]]) -> None:

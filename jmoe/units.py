@@ -2,16 +2,18 @@
 anything heavy."""
 
 import re
+from fractions import Fraction
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SMALL = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
+UNITS = _SMALL | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 
 
 def parse_size(name: str, text: str) -> int:
     """Bytes of "2GiB", "512 MiB" or a plain number; ValueError in one line."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)", text)
     if not match or match[2] not in UNITS:
-        raise ValueError(f"{name}: {text!r} is not a size such as 2GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
+        raise ValueError(f"{name}: {text[:80]!r} is not a size such as 2GiB or 512MiB")
+    return int(Fraction(match[1]) * UNITS[match[2]])
 
 
 def cause(error: BaseException) -> str:
@@ -24,3 +26,10 @@ def brief(value: object) -> str:
     """A value from a file as a message names it, however long it is."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def readable(size: float) -> str:
+    """Bytes in the largest unit of which there is one, with three digits or more: "1.95 GiB"."""
+    unit = next((u for u in ("PiB", "TiB", "GiB", "MiB", "KiB") if size >= UNITS[u]), "B")
+    amount = size / UNITS[unit]
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.3g} {unit}"

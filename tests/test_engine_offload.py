@@ -54,10 +54,9 @@ def test_every_predictor_and_eviction_gives_the_resident_tokens(
     """
     slots = 6 if (predictor, start) == ("next_gate", "cold") else 5
     warm = {"store": store} if start == "warm" else {}
+    warm |= {} if predictor == "none" else {"prefetch_per_layer": 2}
     memory = (slots + 3) * EXPERT_BYTES
-    engine = offloaded(
-        model, memory=memory, predictor=predictor, eviction=eviction, prefetch_per_layer=2, **warm
-    )
+    engine = offloaded(model, memory=memory, predictor=predictor, eviction=eviction, **warm)
     with closing(engine):
         assert serve(engine, prompts(4)) == resident
         decode = check_counters(engine)

@@ -127,16 +127,9 @@ PREDICTORS = [  # cold elsewhere here: next_gate where copies run beside compute
 @pytest.mark.parametrize(("predictor", "start"), PREDICTORS)
 def test_every_predictor_gives_the_resident_tokens(model: Path, store: str, resident, predictor, start: str):
     eviction = {"expert_map": "expert_map", "counts": "lfu", "none": "lru"}.get(predictor, "expected_use")
-    warm = {"store": store} if start == "warm" else {}
-    engine = meshed(
-        model,
-        (1, 2, 1),
-        predictor=predictor,
-        eviction=eviction,
-        slots_per_layer=2,
-        prefetch_per_layer=2,
-        **warm,
-    )
+    more = {"store": store} if start == "warm" else {}
+    more |= {} if predictor == "none" else {"prefetch_per_layer": 2}
+    engine = meshed(model, (1, 2, 1), predictor=predictor, eviction=eviction, slots_per_layer=2, **more)
     with closing(engine):
         assert serve(engine, prompts(6)) == resident
         decode = check_counters(engine)

@@ -30,11 +30,12 @@ from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.moe.placement import Placement
+from jmoe.reading import named
 from jmoe.units import brief
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]
-SIZE_LIMIT = 2**31 - 1  # array dimensions and token ids are int32
+LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
 
 def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
@@ -46,17 +47,11 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
     path = directory / "config.json"
     hf = read_json(path)
     hf["dtype"] = own_dtype(directory, hf) if dtype == "auto" else dtype
-    try:
+    with named(path):
         cfg = model_config(hf)
         longest = cfg.longest_context
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if longest > SIZE_LIMIT:
-        raise ValueError(f"{path}: a context of {longest} tokens exceeds {SIZE_LIMIT}")
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if isinstance(value, int) and value > SIZE_LIMIT:
-            raise ValueError(f"{path}: {field.name} {value} exceeds {SIZE_LIMIT}")
+    if longest > LONGEST:
+        raise ValueError(f"{path}: a context of {longest} tokens exceeds {LONGEST}")
     return cfg
 
 

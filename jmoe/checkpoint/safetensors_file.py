@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jmoe.reading import unique_json
 from jmoe.units import brief
 
 HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, here of an index too
@@ -113,18 +114,9 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 def parse_json(raw: bytes | bytearray, what: str) -> dict[str, Any]:
     """A JSON object whose keys are each given once; ValueError beginning with ``what``."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-            raise ValueError(f"{brief(twice)} is given twice")
-        return out
-
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = unique_json(raw.decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{what} is damaged JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a JSON object, it is {type(value).__name__}")

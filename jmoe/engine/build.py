@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-import math
+import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 
-from jmoe.checkpoint import load_model, read_config
+from jmoe.checkpoint import load_model
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.dispatch import REASONS, Dispatch, Reason, Share
+from jmoe.engine.deployment import ROW, Deployment, resolve, within
+from jmoe.engine.dispatch import Dispatch, Share
 from jmoe.engine.engine import Engine
 from jmoe.engine.host_driven import HostDrivenRunner
 from jmoe.engine.offload import make_cache, pick_executor, read_profile
@@ -23,122 +22,18 @@ from jmoe.engine.pages import PagePool
 from jmoe.engine.request import Request, SamplingParams
 from jmoe.engine.runner import Runner
 from jmoe.engine.scheduler import Limits, Scheduler
-from jmoe.engine.step_input import Sizes
+from jmoe.engine.settings import BUNDLED, EngineSettings, model_directory
 from jmoe.engine.text import load_codec
-from jmoe.mesh import DATA, EXPERT, Split, make_mesh, platform_of, split_attention
+from jmoe.mesh import DATA, EXPERT, platform_of
+from jmoe.models.fields import HFConfig
 from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.moe.placement import Placement
-from jmoe.nn.kv_cache import page_bytes
+from jmoe.reading import named, unique_json
 from jmoe.techniques import ShuffleConfig
 
+__all__ = ["BUNDLED", "ROW", "EngineSettings", "build_engine", "model_directory"]
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-PAGE_SIZE = 32  # tokens
-# Tokens of a row of a prompt: few pad little; on a GPU attention reads a row's whole page table (``gpu.py``).
-ROW = {"cpu": 64, "tpu": 64, "gpu": 256}
-DEFAULT_KV_BYTES = 2 << 30
-
-BUNDLED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How to run a model. Sizes: sequences (max_num_seqs), tokens (max_model_len, max_num_batched_tokens),
-    bytes (kv_memory, on each rank). None means: the model's, or as much as the others need.
-
-    max_num_batched_tokens: what a step holds on each rank: a token of every request that is decoded, and of a
-    prompt what is left, at least one page; a longer prompt takes several steps. enable_prefix_caching:
-    prompts that begin alike share pages. dispatch: what says which rank a request goes to, the first one
-    first (see ``scheduler``).
-    """
-
-    max_model_len: int | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    data_parallel_size: int = 1
-    expert_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    attention: Literal["dp", "tp"] = "dp"
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 1024
-    max_queue: int = 1024
-    kv_memory: int | None = None
-    enable_prefix_caching: bool = True
-    dispatch: tuple[Reason, ...] = REASONS
-
-    def __post_init__(self) -> None:
-        if self.moe.attention not in ("dp", self.attention):
-            raise ValueError(f"attention is {self.attention!r} here and {self.moe.attention!r} in moe")
-        object.__setattr__(self, "moe", dataclasses.replace(self.moe, attention=self.attention))
-        self.moe.check_serves()
-        if self.moe.shuffle is not None:
-            self.moe.shuffle.check_attention(self.attention)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        unknown = next((reason for reason in self.dispatch if reason not in REASONS), None)
-        if unknown is not None or len(set(self.dispatch)) < len(self.dispatch):
-            raise ValueError(f"dispatch names some of {', '.join(REASONS)}, each once; got {self.dispatch}")
-
-
-def model_directory(model: str | Path) -> Path:
-    """The directory of a bundled model's name or of a path."""
-    return BUNDLED.get(str(model), Path(model))
-
-
-def sizes_for(cfg: ModelConfig, settings: EngineSettings, max_model_len: int) -> Sizes:
-    """Shapes to compile: 1, 4, 8, 16 ... sequences; 1, 2, 4, 8 ... rows of prompts' tokens.
-
-    Both are multiples of the ranks that share heads of a sequence and split its tokens.
-    """
-    split = settings_split(settings)
-    sharing = split.mesh.shape[EXPERT] if EXPERT in split.heads else 1
-    slots = round_up(-(-settings.max_num_seqs // split.sequence_ranks), sharing)
-    step, row = math.lcm(PAGE_SIZE, sharing), ROW[platform_of(split.mesh)]
-    most = round_up(max(PAGE_SIZE, settings.max_num_batched_tokens), step)
-    run = min(round_up(row, step), most, round_up(max_model_len, step))
-    rows = min(-(-most // run), slots * -(-max_model_len // run))
-    table = -(-max_model_len // PAGE_SIZE)
-    one_page = page_bytes(cfg, split, PAGE_SIZE)
-    if settings.kv_memory is None:
-        pages = max(table, min(slots * table, DEFAULT_KV_BYTES // one_page))
-    else:
-        pages = settings.kv_memory // one_page
-        if pages < 1:
-            raise ValueError(
-                f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
-            )
-    decode = {*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)}
-    return Sizes(
-        tuple(sorted({round_up(n, sharing) for n in decode})),
-        tuple(count * run for count in _steps(1, rows, 2)),
-        PAGE_SIZE, pages, table,
-    )  # fmt: skip
-
-
-def settings_split(settings: EngineSettings) -> Split:
-    """The mesh of the settings' sizes, and attention over it."""
-    sizes = settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
-    return split_attention(make_mesh(*sizes), settings.attention)
-
-
-def round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
-    sizes = []
-    while first < last:
-        sizes.append(first)
-        first *= factor
-    return (*sizes, last)
-
-
-def context_length(cfg: ModelConfig, asked: int | None) -> int:
-    """``asked`` or the model's; ValueError where more than the model's is asked."""
-    limit = cfg.longest_context
-    if asked is not None and not 1 <= asked <= limit:
-        raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {asked}")
-    return asked or limit
 
 
 def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
@@ -147,12 +42,14 @@ def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
     if not path.is_file():
         return frozenset(cfg.eos_token_ids)
     try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        values = unique_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(end) is int for end in ends):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {str(ends)[:100]}")
+    with named(path):
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be a JSON object, it is {type(values).__name__}")
+        ends = HFConfig(values).get("eos_token_id")
+    ends = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
     return frozenset([*cfg.eos_token_ids, *ends])
 
 
@@ -172,10 +69,23 @@ def build_engine(
     progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
     done, shapes).
     """
-    directory = model_directory(model)
-    cfg = read_config(directory, settings.dtype)
-    max_model_len = context_length(cfg, settings.max_model_len)
-    mesh = settings_split(settings).mesh
+    found = resolve(model, settings)
+    for note in found.notes:
+        log.warning("%s", note)
+    with within(found.memory):
+        return _build(found, settings, progress, warm_up, scores_prompts, make_runner)
+
+
+def _build(
+    found: Deployment,
+    settings: EngineSettings,
+    progress: Progress,
+    warm_up: bool,
+    scores_prompts: bool,
+    make_runner: Callable[..., Runner] | None,
+) -> Engine:
+    directory, cfg, max_model_len = found.directory, found.cfg, found.max_model_len
+    mesh, sizes = found.split.mesh, found.sizes
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
     choose(platform_of(mesh), cfg.dtype, settings.moe.kernel)
     progress("kernels", 1, 1)
@@ -191,7 +101,6 @@ def build_engine(
         placement=placement,
         context=max_model_len,
     )
-    sizes = sizes_for(decoder.cfg, settings, max_model_len)
     shuffle, tables, share = settings.moe.shuffle, None, None
     if shuffle is not None and placement is not None and placement.tables is not None:
         if shuffle.tokens:

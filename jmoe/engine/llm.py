@@ -1,6 +1,6 @@
 """``LLM``: the engine for Python callers, one batch of prompts at a time."""
 
-import dataclasses
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ from typing import Any, Self
 import numpy as np
 
 from jmoe.config import MoEConfig
-from jmoe.engine.build import EngineSettings, build_engine, with_seed
+from jmoe.engine.build import build_engine, with_seed
 from jmoe.engine.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
+from jmoe.engine.settings import EngineSettings
 from jmoe.engine.step_input import window_length
 from jmoe.mesh import EXPERT
+from jmoe.reading import check_keys, hints, shown, typed
 
 Prompt = str | Sequence[int]
 
@@ -61,10 +63,9 @@ class LLM:
         warm_up: bool = True,
         **settings: Any,
     ):
-        unknown = set(settings) - {f.name for f in dataclasses.fields(EngineSettings)}
-        if unknown:
-            raise ValueError(f"LLM: unknown argument {min(unknown)!r}")
-        self.settings = EngineSettings(moe=moe or MoEConfig(), **settings)
+        check_keys("LLM", settings, hints(EngineSettings))
+        self.settings = EngineSettings(moe=MoEConfig() if moe is None else moe, **settings)
+        warm_up = typed("warm_up", warm_up, bool)
         self.engine = build_engine(model, self.settings, warm_up=warm_up)
 
     def close(self) -> None:
@@ -117,7 +118,10 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ValueError where it is text and the model has no tokenizer."""
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            try:
+                return [operator.index(t) for t in prompt]
+            except TypeError:
+                raise ValueError(f"a prompt is text or a list of token ids, got {shown(prompt)}") from None
         if self.engine.codec is None:
             raise ValueError("this model directory has no tokenizer.json; prompts must be token ids")
         return self.engine.codec.encode(prompt, limit=self.engine.max_model_len)

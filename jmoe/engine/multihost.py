@@ -21,7 +21,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
-from jmoe.engine.build import EngineSettings, Progress, build_engine, model_directory, settings_split
+from jmoe.engine.build import Progress, build_engine
+from jmoe.engine.deployment import settings_split
 from jmoe.engine.engine import Engine
 from jmoe.engine.gate import Gate, Tunnel, knock
 from jmoe.engine.line import Followers, Line
@@ -29,6 +30,7 @@ from jmoe.engine.nodes import Nodes, free_port, join, listen
 from jmoe.engine.request import EngineDead
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import Sampled
+from jmoe.engine.settings import EngineSettings, model_directory
 from jmoe.engine.step_input import Sizes, StepInput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables

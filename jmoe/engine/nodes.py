@@ -11,9 +11,14 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
+from msgspec import Meta
 
+from jmoe.reading import check_fields
+
+Whole = Annotated[int, Meta(description="a whole number")]
 log = logging.getLogger(__name__)
 HEARTBEAT = 30  # seconds without a sign of life after which jax ends the processes that are left
 LEAVING = 10  # seconds that a process which ends waits for the others to do so too
@@ -23,20 +28,18 @@ LEAVING = 10  # seconds that a process which ends waits for the others to do so 
 class Nodes:
     """``nnodes`` processes, of which this is number ``node_rank``. dist_init_addr: HOST:PORT of number 0."""
 
-    nnodes: int = 1
-    node_rank: int | None = None
+    nnodes: Whole = 1
+    node_rank: Whole | None = None
     dist_init_addr: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("nnodes", self.nnodes), ("node_rank", self.node_rank or 0)):
-            if type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        check_fields(self)
         last = self.nnodes - 1
         if last < 0:
             raise ValueError(f"nnodes must be at least 1, got {self.nnodes}")
-        if last == 0 and (self.node_rank or self.dist_init_addr):
-            given = "node_rank" if self.node_rank else "dist_init_addr"
-            raise ValueError(f"{given} is for several processes: it needs nnodes of at least 2")
+        for name in ("node_rank", "dist_init_addr"):
+            if last == 0 and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for several processes: it needs nnodes of at least 2")
         if last and self.node_rank is None:
             raise ValueError(f"nnodes {self.nnodes} needs node_rank, this process's number from 0 to {last}")
         if not 0 <= self.rank <= last:

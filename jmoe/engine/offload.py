@@ -88,6 +88,16 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
     )  # fmt: skip
 
 
+def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> int:
+    """What offloaded experts take of a device: the pool, what is on its way, the predictor's table."""
+    if offload is None:
+        return 0
+    slots = count_slots(cfg, offload, mesh) + offload.aside
+    entry = len(cfg.moe_layers) * cfg.num_experts + cfg.hidden_size  # of an iteration, float32
+    kept = 4 * offload.store_size * entry if offload.predictor == "expert_map" else 0
+    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + kept
+
+
 def copies_run_beside(mesh: Mesh) -> bool:
     """Whether a copy inside the step goes on while the device computes. Shown for TPUs, by their compiler."""
     return platform_of(mesh) == "tpu"

@@ -1,13 +1,14 @@
 """What a caller asks for and what comes back, as plain data."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
+from msgspec import Meta
 
 from jmoe.engine.prefix import PageNames
+from jmoe.reading import check_fields
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -31,10 +32,10 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: Annotated[float, Meta(description="between 0 and 2")] = 1.0
+    top_p: Annotated[float, Meta(description="above 0 and at most 1")] = 1.0
     top_k: int = 0
-    min_p: float = 0.0
+    min_p: Annotated[float, Meta(description="between 0 and 1")] = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
@@ -47,9 +48,10 @@ class SamplingParams:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
+        if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")

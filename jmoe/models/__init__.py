@@ -18,7 +18,9 @@ from jmoe.models import (
     qwen2_moe,
     qwen3_moe,
 )
-from jmoe.models.family import Family, HFConfig
+from jmoe.models.family import Family
+from jmoe.models.fields import HFConfig
+from jmoe.reading import shown
 
 QUANTIZATIONS = ("mxfp4",)  # in which some family is read
 FAMILIES = {
@@ -34,19 +36,20 @@ FAMILIES = {
 def get_family(architecture: str) -> Family:
     """The family of a Hugging Face class name; ValueError lists the supported ones and the nearest."""
     if architecture not in FAMILIES:
-        near = difflib.get_close_matches(architecture, FAMILIES, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(architecture[:100], FAMILIES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"architecture {architecture!r} is not supported; "
+            f"architecture {shown(architecture)} is not supported; "
             f"supported: {', '.join(FAMILIES)}; nearest: {near}"
         )
     return FAMILIES[architecture]
 
 
-def model_config(hf: HFConfig) -> ModelConfig:
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """A ``config.json``'s contents as a ModelConfig; ValueError names what is missing or unsupported."""
-    architectures = hf.get("architectures") or []
+    hf = HFConfig(values)
+    architectures = hf.get("architectures") or ()
     if len(architectures) != 1:
-        raise ValueError(f"config.json must name one architecture, got {architectures!r}")
+        raise ValueError(f"config.json must name one architecture, got {shown(list(architectures))}")
     family = get_family(architectures[0])
     if hf.get("quantization_config"):
         _check_quantization(family, hf["quantization_config"])
@@ -58,7 +61,8 @@ def _check_quantization(family: Family, given: Any) -> None:
     if method not in QUANTIZATIONS:
         read = ", ".join(map(repr, QUANTIZATIONS))
         raise ValueError(
-            f"quantization_config: method {method!r} is not read, {read} is; use the unquantised checkpoint"
+            f"quantization_config: method {shown(method)} is not read, {read} is; "
+            "use the unquantised checkpoint"
         )
     if method not in family.quantization:
         raise ValueError(f"quantization_config: method {method!r} is not read of {family.architecture}")

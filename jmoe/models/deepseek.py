@@ -22,7 +22,7 @@ from jmoe.models.weights import Stored
 from jmoe.nn.rope import yarn_mscale
 
 # what transformers' DeepseekV2Config and DeepseekV3Config have where config.json is silent
-DEFAULTS_V2: HFConfig = {
+DEFAULTS_V2 = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
@@ -32,7 +32,7 @@ DEFAULTS_V2: HFConfig = {
     "n_shared_experts": 2,
     "q_lora_rank": 1536,
 }
-DEFAULTS_V3: HFConfig = {
+DEFAULTS_V3 = {
     **DEFAULTS_V2,
     "max_position_embeddings": 4096,
     "bos_token_id": 0,
@@ -48,20 +48,20 @@ DEFAULTS_V3: HFConfig = {
 
 
 def config_v2(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS_V2, **hf}
+    hf = hf.over(DEFAULTS_V2)
     method = hf.get("topk_method") or "greedy"
     refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
     refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
     # transformers ignores it, DeepSeek's own code does not, and no checkpoint has it
     refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))
-    groups = {"n_group": hf["n_group"], "topk_group": hf["topk_group"]} if method != "greedy" else {}
-    scale = float(hf.get("routed_scaling_factor") or 1.0)
+    groups = {name: require(hf, name) for name in ("n_group", "topk_group")} if method != "greedy" else {}
+    scale = hf.get("routed_scaling_factor") or 1.0
     router = RouterConfig(norm_topk_prob=False, routed_scaling_factor=scale, **groups)
     return _config("DeepseekV2ForCausalLM", hf, router, interleaved=True)
 
 
 def config_v3(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS_V3, **hf}
+    hf = hf.over(DEFAULTS_V3)
     refuse(hf, "topk_method", hf.get("topk_method", "noaux_tc") != "noaux_tc")
     refuse(hf, "scoring_func", hf.get("scoring_func", "sigmoid") != "sigmoid")
     interleaved = bool(hf.get("rope_interleave", True))
@@ -73,11 +73,11 @@ def balanced_router(hf: HFConfig) -> RouterConfig:
     return RouterConfig(
         scoring_func="sigmoid",
         norm_topk_prob=bool(hf["norm_topk_prob"]),
-        n_group=hf["n_group"],
-        topk_group=hf["topk_group"],
+        n_group=hf["n_group"] or 1,  # null: all experts are one group
+        topk_group=hf["topk_group"] or 1,
         group_score="top2",
         correction_bias=True,
-        routed_scaling_factor=float(hf["routed_scaling_factor"]),
+        routed_scaling_factor=require(hf, "routed_scaling_factor"),
     )
 
 
@@ -91,7 +91,7 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
         "partial_rotary_factor": 1.0,
     }
     common = common_fields(
-        {**hf, **own}, experts=("n_routed_experts",), inner="moe_intermediate_size", interleaved=interleaved
+        hf.under(own), experts=("n_routed_experts",), inner="moe_intermediate_size", interleaved=interleaved
     )
     return ModelConfig(
         architecture=name,
@@ -106,7 +106,7 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
 
 def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
     """The fields of first layers that are dense and of experts that all tokens share, ``inner`` each."""
-    dense = range(min(hf["first_k_dense_replace"], require(hf, "num_hidden_layers")))
+    dense = range(min(require(hf, "first_k_dense_replace"), require(hf, "num_hidden_layers")))
     return {
         "mlp_only_layers": tuple(dense),
         "intermediate_size": require(hf, "intermediate_size") if dense else None,

@@ -1,11 +1,11 @@
 """dots.llm1 (142B-A14B): DeepSeek-V3's router over Qwen3's attention."""
 
-from jmoe.config import ModelConfig
+from jmoe.config import LayerType, ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
-from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.family import Family, HFConfig, common_fields, require
 
 # what transformers' Dots1Config has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -21,11 +21,11 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     common = common_fields(hf, experts=("n_routed_experts",), inner="moe_intermediate_size")
-    full = hf["max_window_layers"] if hf["sliding_window"] else common["num_hidden_layers"]
-    kinds = "full_attention", "sliding_attention"
-    own = [kinds[i >= full] for i in range(common["num_hidden_layers"])]
+    full = require(hf, "max_window_layers") if hf["sliding_window"] else common["num_hidden_layers"]
+    kinds: tuple[LayerType, ...] = "full_attention", "sliding_attention"
+    own: list[LayerType] = [kinds[i >= full] for i in range(common["num_hidden_layers"])]
     return ModelConfig(
         architecture="Dots1ForCausalLM",
         **common,

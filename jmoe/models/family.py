@@ -1,6 +1,5 @@
 """What a model family's file declares: how its Hugging Face config and weight names map onto the decoder."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,10 +7,11 @@ from typing import Any, get_args
 
 from jmoe.anatomy import RopeConfig, RopeType
 from jmoe.config import ModelConfig
+from jmoe.models.fields import HFConfig
 from jmoe.models.weights import Stored
+from jmoe.reading import hints, shown, typed
 
-HFConfig = Mapping[str, Any]
-LAYERS = 10_000  # more would be a damaged file, and lists of them take memory
+Read = HFConfig | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ def common_fields(
     """
     act = hf.get("hidden_act", "silu")
     if act != "silu":
-        raise ValueError(f"hidden_act {act!r} is not supported; supported: 'silu'")
+        raise ValueError(f"hidden_act {shown(act)} is not supported; supported: 'silu'")
     heads, hidden = require(hf, "num_attention_heads"), require(hf, "hidden_size")
     layers = require(hf, "num_hidden_layers")
-    if isinstance(layers, int) and layers > LAYERS:
-        raise ValueError(f"num_hidden_layers {layers} exceeds {LAYERS}")
     eos = hf.get("eos_token_id")
     return {
         "vocab_size": require(hf, "vocab_size"),
@@ -64,12 +62,13 @@ def common_fields(
         "rope": rope_config(hf, interleaved=interleaved),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "eos_token_ids": eos if isinstance(eos, tuple) else () if eos is None else (eos,),
         "bos_token_id": hf.get("bos_token_id"),
     }
 
 
-def require(hf: HFConfig, *names: str) -> Any:
+def require(hf: Read, *names: str) -> Any:
+    """The first of the fields that the file has; ValueError names them where it has none."""
     for name in names:
         if hf.get(name) is not None:
             return hf[name]
@@ -79,19 +78,27 @@ def require(hf: HFConfig, *names: str) -> Any:
 def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
     """Raises ValueError where ``field`` has a value that the decoder does not implement."""
     if unsupported:
-        raise ValueError(f"config.json: {field} = {hf.get(field)!r} is not supported")
+        raise ValueError(f"config.json: {field} = {shown(hf.get(field))} is not supported")
 
 
-def rope_config(hf: HFConfig, *, interleaved: bool = False) -> RopeConfig:
+def rope_config(hf: Read, *, interleaved: bool = False) -> RopeConfig:
     """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta``
     (4)."""
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = given.get("rope_type", given.get("type", "default"))
+    table = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    given = hf.get(table) or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in get_args(RopeType):
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeType))}")
+        raise ValueError(
+            f"rope type {shown(kind)} is not supported; supported: {', '.join(get_args(RopeType))}"
+        )
     most, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
-    values: dict[str, Any] = {name: given[name] for name in _ROPE_FIELDS if given.get(name) is not None}
-    values["rope_theta"] = float(given.get("rope_theta") or require(hf, "rope_theta"))
+    values: dict[str, Any] = {
+        name: typed(f"{table}.{name}", given[name], declared)
+        for name, declared in _ROPE_FIELDS.items()
+        if given.get(name) is not None
+    }
+    if "rope_theta" not in values:
+        values["rope_theta"] = require(hf, "rope_theta")
     values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
     if kind != "default" and hf.get(original):
         values[original] = hf[original]  # before the one in the table, as transformers has it
@@ -99,20 +106,17 @@ def rope_config(hf: HFConfig, *, interleaved: bool = False) -> RopeConfig:
         values.setdefault(original, most)
     if kind in ("yarn", "longrope") and most and values.get(original):
         values.setdefault("factor", most / values[original])
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return RopeConfig(rope_type=kind, interleaved=interleaved, **values)
 
 
-_ROPE_FIELDS = [
-    field.name
-    for field in dataclasses.fields(RopeConfig)
-    if field.name not in ("rope_type", "interleaved", "long")
-]
+_ROPE_FIELDS = {
+    name: kind for name, kind in hints(RopeConfig).items() if name not in ("rope_type", "interleaved", "long")
+}
 
 
 def dense_layers(hf: HFConfig) -> tuple[int, ...]:
     """The layers without experts, as Qwen says it."""
-    named, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    named, step = frozenset(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
     layers = range(require(hf, "num_hidden_layers"))
     return tuple(i for i in layers if i in named or (i + 1) % step)
 

@@ -5,7 +5,7 @@ from jmoe.models.deepseek import balanced_router, dense_and_shared, names
 from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_of
 
 # what transformers' Glm4MoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 8,
     "max_position_embeddings": 131072,
@@ -22,7 +22,7 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     common = common_fields(hf, experts=("n_routed_experts",), inner="moe_intermediate_size")
     return ModelConfig(
         architecture="Glm4MoeForCausalLM",

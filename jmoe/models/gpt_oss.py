@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 
 from jmoe.anatomy import RouterConfig
-from jmoe.config import ModelConfig
+from jmoe.config import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, refuse
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
 # what transformers' GptOssConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 8,
     "head_dim": 64,
     "num_experts_per_tok": 4,
@@ -34,12 +34,12 @@ DEFAULTS: HFConfig = {
 
 def config(hf: HFConfig) -> ModelConfig:
     scaled = hf.get("rope_parameters") or hf.get("rope_scaling")
-    hf = {**DEFAULTS, **hf, **({"rope_parameters": scaled} if scaled else {})}
+    hf = hf.over(DEFAULTS | ({"rope_parameters": None, "rope_scaling": scaled} if scaled else {}))
     refuse(hf, "swiglu_limit", hf.get("swiglu_limit", 7.0) != 7.0)
     refuse(hf, "swiglu_alpha", hf.get("swiglu_alpha", 1.702) != 1.702)
     common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size")
-    kinds = "sliding_attention", "full_attention"
-    alternate = [kinds[i % 2] for i in range(common["num_hidden_layers"])]
+    kinds: tuple[LayerType, ...] = "sliding_attention", "full_attention"
+    alternate: list[LayerType] = [kinds[i % 2] for i in range(common["num_hidden_layers"])]
     return ModelConfig(
         architecture="GptOssForCausalLM",
         **common,

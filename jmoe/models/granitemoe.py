@@ -6,12 +6,12 @@ from typing import Any
 
 from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
 # what transformers' GraniteMoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 2048,
@@ -28,8 +28,8 @@ MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multipl
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
-    multipliers: dict[str, Any] = {name: float(hf[name]) for name in MULTIPLIERS}
+    hf = hf.over(DEFAULTS)
+    multipliers: dict[str, Any] = {name: require(hf, name) for name in MULTIPLIERS}
     return ModelConfig(
         architecture="GraniteMoeForCausalLM",
         **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),

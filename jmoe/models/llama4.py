@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from jmoe.anatomy import RouterConfig
-from jmoe.config import ModelConfig
+from jmoe.config import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, mlp_names, stacked_names
 from jmoe.models.weights import Form, Stored
@@ -14,7 +14,7 @@ from jmoe.models.weights import Form, Stored
 TEXT, WHOLE = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
 
 # what transformers' Llama4TextConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "num_local_experts": 16,
@@ -35,17 +35,18 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     experts = "num_local_experts", "num_experts"
     common = common_fields(hf, experts=experts, inner="intermediate_size", interleaved=True)
-    layers, step = range(common["num_hidden_layers"]), hf["interleave_moe_layer_step"]
+    layers, step = range(common["num_hidden_layers"]), require(hf, "interleave_moe_layer_step")
     sparse = hf.get("moe_layers")
     sparse = range(step - 1, len(layers), step) if sparse is None else sparse
-    dense = tuple(i for i in layers if i not in sparse)
-    rotating = hf.get("no_rope_layers") or [int((i + 1) % hf["no_rope_layer_interval"] != 0) for i in layers]
+    dense = tuple(i for i in layers if i not in frozenset(sparse))
+    turning = require(hf, "no_rope_layer_interval")
+    rotating = hf.get("no_rope_layers") or [int((i + 1) % turning != 0) for i in layers]
     rotating = rotating[: len(layers)]
-    chunked = "chunked_attention" if hf["attention_chunk_size"] else "full_attention"
-    kinds = hf.get("layer_types") or [chunked if turns else "full_attention" for turns in rotating]
+    chunked: LayerType = "chunked_attention" if hf["attention_chunk_size"] else "full_attention"
+    own: list[LayerType] = [chunked if turns else "full_attention" for turns in rotating]
     return ModelConfig(
         architecture=TEXT,
         **common,
@@ -54,12 +55,12 @@ def config(hf: HFConfig) -> ModelConfig:
         intermediate_size=require(hf, "intermediate_size_mlp") if dense else None,
         shared_expert_intermediate_size=common["moe_intermediate_size"],
         no_rope_layers=tuple(rotating),
-        layer_types=tuple(kinds),
+        layer_types=tuple(hf.get("layer_types") or own),
         attention_chunk_size=hf["attention_chunk_size"],
         attention_bias=bool(hf.get("attention_bias", False)),
         qk_norm="l2" if hf["use_qk_norm"] else "none",
-        attn_scale=float(hf["attn_scale"]) if hf["attn_temperature_tuning"] else 0.0,
-        floor_scale=hf["floor_scale"],
+        attn_scale=require(hf, "attn_scale") if hf["attn_temperature_tuning"] else 0.0,
+        floor_scale=require(hf, "floor_scale"),
     )
 
 
@@ -78,9 +79,9 @@ FAMILY = Family(TEXT, config, names)
 
 def whole_config(hf: HFConfig) -> ModelConfig:
     """Of a checkpoint that sees images too: its text model."""
-    text = {**require(hf, "text_config")}
-    text |= {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
-    return replace(config(text), architecture=WHOLE)
+    require(hf, "text_config")
+    own = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
+    return replace(config(hf.table("text_config").under(own)), architecture=WHOLE)
 
 
 def whole_names(cfg: ModelConfig) -> Iterator[Stored]:

@@ -8,7 +8,7 @@ from jmoe.models.family import Family, HFConfig, common_fields
 from jmoe.models.names import decoder_names, mixtral_experts
 
 # what transformers' MixtralConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 131072,
@@ -20,7 +20,7 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     return ModelConfig(
         architecture="MixtralForCausalLM",
         **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),

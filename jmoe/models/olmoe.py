@@ -8,7 +8,7 @@ from jmoe.models.family import Family, HFConfig, common_fields
 from jmoe.models.names import decoder_names, qwen_experts
 
 # what transformers' OlmoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_experts_per_tok": 8,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
@@ -18,7 +18,7 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     return ModelConfig(
         architecture="OlmoeForCausalLM",
         **common_fields(hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size"),

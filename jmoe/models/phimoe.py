@@ -4,11 +4,11 @@ from functools import partial
 
 from jmoe.anatomy import RouterConfig
 from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields
+from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, mixtral_experts
 
 # what transformers' PhimoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 131072,
@@ -21,8 +21,8 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
-    jitter = float(hf["router_jitter_noise"])
+    hf = hf.over(DEFAULTS)
+    jitter = require(hf, "router_jitter_noise")
     return ModelConfig(
         architecture="PhimoeForCausalLM",
         **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jmoe.config import ModelConfig
-from jmoe.models.family import Family, HFConfig
+from jmoe.config import LayerType, ModelConfig
+from jmoe.models.family import Family, HFConfig, require
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.qwen3_moe import qwen_fields
 from jmoe.models.weights import Stored
 
 # what transformers' Qwen2MoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 16,
     "num_experts_per_tok": 4,
     "max_position_embeddings": 32768,
@@ -25,23 +25,24 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     fields = qwen_fields(hf)
     windowed = fields["sliding_window"] is not None
     return ModelConfig(
         "Qwen2MoeForCausalLM",
         **fields,
-        shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
+        shared_expert_intermediate_size=require(hf, "shared_expert_intermediate_size"),
         shared_expert_gate=True,
         qkv_bias=bool(hf["qkv_bias"]),
         layer_types=_layer_types(hf, fields["num_hidden_layers"]) if windowed else (),
     )
 
 
-def _layer_types(hf: HFConfig, layers: int) -> tuple[str, ...]:
+def _layer_types(hf: HFConfig, layers: int) -> tuple[LayerType, ...]:
     """Every other layer of the first ``max_window_layers`` has a window, as transformers has it."""
-    kinds = "full_attention", "sliding_attention"
-    own = [kinds[i % 2 == 0 and i < hf["max_window_layers"]] for i in range(layers)]
+    kinds: tuple[LayerType, ...] = "full_attention", "sliding_attention"
+    full = require(hf, "max_window_layers")
+    own: list[LayerType] = [kinds[i % 2 == 0 and i < full] for i in range(layers)]
     return tuple(hf.get("layer_types") or own)
 
 

@@ -9,7 +9,7 @@ from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
 from jmoe.models.names import decoder_names, qwen_experts
 
 # what transformers' Qwen3MoeConfig has where config.json is silent (sizes of weights are required)
-DEFAULTS: HFConfig = {
+DEFAULTS = {
     "num_key_value_heads": 4,
     "num_experts_per_tok": 8,
     "max_position_embeddings": 32768,
@@ -21,7 +21,7 @@ DEFAULTS: HFConfig = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+    hf = hf.over(DEFAULTS)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig("Qwen3MoeForCausalLM", **qwen_fields(hf), qk_norm="head", attention_bias=bias)
 

@@ -5,19 +5,19 @@ import logging
 import sys
 import threading
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
+
+from jmoe.reading import typed
+
+Format = Literal["text", "json"]
+Level = Literal["debug", "info", "warning", "error"]
 
 log = logging.getLogger(__name__)
-FORMATS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error")
 
 
 def configure(form: str, level: str) -> None:
     """Sends every logger's lines to standard error. Raises ValueError for a format or level that is none."""
-    if form not in FORMATS:
-        raise ValueError(f"log_format must be one of {', '.join(FORMATS)}, got {form!r}")
-    if level not in LEVELS:
-        raise ValueError(f"log_level must be one of {', '.join(LEVELS)}, got {level!r}")
+    form, level = typed("log_format", form, Format), typed("log_level", level, Level)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -2,9 +2,15 @@
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
+from msgspec import Meta
+
+from jmoe.reading import Secret, check_fields
 from jmoe.server.bounds import MAX_BODY_BYTES
 
+Seconds = Annotated[float, Meta(gt=0, le=1e9, description="above 0 seconds and at most 1e9")]
+Wait = Annotated[float, Meta(ge=0, le=1e9, description="at least 0 seconds and at most 1e9")]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+")
 MAX_KEEP_ALIVE = 24 * 60 * 60
 
@@ -24,33 +30,26 @@ class ServerSettings:
 
     served_model_name: str | None = None
     host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    shutdown_timeout: float = 30.0
-    request_timeout: float | None = None
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    api_key: Secret | None = None
+    shutdown_timeout: Wait = 30.0
+    request_timeout: Seconds | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     max_header_bytes: int = 64 * 1024
-    header_timeout: float = 20.0
-    body_timeout: float = 30.0
-    write_timeout: float = 60.0
-    keep_alive: int = 75
+    header_timeout: Seconds = 20.0
+    body_timeout: Seconds = 30.0
+    write_timeout: Seconds = 60.0
+    keep_alive: Annotated[int, Meta(ge=0, le=MAX_KEEP_ALIVE)] = 75
     allowed_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.served_model_name == "":
-            raise ValueError("served_model_name must not be empty")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        check_fields(self)
+        for name in ("served_model_name", "host"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty")
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable()):
             raise ValueError("api_key must be printable ASCII and not empty")
-        if not 0 <= self.shutdown_timeout < float("inf"):
-            raise ValueError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}")
-        limit = self.request_timeout
-        if limit is not None and not 0 < limit < float("inf"):
-            raise ValueError(f"request_timeout must be above 0 seconds, got {limit}")
-        if not 0 <= self.keep_alive <= MAX_KEEP_ALIVE:
-            raise ValueError(f"keep_alive must be 0 to {MAX_KEEP_ALIVE} seconds, got {self.keep_alive}")
         for origin in self.allowed_origins:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 form = "'*' or like https://example.org:8443, in lower case and without a path"

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
-from jmoe.checkpoint import read_config
 from jmoe.checkpoint.load import parameter_specs
 from jmoe.config import ModelConfig
-from jmoe.engine.build import EngineSettings, context_length, model_directory, settings_split, sizes_for
+from jmoe.engine.deployment import resolve
 from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
+from jmoe.engine.settings import EngineSettings
 from jmoe.engine.stats import expert_bytes
 from jmoe.mesh import TENSOR, platform_of
 from jmoe.models.decoder import kernels_for
@@ -28,12 +28,9 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
 
     Raises ValueError where the model or the settings would be refused.
     """
-    directory = model_directory(model)
-    cfg = read_config(directory, settings.dtype)
-    split = settings_split(settings)
-    mesh = split.mesh
-    length = context_length(cfg, settings.max_model_len)
-    sizes = sizes_for(cfg, settings, length)
+    found = resolve(model, settings)
+    directory, cfg, split, sizes, memory = found.directory, found.cfg, found.split, found.sizes, found.memory
+    mesh, specs = split.mesh, parameter_specs(directory, cfg, settings.dtype)
     return {
         "versions": {"jmoe": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
@@ -46,14 +43,24 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "layers": cfg.num_hidden_layers,
             "experts": cfg.num_experts,
             "experts_per_token": cfg.num_experts_per_tok,
-            "weight_bytes": sum(s.nbytes for s in parameter_specs(directory, cfg, settings.dtype).values()),
-            "max_model_len": length,
+            "weight_bytes": sum(spec.nbytes for spec in specs.values()),
+            "max_model_len": found.max_model_len,
         },
         "kv_cache": {
             "page_size": sizes.page_size,
             "pages_per_rank": sizes.pages_per_rank,
             "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, split, sizes.page_size),
         },
+        "memory_per_device": {
+            "weight_bytes": memory.weights,
+            "step_bytes": memory.step,
+            "program_bytes": memory.programs,
+            "kv_bytes": memory.pages,
+            "room_bytes": memory.room and memory.room.bytes,
+            "room_source": memory.room and memory.room.source,
+            "verdict": f"fits: {memory}",
+        },
+        "notes": list(found.notes),
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
         "choices": _choices(settings, cfg, mesh),
         "offload": _offload(settings, cfg, mesh),
@@ -155,6 +162,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"context: {model['max_model_len']} tokens; "
         f"KV cache {kv['bytes_per_rank'] / 2**20:.1f} MiB a rank in "
         f"{kv['pages_per_rank']} pages of {kv['page_size']} tokens",
+        f"memory: {report['memory_per_device']['verdict']}",
+        *(f"note: {note}" for note in report["notes"]),
         f"compiled shapes: decode {report['shapes']['decode_sequences']} sequences, "
         f"prefill {report['shapes']['prefill_tokens']} tokens",
         *(f"{row['what']}: {row['choice']} ({row['why']})" for row in report["choices"]),

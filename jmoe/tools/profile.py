@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.engine.build import EngineSettings, build_engine, round_up
+from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.deployment import round_up
 from jmoe.engine.runner import Runner
 from jmoe.engine.step_input import window_length
 from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen

@@ -18,8 +18,8 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.load import DTypeChoice
-from jmoe.config import ModelConfig, read_toml
-from jmoe.engine.build import model_directory
+from jmoe.config import ModelConfig
+from jmoe.engine.settings import model_directory
 from jmoe.moe.experts import apply_experts
 from jmoe.moe.routing import plan_dispatch
 
@@ -37,7 +37,7 @@ class Point:
 def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
     """The shape of a TOML of sizes, or of a model's directory."""
     if model.endswith(".toml"):
-        cfg = ModelConfig.from_dict(read_toml(Path(model)))
+        cfg = ModelConfig.from_file(Path(model))
         return cfg if dtype == "auto" else dataclasses.replace(cfg, dtype=dtype)
     return read_config(model_directory(model), dtype)
 

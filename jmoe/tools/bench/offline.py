@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.checkpoint import read_config
-from jmoe.engine.build import EngineSettings, build_engine, context_length, model_directory
+from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.deployment import resolve
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.tools.bench.loads import Clipped, Limits, Load, clip
@@ -133,7 +133,7 @@ def _check(iterations: int) -> None:
 
 def _context(model: str, settings: EngineSettings) -> int:
     """Known before anything is loaded."""
-    return context_length(read_config(model_directory(model), settings.dtype), settings.max_model_len)
+    return resolve(model, settings).max_model_len
 
 
 def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:
