@@ -116,10 +116,10 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerPages]:
         """Attention over the cache: of the sequences beside the prompts, then of the prompts."""
         values = [None] * len(seqs.pieces) if v is None else seqs.cut(v)
-        new = [
-            NewTokens(q_own, k_own, v_own, own.positions_BT, own.table_BM)
-            for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True)
-        ]
+        new = []
+        for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True):
+            assert own.table_BM is not None
+            new.append(NewTokens(q_own, k_own, v_own, own.positions_BT, own.table_BM))
         outs, pages = attend_all(self.kernels.attention, new, pages, self.span, sinks_H)
         return seqs.grid(outs), pages
 

@@ -71,9 +71,7 @@ def _decode(
     (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
     own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
-    table = jnp.where(
-        own, table, table[:, :1]
-    )  # a block that goes on past the own pages reads the first again
+    table = jnp.where(own, table, table[:, :1])  # a block past the own pages reads the first one again
     table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
     length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
     out = paged_attention(

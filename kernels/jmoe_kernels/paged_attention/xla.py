@@ -38,13 +38,14 @@ def taint(seen: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Arra
 def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
     """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
-    Heads are gathered as pages of their own, so that the result needs no transposition.
+    Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
     ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
-    flat = pages_PGSd.reshape(-1, size * d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
-    return as_float(flat).reshape(b, g, n * size, d)
+    read = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
+    return as_float(read).reshape(b, g, n * size, d)
 
 
 def attend(
