@@ -194,6 +194,7 @@ class Engine:
             if request.place.ended or not run.draws:
                 continue
             if not finite[row]:
+                self.scheduler.spoil(request)
                 self._fail(request, "the model produced NaN logits")
             elif request.params.max_tokens == 0:
                 self._end(request, self._output(request, (), finish_reason="length"))
