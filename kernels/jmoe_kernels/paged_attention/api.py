@@ -118,12 +118,14 @@ def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> Laye
     at = new.positions_BT, new.table_BM
     if implementation in ("tpu", "gpu"):
         return (tpu if implementation == "tpu" else gpu).write_tokens(new, pages)
-    rows = (new.k_BTGd,) if new.v_BTGd is None else (new.k_BTGd, new.v_BTGd)
-    if implementation != "cpu":
-        return LayerPages(tuple(write(kept, row, *at) for kept, row in zip(pages.kv, rows, strict=True)))
     if new.v_BTGd is None:
-        return LayerPages((cpu.write_latent(*pages.kv, new.k_BTGd, *at),))
-    return LayerPages(cpu.write_pages(*pages.kv, *rows, *at))
+        [kv_PGSd] = pages.kv
+        put = cpu.write_latent if implementation == "cpu" else write
+        return LayerPages((put(kv_PGSd, new.k_BTGd, *at),))
+    k_PGSd, v_PGSd = pages.kv
+    if implementation == "cpu":
+        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *at))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)))
 
 
 def _attend(

@@ -54,9 +54,10 @@ def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
 
 def attend(new: NewTokens, pages: LayerPages, *, interpret: bool = False) -> Float[Array, "B T H d"]:
     """The output of every query over pages that hold the new rows, zero for padding."""
-    at = new.positions_BT, new.table_BM
+    k_PGSd, v_PGSd = pages.kv
+    q, at = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
     run = _decode if new.positions_BT.shape[1] == 1 else _prefill
-    out = run(new.q_BTHd.astype(pages.kv[0].dtype), *pages.kv, *at, interpret).astype(jnp.float32)
+    out = run(q, k_PGSd, v_PGSd, *at, interpret).astype(jnp.float32)
     return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
