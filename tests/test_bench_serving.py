@@ -1,6 +1,7 @@
 """The serving benchmarks' scripts: what is compared, what the page says of figures, tables of the papers."""
 
 import json
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench_traces
+import bench_ttft
 from bench_serving import copy_without_ends
 from lm_eval_parity import compare, difference
 from paper_table import filled, shown
@@ -149,3 +151,32 @@ def test_a_table_has_a_column_a_task():
     assert lines[0].endswith("| remapped | dropped | gsm8k |")
     assert lines[2] == "| plain | 9.00 | 1.00 | 2.00 | 0.0% | 0.0% | 0.500 |"
     assert lines[3] == "| binned | 9.00 | 1.00 | 2.00 | 25.0% | 0.0% | 0.250 |"
+
+
+def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_holds_as_many():
+    def case(slots: int, pool: int, requests: int, ms: float) -> dict:
+        return {"slots": slots, "pool": pool, "requests": requests, "busy": 0, "ttft_ms": ms, "best_ms": ms}
+
+    cases = [
+        case(1, 1, 1, 4.0),
+        case(1, 64, 1, 5.0),
+        case(16, 1, 1, 4.0),
+        case(16, 1, 8, 12.0),
+        case(64, 8, 8, 9.0),
+    ]
+    found = bench_ttft.with_ratios(cases)
+    assert [each["ratio"] for each in found] == [1.0, 1.25, 1.0, 1.0, 0.75]
+    figures = {
+        "command": "c", "model": "tiny", "prompt": 64, "rounds": 3, "processor": "p", "threads": 2,
+        "versions": {"jmoe": "0"}, "date": "d", "cases": found,
+    }  # fmt: skip
+    page = bench_ttft.document(figures)
+    assert "Worst ratio to the smallest engine that holds the case: 1.25 (target 1.1)." in page
+    assert "| 64 | 8 | 8 | 0 | 9.00 | 9.00 | 0.75 |" in page
+
+
+@pytest.mark.matrix
+def test_the_small_form_of_the_time_to_the_first_token_runs():
+    script = [sys.executable, str(ROOT / "scripts/bench_ttft.py"), "--dry", "--threads", "1"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("\n| ") >= 8, done.stderr

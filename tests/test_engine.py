@@ -79,6 +79,38 @@ def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
         assert parts[-1].finish_reason == "length" and all(p.finish_reason is None for p in parts[:-1])
 
 
+@pytest.mark.parametrize(
+    ("decode", "beside"),
+    [
+        ((4,), (4,)),
+        ((1, 4, 8), (1, 8)),
+        ((1, 4, 8, 16, 32), (4, 32)),
+        ((1, 4, 8, 16, 32, 64, 128, 256), (4, 32, 256)),
+    ],
+)
+def test_few_sizes_compile_beside_prompts(decode: tuple[int, ...], beside: tuple[int, ...]):
+    sizes = Sizes(decode, (32,), 8, 40, 8)
+    assert sizes.beside == beside
+    assert [sizes.beside_size(runs) for runs in (1, beside[-1])] == [beside[0], beside[-1]]
+
+
+def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, monkeypatch):
+    """One prompt, then sixteen at once, of which the last ones run beside the first ones' tokens."""
+    wide, seen = engine_on(make_mesh(), slots=16), []
+    run = wide.runner.run
+
+    def recorded(given):
+        if given.beside is not None:
+            seen.append(len(given.beside.seats_B))
+        return run(given)
+
+    monkeypatch.setattr(wide.runner, "run", recorded)
+    for many in ([tokens(CFG, 20, seed=5)], prompts(16, seed=40)):
+        seen.clear()
+        assert [r.token_ids for r in serve(wide, many)[0]] == [r.token_ids for r in serve(engine, many)[0]]
+        assert set(seen) <= {1, 16} and max(seen) == (1 if len(many) == 1 else 16)
+
+
 def test_company_changes_nothing(engine: Engine):
     many = prompts(11)
     together = [r.token_ids for r in serve(engine, many)[0]]

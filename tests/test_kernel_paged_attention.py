@@ -27,7 +27,7 @@ from jmoe_kernels.paged_attention import (
     supports,
 )
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
-from jmoe_kernels.paged_attention.xla import write
+from jmoe_kernels.paged_attention.write import write
 
 SIZE, PAGES, TABLE = 8, 40, 16  # rows of a page, pages of the cache, pages of a table
 needs_library = pytest.mark.skipif(

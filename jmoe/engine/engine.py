@@ -241,6 +241,7 @@ class Engine:
         if request.place.ended or not run.draws:
             return
         if not finite:
+            self.scheduler.spoil(request)
             self._fail(request, "the model produced NaN logits")
         elif request.params.max_tokens == 0:
             self._end(request, self._output(request, (), finish_reason="length"))
@@ -300,6 +301,7 @@ class Engine:
         cause = f"{lost} of the step's assignments to experts were not computed: its answers would be wrong"
         log.error("%s. This is a fault of the engine; restart it and report it", cause)
         for placed in started.placed:
+            self.scheduler.spoil(placed.run.request)
             if not placed.run.request.place.ended:
                 self._fail(placed.run.request, cause)
 
@@ -314,7 +316,7 @@ class Engine:
             if ends_program(error):
                 raise
             log.exception("request %s failed on the host", request.id)
-            request.place.names = None  # who knows what its pages hold
+            self.scheduler.spoil(request)  # who knows what its pages hold
             if not request.place.ended:
                 self._fail(request, "the request failed on the host; the log has the cause")
 

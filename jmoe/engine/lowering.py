@@ -2,16 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.engine.offload import abstract_cache
 from jmoe.engine.stats import zero_totals
-from jmoe.engine.step import is_lossy, jitted, make_knobs
+from jmoe.engine.step import Jitted, is_lossy, jitted, make_knobs
 from jmoe.engine.step_input import Sizes, blank_input
 from jmoe.mesh import EXPERT, sharding
+from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
 
@@ -24,6 +27,32 @@ def lower_step(
 
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
+    model, functions, weights = _abstract_model(cfg, moe, mesh)
+    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
+    ranks, most = model.split.sequence_ranks, sizes.decode[-1]
+    rows, length, beside = (sequences, 1, 0) if tokens == 1 else (tokens // sizes.run, sizes.run, most)
+    with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
+        return functions.step.lower(
+            weights,
+            _abstract_pages(model, sizes),
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
+            jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
+            blank_input(cfg.vocab_size, sizes, ranks, rows, length, beside),
+            make_knobs(1.0, 0) if is_lossy(moe) else None,
+            _abstract_tables(cfg, moe, mesh),
+            abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
+        )
+
+
+def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
+    """The copy of a page on each rank."""
+    model, functions, weights = _abstract_model(cfg, moe, mesh)
+    pages = _abstract_pages(model, sizes)
+    return functions.copy_pages.lower(weights, pages, *np.zeros((2, model.split.sequence_ranks), np.int32))
+
+
+def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, Jitted, list]:
+    """The model of shapes, its jitted functions and its weights."""
     model, specs = abstract_decoder(cfg, moe, mesh)
     arrays = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.storage, sharding=spec.sharding)
@@ -31,23 +60,13 @@ def lower_step(
     }
     graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
     weights, structure = jax.tree.flatten(state)
-    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
-    ranks, most = model.split.sequence_ranks, sizes.decode[-1]
-    rows, length, beside = (sequences, 1, 0) if tokens == 1 else (tokens // sizes.run, sizes.run, most)
-    given = blank_input(cfg.vocab_size, sizes, ranks, rows, length, beside)
-    attention = model.kernels.attention
-    pages = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
-    with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
-        return jitted(graph, structure).step.lower(
-            weights,
-            [pages] * cfg.num_hidden_layers,
-            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
-            jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
-            given,
-            make_knobs(1.0, 0) if is_lossy(moe) else None,
-            _abstract_tables(cfg, moe, mesh),
-            abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
-        )
+    return model, jitted(graph, structure), weights
+
+
+def _abstract_pages(model: Decoder, sizes: Sizes) -> list[LayerPages]:
+    cfg, attention = model.cfg, model.kernels.attention
+    layout = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
+    return [layout] * cfg.num_hidden_layers
 
 
 def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:

@@ -37,11 +37,22 @@ class RankPages:
             page = self.blank.pop()
         else:
             page, _ = self.kept.popitem(last=False)
-            for name in self.names[page]:
-                del self.named[name]
-            self.names[page] = []
+            self._unname(page)
         self.users[page] = 1
         return page
+
+    def _unname(self, page: int) -> None:
+        for name in self.names[page]:
+            del self.named[name]
+        self.names[page] = []
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """These pages' content serves nobody who does not use them already."""
+        for page in pages:
+            self._unname(page)
+            if page in self.kept:
+                del self.kept[page]
+                self.blank.append(page)
 
     def give_back(self, pages: Iterable[int]) -> None:
         """One user less. A sequence's later pages go first: without them its earlier ones are still of

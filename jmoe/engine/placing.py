@@ -34,8 +34,9 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
     A rank's runs take one row each of the tokens that are drawn: no more run there than may be drawn.
     """
     decodes, prompts = (by_rank(runs, runner.ranks) for runs in (step.decodes, step.prompts))
-    b, length, rows = runner.sizes.decode[-1], runner.sizes.run, step.size // runner.sizes.run
+    length, rows = runner.sizes.run, step.size // runner.sizes.run
     if step.size:
+        b = runner.sizes.beside_size(max(len(d) + len(p) for d, p in zip(decodes, prompts, strict=True)))
         given = runner.blank(rows, length, beside=b)
     else:
         b = runner.sizes.decode_size(max(map(len, decodes)))

@@ -156,9 +156,9 @@ class Runner:
         self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
     ) -> None:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
-        most = self.sizes.decode[-1]
-        shapes = [(b, 1, 0) for b in self.sizes.decode] + [
-            (tokens // self.sizes.run, self.sizes.run, most) for tokens in self.sizes.prefill
+        sizes = self.sizes
+        shapes = [(b, 1, 0) for b in sizes.decode] + [
+            (tokens // sizes.run, sizes.run, beside) for tokens in sizes.prefill for beside in sizes.beside
         ]
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))

@@ -178,6 +178,19 @@ class Scheduler:
             self._leave(request)
         request.place.ended = True
 
+    def spoil(self, request: Request) -> None:
+        """Takes the names of its pages away, as they hold what is not finite. Those that it found go too: who
+        wrote them may have been given up before anybody saw it."""
+        if (names := self._names(request)) is None:
+            return
+        rest = names.rest(request.prompt_token_ids)
+        known = [*names.full(request.tokens), *([] if rest is None else [rest])]
+        for rank in self.pool.ranks:
+            rank.forget([rank.named[name] for name in known if name in rank.named])
+        if request.place.rank >= 0:
+            self.pool.ranks[request.place.rank].forget(request.place.pages)
+        request.place.names = None
+
     def drop(self, request_id: str) -> Request | None:
         """Takes a request out wherever it is; None where it is not here (any more)."""
         found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)

@@ -18,7 +18,7 @@ from jmoe.engine.sampling import SamplingRows, blank_rows
 @dataclass(frozen=True)
 class Sizes:
     """Shapes that compile. decode: sequences a rank; prefill: tokens of prompts a rank, multiples of the
-    first, which is a multiple of the page size, with the largest of ``decode`` beside them."""
+    first, which is a multiple of the page size, with some of ``decode`` beside them (``beside``)."""
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
@@ -30,6 +30,20 @@ class Sizes:
     def run(self) -> int:
         """Tokens of one row of a prompt."""
         return self.prefill[0]
+
+    @property
+    def beside(self) -> tuple[int, ...]:
+        """Sequences a rank beside prompts: all that may run, and smaller sizes, each an eighth at most of the
+        next, so that a prompt which is nearly alone does not pay for hundreds of empty rows."""
+        picked = [self.decode[-1]]
+        for size in reversed(self.decode):
+            if 8 * size <= picked[-1]:
+                picked.append(size)
+        return tuple(reversed(picked))
+
+    def beside_size(self, runs: int) -> int:
+        """The smallest compiled size that has a row for each of ``runs``, prompts and sequences beside."""
+        return next(s for s in self.beside if s >= runs)
 
     def decode_size(self, sequences: int) -> int:
         """The smallest compiled batch that holds ``sequences`` a rank."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
-from jmoe_kernels.paged_attention import LayerPages, NewTokens, paged_attention
+from jmoe_kernels.paged_attention import LayerPages, NewTokens, attend_all
 
 from jmoe.config import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
@@ -116,12 +116,11 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerPages]:
         """Attention over the cache: of the sequences beside the prompts, then of the prompts."""
         values = [None] * len(seqs.pieces) if v is None else seqs.cut(v)
-        outs = []
+        new = []
         for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True):
             assert own.table_BM is not None
-            new = NewTokens(q_own, k_own, v_own, own.positions_BT, own.table_BM)
-            out, pages = paged_attention(self.kernels.attention, new, pages, self.span, sinks_H)
-            outs.append(out)
+            new.append(NewTokens(q_own, k_own, v_own, own.positions_BT, own.table_BM))
+        outs, pages = attend_all(self.kernels.attention, new, pages, self.span, sinks_H)
         return seqs.grid(outs), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:

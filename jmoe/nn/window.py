@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import Span
-from jmoe_kernels.paged_attention.xla import NEVER, visible
+from jmoe_kernels.paged_attention.xla import NEVER, finite_rows, taint, visible
 
 BLOCK = 128  # queries that attend together to a window's keys
 
@@ -29,15 +29,19 @@ def attend_window(
     per = h // g
     q = q_BTHd.reshape(b, t, g, per, d).transpose(0, 2, 3, 1, 4).reshape(b * g, per, t, d)
     k = k_BTGd.swapaxes(1, 2).reshape(b * g, t, d)
-    v_T = v_BTGd.transpose(0, 2, 3, 1).reshape(b * g, e, t)
+    (k, broken_k), (v, broken_v) = (finite_rows(a) for a in (k, v_BTGd.swapaxes(1, 2).reshape(b * g, t, e)))
+    broken_BGT, v_T = (broken_k | broken_v).reshape(b, g, t), v.swapaxes(1, 2)
 
     def block(start: int, end: int) -> Array:
         rows = (b * g, per * (end - start))
         scores = linear(q[:, :, start:end].reshape(*rows, d), k[:, :end]) * d**-0.5
-        seen = visible(positions_BT[:, start:end], positions_BT[:, :end], span)[:, None, None]
+        seen_BTS = visible(positions_BT[:, start:end], positions_BT[:, :end], span)
+        seen = seen_BTS[:, None, None]
         scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), NEVER)
         share = jax.nn.softmax(scores, axis=-1).reshape(*rows, end)
         out = linear(share, v_T[:, :, :end]).reshape(b, g, per, end - start, e)
+        tainted_BGT = taint(seen_BTS[:, None], broken_BGT[:, :, :end])
+        out = jnp.where(tainted_BGT[:, :, None, :, None], jnp.nan, out)
         return out if sinks_H is None else out * _kept(scores, sinks_H.reshape(1, g, per, 1))[..., None]
 
     blocks = [block(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]

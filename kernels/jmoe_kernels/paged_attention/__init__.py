@@ -2,6 +2,7 @@
 
 from jmoe_kernels.paged_attention.api import (
     Attention,
+    attend_all,
     heads_axis,
     page_shapes,
     paged_attention,
@@ -16,6 +17,7 @@ __all__ = [
     "LayerPages",
     "NewTokens",
     "Span",
+    "attend_all",
     "heads_axis",
     "page_shapes",
     "paged_attention",

@@ -1,5 +1,6 @@
 """``paged_attention``: one entry for every implementation; a named one raises where it cannot run."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jaxtyping import Float
 from jmoe_kernels import cpu
 from jmoe_kernels.paged_attention import gpu, tpu
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
-from jmoe_kernels.paged_attention.xla import paged_attention_xla
+from jmoe_kernels.paged_attention.write import write
+from jmoe_kernels.paged_attention.xla import attend
 
 Attention = Literal["xla", "cpu", "tpu", "gpu"]
 
@@ -70,34 +72,70 @@ def paged_attention(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """Writes the new keys and values, then attends: each query to its sequence up to its own position.
+    """Writes the new keys and values, then attends to them and to what the pages held: see ``attend_all``."""
+    [out], pages = attend_all(implementation, [new], pages, span, sinks_H)
+    return out, pages
+
+
+def attend_all(
+    implementation: Attention,
+    pieces: Sequence[NewTokens],
+    pages: LayerPages,
+    span: Span = Span(),
+    sinks_H: Float[Array, " H"] | None = None,
+) -> tuple[list[Float[Array, "B T H d"]], LayerPages]:
+    """Writes the new keys and values of every piece, then attends: each query to its sequence up to its own
+    position.
+
+    All writes come before any read. A read between two writes would keep the pool as it was between them,
+    and so cost a copy of it.
 
     span: which keys a query sees. sinks_H: a logit of each query head that joins the softmax's denominator
-    and has no value (gpt-oss). Returns float32 outputs ``[B, T, H, d]``, unspecified but finite at padding,
-    and the updated pages.
+    and has no value (gpt-oss). Returns float32 outputs ``[B, T, H, d]`` of every piece, zero at padding, and
+    the updated pages.
+
+    A number that is not finite reaches only the queries that see its key: a sequence's outputs do not depend
+    on what lies in pages of others, in page 0, behind its length or, but for jax's kernel on TPU, before its
+    windows and behind a query. There an earlier query of the same sequence may become NaN too.
     """
-    if implementation == "xla":
-        return paged_attention_xla(new, pages, span, sinks_H)
-    if implementation == "cpu":
-        return _paged_attention_cpu(new, pages, span, sinks_H)
+    for new in pieces:
+        _check(implementation, new, span, sinks_H)
+        pages = _write(implementation, new, pages)
+    return [_attend(implementation, new, pages, span, sinks_H) for new in pieces], pages
+
+
+def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
+    """Raises ValueError where a named kernel has not what the layer asks for."""
+    if implementation in ("xla", "cpu"):
+        return
     (_, _, query, dim), kv = new.q_BTHd.shape, new.k_BTGd.shape[2]
     heads = Heads(query, kv, dim, span, sinks_H is not None, dim if new.v_BTGd is None else None)
     if (reason := {"tpu": tpu.lacks, "gpu": gpu.lacks}[implementation](heads)) is not None:
         raise ValueError(f"paged attention {implementation!r}: {reason}; 'xla' can run")
-    if implementation == "tpu":
-        return tpu.paged_attention_tpu(new, pages, span.window)
-    return gpu.paged_attention_gpu(new, pages)
 
 
-def _paged_attention_cpu(
-    new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
-) -> tuple[Array, LayerPages]:
+def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> LayerPages:
     at = new.positions_BT, new.table_BM
+    if implementation in ("tpu", "gpu"):
+        return (tpu if implementation == "tpu" else gpu).write_tokens(new, pages)
     if new.v_BTGd is None:
         [kv_PGSd] = pages.kv
-        kept = (cpu.write_latent(kv_PGSd, new.k_BTGd, *at),)
-    else:
-        k_PGSd, v_PGSd = pages.kv
-        kept = cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *at)
-    out = cpu.attend(new.q_BTHd, kept[0], kept[-1], *at, span.window, span.chunk, sinks_H)
-    return out, LayerPages(kept)
+        put = cpu.write_latent if implementation == "cpu" else write
+        return LayerPages((put(kv_PGSd, new.k_BTGd, *at),))
+    k_PGSd, v_PGSd = pages.kv
+    if implementation == "cpu":
+        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *at))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)))
+
+
+def _attend(
+    implementation: Attention, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
+) -> Array:
+    kv, at = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
+    if implementation == "tpu":
+        return tpu.attend(new, pages, span.window)
+    if implementation == "gpu":
+        return gpu.attend(new, pages)
+    if implementation == "cpu":
+        return cpu.attend(new.q_BTHd, *kv, *at, span.window, span.chunk, sinks_H)
+    return attend(new.q_BTHd, *kv, *at, span, sinks_H)

@@ -11,7 +11,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span, beyond_windows
-from jmoe_kernels.paged_attention.xla import read, visible, write
+from jmoe_kernels.paged_attention.write import write, write_last
+from jmoe_kernels.paged_attention.xla import finite_rows, read, taint, visible
 
 SPLITS = 8  # parts of a sequence's keys that run beside each other
 PAGES = 4  # pages that one step of a part reads
@@ -36,13 +37,28 @@ def lacks(heads: Heads) -> str | None:
 def paged_attention_gpu(
     new: NewTokens, pages: LayerPages, *, interpret: bool = False
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """The output of every query and the pages with the new rows; padding gives finite values."""
+    """The output of every query and the pages with the new rows."""
+    pages = write_tokens(new, pages)
+    return attend(new, pages, interpret=interpret), pages
+
+
+def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
+    """The pages with the new rows. Behind a row that is written alone its page's values become zero: the
+    decode kernel gives what earlier owners left there a weight of 0, and 0 times NaN is NaN."""
     assert new.v_BTGd is not None, "latent pages are refused before"
     k_PGSd, v_PGSd = pages.kv
     at = new.positions_BT, new.table_BM
-    kv = write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)
-    attend = _decode if new.positions_BT.shape[1] == 1 else _prefill
-    return attend(new.q_BTHd.astype(k_PGSd.dtype), *kv, *at, interpret).astype(jnp.float32), LayerPages(kv)
+    put = write_last if new.positions_BT.shape[1] == 1 else write
+    return LayerPages((write(k_PGSd, new.k_BTGd, *at), put(v_PGSd, new.v_BTGd, *at)))
+
+
+def attend(new: NewTokens, pages: LayerPages, *, interpret: bool = False) -> Float[Array, "B T H d"]:
+    """The output of every query over pages that hold the new rows, zero for padding."""
+    k_PGSd, v_PGSd = pages.kv
+    q, at = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
+    run = _decode if new.positions_BT.shape[1] == 1 else _prefill
+    out = run(q, k_PGSd, v_PGSd, *at, interpret).astype(jnp.float32)
+    return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
 def _decode(
@@ -55,6 +71,8 @@ def _decode(
 
     (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
+    own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
+    table = jnp.where(own, table, table[:, :1])  # a block past the own pages reads the first one again
     table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
     length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
     out = paged_attention(
@@ -73,16 +91,19 @@ def _decode(
 def _prefill(
     q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
 ) -> Array:
-    k_BSGd, v_BSGd = (read(pages, table_BM).swapaxes(1, 2) for pages in (k_PGSd, v_PGSd))
-    keys = jnp.arange(k_BSGd.shape[1], dtype=jnp.int32)[None]
+    (k_BGSd, broken_k), (v_BGSd, broken_v) = (finite_rows(read(a, table_BM)) for a in (k_PGSd, v_PGSd))
+    keys = jnp.arange(k_BGSd.shape[2], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
     seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
     length_B = jnp.max(positions_BT, axis=1) + 1
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q_BTHd,
-        k_BSGd,
-        v_BSGd,
+        k_BGSd.swapaxes(1, 2),
+        v_BGSd.swapaxes(1, 2),
         mask=seen_BTS[:, None],
         key_value_seq_lengths=jnp.maximum(length_B, 1),
         implementation="xla" if interpret else "cudnn",
     )
+    tainted_BGT = taint(seen_BTS[:, None], broken_k | broken_v)
+    tainted_BTH = jnp.repeat(tainted_BGT, q_BTHd.shape[2] // k_PGSd.shape[1], axis=1).swapaxes(1, 2)
+    return jnp.where(tainted_BTH[..., None], jnp.nan, out)

@@ -7,10 +7,10 @@ alone, in jax 0.10 and 0.11.
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
-from jmoe_kernels.paged_attention.xla import check_run, page_of
+from jmoe_kernels.paged_attention.write import write_joined
 
 KEYS, QUERIES = 256, 64  # keys and queries of a block; what fits VMEM at every head count that is supported
 VMEM = 64 << 20  # bytes
@@ -34,14 +34,17 @@ def lacks(heads: Heads) -> str | None:
     return beyond_windows(heads)
 
 
-def paged_attention_tpu(
-    new: NewTokens, pages: LayerPages, window: int | None
-) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """The output of every query, zero for padding, and the pages with the new rows."""
+def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
+    """The pages with the new rows."""
     [kv_PSGd] = pages.kv
     assert new.v_BTGd is not None, "latent pages are refused before"
     joined = jnp.stack([new.k_BTGd, new.v_BTGd], axis=3).reshape(*new.k_BTGd.shape[:2], -1, kv_PSGd.shape[-1])
-    kv_PSGd = write_joined(kv_PSGd, joined, new.positions_BT, new.table_BM)
+    return LayerPages((write_joined(kv_PSGd, joined, new.positions_BT, new.table_BM),))
+
+
+def attend(new: NewTokens, pages: LayerPages, window: int | None) -> Float[Array, "B T H d"]:
+    """The output of every query over pages that hold the new rows, zero for padding."""
+    [kv_PSGd] = pages.kv
     b, t = new.positions_BT.shape
     if t == 1:
         length_B = jnp.maximum(new.positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
@@ -57,24 +60,7 @@ def paged_attention_tpu(
             return _ragged(q_THd, kv_PSGd, length[None], table_M[None], ends, window)
 
         out = lax.map(attend_row, (new.q_BTHd, new.positions_BT, new.table_BM))
-    return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0), LayerPages((kv_PSGd,))
-
-
-def write_joined(
-    kv_PSGd: Shaped[Array, "P S 2G d"],
-    new_BTGd: Float[Array, "B T 2G d"],
-    positions_BT: Int[Array, "B T"],
-    table_BM: Int[Array, "B M"],
-) -> Shaped[Array, "P S 2G d"]:
-    """The joined pages with the new rows at their positions."""
-    count, size, *row = kv_PSGd.shape
-    new = new_BTGd.astype(kv_PSGd.dtype)
-    if new.shape[1] == 1:
-        page_B = page_of(positions_BT, table_BM, size, count)[:, 0]
-        return kv_PSGd.at[page_B, positions_BT[:, 0] % size].set(new[:, 0], mode="drop")
-    check_run(new.shape[1], size)
-    page_N = page_of(positions_BT[:, ::size], table_BM, size, count).reshape(-1)
-    return kv_PSGd.at[page_N].set(new.reshape(-1, size, *row), mode="drop")
+    return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
 def _ragged(

@@ -1,4 +1,4 @@
-"""The portable form: a scatter into the pages, then a loop over blocks of keys with a running softmax."""
+"""The portable form: a loop over blocks of keys with a running softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -6,21 +6,11 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jmoe_kernels.matmul import as_float, dot
-from jmoe_kernels.paged_attention.types import LayerPages, NewTokens, Span
+from jmoe_kernels.paged_attention.types import Span
 
 BLOCK = 128  # queries that attend together, and keys a step of the loop reads
 BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
 NEVER = -1e30
-
-
-def paged_attention_xla(
-    new: NewTokens, pages: LayerPages, span: Span, sinks_H: Float[Array, " H"] | None
-) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """The output of every query and the pages with the new rows."""
-    at = new.positions_BT, new.table_BM
-    rows = (new.k_BTGd,) if new.v_BTGd is None else (new.k_BTGd, new.v_BTGd)
-    kv = tuple(write(kept, new, *at) for kept, new in zip(pages.kv, rows, strict=True))
-    return attend(new.q_BTHd, kv[0], kv[-1], *at, span, sinks_H), LayerPages(kv)
 
 
 def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) -> Bool[Array, "B T S"]:
@@ -30,55 +20,32 @@ def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) 
     return seen if span == Span() else seen & (key >= span.first(query))
 
 
-def page_of(
-    position: Int[Array, "B N"], table_BM: Int[Array, "B M"], size: int, pages: int
-) -> Int[Array, "B N"]:
-    """The page of each position; ``pages``, one past the last, for padding: a scatter drops it."""
-    page = jnp.take_along_axis(table_BM, jnp.maximum(position, 0) // size, axis=1)
-    return jnp.where(position >= 0, page, pages)
+def finite_rows(rows: Float[Array, "*B S d"]) -> tuple[Float[Array, "*B S d"], Bool[Array, "*B S"]]:
+    """``rows`` with 0 for what is not finite, and which rows held such a number.
+
+    A weight of 0 does not hide a value: 0 times NaN is NaN. So no product may meet values that some of its
+    queries do not see and that others wrote; those that see one take NaN for it (``taint``).
+    """
+    finite = jnp.isfinite(rows)
+    return jnp.where(finite, rows, 0), ~finite.all(-1)
 
 
-def check_run(tokens: int, size: int) -> None:
-    if tokens % size:
-        raise ValueError(f"a run of {tokens} tokens is not a multiple of the page size {size}")
-
-
-def write(
-    pages_PGSd: Shaped[Array, "P G S d"],
-    new_BTGd: Float[Array, "B T G d"],
-    positions_BT: Int[Array, "B T"],
-    table_BM: Int[Array, "B M"],
-) -> Shaped[Array, "P G S d"]:
-    """The pages with the new rows at their positions: single rows, or whole pages of a longer run."""
-    count, _, size, _ = pages_PGSd.shape
-    new = _as_kept(new_BTGd, pages_PGSd.dtype)
-    b, t, g, d = new.shape
-    if t == 1:
-        page_B = page_of(positions_BT, table_BM, size, count)[:, 0]
-        return pages_PGSd.at[page_B, :, positions_BT[:, 0] % size].set(new[:, 0], mode="drop")
-    check_run(t, size)
-    page_N = page_of(positions_BT[:, ::size], table_BM, size, count).reshape(-1)
-    runs = new.reshape(b, t // size, size, g, d).swapaxes(2, 3)
-    return pages_PGSd.at[page_N].set(runs.reshape(-1, g, size, d), mode="drop")
-
-
-def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
-    """``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
-    if dtype == jnp.uint16:
-        return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype)
-    return new.astype(dtype)
+def taint(seen: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Array, "*B T"]:
+    """The queries that see a row which is not finite."""
+    return (seen & broken[..., None, :]).any(-1)
 
 
 def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
     """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
-    Heads are gathered as pages of their own, so that the result needs no transposition.
+    Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
     ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
-    flat = pages_PGSd.reshape(-1, size * d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
-    return as_float(flat).reshape(b, g, n * size, d)
+    read = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
+    return as_float(read).reshape(b, g, n * size, d)
 
 
 def attend(
@@ -132,18 +99,24 @@ def _attend_block(
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
     q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
 
-    def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = carry
+    def block(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        top, total, acc, tainted_BGT = carry
         ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
-        seen = visible(positions_BT, key_BS, span)[:, None, None]
-        scores = dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids))
-        scores = jnp.where(seen, scores.reshape(b, g, h // g, t, keys), NEVER).reshape(b, g, -1, keys)
+        seen_BTS = visible(positions_BT, key_BS, span)
+        seen = jnp.tile(seen_BTS[:, None], (1, 1, h // g, 1))
+        scores = jnp.where(seen, dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids)), NEVER)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        share = jnp.exp(scores - new_top)
+        share = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
         kept = jnp.exp(top - new_top)
-        acc = acc * kept + dot("bgqs,bgsd->bgqd", share, read(v_PGSd, ids))
-        return new_top, total * kept + share.sum(-1, keepdims=True), acc
+        values = read(v_PGSd, ids)
+        if t == 1:  # what the only query does not see, nobody does
+            values = jnp.where(seen_BTS.swapaxes(1, 2)[:, None], values, 0)
+        else:
+            values, broken_BGS = finite_rows(values)
+            tainted_BGT = tainted_BGT | taint(seen_BTS[:, None], broken_BGS)
+        acc = acc * kept + dot("bgqs,bgsd->bgqd", share, values)
+        return new_top, total * kept + share.sum(-1, keepdims=True), acc, tainted_BGT
 
     rows = (b, g, (h // g) * t)
     top, total = jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1))
@@ -152,8 +125,9 @@ def _attend_block(
         top, total = jnp.broadcast_to(sinks, (b, g, h // g, t, 1)).reshape(*rows, 1), total + 1
     real = jnp.where(positions_BT < 0, jnp.max(positions_BT), positions_BT)
     first = jnp.maximum(jnp.min(span.first(real)), 0) // keys
-    start = top, total, jnp.zeros((*rows, d))
-    _, total, acc = lax.fori_loop(first, jnp.max(positions_BT) // keys + 1, block, start)
-    # The share of the top itself is 1: only where all queries are padding there is no key, and less.
+    start = top, total, jnp.zeros((*rows, d)), jnp.zeros((b, g, t), bool)
+    _, total, acc, tainted_BGT = lax.fori_loop(first, jnp.max(positions_BT) // keys + 1, block, start)
+    # The share of the top itself is 1: only padding, which sees no key, has less.
     out = (acc / jnp.maximum(total, 1.0)).reshape(b, g, h // g, t, d)
+    out = out if t == 1 else jnp.where(tainted_BGT[:, :, None, :, None], jnp.nan, out)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "bfloat16.h"
 #include "parallel.h"
@@ -43,16 +45,16 @@ struct Item {
   int64_t b, g, t0, t1, h0, h1;
 };
 
-// Scratch of one item, in the order of its parts.
+// Scratch of one item, in the order of its parts; clean: a page's values without what is not finite.
 struct State {
-  float *q, *acc, *top, *total, *scores, *scratch;
+  float *q, *acc, *top, *total, *scores, *scratch, *clean;
   char* packed;
   State(const Problem& p, const Gemm& gemm, int64_t queries) {
     thread_local Scratch floats, bytes;
     const int64_t d = p.d, lanes = (p.page + 15) / 16 * 16;
-    q = floats.get<float>(2 * queries * d + 2 * queries + queries * lanes + p.page * d);
+    q = floats.get<float>(2 * queries * d + 2 * queries + queries * lanes + 2 * p.page * d);
     acc = q + queries * d, top = acc + queries * d, total = top + queries;
-    scores = total + queries, scratch = scores + queries * lanes;
+    scores = total + queries, scratch = scores + queries * lanes, clean = scratch + p.page * d;
     packed = bytes.get<char>(gemm.packed_bytes(queries, d));
   }
 };
@@ -73,7 +75,34 @@ void ask_for(const Problem& p, int64_t page, int64_t g) {
   }
 }
 
-void attend_item(const Problem& p, const Item& item) {
+bool all_finite(const float* numbers, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, numbers + i, sizeof bits);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return most < 0x7f800000u;
+}
+
+// Copies `keys` rows of d values to `to`, 0 for each number that is not finite; whose row is then `broken`.
+template <typename Bits>
+void clean_rows(const char* from, Bits inf, int64_t keys, int64_t d, char* to, bool* broken) {
+  for (int64_t s = 0; s < keys; s++) {
+    broken[s] = false;
+    for (int64_t e = s * d; e < (s + 1) * d; e++) {
+      Bits bits;
+      std::memcpy(&bits, from + e * sizeof bits, sizeof bits);
+      if ((bits & inf) == inf) bits = 0, broken[s] = true;
+      std::memcpy(to + e * sizeof bits, &bits, sizeof bits);
+    }
+  }
+}
+
+// careful: no query meets a value that it does not see, although it has a weight of 0 for it: 0 times NaN is
+// NaN. That costs a copy of every page, so it is done again, and so, where the result is not finite.
+void attend_item(const Problem& p, const Item& item, bool careful = false) {
   const auto [b, g, t0, t1, h0, h1] = item;
   const int64_t share = h1 - h0, queries = (t1 - t0) * share, d = p.d;
   const int64_t lanes = (p.page + 15) / 16 * 16, width = p.bf16 ? 2 : 4;
@@ -92,6 +121,8 @@ void attend_item(const Problem& p, const Item& item) {
       state.top[i] = p.sinks ? p.sinks[h0 + h] : NEVER, state.total[i] = p.sinks ? 1.f : 0.f;
     }
   }
+  std::vector<char> tainted(careful ? queries : 0);
+  const auto broken = std::make_unique<bool[]>(careful ? p.page : 0);
   gemm.pack({state.q, d, false, nullptr}, queries, d, 0, d, state.packed);
   const int64_t first_key = p.first(first);
   for (int64_t j = first_key > 0 ? first_key / p.page : 0; last >= 0 && j <= last / p.page && j < p.table_len; j++) {
@@ -101,6 +132,12 @@ void attend_item(const Problem& p, const Item& item) {
     const int64_t at = (page * p.kv_heads + g) * p.page * d * width;
     if (j < last / p.page && j + 1 < p.table_len) ask_for(p, p.table[b * p.table_len + j + 1], g);
     gemm.run(state.packed, queries, d, p.k + at, d, keys, state.scores, lanes);
+    const char* values = p.v + at;
+    if (careful) {
+      p.bf16 ? clean_rows<uint16_t>(values, 0x7f80u, keys, d, (char*)state.clean, broken.get())
+             : clean_rows<uint32_t>(values, 0x7f800000u, keys, d, (char*)state.clean, broken.get());
+      values = (char*)state.clean;
+    }
     for (int64_t i = 0; i < queries; i++) {
       const int64_t position = positions[t0 + i / share];
       float* scores = state.scores + i * lanes;
@@ -110,14 +147,19 @@ void attend_item(const Problem& p, const Item& item) {
         continue;
       }
       hide(scores, from, position + 1 - base, keys);
+      for (int64_t s = from > 0 ? from : 0; careful && s < keys && s <= position - base; s++) {
+        if (broken[s]) tainted[i] = 1;
+      }
       isa().online(scores, keys, state.top + i, state.total + i, state.acc + i * d, d);
     }
-    isa().values(state.scores, lanes, queries, p.v + at, p.bf16, keys, state.acc, d, state.scratch);
+    isa().values(state.scores, lanes, queries, values, p.bf16, keys, state.acc, d, state.scratch);
   }
+  if (!careful && !all_finite(state.acc, queries * d)) return attend_item(p, item, true);
   for (int64_t i = 0; i < queries; i++) {
     float* to = p.out + ((b * p.tokens + t0 + i / share) * p.heads + h0 + i % share) * d;
     const float total = state.total[i], norm = total == 0.f ? 0.f : 1.f / total;
     for (int64_t e = 0; e < d; e++) to[e] = state.acc[i * d + e] * norm;
+    if (careful && tainted[i]) std::fill(to, to + d, std::numeric_limits<float>::quiet_NaN());
   }
 }
 

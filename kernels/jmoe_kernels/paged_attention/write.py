@@ -1,0 +1,96 @@
+"""Writes of new rows into pages, in place: single rows, or whole pages of a longer run.
+
+No compiler may walk over the pool for them, and each needs another form for it. XLA on a CPU counts a scatter
+as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has, and so
+copies the pool there and back. Updates in turn are in place on both. On a GPU each of them would be a launch;
+there, and for single rows on TPU, one scatter does them all.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int, Shaped
+
+
+def write(
+    pages_PGSd: Shaped[Array, "P G S d"],
+    new_BTGd: Float[Array, "B T G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P G S d"]:
+    """The pages with the new rows at their positions; -1 writes nothing."""
+    return _write(pages_PGSd, new_BTGd, positions_BT, table_BM, 2)
+
+
+def write_joined(
+    kv_PSGd: Shaped[Array, "P S 2G d"],
+    new_BTGd: Float[Array, "B T 2G d"],
+    positions_BT: Int[Array, "B T"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P S 2G d"]:
+    """The joined pages with the new rows at their positions; -1 writes nothing."""
+    return _write(kv_PSGd, new_BTGd, positions_BT, table_BM, 1)
+
+
+def write_last(
+    pages_PGSd: Shaped[Array, "P G S d"],
+    new_B1Gd: Float[Array, "B 1 G d"],
+    positions_B1: Int[Array, "B 1"],
+    table_BM: Int[Array, "B M"],
+) -> Shaped[Array, "P G S d"]:
+    """As ``write``, of rows that are their sequences' last: behind each its page becomes zero."""
+    count, _, size, _ = pages_PGSd.shape
+    rows_BS = jnp.arange(size, dtype=jnp.int32)[None]
+    own_BS = positions_B1 % size == rows_BS
+    page_B1 = jnp.take_along_axis(table_BM, jnp.maximum(positions_B1, 0) // size, axis=1)
+    page_BS = jnp.where((positions_B1 >= 0) & (positions_B1 % size <= rows_BS), page_B1, count)
+    blocks_BSGd = jnp.where(own_BS[..., None, None], _as_kept(new_B1Gd, pages_PGSd.dtype), 0)
+    rows_BS = jnp.broadcast_to(rows_BS, page_BS.shape)
+    return pages_PGSd.at[page_BS, :, rows_BS].set(blocks_BSGd, mode="drop")
+
+
+def _write(pages: Array, new_BTGd: Array, positions_BT: Array, table_BM: Array, axis: int) -> Array:
+    """axis: of the pages, which a page's rows lie on."""
+    size, (_, t, g, d) = pages.shape[axis], new_BTGd.shape
+    if t > 1 and t % size:
+        raise ValueError(f"a run of {t} tokens is not a multiple of the page size {size}")
+    step = min(t, size)
+    blocks_N = _as_kept(new_BTGd, pages.dtype).reshape(-1, step, g, d)
+    blocks_N = blocks_N.swapaxes(1, 2) if axis == 2 else blocks_N
+    position_BN = positions_BT[:, ::step]
+    page_BN = jnp.take_along_axis(table_BM, jnp.maximum(position_BN, 0) // size, axis=1)
+    page_N = jnp.where(position_BN >= 0, page_BN, -1).reshape(-1)
+    row_N = jnp.maximum(position_BN, 0).reshape(-1) % size
+    turn, once = partial(_in_turn, axis=axis), partial(_at_once, axis=axis)
+    forms = {"cpu": turn} if t == 1 else {"cpu": turn, "tpu": turn}
+    return lax.platform_dependent(pages, blocks_N, page_N, row_N, default=once, **forms)
+
+
+def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
+    """``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype)
+    return new.astype(dtype)
+
+
+def _in_turn(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
+    """One update after another. A page of -1 stands for none: what stands at page 0 is written again."""
+
+    def put(i: Array, pages: Array) -> Array:
+        start = [jnp.maximum(page_N[i], 0), *[jnp.zeros((), jnp.int32)] * 3]
+        start[axis] = row_N[i]
+        block = lax.dynamic_index_in_dim(blocks_N, i)
+        before = lax.dynamic_slice(pages, start, block.shape)
+        return lax.dynamic_update_slice(pages, jnp.where(page_N[i] >= 0, block, before), start)
+
+    return lax.fori_loop(0, len(page_N), put, pages)
+
+
+def _at_once(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
+    """One scatter, which drops what would go past the last page."""
+    page_N = jnp.where(page_N >= 0, page_N, len(pages))
+    if blocks_N.shape[axis] == pages.shape[axis]:
+        return pages.at[page_N].set(blocks_N, mode="drop")
+    at = (page_N, slice(None), row_N) if axis == 2 else (page_N, row_N)
+    return pages.at[at].set(jnp.squeeze(blocks_N, axis), mode="drop")
