@@ -50,6 +50,8 @@ COMMANDS: dict[str, list[Command]] = {
             needs=("torch", "transformers", "fastapi"),
         )
     ],
+    "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
+    "scripts/wheel.sh": [Command(elsewhere="the step 'the wheel outside of the tree' of .ci/run")],
     "scripts/host_overhead.py": [
         Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 8 --new 4 --rounds 1 {OUT}")
     ],
