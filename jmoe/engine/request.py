@@ -32,10 +32,10 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 16
-    temperature: Annotated[float, Meta(description="between 0 and 2")] = 1.0
-    top_p: Annotated[float, Meta(description="above 0 and at most 1")] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=2, description="between 0 and 2")] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1, description="between 0 and 1")] = 1.0
     top_k: int = 0
-    min_p: Annotated[float, Meta(description="between 0 and 1")] = 0.0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="between 0 and 1")] = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
@@ -51,14 +51,8 @@ class SamplingParams:
         check_fields(self)
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
-        if not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")
         if self.top_k < -1:
             raise ValueError(f"top_k must be at least -1 (-1 and 0 are off), got {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
         if len(self.logit_bias) > MAX_BIASES or not all(-100 <= b <= 100 for _, b in self.logit_bias):
             raise ValueError(f"logit_bias must be at most {MAX_BIASES} tokens with addends from -100 to 100")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
