@@ -168,7 +168,7 @@ def test_the_settings_say_what_each_part_needs():
     EngineSettings(moe=MoEConfig(shuffle=ShuffleConfig("p.npz", tokens=False)))
     for values, message in (
         ({"placement": ""}, "moe.shuffle.placement must name a file"),
-        ({"placement": 3}, "moe.shuffle.placement must name a file"),
+        ({"placement": 3}, "moe.shuffle.placement must be text, got 3"),
         ({"placement": "p", "tokens": 1}, "moe.shuffle.tokens must be true or false, got 1"),
         ({"placement": "p", "token": True}, "unknown key 'token'; nearest known key: 'tokens'"),
         ({"tokens": True}, "moe.shuffle.placement"),
