@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request, SamplingParams
+from jmoe.engine.token_bytes import Pieces
 from jmoe.engine.worker import EngineWorker
 from jmoe.server import sampler
 
@@ -47,15 +48,26 @@ def test_a_rust_panic_is_no_exception():
 
 
 class Codec:
-    """Fails for one token as ``failing`` does."""
+    """Every token is an x; fails for one as ``failing`` does."""
+
+    def __init__(self, failing):
+        self.token_bytes = Letters(failing)
+
+
+class Letters:
+    """As ``TokenBytes``."""
+
+    pieces, special = Pieces({"type": "Fuse"}), frozenset()
 
     def __init__(self, failing):
         self.failing = failing
 
-    def decode(self, ids, *, skip_special=True):
-        if FATAL in ids:
+    def __call__(self, id):
+        if id == FATAL:
             self.failing()
-        return "x" * len(ids)
+        return b"x"
+
+    first = __call__
 
 
 class Forced:
@@ -209,10 +221,10 @@ class Words(ByteCodec):
     def __init__(self, failing):
         self.failing = failing
 
-    def encode(self, text, *, special=True):
+    def encode(self, text, *, special=True, limit=None):
         if "!" in text:
             self.failing()
-        return super().encode(text, special=special)
+        return super().encode(text, special=special, limit=limit)
 
     def token_text(self, token_id):
         if token_id == ord("?"):
