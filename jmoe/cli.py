@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jmoe import __version__
 from jmoe.bench_flags import add_bench
+from jmoe.faults import interrupt_ends_at_once
 from jmoe.flags import (
     Parser,
     add_command,
@@ -126,6 +127,7 @@ def _place_parser(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+@interrupt_ends_at_once()
 def run_serve(args: argparse.Namespace) -> int:
     from jmoe.engine.nodes import Nodes, leave
     from jmoe.server.logs import configure

@@ -4,9 +4,11 @@ A panic in a Rust library (tokenizers, llguidance, safetensors) is a BaseExcepti
 SystemExit and KeyboardInterrupt, which a library may raise as well.
 """
 
+import contextlib
 import logging
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -42,3 +44,21 @@ def tell(hear: Callable[..., object], *told: Any) -> None:
         if ends_program(error):
             raise
         log.exception("%s failed", getattr(hear, "__qualname__", hear))
+
+
+@contextlib.contextmanager
+def interrupt_ends_at_once() -> Iterator[None]:
+    """SIGINT ends the process as SIGTERM does, until a server handles both.
+
+    A KeyboardInterrupt waits for what is compiled; while modules are imported it may come out as another
+    error or be lost, where the interpreter ignores the errors of a callback.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from raw_http import events
 from test_server_fake import ByteCodec, FakeEngine, served
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request, SamplingParams
+from jmoe.engine.text import TextCodec
+from jmoe.engine.token_bytes import Pieces
 from jmoe.engine.worker import EngineWorker
 from jmoe.server import sampler
 
@@ -47,15 +49,26 @@ def test_a_rust_panic_is_no_exception():
 
 
 class Codec:
-    """Fails for one token as ``failing`` does."""
+    """Every token is an x; fails for one as ``failing`` does."""
+
+    def __init__(self, failing):
+        self.token_bytes = Letters(failing)
+
+
+class Letters:
+    """As ``TokenBytes``."""
+
+    pieces, special = Pieces({"type": "Fuse"}), frozenset()
 
     def __init__(self, failing):
         self.failing = failing
 
-    def decode(self, ids, *, skip_special=True):
-        if FATAL in ids:
+    def __call__(self, id):
+        if id == FATAL:
             self.failing()
-        return "x" * len(ids)
+        return b"x"
+
+    first = __call__
 
 
 class Forced:
@@ -209,10 +222,10 @@ class Words(ByteCodec):
     def __init__(self, failing):
         self.failing = failing
 
-    def encode(self, text, *, special=True):
+    def encode(self, text, *, special=True, limit=None):
         if "!" in text:
             self.failing()
-        return super().encode(text, special=special)
+        return super().encode(text, special=special, limit=limit)
 
     def token_text(self, token_id):
         if token_id == ord("?"):
@@ -245,6 +258,31 @@ def test_a_panic_in_a_handler_is_a_500_in_the_envelope(case, failing):
         assert error["code"] == "internal_error" and "deadbeef" not in error["message"]
         assert client.get("/live").status_code == 200
         assert client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2}).status_code == 200
+
+
+FAILING_TOKENIZERS = {
+    "no tokens": (("/detokenize", {"tokens": []}), "tokens", decoders.Fuse()),
+    "an empty token": (("/detokenize", {"tokens": [1]}), "tokens", decoders.Fuse()),
+    "a token's name": (
+        ("/tokenize", {"prompt": "b", "return_token_strs": True}),
+        "return_token_strs",
+        decoders.Replace(Regex("b"), ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILING_TOKENIZERS)
+def test_what_a_tokenizer_cannot_do_is_a_400_that_says_so(tmp_path, case):
+    (path, body), field, first = FAILING_TOKENIZERS[case]
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "": 1, "b": 2}, unk_token=""))
+    tokenizer.decoder = decoders.Sequence([first, decoders.Strip(" ", 0, 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with served(FakeEngine(TextCodec(tmp_path, 258))) as client:
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == field and error["message"].startswith("the tokenizer cannot decode")
+        assert client.post("/detokenize", json={"tokens": [0]}).json() == {"prompt": "a"}
 
 
 @pytest.mark.parametrize("failing", [panic, a_true_panic, leave])

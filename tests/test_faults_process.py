@@ -18,6 +18,8 @@ import pytest
 from raw_http import events
 from test_server_fake import eventually
 
+from jmoe import cli
+
 STREAM = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
 
 SERVER = """
@@ -120,6 +122,44 @@ def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_proce
     assert "secret" not in one.text + two.text + whole.text, "an exception's text may tell too much"
     log = (tmp_path / "log").read_text()
     assert "secret: 0xdeadbeef" in log and "Traceback" in log, "the log has the cause"
+
+
+LOSES = """
+import os, signal, time
+from jmoe.faults import interrupt_ends_at_once
+
+class Imported:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+with interrupt_ends_at_once():
+    Imported()
+print("a KeyboardInterrupt was ignored")
+"""
+
+
+def test_an_interrupt_is_not_lost_where_no_exception_gets_through(tmp_path):
+    """A callback's, as the import system has many: the errors in it are ignored."""
+    with started([sys.executable, "-c", LOSES], tmp_path / "log") as process:
+        assert process.wait(60) == -signal.SIGINT
+
+
+def test_serve_leaves_an_interrupt_to_the_system_while_it_starts(monkeypatch):
+    handlers = []
+
+    def told(path):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "read_serve_config", told)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["serve", "--config", "any.toml"]) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_DFL]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -203,7 +203,7 @@ def test_what_the_system_lacks_is_a_503():
     """A grammar's child that cannot be started, for one."""
     with listening(engine()) as (url, server):
 
-        def lacking(grammar):
+        def lacking(grammar, seconds):
             raise OSError(24, "Too many open files")
 
         server.service.grammars._compile = lacking

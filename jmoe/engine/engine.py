@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jmoe.engine.answers import Answers, accept, detokenizers
 from jmoe.engine.placing import Placed, constrain, fill, place
 from jmoe.engine.plan import Step
 from jmoe.engine.request import (
@@ -29,10 +30,10 @@ from jmoe.engine.request import (
 from jmoe.engine.runner import Runner
 from jmoe.engine.sampling import ENDS
 from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.scores import PromptScores, token_logprob
-from jmoe.engine.started import Started
+from jmoe.engine.scores import PromptScores
+from jmoe.engine.started import Started, count_assignments
 from jmoe.engine.step_input import StepInput
-from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.engine.text import TextCodec
 from jmoe.faults import ends_program, tell
 from jmoe.moe.placement import Placement
 
@@ -63,8 +64,7 @@ class Engine:
         self.end_ids, self.placement = frozenset(end_ids), placement
         self.max_model_len, self.vocab_size = scheduler.limits.longest, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
-        self._texts: dict[str, Detokenizer] = {}
-        self._scores = PromptScores(runner)
+        self._answers = Answers(PromptScores(runner), self.end_ids, self.max_model_len)
         self._started: Started | None = None  # and not delivered
         self._closed = False
 
@@ -125,17 +125,9 @@ class Engine:
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Queues all or none of what ``check`` let through; QueueFull where there is no room."""
-        texts = {request.id: text for request in requests if (text := self._text(request)) is not None}
+        texts = detokenizers(requests, self.codec)
         self.scheduler.add(list(requests))
-        self._texts |= texts
-        for request in requests:
-            self._scores.want(request)
-
-    def _text(self, request: Request) -> Detokenizer | None:
-        if self.codec is None:
-            return None
-        prompt = None if request.constraint is not None else request.prompt_token_ids
-        return Detokenizer(self.codec, request.params.stop, prompt)
+        self._answers.begin(requests, texts)
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; unknown ids are finished ones and change nothing."""
@@ -187,7 +179,7 @@ class Engine:
             self._alone(each.run.request, self._fill, each, given)
         planned = time.monotonic() - began
         sampled, hidden, changes = runner.run(given)
-        scores = self._scores.start(placed, hidden)
+        scores = self._answers.scores.start(placed, hidden)
         return Started(placed, sampled, changes if runner.lossy else None, scores, began, planned)
 
     def _fill(self, placed: Placed, given: StepInput) -> None:
@@ -214,37 +206,26 @@ class Engine:
         for placed in started.placed:
             run, row = placed.run, placed.row
             run.request.place.drawn -= run.draws
-            self._count_assignments(placed, changes)
+            if self.runner.lossy:
+                count_assignments(placed, changes, self.runner.cfg)
             drawn = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
             self._alone(run.request, self._deliver_run, placed, scored, drawn, now)
         report = started.report(now, time.monotonic())
         for listener in self.listeners:
             tell(listener.stepped, report)
 
-    def _count_assignments(self, placed: Placed, changes: Any) -> None:
-        """What the step did to a request's assignments, where it may have done something to them."""
-        if not self.runner.lossy:
-            return
-        cfg, run, rows = self.runner.cfg, placed.run, placed.changed
-        moe = run.request.moe
-        moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
-        if changes is not None:
-            moe.remapped += int(changes.remapped_T[rows].sum())
-            moe.dropped += int(changes.dropped_T[rows].sum())
-            moe.rerouted += int(changes.rerouted_T[rows].sum())
-
     def _deliver_run(self, placed: Placed, scored: Any, drawn: tuple[int, tuple, bool], now: float) -> None:
         """What a step gave to one request. drawn: its token, the scores of it, and whether they are sane."""
         run, request = placed.run, placed.run.request
         token, scores, finite = drawn
-        self._scores.keep(placed, scored)
+        self._answers.scores.keep(placed, scored)
         if request.place.ended or not run.draws:
             return
         if not finite:
             self.scheduler.spoil(request)
             self._fail(request, "the model produced NaN logits")
         elif request.params.max_tokens == 0:
-            self._end(request, self._output(request, (), finish_reason="length"))
+            self._end(request, self._answers.without_tokens(request))
         else:
             self._deliver_token(request, token, scores, now)
 
@@ -255,45 +236,17 @@ class Engine:
         request.first_token = request.first_token or now
         for listener in self.listeners:
             listener.token(request, now)
-        params, text, finish, stopped_by = request.params, "", None, None
-        detokenizer = self._texts.get(request.id)
-        if token in params.stop_token_ids:
-            finish, stopped_by = "stop", token
-        elif token in self.end_ids and not params.ignore_eos:
-            finish = "stop"
-        elif detokenizer is not None:
-            try:
-                text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
-            except ValueError as error:
-                self._fail(request, str(error))
-                return
-            if detokenizer.stopped_by is not None:
-                finish, stopped_by = "stop", detokenizer.stopped_by
-        if finish is None and (
-            len(request.token_ids) == params.max_tokens or request.length == self.max_model_len
-        ):
-            finish = "length"
-        if finish is not None and detokenizer is not None and detokenizer.stopped_by is None:
-            text += detokenizer.flush()
-        logprobs = ()
-        if params.logprobs is not None:
-            logprobs = (token_logprob(token, scores, params.logprobs),)
-        if request.constraint is not None and finish is None:
-            try:
-                request.constraint.accept(token)
-            except ValueError as error:
-                self._fail(request, str(error), invalid=True)
-                return
-        output = self._output(
-            request, (token,), text=text, logprobs=logprobs, finish_reason=finish, stop_reason=stopped_by
-        )
-        if finish is None:
-            request.emit(output)
-        else:
+        try:
+            output = self._answers.grown(request, token, scores)
+        except ValueError as error:
+            self._fail(request, str(error))
+            return
+        if output.finish_reason is not None:
             self._end(request, output)
-
-    def _output(self, request: Request, token_ids: tuple[int, ...], **fields: Any) -> Output:
-        return Output(request.id, token_ids, prompt_logprobs=self._scores.take(request), **fields)
+        elif (failure := accept(request, token)) is not None:
+            self._fail(request, failure, invalid=True)
+        else:
+            request.emit(output)
 
     def _lose(self, started: Started, lost: int) -> None:
         """Ends the requests of a step whose experts were not given all that was theirs: the tokens, and what
@@ -325,8 +278,7 @@ class Engine:
         self._ended(request, output)
 
     def _ended(self, request: Request, output: Output) -> None:
-        self._texts.pop(request.id, None)
-        self._scores.take(request)
+        self._answers.forget(request)
         reason: FinishReason = output.finish_reason or "error"
         if self.runner.lossy:
             output = replace(output, moe=request.moe)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jmoe.config import ModelConfig
 from jmoe.engine.placing import Placed
 from jmoe.engine.request import StepReport
 from jmoe.engine.sampling import Sampled
@@ -41,3 +42,13 @@ class Started:
         prompts = sum(placed.run.count for placed in self.placed if not placed.run.decodes)
         host = self.planned + delivered - fetched
         return StepReport(prompts, decoded, fetched - self.began, host)
+
+
+def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig) -> None:
+    """What a step did to a request's assignments. changes: on the host, None where it changed nothing."""
+    run, moe, rows = placed.run, placed.run.request.moe, placed.changed
+    moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
+    if changes is not None:
+        moe.remapped += int(changes.remapped_T[rows].sum())
+        moe.dropped += int(changes.dropped_T[rows].sum())
+        moe.rerouted += int(changes.rerouted_T[rows].sum())

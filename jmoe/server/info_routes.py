@@ -11,7 +11,7 @@ from jmoe import __version__
 from jmoe.server.body import check_messages
 from jmoe.server.bounds import MAX_TOKENIZED
 from jmoe.server.delivery import PiecesResponse, encoded, joined
-from jmoe.server.errors import invalid, json_response
+from jmoe.server.errors import invalid, json_response, refused
 from jmoe.server.logprobs import token_name
 from jmoe.server.openapi import openapi_document
 from jmoe.server.prompts import chat_prompt, encode
@@ -84,7 +84,10 @@ def _tokens(service: Service, raw: bytes) -> list[bytes]:
         ids = encode(text, codec, "prompt", special=body.add_special_tokens is not False)
     answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
     if body.return_token_strs:
-        names = {token: token_name(token, codec) for token in set(ids)}
+        try:
+            names = {token: token_name(token, codec) for token in set(ids)}
+        except ValueError as error:
+            raise refused(error, "return_token_strs") from None
         answer["token_strs"] = [names[token] for token in ids]
     return list(joined(encoded(answer)))
 
@@ -101,4 +104,8 @@ def _text(service: Service, raw: bytes) -> list[bytes]:
     outside = next((t for t in body.tokens if t >= size), None)
     if outside is not None:
         raise invalid(f"token id {outside} is outside the vocabulary of {size}", "tokens")
-    return list(joined(encoded({"prompt": codec.decode(body.tokens, skip_special=False)})))
+    try:
+        text = codec.decode(body.tokens, skip_special=False)
+    except ValueError as error:
+        raise refused(error, "tokens") from None
+    return list(joined(encoded({"prompt": text})))

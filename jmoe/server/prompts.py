@@ -70,9 +70,8 @@ def encode(
 ) -> list[int]:
     if codec is None:
         raise invalid("this model has no tokenizer: give the prompt as token ids to /v1/completions", param)
-    bounds = {} if limit is None else {"limit": limit}
     try:
-        return codec.encode(text, special=special, **bounds)
+        return codec.encode(text, special=special, limit=limit)
     except ValueError as error:
         raise refused(error, param) from None
 

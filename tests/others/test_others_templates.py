@@ -44,7 +44,7 @@ RIGHT = {
 
 
 class Codec:
-    def encode(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool, limit: int | None = None) -> list[int]:
         return [1]
 
 
