@@ -26,6 +26,7 @@ from msgspec import Meta
 from jmoe.units import parse_size
 
 FILE_LIMIT = 1 << 20  # bytes of a file of settings
+PATH_LIMIT = 400  # characters of a name in a message; what is longer is no file's, but text in its place
 Table = TypeVar("Table")
 
 Natural = Annotated[int, Meta(ge=0)]
@@ -204,7 +205,9 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {FILE_LIMIT} bytes")
         return tomllib.loads(raw.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(" ".join(f"cannot read {path}: {error}".split())) from None
+        cause = error.strerror if isinstance(error, OSError) else str(error)[:300]
+        name = str(path) if len(str(path)) <= PATH_LIMIT else shown(str(path))
+        raise ValueError(" ".join(f"cannot read {name}: {cause}".split())) from None
 
 
 def unique_json(text: str) -> Any:
