@@ -53,7 +53,7 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
     "scripts/wheel.sh": [Command(elsewhere="the step 'the wheel outside of the tree' of .ci/run")],
     "scripts/host_overhead.py": [
-        Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 8 --new 4 --rounds 1 {OUT}")
+        Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
     ],
     "scripts/bench_traces.py": [
         Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")

@@ -17,7 +17,8 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import dotted
 from jmoe.config import MoEConfig
-from jmoe.engine.build import EngineSettings, context_length
+from jmoe.engine.deployment import context_length
+from jmoe.engine.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.moe.placement import Placement
