@@ -10,12 +10,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Command:
     """words: after ``python``, or after ``jmoe``. needs: modules without which it is skipped. elsewhere: why
-    it does not run here: the step of ``.ci/run``, or the test, that runs it."""
+    it does not run here: the step of ``.ci/run``, or the test, that runs it. slow: minutes even so, which CI
+    leaves out."""
 
     words: str = ""
     needs: tuple[str, ...] = ()
     devices: int = 1
     elsewhere: str = ""
+    slow: bool = False
 
 
 OUT = "--out {tmp}"
@@ -63,28 +65,35 @@ COMMANDS: dict[str, list[Command]] = {
             f"scripts/bench_capacity.py --data {{data}} --parts quality load speed {OUT} --threads 1 "
             "--tokens 64 --length 16 --rows 1 --batch 8 --rounds 1",
             devices=8,
+            slow=True,
         )
     ],
     "scripts/bench_lynx.py": [
         Command(
             f"scripts/bench_lynx.py --data {{data}} --parts quality capacity {OUT} --threads 1 --windows 64 "
-            "--length 4 --domains en_wiki"
+            "--length 4 --domains en_wiki",
+            slow=True,
         ),
-        Command(f"scripts/bench_lynx.py --data {{data}} --parts speed --dry {OUT} --threads 1"),
+        Command(f"scripts/bench_lynx.py --data {{data}} --parts speed --dry {OUT} --threads 1", slow=True),
     ],
     "scripts/bench_offload.py": [
-        Command(f"scripts/bench_offload.py --data {{data}} --parts mt_bench --windows 1 {OUT} --threads 1")
+        Command(
+            f"scripts/bench_offload.py --data {{data}} --parts mt_bench --windows 1 {OUT} --threads 1",
+            slow=True,
+        )
     ],
     "scripts/bench_speculative.py": [
         Command(
             f"scripts/bench_speculative.py --data {{data}} --parts moves bytes published {OUT} --threads 1 "
-            "--train 2 --windows 1"
+            "--train 2 --windows 1",
+            slow=True,
         )
     ],
     "scripts/bench_together.py": [
         Command(
             f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 256 "
-            "--batch 2 --ranks 2"
+            "--batch 2 --ranks 2",
+            slow=True,
         )
     ],
     "scripts/bench_cpu_kernels.py": [
@@ -115,7 +124,7 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/gpu_check.py": [Command(elsewhere="tests/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/test_engine_aot.py")],
     "scripts/tpu_kernel_report.py": [
-        Command("scripts/tpu_kernel_report.py --only decode --out {tmp}/r", needs=("libtpu",))
+        Command("scripts/tpu_kernel_report.py --only decode --out {tmp}/r", needs=("libtpu",), slow=True)
     ],
     "scripts/reduce_crd.py": [Command(elsewhere="tests/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
@@ -145,7 +154,7 @@ COMMANDS: dict[str, list[Command]] = {
         ),
         Command("bench throughput {hf} --num-prompts 2 --input-len 4 --output-len 2"),
         Command("bench latency {hf} --batch-size 2 --input-len 4 --output-len 2"),
-        Command("bench moe-layer {sizes} --active 1 2"),
+        Command("bench moe-layer {sizes} --active 2 4"),
     ],
     "jmoe convert": [Command("convert {hf} {tmp}/converted")],
     "jmoe doctor": [Command("doctor {hf}"), Command("doctor tiny --json")],

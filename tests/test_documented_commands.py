@@ -44,7 +44,12 @@ dtype = "bfloat16"
 norm_topk_prob = false
 """
 CASES = [
-    pytest.param(name, command, id=f"{name.removeprefix('scripts/')}-{i}")
+    pytest.param(
+        name,
+        command,
+        id=f"{name.removeprefix('scripts/')}-{i}",
+        marks=[pytest.mark.commands, *([pytest.mark.slow] if command.slow else [])],
+    )
     for name, commands in COMMANDS.items()
     for i, command in enumerate(commands)
     if command.words
@@ -73,7 +78,7 @@ def things(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("things")
     text, sizes, trace, hf = (folder / n for n in ("text.txt", "sizes.toml", "trace.jsonl.gz", "hf"))
     text.write_text(
-        "<|endoftext|>\n".join("A small text that ends soon, and another one.\n" * 3 for _ in range(8))
+        "<|endoftext|>\n".join("A small text that ends soon, and another one.\n" * 3 for _ in range(40))
     )
     sizes.write_text(SIZES)
     rows = [{"timestamp": i, "input_length": 4, "output_length": 2} for i in range(2)]
@@ -130,7 +135,6 @@ def run(words: list[str], devices: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.commands
 @pytest.mark.parametrize(("name", "command"), CASES)
 def test_a_documented_command_runs(name: str, command: Command, things, tmp_path, request):
     missing = [module for module in command.needs if importlib.util.find_spec(module) is None]
@@ -142,7 +146,7 @@ def test_a_documented_command_runs(name: str, command: Command, things, tmp_path
     if "{url}" in command.words:
         known["url"] = request.getfixturevalue("url")
     if "{profile}" in command.words and not Path(things["profile"]).exists():
-        making = f"profile {things['hf']} --data {things['text']} --out {things['profile']} --max-tokens 64"
+        making = f"profile {things['hf']} --data {things['text']} --out {things['profile']} --max-tokens 512"
         assert run([sys.executable, "-m", "jmoe.cli", *shlex.split(making)], 1).returncode == 0
     words = [word.format(**known) for word in shlex.split(command.words)]
     program = [sys.executable] if words[0].startswith("scripts/") else [sys.executable, "-m", "jmoe.cli"]

@@ -165,12 +165,11 @@ def test_serve_answers_for_both_and_ends_both(model, serve_both, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_streams_end_with_an_error_event_where_a_process_stops_or_is_killed(serve_both, tmp_path, number):
+def test_streams_end_with_an_error_event_where_a_process_stops(serve_both, tmp_path):
     p0, p1, base, _ = serve_both(max_model_len=128)
     with ask(base, stream=True, max_tokens=100, ignore_eos=True) as stream:
         events = [stream.readline()]
-        p1.send_signal(number)
+        p1.send_signal(signal.SIGSTOP)
         events += stream.read().split(b"\n\n")
     events = [e.strip() for e in events if e.strip()]
     assert events[-1] == b"data: [DONE]"
@@ -180,10 +179,9 @@ def test_streams_end_with_an_error_event_where_a_process_stops_or_is_killed(serv
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_the_others_end_where_process_0_stops_or_is_killed(serve_both, tmp_path, number):
+def test_the_others_end_where_process_0_is_killed(serve_both, tmp_path):
     p0, p1, _, _ = serve_both()
-    p0.send_signal(number)
+    p0.kill()
     assert p1.wait(timeout=30) == 1
     assert "process 1 ends without process 0" in (tmp_path / "p1.log").read_text()
 
