@@ -56,32 +56,3 @@ for python in "${pythons[@]}"; do
   as_user "" "$env/bin/jmoe" generate tiny --prompt "Once upon a time" --max-tokens 8 --temperature 0 2> /dev/null
   homes=("")
 done
-
-# uv, not pip: only it can choose the lowest versions.
-lowest="$work/lowest"
-"$work/build/bin/python" -m pip install --quiet --quiet uv
-"$work/build/bin/uv" venv --quiet --python "${pythons[0]}" "$lowest"
-"$work/build/bin/uv" pip install --quiet --python "$lowest/bin/python" --resolution lowest-direct "$work"/jmoe-*.whl
-cd "$work/elsewhere"
-JAX_PLATFORMS=cpu "$lowest/bin/python" - "$work" << 'PY'
-import importlib.metadata
-import pathlib
-import sys
-
-import jmoe
-from jmoe import LLM, Grammar, SamplingParams
-from jmoe.checkpoint import convert
-from jmoe.engine.settings import BUNDLED
-
-params = SamplingParams(max_tokens=8, temperature=0.0)
-with LLM("tiny", warm_up=False, max_model_len=64) as llm:
-    plain = llm.generate(["Once upon a time"], params)[0].outputs[0]
-    chosen = llm.generate(["Yes or no?"], params, grammar=Grammar("regex", "yes|no"))[0].outputs[0]
-assert chosen.text in ("yes", "no"), chosen
-converted = pathlib.Path(sys.argv[1]) / "converted"
-convert(BUNDLED["tiny"], converted)
-with LLM(converted, warm_up=False, max_model_len=64) as llm:
-    assert llm.generate(["Once upon a time"], params)[0].outputs[0].token_ids == plain.token_ids
-names = "jax", "flax", "orbax-checkpoint", "llguidance", "tokenizers", "msgspec", "starlette", "uvicorn"
-print("lowest versions:", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-PY

@@ -109,13 +109,13 @@ CASES = [
 @pytest.mark.parametrize(("predictor", "eviction", "executor"), CASES)
 def test_every_predictor_eviction_and_executor(model: Path, store: str, want, predictor, eviction, executor):
     """As many slots as a step of one group can need, so that the graph compiles no way to stream."""
-    warm = {"store": store} if predictor == "token_table" else {}
+    warm: dict[str, Any] = {"store": store} if predictor == "token_table" else {}
+    warm |= {} if predictor == "none" else {"prefetch_per_layer": 2}
     offload = OffloadConfig(
         slots_per_layer=5,
         predictor=predictor,
         eviction=eviction,
         executor=executor,
-        prefetch_per_layer=2,
         **warm,
     )
     with closing(build(model, MoEConfig(offload=offload))) as engine:
