@@ -300,7 +300,7 @@ def test_yarn_makes_contexts_longer(tmp_path: Path, rope: dict, longest: int, or
             context_length(cfg, longest + 1)
 
 
-@pytest.mark.parametrize("factor", [1e300, 1e9])
+@pytest.mark.parametrize("factor", [1e30, 1e9])
 def test_a_context_beyond_all_positions_is_refused(tmp_path: Path, factor: float):
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"rope_parameters": YARN | {"factor": factor}}))
     with pytest.raises(ValueError, match=r"config.json: a context of \d+ tokens exceeds 2147483647"):
