@@ -1,0 +1,201 @@
+"""Where the processes of one mesh meet, who is let in, and how each notices that another is gone."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+
+from jmoe.engine import gate
+from jmoe.engine import line as line_module
+from jmoe.engine.gate import Gate, Tunnel, knock
+from jmoe.engine.line import Followers, Line
+from jmoe.engine.nodes import free_port
+from jmoe.engine.request import EngineDead
+
+
+@pytest.fixture
+def meet():
+    """Both ends of one line, as (followers, line); an end that is refused is its exception instead."""
+    ends: list[Any] = []
+
+    def meet_with(near: dict, far: dict, strangers: Callable[[int], None] = lambda port: None):
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+
+        def lead() -> Followers:
+            return Followers(Gate(listening, 2, 1), near, b"S")
+
+        def follow() -> Line:
+            line = Line(knock("127.0.0.1", port, 1)[0])
+            ends.append(line)
+            line.agree(far, 0)
+            line.live(b"s")
+            return line
+
+        with ThreadPoolExecutor(2) as pool:
+            leading = pool.submit(lead)
+            strangers(port)
+            following = pool.submit(follow)
+            found = [end.exception(timeout=30) or end.result() for end in (leading, following)]
+        ends.extend(end for end in found if isinstance(end, Followers))
+        return found
+
+    yield meet_with
+    for end in ends:
+        end.close()
+
+
+def say(port: int, *pieces: bytes) -> bytes:
+    """What a connection that sends ``pieces`` and then nothing is answered until it is closed."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
+        for piece in pieces:
+            stranger.sendall(piece)
+        stranger.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            return stranger.recv(100)
+    return b""
+
+
+def wait_for(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert holds()
+
+
+def test_strangers_are_refused_and_the_processes_meet_all_the_same(meet, caplog):
+    hello = partial(gate.HELLO.pack, gate.MAGIC)
+
+    def strangers(port: int) -> None:
+        assert say(port, bytes(gate.HELLO.size)) == b""  # not jmoe's protocol
+        assert say(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+        assert say(port, b"") == b""
+        assert say(port, hello(gate.Purpose.TUNNEL, 1, bytes(gate.TOKEN))) == b""  # before anybody has joined
+        refused = gate.ANSWER.unpack(say(port, hello(gate.Purpose.JOIN, 2, bytes(gate.TOKEN))))
+        assert refused == (gate.MAGIC, gate.Verdict.UNKNOWN, bytes(gate.TOKEN))
+
+    followers, line = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers)
+    followers.send([b"ab", b"c"])
+    assert line.read(3) == b"abc" and followers.lost is None
+    assert "it does not speak jmoe's protocol" in caplog.text
+    assert "it says it is process 1 and does not know that one's token" in caplog.text
+
+
+def test_a_number_is_given_once_and_is_free_again_where_its_process_ended_before_all_had_joined():
+    listening = socket.create_server(("127.0.0.1", 0))
+    port, door = listening.getsockname()[1], Gate(listening, 3, 1)
+    first, token = knock("127.0.0.1", port, 1)
+    with pytest.raises(ValueError, match="node_rank 1: a process of that number has joined"):
+        knock("127.0.0.1", port, 1)
+    with pytest.raises(ValueError, match="node_rank 3: process 0 was started with a smaller nnodes"):
+        knock("127.0.0.1", port, 3)
+    first.close()
+    again, other = knock("127.0.0.1", port, 1)
+    second, _ = knock("127.0.0.1", port, 2)
+    assert token != other and sorted(door.meet(30)) == [1, 2]
+    again.close()
+    with pytest.raises(ValueError, match="has joined process 0 already"):  # the meeting is over
+        knock("127.0.0.1", port, 1)
+    second.close()
+    door.close()
+
+
+def test_slow_strangers_hold_nobody(monkeypatch, meet, caplog):
+    """They trickle a byte at a time, and take every place for connections that have said nothing yet."""
+    monkeypatch.setattr(gate, "GREETING", 1)
+    monkeypatch.setattr(gate, "VISITORS", 4)
+    open_ones: list[socket.socket] = []
+
+    def strangers(port: int) -> None:
+        open_ones.extend(socket.create_connection(("127.0.0.1", port)) for _ in range(8))
+
+    followers, line = meet({}, {}, strangers)
+    followers.send([b"x"])
+    assert line.read(1) == b"x"
+    wait_for(lambda: caplog.text.count("it sent 0 of") >= 4)
+    for stranger in open_ones:
+        stranger.close()
+
+
+def test_a_meeting_that_is_not_complete_says_who_is_missing():
+    door = Gate(socket.create_server(("127.0.0.1", 0)), 3, 1)
+    with pytest.raises(ValueError, match="process 1 did not join within 0 s"):
+        door.meet(0.01)
+    door.close()
+    with pytest.raises(ValueError, match=r"process 0 did not answer at 127.0.0.1 port \d+ \(dist_init"):
+        knock("127.0.0.1", free_port(), 1, limit=0.01)
+
+
+def test_a_tunnel_leads_to_the_coordinator_and_stays_open_where_it_ends():
+    coordinator, listening = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+    port = listening.getsockname()[1]
+    door = Gate(listening, 2, coordinator.getsockname()[1])
+    connection, token = knock("127.0.0.1", port, 1)
+    with socket.create_connection(("127.0.0.1", Tunnel("127.0.0.1", port, 1, token).port)) as near:
+        near.sendall(b"question")
+        far, _ = coordinator.accept()
+        assert far.recv(8) == b"question"
+        far.sendall(b"answer")
+        assert near.recv(6) == b"answer"
+        far.close()
+        near.settimeout(0.2)
+        with pytest.raises(TimeoutError):  # else jax would end the process before its line can say why
+            near.recv(1)
+    connection.close()
+    door.close()
+
+
+def test_a_lost_follower_is_noticed(meet, caplog):
+    followers, line = meet({}, {})
+    line.close()
+    wait_for(lambda: followers.lost)
+    assert "process 1 is gone (the connection was closed): nothing more can run on this mesh" in caplog.text
+    with pytest.raises(EngineDead, match="process 1 is gone"):
+        followers.send([b"d"])
+
+
+def test_a_process_that_says_nothing_any_more_is_lost_to_both_ends(monkeypatch, meet):
+    monkeypatch.setattr(line_module, "SILENCE", 0.5)
+    monkeypatch.setattr(line_module, "BEAT", 60)  # as a stopped process
+    followers, line = meet({}, {})
+    wait_for(lambda: followers.lost)
+    assert "process 1 is gone (it was silent for" in str(followers.lost)
+    with pytest.raises(EngineDead, match="it was silent for"):
+        line.read(1)
+
+
+def test_signs_of_life_keep_a_line(monkeypatch, meet):
+    monkeypatch.setattr(line_module, "SILENCE", 2)
+    monkeypatch.setattr(line_module, "BEAT", 0.05)
+    followers, line = meet({}, {})
+    assert line.read(60) == b"S" * 60 and followers.lost is None
+
+
+def test_process_0_may_end_with_a_last_word_or_without(meet):
+    followers, line = meet({}, {})
+    followers.close(b"bye")
+    assert line.read(3) == b"bye" and followers.lost is None
+    with pytest.raises(EngineDead, match="the connection was closed"):
+        line.read(1)
+
+
+def test_other_flags_in_another_process_are_refused_by_both(meet):
+    near, far = meet({"model": "m", "max_num_seqs": 8}, {"model": "m", "max_num_seqs": 4})
+    assert str(near).startswith("max_num_seqs is 8 here and 4 in process 1:")
+    assert str(far).startswith("max_num_seqs is 4 here and 8 in process 0:")
+
+
+def test_another_process_that_sends_no_settings_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        far = socket.create_connection(listening.getsockname())
+        line = Line(listening.accept()[0])
+    far.sendall(line_module.LENGTH.pack(1 << 31))
+    with pytest.raises(EngineDead, match="sent 2147483648 bytes of settings; the limit is 1048576"):
+        line.agree({}, 1)
+    line.close()
+    far.close()
