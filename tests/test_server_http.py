@@ -124,7 +124,7 @@ def test_other_bytes_before_a_request_are_refused(port, before):
 
 def test_empty_lines_without_a_request_are_let_go(port):
     start = time.monotonic()
-    assert answers(port, b"\r\n" * 1000) == b"" and time.monotonic() - start < 3
+    assert answers(port, b"\r\n" * 1000) == b"" and time.monotonic() - start < 20
 
 
 def test_http_1_0_has_no_chunks(port):
@@ -220,7 +220,7 @@ def test_a_connection_is_kept_as_long_as_announced(port):
             assert b"\r\nconnection: keep-alive\r\nkeep-alive: timeout=1\r\n" in one(connection)
             time.sleep(0.5)
         start = time.monotonic()
-        assert connection.recv(65536) == b"" and 0.1 < time.monotonic() - start < 3
+        assert connection.recv(65536) == b"" and 0.1 < time.monotonic() - start < 20
 
 
 def test_who_will_not_use_it_again_is_told_nothing(port):
