@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The lowest versions that pyproject.toml allows, in an environment of their own: what reads files, follows
+# grammars and speaks HTTP is tested with them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+env=$(mktemp -d)
+trap 'rm -rf "$env"' EXIT
+python=${PYTHON:-.venv/bin/python}
+"$python" -m venv "$env"
+"$env/bin/python" -m pip install --quiet --disable-pip-version-check uv
+"$env/bin/uv" pip install --quiet --python "$env/bin/python" --resolution lowest-direct -r pyproject.toml
+"$env/bin/uv" pip install --quiet --python "$env/bin/python" pytest pytest-xdist hypothesis httpx optax jsonschema openai
+"$env/bin/uv" pip freeze --python "$env/bin/python" | grep -E '^(jax|flax|orbax|msgspec|starlette|llguidance)' | xargs
+PYTHONPATH="$PWD:$PWD/kernels" "$env/bin/python" -m pytest --numprocesses 2 --dist loadfile -p no:warnings \
+  tests/test_checkpoint_convert.py tests/test_checkpoint_load.py tests/test_reading.py tests/test_serve.py \
+  tests/test_server_http.py tests/test_server_metrics.py tests/test_server_template.py tests/test_engine_grammar.py
