@@ -4,9 +4,10 @@
 
 Neither may cost anything: what a step takes depends on its tokens alone. For every number of slots and every
 size of the pool an engine of its own answers 1, 8 and 32 requests that come at once, alone and while others
-decode, wherever there are slots for all of them. A figure is the median of all rounds' requests, in
-milliseconds; its ratio is to the fewest slots that hold as many, with the smallest pool. The pool of 1 holds
-what the largest case needs.
+decode, wherever there are slots for all of them. The engines take turns, all of them in memory at once (8 GB
+for the bundled model). A figure is the median of the rounds, in milliseconds; its ratio, the median of the
+rounds' own ones, is to the fewest slots that hold as many, with the smallest pool. The pool of 1 holds what
+the largest case needs.
 
 Writes docs/results/ttft.json and docs/results/ttft.md; run it on an otherwise idle machine. With --dry a few
 small engines run once each and the table is printed only, in seconds.
@@ -110,29 +111,31 @@ class Bench:
 
 
 def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry a case: slots, pool, requests, busy, ttft_ms, best_ms."""
+    """One entry a case: slots, pool, requests, busy, ttft_ms, best_ms, ratio."""
+    sizes = [(slots, pool) for slots in sorted(args.slots) for pool in sorted(args.pools)]
+    benches = {size: Bench(directory, args, *size) for size in sizes}
     found = []
-    for slots in sorted(args.slots):
-        for pool in sorted(args.pools):
-            bench = Bench(directory, args, slots, pool)
-            for count in sorted(args.requests):
-                for busy in (0, args.busy):
-                    if count + busy > slots:
-                        continue
-                    for _ in range(2):  # to compile, and to warm up
-                        bench.first_tokens(count, busy)
-                    rounds = [statistics.median(bench.first_tokens(count, busy)) for _ in range(args.rounds)]
-                    case = {"slots": slots, "pool": pool, "requests": count, "busy": busy}
-                    found.append(case | {"ttft_ms": statistics.median(rounds), "best_ms": min(rounds)})
+    for count in sorted(args.requests):
+        for busy in (0, args.busy):
+            fit = [size for size in sizes if count + busy <= size[0]]
+            rounds = in_turn([benches[size] for size in fit], count, busy, args.rounds)
+            for (slots, pool), times in zip(fit, rounds, strict=True):
+                case = {"slots": slots, "pool": pool, "requests": count, "busy": busy}
+                ratio = statistics.median(own / first for own, first in zip(times, rounds[0], strict=True))
+                found.append(
+                    case | {"ttft_ms": statistics.median(times), "best_ms": min(times), "ratio": ratio}
+                )
     return found
 
 
-def with_ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each case with its ratio to the first one of as many requests and busy sequences."""
-    first: dict[tuple[int, int], float] = {}
-    for case in cases:
-        first.setdefault((case["requests"], case["busy"]), case["ttft_ms"])
-    return [case | {"ratio": case["ttft_ms"] / first[case["requests"], case["busy"]]} for case in cases]
+def in_turn(benches: list[Bench], count: int, busy: int, rounds: int) -> list[list[float]]:
+    """A list of each engine's rounds, which take turns: what slows the machine down for a while slows them
+    all down."""
+    for bench in benches:
+        for _ in range(2):  # to compile, and to warm up
+            bench.first_tokens(count, busy)
+    times = [[statistics.median(bench.first_tokens(count, busy)) for bench in benches] for _ in range(rounds)]
+    return [list(of_one) for of_one in zip(*times, strict=True)]
 
 
 def document(figures: dict[str, Any]) -> str:
@@ -163,7 +166,7 @@ def main() -> None:
     command = f"python scripts/{parser.prog} --dry" if args.dry else command_line(parser, args)
     pin(args.threads)
     with checkpoint(args.model) as directory:
-        cases = with_ratios(measure(directory, args))
+        cases = measure(directory, args)
     figures = {
         "command": command, **machine(("jax",)), "model": args.model, "threads": args.threads,
         "prompt": args.prompt, "rounds": args.rounds, "cases": cases,

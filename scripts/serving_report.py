@@ -128,9 +128,8 @@ def _row(peer: str, concurrency: int, row: dict[str, Any]) -> list[str]:
     ours, theirs = row["jmoe"], row[peer]
     rows = []
     for key, (title, digits) in ROWS.items():
-        ratio, least, most = paired_ratio(ours[key], theirs[key])
         medians = (f"{statistics.median(side[key]):.{digits}f}" for side in (ours, theirs))
-        rows.append([title, *medians, f"{ratio:.2f} ({least:.2f}..{most:.2f})"])
+        rows.append([title, *medians, _ratio(ours[key], theirs[key])])
     given, written = map(statistics.median, zip(*ours["tokens"], strict=True))
     return [
         f"{concurrency} at a time; {given:.0f} prompt and {written:.0f} output tokens a round, as many on "
@@ -139,6 +138,14 @@ def _row(peer: str, concurrency: int, row: dict[str, Any]) -> list[str]:
         *table(["", "jmoe", peer, "ratio"], rows),
         "",
     ]
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    """Between the tokens of an answer that came in one piece no time passes, and no ratio is one to that."""
+    if 0 in theirs:
+        return f"- (none in {theirs.count(0)} rounds, where its answers came in one piece)"
+    ratio, least, most = paired_ratio(ours, theirs)
+    return f"{ratio:.2f} ({least:.2f}..{most:.2f})"
 
 
 def _verdicts(peer: str, rows: dict[str, dict[str, Any]]) -> list[str]:

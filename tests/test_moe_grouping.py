@@ -1,5 +1,6 @@
 """Grouping: exact balance, planted structure, the optimum on small cases; tables against plain loops."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,6 +15,7 @@ from jmoe.grouping.group import METHODS, group, placed
 from jmoe.grouping.objective import Problem
 from jmoe.grouping.tabulate import PRIOR, labels, local_share, put, rank_shares
 from jmoe.moe.placement import Placement
+from jmoe.moe.tables import SHARES
 
 HEURISTICS = ("alternating", "cross_entropy")
 
@@ -241,3 +243,21 @@ def test_tables_are_saved_with_their_placement_and_must_fit_it(tmp_path):
         Placement(placement.experts_LP[:2], 4, "m", placement.tables)
     with pytest.raises(ValueError, match=r"shares_LVR must be \[3, 40, 2\], it is \[3, 40, 4\]"):
         Placement(placement.experts_LP, 2, "m", placement.tables)
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 1.5])
+def test_tables_hold_shares(name, value):
+    placement = group(planted(8, 4)[0], ranks=4)
+    table = getattr(placement.tables, name).copy()
+    table.flat[table.size // 2] = value
+    tables = dataclasses.replace(placement.tables, **{name: table})
+    with pytest.raises(ValueError, match=f"table {name} must hold shares, numbers from 0 to 1"):
+        Placement(placement.experts_LP, 4, "m", tables)
+
+
+def test_tables_name_ranks_by_integers():
+    placement = group(planted(8, 4)[0], ranks=4)
+    tables = dataclasses.replace(placement.tables, ranks_LV=placement.tables.ranks_LV.astype(np.float32))
+    with pytest.raises(ValueError, match="ranks by integers, found float32"):
+        Placement(placement.experts_LP, 4, "m", tables)

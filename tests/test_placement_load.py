@@ -152,6 +152,11 @@ def test_the_engine_has_the_tables(models: Path, tmp_path: Path):
         placement = llm.engine.placement
         assert placement is not None and placement.tables is not None
         assert placement.tables.ranks_LV.shape == (LAYERS, made.vocab)
+    few = {name: getattr(placement.tables, name)[:, :5] for name in ("ranks_LV", "confidence_LV", "shares_LVR")}
+    tables = dataclasses.replace(placement.tables, **few)
+    dataclasses.replace(placement, tables=tables).save(tmp_path / "p.npz")
+    with pytest.raises(ValueError, match=f"has tables of 5 token ids, the model has {made.vocab}: make it"):
+        LLM(models / "hf", moe=moe, expert_parallel_size=2, **SIZES)
 
 
 def test_the_settings_say_what_each_part_needs():

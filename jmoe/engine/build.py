@@ -161,8 +161,14 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
     placement.check(
         model=placement.model, layers=len(cfg.moe_layers), experts=cfg.num_experts, ranks=mesh.shape[EXPERT]
     )
-    if (shuffle.tokens or shuffle.requests) and placement.tables is None:
+    if not (shuffle.tokens or shuffle.requests):
+        return placement
+    if placement.tables is None:
         raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
+    if (known := placement.tables.ranks_LV.shape[1]) != cfg.vocab_size:
+        raise ValueError(
+            f"{shuffle.placement} has tables of {known} token ids, the model has {cfg.vocab_size}: make it anew"
+        )
     return placement
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 PREFIX = "tables_"
+SHARES = ("confidence_LV", "shares_LVR", "next_confidence_LH", "next_shares_LHR")
 OPTIONAL = ("shares_LVR", "next_shares_LHR")
 
 
@@ -40,14 +41,20 @@ class Tables:
         return math.isqrt(self.next_ranks_LH.shape[-1])
 
     def check(self, *, layers: int, ranks: int) -> None:
-        """Raises ValueError unless these are tables of that many layers and ranks."""
+        """Raises ValueError unless these are tables of that many layers and ranks, of ranks and of shares."""
         sizes = {"L": layers, "V": self.ranks_LV.shape[-1], "R": ranks, "H": ranks * ranks}
         for field in fields(self):
             array = getattr(self, field.name)
             expected = tuple(sizes[letter] for letter in field.name.rpartition("_")[2])
             if array is not None and array.shape != expected:
                 raise ValueError(f"table {field.name} must be {list(expected)}, it is {list(array.shape)}")
+        for name in SHARES:
+            table = getattr(self, name)
+            if table is not None and not (table.dtype.kind == "f" and np.all((table >= 0) & (table <= 1))):
+                raise ValueError(f"table {name} must hold shares, numbers from 0 to 1")
         for table in (self.ranks_LV, self.next_ranks_LH):
+            if table.dtype.kind not in "iu":
+                raise ValueError(f"tables name ranks by integers, found {table.dtype}")
             if table.size and not 0 <= table.min() <= table.max() < ranks:
                 raise ValueError(
                     f"tables name ranks from 0 to {ranks - 1}, found {table.min()} to {table.max()}"
