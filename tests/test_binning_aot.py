@@ -10,6 +10,7 @@ SHAPES = [{"tokens": t, "experts": e, "k": 8} for t in (16, 64) for e in (64, 12
 CLOCKS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}  # Hz, bytes/s
 EXPERT_BYTES = 3 * 768 * 2048 * 2  # of Qwen3-30B-A3B in bfloat16
 
+pytestmark = pytest.mark.aot
 on_tpu = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 on_gpu = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 

@@ -14,6 +14,7 @@ import tpu_aot
 ROOT = Path(__file__).parents[1]
 QWEN = ROOT / "configs/model/qwen3-30b-a3b.toml"
 LAYERS = 2
+pytestmark = pytest.mark.aot
 needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 needs_cudnn = pytest.mark.skipif(

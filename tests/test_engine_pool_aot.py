@@ -6,6 +6,7 @@ import pytest
 import tpu_aot
 from pool_cases import DECODE, Found, Pool, check
 
+pytestmark = pytest.mark.aot
 needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 PAGES, ONE = 1 << 16, (1, 1, 1)

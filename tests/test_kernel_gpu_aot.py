@@ -22,7 +22,10 @@ for activation in ("swiglu_oai", "gelu_tanh", "relu"):
     CASES[f"biases, {activation}"] = {**sizes, "device": H200, "biases": True, "activation": activation}
 REFUSED = {"experts": 8, "inner": 96, "model": 128, "device": H200, "rows": 8}
 
-pytestmark = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing())),
+]
 
 
 @pytest.fixture(scope="module")

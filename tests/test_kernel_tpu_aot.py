@@ -4,7 +4,7 @@ import pytest
 import tpu_aot
 
 REASON = tpu_aot.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 # an iteration of 40 cycles (1 spill in it), then one of 22 around one of 10 which ends at 0x3c
 SCHEDULE = "\n".join(

@@ -12,7 +12,10 @@ CFG = tomllib.loads(QWEN.read_text())
 STACKS = 2  # gate and up in one, down in the other: one copy each
 EXPERT = 3 * CFG["hidden_size"] * CFG["moe_intermediate_size"] * 2  # bytes, bfloat16
 WHERE = ("--model", str(QWEN), "--slice", "v5e:2x2", "--mesh", "1x1x1", "--layers", str(LAYERS))
-pytestmark = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not())),
+]
 
 
 def rows(**offload) -> list[dict]:

@@ -11,7 +11,7 @@ from flax import nnx
 from routed import planted
 
 from jmoe import LLM, MoEConfig, SamplingParams
-from jmoe.checkpoint import convert, load_model
+from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings
 from jmoe.grouping.group import group
@@ -146,17 +146,26 @@ def test_the_engine_has_the_tables(models: Path, tmp_path: Path):
     pairs = {"pairs_X": made.pairs_X[kept], "counts_X": made.counts_X[kept]}
     model = model_identity(load_model(models / "hf", one_device()))
     profile = dataclasses.replace(made, model=model, sample=sample, **layers, **pairs)
-    group(profile, ranks=2).save(tmp_path / "p.npz")
+    placement = group(profile, ranks=2)
+
+    def save(vocab: int) -> None:
+        """With the tables of the first ids, or of more, which are as the last one."""
+        ids = np.minimum(np.arange(vocab), made.vocab - 1)
+        by_id = {n: getattr(placement.tables, n)[:, ids] for n in ("ranks_LV", "confidence_LV", "shares_LVR")}
+        tables = dataclasses.replace(placement.tables, **by_id)
+        dataclasses.replace(placement, tables=tables).save(tmp_path / "p.npz")
+
     moe = MoEConfig(shuffle=ShuffleConfig(str(tmp_path / "p.npz"), tokens=False, requests=True))
+    vocab = read_config(models / "hf").vocab_size
+    save(vocab)
     with LLM(models / "hf", moe=moe, expert_parallel_size=2, **SIZES) as llm:
-        placement = llm.engine.placement
-        assert placement is not None and placement.tables is not None
-        assert placement.tables.ranks_LV.shape == (LAYERS, made.vocab)
-    few = {name: getattr(placement.tables, name)[:, :5] for name in ("ranks_LV", "confidence_LV", "shares_LVR")}
-    tables = dataclasses.replace(placement.tables, **few)
-    dataclasses.replace(placement, tables=tables).save(tmp_path / "p.npz")
-    with pytest.raises(ValueError, match=f"has tables of 5 token ids, the model has {made.vocab}: make it"):
-        LLM(models / "hf", moe=moe, expert_parallel_size=2, **SIZES)
+        loaded = llm.engine.placement
+        assert loaded is not None and loaded.tables is not None
+        assert loaded.tables.ranks_LV.shape == (LAYERS, vocab)
+    for other in (5, vocab - 1, vocab + 1):
+        save(other)
+        with pytest.raises(ValueError, match=f"has tables of {other} token ids, the model has {vocab}: make"):
+            LLM(models / "hf", moe=moe, expert_parallel_size=2, **SIZES)
 
 
 def test_the_settings_say_what_each_part_needs():

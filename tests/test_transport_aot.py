@@ -15,6 +15,7 @@ import pytest
 import tpu_aot
 
 RANKS, TOKENS, MODEL, INNER, EXPERTS, K = 8, 256, 2048, 768, 64, 8  # TOKENS a rank
+pytestmark = pytest.mark.aot
 LOCAL = EXPERTS // RANKS
 SMALL = 1 << 18  # bytes of ids, weights, sizes and counts, far below a row buffer's
 ROWS = {  # of the largest collectives of a transport, there and back

@@ -167,7 +167,8 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
         raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
     if (known := placement.tables.ranks_LV.shape[1]) != cfg.vocab_size:
         raise ValueError(
-            f"{shuffle.placement} has tables of {known} token ids, the model has {cfg.vocab_size}: make it anew"
+            f"{shuffle.placement} has tables of {known} token ids, the model has {cfg.vocab_size}: "
+            "make it anew"
         )
     return placement
 
