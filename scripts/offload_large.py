@@ -56,13 +56,14 @@ def _simulated(directory: Path) -> dict[str, Any]:
 def _engine(directory: Path) -> dict[str, Any]:
     """Milliseconds a decode step at batch 1, and whether the tokens are those of the resident engine."""
     found: dict[str, Any] = {}
-    prompts = random_windows(read_config(directory).vocab_size, 1, PROMPT, 2).tolist()
+    cfg = read_config(directory)
+    prompts = random_windows(cfg.vocab_size, 1, PROMPT, 2).tolist()
     greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     cases: dict[str, OffloadConfig | None] = {"resident": None}
     for share in SHARES:
         for name, (predictor, eviction) in CASES.items():
             cases[f"{name} {share:g}"] = OffloadConfig(
-                slots_per_layer=round(64 * share), predictor=predictor, eviction=eviction  # pyright: ignore[reportArgumentType]
+                slots_per_layer=round(cfg.num_experts * share), predictor=predictor, eviction=eviction  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
     wanted: list[int] = []
     for name, offload in cases.items():

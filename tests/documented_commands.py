@@ -23,6 +23,7 @@ class Command:
 OUT = "--out {tmp}"
 SMALL = "--rounds 1 --context 8 --new 4"
 TEXT = "--data {text}"
+PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
     "scripts/demo.sh": [Command("scripts/demo.py")],
@@ -61,39 +62,52 @@ COMMANDS: dict[str, list[Command]] = {
         Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
     ],
     "scripts/bench_capacity.py": [
+        Command(f"scripts/bench_capacity.py --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
         Command(
-            f"scripts/bench_capacity.py --data {{data}} --parts quality load speed {OUT} --threads 1 "
-            "--tokens 64 --length 16 --rows 1 --batch 8 --rounds 1",
+            f"scripts/bench_capacity.py --data {{data}} --parts quality speed {OUT} --threads 1 "
+            "--tokens 64 --length 16 --rows 1 --rounds 1",
+            PLOTS,
             devices=8,
             slow=True,
-        )
+        ),
     ],
     "scripts/bench_lynx.py": [
         Command(
+            f"scripts/bench_lynx.py --parts speed --dry --sizes {{sizes}} --layers 1 --batches 2 --context 8 "
+            f"--new 4 --rounds 1 {OUT} --threads 1",
+            PLOTS,
+        ),
+        Command(
             f"scripts/bench_lynx.py --data {{data}} --parts quality capacity {OUT} --threads 1 --windows 64 "
-            "--length 4 --domains en_wiki",
+            "--length 4 --domains en_drama",
+            PLOTS,
             slow=True,
         ),
-        Command(f"scripts/bench_lynx.py --data {{data}} --parts speed --dry {OUT} --threads 1", slow=True),
     ],
     "scripts/bench_offload.py": [
         Command(
             f"scripts/bench_offload.py --data {{data}} --parts mt_bench --windows 1 {OUT} --threads 1",
+            PLOTS,
             slow=True,
         )
     ],
     "scripts/bench_speculative.py": [
         Command(
-            f"scripts/bench_speculative.py --data {{data}} --parts moves bytes published {OUT} --threads 1 "
-            "--train 2 --windows 1",
+            f"scripts/bench_speculative.py --data {{data}} --parts moves {OUT} --threads 1 --train 2 "
+            "--windows 1",
+            PLOTS,
+        ),
+        Command(
+            f"scripts/bench_speculative.py --data {{data}} --parts grouping bytes published {OUT} "
+            "--threads 1 --train 2 --windows 1",
+            PLOTS,
             slow=True,
-        )
+        ),
     ],
     "scripts/bench_together.py": [
         Command(
-            f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 256 "
-            "--batch 2 --ranks 2",
-            slow=True,
+            f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
+            "--batch 2 --ranks 2"
         )
     ],
     "scripts/bench_cpu_kernels.py": [

@@ -246,7 +246,11 @@ def test_a_seed_draws_the_same_in_any_company(engine: Engine):
             GREEDY,
             r"maximum context length is 64 tokens. However, you requested 72 tokens \(60 in the",
         ),
-        ([1] * 64, dataclasses.replace(GREEDY, max_tokens=None), "maximum context length is 64"),
+        (
+            [1] * 64,
+            dataclasses.replace(GREEDY, max_tokens=None),
+            r"requested 65 tokens \(64 in the prompt, 1 to",
+        ),
         ([1], dataclasses.replace(GREEDY, stop=("x",)), "stop strings need a tokenizer"),
     ],
 )

@@ -97,10 +97,8 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
-        asked = params.max_tokens or 0
-        if len(prompt) + asked > self.max_model_len or (
-            len(prompt) == self.max_model_len and params.max_tokens != 0
-        ):
+        asked = 1 if params.max_tokens is None else params.max_tokens
+        if len(prompt) + asked > self.max_model_len:
             raise ValueError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
                 f"{len(prompt) + asked} tokens ({len(prompt)} in the prompt, {asked} to generate)."
