@@ -1,5 +1,6 @@
 """Files that are damaged, cut or half written: read as what they are, or refused in one line."""
 
+import hashlib
 import json
 import os
 import random
@@ -8,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hf_tiny
 import jax
@@ -249,6 +252,69 @@ def test_a_damaged_converted_directory_is_refused(case, converted, tmp_path):
     with pytest.raises(ValueError) as error:
         loaded(out)
     assert refused(error.value, out)
+
+
+LOAD = """
+import gc, sys, time
+from jmoe.checkpoint import load_model
+from jmoe.mesh import make_mesh
+for directory in sys.argv[1:]:
+    try:
+        load_model(directory, make_mesh())
+    except ValueError as error:
+        print(error)
+    time.sleep(0.2)  # for reads that end late
+    gc.collect()
+"""
+
+
+def described_as(changes: dict[str, Any]):
+    """A change of what Orbax says of a group."""
+
+    def edit(out: Path) -> Path:
+        path = next(out.rglob("_METADATA"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return path
+
+    return edit
+
+
+def largest(change: Callable[[bytes], bytes]):
+    """A change of the largest file, which holds numbers."""
+
+    def edit(out: Path) -> Path:
+        path = max((p for p in (out / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        path.write_bytes(change(path.read_bytes()))
+        return path
+
+    return edit
+
+
+SIGNED = {
+    "another format": described_as({"use_zarr3": True}),
+    "no database": described_as({"use_ocdbt": False}),
+    "no tree": described_as({"tree_metadata": {}}),
+    "half a file": largest(lambda raw: raw[: len(raw) // 2]),
+    "no bytes": largest(lambda raw: b""),
+}
+
+
+def test_damage_that_the_manifest_vouches_for_is_one_line_and_no_traceback_follows(converted, tmp_path):
+    """Orbax reads a group's arrays side by side: where one fails, the others' failures are nobody's."""
+    damages = [*SIGNED.values()] * 3  # which reads end late differs from time to time
+    outs = [tmp_path / str(i) for i in range(len(damages))]
+    for out, damage in zip(outs, damages, strict=True):
+        shutil.copytree(converted[0], out)
+        path = damage(out)
+        raw, manifest = path.read_bytes(), json.loads((out / MANIFEST).read_text())
+        manifest["files"][str(path.relative_to(out))] = [len(raw), hashlib.sha256(raw).hexdigest()]
+        (out / MANIFEST).write_text(json.dumps(manifest))
+    words = [sys.executable, "-c", LOAD, *map(str, outs)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and len(said) == len(outs), done
+    assert all(str(out) in line for out, line in zip(outs, said, strict=True)), said
+    assert "Traceback" not in done.stderr and "never retrieved" not in done.stderr, done.stderr
 
 
 # ---- kills -----------------------------------------------------------------------------------------
