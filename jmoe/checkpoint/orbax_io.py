@@ -5,9 +5,10 @@ Each layer is an Orbax checkpoint of its own (``params/layers.3``), as is what i
 layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfloat16 weights hardly shrink.
 """
 
-import logging
+import asyncio
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,24 +121,31 @@ def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> d
     source = directory.resolve() / PARAMS / group
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            quieten_late_reads()
-            return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
+            with quiet_reads():
+                return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
         except Exception as error:  # whatever a library says of damaged files, of which there is no list
             raise ValueError(f"{source}: cannot be restored: {cause(error)}") from error
 
 
-def quieten_late_reads() -> None:
+@contextlib.contextmanager
+def quiet_reads() -> Iterator[None]:
     """When one of a group's reads fails, the others fail some moments later or find their event loop closed,
     and Python would print a traceback for each, after the one line that says what is wrong."""
-    logging.getLogger("asyncio").addFilter(_is_no_late_read)
     if not isinstance(sys.unraisablehook, _LateReads):
         sys.unraisablehook = _LateReads(sys.unraisablehook)
+    policy = asyncio.get_event_loop_policy()
+    make = policy.new_event_loop
 
+    def make_quiet() -> asyncio.AbstractEventLoop:
+        loop = make()
+        loop.set_exception_handler(lambda *told: None)  # of what nobody waits for
+        return loop
 
-def _is_no_late_read(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    told = text + str(record.exc_info[1] if record.exc_info else "")
-    return "was never retrieved" not in text or not any(reader in told for reader in READERS)
+    policy.new_event_loop = make_quiet  # Orbax makes a loop for each call
+    try:
+        yield
+    finally:
+        policy.new_event_loop = make
 
 
 @dataclass(frozen=True)
