@@ -20,6 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start, whatever is installed
+
 import jax
 
 OWN_CACHE = None if "JMOE_CACHE_DIR" in os.environ else Path(tempfile.mkdtemp(prefix="jmoe-tests-"))
