@@ -213,9 +213,11 @@ def take_turns(servers: dict[str, Served], args: argparse.Namespace, concurrency
 def main() -> None:
     parser, args = arguments()
     peer: Peer = PEERS[args.peer]
-    command = args.peer_command or peer.command
-    if shutil.which(command) is None:
-        raise SystemExit(f"no command {command}: {peer.install}, or --peer-command PATH")
+    wanted = args.peer_command or peer.command
+    beside = Path(sys.executable).parent  # programs of this environment, whether it is activated or not
+    command = shutil.which(wanted) or shutil.which(wanted, path=beside)
+    if command is None:
+        raise SystemExit(f"no command {wanted}: {peer.install}, or --peer-command PATH")
     os.environ["JAX_PLATFORMS"] = "cpu"  # as the other
     with tempfile.TemporaryDirectory() as temporary:
         folder, logs = Path(temporary) / "model", Path(temporary)
