@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=6, help="simulate, sensitivity: of each domain")
     parser.add_argument("--sizes", type=Path, default=ROOT / "configs/model/olmoe-0.9b.toml",
                         help="large: of the random model")  # fmt: skip
+    parser.add_argument("--dry", action="store_true", help="large: one case of each kind, and write nothing")
     return parser
 
 
@@ -58,7 +59,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
     elif part == "large":
         from offload_large import measure
 
-        found = measure(args.sizes)
+        found = measure(args.sizes, args.dry)
     else:
         found = simulated(part, args)
     return found | {"seconds": round(time.perf_counter() - start)}
@@ -104,6 +105,9 @@ def main() -> None:
     if len(args.parts) > 1:
         return run_each(__file__, args.parts, PARTS)
     pin(args.threads)
+    if args.dry:
+        print(dumps({part: measure(part, args) for part in args.parts}))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "offload.json"
     results = json.loads(path.read_text()) if path.exists() else {}

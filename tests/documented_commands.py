@@ -85,11 +85,12 @@ COMMANDS: dict[str, list[Command]] = {
         ),
     ],
     "scripts/bench_offload.py": [
+        Command("scripts/bench_offload.py --parts large --dry --sizes {sizes} --threads 1"),
         Command(
             f"scripts/bench_offload.py --data {{data}} --parts mt_bench --windows 1 {OUT} --threads 1",
             PLOTS,
             slow=True,
-        )
+        ),
     ],
     "scripts/bench_speculative.py": [
         Command(
@@ -137,9 +138,7 @@ COMMANDS: dict[str, list[Command]] = {
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/test_engine_aot.py")],
-    "scripts/tpu_kernel_report.py": [
-        Command("scripts/tpu_kernel_report.py --only decode --out {tmp}/r", needs=("libtpu",), slow=True)
-    ],
+    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/test_kernel_tpu_aot.py")],
     "scripts/reduce_crd.py": [Command(elsewhere="tests/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [
