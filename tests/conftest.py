@@ -6,10 +6,14 @@ What compiles is kept for a run's other tests, workers and server processes, in 
 set, else in a folder that goes with the run. The real clients (scripts/acceptance.sh) compile as users do.
 """
 
+import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -23,6 +27,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start, whatever is installed
 
 import jax
+import pytest
 
 OWN_CACHE = None if "JMOE_CACHE_DIR" in os.environ else Path(tempfile.mkdtemp(prefix="jmoe-tests-"))
 if OWN_CACHE:
@@ -56,3 +61,18 @@ def pytest_configure() -> None:
 def pytest_unconfigure() -> None:
     if OWN_CACHE:
         shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """``jmoe serve`` configures the process's logging, also where a test runs it in this one. What it left
+    would write to a stream that is closed by then, and Python a traceback for each line."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.setLevel(level)
+    for left in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(left)
+    logging.captureWarnings(False)

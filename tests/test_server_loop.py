@@ -125,7 +125,8 @@ ANSWERED = {
     "ids to text": ("/detokenize", {"tokens": [97] * 500_000}),
     "a long conversation": (CHAT, {"messages": [USER] * 8000, "max_tokens": 2}),
     "parts": (CHAT, {"messages": [{**USER, "content": [PART] * 15_000}], "max_tokens": 2}),
-    "many prompts": (COMPLETIONS, {"prompt": [[7] * 500] * 1000, "max_tokens": 2}),
+    # As many as a large engine runs at once: the fake one runs all, and each step's tokens come together.
+    "many prompts": (COMPLETIONS, {"prompt": [[7] * 2000] * 250, "max_tokens": 2}),
     "a long echo": (
         COMPLETIONS, {"prompt": [97] * 8_000, "max_tokens": 1, "logprobs": 20, "echo": True}
     ),
