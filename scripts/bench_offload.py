@@ -101,7 +101,10 @@ def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.dry and args.parts != ["large"]:
+        parser.error("--dry is for --parts large")
     if len(args.parts) > 1:
         return run_each(__file__, args.parts, PARTS)
     pin(args.threads)

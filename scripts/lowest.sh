@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 env=$(mktemp -d)
 trap 'rm -rf "$env"' EXIT
-python=${PYTHON:-.venv/bin/python}
-"$python" -m venv "$env"
+.venv/bin/python -m venv "$env"
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check uv
 "$env/bin/uv" pip install --quiet --python "$env/bin/python" --resolution lowest-direct -r pyproject.toml
 "$env/bin/uv" pip install --quiet --python "$env/bin/python" pytest pytest-xdist hypothesis httpx optax jsonschema openai

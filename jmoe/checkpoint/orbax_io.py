@@ -28,11 +28,7 @@ from jmoe.moe.placement import Placement
 from jmoe.units import cause
 
 CHUNK = 32 << 20  # bytes; a device reads every chunk that its slice touches
-READERS = (
-    "orbax",
-    "tensorstore",
-    "array_serialization",
-)  # whose reads they are, by the names of their modules
+READERS = ("orbax", "tensorstore", "array_serialization")  # modules whose coroutines read arrays
 
 
 def group_of(path: str) -> str:
