@@ -59,6 +59,7 @@ class Letters:
     """As ``TokenBytes``."""
 
     pieces, special = Pieces({"type": "Fuse"}), frozenset()
+    tokenizer = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 
     def __init__(self, failing):
         self.failing = failing

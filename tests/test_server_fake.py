@@ -188,6 +188,7 @@ class FakeEngine:
             listener.token(request, now)
         texts = self.texts.get(request.id)
         text, finish, why = texts.push(token) if texts else "", None, None
+        thoughts = texts.thoughts if texts else ""
         if token == EOS and not params.ignore_eos:
             finish = "stop"
         elif texts and texts.stopped_by:
@@ -196,8 +197,9 @@ class FakeEngine:
             finish = "length"
         if finish and texts and not texts.stopped_by:
             text += texts.flush()
+            thoughts += texts.thoughts
         logprobs = () if params.logprobs is None else (self._score(token, params.logprobs),)
-        output = Output(request.id, (token,), text, logprobs, scores, finish, why)
+        output = Output(request.id, (token,), text, thoughts, logprobs, scores, finish, why)
         if finish:
             self._end(request, output)
         else:

@@ -61,18 +61,21 @@ class Answers:
 
         scores: see ``token_logprob``. Raises ValueError where the tokenizer fails.
         """
-        params, text, finish, stopped_by = request.params, "", self._ended_by(request, token), None
+        params, finish, stopped_by = request.params, self._ended_by(request, token), None
+        text = thoughts = ""
         detokenizer = self._texts.get(request.id)
         if finish is not None:
             stopped_by = token if token in params.stop_token_ids else None
         elif detokenizer is not None:
             text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
+            thoughts = detokenizer.thoughts
             if detokenizer.stopped_by is not None:
                 finish, stopped_by = "stop", detokenizer.stopped_by
         if finish is None and (len(request.token_ids) == params.max_tokens or request.length == self.longest):
             finish = "length"
         if finish is not None and detokenizer is not None and detokenizer.stopped_by is None:
             text += detokenizer.flush()
+            thoughts += detokenizer.thoughts
         logprobs = ()
         if params.logprobs is not None:
             logprobs = (token_logprob(token, scores, params.logprobs),)
@@ -80,6 +83,7 @@ class Answers:
             request.id,
             (token,),
             text=text,
+            thoughts=thoughts,
             logprobs=logprobs,
             prompt_logprobs=self.scores.take(request),
             finish_reason=finish,

@@ -24,12 +24,13 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation: its text, tokens and why it ended."""
+    """One continuation: its text, tokens and why it ended. thoughts: see ``Output``."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprob]
+    thoughts: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class LLM:
             token_ids=list(request.token_ids),
             finish_reason=parts[-1].finish_reason,
             logprobs=[entry for p in parts for entry in p.logprobs],
+            thoughts="".join(p.thoughts for p in parts),
         )
         scored = next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None)
         scores = None if scored is None else list(scored)

@@ -94,6 +94,7 @@ class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
     text is what became certain: it never holds half a character nor the beginning of a stop string.
+    thoughts: likewise, what a model that answers in channels says in others than the final one.
     prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
     error: for ``finish_reason`` "error", the one-line cause.
     invalid: whether what the request asked for is that cause, so that trying it again cannot help.
@@ -103,6 +104,7 @@ class Output:
     request_id: str
     token_ids: tuple[int, ...] = ()
     text: str = ""
+    thoughts: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None

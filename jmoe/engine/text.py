@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from jmoe.engine.channels import AnswerText
 from jmoe.engine.fewest_tokens import FewestTokens
-from jmoe.engine.token_bytes import GrowingText, TokenBytes
+from jmoe.engine.token_bytes import TokenBytes
 from jmoe.engine.tokenizer_files import guarded, load_tokenizer, missing
 
 LONG = 1 << 18  # characters; texts beyond are tokenized one at a time: each takes some 100 bytes a character
@@ -106,11 +107,13 @@ class Detokenizer:
 
     prompt: the tokens whose text this continues: the first word keeps its space where any text precedes it.
     None = all bytes of every token count, as a grammar describes them.
+    thoughts: what the last ``push`` or ``flush`` gave of a model's other channels, where it has them. Stop
+    strings do not count there.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):
         self.stop = tuple(stop)
-        self.text = GrowingText(codec.token_bytes, prompt)
+        self.text, self.thoughts = AnswerText(codec.token_bytes, prompt), ""
         self.cut_end = 0 if prompt is None else codec.token_bytes.pieces.cut_end
         self.held = ""
         self.stopped_by: str | None = None
@@ -121,7 +124,8 @@ class Detokenizer:
         ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError where
         the tokenizer fails.
         """
-        self.held += self.text.push(token_id)
+        text, self.thoughts = self.text.push(token_id)
+        self.held += text
         found = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0] if may_stop else []
         if found:
             at, self.stopped_by = min(found)
@@ -132,7 +136,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """All that is still held, once no more tokens come."""
-        self.held += self.text.flush()
+        text, self.thoughts = self.text.flush()
+        self.held += text
         text = self._release(0)
         self.held = ""
         return text

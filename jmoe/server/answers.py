@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from jmoe.engine.channels import AnswerText
 from jmoe.engine.request import Output, Request, TokenLogprob
 from jmoe.engine.text import TextCodec
-from jmoe.engine.token_bytes import GrowingText
 from jmoe.server.logprobs import chat_logprobs, completion_logprobs
 from jmoe.server.prompts import Prompt
 
@@ -33,7 +33,7 @@ class Places:
     def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
         self.prompt, self.codec = prompt, codec
         self.at = len(prompt.text) if echo else 0
-        self.text = None if codec is None else GrowingText(codec.token_bytes, prompt.token_ids)
+        self.text = None if codec is None else AnswerText(codec.token_bytes, prompt.token_ids)
 
     def of_prompt(self) -> list[int]:
         return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
@@ -41,7 +41,7 @@ class Places:
     def place(self, token_id: int) -> int:
         """Of the answer's next token: for a part of a character, where that begins."""
         begins = self.at
-        self.at += 0 if self.text is None else len(self.text.push(token_id))
+        self.at += 0 if self.text is None else len(self.text.push(token_id)[0])
         return begins
 
 
@@ -77,7 +77,8 @@ class CompletionFormat:
             text = places.prompt.text + text
         if self.logprobs:
             logprobs = self._logprobs(places, output, opens and self.echo)
-        return {"index": index, "text": text, "logprobs": logprobs, **_end([output], self.token_ids)}
+        rest = _reasoning([output]) | _end([output], self.token_ids)
+        return {"index": index, "text": text, "logprobs": logprobs, **rest}
 
     def _places(self, index: int) -> Places:
         if (places := self.places[index]) is None:
@@ -95,7 +96,7 @@ class CompletionFormat:
     def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
         parts = [self.delta(index, output) for output in outputs]
         text = "".join(p["text"] for p in parts)
-        whole = {**parts[-1], "text": text, **_end(outputs, self.token_ids)}
+        whole = {**parts[-1], "text": text, **_reasoning(outputs), **_end(outputs, self.token_ids)}
         if self.logprobs:
             whole["logprobs"] = {k: [v for p in parts for v in p["logprobs"][k]] for k in whole["logprobs"]}
         return whole
@@ -117,14 +118,14 @@ class ChatFormat:
         logprobs = {} if self.alternatives is None else {"logprobs": self._logprobs([output])}
         return {
             "index": index,
-            "delta": {"content": output.text},
+            "delta": {"content": output.text} | _reasoning([output]),
             **logprobs,
             **_end([output], self.token_ids),
         }
 
     def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
         text = "".join(output.text for output in outputs)
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message = {"role": "assistant", "content": text, "refusal": None} | _reasoning(outputs)
         end = _end(outputs, self.token_ids)
         return {"index": index, "message": message, "logprobs": self._logprobs(outputs), **end}
 
@@ -133,6 +134,12 @@ class ChatFormat:
             return None
         entries = [entry for output in outputs for entry in output.logprobs]
         return {"content": chat_logprobs(entries, self.codec, self.alternatives), "refusal": None}
+
+
+def _reasoning(outputs: Sequence[Output]) -> dict[str, str]:
+    """What a model thought before it answered; no field where it did not."""
+    thoughts = "".join(output.thoughts for output in outputs)
+    return {"reasoning_content": thoughts} if thoughts else {}
 
 
 def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:

@@ -68,7 +68,10 @@ class Ended(Strict, kw_only=True):
 
 
 class CompletionChoice(Ended, kw_only=True):
+    """reasoning_content: what a model that answers in channels said in others than the final one."""
+
     text: str
+    reasoning_content: str | UnsetType = UNSET
     logprobs: CompletionLogprobs | None
 
 
@@ -118,11 +121,12 @@ class Call(Strict):
 
 
 class AnswerMessage(Strict, kw_only=True):
-    """content: null where the answer is a call."""
+    """content: null where the answer is a call. reasoning_content: see ``CompletionChoice``."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[Call] | UnsetType = UNSET
 
 
@@ -154,6 +158,7 @@ class CallPiece(Strict, kw_only=True):
 class Delta(Strict, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[CallPiece] | UnsetType = UNSET
 
 

@@ -43,23 +43,27 @@ def generate(
     model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
 ) -> dict[str, Any]:
     """The report that ``jmoe generate --json`` prints."""
-    texts = [""] * len(prompts)
-    reasons: list[str | None] = [None] * len(prompts)
-
-    def collect(i: int, output: Output) -> None:
-        texts[i] += output.text
-        reasons[i] = output.finish_reason
+    made: list[list[Output]] = [[] for _ in prompts]
 
     with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
         start = time.perf_counter()
-        requests = run_all(engine, prompts, params, collect)
+        requests = run_all(engine, prompts, params, lambda i, output: made[i].append(output))
         seconds = time.perf_counter() - start
         moe = engine.moe_stats()
-    outputs = [
-        {"prompt_token_ids": r.prompt_token_ids, "text": t, "token_ids": r.token_ids, "finish_reason": why}
-        for r, t, why in zip(requests, texts, reasons, strict=True)
-    ]
+    outputs = [_report(request, parts) for request, parts in zip(requests, made, strict=True)]
     return {"outputs": outputs, "seconds": seconds, "moe": moe}
+
+
+def _report(request: Request, parts: list[Output]) -> dict[str, Any]:
+    """thoughts: only of a model that answers in channels."""
+    thoughts = "".join(part.thoughts for part in parts)
+    return {
+        "prompt_token_ids": request.prompt_token_ids,
+        "text": "".join(part.text for part in parts),
+        **({"thoughts": thoughts} if thoughts else {}),
+        "token_ids": request.token_ids,
+        "finish_reason": parts[-1].finish_reason,
+    }
 
 
 def run_all(
