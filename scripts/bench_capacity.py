@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="speed: paired rounds")
     parser.add_argument("--gpu", action="store_true", help="speed: real layer sizes, on an accelerator")
     parser.add_argument("--link", type=float, help="speed: GB/s of a rank's link, each way")
+    parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
     return parser
 
 
@@ -70,6 +71,10 @@ def main() -> None:
         return run_each(__file__, args.parts, PARTS)
     if not args.gpu:
         pin(args.threads)
+    if args.dry:
+        for part in args.parts:
+            measure(part, args)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "capacity.json"
     results = json.loads(path.read_text()) if path.exists() else {}

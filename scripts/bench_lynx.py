@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--new", type=int, default=64, help="speed: tokens generated for each")
     parser.add_argument("--rounds", type=int, default=9, help="speed: paired rounds")
     parser.add_argument("--gpu", action="store_true", help="speed: a layer at real sizes, on an accelerator")
-    parser.add_argument("--dry", action="store_true", help="toy sizes, to try the flow of speed")
+    parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
     return parser
 
 
@@ -63,12 +63,12 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
     if part == "quality":
         from lynx_quality import measure
 
-        return measure(args.model, valid, args.domains, args.windows, args.length)
+        return measure(args.model, valid, args.domains, args.windows, args.length, args.dry)
     import jax
     from lynx_capacity import RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", RANKS)
-    return measure(args.model, valid, args.domains)
+    return measure(args.model, valid, args.domains, dry=args.dry)
 
 
 def main() -> None:
@@ -77,6 +77,10 @@ def main() -> None:
         return run_each(__file__, args.parts, PARTS)
     if not args.gpu:
         pin(args.threads)
+    if args.dry:
+        for part in args.parts:
+            measure(part, args)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "lynx.json"
     results = json.loads(path.read_text()) if path.exists() else {}

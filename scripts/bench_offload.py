@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from bench_protocol import pin
-from bench_results import command, dumps, run_each
+from bench_results import command, dumps, few, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("simulate", "mt_bench", "sensitivity", "large", "engine")
@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=6, help="simulate, sensitivity: of each domain")
     parser.add_argument("--sizes", type=Path, default=ROOT / "configs/model/olmoe-0.9b.toml",
                         help="large: of the random model")  # fmt: skip
-    parser.add_argument("--dry", action="store_true", help="large: one case of each kind, and write nothing")
+    parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
+    parser.add_argument("--model", default="tiny", help="simulate, mt_bench, sensitivity, engine: the model")
     return parser
 
 
@@ -55,7 +56,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
     if part == "engine":
         from offload_engine import measure
 
-        found = measure(args.data)
+        found = measure(args.data, args.model, args.dry)
     elif part == "large":
         from offload_large import measure
 
@@ -72,10 +73,10 @@ def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from jmoe import LLM
 
-    source = collect("tiny", args.data / "train", TRAIN)
+    source = collect(args.model, args.data / "train", 2 if args.dry else TRAIN)
     profile = source.profile(source.domains)
     sizes = {"dtype": "float32", "max_num_seqs": 16, "max_model_len": PROMPT + NEW, "warm_up": False}
-    with closing(LLM("tiny", **sizes)) as llm:
+    with closing(LLM(args.model, **sizes)) as llm:
         if part == "mt_bench":
             file = args.data / "workloads/mt_bench.jsonl.gz"
             windows_WT = mt_bench_windows(llm, file, PROMPT, NEW)
@@ -84,7 +85,7 @@ def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
         model = llm.engine.runner.model
         routed, cfg = route_windows(model, windows_WT), model.cfg
         embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
-    batches = (1, 4, 8, 16) if part == "simulate" else (1,)
+    batches = ((1, 4, 8, 16) if part == "simulate" else (1,))[few(args.dry)]
     by_batch = {batch: make_traces(routed, PROMPT, batch) for batch in batches}
     subject = Subject(cfg, embeddings_VD, profile, by_batch[1])
     about = {
@@ -92,19 +93,17 @@ def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
         "iterations": int((profile.sample.map_tokens_QM >= 0).sum()),
         "layers": cfg.num_hidden_layers, "experts": cfg.num_experts, "k": cfg.num_experts_per_tok,
     }  # fmt: skip
-    names = tuple(COMPARATORS)
+    names = tuple(COMPARATORS)[few(args.dry)]
     if part == "sensitivity":
         slots = round(cfg.num_hidden_layers * cfg.num_experts * MAIN)
-        return about | {"slots": slots, "runs": sensitivity(subject, slots, VARIED)}
-    shares = SHARES if part == "simulate" else (MAIN,)
+        return about | {"slots": slots, "runs": sensitivity(subject, slots, VARIED[few(args.dry)])}
+    shares = SHARES[few(args.dry)] if part == "simulate" else (MAIN,)
     return about | {"runs": sweep(subject, by_batch, shares, names)}
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    if args.dry and args.parts != ["large"]:
-        parser.error("--dry is for --parts large")
     if len(args.parts) > 1:
         return run_each(__file__, args.parts, PARTS)
     pin(args.threads)

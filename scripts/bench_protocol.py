@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jmoe import LLM
 
 Run = tuple[float, list[list[int]]]  # tokens/s, and what was generated
 Contender = Callable[[list[list[int]], int], Run]  # prompts, tokens to generate for each
@@ -60,6 +63,12 @@ def pin(threads: int) -> None:
     if threads > len(cores):
         raise SystemExit(f"--threads {threads}: this process may use {len(cores)} cores")
     os.sched_setaffinity(0, cores[:threads])
+
+
+def beginning(llm: "LLM", text: str, tokens: int) -> list[int]:
+    """The first ``tokens`` tokens of a text, which may be longer than the model's context."""
+    assert llm.engine.codec is not None
+    return llm.engine.codec.encode(text)[:tokens]
 
 
 # ---- the model

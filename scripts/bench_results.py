@@ -56,6 +56,11 @@ def run_each(script: str, parts: Iterable[str], known: Iterable[str]) -> None:
         subprocess.run([sys.executable, script, *options, "--parts", part], check=True)
 
 
+def few(dry: bool) -> slice:
+    """What a part takes of a list of settings: all of them, or the first alone, to try its flow."""
+    return slice(0, 1) if dry else slice(None)
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]

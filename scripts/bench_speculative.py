@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--train", type=int, default=64, help="grouping, moves: windows of 256 tokens a domain to learn from"
     )
     parser.add_argument("--windows", type=int, default=18, help="grouping, moves: those of a domain to test")
+    parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
     return parser
 
 
@@ -60,7 +61,7 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
     if part == "grouping":
         from speculative_grouping import measure
 
-        return measure(args.model, args.data, args.train, args.windows)
+        return measure(args.model, args.data, args.train, args.windows, args.dry)
     if part == "moves":
         from speculative_moves import measure
 
@@ -68,14 +69,14 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
     if part == "published":
         from speculative_published import measure
 
-        return measure(needed)
+        return measure(needed, args.dry)
     import jax
 
     if part == "locality":
         from speculative_locality import RANKS, measure
 
         jax.config.update("jax_num_cpu_devices", RANKS)
-        return measure(args.model, needed, DOMAINS)
+        return measure(args.model, needed, DOMAINS, dry=args.dry)
     from speculative_engine import GROUPS, RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", GROUPS * RANKS)
@@ -87,6 +88,10 @@ def main() -> None:
     if len(args.parts) > 1:
         return run_each(__file__, args.parts, PARTS)
     pin(args.threads)
+    if args.dry:
+        for part in args.parts:
+            measure(part, args, {})
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "speculative.json"
     results = json.loads(path.read_text()) if path.exists() else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_results import few
 from capacity_loads import RANKS, device_peak, expert_peak, rank_loads
 from lynx_decode import Meter, Scorer, batches, counted, read_windows
 
@@ -29,26 +30,33 @@ COUNT, LENGTH = 16, 64  # windows of a domain, tokens of each
 
 
 def measure(
-    model: str, valid: Path, domains: Sequence[str], count: int = COUNT, length: int = LENGTH
+    model: str,
+    valid: Path,
+    domains: Sequence[str],
+    count: int = COUNT,
+    length: int = LENGTH,
+    *,
+    dry: bool = False,
 ) -> dict[str, Any]:
     """The ``capacity`` part of the results: batch -> binning's width -> policy/gamma -> figures."""
+    sizes, factors = BATCHES[few(dry)], FACTORS[few(dry)]
     start = time.perf_counter()
     windows_NL, scorer = read_windows(model, valid, domains, count, length), Scorer(model)
-    runs: dict[str, Any] = {str(batch): {} for batch in BATCHES}
-    for width in WIDTHS:
+    runs: dict[str, Any] = {str(batch): {} for batch in sizes}
+    for width in WIDTHS[:2] if dry else WIDTHS:
         binning = None if width is None else BinningConfig(bin_width=width)
         for policy in POLICIES:
             capacity = None if policy is None else CapacityConfig(policy=policy, phase="decode")
             how = EngineSettings(
-                max_num_seqs=max(BATCHES), max_model_len=length, expert_parallel_size=RANKS,
+                max_num_seqs=max(sizes), max_model_len=length, expert_parallel_size=RANKS,
                 moe=MoEConfig(binning=binning, capacity=capacity),
             )  # fmt: skip
             with closing(build_engine(model, how, warm_up=False)) as engine:
                 meter = Meter(engine, scorer, windows_NL)
-                for batch in BATCHES:
+                for batch in sizes:
                     batches_SB = batches(len(domains), count, batch, "mixed")
                     row = runs[str(batch)].setdefault(str(width or "off"), {})
-                    for factor in FACTORS if policy else (1.0,):
+                    for factor in factors if policy else (1.0,):
                         engine.runner.capacity_factor = factor
                         name = f"{policy}/{factor:g}" if policy else "off"
                         row[name] = loads_and_loss(meter, engine, batches_SB)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_results import few
 from jmoe_kernels.binning import Method
 from lynx_curves import CENTINATS
 from lynx_decode import Meter, Scorer, batches, counted, read_windows
@@ -35,12 +36,12 @@ BUDGETS: dict[Method, tuple[float, ...]] = {
 K0S = (1, 2, 3)
 
 
-def settings() -> dict[str, BinningConfig]:
-    """What is measured, by name: "affinity/0.5"."""
-    found = {f"affinity/{width}": BinningConfig(bin_width=width) for width in WIDTHS}
+def settings(dry: bool = False) -> dict[str, BinningConfig]:
+    """What is measured, by name: "affinity/0.5"; dry: one setting of each method."""
+    found = {f"affinity/{width}": BinningConfig(bin_width=width) for width in WIDTHS[few(dry)]}
     for method, keeps in BUDGETS.items():
-        found |= {f"{method}/{keep}": BinningConfig(method=method, keep=keep) for keep in keeps}
-    return found | {f"oea/{k0}": BinningConfig(method="oea", k0=k0) for k0 in K0S}
+        found |= {f"{method}/{keep}": BinningConfig(method=method, keep=keep) for keep in keeps[few(dry)]}
+    return found | {f"oea/{k0}": BinningConfig(method="oea", k0=k0) for k0 in K0S[few(dry)]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +57,18 @@ class Protocol:
         return f"{self.mix}/{self.batch}{'/half' if self.half else ''}"
 
 
-def protocols() -> list[Protocol]:
-    whole = [Protocol(mix, batch) for mix in MIXES for batch in BATCHES]
-    return whole + [Protocol(mix, HALF_BATCH, half=True) for mix in MIXES]
+def protocols(dry: bool = False) -> list[Protocol]:
+    whole = [Protocol(mix, batch) for mix in MIXES[few(dry)] for batch in BATCHES[few(dry)]]
+    return whole + [Protocol(mix, HALF_BATCH, half=True) for mix in MIXES[few(dry)]]
 
 
 class Bench:
     """Runs of one model over ``count`` windows of every domain."""
 
-    def __init__(self, model: str, valid: Path, domains: Sequence[str], count: int, length: int):
-        self.model, self.domains, self.count = model, domains, count
+    def __init__(
+        self, model: str, valid: Path, domains: Sequence[str], count: int, length: int, ways: list[Protocol]
+    ):
+        self.model, self.domains, self.count, self.ways = model, domains, count, ways
         self.windows_NL = read_windows(model, valid, domains, count, length)
         self.scorer = Scorer(model)
         self.settings = EngineSettings(max_num_seqs=max(BATCHES), max_model_len=length)
@@ -79,7 +82,7 @@ class Bench:
             if alone:
                 found["alone"] = meter.run(np.arange(len(self.domains))[:, None] * self.count)
                 assert counted(engine.runner)[3] == 0, f"{cfg} remapped in a batch of one"
-            for way in protocols():
+            for way in self.ways:
                 before, half = counted(engine.runner), self.windows_NL.shape[1] // 2
                 batches_SB = batches(len(self.domains), self.count, way.batch, way.mix)
                 nll_NP = meter.run(batches_SB, half if way.half else 0)
@@ -90,23 +93,26 @@ class Bench:
         return found
 
 
-def measure(model: str, valid: Path, domains: Sequence[str], count: int, length: int) -> dict[str, Any]:
+def measure(
+    model: str, valid: Path, domains: Sequence[str], count: int, length: int, dry: bool = False
+) -> dict[str, Any]:
     """The ``quality`` part of the results. ``delta`` is each window's loss over that of the lossless run of
     the same protocol, in centinats; ``late`` the same of its second half."""
-    start, bench = time.perf_counter(), Bench(model, valid, domains, count, length)
+    start, ways = time.perf_counter(), protocols(dry)
+    bench = Bench(model, valid, domains, count, length, ways)
     lossless = bench.runs(None, alone=True)
     runs: dict[str, Any] = {}
-    for way in protocols():
+    for way in ways:
         nll_NP, counts = lossless[way.name]
         runs[way.name] = {"lossless": {"nll": nll_NP.sum(1).round(2).tolist()} | counts}
     checked: set[str] = set()
-    for name, cfg in settings().items():
+    for name, cfg in settings(dry).items():
         found = bench.runs(cfg, alone=cfg.method not in checked)
         if cfg.method not in checked:
             same = np.array_equal(found["alone"], lossless["alone"], equal_nan=True)
             assert same, f"{name} changed a batch of one"
         checked.add(cfg.method)
-        for way in protocols():
+        for way in ways:
             nll_NP, counts = found[way.name]
             delta_NP = CENTINATS * (nll_NP - lossless[way.name][0])
             row = {"delta": whole(delta_NP)} | counts

@@ -14,11 +14,13 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_protocol import beginning
+from bench_results import few
 from jaxtyping import Bool
 from offload_replay import Known, replay
 from offload_traces import make_traces, route_windows
@@ -46,17 +48,26 @@ ORACLE = ("oracle", "belady")  # told what the resident engine needed; its secon
 ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds of ours for one of the trace
 
 
-def measure(data: Path) -> dict[str, Any]:
+class Bench(NamedTuple):
+    """What every run has in common. store: a profile's file. dry: one run of each kind."""
+
+    model: str
+    store: str
+    dry: bool
+
+
+def measure(data: Path, model: str, dry: bool = False) -> dict[str, Any]:
     """The ``engine`` part."""
-    source = collect("tiny", data / "train", TRAIN)
+    source = collect(model, data / "train", 2 if dry else TRAIN)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "profile.npz")
         source.profile(source.domains).save(Path(store))
+        bench = Bench(model, store, dry)
         questions = _questions(data / "workloads/mt_bench.jsonl.gz")
         return {
             "prompt": PROMPT, "new": NEW, "requests": REQUESTS,
-            "runs": _all_at_once(questions, store),
-            "arrivals": _arrivals(data / "workloads", store),
+            "runs": _all_at_once(bench, questions),
+            "arrivals": _arrivals(bench, data / "workloads"),
         }  # fmt: skip
 
 
@@ -65,25 +76,28 @@ def _questions(path: Path) -> list[str]:
         return [" ".join(json.loads(line)["turns"]) for line in file]
 
 
-def _llm(batch: int, length: int, offload: OffloadConfig | None) -> LLM:
+def _llm(model: str, batch: int, length: int, offload: OffloadConfig | None) -> LLM:
     sizes: dict[str, Any] = {"max_num_seqs": batch, "max_model_len": length, "max_num_batched_tokens": 64}
     sizes["enable_prefix_caching"] = False  # prompts come again
-    return LLM("tiny", moe=MoEConfig(offload=offload), dtype="float32", **sizes)
+    return LLM(model, moe=MoEConfig(offload=offload), dtype="float32", **sizes)
 
 
-def _all_at_once(questions: list[str], store: str) -> dict[str, Any]:
+def _all_at_once(bench: Bench, questions: list[str]) -> dict[str, Any]:
     """batch -> share of experts, predictor and eviction -> counters, memory, times, and how many of the
     sequences are those of the engine that has all experts on the device."""
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     found: dict[str, Any] = {}
-    for batch, shares in SHARES.items():
+    for batch, shares in [*SHARES.items()][few(bench.dry)]:
         runs: dict[str, Any] = {}
         wanted: list[list[int]] = []
         needs_NLE = np.zeros(0)
-        pairs = (*PAIRS, ORACLE) if batch == 1 else PAIRS
-        for share, pair in [(None, ("", "")), *itertools.product(shares, pairs)]:
-            with closing(_llm(batch, PROMPT + NEW, _offload(share, pair, store))) as llm:
-                prompts = [llm.encode(text)[:PROMPT] for text in questions[:REQUESTS]]
+        pairs = PAIRS[few(bench.dry)]
+        pairs = (*pairs, ORACLE) if batch == 1 else pairs
+        for share, pair in [(None, ("", "")), *itertools.product(shares[few(bench.dry)], pairs)]:
+            offload = _offload(share, pair, bench.store)
+            with closing(_llm(bench.model, batch, PROMPT + NEW, offload)) as llm:
+                asked = questions[: 2 if bench.dry else REQUESTS]
+                prompts = [beginning(llm, text, PROMPT) for text in asked]
                 if pair == ORACLE:
                     llm.engine.runner = replay(llm.engine.runner, *_known(llm, needs_NLE))
                 seconds, tokens = _timed(llm, prompts, greedy)
@@ -147,10 +161,10 @@ def _counters(llm: LLM) -> dict[str, Any]:
     return row
 
 
-def _arrivals(workloads: Path, store: str) -> dict[str, Any]:
+def _arrivals(bench: Bench, workloads: Path) -> dict[str, Any]:
     """Requests as they come: time to the first token and for each further one, and bytes."""
     with gzip.open(workloads / "azure_llm_2023_conv.jsonl.gz", "rt", encoding="utf-8") as file:
-        trace = [json.loads(line) for _, line in zip(range(ARRIVALS), file, strict=False)]
+        trace = [json.loads(line) for _, line in zip(range(2 if bench.dry else ARRIVALS), file, strict=False)]
     with gzip.open(workloads / "domain_prompts.jsonl.gz", "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["prompt"] for line in file]
     rng = np.random.default_rng(0)
@@ -158,12 +172,12 @@ def _arrivals(workloads: Path, store: str) -> dict[str, Any]:
     found: dict[str, Any] = {"requests": len(trace), "shorter": SHORTER, "slower": SLOWER, "runs": {}}
     wanted: dict[str, list[int]] | None = None
     cases: dict[str, OffloadConfig | None] = {"resident": None}
-    for predictor, eviction in PAIRS:
+    for predictor, eviction in PAIRS[few(bench.dry)]:
         cases[f"{predictor} {eviction}"] = OffloadConfig(
-            slots_per_layer=8, predictor=predictor, eviction=eviction, store=store  # pyright: ignore[reportArgumentType]
+            slots_per_layer=8, predictor=predictor, eviction=eviction, store=bench.store  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     for name, offload in cases.items():
-        with closing(_llm(16, 512, offload)) as llm:
+        with closing(_llm(bench.model, 16, 512, offload)) as llm:
             tokens, row = _replay(llm, trace, texts)
             row |= _counters(llm)
         wanted = tokens if wanted is None else wanted
@@ -174,7 +188,8 @@ def _arrivals(workloads: Path, store: str) -> dict[str, Any]:
 def _replay(llm: LLM, trace: list[dict[str, Any]], texts: list[str]) -> tuple[dict[str, list[int]], dict]:
     engine, waiting = llm.engine, []
     for i, line in enumerate(trace):
-        ids = (llm.encode(texts[i % len(texts)]) * 8)[: max(4, line["input_length"] // SHORTER)][:256]
+        ids = beginning(llm, texts[i % len(texts)], 256) * 8
+        ids = ids[: min(256, max(4, line["input_length"] // SHORTER))]
         new = max(2, line["output_length"] // SHORTER)
         params = SamplingParams(max_tokens=min(new, 128), temperature=0.0, ignore_eos=True, seed=0)
         waiting.append((line["timestamp"] / 1000 * SLOWER, str(i), ids, params))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from bench_protocol import checkpoint
+from bench_results import few
 from offload_simulate import COMPARATORS, Subject, sweep
 from offload_traces import make_traces, random_windows, route_windows
 
@@ -32,13 +33,13 @@ CASES = {
 
 def measure(sizes: Path, dry: bool = False) -> dict[str, Any]:
     """The ``large`` part. dry: of budgets, batches and cases the first alone."""
-    few = slice(0, 1) if dry else slice(None)
+    part = few(dry)
     scale = 1 / (0.02 * read_toml(sizes)["hidden_size"] ** 0.5)  # a gate's input has unit square mean
     with checkpoint(str(sizes), gate_scale=scale) as directory:
-        return {"sizes": sizes.stem, "runs": _simulated(directory, few), "engine": _engine(directory, few)}
+        return {"sizes": sizes.stem, "runs": _simulated(directory, part), "engine": _engine(directory, part)}
 
 
-def _simulated(directory: Path, few: slice) -> dict[str, Any]:
+def _simulated(directory: Path, part: slice) -> dict[str, Any]:
     with closing(LLM(directory, max_num_seqs=8, max_model_len=LENGTH, warm_up=False)) as llm:
         runner, cfg = llm.engine.runner, llm.engine.runner.cfg
         builder = ProfileBuilder(
@@ -50,20 +51,20 @@ def _simulated(directory: Path, few: slice) -> dict[str, Any]:
         embeddings_VD = np.asarray(runner.model.embed[...]).astype(np.float32)
         profile = builder.finish("random", nearest_seen(embeddings_VD, builder.seen_V))
         windows = route_windows(runner.model, random_windows(cfg.vocab_size, TEST, LENGTH, 1))
-    by_batch = {batch: make_traces(windows, PROMPT, batch) for batch in (1, 4)[few]}
-    names = tuple(COMPARATORS)[few]
-    return sweep(Subject(cfg, embeddings_VD, profile, by_batch[1]), by_batch, SHARES[few], names)
+    by_batch = {batch: make_traces(windows, PROMPT, batch) for batch in (1, 4)[part]}
+    names = tuple(COMPARATORS)[part]
+    return sweep(Subject(cfg, embeddings_VD, profile, by_batch[1]), by_batch, SHARES[part], names)
 
 
-def _engine(directory: Path, few: slice) -> dict[str, Any]:
+def _engine(directory: Path, part: slice) -> dict[str, Any]:
     """Milliseconds a decode step at batch 1, and whether the tokens are those of the resident engine."""
     found: dict[str, Any] = {}
     cfg = read_config(directory)
     prompts = random_windows(cfg.vocab_size, 1, PROMPT, 2).tolist()
     greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     cases: dict[str, OffloadConfig | None] = {"resident": None}
-    for share in SHARES[few]:
-        for name, (predictor, eviction) in [*CASES.items()][few]:
+    for share in SHARES[part]:
+        for name, (predictor, eviction) in [*CASES.items()][part]:
             cases[f"{name} {share:g}"] = OffloadConfig(
                 slots_per_layer=round(cfg.num_experts * share), predictor=predictor, eviction=eviction  # pyright: ignore[reportArgumentType]
             )  # fmt: skip

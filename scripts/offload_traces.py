@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_protocol import beginning
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -93,7 +94,7 @@ def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
 def valid_windows(llm: LLM, valid: Path, of_each: int, length: int) -> Int[np.ndarray, "W T"]:
     """Windows of every domain's held-out text, domains in turn, so that neighbours differ."""
     texts = [pieces(valid / f"{domain}.txt.xz", of_each) for domain in domains_of(valid)]
-    windows = [llm.encode(text)[:length] for turn in zip(*texts, strict=True) for text in turn]
+    windows = [beginning(llm, text, length) for turn in zip(*texts, strict=True) for text in turn]
     return np.array([window for window in windows if len(window) == length], np.int32)
 
 
@@ -101,7 +102,7 @@ def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndar
     """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, with greedy answers."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["turns"][0] for line in file]
-    encoded = [llm.encode(question) for question in questions]
+    encoded = [beginning(llm, question, prompt) for question in questions]
     prompts = [(ids * (prompt // len(ids) + 1))[:prompt] for ids in encoded]
     greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     answers = llm.generate(prompts, greedy)

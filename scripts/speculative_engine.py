@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_protocol import beginning
 from speculative_routing import collect, domains_of, pieces
 
 from jmoe import LLM, MoEConfig, SamplingParams
@@ -67,7 +68,7 @@ def run(
         model, moe=moe, attention=attention, expert_parallel_size=RANKS, data_parallel_size=GROUPS,
         dtype="float32", warm_up=False, enable_prefix_caching=False, **sizes,
     ) as llm:  # fmt: skip
-        prompts = [llm.encode(text)[:PROMPT] for text in texts]
+        prompts = [beginning(llm, text, PROMPT) for text in texts]
         llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))  # compiles
         before = llm.engine.moe_stats()
         start = time.perf_counter()

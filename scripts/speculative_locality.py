@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from bench_results import few
 from capacity_loads import RANKS
 from lynx_decode import Meter, Scorer, batches, read_windows
 
@@ -26,7 +27,13 @@ COUNT, LENGTH = 16, 64  # windows of a domain, tokens of each
 
 
 def measure(
-    model: str, valid: Path, domains: Sequence[str], count: int = COUNT, length: int = LENGTH
+    model: str,
+    valid: Path,
+    domains: Sequence[str],
+    count: int = COUNT,
+    length: int = LENGTH,
+    *,
+    dry: bool = False,
 ) -> dict[str, Any]:
     """The ``locality`` part of the results: binning -> bonus -> figures a token and layer; nll by window."""
     start = time.perf_counter()
@@ -34,7 +41,7 @@ def measure(
     batches_SB = batches(len(domains), count, BATCH, "mixed")
     runs: dict[str, Any] = {name: {} for name in WIDTHS}
     for name, width in WIDTHS.items():
-        for bonus in BONUSES:
+        for bonus in BONUSES[few(dry)]:
             binning = BinningConfig(bin_width=width, local_bonus=bonus)
             how = EngineSettings(
                 max_num_seqs=BATCH, max_model_len=length, expert_parallel_size=RANKS,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_results import few
 from capacity_loads import MODELS, SLOTS
 from jaxtyping import Float, Int
 from speculative_grouping import mean
@@ -106,12 +107,12 @@ def halves(counts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return first, counts - first
 
 
-def measure(routing: Path) -> dict[str, Any]:
+def measure(routing: Path, dry: bool = False) -> dict[str, Any]:
     """The ``published`` part: model -> method -> "statistics>test" -> rates."""
     start, models = time.perf_counter(), {}
-    for model, (name, experts, k) in MODELS.items():
+    for model, (name, experts, k) in [*MODELS.items()][few(dry)]:
         ranks = RANKS[model]
-        files = sorted(routing.glob(f"token_expert_{name}_*.csv.xz"))
+        files = sorted(routing.glob(f"token_expert_{name}_*.csv.xz"))[few(dry)]
         counts = {p.name.split(".")[0].split("_")[-1]: read(p, experts) for p in files}
         vocab = max(c.shape[1] for c in counts.values())
         counts = {d: np.pad(c, ((0, 0), (0, vocab - c.shape[1]), (0, 0))) for d, c in counts.items()}

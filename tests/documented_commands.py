@@ -3,26 +3,26 @@
 from dataclasses import dataclass
 
 # Words that stand for something: {tmp} an empty folder, {data} the project's data, {text} a short text file,
-# {sizes} a TOML file of a small model's sizes, {hf} a Hugging Face directory,
-# {profile} a routing profile, {trace} a recorded trace, {url} a server of the bundled model.
+# {sizes} a TOML file of a small model's sizes, {hf} a Hugging Face directory, {study} one with the bundled
+# model's experts, {corpus} a folder of two domains' held-out text, {profile} a routing profile,
+# {trace} a recorded trace, {url} a server of the bundled model.
 
 
 @dataclass(frozen=True)
 class Command:
     """words: after ``python``, or after ``jmoe``. needs: modules without which it is skipped. elsewhere: why
-    it does not run here: the step of ``.ci/run``, or the test, that runs it. slow: minutes even so, which CI
-    leaves out."""
+    it does not run here: the step of ``.ci/run``, or the test, that runs it."""
 
     words: str = ""
     needs: tuple[str, ...] = ()
     devices: int = 1
     elsewhere: str = ""
-    slow: bool = False
 
 
 OUT = "--out {tmp}"
 SMALL = "--rounds 1 --context 8 --new 4"
 TEXT = "--data {text}"
+DRY = "--data {data} --model {study} --dry"
 PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
@@ -63,47 +63,29 @@ COMMANDS: dict[str, list[Command]] = {
     ],
     "scripts/bench_capacity.py": [
         Command(f"scripts/bench_capacity.py --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
-        Command(
-            f"scripts/bench_capacity.py --data {{data}} --parts quality speed {OUT} --threads 1 "
-            "--tokens 64 --length 16 --rows 1 --rounds 1",
-            PLOTS,
-            devices=8,
-            slow=True,
-        ),
+        Command(f"scripts/bench_capacity.py {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
+        Command("scripts/bench_capacity.py --data {data} --parts speed --dry --rounds 1 --threads 1"),
     ],
     "scripts/bench_lynx.py": [
         Command(
-            f"scripts/bench_lynx.py --parts speed --dry --sizes {{sizes}} --layers 1 --batches 2 --context 8 "
-            f"--new 4 --rounds 1 {OUT} --threads 1",
-            PLOTS,
+            "scripts/bench_lynx.py --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "--new 4 --rounds 1 --threads 1"
         ),
-        Command(
-            f"scripts/bench_lynx.py --data {{data}} --parts quality capacity {OUT} --threads 1 --windows 64 "
-            "--length 4 --domains en_drama",
-            PLOTS,
-            slow=True,
-        ),
+        Command(f"scripts/bench_lynx.py {DRY} --parts quality capacity --length 4 --domains en_drama"),
     ],
     "scripts/bench_offload.py": [
         Command("scripts/bench_offload.py --parts large --dry --sizes {sizes} --threads 1"),
-        Command(
-            f"scripts/bench_offload.py --data {{data}} --parts mt_bench --windows 1 {OUT} --threads 1",
-            PLOTS,
-            slow=True,
-        ),
+        Command(f"scripts/bench_offload.py {DRY} --parts simulate mt_bench sensitivity --windows 1"),
+        Command(f"scripts/bench_offload.py {DRY} --parts engine"),
     ],
     "scripts/bench_speculative.py": [
         Command(
-            f"scripts/bench_speculative.py --data {{data}} --parts moves {OUT} --threads 1 --train 2 "
-            "--windows 1",
+            f"scripts/bench_speculative.py --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            "--windows 1 --model {study}",
             PLOTS,
         ),
-        Command(
-            f"scripts/bench_speculative.py --data {{data}} --parts grouping bytes published {OUT} "
-            "--threads 1 --train 2 --windows 1",
-            PLOTS,
-            slow=True,
-        ),
+        Command(f"scripts/bench_speculative.py {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/bench_speculative.py {DRY} --parts engine locality"),
     ],
     "scripts/bench_together.py": [
         Command(
@@ -121,16 +103,14 @@ COMMANDS: dict[str, list[Command]] = {
     ],
     "scripts/paper_table.py": [
         Command(
-            "scripts/paper_table.py speculative --model tiny --devices 2 --data {text} --num-prompts 1 "
+            "scripts/paper_table.py speculative --model {study} --devices 2 --data {text} --num-prompts 1 "
             "--tasks",
             devices=2,
         )
     ],
     "scripts/lm_eval_parity.py": [Command(elsewhere="the step 'real clients' of .ci/run (lm-eval)")],
     "scripts/model_sizes.py": [Command("scripts/model_sizes.py")],
-    "scripts/model_card.py": [
-        Command(elsewhere="it scores every domain for minutes; jmoe eval is its measure")
-    ],
+    "scripts/model_card.py": [Command("scripts/model_card.py --data {corpus} --model {study}")],
     "scripts/make_golden.py": [Command(elsewhere="tests/test_models_golden.py reads what it wrote")],
     "scripts/train_tiny.py": [
         Command("scripts/train_tiny.py --help"),

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import lzma
 import os
 import re
 import shlex
@@ -48,7 +49,7 @@ CASES = [
         name,
         command,
         id=f"{name.removeprefix('scripts/')}-{i}",
-        marks=[pytest.mark.commands, *([pytest.mark.slow] if command.slow else [])],
+        marks=pytest.mark.commands,
     )
     for name, commands in COMMANDS.items()
     for i, command in enumerate(commands)
@@ -76,7 +77,8 @@ def test_what_the_table_names_is_there():
 def things(tmp_path_factory) -> dict[str, str]:
     """What the words in braces stand for, but for those that belong to one command."""
     folder = tmp_path_factory.mktemp("things")
-    text, sizes, trace, hf = (folder / n for n in ("text.txt", "sizes.toml", "trace.jsonl.gz", "hf"))
+    text, sizes, trace = (folder / name for name in ("text.txt", "sizes.toml", "trace.jsonl.gz"))
+    hf, study, corpus = (folder / name for name in ("hf", "study", "corpus"))
     text.write_text(
         "<|endoftext|>\n".join("A small text that ends soon, and another one.\n" * 3 for _ in range(40))
     )
@@ -87,11 +89,20 @@ def things(tmp_path_factory) -> dict[str, str]:
     config = hf_tiny.hf_config(vocab_size=256, eos_token_id=None)
     hf_tiny.write_checkpoint(hf, config)
     hf_tiny.write_tokenizer(hf)
+    larger = {"max_position_embeddings": 512, "num_local_experts": 32, "num_experts_per_tok": 4}
+    hf_tiny.write_checkpoint(study, config | larger | {"num_hidden_layers": 4})
+    hf_tiny.write_tokenizer(study)
+    (corpus / "valid").mkdir(parents=True)
+    for domain in ("letters", "numbers"):
+        with lzma.open(corpus / "valid" / f"{domain}.txt.xz", "wt") as file:
+            file.write(text.read_text())
     found = {
         "text": text,
         "sizes": sizes,
         "trace": trace,
         "hf": hf,
+        "study": study,
+        "corpus": corpus,
         "data": DATA,
         "profile": folder / "p.npz",
     }

@@ -1,4 +1,4 @@
-"""Answers in channels (harmony): the final one is the text, the others are thoughts, the headers are neither."""
+"""Answers in channels (harmony): the final one is the text, others are thoughts, headers are neither."""
 
 import json
 
@@ -21,7 +21,9 @@ def codec(tmp_path_factory) -> TextCodec:
     return TextCodec(folder(tmp_path_factory.mktemp("harmony"), byte_level(*MARKS)), 300)
 
 
-def read(codec: TextCodec, answer: str, prompt: str | None = "<|start|>assistant", stop=()) -> tuple[str, str]:
+def read(
+    codec: TextCodec, answer: str, prompt: str | None = "<|start|>assistant", stop=()
+) -> tuple[str, str]:
     ids = codec.encode(answer)
     detokenizer = Detokenizer(codec, stop, None if prompt is None else codec.encode(prompt))
     texts, thoughts = [], []
@@ -105,7 +107,9 @@ def test_completions_over_http(client, codec):
     whole = client.post("/v1/completions", json=fields).json()["choices"][0]
     assert (whole["text"], whole["reasoning_content"]) == ("Hello 😀!", "Hmm. 😀")
     begins = whole["logprobs"]["text_offset"]
-    assert begins[-1] == len("Hello 😀!") and begins[-2] == len("Hello 😀"), "places in the text that was sent"
+    assert begins[-1] == len("Hello 😀!") and begins[-2] == len("Hello 😀"), (
+        "places in the text that was sent"
+    )
     assert client.post("/v1/completions", json=fields | {"prompt": [259]}).json()["choices"][0].keys() == (
         whole.keys() - {"reasoning_content"}
     )

@@ -24,8 +24,9 @@ class Marks(NamedTuple):
 
 def harmony_marks(token_bytes: TokenBytes) -> Marks | None:
     """None where the tokenizer does not have all of them as special tokens."""
-    ids = [token_bytes.tokenizer.token_to_id(f"<|{name}|>") for name in Marks._fields]
-    return Marks(*ids) if all(id in token_bytes.special for id in ids) else None
+    found = [token_bytes.tokenizer.token_to_id(f"<|{name}|>") for name in Marks._fields]
+    ids = [id for id in found if id is not None and id in token_bytes.special]
+    return Marks(*ids) if len(ids) == len(found) else None
 
 
 class Channels:
@@ -70,7 +71,7 @@ class AnswerText:
         self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
         self.text = GrowingText(token_bytes, prompt)
         self.thoughts = GrowingText(token_bytes)
-        self._separator = ""
+        self._between = ""  # two messages of thoughts
 
     def push(self, id: int) -> tuple[str, str]:
         """The characters of the text, and of the thoughts, that the token completes."""
@@ -81,14 +82,10 @@ class AnswerText:
             return "", ""
         if self.channels.final:
             return self.text.push(id), ""
-        return "", self._thought(id)
-
-    def _thought(self, id: int) -> str:
-        """A line end comes between two messages of thoughts."""
-        if id == self.channels.marks.message:
-            return self._separator
-        self._separator = "\n"
-        return self.thoughts.push(id)
+        if id != self.channels.marks.message:
+            self._between = "\n"
+            return "", self.thoughts.push(id)
+        return "", self._between
 
     def flush(self) -> tuple[str, str]:
         """What is left of characters that were not completed."""
