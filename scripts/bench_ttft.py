@@ -39,7 +39,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], help="that come at once")
     parser.add_argument("--busy", type=int, default=4, help="sequences that decode meanwhile")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=63)
     parser.add_argument("--dry", action="store_true", help="a small form that writes nothing")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     args = parser.parse_args()

@@ -114,7 +114,7 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/make_golden.py": [Command(elsewhere="tests/test_models_golden.py reads what it wrote")],
     "scripts/train_tiny.py": [
         Command("scripts/train_tiny.py --help"),
-        Command("scripts/train_tiny.py train --help"),
+        Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/test_engine_aot.py")],

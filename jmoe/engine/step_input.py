@@ -14,6 +14,8 @@ import numpy as np
 
 from jmoe.engine.sampling import SamplingRows, blank_rows
 
+FEWEST = 4  # rows beside prompts
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -33,11 +35,12 @@ class Sizes:
 
     @property
     def beside(self) -> tuple[int, ...]:
-        """Sequences a rank beside prompts: all that may run, and smaller sizes, each an eighth at most of the
-        next, so that a prompt which is nearly alone does not pay for hundreds of empty rows."""
+        """Sequences a rank beside prompts: all that may run, and smaller sizes, each a quarter at most of the
+        next, so that few sequences do not pay for many empty rows; below ``FEWEST`` a row costs next to
+        nothing, and a size one more program to compile."""
         picked = [self.decode[-1]]
         for size in reversed(self.decode):
-            if 8 * size <= picked[-1]:
+            if FEWEST <= size <= picked[-1] / 4:
                 picked.append(size)
         return tuple(reversed(picked))
 
