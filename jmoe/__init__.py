@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmoe.checkpoint import convert
     from jmoe.checkpoint import load_model as load
-    from jmoe.config import ModelConfig, MoEConfig
-    from jmoe.engine.grammar import Grammar
+    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.engine.grammar.grammar import Grammar
     from jmoe.engine.llm import LLM
     from jmoe.engine.request import SamplingParams
 
@@ -16,10 +16,10 @@ __all__ = ["LLM", "Grammar", "MoEConfig", "ModelConfig", "SamplingParams", "conv
 
 _HOME = {
     "LLM": ("jmoe.engine.llm", "LLM"),
-    "Grammar": ("jmoe.engine.grammar", "Grammar"),
+    "Grammar": ("jmoe.engine.grammar.grammar", "Grammar"),
     "SamplingParams": ("jmoe.engine.request", "SamplingParams"),
-    "ModelConfig": ("jmoe.config", "ModelConfig"),
-    "MoEConfig": ("jmoe.config", "MoEConfig"),
+    "ModelConfig": ("jmoe.config.model", "ModelConfig"),
+    "MoEConfig": ("jmoe.config.model", "MoEConfig"),
     "load": ("jmoe.checkpoint", "load_model"),
     "convert": ("jmoe.checkpoint", "convert"),
 }

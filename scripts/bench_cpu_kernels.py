@@ -122,7 +122,8 @@ def main() -> None:
     import numpy as np
     from jmoe_kernels import cpu
 
-    from jmoe.config import ModelConfig, read_toml
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.reading import read_toml
 
     library = cpu.get_library()
     if isinstance(library, str):

@@ -95,10 +95,11 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     from flax import nnx
 
     from jmoe.checkpoint.hf_writer import save_hf
-    from jmoe.config import ModelConfig, MoEConfig, read_toml
+    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh
     from jmoe.models.decoder import Decoder
-    from jmoe.nn.param import ParamMaker
+    from jmoe.param import ParamMaker
 
     cfg = ModelConfig.from_dict(read_toml(toml))
     make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(0), platform="cpu")

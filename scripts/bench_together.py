@@ -47,8 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def techniques(row: str, placement: Path, profile: Path) -> Any:
     """The settings of a row."""
-    from jmoe.config import MoEConfig
-    from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
+    from jmoe.config.model import MoEConfig
+    from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 
     every: dict[str, Any] = {
         "binning": BinningConfig(),
@@ -69,9 +69,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.ranks)
     from jmoe.engine.build import EngineSettings
-    from jmoe.progress import Bars
     from jmoe.tools.place import place
     from jmoe.tools.profile import profile
+    from jmoe.tools.progress import Bars
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Bars() as bars:

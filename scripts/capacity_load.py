@@ -25,7 +25,7 @@ from capacity_loads import (
     read_published,
 )
 
-from jmoe.techniques import CapacityConfig
+from jmoe.config.techniques import CapacityConfig
 
 FACTORS = (1.0, 1.25, 1.5, 2.0)
 POLICIES = ("drop", "reroute", "expand")

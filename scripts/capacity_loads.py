@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.capacity import limit
-from jmoe.moe.placement import balance
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-from jmoe.techniques import CapacityConfig
+from jmoe.placement.placement import balance
 
 RANKS = 8
 SLOTS = (0, 7, 15)  # the model's layers that were published

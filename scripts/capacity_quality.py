@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from capacity_loads import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import CapacityConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
-from jmoe.techniques import CapacityConfig
 from jmoe.tools.data import bounded, read_documents, windows
 from jmoe.tools.evaluate import PageRows
 

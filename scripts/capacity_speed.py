@@ -22,10 +22,10 @@ import numpy as np
 from capacity_loads import RANKS, SLOTS, Published, draw_ranks, limited_matrix, read_published
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
 
+from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.capacity import limit
-from jmoe.moe.placement import balance
 from jmoe.moe.types import Routing, TokenFlags
-from jmoe.techniques import CapacityConfig
+from jmoe.placement.placement import balance
 
 FACTORS = (2.0, 1.5, 1.0)
 POLICIES = ("drop", "expand")

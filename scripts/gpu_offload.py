@@ -19,9 +19,9 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 
-from jmoe.nn.param import HOST
 from jmoe.offload.copies import copy_in, fetch, install
 from jmoe.offload.table import Moves
+from jmoe.param import HOST
 
 LAYERS = 8  # of a chain
 SLOTS = 5

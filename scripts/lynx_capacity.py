@@ -17,10 +17,10 @@ from bench_results import few
 from capacity_loads import RANKS, device_peak, expert_peak, rank_loads
 from lynx_decode import Meter, Scorer, batches, counted, read_windows
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
-from jmoe.techniques import BinningConfig, CapacityConfig
 
 BATCHES = (16, 64)
 WIDTHS = (None, 0.7, 0.5, 0.35)

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jmoe.checkpoint import load_model
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import model_directory
 from jmoe.engine.engine import Engine
-from jmoe.engine.runner import Runner
-from jmoe.engine.text import TextCodec
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh
 from jmoe.tools.data import read_documents, windows
 from jmoe.tools.evaluate import PageRows

@@ -15,12 +15,12 @@ from jmoe_kernels import binning
 from jmoe_kernels.grouped_mlp import pick
 from lynx_speed import HALF, TOKENS, bisect
 
-from jmoe.anatomy import RouterConfig
+from jmoe.config.anatomy import RouterConfig
+from jmoe.config.techniques import BinningConfig
 from jmoe.moe.binning import get_rule, route_binned
 from jmoe.moe.experts import apply_experts
 from jmoe.moe.routing import plan_dispatch, route
 from jmoe.moe.types import TokenFlags
-from jmoe.techniques import BinningConfig
 
 QWEN3 = (128, 768, 2048, 8)  # experts, inner, model, routed
 TOY = (16, 64, 64, 2)

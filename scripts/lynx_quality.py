@@ -20,9 +20,9 @@ from jmoe_kernels.binning import Method
 from lynx_curves import CENTINATS
 from lynx_decode import Meter, Scorer, batches, counted, read_windows
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.techniques import BinningConfig
 
 MIXES = ("single", "mixed")
 BATCHES = (4, 8, 16, 32, 64)

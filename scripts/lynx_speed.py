@@ -28,15 +28,16 @@ from flax import nnx
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp import pick
 
-from jmoe.anatomy import RouterConfig
 from jmoe.checkpoint import load_model, read_config
-from jmoe.config import MoEConfig, read_toml
+from jmoe.config.anatomy import RouterConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.reading import read_toml
+from jmoe.config.techniques import BinningConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
 from jmoe.moe.routing import route
 from jmoe.moe.types import TokenFlags
 from jmoe.nn.sequences import Sequences
-from jmoe.techniques import BinningConfig
 
 OLMOE = SimpleNamespace(num_experts=64, moe_intermediate_size=1024, hidden_size=2048, num_experts_per_tok=8)
 TOY = SimpleNamespace(num_experts=16, moe_intermediate_size=64, hidden_size=64, num_experts_per_tok=2)

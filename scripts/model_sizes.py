@@ -23,7 +23,8 @@ def row(path: Path) -> str:
     """active: without the embedding, of which a token uses one row, and with the shared experts. KV cache:
     bytes in bfloat16, over all layers."""
     from jmoe.checkpoint.params import abstract_decoder
-    from jmoe.config import ModelConfig, MoEConfig, read_toml
+    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh
 
     cfg = ModelConfig.from_dict(read_toml(path))

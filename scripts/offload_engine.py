@@ -27,10 +27,10 @@ from offload_traces import make_traces, route_windows
 from speculative_routing import collect
 
 from jmoe import LLM, MoEConfig, SamplingParams
+from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.request import Output, Request
-from jmoe.offload.predictors import Given
+from jmoe.offload.predictors.make import Given
 from jmoe.offload.simulator import next_uses
-from jmoe.techniques import OffloadConfig
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
 SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # of the experts, by batch

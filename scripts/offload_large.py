@@ -18,9 +18,9 @@ from offload_traces import make_traces, random_windows, route_windows
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import read_config
-from jmoe.config import read_toml
-from jmoe.grouping.profile_builder import ProfileBuilder, nearest_seen
-from jmoe.techniques import OffloadConfig
+from jmoe.config.reading import read_toml
+from jmoe.config.techniques import OffloadConfig
+from jmoe.placement.profile_builder import ProfileBuilder, nearest_seen
 from jmoe.tools.profile import routed
 
 LENGTH, PROMPT, PROFILE, TEST = 96, 32, 64, 8

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
-from jmoe.engine.runner import Runner
-from jmoe.offload.predictors import Given
+from jmoe.engine.step.runner import Runner
+from jmoe.offload.predictors.make import Given
 from jmoe.offload.simulator import foretold
 
 # of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)

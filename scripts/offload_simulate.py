@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from offload_traces import AHEAD
 
-from jmoe.config import ModelConfig
-from jmoe.grouping.profile import Profile
-from jmoe.offload.predictors import Given, NextGate, make_predictor
+from jmoe.config.model import ModelConfig
+from jmoe.offload.predictors.make import Given, NextGate, make_predictor
 from jmoe.offload.simulator import Link, Trace, begin, next_uses, run
 from jmoe.offload.table import Rule, fill, new_table
 from jmoe.offload.types import Predictor
+from jmoe.placement.profile import Profile
 
 # name: predictor, eviction
 COMPARATORS = {

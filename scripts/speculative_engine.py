@@ -13,8 +13,8 @@ from bench_protocol import beginning
 from speculative_routing import collect, domains_of, pieces
 
 from jmoe import LLM, MoEConfig, SamplingParams
-from jmoe.grouping.group import group
-from jmoe.techniques import ShuffleConfig
+from jmoe.config.techniques import ShuffleConfig
+from jmoe.placement.group import group
 
 RANKS, GROUPS = 4, 2  # of experts, as many as the bundled model has heads to split; data groups
 WINDOWS = 8  # of a domain in the statistics: the placement need not be good here

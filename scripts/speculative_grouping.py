@@ -13,9 +13,9 @@ import numpy as np
 from bench_results import few
 from speculative_routing import Source, Test, collect, figures
 
-from jmoe.grouping.group import METHODS
-from jmoe.grouping.objective import Problem
-from jmoe.grouping.profile import Profile
+from jmoe.placement.group import METHODS
+from jmoe.placement.objective import Problem
+from jmoe.placement.profile import Profile
 
 RANKS = (4, 8, 16)
 MAIN = 8

@@ -16,9 +16,9 @@ from bench_results import few
 from capacity_loads import RANKS
 from lynx_decode import Meter, Scorer, batches, read_windows
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.techniques import BinningConfig
 
 BATCH = 16
 BONUSES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)

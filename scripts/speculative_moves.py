@@ -14,8 +14,8 @@ from jaxtyping import Int
 from speculative_grouping import RANKS, SIZES, homes, log
 from speculative_routing import collect, dealt, put
 
-from jmoe.grouping.tabulate import tabulate
 from jmoe.moe.orders import step_tables
+from jmoe.placement.tabulate import tabulate
 
 
 def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, float]:

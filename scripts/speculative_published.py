@@ -19,11 +19,11 @@ from capacity_loads import MODELS, SLOTS
 from jaxtyping import Float, Int
 from speculative_grouping import mean
 
-from jmoe.grouping.baselines import load, random
-from jmoe.grouping.coclustering import alternating
-from jmoe.grouping.objective import TOKENS, LayerProblem, Problem
-from jmoe.grouping.tabulate import PRIOR
 from jmoe.moe.orders import align
+from jmoe.placement.baselines import load, random
+from jmoe.placement.coclustering import alternating
+from jmoe.placement.objective import TOKENS, LayerProblem, Problem
+from jmoe.placement.tabulate import PRIOR
 
 RANKS = {"olmoe": 8, "mixtral": 4}
 METHODS = {"alternating": alternating, "load": load, "random": random}

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.grouping.profile import Profile
-from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
-from jmoe.grouping.tabulate import tabulate
 from jmoe.moe.orders import Hints, ShuffleTables, align, guess, label, step_tables
+from jmoe.placement.profile import Profile
+from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.placement.tabulate import tabulate
 from jmoe.tools.data import read_documents
 from jmoe.tools.profile import routed
 

@@ -183,10 +183,10 @@ def check(case: Case) -> dict:
     import jax  # after main() has set the environment that libtpu reads
     from jax.experimental import topologies
 
-    from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig, MoEConfig
     from jmoe.engine.build import ROW
     from jmoe.engine.lowering import lower_step
-    from jmoe.engine.step_input import Sizes
+    from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh
 
     cfg = ModelConfig.from_dict(tomllib.loads(case.model.read_text()))

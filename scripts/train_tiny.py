@@ -27,11 +27,11 @@ from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jmoe.checkpoint import load_model, save_hf
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.sequences import Sequences
+from jmoe.param import ParamMaker
 
 END = "<|endoftext|>"
 # GPT-2's split with single digits, and with runs of line ends and their indentation kept whole

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jmoe.techniques import CapacityConfig
+from jmoe.config.techniques import CapacityConfig
 
 
 @dataclass

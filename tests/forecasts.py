@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from routed import LAYERS, VOCAB, K, planted
 
-from jmoe.offload.map_store import MapStore
+from jmoe.offload.predictors.map_store import MapStore
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
 L, E, D, A = 5, 8, 6, 2

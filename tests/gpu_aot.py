@@ -106,9 +106,9 @@ def _lower_step(case: dict):
     """A step of the engine, lowered."""
     import tomllib
 
-    from jmoe.config import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig, MoEConfig
     from jmoe.engine.lowering import lower_step
-    from jmoe.engine.step_input import Sizes
+    from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh
 
     with open(case["config"], "rb") as file:

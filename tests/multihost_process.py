@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import EngineSettings
 from jmoe.engine.engine import Engine
-from jmoe.engine.multihost import follow, lead
-from jmoe.engine.nodes import Nodes, leave
+from jmoe.engine.processes.lockstep import follow, lead
+from jmoe.engine.processes.nodes import Nodes, leave
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.engine.runner import Runner
+from jmoe.engine.step.runner import Runner
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64}
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request, SamplingParams
 from jmoe.mesh import DATA, EXPERT
-from jmoe.techniques import OffloadConfig
 from jmoe.tools.profile import profile
 
 LAYERS, EXPERTS, K, VOCAB = 2, 10, 2, 256

@@ -6,13 +6,13 @@ from typing import Any
 from pool_text import walks
 from small import config
 
-from jmoe.anatomy import LatentConfig
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.anatomy import LatentConfig
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.lowering import lower_copy, lower_step
-from jmoe.engine.step_input import Sizes
+from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Mesh, split_attention
 from jmoe.nn.kv_cache import page_bytes
-from jmoe.techniques import OffloadConfig
 
 DECODE, MIXED = 1, 64  # tokens of a step: one of each sequence; of prompts, beside decoded sequences
 PAGE, SEQUENCES, TABLE = 32, 4, 8

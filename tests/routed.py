@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jmoe.grouping.profile import Profile
-from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.placement.profile import Profile
+from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 
 LAYERS, VOCAB, K, D = 3, 40, 2, 4
 MAPS = 2  # iterations of a request that are kept whole

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import Mesh, make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.nn.param import ParamMaker
+from jmoe.param import ParamMaker
 
 MESHES = ((1, 1, 1), (1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1), (1, 1, 8), (4, 1, 2))
 

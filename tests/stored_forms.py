@@ -6,7 +6,7 @@ from dataclasses import replace
 import hf_tiny
 import numpy as np
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models import FAMILIES, Family
 from jmoe.models.weights import Form, Stored
 

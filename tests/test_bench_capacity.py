@@ -15,7 +15,7 @@ import capacity_report_quality as quality
 import capacity_speed as speed
 from bench_capacity import command, dumps, main, make_parser
 
-from jmoe.techniques import CapacityConfig
+from jmoe.config.techniques import CapacityConfig
 
 # 4 experts, top 2: token ids 0 (half of the tokens) and 1, with how often each chose every expert.
 LAYER = loads.Published(np.array([0.5, 0.5]), np.array([[1, 0.5, 0.5, 0], [1, 0, 0.25, 0.75]]), 2)

@@ -16,7 +16,8 @@ from test_documented_commands import SIZES
 
 from jmoe import LLM
 from jmoe.checkpoint import read_config
-from jmoe.config import ModelConfig, read_toml
+from jmoe.config.model import ModelConfig
+from jmoe.config.reading import read_toml
 from jmoe.models import model_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs/model").glob("*.toml"))

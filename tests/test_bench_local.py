@@ -5,7 +5,7 @@ import json
 import pytest
 from hf_tiny import hf_config, write_checkpoint
 
-from jmoe.cli import main
+from jmoe.cli.main import main
 
 SMALL = ("--max-model-len", "32", "--max-num-batched-tokens", "8")
 

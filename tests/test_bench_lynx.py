@@ -20,9 +20,9 @@ from bench_results import command, verdict
 from lynx_capacity import loads_and_loss
 from lynx_curves import METHODS, Curve, compared, percent
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.techniques import BinningConfig
 
 CURVE = Curve(np.array([0.5, 1.0]), np.array([[0.02, 0.04], [0.0, 0.0]]))
 TOY = """architecture = "OlmoeForCausalLM"

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from test_server_fake import ByteCodec, FakeEngine, listening
 
-from jmoe.cli import main
+from jmoe.cli.main import main
 from jmoe.tools.bench.answers import events, read_stream
 from jmoe.tools.bench.http import Answer, Client, Failure
 from jmoe.tools.bench.load import replay

@@ -21,7 +21,7 @@ from serving_peers import PEERS, Load
 from serving_report import write_part
 
 from jmoe.checkpoint import read_config
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import model_directory
 
 ROOT = Path(__file__).parents[1]

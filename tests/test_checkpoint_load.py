@@ -16,12 +16,12 @@ from small import config as small_config
 from jmoe.checkpoint import load_model, read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
 from jmoe.nn.kv_cache import make_pages
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.sequences import Sequences
+from jmoe.param import ParamMaker
 
 
 def one_device():

@@ -16,17 +16,17 @@ from jax.sharding import SingleDeviceSharding
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
-from jmoe.checkpoint.offload import Stacks, into_stacks
 from jmoe.checkpoint.params import ParamSpec, dotted
 from jmoe.checkpoint.renumber import into_slots, permute_gate, permuted
-from jmoe.config import MoEConfig
+from jmoe.checkpoint.stacks import Stacks, into_stacks
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
 from jmoe.models import FAMILIES
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
-from jmoe.moe.placement import Placement
-from jmoe.nn.param import ParamMaker
-from jmoe.techniques import OffloadConfig
+from jmoe.param import ParamMaker
+from jmoe.placement.placement import Placement
 
 DENSE_BETWEEN = (1, 3)  # the layers with experts of four
 ROUTERS = ("router.gate_ED", "router.bias_E", "router.correction_E", "router.expert_E")

@@ -9,7 +9,8 @@ import sys
 import pytest
 from hf_tiny import hf_config, write_checkpoint, write_tokenizer
 
-from jmoe.cli import main, read_serve_config, size
+from jmoe.cli.flags import read_serve_config, size
+from jmoe.cli.main import main
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 
@@ -211,7 +212,7 @@ def test_sizes(text, want):
 
 
 def test_help_and_refusals_do_not_import_jax():
-    code = "import sys; from jmoe.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" + (
+    code = "import sys; from jmoe.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" + (
         "assert not {'jax', 'numpy', 'orbax', 'starlette', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -219,7 +220,7 @@ def test_help_and_refusals_do_not_import_jax():
 
 def test_generate_imports_neither_server_nor_orbax(model):
     code = (
-        "import sys; from jmoe.cli import main\n"
+        "import sys; from jmoe.cli.main import main\n"
         f"main(['generate', {model!r}, '--prompt', 'x', '--max-tokens', '1', '--max-model-len', '32'])\n"
         "heavy = {'orbax', 'starlette', 'uvicorn', 'torch', 'transformers', 'prometheus_client', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"

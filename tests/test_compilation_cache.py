@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.engine.compilation_cache import INDEX, drop_damaged
+from jmoe.engine.step.compilation_cache import INDEX, drop_damaged
 
 GOOD = zlib.compress(os.urandom(3000))
 NAMES = ["a-1-cache", "b-2-cache", "c-3-cache"]
@@ -77,7 +77,7 @@ DAMAGED_BETWEEN = """
 import sys, warnings
 from pathlib import Path
 import jax
-from jmoe.engine.compilation_cache import is_whole, use_compilation_cache
+from jmoe.engine.step.compilation_cache import is_whole, use_compilation_cache
 
 folder = Path(sys.argv[1])
 warnings.simplefilter("error")  # jax warns of an entry that it cannot read

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.config import MoEConfig
-from jmoe.techniques import BinningConfig, CapacityConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
 
 
 def test_an_absent_block_is_off_and_an_empty_one_takes_the_defaults():

@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jmoe.cli import parser
+from jmoe.cli.main import parser
 from jmoe.server.app import GET
 
 ROOT = Path(__file__).parents[1]

@@ -12,12 +12,12 @@ import pytest
 
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
-from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine import deployment, memory
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.engine.build import BUNDLED, build_engine
-from jmoe.engine.deployment import resolve, within
-from jmoe.engine.memory import Room
-from jmoe.engine.settings import EngineSettings
+from jmoe.engine.deployment import deployment, memory
+from jmoe.engine.deployment.deployment import resolve, within
+from jmoe.engine.deployment.memory import Room
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.tools.doctor import doctor
 
@@ -201,15 +201,16 @@ def test_the_least_of_all_limits_is_the_room(monkeypatch):
 def test_an_address_space_that_is_too_small_is_one_line():
     """With 1 GiB beside what Python and jax have taken, the pages do not fit; with little, nothing starts."""
     limited = (
-        "import resource, sys; from jmoe.cli import main\n"
+        "import resource, sys; from jmoe.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
         "sys.exit(main(['generate', 'tiny', '--prompt', 'x']))"
     )
     ran = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "") and "starting takes 1 GiB: raise the limit" in ran.stderr
     code = (
-        "import resource, sys; import jax; jax.devices(); from jmoe.engine.memory import host_room\n"
-        "from jmoe.cli import main\n"
+        "import resource, sys; import jax; jax.devices()\n"
+        "from jmoe.engine.deployment.memory import host_room\n"
+        "from jmoe.cli.main import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30) + (256 << 20),) * 2)\n"
         "sys.exit(main(['doctor', 'tiny', '--kv-memory', '2GiB']))"

@@ -19,7 +19,7 @@ import hf_tiny
 import pytest
 from documented_commands import COMMANDS, Command
 
-from jmoe.cli import parser
+from jmoe.cli.main import parser
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

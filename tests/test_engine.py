@@ -10,15 +10,15 @@ import pytest
 from small import config, decoder, mesh_of, tokens
 from tokenizers import Tokenizer, models
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import EngineSettings, schedule
-from jmoe.engine.compilations import CompilationCounter
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.engine.runner import Runner
-from jmoe.engine.sampling import SamplingRows, blank_rows, sample
-from jmoe.engine.step_input import Sizes
-from jmoe.engine.token_bytes import TokenBytes
+from jmoe.engine.step.compilations import CompilationCounter
+from jmoe.engine.step.inputs import Sizes
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.sampling import SamplingRows, blank_rows, sample
+from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 

@@ -7,10 +7,10 @@ import pytest
 from small import config, decoder
 from test_engine import GREEDY, Engine, engine_of, prompts, serve
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import make_mesh
-from jmoe.server.metrics import Metrics
-from jmoe.techniques import BinningConfig, CapacityConfig
+from jmoe.server.watch.metrics import Metrics
 
 CFG = config(num_experts=16, num_experts_per_tok=4)
 EXACT = dataclasses.replace(GREEDY, exact=True)

@@ -6,9 +6,9 @@ import pytest
 from small import mesh_of
 from test_engine import CFG, GREEDY, Engine, engine_on, prompts, serve
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import CapacityConfig
 from jmoe.mesh import make_mesh
-from jmoe.techniques import CapacityConfig
 
 EXACT = dataclasses.replace(GREEDY, exact=True)
 HARSH = CapacityConfig(factor=0.5, phase="both")

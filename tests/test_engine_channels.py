@@ -7,7 +7,7 @@ import test_server_fake
 from others.tokenizer_folders import byte_level, folder
 from test_server_fake import TEMPLATE, FakeEngine, served
 
-from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|constrain|>")
 THOUGHT = "<|channel|>analysis<|message|>Hmm. 😀<|end|>"

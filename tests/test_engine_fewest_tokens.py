@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from others.tokenizer_folders import byte_level, folder, pieces
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from jmoe.engine.fewest_tokens import FewestTokens
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.fewest_tokens import FewestTokens
 
 
 def normalized(*parts: normalizers.Normalizer) -> Tokenizer:

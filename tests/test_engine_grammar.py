@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_server_fake import EOS, VOCAB, ByteCodec, byte_tokenizer
 
-from jmoe.engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, one_of, schema_grammar
-from jmoe.engine.grammar_check import GrammarChecker
-from jmoe.engine.json_schema import prepared
+from jmoe.engine.grammar.check import GrammarChecker
+from jmoe.engine.grammar.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, one_of, schema_grammar
+from jmoe.engine.grammar.json_schema import prepared
 
 PERSON = {
     "type": "object",

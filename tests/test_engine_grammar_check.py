@@ -8,10 +8,10 @@ import threading
 import pytest
 from test_server_fake import EOS, VOCAB, ByteCodec
 
-from jmoe.engine import grammar_check
-from jmoe.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
-from jmoe.engine.grammar_check import CheckerUnavailable, GrammarChecker, TooCostly
-from jmoe.engine.grammar_tokens import panics_as_errors
+from jmoe.engine.grammar import check as grammar_check
+from jmoe.engine.grammar.check import CheckerUnavailable, GrammarChecker, TooCostly
+from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from jmoe.engine.grammar.tokens import panics_as_errors
 
 GOOD, BAD = Grammar("regex", "a").source(), Grammar("regex", "a(b").source()
 ENDLESS = Grammar("json_schema", '{"type": "integer", "multipleOf": 1000003}').source()

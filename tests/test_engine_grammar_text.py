@@ -8,7 +8,7 @@ from test_server_fake import EOS, VOCAB, ByteCodec, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jmoe.engine.build import model_directory
-from jmoe.engine.grammar import Grammar, GrammarCompiler, one_of, schema_grammar
+from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler, one_of, schema_grammar
 
 TINY = Tokenizer.from_file(str(model_directory("tiny") / "tokenizer.json"))
 BYTES = [f"<0x{b:02X}>" for b in range(256)]

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jmoe.engine.dispatch import REASONS, Dispatch
-from jmoe.engine.pages import PagePool
-from jmoe.engine.plan import Run, Step
 from jmoe.engine.request import QueueFull, Request, SamplingParams
-from jmoe.engine.scheduler import MAX_PASSED, Limits, Scheduler
-from jmoe.engine.step_input import Sizes
-from jmoe.engine.text import Detokenizer, TextCodec
+from jmoe.engine.schedule.admission import REASONS, Dispatch
+from jmoe.engine.schedule.pages import PagePool
+from jmoe.engine.schedule.plan import Run, Step
+from jmoe.engine.schedule.scheduler import MAX_PASSED, Limits, Scheduler
+from jmoe.engine.step.inputs import Sizes
+from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 
 def request(name: str, prompt: int, max_tokens: int | None, token: int = 0) -> Request:

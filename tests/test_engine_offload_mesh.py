@@ -27,18 +27,18 @@ from offloaded import (
 
 from jmoe.checkpoint import convert, load_model
 from jmoe.checkpoint.identity import model_identity
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig, ShuffleConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
-from jmoe.grouping.profile import Profile
 from jmoe.mesh import make_mesh
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import Tables
-from jmoe.offload.expert_map import ExpertMaps
-from jmoe.offload.history import Renumbered
-from jmoe.offload.predictors import NAMES, make_predictor
-from jmoe.offload.request_counts import RequestCounts
-from jmoe.techniques import OffloadConfig, ShuffleConfig
+from jmoe.offload.predictors.expert_map import ExpertMaps
+from jmoe.offload.predictors.history import Renumbered
+from jmoe.offload.predictors.make import NAMES, make_predictor
+from jmoe.offload.predictors.request_counts import RequestCounts
+from jmoe.placement.placement import Placement
+from jmoe.placement.profile import Profile
+from jmoe.placement.tables import Tables
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}  # of a device: the experts of one token in one layer
 

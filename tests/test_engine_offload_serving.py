@@ -24,9 +24,9 @@ from offloaded import (
 )
 
 from jmoe.checkpoint import convert
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig
 from jmoe.engine.engine import Engine
-from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig
 from jmoe.tools.evaluate import evaluate
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}

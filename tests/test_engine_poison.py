@@ -8,10 +8,10 @@ from jmoe_kernels import cpu
 from small import config, decoder
 from test_engine import engine_of, serve
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.engine import Engine
-from jmoe.engine.pages import RankPages
 from jmoe.engine.request import SamplingParams
+from jmoe.engine.schedule.pages import RankPages
 from jmoe.mesh import make_mesh
 
 POISON = 95  # the token whose values in the first layer are infinite

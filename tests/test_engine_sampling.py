@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.engine.placing import fill_biases, fill_sampling
 from jmoe.engine.request import SamplingParams
-from jmoe.engine.sampling import blank_rows, sample
+from jmoe.engine.step.fill import fill_biases, fill_sampling
+from jmoe.engine.step.sampling import blank_rows, sample
 
 VOCAB, DRAWS = 40, 24
 TINY = 2.0**-126  # the smallest normal float32

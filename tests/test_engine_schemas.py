@@ -8,8 +8,8 @@ import pytest
 from schema_family import document, instances, walk
 from test_server_fake import EOS, VOCAB, ByteCodec
 
-from jmoe.engine.grammar import Grammar, GrammarCompiler, schema_grammar
-from jmoe.engine.schema_keywords import ecma
+from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler, schema_grammar
+from jmoe.engine.grammar.schema_keywords import ecma
 
 TIGHT = {"x-guidance": {"whitespace_flexible": False}}
 

@@ -8,10 +8,10 @@ import pytest
 from small import mesh_of, tokens
 from test_engine import CFG, GREEDY, Engine, engine_on, prompts, serve
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.request import Output, Request, SamplingParams, StepReport
 from jmoe.mesh import make_mesh
-from jmoe.techniques import BinningConfig, CapacityConfig
 
 HARSH = MoEConfig(capacity=CapacityConfig(factor=0.5, phase="both"))
 EXACT = dataclasses.replace(GREEDY, exact=True)

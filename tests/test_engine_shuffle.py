@@ -9,13 +9,13 @@ import pytest
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint.identity import model_identity
-from jmoe.grouping.group import METHODS, group
-from jmoe.grouping.profile import Profile
-from jmoe.grouping.profile_builder import ProfileBuilder, nearest_seen
+from jmoe.config.techniques import BinningConfig, ShuffleConfig
 from jmoe.moe.orders import prompt_share, step_tables
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import Tables
-from jmoe.techniques import BinningConfig, ShuffleConfig
+from jmoe.placement.group import METHODS, group
+from jmoe.placement.placement import Placement
+from jmoe.placement.profile import Profile
+from jmoe.placement.profile_builder import ProfileBuilder, nearest_seen
+from jmoe.placement.tables import Tables
 from jmoe.tools.profile import routed
 
 LAYERS, EXPERTS, VOCAB = 3, 8, 96

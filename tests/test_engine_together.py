@@ -18,12 +18,12 @@ from offloaded import EXPERTS, LAYERS, VOCAB, build, check_counters, check_pool,
 
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.identity import model_identity
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 from jmoe.engine.request import MoEUsage, Request, SamplingParams
 from jmoe.mesh import make_mesh
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import Tables
-from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
+from jmoe.placement.placement import Placement
+from jmoe.placement.tables import Tables
 
 BINNING = BinningConfig(bin_width=0.05)
 CAPACITY = CapacityConfig(factor=0.5, policy="reroute", phase="both")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jmoe import LLM
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import EngineSettings
-from jmoe.engine.step_input import window_length
+from jmoe.engine.step.inputs import window_length
 from jmoe.tools.evaluate import evaluate
 
 VOCAB = 256

@@ -16,10 +16,10 @@ from test_engine import serve
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import load_model, read_config
 from jmoe.checkpoint.identity import model_identity
+from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 from jmoe.mesh import make_mesh
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import Tables
-from jmoe.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
+from jmoe.placement.placement import Placement
+from jmoe.placement.tables import Tables
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = (

@@ -24,7 +24,7 @@ from test_server_fake import eventually, listening
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import Request
 from jmoe.engine.worker import EngineWorker
-from jmoe.server.generation import Generation
+from jmoe.server.answer.generation import Generation
 
 PATH = "/v1/completions"
 AT_ONCE = 24

@@ -23,10 +23,10 @@ from safetensors.numpy import save
 from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.engine.build import EngineSettings, build_engine, end_tokens
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh
 from jmoe.models import model_config
-from jmoe.server.chat_template import load_chat_template, load_turn_ends
+from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -13,10 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request, SamplingParams
-from jmoe.engine.text import TextCodec
-from jmoe.engine.token_bytes import Pieces
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.token_bytes import Pieces
 from jmoe.engine.worker import EngineWorker
-from jmoe.server import sampler
+from jmoe.server.watch import poll as sampler
 
 SIZES = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
 FATAL, FINE = 7, 8

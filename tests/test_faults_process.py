@@ -18,7 +18,7 @@ import pytest
 from raw_http import events
 from test_server_fake import eventually
 
-from jmoe import cli
+from jmoe.cli import main as cli
 
 STREAM = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
 

@@ -14,8 +14,8 @@ import pytest
 from raw_http import ask, connected, events, head, parsed, post
 from test_server_fake import ByteCodec, FakeEngine, eventually, listening
 
-from jmoe.server import middleware
 from jmoe.server.settings import ServerSettings
+from jmoe.server.wire import middleware
 
 PATH = "/v1/completions"
 SMALL = {"prompt": "ab", "max_tokens": 2}

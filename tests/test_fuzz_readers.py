@@ -19,18 +19,18 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.params import abstract_decoder
-from jmoe.cli import read_serve_config
-from jmoe.config import MoEConfig
+from jmoe.cli.flags import read_serve_config
+from jmoe.config.model import MoEConfig
 from jmoe.engine.build import end_tokens
-from jmoe.engine.text import TextCodec
-from jmoe.grouping.profile import Profile
+from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import Tables
-from jmoe.server.body import check_chat, check_completion, decode
-from jmoe.server.chat_template import ChatTemplate, load_chat_template, load_turn_ends
+from jmoe.placement.placement import Placement
+from jmoe.placement.profile import Profile
+from jmoe.placement.tables import Tables
 from jmoe.server.errors import ApiError
-from jmoe.server.schema import ChatRequest, CompletionRequest
+from jmoe.server.request.body import check_chat, check_completion, decode
+from jmoe.server.request.schema import ChatRequest, CompletionRequest
+from jmoe.server.template.chat_template import ChatTemplate, load_chat_template, load_turn_ends
 
 FEW, MANY, A_MINUTE = 150, 10_000, 60.0
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from jmoe.checkpoint import read_config
-from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.settings import EngineSettings
-from jmoe.flags import read_serve_config
+from jmoe.cli.flags import read_serve_config
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.nn.rope import frequencies
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,12 +10,12 @@ from offloaded import EXPERT_BYTES, EXPERTS, LAYERS, SETTINGS, VOCAB, K, serve, 
 from test_engine_offload import check_pool
 
 from jmoe.checkpoint import convert
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig, Eviction, OffloadConfig, PredictorName
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
-from jmoe.engine.host_driven import HostDrivenRunner
+from jmoe.engine.offload.host_runner import HostDrivenRunner
 from jmoe.mesh import make_mesh
-from jmoe.techniques import BinningConfig, CapacityConfig, Eviction, OffloadConfig, PredictorName
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}
 QUARTER = {"memory": (LAYERS * EXPERTS // 4 + 3) * EXPERT_BYTES}

@@ -18,14 +18,14 @@ from routers import compiled as router
 from small import config, mesh_of
 from test_moe_layer import layer_on, run
 
-from jmoe.anatomy import RouterConfig
-from jmoe.config import MoEConfig
+from jmoe.config.anatomy import RouterConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
 from jmoe.moe.capacity import limit
 from jmoe.moe.routing import route
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-from jmoe.techniques import BinningConfig, CapacityConfig
 
 ROWS, K = 12, 4
 CONFIGS = {

@@ -18,10 +18,10 @@ from routers import EXPERTS, VARIANTS
 from routers import compiled as router
 from small import mesh_of
 
+from jmoe.config.techniques import CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS
 from jmoe.moe.capacity import capacity, limit
 from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
-from jmoe.techniques import CapacityConfig
 
 ROWS, CHOICES, HELD = 24, 4, 4
 METRICS = ("score", "order", "reverse_order", "random")

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 from routed import LAYERS, VOCAB, K, planted, planted_requests
 
-import jmoe.grouping.cross_entropy
-import jmoe.grouping.objective
-from jmoe.grouping.assignment import assign
-from jmoe.grouping.baselines import balanced_splits, partitions
-from jmoe.grouping.group import METHODS, group, placed
-from jmoe.grouping.objective import Problem
-from jmoe.grouping.tabulate import PRIOR, labels, local_share, put, rank_shares
-from jmoe.moe.placement import Placement
-from jmoe.moe.tables import SHARES
+import jmoe.placement.cross_entropy
+import jmoe.placement.objective
+from jmoe.placement.assignment import assign
+from jmoe.placement.baselines import balanced_splits, partitions
+from jmoe.placement.group import METHODS, group, placed
+from jmoe.placement.objective import Problem
+from jmoe.placement.placement import Placement
+from jmoe.placement.tables import SHARES
+from jmoe.placement.tabulate import PRIOR, labels, local_share, put, rank_shares
 
 HEURISTICS = ("alternating", "cross_entropy")
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(jmoe.grouping.cross_entropy, "ROUNDS", 15)
+    monkeypatch.setattr(jmoe.placement.cross_entropy, "ROUNDS", 15)
 
 
 def nothing(done: int, total: int, cost: float) -> None:
@@ -108,7 +108,7 @@ def test_remote_is_what_the_best_equal_chunks_leave(monkeypatch):
 
     With so few ids every price step moves much: it takes more of them than on real text.
     """
-    monkeypatch.setattr(jmoe.grouping.objective, "STEPS", 3000)
+    monkeypatch.setattr(jmoe.placement.objective, "STEPS", 3000)
     profile, home_LE = planted(8, 4, requests=8)
     layer = Problem.of(profile, 4).layers[0]
     for home_E in (home_LE[0], np.arange(8) // 2):

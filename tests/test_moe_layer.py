@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_moe import moe_reference
 from flax import nnx
 from jmoe_kernels.choice import choose
 from small import MESHES, config, mesh_of
 
-from jmoe.anatomy import RouterConfig
-from jmoe.config import MoEConfig
+from jmoe.config.anatomy import RouterConfig
+from jmoe.config.model import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.layer import MoELayer
-from jmoe.moe.reference import moe_reference
 from jmoe.moe.routing import plan_dispatch, route
 from jmoe.moe.types import TokenFlags
-from jmoe.nn.param import ParamMaker
+from jmoe.param import ParamMaker
 
 TOKENS = 48
 

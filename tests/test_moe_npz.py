@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmoe.moe import npz
-from jmoe.moe.npz import save_arrays, saved_arrays
+from jmoe.placement import npz
+from jmoe.placement.npz import save_arrays, saved_arrays
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
-from jmoe.moe import npz
+from jmoe.placement import npz
 
 def write(file, **arrays):
     file.write(b"PK half of an archive")

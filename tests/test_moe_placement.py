@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.moe.placement import Placement, balance
+from jmoe.placement.placement import Placement, balance
 
 EXAMPLE = Path(__file__).parent.parent.parent / "shared" / "data" / "routing" / "eplb_example.json"
 

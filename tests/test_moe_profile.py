@@ -13,13 +13,13 @@ from routed import LAYERS, VOCAB, K, builder_for, embeddings, planted, planted_h
 from small import config, decoder, mesh_of, tokens
 
 from jmoe.checkpoint import load_model
-from jmoe.cli import main
-from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import Sizes
-from jmoe.grouping import profile_builder
-from jmoe.grouping.profile import Profile
-from jmoe.grouping.profile_builder import RoutedRequest, nearest_seen
+from jmoe.cli.main import main
+from jmoe.engine.step.inputs import Sizes
+from jmoe.engine.step.runner import Runner
 from jmoe.nn.sequences import Sequences
+from jmoe.placement import profile_builder
+from jmoe.placement.profile import Profile
+from jmoe.placement.profile_builder import RoutedRequest, nearest_seen
 from jmoe.tools.data import bounded
 from jmoe.tools.profile import routed
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import config, decoder, mesh_of, tokens
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, MoEOutput, Routing

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
 from small import MESHES, config, decoder, mesh_of, tokens
 
-from jmoe.config import MoEConfig
-from jmoe.engine.stats import Count64, MoECounters, add_step, transported_bytes, zero_totals
+from jmoe.config.model import MoEConfig
+from jmoe.engine.step.counters import Count64, MoECounters, add_step, transported_bytes, zero_totals
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
 from jmoe.moe.exchange import emulated_ragged_all_to_all

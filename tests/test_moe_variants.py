@@ -15,20 +15,20 @@ from test_moe_layer import layer_on
 
 from jmoe.checkpoint.renumber import EXPERTS as STACKS
 from jmoe.checkpoint.renumber import permute_gate
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.experts import ApplyBy, HostExperts
 from jmoe.moe.layer import MoELayer
-from jmoe.moe.placement import Placement
 from jmoe.moe.transport import local
 from jmoe.moe.types import Phase, TokenFlags
-from jmoe.nn.param import ParamMaker
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.copies import copy_in
-from jmoe.offload.predictors import NoPredictor
+from jmoe.offload.predictors.make import NoPredictor
 from jmoe.offload.table import Rule, fill, new_table
 from jmoe.offload.types import StepSeen
-from jmoe.techniques import OffloadConfig
+from jmoe.param import ParamMaker
+from jmoe.placement.placement import Placement
 
 ROWS, SLOTS = 16, 6
 VALID = np.arange(ROWS) % 5 != 2

@@ -21,7 +21,7 @@ from test_cli import run
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.nodes import Nodes, free_port
+from jmoe.engine.processes.nodes import Nodes, free_port
 from jmoe.mesh import make_mesh
 
 ASK = {"prompt": "several machines", "max_tokens": 6, "temperature": 0}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from jmoe.engine import gate
-from jmoe.engine import line as line_module
-from jmoe.engine.gate import Gate, Tunnel, knock
-from jmoe.engine.line import Followers, Line
-from jmoe.engine.nodes import free_port
+from jmoe.engine.processes import gate
+from jmoe.engine.processes import line as line_module
+from jmoe.engine.processes.gate import Gate, Tunnel, knock
+from jmoe.engine.processes.line import Followers, Line
+from jmoe.engine.processes.nodes import free_port
 from jmoe.engine.request import EngineDead
 
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from small import config, decoder, mesh_of, tokens
 
-from jmoe.anatomy import RopeConfig
-from jmoe.config import MoEConfig
+from jmoe.config.anatomy import RopeConfig
+from jmoe.config.model import MoEConfig
 from jmoe.nn.kv_cache import make_pages
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import rotate, rotation

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from offloaded import EXPERT_BYTES, EXPERTS, LAYERS, K, build, offloaded, write_model, write_profile
 
-from jmoe.config import MoEConfig
-from jmoe.techniques import OffloadConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 
 SIZES = {"layers": LAYERS, "experts": EXPERTS, "k": K, "expert_bytes": EXPERT_BYTES}
 

@@ -25,10 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routed import K, embeddings
 
-from jmoe.offload.choose import over_batch, top, until
-from jmoe.offload.expert_map import ExpertMaps
-from jmoe.offload.map_store import MapStore, insert
-from jmoe.offload.predictors import make_predictor
+from jmoe.offload.predictors.choose import over_batch, top, until
+from jmoe.offload.predictors.expert_map import ExpertMaps
+from jmoe.offload.predictors.make import make_predictor
+from jmoe.offload.predictors.map_store import MapStore, insert
 
 # ---- selection
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from offloaded import EXPERTS, GREEDY, SETTINGS, VOCAB, check_counters, check_pool, serve, write_profile
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
-from jmoe.grouping.profile import Profile
-from jmoe.techniques import OffloadConfig
+from jmoe.placement.profile import Profile
 from jmoe.tools.evaluate import evaluate
 from jmoe.tools.profile import profile
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routed import LAYERS, VOCAB, K, embeddings
 
-from jmoe.offload.predictors import NAMES, Given, make_predictor
-from jmoe.offload.request_counts import RequestCounts
-from jmoe.offload.token_table import TokenTable
+from jmoe.offload.predictors.make import NAMES, Given, make_predictor
+from jmoe.offload.predictors.request_counts import RequestCounts
+from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
 # ---- the other predictors

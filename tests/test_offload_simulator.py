@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from offloaded import EXPERTS, GREEDY, LAYERS, VOCAB, K, build, offloaded, serve, write_model, write_profile
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
 from jmoe.moe.types import CacheCounts
 from jmoe.offload import simulator
-from jmoe.offload.predictors import Given, NoPredictor
+from jmoe.offload.predictors.make import Given, NoPredictor
 from jmoe.offload.simulator import Link, Trace, begin, next_uses
 from jmoe.offload.table import Rule, fill, new_table
 

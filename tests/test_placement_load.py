@@ -13,11 +13,11 @@ from routed import planted
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.identity import model_identity
+from jmoe.config.techniques import ShuffleConfig
 from jmoe.engine.build import EngineSettings
-from jmoe.grouping.group import group
 from jmoe.mesh import make_mesh
-from jmoe.moe.placement import Placement, balance
-from jmoe.techniques import ShuffleConfig
+from jmoe.placement.group import group
+from jmoe.placement.placement import Placement, balance
 
 LAYERS, EXPERTS = 2, 8
 SIZES = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 64, "warm_up": False}

@@ -12,15 +12,15 @@ from msgspec import Meta
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import read_config
-from jmoe.cli import main
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.cli.flags import read_serve_config
+from jmoe.cli.main import main
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.reading import AtLeastOne, Positive, Size, typed, unique_json
+from jmoe.config.units import parse_size, readable
 from jmoe.engine.build import end_tokens
-from jmoe.engine.settings import EngineSettings
-from jmoe.flags import read_serve_config
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.models import model_config
-from jmoe.reading import AtLeastOne, Positive, Size, typed, unique_json
 from jmoe.server.settings import ServerSettings
-from jmoe.units import parse_size, readable
 
 GOLDEN = Path(__file__).parent / "golden"
 

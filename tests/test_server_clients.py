@@ -12,9 +12,9 @@ from test_server_api import events
 from test_server_fake import TEMPLATE, VOCAB, ByteCodec, FakeEngine, served
 from test_server_fuzz import CALL, OBJECT
 
-from jmoe.server.body import check_chat, check_completion, decode
-from jmoe.server.sampling import chat_params, completion_params
-from jmoe.server.schema import ChatRequest, CompletionRequest
+from jmoe.server.request.body import check_chat, check_completion, decode
+from jmoe.server.request.params import chat_params, completion_params
+from jmoe.server.request.schema import ChatRequest, CompletionRequest
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 BASE = {TEXT: {"prompt": "abc", "max_tokens": 2}, CHAT: {"messages": [{"role": "user", "content": "hi"}]}}

@@ -14,9 +14,10 @@ from browser import CHROMIUM, browser
 from test_server_fake import ByteCodec, FakeEngine, eventually, listening, served
 
 from jmoe.engine.request import EngineSnapshot, StepReport
-from jmoe.server import dashboard, sampler
-from jmoe.server.live import Live, Seconds, percentile
-from jmoe.server.samples import MEANS, SUMS, take_sample, window_report
+from jmoe.server.routes import dashboard
+from jmoe.server.watch import poll as sampler
+from jmoe.server.watch.snapshots import MEANS, SUMS, take_sample, window_report
+from jmoe.server.watch.totals import Live, Seconds, percentile
 
 LAYERS, EXPERTS, RANKS = 3, 8, 4
 

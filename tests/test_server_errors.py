@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_server_fake import TEMPLATE, ByteCodec, FakeEngine, served
 
-from jmoe.server.schema import ChatRequest, CompletionRequest
+from jmoe.server.request.schema import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

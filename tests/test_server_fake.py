@@ -11,8 +11,8 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
-from jmoe.engine.text import Detokenizer
-from jmoe.engine.token_bytes import TokenBytes
+from jmoe.engine.text.codec import Detokenizer
+from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.server.app import make_app
 from jmoe.server.run import Server, bind
 from jmoe.server.service import Service

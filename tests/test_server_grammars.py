@@ -36,7 +36,8 @@ def test_what_fails_within_a_few_tokens_is_refused_before_the_answer_begins(clie
 def test_costly_grammars_delay_one_another_only(client, monkeypatch):
     """A cheap one that comes last is not the last one to be answered."""
     ask(client, TEXT, structured_outputs={"regex": "the tokenizer is read"})
-    monkeypatch.setattr("jmoe.server.grammars.QUICK_SECONDS", 0.03)  # a costly one here takes four times that
+    quick = "jmoe.server.request.grammars.QUICK_SECONDS"
+    monkeypatch.setattr(quick, 0.03)  # a costly one here takes four times that
     done = []
 
     def post(name, outputs):

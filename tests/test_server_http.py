@@ -13,8 +13,8 @@ from raw_http import head, parsed
 from test_server_errors import check
 from test_server_fake import ByteCodec, FakeEngine, listening, served
 
-from jmoe.server.body import inflated
 from jmoe.server.errors import ApiError
+from jmoe.server.request.body import inflated
 from jmoe.server.settings import ServerSettings
 
 PATH, LIMIT = "/v1/completions", 100_000

@@ -15,9 +15,9 @@ from raw_http import ask, connected, head, parsed, post
 from test_server_fake import ByteCodec, FakeEngine, listening
 from test_server_run import PROGRAM, answers, eventually
 
-from jmoe.server import crowd
-from jmoe.server.bounds import LIGHT
-from jmoe.server.crowd import Crowd
+from jmoe.server.request.bounds import LIGHT
+from jmoe.server.wire import crowd
+from jmoe.server.wire.crowd import Crowd
 
 PATH = "/v1/completions"
 SMALL = {"prompt": "ab", "max_tokens": 2}

@@ -10,11 +10,11 @@ from urllib.parse import quote
 import pytest
 from test_server_fake import ByteCodec, FakeEngine, eventually, served
 
+from jmoe.cli.flags import given_settings
 from jmoe.engine.request import EngineSnapshot
-from jmoe.flags import given_settings
-from jmoe.server.live import Live
-from jmoe.server.logs import JsonLines, TextLines, configure, printable
-from jmoe.server.traffic import log_traffic
+from jmoe.server.watch.logs import JsonLines, TextLines, configure, printable
+from jmoe.server.watch.totals import Live
+from jmoe.server.watch.traffic import log_traffic
 
 EVIL = "x\n2026-01-01 00:00:00 CRITICAL all is lost\r\x1b[31m\u2028\u202e\x00"
 
@@ -137,7 +137,7 @@ def test_the_client_that_leaves_is_a_line_too(caplog):
 
 NOISY = """
 import threading, warnings
-from jmoe.server.logs import configure
+from jmoe.server.watch.logs import configure
 configure("json", "info")
 warnings.warn("two\\nlines", RuntimeWarning)
 thread = threading.Thread(target=lambda: 1 / 0, name="some-thread")

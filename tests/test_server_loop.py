@@ -13,10 +13,10 @@ from loop_watch import served_here, unheld
 from raw_http import ask, events, post
 from test_server_fake import TEMPLATE, ByteCodec, FakeEngine
 
-from jmoe.server import bounds, structured
-from jmoe.server.bounds import check_json, exceeds
-from jmoe.server.delivery import encoded, joined
+from jmoe.server.answer.delivery import encoded, joined
 from jmoe.server.errors import ApiError
+from jmoe.server.request import bounds, structured
+from jmoe.server.request.bounds import check_json, exceeds
 
 SIZE = 8 * 1024 * 1024 - 400
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -150,7 +150,7 @@ def test_a_large_answer_is_the_same_in_pieces(directory, monkeypatch):
         return whole, sent
 
     heavy, sent = asyncio.run(run(both)(directory))
-    monkeypatch.setattr("jmoe.server.delivery.HEAVY", 10**9)
+    monkeypatch.setattr("jmoe.server.answer.delivery.HEAVY", 10**9)
     light, _ = asyncio.run(run(both)(directory))
     assert heavy["choices"] == light["choices"] and heavy["usage"] == light["usage"]
     for choice in heavy["choices"]:

@@ -8,7 +8,7 @@ from test_server_api import events
 from test_server_fake import TEMPLATE, ByteCodec, FakeEngine, served
 from test_server_fuzz import BODIES
 
-from jmoe.server.schema import ChatRequest, CompletionRequest, neutral
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, neutral
 
 CHAT = "/v1/chat/completions"
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_server_fake import TEMPLATE, ByteCodec, FakeEngine, listening
 
-from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.template.chat_template import ChatTemplate
 
 CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"
 RUN = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"

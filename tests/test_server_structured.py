@@ -11,7 +11,7 @@ from test_server_api import events
 from test_server_errors import UNSUPPORTED, VALUE, check
 from test_server_fake import ByteCodec, FakeEngine, listening, served
 
-from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.template.chat_template import ChatTemplate
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
@@ -250,7 +250,7 @@ def test_a_hostile_schema_is_a_400(client):
 
 
 def test_too_many_waiting_grammars_are_a_503(client, monkeypatch):
-    monkeypatch.setattr("jmoe.server.grammars.MAX_WAITING", 0)
+    monkeypatch.setattr("jmoe.server.request.grammars.MAX_WAITING", 0)
     response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"regex": "unseen"}})
     check(response, 503, None, "grammar_queue_full")
     assert response.headers["retry-after"] == "1"

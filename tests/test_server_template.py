@@ -8,7 +8,7 @@ import time
 import jinja2.sandbox
 import pytest
 
-from jmoe.server.chat_template import ChatTemplate, load_chat_template, load_turn_ends
+from jmoe.server.template.chat_template import ChatTemplate, load_chat_template, load_turn_ends
 
 MESSAGES = [{"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("user", "you?"))]
 LOOPS = {
@@ -91,7 +91,7 @@ MEMORY = {
 }
 IN_LITTLE_MEMORY = """
 import resource, sys
-from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.template.chat_template import ChatTemplate
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 for source in sys.argv[1:]:
     try:

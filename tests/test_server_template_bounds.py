@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jmoe.server.chat_template import ChatTemplate
+from jmoe.server.template.chat_template import ChatTemplate
 
 BIG = "{% set big = 'y' * 8000000 %}"
 GROWS = "{% set ns = namespace(x='x', y='x') %}{% for i in range(99) %}GROW{% endfor %}"

@@ -8,7 +8,7 @@ from others.tokenizer_folders import byte_level, folder, pieces, with_bos
 from test_server_fake import TEMPLATE, FakeEngine, served
 from tokenizers import normalizers
 
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text.codec import TextCodec
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from test_server_fake import ByteCodec, FakeEngine, served
 
-from jmoe.server.tracing import Tracer, exporting_to
+from jmoe.server.watch.tracing import Tracer, exporting_to
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

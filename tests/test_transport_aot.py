@@ -51,11 +51,11 @@ def compile_layer(platform: str, name: str) -> str:
     from jmoe_kernels.choice import choose
     from small import config
 
-    from jmoe.config import MoEConfig
+    from jmoe.config.model import MoEConfig
     from jmoe.mesh import EXPERT, make_mesh
     from jmoe.moe.layer import MoELayer
     from jmoe.moe.types import TokenFlags
-    from jmoe.nn.param import ParamMaker
+    from jmoe.param import ParamMaker
 
     if platform == "tpu":
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4")

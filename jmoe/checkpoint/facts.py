@@ -12,7 +12,7 @@ import numpy as np
 from jmoe.checkpoint.hf_reader import CHUNK, INDEX, HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models import get_family
 from jmoe.models.weights import Stored
 

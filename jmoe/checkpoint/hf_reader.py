@@ -20,7 +20,7 @@ from jmoe.checkpoint.safetensors_file import (
     read_header,
     read_json,
 )
-from jmoe.units import brief
+from jmoe.config.units import brief
 
 INDEX = "model.safetensors.index.json"
 HUGE_PAGE = 2 << 20  # bytes

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jmoe.models.decoder import Decoder
-from jmoe.moe.placement import Placement
+from jmoe.placement.placement import Placement
 
 
 def model_identity(model: Decoder, placement: Placement | None = None) -> str:

@@ -19,19 +19,19 @@ from jmoe.checkpoint.facts import (
 )
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.offload import into_stacks
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, made_up, place, sources
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.checkpoint.stacks import into_stacks
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.reading import named
+from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
-from jmoe.moe.placement import Placement
-from jmoe.reading import named
-from jmoe.units import brief
+from jmoe.placement.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]

@@ -19,13 +19,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
-from jmoe.checkpoint.offload import Stacks
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, place
 from jmoe.checkpoint.renumber import permuted
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.checkpoint.stacks import Stacks
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.units import cause
 from jmoe.models.decoder import Decoder
-from jmoe.moe.placement import Placement
-from jmoe.units import cause
+from jmoe.placement.placement import Placement
 
 CHUNK = 32 << 20  # bytes; a device reads every chunk that its slice touches
 READERS = ("orbax", "tensorstore", "array_serialization")  # modules whose coroutines read arrays

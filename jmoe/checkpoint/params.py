@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import is_single, platform_of
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
-from jmoe.nn.param import ParamMaker
+from jmoe.param import ParamMaker
 
 
 @dataclass(frozen=True)

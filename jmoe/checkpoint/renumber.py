@@ -14,10 +14,10 @@ import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import in_layer
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
-from jmoe.moe.placement import Placement
+from jmoe.placement.placement import Placement
 
 # what a layer may have one row of for each expert: of its router, and of the experts
 GATES = tuple(f"moe.router.{name}" for name in ("gate_ED", "bias_E", "correction_E", "expert_E"))

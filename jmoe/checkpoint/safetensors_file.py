@@ -18,8 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jmoe.reading import unique_json
-from jmoe.units import brief
+from jmoe.config.reading import unique_json
+from jmoe.config.units import brief
 
 HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, here of an index too
 MOST_AXES, LARGEST = 32, 2**63 - 1  # of a shape: an absurd product would take for ever

@@ -13,8 +13,8 @@ from jmoe.checkpoint.forms import NO_NUMBER, PAIRS, dequantised, entries, in_sto
 from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, all_finite
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.safetensors_file import TensorInfo
+from jmoe.config.units import brief
 from jmoe.models.weights import PLAIN, Stored
-from jmoe.units import brief
 
 
 def read_slice(checkpoint: HFCheckpoint, stored: Stored, out: np.ndarray) -> None:

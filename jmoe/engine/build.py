@@ -12,24 +12,24 @@ from jax.sharding import Mesh
 from jmoe_kernels.choice import choose
 
 from jmoe.checkpoint import load_model
-from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.deployment import ROW, Deployment, resolve, within
-from jmoe.engine.dispatch import Dispatch, Share
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.reading import named, unique_json
+from jmoe.config.techniques import ShuffleConfig
+from jmoe.engine.deployment.deployment import ROW, Deployment, resolve, within
+from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
 from jmoe.engine.engine import Engine
-from jmoe.engine.host_driven import HostDrivenRunner
-from jmoe.engine.offload import make_cache, pick_executor, read_profile
-from jmoe.engine.pages import PagePool
+from jmoe.engine.offload.build import make_cache, pick_executor, read_profile
+from jmoe.engine.offload.host_runner import HostDrivenRunner
 from jmoe.engine.request import Request, SamplingParams
-from jmoe.engine.runner import Runner
-from jmoe.engine.scheduler import Limits, Scheduler
-from jmoe.engine.settings import BUNDLED, EngineSettings, model_directory
-from jmoe.engine.text import load_codec
+from jmoe.engine.schedule.admission import Dispatch, Share
+from jmoe.engine.schedule.pages import PagePool
+from jmoe.engine.schedule.scheduler import Limits, Scheduler
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.text.codec import load_codec
 from jmoe.mesh import DATA, EXPERT, platform_of
 from jmoe.models.fields import HFConfig
 from jmoe.moe.orders import prompt_share, step_tables
-from jmoe.moe.placement import Placement
-from jmoe.reading import named, unique_json
-from jmoe.techniques import ShuffleConfig
+from jmoe.placement.placement import Placement
 
 __all__ = ["BUNDLED", "ROW", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)

@@ -15,9 +15,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jmoe.engine.answers import Answers, accept, detokenizers
-from jmoe.engine.placing import Placed, constrain, fill, place
-from jmoe.engine.plan import Step
 from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
@@ -27,15 +24,18 @@ from jmoe.engine.request import (
     SamplingParams,
     StepReport,
 )
-from jmoe.engine.runner import Runner
-from jmoe.engine.sampling import ENDS
-from jmoe.engine.scheduler import Scheduler
-from jmoe.engine.scores import PromptScores
-from jmoe.engine.started import Started, count_assignments
-from jmoe.engine.step_input import StepInput
-from jmoe.engine.text import TextCodec
+from jmoe.engine.schedule.plan import Step
+from jmoe.engine.schedule.scheduler import Scheduler
+from jmoe.engine.step.answers import Answers, accept, detokenizers
+from jmoe.engine.step.fill import Placed, constrain, fill, place
+from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.sampling import ENDS
+from jmoe.engine.step.scores import PromptScores
+from jmoe.engine.step.started import Started, count_assignments
+from jmoe.engine.text.codec import TextCodec
 from jmoe.faults import ends_program, tell
-from jmoe.moe.placement import Placement
+from jmoe.placement.placement import Placement
 
 log = logging.getLogger(__name__)
 

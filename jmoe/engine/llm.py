@@ -10,14 +10,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from jmoe.config import MoEConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.reading import check_keys, hints, shown, typed
 from jmoe.engine.build import build_engine, with_seed
-from jmoe.engine.grammar import Grammar, GrammarCompiler
+from jmoe.engine.deployment.settings import EngineSettings
+from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
-from jmoe.engine.settings import EngineSettings
-from jmoe.engine.step_input import window_length
+from jmoe.engine.step.inputs import window_length
 from jmoe.mesh import EXPERT
-from jmoe.reading import check_keys, hints, shown, typed
 
 Prompt = str | Sequence[int]
 

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.checkpoint.params import abstract_decoder, fill
-from jmoe.config import ModelConfig, MoEConfig
-from jmoe.engine.offload import abstract_cache
-from jmoe.engine.stats import zero_totals
-from jmoe.engine.step import Jitted, is_lossy, jitted, make_knobs
-from jmoe.engine.step_input import Sizes, blank_input
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.engine.offload.build import abstract_cache
+from jmoe.engine.step.counters import zero_totals
+from jmoe.engine.step.functions import Jitted, is_lossy, jitted, make_knobs
+from jmoe.engine.step.inputs import Sizes, blank_input
 from jmoe.mesh import EXPERT, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Protocol
 import numpy as np
 from msgspec import Meta
 
-from jmoe.engine.prefix import PageNames
-from jmoe.reading import check_fields
+from jmoe.config.reading import check_fields
+from jmoe.engine.page_names import PageNames
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256

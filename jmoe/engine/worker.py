@@ -9,7 +9,7 @@ from typing import Any
 
 from jmoe.engine.engine import Engine, Listener
 from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Request
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text.codec import TextCodec
 from jmoe.faults import contained, tell
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.reading import shown
 from jmoe.models import (
     deepseek,
     dots1,
@@ -20,7 +21,6 @@ from jmoe.models import (
 )
 from jmoe.models.family import Family
 from jmoe.models.fields import HFConfig
-from jmoe.reading import shown
 
 QUANTIZATIONS = ("mxfp4",)  # in which some family is read
 FAMILIES = {

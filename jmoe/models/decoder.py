@@ -19,7 +19,7 @@ from jmoe_kernels.choice import choose as choose_kernels
 from jmoe_kernels.matmul import Dense, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.layer import DecoderLayer, Foresight, foresight
 from jmoe.moe.binning import get_rule
@@ -29,12 +29,12 @@ from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing
 from jmoe.nn.kv_cache import stored_kv_heads
 from jmoe.nn.norm import Norm, normalize
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.ranks import SAME
 from jmoe.offload.types import Predictor, StepSeen
+from jmoe.param import ParamMaker
 
 
 @jax.tree_util.register_dataclass

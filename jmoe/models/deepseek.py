@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from jmoe.anatomy import LatentConfig, RopeConfig, RouterConfig
-from jmoe.config import ModelConfig
+from jmoe.config.anatomy import LatentConfig, RopeConfig, RouterConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models.family import (
     Family,
     HFConfig,

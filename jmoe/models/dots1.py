@@ -1,6 +1,6 @@
 """dots.llm1 (142B-A14B): DeepSeek-V3's router over Qwen3's attention."""
 
-from jmoe.config import LayerType, ModelConfig
+from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
 from jmoe.models.family import Family, HFConfig, common_fields, require
 

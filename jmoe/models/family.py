@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from jmoe.anatomy import RopeConfig, RopeType
-from jmoe.config import ModelConfig
+from jmoe.config.anatomy import RopeConfig, RopeType
+from jmoe.config.model import ModelConfig
+from jmoe.config.reading import hints, shown, typed
 from jmoe.models.fields import HFConfig
 from jmoe.models.weights import Stored
-from jmoe.reading import hints, shown, typed
 
 Read = HFConfig | Mapping[str, Any]
 

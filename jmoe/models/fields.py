@@ -8,9 +8,9 @@ from typing import Annotated, Any, Self
 
 from msgspec import Meta
 
-from jmoe.anatomy import SIZE_LIMIT, Count, NotNegative
-from jmoe.config import Layers, LayerType, TokenId
-from jmoe.reading import Natural, Positive, typed
+from jmoe.config.anatomy import SIZE_LIMIT, Count, NotNegative
+from jmoe.config.model import Layers, LayerType, TokenId
+from jmoe.config.reading import Natural, Positive, typed
 
 _NAMES: tuple[tuple[Any, str], ...] = (
     (

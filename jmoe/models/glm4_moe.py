@@ -1,6 +1,6 @@
 """GLM-4.5 (355B-A32B, Air): DeepSeek-V3's router over grouped-query attention, half of each head rotated."""
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
 from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_of
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import Split
 from jmoe.moe.layer import Decision, MoELayer
 from jmoe.moe.orders import Hints, Move, Order
@@ -22,10 +22,10 @@ from jmoe.nn.grouped_query import GroupedQueryAttention
 from jmoe.nn.latent import LatentAttention
 from jmoe.nn.mlp import DenseMLP
 from jmoe.nn.norm import Norm, NormWeights, normalize
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import Visit
+from jmoe.param import ParamMaker
 
 
 @jax.tree_util.register_dataclass

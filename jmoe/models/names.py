@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.models.weights import PLAIN, Form, Stored
 
 # (cfg, prefix of the layer in the checkpoint, prefix in the decoder) -> tensors of its experts' block

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jmoe.config import LayerType, ModelConfig
+from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, require
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.qwen3_moe import qwen_fields

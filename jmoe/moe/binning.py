@@ -30,7 +30,7 @@ Padding and exact tokens do not vote and are not remapped; the experts of exact 
 of the ``expert`` axis read the same weights, so their votes are summed; ``data`` replicas bin on their own.
 
 The paper publishes neither its score's formula nor how the set's size follows from it; R1 and R2 are our
-reading. Config keys: ``[moe.binning]`` (``jmoe.techniques.BinningConfig``). Counters: ``remapped`` of
+reading. Config keys: ``[moe.binning]`` (``jmoe.config.techniques.BinningConfig``). Counters: ``remapped`` of
 ``DispatchStats`` and ``Changes``. The array code is ``jmoe_kernels.binning``, whose fused kernels go from the
 logits to the sorted assignments at once (``route_binned``).
 """
@@ -44,8 +44,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
+from jmoe.config.techniques import BinningConfig
 from jmoe.moe.types import DispatchPlan, Routing, TokenFlags
-from jmoe.techniques import BinningConfig
 
 
 def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:

@@ -28,10 +28,10 @@ survivors so that they sum to what its weights summed to. No choice of weight 0 
 
 A lost or absent assignment has the id E, one past the last, and weight 0. Padding and exact tokens pass
 unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
-(``jmoe.techniques.CapacityConfig``; ``phase`` is the caller's to decide). Counters: ``CapacityCounts``, for
-each token, so that a request's can be summed. Unlike the released code, padding takes no places and
-survivors are not renormalised unless asked. Axes here: J choices of a token after the stage, G experts or
-devices with a limit of their own.
+(``jmoe.config.techniques.CapacityConfig``; ``phase`` is the caller's to decide). Counters:
+``CapacityCounts``, for each token, so that a request's can be summed. Unlike the released code, padding takes
+no places and survivors are not renormalised unless asked. Axes here: J choices of a token after the stage, G
+experts or devices with a limit of their own.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
-from jmoe.techniques import CapacityConfig
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
 Admit = Callable[[Array, Array, Array, Array], Array]

@@ -12,10 +12,10 @@ from jmoe_kernels.grouped_mlp import Activation, ExpertWeights, Implementation, 
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
 from jmoe_kernels.rows import take_rows
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.types import DispatchPlan
-from jmoe.nn.param import HOST, ParamMaker
+from jmoe.param import HOST, ParamMaker
 
 # The mesh axes of an expert's own dimensions: gate and up, down, and the biases of both.
 WITHIN = (None, TENSOR, None), (None, TENSOR), (None, TENSOR), (None,)

@@ -19,7 +19,8 @@ from jmoe_kernels.binning import Rule, supports
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 
-from jmoe.config import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.techniques import CapacityConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
 from jmoe.moe.binning import bin_assignments, get_rule, route_binned
@@ -43,8 +44,7 @@ from jmoe.moe.types import (
     TokenFlags,
     Traffic,
 )
-from jmoe.nn.param import ParamMaker
-from jmoe.techniques import CapacityConfig
+from jmoe.param import ParamMaker
 
 
 def check_techniques(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:

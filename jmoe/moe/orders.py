@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, UInt8
 
-from jmoe.moe.tables import Tables
+from jmoe.placement.tables import Tables
 
 LOOK_BACK = 2  # layers whose ranks tell where a token goes next
 

@@ -9,10 +9,10 @@ from jax import Array
 from jaxtyping import Float, Int
 from jmoe_kernels.matmul import Dense, linear
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.moe.routing import route
 from jmoe.moe.types import Routing
-from jmoe.nn.param import ParamMaker
+from jmoe.param import ParamMaker
 
 
 @jax.tree_util.register_dataclass

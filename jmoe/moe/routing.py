@@ -22,7 +22,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.binning import route_softmax
 
-from jmoe.anatomy import RouterConfig
+from jmoe.config.anatomy import RouterConfig
 from jmoe.moe.types import DispatchPlan, Routing
 
 TINY = float(jnp.finfo(jnp.float32).tiny)

@@ -17,8 +17,8 @@ rows home. Every rank knows both orders whole and reckons all sizes and offsets 
 
 The move is a ragged exchange whatever the experts' transport: the TPU compiler refuses it where it refuses
 that one (see ``jmoe.moe.transport``), v5e slices of 4x8 and larger. Config keys: ``[moe.shuffle]``
-(``jmoe.techniques.ShuffleConfig``). Counters: ``remote`` and ``traffic`` of ``DispatchStats``, which count by
-the rank where the token then is, and the experts' exchange alone.
+(``jmoe.config.techniques.ShuffleConfig``). Counters: ``remote`` and ``traffic`` of ``DispatchStats``, which
+count by the rank where the token then is, and the experts' exchange alone.
 """
 
 from collections.abc import Callable

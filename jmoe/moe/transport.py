@@ -25,7 +25,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.rows import take_rows
 
-from jmoe.config import TransportName
+from jmoe.config.model import TransportName
 from jmoe.mesh import DATA, EXPERT
 from jmoe.moe.exchange import Exchange, get_exchange, starts
 from jmoe.moe.routing import plan_dispatch

@@ -17,14 +17,14 @@ from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, attend_all
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import page_spec
-from jmoe.nn.param import specs_of
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.nn.window import attend_window
+from jmoe.param import specs_of
 
 Weights = dict[str, Array]
 # (weights, x_BTD, rotation, positions_BT) -> of one rank's heads queries [B, T, H, d], keys and values

@@ -8,12 +8,12 @@ from jmoe_kernels import cpu
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split, is_single
 from jmoe.nn.attention import Attention, Weights, bias_of
 from jmoe.nn.norm import rms_norm, unit_rms
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotate
+from jmoe.param import ParamMaker
 
 
 class GroupedQueryAttention(Attention):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe_kernels.paged_attention import Attention, LayerPages, heads_axis, page_shapes
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split, platform_of
 
 

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import dot, linear
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split
 from jmoe.nn.attention import Attention, Weights, bias_of
 from jmoe.nn.norm import rms_norm
-from jmoe.nn.param import ParamMaker
 from jmoe.nn.rope import Rotation, rotate
+from jmoe.param import ParamMaker
 
 EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps
 

@@ -11,9 +11,9 @@ from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import gated
 from jmoe_kernels.matmul import linear
 
-from jmoe.config import ModelConfig
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
-from jmoe.nn.param import ParamMaker, specs_of
+from jmoe.param import ParamMaker, specs_of
 
 
 class DenseMLP(nnx.Module):

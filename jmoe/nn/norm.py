@@ -8,8 +8,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from jmoe.config import ModelConfig
-from jmoe.nn.param import ParamMaker
+from jmoe.config.model import ModelConfig
+from jmoe.param import ParamMaker
 
 
 @jax.tree_util.register_dataclass

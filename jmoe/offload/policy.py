@@ -21,8 +21,8 @@ itself (ours: a forecast of nothing must not push out a good one). Where the nex
 
 from typing import Any, NamedTuple
 
+from jmoe.config.techniques import Eviction
 from jmoe.offload.slots import NEEDED
-from jmoe.techniques import Eviction
 
 FAINT = 1e-30  # what is below it counts as 0; products with it are no denormal numbers yet
 LEAST = 1e-6  # a forecast of nothing, so that visits still rank

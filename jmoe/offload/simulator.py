@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
-from jmoe.offload.predictors import Given
+from jmoe.offload.predictors.make import Given
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen

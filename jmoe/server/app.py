@@ -11,12 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Scope
 
-from jmoe.server import dashboard, generate_routes, info_routes
-from jmoe.server.access import Access
-from jmoe.server.crowd import LACKING
 from jmoe.server.errors import ApiError, unavailable
-from jmoe.server.middleware import ApiKey, Contained, Origins, RequestId
+from jmoe.server.routes import dashboard
+from jmoe.server.routes import generate as generate_routes
+from jmoe.server.routes import info as info_routes
 from jmoe.server.service import Service
+from jmoe.server.watch.answered import Access
+from jmoe.server.wire.crowd import LACKING
+from jmoe.server.wire.middleware import ApiKey, Contained, Origins, RequestId
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from jmoe.engine.request import EngineSnapshot, Request, StepReport
-from jmoe.engine.text import TextCodec
+from jmoe.engine.text.codec import TextCodec
 
 
 class Listener(Protocol):

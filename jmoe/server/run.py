@@ -18,14 +18,14 @@ from typing import Any
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from jmoe.server.access import Observer
 from jmoe.server.app import make_app
-from jmoe.server.crowd import LACKING, Crowd
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.protocol import protocol, wire_app
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
-from jmoe.server.traffic import log_traffic
+from jmoe.server.watch.answered import Observer
+from jmoe.server.watch.traffic import log_traffic
+from jmoe.server.wire.crowd import LACKING, Crowd
+from jmoe.server.wire.protocol import protocol, wire_app
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048

@@ -15,19 +15,19 @@ from starlette.requests import Request
 from jmoe import __version__
 from jmoe.engine.request import SamplingParams
 from jmoe.faults import contained
-from jmoe.server.access import Answered, Observer, log_answer
-from jmoe.server.body import BodyBytes, decode, read_body
-from jmoe.server.bounds import LIGHT
-from jmoe.server.chat_template import load_chat_template, load_turn_ends
+from jmoe.server.answer.generation import Generation
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
-from jmoe.server.generation import Generation
-from jmoe.server.grammars import Following, Grammars
-from jmoe.server.metrics import Metrics
-from jmoe.server.prompts import Prompt
-from jmoe.server.sampler import Sampler
-from jmoe.server.samples import Sample, take_sample
+from jmoe.server.request.body import BodyBytes, decode, read_body
+from jmoe.server.request.bounds import LIGHT
+from jmoe.server.request.grammars import Following, Grammars
+from jmoe.server.request.prompts import Prompt
 from jmoe.server.settings import ServerSettings
+from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
+from jmoe.server.watch.answered import Answered, Observer, log_answer
+from jmoe.server.watch.metrics import Metrics
+from jmoe.server.watch.poll import Sampler
+from jmoe.server.watch.snapshots import Sample, take_sample
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")

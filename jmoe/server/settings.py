@@ -6,8 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from jmoe.reading import Secret, check_fields
-from jmoe.server.bounds import MAX_BODY_BYTES
+from jmoe.config.reading import Secret, check_fields
 
 Seconds = Annotated[float, Meta(gt=0, le=1e9, description="above 0 seconds and at most 1e9")]
 Wait = Annotated[float, Meta(ge=0, le=1e9, description="at least 0 seconds and at most 1e9")]
@@ -34,7 +33,7 @@ class ServerSettings:
     api_key: Secret | None = None
     shutdown_timeout: Wait = 30.0
     request_timeout: Seconds | None = None
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int = 8 * 1024 * 1024
     max_header_bytes: int = 64 * 1024
     header_timeout: Seconds = 20.0
     body_timeout: Seconds = 30.0

@@ -11,11 +11,11 @@ from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
-from jmoe.config import ModelConfig
-from jmoe.engine.deployment import resolve
-from jmoe.engine.offload import copies_run_beside, count_slots, pick_executor, read_profile
-from jmoe.engine.settings import EngineSettings
-from jmoe.engine.stats import expert_bytes
+from jmoe.config.model import ModelConfig
+from jmoe.engine.deployment.deployment import resolve
+from jmoe.engine.deployment.settings import EngineSettings
+from jmoe.engine.offload.build import copies_run_beside, count_slots, pick_executor, read_profile
+from jmoe.engine.step.counters import expert_bytes
 from jmoe.mesh import TENSOR, platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.nn.kv_cache import kv_dtype, page_bytes

@@ -22,8 +22,8 @@ from jax import Array
 
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
-from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import StepInput
+from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.runner import Runner
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 Mode = Literal["prefill", "decode"]

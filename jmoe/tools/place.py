@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.grouping.group import group
-from jmoe.grouping.objective import Problem
-from jmoe.grouping.profile import Profile
-from jmoe.moe.npz import check_writable
-from jmoe.progress import Bars
+from jmoe.placement.group import group
+from jmoe.placement.npz import check_writable
+from jmoe.placement.objective import Problem
+from jmoe.placement.profile import Profile
+from jmoe.tools.progress import Bars
 
 
 def place(path: Path, devices: int, out: Path, method: str, seed: int, progress: Bars) -> dict[str, Any]:

@@ -16,12 +16,12 @@ import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.deployment import round_up
-from jmoe.engine.runner import Runner
-from jmoe.engine.step_input import window_length
-from jmoe.grouping.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
+from jmoe.engine.deployment.deployment import round_up
+from jmoe.engine.step.inputs import window_length
+from jmoe.engine.step.runner import Runner
 from jmoe.mesh import EXPERT
-from jmoe.moe.npz import check_writable
+from jmoe.placement.npz import check_writable
+from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.tools.data import bounded
 from jmoe.tools.evaluate import check_run, token_windows
 

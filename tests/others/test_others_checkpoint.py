@@ -16,13 +16,13 @@ from jmoe.checkpoint import convert, load_model, read_config, save_hf
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import dotted
-from jmoe.config import MoEConfig
-from jmoe.engine.deployment import context_length
-from jmoe.engine.settings import EngineSettings
+from jmoe.config.model import MoEConfig
+from jmoe.engine.deployment.deployment import context_length
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.moe.placement import Placement
 from jmoe.moe.router import router_logits
+from jmoe.placement.placement import Placement
 from jmoe.tools.doctor import doctor
 
 GOLDEN = Path(__file__).parent.parent / "golden"

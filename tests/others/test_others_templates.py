@@ -8,13 +8,13 @@ import json
 
 import pytest
 
-from jmoe.server.body import check_chat, decode
-from jmoe.server.chat_template import ChatTemplate, load_chat_template
+from jmoe.server.answer.calls import call_id
 from jmoe.server.errors import ApiError
-from jmoe.server.prompts import chat_prompt
-from jmoe.server.schema import ChatRequest
-from jmoe.server.tool_answers import call_id
-from jmoe.server.tools import plain_tools
+from jmoe.server.request.body import check_chat, decode
+from jmoe.server.request.prompts import chat_prompt
+from jmoe.server.request.schema import ChatRequest
+from jmoe.server.request.tools import plain_tools
+from jmoe.server.template.chat_template import ChatTemplate, load_chat_template
 
 EACH = "{% for m in messages %}BODY{% endfor %}"
 CALLS = EACH.replace("BODY", "{% for c in m.tool_calls or [] %}CALL;{% endfor %}")

@@ -10,8 +10,8 @@ import pytest
 from others.tokenizer_folders import FAST, SHAPES, byte_level, folder, pieces, token
 from tokenizers import Tokenizer, models
 
-from jmoe.engine.text import Detokenizer, TextCodec, load_codec
-from jmoe.server.chat_template import load_chat_template
+from jmoe.engine.text.codec import Detokenizer, TextCodec, load_codec
+from jmoe.server.template.chat_template import load_chat_template
 
 TEXTS = ("hello hello", "  a<|turn|> hello<x>", "<bos><pad></s> a<tool>hellohello")
 RIGHT = json.loads((Path(__file__).parent / "tokenizer_ids.json").read_text())

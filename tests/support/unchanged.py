@@ -20,20 +20,18 @@ os.environ["COLUMNS"] = "100"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 from pool_cases import KINDS
 from small import config, mesh_of
 from starlette.testclient import TestClient
 from test_server_fake import ByteCodec, FakeEngine, served
 
 from jmoe import LLM, MoEConfig, SamplingParams
-from jmoe.cli import main as command_line
-from jmoe.cli import parser
+from jmoe.cli.main import main as command_line
+from jmoe.cli.main import parser
 from jmoe.engine.lowering import lower_step
-from jmoe.engine.step_input import Sizes
+from jmoe.engine.step.inputs import Sizes
 
+jax.config.update("jax_num_cpu_devices", 8)
 SIZES = Sizes((1, 4), (32,), 8, 40, 8)
 LOSSY = {"binning": {"bin_width": 0.5}, "capacity": {"policy": "reroute", "phase": "both"}}
 SETTINGS = {  # name: the mesh, the techniques' tables and fields of MoEConfig, fields of the model
@@ -58,9 +56,7 @@ def steps() -> dict[str, str]:
         tables = {key: value for key, value in moe.items() if isinstance(value, dict)}
         settings = replace(MoEConfig.from_dict(tables), **{k: v for k, v in moe.items() if k not in tables})
         for phase, tokens in (("decode", 1), ("prefill", 32)):
-            lowered = lower_step(
-                config(**fields), settings, mesh_of(mesh), SIZES, sequences=4, tokens=tokens
-            )
+            lowered = lower_step(config(**fields), settings, mesh_of(mesh), SIZES, sequences=4, tokens=tokens)
             found[f"step of {name}, {phase}"] = without_places(lowered.as_text())
     return found
 
@@ -82,7 +78,8 @@ def surfaces() -> dict[str, str]:
     helps["help"] = parser().format_help()
     with served(FakeEngine(ByteCodec())) as client:
         helps |= answers(client)
-    return helps | {"doctor": re.sub(r'"[a-z_]*(free|available)[a-z_]*": \d+', "", printed("doctor", "--json"))}
+    free = r'"room_bytes": \d+|which has [\d.]+ GiB'
+    return helps | {"doctor": re.sub(free, "", printed("doctor", "--json"))}
 
 
 def answers(client: TestClient) -> dict[str, str]:

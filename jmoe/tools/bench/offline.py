@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.deployment import resolve
+from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.tools.bench.loads import Clipped, Limits, Load, clip

@@ -1,0 +1,7 @@
+"""``python -m jmoe.cli``."""
+
+import sys
+
+from jmoe.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""What the commands share: a parser with one-line errors, the flags of those that run a model, settings."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jmoe.config.units import parse_size
+
+if TYPE_CHECKING:
+    from jmoe.engine.deployment.settings import EngineSettings
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def size(text: str) -> int:
+    """Bytes of "2GiB", as a flag's type."""
+    try:
+        return parse_size("size", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def integer(text: str) -> int:
+    """As a flag's type, in the words of ``jmoe.config.reading``, whose bounds come with the setting."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text[:80]!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """As a flag's type; what is not finite is refused by the setting."""
+    try:
+        if "_" not in text:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number, got {text[:80]!r}")
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:
+    made = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+    made.set_defaults(run=run)
+    return made
+
+
+def add_model_flags(p: Parser) -> None:
+    """Flags of every command that runs a model; absent ones keep the defaults of ``EngineSettings``."""
+    p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
+    p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--data-parallel-size", type=integer, metavar="N")
+    p.add_argument("--expert-parallel-size", type=integer, metavar="N")
+    p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
+    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
+    p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
+    p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
+
+
+def add_json_flag(p: Parser) -> None:
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def reasons_of(text: str) -> tuple[str, ...]:
+    """A comma-separated list; "none" is an empty one."""
+    return () if text == "none" else tuple(text.split(","))
+
+
+def add_serve_flags(p: Parser) -> None:
+    """Flags of ``serve`` alone."""
+    p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
+    p.add_argument("--host")
+    p.add_argument("--port", type=integer)
+    p.add_argument("--served-model-name", metavar="N")
+    p.add_argument("--api-key", metavar="K")
+    origins = "web pages whose scripts may use the server, e.g. https://chat.example.org; * for all"
+    p.add_argument("--allowed-origins", metavar="O", nargs="+", help=origins)
+    p.add_argument("--keep-alive", type=integer, metavar="S", help="how long an idle connection stays open")
+    p.add_argument("--max-queue", type=integer, metavar="N", help="waiting requests at most")
+    p.add_argument("--shutdown-timeout", type=number, metavar="S")
+    p.add_argument("--request-timeout", type=number, metavar="S", help="longest time to a whole answer")
+    p.add_argument("--log-format", choices=["text", "json"], help="json: one object a line")
+    p.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    p.add_argument("--otlp-traces-endpoint", metavar="URL", help="where spans go (needs the otel extra)")
+    p.add_argument("--max-num-seqs", type=integer, metavar="N", help="most requests decoded together")
+    p.add_argument(
+        "--max-num-batched-tokens",
+        type=integer,
+        metavar="N",
+        help="tokens of a step, of both kinds",
+    )
+    p.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="prompts that begin alike share KV pages (the default)",
+    )
+    reasons = "what says which rank a request goes to, the first one first (prefix,experts,load)"
+    p.add_argument("--dispatch", type=reasons_of, metavar="R,...", help=reasons)
+    p.add_argument(
+        "--nnodes", type=integer, metavar="N", help="processes that serve together, e.g. one a machine"
+    )
+    p.add_argument(
+        "--node-rank", type=integer, metavar="R", help="this one's number; 0 schedules and serves HTTP"
+    )
+    p.add_argument("--dist-init-addr", metavar="HOST:PORT", help="where process 0 waits for the others")
+
+
+def read_serve_config(path: Path) -> dict[str, Any]:
+    """A ``--config`` file: the flags' names with underscores, and ``[moe]`` tables.
+
+    Each value has the type that the setting of its name declares; ValueError names file and key.
+    """
+    from jmoe.config.model import MoEConfig
+    from jmoe.config.reading import check_keys, hints, named, read_toml, typed
+    from jmoe.engine.deployment.settings import EngineSettings
+    from jmoe.engine.processes.nodes import Nodes
+    from jmoe.server.settings import ServerSettings
+    from jmoe.server.watch.logs import Format, Level
+
+    values = read_toml(path)
+    kinds = hints(EngineSettings) | hints(ServerSettings) | hints(Nodes)
+    kinds |= {"log_format": Format, "log_level": Level, "model": str, "otlp_traces_endpoint": str}
+    flags = Parser(argument_default=argparse.SUPPRESS)
+    add_model_flags(flags)
+    add_serve_flags(flags)
+    known = {action.dest for action in flags._actions} - {"help", "config", "moe_config"}
+    with named(path):
+        moe = values.pop("moe", None)
+        check_keys("serve", values, sorted(known))
+        values = {key: typed(key, value, kinds[key]) for key, value in values.items()}
+        if moe is not None:
+            MoEConfig.from_dict(moe)
+            values["moe_config"] = moe
+    return values
+
+
+def settings_from(values: dict[str, Any]) -> "EngineSettings":
+    """Engine settings of parsed flags, the compilation cache switched on."""
+    import dataclasses
+
+    from jmoe_kernels.cache import usable, user_cache
+
+    from jmoe.config.model import MoEConfig
+    from jmoe.engine.deployment.memory import check_start
+    from jmoe.engine.deployment.settings import EngineSettings
+    from jmoe.engine.step.compilation_cache import use_compilation_cache
+
+    check_start()
+    use_compilation_cache(usable(user_cache() / "xla"))
+    known = {f.name for f in dataclasses.fields(EngineSettings)}
+    given = {key: value for key, value in values.items() if key in known}
+    moe = values.get("moe_config")
+    if isinstance(moe, str):
+        given["moe"] = MoEConfig.from_text(moe)
+    elif moe is not None:
+        given["moe"] = MoEConfig.from_dict(moe)
+    return EngineSettings(**given)
+
+
+def given_settings(values: dict[str, Any]) -> str:
+    """What the command line and the file set, without the key and what is no setting, for the log."""
+    shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
+    if "api_key" in shown:
+        shown["api_key"] = "***"
+    return ", ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "none"

@@ -1,0 +1,113 @@
+"""What memory there is, and what a model takes of it, before any of it is taken.
+
+A CPU's is the least of what the machine has available, of its control groups' limits and of the process's own
+(``ulimit -v``, ``-d``). Pure host code but for ``device.memory_stats()``.
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jmoe.config.units import readable
+
+CGROUPS = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60
+STARTING = 1 << 30  # bytes of address space that jax reserves while its CPU devices start
+RESERVED = 256 << 20  # bytes of it that allocators and threads reserve and do not use
+
+
+@dataclass(frozen=True)
+class Room:
+    """bytes: how many more can be taken. source: what says so."""
+
+    bytes: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{readable(self.bytes)} ({self.source})"
+
+
+def device_room(device: Any, sharing: int = 1) -> Room | None:
+    """What a device has left; None where nothing says. sharing: devices of this process in one memory."""
+    if device.platform == "cpu":
+        room = host_room()
+        return room and Room(room.bytes // sharing, room.source)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return Room(stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"device memory of {device.device_kind}")
+
+
+def host_room() -> Room | None:
+    """What this process may still take of the host's memory; None where nothing says."""
+    return min((*_machine(), *_cgroups(), *_limits()), key=lambda room: room.bytes, default=None)
+
+
+def _machine() -> Iterator[Room]:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield Room(int(line.split()[1]) * 1024, "memory available on this machine")
+    except (OSError, ValueError):
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        yield Room(pages * size, "memory of this machine")
+
+
+def _cgroups() -> Iterator[Room]:
+    """Of each group that this process is in, and of those above it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            names, top = ("memory.max", "memory.current", "inactive_file"), CGROUPS
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            top = CGROUPS / "memory"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (left := _left(folder, *names)) is not None:
+                yield Room(left, "the control group's memory limit")
+
+
+def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Bytes up to the limit, files that the kernel may forget not counted; None without one."""
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # "max"
+        return None
+    return None if most >= UNLIMITED else max(most - used + int(stat.get(cache, 0)), 0)
+
+
+def check_start() -> None:
+    """Raises ValueError where the address space is too small to start jax, which would end the process."""
+    for room in _limits():
+        if room.source.endswith("ulimit -v") and room.bytes + RESERVED < STARTING:
+            raise ValueError(
+                f"{readable(room.bytes + RESERVED)} of address space is left (ulimit -v) and starting takes "
+                f"{readable(STARTING)}: raise the limit"
+            )
+
+
+def _limits() -> Iterator[Room]:
+    try:
+        pages = [int(n) for n in Path("/proc/self/statm").read_text().split()]
+    except (OSError, ValueError):
+        return
+    size = os.sysconf("SC_PAGE_SIZE")
+    kinds = (
+        (resource.RLIMIT_AS, pages[0], RESERVED, "address space, ulimit -v"),
+        (resource.RLIMIT_DATA, pages[5], 0, "ulimit -d"),
+    )
+    for kind, used, kept, source in kinds:
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            yield Room(max(soft - used * size - kept, 0), source)

@@ -1,0 +1,138 @@
+"""Grammars that an answer must follow, as masks over the vocabulary. llguidance does the work."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import llguidance
+import numpy as np
+from tokenizers import Tokenizer
+
+from jmoe.engine.grammar.json_schema import prepared
+from jmoe.engine.grammar.tokens import (
+    by_id,
+    make_tokenizer,
+    one_line,
+    panics_as_errors,
+    tokenizer_spec,
+    try_grammar,
+)
+
+MAX_GRAMMAR_BYTES = 64 * 1024
+# Between the tokens of a JSON text. Bounded: a model could otherwise indent until its tokens are spent.
+WHITESPACE = r"[ \n\t]{0,16}"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a whole answer must be: JSON that ``text``, a JSON schema, describes; what the regular expression
+    ``text`` matches; or what ``text``, a Lark grammar in llguidance's dialect, derives from ``start``.
+
+    Raises ValueError where the text exceeds the limit.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+    def __post_init__(self) -> None:
+        size = len(self.text.encode(errors="replace"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise ValueError(f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
+
+    def source(self) -> str:
+        """The grammar in llguidance's own form; ValueError for a schema that is no JSON or not followed.
+
+        In a schema, objects with named properties hold no others where it is silent (``json_schema``).
+        """
+        if self.kind == "regex":
+            return llguidance.LLMatcher.grammar_from_regex(self.text)
+        if self.kind == "lark":
+            return llguidance.LLMatcher.grammar_from_lark(self.text)
+        options = {"whitespace_pattern": WHITESPACE}
+        return llguidance.LLMatcher.grammar_from_json_schema(prepared(self.text), defaults=options)  # type: ignore[arg-type]
+
+
+def one_of(texts: Iterable[str]) -> Grammar:
+    """The grammar of exactly these answers."""
+    return Grammar("regex", "|".join("".join(map(_literal, text)) for text in texts))
+
+
+def schema_grammar(schema: dict[str, Any]) -> Grammar:
+    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself."""
+    try:
+        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply") from None
+
+
+def _literal(character: str) -> str:
+    plain = character.isascii() and character.isalnum()
+    return character if plain else f"\\x{{{ord(character):x}}}"
+
+
+class GrammarConstraint:
+    """One answer's place in its grammar (``engine.request.Constraint``).
+
+    Both methods raise ValueError with one line where the grammar has become too costly to follow, and
+    ``accept`` for a token that it does not allow; from then on no other answer is possible.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, words: int):
+        self.matcher, self.words = matcher, words
+
+    def allowed(self) -> np.ndarray:
+        """uint32 ``[words]``: the tokens that may come next; end of text where the answer may end."""
+        with panics_as_errors():
+            mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
+            self._check()
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        with panics_as_errors():
+            self.matcher.consume_token(token_id)
+            self._check()
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise ValueError(f"the grammar failed: {one_line(self.matcher.get_error())}")
+
+
+class CompiledGrammar:
+    """What the constraints of a grammar's answers are copies of."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, words: int):
+        self.matcher, self.words = matcher, words
+
+    def constraint(self) -> GrammarConstraint:
+        with panics_as_errors():
+            return GrammarConstraint(self.matcher.deep_copy(), self.words)
+
+
+class GrammarCompiler:
+    """Grammars over one tokenizer's tokens. vocab_size: the model's.
+
+    end_ids: the tokens that end an answer. Takes about a second for a large vocabulary. Raises ValueError
+    where there are no end ids or llguidance cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]):
+        self.words = -(-vocab_size // 32)
+        with panics_as_errors():
+            self.spec = tokenizer_spec(tokenizer, vocab_size, end_ids)
+        self.tokenizer = make_tokenizer(self.spec)
+
+    def source(self, grammar: Grammar) -> str:
+        """What llguidance compiles for ``grammar`` over this tokenizer; ValueError where it is no JSON."""
+        return by_id(grammar.source(), self.spec["named"]) if grammar.kind == "lark" else grammar.source()
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Raises ValueError with one line that says what is wrong with the grammar.
+
+        For grammars of one's own: a hostile one can end the process or never come back. ``grammar_check``
+        tries it in a process that may.
+        """
+        matcher, error = try_grammar(self.tokenizer, self.source(grammar))
+        if matcher is None:
+            raise ValueError(error)
+        return CompiledGrammar(matcher, self.words)

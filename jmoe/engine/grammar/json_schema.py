@@ -1,0 +1,208 @@
+"""JSON schemas as llguidance takes them, second part: which objects hold no other properties.
+
+An object of named properties is closed where its schema is silent: every answer still satisfies the schema,
+and a model cannot go on adding properties until its tokens are spent. Closed is only what stands alone: where
+several schemas hold for one object (``allOf``, ``anyOf`` beside ``properties``, ...) each would refuse what
+the others name.
+"""
+
+import json
+from typing import Any
+
+from jmoe.engine.grammar.schema_keywords import ASSERTIONS, IN_PLACE, each_part, simplified, texts
+
+OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames")
+Path = tuple[str, ...]
+KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+
+
+def prepared(text: str) -> str:
+    """The JSON text of the schema in ``text`` that llguidance follows; ValueError where it is no JSON."""
+    try:
+        schema = simplified(json.loads(text))
+        return json.dumps(closed(schema), ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply") from None
+
+
+def closed(schema: Any) -> Any:
+    """``schema``, simplified, with every object closed that may be."""
+    made, opened = schema, set[Path]()
+    while True:  # what has to stay open may need more to stay open
+        walk = _Walk(schema, frozenset(opened))
+        made = walk.close(schema, (), alone=walk.plain)
+        if walk.opened <= opened:
+            return made
+        opened |= walk.opened
+
+
+class _Walk:
+    """One walk over a document. opened: the targets of references that are not alone where they are used;
+    those of ``known`` are kept open. plain: whether every reference is a path from the root."""
+
+    def __init__(self, root: Any, known: frozenset[Path]):
+        self.root, self.known, self.opened = root, known, set[Path]()
+        self.plain = all(_path(ref) is not None for ref in _references(root, ()))
+
+    def close(self, schema: Any, path: Path, alone: bool) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        alone = alone and path not in self.known
+        schema = self._exclusive(schema, alone)
+        rules = schema.keys() & ASSERTIONS
+        in_place = rules & set(IN_PLACE)
+        # One schema in another that says nothing itself (but the type) is alone as well.
+        wraps = alone and len(in_place) == 1 and rules <= in_place | {"type"}
+        if "$ref" in schema and not wraps:
+            self.opened.update({target} if (target := _path(schema["$ref"])) is not None else ())
+        both = {"properties", "patternProperties"} <= schema.keys()
+
+        def part(value: Any, at: Path) -> Any:
+            if at[0] in ("$defs", "definitions"):
+                return self.close(value, path + at, self.plain)
+            if at[0] in IN_PLACE:
+                inner = wraps and (at[0] == "anyOf" or (at[0] == "allOf" and len(schema["allOf"]) == 1))
+            else:
+                inner = alone and not in_place and not (both and at[0] in ("properties", "patternProperties"))
+            return self.close(value, path + at, inner)
+
+        made = each_part(schema, part)
+        if alone and self._closes(schema):
+            needed = [n for n in schema.get("required", []) if n not in schema["properties"]]
+            made["properties"] = made["properties"] | dict.fromkeys(needed, True)
+            made["additionalProperties"] = False
+        if self._counts_for_nothing(made):
+            del made["maxProperties"]
+        return made
+
+    def _counts_for_nothing(self, schema: dict[str, Any]) -> bool:
+        """Whether maxProperties, which llguidance knows only where all are required, has no effect."""
+        most, names = schema.get("maxProperties"), schema.get("properties", {})
+        ends = schema.get("additionalProperties") is False and "patternProperties" not in schema
+        return ends and isinstance(most, int) and isinstance(names, dict) and most >= len(names)
+
+    def _closes(self, schema: dict[str, Any]) -> bool:
+        """Whether an object of this schema, which stands alone, may be closed."""
+        names, required = schema.get("properties"), schema.get("required", [])
+        if not isinstance(names, dict) or not texts(required) or schema.keys() & {*OPEN, *IN_PLACE}:
+            return False
+        least = schema.get("minProperties", 0)
+        return isinstance(least, int) and least <= len({*names, *required})
+
+    # ---- oneOf -------------------------------------------------------------------------------------
+
+    def _exclusive(self, schema: dict[str, Any], alone: bool) -> dict[str, Any]:
+        """With ``anyOf`` for a ``oneOf`` none of whose branches, as they are followed, may hold for what
+        another one lets through. llguidance follows only what it finds to be so."""
+        branches = schema.get("oneOf")
+        if not isinstance(branches, list) or "anyOf" in schema:
+            return schema
+        targets = [self._target(branch) for branch in branches]
+        wraps = alone and schema.keys() & ASSERTIONS <= {"oneOf", "type"}
+        for i, (one, path) in enumerate(targets):
+            placed = path is None or (path[0] in ("$defs", "definitions") and len(path) == 2 and self.plain)
+            closes = wraps and placed and path not in self.known and self._closes(one)
+            for j, (other, _) in enumerate(targets):
+                if i != j and not self._excludes(one, other, schema, closes):
+                    return schema
+        return {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()}
+
+    def _target(self, schema: Any) -> tuple[dict[str, Any], Path | None]:
+        """What a reference without more refers to at last, and the path to it."""
+        path = None
+        for _ in range(16):
+            if not isinstance(schema, dict):
+                return {}, path
+            if schema.keys() & ASSERTIONS != {"$ref"} or (path := _path(schema["$ref"])) is None:
+                break
+            schema = _at(self.root, path)
+        return schema if isinstance(schema, dict) else {}, path
+
+    def _excludes(self, one: dict, other: dict, around: dict, closes: bool) -> bool:
+        """Whether what ``one`` lets through is never an ``other``. closes: it has its own properties only."""
+        if _apart(one, other):
+            return True
+        if "object" not in (one.get("type"), other.get("type"), around.get("type")):
+            return False
+        mine, theirs = one.get("properties", {}), other.get("properties", {})
+        required = [schema.get("required", []) for schema in (around, other, one)]
+        if not (isinstance(mine, dict) and isinstance(theirs, dict) and all(map(texts, required))):
+            return False
+        closes = closes or (one.get("additionalProperties") is False and "patternProperties" not in one)
+        for name in required[0] + required[1]:
+            if name not in mine:
+                if closes and name not in required[2]:
+                    return True
+            elif name in theirs and _apart(self._target(mine[name])[0], self._target(theirs[name])[0]):
+                return True
+        return False
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether no value is plainly both: other constants, other types."""
+    values = _values(one), _values(other)
+    if values[0] is not None and values[1] is not None:
+        return not {json.dumps(v) for v in values[0]} & {json.dumps(v) for v in values[1]}
+    types = _types(one), _types(other)
+    return types[0] is not None and types[1] is not None and not types[0] & types[1]
+
+
+def _values(schema: dict[str, Any]) -> list[Any] | None:
+    """The constants one of which it is; None for numbers, which have many spellings."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(values, list) or any(
+        type(v) not in KINDS or isinstance(v, dict | list) for v in values
+    ):
+        return None
+    return values
+
+
+def _types(schema: dict[str, Any]) -> set[str] | None:
+    values, types = _values(schema), schema.get("type")
+    if values is not None:
+        return {KINDS[type(value)] for value in values}
+    if isinstance(types, str):
+        types = [types]
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+        return None
+    return {"number" if t == "integer" else t for t in types}
+
+
+# ---- references ----------------------------------------------------------------------------------------
+
+
+def _references(schema: Any, path: Path) -> list[Any]:
+    """The references of a schema, and the names that would move what they are relative to."""
+    if not isinstance(schema, dict):
+        return []
+    found = [schema[name] for name in ("$ref", "$dynamicRef", "$recursiveRef") if name in schema]
+    found += [None for name in ("$id", "id") if path and isinstance(schema.get(name), str)]
+
+    def part(value: Any, at: Path) -> Any:
+        found.extend(_references(value, at))
+        return value
+
+    each_part(schema, part)
+    return found
+
+
+def _path(reference: Any) -> Path | None:
+    """The path of a reference from the root; None for others."""
+    if (
+        not isinstance(reference, str)
+        or not (reference == "#" or reference.startswith("#/"))
+        or "%" in reference
+    ):
+        return None
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in reference[1:].split("/")[1:])
+
+
+def _at(root: Any, path: Path) -> Any:
+    for step in path:
+        if isinstance(root, list) and step.isdecimal() and int(step) < len(root):
+            root = root[int(step)]
+        elif isinstance(root, dict) and step in root:
+            root = root[step]
+        else:
+            return None
+    return root

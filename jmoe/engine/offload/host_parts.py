@@ -1,0 +1,230 @@
+"""The jitted parts of a step that the host drives layer by layer.
+
+    begin -> (attend -> pooled [-> streamed ...]) x layers -> finish
+
+Layers are alike: a part takes a layer's weights and its number as arguments and compiles once a shape. What a
+layer's experts gave stays beside its rows until the next part adds it, so that experts which come one by one
+need no other parts than those in the pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+from jmoe_kernels.grouped_mlp import ExpertWeights
+from jmoe_kernels.paged_attention import LayerPages
+
+from jmoe.engine.offload.host_types import Attended, Rows, Seen, Work, tell
+from jmoe.engine.step.counters import MoETotals, add_step
+from jmoe.engine.step.functions import WindowRouting, draw, sequences_of, summarize
+from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.sampling import Sampled
+from jmoe.mesh import sharding
+from jmoe.models.decoder import Decoder, step_seen, sum_changes
+from jmoe.models.layer import DecoderLayer, Foresight, token_flags
+from jmoe.moe.experts import ApplyBy
+from jmoe.moe.layer import count_alone
+from jmoe.moe.routing import plan_dispatch
+from jmoe.moe.types import CacheCounts, Changes, Computed, Knobs, Routing
+from jmoe.nn.kv_cache import page_spec
+from jmoe.nn.rope import Rotation
+from jmoe.nn.sequences import Sequences
+from jmoe.offload.copies import install
+from jmoe.offload.rows import assigned, by_slot, highest, needed
+from jmoe.offload.types import LayerSeen, Predictor
+
+
+@dataclass(frozen=True)
+class LayerFunctions:
+    """The parts of one kind of layer, over its flat list of weights."""
+
+    graph: nnx.GraphDef
+    structure: Any
+
+    def merge(self, weights: list[Array]) -> DecoderLayer:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
+
+    def attend(
+        self,
+        weights: list[Array],
+        nth: Array,
+        rows: Rows,
+        by: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        knobs: Knobs | None,
+        here_E: Array | None,
+        predictor: Predictor | None,
+        walk: Any,
+        ahead: list[Foresight] | None,
+    ) -> tuple[Attended, LayerPages | None]:
+        """One layer up to its experts. nth: of the layers with experts. here_E: experts in the pool, for a
+        technique that asks. ahead: the routers of the next layers, for a predictor that does."""
+        own = self.merge(weights)
+        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
+        normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(nth), here_E)
+        flags = token_flags(seqs)
+        ids_TK = assigned(routed.final, flags.valid_T)
+        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        if predictor is not None:
+            asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
+            chosen_TK = assigned(routed.plain, flags.valid_T)
+            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
+            walk, forecast = predictor.observe(walk, nth, seen)
+            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
+        work = Work(normed_ND, ids_TK, routed.final.weights_TK)
+        plain = replace(routed.plain, plan=None) if predictor is None else None
+        done = Seen(plain, count_alone(routed, flags), routed.changes)
+        return Attended(own.pass_shared(x_ND, normed_ND), work, done, walk, tell(*told)), pages
+
+    def dense(
+        self, weights: list[Array], rows: Rows, by: Rotation, seqs: Sequences, pages: LayerPages | None
+    ) -> tuple[Rows, LayerPages | None]:
+        """All of a layer without experts."""
+        own = self.merge(weights)
+        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
+        x_ND = own.pass_mlp(x_ND)
+        return Rows(x_ND, jnp.zeros_like(x_ND)), pages
+
+
+@dataclass(frozen=True)
+class PartFunctions:
+    """The parts, over flat lists of weights; structures are closed over, see ``ModelFunctions``."""
+
+    merge: Callable[[list[Array]], Decoder]
+    apply: ApplyBy
+    slots: int
+
+    def begin(
+        self,
+        weights: list[Array],
+        given: StepInput | Sequences,
+        latest_S: Array,
+        knobs: Knobs | None,
+        predictor: Predictor | None,
+    ) -> tuple[Rows, Rotation, Sequences, Any, Array | None]:
+        """Before the first layer; last the predictor's walk and, for the host, its forecast.
+
+        latest_S, knobs: see ``ModelFunctions.step``. predictor: None where nothing is predicted.
+        """
+        model = self.merge(weights)
+        if isinstance(given, Sequences):
+            seqs = given
+        else:
+            ranks = model.split.sequence_ranks
+            seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=True)
+        x_ND, by = model.begin(seqs)
+        walk, told_RE = None, None
+        if predictor is not None:
+            seen = step_seen(seqs, x_ND)
+            assert seen is not None, "prompts are not predicted"
+            walk, forecast = predictor.start(seen)
+            told_RE = tell(*forecast)
+        return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
+
+    def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Computed:
+        """The experts with a slot; ``slots + 1`` is none."""
+        plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
+        return Computed(self.apply(work.x_TD, work.weights_TK, plan, pool), plan.rows)
+
+    def streamed(self, before: Computed, work: Work, expert: Array, one: ExpertWeights) -> Computed:
+        """With one expert more."""
+        plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
+        y_ND = before.y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
+        return Computed(y_ND, before.rows + plan.rows)
+
+    def finish(
+        self,
+        weights: list[Array],
+        rows: Rows,
+        seqs: Sequences,
+        given: StepInput,
+        latest_S: Array,
+        layers: list[Seen],
+        counts_CL: Array,
+        totals: MoETotals,
+        predictor: Predictor,
+        walk: Any,
+    ) -> tuple[Sampled, Array, Changes | None, Array, MoETotals, Predictor]:
+        """counts_CL: the fields of ``CacheCounts``, of each layer."""
+        model = self.merge(weights)
+        hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
+        stats = [each.done(CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
+        sampled, latest_S = draw(model, hidden_RND, given, latest_S, stats)
+        changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
+        if seqs.decodes:
+            predictor = predictor.finish(walk)
+        predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
+        return sampled, hidden_RND, changes_B, latest_S, add_step(totals, stats), predictor
+
+    def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
+        model = self.merge(weights)
+        return model.logits(model.finish(model.layers[-1].add(*rows), seqs))
+
+    def window_routing(
+        self, weights: list[Array], seqs: Sequences, picks_BM: Array, plain: list[Routing]
+    ) -> WindowRouting:
+        return summarize(self.merge(weights), seqs, picks_BM, plain)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions of ``PartFunctions``, and ``install``, jitted; ``layers``: of each layer, ``attend`` or,
+    where it has no experts, ``dense``. All that they give lies where the runner's own arrays do: an argument
+    that lay elsewhere would compile again."""
+
+    begin: jax.stages.Wrapped
+    layers: tuple[jax.stages.Wrapped, ...]
+    pooled: jax.stages.Wrapped
+    streamed: jax.stages.Wrapped
+    install: jax.stages.Wrapped
+    finish: jax.stages.Wrapped
+    window_logits: jax.stages.Wrapped
+    window_routing: jax.stages.Wrapped
+
+
+@lru_cache(maxsize=8)
+def parts(
+    merge: Callable[[list[Array]], Decoder],
+    kinds: tuple[tuple[LayerFunctions, bool], ...],
+    apply: ApplyBy,
+    slots: int,
+    whole: NamedSharding,
+    paged: NamedSharding,
+) -> Parts:
+    """One set for runners of equal models, like ``jitted``. kinds: of each layer, and whether it has experts.
+    whole, paged: where arrays and pages lie."""
+    functions = PartFunctions(merge, apply, slots)
+
+    def of(layer: LayerFunctions, sparse: bool) -> jax.stages.Wrapped:
+        run, pages = (layer.attend, 5) if sparse else (layer.dense, 4)
+        return jax.jit(run, donate_argnums=pages, out_shardings=(whole, paged))
+
+    of_kind = {kind: of(*kind) for kind in set(kinds)}
+    return Parts(
+        begin=jax.jit(functions.begin, out_shardings=whole),
+        layers=tuple(of_kind[kind] for kind in kinds),
+        pooled=jax.jit(functions.pooled, out_shardings=whole),
+        streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
+        install=jax.jit(install, donate_argnums=0, out_shardings=whole),
+        finish=jax.jit(functions.finish, donate_argnums=(4, 7, 8), out_shardings=whole),
+        window_logits=jax.jit(functions.window_logits),
+        window_routing=jax.jit(functions.window_routing),
+    )
+
+
+def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int) -> Parts:
+    kinds, apply = [], None
+    for layer in model.layers:
+        graph, state = nnx.split(layer)
+        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None))
+        apply = apply if layer.moe is None else layer.moe.apply
+    assert apply is not None
+    paged = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
+    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh), paged)

@@ -1,0 +1,157 @@
+"""The lines, one TCP connection each, on which process 0 reports to the others what to run.
+
+jax's ``broadcast_one_to_all`` would do that too, but it takes 3 ms between two processes on one CPU where a
+step would need two, it keeps idle accelerators busy with waiting, and a process that ends while nothing runs
+goes unnoticed. Both ends of a line send a sign of life every second: a process that is stopped or whose
+machine is gone is noticed by its silence.
+"""
+
+import json
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from jmoe.engine.processes.gate import JOINING, Gate
+from jmoe.engine.request import EngineDead
+
+log = logging.getLogger(__name__)
+BEAT = 1  # seconds between two signs of life
+SILENCE = 10  # seconds without one after which a process counts as lost
+LENGTH = struct.Struct("<I")
+FACTS = 1 << 20  # bytes of settings and configuration at most
+
+
+class Line:
+    """One end of a connection between process 0 and another."""
+
+    def __init__(self, connection: socket.socket):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(JOINING)  # the other end may wait for further processes to join
+        self.connection = connection
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
+
+    def send(self, data: bytes) -> None:
+        """Sends ``data`` whole, never between the bytes of another message; OSError where nobody reads."""
+        with self._sending:
+            self.connection.sendall(data)
+
+    def read_into(self, buffer: Any) -> None:
+        """Fills ``buffer``; EngineDead where the other end is gone or silent."""
+        view = memoryview(buffer).cast("B")
+        while view:
+            try:
+                count = self.connection.recv_into(view)
+            except TimeoutError:
+                raise EngineDead(f"it was silent for {SILENCE} s") from None
+            except OSError as error:
+                raise EngineDead(f"the connection was lost ({error.strerror or error})") from None
+            if count == 0:
+                raise EngineDead("the connection was closed")
+            view = view[count:]
+
+    def read(self, count: int) -> bytes:
+        self.read_into(buffer := bytearray(count))
+        return bytes(buffer)
+
+    def agree(self, facts: dict[str, Any], other: int) -> None:
+        """Raises ValueError naming the first of ``facts`` that the other process has otherwise."""
+        text = json.dumps(facts, default=str).encode()
+        self.send(LENGTH.pack(len(text)) + text)
+        (length,) = LENGTH.unpack(self.read(LENGTH.size))
+        if length > FACTS:
+            raise EngineDead(f"process {other} sent {length} bytes of settings; the limit is {FACTS}")
+        mine, theirs = json.loads(text), json.loads(self.read(length))
+        for key in mine | theirs:
+            if mine.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{key} is {mine.get(key)} here and {theirs.get(key)} in process {other}: "
+                    "all processes take the same model and flags"
+                )
+
+    def live(self, sign: bytes) -> None:
+        """From now on sends ``sign`` every ``BEAT`` seconds, and takes ``SILENCE`` seconds without anything
+        from the other end for its loss."""
+        self.connection.settimeout(SILENCE)
+
+        def beat() -> None:
+            with suppress(OSError):
+                while not self._closed.wait(BEAT):
+                    self.send(sign)
+
+        threading.Thread(target=beat, name="jmoe-beat", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        with self.connection, suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # close alone waits for a thread that reads
+
+
+class Followers:
+    """Process 0's lines to all others. ``lost`` says who is gone as soon as one is.
+
+    gate: where they join; closed with the lines. facts: what all must have alike; ValueError names what they
+    have not. sign: the message that says nothing but that process 0 lives.
+    """
+
+    def __init__(self, gate: Gate, facts: dict[str, Any], sign: bytes):
+        self.lost: str | None = None
+        self._closing = False
+        self._losing = threading.Lock()
+        self._gate, self._lines = gate, {}
+        try:
+            self._lines = {rank: Line(connection) for rank, connection in gate.meet().items()}
+            for rank, line in self._lines.items():
+                self._agree(rank, line, facts)
+        except Exception:
+            self.close()
+            raise
+        for rank, line in self._lines.items():
+            line.live(sign)
+            threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
+
+    def send(self, parts: Sequence[bytes]) -> None:
+        """Sends every follower a message; EngineDead where one is gone."""
+        message = b"".join(parts)
+        for rank, line in self._lines.items():
+            if self.lost is None:
+                try:
+                    line.send(message)
+                except OSError as error:
+                    self._lose(rank, str(error.strerror or error))
+        if self.lost is not None:
+            raise EngineDead(self.lost)
+
+    def close(self, last: bytes = b"") -> None:
+        """Says ``last`` and closes the lines; a follower to which nothing is said takes it for a failure."""
+        self._closing = True  # from here on, followers may go
+        for line in self._lines.values():
+            with suppress(OSError):
+                line.send(last)
+            line.close()
+        self._lines = {}
+        self._gate.close()
+
+    def _agree(self, rank: int, line: Line, facts: dict[str, Any]) -> None:
+        try:
+            line.agree(facts, rank)
+        except (EngineDead, OSError) as error:
+            raise EngineDead(f"process {rank} is gone ({error})") from None
+
+    def _watch(self, rank: int, line: Line) -> None:
+        """Followers send signs of life and nothing else."""
+        try:
+            while True:
+                line.read(1)
+        except EngineDead as error:
+            self._lose(rank, str(error))
+
+    def _lose(self, rank: int, why: str) -> None:
+        with self._losing:
+            if self.lost is None and not self._closing:
+                self.lost = f"process {rank} is gone ({why})"
+                log.error("%s: nothing more can run on this mesh", self.lost)

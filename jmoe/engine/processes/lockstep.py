@@ -1,0 +1,188 @@
+"""Serving with several processes: process 0 schedules, and all of them run its steps in lockstep.
+
+Every process holds the same jitted functions and its part of the weights and pages. The leader, process 0,
+says what it is about to run (the operation, its shapes, the host arrays) and runs it; a follower
+reads that and runs the same. Device results stay where they are: what the host reads is the same on all.
+"""
+
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jmoe.checkpoint import read_config
+from jmoe.engine.build import Progress, build_engine
+from jmoe.engine.deployment.deployment import settings_split
+from jmoe.engine.deployment.settings import EngineSettings, model_directory
+from jmoe.engine.engine import Engine
+from jmoe.engine.processes.gate import Gate, Tunnel, knock
+from jmoe.engine.processes.line import Followers, Line
+from jmoe.engine.processes.nodes import Nodes, free_port, join, listen
+from jmoe.engine.request import EngineDead
+from jmoe.engine.step.inputs import Sizes, StepInput
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.sampling import Sampled
+from jmoe.models.decoder import Decoder
+from jmoe.moe.orders import ShuffleTables
+from jmoe.moe.types import Changes
+
+log = logging.getLogger(__name__)
+HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows beside, the momentary capacity factor
+
+
+class Operation(IntEnum):
+    RUN, COPY, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(7)
+
+
+SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # of life, from process 0; a follower's is one byte
+
+
+class Leader(Runner):
+    """A runner that tells the followers of every operation before it starts it."""
+
+    def __init__(
+        self,
+        followers: Followers,
+        model: Decoder,
+        mesh: Mesh,
+        sizes: Sizes,
+        tables: list[ShuffleTables] | None = None,
+        cache: None = None,
+    ):
+        super().__init__(model, mesh, sizes, tables, cache)
+        self._followers = followers
+        self._hidden: Array | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._followers.lost is None
+
+    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
+        beside = 0 if given.beside is None else len(given.beside.tokens_BT)
+        self._tell(Operation.RUN, (*given.own.tokens_BT.shape, beside), jax.tree.leaves(given))
+        sampled, self._hidden, changes = super().run(given)
+        return sampled, self._hidden, changes
+
+    def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
+        self._tell(Operation.COPY, (), [from_R, to_R])
+        super().copy_pages(from_R, to_R)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
+        if hidden_RND is not self._hidden:  # followers keep no others
+            raise ValueError("with several processes only the last run can be scored")
+        self._tell(Operation.SCORE, targets_RN.shape, [targets_RN])
+        return super().score(hidden_RND, targets_RN)
+
+    def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+        self._tell(Operation.WINDOW, tokens_BT.shape, [tokens_BT, positions_BT])
+        return super().window_logits(tokens_BT, positions_BT)
+
+    def drain(self) -> None:
+        self._tell(Operation.DRAIN)
+        super().drain()
+
+    def close(self) -> None:
+        """Lets go of weights and cache here and in the followers, which end; safe to call again."""
+        self._followers.close(self._header(Operation.STOP))
+        self._hidden = None
+        super().close()
+
+    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, beside: int = 0) -> bytes:
+        return HEADER.pack(operation, rows, tokens, beside, self.capacity_factor)
+
+    def _tell(
+        self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
+    ) -> None:
+        self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
+
+
+def repeat(runner: Runner, line: Line) -> None:
+    """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
+    hidden = None
+    while True:
+        operation, rows, tokens, beside, capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        if operation == Operation.NOTHING:
+            continue
+        if operation == Operation.STOP:
+            return
+        runner.capacity_factor = capacity_factor
+        if operation == Operation.DRAIN:
+            runner.drain()
+        elif operation == Operation.RUN:
+            given = runner.blank(rows // runner.ranks, tokens, beside // runner.ranks)
+            for array in jax.tree.leaves(given):
+                line.read_into(array.reshape(-1).view(np.uint8))
+            _, hidden, _ = runner.run(given)
+        elif operation == Operation.COPY:
+            line.read_into(both := np.zeros((2, runner.ranks), np.int32))
+            runner.copy_pages(*both)
+        elif operation == Operation.SCORE:
+            assert hidden is not None
+            line.read_into(targets := np.zeros((rows, tokens), np.int32))
+            runner.score(hidden, targets)
+        else:
+            line.read_into(both := np.zeros((2, rows, tokens), np.int32))
+            runner.window_logits(*both)
+
+
+def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> Engine:
+    """Process 0's engine on the mesh of all processes, warmed up. Closing it ends the followers.
+
+    Raises ValueError as ``build_engine`` does, and EngineDead where a follower is gone.
+    """
+    facts = facts_of(nodes, model, settings)
+    coordinator = free_port()
+    gate = Gate(listen(nodes.host, nodes.port), nodes.nnodes, coordinator)
+    followers = Followers(gate, facts, SIGN)
+    try:
+        join(nodes, coordinator)
+        settings_split(settings)  # refuses a mesh that does not fit the devices
+        return build_engine(model, settings, progress, make_runner=partial(Leader, followers))
+    except Exception as error:
+        followers.close()
+        if followers.lost is None:
+            raise
+        raise EngineDead(followers.lost) from error
+
+
+def follow(
+    nodes: Nodes,
+    model: str | Path,
+    settings: EngineSettings,
+    progress: Progress,
+    ready: Callable[[Runner], None] = lambda runner: None,
+) -> None:
+    """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
+
+    ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
+    EngineDead where process 0 is gone.
+    """
+    facts = facts_of(nodes, model, settings)
+    connection, token = knock(nodes.host, nodes.port, nodes.rank)
+    with closing(Line(connection)) as line:
+        line.agree(facts, 0)
+        line.live(b"\0")
+        join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
+        settings_split(settings)
+        with closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+            ready(engine.runner)
+            log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
+            repeat(engine.runner, line)
+    log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
+
+
+def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
+    """What all processes must have in common: their number, settings and the model's configuration. Its
+    ValueErrors come before the others have anything to wait for."""
+    cfg = read_config(model_directory(model), settings.dtype)
+    return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)

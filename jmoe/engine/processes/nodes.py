@@ -1,0 +1,120 @@
+"""Several processes whose devices are one mesh: who they are (``Nodes``), how they ``join`` and ``leave``.
+
+The command line's ``--nnodes``, ``--node-rank`` and ``--dist-init-addr``. Once joined, every process sees the
+devices of all, and all must launch the same programs in the same order: ``multihost`` sees to that.
+"""
+
+import logging
+import os
+import socket
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+from msgspec import Meta
+
+from jmoe.config.reading import check_fields
+
+Whole = Annotated[int, Meta(description="a whole number")]
+log = logging.getLogger(__name__)
+HEARTBEAT = 30  # seconds without a sign of life after which jax ends the processes that are left
+LEAVING = 10  # seconds that a process which ends waits for the others to do so too
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """``nnodes`` processes, of which this is number ``node_rank``. dist_init_addr: HOST:PORT of number 0."""
+
+    nnodes: Whole = 1
+    node_rank: Whole | None = None
+    dist_init_addr: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        last = self.nnodes - 1
+        if last < 0:
+            raise ValueError(f"nnodes must be at least 1, got {self.nnodes}")
+        for name in ("node_rank", "dist_init_addr"):
+            if last == 0 and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for several processes: it needs nnodes of at least 2")
+        if last and self.node_rank is None:
+            raise ValueError(f"nnodes {self.nnodes} needs node_rank, this process's number from 0 to {last}")
+        if not 0 <= self.rank <= last:
+            raise ValueError(f"node_rank must be from 0 to nnodes - 1 = {last}, got {self.node_rank}")
+        if last and self.dist_init_addr is None:
+            raise ValueError(f"nnodes {self.nnodes} needs dist_init_addr, HOST:PORT of process 0")
+        if last and not (self.host and 0 < self.port < 2**16):
+            raise ValueError(f"dist_init_addr must be HOST:PORT, got {self.dist_init_addr!r}")
+
+    @property
+    def rank(self) -> int:
+        return self.node_rank or 0
+
+    @property
+    def host(self) -> str:
+        return str(self.dist_init_addr).rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """0 where the address has none."""
+        port = str(self.dist_init_addr).rpartition(":")[2]
+        return int(port) if port.isdecimal() else 0
+
+
+def join(nodes: Nodes, coordinator: int) -> None:
+    """Makes jax's devices those of all processes. Call it before anything touches a device.
+
+    coordinator: a port on the loopback address, where process 0 starts jax's coordination service and where
+    the others reach it (see ``gate``). Raises ValueError where the processes cannot be one mesh.
+    """
+    log.info("process %d of %d: joining at %s", nodes.rank, nodes.nnodes, nodes.dist_init_addr)
+    # It would take SIGTERM for a notice that the machine is to go, and the process would live on.
+    jax.config.update("jax_enable_preemption_service", False)
+    address = f"127.0.0.1:{coordinator}"
+    jax.distributed.initialize(
+        address,
+        nodes.nnodes,
+        nodes.rank,
+        cluster_detection_method="deactivate",  # the flags say all there is to know
+        coordinator_bind_address=address,  # jax's own choice is every address of the machine
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=2 * LEAVING,  # then it would abort; see leave
+    )
+    counts = [n for _, n in sorted(Counter(d.process_index for d in jax.devices()).items())]
+    if len(counts) != nodes.nnodes or len(set(counts)) != 1:
+        raise ValueError(f"every process must have as many devices as the others; they have {counts}")
+
+
+def leave(code: int) -> int:
+    """``code``, once all processes have left together. After a failure, or where another does not leave, this
+    one ends here with it: a step that waits for a process that is gone never ends, and jax would wait for it
+    too, and then abort."""
+    if code == 0:
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(LEAVING)
+        if not leaving.is_alive():
+            return code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket of process 0, port 0 for any that is free; ValueError says why there is none."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"process 0 cannot listen on {host} port {port} (dist_init_addr): {why}") from None
+
+
+def free_port() -> int:
+    """A port that is free on the loopback address at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

@@ -1,0 +1,281 @@
+"""What the next step runs. Pure host code over plain objects.
+
+A step holds one token of every request that is being decoded and, on each rank, the next tokens of prompts,
+as many as the budget leaves. Requests enter first come, first served, when there is a place and pages for
+what they bring; pages for what they generate are taken one by one. Where none is free, the request that came
+last gives its pages back and later runs again from its tokens, so that the oldest always goes on. A request
+that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED`` times at most. Which rank they enter,
+``dispatch`` says.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jmoe.engine.page_names import PageNames
+from jmoe.engine.request import Place, QueueFull, Request
+from jmoe.engine.schedule.admission import Dispatch, Entry, entry_at
+from jmoe.engine.schedule.pages import PagePool
+from jmoe.engine.schedule.plan import Room, Run, Step
+
+MAX_PASSED = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slots: requests that run together on a rank. budget: tokens of a step on a rank, at least a page of a
+    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests."""
+
+    slots: int
+    budget: int
+    longest: int
+    queue: int
+
+
+@dataclass
+class PrefixCounts:
+    """Tokens of prompts: looked up in the pages, and found there."""
+
+    queries: int = 0
+    hits: int = 0
+
+
+class Scheduler:
+    """sizes: tokens of prompts a rank that are compiled, the first those of one row. kind: names what a
+    request's pages depend on beside its tokens; None shares no pages. dispatch: chooses ranks; None by load.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        limits: Limits,
+        sizes: Sequence[int],
+        kind: Callable[[Request], str] | None = None,
+        dispatch: Dispatch | None = None,
+    ):
+        self.pool, self.limits, self.sizes, self.kind = pool, limits, tuple(sizes), kind
+        self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.slots)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.prefix, self.preemptions = PrefixCounts(), 0
+        self._came = 0
+
+    def pages_needed(self, request: Request) -> int:
+        """Pages for the prompt and everything it may generate (the last token's keys are never stored)."""
+        prompt, limit = len(request.prompt_token_ids), request.params.max_tokens
+        room = self.limits.longest - prompt
+        new = room if limit is None else min(limit, room)
+        return self.pool.pages_for(prompt + max(new - 1, 0))
+
+    def add(self, requests: list[Request]) -> None:
+        """Queues all or none; QueueFull where they do not fit."""
+        if len(self.waiting) + len(requests) > self.limits.queue:
+            raise QueueFull(
+                f"the queue is full: {len(self.waiting)} of {self.limits.queue} requests are waiting"
+            )
+        for request in requests:
+            request.place = Place(number=self._came)
+            self._came += 1
+        self.waiting.extend(requests)
+
+    # ---- a step --------------------------------------------------------------------------------------
+
+    def next_step(self) -> Step | None:
+        """What to run now; the requests' places are then as behind it. None where nothing can run."""
+        step = Step()
+        for rank in self.pool.ranks:
+            rank.unwritten.clear()
+        for request in self._by_age():  # who came last gives way
+            if request in self.running and self._continues(request):
+                self._decode(request, step)
+        rooms = self._rooms(step)
+        for request in self._by_age():
+            if request.place.computed < request.place.goal:
+                self._prefill(request, step, rooms)
+        self._admit(step, rooms)
+        most = max(room.used for room in rooms) * self.sizes[0]
+        step.size = next(size for size in (0, *self.sizes) if size >= most)
+        return step if step.decodes or step.prompts else None
+
+    def _by_age(self) -> list[Request]:
+        return sorted(self.running, key=lambda r: r.place.number)
+
+    def _rooms(self, step: Step) -> list[Room]:
+        """Of each rank, beside what is decoded there."""
+        run, page = self.sizes[0], self.pool.page_size
+        left = [self.limits.budget] * len(self.pool.ranks)
+        for decoded in step.decodes:
+            left[decoded.request.place.rank] -= 1
+        return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
+
+    def _continues(self, request: Request) -> bool:
+        """Whether a token follows the last one that was drawn, which is all that is not computed yet."""
+        place, limit = request.place, request.params.max_tokens
+        reach = request.length + place.drawn
+        new = reach - len(request.prompt_token_ids)
+        if place.computed != reach - 1:
+            return False
+        return reach < self.limits.longest and (limit is None or new < limit)
+
+    def _decode(self, request: Request, step: Step) -> None:
+        place, rank = request.place, self.pool.ranks[request.place.rank]
+        while self.pool.pages_for(place.computed + 1) > len(place.pages):
+            if rank.free:
+                place.pages += rank.take(1)
+            elif self._preempt(place.rank) is request:
+                return
+        step.decodes.append(Run(request, place.computed, 1, decodes=True, draws=True))
+        self._advance(request, 1, draws=True)
+
+    def _preempt(self, rank: int) -> Request:
+        """Takes the pages of the running request of ``rank`` that came last; it runs again from its
+        tokens."""
+        last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.number)
+        self._leave(last)
+        place = last.place
+        last.place = Place(place.number, place.passed, drawn=place.drawn)
+        after = next((i for i, r in enumerate(self.waiting) if r.place.number > place.number), None)
+        self.waiting.insert(len(self.waiting) if after is None else after, last)
+        self.preemptions += 1
+        return last
+
+    def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
+        """The next tokens of a prompt: whole pages, or up to its end; perhaps none."""
+        place = request.place
+        count = rooms[place.rank].take(place.goal - place.computed, self.pool.page_size)
+        if count:
+            draws = place.computed + count == place.goal
+            step.prompts.append(Run(request, place.computed, count, decodes=False, draws=draws))
+            self._advance(request, count, draws=draws)
+
+    def _advance(self, request: Request, count: int, *, draws: bool) -> None:
+        request.place.computed += count
+        request.place.drawn += draws
+        self.tell(request)
+
+    # ---- in and out ----------------------------------------------------------------------------------
+
+    def tell(self, request: Request) -> None:
+        """Names the pages whose content is known by now."""
+        place, size = request.place, self.pool.page_size
+        done = min(place.computed, request.length)
+        if place.names is None or (place.named * size > done - size and done != place.goal):
+            return
+        rank, tokens = self.pool.ranks[place.rank], request.tokens[:done]
+        names = place.names.full(tokens)
+        for page in range(place.named, len(names)):
+            rank.name(place.pages[page], names[page])
+        place.named = len(names)
+        rest = place.names.rest(tokens)
+        if rest is not None and done == place.goal:
+            rank.name(place.pages[place.named], rest)
+
+    def finish(self, request: Request) -> None:
+        """Takes it out; nothing of it is wanted any more, from steps that were started either."""
+        if request.place.rank < 0:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        request.place.ended = True
+
+    def spoil(self, request: Request) -> None:
+        """Takes the names of its pages away, as they hold what is not finite. Those that it found go too: who
+        wrote them may have been given up before anybody saw it."""
+        if (names := self._names(request)) is None:
+            return
+        rest = names.rest(request.prompt_token_ids)
+        known = [*names.full(request.tokens), *([] if rest is None else [rest])]
+        for rank in self.pool.ranks:
+            rank.forget([rank.named[name] for name in known if name in rank.named])
+        if request.place.rank >= 0:
+            self.pool.ranks[request.place.rank].forget(request.place.pages)
+        request.place.names = None
+
+    def drop(self, request_id: str) -> Request | None:
+        """Takes a request out wherever it is; None where it is not here (any more)."""
+        found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
+        if found is not None:
+            self.finish(found)
+        return found
+
+    def _leave(self, request: Request) -> None:
+        place = request.place
+        self.tell(request)
+        self.running.remove(request)
+        self.pool.ranks[place.rank].give_back(place.pages)
+        place.pages, place.rank = [], -1
+
+    # ---- who enters, and where -----------------------------------------------------------------------
+
+    def _admit(self, step: Step, rooms: list[Room]) -> None:
+        behind: list[Request] = []  # those that stay, in order
+        while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks(rooms)):
+            request = self.waiting.popleft()
+            entry = None if request.place.drawn else self._entry(request, ranks)
+            if entry is not None:
+                self._enter(request, entry, step)
+                if request.place.computed < request.place.goal:
+                    self._prefill(request, step, rooms)
+                for other in behind:
+                    other.place.passed += 1
+            else:
+                behind.append(request)
+            if any(other.place.passed >= MAX_PASSED or other.place.drawn for other in behind):
+                break
+        self.waiting.extendleft(reversed(behind))
+
+    def _open_ranks(self, rooms: list[Room]) -> list[int]:
+        """Those with a place, and room for a page of a prompt."""
+        counts, page = self._counts(), self.pool.page_size
+        roomy = [room.tokens >= page and room.used < room.rows for room in rooms]
+        return [r for r, count in enumerate(counts) if count < self.limits.slots and roomy[r]]
+
+    def _counts(self) -> list[int]:
+        counts = [0] * len(self.pool.ranks)
+        for request in self.running:
+            counts[request.place.rank] += 1
+        return counts
+
+    def _entry(self, request: Request, ranks: list[int]) -> Entry | None:
+        """Where and how it enters, None where no rank has the pages."""
+        tokens, names, counts, size = (
+            request.tokens,
+            self._names(request),
+            self._counts(),
+            self.pool.page_size,
+        )
+        each = (entry_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
+        entries = [entry for entry in each if entry is not None]
+        return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
+
+    def _names(self, request: Request) -> PageNames | None:
+        """None where its pages are not shared, or all of the prompt has to run because it is scored."""
+        if self.kind is None or request.params.prompt_logprobs is not None:
+            return None
+        if request.place.names is None:
+            request.place.names = PageNames(self.pool.page_size, self.kind(request))
+        return request.place.names
+
+    def _enter(self, request: Request, entry: Entry, step: Step) -> None:
+        place, rank = request.place, self.pool.ranks[entry.rank]
+        shared = [*entry.held, *([] if entry.part is None else [entry.part])]
+        rank.share(shared)
+        need = self.pool.pages_for(request.length) - len(entry.held)
+        place.pages = [*entry.held, *rank.take(need)]
+        if entry.part is not None:  # its user goes on writing into it, and so will this one
+            step.copies.append((entry.rank, entry.part, place.pages[-1]))
+            rank.give_back([entry.part])
+        seats = {r.place.seat for r in self.running}
+        place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
+        place.rank, place.goal = entry.rank, request.length
+        place.begun = place.computed = entry.found
+        if request.started is None:  # else it lost its pages, and finds its own
+            request.cached_tokens = entry.found
+        place.named = len(entry.held)
+        if place.names is not None:
+            self.prefix.queries += place.goal
+            self.prefix.hits += entry.found
+        self.running.append(request)
+        written = rank.unwritten.isdisjoint(entry.held)
+        if place.goal - place.computed == 1 and entry.found and written:  # it is as one that was drawn
+            self._decode(request, step)

@@ -1,0 +1,1 @@
+"""One step on the device: its inputs, the jitted functions, the runner, what comes back."""

@@ -1,0 +1,97 @@
+"""The answers that are being made: what each drawn token adds to one, and whether it ends it."""
+
+from collections.abc import Collection, Sequence
+
+from jmoe.engine.request import FinishReason, Output, Request
+from jmoe.engine.step.scores import PromptScores, token_logprob
+from jmoe.engine.text.codec import Detokenizer, TextCodec
+
+
+def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[str, Detokenizer]:
+    """By the requests' ids; none without a codec. Raises ValueError for a prompt that it cannot decode."""
+    if codec is None:
+        return {}
+    return {request.id: _detokenizer(request, codec) for request in requests}
+
+
+def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
+    prompt = None if request.constraint is not None else request.prompt_token_ids
+    return Detokenizer(codec, request.params.stop, prompt)
+
+
+def accept(request: Request, token: int) -> str | None:
+    """Takes the request's grammar a token further; the cause where it fails."""
+    if request.constraint is None:
+        return None
+    try:
+        request.constraint.accept(token)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class Answers:
+    """What is kept of the requests whose answers have not ended.
+
+    scores: those of the prompts.
+    end_ids: the model's end tokens.
+    longest: tokens of a request, with its prompt.
+    """
+
+    def __init__(self, scores: PromptScores, end_ids: Collection[int], longest: int):
+        self.scores, self.end_ids, self.longest = scores, end_ids, longest
+        self._texts: dict[str, Detokenizer] = {}
+
+    def begin(self, requests: Sequence[Request], texts: dict[str, Detokenizer]) -> None:
+        """texts: of these requests, by their ids."""
+        self._texts |= texts
+        for request in requests:
+            self.scores.want(request)
+
+    def forget(self, request: Request) -> None:
+        self._texts.pop(request.id, None)
+        self.scores.take(request)
+
+    def without_tokens(self, request: Request) -> Output:
+        """The whole answer to a request that only its prompt's scores were wanted of."""
+        return Output(request.id, prompt_logprobs=self.scores.take(request), finish_reason="length")
+
+    def grown(self, request: Request, token: int, scores: tuple) -> Output:
+        """What the last of the request's tokens gives to its client.
+
+        scores: see ``token_logprob``. Raises ValueError where the tokenizer fails.
+        """
+        params, finish, stopped_by = request.params, self._ended_by(request, token), None
+        text = thoughts = ""
+        detokenizer = self._texts.get(request.id)
+        if finish is not None:
+            stopped_by = token if token in params.stop_token_ids else None
+        elif detokenizer is not None:
+            text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
+            thoughts = detokenizer.thoughts
+            if detokenizer.stopped_by is not None:
+                finish, stopped_by = "stop", detokenizer.stopped_by
+        if finish is None and (len(request.token_ids) == params.max_tokens or request.length == self.longest):
+            finish = "length"
+        if finish is not None and detokenizer is not None and detokenizer.stopped_by is None:
+            text += detokenizer.flush()
+            thoughts += detokenizer.thoughts
+        logprobs = ()
+        if params.logprobs is not None:
+            logprobs = (token_logprob(token, scores, params.logprobs),)
+        return Output(
+            request.id,
+            (token,),
+            text=text,
+            thoughts=thoughts,
+            logprobs=logprobs,
+            prompt_logprobs=self.scores.take(request),
+            finish_reason=finish,
+            stop_reason=stopped_by,
+        )
+
+    def _ended_by(self, request: Request, token: int) -> FinishReason | None:
+        """Whether the token itself ends the answer."""
+        params = request.params
+        is_end = token in self.end_ids and not params.ignore_eos
+        return "stop" if is_end or token in params.stop_token_ids else None

@@ -1,0 +1,272 @@
+"""The jitted step of a model and the other functions that are compiled.
+
+One function serves all steps: rows of tokens against the paged cache (``StepInput``), and what is drawn
+behind some of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jmoe_kernels.paged_attention import LayerPages
+
+from jmoe.config.model import MoEConfig
+from jmoe.engine.step.counters import MoETotals, add_step
+from jmoe.engine.step.inputs import HostRows, StepInput
+from jmoe.engine.step.sampling import Sampled, logprobs, sample, score
+from jmoe.mesh import is_single, sharding
+from jmoe.models.decoder import Decoder
+from jmoe.moe.orders import ShuffleTables
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing
+from jmoe.nn.kv_cache import page_spec
+from jmoe.nn.sequences import Sequences
+from jmoe.offload.cache import ExpertCache
+
+
+def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
+    """The step's sequences; for use under jit. lossy, cached: whether anything asks who is exact, and who has
+    which seat."""
+
+    def made(rows: HostRows) -> Sequences:
+        tokens_BT, positions_BT, table_BM, exact_B, seats_B, fresh_B = map(jnp.asarray, rows)
+        if tokens_BT.shape[1] == 1:
+            drawn_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
+            tokens_BT = jnp.where(tokens_BT < 0, drawn_B1, tokens_BT)
+        told = (seats_B, fresh_B) if cached else (None, None)
+        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *told)
+
+    own = made(given.own)
+    if given.beside is None:
+        return own
+    return replace(own, beside=made(given.beside), rows=len(given.own.tokens_BT) // ranks)
+
+
+def is_lossy(moe: MoEConfig) -> bool:
+    """Whether any technique may change what plain top-k gives."""
+    return moe.binning is not None or moe.capacity is not None
+
+
+def make_knobs(capacity_factor: float, step: int) -> Knobs:
+    return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
+
+
+def readable(outputs: Any, mesh: Mesh) -> Any:
+    """``outputs`` whole on every device, so that the host of each can read them; for use under jit."""
+    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
+
+
+def draw(
+    model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array, layers: list[DispatchStats]
+) -> tuple[Sampled, Array]:
+    """The tokens that the step draws, and those drawn last for every seat; for use under jit. layers: what
+    the step's layers did, which says whether the tokens can be right."""
+    ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
+    behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
+    last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
+    with jax.named_scope("sample"):
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), given.rows)
+    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
+    return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowRouting:
+    """The routing of B windows of T positions in L layers; what stands at padding, and at picks that are
+    none, means nothing.
+
+    ids_LBTK, weights_LBTK: the experts chosen and their combine weights. gates_LBE: the mean of each
+    window's router scores. embeddings_BD: the mean of its input embeddings. maps_BMLE: the scores themselves
+    at M picked positions.
+    """
+
+    ids_LBTK: Array
+    weights_LBTK: Array
+    gates_LBE: Array
+    embeddings_BD: Array
+    maps_BMLE: Array
+
+
+def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
+    """What ``routing``, one a layer, says of whole windows; for use under jit."""
+    b, t = seqs.tokens_BT.shape
+    valid_BT1 = (seqs.positions_BT >= 0)[:, :, None]
+
+    def mean(values_BTX: Array) -> Array:
+        """Over each window's own tokens."""
+        count_B1 = jnp.maximum(jnp.sum(valid_BT1, 1, dtype=jnp.float32), 1.0)
+        return jnp.sum(jnp.where(valid_BT1, values_BTX, 0.0), 1) / count_B1
+
+    def picked(scores_TE: Array) -> Array:
+        return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)
+
+    return WindowRouting(
+        jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
+        jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
+        jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
+        mean(model.embed[...][seqs.tokens_BT].astype(jnp.float32)),
+        jnp.stack([picked(r.scores_TE) for r in routing], 2),
+    )
+
+
+@dataclass(frozen=True)
+class ModelFunctions:
+    """The jitted functions of one model, over its flat list of weights.
+
+    The model's structure is closed over: as a static argument it would be hashed at every call (0.8 ms for
+    six layers, a third of a decode step).
+    """
+
+    graph: nnx.GraphDef
+    structure: Any  # a jax tree definition
+
+    def merge(self, weights: list[Array]) -> Decoder:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
+
+    def step(
+        self,
+        weights: list[Array],
+        pages: list[LayerPages],
+        totals: MoETotals,
+        latest_S: Array,
+        given: StepInput,
+        knobs: Knobs | None,
+        tables: list[ShuffleTables] | None,
+        cache: ExpertCache | None,
+    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Array, Changes | None, ExpertCache | None]:
+        """latest_S: the tokens drawn last, by seat. knobs: None where no lossy technique is configured.
+
+        tables: what to shuffle tokens by, one a layer; None leaves them where they are. cache: of offloaded
+        experts.
+        """
+        model = self.merge(weights)
+        ranks = model.split.sequence_ranks
+        seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=cache is not None)
+        out = model(seqs, pages, knobs, tables, cache)
+        assert out.pages is not None
+        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S, out.stats)
+        # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
+        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
+        pages = lax.with_sharding_constraint(out.pages, kept)
+        totals = add_step(totals, out.stats)
+        told = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
+        sampled, totals, latest_S, changes_B = told
+        return sampled, out.hidden_RND, pages, totals, latest_S, changes_B, out.cache
+
+    def copy_pages(
+        self, weights: list[Array], pages: list[LayerPages], from_R: Array, to_R: Array
+    ) -> list[LayerPages]:
+        """Every rank's page ``from_R`` written over its page ``to_R``; 0 and 0 where it has none to copy."""
+
+        def copy(a_P: Array, from_1: Array, to_1: Array) -> Array:
+            one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
+            return lax.dynamic_update_index_in_dim(a_P, one, to_1[0], 0)
+
+        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
+            return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), pages)
+
+        model = self.merge(weights)
+        if is_single(model.mesh):
+            return of_rank(pages, from_R, to_R)
+        paged, rows = page_spec(model.kernels.attention, model.split), PartitionSpec(model.split.sequences)
+        specs = {"in_specs": (paged, rows, rows), "out_specs": paged, "check_vma": False}
+        return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
+
+    def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
+        """Log-probabilities of ``targets_BT`` and the likeliest tokens."""
+        return self._by_chunks(score, weights, hidden_BTD, targets_BT)
+
+    def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
+        """Log-probabilities of ``targets_BT``."""
+        return self._by_chunks(logprobs, weights, hidden_BTD, targets_BT)
+
+    def _by_chunks(
+        self, of: Callable[[Array, Array], Any], weights: list[Array], hidden_BTD: Array, targets_BT: Array
+    ) -> Any:
+        """``of(logits, targets)``, about 128 positions at a time.
+
+        A few positions of every sequence together, so that each rank of a mesh has its own ones to do.
+        """
+        model = self.merge(weights)
+        b, t, _ = hidden_BTD.shape
+        chunk = min(t, max(1, 128 // b))
+
+        def chunks(a_BT: Array) -> Array:
+            padded = jnp.pad(a_BT, ((0, 0), (0, -t % chunk), *[(0, 0)] * (a_BT.ndim - 2)))
+            return padded.reshape(b, -1, chunk, *a_BT.shape[2:]).swapaxes(0, 1)
+
+        def joined(a_NBC: Array) -> Array:
+            return a_NBC.swapaxes(0, 1).reshape(b, -1, *a_NBC.shape[3:])[:, :t]
+
+        args = chunks(hidden_BTD), chunks(targets_BT)
+        scored = lax.map(lambda each: of(model.logits(each[0]), each[1]), args)
+        return readable(jax.tree.map(joined, scored), model.mesh)
+
+    def window_logits(
+        self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
+    ) -> Array:
+        """``[B, T, V]`` logits of whole windows, without KV pages."""
+        model = self.merge(weights)
+        out = model(Sequences(tokens_BT, positions_BT), cache=cache)
+        return readable(model.logits(out.hidden_RND), model.mesh)
+
+    def window_routing(
+        self,
+        weights: list[Array],
+        tokens_BT: Array,
+        positions_BT: Array,
+        picks_BM: Array,
+        cache: ExpertCache | None,
+    ) -> WindowRouting:
+        """What the routers of all layers chose in whole windows, without KV pages.
+
+        picks_BM: the positions whose scores are told, -1 for none: those of all would be many times the rest.
+        """
+        model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
+        return readable(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
+
+
+@dataclass(frozen=True)
+class Jitted:
+    """The functions of ``ModelFunctions``, jitted; ``merge`` as it is. Each keeps what it has compiled, by
+    shapes and devices."""
+
+    merge: Callable[[list[Array]], Decoder]
+    step: jax.stages.Wrapped
+    copy_pages: jax.stages.Wrapped
+    score: jax.stages.Wrapped
+    logprobs: jax.stages.Wrapped
+    window_logits: jax.stages.Wrapped
+    window_routing: jax.stages.Wrapped
+
+
+@lru_cache(maxsize=8)
+def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
+    """The jitted functions of one structure: runners of equal models share them, and what they compiled.
+
+    The graph, which holds the configuration and the mesh, is hashed once a runner. The bound frees the
+    programs of models that are no longer run.
+    """
+    functions = ModelFunctions(graph, structure)
+    return Jitted(
+        merge=functions.merge,
+        step=jax.jit(functions.step, donate_argnums=(1, 2, 3, 7)),
+        copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
+        score=jax.jit(functions.score),
+        logprobs=jax.jit(functions.logprobs),
+        window_logits=jax.jit(functions.window_logits),
+        window_routing=jax.jit(functions.window_routing),
+    )
+
+
+@lru_cache(maxsize=32)
+def maker(where: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """``make(*args)``, compiled: putting arrays on a mesh of several processes would compare them first."""
+    return jax.jit(partial(make, *args), out_shardings=where)

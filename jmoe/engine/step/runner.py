@@ -1,0 +1,182 @@
+"""Runs the steps of a model and keeps what lies on the device: weights, KV pages, counters."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from jmoe.engine.step.compilations import CompilationCounter
+from jmoe.engine.step.counters import (
+    PHASES,
+    MoECounters,
+    MoETotals,
+    expert_bytes,
+    transported_bytes,
+    zero_totals,
+)
+from jmoe.engine.step.functions import WindowRouting, is_lossy, jitted, make_knobs, maker
+from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
+from jmoe.engine.step.sampling import Sampled
+from jmoe.mesh import sharding
+from jmoe.models.decoder import Decoder
+from jmoe.moe.orders import ShuffleTables
+from jmoe.moe.types import Changes, Knobs, Phase
+from jmoe.nn.kv_cache import make_pages
+from jmoe.offload.cache import ExpertCache
+
+DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
+
+
+class Runner:
+    """Runs steps of ``model``; not thread-safe: one thread at a time.
+
+    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank. cache: of the
+    experts, where they are offloaded.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        sizes: Sizes,
+        tables: list[ShuffleTables] | None = None,
+        cache: ExpertCache | None = None,
+    ):
+        graph, state = nnx.split(model)
+        self.weights, structure = jax.tree.flatten(state)
+        self._jitted = jitted(graph, structure)
+        self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
+        self.ranks = model.split.sequence_ranks
+        attention = model.kernels.attention
+        self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
+        capacity = model.moe.capacity
+        self.moe, self.lossy = model.moe, is_lossy(model.moe)
+        self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
+        self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
+        self.cache = cache
+        self._steps = 0
+        layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
+        self._totals = {phase: self._fresh_totals() for phase in PHASES}
+        seats = self.ranks * sizes.decode[-1]
+        self._latest_S = maker(sharding(mesh), jnp.zeros, seats, jnp.int32)()
+        self._undrained = 0
+        row_bytes = transported_bytes(model.cfg, mesh)
+        sizes_of = row_bytes, expert_bytes(model.cfg)
+        self.counters = {phase: MoECounters(layers, experts, *sizes_of) for phase in PHASES}
+        self.compilations = CompilationCounter()
+
+    def _fresh_totals(self) -> MoETotals:
+        cfg = self.cfg
+        return maker(sharding(self.mesh), zero_totals, len(cfg.moe_layers), cfg.num_experts)()
+
+    @property
+    def alive(self) -> bool:
+        """False where it can run nothing any more."""
+        return True
+
+    def blank(self, sequences: int, tokens: int, beside: int = 0) -> StepInput:
+        """An input of ``sequences`` rows a rank, and ``beside`` of one token, in which all is padding."""
+        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens, beside)
+
+    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
+        """(sampled tokens, final hidden states ``[R, n, D]``, what lossy techniques did to each row).
+
+        Started, not waited for. All stay on the device; there are no changes where nothing lossy is
+        configured for the phase.
+        """
+        phase: Phase = "decode" if given.decodes else "prefill"
+        knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
+        self._steps += 1
+        with self.compilations.watch():
+            outputs = self._step(phase, given, knobs)
+            self._undrained += 1
+            if self._undrained >= DRAIN_STEPS:
+                self._drain()
+        return outputs
+
+    def _step(
+        self, phase: Phase, given: StepInput, knobs: Knobs | None
+    ) -> tuple[Sampled, Array, Changes | None]:
+        """One step; what lies on the device is then as behind it."""
+        sampled, hidden, self.pages, self._totals[phase], self._latest_S, changes, self.cache = (
+            self._jitted.step(
+                self.weights, self.pages, self._totals[phase], self._latest_S, given, knobs, self.tables,
+                self.cache,
+            )
+        )  # fmt: skip
+        return sampled, hidden, changes
+
+    def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
+        """Copies a page of every rank over another one of it, before the next step; 0 and 0 copies none."""
+        with self.compilations.watch():
+            self.pages = self._jitted.copy_pages(self.weights, self.pages, from_R, to_R)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
+        """Log-probability of each target, likeliest ids and their log-probabilities; started, not waited
+        for."""
+        with self.compilations.watch():
+            return self._jitted.score(self.weights, hidden_RND, targets_RN)
+
+    def logprobs(self, hidden_RND: Array, targets_RN: np.ndarray) -> Array:
+        """Log-probability of each target alone; started, not waited for, and not compiled by ``warm_up``."""
+        return self._jitted.logprobs(self.weights, hidden_RND, targets_RN)
+
+    def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+        """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
+        return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT, self.cache))
+
+    def window_routing(
+        self, tokens_BT: np.ndarray, positions_BT: np.ndarray, picks_BM: np.ndarray
+    ) -> WindowRouting:
+        """The routers' choices in windows, and their scores at ``picks_BM`` (-1 for none), on the host;
+        compiles for every new shape."""
+        arrays = tokens_BT, positions_BT, picks_BM
+        return jax.device_get(self._jitted.window_routing(self.weights, *arrays, self.cache))
+
+    @property
+    def model(self) -> Decoder:
+        """The model over the weights as they lie on the device."""
+        return self._jitted.merge(self.weights)
+
+    def drain(self) -> None:
+        """Moves the device's counts into ``counters``."""
+        self._drain()
+
+    def _drain(self) -> None:
+        for phase, totals in self._totals.items():
+            self.counters[phase].drain(totals)
+            self._totals[phase] = self._fresh_totals()
+        self._undrained = 0
+
+    def warm_up(
+        self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
+    ) -> None:
+        """Compiles every shape by running it on padding; afterwards nothing compiles."""
+        sizes = self.sizes
+        shapes = [(b, 1, 0) for b in sizes.decode] + [
+            (tokens // sizes.run, sizes.run, beside) for tokens in sizes.prefill for beside in sizes.beside
+        ]
+        for done, shape in enumerate(shapes):
+            progress(done, len(shapes))
+            given = self.blank(*shape)
+            hidden = self._rehearse(given)
+            if not given.decodes and scores_prompts:
+                self.score(hidden, np.zeros(hidden.shape[:2], np.int32))
+        self.copy_pages(*np.zeros((2, self.ranks), np.int32))
+        self.drain()
+        jax.block_until_ready(self.pages)
+        progress(len(shapes), len(shapes))
+        self.compilations.warm_up_done()
+
+    def _rehearse(self, given: StepInput) -> Array:
+        """Runs padding so that all that a step of its shape may need is compiled; the hidden states."""
+        return self.run(given)[1]
+
+    def close(self) -> None:
+        """Lets go of the weights and the cache; nothing runs any more."""
+        self.weights, self.pages, self.tables, self.cache = [], [], None, None
+        self.compilations.close()

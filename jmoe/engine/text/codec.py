@@ -1,0 +1,154 @@
+"""Text to ids and, incrementally, ids to text: whole characters only, stop strings found across tokens."""
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from jmoe.engine.text.channels import AnswerText
+from jmoe.engine.text.fewest_tokens import FewestTokens
+from jmoe.engine.text.token_bytes import TokenBytes
+from jmoe.engine.text.tokenizer_files import guarded, load_tokenizer, missing
+
+LONG = 1 << 18  # characters; texts beyond are tokenized one at a time: each takes some 100 bytes a character
+
+
+def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
+    """None where the directory has no tokenizer of any form; ValueError where it has one that is not read."""
+    if not (directory / "tokenizer.json").is_file() and missing(directory) is None:
+        return None
+    return TextCodec(directory, vocab_size)
+
+
+class TextCodec:
+    """A checkpoint's tokenizer. Raises ValueError where there is none or it does not fit.
+
+    Encoding adds what the tokenizer's own post-processor adds (a BOS token, for some families). It runs
+    without the interpreter's lock, and so does decoding.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int):
+        self.tokenizer = load_tokenizer(directory, vocab_size)
+        self.vocab_size = vocab_size
+        self.token_bytes = TokenBytes(self.tokenizer)
+        self._one_long_text = threading.Lock()
+
+    def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
+        """limit: the model's context; a text that cannot fit in it is refused before it is tokenized.
+
+        Raises ValueError for a text that is no Unicode or needs an id beyond the model's vocabulary.
+        """
+        if limit is not None:
+            self._check_characters(text, limit)
+        if len(text) > LONG:
+            with self._one_long_text:
+                ids = self._ids(text, special, limit)
+        else:
+            ids = self._ids(text, special, limit)
+        if max(ids, default=0) >= self.vocab_size:
+            beyond = next(id for id in ids if id >= self.vocab_size)
+            raise ValueError(
+                f"the text has the token {self.token_text(beyond)[:50]!r}, whose id {beyond} is outside the "
+                f"model's vocabulary of {self.vocab_size}"
+            )
+        return ids
+
+    def _ids(self, text: str, special: bool, limit: int | None) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text is not valid Unicode (a lone surrogate)") from None
+        with guarded("encode this text"):
+            # ``encode`` would hold the interpreter's lock as long as it takes.
+            encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
+        if limit is not None and len(encoding) > limit:
+            raise ValueError(too_long(limit, f"your prompt has {len(encoding)} tokens"))
+        return encoding.ids
+
+    @cached_property
+    def _fewest(self) -> FewestTokens:
+        return FewestTokens(self.tokenizer)
+
+    def _check_characters(self, text: str, limit: int) -> None:
+        least = self._fewest(text, limit) if len(text) > limit else 0
+        if least > limit:
+            raise ValueError(
+                too_long(limit, f"your prompt has {len(text)} characters, which are at least {least} tokens")
+            )
+
+    def starts(self, text: str, *, special: bool = True) -> list[int]:
+        """The character of ``text`` at which each of its tokens begins."""
+        with guarded("encode this text"):
+            encoding = self.tokenizer.encode_batch([text], add_special_tokens=special)[0]
+        starts, at = [], 0
+        for begin, end in encoding.offsets:
+            starts.append(begin if end > begin else at)
+            at = max(at, end)
+        return starts
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        with guarded("decode these tokens"):
+            return self.tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as a caller sees it, special tokens spelled out; bytes of half a character as U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+
+def too_long(limit: int, has: str) -> str:
+    return f"This model's maximum context length is {limit} tokens. However, {has}."
+
+
+class Detokenizer:
+    """The growing text of one request; ``push`` returns what became certain.
+
+    A tail that may still change is held back: half a character, a suffix that could begin a stop string,
+    spaces that a text loses at its end.
+
+    prompt: the tokens whose text this continues: the first word keeps its space where any text precedes it.
+    None = all bytes of every token count, as a grammar describes them.
+    thoughts: what the last ``push`` or ``flush`` gave of a model's other channels, where it has them. Stop
+    strings do not count there.
+    """
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):
+        self.stop = tuple(stop)
+        self.text, self.thoughts = AnswerText(codec.token_bytes, prompt), ""
+        self.cut_end = 0 if prompt is None else codec.token_bytes.pieces.cut_end
+        self.held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Text released by this token; sets ``stopped_by`` where a stop string is complete.
+
+        ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError where
+        the tokenizer fails.
+        """
+        text, self.thoughts = self.text.push(token_id)
+        self.held += text
+        found = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0] if may_stop else []
+        if found:
+            at, self.stopped_by = min(found)
+            text, self.held = self.held[:at], ""
+            return text
+        stops = self.stop if may_stop else ()
+        return self._release(max((_overlap(self.held, s) for s in stops), default=0))
+
+    def flush(self) -> str:
+        """All that is still held, once no more tokens come."""
+        text, self.thoughts = self.text.flush()
+        self.held += text
+        text = self._release(0)
+        self.held = ""
+        return text
+
+    def _release(self, keep: int) -> str:
+        spaces = len(self.held) - len(self.held.rstrip(" "))
+        keep = max(keep, min(spaces, self.cut_end))
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

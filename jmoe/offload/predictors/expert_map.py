@@ -1,0 +1,132 @@
+"""``ExpertMaps``: fMoE's forecast, the experts of the past iteration that is most like this one.
+
+Section 2.3: before the first layer an iteration is known by its input embedding (semantic search), later by
+what the gates have said so far (trajectory search). With the embeddings of single tokens, the nearest entry
+of a token that the store has is an iteration of the same token.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from jmoe.offload.predictors.choose import over_batch, until
+from jmoe.offload.predictors.map_store import EXACT, MapStore, cosine, put, redundancy, unit
+from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+
+
+class Learning(NamedTuple):
+    """The one iteration of a step that will be kept: its row in the batch, whether there is one, its input
+    embedding, of length 1, that one's cosines, and its map as far as it is known."""
+
+    row: Int[Array, ""]
+    exists: Bool[Array, ""]
+    key_D: Float[Array, " D"]
+    cos_C: Float[Array, " C"]
+    map_LE: Float[Array, "L E"]
+
+
+class Trail(NamedTuple):
+    """A step's trajectories up to a layer, against every entry's: the running parts of their cosines."""
+
+    valid_B: Bool[Array, " B"]
+    dots_BC: Float[Array, "B C"]
+    squares_B: Float[Array, " B"]
+    entry_squares_C: Float[Array, " C"]
+    learning: Learning | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertMaps:
+    """store: past iterations. turn: steps so far. distance: A, layers ahead. k: experts a token; never fewer
+    are wanted. online: whether every step adds an iteration to the store."""
+
+    store: MapStore
+    turn: Int[Array, ""]
+    distance: int = field(metadata={"static": True})
+    k: int = field(metadata={"static": True})
+    online: bool = field(metadata={"static": True})
+
+    @classmethod
+    def make(cls, store: MapStore, *, distance: int, k: int, online: bool) -> Self:
+        return cls(store, jnp.zeros((), jnp.int32), distance, k, online)
+
+    def start(self, seen: StepSeen) -> tuple[Trail, Forecast]:
+        (b, _), capacity = seen.embeddings_BD.shape, self.store.used_C.shape[0]
+        sane_B = jnp.all(jnp.isfinite(seen.embeddings_BD), 1)
+        valid_B, keys_BD = seen.valid_B & sane_B, jnp.where(sane_B[:, None], unit(seen.embeddings_BD), 0)
+        cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
+        trail = Trail(
+            valid_B,
+            jnp.zeros((b, capacity), jnp.float32),
+            jnp.zeros(b, jnp.float32),
+            jnp.zeros(capacity, jnp.float32),
+            self._choose(valid_B, keys_BD, cos_BC) if self.online else None,
+        )
+        return trail, self._forecast(cos_BC, 0, valid_B)
+
+    def observe(self, walk: Trail, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Trail, Forecast]:
+        """Adds the layer's own part to every cosine: the same work at every depth, O(B * C * E).
+
+        The paper forecasts the single layer ``layer + A`` from here; the rows of the nearer ones refresh what
+        shallower searches said of them. A token whose scores are no finite numbers says nothing from here on.
+        """
+        maps_CE = lax.dynamic_index_in_dim(self.store.maps_CLE, layer, 1, keepdims=False)
+        squares_C = lax.dynamic_index_in_dim(self.store.squares_CL, layer, 1, keepdims=False)
+        learning, sane_B = walk.learning, jnp.all(jnp.isfinite(seen.scores_BE), 1)
+        if learning is not None:  # as it is: the store takes no map with such a layer
+            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(seen.scores_BE[learning.row]))
+        scores_BE = jnp.where(sane_B[:, None], seen.scores_BE, 0)
+        walk = walk._replace(
+            valid_B=walk.valid_B & sane_B,
+            dots_BC=walk.dots_BC + jnp.matmul(scores_BE, maps_CE.T, precision=EXACT),
+            squares_B=walk.squares_B + jnp.sum(scores_BE * scores_BE, 1),
+            entry_squares_C=walk.entry_squares_C + squares_C,
+            learning=learning,
+        )
+        cos_BC = cosine(walk.dots_BC, walk.squares_B[:, None], walk.entry_squares_C[None])
+        return walk, self._forecast(cos_BC, layer + 1, walk.valid_B)
+
+    def finish(self, walk: Trail) -> Self:
+        """One iteration a step is kept, however many tokens it had (ours). The cost is bounded, and small:
+        what the entry is compared by is what the step's searches have found."""
+        learning = walk.learning
+        if learning is None:
+            return self
+        dots_C, square = walk.dots_BC[learning.row], walk.squares_B[learning.row]
+        trajectory_C = cosine(dots_C, square, walk.entry_squares_C)
+        redundancy_C = redundancy(learning.cos_C, trajectory_C, self.distance, len(learning.map_LE))
+        store = put(self.store, learning.key_D, learning.map_LE, redundancy_C, learning.exists)
+        return replace(self, store=store, turn=self.turn + 1)
+
+    def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
+        """Prompts tell counts, not the distributions of single tokens: nothing is learned of them."""
+        return self
+
+    def _choose(self, valid_B: Array, keys_BD: Array, cos_BC: Array) -> Learning:
+        """The valid rows take turns over the steps."""
+        count = jnp.sum(valid_B, dtype=jnp.int32)
+        nth = self.turn % jnp.maximum(count, 1) + 1
+        row = jnp.argmax(jnp.cumsum(valid_B, dtype=jnp.int32) == nth).astype(jnp.int32)
+        map_LE = jnp.zeros(self.store.maps_CLE.shape[1:], jnp.float32)
+        return Learning(row, count > 0, keys_BD[row], cos_BC[row], map_LE)
+
+    def _forecast(
+        self, cos_BC: Float[Array, "B C"], first: int | Int[Array, ""], valid_B: Bool[Array, " B"]
+    ) -> Forecast:
+        """Layers ``first`` and on of each token's most similar entry; the less similar it is, the more
+        experts are wanted (section 2.4). Nothing from an empty store."""
+        used_C, maps_CLE = self.store.used_C, self.store.maps_CLE
+        layers = maps_CLE.shape[1]
+        cos_BC = jnp.where(used_C[None], cos_BC, -jnp.inf)
+        score_B1, best_B1 = lax.top_k(cos_BC, 1)
+        layer_A = first + jnp.arange(self.distance)
+        p_BAE = maps_CLE[best_B1, jnp.minimum(layer_A, layers - 1)[None]]
+        mass_BA = jnp.broadcast_to(jnp.clip(1 - score_B1, 0, 1), p_BAE.shape[:2])
+        known_1A1 = ((layer_A < layers) & jnp.any(used_C))[None, :, None]
+        wanted_BAE = until(p_BAE, mass_BA, self.k) & known_1A1
+        return over_batch(p_BAE * known_1A1.astype(p_BAE.dtype), wanted_BAE, valid_B)

@@ -1,0 +1,87 @@
+"""``RequestCounts``: the experts of the past request whose experts so far are most like this one's.
+
+MoE-Infinity's idea, a comparator of fMoE's: a request is the matrix of how often it chose each expert, over
+its prompt and all its steps.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jmoe.offload.predictors.choose import Plan, over_batch, top
+from jmoe.offload.predictors.map_store import EXACT
+from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+
+
+class Chosen(NamedTuple):
+    """What a step was expected to choose, and what each of its tokens has chosen so far."""
+
+    plan: Plan
+    seats_B: Int[Array, " B"]
+    valid_B: Bool[Array, " B"]
+    chosen_BLE: Float[Array, "B L E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RequestCounts:
+    """stored_QLE: past requests, the share of each expert in a layer's choices; with none of them (Q = 0) a
+    request's own past is what is expected of it. counts_ZLE: how often each expert was chosen by the request
+    in each of Z seats. k: experts a token, the likeliest of which are wanted."""
+
+    stored_QLE: Float[Array, "Q L E"]
+    counts_ZLE: Float[Array, "Z L E"]
+    distance: int = field(metadata={"static": True})
+    k: int = field(metadata={"static": True})
+
+    @classmethod
+    def make(cls, experts_QLE: Int[np.ndarray, "Q L E"], *, seats: int, distance: int, k: int) -> Self:
+        """experts_QLE: how often each of Q requests chose each expert."""
+        stored_QLE = _shares(jnp.asarray(experts_QLE, jnp.float32))
+        return cls(stored_QLE, jnp.zeros((seats, *stored_QLE.shape[1:]), jnp.float32), distance, k)
+
+    def start(self, seen: StepSeen) -> tuple[Chosen, Forecast]:
+        share_BLE = _shares(self.counts_ZLE[seen.seats_B])
+        p_BLE = self._matches(share_BLE) if len(self.stored_QLE) else share_BLE
+        plan = Plan.make(over_batch(p_BLE, top(p_BLE, self.k), seen.valid_B), self.distance)
+        walk = Chosen(plan, seen.seats_B, seen.valid_B, jnp.zeros_like(p_BLE))
+        return walk, plan.ahead(0, self.distance)
+
+    def observe(self, walk: Chosen, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Chosen, Forecast]:
+        experts_11E = jnp.arange(walk.chosen_BLE.shape[2], dtype=seen.ids_BK.dtype)[None, None]
+        chosen_BE = jnp.any(seen.ids_BK[:, :, None] == experts_11E, 1).astype(jnp.float32)
+        walk = walk._replace(chosen_BLE=walk.chosen_BLE.at[:, layer].set(chosen_BE))
+        return walk, walk.plan.ahead(layer + 1, self.distance)
+
+    def finish(self, walk: Chosen) -> Self:
+        return self._add(walk.seats_B, walk.chosen_BLE * walk.valid_B.astype(jnp.float32)[:, None, None])
+
+    def absorb(
+        self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Float[Array, "B L E"]
+    ) -> Self:
+        """A seat whose piece begins a request forgets the one that sat there."""
+        forgotten_B = jnp.where(fresh_B, seats_B, len(self.counts_ZLE))
+        reset_ZLE = self.counts_ZLE.at[forgotten_B].set(0, mode="drop")
+        return replace(self, counts_ZLE=reset_ZLE)._add(seats_B, counts_BLE)
+
+    def _add(self, seats_B: Array, counts_BLE: Array) -> Self:
+        """Rows of padding have counts of 0, so that what seat they name does not matter."""
+        return replace(self, counts_ZLE=self.counts_ZLE.at[seats_B].add(counts_BLE, mode="drop"))
+
+    def _matches(self, share_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """The stored request of the highest cosine over all layers; the mean one where nothing is known."""
+        squares_Q = jnp.sum(self.stored_QLE * self.stored_QLE, (1, 2))
+        dots_BQ = jnp.einsum("ble,qle->bq", share_BLE, self.stored_QLE, precision=EXACT)
+        best_B = jnp.argmax(dots_BQ / jnp.sqrt(jnp.maximum(squares_Q, 1e-30))[None], 1)
+        known_B11 = jnp.any(share_BLE > 0, (1, 2))[:, None, None]
+        return jnp.where(known_B11, self.stored_QLE[best_B], jnp.mean(self.stored_QLE, 0)[None])
+
+
+def _shares(counts_ZLE: Float[Array, "Z L E"]) -> Float[Array, "Z L E"]:
+    """Of each layer's choices; 0 where there are none."""
+    return counts_ZLE / jnp.maximum(jnp.sum(counts_ZLE, 2, keepdims=True), 1)

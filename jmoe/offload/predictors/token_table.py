@@ -1,0 +1,58 @@
+"""``TokenTable``: how often a token id chose each expert when a profile was made.
+
+Sem-MoE's C_p (arXiv 2503.04398) as a predictor: it knows all layers before the first one, and what it says
+does not change within a step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int, UInt8
+
+from jmoe.offload.predictors.choose import Plan, over_batch, top
+from jmoe.offload.predictors.history import History
+from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenTable:
+    """table_RLE: P(expert | token id) in 255ths, of the R - 1 most frequent ids and, last, of all tokens.
+    row_V: the row of every token id. k: experts a token, the likeliest of which are wanted."""
+
+    table_RLE: UInt8[Array, "R L E"]
+    row_V: Int[Array, " V"]
+    distance: int = field(metadata={"static": True})
+    k: int = field(metadata={"static": True})
+
+    @classmethod
+    def make(cls, history: History, *, distance: int, k: int, rows: int = 4096) -> Self:
+        """rows: of how many token ids the table has a row of its own, L * E bytes each. An id that never
+        occurred has the row of the nearest one; ids whose row was not kept have that of all tokens."""
+        frequency_V, layers = history.frequency_V, len(history.loads_LE)
+        kept_R = np.sort(np.argsort(-frequency_V, kind="stable")[: min(rows, np.count_nonzero(frequency_V))])
+        share_LRE = [history.chosen(layer, kept_R) / frequency_V[kept_R][:, None] for layer in range(layers)]
+        all_LE = history.loads_LE / max(1, history.tokens)
+        table_RLE = np.concatenate([np.stack(share_LRE, 1), all_LE[None]])
+        row_V = np.full(len(frequency_V), len(kept_R), np.int32)
+        row_V[kept_R] = np.arange(len(kept_R))
+        table_RLE = np.rint(table_RLE * 255).astype(np.uint8)
+        return cls(jnp.asarray(table_RLE), jnp.asarray(row_V[history.nearest_V]), distance, k)
+
+    def start(self, seen: StepSeen) -> tuple[Plan, Forecast]:
+        p_BLE = self.table_RLE[self.row_V[seen.tokens_B]].astype(jnp.float32) / 255
+        plan = Plan.make(over_batch(p_BLE, top(p_BLE, self.k), seen.valid_B), self.distance)
+        return plan, plan.ahead(0, self.distance)
+
+    def observe(self, walk: Plan, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Plan, Forecast]:
+        return walk, walk.ahead(layer + 1, self.distance)
+
+    def finish(self, walk: Plan) -> Self:
+        return self
+
+    def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
+        return self

@@ -1,0 +1,113 @@
+"""What the co-clustering methods are compared with: placements by order, chance, load or transitions.
+
+``exflow``   experts that follow one another live together (ExFlow, inter-layer affinity); its integer program
+             replaced by a greedy start and exchanges, over the layers forth and back.
+``moetuner`` balanced clusters first, then clusters to ranks by layer transitions (MoETuner, two integer
+             programs), both exact: the first by enumeration, with the shared objective, so that on small
+             cases it is the optimum to which the others compare; the second by the assignment method, layer
+             by layer.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.placement.assignment import assign
+from jmoe.placement.objective import Problem, Progress
+from jmoe.placement.placement import balance
+
+ENUMERATED = 20_000  # partitions of a layer's experts; 16 experts on 2 ranks have 6435, 12 on 4 15400
+SWEEPS = 8
+
+
+def uniform(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    """Experts in order."""
+    home_E = np.arange(problem.experts) // (problem.experts // problem.ranks)
+    return np.tile(home_E, (len(problem.layers), 1))
+
+
+def random(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    return rng.permuted(uniform(problem, rng, progress), axis=1)
+
+
+def load(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    """Heaviest first to the lightest rank with room, as EPLB does, without replicas."""
+    loads_LE = np.stack([layer.chosen_ET.sum(1) for layer in problem.layers])
+    dealt = balance(loads_LE, slots=problem.experts, ranks=problem.ranks, model="")
+    return np.argsort(dealt.experts_LP, axis=1) // (problem.experts // problem.ranks)
+
+
+def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    """Maximises the transitions that stay on a rank."""
+    home_LE = load(problem, rng, progress)
+    layers = len(home_LE)
+    order = [*range(1, layers), *range(layers - 2, -1, -1)] * SWEEPS
+    cost_L = [s.cost(home_E).total for s, home_E in zip(problem.layers, home_LE, strict=True)]
+    for done, layer in enumerate(order):
+        pull_ER = _pull(problem, home_LE, layer)
+        room = problem.experts // problem.ranks
+        home_LE[layer] = assign(np.repeat(pull_ER, room, axis=1)) // room
+        cost_L[layer] = problem.layers[layer].cost(home_LE[layer]).total
+        progress(done + 1, len(order), float(np.mean(cost_L)))
+    return home_LE
+
+
+def moetuner(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    """Raises ValueError where there are too many partitions to go through."""
+    count = partitions(problem.experts, problem.ranks)
+    if count > ENUMERATED:
+        raise ValueError(
+            f"method moetuner goes through every partition: {problem.experts} experts on {problem.ranks} "
+            f"devices have {count:.3g}, the limit is {ENUMERATED}; take another method"
+        )
+    home, costs = [], []
+    for layer, statistics in enumerate(problem.layers):
+        splits = balanced_splits(problem.experts, problem.ranks)
+        home.append(min(splits, key=lambda home_E: statistics.cost(home_E).total))
+        costs.append(statistics.cost(home[-1]).total)
+        progress(layer + 1, len(problem.layers), float(np.mean(costs)))
+    home_LE = np.stack(home)
+    for layer in range(1, len(home_LE)):
+        group_ER = np.eye(problem.ranks)[home_LE[layer]]
+        from_ER = np.eye(problem.ranks)[home_LE[layer - 1]]
+        stay_RR = group_ER.T @ problem.following_LEE[layer - 1].T @ from_ER
+        home_LE[layer] = assign(stay_RR)[home_LE[layer]]
+    return home_LE
+
+
+def partitions(experts: int, ranks: int) -> int:
+    """How many ways there are to split the experts evenly, ranks being interchangeable."""
+    size = experts // ranks
+    return math.factorial(experts) // (math.factorial(size) ** ranks * math.factorial(ranks))
+
+
+def balanced_splits(experts: int, ranks: int) -> Iterator[Int[np.ndarray, " E"]]:
+    """Each even partition once: an expert opens a new group only as the next one."""
+    size, home_E = experts // ranks, np.zeros(experts, np.int64)
+
+    def extend(expert: int, counts: list[int]) -> Iterator[np.ndarray]:
+        if expert == experts:
+            yield home_E.copy()
+            return
+        for rank, count in enumerate(counts):
+            if count < size:
+                home_E[expert] = rank
+                counts[rank] += 1
+                yield from extend(expert + 1, counts)
+                counts[rank] -= 1
+                if not count:
+                    break
+
+    yield from extend(0, [0] * ranks)
+
+
+def _pull(problem: Problem, home_LE: np.ndarray, layer: int) -> Float[np.ndarray, "E R"]:
+    """How many transitions to and from the neighbouring layers each rank would keep of each expert's."""
+    pull_ER = np.zeros((problem.experts, problem.ranks))
+    if layer > 0:
+        pull_ER += problem.following_LEE[layer - 1].T @ np.eye(problem.ranks)[home_LE[layer - 1]]
+    if layer + 1 < len(home_LE):
+        pull_ER += problem.following_LEE[layer] @ np.eye(problem.ranks)[home_LE[layer + 1]]
+    return pull_ER

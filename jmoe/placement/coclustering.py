@@ -1,0 +1,130 @@
+"""Grouping by alternation: experts placed given clusters of requests, requests clustered given experts.
+
+Speculative MoE's solver, final version (Algorithm 1). From the paper: experts are visited by descending load
+and go to the open rank with the best of alpha * affinity to the experts there + beta * affinity to the
+requests there - gamma * load there; then random pair exchanges, kept when they gain; requests are visited by
+length and go to the open rank with the best affinity to requests and experts there; the best of ``STEPS``.
+
+What the paper leaves open, decided here:
+* the weights: all 1, each term being a share of the expert's (or request's) own activations;
+* affinity of two experts: tokens that chose both over tokens that chose the one to be placed; of an expert
+  and a request: the share of the expert's choices that the request made;
+* the first clusters: balanced k-means on the requests' expert histograms, concatenated over the layers;
+* requests are clustered once for all layers, since one stays on its rank through them, and experts a layer;
+* an exchange gains by the objective of ``objective``, in which tokens go where their own experts
+  are: for shuffled tokens clusters of requests are too blunt. They give the starts, and at the end the names:
+  which rank holds which group of a layer changes no token's cost, so groups go to the ranks whose requests
+  want them most (exact assignment);
+* the best is kept layer by layer, as the objective is a sum over layers;
+* the exchanges: all pairs in random order, ``PASSES`` times or until none gains.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.placement.assignment import assign
+from jmoe.placement.objective import Problem, Progress, improve
+
+STEPS = 6
+PASSES = 20
+CLUSTERINGS = 10  # rounds of k-means
+
+
+def alternating(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+    """The rank of each layer's experts."""
+    layers, steps = len(problem.layers), STEPS
+    cluster_Q = cluster_requests(problem, rng)
+    best_LE, best_L = np.zeros((layers, problem.experts), np.int64), np.full(layers, np.inf)
+    for step in range(steps):
+        home_LE = np.empty_like(best_LE)
+        for layer, statistics in enumerate(problem.layers):
+            home_LE[layer] = improve(statistics, place_experts(problem, layer, cluster_Q), rng, PASSES)
+            cost = statistics.cost(home_LE[layer]).total
+            if cost < best_L[layer]:
+                best_L[layer], best_LE[layer] = cost, home_LE[layer]
+            so_far = float(best_L[np.isfinite(best_L)].mean())
+            progress(step * layers + layer + 1, steps * layers, so_far)
+        cluster_Q = schedule_requests(problem, name_groups(problem, home_LE, cluster_Q), cluster_Q)
+    return name_groups(problem, best_LE, cluster_Q)
+
+
+def cluster_requests(problem: Problem, rng: np.random.Generator) -> Int[np.ndarray, " Q"]:
+    """Balanced k-means on what share of a layer's choices each expert got."""
+    want_QX = _wants(problem)
+    requests, ranks = len(want_QX), problem.ranks
+    center_RX = want_QX[rng.choice(requests, ranks, replace=requests < ranks)]
+    cluster_Q = np.zeros(requests, np.int64)
+    for _ in range(CLUSTERINGS):
+        cluster_Q = fill_evenly(want_QX @ center_RX.T - 0.5 * (center_RX**2).sum(1))
+        center_RX = np.stack(
+            [want_QX[cluster_Q == r].mean(0) if r in cluster_Q else center_RX[r] for r in range(ranks)]
+        )
+    return cluster_Q
+
+
+def place_experts(problem: Problem, layer: int, cluster_Q: Int[np.ndarray, " Q"]) -> Int[np.ndarray, " E"]:
+    """Experts by descending load to the open rank that suits best."""
+    statistics, requests_QE = problem.layers[layer], problem.requests_QLE[:, layer]
+    load_E = statistics.chosen_ET.sum(1)
+    size = problem.experts // problem.ranks
+    by_request_RE = np.eye(problem.ranks)[cluster_Q].T @ requests_QE
+    by_request_RE /= np.maximum(requests_QE.sum(0), 1e-9)
+    together_EE = problem.together_LEE[layer] / np.maximum(
+        np.diagonal(problem.together_LEE[layer])[:, None], 1
+    )
+    home_E = np.full(problem.experts, -1)
+    load_R, by_expert_ER = np.zeros(problem.ranks), np.zeros((problem.experts, problem.ranks))
+    for expert in np.argsort(-load_E, kind="stable"):
+        score_R = by_expert_ER[expert] + by_request_RE[:, expert] - load_R
+        score_R[np.bincount(home_E[home_E >= 0], minlength=problem.ranks) == size] = -np.inf
+        home_E[expert] = rank = int(np.argmax(score_R))
+        load_R[rank] += load_E[expert]
+        by_expert_ER[:, rank] += together_EE[:, expert]
+    return home_E
+
+
+def schedule_requests(
+    problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
+) -> Int[np.ndarray, " Q"]:
+    """Requests, longest first, to the open rank that suits best: most of their activations are local, and
+    they are like the requests that were there."""
+    home_RX = np.eye(problem.ranks)[home_LE.ravel()].T
+    want_QX = _wants(problem)
+    unit_QX = want_QX / np.linalg.norm(want_QX, axis=1, keepdims=True)
+    center_RX = np.eye(problem.ranks)[cluster_Q].T @ unit_QX
+    center_RX /= np.maximum(np.linalg.norm(center_RX, axis=1, keepdims=True), 1e-9)
+    return fill_evenly(want_QX @ home_RX.T + unit_QX @ center_RX.T, problem.requests_QLE.sum((1, 2)))
+
+
+def name_groups(
+    problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
+) -> Int[np.ndarray, "L E"]:
+    """The same groups on the ranks whose requests choose them most."""
+    rank_QR = np.eye(problem.ranks)[cluster_Q]
+    named = []
+    for layer, home_E in enumerate(home_LE):
+        chosen_RE = rank_QR.T @ problem.requests_QLE[:, layer]
+        named.append(assign((chosen_RE @ np.eye(problem.ranks)[home_E]).T)[home_E])
+    return np.stack(named)
+
+
+def fill_evenly(
+    score_QR: Float[np.ndarray, "Q R"], first_Q: Float[np.ndarray, " Q"] | None = None
+) -> Int[np.ndarray, " Q"]:
+    """The rank of each row by its score, each rank to be full at ceil(Q / R); rows with most of ``first_Q``
+    choose first, by default those that lose most by their second choice."""
+    requests, ranks = score_QR.shape
+    if first_Q is None:
+        best = np.sort(score_QR, axis=1)
+        first_Q = best[:, -1] - best[:, -min(2, ranks)]
+    room_R, rank_Q = np.full(ranks, -(-requests // ranks)), np.empty(requests, np.int64)
+    for row in np.argsort(-first_Q, kind="stable"):
+        rank_Q[row] = rank = int(np.argmax(np.where(room_R > 0, score_QR[row], -np.inf)))
+        room_R[rank] -= 1
+    return rank_Q
+
+
+def _wants(problem: Problem) -> Float[np.ndarray, "Q X"]:
+    """Each request's share of choices by layer and expert, all layers alike; sums to 1."""
+    share = problem.requests_QLE / np.maximum(problem.requests_QLE.sum((1, 2), keepdims=True), 1)
+    return share.reshape(len(share), -1)

@@ -1,0 +1,68 @@
+"""Expert grouping: a profile -> the placement that keeps activations on their token's rank, evenly loaded.
+
+Speculative MoE, offline model scheduling. Input ``jmoe.placement.profile.Profile``, output ``Placement`` with
+E / R experts a rank in every layer and the token tables (``jmoe.placement.tabulate``); exact, as experts are
+only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then ``[moe.shuffle] placement``.
+
+``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the rest what they are compared
+with; all are judged by the cost of ``objective``.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+
+from jmoe.placement.baselines import exflow, load, moetuner, random, uniform
+from jmoe.placement.coclustering import alternating
+from jmoe.placement.cross_entropy import cross_entropy
+from jmoe.placement.objective import Problem, Progress
+from jmoe.placement.placement import Placement
+from jmoe.placement.profile import Profile
+from jmoe.placement.tabulate import tabulate
+
+Solver = Callable[[Problem, np.random.Generator, Progress], Int[np.ndarray, "L E"]]
+METHODS: dict[str, Solver] = {
+    "alternating": alternating,
+    "cross_entropy": cross_entropy,
+    "exflow": exflow,
+    "moetuner": moetuner,
+    "load": load,
+    "uniform": uniform,
+    "random": random,
+}
+NEEDED = 16  # tokens an expert: below, loads and affinities are noise
+
+
+def group(
+    profile: Profile,
+    *,
+    ranks: int,
+    method: str = "alternating",
+    seed: int = 0,
+    progress: Progress = lambda done, total, cost: None,
+) -> Placement:
+    """The placement on ``ranks`` devices, with its tables; the same for the same seed.
+
+    progress: see ``objective``. Raises ValueError for an unknown method, ranks that do not
+    divide the experts, and a profile of too few tokens.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; it can be one of {', '.join(METHODS)}")
+    needed = NEEDED * profile.experts
+    if profile.tokens < needed:
+        raise ValueError(
+            f"the profile counts {profile.tokens} tokens; {needed} are needed, {NEEDED} for each of "
+            f"{profile.experts} experts"
+        )
+    home_LE = METHODS[method](Problem.of(profile, ranks), np.random.default_rng(seed), progress)
+    placement = placed(home_LE, ranks, profile.model)
+    return Placement(placement.experts_LP, ranks, profile.model, tabulate(profile, home_LE, ranks))
+
+
+def placed(home_LE: Int[np.ndarray, "L E"], ranks: int, model: str) -> Placement:
+    """The placement with each expert on its rank, in ascending order there. ValueError unless evenly many."""
+    counts_LR = np.stack([np.bincount(home_E, minlength=ranks) for home_E in home_LE])
+    if (counts_LR != home_LE.shape[1] // ranks).any():
+        raise ValueError("every rank must hold equally many experts")
+    return Placement(np.argsort(home_LE, axis=1, kind="stable"), ranks, model)

@@ -1,0 +1,201 @@
+"""Where the experts of each layer live: a table of slots, and the placement that evens out the ranks' load.
+
+``Placement`` is what every offline method makes and the engine reads: expert loads or routing statistics ->
+``Placement`` -> ``placement.npz``. Host code in numpy; nothing here runs in a step.
+
+``balance`` is the baseline that adds redundant experts, after the idea of DeepSeek's expert-parallel load
+balancer (EPLB, github.com/deepseek-ai/EPLB): the hottest experts get replicas, and slots are dealt to ranks
+heaviest first, always to the lightest rank with room. Where the expert groups of group-limited routing split
+evenly over the nodes, the groups are dealt to nodes first, so that a token's groups stay within few nodes.
+Lossless: a replica computes what its expert does. It does not say which replica a token takes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.placement.npz import save_arrays, saved_arrays
+from jmoe.placement.tables import Tables
+
+FORMAT = "jmoe placement 2"
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which expert each slot holds: ``[layers, slots]``, the slots split over the ranks in order.
+
+    experts_LP: int32 expert ids; every expert has at least one slot. With as many slots as experts a row is a
+    permutation, with more some experts have replicas. model: identity of the model that it was made for.
+    tables: where its tokens go, if that was worked out. Raises ValueError where the table is not a placement.
+    """
+
+    experts_LP: Int[np.ndarray, "L P"]
+    ranks: int
+    model: str
+    tables: Tables | None = None
+
+    def __post_init__(self) -> None:
+        table = np.asarray(self.experts_LP)
+        if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer) or table.min() < 0:
+            raise ValueError(f"a placement is a table [layers, slots] of expert ids, got {table.shape}")
+        _check_parts("slots", table.shape[1], "ranks", self.ranks)
+        if table.max() >= table.shape[1]:
+            raise ValueError(f"expert {table.max()} needs more than {table.shape[1]} slots: ids start at 0")
+        object.__setattr__(self, "experts_LP", table.astype(np.int32))
+        self.experts_LP.flags.writeable = False
+        homeless = np.argwhere(self.replicas_LE == 0)
+        if len(homeless):
+            raise ValueError(f"layer {homeless[0, 0]} has no slot for expert {homeless[0, 1]}")
+        if self.tables is not None:
+            self.tables.check(layers=self.layers, ranks=self.ranks)
+
+    @property
+    def rank_LE(self) -> Int[np.ndarray, "L E"]:
+        """The rank that computes each expert, where every expert has one slot."""
+        layers, slots = self.experts_LP.shape
+        ranks_LP = np.broadcast_to(np.arange(slots) * self.ranks // slots, (layers, slots))
+        rank_LE = np.zeros((layers, int(self.experts_LP.max()) + 1), np.int64)
+        np.put_along_axis(rank_LE, self.experts_LP.astype(np.int64), ranks_LP, axis=1)
+        return rank_LE
+
+    @property
+    def layers(self) -> int:
+        return self.experts_LP.shape[0]
+
+    @property
+    def experts(self) -> int:
+        return int(self.experts_LP.max()) + 1
+
+    @cached_property
+    def replicas_LE(self) -> Int[np.ndarray, "L E"]:
+        """How many slots hold each expert."""
+        return np.stack([np.bincount(row, minlength=self.experts) for row in self.experts_LP])
+
+    @cached_property
+    def slots_LEM(self) -> Int[np.ndarray, "L E M"]:
+        """The slots of each expert in ascending order, then -1; M is the most replicas of any expert."""
+        slots = np.full((self.layers, self.experts, self.replicas_LE.max()), -1, np.int32)
+        for layer, row in enumerate(self.experts_LP):
+            for expert in range(self.experts):
+                mine = np.flatnonzero(row == expert)
+                slots[layer, expert, : len(mine)] = mine
+        return slots
+
+    @property
+    def home_LE(self) -> Int[np.ndarray, "L E"]:
+        """The rank of each expert's first slot."""
+        return self.slots_LEM[:, :, 0] // (self.experts_LP.shape[1] // self.ranks)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether it only renumbers the experts: each has one slot."""
+        return self.experts_LP.shape[1] == self.experts
+
+    def by_expert(self, counts_LP: Int[np.ndarray, "L P"]) -> Int[np.ndarray, "L E"]:
+        """The sum over each expert's slots."""
+        counts_LE = np.zeros((self.layers, self.experts), counts_LP.dtype)
+        np.add.at(counts_LE, (np.arange(self.layers)[:, None], self.experts_LP), counts_LP)
+        return counts_LE
+
+    def rank_loads(self, loads_LE: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "L R"]:
+        """The load of each rank, an expert's load being split evenly over its replicas."""
+        share_LP = np.take_along_axis(loads_LE / self.replicas_LE, self.experts_LP, axis=1)
+        return share_LP.reshape(self.layers, self.ranks, -1).sum(axis=2)
+
+    def check(self, *, model: str, layers: int, experts: int, ranks: int) -> None:
+        """Raises ValueError unless this placement was made for that model on that many ranks."""
+        ours = (self.model, self.layers, self.experts, self.ranks)
+        for what, mine, theirs in zip(
+            ("model", "MoE layers", "experts", "ranks"), ours, (model, layers, experts, ranks), strict=True
+        ):
+            if mine != theirs:
+                raise ValueError(f"the placement is for another model or mesh: {what} {mine}, here {theirs}")
+
+    def save(self, path: Path) -> None:
+        arrays = {"experts": self.experts_LP, "ranks": self.ranks, "model": self.model}
+        tables = {} if self.tables is None else self.tables.arrays()
+        save_arrays(path, FORMAT, arrays | tables)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What ``save`` wrote; ValueError naming the file where it is absent, malformed or something else."""
+        with saved_arrays(path, "placement", FORMAT) as arrays:
+            tables = Tables.of(arrays)
+            return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]), tables)
+
+
+def balance(
+    loads_LE: Float[np.ndarray, "L E"],
+    *,
+    slots: int,
+    ranks: int,
+    nodes: int = 1,
+    groups: int = 1,
+    model: str,
+) -> Placement:
+    """The placement of E experts in ``slots`` slots that keeps the most loaded rank low.
+
+    nodes: machines, each with the same number of ranks. groups: of group-limited routing, contiguous and
+    equal. Only where the nodes divide the groups does a group stay on one node; else all ranks are dealt to
+    alike. Raises ValueError, with the limit, for sizes that do not fit.
+    """
+    loads_LE = np.asarray(loads_LE, np.float64)
+    if loads_LE.ndim != 2 or not loads_LE.size or not np.isfinite(loads_LE).all() or loads_LE.min() < 0:
+        raise ValueError(
+            f"loads must be a table [layers, experts] of numbers from 0 up, got {loads_LE.shape}"
+        )
+    experts = loads_LE.shape[1]
+    if slots < experts:
+        raise ValueError(f"{experts} experts need at least {experts} slots, got {slots}")
+    _check_parts("slots", slots, "ranks", ranks)
+    _check_parts("ranks", ranks, "nodes", nodes)
+    _check_parts("experts", experts, "groups", groups)
+    if groups % nodes:
+        nodes = groups = 1
+    rows = [_balance_layer(load_E, slots, ranks, nodes, groups) for load_E in loads_LE]
+    return Placement(np.stack(rows), ranks, model)
+
+
+def _check_parts(what: str, size: int, parts_of: str, parts: int) -> None:
+    if parts < 1 or size % parts:
+        raise ValueError(f"{size} {what} do not split evenly over {parts} {parts_of}")
+
+
+def _balance_layer(
+    load_E: Float[np.ndarray, " E"], slots: int, ranks: int, nodes: int, groups: int
+) -> Int[np.ndarray, " P"]:
+    """Groups to nodes, then within each node replicas of the hottest and slots to ranks."""
+    members = np.arange(len(load_E)).reshape(groups, -1)
+    row = []
+    for mine in _deal(load_E[members].sum(axis=1), nodes):
+        experts = members[mine].ravel()
+        copies = experts[_with_replicas(load_E[experts], slots // nodes)]
+        share = load_E[copies] / np.bincount(copies, minlength=len(load_E))[copies]
+        row.append(copies[_deal(share, ranks // nodes)].ravel())
+    return np.concatenate(row)
+
+
+def _deal(weights: np.ndarray, packs: int) -> Int[np.ndarray, "packs size"]:
+    """The items of each pack, equally many: heaviest item first, to the lightest pack that has room."""
+    size = len(weights) // packs
+    contents: list[list[int]] = [[] for _ in range(packs)]
+    total = np.zeros(packs)
+    for item in np.argsort(-weights, kind="stable"):
+        pack = int(np.argmin(total))
+        contents[pack].append(int(item))
+        total[pack] = total[pack] + weights[item] if len(contents[pack]) < size else np.inf
+    return np.array(contents)
+
+
+def _with_replicas(load: np.ndarray, slots: int) -> list[int]:
+    """Every expert once, then one replica at a time of that with the most load for each replica it has."""
+    copies, count = list(range(len(load))), [1] * len(load)
+    while len(copies) < slots:
+        hottest = max(range(len(load)), key=lambda e: (load[e] / count[e], -count[e], -e))
+        copies.append(hottest)
+        count[hottest] += 1
+    return copies

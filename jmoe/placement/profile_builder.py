@@ -1,0 +1,168 @@
+"""``ProfileBuilder``: requests one by one -> ``Profile``, in memory that the text's length does not set.
+
+Counts of (layer, token id, expert) are buffered and merged into a sorted table of the distinct ones; requests
+and their traces are a reservoir: each of all requests is in it with the same probability (Vitter's
+algorithm R), decided by the seed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.placement.profile import Profile, RequestSample
+
+BUFFERED = 1 << 20  # assignments that wait to be merged, 8 bytes each
+BLOCK = 1 << 22  # similarities computed at once, 4 bytes each
+
+
+@dataclass(frozen=True)
+class RoutedRequest:
+    """One window of N tokens and its routing.
+
+    ids_LNK, weights_LNK: chosen experts and combine weights. gates_LE: mean router scores. embedding_D: mean
+    input embedding. maps_MLE, map_tokens_M: the router's scores at M random positions, and the token ids
+    there, -1 for none; M is the same for all requests.
+    """
+
+    tokens_N: Int[np.ndarray, " N"]
+    ids_LNK: Int[np.ndarray, "L N K"]
+    weights_LNK: Float[np.ndarray, "L N K"]
+    gates_LE: Float[np.ndarray, "L E"]
+    embedding_D: Float[np.ndarray, " D"]
+    maps_MLE: Float[np.ndarray, "M L E"]
+    map_tokens_M: Int[np.ndarray, " M"]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was measured is numbers. Maps at no position are not."""
+        maps_XLE = self.maps_MLE[self.map_tokens_M >= 0]
+        measured = self.weights_LNK, self.gates_LE, self.embedding_D, maps_XLE
+        return all(bool(np.isfinite(each).all()) for each in measured)
+
+
+class ProfileBuilder:
+    """Takes routed requests and finishes to their ``Profile``.
+
+    requests: how many are kept as the sample; trace: how many tokens of each. overflown: requests that were
+    left out, as the model's activations overflowed: what their routers chose says nothing.
+    """
+
+    def __init__(
+        self, *, layers: int, experts: int, k: int, vocab: int,
+        requests: int = 1024, trace: int = 32, seed: int = 0,
+    ):  # fmt: skip
+        self.experts, self.k, self.trace = experts, k, trace
+        self.tokens = self.overflown = 0
+        self._rng = np.random.default_rng(seed)
+        self._size, self._seen = requests, 0
+        self._kept: list[dict[str, np.ndarray]] = []
+        self._frequency_V = np.zeros(vocab, np.int64)
+        self._together_LEE = np.zeros((layers, experts, experts), np.int64)
+        self._following_LEE = np.zeros((layers - 1, experts, experts), np.int64)
+        self._pairs_X, self._counts_X = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._waiting_size = 0
+
+    def add(self, request: RoutedRequest) -> None:
+        if not request.is_finite:
+            self.overflown += 1
+            return
+        tokens_N, ids_LNK = request.tokens_N, request.ids_LNK.astype(np.int64)
+        layers, n, _ = ids_LNK.shape
+        vocab = len(self._frequency_V)
+        self.tokens += n
+        self._frequency_V += np.bincount(tokens_N, minlength=vocab)
+        self._wait(
+            (((np.arange(layers)[:, None] * vocab + tokens_N) * self.experts)[..., None] + ids_LNK).ravel()
+        )
+        chosen_LNE = np.zeros((layers, n, self.experts), np.float32)  # sums of ones stay exact below 2^24
+        np.put_along_axis(chosen_LNE, ids_LNK, 1, axis=2)
+        from_LEN = chosen_LNE.transpose(0, 2, 1)
+        self._together_LEE += (from_LEN @ chosen_LNE).astype(np.int64)
+        self._following_LEE += (from_LEN[:-1] @ chosen_LNE[1:]).astype(np.int64)
+        self._sample(request, chosen_LNE.sum(1))
+
+    def finish(self, model: str, nearest_V: Int[np.ndarray, " V"]) -> Profile:
+        """The profile of ``model``. nearest_V: see ``nearest_seen``. ValueError where nothing was added."""
+        if not self._kept:
+            raise ValueError("a profile needs at least one request")
+        self._merge()
+        sample = RequestSample(
+            **{name: np.stack([kept[name] for kept in self._kept]) for name in self._kept[0]}
+        )
+        return Profile(
+            model, self.tokens, self.k, self._frequency_V, self._pairs_X, self._counts_X,
+            self._together_LEE, self._following_LEE, nearest_V, sample,
+        )  # fmt: skip
+
+    @property
+    def seen_V(self) -> np.ndarray:
+        """Which token ids occurred."""
+        return self._frequency_V > 0
+
+    def _wait(self, pairs: Int[np.ndarray, " pairs"]) -> None:
+        self._waiting.append(pairs)
+        self._waiting_size += len(pairs)
+        if self._waiting_size >= BUFFERED:
+            self._merge()
+
+    def _merge(self) -> None:
+        new_X, new_counts_X = np.unique(
+            np.concatenate([*self._waiting, self._pairs_X[:0]]), return_counts=True
+        )
+        pairs_X, place = np.unique(np.concatenate([self._pairs_X, new_X]), return_inverse=True)
+        counts = np.concatenate([self._counts_X, new_counts_X])
+        self._pairs_X, self._counts_X = pairs_X, np.zeros(len(pairs_X), np.int64)
+        np.add.at(self._counts_X, place, counts)
+        self._waiting, self._waiting_size = [], 0
+
+    def _sample(self, request: RoutedRequest, experts_LE: np.ndarray) -> None:
+        place = len(self._kept) if len(self._kept) < self._size else int(self._rng.integers(self._seen + 1))
+        self._seen += 1
+        if place >= self._size:
+            return
+        start = int(self._rng.integers(max(1, len(request.tokens_N) - self.trace + 1)))
+        piece = slice(start, start + self.trace)
+        tokens_P = np.full(self.trace, -1, np.int32)
+        tokens_P[: len(request.tokens_N[piece])] = request.tokens_N[piece]
+        kept = {
+            "experts_QLE": experts_LE.astype(np.int32),
+            "gates_QLE": _half(request.gates_LE),
+            "embeddings_QD": _half(request.embedding_D),
+            "tokens_QP": tokens_P,
+            "ids_QPLK": self._piece(request.ids_LNK[:, piece], np.int16),
+            "weights_QPLK": self._piece(_half(request.weights_LNK[:, piece]), np.float16),
+            "maps_QMLE": _half(np.where((request.map_tokens_M >= 0)[:, None, None], request.maps_MLE, 0)),
+            "map_tokens_QM": request.map_tokens_M.astype(np.int32),
+        }
+        self._kept[place : place + 1] = [kept]
+
+    def _piece(self, values_LNK: np.ndarray, dtype: type) -> np.ndarray:
+        """``[P, L, K]``, zero after the end."""
+        layers, n, k = values_LNK.shape
+        piece_PLK = np.zeros((self.trace, layers, k), dtype)
+        piece_PLK[:n] = values_LNK.transpose(1, 0, 2)
+        return piece_PLK
+
+
+def _half(values_Z: Float[np.ndarray, "*Z"]) -> Float[np.ndarray, "*Z"]:
+    """In float16, whose largest number stands for larger ones."""
+    most = np.finfo(np.float16).max
+    return np.clip(values_Z, -most, most).astype(np.float16)
+
+
+def nearest_seen(embeddings_VD: Float[np.ndarray, "V D"], seen_V: np.ndarray) -> Int[np.ndarray, " V"]:
+    """Of each token id, the seen one of the highest cosine between input embeddings; itself where seen.
+
+    Paper: an unseen token copies the row of its nearest neighbour in embedding space; that nearness is the
+    cosine is our choice.
+    """
+    unit_VD = embeddings_VD / np.maximum(np.linalg.norm(embeddings_VD, axis=1, keepdims=True), 1e-30)
+    seen = np.flatnonzero(seen_V)
+    nearest_V = np.arange(len(seen_V), dtype=np.int32)
+    unseen, step = np.flatnonzero(~seen_V), max(1, BLOCK // max(1, len(seen)))
+    for start in range(0, len(unseen), step):
+        rows = unseen[start : start + step]
+        nearest_V[rows] = seen[np.argmax(unit_VD[rows] @ unit_VD[seen].T, axis=1)]
+    return nearest_V

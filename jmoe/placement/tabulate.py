@@ -1,0 +1,112 @@
+"""A profile and a placement -> the tables that put tokens where their experts are, and what they keep local.
+
+Speculative MoE: token id -> rank, and ranks at the last two layers -> rank. Of what the paper leaves open:
+* a token's rank is the one with the most of its expected activations and its confidence that share (exact for
+  fixed experts, and comparable between the two tables), not the requests it occurred in;
+* expected shares of a token id are smoothed with ``PRIOR`` occurrences of the average token, else every id
+  that was seen once would be certain;
+* a token has one label a layer for the history: the rank with most of its top-k, ties by combine weight;
+* chunks are made equal by deferred acceptance: tokens ask for their best rank, a full one keeps the most
+  confident, the others ask for their next best.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jmoe.placement.profile import Profile
+from jmoe.placement.tables import Tables
+
+PRIOR = 1.0
+LARGEST = 64 << 20  # bytes of all ranks' shares; larger ones are left out of the tables
+
+
+def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> Tables:
+    """The tables of experts on ``home_LE``'s ranks. Ids that were not seen have the row of their nearest."""
+    share_LVR = np.stack(
+        [token_shares(profile, layer, home_E, ranks) for layer, home_E in enumerate(home_LE)]
+    )
+    by_token = _table(share_LVR[:, profile.nearest_V])
+    return Tables(*by_token, *_table(history_shares(profile, home_LE, ranks)))
+
+
+def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The best rank of each row, its share, and all shares unless they are large."""
+    whole = share_LXR.astype(np.float16) if 2 * share_LXR.size <= LARGEST else None
+    return share_LXR.argmax(2).astype(np.int16), share_LXR.max(2).astype(np.float16), whole
+
+
+def token_shares(
+    profile: Profile, layer: int, home_E: Int[np.ndarray, " E"], ranks: int
+) -> Float[np.ndarray, "V R"]:
+    """The share of each token id's activations expected on each rank; of an unseen one, the average's."""
+    seen = np.flatnonzero(profile.frequency_V)
+    on_rank_ER = np.eye(ranks)[home_E]
+    average_R = on_rank_ER.T @ (profile.loads_LE[layer] / profile.loads_LE[layer].sum())
+    share_VR = np.tile(average_R, (profile.vocab, 1)).astype(np.float32)
+    chosen_TR = profile.chosen(layer, seen) @ on_rank_ER
+    smoothed_TR = chosen_TR + PRIOR * profile.k * average_R
+    share_VR[seen] = smoothed_TR / smoothed_TR.sum(1, keepdims=True)
+    return share_VR
+
+
+def labels(
+    ids_NK: Int[np.ndarray, "N K"], weights_NK: Float[np.ndarray, "N K"], home_E: np.ndarray, ranks: int
+) -> Int[np.ndarray, " N"]:
+    """The rank with most of each token's experts, ties by their summed weight."""
+    return rank_shares(ids_NK, home_E, ranks, 1 + 1e-3 * weights_NK.astype(np.float64)).argmax(1)
+
+
+def rank_shares(
+    ids_NK: Int[np.ndarray, "N K"], home_E: np.ndarray, ranks: int, weights_NK: np.ndarray | None = None
+) -> Float[np.ndarray, "N R"]:
+    """The sum of ``weights_NK`` on each rank; by default the share of each token's activations."""
+    tokens, k = ids_NK.shape
+    where = np.arange(tokens)[:, None] * ranks + home_E[ids_NK]
+    weights = np.full(where.shape, 1 / k) if weights_NK is None else weights_NK
+    return np.bincount(where.ravel(), weights.ravel(), tokens * ranks).reshape(tokens, ranks)
+
+
+def history_shares(
+    profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int
+) -> Float[np.ndarray, "L H R"]:
+    """The shares of a token's activations by its labels at the two layers before, over the sample's traces.
+
+    Zero for a history that did not occur, as at the first two layers.
+    """
+    sample = profile.sample
+    real_QP = sample.tokens_QP >= 0
+    ids_NLK, weights_NLK = sample.ids_QPLK[real_QP], sample.weights_QPLK[real_QP]
+    label_LN = [labels(ids_NLK[:, i], weights_NLK[:, i], home_E, ranks) for i, home_E in enumerate(home_LE)]
+    share_LHR = np.zeros((len(home_LE), ranks * ranks, ranks), np.float32)
+    for layer in range(2, len(home_LE)):
+        history_N = label_LN[layer - 2] * ranks + label_LN[layer - 1]
+        share_NR = rank_shares(ids_NLK[:, layer], home_LE[layer], ranks)
+        np.add.at(share_LHR[layer], history_N, share_NR)
+        seen = np.flatnonzero(np.bincount(history_N, minlength=ranks * ranks))
+        smoothed = share_LHR[layer, seen] + PRIOR * share_NR.mean(0)
+        share_LHR[layer, seen] = smoothed / smoothed.sum(1, keepdims=True)
+    return share_LHR
+
+
+def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
+    """A rank for each of N tokens by deferred acceptance, at most ceil(N / R) on each."""
+    tokens, ranks = score_NR.shape
+    room, rows = -(-tokens // ranks), np.arange(tokens)
+    order_NR = np.argsort(-score_NR, axis=1, kind="stable")
+    asked_N = np.zeros(tokens, np.int64)
+    while True:
+        rank_N = order_NR[rows, asked_N]
+        full = np.flatnonzero(np.bincount(rank_N, minlength=ranks) > room)
+        if not len(full):
+            return rank_N
+        for rank in full:
+            mine = np.flatnonzero(rank_N == rank)
+            asked_N[mine[np.argsort(-score_NR[mine, rank], kind="stable")[room:]]] += 1
+
+
+def local_share(
+    ids_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"], home_LE: Int[np.ndarray, "L E"]
+) -> float:
+    """The local activation rate: activations whose expert lies where their token was put."""
+    pairs = zip(ids_LNK, rank_LN, home_LE, strict=True)
+    return float(np.mean([home_E[ids_NK] == rank_N[:, None] for ids_NK, rank_N, home_E in pairs]))

@@ -1,0 +1,250 @@
+"""From bytes on the wire to a checked request body, every failure a 4xx that names its cause."""
+
+import asyncio
+import contextlib
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from jmoe.server.errors import ApiError, invalid, unavailable, unsupported
+from jmoe.server.request.bounds import LIGHT, MAX_TOOL_CHARACTERS, check_json, exceeds
+from jmoe.server.request.nulls import without_unknown_nulls
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
+from jmoe.server.request.tools import check_tools
+from jmoe.server.settings import ServerSettings
+from jmoe.server.template.chat_template import RESERVED
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
+_PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+_FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
+_SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
+MIN_RATE = 16 * 1024  # bytes a second that a body must come with, once ``body_timeout`` is over
+
+
+class BodyBytes:
+    """The bytes of all bodies that are being read or worked on. Beyond ``limit`` none may grow."""
+
+    def __init__(self, limit: int):
+        self.limit, self.taken = limit, 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator["HeldBytes"]:
+        held = HeldBytes(self)
+        try:
+            yield held
+        finally:
+            self.taken -= held.count
+
+
+class HeldBytes:
+    """Those of one body."""
+
+    def __init__(self, of: BodyBytes):
+        self.of, self.count = of, 0
+
+    def add(self, count: int) -> None:
+        """503 where there is no room; a small body always has some."""
+        if self.count + count > LIGHT and self.of.taken + count > self.of.limit:
+            error = unavailable(f"request bodies of {self.of.limit} bytes are being worked on", "bodies_full")
+            error.headers["Connection"] = "close"
+            raise error
+        self.count += count
+        self.of.taken += count
+
+
+async def read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
+    """The whole body of a JSON request; 415 for another type, 413 past the limit, 408 where it comes too
+    slowly: nothing for ``body_timeout`` seconds, or after these less than ``MIN_RATE`` in the mean."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"Content-Type must be application/json, got {kind[:100]!r}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    coding = ",".join(request.headers.getlist("content-encoding")).strip().lower() or "identity"
+    if coding not in ("identity", "gzip", "x-gzip"):
+        message = f"Content-Encoding must be gzip or absent, got {coding[:100]!r}"
+        raise ApiError(415, message, code="unsupported_encoding", headers={"Accept-Encoding": "gzip"})
+    limit = settings.max_body_bytes
+    too_long = ApiError(413, f"the request body exceeds the limit of {limit} bytes", code="body_too_large")
+    stalled = ApiError(408, "the request body did not arrive in time", headers={"Connection": "close"})
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise too_long
+    loop = asyncio.get_running_loop()
+    parts, size, more, latest = [], 0, True, loop.time() + settings.body_timeout
+    while more:
+        try:
+            async with asyncio.timeout_at(min(loop.time() + settings.body_timeout, latest + size / MIN_RATE)):
+                message = await request.receive()
+        except TimeoutError:
+            raise stalled from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part = message.get("body", b"")
+        size += len(part)  # counted here too: a chunked body declares no length
+        if size > limit:
+            raise too_long
+        held.add(len(part))
+        parts.append(part)
+        more = message.get("more_body", False)
+    whole = b"".join(parts)
+    if coding == "identity":
+        return whole
+    whole = await asyncio.to_thread(inflated, whole, limit)
+    if len(whole) > limit:
+        raise too_long
+    held.add(len(whole))
+    return whole
+
+
+def inflated(raw: bytes, limit: int) -> bytes:
+    """What a gzip body holds, or its first ``limit`` + 1 bytes; 400 where it is none. The members of one are
+    few: each costs time, and may hold nothing."""
+    held = bytearray()
+    for _ in range(64):
+        stream = zlib.decompressobj(wbits=31)
+        try:
+            held += stream.decompress(raw, limit + 1 - len(held))
+        except zlib.error as error:
+            raise _no_gzip(str(error)) from None
+        raw = stream.unused_data
+        if len(held) > limit or (stream.eof and not raw):
+            return bytes(held)
+        if not stream.eof:
+            raise _no_gzip("it is cut off")
+    raise _no_gzip("it has more than 64 members")
+
+
+def _no_gzip(cause: str) -> ApiError:
+    return invalid(f"the request body cannot be read as gzip: {cause}", code="invalid_encoding")
+
+
+def decode(raw: bytes, kind: type[Body]) -> Body:
+    """The body as ``kind``. 400 with code invalid_json where it is no JSON object, else names the field."""
+    check_json(raw)
+    try:
+        body = _decoded(raw, kind)
+        _keep_sent(body, raw)
+        return body
+    except msgspec.ValidationError as error:
+        raise _bad_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
+        if isinstance(error, msgspec.DecodeError):
+            cause = _lone_surrogate(raw) or str(error)
+        raise invalid(f"the request body cannot be read as JSON: {cause}", code="invalid_json") from None
+
+
+def _decoded(raw: bytes, kind: type[Body]) -> Body:
+    """null means absent for a field that ``kind`` lacks too; only a body with such a field is read twice."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        if not str(error).startswith("Object contains unknown field"):
+            raise
+    return msgspec.convert(without_unknown_nulls(msgspec.json.decode(raw), kind), kind)
+
+
+class _Conversation(msgspec.Struct):
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
+    """Gives each message and tool of ``body`` the object that it was read from."""
+    kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
+    if kept:
+        sent = msgspec.json.decode(raw, type=_Conversation)
+        for name in kept:
+            for each, given in zip(getattr(body, name), getattr(sent, name), strict=True):
+                each.__dict__["sent"] = given
+
+
+def _lone_surrogate(raw: bytes) -> str | None:
+    """The decoder reports half a surrogate pair at the end of a string as truncated input."""
+    alone = any(found[1] is None for found in _SURROGATES.finditer(raw))
+    return "a \\u escape is half of a surrogate pair" if alone else None
+
+
+def _bad_field(text: str) -> ApiError:
+    if len(text) > 4096:  # a name may have megabytes; the path is at the end
+        text = text[:2048] + text[-2048:]
+    place = _PLACE.fullmatch(text)
+    what, path = (place["what"], place["path"]) if place else (text, "")
+    field = _FIELD.fullmatch(what)
+    if field is not None:
+        path = f"{path}.{field[1]}" if path else field[1]
+        path = path[:200]
+        if "unknown" in what[:25]:
+            return invalid(f"Unrecognized request argument: {path}", path, "unknown_parameter")
+        return invalid(f"{path} is required", path, "missing_required_parameter")
+    if not path:
+        return invalid(f"the request body must be a JSON object: {what}", code="invalid_json")
+    return invalid(f"{path[:200]}: {what[:300]}", path[:200])
+
+
+def check_supported(body: msgspec.Struct, prefix: str = "") -> None:
+    """Refuses a field whose value asks for what the server cannot do."""
+    for name, values in neutral(type(body)).items():
+        value: Any = getattr(body, name)
+        if value is not None and not any(_same(value, v) for v in values):
+            only = " or ".join(["null", *(msgspec.json.encode(v).decode() for v in values)])
+            raise unsupported(prefix + name, f"{prefix}{name} is not supported here, only {only} is accepted")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def check_generation(body: GenerationRequest) -> None:
+    """Refuses unsupported fields and combinations that contradict themselves."""
+    check_supported(body)
+    if body.best_of not in (None, 1, body.n):  # as many as are answered: none is left out
+        raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
+    options = body.stream_options
+    if options is not None:
+        check_supported(options, "stream_options.")
+        if not body.stream and (options.include_usage or options.continuous_usage_stats):
+            raise invalid("stream_options is only allowed with stream: true", "stream_options")
+
+
+def check_completion(body: CompletionRequest) -> None:
+    check_generation(body)
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid(f"{AT_LEAST}; 0 only with echo, to score a prompt", "max_tokens")
+
+
+def check_chat(body: ChatRequest) -> None:
+    check_generation(body)
+    check_messages(body.messages)
+    functions = [tool.function for tool in body.tools or ()]
+    if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
+        raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
+    check_tools(body)
+    for name in body.chat_template_kwargs or ():
+        if name in RESERVED:
+            raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(body, name) == 0:
+            raise invalid(AT_LEAST.replace("max_tokens", name), name)
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise invalid("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
+
+
+def check_messages(messages: list[Message]) -> None:
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        check_supported(message, f"{where}.")
+        if message.tool_calls and message.role != "assistant":
+            raise invalid(f"{where}.tool_calls is only for the assistant", f"{where}.tool_calls")
+        if (message.tool_call_id is None) == (message.role == "tool"):
+            raise invalid(
+                f"{where}.tool_call_id belongs to each tool message and to no other", f"{where}.tool_call_id"
+            )

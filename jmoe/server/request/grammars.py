@@ -1,0 +1,101 @@
+"""Compiled grammars of the requests, made off the event loop, the last ones kept in memory."""
+
+import asyncio
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from jmoe.engine.grammar.check import MAX_SECONDS, CheckerUnavailable, GrammarChecker, TooCostly
+from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint
+from jmoe.faults import contained
+from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.errors import invalid, unavailable
+
+MAX_KEPT = 64
+MAX_KEPT_BYTES = 1024 * 1024  # of their texts
+MAX_WAITING = 32
+QUICK_SECONDS = 0.15  # of processor time: what takes more waits for the other costly ones
+QUICK_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Following:
+    """A compiled grammar that answers follow, and the request field that asks for it."""
+
+    compiled: CompiledGrammar
+    param: str
+
+    def constraint(self) -> GrammarConstraint:
+        try:
+            return self.compiled.constraint()
+        except ValueError as error:
+            raise invalid(f"{self.param} cannot be used: {error}", self.param) from None
+
+
+class Grammars:
+    """One a server. The compiler is made at the first grammar. Grammars are tried on threads of their own
+    and, where they turn out to be costly, once more one after another: those delay nothing but one another.
+    """
+
+    def __init__(self, engine: EngineProtocol):
+        self.engine = engine
+        self.kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self.waiting = 0
+        self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="jmoe-grammars")
+        self._costly = ThreadPoolExecutor(1, thread_name_prefix="jmoe-costly-grammars")
+        self._making = threading.Lock()
+        self._tools: tuple[GrammarCompiler, GrammarChecker] | None = None
+
+    async def compile(self, grammar: Grammar, param: str) -> Following:
+        """400 says why it cannot be compiled, 503 that too many wait. param: the field to blame."""
+        kept = self.kept.get(grammar)
+        if kept is not None:
+            self.kept.move_to_end(grammar)
+            return Following(kept, param)
+        if self.waiting >= MAX_WAITING:
+            raise unavailable(f"{MAX_WAITING} grammars wait to be compiled", "grammar_queue_full")
+        self.waiting += 1
+        try:
+            compiled = await self._compiled(grammar)
+        except ValueError as error:
+            raise invalid(f"{param} cannot be used: {error}", param) from None
+        except CheckerUnavailable as error:
+            raise unavailable(str(error), "grammars_unavailable") from None
+        finally:
+            self.waiting -= 1
+        self._keep(grammar, compiled)
+        return Following(compiled, param)
+
+    def close(self) -> None:
+        for executor in (self._quick, self._costly):
+            executor.shutdown()
+        if self._tools is not None:
+            self._tools[1].close()
+
+    async def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._quick, contained, self._compile, grammar, QUICK_SECONDS)
+        except TooCostly:
+            return await loop.run_in_executor(self._costly, contained, self._compile, grammar, MAX_SECONDS)
+
+    def _compile(self, grammar: Grammar, seconds: float) -> CompiledGrammar:
+        compiler, checker = self._made()
+        checker.check(compiler.source(grammar), seconds)
+        return compiler.compile(grammar)
+
+    def _made(self) -> tuple[GrammarCompiler, GrammarChecker]:
+        with self._making:
+            if self._tools is None:
+                codec = self.engine.codec
+                if codec is None:
+                    raise ValueError("this model has no tokenizer")
+                compiler = GrammarCompiler(codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
+                self._tools = compiler, GrammarChecker(compiler.spec)
+            return self._tools
+
+    def _keep(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
+        self.kept[grammar] = compiled
+        while len(self.kept) > MAX_KEPT or sum(len(g.text) for g in self.kept) > MAX_KEPT_BYTES:
+            self.kept.popitem(last=False)

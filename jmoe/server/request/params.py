@@ -1,0 +1,88 @@
+"""From a request body to the engine's sampling parameters, one set an answer."""
+
+import dataclasses
+import secrets
+
+from jmoe.engine.request import SamplingParams
+from jmoe.server.errors import invalid
+from jmoe.server.request.schema import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat goes on to the end of the context
+
+
+def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParams:
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else _limit(body.max_tokens)
+    return _params(body, vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+
+
+def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
+    """turn_ends: the model's own strings that end a turn, beside the request's."""
+    limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = _params(body, vocab_size, limit, logprobs, None)
+    return dataclasses.replace(params, stop=(*params.stop, *turn_ends))
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    """-1 is llama-server's word for the rest of the context."""
+    return None if max_tokens == -1 else max_tokens
+
+
+def _params(
+    body: GenerationRequest,
+    vocab_size: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    outside = next((t for t in body.stop_token_ids or () if t >= vocab_size), None)
+    if outside is not None:
+        raise invalid(
+            f"stop_token_ids: {outside} is not below the vocabulary's {vocab_size}", "stop_token_ids"
+        )
+    stop = (body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ())
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k or 0,
+            min_p=body.min_p or 0.0,
+            seed=body.seed,
+            stop=stop,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
+            min_tokens=body.min_tokens or 0,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=_biases(body.logit_bias or {}, vocab_size),
+            cache_salt=body.cache_salt or "",
+            exact=bool(body.moe and body.moe.exact),
+        )
+    except ValueError as error:  # the message begins with the field
+        raise invalid(str(error), str(error).partition(" ")[0]) from None
+
+
+def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """(token id, addend) pairs. JSON has no keys but strings, so the ids come as decimal digits."""
+    for key in given:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
+            raise invalid(
+                f"logit_bias: {key[:40]!r} is not a token id below the vocabulary's {vocab_size}",
+                "logit_bias",
+            )
+    if len({int(key) for key in given}) < len(given):
+        raise invalid("logit_bias: a token id is given twice", "logit_bias")
+    return tuple((int(key), value) for key, value in given.items())
+
+
+def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
+    """Parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None draws."""
+    if prompts * n > MAX_CHOICES:
+        raise invalid(f"{prompts} prompts with n = {n}: at most {MAX_CHOICES} answers a request", "n")
+    return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]
+
+
+def _seed(first: int | None, i: int) -> int:
+    """The sum wraps around 64 bits."""
+    return secrets.randbits(31) if first is None else (first + i + 2**63) % 2**64 - 2**63

@@ -1,0 +1,125 @@
+"""Prompts as token ids: from text, token ids or chat messages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.token_bytes import GrowingText
+from jmoe.server.errors import ApiError, invalid, refused
+from jmoe.server.request.messages import needs_forms, template_message
+from jmoe.server.request.schema import MAX_CHOICES, Message
+from jmoe.server.template.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's token ids and, where echoed, its text. shows_special: whether the text spells every special
+    token, as that of token ids does."""
+
+    token_ids: list[int]
+    text: str = ""
+    shows_special: bool = False
+
+    def offsets(self, codec: TextCodec) -> list[int]:
+        """The character of the text at which each token begins; one that is not in the text takes no room."""
+        text, offsets, at = GrowingText(codec.token_bytes, (), shows_special=True), [], 0
+        for token in self.token_ids:
+            offsets.append(at)
+            is_special = token in codec.token_bytes.special
+            if not is_special or self.shows_special or self.text.startswith(codec.token_text(token), at):
+                at += len(text.push(token))
+        if self.shows_special or at == len(self.text):
+            return offsets
+        starts = codec.starts(self.text)  # the tokenizer does not keep each character of a text
+        return starts if len(starts) == len(offsets) else codec.starts(self.text, special=False)
+
+
+def completion_prompts(
+    given: str | list[str | int | list[int]],
+    codec: TextCodec | None,
+    *,
+    echo: bool,
+    special: bool = True,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """One prompt or several: text, list of texts, token ids, list of token-id lists.
+
+    special: whether text gets the tokenizer's own special tokens.
+    limit: tokens of the model's context; a text that cannot fit is refused by its length.
+    """
+    if isinstance(given, str):
+        return [_from_text(given, codec, special, limit)]
+    kinds = {type(item) for item in given}
+    if len(kinds) > 1:
+        raise invalid("prompt must not mix strings, token ids and lists", "prompt")
+    if not kinds:
+        raise invalid("prompt must not be empty", "prompt")
+    if kinds == {int}:
+        return [_from_ids(given, codec, echo)]  # type: ignore[arg-type]
+    if len(given) > MAX_CHOICES:
+        raise invalid(f"prompt holds {len(given)} prompts; the limit is {MAX_CHOICES}", "prompt")
+    if kinds == {str}:
+        return [_from_text(item, codec, special, limit) for item in given]  # type: ignore[arg-type]
+    return [_from_ids(item, codec, echo) for item in given]  # type: ignore[arg-type]
+
+
+def encode(
+    text: str, codec: TextCodec | None, param: str, *, special: bool, limit: int | None = None
+) -> list[int]:
+    if codec is None:
+        raise invalid("this model has no tokenizer: give the prompt as token ids to /v1/completions", param)
+    try:
+        return codec.encode(text, special=special, limit=limit)
+    except ValueError as error:
+        raise refused(error, param) from None
+
+
+def _from_text(text: str, codec: TextCodec | None, special: bool, limit: int | None) -> Prompt:
+    ids = encode(text, codec, "prompt", special=special, limit=limit)
+    if not text or not ids:  # a BOS alone is no prompt
+        raise invalid("prompt must not be empty", "prompt")
+    return Prompt(ids, text)
+
+
+def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
+    """Token ids as they are: no BOS is added (evaluation harnesses send their own)."""
+    if not ids:
+        raise invalid("prompt must not be empty", "prompt")
+    small = all(0 <= t < 2**31 for t in ids)  # the engine names the bad id; the tokenizer cannot take it
+    try:
+        text = codec.decode(ids, skip_special=False) if echo and codec is not None and small else ""
+    except ValueError as error:
+        raise refused(error, "prompt") from None
+    return Prompt(ids, text, shows_special=True)
+
+
+def chat_prompt(
+    messages: list[Message],
+    template: ChatTemplate | None,
+    codec: TextCodec | None,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+    special: bool = False,
+    limit: int | None = None,
+) -> Prompt:
+    """The rendered conversation. The template writes the special tokens, so none are added again.
+
+    tools, variables: what the template gets beside the messages. special: add special tokens nevertheless.
+    limit: tokens of the model's context.
+    """
+    if template is None:
+        raise ApiError(
+            400,
+            "this model directory has no chat template; use /v1/completions",
+            param="messages",
+            code="no_chat_template",
+        )
+    forms = template.chosen(tools).forms if needs_forms(messages) else None
+    plain = [template_message(i, message, forms) for i, message in enumerate(messages)]
+    try:
+        text = template.render(plain, tools, variables)
+    except ValueError as error:
+        raise invalid(str(error), "messages") from None
+    return Prompt(encode(text, codec, "messages", special=special, limit=limit), text)

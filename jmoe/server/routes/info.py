@@ -1,0 +1,111 @@
+"""Everything that does not generate: health, models, tokenizer, metrics, statistics."""
+
+from functools import partial
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jmoe import __version__
+from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
+from jmoe.server.answer.logprobs import token_name
+from jmoe.server.answer.openapi import openapi_document
+from jmoe.server.errors import invalid, json_response, refused
+from jmoe.server.request.body import check_messages
+from jmoe.server.request.bounds import MAX_TOKENIZED
+from jmoe.server.request.prompts import chat_prompt, encode
+from jmoe.server.request.schema import DetokenizeRequest, TokenizeRequest
+from jmoe.server.service import Service
+
+
+async def live(service: Service, request: Request) -> Response:
+    """200 while the engine's thread lives, also under load and while draining."""
+    service.check_alive()
+    return json_response({"status": "ok"})
+
+
+async def ready(service: Service, request: Request) -> Response:
+    """200 while new work is taken. Load generators ask it as /health, SageMaker as /ping."""
+    service.check_ready()
+    return json_response({"status": "ok"})
+
+
+async def version(service: Service, request: Request) -> Response:
+    return json_response({"version": __version__})
+
+
+async def openapi(service: Service, request: Request) -> Response:
+    with_key = service.settings.api_key is not None
+    make = partial(openapi_document, __version__, service.model, with_key=with_key)
+    return json_response(await service.in_thread(make))
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    text = await service.in_thread(service.metrics.text)  # it asks the engine, which may be in a step
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "jmoe",
+        "max_model_len": service.engine.max_model_len,
+    }
+
+
+async def models(service: Service, request: Request) -> Response:
+    return json_response({"object": "list", "data": [_model(service)]})
+
+
+async def model(service: Service, request: Request) -> Response:
+    service.check_model(request.path_params["id"])
+    return json_response(_model(service))
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    return PiecesResponse(await service.read(request, partial(_tokens, service)))
+
+
+def _tokens(service: Service, raw: bytes) -> list[bytes]:
+    body, codec = service.decode(raw, TokenizeRequest), service.engine.codec
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        check_messages(body.messages)
+        special = bool(body.add_special_tokens)
+        ids = chat_prompt(body.messages, service.template, codec, special=special).token_ids
+    else:
+        text = body.prompt or ""
+        if len(text) > MAX_TOKENIZED:
+            raise invalid(f"prompt has {len(text)} characters; the limit is {MAX_TOKENIZED}", "prompt")
+        ids = encode(text, codec, "prompt", special=body.add_special_tokens is not False)
+    answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        try:
+            names = {token: token_name(token, codec) for token in set(ids)}
+        except ValueError as error:
+            raise refused(error, "return_token_strs") from None
+        answer["token_strs"] = [names[token] for token in ids]
+    return list(joined(encoded(answer)))
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    return PiecesResponse(await service.read(request, partial(_text, service)))
+
+
+def _text(service: Service, raw: bytes) -> list[bytes]:
+    body = service.decode(raw, DetokenizeRequest)
+    codec, size = service.engine.codec, service.engine.vocab_size
+    if codec is None:
+        raise invalid("this model has no tokenizer", "tokens")
+    outside = next((t for t in body.tokens if t >= size), None)
+    if outside is not None:
+        raise invalid(f"token id {outside} is outside the vocabulary of {size}", "tokens")
+    try:
+        text = codec.decode(body.tokens, skip_special=False)
+    except ValueError as error:
+        raise refused(error, "tokens") from None
+    return list(joined(encoded({"prompt": text})))

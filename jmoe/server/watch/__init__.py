@@ -1,0 +1,1 @@
+"""What is observed of a server: metrics, totals, the dashboard's snapshots, logs, traces."""

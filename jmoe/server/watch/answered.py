@@ -1,0 +1,102 @@
+"""Every HTTP answer, told once it has ended: to the metrics, the log, and traces where there are some."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jmoe.faults import tell
+from jmoe.server.answer.generation import Generation
+
+log = logging.getLogger(__name__)
+UNKNOWN = "unknown"  # the route of a path that is none of ours, and of what is refused before it is looked up
+QUIET = frozenset({"/live", "/ready", "/health", "/ping", "/metrics"})  # asked every few seconds by machines
+
+
+@dataclass(frozen=True)
+class Answered:
+    """route: the pattern, such as "/v1/models/{id}". status: 499 where the client left before there was one.
+    seconds: to the answer's last byte. ended: seconds since 1970. generation: of those that began one."""
+
+    method: str
+    route: str
+    status: int
+    seconds: float
+    ended: float
+    request_id: str
+    headers: Mapping[str, str]
+    generation: Generation | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of each distinct prompt once, as the answer's usage counts them."""
+        if self.generation is None:
+            return 0
+        prompts = {id(request.prompt_token_ids): request for request in self.generation.requests}
+        return sum(len(request.prompt_token_ids) for request in prompts.values())
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(r.token_ids) for r in self.generation.requests) if self.generation else 0
+
+
+Observer = Callable[[Answered], None]
+
+
+class Access:
+    """Tells ``observers`` of each answer. routes: the pattern of each endpoint.
+
+    A handler that begins a generation leaves it in the request's state.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]):
+        self.app, self.routes, self.observers = app, routes, observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.monotonic(), 499
+
+        async def send_seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_seen)
+        finally:
+            answered = self._answered(scope, status, time.monotonic() - started)
+            for observer in self.observers:
+                tell(observer, answered)
+
+    def _answered(self, scope: Scope, status: int, seconds: float) -> Answered:
+        state = scope["state"]
+        return Answered(
+            scope["method"],
+            self.routes.get(scope.get("endpoint"), UNKNOWN),
+            status,
+            seconds,
+            time.time(),
+            state["request_id"],
+            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]},
+            state.get("generation"),
+        )
+
+
+def log_answer(answered: Answered) -> None:
+    if answered.route in QUIET:
+        return
+    fields: dict[str, Any] = {
+        "request_id": answered.request_id,
+        "method": answered.method,
+        "route": answered.route,
+        "status": answered.status,
+        "ms": round(answered.seconds * 1000, 1),
+    }
+    if answered.generation is not None:
+        fields |= {"prompt_tokens": answered.prompt_tokens, "tokens": answered.generated_tokens}
+    log.info("answered", extra={"fields": fields})

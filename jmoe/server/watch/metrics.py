@@ -1,0 +1,119 @@
+"""Prometheus metrics of one server, in a registry of its own."""
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from jmoe.engine.request import Request, StepReport
+from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.watch.engine_metrics import EngineCollector
+from jmoe.server.watch.totals import Live
+
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560)
+# Half a millisecond is a decode step of a small model: coarser buckets would hide it.
+TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
+TOKENS = tuple(2**i for i in range(0, 20, 1))
+REASONS = ("stop", "length", "abort", "error")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Metrics:
+    """An engine listener that counts, and the text of ``GET /metrics``.
+
+    ``token``, ``stepped`` and ``finished`` are called from the engine's thread only, so the times of the last
+    tokens need no lock; ``answered`` and ``rejected`` from the event loop. live: the same in a form of which
+    differences are taken, for the dashboard and the log.
+    """
+
+    def __init__(self, engine: EngineProtocol):
+        self.registry = CollectorRegistry()
+        self.live = Live()
+        self.last_token: dict[str, float] = {}
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.requests = self._counter("request_success", "Requests ended, by reason", ["finished_reason"])
+        self.by_reason = {reason: self.requests.labels(reason) for reason in REASONS}
+        self.rejections = self._counter("admission_rejections", "Requests refused with a 503", ["reason"])
+        self.answers = self._counter("http_requests", "HTTP answers", ["method", "status", "handler"])
+        self.first = self._seconds("time_to_first_token", "From arrival to the first token")
+        self.between = self._seconds("inter_token_latency", "Between two tokens of a request", TOKEN_SECONDS)
+        mean = "Mean between two tokens, one observation a request"
+        self.per_token = self._seconds("request_time_per_output_token", mean, TOKEN_SECONDS)
+        self.whole = self._seconds("e2e_request_latency", "From arrival to the last token")
+        self.queued = self._seconds("request_queue_time", "From arrival to the first step")
+        self.prefill = self._seconds("request_prefill_time", "From the first step to the first token")
+        self.decode = self._seconds("request_decode_time", "From the first token to the last")
+        self.prompts = self._tokens("request_prompt_tokens", "Prompt tokens of a request")
+        self.generated = self._tokens("request_generation_tokens", "Tokens generated for a request")
+        self.steps = self._seconds("step_time", "From a step's start to its results", TOKEN_SECONDS)
+        self.step_tokens = self._tokens("iteration_tokens", "Tokens in a step, of prompts and decoded")
+        self.registry.register(EngineCollector(engine))
+
+    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
+        return Counter(f"jmoe_{name}", text, labels or (), registry=self.registry)
+
+    def _seconds(self, name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+        return Histogram(f"jmoe_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def _tokens(self, name: str, text: str) -> Histogram:
+        return Histogram(f"jmoe_{name}", text, buckets=TOKENS, registry=self.registry)
+
+    # ---- from the engine -----------------------------------------------------------------------------
+
+    def token(self, request: Request, now: float) -> None:
+        self.generation_tokens.inc()
+        self.live.generation_tokens += 1
+        before = self.last_token.get(request.id)
+        if before is None:
+            self._prompt_done(request)
+            waited = now - request.arrived
+            self.first.observe(waited)
+            self.live.first_token.add(waited)
+        else:
+            self.between.observe(now - before)
+            self.live.between_tokens.add(now - before)
+        self.last_token[request.id] = now
+
+    def stepped(self, report: StepReport) -> None:
+        self.steps.observe(report.seconds)
+        self.step_tokens.observe(report.prompt_tokens + report.decode_tokens)
+        self.live.step.add(report.seconds)
+        self.live.steps += 1
+        self.live.prompt_tokens += report.prompt_tokens
+
+    def finished(self, request: Request, reason: str) -> None:
+        last = self.last_token.pop(request.id, None)
+        self.by_reason[reason].inc()
+        if reason not in ("stop", "length"):
+            return
+        if last is None:  # max_tokens 0: a prompt was scored, no token came
+            self._prompt_done(request)
+            return
+        self.whole.observe(last - request.arrived)
+        tokens = len(request.token_ids)
+        self.generated.observe(tokens)
+        if request.first_token is not None:
+            took = last - request.first_token
+            self.decode.observe(took)
+            if tokens > 1:
+                self.per_token.observe(took / (tokens - 1))
+
+    def _prompt_done(self, request: Request) -> None:
+        self.prompt_tokens.inc(len(request.prompt_token_ids))
+        self.prompts.observe(len(request.prompt_token_ids))
+        if request.started is not None:
+            self.queued.observe(request.started - request.arrived)
+            if request.first_token is not None:
+                self.prefill.observe(request.first_token - request.started)
+
+    # ---- from the server -----------------------------------------------------------------------------
+
+    def rejected(self, reason: str) -> None:
+        """reason: a 503's code, a word of ours."""
+        self.rejections.labels(reason).inc()
+        self.live.rejected += 1
+
+    def answered(self, method: str, status: int, route: str) -> None:
+        """route: a pattern of ours, never the path that was asked for, which anybody can make anew."""
+        self.answers.labels(method if method in METHODS else "other", str(status), route).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

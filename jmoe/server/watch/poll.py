@@ -1,0 +1,123 @@
+"""One sample of the engine a second while somebody looks, shared by all who do."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from jmoe.engine.request import EngineDead
+from jmoe.server.watch.snapshots import Phase, Sample, window_report
+
+log = logging.getLogger(__name__)
+PERIOD = 1.0  # seconds between two samples
+LONGEST = 60  # seconds that samples are kept
+STAYS = 30.0  # seconds of sampling after the last look: who polls, or loads a page anew, finds a window
+
+
+class SamplingFailed(Exception):
+    """There is no newest sample; the next look tries again."""
+
+
+class Sampler:
+    """Runs on the event loop. take: a new sample, which may wait for a step; it and the reports are made by
+    ``in_thread``. state: the words of each report that no sample holds.
+
+    Whoever looks waits for the newest sample and never queues older ones, so that a slow reader costs nothing
+    but its own connection.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[], Sample],
+        state: Callable[[], dict[str, Any]],
+        in_thread: Callable[..., Awaitable[Any]],
+    ):
+        self.take, self.state, self.in_thread = take, state, in_thread
+        self.samples: deque[Sample] = deque(maxlen=int(LONGEST / PERIOD) + 1)
+        self.number = 0  # of samples taken
+        self.looked = 0.0
+        self.closed = False
+        self.listeners = 0
+        self._task: asyncio.Task | None = None
+        self._next = asyncio.Event()  # set, and replaced, with each sample and at the end
+        # Those made of the newest sample, as tasks: equal ones are made once.
+        self._reports: dict[tuple[int, Phase], asyncio.Task[bytes]] = {}
+
+    async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
+        """JSON reports, one a sample, until the engine or the server ends; the first may be of no time.
+        Raises SamplingFailed where no sample can be taken."""
+        self.listeners += 1
+        seen = 0
+        try:
+            self._run()
+            while not self.closed:
+                if self.samples and self.number != seen:
+                    seen = self.number
+                    yield await asyncio.shield(self._report(window, phase))
+                elif self._task is None or self._task.done():
+                    raise SamplingFailed
+                else:
+                    await self._next.wait()
+        finally:
+            self.listeners -= 1
+            self.looked = time.monotonic()
+
+    async def report(self, window: int, phase: Phase) -> bytes:
+        """One report, of as much of the window as was sampled: of one second where nobody looked before.
+        Raises EngineDead where there is none any more."""
+        async with contextlib.aclosing(self.reports(window, phase)) as reports:
+            async for report in reports:
+                if len(self.samples) > 1:
+                    return report
+        raise EngineDead("the engine has stopped")
+
+    def close(self) -> None:
+        """Ends every ``reports``."""
+        self.closed = True
+        self._tell()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _tell(self) -> None:
+        self._next.set()
+        self._next = asyncio.Event()
+
+    def _run(self) -> None:
+        if self._task is None or self._task.done():
+            self.samples.clear()  # as old as the last look
+            self._task = asyncio.create_task(self._sample())
+            self._task.add_done_callback(lambda _: self._tell())  # whoever waits sees that it has ended
+
+    async def _sample(self) -> None:
+        due = time.monotonic()
+        try:
+            while self.listeners or time.monotonic() - self.looked < STAYS:
+                self.samples.append(await self.in_thread(self.take))
+                self._reports.clear()
+                self.number += 1
+                self._tell()
+                due = max(due + PERIOD, time.monotonic())  # a late one does not make the next ones hurry
+                await asyncio.sleep(due - time.monotonic())
+        except EngineDead:
+            self.close()
+        except Exception:
+            log.exception("the dashboard's sampling failed")
+
+    def _report(self, window: int, phase: Phase) -> "asyncio.Task[bytes]":
+        found = self._reports.get((window, phase))
+        if found is None:
+            new = self.samples[-1]
+            oldest = new.time - window - PERIOD / 2
+            old = next(sample for sample in self.samples if sample.time >= oldest)
+            head = {"t": round(time.time(), 3), **self.state()}
+            found = asyncio.create_task(self._made(head, old, new, phase))
+            self._reports[window, phase] = found
+        return found
+
+    async def _made(self, head: dict[str, Any], old: Sample, new: Sample, phase: Phase) -> bytes:
+        return await self.in_thread(lambda: msgspec.json.encode({**head, **window_report(old, new, phase)}))

@@ -1,0 +1,145 @@
+"""What the server was at one moment, and what happened between two of them."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jmoe.engine.request import EngineSnapshot
+from jmoe.server.watch.ranks import load_by_rank, rank_of_expert
+from jmoe.server.watch.totals import Live, Seconds, percentile
+
+Phase = Literal["all", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
+SUMS = (
+    "assignments", "remapped", "dropped", "rerouted", "lost_assignments", "remote_assignments",
+    "transport_bytes", "transport_useful_bytes", "expert_cache_hits", "expert_cache_misses",
+    "expert_cache_evictions", "bytes_host_to_device", "prefetch_bytes", "prefetch_useful_bytes",
+)  # fmt: skip
+MEANS = ("active_experts", "active_experts_baseline", "max_over_mean_load")
+
+
+@dataclass(frozen=True)
+class PhaseCounts:
+    """Since the start. sums_LS: by layer, as ``SUMS``; means_LM: as ``MEANS``, summed over the steps."""
+
+    steps: int
+    counts_LE: np.ndarray
+    sums_LS: np.ndarray
+    means_LM: np.ndarray
+
+    @classmethod
+    def of(cls, stats: dict[str, Any]) -> "PhaseCounts":
+        steps, layers = stats["steps"], stats["per_layer"]
+        sums = np.array([[layer[key] for key in SUMS] for layer in layers], np.int64)
+        means = np.array([[layer[key] for key in MEANS] for layer in layers], np.float64)
+        return cls(steps, np.asarray(stats["counts"], np.int64), sums, means * steps)
+
+    def plus(self, other: "PhaseCounts", sign: int = 1) -> "PhaseCounts":
+        return PhaseCounts(
+            self.steps + sign * other.steps,
+            self.counts_LE + sign * other.counts_LE,
+            self.sums_LS + sign * other.sums_LS,
+            self.means_LM + sign * other.means_LM,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """time: monotonic seconds. model, mesh, rank_LE: the shape, the same in every sample."""
+
+    time: float
+    live: Live
+    snapshot: EngineSnapshot
+    model: dict[str, Any]
+    mesh: dict[str, int]
+    rank_LE: np.ndarray
+    phases: dict[Phase, PhaseCounts]
+
+
+def take_sample(snapshot: EngineSnapshot, stats: dict[str, Any], live: Live) -> Sample:
+    prefill, decode = PhaseCounts.of(stats["prefill"]), PhaseCounts.of(stats["decode"])
+    phases: dict[Phase, PhaseCounts] = {"all": prefill.plus(decode), "prefill": prefill, "decode": decode}
+    model, mesh = stats["model"], stats["mesh"]
+    return Sample(time.monotonic(), live.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
+
+
+def window_report(old: Sample, new: Sample, phase: Phase) -> dict[str, Any]:
+    """JSON-able: what happened from ``old`` to ``new``. A rate or percentile of nothing is None."""
+    return {
+        "window_s": round(new.time - old.time, 3),
+        "phase": phase,
+        "model": new.model,
+        "mesh": new.mesh,
+        "moe": _moe_report(new.phases[phase].plus(old.phases[phase], -1), new),
+        "serve": _serve_report(old, new),
+    }
+
+
+def _moe_report(counts: PhaseCounts, sample: Sample) -> dict[str, Any]:
+    load_LR = load_by_rank(counts.counts_LE, sample.rank_LE)
+    load_R, balance_L = load_LR.sum(0), [_max_over_mean(load_R) for load_R in load_LR]
+    means_LM = counts.means_LM / max(counts.steps, 1)
+    layers = [
+        {
+            "layer": number,
+            **dict(zip(MEANS, means if counts.steps else [None] * len(MEANS), strict=True)),
+            **dict(zip(SUMS, sums, strict=True)),
+            "rank_max_over_mean": balance,
+        }
+        for number, means, sums, balance in zip(
+            sample.model["moe_layers"], means_LM.tolist(), counts.sums_LS.tolist(), balance_L, strict=True
+        )
+    ]
+    mean = means_LM.mean(0).tolist() if counts.steps else [None] * len(MEANS)
+    return {
+        "steps": counts.steps,
+        **dict(zip(MEANS, mean, strict=True)),
+        **dict(zip(SUMS, counts.sums_LS.sum(0).tolist(), strict=True)),
+        "rank_load": load_R.tolist(),
+        "rank_max_over_mean": _max_over_mean(load_R),
+        "rank_of_expert": _placement(sample),
+        "per_layer": layers,
+        "counts": counts.counts_LE.tolist(),
+    }
+
+
+def _placement(sample: Sample) -> list[list[int]] | None:
+    """None where every layer's experts lie in order, in even shares."""
+    rank_LE = sample.rank_LE
+    ranks, experts = sample.mesh["expert"], rank_LE.shape[1]
+    in_order = (rank_LE == np.arange(experts) * ranks // experts).all()
+    return None if in_order else rank_LE.tolist()
+
+
+def _max_over_mean(load_R: np.ndarray) -> float | None:
+    return round(float(load_R.max() / load_R.mean()), 4) if load_R.any() else None
+
+
+def _serve_report(old: Sample, new: Sample) -> dict[str, Any]:
+    before, live, seconds = old.live, new.live, max(new.time - old.time, 1e-9)
+    snapshot, was = new.snapshot, old.snapshot
+    looked_up = snapshot.prefix_queries - was.prefix_queries
+    return {
+        "running": snapshot.running,
+        "waiting": snapshot.waiting,
+        "kv_usage": round(snapshot.kv_usage, 4),
+        "prefix_queries": looked_up,
+        "prefix_hits": snapshot.prefix_hits - was.prefix_hits,
+        "prefill_tokens_per_second": round((live.prompt_tokens - before.prompt_tokens) / seconds, 2),
+        "decode_tokens_per_second": round((live.generation_tokens - before.generation_tokens) / seconds, 2),
+        "steps": live.steps - before.steps,
+        "time_to_first_token_ms": _percentiles(before.first_token, live.first_token),
+        "inter_token_latency_ms": _percentiles(before.between_tokens, live.between_tokens),
+        "step_ms": _percentiles(before.step, live.step),
+        "rejected": live.rejected - before.rejected,
+        "preemptions": snapshot.preemptions - was.preemptions,
+        "compilations_after_warmup": snapshot.compilations_after_warmup,
+    }
+
+
+def _percentiles(old: Seconds, new: Seconds) -> dict[str, float | None]:
+    counts = np.array(new.counts) - np.array(old.counts)
+    found = {f"p{p}": percentile(counts, p / 100) for p in (50, 95, 99)}
+    return {name: None if value is None else round(value * 1000, 3) for name, value in found.items()}

@@ -1,0 +1,31 @@
+"""One log line every ten seconds while there is traffic."""
+
+import asyncio
+import logging
+
+from jmoe.engine.request import EngineSnapshot
+from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.watch.totals import Live
+
+log = logging.getLogger(__name__)
+EVERY = 10.0  # seconds
+
+
+async def log_traffic(engine: EngineProtocol, live: Live, every: float = EVERY) -> None:
+    """Goes on until cancelled. It never waits for the engine."""
+    before = _counts(engine.snapshot(), live)
+    while True:
+        await asyncio.sleep(every)
+        snapshot = engine.snapshot()
+        now = _counts(snapshot, live)
+        if now != before or snapshot.running or snapshot.waiting:
+            prompt, generated, looked_up, found = (n - b for n, b in zip(now, before, strict=True))
+            hits = f"{100 * found / looked_up:.1f} %" if looked_up else "-"
+            speeds = f"prompt {prompt / every:.1f} tok/s, generation {generated / every:.1f} tok/s"
+            requests = f"running {snapshot.running}, waiting {snapshot.waiting}"
+            log.info("%s, %s, KV %.1f %%, prefix hits %s", speeds, requests, 100 * snapshot.kv_usage, hits)
+        before = now
+
+
+def _counts(snapshot: EngineSnapshot, live: Live) -> tuple[int, int, int, int]:
+    return live.prompt_tokens, live.generation_tokens, snapshot.prefix_queries, snapshot.prefix_hits
