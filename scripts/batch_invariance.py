@@ -16,8 +16,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from bench_results import table
-from serving_report import command_line, machine
+from shared.results import table
+from shared.serving_report import command_line, machine
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on")
 LENGTHS = (1, 3, 8, 20, 60, 150)  # words

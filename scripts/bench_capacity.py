@@ -4,10 +4,10 @@
     python scripts/bench_capacity.py --data ../shared/data --parts speed           # on an idle machine
     python scripts/bench_capacity.py --parts                                       # writes the document anew
 
-Parts: quality (``capacity_quality``: loss of the bundled model under every policy), load (``capacity_load``:
-the straggler on published routing), speed (``capacity_speed``: a layer's time, from one device). A part's
-figures replace its last ones in the JSON; the document is made from the JSON alone. ``--gpu`` runs speed at
-the real layer sizes. The plots need the ``plots`` extra.
+Parts: quality (``studies.capacity.quality``: loss of the bundled model under every policy), load
+(``studies.capacity.load``: the straggler on published routing), speed (``studies.capacity.speed``: a layer's
+time, from one device). A part's figures replace its last ones in the JSON; the document is made from the JSON
+alone. ``--gpu`` runs speed at the real layer sizes. The plots need the ``plots`` extra.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import pin
-from bench_results import command, dumps, run_each
+from shared.protocol import pin
+from shared.results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("quality", "load", "speed")
@@ -51,15 +51,15 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     if part == "quality":
         import jax
-        from capacity_quality import RANKS, measure
+        from studies.capacity.quality import RANKS, measure
 
         jax.config.update("jax_num_cpu_devices", RANKS)
         return measure(args.model, needed, args.tokens, args.length, args.rows)
     if part == "load":
-        from capacity_load import measure
+        from studies.capacity.load import measure
 
         return measure(needed, args.batch)
-    from capacity_speed import measure
+    from studies.capacity.speed import measure
 
     return measure(needed, args.gpu, args.link or LINK_GBS[args.gpu], args.rounds)
 
@@ -83,8 +83,8 @@ def main() -> None:
             key = "speed_gpu" if part == "speed" and args.gpu else part
             results[key] = {"command": command(parser, args, part)} | figures
             path.write_text(dumps(results))
-    from capacity_plots import draw
-    from capacity_report import document
+    from studies.capacity.plots import draw
+    from studies.capacity.report import document
 
     (args.out / "capacity.md").write_text(document(results))
     draw(results, args.out)

@@ -4,10 +4,11 @@
     python scripts/bench_lynx.py --parts speed                                     # on an idle machine
     python scripts/bench_lynx.py --parts                                           # writes the document anew
 
-Parts: quality (``lynx_quality``: loss of the bundled model under every method), capacity (``lynx_capacity``:
-binning and a capacity together), speed (``lynx_speed``: a layer and the engine, ``--gpu`` for ``lynx_gpu``: a
-layer of a real model on an accelerator). A part's figures replace its last ones in the JSON; the document is
-made from the JSON alone. The plots need the ``plots`` extra.
+Parts: quality (``studies.lynx.quality``: loss of the bundled model under every method), capacity
+(``studies.lynx.capacity``: binning and a capacity together), speed (``studies.lynx.speed``: a layer and the
+engine, ``--gpu`` for ``studies.lynx.gpu``: a layer of a real model on an accelerator). A part's figures
+replace its last ones in the JSON; the document is made from the JSON alone. The plots need the ``plots``
+extra.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import pin
-from bench_results import command, dumps, run_each
+from shared.protocol import pin
+from shared.results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("quality", "capacity", "speed")
@@ -51,21 +52,21 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """The part's figures, or None, with a line, where what it needs is absent."""
     if part == "speed":
         if args.gpu:
-            from lynx_gpu import measure
+            from studies.lynx.gpu import measure
 
             return measure(args.dry)
-        from lynx_speed import measure
+        from studies.lynx.speed import measure
 
         return measure(args)
     if not (valid := args.data / "valid").is_dir():
         print(f"{part}: skipped, there is no {valid}")
         return None
     if part == "quality":
-        from lynx_quality import measure
+        from studies.lynx.quality import measure
 
         return measure(args.model, valid, args.domains, args.windows, args.length, args.dry)
     import jax
-    from lynx_capacity import RANKS, measure
+    from studies.lynx.capacity import RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", RANKS)
     return measure(args.model, valid, args.domains, dry=args.dry)
@@ -89,8 +90,8 @@ def main() -> None:
             key = "speed_gpu" if part == "speed" and args.gpu else part
             results[key] = {"command": command(make_parser(), args, part)} | figures
             path.write_text(dumps(results))
-    from lynx_plots import draw
-    from lynx_report import document
+    from studies.lynx.plots import draw
+    from studies.lynx.report import document
 
     (args.out / "lynx.md").write_text(document(results))
     draw(results, args.out)

@@ -6,9 +6,9 @@
 
 Parts: simulate (the bundled model on held-out text, every comparator, budget and batch, in the simulator;
 deterministic), mt_bench (the same on MT-bench's questions and the model's own answers), sensitivity (one
-parameter at a time), large (a random model of 0.9 billion parameters), engine (``offload_engine``: the engine
-itself, its tokens, counters and time). A part's figures replace its last ones in the JSON; the document is
-made from the JSON alone. The plots need the ``plots`` extra.
+parameter at a time), large (a random model of 0.9 billion parameters), engine (``studies.offload.engine``:
+the engine itself, its tokens, counters and time). A part's figures replace its last ones in the JSON; the
+document is made from the JSON alone. The plots need the ``plots`` extra.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_protocol import pin
-from bench_results import command, dumps, few, run_each
+from shared.protocol import pin
+from shared.results import command, dumps, few, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("simulate", "mt_bench", "sensitivity", "large", "engine")
@@ -54,11 +54,11 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     start = time.perf_counter()
     if part == "engine":
-        from offload_engine import measure
+        from studies.offload.engine import measure
 
         found = measure(args.data, args.model, args.dry)
     elif part == "large":
-        from offload_large import measure
+        from studies.offload.large import measure
 
         found = measure(args.sizes, args.dry)
     else:
@@ -67,9 +67,9 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def simulated(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    from offload_simulate import COMPARATORS, VARIED, Subject, sensitivity, sweep
-    from offload_traces import make_traces, mt_bench_windows, route_windows, valid_windows
-    from speculative_routing import collect
+    from studies.offload.simulate import COMPARATORS, VARIED, Subject, sensitivity, sweep
+    from studies.offload.traces import make_traces, mt_bench_windows, route_windows, valid_windows
+    from studies.speculative.routing import collect
 
     from jmoe import LLM
 
@@ -117,8 +117,8 @@ def main() -> None:
         if (figures := measure(part, args)) is not None:
             results[part] = {"command": command(make_parser(), args, part)} | figures
             path.write_text(dumps(results))
-    from offload_plots import draw
-    from offload_report import document
+    from studies.offload.plots import draw
+    from studies.offload.report import document
 
     (args.out / "offload.md").write_text(document(results))
     draw(results, args.out)

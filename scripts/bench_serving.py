@@ -3,8 +3,8 @@
     python scripts/bench_serving.py --model tiny --concurrency 32 --rounds 5
     python scripts/bench_serving.py --peer vllm --peer-command VENV/bin/vllm --concurrency 1 8 32
 
-The peers are ``transformers serve`` with continuous batching and ``vllm serve`` (``serving_peers.py`` says
-how to install and start each). Both servers have a copy of the checkpoint without end-of-text tokens
+The peers are ``transformers serve`` with continuous batching and ``vllm serve`` (``shared.serving_peers``
+says how to install and start each). Both servers have a copy of the checkpoint without end-of-text tokens
 (``transformers serve`` has no ``ignore_eos``), greedily, in the same dtype, and as many places as the largest
 ``--concurrency``; ``jmoe bench serve`` sends the same prompts to both, ``--concurrency`` at a time. Rounds
 alternate, in opposite order every other one; while one server is measured the other's processes are stopped.
@@ -34,8 +34,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from serving_peers import PEERS, Load, Peer
-from serving_report import command_line, machine, write_part
+from shared.serving_peers import PEERS, Load, Peer
+from shared.serving_report import command_line, machine, write_part
 
 from jmoe.engine.build import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve

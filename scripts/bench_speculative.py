@@ -7,12 +7,12 @@
 
 The first three are deterministic.
 
-Parts: grouping (``speculative_grouping``: local activations of every method on held-out text), moves
-(``speculative_moves``: tokens that change devices between layers), bytes (``speculative_bytes``: what a layer
-sends on every pipeline, from the figures of grouping and moves), published
-(``speculative_published``: local activations by published routing of real models), engine
-(``speculative_engine``: the engine's own counters and tokens). A part's figures replace its last ones in the
-JSON; the document is made from the JSON alone. The plots need the ``plots`` extra.
+Parts: grouping (``studies.speculative.grouping``: local activations of every method on held-out text), moves
+(``studies.speculative.moves``: tokens that change devices between layers), bytes
+(``studies.speculative.bytes``: what a layer sends on every pipeline, from the figures of grouping and moves),
+published (``studies.speculative.published``: local activations by published routing of real models), engine
+(``studies.speculative.engine``: the engine's own counters and tokens). A part's figures replace its last ones
+in the JSON; the document is made from the JSON alone. The plots need the ``plots`` extra.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import pin
-from bench_results import command, dumps, run_each
+from shared.protocol import pin
+from shared.results import command, dumps, run_each
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("grouping", "moves", "bytes", "published", "engine", "locality")
@@ -51,7 +51,7 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
         if "grouping" not in results or "moves" not in results:
             print("bytes: skipped, it takes its rates from the parts grouping and moves")
             return None
-        from speculative_bytes import measure
+        from studies.speculative.bytes import measure
 
         return measure(results["grouping"], results["moves"])
     needed = args.data / ("routing" if part == "published" else "valid")
@@ -59,25 +59,25 @@ def measure(part: str, args: argparse.Namespace, results: dict[str, Any]) -> dic
         print(f"{part}: skipped, there is no {needed}")
         return None
     if part == "grouping":
-        from speculative_grouping import measure
+        from studies.speculative.grouping import measure
 
         return measure(args.model, args.data, args.train, args.windows, args.dry)
     if part == "moves":
-        from speculative_moves import measure
+        from studies.speculative.moves import measure
 
         return measure(args.model, args.data, args.train, args.windows)
     if part == "published":
-        from speculative_published import measure
+        from studies.speculative.published import measure
 
         return measure(needed, args.dry)
     import jax
 
     if part == "locality":
-        from speculative_locality import RANKS, measure
+        from studies.speculative.locality import RANKS, measure
 
         jax.config.update("jax_num_cpu_devices", RANKS)
         return measure(args.model, needed, DOMAINS, dry=args.dry)
-    from speculative_engine import GROUPS, RANKS, measure
+    from studies.speculative.engine import GROUPS, RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", GROUPS * RANKS)
     return measure(args.model, args.data)
@@ -100,8 +100,8 @@ def main() -> None:
             results = json.loads(path.read_text()) if path.exists() else {}
             results[part] = {"command": command(make_parser(), args, part)} | figures
             path.write_text(dumps(results, depth=3))
-    from speculative_plots import draw
-    from speculative_report import document
+    from studies.speculative.plots import draw
+    from studies.speculative.report import document
 
     (args.out / "speculative.md").write_text(document(results))
     draw(results, args.out)

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_results import dumps, table
+from shared.results import dumps, table
 
 ROOT = Path(__file__).parents[1]
 BOTH, NEAR = "shuffle and capacity", "all four, near first"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_serving import free_port, serving
-from serving_report import command_line, machine, write_part
+from shared.serving_report import command_line, machine, write_part
 
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 

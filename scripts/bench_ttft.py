@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import checkpoint, pin
-from bench_results import dumps, table
-from serving_report import command_line, machine
+from shared.protocol import checkpoint, pin
+from shared.results import dumps, table
+from shared.serving_report import command_line, machine
 
 TARGET = 1.1
 DRY = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}

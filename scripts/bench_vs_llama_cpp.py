@@ -13,7 +13,7 @@ Before anything is timed, the two models' logits after several prompts are compa
 more than bfloat16 rounding does, the script says so and ends.
 
 Rows: prefill of a long prompt, and decoding at several batch sizes, as ``bench_vs_transformers.py`` has them
-(``bench_protocol.py``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in
+(``shared.protocol.py``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in
 opposite order every other round, and the ratio jmoe / llama.cpp is the median of the rounds' ratios (range).
 llama.cpp continues every sequence by the tokens that jmoe chose, so that both route alike. Its time is that
 of ``llama_decode`` alone, in a context made for the row; jmoe's includes scheduling and sampling.
@@ -32,7 +32,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import (
+from shared.protocol import (
     JMOE,
     Contender,
     Jmoe,
@@ -50,7 +50,7 @@ from bench_protocol import (
 )
 
 LLAMA_CPP = "llama.cpp"
-PEER = Path(__file__).with_name("llama_cpp_peer.py")
+SCRIPTS, PEER = Path(__file__).parent, "shared.llama_cpp_peer"
 CHECKED = 8  # prompts whose logits are compared before timing
 
 
@@ -74,12 +74,12 @@ def arguments() -> argparse.Namespace:
 
 
 class LlamaCpp:
-    """``llama_cpp_peer.py``, running under ``python``; it answers one call at a time."""
+    """``shared.llama_cpp_peer``, running under ``python``; it answers one call at a time."""
 
     def __init__(self, python: str):
         try:
             self.process = subprocess.Popen(
-                [python, str(PEER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [python, "-m", PEER], cwd=SCRIPTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         except OSError as error:
             raise SystemExit(f"--llama-python {python}: {error.strerror}") from None

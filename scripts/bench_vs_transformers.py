@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import (
+from shared.protocol import (
     JMOE,
     Contender,
     Jmoe,

@@ -28,10 +28,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_binning import METHODS, batches, binning_seconds, differing
-from gpu_engine import DecodeBench, greedy_tokens, tokens_on_cpu
-from gpu_offload import offload
-from gpu_peers import (
+from jax import Array
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from shared.gpu_binning import METHODS, batches, binning_seconds, differing
+from shared.gpu_engine import DecodeBench, greedy_tokens, tokens_on_cpu
+from shared.gpu_offload import offload
+from shared.gpu_peers import (
     even_batch,
     jax_peers,
     one_group,
@@ -44,8 +46,6 @@ from gpu_peers import (
     weight_bytes,
     weight_stacks,
 )
-from jax import Array
-from jmoe_kernels.grouped_mlp.types import ExpertWeights
 
 MODELS = {  # experts, inner, model, routed
     "Qwen3-30B-A3B": (128, 768, 2048, 8),

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_protocol import Jmoe, checkpoint, pin
-from serving_report import command_line, machine, write_part
+from shared.protocol import Jmoe, checkpoint, pin
+from shared.serving_report import command_line, machine, write_part
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -5,15 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import capacity_load
-import capacity_loads as loads
-import capacity_report
-import capacity_report_quality as quality
-import capacity_speed as speed
 from bench_capacity import command, dumps, main, make_parser
+from studies.capacity import load as capacity_load
+from studies.capacity import loads, speed
+from studies.capacity import report as capacity_report
+from studies.capacity import report_quality as quality
 
 from jmoe.config.techniques import CapacityConfig
 

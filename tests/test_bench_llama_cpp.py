@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-from bench_protocol import FAMILIES, hf_config, write_random
-from olmoe_gguf import open_tensors, write_olmoe_gguf
+from shared.olmoe_gguf import open_tensors, write_olmoe_gguf
+from shared.protocol import FAMILIES, hf_config, write_random
 from test_documented_commands import SIZES
 
 from jmoe import LLM

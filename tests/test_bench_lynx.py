@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import lynx_decode
-import lynx_gpu
-import lynx_report
-import lynx_report_quality as report
-import lynx_speed as speed
 from bench_lynx import main, make_parser
-from bench_protocol import write_random
-from bench_results import command, verdict
-from lynx_capacity import loads_and_loss
-from lynx_curves import METHODS, Curve, compared, percent
+from shared.protocol import write_random
+from shared.results import command, verdict
+from studies.lynx import decode as lynx_decode
+from studies.lynx import gpu as lynx_gpu
+from studies.lynx import report as lynx_report
+from studies.lynx import report_quality as report
+from studies.lynx import speed
+from studies.lynx.capacity import loads_and_loss
+from studies.lynx.curves import METHODS, Curve, compared, percent
 
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig

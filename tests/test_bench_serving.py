@@ -8,17 +8,14 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 import bench_traces
 import bench_ttft
+import pytest
 from bench_serving import copy_without_ends
 from lm_eval_parity import compare, difference
 from paper_table import filled, shown
-from serving_peers import PEERS, Load
-from serving_report import write_part
+from shared.serving_peers import PEERS, Load
+from shared.serving_report import write_part
 
 from jmoe.checkpoint import read_config
 from jmoe.config.model import MoEConfig

@@ -1,19 +1,13 @@
 """Speculative MoE's benchmark: arithmetic against hand counts, the document from small made-up figures."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import speculative_bytes as sent
-import speculative_published as published
-from speculative_moves import moved
-from speculative_report import document
-from speculative_routing import Test as Tokens
-from speculative_routing import dealt, on_ranks, oracle_tables, peak, put, rates
+from studies.speculative import bytes as sent
+from studies.speculative import published
+from studies.speculative.moves import moved
+from studies.speculative.report import document
+from studies.speculative.routing import Test as Tokens
+from studies.speculative.routing import dealt, on_ranks, oracle_tables, peak, put, rates
 
 from jmoe.moe.orders import ShuffleTables
 

@@ -1,13 +1,7 @@
 """What docs/results/together.md says of its figures."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 import bench_together
+import pytest
 
 
 def row(perplexity: float, nll: float, **moe) -> dict:

@@ -1,6 +1,5 @@
 """The simulator against the engine, count for count, and its clock against a plain restatement."""
 
-import sys
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -10,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from offloaded import EXPERTS, GREEDY, LAYERS, VOCAB, K, build, offloaded, serve, write_model, write_profile
+from studies.offload import simulator
+from studies.offload.replay import replay
+from studies.offload.simulator import Link, Trace, begin, next_uses
+from studies.offload.traces import make_traces, route_windows
 
 from jmoe.config.model import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
 from jmoe.moe.types import CacheCounts
-from jmoe.offload import simulator
 from jmoe.offload.predictors.make import Given, NoPredictor
-from jmoe.offload.simulator import Link, Trace, begin, next_uses
 from jmoe.offload.table import Rule, fill, new_table
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from offload_replay import replay
-from offload_traces import make_traces, route_windows
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
 PROMPT = 12

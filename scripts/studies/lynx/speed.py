@@ -1,0 +1,228 @@
+"""Time under LYNX on this machine: a layer against its active experts, the stage's own cost, the engine.
+
+**Layer**: OLMoE's sizes, 16 tokens, their assignments spread evenly over n experts; several layers' weights
+in turn, so that caches do not hold them. **Stage**: routing alone against routing and binning. **Engine**:
+decode of a random model with and without binning, in turns, on the same prompts; its weights are one set in
+memory. The random model's gates are scaled so that their logits have a deviation of about 1, and the width
+is calibrated so that it halves the experts of a batch.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_cpu_kernels import linearity, make_layers, read_bandwidth, step
+from bench_cpu_kernels import measure as median_seconds
+from flax import nnx
+from jax import Array, lax
+from jmoe_kernels.grouped_mlp import pick
+from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_rows, take_turns
+
+from jmoe.checkpoint import load_model, read_config
+from jmoe.config.anatomy import RouterConfig
+from jmoe.config.model import MoEConfig
+from jmoe.config.reading import read_toml
+from jmoe.config.techniques import BinningConfig
+from jmoe.mesh import make_mesh
+from jmoe.moe.binning import bin_assignments, get_rule
+from jmoe.moe.routing import route
+from jmoe.moe.types import TokenFlags
+from jmoe.nn.sequences import Sequences
+
+OLMOE = SimpleNamespace(num_experts=64, moe_intermediate_size=1024, hidden_size=2048, num_experts_per_tok=8)
+TOY = SimpleNamespace(num_experts=16, moe_intermediate_size=64, hidden_size=64, num_experts_per_tok=2)
+TOKENS = 16
+ACTIVE = (1, 0.75, 0.5, 0.375, 0.25, 0.125)  # of the experts: 64, 48, 32, 24, 16, 8
+REPEATS = 64  # of the stage in one compiled loop
+HALF = 0.5  # of the union, which the engine's width is calibrated for
+BINNED = "binned"
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The ``speed`` part of the results."""
+    start, shape = time.perf_counter(), TOY if args.dry else OLMOE
+    layer = time_layer(shape, args.layers, args.rounds, args.threads)
+    layer |= {"stage": time_stage(shape, args.rounds)}
+    print(f"layer: {time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        "threads": len(os.sched_getaffinity(0)),
+        "rounds": args.rounds,
+        "layer": layer,
+        "engine": time_engine(args),
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+# ---- a layer
+
+
+def even_ids(tokens: int, k: int, active: int) -> np.ndarray:
+    """``[tokens, k]``: spread evenly over the first ``active`` experts, distinct within a token."""
+    return (np.arange(tokens * k) % active).reshape(tokens, k).astype(np.int32)
+
+
+def time_layer(shape: Any, layers: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Median seconds of a layer by its active experts, and the line through them."""
+    weights, k = make_layers(shape, layers), shape.num_experts_per_tok
+    dims = shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
+    kernel, why = pick(jax.default_backend(), jnp.bfloat16, dims)
+    run = step(kernel, k)
+    x = np.random.default_rng(1).standard_normal((TOKENS, dims[2]), np.float32)
+    counts = [int(share * dims[0]) for share in ACTIVE]
+
+    def at(active: int, x: Any, ids: Any, weights: Any) -> Any:
+        return run(x, even_ids(TOKENS, k, active), weights)
+
+    runs = {str(n): partial(at, n) for n in counts}
+    taken = median_seconds(runs, x, None, weights, rounds)
+    fixed, each, r_squared = linearity(counts, [taken[str(n)] for n in counts])
+    expert_bytes = 3 * dims[1] * dims[2] * 2
+    arrays = [np.asarray(w.gate_up_E2FD) for w in weights]
+    return {
+        "dims": dims,
+        "top_k": k,
+        "tokens": TOKENS,
+        "layers": layers,
+        "kernel": why,
+        "seconds": taken,
+        "fixed": fixed,
+        "each": each,
+        "r_squared": r_squared,
+        "expert_bytes": expert_bytes,
+        "bytes_per_s": expert_bytes / each,
+        "read_bandwidth": read_bandwidth(arrays, threads),
+    }
+
+
+def time_stage(shape: Any, rounds: int) -> dict[str, float]:
+    """Median seconds of routing 16 tokens, alone and with each active set's rule."""
+    logits = jax.random.normal(jax.random.key(0), (REPEATS, TOKENS, shape.num_experts))
+    flags, k = TokenFlags(jnp.ones(TOKENS, bool)), shape.num_experts_per_tok
+
+    def routed(logits_TE: Array) -> tuple[Array, Array]:
+        plain = route(logits_TE, k, RouterConfig(norm_topk_prob=False))
+        return plain.ids_TK, plain.weights_TK
+
+    def binned(logits_TE: Array, cfg: BinningConfig) -> tuple[Array, Array]:
+        plain = route(logits_TE, k, RouterConfig(norm_topk_prob=False))
+        moved, _ = bin_assignments(plain, flags, get_rule(cfg, k), seed=jnp.int32(0))
+        return moved.ids_TK, moved.weights_TK
+
+    stages: dict[str, Callable] = {"route": routed, "affinity": partial(binned, cfg=BinningConfig())}
+    runs = {name: jax.jit(partial(lax.map, stage)) for name, stage in stages.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-1, rounds):  # the first compiles
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(logits))
+            if turn >= 0:
+                taken[name].append((time.perf_counter() - start) / REPEATS)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+# ---- the engine
+
+
+def time_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s by batch with and without binning, in turns."""
+    args = argparse.Namespace(**vars(args) | {"prompt": args.context, "dtype": "bfloat16"})
+    hidden = read_toml(args.sizes)["hidden_size"]
+    scale = 1 / (0.02 * hidden**0.5)  # a gate's input has unit square mean
+    found: dict[str, Any] = {
+        "sizes": args.sizes.stem,
+        "context": args.context,
+        "new": args.new,
+        "batches": {},
+    }
+    with checkpoint(str(args.sizes), gate_scale=scale) as directory:
+        cfg = read_config(directory, "bfloat16")
+        found |= {"gate_scale": scale, "logit_std": logit_std(directory)}
+        rows = {name: row for name, row in random_rows(args, cfg.vocab_size).items() if row.phase == "decode"}
+        plain = Jmoe(directory, args)
+        for row in rows.values():
+            found["batches"][str(len(row.prompts))] = time_row(directory, args, plain, row)
+    return found
+
+
+def time_row(directory: Path, args: argparse.Namespace, plain: Jmoe, row: Row) -> dict[str, Any]:
+    with_width = partial(binned_engine, directory, args, plain)
+
+    def share(width: float) -> float:
+        with with_width(width) as engine:
+            return active_share(engine, row, min(16, row.new))[0]
+
+    width, _ = bisect(share, HALF, 0.0, 4.0)
+    with with_width(width) as engine:
+        contenders: Any = {"decode": [(JMOE, plain.decode), (BINNED, engine.decode)]}
+        samples, equal = take_turns({"decode": row}, contenders, args.rounds)
+        reached, active, union = active_share(engine, row, row.new)
+    speeds = samples["decode"]
+    return {
+        "width": width,
+        "share": reached,
+        "active": active,
+        "union": union,
+        "tokens_per_second": speeds,
+        "ratio": paired_ratio(speeds[BINNED], speeds[JMOE]),
+        "equal_tokens": equal["decode"][BINNED],
+    }
+
+
+@contextmanager
+def binned_engine(directory: Path, args: argparse.Namespace, plain: Jmoe, width: float) -> Iterator[Jmoe]:
+    """An engine with affinity binning on the weights of ``plain``."""
+    moe = MoEConfig(binning=BinningConfig(bin_width=width))
+    engine = Jmoe(directory, args, moe=moe, warm_up=False)
+    engine.engine.runner.weights = plain.engine.runner.weights
+    try:
+        yield engine
+    finally:
+        engine.llm.close()
+
+
+def active_share(engine: Jmoe, row: Row, new: int) -> tuple[float, float, float]:
+    """(active over the union, active, union) of a decode run of ``row``, experts a layer and step."""
+    counters = engine.engine.runner.counters["decode"]
+    engine.engine.runner.drain()
+    before = counters.active_L.sum(), counters.plain_active_L.sum(), counters.steps
+    engine.decode(row.prompts, new)
+    engine.engine.runner.drain()
+    each = (counters.steps - before[2]) * len(counters.active_L)
+    active, union = counters.active_L.sum() - before[0], counters.plain_active_L.sum() - before[1]
+    return float(active / union), float(active / each), float(union / each)
+
+
+def bisect(share: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
+    """(width, its share) with a rising ``share`` within 1 % of ``target``, or as near as eight tries get."""
+    width = found = float("nan")
+    for _ in range(8):
+        width = (low + high) / 2
+        found = share(width)
+        if abs(found - target) < 0.01:
+            break
+        low, high = (width, high) if found < target else (low, width)
+    return width, found
+
+
+def logit_std(directory: Path) -> list[float]:
+    """Deviation of the gates' logits in each layer, on a sequence of random tokens."""
+    graph, state = nnx.split(load_model(directory, make_mesh(), MoEConfig()))
+
+    @jax.jit
+    def measured(state: Any, seqs: Sequences) -> list[Array]:
+        return [jnp.std(routing.logits_TE) for routing in nnx.merge(graph, state)(seqs).routing]
+
+    vocab = read_config(directory).vocab_size
+    tokens = np.random.default_rng(2).integers(0, vocab, (1, 64)).astype(np.int32)
+    seqs = Sequences(jnp.asarray(tokens), jnp.arange(64, dtype=jnp.int32)[None])
+    return [float(std) for std in measured(state, seqs)]

@@ -1,0 +1,36 @@
+"""The plot of docs/results/offload.md, SVG, by matplotlib (the ``plots`` extra)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shared.results import draw_plots
+
+SHOWN = ("LRU", "LFU", "request counts, LRU", "fMoE", "token table", "default", "oracle")
+
+
+def draw(results: dict[str, Any], folder: Path) -> None:
+    """Writes the plot where its part is there."""
+    if "simulate" in results:
+        draw_plots({"offload_budget": partial(draw_budget, runs=results["simulate"]["runs"])}, folder)
+
+
+def draw_budget(pyplot: Any, runs: dict[str, Any]) -> Any:
+    """Hits and time by the share of experts on the device, batch 1 and 8."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    for name in SHOWN:
+        for axis, batch, what in zip(axes, "181", ("hit", "hit", "tpot"), strict=True):
+            found = {
+                float(k.partition("/")[2]): v[name] for k, v in runs.items() if k.startswith(f"{batch}/")
+            }
+            scale = 100 if what == "hit" else 1
+            axis.plot(
+                [100 * s for s in found], [scale * f[what] for f in found.values()], "o-", ms=3, label=name
+            )
+    for axis, title in zip(axes, ("batch 1", "batch 8", "batch 1"), strict=True):
+        axis.set(xlabel="experts on the device, %", title=title)
+    axes[0].set_ylabel("hits, %")
+    axes[1].set_ylabel("hits, %")
+    axes[2].set_ylabel("time a token, decode layers")
+    axes[0].legend(fontsize=7)
+    return figure

@@ -1,0 +1,34 @@
+"""An oracle in the engine's own executor: a run that is told, step by step, what an earlier one needed."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+from numpy import ndarray
+from studies.offload.simulator import foretold
+
+from jmoe.engine.step.runner import Runner
+from jmoe.offload.predictors.make import Given
+
+# of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
+Known = Iterator[tuple[Bool[ndarray, "L E"], Int[ndarray, "L E"]]]
+
+
+def replay(runner: Runner, oracle: Given, known: Known) -> Runner:
+    """``runner``, which takes its forecasts and victims from ``known`` from now on."""
+    step = runner._step
+
+    def told(phase: str, *args: Any) -> Any:
+        if phase == "decode":
+            cache = runner.cache
+            assert cache is not None
+            table, predictor = foretold(cache.table, oracle, *map(jnp.asarray, next(known)))
+            apart = jax.tree.map(jnp.copy, predictor)  # the step is given the same array twice else
+            runner.cache = replace(cache, table=table, predictor=apart)
+        return step(phase, *args)  # pyright: ignore[reportArgumentType]
+
+    runner._step = told  # pyright: ignore[reportAttributeAccessIssue]
+    return runner

@@ -1,0 +1,152 @@
+"""The expert cache's simulator over traces: every comparator at every budget and batch, and what moves them.
+
+A comparator is a predictor and an eviction. "fMoE" is the paper's pair with a store warm from the profile,
+"online" also learns on the way; LRU, LFU and request counts (MoE-Infinity's) are the baselines of the target;
+"next gate" alone has no profile, the default also asks the token table before the first layer.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from studies.offload.simulator import Link, Trace, begin, next_uses, run
+from studies.offload.traces import AHEAD
+
+from jmoe.config.model import ModelConfig
+from jmoe.offload.predictors.make import Given, NextGate, make_predictor
+from jmoe.offload.table import Rule, fill, new_table
+from jmoe.offload.types import Predictor
+from jmoe.placement.profile import Profile
+
+# name: predictor, eviction
+COMPARATORS = {
+    "LRU": ("none", "lru"),
+    "LFU": ("none", "lfu"),
+    "request counts, LRU": ("counts", "lru"),
+    "request counts, LFU": ("counts", "lfu"),
+    "fMoE": ("expert_map", "expert_map"),
+    "fMoE, online": ("expert_map online", "expert_map"),
+    "next gate, LRU": ("next_gate alone", "lru"),
+    "token table, LRU": ("token_table", "lru"),
+    "no prefetch": ("none", "expected_use"),
+    "request counts": ("counts", "expected_use"),
+    "expert maps": ("expert_map", "expected_use"),
+    "expert maps, online": ("expert_map online", "expected_use"),
+    "token table": ("token_table", "expected_use"),
+    "next gate": ("next_gate alone", "expected_use"),
+    "default": ("next_gate", "expected_use"),
+    "oracle": ("oracle", "expected_use"),
+}
+VARIED = ("LRU", "request counts, LRU", "fMoE", "expert maps, online", "token table", "next gate", "oracle")
+BASELINES = ("LRU", "LFU", "request counts, LRU", "request counts, LFU")
+STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode layer's compute
+
+
+class Setting(NamedTuple):
+    slots: int
+    copies: int = 1
+    ahead: int = AHEAD
+    store: int = 1000
+    link: Link = STATED
+
+
+class Subject(NamedTuple):
+    """What is simulated: a model's shape and embeddings, a profile of it, traces of it."""
+
+    cfg: ModelConfig
+    embeddings_VD: np.ndarray
+    profile: Profile
+    traces: list[Trace]
+
+
+def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
+    """One comparator over all traces, one after another, from a cache full of what the profile saw most."""
+    cfg, traces = subject.cfg, subject.traces
+    layers, experts = cfg.num_hidden_layers, cfg.num_experts
+    predictor_name, eviction = COMPARATORS[name]
+    predictor = _predictor(subject, predictor_name, setting)
+    oracle = predictor_name == "oracle"
+    known_NLE = np.concatenate([t.needs_NLE for t in traces]) if oracle else None
+    due_NLE = None if known_NLE is None else next_uses(known_NLE)
+    often_LE = subject.profile.loads_LE.astype(np.float32)
+    state = begin(fill(new_table(setting.slots, layers, experts, np), often_LE)[0], predictor)
+    rule = Rule(eviction, setting.copies, setting.ahead)  # pyright: ignore[reportArgumentType]
+    found, step = [], 0
+    for trace in traces:
+        n = len(trace.tokens_NB)
+        known = None
+        if known_NLE is not None and due_NLE is not None:
+            known = known_NLE[step : step + n], due_NLE[step : step + n]
+        ahead = trace._replace(ahead_NLBAE=trace.ahead_NLBAE[:, :, :, : setting.ahead])
+        state, prompt, figures = run(state, ahead, known, rule, setting.link)
+        found.append((prompt, jax.tree.map(jnp.sum, figures)))
+        step += n
+    prompts, sums = jax.tree.map(lambda *each: float(sum(map(float, each))), *found)
+    return {
+        "hit": sums.hits / sums.needed,
+        "late": sums.late / sums.needed,
+        "needed": sums.needed / step,
+        "copies": (sums.misses + sums.prefetched) / step,
+        "prefetched": sums.prefetched / step,
+        "useful": sums.useful / max(sums.prefetched, 1),
+        "tpot": sums.time / step,
+        "ttft": prompts.time / len(traces),
+        "prompt_hit": prompts.hits / prompts.needed,
+    }
+
+
+def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
+    cfg = subject.cfg
+    layers, experts, k = cfg.num_hidden_layers, cfg.num_experts, cfg.num_experts_per_tok
+    if name == "oracle":
+        return Given(jnp.zeros((layers, experts), bool), setting.ahead)
+    if name == "next_gate alone":
+        return NextGate(None, setting.ahead, experts, k)
+    base, _, online = name.partition(" ")
+    return make_predictor(
+        base, distance=setting.ahead, k=k, layers=layers, experts=experts,
+        seats=subject.traces[0].tokens_NB.shape[1], profile=subject.profile,
+        embeddings_VD=subject.embeddings_VD, capacity=setting.store, online=True if online else None,
+    )  # fmt: skip
+
+
+def sweep(
+    subject: Subject, by_batch: dict[int, list[Trace]], shares: tuple[float, ...], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """batch/share of experts -> comparator -> figures."""
+    every = subject.cfg.num_hidden_layers * subject.cfg.num_experts
+    found: dict[str, Any] = {}
+    for batch, traces in by_batch.items():
+        mine = subject._replace(traces=traces)
+        for share in shares:
+            start = time.perf_counter()
+            setting = Setting(slots=max(round(every * share), subject.cfg.num_experts_per_tok))
+            found[f"{batch}/{share:g}"] = {name: rounded(simulate(mine, name, setting)) for name in names}
+            jax.clear_caches()  # a compiled scan for each, and a process may map only so many
+            print(f"batch {batch}, {share:.0%}: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def sensitivity(subject: Subject, slots: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """What one parameter at a time does at batch 1 and one budget."""
+    settings = {
+        **{
+            f"copy time {c:g}": Setting(slots, link=STATED._replace(copy_time=c))
+            for c in (0.25, 0.5, 2.0, 4.0)
+        },
+        **{f"{n} prefetches a layer": Setting(slots, copies=n) for n in (1, 2, 4)},
+        **{f"{a} layers ahead": Setting(slots, ahead=a) for a in (1, 2)},
+        **{f"store of {c}": Setting(slots, store=c) for c in (250, 4000)},
+    }
+    found = {}
+    for what, setting in settings.items():
+        found[what] = {name: rounded(simulate(subject, name, setting)) for name in names}
+        jax.clear_caches()
+        print(what, flush=True)
+    return found
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}

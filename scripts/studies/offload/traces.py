@@ -1,0 +1,118 @@
+"""Routing traces of decode steps for the simulator of the expert cache, and the profile to start warm from.
+
+A window of tokens is a request: its first part the prompt, each later token a decode step. On text the next
+token is the text's own (teacher forced), so that all comparators see the same steps.
+"""
+
+import gzip
+import json
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+from shared.protocol import beginning
+from studies.offload.simulator import Trace
+from studies.speculative.routing import domains_of, pieces
+
+from jmoe import LLM, SamplingParams
+from jmoe.models.decoder import Decoder
+from jmoe.models.layer import foresight, token_flags
+from jmoe.nn.sequences import Sequences
+
+AHEAD = 3  # layers that a predictor may ask
+CHUNK = 8  # windows routed at once
+
+
+class Routed(NamedTuple):
+    """Of W windows of T tokens: the routers' scores and choices, what the routers of the next layers say of
+    each layer's input, and the input embeddings."""
+
+    tokens_WT: Int[np.ndarray, "W T"]
+    scores_WTLE: Float[np.ndarray, "W T L E"]
+    ids_WTLK: Int[np.ndarray, "W T L K"]
+    ahead_WTLAE: Float[np.ndarray, "W T L A E"]
+    embeddings_WTD: Float[np.ndarray, "W T D"]
+
+
+def route_windows(model: Decoder, tokens_WT: Int[np.ndarray, "W T"]) -> Routed:
+    """The routing of whole windows, without a cache of keys and values."""
+    graph, state = nnx.split(model)
+    run = jax.jit(partial(_route, graph))
+    parts = [
+        jax.device_get(run(state, tokens_WT[i : i + CHUNK].astype(np.int32)))
+        for i in range(0, len(tokens_WT), CHUNK)
+    ]
+    return Routed(tokens_WT, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Array, ...]:
+    model: Decoder = nnx.merge(graph, state)
+    b, t = tokens_BT.shape
+    seqs = Sequences(tokens_BT, jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)))
+    x_ND, by = model.begin(seqs)
+    embeddings_ND, layers, last = x_ND, [], len(model.layers) - 1
+    for i, layer in enumerate(model.layers):
+        x_ND, _ = layer.attend(x_ND, by, seqs, None)
+        following = [model.layers[min(i + 1 + a, last)] for a in range(AHEAD)]
+        ahead_NAE = layer.ask(x_ND, [foresight(f) for f in following])
+        assert layer.moe is not None
+        out = layer.moe(layer.normed(x_ND), token_flags(seqs))
+        x_ND = x_ND + out.y_TD
+        layers.append((out.routing.scores_TE, out.routing.ids_TK, ahead_NAE))
+    stacked = [jnp.stack(each, axis=1) for each in zip(*layers, strict=True)]
+    return tuple(each.reshape(b, t, *each.shape[1:]) for each in (*stacked, embeddings_ND))
+
+
+def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
+    """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
+    w, _, _, experts = routed.scores_WTLE.shape
+    traces = []
+    for start in range(0, w - w % batch, batch):
+        rows = slice(start, start + batch)
+        ids_BPLK = routed.ids_WTLK[rows, :prompt]
+        counts_BLE = (ids_BPLK[..., None] == np.arange(experts)).sum((1, 3)).astype(np.float32)
+
+        def steps(values_WT: np.ndarray, rows: slice = rows) -> np.ndarray:
+            """[N, L, B, ...] of the tokens behind the prompts, or [N, B, ...] of what has no layers."""
+            return np.moveaxis(values_WT[rows, prompt:], 0, 2 if values_WT.ndim > 3 else 1)
+
+        traces.append(
+            Trace(
+                steps(routed.tokens_WT), steps(routed.embeddings_WTD), steps(routed.scores_WTLE),
+                steps(routed.ids_WTLK), steps(routed.ahead_WTLAE), counts_BLE,
+            )
+        )  # fmt: skip
+    return traces
+
+
+def valid_windows(llm: LLM, valid: Path, of_each: int, length: int) -> Int[np.ndarray, "W T"]:
+    """Windows of every domain's held-out text, domains in turn, so that neighbours differ."""
+    texts = [pieces(valid / f"{domain}.txt.xz", of_each) for domain in domains_of(valid)]
+    windows = [beginning(llm, text, length) for turn in zip(*texts, strict=True) for text in turn]
+    return np.array([window for window in windows if len(window) == length], np.int32)
+
+
+def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndarray, "W T"]:
+    """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, with greedy answers."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        questions = [json.loads(line)["turns"][0] for line in file]
+    encoded = [beginning(llm, question, prompt) for question in questions]
+    prompts = [(ids * (prompt // len(ids) + 1))[:prompt] for ids in encoded]
+    greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    answers = llm.generate(prompts, greedy)
+    return np.array(
+        [p + list(a.outputs[0].token_ids) for p, a in zip(prompts, answers, strict=True)], np.int32
+    )
+
+
+def random_windows(vocab: int, count: int, length: int, seed: int) -> Int[np.ndarray, "W T"]:
+    """Token ids by Zipf's law, for a model that no text fits."""
+    rng = np.random.default_rng(seed)
+    p_V = 1 / np.arange(1, vocab + 1)
+    return rng.choice(vocab, (count, length), p=p_V / p_V.sum()).astype(np.int32)
