@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import tpu_aot
+from support.aot import tpu as tpu_aot
 
 ROOT = Path(__file__).parents[1]
 MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet

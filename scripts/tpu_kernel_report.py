@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import tpu_aot
+from support.aot import tpu as tpu_aot
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import hf_tiny
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
 from jmoe.checkpoint.hf_reader import HFCheckpoint

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from others.tokenizer_folders import FAST, SHAPES, byte_level, folder, pieces, token
+from support.models.tokenizer_folders import FAST, SHAPES, byte_level, folder, pieces, token
 from tokenizers import Tokenizer, models
 
 from jmoe.engine.text.codec import Detokenizer, TextCodec, load_codec

@@ -20,10 +20,10 @@ os.environ["COLUMNS"] = "100"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from pool_cases import KINDS
-from small import config, mesh_of
 from starlette.testclient import TestClient
-from test_server_fake import ByteCodec, FakeEngine, served
+from support.aot.pool_cases import KINDS
+from support.models.small import config, mesh_of
+from support.server.fake_engine import ByteCodec, FakeEngine, served
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.cli.main import main as command_line

@@ -47,8 +47,8 @@ def layer_part(layer: dict[str, Any]) -> list[str]:
         f"Line: {1e3 * layer['fixed']:.2f} ms + {1e3 * layer['each']:.3f} ms an active expert, R^2 "
         f"{layer['r_squared']:.4f} (target {LEAST_R2}: {met(layer['r_squared'] >= LEAST_R2)}); its slope is "
         f"{layer['bytes_per_s'] / 1e9:.1f} GB/s, this machine reads {layer['read_bandwidth'] / 1e9:.1f} "
-        "GB/s. Other experts' weights are not read: `tests/test_kernel_cpu.py` runs the kernel with them on "
-        "pages that cannot be.",
+        "GB/s. Other experts' weights are not read: `tests/kernel/test_kernel_cpu.py` runs the kernel with "
+        "them on pages that cannot be.",
         "",
         f"**The stage itself**: routing takes {1e6 * stage['route']:.0f} us, routing and binning "
         f"{1e6 * stage['affinity']:.0f} us: {added / whole:.2%} of the layer with all experts, "

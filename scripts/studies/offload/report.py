@@ -184,6 +184,6 @@ OBJECTIONS = [
     "near the oracle, and LRU, up to half of all experts, spares next to none. With 10 % of them nothing "
     "helps. `[moe.binning]` with `resident_bonus` needs fewer experts; it is lossy, and counts what it does.",
     "* *It needs eager mode.* It is compiled whole; for a TPU the prefetch becomes an asynchronous slice "
-    'copy around the experts\' kernel (`tests/test_offload_aot.py`). `executor = "host"` drives the layers '
-    "from the host instead, with the same decisions.",
+    'copy around the experts\' kernel (`tests/offload/test_offload_aot.py`). `executor = "host"` drives the '
+    "layers from the host instead, with the same decisions.",
 ]

@@ -1,0 +1,117 @@
+"""The package's shape: what may import what, and that nothing is importable as ``kernels``."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLOORS = {  # a room, or a module, imports from those before it in its list
+    "jmoe": (
+        "jmoe_kernels", "faults", "config", "mesh", "param", "placement", "moe", "nn", "offload", "models",
+        "checkpoint", "engine", "server", "tools", "cli",
+    ),
+    "jmoe.engine": (
+        "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine", "deployment",
+        "lowering", "worker", "build", "llm", "processes",
+    ),
+    "jmoe.server": (
+        "errors", "settings", "engine_api", "template", "wire", "request", "answer", "watch", "service",
+        "routes", "app", "run",
+    ),
+}  # fmt: skip
+SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module(path: Path) -> str:
+    source = path.relative_to(ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT)
+    return ".".join(source.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, at its top or anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            wholes = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= wholes or {node.module}
+    return {name for name in found if name.split(".")[0] in ("jmoe", "jmoe_kernels")}
+
+
+def room(name: str, house: str) -> str | None:
+    """Where in ``house`` a module is; None outside of it and for the house's own door."""
+    if house == "jmoe" and name.startswith("jmoe_kernels"):
+        return "jmoe_kernels"
+    return name.removeprefix(f"{house}.").split(".")[0] if name.startswith(f"{house}.") else None
+
+
+@pytest.mark.parametrize("house", FLOORS)
+def test_every_room_has_its_floor(house: str):
+    there = {room(name, house) for name in MODULES} - {None}
+    assert there - {"jmoe_kernels"} == set(FLOORS[house]) - {"jmoe_kernels"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_lower_floors(name: str):
+    for house, floors in FLOORS.items():
+        if (here := room(name, house)) is None:
+            continue
+        below = floors[: floors.index(here) + 1]
+        assert {found for found in (room(other, house) for other in imports(MODULES[name])) if found} <= {
+            *below
+        }
+
+
+def test_folders_hold_what_one_look_takes_in():
+    """Folders of one file a thing may hold more: the families of models, baselines and solvers."""
+    for folder in {path.parent for path in SOURCES}:
+        entries = [entry for entry in folder.iterdir() if entry.name != "__pycache__"]
+        assert len(entries) <= 16 or folder.name in ("models",), folder
+
+
+def test_moe_stages_do_not_import_one_another():
+    allowed = {
+        "types": set(),
+        "routing": {"types"},
+        "transport": {"types", "routing", "exchange"},
+        "exchange": set(),
+        "experts": {"types"},
+        "binning": {"types"},
+        "capacity": {"types"},
+        "orders": set(),
+        "shuffle": {"types", "orders", "exchange"},
+        "counting": {"types"},
+    }
+    for stage, may in allowed.items():
+        text = (ROOT / "jmoe/moe" / f"{stage}.py").read_text()
+        assert set(re.findall(r"from jmoe\.moe\.(\w+) import", text)) <= may
+
+
+def test_the_host_side_of_the_engine_and_the_server_know_no_jax():
+    rooms = ("engine/schedule", "engine/text", "engine/grammar", "server", "placement")
+    host = [path for room in rooms for path in (ROOT / "jmoe" / room).rglob("*.py")]
+    host += [ROOT / f"jmoe/engine/{name}.py" for name in ("request", "page_names", "deployment/settings")]
+    for path in host:
+        assert not re.search(r"^\s*(import|from) jax\b", path.read_text(), re.M), path
+    for path in (ROOT / "jmoe/server").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) jmoe\.(models|moe|nn|checkpoint)", path.read_text(), re.M), (
+            path
+        )
+
+
+def test_kernels_is_a_source_root_and_not_a_package():
+    assert not (ROOT / "kernels/__init__.py").exists() and not (ROOT / "tests/kernels").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or str(ROOT) not in str(spec.origin)
+
+
+def test_files_are_short():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350}
+    assert not long

@@ -1,0 +1,86 @@
+"""A request whose activations overflow ends alone: who runs beside it, after it in its pages, or with its
+beginning, gets the tokens that it would have got."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine.test_engine import engine_of, serve
+from jmoe_kernels import cpu
+from support.models.small import config, decoder
+
+from jmoe.config.model import MoEConfig
+from jmoe.engine.engine import Engine
+from jmoe.engine.request import SamplingParams
+from jmoe.engine.schedule.pages import RankPages
+from jmoe.mesh import make_mesh
+
+POISON = 95  # the token whose values in the first layer are infinite
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+KERNELS = [
+    "xla",
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(isinstance(cpu.get_library(), str), reason="no C++ kernels")
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def engine(request) -> Engine:
+    """Ten pages of 8 tokens and two seats, so that pages are used again at once. All weights are finite."""
+    mesh = make_mesh()
+    model = decoder(config(), mesh, MoEConfig(kernel=request.param))
+    embed, values = model.embed, model.layers[0].attention.v_proj
+    embed_VD, values_VD = np.array(embed[...]), np.array(values[...])
+    embed_VD[:, 0], embed_VD[POISON] = 0.0, 0.0
+    embed_VD[POISON, 0] = 1.0
+    values_VD[:, 0] = 0.0
+    values_VD[0, 0] = 3e38
+    embed[...], values[...] = jnp.asarray(embed_VD), jnp.asarray(values_VD)
+    return engine_of(model, mesh, slots=2, pages=10)
+
+
+def healthy(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, POISON, length).tolist()
+
+
+def tokens_of(engine: Engine, prompts: list[list[int]]) -> list[list[int] | str]:
+    """Of each prompt its tokens, or why it failed."""
+    requests, outputs = serve(engine, prompts, GREEDY)
+    return [parts[-1].error or r.token_ids for r, parts in zip(requests, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["apart", "sharing"])
+def test_a_request_that_overflows_fails_alone(engine: Engine, shares: bool, monkeypatch):
+    """It ends anywhere in its pages, which healthy ones then begin, and grow, in; they begin as it did."""
+    good = [healthy(1, 20), healthy(2, 13)]
+    monkeypatch.setattr(engine.scheduler, "kind", None)
+    want = [tokens_of(engine, [prompt])[0] for prompt in good]
+    assert not any(isinstance(each, str) for each in want)
+    if shares:
+        monkeypatch.undo()
+    for at in (0, 3, 19):
+        bad = [*good[0][:at], POISON, *healthy(4, 31 - at)]
+        beside, ended = tokens_of(engine, [good[0], bad])
+        assert beside == want[0] and "NaN" in ended
+        assert tokens_of(engine, good) == want
+
+
+def test_pages_of_a_request_that_failed_serve_nobody(engine: Engine):
+    """Not even one that begins alike: it computes all of its own."""
+    before = [*healthy(8, 16), POISON, *healthy(9, 14)]
+    for _ in range(2):
+        hits = engine.scheduler.prefix.hits
+        [ended] = tokens_of(engine, [before])
+        assert "NaN" in ended and engine.scheduler.prefix.hits == hits
+    assert engine.scheduler.pool.usage == 0
+
+
+def test_names_are_forgotten_whoever_holds_the_page():
+    pages = RankPages(4)
+    used, kept = pages.take(2)
+    pages.name(used, b"a"), pages.name(kept, b"b"), pages.name(kept, b"c")
+    pages.give_back([kept])
+    pages.forget([used, kept, kept])
+    assert not pages.named and not pages.kept and used not in pages.blank and kept in pages.blank
+    pages.give_back([used])
+    assert sorted(pages.blank) == [0, 1, 2, 3] and not pages.kept

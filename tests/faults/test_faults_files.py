@@ -1,0 +1,265 @@
+"""Files that are damaged, cut or half written: read as what they are, or refused in one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load as public_load
+from safetensors.numpy import save
+from support.models import hf_tiny
+
+from jmoe.checkpoint import convert, load_model, read_config
+from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.engine.build import EngineSettings, build_engine, end_tokens
+from jmoe.engine.text.codec import TextCodec
+from jmoe.mesh import make_mesh
+from jmoe.models import model_config
+from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def loaded(directory: Path) -> dict[str, bytes]:
+    """The parameters of a model by path, as bytes."""
+    model = load_model(directory, make_mesh(devices=jax.devices()[:1]))
+    state = nnx.to_flat_state(nnx.state(model))
+    return {str(path): np.asarray(value.get_value()).tobytes() for path, value in state}
+
+
+def refused(error: ValueError, where: Path) -> bool:
+    """In one line that names the place."""
+    return str(where) in str(error) and "\n" not in str(error)
+
+
+# ---- any bytes -------------------------------------------------------------------------------------
+
+PLACE = st.floats(0, 1, exclude_max=True)
+CHANGES = st.one_of(
+    st.tuples(st.just("flip"), PLACE, st.integers(1, 255)),
+    st.tuples(st.just("cut out"), PLACE, st.integers(1, 40)),
+    st.tuples(st.just("insert"), PLACE, st.binary(min_size=1, max_size=9)),
+    st.tuples(st.just("digit"), PLACE, st.sampled_from(b'0123456789-.eE[]{}",:')),
+    st.tuples(st.just("copy"), PLACE, PLACE, st.integers(1, 60)),
+    st.tuples(st.just("end"), PLACE),
+    st.tuples(st.just("append"), st.binary(min_size=1, max_size=9)),
+)
+
+
+def damaged(data: bytes, changes: list[tuple]) -> bytes:
+    out = bytearray(data)
+    for what, *how in changes:
+        at = int(how[0] * len(out)) if isinstance(how[0], float) else 0
+        match what:
+            case "flip" if out:
+                out[at] ^= how[1]
+            case "cut out":
+                del out[at : at + how[1]]
+            case "insert":
+                out[at:at] = how[1]
+            case "digit" if out:
+                out[at] = how[1]
+            case "copy":
+                start = int(how[1] * len(out))
+                out[at:at] = out[start : start + how[2]]
+            case "end":
+                del out[at:]
+            case "append":
+                out += how[0]
+    return bytes(out)
+
+
+def fuzz(examples: int):
+    quick = settings(
+        max_examples=examples,
+        deadline=5000,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    return lambda test: quick(given(st.lists(CHANGES, min_size=1, max_size=3))(test))
+
+
+TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array([1.5, -2], np.float16),
+    "none": np.zeros((0, 4), np.float32),
+    "one": np.array(7, np.float32),
+}
+GOOD = save(TENSORS, {"format": "pt"})
+
+
+def read_all(directory: Path) -> dict[str, np.ndarray]:
+    with HFCheckpoint(directory) as checkpoint:
+        out = {name: np.empty(info.shape, np.float32) for name, info in checkpoint.tensors.items()}
+        for name, values in out.items():
+            checkpoint.read_into(name, values)
+    return out
+
+
+@fuzz(400)
+def test_any_safetensors_is_read_as_by_the_public_reader_or_refused(tmp_path, changes):
+    """The public reader is the oracle; where it refuses what we read (a comment that is no text, say), the
+    values must be those that were written."""
+    data = damaged(GOOD, changes)
+    (tmp_path / FILE).write_bytes(data)
+    try:
+        ours = read_all(tmp_path)
+    except ValueError as error:
+        assert refused(error, tmp_path / FILE), error
+        return
+    try:
+        want = public_load(data)
+    except Exception:
+        want = TENSORS
+    assert ours.keys() == want.keys()
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, want[name].astype(np.float32))
+
+
+@fuzz(150)
+def test_any_index_of_shards_leads_to_the_same_values_or_is_refused(tmp_path, changes):
+    (tmp_path / "one.safetensors").write_bytes(save({"a": TENSORS["a"]}))
+    (tmp_path / "two.safetensors").write_bytes(save({"b": TENSORS["b"]}))
+    text = json.dumps({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    (tmp_path / INDEX).write_bytes(damaged(text.encode(), changes))
+    try:
+        ours = read_all(tmp_path)
+    except ValueError as error:
+        assert refused(error, tmp_path), error
+        return
+    assert ours.keys() == {"a", "b"}
+    np.testing.assert_array_equal(ours["a"], TENSORS["a"])
+
+
+@fuzz(200)
+def test_any_config_is_a_config_or_refused(tmp_path, changes):
+    text = json.dumps(hf_tiny.hf_config())
+    (tmp_path / "config.json").write_bytes(damaged(text.encode(), changes))
+    try:
+        cfg = read_config(tmp_path)
+    except ValueError as error:
+        assert refused(error, tmp_path / "config.json"), error
+    else:
+        assert cfg.num_experts >= cfg.num_experts_per_tok >= 1
+
+
+@fuzz(100)
+def test_any_tokenizer_or_chat_template_file_is_read_or_refused(tmp_path, changes):
+    bundled = Path(hf_tiny.__file__).parents[3] / "jmoe" / "assets"
+    tokenizer = min(bundled.rglob("tokenizer.json"), key=lambda p: p.stat().st_size)
+    (tmp_path / "tokenizer.json").write_bytes(damaged(tokenizer.read_bytes(), changes))
+    texts = {
+        "tokenizer_config.json": {"chat_template": [{"name": "default", "template": "{{ messages }}"}]},
+        "generation_config.json": {"stop_strings": ["\n"], "eos_token_id": [1, 2]},
+    }
+    for name, value in texts.items():
+        (tmp_path / name).write_bytes(damaged(json.dumps(value).encode(), changes))
+    cfg = model_config(hf_tiny.hf_config())
+    reads = (lambda d: TextCodec(d, 10**6), lambda d: end_tokens(d, cfg), load_chat_template, load_turn_ends)
+    for read in reads:
+        try:
+            read(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+
+
+# ---- kills -----------------------------------------------------------------------------------------
+
+CONVERT = """
+import sys
+from jmoe.checkpoint import convert, orbax_io
+print("ready", flush=True)
+sys.stdin.readline()
+convert(sys.argv[1], sys.argv[2])
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def killed_convert(source: Path, target: Path, delay: float) -> bool:
+    """Whether a conversion was done when its process was killed, ``delay`` seconds after it began."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", CONVERT, str(source), str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as child:
+        assert child.stdout.readline() == b"ready\n"
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+        time.sleep(delay)
+        child.kill()
+        done = child.stdout.read() == b"done\n"
+        assert child.wait() == -signal.SIGKILL
+    return done
+
+
+def kill_conversions(root: Path, delays: list[float]) -> int:
+    """Kills a conversion at each time and checks what it left; how many were cut short."""
+    source, cut = root / "hf", 0
+    config = hf_tiny.hf_config(num_hidden_layers=6)
+    hf_tiny.write_checkpoint(source, config)
+    want = loaded(source)
+    for i, delay in enumerate(delays):
+        target = root / "out"
+        done = killed_convert(source, target, delay)
+        left = [p for p in root.iterdir() if p not in (source, target)]
+        assert len(left) <= 1, "what the conversion before had left is gone"
+        if target.exists():
+            assert loaded(target) == want, f"kill {i} after {delay:.2f} s"
+            shutil.rmtree(target)
+        else:
+            assert not done
+            cut += 1
+        for half in left:
+            try:
+                assert loaded(half) == want  # killed between its last byte and its name
+            except ValueError as error:
+                assert refused(error, half)
+    convert(source, root / "out")
+    assert loaded(root / "out") == want
+    assert sorted(p.name for p in root.iterdir()) == ["hf", "out"]
+    return cut
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_loads(tmp_path):
+    assert kill_conversions(tmp_path, [0.3, 0.8])
+
+
+@pytest.mark.matrix
+def test_conversions_killed_at_many_moments(tmp_path):
+    rng = random.Random(5)
+    assert kill_conversions(tmp_path, [rng.uniform(0.05, 2.5) for _ in range(12)])
+
+
+def test_a_conversion_leaves_another_that_still_runs_alone(tmp_path):
+    """Two to one target: the second does not remove the first one's work, and one of them gets the name."""
+    hf_tiny.write_checkpoint(tmp_path / "hf", hf_tiny.hf_config())
+
+    def second(done, total):
+        if not (tmp_path / "out").exists():
+            convert(tmp_path / "hf", tmp_path / "out")
+
+    with pytest.raises(OSError):  # the name is taken when the first one is done
+        convert(tmp_path / "hf", tmp_path / "out", progress=second)
+    assert loaded(tmp_path / "out") == loaded(tmp_path / "hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_weights_cut_short_while_served_change_nothing(tmp_path):
+    """No file stays mapped: a mapped one that is cut would end the process with SIGBUS."""
+    hf_tiny.write_checkpoint(tmp_path, hf_tiny.hf_config())
+    engine = build_engine(
+        tmp_path, EngineSettings(max_model_len=32, max_num_seqs=1, max_num_batched_tokens=16), warm_up=False
+    )
+    os.truncate(tmp_path / FILE, 10)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    engine.close()

@@ -1,0 +1,65 @@
+"""Expert offload in the engine: whatever is predicted and whatever gives way, the same tokens."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.models.offloaded import (
+    EXPERT_BYTES,
+    answers,
+    build,
+    check_counters,
+    check_pool,
+    offloaded,
+    prompts,
+    serve,
+    write_model,
+    write_profile,
+)
+
+PAIRS = [  # every predictor, cold and warm, and every eviction with most of them
+    ("none", "lru", "cold"), ("none", "expected_use", "cold"),
+    ("counts", "lfu", "cold"), ("counts", "lru", "warm"),
+    ("next_gate", "expected_use", "cold"), ("next_gate", "lru", "cold"),
+    ("next_gate", "expected_use", "warm"),
+    ("expert_map", "expert_map", "cold"), ("expert_map", "lfu", "warm"),
+    ("token_table", "expert_map", "warm"), ("token_table", "expected_use", "warm"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def store(model: Path) -> str:
+    return write_profile(model)
+
+
+@pytest.fixture(scope="module")
+def resident(model: Path) -> list[list[int]]:
+    """The answers with all experts on the device."""
+    return answers(build(model))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("predictor", "eviction", "start"), PAIRS)
+def test_every_predictor_and_eviction_gives_the_resident_tokens(
+    model: Path, store: str, resident, predictor: str, eviction: str, start: str
+):
+    """Five slots, and a batch that needs five or six experts of ten in a layer: some stream.
+
+    One slot more where nothing is known before the first layer: what it needs would leave no room.
+    """
+    slots = 6 if (predictor, start) == ("next_gate", "cold") else 5
+    warm = {"store": store} if start == "warm" else {}
+    warm |= {} if predictor == "none" else {"prefetch_per_layer": 2}
+    memory = (slots + 3) * EXPERT_BYTES
+    engine = offloaded(model, memory=memory, predictor=predictor, eviction=eviction, **warm)
+    with closing(engine):
+        assert serve(engine, prompts(4)) == resident
+        decode = check_counters(engine)
+        assert check_pool(engine) == slots
+        assert decode["expert_cache_misses"] > 0 < decode["expert_cache_evictions"]
+        assert (decode["prefetch_bytes"] > 0) == (predictor != "none")

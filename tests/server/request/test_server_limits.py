@@ -1,0 +1,240 @@
+"""What one client may hold of what all need: connections, descriptors, memory, time."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from server.test_server_run import PROGRAM, answers, eventually
+from support.server.fake_engine import ByteCodec, FakeEngine, listening
+from support.server.loop_watch import served_here, unheld
+from support.server.raw_http import ask, connected, head, parsed, post
+
+from jmoe.server.request.bounds import LIGHT
+from jmoe.server.wire import crowd
+from jmoe.server.wire.crowd import Crowd
+
+PATH = "/v1/completions"
+SMALL = {"prompt": "ab", "max_tokens": 2}
+CHUNKED = "Transfer-Encoding: chunked\r\n"
+
+
+def engine() -> FakeEngine:
+    return FakeEngine(ByteCodec(), max_model_len=4096)
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    got = b""
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while part := await reader.read(65536):
+            got += part
+    return got
+
+
+async def refusal(port: int, request: bytes) -> tuple[int, bytes]:
+    """As ``ask``, where the answer comes and the connection ends before all of the request was sent."""
+    async with connected(port) as (reader, writer):
+        writer.write(request)
+        return parsed(await until_closed(reader))
+
+
+async def trickle(writer: asyncio.StreamWriter, byte: bytes = b" ") -> None:
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while not writer.is_closing():
+            writer.write(byte)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+
+async def slow(port: int, request: bytes, byte: bytes = b" ") -> tuple[float, bytes]:
+    """Seconds until a request whose body never ends is let go, and what was answered."""
+    start = time.monotonic()
+    async with connected(port) as (reader, writer):
+        writer.write(request)
+        sender = asyncio.create_task(trickle(writer, byte))
+        got = await asyncio.wait_for(until_closed(reader), 20)
+        sender.cancel()
+    return time.monotonic() - start, got
+
+
+SLOW = {
+    "of a length": (head(PATH, 1000), b" ", 408),
+    "in chunks": (head(PATH, None, CHUNKED), b"1\r\n \r\n", 408),
+    "already answered": (head("/nowhere", 1000).replace(b"Connection: close\r\n", b""), b" ", 404),
+    "of a request that takes none": (
+        head("/live", 1000).replace(b"POST", b"GET").replace(b"Connection: close\r\n", b""), b" ", 200
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_a_body_that_never_ends_is_let_go(case):
+    request, byte, status = SLOW[case]
+
+    async def run():
+        async with served_here(engine(), body_timeout=0.4, header_timeout=0.4) as (port, server):
+            took, got = await slow(port, request, byte)
+            assert not server.service.bodies.taken
+            return took, got
+
+    took, got = asyncio.run(run())
+    assert 0.3 < took < 20 and parsed(got)[0] == status
+
+
+def chunked(count: int, size: int) -> bytes:
+    return head(PATH, None, CHUNKED) + (b"%x\r\n%s\r\n" % (size, b" " * size)) * count
+
+
+def test_a_million_tiny_chunks_are_refused_and_take_no_time():
+    async def run():
+        async with served_here(engine()) as (port, _):
+            status, body = await unheld(lambda: refusal(port, chunked(100_000, 1)))
+            small = await ask(port, chunked(5000, 20) + b"0\r\n\r\n")
+            few = json.dumps(SMALL).encode()
+            bytewise = b"".join(b"1\r\n%c\r\n" % byte for byte in few)
+            fine = await ask(port, head(PATH, None, CHUNKED) + bytewise + b"0\r\n\r\n")
+            return status, json.loads(body)["error"], json.loads(small[1])["error"], fine[0]
+
+    status, error, small, fine = asyncio.run(run())
+    assert (status, error["code"]) == (400, "invalid_http") and "chunks" in error["message"]
+    assert small["code"] == "invalid_json" and "chunks" not in small["message"], "5000 small ones are read"
+    assert fine == 200
+
+
+def test_bodies_in_memory_are_bounded():
+    big = post(PATH, SMALL | {"user": "x" * 100_000})
+
+    async def run():
+        async with served_here(engine(), max_body_bytes=120_000) as (port, server):
+            server.service.bodies.limit = 250_000
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(2):
+                    _, writer = await stack.enter_async_context(connected(port))
+                    writer.write(big[:-1])
+                while server.service.bodies.taken < 200_000:
+                    await asyncio.sleep(0.01)
+                refused = await refusal(port, big)
+                small = await ask(port, post(PATH, SMALL | {"user": "x" * (LIGHT // 2)}))
+            while server.service.bodies.taken:
+                await asyncio.sleep(0.01)
+            return refused, small, await ask(port, big)
+
+    refused, small, after = asyncio.run(run())
+    assert refused[0] == 503 and json.loads(refused[1])["error"]["code"] == "bodies_full"
+    assert small[0] == 200 and after[0] == 200
+
+
+def test_beyond_the_limit_only_probes_are_answered(caplog):
+    """Three slow bodies hold all places: a fourth request is refused, the server's health is still told, and
+    an idle connection gives its place to a new one."""
+
+    async def run():
+        async with served_here(engine(), crowd=Crowd(3, 2)) as (port, server):
+            async with contextlib.AsyncExitStack() as stack:
+
+                async def enter(request: bytes):
+                    reader, writer = await stack.enter_async_context(connected(port))
+                    writer.write(request)
+                    return reader, writer
+
+                idle, _ = await enter(b"")
+                busy = [await enter(head(PATH, 10)) for _ in range(3)]
+                assert await asyncio.wait_for(until_closed(idle), 5) == b"", "the idle one gave way"
+                refused = await ask(port, post(PATH, SMALL))
+                probe = await ask(port, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+                for _ in range(20):
+                    await enter(b"")  # and say nothing
+                await asyncio.sleep(0.1)
+                assert len(server.server_state.connections) <= 5
+                busy[0][1].transport.abort()
+                status = 503
+                while status != 200:  # once those that say nothing were let go
+                    await asyncio.sleep(0.05)
+                    with contextlib.suppress(ConnectionError, IndexError):
+                        status, _ = await ask(port, post(PATH, SMALL))
+            return refused, probe
+
+    refused, probe = asyncio.run(asyncio.wait_for(run(), 30))
+    assert refused[0] == 503 and json.loads(refused[1])["error"]["code"] == "too_many_connections"
+    assert probe[0] == 200
+    assert caplog.text.count("3 connections") == 1
+
+
+FEW = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+{PROGRAM}
+"""
+
+
+def test_without_descriptors_health_is_still_told(tmp_path):
+    """64 descriptors and 200 bodies that do not end."""
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    log, command = tmp_path / "log", [sys.executable, "-c", FEW, "1", "0"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=environment) as server,
+    ):
+        try:
+            port = int(server.stdout.readline())
+            assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 20)
+            with contextlib.ExitStack() as stack:
+                for _ in range(200):
+                    client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+                    with contextlib.suppress(ConnectionError):
+                        client.sendall(head(PATH, 10))
+                assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 5)
+            assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 5)
+        finally:
+            server.kill()
+    text = log.read_text()
+    assert text.count("connections: new ones") <= 2 and "Traceback" not in text
+
+
+def test_what_the_system_lacks_is_a_503():
+    """A grammar's child that cannot be started, for one."""
+    with listening(engine()) as (url, server):
+
+        def lacking(grammar, seconds):
+            raise OSError(24, "Too many open files")
+
+        server.service.grammars._compile = lacking
+        body = SMALL | {"structured_outputs": {"regex": "a"}}
+        status, answer = asyncio.run(ask(int(url.rpartition(":")[2]), post(PATH, body)))
+    assert status == 503 and json.loads(answer)["error"]["code"] == "no_resources"
+
+
+def test_uptime_does_not_follow_a_clock_that_is_set(monkeypatch):
+    with listening(engine()) as (_, server):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 1e6)
+        assert server.service._state()["uptime_s"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"), [(64, 64, 64), (256, 4096, 4096), (1024, -1, 65536), (-1, -1, 65536)]
+)
+def test_as_many_descriptors_as_the_system_allows(monkeypatch, soft, hard, raised):
+    """-1: without a limit. What is kept back is there at any size."""
+    given = []
+    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(crowd.resource, "setrlimit", lambda which, limits: given.append(limits))
+    monkeypatch.setattr(crowd, "open_descriptors", lambda: 20)
+    made = Crowd.of_descriptors()
+    assert given == ([(raised, hard)] if soft != -1 and soft < raised else [])
+    assert made.limit == min(10_000, raised - 20 - min(max(raised // 8, 24), 512)) and made.spare >= 4
+
+
+def test_a_limit_that_cannot_be_raised_is_kept(monkeypatch):
+    def refuse(which, limits):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(crowd.resource, "setrlimit", refuse)
+    assert crowd.raise_descriptors() == 256

@@ -1,0 +1,194 @@
+"""A real server on a real socket: clients that leave, signals, limits of the wire."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+from support.server.fake_engine import ByteCodec, FakeEngine, eventually, listening
+
+from jmoe.server.run import bind
+
+SLOW = 0.02  # seconds a token
+LONG = {"prompt": "abc", "max_tokens": 2000, "temperature": 0}
+
+
+def slow_engine(pace=SLOW) -> FakeEngine:
+    return FakeEngine(ByteCodec(), max_model_len=4096, pace=pace)
+
+
+def test_openai_client_streams_what_it_also_gets_whole():
+    with listening(slow_engine(0.001), api_key="k") as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
+        assert client.models.retrieve("fake").id == "fake"
+        whole = client.completions.create(model="fake", prompt="abc", max_tokens=6, n=2, logprobs=1)
+        options = {"include_usage": True}
+        stream = client.completions.create(
+            model="fake", prompt="abc", max_tokens=6, n=2, stream=True, stream_options=options
+        )
+        chunks = list(stream)
+        for choice in whole.choices:
+            parts = [c.text for chunk in chunks for c in chunk.choices if c.index == choice.index]
+            assert "".join(parts) == choice.text == "abca" and len(parts) == 6
+        assert chunks[-1].usage == whole.usage
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(model="fake", prompt="abc", n=2, presence_penalty=1)
+        assert error.value.param == "presence_penalty" and error.value.code == "unsupported_parameter"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_client_that_leaves_frees_its_requests():
+    engine = slow_engine()
+    with listening(engine) as (url, server):
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "n": 3}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert len(engine.running) == 3
+        assert eventually(lambda: not engine.running)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=LONG, timeout=0.3)
+        assert eventually(lambda: not engine.running and not server.service.running)
+        aborted = 'jmoe_request_success_total{finished_reason="abort"} 4.0'
+        assert aborted in httpx.get(f"{url}/metrics").text
+
+
+def test_dead_engine_ends_streams_and_the_server():
+    engine = slow_engine()
+    with listening(engine) as (url, server):
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            engine.die()
+            rest = [line for line in lines if line]
+        assert "engine_dead" in rest[-2] and rest[-1] == "data: [DONE]"
+        assert eventually(lambda: server.should_exit) and server.exit_code == 1
+
+
+def raw(url: str, data: bytes, parts: int = 1) -> bytes:
+    """What the server answers to bytes, and nothing more once it closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        with contextlib.suppress(OSError):  # it may close before all is sent
+            for _ in range(parts):
+                connection.sendall(data)
+        with contextlib.suppress(ConnectionResetError):
+            return connection.recv(4096)
+    return b""
+
+
+def test_limits_of_the_wire():
+    with listening(slow_engine(), header_timeout=0.3, body_timeout=0.3, max_body_bytes=1000) as (url, _):
+        assert raw(url, b"GET /live HTTP/1.1\r\nx: ") == b""  # a head that never ends is cut
+        assert b" 431 " in raw(url, b"GET /live HTTP/1.1\r\nx: " + b"a" * 1_000_000)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        assert b" 413 " in raw(url, head + b"Content-Length: 90000000000\r\n\r\n")
+        assert b" 408 " in raw(url, head + b"Content-Length: 5\r\n\r\n{")
+        both = head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        assert b" 400 " in raw(url, both)
+        assert httpx.get(f"{url}/live").status_code == 200
+
+
+def test_taken_port_is_one_line():
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError) as error:
+            bind("127.0.0.1", port)
+        assert str(error.value) == f"port {port} on 127.0.0.1 is in use"
+    with pytest.raises(ValueError, match="cannot listen on 192"):
+        bind("192.0.2.1", 0)
+
+
+PROGRAM = """
+import sys
+from support.server.fake_engine import ByteCodec, FakeEngine
+from jmoe.server.run import bind, serve
+from jmoe.server.settings import ServerSettings
+bound = bind("127.0.0.1", int(sys.argv[2]))
+print(bound.getsockname()[1], flush=True)
+engine = FakeEngine(ByteCodec(), max_model_len=4096, pace=0.02)
+sys.exit(serve(engine, ServerSettings(shutdown_timeout=float(sys.argv[1])), bound, model="fake"))
+"""
+
+
+@contextlib.contextmanager
+def process(shutdown_timeout: float, port: int = 0, log=None):
+    """log: a file for its standard error."""
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    command = [sys.executable, "-c", PROGRAM, str(shutdown_timeout), str(port)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, "PYTHONPATH": path}
+    ) as server:
+        try:
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            assert eventually(lambda: answers(url), 10)
+            yield server, url
+        finally:
+            server.kill()
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready").status_code == 200
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_streams_finish_and_refuses_new_work(number):
+    with process(shutdown_timeout=10) as (server, url):
+        body = {"prompt": "abc", "max_tokens": 50, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(number)
+            assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.headers["connection"] == "close"
+            assert httpx.get(f"{url}/live").status_code == 200
+            rest = [line for line in lines if line]
+        assert '"finish_reason":"length"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) == 50
+        assert server.wait(5) == 0
+
+
+@pytest.mark.parametrize(("timeout", "signals"), [(0.3, 1), (60, 2)])
+def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
+    """After the shutdown timeout with an error to the client, at the second signal at once. Neither is a
+    fault, so neither leaves a traceback."""
+    log = tmp_path / "log"
+    with log.open("wb") as file, process(timeout, log=file) as (server, url):
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for _ in range(signals):
+                server.send_signal(signal.SIGINT)
+                time.sleep(0.05)
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                rest = [line for line in lines if line]
+                assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]"
+        assert server.wait(5) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_kill_9_in_mid_stream_frees_the_port():
+    """The client sees that its answer is not whole, and the next server takes the port."""
+    port = 0
+    for _ in range(2):
+        with process(10, port) as (server, url):
+            with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+                lines = response.iter_lines()
+                next(lines)
+                server.kill()
+                with pytest.raises(httpx.TransportError):
+                    list(lines)
+            assert server.wait(5) == -signal.SIGKILL
+            port = int(url.rpartition(":")[2])

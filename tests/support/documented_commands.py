@@ -1,0 +1,154 @@
+"""Every command that README, docs/ and the results name, in the smallest form that still runs all of it."""
+
+from dataclasses import dataclass
+
+# Words that stand for something: {tmp} an empty folder, {data} the project's data, {text} a short text file,
+# {sizes} a TOML file of a small model's sizes, {hf} a Hugging Face directory, {study} one with the bundled
+# model's experts, {corpus} a folder of two domains' held-out text, {profile} a routing profile,
+# {trace} a recorded trace, {url} a server of the bundled model.
+
+
+@dataclass(frozen=True)
+class Command:
+    """words: after ``python``, or after ``jmoe``. needs: modules without which it is skipped. elsewhere: why
+    it does not run here: the step of ``.ci/run``, or the test, that runs it."""
+
+    words: str = ""
+    needs: tuple[str, ...] = ()
+    devices: int = 1
+    elsewhere: str = ""
+
+
+OUT = "--out {tmp}"
+SMALL = "--rounds 1 --context 8 --new 4"
+TEXT = "--data {text}"
+DRY = "--data {data} --model {study} --dry"
+PLOTS = ("matplotlib",)
+
+COMMANDS: dict[str, list[Command]] = {
+    "scripts/demo.sh": [Command("scripts/demo.py")],
+    "scripts/test.sh": [Command(elsewhere="the first step of .ci/run")],
+    "scripts/acceptance.sh": [Command(elsewhere="the step 'real clients' of .ci/run")],
+    "scripts/bench_vs_transformers.py": [
+        Command(
+            f"scripts/bench_vs_transformers.py --model {{sizes}} {SMALL} --prompt 8 --batches 1 2 "
+            "--json {tmp}/r",
+            needs=("torch", "transformers"),
+        )
+    ],
+    "scripts/bench_vs_llama_cpp.py": [
+        Command(
+            f"scripts/bench_vs_llama_cpp.py --model {{sizes}} {SMALL} --prompt 8 --batches 1 "
+            "--correlation 0.99",
+            needs=("llama_cpp", "gguf"),
+        ),
+        Command(
+            elsewhere="tests/studies/test_bench_llama_cpp.py, but for llama.cpp, which builds for minutes"
+        ),
+    ],
+    "scripts/bench_serving.py": [
+        Command(
+            "scripts/bench_serving.py --concurrency 1 2 --requests 2 --rounds 1 --input-len 4 --output-len 2 "
+            f"{OUT}",
+            needs=("torch", "transformers", "fastapi"),
+        )
+    ],
+    "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
+    "scripts/wheel.sh": [Command(elsewhere="the step 'the wheel outside of the tree' of .ci/run")],
+    "scripts/host_overhead.py": [
+        Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
+    ],
+    "scripts/bench_traces.py": [
+        Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
+    ],
+    "scripts/bench_capacity.py": [
+        Command(f"scripts/bench_capacity.py --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
+        Command(f"scripts/bench_capacity.py {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
+        Command("scripts/bench_capacity.py --data {data} --parts speed --dry --rounds 1 --threads 1"),
+    ],
+    "scripts/bench_lynx.py": [
+        Command(
+            "scripts/bench_lynx.py --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "--new 4 --rounds 1 --threads 1"
+        ),
+        Command(f"scripts/bench_lynx.py {DRY} --parts quality capacity --length 4 --domains en_drama"),
+    ],
+    "scripts/bench_offload.py": [
+        Command("scripts/bench_offload.py --parts large --dry --sizes {sizes} --threads 1"),
+        Command(f"scripts/bench_offload.py {DRY} --parts simulate mt_bench sensitivity --windows 1"),
+        Command(f"scripts/bench_offload.py {DRY} --parts engine"),
+    ],
+    "scripts/bench_speculative.py": [
+        Command(
+            f"scripts/bench_speculative.py --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            "--windows 1 --model {study}",
+            PLOTS,
+        ),
+        Command(f"scripts/bench_speculative.py {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/bench_speculative.py {DRY} --parts engine locality"),
+    ],
+    "scripts/bench_together.py": [
+        Command(
+            f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
+            "--batch 2 --ranks 2"
+        )
+    ],
+    "scripts/bench_cpu_kernels.py": [
+        Command(
+            "scripts/bench_cpu_kernels.py --model {sizes} --threads 1 --layers 1 --rounds 1 --json {tmp}/r"
+        )
+    ],
+    "scripts/batch_invariance.py": [
+        Command("scripts/batch_invariance.py --prompts 2 --max-tokens 2 --dtype float32 --out {tmp}")
+    ],
+    "scripts/paper_table.py": [
+        Command(
+            "scripts/paper_table.py speculative --model {study} --devices 2 --data {text} --num-prompts 1 "
+            "--tasks",
+            devices=2,
+        )
+    ],
+    "scripts/lm_eval_parity.py": [Command(elsewhere="the step 'real clients' of .ci/run (lm-eval)")],
+    "scripts/model_sizes.py": [Command("scripts/model_sizes.py")],
+    "scripts/model_card.py": [Command("scripts/model_card.py --data {corpus} --model {study}")],
+    "scripts/make_golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
+    "scripts/train_tiny.py": [
+        Command("scripts/train_tiny.py --help"),
+        Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
+    ],
+    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
+    "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
+    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
+    "scripts/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
+    "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
+    "jmoe generate": [
+        Command("generate {hf} --prompt Hi --max-tokens 2 --temperature 0"),
+        Command(
+            "generate {hf} --prompt Hi --max-tokens 2 --expert-parallel-size 4 --tensor-parallel-size 2",
+            devices=8,
+        ),
+    ],
+    "jmoe eval": [
+        Command(f"eval {{hf}} {TEXT} --max-tokens 16 --json"),
+        Command(f"eval {{hf}} {TEXT} --max-tokens 16 --mode decode --batch-size 2 --json"),
+    ],
+    "jmoe profile": [Command(f"profile {{hf}} {TEXT} --out {{tmp}}/profile.npz --max-tokens 64")],
+    "jmoe place": [Command("place {profile} --devices 2 --out {tmp}/placement.npz")],
+    "jmoe bench": [
+        Command(
+            "bench serve --base-url {url} --num-prompts 2 --input-len 4 --output-len 2 --max-concurrency 2"
+        ),
+        Command(
+            "bench serve --base-url {url} --num-prompts 2 --input-len 4 --output-len 2 --request-rate 100"
+        ),
+        Command("bench serve --base-url {url} --trace {trace} --max-requests 2 --time-scale 0"),
+        Command(
+            "bench serve --base-url {url} --num-prompts 1 --input-len 4 --output-len 2 --prompt-form text"
+        ),
+        Command("bench throughput {hf} --num-prompts 2 --input-len 4 --output-len 2"),
+        Command("bench latency {hf} --batch-size 2 --input-len 4 --output-len 2"),
+        Command("bench moe-layer {sizes} --active 2 4"),
+    ],
+    "jmoe convert": [Command("convert {hf} {tmp}/converted")],
+    "jmoe doctor": [Command("doctor {hf}"), Command("doctor tiny --json")],
+}

@@ -1,0 +1,63 @@
+"""Steps, layers and stores for the predictors of expert offload, and a step walked by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+from support.models.routed import LAYERS, VOCAB, K, planted
+
+from jmoe.offload.predictors.map_store import MapStore
+from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
+
+L, E, D, A = 5, 8, 6, 2
+PROFILE, _ = planted()
+
+
+def distributions(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.dirichlet(np.full(E, 0.3), shape).astype(np.float32)
+
+
+def sizes(**changes: int) -> dict[str, int]:
+    return {"distance": A, "k": K, "layers": LAYERS, "experts": E, "seats": 3} | changes
+
+
+def store_of(
+    rng: np.random.Generator, entries: int, capacity: int
+) -> tuple[MapStore, np.ndarray, np.ndarray]:
+    """A store, and the embeddings and maps of its entries."""
+    embeddings_CD = rng.standard_normal((entries, D)).astype(np.float32)
+    maps_CLE = distributions(rng, entries, L)
+    return MapStore.build(embeddings_CD, maps_CLE, capacity, A), embeddings_CD, maps_CLE
+
+
+def step_of(rng: np.random.Generator, valid: list[int], tokens: list[int] | None = None) -> StepSeen:
+    b = len(valid)
+    tokens_B = rng.integers(0, VOCAB, b) if tokens is None else np.array(tokens)
+    return StepSeen(
+        jnp.asarray(tokens_B, jnp.int32),
+        jnp.asarray(rng.standard_normal((b, D)), jnp.float32),
+        jnp.asarray(valid, bool),
+        jnp.arange(b, dtype=jnp.int32),
+    )
+
+
+def layers_of(rng: np.random.Generator, b: int, layers: int = L, k: int = K) -> list[LayerSeen]:
+    scores_LBE = distributions(rng, layers, b)
+    ids_LBK = np.argsort(-scores_LBE, axis=2)[:, :, :k].astype(np.int32)
+    ahead_LBAE = distributions(rng, layers, b, A)
+    return [
+        LayerSeen(*map(jnp.asarray, layer)) for layer in zip(scores_LBE, ids_LBK, ahead_LBAE, strict=True)
+    ]
+
+
+def walked(predictor: Predictor, seen: StepSeen, layers: list[LayerSeen]) -> tuple[Predictor, list[Forecast]]:
+    """One step, layer by layer."""
+    walk, forecast = predictor.start(seen)
+    forecasts = [forecast]
+    for i, layer in enumerate(layers):
+        walk, forecast = predictor.observe(walk, jnp.asarray(i, jnp.int32), layer)
+        forecasts.append(forecast)
+    return predictor.finish(walk), forecasts
+
+
+def np_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
