@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: ``main`` parses and calls ``jmoe.tools`` or the server."""

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,6 +44,17 @@ def number(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"must be a number, got {text[:80]!r}")
+
+
+def reported(run: Callable[[], int]) -> int:
+    """The exit code of ``run``; a bad input is told in one line."""
+    try:
+        return run()
+    except (ValueError, OSError) as error:
+        print("jmoe: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:

@@ -1,1 +1,1 @@
-"""What a model is and how it is run, as typed tables, and the one reader of files of settings."""
+"""What a model is and how it is run, as typed tables, and the one reader of settings."""

@@ -1,4 +1,10 @@
-"""Model families: one short file each, over the shared decoder."""
+"""Model families: one short file each, over the shared decoder.
+
+``decoder`` embeds the tokens of a step, of requests that decode and of prompts, runs the layers and
+normalises. ``layer`` is one of them: attention, then a MoE layer, perhaps with a shared expert, or a dense
+MLP. A family says how its ``config.json`` is read (``family``, ``fields``) and what its tensors are called
+(``names``, ``weights``).
+"""
 
 import difflib
 from collections.abc import Mapping

@@ -1,1 +1,5 @@
-"""Serving with several processes."""
+"""Several processes as one engine: process 0 schedules, and all of them run its steps in the same order.
+
+``gate`` is process 0's one port, where the others join; ``line`` carries the operations and their host
+arrays; ``lockstep`` sends them (``Leader``) and repeats them (``follow``).
+"""

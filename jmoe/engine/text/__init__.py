@@ -1,1 +1,1 @@
-"""Text to tokens and back."""
+"""Text to tokens and back: a checkpoint's tokenizer from all its files; text that grows token by token."""
