@@ -10,6 +10,7 @@ one declaration gives its sharding in memory, in a checkpoint and under ``shard_
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
+THREADS = 4  # of XLA's CPU client for each emulated device
 TOKENS = (DATA, EXPERT)  # the axes over which tokens are split between the blocks of a layer
 
 
@@ -31,7 +33,9 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
         if size < 1:
             raise ValueError(f"{name} parallel size must be at least 1, got {size}")
     everyone = devices is None
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        give_threads()
+        devices = jax.devices()
     need = data * expert * tensor
     if need > len(devices):
         raise ValueError(
@@ -45,6 +49,19 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
         )
     grid = np.asarray(devices[:need]).reshape(data, expert, tensor)
     return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def give_threads() -> None:
+    """Gives emulated CPU devices the threads that their collectives need. Call it before jax makes them.
+
+    XLA's CPU client has as many threads as there are cores or devices, whichever are more, and a collective
+    blocks one of them for each device. A step has collectives that do not wait for one another: some of them
+    can take all threads while a device that they wait for has none. XLA then ends the process after 40
+    seconds. NPROC is its own variable for the number of threads; one that is set already stays.
+    """
+    devices: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(THREADS * devices))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Recorder:
         runner.run = self
 
     def __call__(self, given: Any) -> Any:
-        if given.decodes and (given.own.positions_BT >= 0).sum() == self.batch:
+        if given.phase == "decode" and (given.own.positions_BT >= 0).sum() == self.batch:
             self.last = given
         return self.run(given)
 

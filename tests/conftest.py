@@ -29,6 +29,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start, w
 import jax
 import pytest
 
+from jmoe.mesh import give_threads
+
 OWN_CACHE = None if "JMOE_CACHE_DIR" in os.environ else Path(tempfile.mkdtemp(prefix="jmoe-tests-"))
 if OWN_CACHE:
     os.environ["JMOE_CACHE_DIR"] = str(OWN_CACHE)
@@ -48,6 +50,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure() -> None:
+    give_threads()
     found = len(jax.devices())
     if found < 8:
         raise RuntimeError(f"the tests need 8 emulated CPU devices, jax has {found}")

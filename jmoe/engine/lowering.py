@@ -30,14 +30,17 @@ def lower_step(
     model, functions, weights = _abstract_model(cfg, moe, mesh)
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     ranks, most = model.split.sequence_ranks, sizes.decode[-1]
-    rows, length, beside = (sequences, 1, 0) if tokens == 1 else (tokens // sizes.run, sizes.run, most)
+    if tokens == 1:
+        given = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
+    else:
+        given = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
         return functions.step.lower(
             weights,
             _abstract_pages(model, sizes),
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
             jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
-            blank_input(cfg.vocab_size, sizes, ranks, rows, length, beside),
+            given,
             make_knobs(1.0, 0) if is_lossy(moe) else None,
             _abstract_tables(cfg, moe, mesh),
             abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),

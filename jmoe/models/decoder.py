@@ -58,7 +58,7 @@ class DecoderOutput:
 
 def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
     """What a predictor is shown of a decode step before its first layer; None of a prefill."""
-    if not seqs.decodes:
+    if seqs.phase != "decode":
         return None
     seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
     return StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
             nth, has_experts = len(outs), layer.moe is not None  # nth of the layers with experts
             own_knobs = None if knobs is None else knobs.of(nth)
             hints = Hints.make(tables[nth], been) if tables and has_experts else None
-            ahead = self.routers_after(i) if seqs.decodes and has_experts else None
+            ahead = self.routers_after(i) if seqs.phase == "decode" and has_experts else None
             x_ND, layer_pages, out, order = _apply(
                 *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints, order,
                 visit if has_experts else None, ahead,
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
 
     def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
         """The predictor, which has learned what a prompt chose; of a decode step it learns elsewhere."""
-        if seqs.decodes or seqs.seats_B is None:
+        if seqs.phase == "decode" or seqs.seats_B is None:
             return predictor
         (b, _), grid = seqs.tokens_BT.shape, seqs.positions_RN.shape
         valid_BTK = (seqs.positions_BT >= 0)[..., None]

@@ -17,7 +17,7 @@ from jmoe.moe.orders import Hints, Move, Order
 from jmoe.moe.router import RouterWeights, choose, router_logits
 from jmoe.moe.routing import likely
 from jmoe.moe.shuffle import Shuffle
-from jmoe.moe.types import Knobs, MoEOutput, Phase, TokenFlags
+from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.grouped_query import GroupedQueryAttention
 from jmoe.nn.latent import LatentAttention
 from jmoe.nn.mlp import DenseMLP
@@ -92,7 +92,7 @@ class DecoderLayer(nnx.Module):
                 visit = replace(visit, ahead_TAE=self.ask(x_ND, ahead))
             if visit is not None and move is not None:
                 visit = replace(visit, row_N=move.after.row_N)
-            out = self.moe(normed_ND, flags, phase_of(seqs), knobs, visit)
+            out = self.moe(normed_ND, flags, seqs.phase, knobs, visit)
             x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
         return x_ND, pages, out, move and move.after
 
@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
         assert self.moe is not None
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
-            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, phase_of(seqs), here_E)
+            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, here_E)
 
     def ask(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
         """The shares of the experts in what other layers' routers would choose these rows' by."""
@@ -146,11 +146,6 @@ class DecoderLayer(nnx.Module):
             return likely(choose(logits_NE, of.router, self.cfg))
 
         return jnp.stack([scores(of) for of in ahead], axis=1)
-
-
-def phase_of(seqs: Sequences) -> Phase:
-    """A step that holds prompt tokens is one of prefill: they touch nearly every expert anyway."""
-    return "decode" if seqs.decodes else "prefill"
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
+from jmoe.moe.types import Phase
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Sequences:
     beside: sequences of one token each that go through the layers in the same step, as many a rank, where
     every rank has ``rows`` of these. All tokens together are a grid ``[R, n]``: of each rank the ones beside,
     then its prompts'. Without them the grid is ``[B, T]``. Flat, either has N tokens.
+
+    phase: "decode" if every token continues an answer. A step that holds prompt tokens is one of prefill, as
+    they touch nearly every expert anyway.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -30,11 +35,7 @@ class Sequences:
     fresh_B: Bool[Array, " B"] | None = None
     beside: "Sequences | None" = None
     rows: int = field(default=1, metadata={"static": True})
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every token is one that a sequence was continued with."""
-        return self.tokens_BT.shape[1] == 1 and self.beside is None
+    phase: Phase = field(default="prefill", metadata={"static": True})
 
     @property
     def pieces(self) -> "tuple[Sequences, ...]":

@@ -131,7 +131,7 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
         done = [0] * len(batch)
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
-            given = runner.blank(per_rank, size)
+            given = runner.blank("prefill", per_rank, size)
             targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
@@ -167,7 +167,7 @@ def score_decode(
         if not active:
             score.settle()
             return score
-        given = runner.blank(per_rank, 1)
+        given = runner.blank("decode", per_rank, 1)
         targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
         for i, window, at in active:
             _fill(given, i, window, at, 1, pool.table[i])

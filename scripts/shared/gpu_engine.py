@@ -93,7 +93,7 @@ class DecodeBench:
     def step_seconds(self, batch: int, steps: int) -> tuple[float, float]:
         """(median seconds of a step, its mean active experts a layer)."""
         runner, rng = self.runner, np.random.default_rng(batch)
-        blank = runner.blank(batch, 1)
+        blank = runner.blank("decode", batch, 1)
         table = np.arange(batch * runner.sizes.table, dtype=np.int32).reshape(batch, -1)
 
         def given(i: int):

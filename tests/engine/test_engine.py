@@ -157,7 +157,7 @@ def test_nothing_compiles_after_warm_up(engine: Engine):
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))
     window_logits(engine, range(11))
     assert engine.runner.compilations.after_warm_up == before, "only the engine's own steps count"
-    engine.runner.run(engine.runner.blank(3, 1))
+    engine.runner.run(engine.runner.blank("decode", 3, 1))
     assert engine.runner.compilations.after_warm_up > before, "the counter hears a shape that was not warm"
 
 

@@ -81,7 +81,7 @@ def test_copies_beside_compute_bring_the_same(model: Path, resident):
     with closing(engine):
         assert engine.runner.cache is not None
         engine.runner.cache = replace(engine.runner.cache, beside=True)
-        engine.runner.run(engine.runner.blank(1, 1))
+        engine.runner.run(engine.runner.blank("decode", 1, 1))
         assert engine.moe_stats()["decode"]["prefetch_bytes"] == 0, "a step of padding counts as none"
         assert serve(engine, prompts(4)) == resident[4]
         decode = check_counters(engine)
@@ -140,13 +140,13 @@ def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
         return [np.array(leaf) for leaf in jax.tree.leaves(engine.runner.cache.table)]
 
     with closing(engine):
-        before, given = table(), engine.runner.blank(1, 64)
+        before, given = table(), engine.runner.blank("prefill", 1, 64)
         given.own.tokens_BT[0, :9], given.own.positions_BT[0, :9] = np.arange(9), np.arange(9)
         engine.runner.run(given)
         assert engine.moe_stats()["prefill"]["expert_cache_misses"] > 0
         for had, has in zip(before, table(), strict=True):
             np.testing.assert_array_equal(had, has)
-        given = engine.runner.blank(1, 1)
+        given = engine.runner.blank("decode", 1, 1)
         given.own.tokens_BT[0], given.own.positions_BT[0] = 9, 9
         engine.runner.run(given)
         assert any((had != has).any() for had, has in zip(before, table(), strict=True))
@@ -168,7 +168,7 @@ def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Pa
         """Whether it only decodes; seats and last positions of its own rows in use."""
         live_B = step.own.positions_BT[:, 0] >= 0
         last_B = step.own.positions_BT[live_B].max(axis=1)
-        rows.append((step.decodes, step.own.seats_B[live_B], last_B))
+        rows.append((step.phase == "decode", step.own.seats_B[live_B], last_B))
         return run(step)
 
     engine.runner.run = recorded
@@ -214,7 +214,7 @@ def test_the_pool_is_changed_in_place(model: Path):
     """The compiled decode step needs far less room than the pool: nothing of it is copied."""
     engine = offloaded(model, slots_per_layer=EXPERTS, seqs=1)
     with closing(engine):
-        runner, given = engine.runner, engine.runner.blank(1, 1)
+        runner, given = engine.runner, engine.runner.blank("decode", 1, 1)
         state = runner._totals["decode"], runner._latest_S
         lowered = runner._jitted.step.lower(
             runner.weights, runner.pages, *state, given, None, None, runner.cache

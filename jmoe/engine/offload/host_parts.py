@@ -158,7 +158,7 @@ class PartFunctions:
         stats = [each.done(CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
         sampled, latest_S = draw(model, hidden_RND, given, latest_S, stats)
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
-        if seqs.decodes:
+        if seqs.phase == "decode":
             predictor = predictor.finish(walk)
         predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
         return sampled, hidden_RND, changes_B, latest_S, add_step(totals, stats), predictor

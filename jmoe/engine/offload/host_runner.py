@@ -24,7 +24,7 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.types import Changes, Computed, Knobs, Phase
+from jmoe.moe.types import Changes, Computed, Knobs
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
@@ -53,10 +53,8 @@ class HostDrivenRunner(Runner):
         self._asks_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
         self._rehearsing = False
 
-    def _step(
-        self, phase: Phase, given: StepInput, knobs: Knobs | None
-    ) -> tuple[Sampled, Array, Changes | None]:
-        cache = self._host_cache()
+    def _step(self, given: StepInput, knobs: Knobs | None) -> tuple[Sampled, Array, Changes | None]:
+        cache, phase = self._host_cache(), given.phase
         rows, seqs, layers, walk = self._through(given, cache, knobs, predicts=phase == "decode")
         sampled, hidden, changes, self._latest_S, self._totals[phase], predictor = self._parts.finish(
             self.weights, rows, seqs, given, self._latest_S, layers, cache.counts_CL, self._totals[phase],

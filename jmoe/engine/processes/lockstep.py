@@ -34,16 +34,17 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes
+from jmoe.moe.types import Changes, Phase
 
 log = logging.getLogger(__name__)
 HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows beside, the momentary capacity factor
 
 
 class Operation(IntEnum):
-    RUN, COPY, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(7)
+    DECODE, PREFILL, COPY, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(8)
 
 
+RUNS: dict[Phase, Operation] = {"decode": Operation.DECODE, "prefill": Operation.PREFILL}
 SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # of life, from process 0; a follower's is one byte
 
 
@@ -69,7 +70,7 @@ class Leader(Runner):
 
     def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
         beside = 0 if given.beside is None else len(given.beside.tokens_BT)
-        self._tell(Operation.RUN, (*given.own.tokens_BT.shape, beside), jax.tree.leaves(given))
+        self._tell(RUNS[given.phase], (*given.own.tokens_BT.shape, beside), jax.tree.leaves(given))
         sampled, self._hidden, changes = super().run(given)
         return sampled, self._hidden, changes
 
@@ -118,8 +119,9 @@ def repeat(runner: Runner, line: Line) -> None:
         runner.capacity_factor = capacity_factor
         if operation == Operation.DRAIN:
             runner.drain()
-        elif operation == Operation.RUN:
-            given = runner.blank(rows // runner.ranks, tokens, beside // runner.ranks)
+        elif operation in RUNS.values():
+            phase: Phase = "decode" if operation == Operation.DECODE else "prefill"
+            given = runner.blank(phase, rows // runner.ranks, tokens, beside // runner.ranks)
             for array in jax.tree.leaves(given):
                 line.read_into(array.reshape(-1).view(np.uint8))
             _, hidden, _ = runner.run(given)

@@ -37,10 +37,10 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
     length, rows = runner.sizes.run, step.size // runner.sizes.run
     if step.size:
         b = runner.sizes.beside_size(max(len(d) + len(p) for d, p in zip(decodes, prompts, strict=True)))
-        given = runner.blank(rows, length, beside=b)
+        given = runner.blank("prefill", rows, length, b)
     else:
         b = runner.sizes.decode_size(max(map(len, decodes)))
-        given = runner.blank(b, 1)
+        given = runner.blank("decode", b, 1)
     placed = []
     for rank in range(runner.ranks):
         for i, run in enumerate(decodes[rank]):

@@ -42,7 +42,7 @@ def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, 
         told = (seats_B, fresh_B) if cached else (None, None)
         return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *told)
 
-    own = made(given.own)
+    own = replace(made(given.own), phase=given.phase)
     if given.beside is None:
         return own
     return replace(own, beside=made(given.beside), rows=len(given.own.tokens_BT) // ranks)

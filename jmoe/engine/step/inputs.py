@@ -6,13 +6,14 @@ of sizes, so that all shapes compile at warm-up. With several ranks, rows are ra
 ``r * B/R .. (r + 1) * B/R``, and those beside prompts likewise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jmoe.engine.step.sampling import SamplingRows, blank_rows
+from jmoe.moe.types import Phase
 
 FEWEST = 4  # rows beside prompts
 
@@ -84,10 +85,15 @@ class HostRows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInput:
-    """Host arrays of one step. own: its rows. beside: those of one token each beside prompts.
+    """Host arrays of one step. Those of ``[B]`` have an entry for each token to sample, as many a rank as
+    requests may run.
 
-    Of the tokens that are drawn, as many a rank as sequences may run: behind which token of the rank, counted
-    along its row of the grid (see ``Sequences``); whose they are, a seat; and by what parameters.
+    own: rows of prompts in a step that holds any, else one row of each request that decodes.
+    beside: rows of the requests that decode in the same step as prompts, one token each.
+    behind_B: position, in the rank's row of the grid (see ``Sequences``), whose logits are used.
+    seats_B: the request's seat.
+    rows: the request's sampling parameters.
+    phase: what the plan says of the step; shapes do not tell it.
     """
 
     own: HostRows
@@ -95,14 +101,11 @@ class StepInput:
     behind_B: np.ndarray
     seats_B: np.ndarray
     rows: SamplingRows
-
-    @property
-    def decodes(self) -> bool:
-        return self.own.tokens_BT.shape[1] == 1 and self.beside is None
+    phase: Phase = field(metadata={"static": True})
 
 
 def blank_input(
-    vocab_size: int, sizes: Sizes, ranks: int, sequences: int, tokens: int, beside: int = 0
+    vocab_size: int, sizes: Sizes, ranks: int, phase: Phase, sequences: int, tokens: int, beside: int = 0
 ) -> StepInput:
     """An input in which every token is padding: ``sequences`` rows of ``tokens`` on each of ``ranks``, and
     ``beside`` of one token. It draws as many tokens a rank as it has rows beside, else rows."""
@@ -121,4 +124,5 @@ def blank_input(
         np.zeros(drawn, np.int32),
         np.full(drawn, nobody, np.int32),
         blank_rows(drawn, vocab_size),
+        phase,
     )

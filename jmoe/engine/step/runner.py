@@ -1,5 +1,6 @@
 """Runs the steps of a model and keeps what lies on the device: weights, KV pages, counters."""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -78,9 +79,9 @@ class Runner:
         """False where it can run nothing any more."""
         return True
 
-    def blank(self, sequences: int, tokens: int, beside: int = 0) -> StepInput:
+    def blank(self, phase: Phase, sequences: int, tokens: int, beside: int = 0) -> StepInput:
         """An input of ``sequences`` rows a rank, and ``beside`` of one token, in which all is padding."""
-        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, sequences, tokens, beside)
+        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, beside)
 
     def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
         """(sampled tokens, final hidden states ``[R, n, D]``, what lossy techniques did to each row).
@@ -88,20 +89,18 @@ class Runner:
         Started, not waited for. All stay on the device; there are no changes where nothing lossy is
         configured for the phase.
         """
-        phase: Phase = "decode" if given.decodes else "prefill"
         knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            outputs = self._step(phase, given, knobs)
+            outputs = self._step(given, knobs)
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
         return outputs
 
-    def _step(
-        self, phase: Phase, given: StepInput, knobs: Knobs | None
-    ) -> tuple[Sampled, Array, Changes | None]:
+    def _step(self, given: StepInput, knobs: Knobs | None) -> tuple[Sampled, Array, Changes | None]:
         """One step; what lies on the device is then as behind it."""
+        phase = given.phase
         sampled, hidden, self.pages, self._totals[phase], self._latest_S, changes, self.cache = (
             self._jitted.step(
                 self.weights, self.pages, self._totals[phase], self._latest_S, given, knobs, self.tables,
@@ -157,14 +156,14 @@ class Runner:
     ) -> None:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
         sizes = self.sizes
-        shapes = [(b, 1, 0) for b in sizes.decode] + [
-            (tokens // sizes.run, sizes.run, beside) for tokens in sizes.prefill for beside in sizes.beside
-        ]
+        shapes: list[tuple[Phase, int, int, int]] = [("decode", b, 1, 0) for b in sizes.decode]
+        for tokens, beside in itertools.product(sizes.prefill, sizes.beside):
+            shapes.append(("prefill", tokens // sizes.run, sizes.run, beside))
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
             given = self.blank(*shape)
             hidden = self._rehearse(given)
-            if not given.decodes and scores_prompts:
+            if given.phase == "prefill" and scores_prompts:
                 self.score(hidden, np.zeros(hidden.shape[:2], np.int32))
         self.copy_pages(*np.zeros((2, self.ranks), np.int32))
         self.drain()

@@ -110,7 +110,7 @@ class Meter:
         """The log-probabilities of each window's tokens but its first."""
         longest = max(len(w) for _, w in batch)
         size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
-        given = self.runner.blank(self.rows, size)
+        given = self.runner.blank("prefill", self.rows, size)
         targets = np.zeros_like(given.own.tokens_BT)
         # Neighbours go to different ranks, so that a short batch leaves no rank empty.
         row_of = np.arange(len(given.own.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]

@@ -98,7 +98,10 @@ class Meter:
 
     def _step(self, tokens_BT: np.ndarray, start: int, table_BM: np.ndarray) -> Any:
         runner, (batch, count) = self.engine.runner, tokens_BT.shape
-        given = runner.blank(batch // runner.ranks, 1 if count == 1 else runner.sizes.prefill_size(count))
+        if count == 1:
+            given = runner.blank("decode", batch // runner.ranks, 1)
+        else:
+            given = runner.blank("prefill", batch // runner.ranks, runner.sizes.prefill_size(count))
         given.own.tokens_BT[:, :count] = tokens_BT
         given.own.positions_BT[:, :count] = np.arange(start, start + count)
         given.own.table_BM[:] = table_BM

@@ -69,7 +69,10 @@ def ended(tmp_path: Path, **processes: subprocess.Popen) -> None:
 def test_two_processes_generate_what_one_device_does(model, start, tmp_path):
     converted = tmp_path / "converted"
     convert(model, converted)
-    address, program = f"127.0.0.1:{free_port()}", str(Path(__file__).parent / "multihost_process.py")
+    address, program = (
+        f"127.0.0.1:{free_port()}",
+        str(Path(__file__).parents[2] / "support" / "multihost_process.py"),
+    )
     pair = {
         f"p{rank}": start(f"p{rank}", program, str(rank), address, str(converted), str(tmp_path))
         for rank in (0, 1)
