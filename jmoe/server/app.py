@@ -1,4 +1,4 @@
-"""The ASGI application: routes, errors, middleware."""
+"""The ASGI application: the routes of the table, errors, middleware."""
 
 import logging
 from functools import partial
@@ -12,37 +12,13 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Scope
 
 from jmoe.server.errors import ApiError, unavailable
-from jmoe.server.routes import dashboard
-from jmoe.server.routes import generate as generate_routes
-from jmoe.server.routes import info as info_routes
+from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service
-from jmoe.server.watch.answered import Access
+from jmoe.server.watch.answered import Access, Watched
 from jmoe.server.wire.crowd import LACKING
 from jmoe.server.wire.middleware import ApiKey, Contained, Origins, RequestId
 
 log = logging.getLogger(__name__)
-
-GET = {
-    "/live": info_routes.live,
-    "/ready": info_routes.ready,
-    "/health": info_routes.ready,
-    "/ping": info_routes.ready,
-    "/version": info_routes.version,
-    "/metrics": info_routes.metrics,
-    "/openapi.json": info_routes.openapi,
-    "/moe/stats": dashboard.stats,
-    "/moe/events": dashboard.events,
-    "/dashboard": dashboard.page,
-    "/moe": dashboard.page,
-    "/v1/models": info_routes.models,
-    "/v1/models/{id:path}": info_routes.model,  # names may hold slashes
-}
-POST = {
-    "/v1/completions": generate_routes.create_completion,
-    "/v1/chat/completions": generate_routes.create_chat_completion,
-    "/tokenize": info_routes.tokenize,
-    "/detokenize": info_routes.detokenize,
-}
 
 
 class Slashed(Route):
@@ -59,8 +35,8 @@ class Slashed(Route):
 
 
 def make_app(service: Service) -> ASGIApp:
-    routes = [Slashed(path, partial(handler, service), methods=["GET"]) for path, handler in GET.items()]
-    routes += [Slashed(path, partial(handler, service), methods=["POST"]) for path, handler in POST.items()]
+    endpoints = [(partial(route.handler, service), route) for route in ROUTES]
+    routes = [Slashed(route.path, endpoint, methods=[route.method]) for endpoint, route in endpoints]
     handlers = {
         ApiError: partial(_api_error, service),
         HTTPException: _http_error,
@@ -72,11 +48,11 @@ def make_app(service: Service) -> ASGIApp:
     starlette.router.redirect_slashes = False
     app: ASGIApp = starlette
     if service.settings.api_key is not None:
-        app = ApiKey(app, service.settings.api_key)
+        app = ApiKey(app, service.settings.api_key, {route.path for route in ROUTES if route.is_open})
     if service.settings.allowed_origins:
         app = Origins(app, service.settings.allowed_origins)
-    patterns = {route.endpoint: route.path_format for route in routes}
-    return RequestId(Access(app, patterns, service.observers))
+    watched = {e: Watched(route.pattern, route.is_quiet, route.operation) for e, route in endpoints}
+    return RequestId(Access(app, watched, service.observers))
 
 
 async def _api_error(service: Service, request: Request, error: ApiError) -> Response:
@@ -110,8 +86,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 def _near(path: str) -> str | None:
     """A route where the base URL lacks /v1, or has more than it should."""
-    routes = (route for route in (*GET, *POST) if "{" not in route)
-    return next((r for r in routes if path and (r.endswith(path) or path.endswith(r))), None)
+    paths = (route.path for route in ROUTES if "{" not in route.path)
+    return next((p for p in paths if path and (p.endswith(path) or path.endswith(p))), None)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -136,7 +136,7 @@ class Service:
         }
 
     def _count_answer(self, answered: Answered) -> None:
-        self.metrics.answered(answered.method, answered.status, answered.route)
+        self.metrics.answered(answered.method, answered.status, answered.route.pattern)
 
     def _sample(self) -> Sample:
         """Waits for a running step."""

@@ -1,1 +1,1 @@
-"""The handlers of the routes."""
+"""The routes, their handlers, and the document that describes them."""

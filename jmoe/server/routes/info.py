@@ -10,7 +10,6 @@ from starlette.responses import Response
 from jmoe import __version__
 from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
 from jmoe.server.answer.logprobs import token_name
-from jmoe.server.answer.openapi import openapi_document
 from jmoe.server.errors import invalid, json_response, refused
 from jmoe.server.request.body import check_messages
 from jmoe.server.request.bounds import MAX_TOKENIZED
@@ -33,12 +32,6 @@ async def ready(service: Service, request: Request) -> Response:
 
 async def version(service: Service, request: Request) -> Response:
     return json_response({"version": __version__})
-
-
-async def openapi(service: Service, request: Request) -> Response:
-    with_key = service.settings.api_key is not None
-    make = partial(openapi_document, __version__, service.model, with_key=with_key)
-    return json_response(await service.in_thread(make))
 
 
 async def metrics(service: Service, request: Request) -> Response:

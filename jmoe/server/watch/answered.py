@@ -1,4 +1,4 @@
-"""Every HTTP answer, told once it has ended: to the metrics, the log, and traces where there are some."""
+"""Every HTTP answer, reported once it has ended: to the metrics, the log, and traces where there are some."""
 
 import logging
 import time
@@ -12,17 +12,36 @@ from jmoe.faults import tell
 from jmoe.server.answer.generation import Generation
 
 log = logging.getLogger(__name__)
-UNKNOWN = "unknown"  # the route of a path that is none of ours, and of what is refused before it is looked up
-QUIET = frozenset({"/live", "/ready", "/health", "/ping", "/metrics"})  # asked every few seconds by machines
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What observers of answers need to know of a route."""
+
+    pattern: str  # its path, such as "/v1/models/{id}"
+    is_quiet: bool = False  # its answers are not logged
+    operation: str | None = None  # its name in traces; None where it is not traced
+
+
+UNKNOWN = Watched("unknown")  # of a path that is none of ours, and of what is refused before it is looked up
 
 
 @dataclass(frozen=True)
 class Answered:
-    """route: the pattern, such as "/v1/models/{id}". status: 499 where the client left before there was one.
-    seconds: to the answer's last byte. ended: seconds since 1970. generation: of those that began one."""
+    """One answer, once it has ended.
+
+    method: the request's.
+    route: the one that answered, or UNKNOWN.
+    status: the answer's; 499 where the client left before there was one.
+    seconds: the time to the answer's last byte.
+    ended: the seconds since 1970.
+    request_id: the client's, or ours.
+    headers: the request's.
+    generation: what the handler began; None where it began none.
+    """
 
     method: str
-    route: str
+    route: Watched
     status: int
     seconds: float
     ended: float
@@ -47,12 +66,12 @@ Observer = Callable[[Answered], None]
 
 
 class Access:
-    """Tells ``observers`` of each answer. routes: the pattern of each endpoint.
+    """Reports each answer to ``observers``. routes: what is known of each endpoint's route.
 
     A handler that begins a generation leaves it in the request's state.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]):
+    def __init__(self, app: ASGIApp, routes: Mapping[Any, Watched], observers: Sequence[Observer]):
         self.app, self.routes, self.observers = app, routes, observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,12 +107,12 @@ class Access:
 
 
 def log_answer(answered: Answered) -> None:
-    if answered.route in QUIET:
+    if answered.route.is_quiet:
         return
     fields: dict[str, Any] = {
         "request_id": answered.request_id,
         "method": answered.method,
-        "route": answered.route,
+        "route": answered.route.pattern,
         "status": answered.status,
         "ms": round(answered.seconds * 1000, 1),
     }

@@ -1,7 +1,7 @@
-"""One OpenTelemetry span for each answer of ``/v1/completions`` and ``/v1/chat/completions``.
+"""One OpenTelemetry span for each answer of a route that has the name of an operation.
 
 Attributes are those of the GenAI semantic conventions, which are still in development: their names stand here
-and nowhere else. No span holds a prompt or an answer.
+and nowhere else; those of operations stand with the routes. No span holds a prompt or an answer.
 """
 # pyright: reportMissingImports=false
 
@@ -16,7 +16,6 @@ from jmoe import __version__
 from jmoe.engine.request import Request
 from jmoe.server.watch.answered import Answered
 
-OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 Attribute = str | int | float | list[str]
 
 
@@ -40,7 +39,7 @@ class Tracer:
         self.propagator = TraceContextTextMapPropagator()
 
     def __call__(self, answered: Answered) -> None:
-        operation = OPERATIONS.get(answered.route)
+        operation = answered.route.operation
         if operation is None:
             return
         started = answered.ended - answered.seconds
@@ -61,7 +60,7 @@ class Tracer:
             "gen_ai.provider.name": "jmoe",
             "gen_ai.request.model": self.model,
             "http.request.method": answered.method,
-            "http.route": answered.route,
+            "http.route": answered.route.pattern,
             "http.response.status_code": answered.status,
             "jmoe.request_id": answered.request_id,
         }

@@ -15,8 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jmoe.faults import Panic
 from jmoe.server.errors import ApiError
 
-# All others need the key. The page holds no data, and asks for the key that its data needs.
-OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/ping", "/dashboard", "/moe"})
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -79,17 +77,18 @@ class Contained:
 
 
 class ApiKey:
-    """Lets through what carries the key. Denies by default.
+    """Lets through what carries the key, and ``open_paths``. It denies everything else.
 
     It looks at ``scope["path"]`` alone: a URL rebuilt from headers can be bent by them. Digests are
     compared, in constant time, so that neither the key's length nor its beginning shows.
     """
 
-    def __init__(self, app: ASGIApp, key: str):
-        self.app, self.digest = app, hashlib.sha256(key.encode()).digest()
+    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]):
+        self.app, self.open_paths = app, open_paths
+        self.digest = hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] == "http" and scope["path"].removesuffix("/") in OPEN_PATHS
+        is_open = scope["type"] == "http" and scope["path"].removesuffix("/") in self.open_paths
         if scope["type"] == "lifespan" or is_open:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":

@@ -1,0 +1,49 @@
+"""What a route is: the type of the table's entries."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import compile_path
+
+from jmoe.server.service import Service
+
+JSON, EVENTS = "application/json", "text/event-stream"
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """All that is known of one route.
+
+    method: what it is asked with; a GET answers HEAD too.
+    path: as Starlette takes it, such as "/v1/models/{id:path}".
+    handler: what makes its answer.
+    summary: a line for the OpenAPI document; None leaves the route out of it.
+    answers: types of the answer with status 200, by content type; of EVENTS, the type of an event's data.
+    errors: other statuses that it may answer with, without 401 and 500.
+    body: the type of the request's body; None where it takes none.
+    example: a body that works.
+    is_open: whether it needs no API key; such a path has no variables.
+    is_quiet: whether its answers are not logged.
+    operation: the name in traces of what it does; None where it is not traced.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Handler
+    summary: str | None
+    answers: Mapping[str, type]
+    errors: tuple[int, ...] = ()
+    body: type | None = None
+    example: Mapping[str, Any] | None = None
+    is_open: bool = False
+    is_quiet: bool = False
+    operation: str | None = None
+
+    @property
+    def pattern(self) -> str:
+        """The path as documents, metrics and logs name it, such as "/v1/models/{id}"."""
+        return compile_path(self.path)[1]
