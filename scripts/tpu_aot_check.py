@@ -182,9 +182,9 @@ def check(case: Case) -> dict:
     """The row of one case; raises what the compiler raises."""
     import jax  # after main() has set the environment that libtpu reads
     from jax.experimental import topologies
+    from jmoe_kernels.backends import TPU
 
     from jmoe.config.model import ModelConfig, MoEConfig
-    from jmoe.engine.build import ROW
     from jmoe.engine.lowering import lower_step
     from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh
@@ -195,7 +195,7 @@ def check(case: Case) -> dict:
     mesh = make_mesh(*case.mesh, devices=devices)
     table = CONTEXT // PAGE
     slots = case.sequences if case.tokens == 1 else 1
-    prefill = min(ROW["tpu"], case.tokens), case.tokens
+    prefill = min(TPU.num_row_tokens, case.tokens), case.tokens
     sizes = Sizes((case.sequences,), prefill, PAGE, max(1, case.sequences) * table, table)
     start = time.perf_counter()
     moe = replace(MoEConfig.from_text(case.moe), transport=case.transport, attention=case.attention)  # pyright: ignore[reportArgumentType]

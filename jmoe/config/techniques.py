@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
+from jmoe_kernels.backends import Executor
 from jmoe_kernels.binning import Method
 from msgspec import Meta
 
@@ -160,7 +161,7 @@ class OffloadConfig:
     prefetch_per_layer: AtLeastOne = 1
     store: str | None = None
     store_size: AtLeastOne = 1000
-    executor: Literal["graph", "host"] | None = None
+    executor: Executor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "moe.offload.")

@@ -15,7 +15,7 @@ from jmoe.checkpoint import load_model
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.config.reading import named, unique_json
 from jmoe.config.techniques import ShuffleConfig
-from jmoe.engine.deployment.deployment import ROW, Deployment, resolve, within
+from jmoe.engine.deployment.deployment import Deployment, resolve, within
 from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.offload.build import make_cache, pick_executor, read_profile
@@ -31,7 +31,7 @@ from jmoe.models.fields import HFConfig
 from jmoe.moe.orders import prompt_share, step_tables
 from jmoe.placement.placement import Placement
 
-__all__ = ["BUNDLED", "ROW", "EngineSettings", "build_engine", "model_directory"]
+__all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 

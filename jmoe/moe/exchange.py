@@ -11,6 +11,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int, Shaped
+from jmoe_kernels.backends import get_backend
 
 # (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes) -> output with the rows received
 Exchange = Callable[[Array, Array, Array, Array, Array, Array], Array]
@@ -18,7 +19,8 @@ Exchange = Callable[[Array, Array, Array, Array, Array, Array], Array]
 
 def get_exchange(platform: str, axis_name: str) -> Exchange:
     """The exchange along ``axis_name`` for devices of ``platform``; inside ``shard_map`` only."""
-    run = emulated_ragged_all_to_all if platform == "cpu" else lax.ragged_all_to_all
+    has_own = get_backend(platform).has_ragged_exchange
+    run = lax.ragged_all_to_all if has_own else emulated_ragged_all_to_all
     return partial(run, axis_name=axis_name)
 
 

@@ -8,8 +8,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
-from jmoe_kernels.grouped_mlp import Activation, ExpertWeights, Implementation, grouped_mlp
-from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu
+from jmoe_kernels.grouped_mlp import COMBINED, Activation, ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
@@ -119,8 +118,8 @@ def apply_experts(
 
     weigh_input: the weight multiplies what an expert is given; then it is a plain sum.
     """
-    if implementation == "cpu" and not weigh_input:  # gathers and combines on its way
-        return combined_mlp_cpu(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)
+    if (combined := COMBINED.get(implementation)) and not weigh_input:
+        return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)
     t, k = weights_TK.shape
     order_N, inverse_N = plan.order_N, plan.inverse_N
     given_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))

@@ -72,7 +72,7 @@ class GroupedQueryAttention(Attention):
         cfg = self.cfg
         whole = cfg.rope.partial_rotary_factor == 1 and not cfg.rope.interleaved and self.rotates
         known = whole and cfg.clip_qkv is None and cfg.qk_norm != "l2"
-        return known and self.kernels.dense == "cpu" and is_single(self.split.mesh)
+        return known and self.kernels.has_fused_rotation and is_single(self.split.mesh)
 
     def _tempered(self, q_BTHd: Array, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T H d"]:
         """Queries that grow with their position, so that long contexts do not blur (arXiv 2501.19399)."""

@@ -9,6 +9,7 @@ is attention with one KV head whose key is its own value.
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+from jmoe_kernels.backends import get_backend
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import dot, linear
 
@@ -80,5 +81,5 @@ class LatentAttention(Attention):
     def _of_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
         size = self.latent
         heads = w["kv_b_proj"].reshape(-1, size.qk_nope_head_dim + size.v_head_dim, size.kv_lora_rank)
-        # XLA:CPU has no product of bfloat16 matrices head by head
-        return heads.astype(jnp.float32) if self.kernels.platform == "cpu" else heads
+        has_product = get_backend(self.kernels.platform).has_batched_bfloat16
+        return heads if has_product else heads.astype(jnp.float32)

@@ -109,7 +109,7 @@ def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dic
         (
             "dense products",
             kernels.dense,
-            "goes with the experts' kernel" if kernels.dense == "cpu" else "XLA's own",
+            "XLA's own" if kernels.dense == "xla" else "goes with the experts' kernel",
         ),
         ("paged attention", kernels.attention, kernels.why_attention),
         *([("binning", kernels.binning, kernels.why_binning)] if settings.moe.binning else []),

@@ -4,26 +4,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe_kernels import binning, grouped_mlp, paged_attention
-from jmoe_kernels.matmul import Dense
+from jmoe_kernels.backends import Attention, Dense, get_backend
 from jmoe_kernels.paged_attention import Heads
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """platform: of the devices. experts: the grouped MLP. dense: dense products. attention: over the cache.
-    binning: of decode batches, where it is configured.
+    """What a model runs.
 
-    why, why_attention, why_binning: one line each for a person.
+    platform: of the devices.
+    experts: implementation of the grouped MLP.
+    dense: implementation of dense products.
+    attention: implementation of attention over the cache.
+    why: reason for the experts' kernel, one line for a person.
+    why_attention: reason for the kernel of attention, likewise.
+    binning: implementation of binning of decode batches, where it is configured.
+    why_binning: reason for the kernel of binning, likewise.
+    has_fused_rotation: whether one kernel norms and rotates queries and keys.
     """
 
     platform: str
     experts: grouped_mlp.Implementation
     dense: Dense
-    attention: paged_attention.Attention
+    attention: Attention
     why: str
     why_attention: str
     binning: binning.Implementation
     why_binning: str
+    has_fused_rotation: bool
 
 
 def choose(
@@ -46,12 +54,15 @@ def choose(
         raise ValueError(f"moe.kernel: {reason}")
     else:
         why = "named in the moe config"
-    dense: Dense = "cpu" if experts == "cpu" else "xla"
-    if platform == "cpu":  # one library has them all: a portable model is portable throughout
-        attention, why_attention = dense, "goes with the experts' kernel"
+    backend = get_backend(platform)
+    is_own = experts == backend.experts[0]
+    dense: Dense = backend.dense if is_own else "xla"
+    if backend.has_one_library:  # a portable model is portable throughout
+        attention, why_attention = backend.attention[0 if is_own else -1], "goes with the experts' kernel"
     else:
         attention, why_attention = (
             paged_attention.pick(platform, dtype, heads) if heads else ("xla", "portable XLA")
         )
     bin_with, why_bin = ("xla", "not configured") if binned is None else binning.pick(platform, *binned)
-    return Kernels(platform, experts, dense, attention, why, why_attention, bin_with, why_bin)
+    is_fused = is_own and backend.has_fused_rotation
+    return Kernels(platform, experts, dense, attention, why, why_attention, bin_with, why_bin, is_fused)

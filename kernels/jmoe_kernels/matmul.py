@@ -12,7 +12,6 @@ Three facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jmoe_kernels import cpu
-
-Dense = Literal["xla", "cpu"]
+from jmoe_kernels.backends import Dense
 
 
 def as_float(w: Array) -> Array:

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jmoe_kernels.backends import get_backend
 
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.params import abstract_decoder, in_layer
@@ -31,8 +32,6 @@ from jmoe.mesh import EXPERT, TENSOR, Split, make_mesh, platform_of, split_atten
 from jmoe.nn.kv_cache import page_bytes
 
 PAGE_SIZE = 32  # tokens
-# Tokens of a row of a prompt: few pad little; on a GPU attention reads a row's whole page table (``gpu.py``).
-ROW = {"cpu": 64, "tpu": 64, "gpu": 256}
 DEFAULT_KV_BYTES = 2 << 30
 PROGRAMS = 128 << 20  # bytes of compiled steps and what else a process grows by
 
@@ -103,7 +102,7 @@ def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int
     """Without pages, whose number depends on what is left."""
     mesh = split.mesh
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    shared = len(own) if platform_of(mesh) == "cpu" else 1
+    shared = len(own) if get_backend(platform_of(mesh)).has_host_memory else 1
     rooms = [room for device in own if (room := device_room(device, shared)) is not None]
     return Memory(
         weight_bytes(cfg, settings, mesh),
@@ -177,7 +176,7 @@ def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages:
     Both are multiples of the ranks that share heads of a sequence and split its tokens.
     """
     slots, sharing = rank_slots(settings, split)
-    step, row = math.lcm(PAGE_SIZE, sharing), ROW[platform_of(split.mesh)]
+    step, row = math.lcm(PAGE_SIZE, sharing), get_backend(platform_of(split.mesh)).num_row_tokens
     most = round_up(max(PAGE_SIZE, settings.max_num_batched_tokens), step)
     run = min(round_up(row, step), most, round_up(max_model_len, step))
     rows = min(-(-most // run), slots * -(-max_model_len // run))
@@ -206,12 +205,12 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
         cfg, num_hidden_layers=len(counts), mlp_only_layers=(0,) if len(counts) == 2 else (), layer_types=(),
         no_rope_layers=(),
     )  # fmt: skip
-    total = 0
+    is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
     for path, spec in abstract_decoder(kinds, settings.moe, mesh)[1].items():
         layer, _ = in_layer(path)
         times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
         shape = spec.sharding.shard_shape(spec.shape)
-        if spec.sharding.memory_kind in (None, "device") or platform_of(mesh) == "cpu":
+        if spec.sharding.memory_kind in (None, "device") or is_host:
             total += times * math.prod(shape) * spec.dtype.itemsize
     return total + cache_bytes(cfg, settings.moe.offload, mesh)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jmoe_kernels.backends import get_backend
+
 from jmoe.config.units import readable
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -32,7 +34,7 @@ class Room:
 
 def device_room(device: Any, sharing: int = 1) -> Room | None:
     """What a device has left; None where nothing says. sharing: devices of this process in one memory."""
-    if device.platform == "cpu":
+    if get_backend(device.platform).has_host_memory:
         room = host_room()
         return room and Room(room.bytes // sharing, room.source)
     stats = device.memory_stats() or {}

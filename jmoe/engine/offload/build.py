@@ -2,12 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jmoe_kernels.backends import Executor, get_backend
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
 
 from jmoe.checkpoint.identity import model_identity
@@ -99,24 +100,18 @@ def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> 
 
 
 def copies_run_beside(mesh: Mesh) -> bool:
-    """Whether a copy inside the step goes on while the device computes. Shown for TPUs, by their compiler."""
-    return platform_of(mesh) == "tpu"
+    """Whether a copy inside the step goes on while the device computes."""
+    return get_backend(platform_of(mesh)).has_parallel_copies
 
 
-def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Literal["graph", "host"], str]:
+def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
     """What runs the steps, and why."""
     if offload.executor is not None:
         return offload.executor, "named in the moe config"
     if not is_single(mesh):
         return "graph", "each rank of a mesh decides and copies inside the step; the host drives one device"
-    if platform_of(mesh) == "gpu":
-        return (
-            "host",
-            "a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
-        )
-    if platform_of(mesh) == "tpu":
-        return "graph", "the compiler makes a prefetch an asynchronous copy beside the experts"
-    return "graph", "one compiled step; driving each layer from the host takes longer on a CPU"
+    backend = get_backend(platform_of(mesh))
+    return backend.executor, backend.why_executor
 
 
 def _by_our_numbers(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jmoe_kernels.backends import Binning as Implementation
+from jmoe_kernels.backends import first_supported, get_backend, home_of
 from jmoe_kernels.binning.reference import bin_experts_reference
 from jmoe_kernels.binning.types import Binned, Rule
-
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 def _pallas(name: str) -> ModuleType:
@@ -32,9 +32,8 @@ def supports(
     """Why ``implementation`` cannot bin ``tokens`` over ``experts`` on ``platform``, or None if it can."""
     if implementation not in get_args(Implementation):
         return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
-    if implementation == "xla":
+    if (needed := home_of(implementation)) is None:
         return None
-    needed = implementation.removeprefix("pallas_")
     if needed != platform and not interpret:
         return f"binning {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
     if rule.method == "random":
@@ -48,13 +47,14 @@ def supports(
 
 def pick(platform: str, experts: int, rule: Rule) -> tuple[Implementation, str]:
     """The implementation for ``platform``, and why."""
-    if platform not in ("tpu", "gpu"):
-        return "xla", "portable XLA"
-    own: Implementation = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
-    if (reason := supports(own, platform, experts, rule)) is not None:
-        return "xla", "portable XLA: " + reason
-    most = _pallas(own).most_tokens(experts, rule.k)
-    return own, f"the fused Pallas kernel for {platform}; portable XLA for more than {most} tokens a rank"
+
+    def praise(name: Implementation) -> str:
+        most = _pallas(name).most_tokens(experts, rule.k)
+        return f"the fused Pallas kernel for {platform}; portable XLA for more than {most} tokens a rank"
+
+    return first_supported(
+        get_backend(platform).binning, lambda name: supports(name, platform, experts, rule), praise
+    )
 
 
 def bin_experts(

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,16 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jmoe_kernels import cpu
+from jmoe_kernels.backends import Experts as Implementation
+from jmoe_kernels.backends import first_supported, get_backend, home_of
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
-from jmoe_kernels.grouped_mlp.cpu import grouped_mlp_cpu
+from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, grouped_mlp_cpu
 from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "reference"]
-PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cpu": "cpu"}  # where the others run: anywhere
+PALLAS = ("pallas_tpu", "pallas_gpu")  # they have an interpreter and limits on shapes
+COMBINED = {"cpu": combined_mlp_cpu}  # those that gather and combine tokens on their way
 
 
 def _pallas(name: str) -> ModuleType:
@@ -28,8 +30,8 @@ def _pallas(name: str) -> ModuleType:
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
     """The dtype in which a weight stack of ``dtype`` is kept: uint16 for bfloat16 on CPU, else ``dtype``."""
-    platform = platform or jax.default_backend()
-    return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+    backend = get_backend(platform or jax.default_backend())
+    return jnp.dtype(backend.bfloat16_storage if dtype == jnp.bfloat16 else dtype)
 
 
 def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
@@ -41,8 +43,8 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
         return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is not supported; bfloat16 and float32 are, by all of them"
-    needed = PLATFORM.get(implementation, platform)
-    if interpret and implementation not in ("pallas_tpu", "pallas_gpu"):
+    needed = home_of(implementation) or platform
+    if interpret and implementation not in PALLAS:
         return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
     if needed != platform and not interpret:
         return f"implementation {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
@@ -56,18 +58,22 @@ def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) ->
 
     dims: (experts, inner, model) of the weights, where they are known: the Pallas kernels have limits.
     """
-    by_platform: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
-    named = by_platform.get(platform, "cpu")
-    reason = supports(named, platform, dtype)
-    if reason is None and dims is not None:
-        reason = _shape_limit(named, _shaped(dims, dtype), 1, "silu")
-    if reason is not None:
-        return "xla", "portable XLA: " + reason
-    if named != "cpu":
-        return named, f"the Pallas kernels for {platform}"
+
+    def lacks(name: Implementation) -> str | None:
+        reason = supports(name, platform, dtype)
+        if reason is None and dims is not None:
+            reason = _shape_limit(name, _shaped(dims, dtype), 1, "silu")
+        return reason
+
+    return first_supported(get_backend(platform).experts, lacks, partial(_praise, platform))
+
+
+def _praise(platform: str, name: Implementation) -> str:
+    if name in PALLAS:
+        return f"the Pallas kernels for {platform}"
     library = cpu.get_library()
     assert isinstance(library, cpu.Library)
-    return "cpu", f"C++ kernels for {library.isa}"
+    return f"C++ kernels for {library.isa}"
 
 
 def _shaped(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
@@ -77,7 +83,7 @@ def _shaped(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
 
 
 def _shape_limit(name: str, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
-    if not name.startswith("pallas_"):
+    if name not in PALLAS:
         return None
     reason = _pallas(name).supports(weights, rows, activation)
     return reason and f"implementation {name!r}: {reason}; 'xla' can run"

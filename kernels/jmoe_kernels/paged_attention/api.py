@@ -1,19 +1,25 @@
 """``paged_attention``: one entry for every implementation; a named one raises where it cannot run."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from jmoe_kernels import cpu
+from jmoe_kernels.backends import Attention, first_supported, get_backend, home_of
 from jmoe_kernels.paged_attention import gpu, tpu
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
 from jmoe_kernels.paged_attention.write import write
 from jmoe_kernels.paged_attention.xla import attend
 
-Attention = Literal["xla", "cpu", "tpu", "gpu"]
+LIMITED = {"tpu": tpu, "gpu": gpu}  # jax's kernels, which do not have all that a layer may ask for
+PRAISE = {
+    "cpu": "the C++ kernel",
+    "tpu": "jax's ragged paged attention",
+    "gpu": "jax's Pallas paged attention in decode, cuDNN in prefill",
+}
 
 
 def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
@@ -23,30 +29,25 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     """
     if implementation not in get_args(Attention):
         return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(Attention))}"
-    if implementation == "xla":
+    if (needed := home_of(implementation)) is None:
         return None
-    if implementation != platform:
-        here = f"needs a {implementation}, this is a {platform}"
+    if needed != platform:
+        here = f"needs a {needed}, this is a {platform}"
         return f"paged attention {implementation!r} {here}; 'xla' can run"
-    if implementation == "cpu":
-        library = cpu.get_library()
-        return f"paged attention 'cpu': {library}; 'xla' can run" if isinstance(library, str) else None
-    limits = {"tpu": tpu.supports, "gpu": gpu.supports}[implementation]
-    reason = limits(heads, jnp.dtype(dtype))
+    if implementation in LIMITED:
+        reason = LIMITED[implementation].supports(heads, jnp.dtype(dtype))
+    else:
+        reason = library if isinstance(library := cpu.get_library(), str) else None
     return reason and f"paged attention {implementation!r}: {reason}; 'xla' can run"
 
 
 def pick(platform: str, dtype: Any, heads: Heads) -> tuple[Attention, str]:
     """The implementation for ``platform``, and why."""
-    own: Attention = platform if platform in ("cpu", "tpu", "gpu") else "xla"  # pyright: ignore[reportAssignmentType]
-    if (reason := supports(own, platform, dtype, heads)) is not None:
-        return "xla", "portable XLA: " + reason
-    kept = {
-        "cpu": "the C++ kernel",
-        "tpu": "jax's ragged paged attention",
-        "gpu": "jax's Pallas paged attention in decode, cuDNN in prefill",
-    }
-    return own, kept.get(own, "portable XLA")
+    return first_supported(
+        get_backend(platform).attention,
+        lambda name: supports(name, platform, dtype, heads),
+        PRAISE.__getitem__,
+    )
 
 
 def page_shapes(
@@ -106,18 +107,18 @@ def attend_all(
 
 def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
     """Raises ValueError where a named kernel has not what the layer asks for."""
-    if implementation in ("xla", "cpu"):
+    if implementation not in LIMITED:
         return
     (_, _, query, dim), kv = new.q_BTHd.shape, new.k_BTGd.shape[2]
     heads = Heads(query, kv, dim, span, sinks_H is not None, dim if new.v_BTGd is None else None)
-    if (reason := {"tpu": tpu.lacks, "gpu": gpu.lacks}[implementation](heads)) is not None:
+    if (reason := LIMITED[implementation].lacks(heads)) is not None:
         raise ValueError(f"paged attention {implementation!r}: {reason}; 'xla' can run")
 
 
 def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> LayerPages:
     at = new.positions_BT, new.table_BM
-    if implementation in ("tpu", "gpu"):
-        return (tpu if implementation == "tpu" else gpu).write_tokens(new, pages)
+    if implementation in LIMITED:
+        return LIMITED[implementation].write_tokens(new, pages)
     if new.v_BTGd is None:
         [kv_PGSd] = pages.kv
         put = cpu.write_latent if implementation == "cpu" else write

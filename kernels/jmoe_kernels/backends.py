@@ -1,0 +1,113 @@
+"""What each platform is to the kernels and to the engine: one record a platform, which everyone asks.
+
+A new platform is a record here, and its kernels lie in the folders of what they compute. Nothing here needs
+jax.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Experts = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "reference"]
+Dense = Literal["xla", "cpu"]
+Attention = Literal["xla", "cpu", "tpu", "gpu"]
+Binning = Literal["xla", "pallas_tpu", "pallas_gpu"]
+Executor = Literal["graph", "host"]
+Name = TypeVar("Name", bound=str)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a platform has. The defaults hold for a platform of which only XLA is known.
+
+    name: of the platform, as jax calls it.
+    experts: implementations of the experts' grouped MLP by preference; the last one runs anywhere.
+    attention: implementations of paged attention by preference; the last one runs anywhere.
+    binning: implementations of binning by preference; the last one runs anywhere.
+    dense: implementation of dense products where the first of ``experts`` runs; elsewhere it is XLA's.
+    bfloat16_storage: dtype in which stacks of weights and the KV cache keep bfloat16.
+    num_row_tokens: tokens of a row of a prompt.
+    executor: what runs the steps of a model with offloaded experts on one device.
+    why_executor: reason for that, for a person.
+    has_one_library: whether one library has the kernels of experts, dense products and attention.
+    has_fused_rotation: whether ``dense`` comes with a kernel for norm and rotation of queries and keys.
+    has_batched_bfloat16: whether products of stacks of bfloat16 matrices exist.
+    has_ragged_exchange: whether XLA's ``ragged_all_to_all`` exists.
+    has_host_memory: whether the devices' memory is the host's, which they share.
+    has_parallel_copies: whether copies from the host inside a step go on while the device computes.
+    """
+
+    name: str
+    experts: tuple[Experts, ...] = ("xla",)
+    attention: tuple[Attention, ...] = ("xla",)
+    binning: tuple[Binning, ...] = ("xla",)
+    dense: Dense = "xla"
+    bfloat16_storage: Literal["bfloat16", "uint16"] = "bfloat16"
+    num_row_tokens: int = 64
+    executor: Executor = "graph"
+    why_executor: str = "one compiled step; driving each layer from the host takes longer on a CPU"
+    has_one_library: bool = False
+    has_fused_rotation: bool = False
+    has_batched_bfloat16: bool = True
+    has_ragged_exchange: bool = True
+    has_host_memory: bool = False
+    has_parallel_copies: bool = False
+
+
+CPU = Backend(
+    name="cpu",
+    experts=("cpu", "xla"),
+    attention=("cpu", "xla"),
+    dense="cpu",
+    bfloat16_storage="uint16",  # XLA:CPU converts a whole bfloat16 stack to read or update a part of it
+    has_one_library=True,
+    has_fused_rotation=True,
+    has_batched_bfloat16=False,  # XLA:CPU has no product of bfloat16 matrices head by head
+    has_ragged_exchange=False,
+    has_host_memory=True,
+)
+TPU = Backend(
+    name="tpu",
+    experts=("pallas_tpu", "xla"),
+    attention=("tpu", "xla"),
+    binning=("pallas_tpu", "xla"),
+    why_executor="the compiler makes a prefetch an asynchronous copy beside the experts",
+    has_parallel_copies=True,  # shown by its compiler
+)
+GPU = Backend(
+    name="gpu",
+    experts=("pallas_gpu", "xla"),
+    attention=("gpu", "xla"),
+    binning=("pallas_gpu", "xla"),
+    num_row_tokens=256,  # few tokens pad little, but attention reads a row's whole page table
+    executor="host",
+    why_executor="a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
+)
+BACKENDS = {backend.name: backend for backend in (CPU, TPU, GPU)}
+
+
+def get_backend(platform: str) -> Backend:
+    """The platform's record; what XLA has everywhere where nothing is known of it."""
+    return BACKENDS.get(platform) or Backend(platform)
+
+
+def home_of(implementation: str) -> str | None:
+    """The only platform that has this implementation; None where it runs anywhere."""
+    homes = [b.name for b in BACKENDS.values() if implementation in (*b.experts, *b.attention, *b.binning)]
+    return homes[0] if len(homes) == 1 else None
+
+
+def first_supported(
+    names: tuple[Name, ...], lacks: Callable[[Name], str | None], praise: Callable[[Name], str]
+) -> tuple[Name, str]:
+    """The first of ``names`` that can run, and why. The last one runs anywhere, so it is not asked.
+
+    lacks: why an implementation cannot run, or None if it can. praise: what speaks for one that can.
+    """
+    *own, portable = names
+    why = "portable XLA"
+    for name in own:
+        if (reason := lacks(name)) is None:
+            return name, praise(name)
+        why = f"portable XLA: {reason}"
+    return portable, why
