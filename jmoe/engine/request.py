@@ -1,12 +1,13 @@
 """What a caller asks for and what comes back, as plain data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from msgspec import Meta
 
+from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import check_fields
 from jmoe.engine.page_names import PageNames
 
@@ -79,14 +80,9 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
-class MoEUsage:
-    """A request's assignments of tokens to experts over all layers, and what lossy techniques did to them."""
-
-    assignments: int = 0
-    remapped: int = 0
-    dropped: int = 0
-    rerouted: int = 0
+class MoEUsage(make_dataclass("Counts", [(name, int, 0) for name in names(USAGE)])):
+    """A request's assignments of tokens to experts over all layers, and what lossy techniques did to them:
+    a number for each name of ``USAGE``."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
+from jmoe.config.counters import LOSSY, names
 from jmoe.mesh import EXPERT, TOKENS
 from jmoe.moe.types import CapacityCounts, Changes, DispatchStats, Routing, Traffic
 
@@ -18,13 +19,15 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
 
 def count_changes(remapped_T: Int[Array, " T"] | None, limited: CapacityCounts | None) -> Changes | None:
     """What binning and a capacity did to each token, zeros for the one that is off; None without both."""
+    found: Changes = {}
     if limited is not None:
-        none_T = jnp.zeros_like(limited.dropped_T)
-        return Changes(none_T if remapped_T is None else remapped_T, limited.dropped_T, limited.rerouted_T)
-    if remapped_T is None:
+        found |= {"dropped": limited.dropped_T, "rerouted": limited.rerouted_T}
+    if remapped_T is not None:
+        found["remapped"] = remapped_T
+    if not found:
         return None
-    none_T = jnp.zeros_like(remapped_T)
-    return Changes(remapped_T, none_T, none_T)
+    none_T = jnp.zeros_like(next(iter(found.values())))
+    return dict.fromkeys(names(LOSSY), none_T) | found
 
 
 def count_dispatch(
@@ -44,15 +47,12 @@ def count_dispatch(
     plain_E = counts_E if routing is plain else expert_counts(plain.ids_TK, valid_T, experts)
     tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1)
     mean_score_E = jnp.sum(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0) / tokens
-    zero = jnp.zeros((), jnp.int32)
-    remapped = dropped = rerouted = zero
+    counts = dict.fromkeys((*names(LOSSY), "remote_assignments"), jnp.zeros((), jnp.int32))
     if changes is not None:
-        remapped, dropped, rerouted = map(
-            jnp.sum, (changes.remapped_T, changes.dropped_T, changes.rerouted_T)
-        )
+        counts |= {name: jnp.sum(changed_T) for name, changed_T in changes.items()}
     if train_capacity is not None:
-        dropped = dropped + jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
-    return DispatchStats(counts_E, plain_E, mean_score_E, zero, remapped, dropped, rerouted, traffic)
+        counts["dropped"] += jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
+    return DispatchStats(counts_E, plain_E, mean_score_E, traffic, counts)
 
 
 def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
@@ -63,8 +63,8 @@ def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"
     total = partial(lax.psum, axis_name=TOKENS)
     tokens = jnp.sum(valid_T, dtype=jnp.float32)
     share = tokens / jnp.maximum(total(tokens), 1)
+    counts = mine.counts | {"remote_assignments": jnp.sum(away_TJ, dtype=jnp.int32)}
     return DispatchStats(
         total(mine.counts_E), total(mine.plain_E), total(mine.mean_score_E * share),
-        total(jnp.sum(away_TJ, dtype=jnp.int32)), total(mine.remapped), total(mine.dropped),
-        total(mine.rerouted), total(mine.traffic),
+        total(mine.traffic), total(counts),
     )  # fmt: skip

@@ -141,7 +141,7 @@ class MoELayer(nnx.Module):
         """One rank's tokens through the experts of all ranks. held: this rank's, or where they come from."""
         source = None if isinstance(held, ExpertWeights) else held
         routed = decide(x_TD, tokens, knobs, router, here_E=None if source is None else source.resident_E)
-        train_capacity, cached = self._train_capacity(x_TD.shape[0]), None
+        train_capacity, cached = self._train_capacity(x_TD.shape[0]), {}
         with jax.named_scope("experts"):
             if isinstance(held, ExpertWeights):
                 experts = self._local_experts(held, train_capacity)
@@ -157,7 +157,8 @@ class MoELayer(nnx.Module):
             with jax.named_scope("combine"):
                 y_TD = lax.psum(y_TD, TENSOR)
             stats = over_shards(stats, routed.final, tokens.valid_T)
-        return MoEOutput(y_TD, routed.plain, replace(stats, cache=cached), routed.changes, source)
+        stats = replace(stats, counts=stats.counts | cached)
+        return MoEOutput(y_TD, routed.plain, stats, routed.changes, source)
 
     def decide(
         self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, here_E: Array | None

@@ -114,18 +114,10 @@ class CapacityCounts:
     exact_T: Int[Array, " T"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Changes:
-    """Assignments of each token that the lossy techniques touched; of a sequence where they are summed.
-
-    remapped_T: those that binning gave to another expert. dropped_T: those that a capacity left to none;
-    rerouted_T: those that it gave to another expert for want of room.
-    """
-
-    remapped_T: Int[Array, " T"]
-    dropped_T: Int[Array, " T"]
-    rerouted_T: Int[Array, " T"]
+# By the names of ``jmoe.config.counters``: one layer's sums, of those that it counts.
+Counts = dict[str, Int[Array, ""]]
+# By the names of ``LOSSY`` there, all of them: each token's assignments; a sequence's where they are summed.
+Changes = dict[str, Int[Array, " T"]]
 
 
 @jax.tree_util.register_dataclass
@@ -196,25 +188,6 @@ class Traffic:
     computed: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CacheCounts:
-    """What an expert cache did for one layer; experts are counted once a step, however many tokens they have.
-    On a mesh the sum over the ranks, each of which has a cache of its own experts.
-
-    hits, misses: experts needed that were on the device when they were needed, and those that were not.
-    evicted: experts that gave way. copied: experts from host to device, for whatever reason; prefetched:
-    those of them that came before they were needed. useful: prefetched ones at their first use.
-    """
-
-    hits: Int[Array, ""]
-    misses: Int[Array, ""]
-    evicted: Int[Array, ""]
-    copied: Int[Array, ""]
-    prefetched: Int[Array, ""]
-    useful: Int[Array, ""]
-
-
 # (x_TD, routing, valid_T, a rank's experts) -> (y_TD, the rank's traffic), see ``jmoe.moe.transport``
 Send = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
 
@@ -255,7 +228,7 @@ class ExpertSource(Protocol):
         phase: Phase,
         apply: Apply,
         send: Send,
-    ) -> tuple[Float[Array, "T D"], Traffic, CacheCounts, Self]:
+    ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
         """The experts of ``routing`` on this layer's tokens, what moved, what was done on all ranks, and the
         source of the next layer.
 
@@ -271,26 +244,26 @@ class DispatchStats:
     """What one layer did with one batch, summed over shards.
 
     counts_E: assignments of valid tokens that each expert got; plain_E: those that the router gave it, before
-    any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. remote:
-    assignments whose expert lives on another rank than the token. remapped: those that binning gave to
-    another expert. dropped: those that no expert computed. rerouted: those that went to another expert for
-    want of room. traffic: rows that were moved. cache: None where all experts are on the device.
+    any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. traffic: rows
+    that were moved. counts: everything else; those of a cache are absent where all experts are on the device.
     """
 
     counts_E: Int[Array, " E"]
     plain_E: Int[Array, " E"]
     mean_score_E: Float[Array, " E"]
-    remote: Int[Array, ""]
-    remapped: Int[Array, ""]
-    dropped: Int[Array, ""]
-    rerouted: Int[Array, ""]
     traffic: Traffic
-    cache: CacheCounts | None = None
+    counts: Counts
 
     @property
     def lost(self) -> Int[Array, ""]:
         """Assignments that no expert was given, or one too many: anything but 0 is a wrong output."""
         return jnp.abs(jnp.sum(self.counts_E, dtype=jnp.int32) - self.traffic.computed)
+
+    @property
+    def sums(self) -> Counts:
+        """``counts``, and what follows from the other fields."""
+        moved = {"transport_bytes": self.traffic.sent, "transport_useful_bytes": self.traffic.useful}
+        return self.counts | moved | {"lost_assignments": self.lost}
 
 
 @jax.tree_util.register_dataclass

@@ -31,13 +31,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
+from jmoe.config.counters import CACHE, names
 from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.experts import weight_specs
 from jmoe.moe.routing import regrouped
 from jmoe.moe.types import (
     Apply,
-    CacheCounts,
     Computed,
+    Counts,
     DispatchPlan,
     LocalExperts,
     Phase,
@@ -90,14 +91,14 @@ class Visit:
     cache: ExpertCache
     walk: Any
     layer: Int[Array, ""]
-    untold: CacheCounts
+    untold: Counts
     ahead_TAE: Float[Array, "T A E"] | None = None
     row_N: Int[Array, " N"] | None = None
 
     @classmethod
     def begin(cls, store: ExpertWeights, cache: ExpertCache, seen: StepSeen | None) -> Self:
         """Before the first layer. seen: of a decode step; None in prefill, which predicts nothing."""
-        visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _nothing())
+        visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _counts())
         if seen is None:
             return visit
         return cache.ranks.over(cls._foreseen, (visit.specs, SAME), visit.specs)(visit, seen)
@@ -138,18 +139,17 @@ class Visit:
         phase: Phase,
         apply: Apply,
         send: Send,
-    ) -> tuple[Float[Array, "T D"], Traffic, CacheCounts, Self]:
+    ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
         """This layer's experts on its tokens, what moved and was done, and the visit of the next layer."""
         ranks, e = self.cache.ranks, self._experts
         ids_TK, most = rows.assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
         needed_L = needed_here(ids_TK, ranks, plain.scores_TE.shape[1], e)
         hits = jnp.sum(needed_L & self._resident_L, dtype=jnp.int32)
         misses = jnp.sum(needed_L, dtype=jnp.int32) - hits
-        none = jnp.zeros((), jnp.int32)
         given = x_TD, routing, valid_T
         if phase == "prefill":
             y_TD, traffic = send(*given, self._here(apply, overflows=True))
-            counts = CacheCounts(hits, misses, none, misses, none, none)
+            counts = _counts(expert_cache_hits=hits, expert_cache_misses=misses, bytes_host_to_device=misses)
             return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1, row_N=None)
 
         scores_L = ranks.of_group(rows.highest(plain.scores_TE, valid_T), e)
@@ -164,10 +164,13 @@ class Visit:
         y_TD, traffic = send(*given, visit._with(table)._here(apply, overflows=visit._slots < most))
         visit = visit._with(decide.finish_layer(table, needed_L, scores_L, self.layer))
         visit = visit._landed(wishes, begun)
-        own = CacheCounts(hits, misses, missing.evicted, misses, none, useful)
+        own = _counts(
+            expert_cache_hits=hits, expert_cache_misses=misses, expert_cache_evictions=missing.evicted,
+            bytes_host_to_device=misses, prefetch_useful_bytes=useful,
+        )  # fmt: skip
         own = ranks.total(jax.tree.map(jnp.add, own, self._count_prefetch(wishes)))
         counts = jax.tree.map(jnp.add, own, self.untold)
-        visit = replace(visit, layer=self.layer + 1, untold=_nothing(), ahead_TAE=None, row_N=None)
+        visit = replace(visit, layer=self.layer + 1, untold=_counts(), ahead_TAE=None, row_N=None)
         return y_TD, traffic, counts, visit
 
     @property
@@ -213,10 +216,12 @@ class Visit:
             pool = install(pool, one, moves.slots_M[i])
         return self._with_pool(pool)
 
-    def _count_prefetch(self, moves: Moves) -> CacheCounts:
-        none, cache = jnp.zeros((), jnp.int32), self.cache
+    def _count_prefetch(self, moves: Moves) -> Counts:
+        cache = self.cache
         copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.beside else moves.count
-        return CacheCounts(none, none, moves.evicted, copied=copied, prefetched=copied, useful=none)
+        return _counts(
+            expert_cache_evictions=moves.evicted, bytes_host_to_device=copied, prefetch_bytes=copied
+        )
 
     def _here(self, apply: Apply, *, overflows: bool) -> LocalExperts:
         """This layer's experts as a transport takes them. overflows: whether some may not be in the pool."""
@@ -252,5 +257,6 @@ class Visit:
         return Computed(y_TD, pooled.rows + streamed.rows)
 
 
-def _nothing() -> CacheCounts:
-    return CacheCounts(*[jnp.zeros((), jnp.int32)] * 6)
+def _counts(**found: Array) -> Counts:
+    """All counters of a cache, zeros where nothing was found."""
+    return dict.fromkeys(names(CACHE), jnp.zeros((), jnp.int32)) | found

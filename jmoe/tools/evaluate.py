@@ -86,7 +86,7 @@ def evaluate(
         engine.runner.drain()
     if score.tokens == 0:
         raise ValueError("the data holds no window of two tokens or more: nothing to score")
-    if lost := int(engine.runner.counters[mode].lost_L.sum()):
+    if lost := int(engine.runner.counters[mode].sums_L["lost_assignments"].sum()):
         raise ValueError(f"{lost} assignments to experts were not computed: the score would be wrong")
     nll = score.nll / score.tokens
     return {

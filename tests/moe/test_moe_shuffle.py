@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models.small import config, decoder, mesh_of, tokens
 
+from jmoe.config.counters import LOSSY, names
 from jmoe.config.model import MoEConfig
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle
-from jmoe.moe.types import Changes, MoEOutput, Routing
+from jmoe.moe.types import MoEOutput, Routing
 from jmoe.nn.sequences import Sequences
 
 RANKS, ROWS = 4, 16
@@ -119,18 +120,19 @@ def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: boo
     n = groups * ranks * PER_RANK
     rng = np.random.default_rng(0)
     ids_NK = rng.integers(0, experts, (n, 3)).astype(np.int32)
-    counts = rng.integers(0, 2**31, (3, n)).astype(np.int32)
+    counts = rng.integers(0, 2**31, (len(LOSSY), n)).astype(np.int32)
     order = order_of("random", groups, ranks)
     # the row of each token in all groups together
     row_N = np.asarray(order.row_N) + np.repeat(np.arange(groups), ranks * PER_RANK) * ranks * PER_RANK
     token_N = np.argsort(row_N)
     routing = Routing(ids_NK[token_N], *[jnp.zeros((n, 1))] * 3)
-    changes = Changes(*counts[:, token_N]) if lossy else None
+    changes = dict(zip(names(LOSSY), counts[:, token_N], strict=True)) if lossy else None
     out = MoEOutput(jnp.zeros((n, 1)), routing, None, changes)  # pyright: ignore[reportArgumentType]
     shuffle = Shuffle(mesh_of((groups, ranks, 1)), experts)
     tell = jax.jit(partial(shuffle.tell, history=history))
     told, rank_N = tell(out, order)
-    assert jax.tree.map(lambda a: a.tolist(), told.changes) == (Changes(*counts.tolist()) if lossy else None)
+    expected = dict(zip(names(LOSSY), counts.tolist(), strict=True)) if lossy else None
+    assert jax.tree.map(lambda a: a.tolist(), told.changes) == expected
     want = label(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
     assert (rank_N if rank_N is None else rank_N.tolist()) == want
     assert ("all_gather" in str(jax.make_jaxpr(tell)(out, order))) == (history or lossy)

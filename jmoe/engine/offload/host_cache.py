@@ -5,7 +5,6 @@ is a ``device_put`` from here, and that one without a wish is never made.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 import jax
 import numpy as np
@@ -13,19 +12,21 @@ from jax import Array
 from jax.sharding import Sharding
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.moe.types import CacheCounts
+from jmoe.config.counters import CACHE, names
 from jmoe.offload import table as decide
 from jmoe.offload.cache import BEFORE, ExpertCache
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Table
 from jmoe.offload.types import Forecast
 
+ROWS = {name: row for row, name in enumerate(names(CACHE))}
+
 
 class HostCache:
     """The slot table and the pool during one step.
 
     store: experts of all layers as numpy arrays ``[L, E, ...]``. install: (pool, one expert, slot) -> pool,
-    jitted, with the pool donated. where: copies go to. counts_CL: the fields of ``CacheCounts``, by layer.
+    jitted, with the pool donated. where: copies go to. counts_CL: the counters of ``CACHE``, by layer.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class HostCache:
         layers, self._experts = store.gate_up_E2FD.shape[:2]
         self._slots = len(self.table.slots.held_S)
         self._unsettled: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.counts_CL = np.zeros((len(fields(CacheCounts)), layers), np.int32)
+        self.counts_CL = np.zeros((len(CACHE), layers), np.int32)
 
     def begin(self, forecast: Forecast) -> None:
         """Before the first layer of a decode step."""
@@ -58,7 +59,12 @@ class HostCache:
         self.table = decide.foresee(self.table, layer + 1, forecast)
         useful = np.sum(decide.at(self.table.usage.fetched_X, layer, self._experts) & needed_E)
         self.table, missing = decide.demand(self.table, self.rule, needed_E, layer, most)
-        self._count(layer, evicted=missing.evicted, copied=needed_E.sum() - hits, useful=useful)
+        self._count(
+            layer,
+            expert_cache_evictions=missing.evicted,
+            bytes_host_to_device=needed_E.sum() - hits,
+            prefetch_useful_bytes=useful,
+        )
         self._copy(missing)
         self._unsettled = layer, needed_E, scores_E
 
@@ -78,7 +84,7 @@ class HostCache:
 
     def pass_by(self, layer: int, needed_E: np.ndarray) -> None:
         """A layer of a prompt, which leaves the pool as it is."""
-        self._count(layer, copied=needed_E.sum() - self._meet(layer, needed_E))
+        self._count(layer, bytes_host_to_device=needed_E.sum() - self._meet(layer, needed_E))
 
     def resident_E(self, layer: int) -> np.ndarray:
         return decide.at(resident(self.table.slots), layer, self._experts)
@@ -115,7 +121,12 @@ class HostCache:
 
     def _wish(self, layer: int, wishes: Moves) -> None:
         """Copies ahead of need, told by ``layer`` as its own; as many at once as the rule has room for."""
-        self._count(layer, evicted=wishes.evicted, copied=wishes.count, prefetched=wishes.count)
+        self._count(
+            layer,
+            expert_cache_evictions=wishes.evicted,
+            bytes_host_to_device=wishes.count,
+            prefetch_bytes=wishes.count,
+        )
         begun = [self._fetch(flat) for flat in wishes.experts_M[: wishes.count]]
         for one, slot in zip(begun, wishes.slots_M[: wishes.count], strict=True):
             self._put(one, slot)
@@ -137,9 +148,9 @@ class HostCache:
     def _meet(self, layer: int, needed_E: np.ndarray) -> int:
         """Counts the experts needed that are there."""
         hits = int(np.sum(needed_E & self.resident_E(layer)))
-        self._count(layer, hits=hits, misses=needed_E.sum() - hits)
+        self._count(layer, expert_cache_hits=hits, expert_cache_misses=needed_E.sum() - hits)
         return hits
 
     def _count(self, layer: int, **amounts: int) -> None:
-        for i, field in enumerate(fields(CacheCounts)):
-            self.counts_CL[i, layer] += amounts.get(field.name, 0)
+        for name, amount in amounts.items():
+            self.counts_CL[ROWS[name], layer] += amount

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.paged_attention import LayerPages
 
+from jmoe.config.counters import CACHE, names
 from jmoe.engine.offload.host_types import Attended, Rows, Seen, Work, tell
 from jmoe.engine.step.counters import MoETotals, add_step
 from jmoe.engine.step.functions import WindowRouting, draw, sequences_of, summarize
@@ -31,7 +32,7 @@ from jmoe.models.layer import DecoderLayer, Foresight, token_flags
 from jmoe.moe.experts import ApplyBy
 from jmoe.moe.layer import count_alone
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import CacheCounts, Changes, Computed, Knobs, Routing
+from jmoe.moe.types import Changes, Computed, Knobs, Routing
 from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
@@ -152,10 +153,11 @@ class PartFunctions:
         predictor: Predictor,
         walk: Any,
     ) -> tuple[Sampled, Array, Changes | None, Array, MoETotals, Predictor]:
-        """counts_CL: the fields of ``CacheCounts``, of each layer."""
+        """counts_CL: the counters of ``CACHE``, of each layer."""
         model = self.merge(weights)
         hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
-        stats = [each.done(CacheCounts(*counts_CL[:, i])) for i, each in enumerate(layers)]
+        counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(layers))]
+        stats = [each.done(counts) for each, counts in zip(layers, counted, strict=True)]
         sampled, latest_S = draw(model, hidden_RND, given, latest_S, stats)
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
         if seqs.phase == "decode":

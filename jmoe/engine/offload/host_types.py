@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.moe.types import CacheCounts, Changes, DispatchStats, Routing
+from jmoe.moe.types import Changes, Counts, DispatchStats, Routing
 from jmoe.offload.types import Forecast
 
 
@@ -36,11 +36,11 @@ class Seen(NamedTuple):
     changes: Changes | None
     computed: Array | None = None
 
-    def done(self, cache: CacheCounts) -> DispatchStats:
+    def done(self, cache: Counts) -> DispatchStats:
         """What the layer did, with what the cache did for it."""
         assert self.computed is not None, "the layer's experts did not run"
         traffic = replace(self.stats.traffic, computed=self.computed)
-        return replace(self.stats, traffic=traffic, cache=cache)
+        return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache)
 
 
 class Attended(NamedTuple):

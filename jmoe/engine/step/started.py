@@ -49,6 +49,5 @@ def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig)
     run, moe, rows = placed.run, placed.run.request.moe, placed.changed
     moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
     if changes is not None:
-        moe.remapped += int(changes.remapped_T[rows].sum())
-        moe.dropped += int(changes.dropped_T[rows].sum())
-        moe.rerouted += int(changes.rerouted_T[rows].sum())
+        for name, changed_B in changes.items():
+            vars(moe)[name] += int(changed_B[rows].sum())

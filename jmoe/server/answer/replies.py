@@ -5,8 +5,9 @@ A field that is UNSET here is left out where it has nothing to say; null is a va
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
+from jmoe.config.counters import USAGE, names
 from jmoe.server.request.schema import Count, Strict
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -25,13 +26,8 @@ class Error(Strict):
     error: ErrorDetail
 
 
-class MoEUse(Strict):
+class MoEUse(defstruct("Counts", [(name, Count) for name in names(USAGE)], bases=(Strict,))):
     """What lossy techniques did to the answers' assignments of tokens to experts."""
-
-    assignments: Count
-    remapped: Count
-    dropped: Count
-    rerouted: Count
 
 
 class PromptDetails(Strict):

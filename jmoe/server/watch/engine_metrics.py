@@ -7,29 +7,12 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jmoe.config.counters import COUNTERS
 from jmoe.engine.request import EngineDead
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.watch.ranks import load_by_rank, rank_of_expert
 
-MOE_COUNTERS = (  # metric, its text, the key in a layer's statistics
-    ("jmoe_moe_assignments", "Tokens sent to experts", "assignments"),
-    ("jmoe_moe_remapped_assignments", "Those that binning gave to another expert", "remapped"),
-    ("jmoe_moe_dropped_assignments", "Those that no expert computed", "dropped"),
-    ("jmoe_moe_rerouted_assignments", "Those to another expert than chosen, for room", "rerouted"),
-    (
-        "jmoe_moe_lost_assignments",
-        "Those not computed though none dropped them: must be 0",
-        "lost_assignments",
-    ),
-    ("jmoe_moe_remote_assignments", "Those to another rank's experts", "remote_assignments"),
-    ("jmoe_moe_transport_bytes", "Between ranks, both ways, padding included", "transport_bytes"),
-    ("jmoe_moe_transport_useful_bytes", "Those that the routing needed", "transport_useful_bytes"),
-    ("jmoe_moe_expert_cache_hits", "Experts needed that were on the device", "expert_cache_hits"),
-    ("jmoe_moe_expert_cache_misses", "Those that were in host memory", "expert_cache_misses"),
-    ("jmoe_moe_expert_cache_evictions", "Experts that gave way to others", "expert_cache_evictions"),
-    ("jmoe_moe_prefetch_bytes", "Experts copied before they were needed", "prefetch_bytes"),
-    ("jmoe_moe_prefetch_useful_bytes", "Those of them that were used", "prefetch_useful_bytes"),
-)
+MOE_COUNTERS = [(c.metric, c.text, c.name) for c in COUNTERS if c.metric is not None]
 
 
 class EngineCollector(Collector):

@@ -6,18 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jmoe.config.counters import COUNTERS, MEANS, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.ranks import load_by_rank, rank_of_expert
 from jmoe.server.watch.totals import Live, Seconds, percentile
 
 Phase = Literal["all", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
-SUMS = (
-    "assignments", "remapped", "dropped", "rerouted", "lost_assignments", "remote_assignments",
-    "transport_bytes", "transport_useful_bytes", "expert_cache_hits", "expert_cache_misses",
-    "expert_cache_evictions", "bytes_host_to_device", "prefetch_bytes", "prefetch_useful_bytes",
-)  # fmt: skip
-MEANS = ("active_experts", "active_experts_baseline", "max_over_mean_load")
+SUMS = names(COUNTERS)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.config.counters import LOSSY, USAGE, names
 from jmoe.tools.bench.answers import Result
 from jmoe.tools.bench.load import Replay
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
-LOSSY = ("remapped", "dropped", "rerouted")
 
 
 def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
@@ -76,8 +76,8 @@ def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
     told = [r.moe for r in results if r.moe is not None]
     if not told:
         return None
-    total = {name: sum(moe.get(name, 0) for moe in told) for name in ("assignments", *LOSSY)}
-    shares = {f"{name}_share": total[name] / max(total["assignments"], 1) for name in LOSSY}
+    total = {name: sum(moe.get(name, 0) for moe in told) for name in names(USAGE)}
+    shares = {f"{name}_share": total[name] / max(total["assignments"], 1) for name in names(LOSSY)}
     return {**total, **shares}
 
 

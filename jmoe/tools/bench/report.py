@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from jmoe.config.counters import LOSSY, names
+
 WIDTH = 50
 TITLES = {
     "ttft": ("Time to First Token", "TTFT"),
@@ -75,7 +77,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         lines.append(f"prompt tokens found in the server's prefix cache: {report['prefix_hit_rate']:.1%}")
     moe = report["moe"]
     if moe is not None:
-        shares = ", ".join(f"{k} {moe[f'{k}_share']:.2%}" for k in ("remapped", "dropped", "rerouted"))
+        shares = ", ".join(f"{k} {moe[f'{k}_share']:.2%}" for k in names(LOSSY))
         lines.append(f"lossy techniques, of {moe['assignments']} expert assignments: {shares}")
     return lines + (quality_lines(report["quality"]) if report["quality"] is not None else [])
 

@@ -104,7 +104,8 @@ class Meter:
     def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self.runner.drain()
         counters = self.runner.counters["prefill"]
-        return counters.counts_LE.copy(), counters.dropped_L.copy(), counters.rerouted_L.copy()
+        sums_L = counters.sums_L
+        return counters.counts_LE.copy(), sums_L["dropped"].copy(), sums_L["rerouted"].copy()
 
     def _step(self, batch: list[Piece]) -> list[np.ndarray]:
         """The log-probabilities of each window's tokens but its first."""

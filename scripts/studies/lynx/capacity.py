@@ -77,7 +77,7 @@ def loads_and_loss(meter: Meter, engine: Engine, batches_SB: np.ndarray) -> dict
     counters = runner.counters["decode"]
     plain = batches_SB.shape[1] * runner.cfg.num_experts_per_tok
     before = counted(runner)
-    lost = counters.dropped_L.sum(), counters.rerouted_L.sum()
+    lost = counters.sums_L["dropped"].sum(), counters.sums_L["rerouted"].sum()
     last_LE = counters.counts_LE.copy()
 
     def look() -> None:
@@ -91,7 +91,8 @@ def loads_and_loss(meter: Meter, engine: Engine, batches_SB: np.ndarray) -> dict
     nll_NP = meter.run(batches_SB, each_step=look)
     active, _, _, remapped, steps = counted(runner) - before
     each = steps * runner.cfg.num_hidden_layers
-    dropped, rerouted = counters.dropped_L.sum() - lost[0], counters.rerouted_L.sum() - lost[1]
+    dropped = counters.sums_L["dropped"].sum() - lost[0]
+    rerouted = counters.sums_L["rerouted"].sum() - lost[1]
     expert, device = np.mean(peaks, 0)
     return {
         "nll": nll_NP.sum(1).round(2).tolist(),

@@ -114,5 +114,5 @@ def counted(runner: Runner) -> np.ndarray:
     runner.drain()
     c = runner.counters["decode"]
     return np.array(
-        [c.active_L.sum(), c.plain_active_L.sum(), c.counts_LE.sum(), c.remapped_L.sum(), c.steps]
+        [c.active_L.sum(), c.plain_active_L.sum(), c.counts_LE.sum(), c.sums_L["remapped"].sum(), c.steps]
     )

@@ -54,8 +54,8 @@ def measure(
             tokens = decode.counts_LE.sum() / engine.runner.cfg.num_experts_per_tok
             runs[name][str(bonus)] = {
                 "nll": nll_NP.sum(1).round(2).tolist(),
-                "remote": round(float(decode.remote_L.sum() / decode.counts_LE.sum()), 4),
-                "rows": round(float(decode.useful_L.sum() / tokens), 4),
+                "remote": round(float(decode.sums_L["remote_assignments"].sum() / decode.counts_LE.sum()), 4),
+                "rows": round(float(decode.sums_L["transport_useful_bytes"].sum() / tokens), 4),
                 "active": round(float(decode.active_L.mean() / decode.steps), 3),
             }
             print(f"{name}, {bonus}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import numpy as np
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jmoe.config.counters import COUNTERS, names
 from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
 from jmoe.engine.text.codec import Detokenizer
 from jmoe.engine.text.token_bytes import TokenBytes
@@ -132,7 +133,8 @@ class FakeEngine:
                 "active_experts_baseline": 2 * active,
                 "max_over_mean_load": 2.0,
             }
-            return {**means, "assignments": assignments, **sums}
+            given = {**means, "assignments": assignments, **sums}
+            return given | {name: 0 for name in names(COUNTERS) if name not in given}
 
         prefill, decode = [layer(8.0, 10), layer(6.0, 10)], [layer(4.0, 2), layer(2.0, 2)]
         shape = {"layers": 2, "moe_layers": [0, 1], "experts": 4, "top_k": 2}
