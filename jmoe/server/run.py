@@ -197,7 +197,7 @@ class Server(uvicorn.Server):
         service, self.loop = self.service, asyncio.get_running_loop()
         watch = asyncio.create_task(self._watch())
         watch.add_done_callback(self._watch_ended)
-        traffic = asyncio.create_task(log_traffic(service.engine, service.metrics.live))
+        traffic = asyncio.create_task(log_traffic(service.engine, service.metrics.totals))
         traffic.add_done_callback(_log_failure)
         try:
             await super().serve(sockets)

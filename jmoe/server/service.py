@@ -26,8 +26,8 @@ from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.watch.answered import Answered, Observer, log_answer
 from jmoe.server.watch.metrics import Metrics
-from jmoe.server.watch.poll import Sampler
-from jmoe.server.watch.snapshots import Sample, take_sample
+from jmoe.server.watch.poll import Poll
+from jmoe.server.watch.snapshots import Snapshot, take_snapshot
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ class Service:
         self.draining = False
         self.created, self.began = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
-        self.sampler = Sampler(self._sample, self._state, self.in_thread)
+        self.poll = Poll(self._sample, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """What ``make`` makes, on a thread, of the request's body, where the server takes work."""
@@ -138,9 +138,9 @@ class Service:
     def _count_answer(self, answered: Answered) -> None:
         self.metrics.answered(answered.method, answered.status, answered.route.pattern)
 
-    def _sample(self) -> Sample:
+    def _sample(self) -> Snapshot:
         """Waits for a running step."""
-        return take_sample(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.live)
+        return take_snapshot(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.totals)
 
     def _state(self) -> dict[str, Any]:
         """What the dashboard shows of the server itself."""
@@ -149,7 +149,7 @@ class Service:
 
     def stop_running(self) -> None:
         """Ends what still runs with an error to its client, and the dashboards' events."""
-        self.sampler.close()
+        self.poll.close()
         for generation in list(self.running):
             generation.stop()
 

@@ -13,8 +13,8 @@ from jmoe.engine.request import EngineSnapshot
 from jmoe.engine.step.counters import FIRST, MoECounters, add_step, zero_totals
 from jmoe.moe.types import DispatchStats, Traffic
 from jmoe.server.watch.engine_metrics import EngineCollector
-from jmoe.server.watch.snapshots import take_sample, window_report
-from jmoe.server.watch.totals import Live
+from jmoe.server.watch.snapshots import take_snapshot, window_report
+from jmoe.server.watch.totals import Totals
 
 UNITS = {"one": 1, "row": 10, "expert": 1000}
 AMOUNTS = {counter.name: 3 + i for i, counter in enumerate(COUNTERS)}
@@ -83,8 +83,8 @@ def test_metrics_have_every_counter_that_has_one(counter: Counter, metrics: dict
 
 
 def test_a_window_has_every_counter():
-    before = take_sample(EngineSnapshot(0, 0, 0.0, True, 0), idle_stats(), Live())
-    after = take_sample(EngineSnapshot(0, 0, 0.0, True, 0), CountedEngine().moe_stats(), Live())
+    before = take_snapshot(EngineSnapshot(0, 0, 0.0, True, 0), idle_stats(), Totals())
+    after = take_snapshot(EngineSnapshot(0, 0, 0.0, True, 0), CountedEngine().moe_stats(), Totals())
     moe = window_report(before, after, "all")["moe"]
     assert {name: moe[name] for name in DECLARED} == DECLARED
     assert {name: moe["per_layer"][0][name] for name in DECLARED} == DECLARED

@@ -15,7 +15,7 @@ from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
 from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
 from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.service import Service
-from jmoe.server.watch.poll import LONGEST, Sampler, SamplingFailed
+from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
 from jmoe.server.watch.snapshots import Phase
 
 WINDOW = 10  # seconds, where a listener asks for none
@@ -48,7 +48,7 @@ async def stats(service: Service, request: Request) -> Response:
             stats = service.engine.moe_stats
             return PiecesResponse(await service.in_thread(lambda: list(joined(encoded(stats())))))
         window, phase = _asked(request)
-        report = await service.sampler.report(window, phase)
+        report = await service.poll.report(window, phase)
     except EngineDead:
         raise engine_dead() from None
     return Response(report, media_type="application/json", headers={"cache-control": "no-store"})
@@ -60,9 +60,9 @@ async def events(service: Service, request: Request) -> Response:
     service.check_alive()
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
-    if service.sampler.listeners >= LISTENERS:
+    if service.poll.listeners >= LISTENERS:
         raise unavailable(f"{LISTENERS} listeners at a time at most", "too_many_listeners")
-    return ReportStream(service.sampler, window, phase)
+    return ReportStream(service.poll, window, phase)
 
 
 def _asked(request: Request) -> tuple[int, Phase]:
@@ -90,10 +90,10 @@ def _phase(text: str) -> Phase:
 class ReportStream(Response):
     """Ends with its client, with the server, or where the client does not read."""
 
-    def __init__(self, sampler: Sampler, window: int, phase: Phase):
+    def __init__(self, poll: Poll, window: int, phase: Phase):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]  # unknown; the server sends chunks
-        self.reports = sampler.reports(window, phase)
+        self.reports = poll.reports(window, phase)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_part(part: bytes, more: bool = True) -> None:

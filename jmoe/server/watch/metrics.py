@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from jmoe.engine.request import Request, StepReport
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.watch.engine_metrics import EngineCollector
-from jmoe.server.watch.totals import Live
+from jmoe.server.watch.totals import Totals
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560)
 # Half a millisecond is a decode step of a small model: coarser buckets would hide it.
@@ -19,13 +19,13 @@ class Metrics:
     """An engine listener that counts, and the text of ``GET /metrics``.
 
     ``token``, ``stepped`` and ``finished`` are called from the engine's thread only, so the times of the last
-    tokens need no lock; ``answered`` and ``rejected`` from the event loop. live: the same in a form of which
-    differences are taken, for the dashboard and the log.
+    tokens need no lock; ``answered`` and ``rejected`` from the event loop. totals: the same in a form of
+    which differences are taken, for the dashboard and the log.
     """
 
     def __init__(self, engine: EngineProtocol):
         self.registry = CollectorRegistry()
-        self.live = Live()
+        self.totals = Totals()
         self.last_token: dict[str, float] = {}
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
@@ -60,24 +60,24 @@ class Metrics:
 
     def token(self, request: Request, now: float) -> None:
         self.generation_tokens.inc()
-        self.live.generation_tokens += 1
+        self.totals.generation_tokens += 1
         before = self.last_token.get(request.id)
         if before is None:
             self._prompt_done(request)
             waited = now - request.arrived
             self.first.observe(waited)
-            self.live.first_token.add(waited)
+            self.totals.first_token.add(waited)
         else:
             self.between.observe(now - before)
-            self.live.between_tokens.add(now - before)
+            self.totals.between_tokens.add(now - before)
         self.last_token[request.id] = now
 
     def stepped(self, report: StepReport) -> None:
         self.steps.observe(report.seconds)
         self.step_tokens.observe(report.prompt_tokens + report.decode_tokens)
-        self.live.step.add(report.seconds)
-        self.live.steps += 1
-        self.live.prompt_tokens += report.prompt_tokens
+        self.totals.step.add(report.seconds)
+        self.totals.steps += 1
+        self.totals.prompt_tokens += report.prompt_tokens
 
     def finished(self, request: Request, reason: str) -> None:
         last = self.last_token.pop(request.id, None)
@@ -109,7 +109,7 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """reason: a 503's code, a word of ours."""
         self.rejections.labels(reason).inc()
-        self.live.rejected += 1
+        self.totals.rejected += 1
 
     def answered(self, method: str, status: int, route: str) -> None:
         """route: a pattern of ours, never the path that was asked for, which anybody can make anew."""

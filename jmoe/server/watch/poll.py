@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from jmoe.engine.request import EngineDead
-from jmoe.server.watch.snapshots import Phase, Sample, window_report
+from jmoe.server.watch.snapshots import Phase, Snapshot, window_report
 
 log = logging.getLogger(__name__)
 PERIOD = 1.0  # seconds between two samples
@@ -23,7 +23,7 @@ class SamplingFailed(Exception):
     """There is no newest sample; the next look tries again."""
 
 
-class Sampler:
+class Poll:
     """Runs on the event loop. take: a new sample, which may wait for a step; it and the reports are made by
     ``in_thread``. state: the words of each report that no sample holds.
 
@@ -33,12 +33,12 @@ class Sampler:
 
     def __init__(
         self,
-        take: Callable[[], Sample],
+        take: Callable[[], Snapshot],
         state: Callable[[], dict[str, Any]],
         in_thread: Callable[..., Awaitable[Any]],
     ):
         self.take, self.state, self.in_thread = take, state, in_thread
-        self.samples: deque[Sample] = deque(maxlen=int(LONGEST / PERIOD) + 1)
+        self.samples: deque[Snapshot] = deque(maxlen=int(LONGEST / PERIOD) + 1)
         self.number = 0  # of samples taken
         self.looked = 0.0
         self.closed = False
@@ -119,5 +119,5 @@ class Sampler:
             self._reports[window, phase] = found
         return found
 
-    async def _made(self, head: dict[str, Any], old: Sample, new: Sample, phase: Phase) -> bytes:
+    async def _made(self, head: dict[str, Any], old: Snapshot, new: Snapshot, phase: Phase) -> bytes:
         return await self.in_thread(lambda: msgspec.json.encode({**head, **window_report(old, new, phase)}))

@@ -9,7 +9,7 @@ import numpy as np
 from jmoe.config.counters import COUNTERS, MEANS, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.ranks import load_by_rank, rank_of_expert
-from jmoe.server.watch.totals import Live, Seconds, percentile
+from jmoe.server.watch.totals import Seconds, Totals, percentile
 
 Phase = Literal["all", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
@@ -42,11 +42,11 @@ class PhaseCounts:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Snapshot:
     """time: monotonic seconds. model, mesh, rank_LE: the shape, the same in every sample."""
 
     time: float
-    live: Live
+    totals: Totals
     snapshot: EngineSnapshot
     model: dict[str, Any]
     mesh: dict[str, int]
@@ -54,14 +54,14 @@ class Sample:
     phases: dict[Phase, PhaseCounts]
 
 
-def take_sample(snapshot: EngineSnapshot, stats: dict[str, Any], live: Live) -> Sample:
+def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Totals) -> Snapshot:
     prefill, decode = PhaseCounts.of(stats["prefill"]), PhaseCounts.of(stats["decode"])
     phases: dict[Phase, PhaseCounts] = {"all": prefill.plus(decode), "prefill": prefill, "decode": decode}
     model, mesh = stats["model"], stats["mesh"]
-    return Sample(time.monotonic(), live.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
+    return Snapshot(time.monotonic(), totals.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
 
 
-def window_report(old: Sample, new: Sample, phase: Phase) -> dict[str, Any]:
+def window_report(old: Snapshot, new: Snapshot, phase: Phase) -> dict[str, Any]:
     """JSON-able: what happened from ``old`` to ``new``. A rate or percentile of nothing is None."""
     return {
         "window_s": round(new.time - old.time, 3),
@@ -73,7 +73,7 @@ def window_report(old: Sample, new: Sample, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _moe_report(counts: PhaseCounts, sample: Sample) -> dict[str, Any]:
+def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
     load_LR = load_by_rank(counts.counts_LE, sample.rank_LE)
     load_R, balance_L = load_LR.sum(0), [_max_over_mean(load_R) for load_R in load_LR]
     means_LM = counts.means_LM / max(counts.steps, 1)
@@ -101,7 +101,7 @@ def _moe_report(counts: PhaseCounts, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _placement(sample: Sample) -> list[list[int]] | None:
+def _placement(sample: Snapshot) -> list[list[int]] | None:
     """None where every layer's experts lie in order, in even shares."""
     rank_LE = sample.rank_LE
     ranks, experts = sample.mesh["expert"], rank_LE.shape[1]
@@ -113,8 +113,8 @@ def _max_over_mean(load_R: np.ndarray) -> float | None:
     return round(float(load_R.max() / load_R.mean()), 4) if load_R.any() else None
 
 
-def _serve_report(old: Sample, new: Sample) -> dict[str, Any]:
-    before, live, seconds = old.live, new.live, max(new.time - old.time, 1e-9)
+def _serve_report(old: Snapshot, new: Snapshot) -> dict[str, Any]:
+    before, totals, seconds = old.totals, new.totals, max(new.time - old.time, 1e-9)
     snapshot, was = new.snapshot, old.snapshot
     looked_up = snapshot.prefix_queries - was.prefix_queries
     return {
@@ -123,13 +123,13 @@ def _serve_report(old: Sample, new: Sample) -> dict[str, Any]:
         "kv_usage": round(snapshot.kv_usage, 4),
         "prefix_queries": looked_up,
         "prefix_hits": snapshot.prefix_hits - was.prefix_hits,
-        "prefill_tokens_per_second": round((live.prompt_tokens - before.prompt_tokens) / seconds, 2),
-        "decode_tokens_per_second": round((live.generation_tokens - before.generation_tokens) / seconds, 2),
-        "steps": live.steps - before.steps,
-        "time_to_first_token_ms": _percentiles(before.first_token, live.first_token),
-        "inter_token_latency_ms": _percentiles(before.between_tokens, live.between_tokens),
-        "step_ms": _percentiles(before.step, live.step),
-        "rejected": live.rejected - before.rejected,
+        "prefill_tokens_per_second": round((totals.prompt_tokens - before.prompt_tokens) / seconds, 2),
+        "decode_tokens_per_second": round((totals.generation_tokens - before.generation_tokens) / seconds, 2),
+        "steps": totals.steps - before.steps,
+        "time_to_first_token_ms": _percentiles(before.first_token, totals.first_token),
+        "inter_token_latency_ms": _percentiles(before.between_tokens, totals.between_tokens),
+        "step_ms": _percentiles(before.step, totals.step),
+        "rejected": totals.rejected - before.rejected,
         "preemptions": snapshot.preemptions - was.preemptions,
         "compilations_after_warmup": snapshot.compilations_after_warmup,
     }

@@ -35,7 +35,7 @@ def percentile(counts: np.ndarray, share: float) -> float | None:
 
 
 @dataclass
-class Live:
+class Totals:
     """Since the start, written by the engine's thread (rejected: by the event loop)."""
 
     prompt_tokens: int = 0
@@ -46,5 +46,5 @@ class Live:
     between_tokens: Seconds = field(default_factory=Seconds)
     step: Seconds = field(default_factory=Seconds)
 
-    def copy(self) -> "Live":
+    def copy(self) -> "Totals":
         return copy.deepcopy(self)

@@ -5,19 +5,19 @@ import logging
 
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.engine_api import EngineProtocol
-from jmoe.server.watch.totals import Live
+from jmoe.server.watch.totals import Totals
 
 log = logging.getLogger(__name__)
 EVERY = 10.0  # seconds
 
 
-async def log_traffic(engine: EngineProtocol, live: Live, every: float = EVERY) -> None:
+async def log_traffic(engine: EngineProtocol, totals: Totals, every: float = EVERY) -> None:
     """Goes on until cancelled. It never waits for the engine."""
-    before = _counts(engine.snapshot(), live)
+    before = _counts(engine.snapshot(), totals)
     while True:
         await asyncio.sleep(every)
         snapshot = engine.snapshot()
-        now = _counts(snapshot, live)
+        now = _counts(snapshot, totals)
         if now != before or snapshot.running or snapshot.waiting:
             prompt, generated, looked_up, found = (n - b for n, b in zip(now, before, strict=True))
             hits = f"{100 * found / looked_up:.1f} %" if looked_up else "-"
@@ -27,5 +27,5 @@ async def log_traffic(engine: EngineProtocol, live: Live, every: float = EVERY) 
         before = now
 
 
-def _counts(snapshot: EngineSnapshot, live: Live) -> tuple[int, int, int, int]:
-    return live.prompt_tokens, live.generation_tokens, snapshot.prefix_queries, snapshot.prefix_hits
+def _counts(snapshot: EngineSnapshot, totals: Totals) -> tuple[int, int, int, int]:
+    return totals.prompt_tokens, totals.generation_tokens, snapshot.prefix_queries, snapshot.prefix_hits

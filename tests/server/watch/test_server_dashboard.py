@@ -15,9 +15,9 @@ from support.server.fake_engine import ByteCodec, FakeEngine, eventually, listen
 
 from jmoe.engine.request import EngineSnapshot, StepReport
 from jmoe.server.routes import dashboard
-from jmoe.server.watch import poll as sampler
-from jmoe.server.watch.snapshots import MEANS, SUMS, take_sample, window_report
-from jmoe.server.watch.totals import Live, Seconds, percentile
+from jmoe.server.watch import poll
+from jmoe.server.watch.snapshots import MEANS, SUMS, take_snapshot, window_report
+from jmoe.server.watch.totals import Seconds, Totals, percentile
 
 LAYERS, EXPERTS, RANKS = 3, 8, 4
 
@@ -55,9 +55,9 @@ def made_up(rng, times: int) -> dict:
     return {"model": model, "mesh": mesh, "prefill": phase(2), "decode": phase(5)}
 
 
-def sample(stats: dict, live: Live | None = None, **snapshot):
+def sample(stats: dict, live: Totals | None = None, **snapshot):
     numbers = {"running": 1, "waiting": 2, "kv_usage": 0.5, "alive": True, "compilations_after_warmup": 0}
-    return take_sample(EngineSnapshot(**numbers | snapshot), stats, live or Live())
+    return take_snapshot(EngineSnapshot(**numbers | snapshot), stats, live or Totals())
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_report_of_nothing_has_no_means():
 
 
 def test_a_report_tells_of_the_server():
-    stats, live = made_up(np.random.default_rng(1), 1), Live()
+    stats, live = made_up(np.random.default_rng(1), 1), Totals()
     before = sample(stats, live, prefix_queries=10, prefix_hits=5)
     live.prompt_tokens, live.generation_tokens, live.rejected, live.steps = 100, 40, 2, 7
     for _ in range(9):
@@ -173,21 +173,21 @@ def test_a_bad_query_is_refused(path, query, param):
 
 
 def test_listeners_share_one_look_a_second(monkeypatch):
-    monkeypatch.setattr(sampler, "STAYS", 0.0)
+    monkeypatch.setattr(poll, "STAYS", 0.0)
     engine = CountingEngine()
     with listening(engine) as (url, server), contextlib.ExitStack() as stack:
         streams = [stack.enter_context(listener(url, f"?window={w}")) for w in (1, 10, 10)]
         first = [next(stream) for stream in streams]
         reports = [[next(stream) for _ in range(2)] for stream in streams]
         looks = engine.looks
-        assert 3 <= looks <= 4 and server.service.sampler.listeners == 3
+        assert 3 <= looks <= 4 and server.service.poll.listeners == 3
         assert first[0]["window_s"] == 0 and first[0]["moe"]["steps"] == 0
         assert [one["moe"]["steps"] for one in reports[0]] == [7, 7]  # a second each
         assert [one["moe"]["steps"] for one in reports[1]] == [7, 14]  # all that there is so far
         assert reports[1] == reports[2]
         stack.close()
-        assert eventually(lambda: server.service.sampler.listeners == 0)
-        assert eventually(lambda: server.service.sampler._task.done(), 3)
+        assert eventually(lambda: server.service.poll.listeners == 0)
+        assert eventually(lambda: server.service.poll._task.done(), 3)
         looks = engine.looks
         time.sleep(1.2)
         assert engine.looks == looks  # nobody looks
@@ -198,21 +198,21 @@ def test_nobody_looking_costs_the_engine_nothing():
     with served(engine) as client:
         client.post("/v1/completions", json={"prompt": [97], "max_tokens": 3})
         client.get("/dashboard")
-        assert engine.looks == 0 and client.service.sampler._task is None
+        assert engine.looks == 0 and client.service.poll._task is None
 
 
 def test_a_listener_that_does_not_read_is_dropped(monkeypatch):
     monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
 
     async def run(service) -> None:
-        stream = dashboard.ReportStream(service.sampler, 10, "all")
+        stream = dashboard.ReportStream(service.poll, 10, "all")
 
         async def send(message) -> None:
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()  # its connection is full
 
         await asyncio.wait_for(stream({}, asyncio.Event().wait, send), 5)
-        assert service.sampler.listeners == 0
+        assert service.poll.listeners == 0
 
     with served(CountingEngine()) as client:
         client.portal.call(run, client.service)
@@ -247,7 +247,7 @@ def test_events_end_with_the_engine():
         engine.alive = False
         engine.moe_stats = FakeEngine.moe_stats.__get__(engine)  # which raises EngineDead
         assert len(list(reports)) <= 2
-        assert eventually(lambda: server.service.sampler.listeners == 0)
+        assert eventually(lambda: server.service.poll.listeners == 0)
 
 
 def test_events_need_the_key_and_the_page_does_not():

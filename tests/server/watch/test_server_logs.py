@@ -13,7 +13,7 @@ from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 from jmoe.cli.flags import given_settings
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.logs import JsonLines, TextLines, configure, printable
-from jmoe.server.watch.totals import Live
+from jmoe.server.watch.totals import Totals
 from jmoe.server.watch.traffic import log_traffic
 
 EVIL = "x\n2026-01-01 00:00:00 CRITICAL all is lost\r\x1b[31m\u2028\u202e\x00"
@@ -101,7 +101,7 @@ def test_an_error_of_ours_is_a_line_with_its_status(caplog):
 
 def test_traffic_is_told_while_there_is_some(caplog):
     caplog.set_level(logging.INFO)
-    engine, live = FakeEngine(), Live()
+    engine, live = FakeEngine(), Totals()
     snapshots = iter([EngineSnapshot(0, 0, 0.0, True, 0), EngineSnapshot(2, 1, 0.5, True, 0, 0, 100, 25)])
     last = EngineSnapshot(0, 0, 0.0, True, 0, 0, 100, 25)
     engine.snapshot = lambda: next(snapshots, last)
