@@ -71,7 +71,8 @@ def encode(
     if codec is None:
         raise invalid("this model has no tokenizer: give the prompt as token ids to /v1/completions", param)
     try:
-        return codec.encode(text, special=special, limit=limit)
+        known = {} if limit is None else {"limit": limit}
+        return codec.encode(text, special=special, **known)
     except ValueError as error:
         raise refused(error, param) from None
 
