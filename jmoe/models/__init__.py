@@ -28,7 +28,6 @@ from jmoe.models import (
 from jmoe.models.family import Family
 from jmoe.models.fields import HFConfig
 
-QUANTIZATIONS = ("mxfp4",)  # in which some family is read
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -37,6 +36,7 @@ FAMILIES = {
         llama4.WITH_IMAGES, phimoe.FAMILY, phimoe.PUBLISHED,
     )
 }  # fmt: skip
+QUANTIZATIONS = tuple(dict.fromkeys(method for family in FAMILIES.values() for method in family.quantization))
 
 
 def get_family(architecture: str) -> Family:
