@@ -32,6 +32,12 @@ class Family:
     witness: Callable[[str], str | None] = lambda name: None
 
 
+def quant_method(hf: HFConfig) -> Any:
+    """The method that ``quantization_config`` names, whatever its type; None without one."""
+    given = hf.get("quantization_config") or None
+    return given.get("quant_method") if isinstance(given, Mapping) else given
+
+
 def common_fields(
     hf: HFConfig, *, experts: tuple[str, ...], inner: str, interleaved: bool = False
 ) -> dict[str, Any]:

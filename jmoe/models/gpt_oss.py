@@ -7,7 +7,7 @@ from functools import partial
 
 from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import LayerType, ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields, refuse
+from jmoe.models.family import Family, HFConfig, common_fields, quant_method, refuse
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
@@ -50,7 +50,7 @@ def config(hf: HFConfig) -> ModelConfig:
         sliding_window=hf["sliding_window"],
         attention_bias=bool(hf["attention_bias"]),
         attention_sinks=True,
-        quant_method=(hf.get("quantization_config") or {}).get("quant_method"),
+        quant_method=quant_method(hf),
     )
 
 
