@@ -14,6 +14,7 @@ from jmoe.checkpoint.safetensors_file import (
     ALIGN,
     DTYPES,
     HEADER_LIMIT,
+    ITEM_SIZES,
     TensorInfo,
     open_regular,
     read_exactly,
@@ -146,13 +147,16 @@ class HFCheckpoint:
             if not all_finite(chunk):
                 raise ValueError(f"{info.file}: tensor {brief(name)} has NaN or Inf (as {out.dtype})")
 
-    def read_bytes(self, name: str, start: int, count: int) -> np.ndarray:
-        """``count`` bytes of a tensor of bytes, from the ``start``-th on."""
-        info = self.tensors[name]
-        if info.dtype != "U8":
-            raise ValueError(f"{info.file}: tensor {brief(name)} has dtype {info.dtype}; supported: U8")
-        out = np.empty(count, np.uint8)
-        read_exactly(self._files[info.file], self._offset(info, name, start, count, 1), out.data)
+    def read_bytes(self, name: str, dtype: str, start: int, count: int) -> np.ndarray:
+        """The bytes of ``count`` values of a tensor as they are stored, from the ``start``-th value on.
+
+        dtype: the file's name of theirs; ValueError where the tensor has another.
+        """
+        info, itemsize = self.tensors[name], ITEM_SIZES[dtype]
+        if info.dtype != dtype:
+            raise ValueError(f"{info.file}: tensor {brief(name)} has dtype {info.dtype}; supported: {dtype}")
+        out = np.empty(count * itemsize, np.uint8)
+        read_exactly(self._files[info.file], self._offset(info, name, start, count, itemsize), out.data)
         return out
 
     @staticmethod

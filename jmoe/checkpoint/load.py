@@ -17,6 +17,7 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
+from jmoe.checkpoint.forms import tensor_names
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, made_up, place, sources
@@ -180,7 +181,7 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """
     family, expected = get_family(cfg.architecture), set()
     for stored in stored_tensors(checkpoint, cfg):
-        for name in stored.tensors:
+        for name in tensor_names(stored):
             if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
                 raise ValueError(
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"

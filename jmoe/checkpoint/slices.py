@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from jmoe.checkpoint.forms import NO_NUMBER, PAIRS, dequantised, entries, in_stored_order, stored_shape
-from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, all_finite
+from jmoe.checkpoint.formats import FORMATS
+from jmoe.checkpoint.forms import entries, in_stored_order, tensor_names
+from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
@@ -24,37 +25,14 @@ def read_slice(checkpoint: HFCheckpoint, stored: Stored, out: np.ndarray) -> Non
     """
     if stored.form == PLAIN:
         return checkpoint.read_into(stored.name, out, stored.part)
-    ordered = in_stored_order(out, stored.form)
-    if stored.form.mxfp4:
-        _read_mxfp4(checkpoint, stored, ordered)
-    elif ordered.flags.c_contiguous:
-        checkpoint.read_into(stored.name, out.reshape(stored_shape(stored.form, out.shape)), stored.part)
-    else:
-        _read_ordered(checkpoint, stored, ordered)
-
-
-def _read_ordered(checkpoint: HFCheckpoint, stored: Stored, ordered: np.ndarray) -> None:
+    ordered, read = in_stored_order(out, stored.form), FORMATS[stored.form.format].read
     first = (stored.part or 0) * ordered.size
     for start, rows in _chunks(ordered):
-        values = np.empty(rows.shape, ordered.dtype)
-        checkpoint.read_run(stored.name, first + start, values.reshape(-1))
-        rows[...] = values
-
-
-def _read_mxfp4(checkpoint: HFCheckpoint, stored: Stored, ordered: np.ndarray) -> None:
-    (blocks, scales), part = stored.tensors, stored.part or 0
-    for start, rows in _chunks(ordered):
-        at, count = (part * ordered.size + start) // (2 * PAIRS), rows.size // (2 * PAIRS)
-        exponents = checkpoint.read_bytes(scales, at, count)
-        if (exponents == NO_NUMBER).any():
-            file = checkpoint.tensors[scales].file
-            raise ValueError(f"{file}: tensor {brief(scales)} has the scale {NO_NUMBER}, which is NaN")
-        pairs = checkpoint.read_bytes(blocks, at * PAIRS, count * PAIRS)
-        values = dequantised(pairs.reshape(-1, PAIRS), exponents, ordered.dtype)
-        if not all_finite(values):
-            file = checkpoint.tensors[blocks].file
-            raise ValueError(f"{file}: tensor {brief(blocks)} has NaN or Inf (as {ordered.dtype})")
-        rows[...] = values.reshape(rows.shape)
+        straight = rows.flags.c_contiguous
+        values = rows if straight else np.empty(rows.shape, rows.dtype)
+        read(checkpoint, stored.name, first + start, values.reshape(-1))
+        if not straight:
+            rows[...] = values
 
 
 def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -75,7 +53,7 @@ def check_shapes(
             try:
                 needed = entries(stored, spec.shape[len(stored.index) :])
             except ValueError as error:
-                raise ValueError(f"{tensors[stored.tensors[0]].file}: {error}") from None
+                raise ValueError(f"{tensors[tensor_names(stored)[0]].file}: {error}") from None
             for entry in needed:
                 info = tensors[entry.name]
                 expected = (*stacks.get(stored.name, ()), *entry.shape)

@@ -95,7 +95,7 @@ class ModelConfig:
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     dtype: DTypeName = "bfloat16"
-    quant_method: Literal["mxfp4"] | None = None
+    quant_method: str | None = None
     eos_token_ids: tuple[TokenId, ...] = ()
     bos_token_id: TokenId | None = None
 

@@ -25,10 +25,9 @@ from jmoe.models import (
     qwen2_moe,
     qwen3_moe,
 )
-from jmoe.models.family import Family
+from jmoe.models.family import Family, quant_method
 from jmoe.models.fields import HFConfig
 
-QUANTIZATIONS = ("mxfp4",)  # in which some family is read
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -37,6 +36,7 @@ FAMILIES = {
         llama4.WITH_IMAGES, phimoe.FAMILY, phimoe.PUBLISHED,
     )
 }  # fmt: skip
+QUANTIZATIONS = tuple(dict.fromkeys(method for family in FAMILIES.values() for method in family.quantization))
 
 
 def get_family(architecture: str) -> Family:
@@ -58,12 +58,11 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json must name one architecture, got {shown(list(architectures))}")
     family = get_family(architectures[0])
     if hf.get("quantization_config"):
-        _check_quantization(family, hf["quantization_config"])
+        _check_quantization(family, quant_method(hf))
     return family.config(hf)
 
 
-def _check_quantization(family: Family, given: Any) -> None:
-    method = given.get("quant_method") if isinstance(given, Mapping) else given
+def _check_quantization(family: Family, method: Any) -> None:
     if method not in QUANTIZATIONS:
         read = ", ".join(map(repr, QUANTIZATIONS))
         raise ValueError(

@@ -21,7 +21,7 @@ class Family:
     names: every tensor of the checkpoint that the model has, or every entry of a stacked one, exactly once.
     ignored: whether a checkpoint may have a tensor of that name beside them, which is then not read.
     witness: the tensor that must be there too for that, as proof that the other is what it is taken for.
-    quantization: the methods (``quant_method``) in which its checkpoints are read beside plain ones.
+    quantization: the methods (``quant_method``) in which its checkpoints are read, apart from plain ones.
     """
 
     architecture: str
@@ -30,6 +30,12 @@ class Family:
     ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
     quantization: tuple[str, ...] = ()
     witness: Callable[[str], str | None] = lambda name: None
+
+
+def quant_method(hf: HFConfig) -> Any:
+    """The method that ``quantization_config`` names, whatever its type; None without one."""
+    given = hf.get("quantization_config") or None
+    return given.get("quant_method") if isinstance(given, Mapping) else given
 
 
 def common_fields(

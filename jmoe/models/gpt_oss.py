@@ -7,7 +7,7 @@ from functools import partial
 
 from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import LayerType, ModelConfig
-from jmoe.models.family import Family, HFConfig, common_fields, refuse
+from jmoe.models.family import Family, HFConfig, common_fields, quant_method, refuse
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
@@ -50,7 +50,7 @@ def config(hf: HFConfig) -> ModelConfig:
         sliding_window=hf["sliding_window"],
         attention_bias=bool(hf["attention_bias"]),
         attention_sinks=True,
-        quant_method=(hf.get("quantization_config") or {}).get("quant_method"),
+        quant_method=quant_method(hf),
     )
 
 
@@ -58,8 +58,7 @@ def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
     for name, path in (("weight", "gate_ED"), ("bias", "bias_E")):
         yield Stored(f"{theirs}.mlp.router.{name}", f"{ours}.moe.router.{path}")
     name, path = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
-    four_bits = cfg.quant_method == "mxfp4"
-    down = Form(transposed=not four_bits, mxfp4=four_bits)
+    down = Form(transposed=True) if cfg.quant_method is None else Form(format=cfg.quant_method)
     gate_up = replace(down, rows="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
     yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", down)

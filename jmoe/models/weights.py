@@ -12,12 +12,12 @@ Rows = Literal["plain", "halves", "alternate"]
 
 @dataclass(frozen=True)
 class Form:
-    """rows: of a gate-and-up tensor. transposed: stored ``[in, out]``. mxfp4: blocks of 32 four-bit numbers
-    with one scale, in two tensors, ``name_blocks`` and ``name_scales``."""
+    """rows: of a gate-and-up tensor. transposed: stored ``[in, out]``. format: the name of the one
+    of ``jmoe.checkpoint.formats`` in which its numbers are kept."""
 
     rows: Rows = "plain"
     transposed: bool = False
-    mxfp4: bool = False
+    format: str = "plain"
 
 
 PLAIN = Form()
@@ -27,8 +27,12 @@ PLAIN = Form()
 class Stored:
     """A tensor of a checkpoint and the slice of a parameter that it fills.
 
-    name: in the checkpoint. path: of the parameter. index: into the parameter's leading axes. part: the entry
-    of the tensor's leading axis that is meant, where it holds those of all experts; None is all of it.
+    name: in the checkpoint, before what the format adds to it.
+    path: of the parameter.
+    index: into the parameter's leading axes.
+    part: the entry of the tensor's leading axis that is meant, where it holds those of all experts; None is
+        all of it.
+    form: how the values lie and in which format they are kept.
     """
 
     name: str
@@ -36,8 +40,3 @@ class Stored:
     index: tuple[int, ...] = ()
     part: int | None = None
     form: Form = PLAIN
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The names as the checkpoint has them."""
-        return (f"{self.name}_blocks", f"{self.name}_scales") if self.form.mxfp4 else (self.name,)

@@ -16,10 +16,13 @@ from safetensors.numpy import save_file
 from support.models import stored_forms as forms
 
 from jmoe.checkpoint import slices
-from jmoe.checkpoint.forms import dequantised, entries
+from jmoe.checkpoint.formats import FORMATS
+from jmoe.checkpoint.formats.mxfp4 import dequantise
+from jmoe.checkpoint.forms import entries
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.slices import check_shapes, read_slice
+from jmoe.models import FAMILIES
 from jmoe.models.weights import PLAIN, Form, Stored
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -42,6 +45,10 @@ def read(checkpoint: HFCheckpoint, stored: Stored, shape: tuple[int, ...], dtype
 def numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """All different, and whole, so that bfloat16 has them too; as many as 256."""
     return rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.float32)
+
+
+def test_every_method_of_a_family_has_a_format():
+    assert {method for family in FAMILIES.values() for method in family.quantization} <= FORMATS.keys()
 
 
 UNQUANTISED = (
@@ -118,7 +125,8 @@ def test_four_bits_are_what_transformers_makes_of_them(dtype):
         torch.from_numpy(blocks), torch.from_numpy(scales), dtype=getattr(torch, dtype)
     )
     want = theirs.transpose(1, 2).to(torch.float64).numpy()[0]  # theirs are [in, out]
-    got = dequantised(blocks, scales, np.dtype(dtype) if dtype == "float32" else BFLOAT16).reshape(255, -1)
+    got = np.empty((255, 16 * 32), dtype if dtype == "float32" else BFLOAT16)
+    dequantise(blocks, scales, got.reshape(-1))
     np.testing.assert_array_equal(got.astype(np.float64), want)
     assert np.isinf(want[254]).any() and np.isfinite(want[252]).all()
     assert np.abs(want[0][want[0] != 0]).min() == 2.0**-128
@@ -147,11 +155,12 @@ def test_bytes_beside_the_entry_are_not_read(tmp_path):
 def test_an_entry_takes_the_memory_of_a_chunk(tmp_path, form):
     shape = (2, 2048, 1024)  # 16 MiB
     stored = Stored("t", "p", (), 1, form)
-    dtype = np.uint8 if form.mxfp4 else np.float32
+    dtype = np.uint8 if form.format == "mxfp4" else np.float32
     tensors = {e.name: np.zeros((2, *e.shape), dtype) for e in entries(stored, shape)}
     with checkpoint_of(tmp_path, tensors) as checkpoint:
         out = np.ones(shape, np.float32)
-        dequantised(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), out.dtype)  # its table stays
+        # the format's table stays
+        dequantise(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), np.empty(32, out.dtype))
         tracemalloc.start()
         read_slice(checkpoint, stored, out)
         peak = tracemalloc.get_traced_memory()[1]
@@ -207,7 +216,11 @@ def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
             forms.MXFP4_TURNS,
             r"'w_blocks' must be \[3, 8, 1, 16\]",
         ),
-        ({"w_blocks": (1,), "w_scales": (1,)}, Form("alternate", True, True), r"'w': rows of 8 do not split"),
+        (
+            {"w_blocks": (1,), "w_scales": (1,)},
+            Form("alternate", True, "mxfp4"),
+            r"'w': rows of 8 do not split",
+        ),
         ({"w": (3, 8, 32), "dtype": np.uint8}, forms.HALVES, "'w' has dtype U8; supported: F32, "),
         (
             {"w_blocks": (3, 8, 1, 16), "w_scales": (3, 8, 1), "dtype": np.int8},
@@ -217,7 +230,7 @@ def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
     ],
 )
 def test_shapes_and_dtypes_are_checked_as_they_are_stored(tmp_path, tensors, form, message):
-    dtype = tensors.pop("dtype", np.uint8 if form.mxfp4 else np.float32)
+    dtype = tensors.pop("dtype", np.uint8 if form.format == "mxfp4" else np.float32)
     spec = ParamSpec("p", (3, 2, 4, 32), *FLOATS[:1] * 2, SingleDeviceSharding(jax.devices()[0]))
     table = {"p": [Stored("w", "p", (e,), e, form) for e in range(3)]}
     with checkpoint_of(tmp_path, {n: np.zeros(s, dtype) for n, s in tensors.items()}) as checkpoint:

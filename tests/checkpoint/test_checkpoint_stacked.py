@@ -28,6 +28,7 @@ from jmoe.models.weights import Stored
 from jmoe.param import ParamMaker
 from jmoe.placement.placement import Placement
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 DENSE_BETWEEN = (1, 3)  # the layers with experts of four
 ROUTERS = ("router.gate_ED", "router.bias_E", "router.correction_E", "router.expert_E")
 EXPERTS = ("gate_up_E2FD", "down_EDF", "gate_up_bias_E2F", "down_bias_ED")
@@ -119,6 +120,12 @@ def test_a_method_that_the_architecture_does_not_read(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="method 'mxfp4' is not read of Qwen3MoeForCausalLM"):
         read_config(tmp_path)
+
+
+def test_a_method_may_be_named_without_a_table(tmp_path: Path):
+    config = json.loads((GOLDEN / "gpt_oss" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": "mxfp4"}))
+    assert read_config(tmp_path).quant_method == "mxfp4"
 
 
 def test_a_float32_parameter_of_a_bfloat16_model_stays_so(tmp_path: Path, monkeypatch):

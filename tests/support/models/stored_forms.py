@@ -13,7 +13,7 @@ from jmoe.models.weights import Form, Stored
 HALVES = Form("halves")
 TURNED, TURNED_HALVES, TURNED_TURNS = (Form(rows, True) for rows in ("plain", "halves", "alternate"))
 TURNS = Form("alternate")
-MXFP4, MXFP4_TURNS = Form(mxfp4=True), Form("alternate", mxfp4=True)
+MXFP4, MXFP4_TURNS = Form(format="mxfp4"), Form("alternate", format="mxfp4")
 # of gate-and-up and of down
 LAYOUTS = {
     "granite": (HALVES, Form()),
@@ -74,7 +74,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
     for i in range(config["num_hidden_layers"]):
         theirs = f"model.layers.{i}.mlp.experts"
         for name, form in zip(("gate_up_proj", "down_proj"), LAYOUTS[layout], strict=True):
-            if form.mxfp4:
+            if form.format == "mxfp4":
                 rows = 64 if name == "gate_up_proj" else 32
                 blocks = rng.integers(0, 256, (8, rows, 1, 16), np.uint8)
                 scales = rng.integers(118, 126, (8, rows, 1), np.uint8)
@@ -93,7 +93,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
                     zip(("gate", "up"), values[e], strict=True) if values.ndim == 4 else [("down", values[e])]
                 )
                 plain |= {f"{theirs}.{e}.{n}_proj.weight": np.ascontiguousarray(part) for n, part in parts}
-            if not form.mxfp4:
+            if form.format == "plain":
                 stacked[f"{theirs}.{name}"] = np.stack([as_stored(values[e], form) for e in range(8)])
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if layout == "mxfp4" else {}
     hf_tiny.write_checkpoint(root / "plain", config, tensors=plain)

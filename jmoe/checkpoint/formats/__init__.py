@@ -1,0 +1,11 @@
+"""The formats in which checkpoints keep numbers: one short file each, and one row here.
+
+The model side names a tensor's format (``Form.format``), and a family the methods in which it is read.
+"""
+
+from jmoe.checkpoint.formats import mxfp4, plain
+from jmoe.checkpoint.formats.format import Entry, Format
+
+FORMATS = {format.name: format for format in (plain.FORMAT, mxfp4.FORMAT)}
+
+__all__ = ["FORMATS", "Entry", "Format"]

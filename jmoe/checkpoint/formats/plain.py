@@ -1,0 +1,12 @@
+"""Numbers as they are, in one tensor of any floating dtype."""
+
+from jmoe.checkpoint.formats.format import Entry, Format
+from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.safetensors_file import DTYPES
+
+
+def entries(name: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
+    return (Entry(name, shape, tuple(DTYPES)),)
+
+
+FORMAT = Format("plain", ("",), entries, HFCheckpoint.read_run)
