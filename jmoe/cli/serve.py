@@ -73,8 +73,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     kernels = engine.runner.kernels
     log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
     if engine.runner.lossy:
-        on = filter(None, (settings.moe.binning, settings.moe.capacity))
-        log.info("lossy techniques are on: %s", ", then ".join(map(str, on)))
+        log.info("lossy techniques are on: %s", ", then ".join(map(str, settings.moe.stages)))
     log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)
     worker = EngineWorker(engine)
     worker.start()

@@ -24,7 +24,7 @@ from jmoe.config.reading import (
     shown,
     unique_json,
 )
-from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, OffloadConfig, ShuffleConfig
 
 # more would be a damaged file, and lists of them take memory
 Layers = Annotated[int, Meta(ge=1, le=10_000, description="a positive integer")]
@@ -228,6 +228,11 @@ class MoEConfig:
             raise ValueError("moe.binning.resident_bonus needs moe.offload: all experts are on the device")
         if self.offload is not None and self.train_capacity_factor is not None:
             raise ValueError("moe.offload and moe.train_capacity_factor exclude each other")
+
+    @property
+    def stages(self) -> tuple[LossyConfig, ...]:
+        """The lossy techniques that are on, in the order in which they act; without any, nothing is lossy."""
+        return tuple(table for table in (self.binning, self.capacity) if table is not None)
 
     def check_serves(self) -> None:
         """Raises ValueError for a setting that means something in training alone."""

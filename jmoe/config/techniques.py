@@ -7,7 +7,7 @@ What is absent is off. A key that the chosen method does not read is refused, no
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from jmoe_kernels.backends import Executor
 from jmoe_kernels.binning import Method
@@ -34,6 +34,7 @@ class BinningConfig:
     experts are offloaded.
     """
 
+    name: ClassVar[str] = "binning"
     method: Method = "affinity"
     bin_width: Positive = 0.5
     k0: AtLeastOne = 3
@@ -47,7 +48,12 @@ class BinningConfig:
             raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
         _check_read("moe.binning", self, "method", _BINNING_READS)
 
-    def check_ranks(self, ranks: int) -> None:
+    def check_layer(self, experts: int, k: int, ranks: int) -> None:
+        """Raises ValueError where ``experts``, ``k`` of them a token, on ``ranks`` devices do not fit."""
+        self._check_model(experts, k)
+        self._check_ranks(ranks)
+
+    def _check_ranks(self, ranks: int) -> None:
         """Raises ValueError for a preference that means nothing with experts on ``ranks`` devices."""
         if self.local_bonus and ranks == 1:
             raise ValueError(
@@ -55,7 +61,7 @@ class BinningConfig:
                 "more, got 1"
             )
 
-    def check_model(self, experts: int, k: int) -> None:
+    def _check_model(self, experts: int, k: int) -> None:
         """Raises ValueError where ``experts``, ``k`` of them a token, leave nothing or too few to keep."""
         if experts <= k:
             raise ValueError(
@@ -86,6 +92,7 @@ class CapacityConfig:
     it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
     """
 
+    name: ClassVar[str] = "capacity"
     factor: Positive = 1.5
     policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
     metric: Literal["score", "order", "reverse_order", "random"] = "score"
@@ -98,7 +105,7 @@ class CapacityConfig:
         check_fields(self, "moe.capacity.")
         _check_read("moe.capacity", self, "policy", _CAPACITY_READS)
 
-    def check_ranks(self, ranks: int) -> None:
+    def check_layer(self, experts: int, k: int, ranks: int) -> None:
         """Raises ValueError for a limit that means nothing with experts on ``ranks`` devices."""
         for name, value in (("policy", self.policy), ("scope", self.scope)):
             if value in ("expand", "device") and ranks == 1:
@@ -106,6 +113,10 @@ class CapacityConfig:
                     f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel "
                     f"size of 2 or more, got {ranks}"
                 )
+
+
+# their names are their keys in ``[moe]``
+LossyConfig = BinningConfig | CapacityConfig
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,7 @@ def page_kind(request: Request, runner: Runner) -> str:
     """
     lossy = None
     if runner.lossy and not request.params.exact:
-        moe = runner.moe
-        techniques = [dataclasses.asdict(t) for t in (moe.binning, moe.capacity) if t is not None]
-        lossy = [techniques, runner.capacity_factor]
+        lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.capacity_factor]
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 
 

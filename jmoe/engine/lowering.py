@@ -11,7 +11,7 @@ from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.engine.offload.build import abstract_cache
 from jmoe.engine.step.counters import zero_totals
-from jmoe.engine.step.functions import Jitted, is_lossy, jitted, make_knobs
+from jmoe.engine.step.functions import Jitted, jitted, make_knobs
 from jmoe.engine.step.inputs import Sizes, blank_input
 from jmoe.mesh import EXPERT, sharding
 from jmoe.models.decoder import Decoder
@@ -41,7 +41,7 @@ def lower_step(
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
             jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
             given,
-            make_knobs(1.0, 0) if is_lossy(moe) else None,
+            make_knobs(1.0, 0) if moe.stages else None,
             _abstract_tables(cfg, moe, mesh),
             abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
         )

@@ -12,7 +12,8 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import Split
-from jmoe.moe.layer import Decision, MoELayer
+from jmoe.moe.decide import Decision
+from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
 from jmoe.moe.router import RouterWeights, choose, router_logits
 from jmoe.moe.routing import likely

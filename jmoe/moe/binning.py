@@ -2,9 +2,9 @@
 
 Source: Gupta et al., "LYNX" (arXiv 2411.08982, AffinityBinning). A memory-bound decode step takes as long as
 reading the experts that its batch touches, nearly all of them; an expert that no token wants much is spared
-and its tokens go to experts that are read anyway. Per layer and step, without calibration; the phase is the
-caller's to decide: steps of decode tokens only. The stage is pure: ``Routing x TokenFlags -> Routing x
-remapped assignments of each token``, after routing, before the capacity.
+and its tokens go to experts that are read anyway. Per layer and step, without calibration, in
+steps of decode tokens only. The stage is pure: ``Routing x TokenFlags -> Routing x remapped assignments of
+each token``, after routing, before the capacity.
 
 **Affinity** of a token for an expert it chose: how far its logit lies below the token's best one, in nats, in
 bins of ``bin_width``; bin 0 is the nearest. **Votes**: an expert's count of choices by bin; experts rank by
@@ -36,6 +36,8 @@ logits to the sorted assignments at once (``route_binned``).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,70 @@ from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
 from jmoe.config.techniques import BinningConfig
-from jmoe.moe.types import DispatchPlan, Routing, TokenFlags
+from jmoe.mesh import EXPERT
+from jmoe.moe.types import Changes, DispatchPlan, Knobs, LayerSetup, Phase, Routing, TokenFlags
+
+
+@dataclass(frozen=True)
+class Binning:
+    """The stage of one layer."""
+
+    table: BinningConfig
+    layer: LayerSetup
+
+    def acts_in(self, phase: Phase) -> bool:
+        return phase == "decode"
+
+    def __call__(
+        self, plain: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
+    ) -> tuple[Routing, Changes]:
+        """The routing on the active set. here_E: which experts are on a device, where not all are."""
+        with jax.named_scope("route/bin"):  # a fused kernel, too, counts as a part of the routing
+            routing, remapped_T = bin_assignments(
+                plain, tokens, self._rule,
+                seed=knobs.seed, total=self._sum_votes(), bonus_E=self._bonus(here_E),
+            )  # fmt: skip
+        return routing, {"remapped": remapped_T}
+
+    def fuses(self, tokens: int) -> bool:
+        """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
+        cfg, kernels = self.layer.cfg, self.layer.kernels
+        if kernels.binning == "xla" or not cfg.router.is_plain:
+            return False
+        refusal = binning.supports(
+            kernels.binning, kernels.platform, cfg.num_experts, self._rule, tokens=tokens
+        )
+        return refusal is None
+
+    def route(self, logits_TE: Float[Array, "T E"], tokens: TokenFlags) -> tuple[Routing, Routing, Changes]:
+        """The router's own choice and what this stage makes of it, by that kernel, where it ``fuses``."""
+        plain, routing, remapped_T = route_binned(
+            logits_TE, tokens, self._rule,
+            renormalize=self.layer.cfg.router.norm_topk_prob,
+            implementation=self.layer.kernels.binning, platform=self.layer.kernels.platform,
+            total=self._sum_votes(),
+        )  # fmt: skip
+        return plain, routing, {"remapped": remapped_T}
+
+    @property
+    def _rule(self) -> binning.Rule:
+        return get_rule(self.table, self.layer.cfg.num_experts_per_tok)
+
+    def _sum_votes(self) -> Callable[[Array], Array] | None:
+        """Sums over the ranks that read the same experts' weights; None where one rank has all."""
+        return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
+
+    def _bonus(self, here_E: Array | None) -> Float[Array, " E"] | None:
+        """Nats by which a token likes each expert more than its router says; None where it does nowhere."""
+        experts, bonus_E = self.layer.cfg.num_experts, None
+        if self.table.resident_bonus and here_E is not None:
+            bonus_E = jnp.where(here_E, jnp.float32(self.table.resident_bonus), 0.0)
+        if not self.table.local_bonus:
+            return bonus_E
+        held = experts // self.layer.mesh.shape[EXPERT]
+        own_E = jnp.arange(experts, dtype=jnp.int32) // held == lax.axis_index(EXPERT)
+        local_E = jnp.where(own_E, jnp.float32(self.table.local_bonus), 0.0)
+        return local_E if bonus_E is None else bonus_E + local_E
 
 
 def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:

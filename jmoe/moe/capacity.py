@@ -28,13 +28,14 @@ survivors so that they sum to what its weights summed to. No choice of weight 0 
 
 A lost or absent assignment has the id E, one past the last, and weight 0. Padding and exact tokens pass
 unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
-(``jmoe.config.techniques.CapacityConfig``; ``phase`` is the caller's to decide). Counters:
+(``jmoe.config.techniques.CapacityConfig``). Counters:
 ``CapacityCounts``, for each token, so that a request's can be summed. Unlike the released code, padding takes
 no places and survivors are not renormalised unless asked. Axes here: J choices of a token after the stage, G
 experts or devices with a limit of their own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -44,10 +45,44 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jmoe.config.techniques import CapacityConfig
-from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
+from jmoe.mesh import EXPERT, TOKENS, is_single
+from jmoe.moe.types import CapacityCounts, Changes, Knobs, LayerSetup, Phase, Routing, TokenFlags
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
 Admit = Callable[[Array, Array, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The stage of one layer."""
+
+    table: CapacityConfig
+    layer: LayerSetup
+
+    def acts_in(self, phase: Phase) -> bool:
+        return self.table.phase in (phase, "both")
+
+    def __call__(
+        self, routing: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
+    ) -> tuple[Routing, Changes]:
+        """The routing within the limit of this shard's tokens."""
+        limited = tokens if self.table.phase == "both" else tokens.sparing_decoded()
+        with jax.named_scope("capacity"):
+            result, counts = self._limit(routing, limited, knobs)
+        return result, {"dropped": counts.dropped_T, "rerouted": counts.rerouted_T}
+
+    def _limit(self, routing: Routing, tokens: TokenFlags, knobs: Knobs) -> tuple[Routing, CapacityCounts]:
+        cfg, mesh, factor = self.table, self.layer.mesh, knobs.factor
+        held = self.layer.cfg.num_experts // mesh.shape[EXPERT]
+        if is_single(mesh):
+            return limit(routing, tokens, cfg, factor=factor, local=(0, held), seed=knobs.seed)
+        return limit(
+            routing, tokens, cfg,
+            factor=factor,
+            local=(lax.axis_index(EXPERT) * held, held),
+            seed=knobs.of(lax.axis_index(TOKENS)).seed,
+            total=partial(lax.psum, axis_name=TOKENS),
+        )  # fmt: skip
 
 
 def limit(

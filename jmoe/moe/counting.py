@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 
 from jmoe.config.counters import LOSSY, names
 from jmoe.mesh import EXPERT, TOKENS
-from jmoe.moe.types import CapacityCounts, Changes, DispatchStats, Routing, Traffic
+from jmoe.moe.types import Changes, DispatchStats, Routing, Traffic
 
 
 def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
@@ -17,13 +17,8 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
-def count_changes(remapped_T: Int[Array, " T"] | None, limited: CapacityCounts | None) -> Changes | None:
-    """What binning and a capacity did to each token, zeros for the one that is off; None without both."""
-    found: Changes = {}
-    if limited is not None:
-        found |= {"dropped": limited.dropped_T, "rerouted": limited.rerouted_T}
-    if remapped_T is not None:
-        found["remapped"] = remapped_T
+def count_changes(found: Changes) -> Changes | None:
+    """What the lossy stages did to each token, zeros for those that are off; None without any."""
     if not found:
         return None
     none_T = jnp.zeros_like(next(iter(found.values())))

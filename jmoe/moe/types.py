@@ -25,10 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
+from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
+from jmoe.config.model import ModelConfig
+
 Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class LayerSetup:
+    """What a layer is made for: its model, its mesh and the kernels of one rank."""
+
+    cfg: ModelConfig
+    mesh: Mesh
+    kernels: Kernels
 
 
 @jax.tree_util.register_dataclass

@@ -117,3 +117,9 @@ def test_a_misspelt_block_and_a_bare_table_are_refused():
         MoEConfig.from_dict({"capacty": {}})
     with pytest.raises(ValueError, match=r"moe\.capacity must be a CapacityConfig or None, got {}"):
         MoEConfig(capacity={})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_lossy_stages_stand_in_the_order_in_which_they_act():
+    moe = MoEConfig.from_dict({"capacity": {}, "binning": {}})
+    assert [table.name for table in moe.stages] == ["binning", "capacity"]
+    assert not MoEConfig.from_dict({"offload": {"slots_per_layer": 2}}).stages

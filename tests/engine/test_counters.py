@@ -133,7 +133,7 @@ counters = MoECounters(1, 2, 1, 1)
 counters.drain(add_step(zero_totals(1, 2), [counted]))
 assert counters.report()["split"] == counters.report()["per_layer"][0]["split"] == 7
 
-changes = count_changes(jnp.ones(2, jnp.int32), None)
+changes = count_changes({"remapped": jnp.ones(2, jnp.int32)})
 assert changes["split"].tolist() == [0, 0]
 request = SimpleNamespace(moe=MoEUsage())
 placed = SimpleNamespace(run=SimpleNamespace(count=1, request=request), changed=[1])

@@ -29,8 +29,8 @@ from jmoe.engine.step.sampling import Sampled
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, step_seen, sum_changes
 from jmoe.models.layer import DecoderLayer, Foresight, token_flags
+from jmoe.moe.decide import count_alone
 from jmoe.moe.experts import ApplyBy
-from jmoe.moe.layer import count_alone
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import Changes, Computed, Knobs, Routing
 from jmoe.nn.kv_cache import page_spec

@@ -17,7 +17,6 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.config.model import MoEConfig
 from jmoe.engine.step.counters import MoETotals, add_step
 from jmoe.engine.step.inputs import HostRows, StepInput
 from jmoe.engine.step.sampling import Sampled, logprobs, sample, score
@@ -46,11 +45,6 @@ def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, 
     if given.beside is None:
         return own
     return replace(own, beside=made(given.beside), rows=len(given.own.tokens_BT) // ranks)
-
-
-def is_lossy(moe: MoEConfig) -> bool:
-    """Whether any technique may change what plain top-k gives."""
-    return moe.binning is not None or moe.capacity is not None
 
 
 def make_knobs(capacity_factor: float, step: int) -> Knobs:

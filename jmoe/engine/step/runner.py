@@ -19,7 +19,7 @@ from jmoe.engine.step.counters import (
     transported_bytes,
     zero_totals,
 )
-from jmoe.engine.step.functions import WindowRouting, is_lossy, jitted, make_knobs, maker
+from jmoe.engine.step.functions import WindowRouting, jitted, make_knobs, maker
 from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
 from jmoe.engine.step.sampling import Sampled
 from jmoe.mesh import sharding
@@ -55,7 +55,7 @@ class Runner:
         attention = model.kernels.attention
         self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
         capacity = model.moe.capacity
-        self.moe, self.lossy = model.moe, is_lossy(model.moe)
+        self.moe, self.lossy = model.moe, bool(model.moe.stages)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
         self.cache = cache

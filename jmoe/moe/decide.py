@@ -1,0 +1,88 @@
+"""Where a layer's tokens go: route -> bin -> limit, the router and then the lossy stages one after another.
+
+A stage is made of its table and the layer's setup. It says in which phase it acts, and takes a routing to
+another one and the counts of what it changed.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig
+from jmoe.mesh import EXPERT
+from jmoe.moe.binning import Binning
+from jmoe.moe.capacity import Capacity
+from jmoe.moe.counting import count_changes, count_dispatch
+from jmoe.moe.router import RouterWeights, choose, router_logits
+from jmoe.moe.types import Changes, DispatchStats, Knobs, LayerSetup, Phase, Routing, TokenFlags, Traffic
+
+Stage = Binning | Capacity
+STAGES = {BinningConfig: Binning, CapacityConfig: Capacity}
+
+
+def check_stages(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
+    """Raises ValueError for a lossy technique that means nothing for the model or on ``mesh``."""
+    for table in moe.stages:
+        if moe.train_capacity_factor is not None:
+            raise ValueError(f"moe.{table.name} and moe.train_capacity_factor exclude each other")
+        table.check_layer(cfg.num_experts, cfg.num_experts_per_tok, mesh.shape[EXPERT])
+
+
+class Decision(NamedTuple):
+    """plain: the router's own choice. final: what is computed, the same object where nothing lossy is on."""
+
+    plain: Routing
+    final: Routing
+    changes: Changes | None
+
+
+def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
+    """What a layer on one device will do with its tokens: nothing is computed yet."""
+    none = jnp.zeros((), jnp.int32)
+    return count_dispatch(
+        routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none, none), None
+    )
+
+
+@dataclass(frozen=True)
+class Decider:
+    """The router's word, then that of the stages of ``moe`` in their order."""
+
+    moe: MoEConfig
+    layer: LayerSetup
+
+    def __call__(
+        self,
+        x_TD: Array,
+        tokens: TokenFlags,
+        phase: Phase,
+        knobs: Knobs | None,
+        router: RouterWeights,
+        here_E: Array | None,
+    ) -> Decision:
+        """Where tokens go. here_E: which experts are on a device, where not all are."""
+        stages = () if knobs is None else self._stages(phase)
+        with jax.named_scope("route"):
+            logits_TE = router_logits(x_TD, router, self.layer.kernels.dense)
+            first = stages[0] if stages else None
+            if isinstance(first, Binning) and first.fuses(len(logits_TE)):
+                plain, final, changes = first.route(logits_TE, tokens)
+                stages = stages[1:]  # the kernel has done this one
+            else:
+                plain = final = choose(logits_TE, router, self.layer.cfg)
+                changes = {}
+        for stage in stages:
+            assert knobs is not None, "no stage acts without knobs"
+            final, changed = stage(final, tokens, knobs, here_E)
+            changes |= changed
+        return Decision(plain, final, count_changes(changes))
+
+    def _stages(self, phase: Phase) -> list[Stage]:
+        """The stages that act in the phase."""
+        stages: list[Stage] = [STAGES[type(table)](table, self.layer) for table in self.moe.stages]
+        return [stage for stage in stages if stage.acts_in(phase)]
