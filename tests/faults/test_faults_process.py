@@ -18,7 +18,8 @@ from support.models import hf_tiny
 from support.server.fake_engine import eventually
 from support.server.raw_http import events
 
-from jmoe.cli import main as cli
+from jmoe.cli import serve
+from jmoe.cli.main import main
 
 STREAM = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
 
@@ -152,10 +153,10 @@ def test_serve_leaves_an_interrupt_to_the_system_while_it_starts(monkeypatch):
         handlers.append(signal.getsignal(signal.SIGINT))
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "read_serve_config", told)
+    monkeypatch.setattr(serve, "read_serve_config", told)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert cli.main(["serve", "--config", "any.toml"]) == 2
+        assert main(["serve", "--config", "any.toml"]) == 2
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

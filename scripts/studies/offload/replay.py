@@ -10,7 +10,9 @@ from jaxtyping import Bool, Int
 from numpy import ndarray
 from studies.offload.simulator import foretold
 
+from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
+from jmoe.moe.types import Knobs
 from jmoe.offload.predictors.make import Given
 
 # of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
@@ -21,14 +23,14 @@ def replay(runner: Runner, oracle: Given, known: Known) -> Runner:
     """``runner``, which takes its forecasts and victims from ``known`` from now on."""
     step = runner._step
 
-    def told(phase: str, *args: Any) -> Any:
-        if phase == "decode":
+    def told(given: StepInput, knobs: Knobs | None) -> Any:
+        if given.phase == "decode":
             cache = runner.cache
             assert cache is not None
             table, predictor = foretold(cache.table, oracle, *map(jnp.asarray, next(known)))
             apart = jax.tree.map(jnp.copy, predictor)  # the step is given the same array twice else
             runner.cache = replace(cache, table=table, predictor=apart)
-        return step(phase, *args)  # pyright: ignore[reportArgumentType]
+        return step(given, knobs)
 
-    runner._step = told  # pyright: ignore[reportAttributeAccessIssue]
+    runner._step = told
     return runner
