@@ -16,7 +16,7 @@ from jmoe.engine.request import EngineDead, Request, SamplingParams
 from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.token_bytes import Pieces
 from jmoe.engine.worker import EngineWorker
-from jmoe.server.watch import poll as sampler
+from jmoe.server.watch import poll
 
 SIZES = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
 FATAL, FINE = 7, 8
@@ -307,13 +307,13 @@ def test_an_observer_that_fails_changes_no_answer(failing, caplog):
 
 
 def test_sampling_that_fails_is_told_and_tried_again(monkeypatch):
-    monkeypatch.setattr(sampler, "PERIOD", 0.05)
+    monkeypatch.setattr(poll, "PERIOD", 0.05)
     with served(FakeEngine(ByteCodec())) as client:
         service = client.service
-        take, service.sampler.take = service.sampler.take, panic
+        take, service.poll.take = service.poll.take, panic
         failed = client.get("/moe/stats?window=1")
         assert failed.status_code == 500 and failed.json()["error"]["code"] == "internal_error"
-        service.sampler.take = take
+        service.poll.take = take
         assert client.get("/moe/stats?window=1").status_code == 200, "the next look begins anew"
         assert json.loads(client.get("/moe/stats").content)["model"]["experts"] == 4
 
