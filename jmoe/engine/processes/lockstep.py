@@ -37,7 +37,7 @@ from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes, Phase
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, decodes beside, present capacity factor
+HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows of `beside`, present capacity factor
 
 
 class Operation(IntEnum):

@@ -53,6 +53,7 @@ def entry_at(
     It needs enough for ``tokens`` and one more for each request that already runs there. Full pages that the
     planned step writes may be read in the same step by tokens of prompts; they may not be copied or decoded
     from.
+
     names: names of the tokens' pages; None if no cached page may be used.
     size: tokens of a page.
     """
