@@ -32,7 +32,7 @@ class SamplingParams:
     stop: strings that end the text (and are cut from it).
     stop_token_ids: token ids that end the text.
     ignore_eos: the model's own end tokens do not end the text.
-    min_tokens: tokens to generate before the text may end.
+    min_tokens: tokens to generate before an end token or a stop string may end the text.
     logprobs: number of alternatives reported for each generated token; None = none.
     prompt_logprobs: the same for the prompt's tokens.
     exact: opts out of every lossy technique of the MoE layers.

@@ -185,6 +185,6 @@ def follow(
 
 def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
     """What all processes must have in common: their number, settings and the model's configuration. Its
-    ValueErrors are raised before any other process can wait for this one."""
+    ValueErrors are raised before the processes connect, so that none waits for one that failed."""
     cfg = read_config(model_directory(model), settings.dtype)
     return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)
