@@ -64,10 +64,11 @@ def build_engine(
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
-    warm_up: False leaves each shape to compile when it first runs. scores_prompts: False leaves only what
-    ``prompt_logprobs`` needs. make_runner: None takes what ``settings`` say.
     progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
-    done, shapes).
+        done, shapes).
+    warm_up: if False, each shape compiles when it first runs.
+    scores_prompts: if False, the warm-up skips what only ``prompt_logprobs`` needs.
+    make_runner: None = the runner that ``settings`` require.
     """
     found = resolve(model, settings)
     for note in found.notes:
@@ -121,7 +122,7 @@ def _build(
 def schedule(
     runner: Runner, settings: EngineSettings, max_model_len: int, share: Share | None = None
 ) -> Scheduler:
-    """A scheduler of ``runner``'s shapes."""
+    """A scheduler for ``runner``'s shapes."""
     sizes = runner.sizes
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
@@ -131,10 +132,10 @@ def schedule(
 
 
 def page_kind(request: Request, runner: Runner) -> str:
-    """What the pages of a request depend on beside its tokens.
+    """What the pages of a request depend on other than its tokens.
 
-    Where anything lossy is on, its tokens were touched by it, as it is set at the moment; unless the request
-    opted out, whose pages are those of a lossless engine.
+    If anything lossy is on, it touches the request's tokens with the settings of the moment. A request that
+    opted out has the pages of a lossless engine.
     """
     lossy = None
     if runner.lossy and not request.params.exact:
@@ -143,15 +144,15 @@ def page_kind(request: Request, runner: Runner) -> str:
 
 
 def runner_for(moe: MoEConfig, mesh: Mesh) -> type[Runner]:
-    """What runs the steps of one process."""
+    """The class that runs the steps of one process."""
     driven = moe.offload is not None and pick_executor(moe.offload, mesh)[0] == "host"
     return HostDrivenRunner if driven else Runner
 
 
 def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:
-    """The placement that is configured; ValueError where it is for another mesh or number of experts.
+    """The configured placement; ValueError if it is for another mesh or number of experts.
 
-    That it is for this model ``load_model`` finds.
+    ``load_model`` checks that it is for this model.
     """
     if shuffle is None:
         return None
@@ -172,5 +173,5 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:
-    """``params`` with a seed drawn where it has none."""
+    """``params``, with a random seed if it has none."""
     return params if params.seed is not None else dataclasses.replace(params, seed=random.getrandbits(31))

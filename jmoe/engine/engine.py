@@ -1,8 +1,8 @@
-"""The engine: a step is plan -> start -> deliver what the step before it gave.
+"""The engine: a step is plan -> start -> deliver the results of the previous step.
 
-The device works on a step while the host delivers the one before and plans the one behind: the token that a
-request was just given need not be on the host for its next step, only for what depends on it (the end of the
-answer, a grammar). A request that turns out to have ended leaves a row in the step behind, which is ignored.
+The device works on a step while the host delivers the previous one and plans the next one: a request's newest
+token need not be on the host for its next step, only for what depends on it (the end of the answer, a
+grammar). A request that turns out to have ended leaves a row in the following step, which is ignored.
 Synchronous; ``worker`` gives it a thread of its own.
 """
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Told of every token, end and step, from the engine's thread (metrics)."""
+    """Called with every token, end of a request and step, from the engine's thread (metrics)."""
 
     def token(self, request: Request, now: float) -> None: ...
     def stepped(self, report: StepReport) -> None: ...
@@ -49,8 +49,14 @@ class Listener(Protocol):
 
 
 class Engine:
-    """Continuous batching over a warmed-up runner. ``codec`` None: token ids only, texts stay empty.
-    ``placement``: what the runner's experts were renumbered by."""
+    """Continuous batching over a warmed-up runner.
+
+    runner: runs the steps on the devices.
+    scheduler: plans the steps.
+    codec: the tokenizer; None = token ids only, texts stay empty.
+    end_ids: the model's end tokens.
+    placement: the placement by which the runner's experts were renumbered; None = they were not.
+    """
 
     def __init__(
         self,
@@ -65,7 +71,7 @@ class Engine:
         self.max_model_len, self.vocab_size = scheduler.limits.longest, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._answers = Answers(PromptScores(runner), self.end_ids, self.max_model_len)
-        self._started: Started | None = None  # and not delivered
+        self._started: Started | None = None  # the step that is started and not delivered yet
         self._closed = False
 
     def close(self) -> None:
@@ -81,7 +87,7 @@ class Engine:
     # ---- requests in -------------------------------------------------------------------------------
 
     def check(self, requests: Sequence[Request]) -> None:
-        """ValueError with one line where one can never be served; EngineDead once closed. For any thread."""
+        """One-line ValueError if one can never be served; EngineDead after ``close``. For any thread."""
         self.check_open()
         if len(requests) > (most := self.scheduler.limits.queue):
             raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
@@ -93,7 +99,7 @@ class Engine:
                 raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
 
     def _check(self, request: Request) -> None:
-        """All but the prompt's tokens, of which the answers to one prompt have the same."""
+        """Checks all but the prompt's token ids, which the answers to one prompt share."""
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
@@ -117,18 +123,18 @@ class Engine:
             raise ValueError("stop strings need a tokenizer, which this model directory does not have")
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queues all or none. Raises ValueError for a bad one, QueueFull where there is no room."""
+        """Queues all or none. Raises ValueError for a bad request, QueueFull if there is no room."""
         self.check(requests)
         self.enqueue(requests)
 
     def enqueue(self, requests: Sequence[Request]) -> None:
-        """Queues all or none of what ``check`` let through; QueueFull where there is no room."""
+        """Queues all or none of the requests, which ``check`` has accepted; QueueFull if there is no room."""
         texts = detokenizers(requests, self.codec)
         self.scheduler.add(list(requests))
         self._answers.begin(requests, texts)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request wherever it is; unknown ids are finished ones and change nothing."""
+        """Ends a request, waiting or running; an unknown id is that of a finished one and changes nothing."""
         request = self.scheduler.drop(request_id)
         if request is not None:
             self._ended(request, Output(request_id, finish_reason="abort"))
@@ -147,11 +153,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything runs, waits or is to be delivered."""
+        """Whether any request runs or waits, or a step is to be delivered."""
         return bool(self._started or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
-        """Starts a step and delivers the one before; False where there was neither."""
+        """Starts a step and delivers the previous one; False if there was neither."""
         if self._started is not None and self._started.must_be_seen:
             self._deliver()
         began = time.monotonic()
@@ -193,7 +199,7 @@ class Engine:
     # ---- results out -------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
-        """Appends each row's token to its request and emits what became certain, once the step has ended."""
+        """Waits for the step's end, appends each row's token to its request and emits what became certain."""
         started, self._started = self._started, None
         assert started is not None
         ids, *scores, finite, lost = started.fetch()
@@ -213,7 +219,10 @@ class Engine:
             tell(listener.stepped, report)
 
     def _deliver_run(self, placed: Placed, scored: Any, drawn: tuple[int, tuple, bool], now: float) -> None:
-        """What a step gave to one request. drawn: its token, the scores of it, and whether they are sane."""
+        """Delivers a step's result to one request.
+
+        drawn: its sampled token, the token's scores, and whether its logits are finite.
+        """
         run, request = placed.run, placed.run.request
         token, scores, finite = drawn
         self._answers.scores.keep(placed, scored)
@@ -247,8 +256,8 @@ class Engine:
             request.emit(output)
 
     def _lose(self, started: Started, lost: int) -> None:
-        """Ends the requests of a step whose experts were not given all that was theirs: the tokens, and what
-        the step wrote to the pages, are wrong."""
+        """Ends the requests of a step of which ``lost`` assignments to experts were not computed: its tokens,
+        and what it wrote to the pages, are wrong."""
         cause = f"{lost} of the step's assignments to experts were not computed: its answers would be wrong"
         log.error("%s. This is a fault of the engine; restart it and report it", cause)
         for placed in started.placed:
@@ -260,14 +269,14 @@ class Engine:
         self._end(request, Output(request.id, finish_reason="error", error=cause, invalid=invalid))
 
     def _alone(self, request: Request, work: Callable[..., None], *given: Any) -> None:
-        """Runs the host's ``work`` for one request, whose failure ends that request and no other."""
+        """Runs the host's ``work`` for one request; if it fails, only that request ends."""
         try:
             work(*given)
         except BaseException as error:  # a panic of a Rust library is no Exception
             if ends_program(error):
                 raise
             log.exception("request %s failed on the host", request.id)
-            self.scheduler.spoil(request)  # who knows what its pages hold
+            self.scheduler.spoil(request)  # its pages may hold anything
             if not request.place.ended:
                 self._fail(request, "the request failed on the host; the log has the cause")
 
@@ -300,8 +309,8 @@ class Engine:
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after, *told)
 
     def moe_stats(self) -> dict[str, Any]:
-        """What the experts did since the start, by phase: totals, means a step, counts layer x expert (as the
-        checkpoint numbers them)."""
+        """Statistics of the experts since the start, by phase: totals, means a step, counts layer x expert
+        (experts as the checkpoint numbers them)."""
         self.runner.drain()
         cfg = self.runner.cfg
         phases = {

@@ -24,7 +24,14 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation: its text, tokens and why it ended. thoughts: see ``Output``."""
+    """One continuation.
+
+    text: the generated text.
+    token_ids: the generated tokens.
+    finish_reason: why it ended.
+    logprobs: one entry a generated token, if requested.
+    thoughts: see ``Output``.
+    """
 
     text: str
     token_ids: list[int]
@@ -35,8 +42,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt's tokens and its completions (one). prompt_logprobs: where asked for, one entry a prompt
-    token, None for the first. moe: what lossy techniques did, where any is configured."""
+    """A prompt and its continuation.
+
+    prompt_token_ids: the prompt's tokens.
+    outputs: its completions (one).
+    prompt_logprobs: if requested, one entry a prompt token, None for the first.
+    moe: what lossy techniques did, if any is configured.
+    """
 
     prompt_token_ids: list[int]
     outputs: list[Completion]
@@ -50,10 +62,13 @@ class LLM:
         llm = LLM("tiny")
         llm.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0.0))[0].outputs[0].text
 
-    ``close`` frees its memory; in a ``with`` statement that happens at the end.
-    model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``. Keyword arguments
-    are the fields of ``EngineSettings``; with warm_up False each shape compiles when it first runs. Raises
-    ValueError naming what is wrong with the model or a setting.
+    model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``.
+    moe: configuration of the MoE layers; None = the default.
+    warm_up: with False each shape compiles when it first runs.
+    settings: the other fields of ``EngineSettings``.
+
+    ``close`` frees its memory; a ``with`` statement does so at its end. Raises ValueError naming what is
+    wrong with the model or a setting.
     """
 
     def __init__(
@@ -86,10 +101,10 @@ class LLM:
         *,
         grammar: Grammar | None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad one.
+        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad prompt.
 
-        grammar: what every answer must be, as far as ``max_tokens`` lets it come; ValueError for a bad one,
-        and for one that becomes too costly to follow.
+        grammar: every answer follows it, as far as ``max_tokens`` lets the answer come; ValueError for a bad
+        grammar, and for one that becomes too costly to follow.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")
@@ -117,7 +132,7 @@ class LLM:
         return GrammarCompiler(self.engine.codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; ValueError where it is text and the model has no tokenizer."""
+        """Token ids of a prompt; ValueError if it is text and the model has no tokenizer."""
         if not isinstance(prompt, str):
             try:
                 return [operator.index(t) for t in prompt]
@@ -130,9 +145,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.
 
-        Of the model as it is: no lossy technique is applied.
-
-        Compiles once for every power of two of the length.
+        They are those of the model as it is: no lossy technique is applied. Compiles once for every power of
+        two of the length.
         """
         self.engine.check_open()
         tokens = list(token_ids)

@@ -1,4 +1,4 @@
-"""The engine's step of a model, lowered for devices that need not be here: nothing is allocated or run."""
+"""Lowers the engine's step of a model for devices that need not be here: nothing is allocated or run."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,10 @@ from jmoe.nn.kv_cache import page_layout
 def lower_step(
     cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes, *, sequences: int, tokens: int
 ) -> jax.stages.Lowered:
-    """The step over ``sequences`` a rank of one token each, or over ``tokens`` of prompts a rank, more than
-    one, beside which as many sequences are decoded as may run.
+    """Lowers one step.
+
+    With ``tokens`` 1, it decodes one token of each of ``sequences`` sequences a rank. With more, it runs
+    ``tokens`` prompt tokens a rank, and decodes as many sequences as may run in the same step.
 
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
@@ -48,14 +50,14 @@ def lower_step(
 
 
 def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
-    """The copy of a page on each rank."""
+    """Lowers the copy of a page on each rank."""
     model, functions, weights = _abstract_model(cfg, moe, mesh)
     pages = _abstract_pages(model, sizes)
     return functions.copy_pages.lower(weights, pages, *np.zeros((2, model.split.sequence_ranks), np.int32))
 
 
 def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, Jitted, list]:
-    """The model of shapes, its jitted functions and its weights."""
+    """The model with shapes only, its jitted functions and the shapes of its weights."""
     model, specs = abstract_decoder(cfg, moe, mesh)
     arrays = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.storage, sharding=spec.sharding)
@@ -73,7 +75,7 @@ def _abstract_pages(model: Decoder, sizes: Sizes) -> list[LayerPages]:
 
 
 def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:
-    """Shapes of the tables that tokens are shuffled by; the placement's file is not read."""
+    """Shapes of the tables by which tokens are shuffled; the placement's file is not read."""
     if moe.shuffle is None or not moe.shuffle.tokens:
         return None
     ranks = mesh.shape[EXPERT]

@@ -1,9 +1,9 @@
-"""The names of pages: hashes of a sequence's tokens, so that equal beginnings find each other's pages.
+"""Names of pages: hashes of a sequence's tokens, so that sequences with equal beginnings share pages.
 
-A page's name hashes the name of the page before it and its own tokens. The first one's predecessor is the
-``kind``: what else the content depends on (the request's cache salt, and the lossy techniques that touched
-it), so that pages of one kind never serve another. SHA-256, as in vLLM: with a short hash somebody could make
-two prompts whose pages are mistaken for each other.
+A page's name hashes the name of the previous page and the page's own tokens. The first page hashes the
+``kind`` instead: what else the content depends on (the request's cache salt, and the lossy techniques that
+touched it), so that pages of one kind never serve another. The hash is SHA-256, as in vLLM: with a short hash
+somebody could make two prompts whose pages are mistaken for each other.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ class PageNames:
         self._full: list[bytes] = []
 
     def full(self, tokens: Sequence[int]) -> list[bytes]:
-        """Of the full pages of ``tokens``, which begin with what was given before."""
+        """Names of the full pages of ``tokens``, which begin with the tokens of earlier calls."""
         size = self.page_size
         for page in range(len(self._full), len(tokens) // size):
             self._full.append(self._name(page, tokens[page * size : (page + 1) * size]))
         return self._full[: len(tokens) // size]
 
     def rest(self, tokens: Sequence[int]) -> bytes | None:
-        """Of the page that the end of ``tokens`` begins; None where it fills its last page."""
+        """Name of the last page of ``tokens`` if it is only partly full; None if they fill it."""
         pages = len(self.full(tokens))
         rest = tokens[pages * self.page_size :]
         return self._name(pages, rest) if rest else None

@@ -21,15 +21,24 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams:
     """How to continue a prompt.
 
-    max_tokens: tokens to generate at most; None = up to the end of the context; 0 only scores the prompt.
-    temperature: 0 is greedy. top_p: 0 keeps the likeliest token. top_k: 0 or -1 is off.
-    min_p: tokens less likely than this share of the likeliest one's probability are never drawn.
-    seed: None draws one. logit_bias: (token id, addend) pairs.
-    stop: strings that end the text (and are cut from it). stop_token_ids: ids that end it.
-    logprobs: alternatives reported for each generated token, None = none. prompt_logprobs: the same for
-    the prompt's tokens. exact: opt out of every lossy technique of the MoE layers. cache_salt: the prompt's
-    cached pages are shared only with requests that give the same one. Raises ValueError naming the field and
-    its limit.
+    max_tokens: maximum number of tokens to generate; None = up to the end of the context; 0 only scores the
+        prompt.
+    temperature: 0 is greedy.
+    top_p: 0 keeps only the likeliest token.
+    top_k: 0 or -1 is off.
+    min_p: tokens less likely than this share of the likeliest token's probability are never sampled.
+    seed: None draws a random seed.
+    logit_bias: (token id, addend) pairs.
+    stop: strings that end the text (and are cut from it).
+    stop_token_ids: token ids that end the text.
+    ignore_eos: the model's own end tokens do not end the text.
+    min_tokens: tokens to generate before an end token or a stop string may end the text.
+    logprobs: number of alternatives reported for each generated token; None = none.
+    prompt_logprobs: the same for the prompt's tokens.
+    exact: opts out of every lossy technique of the MoE layers.
+    cache_salt: the prompt's cached pages are shared only with requests that pass the same salt.
+
+    Raises ValueError naming the field and its limit.
     """
 
     max_tokens: int | None = 16
@@ -72,7 +81,7 @@ class SamplingParams:
 class TokenLogprob:
     """A token's log-probability (natural, of the unmodified distribution) and the most likely alternatives.
 
-    top: (token id, log-probability) by falling probability, always holding the token itself.
+    top: (token id, log-probability) pairs by falling probability; the token itself is always among them.
     """
 
     token_id: int
@@ -81,20 +90,20 @@ class TokenLogprob:
 
 
 class MoEUsage(make_dataclass("Counts", [(name, int, 0) for name in names(USAGE)])):
-    """A request's assignments of tokens to experts over all layers, and what lossy techniques did to them:
-    a number for each name of ``USAGE``."""
+    """Counts of a request's assignments of tokens to experts over all layers, and of what lossy techniques
+    did to them: one number for each name of ``USAGE``."""
 
 
 @dataclass(frozen=True)
 class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
-    text is what became certain: it never holds half a character nor the beginning of a stop string.
-    thoughts: likewise, what a model that answers in channels says in others than the final one.
-    prompt_logprobs comes once, with the first increment: one entry a prompt token, None for the first.
-    error: for ``finish_reason`` "error", the one-line cause.
-    invalid: whether what the request asked for is that cause, so that trying it again cannot help.
-    moe: with the last one, where anything lossy is configured.
+    text: what became certain; it never holds half a character nor the beginning of a stop string.
+    thoughts: the same for the channels other than the final one, if the model answers in channels.
+    prompt_logprobs: one entry a prompt token, None for the first; sent once, with the first increment.
+    error: the one-line cause if ``finish_reason`` is "error".
+    invalid: whether the request itself is that cause, so that sending it again cannot help.
+    moe: sent with the last increment, if anything lossy is configured.
     """
 
     request_id: str
@@ -111,11 +120,13 @@ class Output:
 
 
 class Constraint(Protocol):
-    """What the tokens of one answer may be: a grammar, and how far the answer has come in it.
+    """The tokens that one answer may have: a grammar, and the answer's current state in it.
 
-    allowed: uint32 ``[ceil(vocabulary / 32)]``, bit t % 32 of word t // 32: whether token t may come next;
-    at least one may, the end-of-text token where the answer may end. accept: the token that came. Both are
-    called from the engine's thread.
+    allowed: returns uint32 ``[ceil(vocabulary / 32)]``; bit t % 32 of word t // 32 says whether token t may
+        come next. At least one token may; the end-of-text token may if the answer may end here.
+    accept: advances the state by the sampled token.
+
+    Both are called from the engine's thread.
     """
 
     def allowed(self) -> np.ndarray: ...
@@ -124,10 +135,13 @@ class Constraint(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """A request in the engine. Times are ``time.monotonic`` seconds. constraint: None lets every token come.
+    """A request in the engine. Times are ``time.monotonic`` seconds.
 
-    emit is called from the engine's thread with every increment and must not block. place: what the
-    scheduler knows of it. cached_tokens: those of the prompt that were found in pages when it first entered.
+    emit: called from the engine's thread with every increment; it must not block.
+    constraint: the answer's grammar; None allows every token.
+    token_ids: generated tokens that the host has seen.
+    place: the scheduler's state of the request.
+    cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
     """
 
     id: str
@@ -152,7 +166,7 @@ class Request:
         return [*self.prompt_token_ids, *self.token_ids]
 
     def part(self, start: int, count: int) -> list[int]:
-        """Its tokens from position ``start`` on, ``count`` or as many as are known."""
+        """The request's tokens from position ``start`` on: ``count``, or fewer if fewer are known."""
         n = len(self.prompt_token_ids)
         generated = self.token_ids[max(start - n, 0) : max(start + count - n, 0)]
         return [*self.prompt_token_ids[start : start + count], *generated]
@@ -160,13 +174,20 @@ class Request:
 
 @dataclass
 class Place:
-    """Where a request is. Counts are of tokens and include those of steps that were started.
+    """A request's state in the scheduler. Token counts include those of steps that were already started.
 
-    number: it came in as. passed: how often later ones were let in before it. rank, seat, pages: its own
-    while it runs; a seat is a number that no other running one has, below the most that can run. names: of
-    its pages, None where they are not shared; named: how many were told. begun: tokens found in pages when it
-    entered. goal: those to run through as a prompt. computed: those whose keys and values are in the pages.
-    drawn: those the device has drawn and the host has not seen. ended: nothing of it is wanted any more.
+    number: order of arrival.
+    passed: how many later requests were admitted first.
+    rank: rank on which the request runs; -1 while it waits.
+    seat: a number that no other running request has, below the maximum of running requests.
+    pages: KV pages that the request holds while it runs.
+    names: names of its pages; None if they are not shared.
+    named: number of its full pages that the rank already knows by name.
+    begun: tokens found in cached pages at admission.
+    goal: tokens to prefill.
+    computed: tokens whose keys and values are in the pages.
+    drawn: tokens that the device has sampled and the host has not seen.
+    ended: whether nothing of the request is wanted any more.
     """
 
     number: int = -1
@@ -185,10 +206,15 @@ class Place:
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """The engine at one moment. kv_usage: share of KV pages in use, 0 to 1.
+    """The engine at one moment.
 
-    Since the start: compilations_after_warmup; preemptions, requests that lost their pages to older ones;
-    prefix_queries, prompt tokens that were looked up in cached pages, and prefix_hits, those found there.
+    kv_usage: share of KV pages in use, 0 to 1.
+
+    Counted since the start:
+    compilations_after_warmup: compilations after the warm-up.
+    preemptions: times that a request lost its pages to an older one.
+    prefix_queries: prompt tokens that were looked up in cached pages.
+    prefix_hits: prompt tokens that were found there.
     """
 
     running: int
@@ -203,8 +229,13 @@ class EngineSnapshot:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: the prompt tokens and the decoded ones in it, seconds from its start to its results on the
-    host, and those of them that the host was busy for it."""
+    """Size and duration of one step.
+
+    prompt_tokens: prompt tokens in the step.
+    decode_tokens: decoded tokens in the step.
+    seconds: time from its start to its results on the host.
+    host_seconds: the part of that time in which the host worked on the step.
+    """
 
     prompt_tokens: int
     decode_tokens: int

@@ -1,4 +1,4 @@
-"""An engine on a thread of its own: submit and abort from anywhere, results through ``Request.emit``."""
+"""An engine on its own thread: submit and abort from any thread; results come through ``Request.emit``."""
 
 import logging
 import threading
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class EngineWorker:
-    """Owns the thread on which alone the engine runs. Calls are done between two steps.
+    """Owns the only thread on which the engine runs. Calls are executed between two steps.
 
-    Whatever ends that thread, nobody waits for it afterwards: calls and requests end with EngineDead, and
-    ``snapshot`` says that it is not alive.
+    Whatever ends that thread, no caller waits for it afterwards: calls end with EngineDead, requests with a
+    last output that names the cause, and ``snapshot`` reports that it is not alive.
     """
 
     def __init__(self, engine: Engine):
@@ -51,7 +51,7 @@ class EngineWorker:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues all or none; raises ValueError (bad request), QueueFull or EngineDead."""
-        self._engine.check(requests)  # on the caller's thread: long prompts hold up no step
+        self._engine.check(requests)  # on the caller's thread, so that long prompts delay no step
         self._call(lambda: self._engine.enqueue(requests))
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -60,7 +60,7 @@ class EngineWorker:
             self._post(lambda: [tell(self._engine.abort, i) for i in ids])
 
     def snapshot(self) -> EngineSnapshot:
-        """Read without waiting for a step to end: each number is right, together they may be a step apart."""
+        """Does not wait for a step to end: each number is right, but they may be one step apart."""
         s = self._engine.snapshot()
         return replace(s, alive=s.alive and self._dead is None and self._thread.is_alive())
 
@@ -71,7 +71,7 @@ class EngineWorker:
         self._engine.listeners.append(listener)
 
     def close(self) -> None:
-        """Stops the thread after the current step; what still runs is aborted, and the engine is closed."""
+        """Stops the thread after the current step, aborts what still runs and closes the engine."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -97,13 +97,13 @@ class EngineWorker:
                 self._engine.step()
             cause, reason = "the engine is shutting down", "abort"
         except BaseException as error:  # a panic of a Rust library is no Exception
-            self._dead = cause  # at once: logging takes memory and may fail as well
+            self._dead = cause  # first, because logging takes memory and may fail too
             log.critical("the engine's thread ended: %s", type(error).__name__, exc_info=error)
         finally:
             self._stop(cause, reason)
 
     def _run_calls(self) -> bool:
-        """Runs what was posted, waiting for some where there is nothing to step; False at the end."""
+        """Runs the posted calls; waits for one if the engine has nothing to do. False when closing."""
         with self._wake:
             while not (self._calls or self._closing or self._engine.busy):
                 self._wake.wait()
@@ -112,7 +112,7 @@ class EngineWorker:
         for call, future in calls:
             try:
                 future.set_result(contained(call))
-            except Exception as error:  # the caller's to handle: it is raised there
+            except Exception as error:  # raised in the caller, who handles it
                 future.set_exception(error)
         return not closing
 

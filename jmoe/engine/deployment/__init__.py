@@ -1,1 +1,1 @@
-"""How to run a model: what users set, what memory there is, and what both come to on this machine."""
+"""How to run a model: the user's settings, the memory there is, and what both result in on this machine."""

@@ -1,12 +1,12 @@
-"""What a model and settings come to on this machine, resolved once: ``serve`` runs it, ``doctor`` reports it.
+"""Resolves a model and settings for this machine, once: ``serve`` runs the result, ``doctor`` reports it.
 
 **Memory.** What does not fit is refused in one line that has the sizes, before weights are read. Weights come
 first, then what a step needs, then the pages of the KV cache. Without ``kv_memory`` the pages are those of
 ``max_num_seqs`` whole contexts, but at most 2 GiB or one context, and at most half of what is left. If they
-do not hold one context, the line names the ``max_model_len`` that they do hold. A ``kv_memory`` that does not
-hold the model's own context shortens it, which the log says; one that was requested is refused. Several
-processes must come to the same sizes without asking one another: their pages do not depend on what a machine
-has left.
+do not hold one context, the line names the ``max_model_len`` that they do hold. If ``kv_memory`` does not
+hold the model's own context, the context is shortened and the log says so; a requested context is refused
+instead. Several processes must compute the same sizes without communicating, so their pages do not depend on
+what a machine has left.
 """
 
 import math
@@ -33,15 +33,18 @@ from jmoe.nn.kv_cache import page_bytes
 
 PAGE_SIZE = 32  # tokens
 DEFAULT_KV_BYTES = 2 << 30
-PROGRAMS = 128 << 20  # bytes of compiled steps and what else a process grows by
+PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. room: what there is before anything is loaded.
+    """Bytes on each device.
 
-    weights: with the pool of offloaded experts. step: the largest step's activations. programs: its code and
-    what else a process grows by.
+    weights: the weights, with the pool of offloaded experts.
+    step: the largest step's activations.
+    programs: code of the compiled steps, and whatever else a process grows by.
+    pages: the KV cache.
+    room: memory that is available before anything is loaded; None if unknown.
     """
 
     weights: int
@@ -56,7 +59,7 @@ class Memory:
 
     @property
     def left(self) -> int | None:
-        """What others than pages leave of the room."""
+        """What all but the pages leave of the room; None if unknown."""
         return None if self.room is None else self.room.bytes - self.total + self.pages
 
     def __str__(self) -> str:
@@ -70,7 +73,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Deployment:
-    """notes: what the user should know of settings that were changed or do nothing, a line each."""
+    """What a model and settings result in on this machine.
+
+    notes: what the user should know about settings that were changed or have no effect, a line each.
+    """
 
     directory: Path
     cfg: ModelConfig
@@ -82,7 +88,7 @@ class Deployment:
 
 
 def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
-    """Raises ValueError where the model or the settings would be refused, or do not fit the machine."""
+    """Raises ValueError if the model or the settings would be refused, or do not fit the machine."""
     directory = model_directory(model)
     cfg = read_config(directory, settings.dtype)
     split = settings_split(settings)
@@ -99,7 +105,7 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
 
 
 def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> Memory:
-    """Without pages, whose number depends on what is left."""
+    """The memory needed without pages, whose number depends on what is left."""
     mesh = split.mesh
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     shared = len(own) if get_backend(platform_of(mesh)).has_host_memory else 1
@@ -114,7 +120,7 @@ def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int
 
 
 def check_memory(memory: Memory) -> None:
-    """Raises ValueError with the sizes where they are more than there is."""
+    """Raises ValueError with the sizes if they exceed the memory there is."""
     if memory.room is None or memory.total <= memory.room.bytes:
         return
     advice = "lower kv_memory, max_model_len, max_num_seqs or max_num_batched_tokens"
@@ -127,7 +133,7 @@ def check_memory(memory: Memory) -> None:
 
 @contextmanager
 def within(memory: Memory) -> Iterator[None]:
-    """Memory that runs out all the same is a ValueError with the sizes."""
+    """Turns memory that runs out all the same into a ValueError with the sizes."""
     try:
         yield
     except MemoryError:
@@ -142,7 +148,7 @@ def within(memory: Memory) -> Iterator[None]:
 def fit_pages(
     cfg: ModelConfig, settings: EngineSettings, split: Split, length: int, memory: Memory
 ) -> tuple[int, int, list[str]]:
-    """(Tokens of a context, pages of a rank, notes); ValueError where an asked context has no room."""
+    """(Tokens of a context, pages of a rank, notes); ValueError if the context must shrink and may not."""
     one_page, table = page_bytes(cfg, split, PAGE_SIZE), -(-length // PAGE_SIZE)
     if settings.kv_memory is not None:
         pages, of = settings.kv_memory // one_page, f"kv_memory {readable(settings.kv_memory)}"
@@ -173,7 +179,7 @@ def fit_pages(
 def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages: int) -> Sizes:
     """Shapes to compile: 1, 4, 8, 16 ... sequences; 1, 2, 4, 8 ... rows of prompts' tokens.
 
-    Both are multiples of the ranks that share heads of a sequence and split its tokens.
+    Both are multiples of the number of ranks that share the heads of a sequence and split its tokens.
     """
     slots, sharing = rank_slots(settings, split)
     step, row = math.lcm(PAGE_SIZE, sharing), get_backend(platform_of(split.mesh)).num_row_tokens
@@ -195,9 +201,10 @@ def rank_slots(settings: EngineSettings, split: Split) -> tuple[int, int]:
 
 
 def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
-    """Of a device, pools of offloaded experts included and their host copies not, unless it is the host.
+    """Bytes of weights on a device, with pools of offloaded experts.
 
-    Counted on one layer of each kind: all of hundreds take seconds to describe.
+    Their host copies count only if the device's memory is the host's. One layer of each kind is described:
+    describing hundreds takes seconds.
     """
     moe_layers = len(cfg.moe_layers)
     counts = (cfg.num_hidden_layers - moe_layers, moe_layers) if cfg.mlp_only_layers else (moe_layers,)
@@ -216,7 +223,7 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
 
 
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:
-    """About what the largest step takes beside weights and pages: rows of a layer, logits, page tables."""
+    """About what the largest step takes besides weights and pages: rows of a layer, logits, page tables."""
     slots, _ = rank_slots(settings, split)
     tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
     heads = cfg.num_attention_heads * (cfg.latent.qk_head_dim if cfg.latent else cfg.head_dim)
@@ -227,13 +234,13 @@ def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length:
 
 
 def settings_split(settings: EngineSettings) -> Split:
-    """The mesh of the settings' sizes, and attention over it."""
+    """The mesh of the settings' sizes, and how attention is split over it."""
     sizes = settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
     return split_attention(make_mesh(*sizes), settings.attention)
 
 
 def context_length(cfg: ModelConfig, asked: int | None) -> int:
-    """``asked`` or the model's; ValueError where more than the model's is asked."""
+    """``asked``, or the model's own; ValueError if ``asked`` is less than 1 or more than the model's."""
     limit = cfg.longest_context
     if asked is not None and not 1 <= asked <= limit:
         raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {asked}")

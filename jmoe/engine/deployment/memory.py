@@ -1,7 +1,7 @@
-"""What memory there is, and what a model takes of it, before any of it is taken.
+"""How much memory there is, before any of it is allocated.
 
-A CPU's is the least of what the machine has available, of its control groups' limits and of the process's own
-(``ulimit -v``, ``-d``). Pure host code but for ``device.memory_stats()``.
+A CPU device has the least of what the machine has available, what its control groups' limits leave and what
+the process's own limits (``ulimit -v``, ``-d``) leave. Pure host code but for ``device.memory_stats()``.
 """
 
 import os
@@ -23,7 +23,11 @@ RESERVED = 256 << 20  # bytes of it that allocators and threads reserve and do n
 
 @dataclass(frozen=True)
 class Room:
-    """bytes: how many more can be taken. source: what says so."""
+    """Memory that can still be allocated.
+
+    bytes: how many bytes.
+    source: where this number comes from.
+    """
 
     bytes: int
     source: str
@@ -33,7 +37,7 @@ class Room:
 
 
 def device_room(device: Any, sharing: int = 1) -> Room | None:
-    """What a device has left; None where nothing says. sharing: devices of this process in one memory."""
+    """What a device has left; None if unknown. sharing: devices of this process that share one memory."""
     if get_backend(device.platform).has_host_memory:
         room = host_room()
         return room and Room(room.bytes // sharing, room.source)
@@ -44,7 +48,7 @@ def device_room(device: Any, sharing: int = 1) -> Room | None:
 
 
 def host_room() -> Room | None:
-    """What this process may still take of the host's memory; None where nothing says."""
+    """What this process may still allocate of the host's memory; None if unknown."""
     return min((*_machine(), *_cgroups(), *_limits()), key=lambda room: room.bytes, default=None)
 
 
@@ -59,7 +63,7 @@ def _machine() -> Iterator[Room]:
 
 
 def _cgroups() -> Iterator[Room]:
-    """Of each group that this process is in, and of those above it."""
+    """What is left in each control group of this process, and in the groups above it."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -80,7 +84,7 @@ def _cgroups() -> Iterator[Room]:
 
 
 def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Bytes up to the limit, files that the kernel may forget not counted; None without one."""
+    """Bytes left up to the limit, without cached files that the kernel may drop; None without a limit."""
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -90,7 +94,7 @@ def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
 
 
 def check_start() -> None:
-    """Raises ValueError where the address space is too small to start jax, which would end the process."""
+    """Raises ValueError if the address space is too small to start jax, which would end the process."""
     for room in _limits():
         if room.source.endswith("ulimit -v") and room.bytes + RESERVED < STARTING:
             raise ValueError(

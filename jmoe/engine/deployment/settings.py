@@ -18,14 +18,17 @@ MAX_STEP = 1 << 20  # tokens
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How to run a model. Sizes: sequences (max_num_seqs), tokens (max_model_len, max_num_batched_tokens),
-    bytes (kv_memory, on each rank, also as text such as "2GiB"). None means: the model's, or as much as the
-    others need and the machine has (see ``jmoe.engine.deployment.deployment``).
+    """How to run a model. None means the model's own value, or as much as the other settings need and the
+    machine has (see ``jmoe.engine.deployment.deployment``).
 
-    max_num_batched_tokens: what a step holds on each rank: a token of every request that is decoded, and of a
-    prompt what is left, at least one page; a longer prompt takes several steps. enable_prefix_caching:
-    prompts that begin alike share pages. dispatch: what says which rank a request goes to, the first one
-    first (see ``jmoe.engine.schedule.admission``).
+    max_model_len: tokens of a context.
+    max_num_seqs: sequences that run at once, on all ranks together.
+    max_num_batched_tokens: tokens of a step on each rank: one of every request that is decoded; the rest, at
+        least one page, is for prompts. A longer prompt takes several steps.
+    kv_memory: bytes of the KV cache on each rank, also as text such as "2GiB".
+    enable_prefix_caching: whether prompts with equal beginnings share pages.
+    dispatch: reasons that choose the rank of a request, the first one first (see
+        ``jmoe.engine.schedule.admission``).
     """
 
     max_model_len: AtLeastOne | None = None
@@ -53,7 +56,7 @@ class EngineSettings:
         self._check_dispatch()
 
     def _check_dispatch(self) -> None:
-        """Raises ValueError for reasons given twice, and for one that was named and has nothing to say."""
+        """Raises ValueError for a reason that is named twice, and for a named one that has no effect."""
         if len(set(self.dispatch)) < len(self.dispatch):
             raise ValueError(f"dispatch names some of {', '.join(REASONS)}, each once; got {self.dispatch}")
         if set(self.dispatch) == set(REASONS):
@@ -64,7 +67,7 @@ class EngineSettings:
             raise ValueError("dispatch 'experts' has no effect without moe.shuffle.requests = true")
 
     def without_effect(self, data: int, expert: int, tensor: int) -> list[str]:
-        """What is set and does nothing on a mesh of these sizes, a line each; on others it has its effect."""
+        """Settings that have no effect on a mesh of these sizes but would on others, a line each."""
         lines = []
         if self.moe.transport != MoEConfig.transport and data * expert * tensor == 1:
             lines.append(
@@ -81,7 +84,7 @@ class EngineSettings:
 
 
 def model_directory(model: str | Path) -> Path:
-    """The directory of a bundled model's name or of a path; ValueError for what is neither."""
+    """The directory of a bundled model's name or of a path; ValueError if ``model`` is neither."""
     if not isinstance(model, str | Path):
         raise ValueError(f"a model is a name or a directory, got {model!r}")
     return BUNDLED.get(str(model), Path(model))

@@ -1,9 +1,9 @@
-"""Process 0's one port: where the other processes join, and the way to jax's coordination service.
+"""Process 0's only port: where the other processes join, and the way to jax's coordination service.
 
-jax's coordinator asks nobody who he is, and whoever registers there as a process that exists ends them all.
-So it listens on the loopback address only, and what reaches it from other machines comes through this gate. A
-process that joins is given a token; every later connection of it must begin with that token. Nothing here is
-encrypted: who can read the network's packets can read the token.
+jax's coordinator authenticates nobody, and a client that registers under the number of an existing process
+ends all processes. So it listens on the loopback address only, and connections from other machines reach it
+through this gate. A process that joins gets a token; each of its later connections must begin with that
+token. Nothing here is encrypted: whoever can read the network's packets can read the token.
 """
 
 import hmac
@@ -26,8 +26,8 @@ HELLO = struct.Struct(
     f"<8sBI{TOKEN}s"
 )  # the magic, a purpose, the process's number, its token (joining: zeros)
 ANSWER = struct.Struct(f"<8sB{TOKEN}s")  # the magic, a verdict, the token of a process that joins
-GREETING = 5  # seconds in which a connection must have said who it is
-VISITORS = 64  # connections that have not said so yet; more are closed at once
+GREETING = 5  # seconds within which a connection must say who it is
+VISITORS = 64  # connections that have not said who they are yet; more are closed at once
 JOINING = 300  # seconds that processes wait for one another to start
 RETRY = 0.25  # seconds between two tries to reach process 0
 CHUNK = 1 << 16  # bytes that a tunnel carries at a time
@@ -56,8 +56,8 @@ class Gate:
         threading.Thread(target=self._accept, name="jmoe-gate", daemon=True).start()
 
     def meet(self, limit: float = JOINING) -> dict[int, socket.socket]:
-        """The connection of every other process, by number. ValueError where one does not come within
-        ``limit`` seconds. Afterwards no process can join any more."""
+        """The connection of every other process, by number. ValueError if one does not join within ``limit``
+        seconds. Afterwards no process can join any more."""
         others = range(1, self._nnodes)
         with self._changed:
             self._changed.wait_for(lambda: all(rank in self._joined for rank in others), limit)
@@ -79,7 +79,7 @@ class Gate:
             except OSError:
                 if self._listening.fileno() < 0:
                     return
-                time.sleep(RETRY)  # no descriptor is left, or the caller has gone already
+                time.sleep(RETRY)  # no file descriptor is left, or the caller is gone already
                 continue
             if self._visitors.acquire(blocking=False):
                 threading.Thread(target=self._visit, args=(connection,), daemon=True).start()
@@ -129,9 +129,9 @@ class Gate:
 
 
 def knock(host: str, port: int, rank: int, limit: float = JOINING) -> tuple[socket.socket, bytes]:
-    """Process ``rank``'s connection to process 0, and its token. Tries again until process 0 has started.
+    """Process ``rank``'s connection to process 0, and its token. Retries until process 0 has started.
 
-    Raises ValueError where it does not answer within ``limit`` seconds, or lets no process ``rank`` in.
+    Raises ValueError if process 0 does not answer within ``limit`` seconds, or refuses process ``rank``.
     """
     end = time.monotonic() + limit
     while True:
@@ -177,12 +177,12 @@ class Tunnel:
             except OSError:
                 near.close()
                 continue
-            # jax ends the process where its coordinator's connection ends; the line says it better.
+            # jax ends the process if its coordinator's connection ends; the line reports the end better.
             carry(near, far, keep_near=True)
 
 
 def carry(near: socket.socket, far: socket.socket, *, keep_near: bool = False) -> None:
-    """Copies what arrives at either end to the other until one ends, on threads of their own.
+    """Copies what arrives at either end to the other until one ends, on two new threads.
 
     keep_near: ``near`` stays open when ``far`` ends.
     """
@@ -205,7 +205,7 @@ def carry(near: socket.socket, far: socket.socket, *, keep_near: bool = False) -
 
 
 def read_within(connection: socket.socket, count: int, seconds: float) -> bytes:
-    """``count`` bytes that arrive within ``seconds`` in all; EngineDead where they do not."""
+    """``count`` bytes that arrive within ``seconds`` in all; EngineDead if they do not."""
     end, data = time.monotonic() + seconds, b""
     while len(data) < count:
         connection.settimeout(max(0.01, end - time.monotonic()))
@@ -220,7 +220,7 @@ def read_within(connection: socket.socket, count: int, seconds: float) -> bytes:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the other end has not closed it."""
+    """Whether the other end has not closed the connection."""
     try:
         readable, _, _ = select([connection], [], [], 0)
         return not readable or connection.recv(1, socket.MSG_PEEK) != b""

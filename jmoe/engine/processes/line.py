@@ -1,9 +1,9 @@
-"""The lines, one TCP connection each, on which process 0 reports to the others what to run.
+"""Lines, one TCP connection each, on which process 0 sends the others what to run.
 
 jax's ``broadcast_one_to_all`` would do that too, but it takes 3 ms between two processes on one CPU where a
 step would need two, it keeps idle accelerators busy with waiting, and a process that ends while nothing runs
-goes unnoticed. Both ends of a line send a sign of life every second: a process that is stopped or whose
-machine is gone is noticed by its silence.
+goes unnoticed. Both ends of a line send a sign of life every second: silence shows that a process is stopped
+or its machine is gone.
 """
 
 import json
@@ -26,7 +26,7 @@ FACTS = 1 << 20  # bytes of settings and configuration at most
 
 
 class Line:
-    """One end of a connection between process 0 and another."""
+    """One end of a connection between process 0 and another process."""
 
     def __init__(self, connection: socket.socket):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -36,12 +36,12 @@ class Line:
         self._closed = threading.Event()
 
     def send(self, data: bytes) -> None:
-        """Sends ``data`` whole, never between the bytes of another message; OSError where nobody reads."""
+        """Sends all of ``data``, never between the bytes of another message; OSError if nobody reads."""
         with self._sending:
             self.connection.sendall(data)
 
     def read_into(self, buffer: Any) -> None:
-        """Fills ``buffer``; EngineDead where the other end is gone or silent."""
+        """Fills ``buffer``; EngineDead if the other end is gone or silent."""
         view = memoryview(buffer).cast("B")
         while view:
             try:
@@ -59,7 +59,7 @@ class Line:
         return bytes(buffer)
 
     def agree(self, facts: dict[str, Any], other: int) -> None:
-        """Raises ValueError naming the first of ``facts`` that the other process has otherwise."""
+        """Raises ValueError naming the first of ``facts`` that differs in the other process."""
         text = json.dumps(facts, default=str).encode()
         self.send(LENGTH.pack(len(text)) + text)
         (length,) = LENGTH.unpack(self.read(LENGTH.size))
@@ -74,8 +74,8 @@ class Line:
                 )
 
     def live(self, sign: bytes) -> None:
-        """From now on sends ``sign`` every ``BEAT`` seconds, and takes ``SILENCE`` seconds without anything
-        from the other end for its loss."""
+        """From now on sends ``sign`` every ``BEAT`` seconds, and treats ``SILENCE`` seconds without anything
+        from the other end as its loss."""
         self.connection.settimeout(SILENCE)
 
         def beat() -> None:
@@ -92,10 +92,11 @@ class Line:
 
 
 class Followers:
-    """Process 0's lines to all others. ``lost`` says who is gone as soon as one is.
+    """Process 0's lines to all other processes. ``lost`` says which one is gone, as soon as one is.
 
-    gate: where they join; closed with the lines. facts: what all must have alike; ValueError names what they
-    have not. sign: the message that says nothing but that process 0 lives.
+    gate: where they join; it is closed with the lines.
+    facts: what must be equal in all processes; ValueError names what is not.
+    sign: the message that only says that process 0 lives.
     """
 
     def __init__(self, gate: Gate, facts: dict[str, Any], sign: bytes):
@@ -115,7 +116,7 @@ class Followers:
             threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
 
     def send(self, parts: Sequence[bytes]) -> None:
-        """Sends every follower a message; EngineDead where one is gone."""
+        """Sends every follower a message; EngineDead if one is gone."""
         message = b"".join(parts)
         for rank, line in self._lines.items():
             if self.lost is None:
@@ -127,7 +128,7 @@ class Followers:
             raise EngineDead(self.lost)
 
     def close(self, last: bytes = b"") -> None:
-        """Says ``last`` and closes the lines; a follower to which nothing is said takes it for a failure."""
+        """Sends ``last`` and closes the lines; a follower that gets no last message assumes a failure."""
         self._closing = True  # from here on, followers may go
         for line in self._lines.values():
             with suppress(OSError):
@@ -143,7 +144,7 @@ class Followers:
             raise EngineDead(f"process {rank} is gone ({error})") from None
 
     def _watch(self, rank: int, line: Line) -> None:
-        """Followers send signs of life and nothing else."""
+        """Reads a follower's signs of life (it sends nothing else) until it is lost."""
         try:
             while True:
                 line.read(1)

@@ -1,8 +1,8 @@
 """Serving with several processes: process 0 schedules, and all of them run its steps in lockstep.
 
 Every process holds the same jitted functions and its part of the weights and pages. The leader, process 0,
-says what it is about to run (the operation, its shapes, the host arrays) and runs it; a follower
-reads that and runs the same. Device results stay where they are: what the host reads is the same on all.
+sends what it is about to run (the operation, its shapes, the host arrays) and runs it; a follower reads that
+and runs the same. Device results are not sent: what the host reads is the same in all processes.
 """
 
 import logging
@@ -37,7 +37,7 @@ from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Changes, Phase
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows beside, the momentary capacity factor
+HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows of `beside`, present capacity factor
 
 
 class Operation(IntEnum):
@@ -45,11 +45,11 @@ class Operation(IntEnum):
 
 
 RUNS: dict[Phase, Operation] = {"decode": Operation.DECODE, "prefill": Operation.PREFILL}
-SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # of life, from process 0; a follower's is one byte
+SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # process 0's sign of life; a follower's is one byte
 
 
 class Leader(Runner):
-    """A runner that tells the followers of every operation before it starts it."""
+    """A runner that sends every operation to the followers before it starts it."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Leader(Runner):
         super().copy_pages(from_R, to_R)
 
     def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
-        if hidden_RND is not self._hidden:  # followers keep no others
+        if hidden_RND is not self._hidden:  # followers keep only the last run's
             raise ValueError("with several processes only the last run can be scored")
         self._tell(Operation.SCORE, targets_RN.shape, [targets_RN])
         return super().score(hidden_RND, targets_RN)
@@ -93,7 +93,7 @@ class Leader(Runner):
         super().drain()
 
     def close(self) -> None:
-        """Lets go of weights and cache here and in the followers, which end; safe to call again."""
+        """Frees weights and cache here and in the followers, which end; safe to call again."""
         self._followers.close(self._header(Operation.STOP))
         self._hidden = None
         super().close()
@@ -108,7 +108,7 @@ class Leader(Runner):
 
 
 def repeat(runner: Runner, line: Line) -> None:
-    """Runs what the leader runs until it says stop; EngineDead where it ends without a word."""
+    """Runs what the leader runs until it sends stop; EngineDead if it ends without sending it."""
     hidden = None
     while True:
         operation, rows, tokens, beside, capacity_factor = HEADER.unpack(line.read(HEADER.size))
@@ -140,7 +140,7 @@ def repeat(runner: Runner, line: Line) -> None:
 def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> Engine:
     """Process 0's engine on the mesh of all processes, warmed up. Closing it ends the followers.
 
-    Raises ValueError as ``build_engine`` does, and EngineDead where a follower is gone.
+    Raises ValueError as ``build_engine`` does, and EngineDead if a follower is gone.
     """
     facts = facts_of(nodes, model, settings)
     coordinator = free_port()
@@ -167,7 +167,7 @@ def follow(
     """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
 
     ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
-    EngineDead where process 0 is gone.
+    EngineDead if process 0 is gone.
     """
     facts = facts_of(nodes, model, settings)
     connection, token = knock(nodes.host, nodes.port, nodes.rank)
@@ -185,6 +185,6 @@ def follow(
 
 def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
     """What all processes must have in common: their number, settings and the model's configuration. Its
-    ValueErrors come before the others have anything to wait for."""
+    ValueErrors are raised before the processes connect, so that none waits for one that failed."""
     cfg = read_config(model_directory(model), settings.dtype)
     return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)

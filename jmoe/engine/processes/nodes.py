@@ -1,7 +1,7 @@
 """Several processes whose devices are one mesh: who they are (``Nodes``), how they ``join`` and ``leave``.
 
-The command line's ``--nnodes``, ``--node-rank`` and ``--dist-init-addr``. Once joined, every process sees the
-devices of all, and all must launch the same programs in the same order: ``multihost`` sees to that.
+The command line's ``--nnodes``, ``--node-rank`` and ``--dist-init-addr`` set them. Once joined, every process
+sees the devices of all, and all must launch the same programs in the same order; ``lockstep`` ensures that.
 """
 
 import logging
@@ -21,7 +21,7 @@ from jmoe.config.reading import check_fields
 Whole = Annotated[int, Meta(description="a whole number")]
 log = logging.getLogger(__name__)
 HEARTBEAT = 30  # seconds without a sign of life after which jax ends the processes that are left
-LEAVING = 10  # seconds that a process which ends waits for the others to do so too
+LEAVING = 10  # seconds that an ending process waits for the others to end too
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Nodes:
 
     @property
     def port(self) -> int:
-        """0 where the address has none."""
+        """Port of process 0; 0 if the address has none."""
         port = str(self.dist_init_addr).rpartition(":")[2]
         return int(port) if port.isdecimal() else 0
 
@@ -68,10 +68,12 @@ def join(nodes: Nodes, coordinator: int) -> None:
     """Makes jax's devices those of all processes. Call it before anything touches a device.
 
     coordinator: a port on the loopback address, where process 0 starts jax's coordination service and where
-    the others reach it (see ``gate``). Raises ValueError where the processes cannot be one mesh.
+        the others reach it (see ``gate``).
+
+    Raises ValueError if the processes cannot be one mesh.
     """
     log.info("process %d of %d: joining at %s", nodes.rank, nodes.nnodes, nodes.dist_init_addr)
-    # It would take SIGTERM for a notice that the machine is to go, and the process would live on.
+    # The service would take SIGTERM for a notice that the machine goes away, and the process would live on.
     jax.config.update("jax_enable_preemption_service", False)
     address = f"127.0.0.1:{coordinator}"
     jax.distributed.initialize(
@@ -81,7 +83,7 @@ def join(nodes: Nodes, coordinator: int) -> None:
         cluster_detection_method="deactivate",  # the flags say all there is to know
         coordinator_bind_address=address,  # jax's own choice is every address of the machine
         heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=2 * LEAVING,  # then it would abort; see leave
+        shutdown_timeout_seconds=2 * LEAVING,  # jax would abort after this time; see leave
     )
     counts = [n for _, n in sorted(Counter(d.process_index for d in jax.devices()).items())]
     if len(counts) != nodes.nnodes or len(set(counts)) != 1:
@@ -89,9 +91,9 @@ def join(nodes: Nodes, coordinator: int) -> None:
 
 
 def leave(code: int) -> int:
-    """``code``, once all processes have left together. After a failure, or where another does not leave, this
-    one ends here with it: a step that waits for a process that is gone never ends, and jax would wait for it
-    too, and then abort."""
+    """Returns ``code`` once all processes have left together. After a failure, or if another process does not
+    leave, it ends this process with ``code``: a step that waits for a lost process never ends, and jax would
+    wait for it too, and then abort."""
     if code == 0:
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
@@ -105,7 +107,7 @@ def leave(code: int) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket of process 0, port 0 for any that is free; ValueError says why there is none."""
+    """A listening socket of process 0; port 0 takes any free port. ValueError says why it cannot listen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)

@@ -1,14 +1,15 @@
-"""Which rank a request enters, and what it finds there. Pure host code.
+"""Which rank a request is admitted to, and which cached pages it finds there. Pure host code.
 
-The reasons, in an order that the engine's setting gives; what is not named is not asked:
+A rank is chosen by these reasons. A setting of the engine gives their order; a reason that it does not name
+is not used:
 
 - "prefix": the rank whose pages already hold most of the prompt, unless it is much busier than others;
-- "experts" (request scheduling of Speculative MoE, arXiv 2503.04398): the one that holds most of the prompt's
-  experts, of those that were not given a request yet in this round; a round ends when every rank was given
-  one, so that none is left behind;
-- "load": the one that runs the fewest requests and has the most free pages.
+- "experts" (request scheduling of Speculative MoE, arXiv 2503.04398): the rank that holds most of the
+  prompt's experts, among the ranks that did not get a request yet in this round; a round ends when every rank
+  got one, so that no rank is passed over;
+- "load": the rank that runs the fewest requests, and of these the one with the most free pages.
 
-Where none has anything to say, ranks take turns.
+If no reason decides, ranks take turns.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Literal, get_args
 from jmoe.engine.page_names import PageNames
 from jmoe.engine.schedule.pages import RankPages
 
-# prompt token ids -> the part of their assignments that is expected on each rank
+# prompt token ids -> the share of their assignments to experts that is expected on each rank
 Share = Callable[[list[int]], Sequence[float]]
 Reason = Literal["prefix", "experts", "load"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -26,9 +27,14 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 @dataclass(frozen=True)
 class Entry:
-    """How a request could enter a rank. held: pages with the beginning of its tokens, all full ones; part: a
-    page with all the rest of them, which others go on writing into. found: tokens in both that need not run;
-    the last one always does. running, free: the rank's requests and free pages.
+    """How a request could be admitted to a rank.
+
+    held: full pages that already hold the beginning of its tokens.
+    part: a page that holds all its remaining tokens, which other requests may still write into; None if
+        there is none.
+    found: tokens in both that need not run; the last token always runs.
+    running: requests that run on the rank.
+    free: free pages of the rank.
     """
 
     rank: int
@@ -42,10 +48,14 @@ class Entry:
 def entry_at(
     rank: int, pages: RankPages, tokens: list[int], names: PageNames | None, size: int, running: int
 ) -> Entry | None:
-    """None where there are not enough pages for ``tokens`` and one for each request that runs there already.
+    """How ``tokens`` could be admitted to ``rank``; None if the rank has too few free pages.
 
-    names: of the tokens' pages, None where nothing is to be found. size: tokens of a page. Full pages that
-    the planned step writes may be read in it, by tokens of prompts; copied or decoded from they may not.
+    It needs enough for ``tokens`` and one more for each request that already runs there. Full pages that the
+    planned step writes may be read in the same step by tokens of prompts; they may not be copied or decoded
+    from.
+
+    names: names of the tokens' pages; None if no cached page may be used.
+    size: tokens of a page.
     """
     held: list[int] = []
     part = None
@@ -66,18 +76,23 @@ def entry_at(
 
 
 class Dispatch:
-    """share: what part of a prompt's expected assignments lies on each of ``ranks``; None where nothing says.
-    slots: requests that run together on a rank."""
+    """Chooses the rank for each request.
+
+    ranks: number of ranks.
+    slots: maximum of requests that run together on a rank.
+    reasons: what chooses the rank, in this order.
+    share: gives the share of a prompt's expected assignments on each rank; None if it is not known.
+    """
 
     def __init__(
         self, ranks: int, slots: int, reasons: Sequence[Reason] = REASONS, share: Share | None = None
     ):
         self.ranks, self.slots, self.reasons, self.share = ranks, slots, tuple(reasons), share
-        self.round: set[int] = set()  # ranks that were given a request for its experts
+        self.round: set[int] = set()  # ranks that got a request for its experts in this round
         self._turn = 0
 
     def choose(self, tokens: list[int], entries: list[Entry], least: int) -> Entry:
-        """One of the entries for a prompt; least: requests on the rank that runs the fewest."""
+        """Chooses one of the entries for a prompt. least: requests on the rank that runs the fewest."""
         for reason in self.reasons:
             if reason == "prefix":
                 calm = least + max(self.slots // 2, 1)
@@ -92,7 +107,7 @@ class Dispatch:
         return entries[self._turn % len(entries)]
 
     def _likeliest(self, share: Sequence[float], entries: list[Entry]) -> Entry:
-        """The rank for a request with these expected shares, noted in this round."""
+        """Chooses the entry with the largest expected share and marks its rank in this round."""
         fresh = [e for e in entries if e.rank not in self.round] or entries
         best = max(fresh, key=lambda e: (share[e.rank], e.free, -e.rank))
         self.round.add(best.rank)

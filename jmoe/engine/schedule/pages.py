@@ -1,8 +1,8 @@
-"""Who holds which KV page, and what free ones still hold. Pure host code.
+"""Which sequences hold which KV pages, and what free pages still hold. Pure host code.
 
-A page's content has a name: the hash of all tokens up to its end (``prefix``). A named page can serve every
-sequence that begins with those tokens. One that nobody uses any more is free, and keeps its content until
-another sequence needs the page; the least recently used one goes first.
+A page's content has a name: the hash of all tokens up to its end (``page_names``). A named page can serve
+every sequence that begins with those tokens. A page without users is free, and keeps its content until
+another sequence needs the page; the least recently used page is evicted first.
 """
 
 from collections import OrderedDict
@@ -10,13 +10,21 @@ from collections.abc import Iterable
 
 
 class RankPages:
-    """The pages of one rank. unwritten: those that were named since it was last cleared, for what the step
-    that is being planned will write into them."""
+    """The pages of one rank.
+
+    blank: free pages without a name.
+    kept: free pages with a name, the least recently used first.
+    users: number of users of each page.
+    names: names of each page's content.
+    named: page of each name.
+    unwritten: pages that were named since this set was last cleared, for content that the step being planned
+        will write.
+    """
 
     def __init__(self, count: int):
         self.count = count
-        self.blank = list(range(count - 1, -1, -1))  # free, without a name
-        self.kept: OrderedDict[int, None] = OrderedDict()  # free, with one; least recently used first
+        self.blank = list(range(count - 1, -1, -1))
+        self.kept: OrderedDict[int, None] = OrderedDict()
         self.users = [0] * count
         self.names: list[list[bytes]] = [[] for _ in range(count)]
         self.named: dict[bytes, int] = {}
@@ -27,7 +35,7 @@ class RankPages:
         return len(self.blank) + len(self.kept)
 
     def take(self, count: int) -> list[int]:
-        """``count`` pages for one user, their content forgotten; ValueError where fewer are free."""
+        """Allocates ``count`` pages for one user and forgets their content; ValueError if fewer are free."""
         if count > self.free:
             raise ValueError(f"{self.free} pages are free, {count} are asked for")
         return [self._take_one() for _ in range(count)]
@@ -47,7 +55,7 @@ class RankPages:
         self.names[page] = []
 
     def forget(self, pages: Iterable[int]) -> None:
-        """These pages' content serves nobody who does not use them already."""
+        """Removes the names of these pages: only their present users go on using their content."""
         for page in pages:
             self._unname(page)
             if page in self.kept:
@@ -55,8 +63,8 @@ class RankPages:
                 self.blank.append(page)
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """One user less. A sequence's later pages go first: without them its earlier ones are still of
-        use."""
+        """Removes one user of each page and frees pages without users. A sequence's later pages become free
+        first: its earlier pages are still useful without them."""
         for page in reversed(list(pages)):
             self.users[page] -= 1
             if self.users[page] == 0 and self.names[page]:
@@ -65,20 +73,20 @@ class RankPages:
                 self.blank.append(page)
 
     def share(self, pages: Iterable[int]) -> None:
-        """One user more for pages that hold something."""
+        """Adds one user to each of these named pages."""
         for page in pages:
             self.users[page] += 1
             self.kept.pop(page, None)
 
     def name(self, page: int, name: bytes) -> None:
-        """Says what a page holds. Where another page holds the same, that one keeps the name."""
+        """Names the content of a page. If another page already has the name, that page keeps it."""
         if name not in self.named:
             self.named[name] = page
             self.names[page].append(name)
             self.unwritten.add(page)
 
     def find(self, names: Iterable[bytes]) -> list[int]:
-        """The pages of these names up to the first that none has."""
+        """The pages with these names, up to the first name that no page has."""
         found = []
         for name in names:
             page = self.named.get(name)

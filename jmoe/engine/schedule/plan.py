@@ -7,8 +7,11 @@ from jmoe.engine.request import Request
 
 @dataclass(frozen=True)
 class Run:
-    """``count`` tokens of a request from position ``start`` on. decodes: whether that is one token behind all
-    that are computed, else a part of a prompt; draws: whether the next one is drawn."""
+    """``count`` tokens of a request from position ``start`` on, which one step runs.
+
+    decodes: whether this is one decoded token after all computed ones; otherwise it is a part of a prompt.
+    draws: whether the next token is sampled.
+    """
 
     request: Request
     start: int
@@ -19,8 +22,13 @@ class Run:
 
 @dataclass
 class Step:
-    """One call of the model. size: tokens of prompts a rank, as compiled, 0 without prompts. copies: of pages
-    within a rank, (rank, from, to), before it."""
+    """One call of the model.
+
+    decodes: runs of one decoded token each.
+    prompts: runs of prompt tokens.
+    size: compiled number of prompt tokens a rank; 0 without prompts.
+    copies: copies of pages within a rank before the call, as (rank, from, to).
+    """
 
     decodes: list[Run] = field(default_factory=list)
     prompts: list[Run] = field(default_factory=list)
@@ -28,7 +36,7 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
 
     def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
-        """The copies, of each rank at most one a round."""
+        """The copies in rounds; a round has at most one copy of each rank."""
         rounds: list[list[tuple[int, int, int]]] = []
         for copy in self.copies:
             free = next((r for r in rounds if all(copy[0] != other[0] for other in r)), None)
@@ -40,8 +48,13 @@ class Step:
 
 @dataclass
 class Room:
-    """What a step has left for prompts on a rank: tokens, and rows of ``run`` tokens, which a prompt does not
-    share with another. used: rows."""
+    """What a step has left for prompts on a rank.
+
+    tokens: tokens that are left of the budget.
+    rows: rows of the step; two prompts never share a row.
+    run: tokens of a row.
+    used: rows that are already used.
+    """
 
     tokens: int
     rows: int
@@ -49,7 +62,7 @@ class Room:
     used: int = 0
 
     def take(self, wanted: int, page: int) -> int:
-        """Tokens of a prompt that has ``wanted`` left: all, or whole pages."""
+        """Takes room for a prompt with ``wanted`` tokens left: all of them, or as many whole pages as fit."""
         most = min(self.tokens, (self.rows - self.used) * self.run)
         count = wanted if wanted <= most else most // page * page
         self.tokens -= count

@@ -1,11 +1,11 @@
 """What the next step runs. Pure host code over plain objects.
 
 A step holds one token of every request that is being decoded and, on each rank, the next tokens of prompts,
-as many as the budget leaves. Requests enter first come, first served, when there is a place and pages for
-what they bring; pages for what they generate are taken one by one. Where none is free, the request that came
-last gives its pages back and later runs again from its tokens, so that the oldest always goes on. A request
-that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED`` times at most. Which rank they enter,
-``dispatch`` says.
+as many as the budget leaves. Requests are admitted first come, first served, when a slot is free and there
+are pages for the tokens that they have; pages for generated tokens are allocated one by one. If none is free,
+the request that came last is preempted: its pages are freed and it later runs again from its tokens, so that
+the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
+times at most. ``dispatch`` chooses the rank.
 """
 
 from collections import deque
@@ -23,8 +23,14 @@ MAX_PASSED = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: requests that run together on a rank. budget: tokens of a step on a rank, at least a page of a
-    prompt beside what is decoded. longest: tokens of one sequence. queue: waiting requests."""
+    """Upper limits of the scheduler.
+
+    slots: requests that run together on a rank.
+    budget: tokens of a step on a rank; at least one page of a prompt fits in the same step as the decoded
+        tokens.
+    longest: tokens of one sequence.
+    queue: waiting requests.
+    """
 
     slots: int
     budget: int
@@ -34,15 +40,19 @@ class Limits:
 
 @dataclass
 class PrefixCounts:
-    """Tokens of prompts: looked up in the pages, and found there."""
+    """Prompt tokens that were looked up in cached pages, and those found there."""
 
     queries: int = 0
     hits: int = 0
 
 
 class Scheduler:
-    """sizes: tokens of prompts a rank that are compiled, the first those of one row. kind: names what a
-    request's pages depend on beside its tokens; None shares no pages. dispatch: chooses ranks; None by load.
+    """Plans the steps: which requests run, on which ranks and in which pages.
+
+    pool: KV pages of all ranks.
+    sizes: compiled numbers of prompt tokens a rank; the first is that of one row.
+    kind: names what a request's pages depend on other than its tokens; with None no pages are shared.
+    dispatch: chooses ranks; None = the default ``Dispatch``.
     """
 
     def __init__(
@@ -68,7 +78,7 @@ class Scheduler:
         return self.pool.pages_for(prompt + max(new - 1, 0))
 
     def add(self, requests: list[Request]) -> None:
-        """Queues all or none; QueueFull where they do not fit."""
+        """Queues all or none; QueueFull if they do not fit."""
         if len(self.waiting) + len(requests) > self.limits.queue:
             raise QueueFull(
                 f"the queue is full: {len(self.waiting)} of {self.limits.queue} requests are waiting"
@@ -81,11 +91,11 @@ class Scheduler:
     # ---- a step --------------------------------------------------------------------------------------
 
     def next_step(self) -> Step | None:
-        """What to run now; the requests' places are then as behind it. None where nothing can run."""
+        """Plans the next step and advances each request's place as if it had run; None if nothing can run."""
         step = Step()
         for rank in self.pool.ranks:
             rank.unwritten.clear()
-        for request in self._by_age():  # who came last gives way
+        for request in self._by_age():  # oldest first: the request that came last is preempted
             if request in self.running and self._continues(request):
                 self._decode(request, step)
         rooms = self._rooms(step)
@@ -101,7 +111,7 @@ class Scheduler:
         return sorted(self.running, key=lambda r: r.place.number)
 
     def _rooms(self, step: Step) -> list[Room]:
-        """Of each rank, beside what is decoded there."""
+        """The room for prompts on each rank, without what its decoded tokens take."""
         run, page = self.sizes[0], self.pool.page_size
         left = [self.limits.budget] * len(self.pool.ranks)
         for decoded in step.decodes:
@@ -109,7 +119,7 @@ class Scheduler:
         return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
 
     def _continues(self, request: Request) -> bool:
-        """Whether a token follows the last one that was drawn, which is all that is not computed yet."""
+        """Whether to decode a token: all but the last sampled one are computed, and no limit is met."""
         place, limit = request.place, request.params.max_tokens
         reach = request.length + place.drawn
         new = reach - len(request.prompt_token_ids)
@@ -128,8 +138,8 @@ class Scheduler:
         self._advance(request, 1, draws=True)
 
     def _preempt(self, rank: int) -> Request:
-        """Takes the pages of the running request of ``rank`` that came last; it runs again from its
-        tokens."""
+        """Preempts the running request of ``rank`` that came last: frees its pages and queues it; it runs
+        again from its tokens."""
         last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.number)
         self._leave(last)
         place = last.place
@@ -140,7 +150,7 @@ class Scheduler:
         return last
 
     def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
-        """The next tokens of a prompt: whole pages, or up to its end; perhaps none."""
+        """Adds the next tokens of a prompt to the step: whole pages, or up to its end; perhaps none."""
         place = request.place
         count = rooms[place.rank].take(place.goal - place.computed, self.pool.page_size)
         if count:
@@ -156,7 +166,7 @@ class Scheduler:
     # ---- in and out ----------------------------------------------------------------------------------
 
     def tell(self, request: Request) -> None:
-        """Names the pages whose content is known by now."""
+        """Names those of its pages whose content is known by now."""
         place, size = request.place, self.pool.page_size
         done = min(place.computed, request.length)
         if place.names is None or (place.named * size > done - size and done != place.goal):
@@ -171,7 +181,7 @@ class Scheduler:
             rank.name(place.pages[place.named], rest)
 
     def finish(self, request: Request) -> None:
-        """Takes it out; nothing of it is wanted any more, from steps that were started either."""
+        """Removes the request; nothing of it is wanted any more, not even from steps already started."""
         if request.place.rank < 0:
             self.waiting.remove(request)
         else:
@@ -179,8 +189,9 @@ class Scheduler:
         request.place.ended = True
 
     def spoil(self, request: Request) -> None:
-        """Takes the names of its pages away, as they hold what is not finite. Those that it found go too: who
-        wrote them may have been given up before anybody saw it."""
+        """Removes the names of its pages, because what they hold may be wrong (not finite). The pages that it
+        found in the cache lose theirs too: the request that wrote them may have ended before this was seen.
+        """
         if (names := self._names(request)) is None:
             return
         rest = names.rest(request.prompt_token_ids)
@@ -192,7 +203,7 @@ class Scheduler:
         request.place.names = None
 
     def drop(self, request_id: str) -> Request | None:
-        """Takes a request out wherever it is; None where it is not here (any more)."""
+        """Removes a request, waiting or running; None if it is not here (any more)."""
         found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
         if found is not None:
             self.finish(found)
@@ -208,7 +219,7 @@ class Scheduler:
     # ---- who enters, and where -----------------------------------------------------------------------
 
     def _admit(self, step: Step, rooms: list[Room]) -> None:
-        behind: list[Request] = []  # those that stay, in order
+        behind: list[Request] = []  # requests that keep waiting, in order
         while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks(rooms)):
             request = self.waiting.popleft()
             entry = None if request.place.drawn else self._entry(request, ranks)
@@ -225,7 +236,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(behind))
 
     def _open_ranks(self, rooms: list[Room]) -> list[int]:
-        """Those with a place, and room for a page of a prompt."""
+        """The ranks with a free slot and room for a page of a prompt."""
         counts, page = self._counts(), self.pool.page_size
         roomy = [room.tokens >= page and room.used < room.rows for room in rooms]
         return [r for r, count in enumerate(counts) if count < self.limits.slots and roomy[r]]
@@ -237,7 +248,7 @@ class Scheduler:
         return counts
 
     def _entry(self, request: Request, ranks: list[int]) -> Entry | None:
-        """Where and how it enters, None where no rank has the pages."""
+        """Where and how the request is admitted; None if no rank has enough pages."""
         tokens, names, counts, size = (
             request.tokens,
             self._names(request),
@@ -249,7 +260,7 @@ class Scheduler:
         return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
 
     def _names(self, request: Request) -> PageNames | None:
-        """None where its pages are not shared, or all of the prompt has to run because it is scored."""
+        """Names of its pages; None if they are not shared, or if all of the prompt must run to be scored."""
         if self.kind is None or request.params.prompt_logprobs is not None:
             return None
         if request.place.names is None:
@@ -262,14 +273,14 @@ class Scheduler:
         rank.share(shared)
         need = self.pool.pages_for(request.length) - len(entry.held)
         place.pages = [*entry.held, *rank.take(need)]
-        if entry.part is not None:  # its user goes on writing into it, and so will this one
+        if entry.part is not None:  # others may still write into it, so this request writes into a copy
             step.copies.append((entry.rank, entry.part, place.pages[-1]))
             rank.give_back([entry.part])
         seats = {r.place.seat for r in self.running}
         place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
         place.rank, place.goal = entry.rank, request.length
         place.begun = place.computed = entry.found
-        if request.started is None:  # else it lost its pages, and finds its own
+        if request.started is None:  # otherwise it was preempted and finds its own pages
             request.cached_tokens = entry.found
         place.named = len(entry.held)
         if place.names is not None:
@@ -277,5 +288,5 @@ class Scheduler:
             self.prefix.hits += entry.found
         self.running.append(request)
         written = rank.unwritten.isdisjoint(entry.held)
-        if place.goal - place.computed == 1 and entry.found and written:  # it is as one that was drawn
+        if place.goal - place.computed == 1 and entry.found and written:  # the last token is decoded
             self._decode(request, step)
