@@ -1,8 +1,9 @@
-"""Attention over a window of its own tokens, or over a paged KV cache: what both kinds of it share.
+"""Attention over a window of its own tokens, or over a paged KV cache: the code that its two kinds share.
 
-Sequences and heads are split over the mesh as ``Split`` says. Where heads are split over ``expert`` too, a
-rank's tokens are gathered before and scattered, summed, behind: each sends half of what an all-reduce does.
-Where there are fewer KV heads than ranks, each rank keeps the one KV head that its query heads share.
+Sequences and heads are split over the mesh as ``Split`` says. If heads are split over ``expert`` too, tokens
+are gathered before attention, and its outputs are summed and scattered after it: each of the two sends half
+of what an all-reduce does. If there are fewer KV heads than ranks, each rank keeps the one KV head that its
+query heads share.
 """
 
 from collections.abc import Callable
@@ -27,16 +28,16 @@ from jmoe.nn.window import attend_window
 from jmoe.param import specs_of
 
 Weights = dict[str, Array]
-# (weights, x_BTD, rotation, positions_BT) -> of one rank's heads queries [B, T, H, d], keys and values
-# [B, T, G, d]; values None where a key is its own value
+# (weights, x_BTD, rotation, positions_BT) -> queries [B, T, H, d], keys and values [B, T, G, d] of one rank's
+# heads; values are None if each key is its own value
 Project = Callable[[Weights, Array, Rotation, Array], tuple[Array, Array, Array | None]]
 
 
 class Attention(nnx.Module):
-    """One layer's attention. A kind of it declares its weights, ``[out, in]``, ``o_proj`` among them, makes
-    queries, keys and values (``project``) and reads what was attended to (``read_out``).
+    """One layer's attention. A subclass declares its weights, ``[out, in]``, with an ``o_proj`` among them,
+    makes queries, keys and values (``project``) and turns the weighted sums into outputs (``read_out``).
 
-    scale: of the scores; None is one over the root of a query's dimension.
+    scale: factor of the scores; None is one over the root of a query's dimension.
     """
 
     scale: float | None
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
         self.span, self.rotates = cfg.span(layer), cfg.rotates(layer)
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
-        """The heads' outputs, from the weighted sums of values."""
+        """Makes the heads' outputs from the weighted sums of values."""
         return out_BTHd
 
     def __call__(
@@ -66,8 +67,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "N D"], LayerPages | None]:
         """Attention output in float32 and the pages with this step's keys and values.
 
-        Tokens come and go sequence after sequence, N = B * T, split over data and expert. move: with it
-        those of the ranks that share their heads come in its order before and leave in its order after.
+        Tokens enter and leave sequence after sequence, N = B * T, split over data and expert. move: if given,
+        the tokens of the ranks that share their heads enter in its ``before`` order and leave in its
+        ``after`` order.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
@@ -114,7 +116,7 @@ class Attention(nnx.Module):
     def _attend(
         self, seqs: Sequences, q: Array, k: Array, v: Array | None, pages: LayerPages, sinks_H: Array | None
     ) -> tuple[Array, LayerPages]:
-        """Attention over the cache: of the sequences beside the prompts, then of the prompts."""
+        """Attention over the cache; decode rows in the same step as prompts come before the prompts."""
         values = [None] * len(seqs.pieces) if v is None else seqs.cut(v)
         new = []
         for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True):
@@ -124,16 +126,17 @@ class Attention(nnx.Module):
         return seqs.grid(outs), pages
 
     def _gather(self, x_ND: Array, dtype: jnp.dtype) -> Array:
-        """The tokens of this rank's sequences, from the ranks that share their heads and split the tokens.
+        """Gathers the tokens of this rank's sequences from the ranks that share their heads and split their
+        tokens.
 
-        In the weights' dtype, to which the projections round them anyway.
+        They are sent in the weights' dtype, to which the projections round them anyway.
         """
         if is_single(self.split.mesh) or EXPERT not in self.split.heads:
             return x_ND
         return lax.all_gather(x_ND.astype(dtype), EXPERT, tiled=True)
 
     def _scatter(self, y_ND: Array) -> Array:
-        """The sum over the ranks that share the heads, of the tokens that are this rank's."""
+        """Sums over the ranks among which the heads are split; returns this rank's tokens."""
         if is_single(self.split.mesh):
             return y_ND
         if EXPERT in self.split.heads:

@@ -1,5 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245), with what families add to it: biases, norms of queries and
-keys, clipping, sinks, layers that do not rotate."""
+"""Grouped-query attention (arXiv 2305.13245), with the additions of model families: biases, norms of queries
+and keys, clipping, sinks, layers that do not rotate."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,7 +17,10 @@ from jmoe.param import ParamMaker
 
 
 class GroupedQueryAttention(Attention):
-    """sinks_H: a logit of each head that takes part in its softmax and has no value (gpt-oss)."""
+    """Grouped-query attention of one layer.
+
+    sinks_H: one logit per head that takes part in its softmax and has no value (gpt-oss).
+    """
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):
         super().__init__(cfg, layer, split, kernels)
@@ -75,7 +78,7 @@ class GroupedQueryAttention(Attention):
         return known and self.kernels.has_fused_rotation and is_single(self.split.mesh)
 
     def _tempered(self, q_BTHd: Array, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T H d"]:
-        """Queries that grow with their position, so that long contexts do not blur (arXiv 2501.19399)."""
+        """Scales queries up with their position, so that long contexts do not blur (arXiv 2501.19399)."""
         cfg = self.cfg
         if not cfg.attn_scale:
             return q_BTHd
@@ -83,7 +86,7 @@ class GroupedQueryAttention(Attention):
         return q_BTHd * (jnp.log1p(steps_BT) * cfg.attn_scale + 1.0)[:, :, None, None]
 
     def _own_kv_head(self, kv_BTHd: Array) -> Array:
-        """The one KV head of this rank where the projection made them all."""
+        """Picks this rank's one KV head if the projection made all of them."""
         ranks, heads = self.split.head_ranks, self.cfg.num_key_value_heads
         if heads >= ranks:
             return kv_BTHd

@@ -18,32 +18,35 @@ from jmoe.mesh import Split, platform_of
 
 
 def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
-    """How keys and values of a ``dtype`` model are kept on ``mesh``: bfloat16 as uint16 on CPU
-    (``storage_dtype``), where an update of a bfloat16 array copies it whole (21.8 ms against 0.013)."""
+    """The dtype in which keys and values of a ``dtype`` model are stored on ``mesh``.
+
+    On CPU bfloat16 is stored as uint16 (``storage_dtype``), because an update of a bfloat16 array copies the
+    whole array there (21.8 ms against 0.013).
+    """
     return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
 
 
 def stored_kv_heads(cfg: ModelConfig, split: Split) -> int:
-    """KV heads in the cache: replicated up to the ranks that share the heads, where those are more."""
+    """KV heads in the cache: replicated up to the number of ranks that share the heads, if that is larger."""
     return max(cfg.cached_heads, split.head_ranks)
 
 
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
-    """Bytes of one page over all layers, keys and values, or what is both."""
+    """Bytes of one page over all layers: keys and values, or one array that serves as both (latent)."""
     item = kv_dtype(jnp.dtype(cfg.dtype), split.mesh).itemsize
     row = stored_kv_heads(cfg, split) * cfg.cached_dim * item
     return (2 if cfg.latent is None else 1) * cfg.num_hidden_layers * page_size * row
 
 
 def page_spec(attention: Attention, split: Split) -> PartitionSpec:
-    """Pages as sequences are split, heads as heads are."""
+    """The pages axis is split like sequences, the heads axis like heads."""
     return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
 def page_layout(
     cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
 ) -> LayerPages:
-    """The arrays of one layer's pages as shapes, dtypes and shardings."""
+    """The arrays of one layer's pages, as shapes with dtypes and shardings."""
     heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
     dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))

@@ -1,9 +1,10 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2), in its absorbed form.
 
-The cache holds one row a token for all heads: the normed latent, from which each head's keys and values would
-be made, and the rotated key that all heads share. Instead of making them, a head's query is brought to the
-latents and the weighted sum of latents back to its values: ``q (W_k c) = (W_k^T q) c``. To the kernels this
-is attention with one KV head whose key is its own value.
+The cache holds one row per token for all heads: the normed latent, from which each head's keys and values
+could be made, and the rotated key that all heads share. The keys and values are never made. Instead, a head's
+query is projected into the latent space, and the weighted sum of latents is projected back to the head's
+values: ``q (W_k c) = (W_k^T q) c``. To the kernels this is attention with one KV head whose key is its own
+value.
 """
 
 import jax.numpy as jnp
@@ -20,13 +21,17 @@ from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import Rotation, rotate
 from jmoe.param import ParamMaker
 
-EPS = 1e-6  # of the latents' norms, whatever the model's rms_norm_eps
+EPS = 1e-6  # of the norms of latents, independent of the model's rms_norm_eps
 
 
 class LatentAttention(Attention):
-    """q_proj: of queries that are not compressed; q_a_proj, q_norm, q_b_proj: of those that are. kv_a_proj:
-    latent and shared key. kv_b_proj: each head's keys and values from the latent. Every rank caches all of
-    it."""
+    """Latent attention of one layer. Every rank caches the whole row of a token.
+
+    q_proj: makes queries that are not compressed.
+    q_a_proj, q_norm, q_b_proj: make compressed queries.
+    kv_a_proj: makes the latent and the shared key.
+    kv_b_proj: makes each head's keys and values from the latent.
+    """
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):
         super().__init__(cfg, layer, split, kernels)

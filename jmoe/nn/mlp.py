@@ -1,4 +1,4 @@
-"""A dense gated MLP: of layers without experts, and the shared expert that every token passes."""
+"""A dense gated MLP: the MLP of layers without experts, and the shared expert that every token passes."""
 
 from functools import partial
 
@@ -17,10 +17,12 @@ from jmoe.param import ParamMaker, specs_of
 
 
 class DenseMLP(nnx.Module):
-    """Weights ``[out, in]``, the inner dimension split over ``tensor``.
+    """Weights are ``[out, in]``; the inner dimension is split over ``tensor``.
 
-    gate_up_2FD: ``[(gate, up), inner, model]``. down_DF: ``[model, inner]``. share_1D: of a sigmoid of the
-    token that weighs all of it (Qwen2-MoE), where ``shares``.
+    gate_up_2FD: ``[(gate, up), inner, model]``.
+    down_DF: ``[model, inner]``.
+    share_1D: if ``shares``, weights of a sigmoid of the token by which the whole output is multiplied
+        (Qwen2-MoE).
     """
 
     def __init__(

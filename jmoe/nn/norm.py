@@ -15,14 +15,14 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NormWeights:
-    """bias_D: of a layer norm; None is an RMS norm."""
+    """The weights of a norm. bias_D: bias of a layer norm; None means an RMS norm."""
 
     scale_D: Float[Array, " D"]
     bias_D: Float[Array, " D"] | None = None
 
 
 class Norm(nnx.Module):
-    """The weights of a norm over the model dimension, as the family has it."""
+    """The weights of the family's kind of norm over the model dimension."""
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         self.scale_D = make.ones(cfg.hidden_size)
@@ -47,7 +47,7 @@ def rms_norm(
     *,
     axis_name: tuple[str, ...] | None = None,
 ) -> Float[Array, "*B D"]:
-    """``x / rms(x) * scale``; with ``axis_name`` the last axis is one shard's part of the normalised one."""
+    """``x / rms(x) * scale``; with ``axis_name``, ``x`` holds one shard's part of the normalised axis."""
     return unit_rms(x, eps, axis_name=axis_name) * _along_last(scale_D, x.ndim)
 
 

@@ -1,8 +1,8 @@
 """Rotary position embedding and its extensions to long contexts.
 
-Half of the rotated dimensions turn against the other half, as Hugging Face lays heads out; in an
-``interleaved`` layout neighbours turn against each other, and here they are put apart first: queries and keys
-are permuted alike, so that their products stay what they were.
+The first half of the rotated dimensions is paired with the second half, as Hugging Face lays heads out. In an
+``interleaved`` layout neighbours are pairs; here they are moved into the two halves first. Queries and keys
+are permuted alike, so that their products do not change.
 Sources: RoPE (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's frequencies.
 """
 
@@ -19,14 +19,14 @@ Rotation = tuple[Array, Array]
 
 
 def rotation(positions_BT: Int[Array, "B T"], dim: int, rope: RopeConfig) -> Rotation:
-    """(cos, sin) of every position's angles, each ``[B, T, rotated dimensions / 2]`` float32."""
+    """(cos, sin) of each position's angles, both ``[B, T, rotated dimensions / 2]`` float32."""
     inv_freq, scale = frequencies(dim, rope)
     angle = positions_BT.astype(jnp.float32)[..., None] * inv_freq[None, None]
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def rotate(x_BTHd: Float[Array, "B T H d"], by: Rotation, *, interleaved: bool = False) -> Array:
-    """The heads turned by their positions' angles; dimensions past the rotated ones stay as they are."""
+    """Rotates the heads by their positions' angles; dimensions after the rotated ones do not change."""
     cos, sin = (part[:, :, None] for part in by)
     turned = 2 * cos.shape[-1]
     x, rest = x_BTHd[..., :turned], x_BTHd[..., turned:]
@@ -35,7 +35,7 @@ def rotate(x_BTHd: Float[Array, "B T H d"], by: Rotation, *, interleaved: bool =
 
 
 def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], float]:
-    """Radians a position of each pair of dimensions of a head of ``dim``, and the factor of cos and sin."""
+    """Radians per position of each pair of a head's ``dim`` dimensions, and the factor of cos and sin."""
     rotated = int(dim * rope.partial_rotary_factor)
     plain = (1.0 / rope.rope_theta ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
         np.float32
@@ -54,17 +54,17 @@ def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], fl
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much attention to ``factor`` times as long contexts is sharpened (YaRN, section 3.4)."""
+    """How much attention is sharpened for contexts ``factor`` times as long (YaRN, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _yarn(plain: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
-    """Fast pairs as they are, slow ones ``factor`` times slower, a ramp between (YaRN, section 3.2)."""
+    """Keeps fast pairs, slows slow pairs down by ``factor``, with a ramp between them (YaRN, section 3.2)."""
     factor, original = rope.factor, rope.original_max_position_embeddings
     assert factor is not None and original is not None
 
     def pair_with(turns: float) -> float:
-        """The pair that turns so often within the original context."""
+        """The pair that makes ``turns`` full turns within the original context."""
         return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
@@ -81,7 +81,7 @@ def _yarn(plain: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray
 
 
 def _longrope(plain: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
-    """Each pair slower by a factor of its own; of the two lists the one for the contexts served."""
+    """Slows each pair down by its own factor, from one of two lists, by the length of contexts served."""
     factors, scale = (
         (rope.long_factor, rope.long_mscale) if rope.long else (rope.short_factor, rope.short_mscale)
     )
@@ -94,7 +94,8 @@ def _longrope(plain: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
 
 
 def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Wavelengths beyond the original context ``factor`` times longer, short ones kept, a blend between."""
+    """Makes wavelengths beyond the original context ``factor`` times longer, keeps short ones, and blends
+    between them."""
     factor, original = rope.factor, rope.original_max_position_embeddings
     assert factor is not None and original is not None
     turns = original * plain / (2 * np.float32(np.pi))  # within the original context

@@ -1,4 +1,4 @@
-"""The tokens of a step: sequences, and beside prompts perhaps the ones that are being decoded."""
+"""The tokens of a step: prompts, sequences that decode, or both in the same step."""
 
 from dataclasses import dataclass, field
 
@@ -13,18 +13,22 @@ from jmoe.moe.types import Phase
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sequences:
-    """B rows of T tokens each: of as many sequences, or, where a cache holds their keys, several rows of one.
-    positions_BT: -1 marks padding. table_BM: page tables, None without a cache. exact_B: sequences that opted
-    out of lossy techniques; None = none did. seats_B: a number that each running request keeps (see
-    ``Request.seat``). fresh_B: rows that begin with the first token of theirs to be computed; None = those
-    that begin at position 0.
+    """B rows of T tokens each: one row per sequence or, if a cache holds the keys, one or more.
 
-    beside: sequences of one token each that go through the layers in the same step, as many a rank, where
-    every rank has ``rows`` of these. All tokens together are a grid ``[R, n]``: of each rank the ones beside,
-    then its prompts'. Without them the grid is ``[B, T]``. Flat, either has N tokens.
+    tokens_BT: token ids.
+    positions_BT: position of each token; -1 marks padding.
+    table_BM: page table of each row; None without a cache.
+    exact_B: rows that opted out of lossy techniques; None if none did.
+    seats_B: seat of each row's request, a number that it keeps while it runs (see ``Place.seat``).
+    fresh_B: rows that begin with the first token of their sequence that is computed; None means the rows that
+        begin at position 0.
+    beside: rows of one token each, of sequences that decode in the same step; every rank has equally many.
+    rows: number of rows per rank, without ``beside``; used only if there is ``beside``.
+    phase: "decode" if every token continues an answer. A step with prompt tokens is a prefill step, as they
+        touch nearly every expert anyway.
 
-    phase: "decode" if every token continues an answer. A step that holds prompt tokens is one of prefill, as
-    they touch nearly every expert anyway.
+    All tokens together form a grid ``[R, n]``: row r has rank r's ``beside`` tokens, then its other tokens.
+    Without ``beside`` the grid is ``[B, T]``. Flattened, either has N tokens.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -50,14 +54,14 @@ class Sequences:
         return self.grid([own.positions_BT for own in self.pieces])
 
     def grid(self, parts: list[Array]) -> Array:
-        """The grid of ``[B, T, ...]`` of every piece."""
+        """Joins arrays ``[B, T, ...]``, one per piece, into a grid."""
         if len(parts) == 1:
             return parts[0]
         ranks, rest = self.tokens_BT.shape[0] // self.rows, parts[0].shape[2:]
         return jnp.concatenate([part.reshape(ranks, -1, *rest) for part in parts], axis=1)
 
     def cut(self, grid_RN: Array) -> list[Array]:
-        """``[B, T, ...]`` of every piece from their grid."""
+        """Cuts a grid into arrays ``[B, T, ...]``, one per piece."""
         if self.beside is None:
             return [grid_RN]
         t, rest = self.tokens_BT.shape[1], grid_RN.shape[2:]

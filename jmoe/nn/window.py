@@ -1,4 +1,4 @@
-"""Attention of a run of tokens to itself, without a cache: what training and scoring differentiate."""
+"""Attention of a run of tokens to itself, without a cache; training and scoring differentiate it."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ def attend_window(
 ) -> Float[Array, "B T H e"]:
     """Causal attention of a run of tokens to itself; differentiable. Positions rise along T.
 
-    Values may have another dimension than keys. sinks_H: see ``paged_attention``. Queries go in blocks
-    against the keys up to their block's end, so that about half of the square is never computed (2.5 times
-    faster forward and backward at 512 tokens on CPU).
+    Values may have another dimension than keys. sinks_H: see ``paged_attention``. Queries attend in blocks to
+    the keys up to their block's end, so that about half of the square is never computed (2.5 times faster
+    forward and backward at 512 tokens on CPU).
     """
     (b, t, h, d), (_, _, g, e) = q_BTHd.shape, v_BTGd.shape
     per = h // g
@@ -49,5 +49,5 @@ def attend_window(
 
 
 def _kept(scores: Float[Array, "B G P T S"], sinks: Float[Array, "1 G P 1"]) -> Float[Array, "B G P T"]:
-    """What a sink leaves of each query's softmax: sum(exp(scores)) / (sum(exp(scores)) + exp(sink))."""
+    """Each query's share of softmax that a sink leaves: sum(exp(scores)) / (sum(exp(scores)) + exp(sink))."""
     return jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - sinks.astype(jnp.float32))

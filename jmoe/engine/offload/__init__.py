@@ -1,1 +1,1 @@
-"""Experts that lie in host memory: how their cache is built, and the runner that the host drives."""
+"""Experts in host memory: how their cache is built, and the runner that the host drives."""

@@ -1,4 +1,4 @@
-"""The expert cache of a model whose experts are offloaded: its size, what it starts with, its predictor."""
+"""The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,20 @@ from jmoe.placement.profile import Profile
 
 
 def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The profile that is configured; ValueError where it cannot be read. ``make_cache`` checks whose."""
+    """The configured profile; ValueError if it cannot be read. ``make_cache`` checks which model it is of."""
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
 def make_cache(
     model: Decoder, mesh: Mesh, seats: int, profile: Profile | None, placement: Placement | None = None
 ) -> ExpertCache:
-    """Full pools: of each rank's experts those that the profile saw most often, else the first ones of every
-    layer.
+    """Makes a cache with full pools.
 
-    seats: the most requests that run at once on a rank. placement: what the experts were renumbered by.
-    ValueError for the profile of another model.
+    Each rank's pool has those of its experts that the profile saw most often or, without a profile, the first
+    experts of every layer.
+
+    seats: the most requests that run at once on a rank. placement: the placement by which the experts were
+    renumbered. Raises ValueError for the profile of another model.
     """
     cfg, offload = model.cfg, model.moe.offload
     assert offload is not None
@@ -62,7 +64,7 @@ def make_cache(
 
 
 def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> ExpertCache | None:
-    """Shapes of a cache without a profile, for compiling a step; None where nothing is offloaded."""
+    """Shapes of a cache without a profile, for compiling a step; None if nothing is offloaded."""
     offload = moe.offload
     if offload is None:
         return None
@@ -81,7 +83,7 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
 
 
 def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
-    """Of each device's pool."""
+    """Number of slots of each device's pool."""
     held = _held(cfg, mesh)
     return offload.slots(
         layers=len(cfg.moe_layers), experts=held, k=min(cfg.num_experts_per_tok, held),
@@ -90,22 +92,22 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> int:
-    """What offloaded experts take of a device: the pool, what is on its way, the predictor's table."""
+    """Device bytes that offloaded experts take: the pool, experts on their way, the predictor's table."""
     if offload is None:
         return 0
     slots = count_slots(cfg, offload, mesh) + offload.aside
-    entry = len(cfg.moe_layers) * cfg.num_experts + cfg.hidden_size  # of an iteration, float32
+    entry = len(cfg.moe_layers) * cfg.num_experts + cfg.hidden_size  # float32 numbers per iteration
     kept = 4 * offload.store_size * entry if offload.predictor == "expert_map" else 0
     return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + kept
 
 
 def copies_run_beside(mesh: Mesh) -> bool:
-    """Whether a copy inside the step goes on while the device computes."""
+    """Whether a copy inside the step runs while the device computes."""
     return get_backend(platform_of(mesh)).has_parallel_copies
 
 
 def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
-    """What runs the steps, and why."""
+    """The executor of the steps, and why it was chosen."""
     if offload.executor is not None:
         return offload.executor, "named in the moe config"
     if not is_single(mesh):
@@ -115,7 +117,7 @@ def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
 
 
 def _by_our_numbers(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:
-    """The profile as this model numbers its experts; ValueError where it is of another model."""
+    """The profile with this model's expert numbers; ValueError if it is of another model."""
     if profile is None:
         return None
     if profile.model != (own := model_identity(model, placement)):
@@ -143,7 +145,7 @@ def _split(pool: ExpertWeights) -> ExpertWeights:
 
 
 def _full(slots: int, often_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Moves]:
-    """The tables of all ranks, each with those of its experts that are used most often, and what to copy."""
+    """The tables of all ranks, each with the rank's most often used experts, and the copies to make."""
     layers, ranks = len(often_LE), mesh.shape[EXPERT]
     own = np.split(often_LE, ranks, axis=1)
     tables = [fill(new_table(slots, layers, each.shape[1], np), each) for each in own] * mesh.shape[DATA]
@@ -155,7 +157,7 @@ def _full(slots: int, often_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Moves]:
 
 
 def _empty(cfg: ModelConfig, slots: int, mesh: Mesh, *, whole: bool = False) -> ExpertWeights:
-    """Shapes of a rank's pool; of all ranks' together where ``whole``."""
+    """Shapes of a rank's pool, or of all ranks' pools together if ``whole``."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if whole else (mesh.shape[TENSOR], 1)
     f, d = cfg.moe_intermediate_size // parts, cfg.hidden_size

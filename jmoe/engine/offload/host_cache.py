@@ -1,7 +1,7 @@
-"""The expert cache as the host drives it: the decisions of ``offload.table`` in numpy, one copy an expert.
+"""The expert cache driven by the host: the decisions of ``offload.table`` in numpy, one copy per expert.
 
-They are those of ``offload.cache``, made by the same functions in the same order. What differs is that a copy
-is a ``device_put`` from here, and that one without a wish is never made.
+The decisions are those of ``offload.cache``, made by the same functions in the same order. But here a copy is
+a ``device_put`` by the host, and no copy is made without a wish.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,10 @@ ROWS = {name: row for row, name in enumerate(names(CACHE))}
 class HostCache:
     """The slot table and the pool during one step.
 
-    store: experts of all layers as numpy arrays ``[L, E, ...]``. install: (pool, one expert, slot) -> pool,
-    jitted, with the pool donated. where: copies go to. counts_CL: the counters of ``CACHE``, by layer.
+    store: experts of all layers as numpy arrays ``[L, E, ...]``.
+    install: (pool, one expert, slot) -> pool, jitted, with the pool donated.
+    where: sharding of the copies.
+    counts_CL: counters of ``CACHE``, by layer.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class HostCache:
         self.counts_CL = np.zeros((len(CACHE), layers), np.int32)
 
     def begin(self, forecast: Forecast) -> None:
-        """Before the first layer of a decode step."""
+        """Starts prefetches before the first layer of a decode step; forecast: of the first layers."""
         self.table = decide.foresee(self.table, 0, forecast)
         self.table, wishes = decide.prefetch(self.table, self.rule, BEFORE)
         self.table = self.table._replace(slots=land(self.table.slots))
@@ -50,10 +52,12 @@ class HostCache:
     def demand(
         self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray, forecast: Forecast, most: int
     ) -> None:
-        """What the layer needs is in the pool or on its way there, as far as there are slots.
+        """Starts to copy the experts that the layer needs and the pool lacks, as far as there are slots.
 
-        scores_E: as its gate scored at most. forecast: of the layers behind it. most: experts that the step's
-        rows can need.
+        needed_E: experts that the layer needs.
+        scores_E: each expert's highest gate score.
+        forecast: forecast of the layers after it.
+        most: largest number of experts that the step's rows can need.
         """
         hits = self._meet(layer, needed_E)
         self.table = decide.foresee(self.table, layer + 1, forecast)
@@ -69,10 +73,10 @@ class HostCache:
         self._unsettled = layer, needed_E, scores_E
 
     def settle(self) -> None:
-        """Behind a layer's demand and before the next: what the layers ahead will need is on its way.
+        """Starts the prefetches for the layers ahead; called after a layer's ``demand`` and before the next.
 
-        Nothing that the layer, or the next one's attention, computes waits for this, so that the device is
-        given them first.
+        Neither this layer nor the next layer's attention waits for them, so that the device gets that work
+        first.
         """
         if self._unsettled is None:
             return
@@ -83,29 +87,29 @@ class HostCache:
         self._wish(layer, wishes)
 
     def pass_by(self, layer: int, needed_E: np.ndarray) -> None:
-        """A layer of a prompt, which leaves the pool as it is."""
+        """Counts the hits and copies of a prefill step's layer, which does not change the pool."""
         self._count(layer, bytes_host_to_device=needed_E.sum() - self._meet(layer, needed_E))
 
     def resident_E(self, layer: int) -> np.ndarray:
         return decide.at(resident(self.table.slots), layer, self._experts)
 
     def slot_E(self, layer: int) -> np.ndarray:
-        """The slots of the layer's experts, one past nobody's for those that have none."""
+        """The slot of each of the layer's experts; for experts without a slot, one past the spare slot."""
         return decide.places(self.table, layer, self._experts, self._slots + 1)
 
     def away(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
-        """Experts of the layer that it needs and the pool does not have."""
+        """Experts that the layer needs and the pool does not have."""
         return np.flatnonzero(needed_E & ~self.resident_E(layer))
 
     def stream(
         self, layer: int, experts_M: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]
     ) -> None:
-        """``work(expert, weights)`` of experts of the layer, the copy of the next beside the work of each."""
+        """Runs ``work(expert, weights)`` for experts of the layer, and meanwhile copies the next expert."""
         flats = [layer * self._experts + expert for expert in experts_M]
         self._each(flats, lambda i, one: work(experts_M[i], one))
 
     def _each(self, flats: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]) -> None:
-        """``work(i, weights)`` of each expert, ``[1, ...]``; no more than two of them are on the device."""
+        """Runs ``work(i, weights)`` for each expert, ``[1, ...]``; at most two are on the device at once."""
         following = [self._fetch(flat) for flat in flats[:1]]
         for i in range(len(flats)):
             one = following.pop()
@@ -116,11 +120,11 @@ class HostCache:
                 jax.block_until_ready(done)
 
     def rehearse(self) -> None:
-        """An expert into nobody's slot, for what that compiles."""
+        """Copies an expert into the spare slot, which no expert has, to compile that copy."""
         self._copy(Moves(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
     def _wish(self, layer: int, wishes: Moves) -> None:
-        """Copies ahead of need, told by ``layer`` as its own; as many at once as the rule has room for."""
+        """Starts prefetches, all at once, at most as many as the rule allows; they count for ``layer``."""
         self._count(
             layer,
             expert_cache_evictions=wishes.evicted,
@@ -135,18 +139,18 @@ class HostCache:
         self._each(moves.experts_M[: moves.count], lambda i, one: self._put(one, moves.slots_M[i]))
 
     def _put(self, one: ExpertWeights, slot: np.int32) -> Array:
-        """The pool will have ``one`` when its copy has landed."""
+        """Installs ``one`` in the slot; the pool has it as soon as its copy has landed."""
         self.pool = self._install(self.pool, one, slot)
         return self.pool.down_EDF
 
     def _fetch(self, flat: int) -> ExpertWeights:
-        """Begins a copy; on a CPU it is the store's own memory."""
+        """Starts a copy of one expert; on a CPU it is the store's own memory."""
         layer, expert = divmod(int(flat), self._experts)
         one = jax.tree.map(lambda stack: stack[layer, expert : expert + 1], self._store)
         return jax.device_put(one, self._where, may_alias=True)
 
     def _meet(self, layer: int, needed_E: np.ndarray) -> int:
-        """Counts the experts needed that are there."""
+        """Counts the needed experts that are in the pool, and those that are not; returns the hits."""
         hits = int(np.sum(needed_E & self.resident_E(layer)))
         self._count(layer, expert_cache_hits=hits, expert_cache_misses=needed_E.sum() - hits)
         return hits

@@ -2,9 +2,9 @@
 
     begin -> (attend -> pooled [-> streamed ...]) x layers -> finish
 
-Layers are alike: a part takes a layer's weights and its number as arguments and compiles once a shape. What a
-layer's experts gave stays beside its rows until the next part adds it, so that experts which come one by one
-need no other parts than those in the pool.
+Layers are alike: a part takes a layer's weights and its number as arguments and compiles once per shape. The
+outputs of a layer's experts stay separate from its rows until the next part adds them, so that experts which
+are streamed one by one need the same parts as those in the pool.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ from jmoe.offload.types import LayerSeen, Predictor
 
 @dataclass(frozen=True)
 class LayerFunctions:
-    """The parts of one kind of layer, over its flat list of weights."""
+    """The parts of one kind of layer, as functions of its flat list of weights."""
 
     graph: nnx.GraphDef
     structure: Any
@@ -65,8 +65,12 @@ class LayerFunctions:
         walk: Any,
         ahead: list[Foresight] | None,
     ) -> tuple[Attended, LayerPages | None]:
-        """One layer up to its experts. nth: of the layers with experts. here_E: experts in the pool, for a
-        technique that asks. ahead: the routers of the next layers, for a predictor that does."""
+        """Runs one layer up to its experts.
+
+        nth: index among the layers with experts.
+        here_E: experts in the pool, if a technique needs them.
+        ahead: routers of the next layers, if the predictor needs them.
+        """
         own = self.merge(weights)
         x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
         normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(nth), here_E)
@@ -87,7 +91,7 @@ class LayerFunctions:
     def dense(
         self, weights: list[Array], rows: Rows, by: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Rows, LayerPages | None]:
-        """All of a layer without experts."""
+        """Runs a whole layer without experts."""
         own = self.merge(weights)
         x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
         x_ND = own.pass_mlp(x_ND)
@@ -96,7 +100,7 @@ class LayerFunctions:
 
 @dataclass(frozen=True)
 class PartFunctions:
-    """The parts, over flat lists of weights; structures are closed over, see ``ModelFunctions``."""
+    """The parts as functions of flat lists of weights; structures are closed over, see ``ModelFunctions``."""
 
     merge: Callable[[list[Array]], Decoder]
     apply: ApplyBy
@@ -110,9 +114,10 @@ class PartFunctions:
         knobs: Knobs | None,
         predictor: Predictor | None,
     ) -> tuple[Rows, Rotation, Sequences, Any, Array | None]:
-        """Before the first layer; last the predictor's walk and, for the host, its forecast.
+        """Runs what comes before the first layer; also returns the predictor's walk and, for the host, its
+        forecast.
 
-        latest_S, knobs: see ``ModelFunctions.step``. predictor: None where nothing is predicted.
+        latest_S, knobs: see ``ModelFunctions.step``. predictor: None if nothing is predicted.
         """
         model = self.merge(weights)
         if isinstance(given, Sequences):
@@ -130,12 +135,12 @@ class PartFunctions:
         return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
 
     def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Computed:
-        """The experts with a slot; ``slots + 1`` is none."""
+        """Runs the experts that have a slot; slot ``slots + 1`` means none."""
         plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
         return Computed(self.apply(work.x_TD, work.weights_TK, plan, pool), plan.rows)
 
     def streamed(self, before: Computed, work: Work, expert: Array, one: ExpertWeights) -> Computed:
-        """With one expert more."""
+        """Adds the output of one more expert."""
         plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
         y_ND = before.y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
         return Computed(y_ND, before.rows + plan.rows)
@@ -153,7 +158,10 @@ class PartFunctions:
         predictor: Predictor,
         walk: Any,
     ) -> tuple[Sampled, Array, Changes | None, Array, MoETotals, Predictor]:
-        """counts_CL: the counters of ``CACHE``, of each layer."""
+        """Runs what comes after the last layer: sampling, counting, and the predictor's update.
+
+        counts_CL: counters of ``CACHE``, by layer.
+        """
         model = self.merge(weights)
         hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
         counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(layers))]
@@ -177,9 +185,12 @@ class PartFunctions:
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of ``PartFunctions``, and ``install``, jitted; ``layers``: of each layer, ``attend`` or,
-    where it has no experts, ``dense``. All that they give lies where the runner's own arrays do: an argument
-    that lay elsewhere would compile again."""
+    """The functions of ``PartFunctions`` and ``install``, jitted. layers: for each layer ``attend``, or
+    ``dense`` if it has no experts.
+
+    All their results have the shardings of the runner's own arrays: an argument with another sharding would
+    compile again.
+    """
 
     begin: jax.stages.Wrapped
     layers: tuple[jax.stages.Wrapped, ...]
@@ -200,8 +211,11 @@ def parts(
     whole: NamedSharding,
     paged: NamedSharding,
 ) -> Parts:
-    """One set for runners of equal models, like ``jitted``. kinds: of each layer, and whether it has experts.
-    whole, paged: where arrays and pages lie."""
+    """One set that runners of equal models share, like ``jitted``.
+
+    kinds: the kind of each layer, and whether it has experts.
+    whole, paged: shardings of arrays and of pages.
+    """
     functions = PartFunctions(merge, apply, slots)
 
     def of(layer: LayerFunctions, sparse: bool) -> jax.stages.Wrapped:

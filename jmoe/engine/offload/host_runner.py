@@ -1,8 +1,8 @@
 """The runner of offloaded experts that drives each layer from the host.
 
 The other executor decides and copies inside one jitted step (``offload.cache``). Here a step is a few jitted
-parts a layer, and between them the host waits once, for which experts the layer needs, decides in numpy and
-begins copies. They are ordinary ones and run beside compute wherever the device can do that at all.
+parts per layer. Between them the host waits once, to learn which experts the layer needs, decides in numpy
+and starts copies. They are ordinary copies and run in parallel with compute on any device that can do that.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ from jmoe.offload.cache import ExpertCache
 
 
 class HostDrivenRunner(Runner):
-    """``Runner`` with the same answers and the same counts; its ``cache.table`` is of numpy arrays."""
+    """A ``Runner`` with the same answers and the same counts; its ``cache.table`` has numpy arrays."""
 
     cache: ExpertCache
 
@@ -49,7 +49,7 @@ class HostDrivenRunner(Runner):
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
         self._where = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
-        self._numbers = jax.device_put(numbers, sharding(mesh))  # there already when a part is told one
+        self._numbers = jax.device_put(numbers, sharding(mesh))  # on the device before a part needs one
         self._asks_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
         self._rehearsing = False
 
@@ -83,10 +83,11 @@ class HostDrivenRunner(Runner):
     def _through(
         self, given: StepInput | Sequences, cache: HostCache, knobs: Knobs | None, *, predicts: bool
     ) -> tuple[Rows, Sequences, list[Seen], object]:
-        """All layers; also the sequences on the device, what each layer saw, and the predictor's walk.
+        """Runs all layers; returns the rows, the sequences on the device, what each layer keeps for the end
+        of the step, and the predictor's walk.
 
-        given: ``Sequences`` for windows without page tables; the pages are left alone. predicts: whether this
-        is a decode step, which fills the pool; else the pool stays as it is.
+        given: ``Sequences`` for windows without page tables; the pages do not change.
+        predicts: whether this is a decode step, which fills the pool; else the pool does not change.
         """
         predictor = self.cache.predictor if predicts else None
         knobs = jax.device_put(knobs, sharding(self.mesh))
@@ -98,7 +99,7 @@ class HostDrivenRunner(Runner):
         layers = []
         for i, (weights, run) in enumerate(zip(self._layers, self._parts.layers, strict=True)):
             pages = None if seqs.table_BM is None else self.pages[i]
-            nth = len(layers)  # of the layers with experts
+            nth = len(layers)  # index among the layers with experts
             if i in self.cfg.mlp_only_layers:
                 rows, pages = run(weights, rows, by, seqs, pages)
             else:
@@ -119,7 +120,7 @@ class HostDrivenRunner(Runner):
     def _experts(
         self, layer: int, work: Work, told_RE: np.ndarray, cache: HostCache, *, predicts: bool
     ) -> Computed:
-        """A layer's experts, from the pool and what is streamed beside it."""
+        """Runs a layer's experts: those in the pool, and those that are streamed because it lacks them."""
         needed_E = told_RE[0] > 0
         if predicts:
             most = min(self.cfg.num_experts, work.ids_TK.size)
@@ -137,7 +138,7 @@ class HostDrivenRunner(Runner):
         return done
 
     def _here(self, cache: HostCache, layer: int) -> np.ndarray | None:
-        """The layer's experts in the pool, where routing depends on that."""
+        """Which of the layer's experts are in the pool; None unless routing depends on that."""
         if not self._asks_pool:
             return None
         cache.settle()
@@ -147,7 +148,7 @@ class HostDrivenRunner(Runner):
         return HostCache(self.cache, self._store, self._parts.install, self._where)
 
     def _rehearse(self, given: StepInput) -> Array:
-        """Padding needs no experts, so that here one is copied for nobody and one streamed."""
+        """Also copies one expert to the spare slot and streams one, because padding needs no experts."""
         self._rehearsing = True
         hidden = super()._rehearse(given)
         self._rehearsing = False

@@ -1,4 +1,4 @@
-"""The answers that are being made: what each drawn token adds to one, and whether it ends it."""
+"""The answers in progress: what each sampled token adds to its answer, and whether it ends the answer."""
 
 from collections.abc import Collection, Sequence
 
@@ -8,7 +8,8 @@ from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 
 def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[str, Detokenizer]:
-    """By the requests' ids; none without a codec. Raises ValueError for a prompt that it cannot decode."""
+    """Detokenizers by request id; empty without a codec. Raises ValueError for a prompt that the codec cannot
+    decode."""
     if codec is None:
         return {}
     return {request.id: _detokenizer(request, codec) for request in requests}
@@ -20,7 +21,7 @@ def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
 
 
 def accept(request: Request, token: int) -> str | None:
-    """Takes the request's grammar a token further; the cause where it fails."""
+    """Advances the request's grammar by a token; returns the cause if that fails, else None."""
     if request.constraint is None:
         return None
     try:
@@ -31,11 +32,11 @@ def accept(request: Request, token: int) -> str | None:
 
 
 class Answers:
-    """What is kept of the requests whose answers have not ended.
+    """State of the requests whose answers have not ended.
 
-    scores: those of the prompts.
-    end_ids: the model's end tokens.
-    longest: tokens of a request, with its prompt.
+    scores: scores of their prompts.
+    end_ids: end tokens of the model.
+    longest: most tokens of a request, with its prompt.
     """
 
     def __init__(self, scores: PromptScores, end_ids: Collection[int], longest: int):
@@ -43,7 +44,7 @@ class Answers:
         self._texts: dict[str, Detokenizer] = {}
 
     def begin(self, requests: Sequence[Request], texts: dict[str, Detokenizer]) -> None:
-        """texts: of these requests, by their ids."""
+        """texts: detokenizers of these requests, by request id."""
         self._texts |= texts
         for request in requests:
             self.scores.want(request)
@@ -53,13 +54,13 @@ class Answers:
         self.scores.take(request)
 
     def without_tokens(self, request: Request) -> Output:
-        """The whole answer to a request that only its prompt's scores were wanted of."""
+        """The whole answer to a request that wants only its prompt's scores."""
         return Output(request.id, prompt_logprobs=self.scores.take(request), finish_reason="length")
 
     def grown(self, request: Request, token: int, scores: tuple) -> Output:
-        """What the last of the request's tokens gives to its client.
+        """The increment that the request's newest token gives to its client.
 
-        scores: see ``token_logprob``. Raises ValueError where the tokenizer fails.
+        scores: see ``token_logprob``. Raises ValueError if the tokenizer fails.
         """
         params, finish, stopped_by = request.params, self._ended_by(request, token), None
         text = thoughts = ""
@@ -91,7 +92,7 @@ class Answers:
         )
 
     def _ended_by(self, request: Request, token: int) -> FinishReason | None:
-        """Whether the token itself ends the answer."""
+        """``"stop"`` if the token itself ends the answer, else None."""
         params = request.params
         is_end = token in self.end_ids and not params.ignore_eos
         return "stop" if is_end or token in params.stop_token_ids else None

@@ -1,8 +1,8 @@
-"""jax's cache of compiled programs on disk, and what jax leaves to others: entries that are damaged.
+"""jax's cache of compiled programs on disk, and the removal of damaged entries, which jax does not do.
 
-jax writes an entry in place and takes what lies under its name for it. One that cannot be read is compiled
-again, at every start, because an entry that exists is never written again. So damaged ones are removed before
-jax looks.
+jax writes an entry in place and trusts any file that has the entry's name. If the file cannot be read, the
+program is compiled again at every start, because an entry that exists is never written again. So damaged
+entries are removed before jax looks.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Known = tuple[int, int, str]
 
 
 def use_compilation_cache(directory: Path) -> None:
-    """Keeps compiled programs in ``directory`` across processes, small and quick ones too."""
+    """Keeps compiled programs in ``directory`` across processes, also small ones that compile quickly."""
     drop_damaged(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -37,10 +37,10 @@ def use_compilation_cache(directory: Path) -> None:
 
 
 def drop_damaged(directory: Path) -> list[str]:
-    """Removes the entries that are not whole; returns their names.
+    """Removes the damaged entries; returns their names.
 
-    An entry is read through once, and again only when its file has changed since: then it must have the bytes
-    that it had. What cannot be read or removed is left to jax.
+    An entry is read whole once, and again only if the size or time of its file has changed: its bytes must
+    then be the same as before. Files that cannot be read or removed are left to jax.
     """
     known, found, dropped = _read_index(directory / INDEX), {}, []
     try:
@@ -85,12 +85,12 @@ def is_whole(raw: bytes) -> bool:
                 rest = stream.unconsumed_tail
             at += CHUNK
         return stream.eof and not stream.unused_data
-    except Exception:  # each library has its own for damaged data
+    except Exception:  # each library has its own exception for damaged data
         return False
 
 
 def _zstd() -> Callable[[bytes], bytes] | None:
-    """As jax chooses it; None where jax could not read such an entry either."""
+    """The zstd decompressor that jax would choose; None if jax could not read such an entry either."""
     try:
         from compression import zstd  # pyright: ignore[reportMissingImports]
 
@@ -106,7 +106,7 @@ def _zstd() -> Callable[[bytes], bytes] | None:
 
 
 def _read_index(path: Path) -> dict[str, Known]:
-    """Empty where it is absent or damaged: all entries are then read again."""
+    """The index; empty if it is absent or damaged, so that all entries are read again."""
     try:
         entries: dict[str, Any] = json.loads(path.read_bytes())
         return {name: (int(size), int(time), str(digest)) for name, (size, time, digest) in entries.items()}

@@ -1,4 +1,4 @@
-"""How often jax compiles where nothing should be left to compile."""
+"""Counts the compilations after warm-up, when nothing should be left to compile."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import jax
 class CompilationCounter:
     """Compilations inside ``watch`` after warm-up, as jax itself reports them.
 
-    jax tells of every compilation in the process; another model's, or other code's, are not a runner's.
+    jax reports every compilation of the process; those of another model or other code are not the runner's.
     """
 
     EVENT = "/jax/core/compile/backend_compile_duration"
@@ -22,12 +22,12 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def warm_up_done(self) -> None:
-        """Counts from now on."""
+        """Starts to count."""
         self._warm = True
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """What this thread compiles inside counts."""
+        """Counts what this thread compiles inside."""
         self._watched = threading.get_ident()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the experts did, counted on the device inside the step and fetched when asked."""
+"""Counters of what the experts did: counted on the device inside the step, fetched when requested."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from jmoe.moe.types import DispatchStats
 
 PHASES = ("prefill", "decode")
 SUMS = tuple(counter for counter in COUNTERS if counter is not ASSIGNMENTS)
-# Rows of statistics have always begun so, and people read them as text; what is not here follows.
+# Rows of statistics have always begun with these, and people read them as text; other counters follow.
 FIRST = (
     "active_experts", "active_experts_baseline", "assignments", "dropped", "rerouted", "remapped",
     "lost_assignments", "max_over_mean_load",
@@ -28,8 +28,8 @@ FIRST = (
 class Count64:
     """64-bit counts in two uint32 halves, as jax has no wider integers by default.
 
-    256 ranks of 8192 tokens, 8 experts each, are 2^24 assignments a layer and step: an int32 sum would be
-    full after 128 steps, and device counters are drained only every few thousand.
+    256 ranks of 8192 tokens, 8 experts each, are 2^24 assignments per layer and step: an int32 sum would
+    overflow after 128 steps, and device counters are drained only every few thousand steps.
     """
 
     low: Array
@@ -41,7 +41,7 @@ class Count64:
 
     def plus(self, amount: Array) -> "Count64":
         """amount: int32, not negative."""
-        low = self.low + amount.astype(jnp.uint32)  # wraps, and is then below what it was
+        low = self.low + amount.astype(jnp.uint32)  # if it wraps, it is below the old value
         return Count64(low, self.high + (low < self.low).astype(jnp.uint32))
 
     def fetched(self) -> np.ndarray:
@@ -53,12 +53,14 @@ class Count64:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoETotals:
-    """Sums over the steps of one phase; one row a MoE layer.
+    """Sums over the steps of one phase; one row per MoE layer.
 
-    counts_LE: assignments to each expert. active_L, plain_active_L, load_L: sums over steps of the experts
-    with at least one assignment, of those that plain top-k would have used, and of the most loaded expert's
-    load over the mean. sums_L: the counters of ``SUMS`` by name; zeros where nothing counts them.
-    steps: steps summed.
+    counts_LE: assignments to each expert.
+    active_L: number of experts with at least one assignment.
+    plain_active_L: number of experts that plain top-k would have used.
+    load_L: load of the most loaded expert over the mean load.
+    sums_L: counters of ``SUMS`` by name; zeros if nothing counts them.
+    steps: number of steps summed.
     """
 
     counts_LE: Count64
@@ -82,7 +84,7 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
 
 
 def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
-    """The totals with one step's layers added; a step without a valid token (warm-up's) counts as none."""
+    """The totals with one step's layers added; a step without a valid token (in warm-up) is not counted."""
     counts_LE = jnp.stack([layer.counts_E for layer in layers])
     plain_LE = jnp.stack([layer.plain_E for layer in layers])
     step_L: dict[str, Array] = jax.tree.map(lambda *each: jnp.stack(each), *[layer.sums for layer in layers])
@@ -102,13 +104,13 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
 
 
 def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
-    """Bytes of one row's way to another rank, in the weights' dtype, and back, in float32; of all its copies,
-    one a tensor rank."""
+    """Bytes to send one row to another rank, in the weights' dtype, and back, in float32; summed over its
+    copies, one per tensor rank."""
     return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
 
 
 def expert_bytes(cfg: ModelConfig, parts: int = 1) -> int:
-    """Bytes of one routed expert; of what a device has of one that is split over ``parts`` of them."""
+    """Bytes of one routed expert, or of a device's part of it if it is split over ``parts`` devices."""
     inner, model = cfg.moe_intermediate_size // parts, cfg.hidden_size
     numbers = 3 * inner * model + (2 * inner + model if cfg.expert_bias else 0)
     return numbers * jnp.dtype(cfg.dtype).itemsize
@@ -117,7 +119,8 @@ def expert_bytes(cfg: ModelConfig, parts: int = 1) -> int:
 class MoECounters:
     """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow.
 
-    row_bytes: what a row between ranks weighs, see ``transported_bytes``. one_expert: bytes of a copy.
+    row_bytes: bytes to send one row between ranks, see ``transported_bytes``.
+    one_expert: bytes to copy one expert.
     """
 
     def __init__(self, layers: int, experts: int, row_bytes: int, one_expert: int):

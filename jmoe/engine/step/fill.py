@@ -1,4 +1,4 @@
-"""From the scheduler's plan to the host's arrays of a step: where each run goes, and what its row says."""
+"""Turns the scheduler's plan into a step's host arrays: where each run goes, and what its rows hold."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,13 +11,20 @@ from jmoe.engine.step.inputs import HostRows, StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import SamplingRows
 
-SMALLEST = float(np.finfo(np.float32).tiny)  # devices take what is below it for 0, or not
+SMALLEST = float(np.finfo(np.float32).tiny)  # some devices treat smaller numbers as 0, others do not
 LARGEST_COUNT = np.iinfo(np.int32).max
 
 
 class Placed(NamedTuple):
-    """A run in a step. row: of the drawn tokens. of, at: its host arrays and its rows in them. changed: those
-    rows among all of the step. rank, column: where its first token is in the grid."""
+    """A run and its place in a step's arrays.
+
+    row: index of the run's sampled token in the arrays ``[B]`` of ``StepInput``.
+    of: host arrays that hold the run.
+    at: slice of the run's rows in them.
+    changed: the same rows among all rows of the step, decode rows first.
+    rank: row of the grid that holds the run's first token.
+    column: column of that token in the grid.
+    """
 
     run: Run
     row: int
@@ -29,9 +36,9 @@ class Placed(NamedTuple):
 
 
 def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
-    """The host arrays of a step's shape, all padding yet, and where in them each run goes.
+    """Returns where each run goes, and the step's host arrays, which hold only padding so far.
 
-    A rank's runs take one row each of the tokens that are drawn: no more run there than may be drawn.
+    Each run of a rank takes one row of the sampled tokens, so a rank has no more runs than such rows.
     """
     decodes, prompts = (by_rank(runs, runner.ranks) for runs in (step.decodes, step.prompts))
     length, rows = runner.sizes.run, step.size // runner.sizes.run
@@ -65,11 +72,11 @@ def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
 
 
 def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
-    """The arrays' rows of one run. A token that only the device knows is -1. ends: tokens that end an
+    """Writes the rows of one run. A token that only the device knows is -1. ends: tokens that end an
     answer."""
     run, row, of, at, _, _, column = placed
     request, start, count, own = run.request, run.start, run.count, run.request.place
-    of.tokens_BT[at].reshape(-1)[:count] = request.part(start, count) or [-1]  # rows lie one behind another
+    of.tokens_BT[at].reshape(-1)[:count] = request.part(start, count) or [-1]  # its rows follow one another
     of.positions_BT[at].reshape(-1)[:count] = np.arange(start, start + count)
     of.table_BM[at, : len(own.pages)] = own.pages
     of.exact_B[at], of.seats_B[at] = request.params.exact, own.seat
@@ -81,7 +88,10 @@ def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
 
 
 def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position: int) -> None:
-    """position: of the token to be drawn. What the arrays cannot hold becomes its limit."""
+    """Writes a row's sampling parameters; values that the arrays cannot hold become the nearest limit.
+
+    position: position of the token to be sampled.
+    """
     rows.temperature_B[row] = params.temperature if params.temperature >= SMALLEST else 0
     rows.top_p_B[row] = params.top_p if params.top_p >= SMALLEST else 0
     rows.min_p_B[row] = params.min_p if params.min_p >= SMALLEST else 0
@@ -94,7 +104,10 @@ def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position
 def fill_biases(
     rows: SamplingRows, row: int, params: SamplingParams, ends: Sequence[int], generated: int
 ) -> None:
-    """generated: tokens of the answer before the one to be drawn; the first ``min_tokens`` end nothing."""
+    """Writes a row's logit biases; end tokens get -inf until the answer has ``min_tokens`` tokens.
+
+    generated: number of the answer's tokens before the one to be sampled.
+    """
     biases = [*params.logit_bias]
     if generated < params.min_tokens:
         biases += [(token, -np.inf) for token in ends]
@@ -104,7 +117,7 @@ def fill_biases(
 
 
 def constrain(placed: Placed, given: StepInput) -> str | None:
-    """Lets the row draw only what its grammar allows; why that failed, or None."""
+    """Lets the row sample only the tokens that its grammar allows; returns why that failed, or None."""
     constraint = placed.run.request.constraint
     if constraint is None or not placed.run.draws:
         return None
@@ -117,5 +130,5 @@ def constrain(placed: Placed, given: StepInput) -> str | None:
 
 
 def _fold(seed: int) -> np.int32:
-    """64 bits of seed in 32."""
+    """Folds a 64-bit seed into 32 bits."""
     return np.uint32((seed ^ seed >> 32) & 0xFFFFFFFF).view(np.int32)

@@ -1,7 +1,7 @@
 """The jitted step of a model and the other functions that are compiled.
 
-One function serves all steps: rows of tokens against the paged cache (``StepInput``), and what is drawn
-behind some of them.
+One function serves all steps: it runs rows of tokens against the paged cache (``StepInput``) and samples the
+next token after some of them.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,11 @@ from jmoe.offload.cache import ExpertCache
 
 
 def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
-    """The step's sequences; for use under jit. lossy, cached: whether anything asks who is exact, and who has
-    which seat."""
+    """The step's sequences; for use under jit.
+
+    lossy: whether a lossy technique needs ``exact_B``.
+    cached: whether an expert cache needs ``seats_B`` and ``fresh_B``.
+    """
 
     def made(rows: HostRows) -> Sequences:
         tokens_BT, positions_BT, table_BM, exact_B, seats_B, fresh_B = map(jnp.asarray, rows)
@@ -52,15 +55,17 @@ def make_knobs(capacity_factor: float, step: int) -> Knobs:
 
 
 def readable(outputs: Any, mesh: Mesh) -> Any:
-    """``outputs`` whole on every device, so that the host of each can read them; for use under jit."""
+    """``outputs`` replicated on every device, so that every host can read them; for use under jit."""
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
 def draw(
     model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array, layers: list[DispatchStats]
 ) -> tuple[Sampled, Array]:
-    """The tokens that the step draws, and those drawn last for every seat; for use under jit. layers: what
-    the step's layers did, which says whether the tokens can be right."""
+    """The step's sampled tokens, and the token sampled last for every seat; for use under jit.
+
+    layers: statistics of the step's layers; the assignments lost in them make the tokens wrong.
+    """
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
     behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
@@ -73,12 +78,14 @@ def draw(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WindowRouting:
-    """The routing of B windows of T positions in L layers; what stands at padding, and at picks that are
-    none, means nothing.
+    """The routing of B windows of T positions in L layers. Values at padding, and at picks of -1, mean
+    nothing.
 
-    ids_LBTK, weights_LBTK: the experts chosen and their combine weights. gates_LBE: the mean of each
-    window's router scores. embeddings_BD: the mean of its input embeddings. maps_BMLE: the scores themselves
-    at M picked positions.
+    ids_LBTK: experts chosen.
+    weights_LBTK: combine weights of these experts.
+    gates_LBE: mean of each window's router scores.
+    embeddings_BD: mean of each window's input embeddings.
+    maps_BMLE: router scores at M picked positions.
     """
 
     ids_LBTK: Array
@@ -89,12 +96,12 @@ class WindowRouting:
 
 
 def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
-    """What ``routing``, one a layer, says of whole windows; for use under jit."""
+    """Summarizes ``routing``, one per layer, over whole windows; for use under jit."""
     b, t = seqs.tokens_BT.shape
     valid_BT1 = (seqs.positions_BT >= 0)[:, :, None]
 
     def mean(values_BTX: Array) -> Array:
-        """Over each window's own tokens."""
+        """The mean over each window's valid tokens."""
         count_B1 = jnp.maximum(jnp.sum(valid_BT1, 1, dtype=jnp.float32), 1.0)
         return jnp.sum(jnp.where(valid_BT1, values_BTX, 0.0), 1) / count_B1
 
@@ -135,10 +142,12 @@ class ModelFunctions:
         tables: list[ShuffleTables] | None,
         cache: ExpertCache | None,
     ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Array, Changes | None, ExpertCache | None]:
-        """latest_S: the tokens drawn last, by seat. knobs: None where no lossy technique is configured.
+        """Runs one step: the decoder on the rows, then sampling.
 
-        tables: what to shuffle tokens by, one a layer; None leaves them where they are. cache: of offloaded
-        experts.
+        latest_S: token sampled last for each seat.
+        knobs: None if no lossy technique is configured.
+        tables: shuffle tables, one per layer; None leaves tokens on their ranks.
+        cache: cache of the offloaded experts, None if none are offloaded.
         """
         model = self.merge(weights)
         ranks = model.split.sequence_ranks
@@ -146,7 +155,8 @@ class ModelFunctions:
         out = model(seqs, pages, knobs, tables, cache)
         assert out.pages is not None
         sampled, latest_S = draw(model, out.hidden_RND, given, latest_S, out.stats)
-        # A kernel outside the compiler's view hides the pages' sharding: another one would compile again.
+        # The compiler cannot see the sharding of pages that come out of a kernel, and pages with another
+        # sharding would make the next step compile again.
         kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
         pages = lax.with_sharding_constraint(out.pages, kept)
         totals = add_step(totals, out.stats)
@@ -157,7 +167,7 @@ class ModelFunctions:
     def copy_pages(
         self, weights: list[Array], pages: list[LayerPages], from_R: Array, to_R: Array
     ) -> list[LayerPages]:
-        """Every rank's page ``from_R`` written over its page ``to_R``; 0 and 0 where it has none to copy."""
+        """Copies each rank's page ``from_R`` over its page ``to_R``; both are 0 if it has none to copy."""
 
         def copy(a_P: Array, from_1: Array, to_1: Array) -> Array:
             one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
@@ -174,7 +184,7 @@ class ModelFunctions:
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT`` and the likeliest tokens."""
+        """Log-probabilities of ``targets_BT``, and the likeliest tokens with theirs."""
         return self._by_chunks(score, weights, hidden_BTD, targets_BT)
 
     def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
@@ -184,9 +194,9 @@ class ModelFunctions:
     def _by_chunks(
         self, of: Callable[[Array, Array], Any], weights: list[Array], hidden_BTD: Array, targets_BT: Array
     ) -> Any:
-        """``of(logits, targets)``, about 128 positions at a time.
+        """``of(logits, targets)``, computed about 128 positions at a time.
 
-        A few positions of every sequence together, so that each rank of a mesh has its own ones to do.
+        Each chunk takes a few positions of every sequence, so that each rank of a mesh has work of its own.
         """
         model = self.merge(weights)
         b, t, _ = hidden_BTD.shape
@@ -219,9 +229,10 @@ class ModelFunctions:
         picks_BM: Array,
         cache: ExpertCache | None,
     ) -> WindowRouting:
-        """What the routers of all layers chose in whole windows, without KV pages.
+        """The choices of all layers' routers in whole windows, without KV pages.
 
-        picks_BM: the positions whose scores are told, -1 for none: those of all would be many times the rest.
+        picks_BM: positions whose scores are returned, -1 for none. The scores of all positions would be many
+        times as large as everything else.
         """
         model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
         return readable(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
@@ -229,8 +240,8 @@ class ModelFunctions:
 
 @dataclass(frozen=True)
 class Jitted:
-    """The functions of ``ModelFunctions``, jitted; ``merge`` as it is. Each keeps what it has compiled, by
-    shapes and devices."""
+    """The functions of ``ModelFunctions``, jitted except ``merge``. Each keeps the programs that it has
+    compiled, by shapes and devices."""
 
     merge: Callable[[list[Array]], Decoder]
     step: jax.stages.Wrapped
@@ -243,10 +254,10 @@ class Jitted:
 
 @lru_cache(maxsize=8)
 def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
-    """The jitted functions of one structure: runners of equal models share them, and what they compiled.
+    """The jitted functions of one structure. Runners of equal models share them and their compiled programs.
 
-    The graph, which holds the configuration and the mesh, is hashed once a runner. The bound frees the
-    programs of models that are no longer run.
+    The graph, which holds the configuration and the mesh, is hashed once per runner. ``maxsize`` frees the
+    programs of models that no longer run.
     """
     functions = ModelFunctions(graph, structure)
     return Jitted(
@@ -262,5 +273,5 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
 
 @lru_cache(maxsize=32)
 def maker(where: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """``make(*args)``, compiled: putting arrays on a mesh of several processes would compare them first."""
+    """``make(*args)``, compiled: ``device_put`` on a mesh of several processes would compare values first."""
     return jax.jit(partial(make, *args), out_shardings=where)

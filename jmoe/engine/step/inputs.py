@@ -1,9 +1,9 @@
-"""What a step is told by the host: its shapes, and the arrays of one step.
+"""What the host passes to a step: its shapes, and the arrays of one step.
 
-Rows ``[B, T]``: of decode one token of each sequence; of prefill ``Sizes.run`` tokens of prompts, a long one
-over several rows, and beside them one token of each sequence that is being decoded. B comes from short lists
-of sizes, so that all shapes compile at warm-up. With several ranks, rows are rank-major: rank r owns rows
-``r * B/R .. (r + 1) * B/R``, and those beside prompts likewise.
+A decode step has rows ``[B, 1]``, one token of each sequence. A prefill step has rows of ``Sizes.run`` prompt
+tokens, several rows for a long prompt, and a second array with one token of each sequence that decodes in the
+same step. B comes from short lists of sizes, so that all shapes compile at warm-up. With several ranks, rows
+are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``, and likewise in the second array.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,19 @@ import numpy as np
 from jmoe.engine.step.sampling import SamplingRows, blank_rows
 from jmoe.moe.types import Phase
 
-FEWEST = 4  # rows beside prompts
+FEWEST = 4  # decode rows in the same step as prompts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes that compile. decode: sequences a rank; prefill: tokens of prompts a rank, multiples of the
-    first, which is a multiple of the page size, with some of ``decode`` beside them (``beside``)."""
+    """Shapes that compile.
+
+    decode: sequences per rank of a decode step.
+    prefill: prompt tokens per rank of a prefill step: multiples of the first, which is a multiple of the page
+        size. Such a step also has decode rows, see ``beside``.
+    page_size: tokens of a page.
+    pages_per_rank: pages of the KV cache on each rank.
+    """
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
@@ -31,14 +37,16 @@ class Sizes:
 
     @property
     def run(self) -> int:
-        """Tokens of one row of a prompt."""
+        """Tokens of one prompt row."""
         return self.prefill[0]
 
     @property
     def beside(self) -> tuple[int, ...]:
-        """Sequences a rank beside prompts: all that may run, and smaller sizes, each a quarter at most of the
-        next, so that few sequences do not pay for many empty rows; below ``FEWEST`` a row costs next to
-        nothing, and a size one more program to compile."""
+        """Decode rows per rank in the same step as prompts: as many as may run, and smaller sizes.
+
+        Each size is at most a quarter of the next, so that few sequences do not pay for many empty rows.
+        Below ``FEWEST`` a row costs next to nothing, but each size is one more program to compile.
+        """
         picked = [self.decode[-1]]
         for size in reversed(self.decode):
             if FEWEST <= size <= picked[-1] / 4:
@@ -46,33 +54,41 @@ class Sizes:
         return tuple(reversed(picked))
 
     def beside_size(self, runs: int) -> int:
-        """The smallest compiled size that has a row for each of ``runs``, prompts and sequences beside."""
+        """The smallest size of ``beside`` that has a row for each of ``runs``, prompts and decodes."""
         return next(s for s in self.beside if s >= runs)
 
     def decode_size(self, sequences: int) -> int:
-        """The smallest compiled batch that holds ``sequences`` a rank."""
+        """The smallest compiled decode batch that holds ``sequences`` per rank."""
         return next(s for s in self.decode if s >= sequences)
 
     def prefill_size(self, left: int) -> int:
-        """The next run for ``left`` prompt tokens: the smallest size that holds them if they fill more than
-        half of it, else the largest that they fill; padding never doubles the work."""
+        """The prefill size for ``left`` prompt tokens: the smallest that holds them if they fill more than
+        half of it, else the largest that they fill; so padding never doubles the work."""
         holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
         filled = [s for s in self.prefill if s <= left]
         return holds if not filled or left > holds / 2 else filled[-1]
 
 
 def window_length(tokens: int, sharing: int, least: int = 1) -> int:
-    """What a window of ``tokens`` is padded to: the next power of two, so that few shapes compile, at least
-    ``least``, and a whole number for each of the ``sharing`` ranks that split a sequence's tokens."""
+    """The length to which a window of ``tokens`` is padded.
+
+    It is the next power of two, so that few shapes compile, at least ``least``, and a multiple of
+    ``sharing``, the number of ranks that split a sequence's tokens.
+    """
     length = max(least, 1 << (tokens - 1).bit_length())
     return -(-length // sharing) * sharing
 
 
 class HostRows(NamedTuple):
-    """Host arrays of rows: tokens and positions ``[B, T]``, page tables ``[B, M]``; which ones opted out of
-    lossy techniques, their requests' seats (of a row with none: any number past the last), and which begin
-    with the first token of a request to be computed. A token of -1 is the one that was drawn last for the
-    row's seat, which the host need not know."""
+    """Host arrays of a step's rows.
+
+    tokens_BT: token ids; -1 is the token sampled last for the row's seat, which the host need not know.
+    positions_BT: position of each token; -1 at padding.
+    table_BM: page table of each row.
+    exact_B: rows whose request opted out of lossy techniques.
+    seats_B: seat of each row's request; a row without a request has any number past the last seat.
+    fresh_B: rows that begin with the first token of their request that is computed.
+    """
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
@@ -85,15 +101,15 @@ class HostRows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInput:
-    """Host arrays of one step. Those of ``[B]`` have an entry for each token to sample, as many a rank as
-    requests may run.
+    """Host arrays of one step. Arrays ``[B]`` have one entry for each token to sample, as many per rank as
+    requests may run in the step.
 
-    own: rows of prompts in a step that holds any, else one row of each request that decodes.
+    own: prompt rows if the step has any, else one row of each request that decodes.
     beside: rows of the requests that decode in the same step as prompts, one token each.
-    behind_B: position, in the rank's row of the grid (see ``Sequences``), whose logits are used.
-    seats_B: the request's seat.
-    rows: the request's sampling parameters.
-    phase: what the plan says of the step; shapes do not tell it.
+    behind_B: column, in the rank's row of the grid (see ``Sequences``), whose logits are used.
+    seats_B: seat of the request.
+    rows: sampling parameters of the request.
+    phase: the step's phase as planned; it does not follow from the shapes.
     """
 
     own: HostRows
@@ -107,8 +123,11 @@ class StepInput:
 def blank_input(
     vocab_size: int, sizes: Sizes, ranks: int, phase: Phase, sequences: int, tokens: int, beside: int = 0
 ) -> StepInput:
-    """An input in which every token is padding: ``sequences`` rows of ``tokens`` on each of ``ranks``, and
-    ``beside`` of one token. It draws as many tokens a rank as it has rows beside, else rows."""
+    """An input in which every token is padding.
+
+    Each of ``ranks`` has ``sequences`` rows of ``tokens``, and ``beside`` rows of one token. Each rank
+    samples ``beside`` tokens, or ``sequences`` if ``beside`` is 0.
+    """
     nobody = ranks * sizes.decode[-1]
 
     def blank(b: int, t: int) -> HostRows:

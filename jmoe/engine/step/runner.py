@@ -1,4 +1,4 @@
-"""Runs the steps of a model and keeps what lies on the device: weights, KV pages, counters."""
+"""Runs the steps of a model and keeps its device state: weights, KV pages, counters."""
 
 import itertools
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from jmoe.moe.types import Changes, Knobs, Phase
 from jmoe.nn.kv_cache import make_pages
 from jmoe.offload.cache import ExpertCache
 
-DRAIN_STEPS = 4096  # device sums are fetched at least this often: float32 ones stay precise
+DRAIN_STEPS = 4096  # device sums are fetched at least this often, so that float32 sums stay precise
 
 
 class Runner:
-    """Runs steps of ``model``; not thread-safe: one thread at a time.
+    """Runs steps of ``model``; not thread-safe: use it from one thread at a time.
 
-    tables: what to shuffle tokens by, one a layer; None leaves every token on its rank. cache: of the
-    experts, where they are offloaded.
+    tables: shuffle tables, one per layer; None leaves every token on its rank.
+    cache: expert cache, if experts are offloaded.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class Runner:
 
     @property
     def alive(self) -> bool:
-        """False where it can run nothing any more."""
+        """False if the runner can no longer run anything."""
         return True
 
     def blank(self, phase: Phase, sequences: int, tokens: int, beside: int = 0) -> StepInput:
-        """An input of ``sequences`` rows a rank, and ``beside`` of one token, in which all is padding."""
+        """An input of padding: per rank ``sequences`` rows of ``tokens``, and ``beside`` of one token."""
         return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, beside)
 
     def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
-        """(sampled tokens, final hidden states ``[R, n, D]``, what lossy techniques did to each row).
+        """Starts a step; returns (sampled tokens, final hidden states ``[R, n, D]``, changes).
 
-        Started, not waited for. All stay on the device; there are no changes where nothing lossy is
-        configured for the phase.
+        It does not wait for the step, and all results stay on the device. The changes are what lossy
+        techniques did to each row, None if nothing lossy is configured for the phase.
         """
         knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
         self._steps += 1
@@ -99,7 +99,7 @@ class Runner:
         return outputs
 
     def _step(self, given: StepInput, knobs: Knobs | None) -> tuple[Sampled, Array, Changes | None]:
-        """One step; what lies on the device is then as behind it."""
+        """Starts one step; the device state kept here is then the state after the step."""
         phase = given.phase
         sampled, hidden, self.pages, self._totals[phase], self._latest_S, changes, self.cache = (
             self._jitted.step(
@@ -110,18 +110,18 @@ class Runner:
         return sampled, hidden, changes
 
     def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
-        """Copies a page of every rank over another one of it, before the next step; 0 and 0 copies none."""
+        """Copies each rank's page ``from_R`` over its page ``to_R``, before the next step; 0 and 0: none."""
         with self.compilations.watch():
             self.pages = self._jitted.copy_pages(self.weights, self.pages, from_R, to_R)
 
     def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
-        """Log-probability of each target, likeliest ids and their log-probabilities; started, not waited
-        for."""
+        """Log-probability of each target, likeliest ids and their log-probabilities; it does not wait for
+        them."""
         with self.compilations.watch():
             return self._jitted.score(self.weights, hidden_RND, targets_RN)
 
     def logprobs(self, hidden_RND: Array, targets_RN: np.ndarray) -> Array:
-        """Log-probability of each target alone; started, not waited for, and not compiled by ``warm_up``."""
+        """Log-probability of each target alone; it does not wait, and ``warm_up`` does not compile it."""
         return self._jitted.logprobs(self.weights, hidden_RND, targets_RN)
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
@@ -138,11 +138,11 @@ class Runner:
 
     @property
     def model(self) -> Decoder:
-        """The model over the weights as they lie on the device."""
+        """The model with the weights that are on the device."""
         return self._jitted.merge(self.weights)
 
     def drain(self) -> None:
-        """Moves the device's counts into ``counters``."""
+        """Adds the device's counts to ``counters`` and sets them to zero."""
         self._drain()
 
     def _drain(self) -> None:
@@ -172,10 +172,11 @@ class Runner:
         self.compilations.warm_up_done()
 
     def _rehearse(self, given: StepInput) -> Array:
-        """Runs padding so that all that a step of its shape may need is compiled; the hidden states."""
+        """Runs padding, so that everything a step of this shape may need is compiled; returns the hidden
+        states."""
         return self.run(given)[1]
 
     def close(self) -> None:
-        """Lets go of the weights and the cache; nothing runs any more."""
+        """Releases the weights and the caches; nothing can run afterwards."""
         self.weights, self.pages, self.tables, self.cache = [], [], None, None
         self.compilations.close()

@@ -15,21 +15,26 @@ from jaxtyping import Bool, Float, Int, UInt32
 from jmoe.engine.request import MAX_BIASES, MAX_LOGPROBS
 
 HostOrDevice = Array | np.ndarray
-ENDS = 8  # end tokens that a row may be kept from drawing, under min_tokens
+ENDS = 8  # most end tokens that ``min_tokens`` can forbid in a row
 BIASES = MAX_BIASES + ENDS
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingRows:
-    """Sampling parameters of a batch, one row a sequence.
+    """Sampling parameters of a batch, one row per sequence.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; top_p 0 keeps
-    the likeliest token; seed is a 32-bit word, position the place
-    of the token to be drawn. biased_BX, bias_BX: token ids and what is added to their logits, an id past the
-    vocabulary for none. allowed_BW: bit t % 32 of word t // 32 says whether token t may be drawn. Of the
-    whole batch: shaped, whether any row has a bias or a token that it may not draw; logprobs, whether any row
-    reports log-probabilities.
+    temperature_B: 0 is greedy.
+    top_p_B: 1 is off; 0 keeps the likeliest token.
+    top_k_B: 0 is off.
+    min_p_B: 0 is off.
+    seed_B: 32-bit word.
+    position_B: position of the token to be sampled.
+    biased_BX: ids of the tokens with a bias; an id past the vocabulary for none.
+    bias_BX: numbers added to the logits of these tokens.
+    allowed_BW: bit t % 32 of word t // 32 says whether token t may be sampled.
+    shaped: whether any row of the batch has a bias or a forbidden token.
+    logprobs: whether any row of the batch reports log-probabilities.
     """
 
     temperature_B: Float[HostOrDevice, " B"]
@@ -46,7 +51,7 @@ class SamplingRows:
 
 
 def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
-    """Greedy rows on the host that may draw every token."""
+    """Greedy rows on the host in which every token is allowed."""
     return SamplingRows(
         temperature_B=np.zeros(rows, np.float32),
         top_p_B=np.ones(rows, np.float32),
@@ -65,8 +70,15 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """ids_B: drawn tokens. logprob_B, top_ids_BA, top_logprobs_BA: see ``score``. finite_B: sane logits.
-    lost: the step's assignments to experts that none computed, in all layers; 0, or the tokens are wrong."""
+    """The sampled tokens of a step.
+
+    ids_B: sampled tokens.
+    logprob_B: log-probability of the token, see ``score``.
+    top_ids_BA: ids of the likeliest tokens.
+    top_logprobs_BA: log-probabilities of the likeliest tokens.
+    finite_B: whether the logits are finite.
+    lost: the step's assignments, over all layers, that no expert computed; unless 0, the tokens are wrong.
+    """
 
     ids_B: Int[Array, " B"]
     logprob_B: Float[Array, " B"]
@@ -77,7 +89,7 @@ class Sampled:
 
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
-    """One token a row. Truncating the vocabulary and scoring happen only if some row asks for it."""
+    """Samples one token per row. Truncating and scoring are done only if some row requests them."""
     shaped_BV = lax.cond(rows.shaped, lambda: _shape(logits_BV, rows), lambda: logits_BV)
     greedy_B = _argmax(shaped_BV)
     random = jnp.any(rows.temperature_B > 0)
@@ -91,7 +103,7 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
 
 
 def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
-    """The logits with every row's biases, -inf at tokens that it may not draw."""
+    """The logits with each row's biases added, and -inf at its forbidden tokens."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     biased_BV = logits_BV.at[row_B1, rows.biased_BX].add(rows.bias_BX, mode="drop")
     token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
@@ -108,7 +120,7 @@ def _argmax(x_BV: Array) -> Array:
 
 
 def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
-    # The likeliest one's 0 stays 0: a small temperature sends the others to -inf and none to +inf.
+    # The likeliest token's 0 stays 0: a small temperature sends the others to -inf and none to +inf.
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     scaled_BV = below_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)[:, None]
     truncates = jnp.any((rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0))
@@ -124,9 +136,9 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
 
 def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
     """Keeps the top_k likeliest tokens, of those the smallest set whose probability reaches top_p, and of
-    those the ones with min_p of the likeliest one's probability.
+    those the tokens with at least min_p times the likeliest token's probability.
 
-    Tokens as likely as the last one kept stay too.
+    Tokens as likely as the least likely token kept stay too.
     """
     k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, scaled_BV.shape[1])
     scaled_BV = _at_least(scaled_BV, lambda kept_BV: jnp.sum(kept_BV, axis=-1, dtype=jnp.int32) >= k_B)
@@ -134,7 +146,7 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
 
     def reaches(kept_BV: Array) -> Array:
         total_B = jnp.sum(jnp.where(kept_BV, share_BV, 0.0), axis=-1)
-        # None kept reaches a top_p of 0, which one that float32 cannot hold is too; one token must stay.
+        # An empty set reaches a top_p of 0 (a top_p too small for float32 is 0 too), but one token must stay.
         return (total_B >= rows.top_p_B) & (total_B > 0) & (rows.top_p_B < 1)
 
     scaled_BV = _at_least(scaled_BV, reaches)
@@ -143,10 +155,12 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
 
 
 def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
-    """Each row's values from the highest threshold on for which ``enough(kept_BV)`` is true, -inf below it.
+    """Keeps each row's values at or above the highest threshold for which ``enough(kept_BV)`` is true; the
+    others become -inf.
 
-    ``enough`` must stay true as more is kept; where it never is, all are kept. The threshold is found bit by
-    bit in 32 passes: a sort of 150,000 tokens takes a TPU's compiler 45 s and a CPU ten times as long to run.
+    ``enough`` must stay true as more is kept; if it is never true, all values are kept. The threshold is
+    found bit by bit in 32 passes: a sort of 150,000 tokens takes a TPU's compiler 45 s, and on a CPU it runs
+    ten times as long.
     """
     bits_BV = lax.bitcast_convert_type(x_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -161,7 +175,7 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
 
 
 def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """The log-probability of each of ``ids_N``: ``jax.nn.log_softmax`` of them alone."""
+    """The log-probability of each of ``ids_N``, as ``jax.nn.log_softmax`` gives it, for them alone."""
     highest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     sum_N = jnp.sum(jnp.exp(logits_NV - highest_N1), axis=-1)
     chosen_N1 = jnp.take_along_axis(logits_NV, ids_N[..., None], axis=-1)
@@ -171,7 +185,7 @@ def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:
     """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32.
 
-    Finding the likeliest takes a CPU many times as long as all else: who needs none asks ``logprobs``.
+    Finding the likeliest tokens takes a CPU many times as long as the rest; call ``logprobs`` without them.
     """
     logprob_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     chosen_N = jnp.take_along_axis(logprob_NV, ids_N[..., None], axis=-1)[..., 0]

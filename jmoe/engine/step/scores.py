@@ -1,4 +1,5 @@
-"""Log-probabilities of drawn tokens and of a prompt's, which come with its runs and leave with the answer."""
+"""Log-probabilities of sampled tokens and of prompts. A prompt's are collected over its runs and sent with
+the answer."""
 
 import numpy as np
 from jax import Array
@@ -8,7 +9,7 @@ from jmoe.engine.step.fill import Placed
 from jmoe.engine.step.runner import Runner
 
 StartedScores = tuple[Array, Array, Array]
-"""Of every token of the grid, on their way: see ``sampling.score``."""
+"""Scores of every token of the grid, still being computed: see ``sampling.score``."""
 
 
 class PromptScores:
@@ -23,7 +24,7 @@ class PromptScores:
             self._kept[request.id] = [None]  # nothing predicts the first token
 
     def start(self, placed: list[Placed], hidden_RND: Array) -> StartedScores | None:
-        """Of the prompt tokens that a step's positions predict; None where nobody asks."""
+        """Starts to score the prompt tokens that a step's positions predict; None if nobody wants them."""
         asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._kept]
         if not asked:
             return None
@@ -34,12 +35,12 @@ class PromptScores:
         return self.runner.score(hidden_RND, targets_RN)
 
     def keep(self, placed: Placed, scored: tuple[np.ndarray, ...] | None) -> None:
-        """What a step said of a run's prompt tokens. scored: ``start``'s, on the host."""
+        """Keeps the scores of a run's prompt tokens. scored: result of ``start``, on the host."""
         request = placed.run.request
         kept = self._kept.get(request.id)
         if scored is None or kept is None or placed.run.decodes:
             return
-        if placed.run.start == 0:  # it may have begun before, and lost its pages
+        if placed.run.start == 0:  # the request may have been preempted
             del kept[1:]
         asked = request.params.prompt_logprobs or 0
         kept.extend(
@@ -48,19 +49,19 @@ class PromptScores:
         )
 
     def take(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
-        """One entry a prompt token, told once; None where none are kept."""
+        """Removes and returns a request's scores, one entry per prompt token; None if none are kept."""
         kept = self._kept.pop(request.id, None)
         return None if kept is None else tuple(kept)
 
 
 def _following(placed: Placed) -> list[int]:
-    """The prompt's tokens behind each of a run's."""
+    """The prompt token after each token of the run."""
     run = placed.run
     return run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]
 
 
 def token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:
-    """The token's log-probability and the ``alternatives`` likeliest tokens, itself always among them."""
+    """The token's log-probability and the ``alternatives`` likeliest tokens; the token is always listed."""
     logprob, top_ids, top = scores
     pairs = [(int(i), float(p)) for i, p in zip(top_ids[:alternatives], top[:alternatives], strict=True)]
     if token not in (i for i, _ in pairs):

@@ -1,6 +1,6 @@
-"""The text of an answer apart from the thoughts before it, where a model says both in channels (harmony).
+"""Separates the text of an answer from the thoughts before it, if a model writes both in channels (harmony).
 
-An answer of gpt-oss is several messages; the channel "final" holds what the reader asked for:
+An answer of gpt-oss is several messages; the channel "final" holds the text for the reader:
 ``<|channel|>analysis<|message|>thoughts<|end|><|start|>assistant<|channel|>final<|message|>text<|return|>``.
 """
 
@@ -14,7 +14,7 @@ FINAL = "final"
 
 
 class Marks(NamedTuple):
-    """The special tokens between which harmony writes, as ids."""
+    """Ids of the special tokens that delimit harmony's messages."""
 
     start: int
     channel: int
@@ -23,17 +23,17 @@ class Marks(NamedTuple):
 
 
 def harmony_marks(token_bytes: TokenBytes) -> Marks | None:
-    """None where the tokenizer does not have all of them as special tokens."""
+    """The ids of harmony's special tokens; None if the tokenizer does not have all of them as special."""
     found = [token_bytes.tokenizer.token_to_id(f"<|{name}|>") for name in Marks._fields]
     ids = [id for id in found if id is not None and id in token_bytes.special]
     return Marks(*ids) if len(ids) == len(found) else None
 
 
 class Channels:
-    """Follows an answer's tokens. A message without a channel, and words outside of messages, are final.
+    """Follows an answer's tokens. A message without a channel, and text outside of messages, are final.
 
-    final: whether the next words are what the reader asked for.
-    header: the words so far of a message's header, None outside of one. They are nobody's text.
+    final: whether the next tokens are text for the reader.
+    header: text so far of a message's header, None outside of a header. It is neither answer nor thoughts.
     """
 
     def __init__(self, marks: Marks, token_bytes: TokenBytes, prompt: Sequence[int]):
@@ -43,7 +43,7 @@ class Channels:
             self.take(id)
 
     def _open_message(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The header of the message in whose words ``prompt`` ends; empty where it ends in none."""
+        """The header of the message within which ``prompt`` ends; empty if it ends outside of a message."""
         backwards = (at for at in reversed(range(len(prompt))) if prompt[at] in self.marks)
         last, before = [*islice(backwards, 2), -1, -1][:2]
         return prompt[before : last + 1] if before >= 0 and prompt[last] == self.marks.message else ()
@@ -61,9 +61,9 @@ class Channels:
 
 
 class AnswerText:
-    """The growing text of an answer and, of a model that tells them apart, of its thoughts.
+    """The growing text of an answer and, if the model separates them, of its thoughts.
 
-    prompt: see ``GrowingText``. None = the answer is in no channels either, but as a grammar describes it.
+    prompt: see ``GrowingText``. None also means that no channel is open at the start, as under a grammar.
     """
 
     def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] | None):
@@ -71,7 +71,7 @@ class AnswerText:
         self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
         self.text = GrowingText(token_bytes, prompt)
         self.thoughts = GrowingText(token_bytes)
-        self._between = ""  # two messages of thoughts
+        self._between = ""  # separates two messages of thoughts
 
     def push(self, id: int) -> tuple[str, str]:
         """The characters of the text, and of the thoughts, that the token completes."""
@@ -88,5 +88,5 @@ class AnswerText:
         return "", self._between
 
     def flush(self) -> tuple[str, str]:
-        """What is left of characters that were not completed."""
+        """What is left of incomplete characters: of the text, and of the thoughts."""
         return self.text.flush(), self.thoughts.flush()

@@ -10,21 +10,21 @@ from jmoe.engine.text.fewest_tokens import FewestTokens
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.engine.text.tokenizer_files import guarded, load_tokenizer, missing
 
-LONG = 1 << 18  # characters; texts beyond are tokenized one at a time: each takes some 100 bytes a character
+LONG = 1 << 18  # characters; longer texts are tokenized one at a time: each takes about 100 bytes a character
 
 
 def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
-    """None where the directory has no tokenizer of any form; ValueError where it has one that is not read."""
+    """None if the directory has no tokenizer in any format; ValueError if it has one that cannot be read."""
     if not (directory / "tokenizer.json").is_file() and missing(directory) is None:
         return None
     return TextCodec(directory, vocab_size)
 
 
 class TextCodec:
-    """A checkpoint's tokenizer. Raises ValueError where there is none or it does not fit.
+    """A checkpoint's tokenizer. Raises ValueError if there is none or if it does not fit the model.
 
-    Encoding adds what the tokenizer's own post-processor adds (a BOS token, for some families). It runs
-    without the interpreter's lock, and so does decoding.
+    Encoding adds what the tokenizer's own post-processor adds (for some families a BOS token). Encoding and
+    decoding both release the interpreter's lock.
     """
 
     def __init__(self, directory: Path, vocab_size: int):
@@ -34,9 +34,10 @@ class TextCodec:
         self._one_long_text = threading.Lock()
 
     def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
-        """limit: the model's context; a text that cannot fit in it is refused before it is tokenized.
+        """The token ids of a text.
 
-        Raises ValueError for a text that is no Unicode or needs an id beyond the model's vocabulary.
+        limit: the model's context length; a text that cannot fit in it is refused before it is tokenized.
+        Raises ValueError for a text that is not valid Unicode or needs an id outside the model's vocabulary.
         """
         if limit is not None:
             self._check_characters(text, limit)
@@ -59,7 +60,7 @@ class TextCodec:
         except UnicodeEncodeError:
             raise ValueError("text is not valid Unicode (a lone surrogate)") from None
         with guarded("encode this text"):
-            # ``encode`` would hold the interpreter's lock as long as it takes.
+            # ``encode`` would hold the interpreter's lock all the time.
             encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
         if limit is not None and len(encoding) > limit:
             raise ValueError(too_long(limit, f"your prompt has {len(encoding)} tokens"))
@@ -77,7 +78,7 @@ class TextCodec:
             )
 
     def starts(self, text: str, *, special: bool = True) -> list[int]:
-        """The character of ``text`` at which each of its tokens begins."""
+        """The index of the character of ``text`` at which each of its tokens begins."""
         with guarded("encode this text"):
             encoding = self.tokenizer.encode_batch([text], add_special_tokens=special)[0]
         starts, at = [], 0
@@ -91,7 +92,7 @@ class TextCodec:
             return self.tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
 
     def token_text(self, token_id: int) -> str:
-        """One token as a caller sees it, special tokens spelled out; bytes of half a character as U+FFFD."""
+        """One token as text for a caller: special tokens are spelled out, part of a character is U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
 
@@ -100,15 +101,15 @@ def too_long(limit: int, has: str) -> str:
 
 
 class Detokenizer:
-    """The growing text of one request; ``push`` returns what became certain.
+    """The growing text of one request; ``push`` returns the part that can no longer change.
 
-    A tail that may still change is held back: half a character, a suffix that could begin a stop string,
+    A tail that may still change is held back: part of a character, a suffix that could begin a stop string,
     spaces that a text loses at its end.
 
-    prompt: the tokens whose text this continues: the first word keeps its space where any text precedes it.
-    None = all bytes of every token count, as a grammar describes them.
-    thoughts: what the last ``push`` or ``flush`` gave of a model's other channels, where it has them. Stop
-    strings do not count there.
+    prompt: tokens whose text this continues; the first word keeps its space if any text precedes it. None
+        means that all bytes of every token count, as a grammar describes them.
+    thoughts: text of the model's other channels, if it has any, from the last ``push`` or ``flush``. Stop
+        strings have no effect there.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):
@@ -119,10 +120,10 @@ class Detokenizer:
         self.stopped_by: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Text released by this token; sets ``stopped_by`` where a stop string is complete.
+        """Returns the text released by this token; sets ``stopped_by`` if a stop string is complete.
 
-        ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError where
-        the tokenizer fails.
+        ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError if the
+        tokenizer fails.
         """
         text, self.thoughts = self.text.push(token_id)
         self.held += text
@@ -135,7 +136,7 @@ class Detokenizer:
         return self._release(max((_overlap(self.held, s) for s in stops), default=0))
 
     def flush(self) -> str:
-        """All that is still held, once no more tokens come."""
+        """Returns all text that is still held; call it after the last token."""
         text, self.thoughts = self.text.flush()
         self.held += text
         text = self._release(0)
@@ -150,5 +151,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

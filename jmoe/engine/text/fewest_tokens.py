@@ -1,4 +1,4 @@
-"""How few tokens a text can have, from its number of characters: what cannot fit is not tokenized at all."""
+"""A lower bound of a text's tokens from its number of characters; a text that cannot fit is not tokenized."""
 
 import json
 from fractions import Fraction
@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from jmoe.engine.text.token_bytes import ALPHABET
 from jmoe.engine.text.tokenizer_files import guarded
 
-CHUNK = 1 << 16  # characters that are looked at in one go, a few milliseconds
-# A character has at most four in its canonical decomposition, and decomposing never makes a text shorter:
-# what composes characters (NFC, NFKC) makes one of at most four.
+CHUNK = 1 << 16  # characters that are counted at a time, which takes a few milliseconds
+# The canonical decomposition of a character has at most four characters, and decomposing never makes a text
+# shorter. So normalizers that compose characters (NFC, NFKC) make one character out of at most four.
 COMPOSES = 4
 LENGTHENS = ("Prepend", "ByteLevel", "NFD", "NFKD", "Lowercase")
 KEEPS = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Punctuation", "Split")
@@ -24,11 +24,11 @@ class _Unbounded(Exception):
 
 
 class FewestTokens:
-    """A lower bound, proved part by part of a tokenizer; 0 where a part is not known to have one.
+    """A lower bound of a text's tokens, proved for each part of a tokenizer; 0 if a part has no known bound.
 
-    A token stands for at most as many characters of normalized text as it has letters itself (a byte-level
-    one: bytes), and the normalizer makes one of at most so many. Where a part drops white space, only other
-    characters count.
+    A token stands for at most as many characters of normalized text as it has letters itself (bytes, for a
+    byte-level token), and the normalizer makes each of them out of a bounded number of characters. If a part
+    drops white space, only other characters count.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -48,7 +48,7 @@ class FewestTokens:
         del self._vocabulary
 
     def __call__(self, text: str, limit: int) -> int:
-        """At least so many tokens, or something up to ``limit`` where it cannot be more."""
+        """A lower bound for ``text``; a bound that is not above ``limit`` may be returned as 0."""
         each = self._characters
         if each is None or len(text) <= limit * each:
             return 0
@@ -57,7 +57,7 @@ class FewestTokens:
         return -(-count // each)
 
     def _longest(self) -> Fraction:
-        """The most characters of a text that one token stands for."""
+        """The largest number of a text's characters that one token can stand for."""
         normalizer, pre_tokenizer = self._parts
         shrinks = self._shrinks(normalizer)
         self._check_pre_tokenizer(pre_tokenizer)
@@ -67,7 +67,7 @@ class FewestTokens:
         return shrinks * max(map(len, self._vocabulary))
 
     def _shrinks(self, part: dict[str, Any] | None) -> Fraction:
-        """Of how many characters the normalizer makes one."""
+        """How many characters the normalizer at most turns into one."""
         kind = None if part is None else part["type"]
         if part is None or kind in LENGTHENS:
             return Fraction(1)
@@ -93,7 +93,8 @@ class FewestTokens:
                 raise _Unbounded
 
     def _check_unknown(self, pre_tokenizer: dict[str, Any] | None, normalizer: dict[str, Any] | None) -> None:
-        """Characters without a token must have one each: they may be dropped, or many become one."""
+        """Checks that each character without a token becomes at least one token of its own; else it may be
+        dropped, or many of them become one token."""
         parts = [*_flat(pre_tokenizer, "pretokenizers"), *_flat(normalizer, "normalizers")]
         by_bytes = any(part["type"] == "ByteLevel" for part in parts)
         model, vocabulary = self._model, self._vocabulary

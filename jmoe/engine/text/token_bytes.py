@@ -1,8 +1,8 @@
-"""The bytes of each token, and text that grows by them.
+"""The bytes of each token, and text that grows token by token.
 
-A decoder of the tokenizers library takes a whole sequence: the first piece loses its space, parts of a
-character become U+FFFD. Text that continues a prompt, the names of single tokens and their places in a text
-need what one token adds instead, which is the same bytes wherever it stands.
+A decoder of the tokenizers library decodes a whole sequence: its first piece loses its space, parts of a
+character become U+FFFD. Text that continues a prompt, the names of single tokens and their positions in a
+text need the bytes that one token adds, which are the same wherever the token stands.
 """
 
 import codecs
@@ -19,7 +19,8 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters by which byte-level tokens spell bytes: themselves if they print, else from U+0100 on."""
+    """The letters with which byte-level tokens spell bytes: printable bytes as themselves, others from U+0100
+    on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -29,11 +30,11 @@ ALPHABET = _byte_alphabet()
 
 
 class Pieces:
-    """What a decoder makes of single tokens.
+    """How a decoder turns single tokens into bytes.
 
-    known: False where its parts are not all of those that are understood here.
-    cut: spaces that the beginning of a text loses.
-    cut_end: spaces that its end loses.
+    known: False if the decoder has a part that is not understood here.
+    cut: number of spaces that the beginning of a text loses.
+    cut_end: number of spaces that the end of a text loses.
     bare_start: whether the first token loses all its spaces instead.
     """
 
@@ -64,7 +65,7 @@ class Pieces:
         if self._byte_level:
             try:
                 return bytes(map(ALPHABET.__getitem__, token))
-            except KeyError:  # an added token is spelled as it is
+            except KeyError:  # an added token is spelled as plain text
                 return token.encode()
         for old, new in self._replaced:
             token = token.replace(old, new)
@@ -79,7 +80,7 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class TokenBytes:
-    """What each token of a tokenizer adds to a text. Ids that no token has add nothing."""
+    """The bytes that each token of a tokenizer adds to a text. An id without a token adds nothing."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -92,7 +93,7 @@ class TokenBytes:
         self._anchor: tuple[int, str] | None = None
 
     def __call__(self, id: int) -> bytes:
-        """Raises ValueError where the library fails on the token."""
+        """The bytes of a token. Raises ValueError if the library fails on the token."""
         if (known := self._known.get(id)) is None:
             known = self._known[id] = self._bytes(id)
         return known
@@ -105,7 +106,7 @@ class TokenBytes:
             return self.pieces.bytes_of(token) if self.pieces.known else self._difference(id)
 
     def _difference(self, id: int) -> bytes:
-        """For other decoders: what the token adds to a word before it."""
+        """For decoders that are not known: the bytes that the token adds after a word."""
         if self._anchor is None:
             words = (i for i in self.tokenizer.get_vocab().values() if i not in self.special)
             word = next((i for i in words if self.tokenizer.decode([i]).isalnum()), -1)
@@ -115,7 +116,7 @@ class TokenBytes:
         return both.removeprefix(text).encode()
 
     def first(self, id: int) -> bytes:
-        """The same for the first token of a text."""
+        """The bytes of a token that is the first of a text."""
         if self.pieces.known:
             return self(id).replace(b" ", b"") if self.pieces.bare_start else self(id)
         with guarded("decode a token"):
@@ -123,9 +124,9 @@ class TokenBytes:
 
 
 class GrowingText:
-    """Text that grows token by token: whole characters only, a broken one as U+FFFD.
+    """Text that grows token by token, in whole characters; a broken character becomes U+FFFD.
 
-    before: the tokens that it continues; None = some text, so that every token counts with all its bytes.
+    before: tokens that the text continues; None means unknown text, so that all bytes of every token count.
     shows_special: whether special tokens are spelled out.
     """
 
@@ -144,12 +145,13 @@ class GrowingText:
             self.push(id)
 
     def _context(self, before: Sequence[int]) -> Sequence[int]:
-        """The last tokens of ``before`` that matter: a text's beginning, an unfinished character."""
+        """The last tokens of ``before`` that matter: they show whether the text is at its beginning, and hold
+        an unfinished character."""
         taken, size = 0, 0
         for id in reversed(before):
             taken += 1
             size += 0 if id in self._hidden else len(self._bytes(id))
-            if size > 4 + self._cut:  # longer than a character and what a beginning loses
+            if size > 4 + self._cut:  # longer than a character and the spaces that a beginning loses
                 break
         return before[len(before) - taken :]
 

@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer, from all the files that it may consist of.
+"""Loads a checkpoint's tokenizer from all the files that it may consist of.
 
-``tokenizer.json`` is the vocabulary and the rules; ``tokenizer_config.json``, ``special_tokens_map.json`` and
-``added_tokens.json`` name further tokens and change what is added around a text. What they mean is what
-transformers 4.57 does with the same directory, which most checkpoints were published for; a checkpoint that
-transformers 5 saved has all of it in ``tokenizer.json``.
+``tokenizer.json`` has the vocabulary and the rules; ``tokenizer_config.json``, ``special_tokens_map.json``
+and ``added_tokens.json`` name further tokens and change what is added around a text. They are read as
+transformers 4.57 reads them, for which most checkpoints were published; a checkpoint that transformers 5
+saved has all of it in ``tokenizer.json``.
 """
 
 import json
@@ -18,11 +18,11 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = "additional_special_tokens"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-FOREIGN = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")  # other forms of a vocabulary
+FOREIGN = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")  # other formats of a vocabulary
 SPARE_IDS = 1 << 16  # ids beyond the model's vocabulary that a tokenizer may have, such as an added [PAD]
 ENDS = "<|endoftext|>"
 
-# Special tokens of a class where no file names them.
+# Special tokens of a class if no file names them.
 CLASS_TOKENS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -41,7 +41,7 @@ CLASS_TOKENS = {
     "GPT2Tokenizer": {"bos_token": ENDS, "eos_token": ENDS, "unk_token": ENDS},
     "Qwen2Tokenizer": {"eos_token": ENDS, "unk_token": ENDS, "pad_token": ENDS},
 }
-# Classes that make the post-processor anew from add_bos_token and add_eos_token: whether BOS is the default.
+# Classes that make a new post-processor from add_bos_token and add_eos_token: whether BOS is the default.
 ADDS_BOS = {
     "LlamaTokenizer": True,
     "CodeLlamaTokenizer": True,
@@ -49,7 +49,7 @@ ADDS_BOS = {
     "CohereTokenizer": True,
     "GPTNeoXTokenizer": False,
 }
-# The class of a model type whose tokenizer_config.json names none.
+# The tokenizer class by model type, if tokenizer_config.json names none.
 CLASS_OF = {
     **dict.fromkeys(
         ("mixtral", "deepseek_v2", "deepseek_v3", "phimoe", "llama4", "jetmoe"), "LlamaTokenizer"
@@ -62,10 +62,10 @@ CLASS_OF = {
 
 @contextmanager
 def guarded(doing: str) -> Iterator[None]:
-    """The door through which every call of the tokenizers library goes: what it raises is a ValueError.
+    """Wraps every call of the tokenizers library and turns its errors into ValueError.
 
-    It raises bare Exceptions, and a panic in its Rust code is a BaseException that no ``except Exception``
-    catches.
+    The library raises bare Exceptions, and a panic in its Rust code is a BaseException that no
+    ``except Exception`` catches.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def guarded(doing: str) -> Iterator[None]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError where it holds something else."""
+    """The JSON object in a file; ValueError if the file holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -89,11 +89,11 @@ def json_object(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What the files beside ``tokenizer.json`` say.
+    """The contents of the tokenizer files other than ``tokenizer.json``.
 
-    config: ``tokenizer_config.json``.
-    kind: the tokenizer's class without "Fast", "" where no file tells it.
-    special: the special tokens by name.
+    config: contents of ``tokenizer_config.json``.
+    kind: class of the tokenizer without "Fast"; "" if no file names it.
+    special: special tokens by name.
     more: special tokens without a name of their own.
     added: further tokens, in the order of their ids.
     """
@@ -106,17 +106,17 @@ class TokenizerConfig:
 
     @property
     def saved_whole(self) -> bool:
-        """Whether transformers 5 saved it: what the other files say is in ``tokenizer.json`` then."""
+        """Whether transformers 5 saved it; then ``tokenizer.json`` has what the other files say."""
         return "backend" in self.config
 
     def names(self) -> dict[str, Any]:
-        """The special tokens' texts as chat templates know them."""
+        """The special tokens' texts, by the names that chat templates use."""
         more = [token.content for token in self.more]
         return {name: t.content for name, t in self.special.items()} | ({MORE: more} if more else {})
 
 
 def read_config(directory: Path) -> TokenizerConfig:
-    """Raises ValueError that names the file which cannot be read."""
+    """Reads the files other than ``tokenizer.json``; a ValueError names the file that cannot be read."""
     config = _optional(directory / "tokenizer_config.json")
     kind = _kind(config, directory)
     found = dict(config)
@@ -158,7 +158,7 @@ def _kind(config: dict[str, Any], directory: Path) -> str:
 
 
 def _special(found: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The named special tokens and the others. transformers 5 writes the others as extra_special_tokens."""
+    """The special tokens with a name, and the others, which transformers 5 calls extra_special_tokens."""
     named = {name: found[name] for name in NAMES if found.get(name) is not None}
     extra = found.get("extra_special_tokens") or []
     if isinstance(extra, dict):
@@ -172,7 +172,7 @@ def _special_token(value: Any) -> AddedToken:
 
 
 def _added(decoder: Any, older: dict[str, Any], chosen: set[str]) -> list[AddedToken]:
-    """chosen: the texts of the special tokens."""
+    """The added tokens, in the order of their ids. chosen: texts of the special tokens."""
     tokens = {int(id): _token(value) for id, value in (decoder or {}).items()}
     for text, id in older.items():
         special = text in chosen
@@ -188,9 +188,9 @@ def _token(value: dict[str, Any]) -> AddedToken:
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint; ValueError in one line where there is none that can be read.
+    """The tokenizer of a checkpoint; a one-line ValueError if there is none that can be read.
 
-    vocab_size: the model's, which bounds the ids.
+    vocab_size: vocabulary size of the model, which limits the ids.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -204,7 +204,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
         raise ValueError(f"cannot read {path}: {error}") from None
     told = read_config(directory)
     with guarded("take its added tokens"):
-        tokenizer.no_truncation()  # every trainer stores those of its last call
+        tokenizer.no_truncation()  # every trainer stores the settings of its last call
         tokenizer.no_padding()
         _add_tokens(tokenizer, told)
         _apply(tokenizer, told)
@@ -215,7 +215,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def missing(directory: Path) -> str | None:
-    """Why a directory without ``tokenizer.json`` is refused; None where it has no tokenizer at all."""
+    """Why a directory without ``tokenizer.json`` is refused; None if it has no tokenizer at all."""
     has = next((name for name in FOREIGN if (directory / name).is_file()), None)
     if has is None:
         return None
@@ -230,13 +230,13 @@ def missing(directory: Path) -> str | None:
 
 
 def _add_tokens(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
-    """Adds what the vocabulary lacks, and again what it knows with other flags, as transformers does."""
+    """Adds tokens that the vocabulary lacks or has with other flags, as transformers does."""
     have = {_identity(token) for token in tokenizer.get_added_tokens_decoder().values()}
     tokens = [token for token in told.added if _identity(token) not in have]
     known = {content for content, *_ in have} | {token.content for token in tokens}
     defaults = CLASS_TOKENS.get(told.kind, {})
     for name, token in (*told.special.items(), *((MORE, token) for token in told.more)):
-        # A class's own default is a name, not a promise that the vocabulary has the token.
+        # A class's default names a token; it does not promise that the vocabulary has it.
         is_default = name not in told.config and defaults.get(name) == token.content
         if token.content not in known and not (is_default and tokenizer.token_to_id(token.content) is None):
             known.add(token.content)
@@ -249,7 +249,7 @@ def _identity(token: AddedToken) -> tuple:
 
 
 def _apply(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
-    """What the configuration changes of the tokenizer's rules."""
+    """Applies the configuration's changes to the tokenizer's rules."""
     config = told.config
     if config.get("split_special_tokens"):
         tokenizer.encode_special_tokens = True
@@ -265,7 +265,7 @@ def _apply(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
 
 
 def _set_ends(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
-    """The post-processor that adds BOS and EOS as the configuration says, whatever the file's one adds."""
+    """Sets a post-processor that adds BOS and EOS as configured, whatever ``tokenizer.json`` says."""
     wanted = {
         "bos_token": told.config.get("add_bos_token", ADDS_BOS[told.kind]),
         "eos_token": told.config.get("add_eos_token", False),
@@ -283,10 +283,10 @@ def _set_ends(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
 
 
 def check_ids(vocabulary: dict[str, int], added: Collection[int], vocab_size: int, path: Path) -> None:
-    """Raises ValueError where an id is beyond the model's vocabulary, or two tokens have one id.
+    """Raises ValueError if an id is outside the model's vocabulary, or if two tokens have the same id.
 
-    added: the ids of added tokens, of which some may be beyond: fine-tunes add a [PAD] and leave the model as
-    it is. Texts without it work.
+    added: ids of added tokens. Some of these may be outside: fine-tunes add a [PAD] and do not change the
+    model, and texts without that token work.
     """
     if not vocabulary:
         raise ValueError(f"{path} has no tokens")
