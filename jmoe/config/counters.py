@@ -59,7 +59,7 @@ ROUTED = (
         "transport_useful_bytes", "Those that the routing needed", "jmoe_moe_transport_useful_bytes", "row"
     ),
 )
-# An expert counts once a step, however many tokens it has; on a mesh these are sums over the ranks' caches.
+# An expert counts once per step for any number of tokens; on a mesh these are sums over the ranks' caches.
 CACHE = (
     cached("expert_cache_hits", "Experts needed that were on the device", "jmoe_moe_expert_cache_hits"),
     cached("expert_cache_misses", "Those that were in host memory", "jmoe_moe_expert_cache_misses"),

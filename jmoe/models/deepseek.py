@@ -52,7 +52,7 @@ def config_v2(hf: HFConfig) -> ModelConfig:
     method = hf.get("topk_method") or "greedy"
     refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
     refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
-    # transformers ignores it, DeepSeek's own code does not, and no checkpoint has it
+    # transformers ignores this field, DeepSeek's own code does not, and no checkpoint sets it
     refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))
     groups = {name: require(hf, name) for name in ("n_group", "topk_group")} if method != "greedy" else {}
     scale = hf.get("routed_scaling_factor") or 1.0

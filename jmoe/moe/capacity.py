@@ -175,7 +175,7 @@ def _rank_key(
     match metric:
         case "score":
             return -weights_TJ
-        case "random":  # a counter-based draw depends on the place alone, not on the padding
+        case "random":  # a counter-based draw depends only on the place, not on the padding
             return jax.random.uniform(jax.random.key(seed), weights_TJ.shape)[place_T]
     sign = {"order": 1, "reverse_order": -1}[metric]
     return jnp.broadcast_to((sign * place_T).astype(jnp.float32)[:, None], weights_TJ.shape)

@@ -4,9 +4,8 @@
 
 =============  =================================================================================
 softmax        Mixtral, Qwen, OLMoE, Granite, gpt-oss, DeepSeek-V2: a softmax over all experts. A softmax
-               over the chosen logits alone, as some write it, gives the same as normalised weights.
-sigmoid        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), GLM-4.5, Llama 4: a sigmoid of each expert
-               alone.
+               over only the chosen logits, as some write it, gives the same as normalised weights.
+sigmoid        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), GLM-4.5, Llama 4: a sigmoid of each logit.
 sparsemixer    Phi-3.5-MoE (arXiv 2409.12136): experts are chosen one after another, each by a softmax over
                the remaining experts that are near the best.
 =============  =================================================================================
