@@ -1,11 +1,11 @@
-"""The only maker of meshes. Axes are words: ``data``, ``expert``, ``tensor``.
+"""The only place that makes meshes. Axes have names: ``data``, ``expert``, ``tensor``.
 
-``data``    whole replicas of the layer's tokens and weights.
-``expert``  experts are split over it; each rank holds its own sequences (attention "dp") or its own heads
-            of its data group's (attention "tp", see ``Split``).
+``data``    each group of ranks along it holds a whole copy of the weights and its own tokens.
+``expert``  experts are split over it. Each rank holds its own sequences (attention "dp") or its own heads of
+            its data group's sequences (attention "tp", see ``Split``).
 ``tensor``  attention heads and the experts' inner dimension are split over it.
 
-A weight declares the axis of each of its dimensions when it is made (``nnx.Param(..., axes=...)``); that
+A weight declares the mesh axis of each of its dimensions when it is made (``nnx.Param(..., axes=...)``). That
 one declaration gives its sharding in memory, in a checkpoint and under ``shard_map``.
 """
 
@@ -20,14 +20,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
-THREADS = 4  # of XLA's CPU client for each emulated device
+THREADS = 4  # threads of XLA's CPU client per emulated device
 TOKENS = (DATA, EXPERT)  # the axes over which tokens are split between the blocks of a layer
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data * expert * tensor`` devices; raises ValueError where that many are not there.
+    """A mesh of ``data * expert * tensor`` devices; raises ValueError if there are not enough devices.
 
-    devices: None takes those of all processes, in jax's order, and leaves no process without one.
+    devices: None takes the devices of all processes in jax's order, and raises if a process would have none.
     """
     for name, size in ((DATA, data), (EXPERT, expert), (TENSOR, tensor)):
         if size < 1:
@@ -54,10 +54,10 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
 def give_threads() -> None:
     """Gives emulated CPU devices the threads that their collectives need. Call it before jax makes them.
 
-    XLA's CPU client has as many threads as there are cores or devices, whichever are more, and a collective
-    blocks one of them for each device. A step has collectives that do not wait for one another: some of them
-    can take all threads while a device that they wait for has none. XLA then ends the process after 40
-    seconds. NPROC is its own variable for the number of threads; one that is set already stays.
+    XLA's CPU client has as many threads as there are cores or devices, whichever is more, and a collective
+    blocks one thread per device. A step has collectives that do not wait for one another: some of them can
+    take all threads while a device that they wait for has none. XLA then ends the process after 40 seconds.
+    NPROC is XLA's own variable for the number of threads; a value that is already set is kept.
     """
     devices: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if devices > 1:
@@ -66,7 +66,11 @@ def give_threads() -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """How attention is split over a mesh: sequences over some of its axes, heads over the others."""
+    """How attention is split over a mesh.
+
+    sequences: mesh axes over which sequences are split.
+    heads: mesh axes over which the heads of a sequence are split.
+    """
 
     mesh: Mesh
     sequences: tuple[str, ...]
@@ -74,17 +78,18 @@ class Split:
 
     @property
     def sequence_ranks(self) -> int:
-        """How many ranks, or groups of them, hold sequences of their own."""
+        """The number of ranks, or groups of ranks, that hold their own sequences."""
         return math.prod(self.mesh.shape[axis] for axis in self.sequences)
 
     @property
     def head_ranks(self) -> int:
-        """How many ranks share the heads of a sequence."""
+        """The number of ranks that share the heads of a sequence."""
         return math.prod(self.mesh.shape[axis] for axis in self.heads)
 
 
 def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
-    """dp: each rank of the expert axis has sequences of its own. tp: it shares their heads."""
+    """The split of attention. "dp": each rank of the expert axis has its own sequences. "tp": the ranks of
+    the expert axis share the heads of the same sequences."""
     return Split(mesh, TOKENS, (TENSOR,)) if attention == "dp" else Split(mesh, (DATA,), (EXPERT, TENSOR))
 
 
@@ -93,7 +98,7 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
 
 
 def check_divides(what: str, size: int, axis: str, parts: int) -> None:
-    """Raises ValueError, listing the divisors, unless ``size`` splits evenly over ``parts``."""
+    """Raises ValueError that lists the divisors, unless ``size`` splits evenly over ``parts``."""
     if size % parts:
         small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
         divisors = sorted({*small, *(size // d for d in small)})

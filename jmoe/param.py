@@ -6,18 +6,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
 
-# of each dimension: the mesh axis, or axes, over which it is split
+# the mesh axis, or axes, over which each dimension is split
 Axes = tuple[str | tuple[str, ...] | None, ...]
-HOST = "pinned_host"  # the kind of host memory from which a device copies by itself
+HOST = "pinned_host"  # the kind of host memory that a device can copy from by itself
 
 
 class ParamMaker:
-    """Makes parameters of one dtype from one stream of random numbers, normal with deviation ``std``; zeros
-    where that is 0, which are quickly described where only shapes are wanted.
+    """Makes parameters of one dtype from one stream of normal random numbers.
 
-    platform: that of the devices they will lie on; None is jax's default. A ``stored`` parameter is one
-    that XLA:CPU must not see as bfloat16, because it slices single experts out of it in a loop: there it is
-    kept as uint16 and reinterpreted where it is used.
+    std: the standard deviation; 0 makes zeros, which is fast if only shapes are needed.
+    platform: platform of the devices that will hold the parameters; None is jax's default.
+
+    A ``stored`` parameter is one that XLA:CPU must not see as bfloat16, because it slices single experts out
+    of it in a loop: on a CPU it is kept as uint16 and reinterpreted when it is used.
     """
 
     def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 0.02, platform: str | None = None):
@@ -29,12 +30,16 @@ class ParamMaker:
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
     def __call__(self, shape: tuple[int, ...], axes: Axes, keeps: bool = False) -> nnx.Param:
-        """keeps: it is float32 where a checkpoint stores more than the model's dtype, as all vectors are.
-        They take part in float32 arithmetic, and a rounded router would choose other experts."""
+        """A parameter of the maker's dtype.
+
+        keeps: it stays float32 if a checkpoint stores it in more than the model's dtype, as all vectors do.
+        Such parameters take part in float32 arithmetic, and a rounded router would choose other experts.
+        """
         return nnx.Param(self._normal(shape), axes=axes, keeps=keeps)
 
     def stored(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
-        """memory: the kind it is to lie in, the device's own where None."""
+        """A parameter in the storage dtype (see the class). memory: kind of memory that holds it; None is the
+        device's own."""
         values = self._normal(shape).view(storage_dtype(self.dtype, self.platform))
         return nnx.Param(values, axes=axes, memory=memory)
 
@@ -45,14 +50,14 @@ class ParamMaker:
         return nnx.Param(jnp.zeros((size,), self.dtype), axes=axes)
 
     def exact(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
-        """A parameter that is float32 whatever the model's dtype."""
+        """A parameter that is float32 for every dtype of the model."""
         return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
     def numbers(self, size: int) -> nnx.Param:
-        """0, 1, 2 ...: a parameter that no checkpoint of others has."""
+        """A parameter 0, 1, 2 ...; checkpoints that jmoe did not write do not have it."""
         return nnx.Param(jnp.arange(size, dtype=jnp.int32), axes=(None,))
 
 
 def specs_of(module: nnx.Module) -> dict[str, PartitionSpec]:
-    """How each parameter of a module without parts is split, as it was declared."""
+    """The declared split of each parameter of a module that has no submodules."""
     return {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(module, nnx.Param).items()}

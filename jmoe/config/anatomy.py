@@ -1,5 +1,5 @@
 """Frozen configuration of the parts that model families build differently: router, rotary embedding, latent
-attention. Field names are Hugging Face's where they have one."""
+attention. Field names are Hugging Face's if there is one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,12 +22,15 @@ RopeType = Literal["default", "linear", "yarn", "longrope", "llama3"]
 class RouterConfig:
     """How a layer's router turns logits into experts and weights (see ``jmoe.moe.routing``).
 
-    scoring_func: of the logits. norm_topk_prob: a token's weights sum to 1 before scaling.
-    n_group, topk_group: only experts of a token's ``topk_group`` best groups of ``n_group`` may be chosen;
-    group_score: a group counts by its best expert, or by the sum of its two best. bias: added to the logits.
-    correction_bias: added to the scores to choose by, not to weigh by. routed_scaling_factor: of all weights.
-    router_jitter_noise: of "sparsemixer", the relative distance within which experts share a softmax.
-    weigh_input: a weight multiplies what its expert is given, not what it gives.
+    scoring_func: function from logits to scores.
+    norm_topk_prob: a token's weights are normalised to sum to 1 before scaling.
+    n_group, topk_group: only experts of a token's ``topk_group`` best groups of ``n_group`` may be chosen.
+    group_score: a group's score is that of its best expert ("max") or the sum of its best two ("top2").
+    bias: a bias is added to the logits.
+    correction_bias: a bias is added to the scores for the choice only, not for the weights.
+    routed_scaling_factor: factor of all weights.
+    router_jitter_noise: for "sparsemixer", half the relative distance within which experts share a softmax.
+    weigh_input: a weight multiplies its expert's input, not its output.
     """
 
     scoring_func: ScoringFunc = "softmax"
@@ -45,7 +48,7 @@ class RouterConfig:
         check_fields(self)
 
     def check(self, experts: int, k: int) -> None:
-        """Raises ValueError where the groups do not fit ``experts``, ``k`` of them a token."""
+        """Raises ValueError if the router does not fit ``experts`` experts with ``k`` per token."""
         if experts % self.n_group:
             raise ValueError(f"n_group {self.n_group} does not divide num_experts {experts}")
         if not 1 <= self.topk_group <= self.n_group:
@@ -63,19 +66,20 @@ class RouterConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether logits become a softmax and a top-k, which the fused kernels know."""
+        """Whether the router is a softmax and a top-k of the logits, which the fused kernels implement."""
         other = dataclasses.replace(self, bias=False, weigh_input=False, router_jitter_noise=0.0)
         return other == RouterConfig(norm_topk_prob=self.norm_topk_prob)
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (see ``jmoe.nn.rope``); fields below the first four belong to some types
+    """Rotary position embedding (see ``jmoe.nn.rope``). All fields after the first four apply to some types
     only.
 
-    partial_rotary_factor: the share of a head that is rotated. interleaved: pairs are neighbours, not halves.
-    long: of "longrope", whether the engine serves contexts beyond the original ones; then all positions are
-    rotated by the long factors, since cached keys cannot change.
+    partial_rotary_factor: the share of a head that is rotated.
+    interleaved: pairs are neighbouring dimensions, not the two halves.
+    long: for "longrope", whether the engine serves contexts longer than the original ones; then all positions
+        are rotated by the long factors, because cached keys cannot change.
     """
 
     rope_theta: Positive = 10000.0
@@ -102,13 +106,13 @@ class RopeConfig:
         check_fields(self)
 
     def for_context(self, tokens: int) -> "RopeConfig":
-        """The same as an engine that serves contexts of ``tokens`` rotates."""
+        """The config for an engine that serves contexts of ``tokens`` tokens."""
         original = self.original_max_position_embeddings
         long = self.rope_type == "longrope" and original is not None and tokens > original
         return dataclasses.replace(self, long=long)
 
     def check(self, dim: int) -> None:
-        """Raises ValueError for what cannot rotate heads of ``dim``."""
+        """Raises ValueError if the config cannot rotate heads of size ``dim``."""
         rotated = int(dim * self.partial_rotary_factor)
         if not 0 < rotated <= dim or rotated % 2:
             raise ValueError(
@@ -119,7 +123,7 @@ class RopeConfig:
             raise ValueError(f"rope type {self.rope_type!r} needs original_max_position_embeddings")
         if self.rope_type in ("linear", "yarn", "llama3") and self.factor is None:
             raise ValueError(f"rope type {self.rope_type!r} needs a factor above 0, got None")
-        # both are divided by a logarithm
+        # both are used in a logarithm that is a divisor
         if self.rope_type == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope type 'yarn' needs a rope_theta above 1, got {self.rope_theta}")
         if self.rope_type == "longrope" and self.original_max_position_embeddings == 1:
@@ -131,11 +135,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): sizes in numbers.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). All sizes are element counts.
 
-    q_lora_rank: of the compressed queries, None where they are not compressed. kv_lora_rank: of what is
-    cached for all heads' keys and values. qk_nope_head_dim, qk_rope_head_dim: the parts of a head's key that
-    are not and are rotated; the latter is one for all heads. v_head_dim: of a head's value.
+    kv_lora_rank: size of the cached latent for all heads' keys and values.
+    qk_nope_head_dim: size of the part of a head's key that is not rotated.
+    qk_rope_head_dim: size of the part of a key that is rotated; all heads share it.
+    v_head_dim: size of a head's value.
+    q_lora_rank: size of the compressed queries; None if they are not compressed.
     """
 
     kv_lora_rank: Count
@@ -153,5 +159,5 @@ class LatentConfig:
 
     @property
     def cached_dim(self) -> int:
-        """Numbers of a token in the cache."""
+        """The number of cached values per token."""
         return self.kv_lora_rank + self.qk_rope_head_dim

@@ -1,8 +1,8 @@
-"""What is counted of the MoE layers; each counter is declared here once. Nothing heavy is imported, as the
-server needs this too.
+"""The counters of the MoE layers; each one is declared here once. This module imports nothing heavy, because
+the server needs it too.
 
-A layer counts by these names (``jmoe.moe.types.DispatchStats``); sums over steps, /moe/stats, the dashboard's
-windows, /metrics, requests' usage and the benchmarks' reports follow from the tables.
+A layer counts by these names (``jmoe.moe.types.DispatchStats``). The sums over steps, /moe/stats, the
+dashboard's windows, /metrics, the usage of requests and the benchmarks' reports follow from these tables.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from typing import Literal
 class Counter:
     """A sum over tokens or experts, by layer.
 
-    name: its key wherever it is counted or reported.
+    name: the counter's key wherever it is counted or reported.
     text: what it counts, as /metrics explains it.
-    metric: its name in /metrics; None where it is not exported.
-    unit: what one on the device is reported as: itself, or the bytes of a row between ranks, or of an expert.
-    is_padded: whether padding counts too; then a step without a valid token, as in warm-up, is left out.
+    metric: its name in /metrics; None if it is not exported.
+    unit: what a count of one is reported as: one, or the bytes of a row between ranks, or of an expert.
+    is_padded: whether padding is counted too; then a step without a valid token, as in warm-up, is left out.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Counter:
 
 
 def cached(name: str, text: str, metric: str | None, unit: Literal["one", "expert"] = "one") -> Counter:
-    """One of an expert cache, which acts before it knows a step's tokens."""
+    """A counter of an expert cache, which acts before it knows a step's tokens."""
     return Counter(name, text, metric, unit, is_padded=True)
 
 
-# The sum of what each expert is given, which is counted by expert.
+# The sum of the assignments of all experts, which are counted by expert.
 ASSIGNMENTS = Counter("assignments", "Tokens sent to experts", "jmoe_moe_assignments")
-# These are counted by token as well, so that each request's usage has its own.
+# These are also counted by token, so that each request's usage can report them.
 LOSSY = (
     Counter("remapped", "Those that binning gave to another expert", "jmoe_moe_remapped_assignments"),
     Counter("dropped", "Those that no expert computed", "jmoe_moe_dropped_assignments"),
@@ -59,7 +59,7 @@ ROUTED = (
         "transport_useful_bytes", "Those that the routing needed", "jmoe_moe_transport_useful_bytes", "row"
     ),
 )
-# An expert counts once a step, however many tokens it has; on a mesh these are sums over the ranks' caches.
+# An expert counts once per step for any number of tokens; on a mesh these are sums over the ranks' caches.
 CACHE = (
     cached("expert_cache_hits", "Experts needed that were on the device", "jmoe_moe_expert_cache_hits"),
     cached("expert_cache_misses", "Those that were in host memory", "jmoe_moe_expert_cache_misses"),
@@ -72,7 +72,7 @@ CACHE = (
 )
 USAGE = (ASSIGNMENTS, *LOSSY)
 COUNTERS = (*USAGE, *ROUTED, *CACHE)
-MEANS = ("active_experts", "active_experts_baseline", "max_over_mean_load")  # over steps, no sums
+MEANS = ("active_experts", "active_experts_baseline", "max_over_mean_load")  # means over steps, not sums
 
 
 def names(counters: Iterable[Counter]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Frozen configuration: the model's shape (Hugging Face's field names) and how its MoE layers run.
 
-Unknown keys raise and name the nearest known one; impossible values raise with the limit.
+An unknown key raises an error that names the nearest known key; an impossible value raises an error that
+states the limit.
 """
 
 import dataclasses
@@ -26,9 +27,9 @@ from jmoe.config.reading import (
 )
 from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, OffloadConfig, ShuffleConfig
 
-# more would be a damaged file, and lists of them take memory
+# a larger number means a damaged file, and lists of that length take memory
 Layers = Annotated[int, Meta(ge=1, le=10_000, description="a positive integer")]
-TokenId = Annotated[int, Meta(ge=-(2**31), le=SIZE_LIMIT)]  # a negative one is never drawn
+TokenId = Annotated[int, Meta(ge=-(2**31), le=SIZE_LIMIT)]  # a negative id is never sampled
 DTypeName = Literal["float32", "bfloat16"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
@@ -40,19 +41,30 @@ class ModelConfig:
 
     architecture: the Hugging Face class name, the key into ``jmoe.models``.
 
-    Layers: mlp_only_layers have a dense MLP of ``intermediate_size`` instead of experts. layer_types: of each
-    layer's attention, "full_attention", "sliding_attention" or "chunked_attention"; empty is sliding where
-    there is a window. sliding_window: a token attends to itself and ``sliding_window - 1`` tokens before it;
-    attention_chunk_size: to those of its own chunk. no_rope_layers: 1 where a layer rotates, 0 where not, as
-    Hugging Face spells it; empty is all.
-    Attention: attention_bias is of all projections, qkv_bias of those in. qk_norm "l2" has no weights,
-    follows the rotation and stands in rotated layers only. attention_multiplier: of the scores; None is
-    ``head_dim ** -0.5``. clip_qkv: the largest magnitude. attn_scale, floor_scale: in layers without
-    rotation, queries at position p times ``1 + attn_scale * log(1 + floor((p + 1) / floor_scale))``; 0 is
-    off. latent: multi-head latent attention instead of grouped-query attention.
-    Experts: shared_expert_intermediate_size is of the MLP that all tokens pass beside them, 0 without;
-    shared_expert_gate: a sigmoid of the token weighs it. hidden_act: of all MLPs. quant_method: in which the
-    checkpoint keeps experts; they are computed with in ``dtype``.
+    Layers:
+    mlp_only_layers: layers with a dense MLP of ``intermediate_size`` instead of experts.
+    layer_types: attention type of each layer, "full_attention", "sliding_attention" or "chunked_attention";
+        if empty, all layers are sliding if there is a window.
+    sliding_window: a token attends to itself and to the ``sliding_window - 1`` tokens before it.
+    attention_chunk_size: a token attends to the tokens of its own chunk, up to itself.
+    no_rope_layers: 1 for a layer with rotation, 0 for one without, as in Hugging Face; empty: all rotate.
+
+    Attention:
+    attention_bias: biases in all projections.
+    qkv_bias: biases in the query, key and value projections only.
+    qk_norm: norm of queries and keys; "l2" has no weights, comes after the rotation and applies only in
+        layers with rotation.
+    attention_multiplier: factor of the scores; None is ``head_dim ** -0.5``.
+    clip_qkv: largest magnitude of queries, keys and values.
+    attn_scale, floor_scale: in layers without rotation, queries at position p are multiplied by
+        ``1 + attn_scale * log(1 + floor((p + 1) / floor_scale))``; an attn_scale of 0 is off.
+    latent: multi-head latent attention instead of grouped-query attention.
+
+    Experts:
+    shared_expert_intermediate_size: inner size of the MLP that all tokens pass in addition; 0 means no MLP.
+    shared_expert_gate: the shared expert's output is weighted by a sigmoid of the token.
+    hidden_act: activation of all MLPs.
+    quant_method: format in which the checkpoint stores experts; they are computed in ``dtype``.
     """
 
     architecture: str
@@ -115,7 +127,7 @@ class ModelConfig:
         self._check_layers()
 
     def _check_layers(self) -> None:
-        """Raises ValueError where what stands for single layers does not fit them all."""
+        """Raises ValueError if a field about single layers does not fit the number or kinds of layers."""
         for name in ("layer_types", "no_rope_layers"):
             given = len(getattr(self, name))
             if given not in (0, self.num_hidden_layers):
@@ -135,7 +147,7 @@ class ModelConfig:
             raise ValueError("dense layers need intermediate_size")
 
     def first(self, layers: int) -> Self:
-        """The same model with its first ``layers`` alone."""
+        """The same model with only its first ``layers`` layers."""
         return dataclasses.replace(
             self,
             num_hidden_layers=layers,
@@ -146,13 +158,14 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """The layers that have experts, in order; tables and statistics by layer have these alone."""
+        """The layers that have experts, in order; tables and statistics by layer have only these layers."""
         dense = frozenset(self.mlp_only_layers)
         return tuple(i for i in range(self.num_hidden_layers) if i not in dense)
 
     @property
     def longest_context(self) -> int:
-        """Tokens. Where a model card has YaRN added to ``config.json``, ``max_position_embeddings`` stays."""
+        """The longest context in tokens. If YaRN was added to ``config.json`` as a model card describes,
+        ``max_position_embeddings`` is still the trained length, so the YaRN factor counts."""
         rope, trained = self.rope, self.max_position_embeddings
         if rope.rope_type != "yarn" or not rope.factor or not rope.original_max_position_embeddings:
             return trained
@@ -160,12 +173,12 @@ class ModelConfig:
 
     @property
     def cached_heads(self) -> int:
-        """Rows of the KV cache a token and layer: those of a latent are one."""
+        """Rows of the KV cache per token and layer; latent attention has one."""
         return self.num_key_value_heads if self.latent is None else 1
 
     @property
     def cached_dim(self) -> int:
-        """Numbers of such a row."""
+        """The number of values in such a row."""
         return self.head_dim if self.latent is None else self.latent.cached_dim
 
     def span(self, layer: int) -> Span:
@@ -181,34 +194,35 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From the tables of a TOML file; ValueError names an unknown key."""
+        """Makes the config from the tables of a TOML file; a ValueError names an unknown key."""
         return from_table(cls, values, "model config", "")
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """From a TOML file; ValueError names it."""
+        """Makes the config from a TOML file; a ValueError names the file."""
         values = read_toml(path)
         with named(path):
             return cls.from_dict(values)
 
 
-TRAINING = {"mode": "training"}  # of a field that no engine takes
+TRAINING = {"mode": "training"}  # marks a field that no engine accepts
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """How the MoE layers run. The default is lossless: bit for bit what plain top-k gives.
+    """How the MoE layers run. The default is lossless: the result equals plain top-k bit for bit.
 
-    attention: how tokens come to the layers, of sequences of a rank's own ("dp") or of heads shared over
-    the experts' ranks ("tp", see ``jmoe.mesh.Split``); a flag of its own, not a key of the config file.
+    attention: split of attention: each rank has its own sequences ("dp"), or the experts' ranks share heads
+        ("tp", see ``jmoe.mesh.Split``). It is a separate flag, not a key of the config file.
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
-    kernel: the grouped-expert implementation; None picks and ``jmoe doctor`` reports the pick.
-    binning: decode batches on fewer experts, lossy; None is off.
-    capacity: the limit on an expert's load, lossy; None is off. It limits what binning has left.
-    shuffle: experts renumbered by a placement, and tokens or requests where their experts are; lossless.
-    offload: experts in host memory, some on the device; lossless.
-    train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a
-    multiple of its even share.
+    kernel: the grouped-expert implementation; None chooses one, which ``jmoe doctor`` reports.
+    binning: decode batches use fewer experts, lossy; None is off.
+    capacity: a limit on an expert's load, lossy; None is off. It applies to the result of binning.
+    shuffle: experts are renumbered by a placement, and tokens or requests go where their experts are;
+        lossless; None is off.
+    offload: experts are in host memory, some also on the device; lossless; None is off.
+    train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a multiple
+        of its even share.
     """
 
     attention: Literal["dp", "tp"] = "dp"
@@ -231,11 +245,11 @@ class MoEConfig:
 
     @property
     def stages(self) -> tuple[LossyConfig, ...]:
-        """The lossy techniques that are on, in the order in which they act; without any, nothing is lossy."""
+        """The lossy techniques that are on, in the order in which they act; if empty, nothing is lossy."""
         return tuple(table for table in (self.binning, self.capacity) if table is not None)
 
     def check_serves(self) -> None:
-        """Raises ValueError for a setting that means something in training alone."""
+        """Raises ValueError for a setting that has a meaning only in training."""
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.metadata.get("mode") == TRAINING["mode"] and value != each.default:
@@ -246,14 +260,14 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From the JSON form or, with one level ``moe`` around it, the TOML form."""
+        """Makes the config from the JSON form or the TOML form, which has one more level, ``moe``."""
         if isinstance(values, Mapping) and set(values) == {"moe"}:
             values = values["moe"]
         return from_table(cls, values, "moe config", "moe.", without=("attention",))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """From a JSON object or the name of a ``.toml`` file."""
+        """Makes the config from a JSON object or the name of a ``.toml`` file."""
         if text.lstrip().startswith("{"):
             try:
                 values = unique_json(text)

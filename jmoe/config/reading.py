@@ -1,9 +1,10 @@
-"""How values of files, flags and Python become what a dataclass declares, with one form of message:
+"""Converts values from files, flags and Python to the types that a dataclass declares, with one form of
+message:
 
     FILE: table.key must be an integer of at least 1, got '8000'
 
-The annotations of a dataclass are the declaration, msgspec judges by them, and ``words`` says them. No text
-becomes a number, and no fraction or truth value an integer.
+The annotations of a dataclass are the declaration; msgspec checks values by them, and ``words`` puts them
+into words. Text never becomes a number, and a fraction or boolean never becomes an integer.
 """
 
 import difflib
@@ -25,13 +26,13 @@ from msgspec import Meta
 
 from jmoe.config.units import parse_size
 
-FILE_LIMIT = 1 << 20  # bytes of a file of settings
-PATH_LIMIT = 400  # characters of a name in a message; what is longer is no file's, but text in its place
+FILE_LIMIT = 1 << 20  # bytes of a settings file
+PATH_LIMIT = 400  # characters of a file name in a message; longer text is not a real file name
 Table = TypeVar("Table")
 
 Natural = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
-# the device computes in float32, in which it must be neither 0 nor infinite
+# the device computes in float32, in which the value must be neither 0 nor infinite
 Positive = Annotated[
     float,
     Meta(ge=2.0**-126, le=2.0**127, description="a finite number above 0", extra={"float32": True}),
@@ -41,9 +42,10 @@ Size = Annotated[int, Meta(ge=1, extra={"size": True})]  # bytes, or text such a
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the declared type; ValueError beginning with ``name`` where it is none.
+    """``value`` as the declared type; if it does not fit, a ValueError that begins with ``name``.
 
-    Numbers are finite, lists become tuples, text of a ``Size`` becomes bytes, and numpy's numbers Python's.
+    Numbers must be finite. Lists become tuples, text of a ``Size`` becomes a number of bytes, and numpy
+    numbers become Python numbers.
     """
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         value = value.item()
@@ -60,9 +62,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def check_fields(instance: Any, prefix: str = "") -> None:
-    """Gives every field of a dataclass its declared type; for ``__post_init__``.
+    """Converts every field of a dataclass to its declared type; for ``__post_init__``.
 
-    prefix: of the fields' names in a message. A field that is itself a dataclass must be one already.
+    prefix: prefix of the fields' names in a message. A field declared as a dataclass must already be one.
     """
     for name, kind in hints(type(instance)).items():
         value, table = getattr(instance, name), _table(kind)
@@ -74,9 +76,10 @@ def check_fields(instance: Any, prefix: str = "") -> None:
 
 
 def from_table(cls: type[Table], values: Any, what: str, prefix: str, without: tuple[str, ...] = ()) -> Table:
-    """The dataclass ``cls`` from a table of a file, and tables within it likewise.
+    """The dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
 
-    what: the table, in messages. prefix: of its keys. without: fields that are no keys.
+    what: the table's name in messages. prefix: prefix of its keys in messages. without: fields that are not
+    keys.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
@@ -96,7 +99,7 @@ def from_table(cls: type[Table], values: Any, what: str, prefix: str, without: t
 
 
 def check_keys(what: str, values: Iterable[Any], known: Iterable[str]) -> None:
-    """Raises ValueError naming the first unknown key and the nearest known one."""
+    """Raises ValueError that names the first unknown key and the nearest known one."""
     known = list(known)
     for key in values:
         if key not in known:
@@ -115,7 +118,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def words(kind: Any) -> str:
-    """What a value of the declared type is, after "must be"."""
+    """The declared type in words that can follow "must be"."""
     if get_origin(kind) is Annotated:
         meta = next(iter(_metas(kind)), Meta())
         return meta.description or words(kind.__origin__) + _bounds(meta)
@@ -134,12 +137,12 @@ def words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one line, however long or deep it is."""
+    """A value as text for a message: one short line, even if the value is long or deep."""
     return _SHORT.repr(value).replace("\n", " ")
 
 
 class _Short(reprlib.Repr):
-    """Without the limits of ``int``, whose text of thousands of digits Python refuses to make."""
+    """A ``Repr`` that also shows huge integers, whose text of thousands of digits Python refuses to make."""
 
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() < 128 else f"an integer of {x.bit_length()} bits"
@@ -151,7 +154,8 @@ _SHORT.maxlevel = 3
 
 
 def _refusal(name: str, value: Any, kind: Any, why: str) -> str:
-    """The message; ``why`` is msgspec's, which ends with the place of the wrong entry of a list."""
+    """The message of a refused value. ``why`` is msgspec's message, which ends with the position of the wrong
+    list entry."""
     for index in re.findall(r"\[(\d+)\]", why.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):
             name, value, kind = f"{name}[{index}]", value[int(index)], _entry(kind)
@@ -181,13 +185,13 @@ def _is_marked(kind: Any, mark: str) -> bool:
 
 
 def _metas(kind: Any) -> Iterator[Meta]:
-    """The bounds of a declared type, and of what it is a choice of."""
+    """The bounds of a declared type, and of its alternatives."""
     for each in (kind, *get_args(kind)):
         yield from (meta for meta in getattr(each, "__metadata__", ()) if isinstance(meta, Meta))
 
 
 def _table(kind: Any) -> type | None:
-    """The dataclass of a field that is one, or None, or may be."""
+    """The dataclass in a declared type, alone or as an alternative; None if there is none."""
     return next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)  # pyright: ignore
 
 
@@ -195,7 +199,7 @@ def _table(kind: Any) -> type | None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; ValueError naming the file where it is absent or malformed."""
+    """The tables of a TOML file; a ValueError names the file if it is absent or malformed."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
@@ -211,7 +215,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def unique_json(text: str) -> Any:
-    """A JSON text in which no object has a key twice; ValueError says what is wrong with it."""
+    """Parses a JSON text in which no object has a key twice; a ValueError says what is wrong with it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -229,7 +233,7 @@ def unique_json(text: str) -> Any:
 
 @contextmanager
 def named(where: object) -> Iterator[None]:
-    """ValueErrors that are raised within begin with ``where``."""
+    """Makes ValueErrors that are raised within the context begin with ``where``."""
     try:
         yield
     except ValueError as error:

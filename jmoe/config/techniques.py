@@ -1,7 +1,7 @@
 """Frozen configuration of the techniques: tables ``[moe.binning]``, ``[moe.capacity]``,
 ``[moe.shuffle]``, ``[moe.offload]``.
 
-What is absent is off. A key that the chosen method does not read is refused, not ignored.
+A technique whose table is absent is off. A key that the chosen method does not read is refused, not ignored.
 """
 
 import math
@@ -25,13 +25,14 @@ Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 
 @dataclass(frozen=True)
 class BinningConfig:
-    """``[moe.binning]``: a decode batch's assignments on fewer experts (see ``jmoe.moe.binning``).
+    """``[moe.binning]``: a decode batch's assignments go to fewer experts (see ``jmoe.moe.binning``).
 
-    method: how the experts that stay are chosen. bin_width: of an affinity bin, nats; smaller is stronger.
-    k0: choices of every token that stay, for "oea". keep: share of the batch's union that stays, for
-    "budget", "popularity" and "random". local_bonus: nats by which a token prefers the experts of its own
-    device, before all of that; resident_bonus: the same for experts that are on the device at all, where
-    experts are offloaded.
+    method: how the active experts are chosen.
+    bin_width: width of an affinity bin in nats; smaller removes more experts.
+    k0: number of each token's first choices that stay active, for "oea".
+    keep: share of the batch's union that stays active, for "budget", "popularity" and "random".
+    local_bonus: preference in nats for the experts of a token's own device, added before the method.
+    resident_bonus: the same for experts that are on the device when experts are offloaded.
     """
 
     name: ClassVar[str] = "binning"
@@ -49,12 +50,13 @@ class BinningConfig:
         _check_read("moe.binning", self, "method", _BINNING_READS)
 
     def check_layer(self, experts: int, k: int, ranks: int) -> None:
-        """Raises ValueError where ``experts``, ``k`` of them a token, on ``ranks`` devices do not fit."""
+        """Raises ValueError if the table does not fit ``experts`` experts, ``k`` per token, on ``ranks``
+        devices."""
         self._check_model(experts, k)
         self._check_ranks(ranks)
 
     def _check_ranks(self, ranks: int) -> None:
-        """Raises ValueError for a preference that means nothing with experts on ``ranks`` devices."""
+        """Raises ValueError for a preference that has no meaning with experts on ``ranks`` devices."""
         if self.local_bonus and ranks == 1:
             raise ValueError(
                 "moe.binning.local_bonus needs experts on several devices: an expert parallel size of 2 or "
@@ -62,7 +64,8 @@ class BinningConfig:
             )
 
     def _check_model(self, experts: int, k: int) -> None:
-        """Raises ValueError where ``experts``, ``k`` of them a token, leave nothing or too few to keep."""
+        """Raises ValueError if, with ``experts`` experts and ``k`` per token, the method has no effect or
+        keeps too few experts."""
         if experts <= k:
             raise ValueError(
                 f"moe.binning needs more experts than a token uses: this model has {experts} and uses {k}"
@@ -87,9 +90,13 @@ class BinningConfig:
 class CapacityConfig:
     """``[moe.capacity]``: how many assignments an expert may take in one step (see ``jmoe.moe.capacity``).
 
-    factor: the limit as a multiple of the even share, gamma. policy: what becomes of the assignments over
-    it. metric: which of them stay. scope: whether an expert or a device has the limit. phase: the steps
-    it holds in. rounds: attempts of "reroute". renormalize: survivors take over the weight of the dropped.
+    factor: gamma, the limit as a multiple of the even share.
+    policy: what happens to the assignments over the limit.
+    metric: which assignments stay.
+    scope: whether the limit is per expert or per device.
+    phase: the steps in which the limit applies.
+    rounds: number of attempts of "reroute".
+    renormalize: the remaining assignments take over the weight of the dropped ones.
     """
 
     name: ClassVar[str] = "capacity"
@@ -106,7 +113,7 @@ class CapacityConfig:
         _check_read("moe.capacity", self, "policy", _CAPACITY_READS)
 
     def check_layer(self, experts: int, k: int, ranks: int) -> None:
-        """Raises ValueError for a limit that means nothing with experts on ``ranks`` devices."""
+        """Raises ValueError for a limit that has no meaning with experts on ``ranks`` devices."""
         for name, value in (("policy", self.policy), ("scope", self.scope)):
             if value in ("expand", "device") and ranks == 1:
                 raise ValueError(
@@ -115,7 +122,7 @@ class CapacityConfig:
                 )
 
 
-# their names are their keys in ``[moe]``
+# each class's ``name`` is its key in ``[moe]``
 LossyConfig = BinningConfig | CapacityConfig
 
 
@@ -123,10 +130,11 @@ LossyConfig = BinningConfig | CapacityConfig
 class ShuffleConfig:
     """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.placement.group``).
 
-    placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it. tokens: shuffled
-    reduce-scatter and all-gather. requests: a request goes to the rank that owns most of its experts.
-    history: tokens also by the ranks of their last two layers, as in the paper; token ids alone did better
-    on the bundled model.
+    placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it.
+    tokens: shuffled reduce-scatter and all-gather.
+    requests: a request goes to the rank that owns most of its experts.
+    history: tokens are also placed by the ranks of their last two layers, as in the paper; token ids alone
+        did better on the bundled model.
     """
 
     placement: str = ""
@@ -142,7 +150,7 @@ class ShuffleConfig:
             raise ValueError("moe.shuffle.history = true has no effect without moe.shuffle.tokens")
 
     def check_attention(self, attention: str) -> None:
-        """Raises ValueError for a part that the way tokens come to the layers leaves no room for."""
+        """Raises ValueError for a part that does not work with this split of attention."""
         for name, on, needed in (("tokens", self.tokens, "tp"), ("requests", self.requests, "dp")):
             if on and attention != needed:
                 raise ValueError(f"moe.shuffle.{name} = true needs attention {needed!r}, got {attention!r}")
@@ -150,18 +158,21 @@ class ShuffleConfig:
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """``[moe.offload]``: fMoE, lossless: experts lie in host memory, some of them on the device too.
+    """``[moe.offload]``: fMoE, lossless: experts are in host memory, some of them also on the device.
 
-    memory: bytes of the device for routed experts ("2GiB" in a file), one pool for all layers; or
-    slots_per_layer: room for so many experts times the layers. predictor: what says which experts the next
-    layers need; eviction: which expert gives way (``jmoe.offload.policy``). prefetch_distance: layers ahead.
-    prefetch_per_layer: copies ahead of need that one layer may begin, the byte budget. store: the profile to
-    start warm from; store_size: iterations that predictor "expert_map" keeps. executor: "graph" decides and
-    copies inside the jitted step, "host" between the jitted parts of each layer; None picks and ``jmoe
-    doctor`` says which and why.
+    memory: bytes of device memory for routed experts ("2GiB" in a file), one pool for all layers.
+    slots_per_layer: instead of ``memory``, the pool's number of experts divided by the number of layers.
+    predictor: how the experts that the next layers need are predicted.
+    eviction: which expert is evicted (``jmoe.offload.policy``).
+    prefetch_distance: number of layers to look ahead.
+    prefetch_per_layer: number of prefetch copies that one layer may start, the byte budget.
+    store: the profile for a warm start.
+    store_size: iterations that the predictor "expert_map" keeps.
+    executor: "graph" decides and copies inside the jitted step, "host" between the jitted parts of each
+        layer; None chooses one, and ``jmoe doctor`` reports which and why.
 
-    On a mesh memory, slots_per_layer and prefetch_per_layer are those of each device, for the experts and
-    the parts of experts that it holds.
+    On a mesh, memory, slots_per_layer and prefetch_per_layer apply to each device, for the experts and parts
+    of experts that it holds.
     """
 
     memory: Size | None = None
@@ -193,7 +204,7 @@ class OffloadConfig:
             )
 
     def check_model(self, layers: int, experts: int) -> None:
-        """Raises ValueError for looking further ahead than ``layers`` or fetching more than ``experts``."""
+        """Raises ValueError for a look-ahead above ``layers`` or a prefetch above ``experts``."""
         limits = {
             "prefetch_distance": (layers, "layers that have experts"),
             "prefetch_per_layer": (experts, "experts of a layer on a device"),
@@ -205,14 +216,16 @@ class OffloadConfig:
 
     @property
     def aside(self) -> int:
-        """Experts that the memory holds beside the pool's: what is on its way, two that stream through or one
-        for each prefetch, and a slot that copies without a wish go to."""
+        """The number of experts that the memory holds in addition to the pool: the copies in progress (two
+        that stream through, or one per prefetch if that is more) and one slot for copies that nothing
+        requested."""
         return max(2, self.prefetch_per_layer) + 1
 
     def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
-        """Slots of a device's pool; ValueError where not even one token's experts fit or there are fewer.
+        """The number of slots of a device's pool; ValueError if one token's experts do not fit or if there
+        are more slots per layer than experts.
 
-        experts: of a layer on this device; k: those of them that one token may use.
+        experts: experts of a layer on this device. k: the number of them that one token may use.
         """
         self.check_model(layers, experts)
         aside = self.aside
@@ -248,7 +261,7 @@ _OFFLOAD_READS = {
 
 
 def _check_read(table: str, config: Any, by: str, readers: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for a key that is set and not read by the method or policy, the field ``by``."""
+    """Raises ValueError for a key that is set but not read by the chosen method or policy (field ``by``)."""
     chosen = getattr(config, by)
     for name, methods in readers.items():
         value, default = getattr(config, name), getattr(type(config), name)

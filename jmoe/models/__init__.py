@@ -1,9 +1,9 @@
 """Model families: one short file each, over the shared decoder.
 
-``decoder`` embeds the tokens of a step, of requests that decode and of prompts, runs the layers and
-normalises. ``layer`` is one of them: attention, then a MoE layer, perhaps with a shared expert, or a dense
-MLP. A family says how its ``config.json`` is read (``family``, ``fields``) and what its tensors are called
-(``names``, ``weights``).
+``decoder`` embeds the tokens of a step (decode tokens and prompt tokens), runs the layers and normalises.
+``layer`` is one layer: attention, then a MoE layer, perhaps with a shared expert, or a dense MLP. A family
+says how its ``config.json`` is read (``family``, ``fields``) and what its tensors are called (``names``,
+``weights``).
 """
 
 import difflib
@@ -51,7 +51,7 @@ def get_family(architecture: str) -> Family:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A ``config.json``'s contents as a ModelConfig; ValueError names what is missing or unsupported."""
+    """A ``config.json``'s contents as a ModelConfig; a ValueError names what is missing or unsupported."""
     hf = HFConfig(values)
     architectures = hf.get("architectures") or ()
     if len(architectures) != 1:

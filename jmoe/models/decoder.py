@@ -1,8 +1,8 @@
 """The decoder that the MoE families share: embed -> (attention, experts or MLP) x layers -> norm -> logits.
 
-Activations are float32 between the products; the products run in the weights' dtype with float32
-accumulation. What differs between families is in ``ModelConfig`` (norms, biases, routers, kinds of layers)
-and in the family's file beside this one (field and weight names).
+Activations are float32 between the matrix products; the products run in the weights' dtype with float32
+accumulation. Differences between families are in ``ModelConfig`` (norms, biases, routers, kinds of layers)
+and in the family's own file in this folder (field and weight names).
 """
 
 from dataclasses import dataclass, replace
@@ -40,12 +40,15 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_RND: final normed states, float32, as the grid of ``Sequences``. pages: the updated cache.
-    routing, stats: one entry a layer with experts, the router's own choices and what was done with them.
+    """What one pass of the decoder returns.
 
-    changes_B: what lossy techniques did to each sequence, those beside prompts first, summed over tokens and
-    layers; None without any.
-    cache: of offloaded experts, after the step.
+    hidden_RND: final normed states, float32, in the grid of ``Sequences``.
+    pages: the updated KV cache.
+    routing: the router's own choices, one entry per layer with experts.
+    stats: what was done with these choices, one entry per layer with experts.
+    changes_B: what lossy techniques did to each sequence, summed over tokens and layers; decode sequences in
+        the same step as prompts come first. None if no technique is on.
+    cache: cache of offloaded experts, after the step.
     """
 
     hidden_RND: Float[Array, "R n D"]
@@ -57,7 +60,7 @@ class DecoderOutput:
 
 
 def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
-    """What a predictor is shown of a decode step before its first layer; None of a prefill."""
+    """What a predictor sees of a decode step before the first layer; None for a prefill."""
     if seqs.phase != "decode":
         return None
     seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
@@ -65,7 +68,8 @@ def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
 
 
 def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
-    """Of each row of ``seqs``, over its tokens and all layers; None where there are none."""
+    """The changes of each row of ``seqs``, summed over its tokens and all layers; None if no layer has
+    any."""
     if not layers:
         return None
     shape = seqs.positions_RN.shape
@@ -79,12 +83,14 @@ def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
 
 @partial(jax.jit, static_argnums=0)
 def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
-    """One layer. Layers are alike, so under an outer jit they are traced and lowered once, not once each."""
+    """Runs one layer. Layers are alike, so under an outer jit they are traced and lowered once, not once
+    each."""
     return nnx.merge(graph, state)(*args)
 
 
 def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
-    """What one rank of ``mesh`` computes the model with; raises ValueError for a kernel that cannot run."""
+    """The kernels with which one rank of ``mesh`` computes the model; raises ValueError for a kernel that
+    cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
@@ -103,7 +109,7 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
 
 
 class Decoder(nnx.Module):
-    """A decoder-only MoE language model. ``make`` gives its parameters' dtype and initial values."""
+    """A decoder-only MoE language model. ``make`` sets its parameters' dtype and initial values."""
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
         kernels, split = kernels_for(cfg, moe, mesh), split_attention(mesh, moe.attention)
@@ -119,7 +125,7 @@ class Decoder(nnx.Module):
         self.lm_head_bias_V = make((cfg.vocab_size,), (head_axis,)) if cfg.lm_head_bias else None
         self.shuffle = Shuffle(mesh, cfg.num_experts)
         self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
-        # A head split over the mesh is multiplied by the compiler's own partitioning, which no kernel has.
+        # If the head is split over the mesh, the compiler partitions its product; no kernel can do that.
         self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
 
     def __call__(
@@ -130,19 +136,20 @@ class Decoder(nnx.Module):
         tables: list[ShuffleTables] | None = None,
         cache: ExpertCache | None = None,
     ) -> DecoderOutput:
-        """One pass over ``seqs``: a window without a cache, or prefill / decode against ``pages``.
+        """One pass over ``seqs``: a window without a cache, or prefill / decode with ``pages``.
 
-        knobs: None switches every lossy technique off. tables: one a MoE layer, to shuffle tokens by. cache:
-        of the experts, where they are offloaded.
+        knobs: None switches every lossy technique off.
+        tables: one per MoE layer, by which tokens are shuffled.
+        cache: cache of the experts, if they are offloaded.
         """
         x_ND, by = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_seen(seqs, x_ND))
         outs: list[MoEOutput] = []
-        been: list[Array] = []  # the rank of each token's experts, by layer, where tables ask for it
+        been: list[Array] = []  # the rank of each token's experts, by layer, if the tables need it
         order = home = self.shuffle.own_order(len(x_ND)) if tables else None
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            nth, has_experts = len(outs), layer.moe is not None  # nth of the layers with experts
+            nth, has_experts = len(outs), layer.moe is not None  # nth counts layers with experts
             own_knobs = None if knobs is None else knobs.of(nth)
             hints = Hints.make(tables[nth], been) if tables and has_experts else None
             ahead = self.routers_after(i) if seqs.phase == "decode" and has_experts else None
@@ -174,7 +181,7 @@ class Decoder(nnx.Module):
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
-        """The rows before the first layer, and how attention rotates them."""
+        """The rows before the first layer, and their rotation in attention."""
         cfg = self.cfg
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
@@ -183,12 +190,12 @@ class Decoder(nnx.Module):
         return x_ND, rotation(seqs.positions_RN, dim, cfg.rope)
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
-        """The final states of the rows behind the last layer."""
+        """The final states, from the rows after the last layer."""
         hidden_ND = normalize(x_ND, self.norm.weights, self.cfg.rms_norm_eps)
         return hidden_ND.reshape(*seqs.positions_RN.shape, -1)
 
     def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
-        """The predictor, which has learned what a prompt chose; of a decode step it learns elsewhere."""
+        """The predictor after it has learned what prompts chose; from decode steps it learns elsewhere."""
         if seqs.phase == "decode" or seqs.seats_B is None:
             return predictor
         (b, _), grid = seqs.tokens_BT.shape, seqs.positions_RN.shape
@@ -206,7 +213,8 @@ class Decoder(nnx.Module):
         return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
 
     def routers_after(self, i: int) -> list[Foresight] | None:
-        """Of as many layers with experts as the predictor looks ahead, the last one for those past it."""
+        """The routers of the next layers with experts, as many as the predictor looks ahead; after the last
+        such layer, that layer repeats. None if the predictor does not use them."""
         offload = self.moe.offload
         if offload is None or offload.predictor != "next_gate":
             return None

@@ -1,6 +1,6 @@
 """DeepSeek-V2 (V2, V2-Lite; arXiv 2405.04434) and V3 (V3, R1; arXiv 2412.19437): latent attention, shared
-experts, first layers dense, experts chosen within a token's best groups; V3 scores by a sigmoid and balances
-by a bias."""
+experts, dense first layers, experts chosen within a token's best groups. V3 scores by a sigmoid and balances
+the load by a bias."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +21,7 @@ from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.weights import Stored
 from jmoe.nn.rope import yarn_mscale
 
-# what transformers' DeepseekV2Config and DeepseekV3Config have where config.json is silent
+# defaults of transformers' DeepseekV2Config and DeepseekV3Config for absent fields of config.json
 DEFAULTS_V2 = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -52,7 +52,7 @@ def config_v2(hf: HFConfig) -> ModelConfig:
     method = hf.get("topk_method") or "greedy"
     refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
     refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
-    # transformers ignores it, DeepSeek's own code does not, and no checkpoint has it
+    # transformers ignores this field, DeepSeek's own code does not, and no checkpoint sets it
     refuse(hf, "norm_topk_prob", hf.get("norm_topk_prob"))
     groups = {name: require(hf, name) for name in ("n_group", "topk_group")} if method != "greedy" else {}
     scale = hf.get("routed_scaling_factor") or 1.0
@@ -69,7 +69,7 @@ def config_v3(hf: HFConfig) -> ModelConfig:
 
 
 def balanced_router(hf: HFConfig) -> RouterConfig:
-    """Sigmoid scores, balanced by a bias that only the choice sees (arXiv 2412.19437, section 2.1.2)."""
+    """Sigmoid scores, balanced by a bias that only affects the choice (arXiv 2412.19437, section 2.1.2)."""
     return RouterConfig(
         scoring_func="sigmoid",
         norm_topk_prob=bool(hf["norm_topk_prob"]),
@@ -105,7 +105,7 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
 
 
 def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
-    """The fields of first layers that are dense and of experts that all tokens share, ``inner`` each."""
+    """The fields for dense first layers and for shared experts, each of inner size ``inner``."""
     dense = range(min(require(hf, "first_k_dense_replace"), require(hf, "num_hidden_layers")))
     return {
         "mlp_only_layers": tuple(dense),
@@ -115,7 +115,7 @@ def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
 
 
 def _score_scale(latent: LatentConfig, rope: RopeConfig) -> float:
-    """Scores are sharpened where YaRN stretches the context."""
+    """The multiplier of attention scores; it is larger if YaRN extends the context."""
     by = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.factor and rope.mscale_all_dim else 1.0
     return latent.qk_head_dim**-0.5 * by * by
 

@@ -4,7 +4,7 @@ from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
 from jmoe.models.family import Family, HFConfig, common_fields, require
 
-# what transformers' Dots1Config has where config.json is silent (sizes of weights are required)
+# defaults of transformers' Dots1Config for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 2048,

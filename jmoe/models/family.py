@@ -1,4 +1,4 @@
-"""What a model family's file declares: how its Hugging Face config and weight names map onto the decoder."""
+"""What a model family's file declares: how its Hugging Face config and weight names map to the decoder."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +18,13 @@ Read = HFConfig | Mapping[str, Any]
 class Family:
     """One architecture.
 
-    names: every tensor of the checkpoint that the model has, or every entry of a stacked one, exactly once.
-    ignored: whether a checkpoint may have a tensor of that name beside them, which is then not read.
-    witness: the tensor that must be there too for that, as proof that the other is what it is taken for.
-    quantization: the methods (``quant_method``) in which its checkpoints are read, apart from plain ones.
+    architecture: the Hugging Face class name.
+    config: reads a ``config.json``.
+    names: yields every checkpoint tensor that the model uses, or every entry of a stacked tensor, once.
+    ignored: whether a checkpoint may have a further tensor of that name, which is then not read.
+    quantization: quantization methods (``quant_method``) that can be read, in addition to plain checkpoints.
+    witness: the tensor that must also be present for a tensor to be ignored, as proof that the ignored tensor
+        is what it is assumed to be.
     """
 
     architecture: str
@@ -33,7 +36,7 @@ class Family:
 
 
 def quant_method(hf: HFConfig) -> Any:
-    """The method that ``quantization_config`` names, whatever its type; None without one."""
+    """The method that ``quantization_config`` names, of any type; None without a method."""
     given = hf.get("quantization_config") or None
     return given.get("quant_method") if isinstance(given, Mapping) else given
 
@@ -41,11 +44,14 @@ def quant_method(hf: HFConfig) -> Any:
 def common_fields(
     hf: HFConfig, *, experts: tuple[str, ...], inner: str, interleaved: bool = False
 ) -> dict[str, Any]:
-    """The fields that every family spells alike, read from transformers 4 and 5 spellings.
+    """The fields that every family spells in the same way, in the spellings of transformers 4 and 5.
 
-    hf: the config over the family's defaults. experts: names under which the number of experts may stand.
-    inner: the experts' inner dimension. interleaved: how the rotary embedding pairs dimensions.
-    Raises ValueError naming a missing or unsupported field.
+    hf: the config, with the family's defaults for absent fields.
+    experts: possible names of the field with the number of experts.
+    inner: name of the field with the experts' inner dimension.
+    interleaved: whether the rotary embedding pairs neighbouring dimensions.
+
+    Raises ValueError that names a missing or unsupported field.
     """
     act = hf.get("hidden_act", "silu")
     if act != "silu":
@@ -74,7 +80,7 @@ def common_fields(
 
 
 def require(hf: Read, *names: str) -> Any:
-    """The first of the fields that the file has; ValueError names them where it has none."""
+    """The value of the first field that the file has; a ValueError names the fields if it has none."""
     for name in names:
         if hf.get(name) is not None:
             return hf[name]
@@ -82,7 +88,7 @@ def require(hf: Read, *names: str) -> Any:
 
 
 def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
-    """Raises ValueError where ``field`` has a value that the decoder does not implement."""
+    """Raises ValueError if the value of ``field`` is one that the decoder does not implement."""
     if unsupported:
         raise ValueError(f"config.json: {field} = {shown(hf.get(field))} is not supported")
 
@@ -107,7 +113,7 @@ def rope_config(hf: Read, *, interleaved: bool = False) -> RopeConfig:
         values["rope_theta"] = require(hf, "rope_theta")
     values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
     if kind != "default" and hf.get(original):
-        values[original] = hf[original]  # before the one in the table, as transformers has it
+        values[original] = hf[original]  # it overrides the value in the table, as in transformers
     if most and (kind in ("longrope", "llama3") or (kind == "yarn" and values.get("factor"))):
         values.setdefault(original, most)
     if kind in ("yarn", "longrope") and most and values.get(original):
@@ -121,19 +127,19 @@ _ROPE_FIELDS = {
 
 
 def dense_layers(hf: HFConfig) -> tuple[int, ...]:
-    """The layers without experts, as Qwen says it."""
+    """The layers without experts, from Qwen's fields."""
     named, step = frozenset(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
     layers = range(require(hf, "num_hidden_layers"))
     return tuple(i for i in layers if i in named or (i + 1) % step)
 
 
 def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
-    """Whether a tensor belongs to a layer that predicts further tokens, of which the decoder has none."""
+    """Whether a tensor belongs to a layer for multi-token prediction; the decoder has no such layers."""
     number = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return number is not None and int(number[1]) >= cfg.num_hidden_layers
 
 
 def prediction_of(name: str) -> str:
-    """The projection that only a layer that predicts further tokens has (arXiv 2412.19437, section 2.2).
-    Where it is missing, the layer is one that ``num_hidden_layers`` leaves out by mistake."""
+    """The projection that only a layer for multi-token prediction has (arXiv 2412.19437, section 2.2). If it
+    is missing, the layer is an ordinary one that ``num_hidden_layers`` leaves out by mistake."""
     return ".".join([*name.split(".")[:3], "eh_proj", "weight"])

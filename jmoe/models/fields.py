@@ -1,6 +1,7 @@
-"""The values of a ``config.json``, each of the type declared here at the moment when a family reads it.
+"""The values of a ``config.json``. Each is converted to the type declared here when a family reads it.
 
-What no family reads may be anything. ``None`` is null: the families say what it means where it may stand.
+Fields that no family reads may have any value. ``None`` is null: each family says what null means for the
+fields that may have it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -54,10 +55,10 @@ FIELDS: dict[str, Any] = {name: kind for kind, names in _NAMES for name in names
 
 
 class HFConfig(Mapping[str, Any]):
-    """A ``config.json``, or a table in it. prefix: of its fields' names in messages.
+    """A ``config.json``, or a table in it. prefix: prefix of the fields' names in messages.
 
-    Reading a field raises ValueError where its value is not of the declared type, and KeyError where the
-    file has no such field.
+    Reading a field raises ValueError if its value is not of the declared type, and KeyError if the file has
+    no such field.
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
@@ -77,11 +78,11 @@ class HFConfig(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def over(self, defaults: Mapping[str, Any]) -> Self:
-        """The same with ``defaults`` where the file is silent."""
+        """A copy with ``defaults`` for fields that the file does not have."""
         return type(self)({**defaults, **self._values}, self._prefix)
 
     def under(self, own: Mapping[str, Any]) -> Self:
-        """The same with ``own`` values in place of the file's."""
+        """A copy in which ``own`` values replace those of the file."""
         return type(self)({**self._values, **own}, self._prefix)
 
     def table(self, name: str) -> Self:

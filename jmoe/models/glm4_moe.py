@@ -4,7 +4,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
 from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_of
 
-# what transformers' Glm4MoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' Glm4MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 8,

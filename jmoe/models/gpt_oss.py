@@ -1,5 +1,5 @@
-"""gpt-oss (20b, 120b): MXFP4 experts with biases and a clamped activation, attention sinks, every other layer
-within a window."""
+"""gpt-oss (20b, 120b): MXFP4 experts with biases and a clamped activation, attention sinks, a sliding window
+in every other layer."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ from jmoe.models.family import Family, HFConfig, common_fields, quant_method, re
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
-# what transformers' GptOssConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' GptOssConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 8,
     "head_dim": 64,

@@ -1,4 +1,4 @@
-"""Granite-MoE (1B-A400M, 3B-A800M): Mixtral with multipliers on embedding, attention, residual and logits."""
+"""Granite-MoE (1B-A400M, 3B-A800M): Mixtral with multipliers (embedding, attention, residual, logits)."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,7 @@ from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, Stored
 
-# what transformers' GraniteMoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' GraniteMoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,

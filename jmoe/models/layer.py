@@ -32,15 +32,16 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Foresight:
-    """What asks a later layer's router about rows of this one: the norm before its experts, and the
-    router."""
+    """What is needed to run a later layer's router on rows of this layer: the norm before that layer's
+    experts, and the router."""
 
     norm: NormWeights
     router: RouterWeights
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then experts (``moe``) with perhaps a shared one beside them, or a dense MLP (``mlp``)."""
+    """Attention, then experts (``moe``), optionally with a shared expert (``shared``), or a dense MLP
+    (``mlp``)."""
 
     def __init__(
         self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
@@ -70,12 +71,13 @@ class DecoderLayer(nnx.Module):
         visit: Visit | None,
         ahead: list[Foresight] | None,
     ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
-        """The rows behind the layer, the pages, what the experts did where there are any, and the order that
-        the rows are in.
+        """Runs the layer. Returns its output rows, the pages, what the experts did (None for a dense layer)
+        and the order of the rows.
 
-        before: the order in which rows come; None leaves every token on its rank. hints: with them each
-        token's experts are computed where they likely are (see ``jmoe.moe.shuffle``). visit: of the cache
-        where experts are offloaded; ahead: the routers of the next layers, where it asks them.
+        before: the order of the incoming rows; None leaves every token on its rank.
+        hints: if passed, tokens move to the rank that likely holds their experts (see ``jmoe.moe.shuffle``).
+        visit: access to the expert cache, if experts are offloaded.
+        ahead: the routers of the next layers, if the cache's predictor uses them.
         """
         flags, move = token_flags(seqs), None
         if before is not None:
@@ -98,31 +100,31 @@ class DecoderLayer(nnx.Module):
         return x_ND, pages, out, move and move.after
 
     def add(self, x_ND: Array, y_ND: Array) -> Array:
-        """The residual and what a block made of it."""
+        """The sum of the residual and a block's output."""
         by = self.cfg.residual_multiplier
         return x_ND + (y_ND if by == 1 else y_ND * by)
 
     def normed(self, x_ND: Array) -> Array:
-        """What experts or MLP are given."""
+        """The input of the experts or the MLP."""
         return normalize(x_ND, self.post_attention_norm.weights, self.cfg.rms_norm_eps)
 
     def attend(
         self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, move: Move | None = None
     ) -> tuple[Array, LayerPages | None]:
-        """The rows behind attention, and the pages."""
+        """The rows after attention, and the pages."""
         with jax.named_scope("attention"):
             normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
             y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
             return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
 
     def pass_mlp(self, x_ND: Array) -> Array:
-        """The rows behind a dense MLP."""
+        """The rows after a dense MLP."""
         assert self.mlp is not None
         with jax.named_scope("mlp"):
             return self.add(x_ND, self.mlp(self.normed(x_ND)))
 
     def pass_shared(self, x_ND: Array, normed_ND: Array) -> Array:
-        """The rows with the shared expert's part, if there is one."""
+        """The rows with the shared expert's output added, if there is a shared expert."""
         if self.shared is None:
             return x_ND
         with jax.named_scope("shared"):
@@ -131,14 +133,15 @@ class DecoderLayer(nnx.Module):
     def decide(
         self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, here_E: Array | None
     ) -> tuple[Array, Decision]:
-        """What the experts are to be given of the rows behind attention, and where it goes, on one device."""
+        """The experts' input from the rows after attention, and where its tokens go; on one device."""
         assert self.moe is not None
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
             return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, here_E)
 
     def ask(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
-        """The shares of the experts in what other layers' routers would choose these rows' by."""
+        """Runs other layers' routers on these rows and returns each expert's share in their choice (see
+        ``likely``)."""
         assert self.moe is not None
         dense, eps = self.moe.kernels.dense, self.cfg.rms_norm_eps
 
@@ -150,10 +153,10 @@ class DecoderLayer(nnx.Module):
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
-    """What each of the N tokens is."""
+    """The flags of each of the N tokens."""
 
     def each_T(of_B: list[Array]) -> Array:
-        """What holds for each row of a piece, for its tokens."""
+        """Spreads a value of each row of a piece to the row's tokens."""
         shapes = [own.tokens_BT.shape for own in seqs.pieces]
         rows = [jnp.broadcast_to(b[:, None], shape) for b, shape in zip(of_B, shapes, strict=True)]
         return seqs.grid(rows).reshape(-1)

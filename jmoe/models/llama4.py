@@ -1,5 +1,5 @@
-"""Llama 4, its text (Scout, Maverick): one expert a token, given what a sigmoid weighs, and a shared one;
-attention in chunks except in layers without rotation."""
+"""Llama 4, the text model (Scout, Maverick): one expert per token, whose input is weighted by a sigmoid, and
+a shared expert; attention in chunks except in layers without rotation."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ from jmoe.models.weights import Form, Stored
 
 TEXT, WHOLE = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
 
-# what transformers' Llama4TextConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' Llama4TextConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -78,7 +78,7 @@ FAMILY = Family(TEXT, config, names)
 
 
 def whole_config(hf: HFConfig) -> ModelConfig:
-    """Of a checkpoint that sees images too: its text model."""
+    """The config of the text model of a checkpoint that also reads images."""
     require(hf, "text_config")
     own = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
     return replace(config(hf.table("text_config").under(own)), architecture=WHOLE)

@@ -7,7 +7,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields
 from jmoe.models.names import decoder_names, mixtral_experts
 
-# what transformers' MixtralConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' MixtralConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 2,

@@ -1,4 +1,4 @@
-"""The names under which checkpoints keep a decoder's parameters; a family's file puts them together."""
+"""The names under which checkpoints store a decoder's parameters; a family's file combines them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -6,14 +6,15 @@ from functools import partial
 from jmoe.config.model import ModelConfig
 from jmoe.models.weights import PLAIN, Form, Stored
 
-# (cfg, prefix of the layer in the checkpoint, prefix in the decoder) -> tensors of its experts' block
+# (cfg, the layer's prefix in the checkpoint, its prefix in the decoder) -> tensors of the experts' block
 BlockNames = Callable[[ModelConfig, str, str], Iterator[Stored]]
 
 
 def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") -> Iterator[Stored]:
-    """Every tensor of a decoder once, under the names that most families share.
+    """Yields every tensor of a decoder once, under the names that most families share.
 
-    experts: those of a layer's experts, router and shared expert. dense: a dense MLP's name below a layer.
+    experts: yields the tensors of a layer's experts, router and shared expert. dense: the name of a dense MLP
+    within a layer.
     """
     yield Stored("model.embed_tokens.weight", "embed")
     yield from _norm(cfg, "model.norm", "norm")
@@ -34,7 +35,7 @@ def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") 
 
 
 def mlp_names(theirs: str, ours: str) -> Iterator[Stored]:
-    """A dense gated MLP."""
+    """The tensors of a dense gated MLP."""
     for half, name in enumerate(("gate_proj", "up_proj")):
         yield Stored(f"{theirs}.{name}.weight", f"{ours}.gate_up_2FD", (half,))
     yield Stored(f"{theirs}.down_proj.weight", f"{ours}.down_DF")
@@ -43,8 +44,8 @@ def mlp_names(theirs: str, ours: str) -> Iterator[Stored]:
 def expert_names(
     cfg: ModelConfig, theirs: str, ours: str, *, gate_up_down: tuple[str, str, str], router: str, block: str
 ) -> Iterator[Stored]:
-    """A router and experts with tensors of their own; ``block`` stands below the layer, the others below
-    it."""
+    """The tensors of a router and of experts that are stored separately. ``block`` is a name within the
+    layer, the other names are within the block."""
     yield Stored(f"{theirs}.{block}.{router}.weight", f"{ours}.moe.router.gate_ED")
     gate, up, down = gate_up_down
     for e in range(cfg.num_experts):
@@ -55,12 +56,12 @@ def expert_names(
 
 
 def stacked_names(cfg: ModelConfig, name: str, path: str, form: Form = PLAIN) -> Iterator[Stored]:
-    """One tensor of all experts."""
+    """The entries of one tensor that holds all experts."""
     for e in range(cfg.num_experts):
         yield Stored(name, path, (e,), part=e, form=form)
 
 
-# Experts as Qwen, DeepSeek, OLMoE and GLM name them, and as Mixtral and Phi do.
+# Experts under the names of Qwen, DeepSeek, OLMoE and GLM, and under those of Mixtral and Phi.
 qwen_experts = partial(
     expert_names, gate_up_down=("gate_proj", "up_proj", "down_proj"), router="gate", block="mlp"
 )

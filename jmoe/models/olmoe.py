@@ -7,7 +7,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields
 from jmoe.models.names import decoder_names, qwen_experts
 
-# what transformers' OlmoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' OlmoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_experts_per_tok": 8,
     "max_position_embeddings": 4096,

@@ -7,7 +7,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, mixtral_experts
 
-# what transformers' PhimoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' PhimoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 8,
     "num_experts_per_tok": 2,
@@ -36,4 +36,4 @@ def config(hf: HFConfig) -> ModelConfig:
 
 names = partial(decoder_names, experts=mixtral_experts)
 FAMILY = Family("PhimoeForCausalLM", config, names)
-PUBLISHED = Family("PhiMoEForCausalLM", config, names)  # as Microsoft's own checkpoints spell it
+PUBLISHED = Family("PhiMoEForCausalLM", config, names)  # the spelling in Microsoft's own checkpoints

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): a shared expert that a gate of its own weighs."""
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): a shared expert that is weighted by its own gate."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +9,7 @@ from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.qwen3_moe import qwen_fields
 from jmoe.models.weights import Stored
 
-# what transformers' Qwen2MoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' Qwen2MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 16,
     "num_experts_per_tok": 4,
@@ -39,7 +39,7 @@ def config(hf: HFConfig) -> ModelConfig:
 
 
 def _layer_types(hf: HFConfig, layers: int) -> tuple[LayerType, ...]:
-    """Every other layer of the first ``max_window_layers`` has a window, as transformers has it."""
+    """By default every other layer of the first ``max_window_layers`` has a window, as in transformers."""
     kinds: tuple[LayerType, ...] = "full_attention", "sliding_attention"
     full = require(hf, "max_window_layers")
     own: list[LayerType] = [kinds[i % 2 == 0 and i < full] for i in range(layers)]

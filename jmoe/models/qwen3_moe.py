@@ -8,7 +8,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
 from jmoe.models.names import decoder_names, qwen_experts
 
-# what transformers' Qwen3MoeConfig has where config.json is silent (sizes of weights are required)
+# defaults of transformers' Qwen3MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
     "num_key_value_heads": 4,
     "num_experts_per_tok": 8,
@@ -27,7 +27,8 @@ def config(hf: HFConfig) -> ModelConfig:
 
 
 def qwen_fields(hf: HFConfig) -> dict[str, Any]:
-    """What the generations of Qwen spell alike. hf: the config over the family's defaults."""
+    """The fields that all Qwen generations share. hf: the config, with the family's defaults for absent
+    fields."""
     common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
     dense = dense_layers(hf)
     return common | {

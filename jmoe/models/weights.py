@@ -3,17 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# How a stored tensor's values lie, against the parameter's own [..., out, in]:
-#   plain        the same
+# The row layout of a stored tensor, compared with the parameter's own layout [..., out, in]:
+#   plain        the same layout
 #   halves       [2 F, D] for a gate-and-up slice [2, F, D]: all gate rows, then all up rows
-#   alternate    the same, gate and up rows in turn (gpt-oss)
+#   alternate    [2 F, D] too, with gate and up rows in turn (gpt-oss)
 Rows = Literal["plain", "halves", "alternate"]
 
 
 @dataclass(frozen=True)
 class Form:
-    """rows: of a gate-and-up tensor. transposed: stored ``[in, out]``. format: the name of the one
-    of ``jmoe.checkpoint.formats`` in which its numbers are kept."""
+    """The form in which a tensor is stored.
+
+    rows: row layout of a gate-and-up tensor.
+    transposed: whether it is stored as ``[in, out]``.
+    format: name of the number format, one of ``jmoe.checkpoint.formats``.
+    """
 
     rows: Rows = "plain"
     transposed: bool = False
@@ -27,12 +31,11 @@ PLAIN = Form()
 class Stored:
     """A tensor of a checkpoint and the slice of a parameter that it fills.
 
-    name: in the checkpoint, before what the format adds to it.
-    path: of the parameter.
-    index: into the parameter's leading axes.
-    part: the entry of the tensor's leading axis that is meant, where it holds those of all experts; None is
-        all of it.
-    form: how the values lie and in which format they are kept.
+    name: the tensor's name in the checkpoint, without what the format adds to it.
+    path: the parameter's path in the decoder.
+    index: index into the parameter's leading axes.
+    part: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
+    form: layout and number format of the values.
     """
 
     name: str

@@ -1,38 +1,41 @@
-"""LYNX, batch-aware affinity binning: a decode batch goes to fewer experts, so that fewer weights are read.
+"""LYNX, batch-aware affinity binning: a decode batch uses fewer experts, so that fewer weights are read.
 
 Source: Gupta et al., "LYNX" (arXiv 2411.08982, AffinityBinning). A memory-bound decode step takes as long as
-reading the experts that its batch touches, nearly all of them; an expert that no token wants much is spared
-and its tokens go to experts that are read anyway. Per layer and step, without calibration, in
-steps of decode tokens only. The stage is pure: ``Routing x TokenFlags -> Routing x remapped assignments of
-each token``, after routing, before the capacity.
+reading the experts that its batch touches, which are nearly all. An expert that no token prefers much is left
+out, and its tokens go to experts that are read anyway. This is decided per layer and step, without
+calibration, in steps of decode tokens only. The stage is pure: ``Routing x TokenFlags -> Routing x remapped
+assignments of each token``; it runs after routing and before the capacity.
 
-**Affinity** of a token for an expert it chose: how far its logit lies below the token's best one, in nats, in
-bins of ``bin_width``; bin 0 is the nearest. **Votes**: an expert's count of choices by bin; experts rank by
-votes in bin 0, then in bin 1, and so on (the paper's base-B score, exactly), ties to the lower id.
+**Affinity** of a token for an expert it chose: how far the expert's logit lies below the token's best one, in
+nats, in bins of ``bin_width``; bin 0 is the nearest. **Votes**: an expert's count of choices by bin; experts
+rank by votes in bin 0, then in bin 1, and so on (exactly the paper's base-B score); ties go to the lower id.
 
 **Active set** (``method``).
-``affinity``    R1: experts in bin 0 of some token, or in bin 1 of all of them; every token's best survives.
+``affinity``    R1: experts in bin 0 of some token, or in bin 1 of all tokens; every token's best survives.
 ``oea``         experts among the first ``k0`` choices of some token (Oncescu et al., arXiv 2511.02237).
 ``budget``      R2: the ``keep`` share of the batch's union that ranks highest; a token may lose its best.
 ``popularity``  baseline: the same share, by votes of any affinity (the "subtractive" rule of early LYNX).
-``random``      baseline: the same share, drawn.
-All keep k experts at least, so that every token has k distinct ones and a batch of one stays as it is.
+``random``      baseline: the same share, drawn at random.
+All methods keep at least k experts, so that every token has k distinct ones and a batch of one is unchanged.
 
-**Preference** (ours): a token chooses its experts anew before all of this, some of them so many nats nearer;
-its weights remain by its own scores. ``local_bonus`` prefers those of its own rank under expert parallelism,
-so that fewer rows travel; ``resident_bonus`` those that are on the device where experts are offloaded.
+**Preference** (our addition): before all of this, a token chooses its experts again with a bonus in nats for
+some of them; its weights still come from its own scores. ``local_bonus`` prefers experts of the token's own
+rank under expert parallelism, so that fewer rows travel; ``resident_bonus`` prefers experts that are on the
+device when experts are offloaded.
 
-**Remapping**: choices outside the set go to the token's best-scored experts within, in place; a token that
-lost any takes its scores as weights, scaled to the sum that its weights had, another keeps them bit for bit.
-The scores of experts outside the set become 0, so that a capacity behind this reroutes to none of them.
+**Remapping**: choices outside the set are replaced in place by the token's best-scored experts within it. A
+token that lost any choice takes its scores as weights, scaled to its previous sum of weights; other tokens
+keep their weights bit for bit. The scores of experts outside the set become 0, so that a later capacity stage
+reroutes nothing to them.
 
-Padding and exact tokens do not vote and are not remapped; the experts of exact ones are always active. Ranks
-of the ``expert`` axis read the same weights, so their votes are summed; ``data`` replicas bin on their own.
+Padding and exact tokens do not vote and are not remapped; the experts of exact tokens are always active.
+Ranks of the ``expert`` axis read the same weights, so their votes are summed; each ``data`` replica bins
+separately.
 
 The paper publishes neither its score's formula nor how the set's size follows from it; R1 and R2 are our
 reading. Config keys: ``[moe.binning]`` (``jmoe.config.techniques.BinningConfig``). Counters: ``remapped`` of
-``DispatchStats`` and ``Changes``. The array code is ``jmoe_kernels.binning``, whose fused kernels go from the
-logits to the sorted assignments at once (``route_binned``).
+``DispatchStats`` and ``Changes``. The array code is ``jmoe_kernels.binning``, whose fused kernels compute the
+sorted assignments from the logits in one pass (``route_binned``).
 """
 
 from collections.abc import Callable
@@ -53,7 +56,7 @@ from jmoe.moe.types import Changes, DispatchPlan, Knobs, LayerSetup, Phase, Rout
 
 @dataclass(frozen=True)
 class Binning:
-    """The stage of one layer."""
+    """The binning stage of one layer."""
 
     table: BinningConfig
     layer: LayerSetup
@@ -64,8 +67,8 @@ class Binning:
     def __call__(
         self, plain: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
     ) -> tuple[Routing, Changes]:
-        """The routing on the active set. here_E: which experts are on a device, where not all are."""
-        with jax.named_scope("route/bin"):  # a fused kernel, too, counts as a part of the routing
+        """The routing on the active set. here_E: which experts are on a device; None if all are."""
+        with jax.named_scope("route/bin"):  # within "route", where a fused kernel is counted too
             routing, remapped_T = bin_assignments(
                 plain, tokens, self._rule,
                 seed=knobs.seed, total=self._sum_votes(), bonus_E=self._bonus(here_E),
@@ -73,7 +76,7 @@ class Binning:
         return routing, {"remapped": remapped_T}
 
     def fuses(self, tokens: int) -> bool:
-        """Whether one kernel routes and bins; not where a rank has more tokens than it takes."""
+        """Whether one kernel both routes and bins; not if a rank has more tokens than the kernel takes."""
         cfg, kernels = self.layer.cfg, self.layer.kernels
         if kernels.binning == "xla" or not cfg.router.is_plain:
             return False
@@ -83,7 +86,8 @@ class Binning:
         return refusal is None
 
     def route(self, logits_TE: Float[Array, "T E"], tokens: TokenFlags) -> tuple[Routing, Routing, Changes]:
-        """The router's own choice and what this stage makes of it, by that kernel, where it ``fuses``."""
+        """The router's own choice, the binned routing and its changes, by the fused kernel; only if ``fuses``
+        says so."""
         plain, routing, remapped_T = route_binned(
             logits_TE, tokens, self._rule,
             renormalize=self.layer.cfg.router.norm_topk_prob,
@@ -97,11 +101,11 @@ class Binning:
         return get_rule(self.table, self.layer.cfg.num_experts_per_tok)
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
-        """Sums over the ranks that read the same experts' weights; None where one rank has all."""
+        """A sum over the ranks that read the same experts' weights; None if one rank has all experts."""
         return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
 
     def _bonus(self, here_E: Array | None) -> Float[Array, " E"] | None:
-        """Nats by which a token likes each expert more than its router says; None where it does nowhere."""
+        """The bonus in nats that is added to each expert's logit; None if no expert has one."""
         experts, bonus_E = self.layer.cfg.num_experts, None
         if self.table.resident_bonus and here_E is not None:
             bonus_E = jnp.where(here_E, jnp.float32(self.table.resident_bonus), 0.0)
@@ -118,7 +122,7 @@ def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
 
 
 def prefer(routing: Routing, lossy_T: Array, bonus_E: Float[Array, " E"]) -> Routing:
-    """The routing of tokens that like the experts by so many nats more."""
+    """The routing with ``bonus_E`` nats added to the experts' logits; only lossy tokens are remapped."""
     liked_TE = routing.logits_TE + bonus_E[None]
     rows_T1 = jnp.arange(lossy_T.shape[0])[:, None]
     _, wanted_TK = lax.top_k(liked_TE, routing.ids_TK.shape[1])
@@ -138,8 +142,9 @@ def bin_assignments(
 ) -> tuple[Routing, Int[Array, " T"]]:
     """Any router's choice on the active set, and how many assignments of each token moved.
 
-    seed: of method "random"; the same on ranks that share weights. total: sums votes over those ranks.
-    bonus_E: nats by which experts are liked more than the router says; None prefers none.
+    seed: seed of the method "random"; the same on ranks that share weights.
+    total: sums votes over those ranks.
+    bonus_E: nats added to each expert's logit; None prefers no expert.
     """
     lossy_T = tokens.lossy_T
     routing = plain if bonus_E is None else prefer(plain, lossy_T, bonus_E)
@@ -164,7 +169,8 @@ def route_binned(
     platform: str,
     total: Callable[[Array], Array] | None = None,
 ) -> tuple[Routing, Routing, Int[Array, " T"]]:
-    """(A softmax router's own choice, its binned and sorted form, assignments of each token that moved)."""
+    """(a softmax router's own choice, its binned and sorted form, the number of moved assignments of each
+    token)."""
     logits_TE = logits_TE.astype(jnp.float32)
     b = binning.bin_experts(
         logits_TE, tokens.valid_T, tokens.lossy_T, rule,

@@ -1,37 +1,38 @@
 """Capacity-aware inference: no expert, or no device, gets more of a step's assignments than its limit.
 
 Source: He et al., "Capacity-Aware Inference" (arXiv 2503.05066). Under expert parallelism a layer takes as
-long as its most loaded rank, so the load is cut where it stands out. The stage is pure and sees one shard:
-``Routing x TokenFlags -> Routing x CapacityCounts``, after routing, before dispatch, inside ``shard_map``.
+long as its most loaded rank, so the highest loads are cut. The stage is pure and sees one shard:
+``Routing x TokenFlags -> Routing x CapacityCounts``; it runs after routing and before dispatch, inside
+``shard_map``.
 
 **Limit.** An expert has C = ceil(factor * t * K / E) places, at least 1 and at most t, for the t valid
 tokens of the shard; with scope "device" the L experts of a rank share L * C places. t and the factor
-are traced, so neither recompiles anything.
+are traced, so a change of either needs no recompilation.
 
-**Who stays.** ``metric`` ranks an expert's candidates: "score" by gate weight, "order" the earlier tokens
-first, "reverse_order" the later ones, "random" by a draw that a choice keeps through all rounds.
-``priority_T`` comes before the metric; ties go to the earlier token, then to its earlier choice. Exactly
-min(load, places) stay.
+**Which candidates stay.** ``metric`` ranks an expert's candidates: "score" by gate weight, "order" the
+earlier tokens first, "reverse_order" the later tokens first, "random" by a random number that a choice keeps
+through all rounds. ``priority_T`` is compared before the metric; ties go to the earlier token, then to its
+earlier choice. Exactly min(load, places) candidates stay.
 
-**What becomes of the rest** (``policy``).
-``drop``         they are gone (token drop).
+**What happens to the others** (``policy``).
+``drop``         they are dropped (token drop).
 ``reroute``      in each of ``rounds`` rounds a token offers every choice it lost to the best-scored experts
-                 that have room and that it does not hold; offers are ranked as above and fill that room.
+                 that have room and that it does not use yet; offers are ranked as above and fill that room.
 ``expand``       the L experts of the token's own shard are candidates from the start, at no cost in traffic
                  (expanded drop, section 4): J = K + L. Without expert parallelism L = E, which makes every
                  expert choose C tokens: a different method, so give it real ranks.
 ``expert_drop``  baseline without a limit: the tenth of the experts with the least load is skipped.
 
-Weights are those from before the cut; a rerouted or extra choice weighs its expert's score times the
-factor that the model put on the token's own (1, or the renormalisation). ``renormalize`` scales a token's
-survivors so that they sum to what its weights summed to. No choice of weight 0 is taken on.
+Weights are those from before the cut. A rerouted or extra choice has its expert's score as weight, times the
+factor that the model put on the token's own scores (1, or the renormalisation). ``renormalize`` scales a
+token's remaining weights to the sum that they had before. No choice of weight 0 is added.
 
-A lost or absent assignment has the id E, one past the last, and weight 0. Padding and exact tokens pass
-unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
-(``jmoe.config.techniques.CapacityConfig``). Counters:
-``CapacityCounts``, for each token, so that a request's can be summed. Unlike the released code, padding takes
-no places and survivors are not renormalised unless asked. Axes here: J choices of a token after the stage, G
-experts or devices with a limit of their own.
+A lost or absent assignment has the id E, one past the last expert, and weight 0. Padding and exact tokens
+pass unchanged and take no place; exact tokens count in t. Config keys: ``[moe.capacity]``
+(``jmoe.config.techniques.CapacityConfig``). Counters: ``CapacityCounts``, for each token, so that they can be
+summed per request. Unlike the released code, padding takes no places, and the remaining weights are
+renormalised only if requested. Axes here: J choices of a token after the stage, G experts or devices that
+each have a limit.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,7 @@ Admit = Callable[[Array, Array, Array, Array], Array]
 
 @dataclass(frozen=True)
 class Capacity:
-    """The stage of one layer."""
+    """The capacity stage of one layer."""
 
     table: CapacityConfig
     layer: LayerSetup
@@ -65,7 +66,7 @@ class Capacity:
     def __call__(
         self, routing: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
     ) -> tuple[Routing, Changes]:
-        """The routing within the limit of this shard's tokens."""
+        """The routing within the limit for this shard's tokens, and the changes."""
         limited = tokens if self.table.phase == "both" else tokens.sparing_decoded()
         with jax.named_scope("capacity"):
             result, counts = self._limit(routing, limited, knobs)
@@ -95,11 +96,12 @@ def limit(
     seed: Int[Array | np.ndarray, ""],
     total: Callable[[Array], Array] = lambda load_E: load_E,
 ) -> tuple[Routing, CapacityCounts]:
-    """The routing that keeps to the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
+    """The routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
 
-    factor: float32 gamma; ``cfg.factor`` is not read. local: the shard's first expert and its number of
-    experts L, which divides E. seed: of metric "random"; one for each step, layer and shard. total: sums
-    "expert_drop"'s loads over the shards that share a step.
+    factor: gamma, float32; ``cfg.factor`` is not read.
+    local: the shard's first expert and its number of experts L, which divides E.
+    seed: seed of the metric "random"; different for each step, layer and shard.
+    total: sums the loads of "expert_drop" over the shards that share a step.
     """
     k, experts = routing.ids_TK.shape[1], routing.scores_TE.shape[1]
     capped_T = tokens.lossy_T
@@ -128,8 +130,8 @@ def capacity(
 ) -> Int[Array, ""]:
     """Places of one expert: ceil(factor * tokens * k / experts), from 1 up to ``tokens``.
 
-    Float32 rounds up to four times on the way here, by 2**-24 each: the part of 2**-22 taken off first keeps
-    a product that is whole in exact arithmetic (1.1 * 80 / 8) from being taken for one above it.
+    The float32 computation rounds at most four times, by 2**-24 each. Subtracting a relative 2**-22 before
+    the ceil keeps a product that is whole in exact arithmetic (1.1 * 80 / 8) from becoming the next integer.
     """
     even = factor * (tokens * k).astype(jnp.float32) / experts
     places = jnp.ceil(jnp.minimum(even, tokens.astype(jnp.float32)) * (1 - 2**-22)).astype(jnp.int32)
@@ -147,7 +149,7 @@ def _admit(
     seed: Array | np.ndarray,
     width: int,
 ) -> Bool[Array, "T J"]:
-    """The candidates that find a place: the first ``room`` of each group of ``width`` experts."""
+    """Which candidates get a place: the first ``room_G`` ones of each group of ``width`` experts."""
     (t, j), groups = ids_TJ.shape, room_G.shape[0]
     n = t * j
     group_N = jnp.where(candidate_TJ, ids_TJ // width, groups).reshape(n)
@@ -167,12 +169,13 @@ def _admit(
 def _rank_key(
     weights_TJ: Array, valid_T: Array, metric: str, seed: Array | np.ndarray
 ) -> Float[Array, "T J"]:
-    """What candidates are sorted by, the lowest first; a token's place counts the valid ones before it."""
+    """The key that candidates are sorted by, lowest first. A token's place counts the valid tokens before
+    it."""
     place_T = jnp.cumsum(valid_T.astype(jnp.int32)) - 1
     match metric:
         case "score":
             return -weights_TJ
-        case "random":  # a counter-based draw depends on the place alone, not on the padding
+        case "random":  # a counter-based draw depends only on the place, not on the padding
             return jax.random.uniform(jax.random.key(seed), weights_TJ.shape)[place_T]
     sign = {"order": 1, "reverse_order": -1}[metric]
     return jnp.broadcast_to((sign * place_T).astype(jnp.float32)[:, None], weights_TJ.shape)
@@ -183,8 +186,8 @@ def _reroute(
 ) -> Routing:
     """Fills lost choices with the best-scored experts that have room.
 
-    A group that turned an offer down is full for good, so "has room, is not held" leaves out all that was
-    tried.
+    A group that rejected an offer stays full, so the condition "has room and is not used by the token"
+    excludes every expert that was already tried.
     """
     t, k = asked_TK.shape
     experts = kept.scores_TE.shape[1]
@@ -200,7 +203,7 @@ def _reroute(
         held_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True, mode="drop")
         open_TE = jnp.repeat(left_G > 0, width)[None] & ~held_TE
         best_TK, next_TK = lax.top_k(jnp.where(open_TE, kept.scores_TE, 0.0), k)
-        nth_TK = jnp.cumsum(lost.astype(jnp.int32), axis=1) - 1  # a token's lost choices take them in turn
+        nth_TK = jnp.cumsum(lost.astype(jnp.int32), axis=1) - 1  # the nth lost choice takes the nth best
         score_TK = jnp.take_along_axis(best_TK, nth_TK, axis=1, mode="clip")
         offer_TK = jnp.take_along_axis(next_TK, nth_TK, axis=1, mode="clip").astype(jnp.int32)
         offer_weights_TK = score_TK * scale_T[:, None]
@@ -217,7 +220,7 @@ def _reroute(
 
 
 def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, held: int) -> Routing:
-    """The routing with the shard's own experts as further choices, where they are not chosen already."""
+    """The routing with the shard's own experts as further choices, unless they are already chosen."""
     experts = routing.scores_TE.shape[1]
     local_L = jnp.asarray(first, jnp.int32) + jnp.arange(held, dtype=jnp.int32)
     score_TL = routing.scores_TE[:, local_L]
@@ -234,7 +237,8 @@ def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, h
 def _least_loaded(
     ids_TK: Array, asked_TK: Array, experts: int, total: Callable[[Array], Array]
 ) -> Bool[Array, "T K"]:
-    """The choices that went to the least loaded tenth of the experts, at least one; ties to the lower id."""
+    """Which choices went to the least loaded tenth of the experts, at least one expert; ties go to the lower
+    id."""
     keys = jnp.where(asked_TK, ids_TK, experts).reshape(-1)
     load_E = total(jnp.bincount(keys, length=experts).astype(jnp.int32))
     quiet = jnp.argsort(load_E, stable=True)[: max(1, experts // 10)]
@@ -252,13 +256,13 @@ def _without(routing: Routing, gone_TJ: Array) -> Routing:
 
 
 def _scale_T(routing: Routing) -> Float[Array, " T"]:
-    """The factor between a token's scores and its weights; 0 for a token without any."""
+    """The factor from a token's scores to its weights; 0 for a token without choices."""
     score_TK = jnp.take_along_axis(routing.scores_TE, routing.ids_TK, axis=1, mode="fill", fill_value=0)
     return _ratio(jnp.sum(routing.weights_TK, axis=1), jnp.sum(score_TK, axis=1))
 
 
 def _rescaled(result: Routing, routing: Routing, capped_T: Array) -> Routing:
-    """The result with each limited token's weights summing to what they did in ``routing``."""
+    """The result with each limited token's weights scaled to their sum in ``routing``."""
     before_T, after_T = jnp.sum(routing.weights_TK, axis=1), jnp.sum(result.weights_TK, axis=1)
     scale_T = jnp.where(capped_T & (before_T != after_T), _ratio(before_T, after_T), 1.0)
     return result.with_assignments(result.ids_TK, result.weights_TK * scale_T[:, None])

@@ -1,4 +1,4 @@
-"""What a layer did, counted: Routing before and after the lossy stages -> DispatchStats."""
+"""Counts what a layer did: Routing before and after the lossy stages -> DispatchStats."""
 
 from functools import partial
 
@@ -12,13 +12,13 @@ from jmoe.moe.types import Changes, DispatchStats, Routing, Traffic
 
 
 def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
-    """Assignments of valid tokens to each expert."""
+    """The number of assignments of valid tokens to each expert."""
     keys = jnp.where(valid_T[:, None], ids_TJ, experts)
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
 def count_changes(found: Changes) -> Changes | None:
-    """What the lossy stages did to each token, zeros for those that are off; None without any."""
+    """What the lossy stages did to each token, with zeros for stages that are off; None if none acted."""
     if not found:
         return None
     none_T = jnp.zeros_like(next(iter(found.values())))
@@ -33,9 +33,13 @@ def count_dispatch(
     traffic: Traffic,
     train_capacity: int | None,
 ) -> DispatchStats:
-    """One shard's. plain: the router's own choice; routing: what was dispatched, the same object if lossless.
+    """The counts of one shard.
 
-    train_capacity: rows that an expert of the training form computes at most.
+    plain: the router's own choice.
+    routing: the routing that was dispatched; the same object as ``plain`` if nothing lossy was on.
+    changes: what lossy stages changed for each token.
+    traffic: the rows that the shard moved.
+    train_capacity: the most rows that an expert of the training form computes.
     """
     experts = plain.scores_TE.shape[1]
     counts_E = expert_counts(routing.ids_TK, valid_T, experts)
@@ -53,7 +57,7 @@ def count_dispatch(
 def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
     """The sum over the shards that hold tokens, inside ``shard_map``; every shard gets it."""
     local_experts = mine.counts_E.shape[0] // lax.axis_size(EXPERT)
-    rank_TJ = routing.ids_TK // local_experts  # an absent assignment's is R, which is no rank
+    rank_TJ = routing.ids_TK // local_experts  # R, which is no rank, for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
     total = partial(lax.psum, axis_name=TOKENS)
     tokens = jnp.sum(valid_T, dtype=jnp.float32)

@@ -1,7 +1,7 @@
-"""Where a layer's tokens go: route -> bin -> limit, the router and then the lossy stages one after another.
+"""Where a layer's tokens go: route -> bin -> limit, that is, the router and then the lossy stages in order.
 
-A stage is made of its table and the layer's setup. It says in which phase it acts, and takes a routing to
-another one and the counts of what it changed.
+A stage is made from its config table and the layer's setup. It says in which phases it acts; it takes a
+routing and returns a new routing and the counts of what it changed.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ STAGES = {BinningConfig: Binning, CapacityConfig: Capacity}
 
 
 def check_stages(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a lossy technique that means nothing for the model or on ``mesh``."""
+    """Raises ValueError for a lossy technique that has no meaning for the model or on ``mesh``."""
     for table in moe.stages:
         if moe.train_capacity_factor is not None:
             raise ValueError(f"moe.{table.name} and moe.train_capacity_factor exclude each other")
@@ -34,7 +34,12 @@ def check_stages(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
 
 
 class Decision(NamedTuple):
-    """plain: the router's own choice. final: what is computed, the same object where nothing lossy is on."""
+    """The routing of one layer, before and after the lossy stages.
+
+    plain: the router's own choice.
+    final: the routing that is computed; the same object as ``plain`` if nothing lossy is on.
+    changes: what the stages changed for each token; None if no stage acts.
+    """
 
     plain: Routing
     final: Routing
@@ -42,7 +47,7 @@ class Decision(NamedTuple):
 
 
 def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
-    """What a layer on one device will do with its tokens: nothing is computed yet."""
+    """The counts of what a layer on one device will do with its tokens; nothing is computed yet."""
     none = jnp.zeros((), jnp.int32)
     return count_dispatch(
         routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none, none), None
@@ -51,7 +56,7 @@ def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
 
 @dataclass(frozen=True)
 class Decider:
-    """The router's word, then that of the stages of ``moe`` in their order."""
+    """Runs the router, then the lossy stages of ``moe`` in their order."""
 
     moe: MoEConfig
     layer: LayerSetup
@@ -65,14 +70,14 @@ class Decider:
         router: RouterWeights,
         here_E: Array | None,
     ) -> Decision:
-        """Where tokens go. here_E: which experts are on a device, where not all are."""
+        """Decides where tokens go. here_E: which experts are on a device; None if all are."""
         stages = () if knobs is None else self._stages(phase)
         with jax.named_scope("route"):
             logits_TE = router_logits(x_TD, router, self.layer.kernels.dense)
             first = stages[0] if stages else None
             if isinstance(first, Binning) and first.fuses(len(logits_TE)):
                 plain, final, changes = first.route(logits_TE, tokens)
-                stages = stages[1:]  # the kernel has done this one
+                stages = stages[1:]  # the kernel has already run this stage
             else:
                 plain = final = choose(logits_TE, router, self.layer.cfg)
                 changes = {}

@@ -1,8 +1,8 @@
 """The ragged exchange of rows: ``lax.ragged_all_to_all``, and an emulation of it for CPUs.
 
 XLA:CPU does not implement the collective. The emulation has the same signature and contract, so that all of
-a transport's offset arithmetic runs, and is tested, on emulated devices; it gathers every rank's rows, so it
-is no way to save traffic.
+a transport's offset arithmetic runs, and is tested, on emulated devices. It gathers every rank's rows, so it
+does not save traffic.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def get_exchange(platform: str, axis_name: str) -> Exchange:
 
 
 def starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
-    """Where each of consecutive groups of ``sizes`` along ``axis`` begins."""
+    """The start of each of the consecutive groups of ``sizes`` along ``axis``."""
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
@@ -43,7 +43,7 @@ def emulated_ragged_all_to_all(
 
     The I slices of a rank are I / R for each rank in turn: slice i is ``send_sizes[i]`` rows of ``operand``
     from ``input_offsets[i]``, and lands at row ``output_offsets[i]`` of its receiver's ``output``.
-    ``recv_sizes``: rows of the slices that arrive, by sender. Where slices overlap, the last one stays.
+    ``recv_sizes``: sizes in rows of the arriving slices, by sender. If slices overlap, the last slice wins.
     """
     del send_sizes  # the receivers' sizes say the same
     arriving = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)

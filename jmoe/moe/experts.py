@@ -21,8 +21,8 @@ WITHIN = (None, TENSOR, None), (None, TENSOR), (None, TENSOR), (None,)
 
 
 def weight_specs(like: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
-    """How stacks are split whose axes before an expert's own are split over ``front``; None where ``like``
-    has None."""
+    """How stacks of experts are split. ``front`` gives the mesh axes of the dimensions before an expert's own
+    dimensions. The result is None for a weight that is None in ``like``."""
     every = like.gate_up_E2FD, like.down_EDF, like.gate_up_bias_E2F, like.down_bias_ED
     specs = (PartitionSpec(*front, *within) for within in WITHIN)
     return ExpertWeights(*(None if a is None else spec for a, spec in zip(every, specs, strict=True)))  # pyright: ignore[reportArgumentType]
@@ -31,8 +31,10 @@ def weight_specs(like: ExpertWeights, *front: str | tuple[str, ...] | None) -> E
 class Experts(nnx.Module):
     """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
 
-    gate_up_E2FD: ``[experts, (gate, up), inner, model]``. down_EDF: ``[experts, model, inner]``. Biases:
-    ``[experts, (gate, up), inner]`` and ``[experts, model]``.
+    gate_up_E2FD: ``[experts, (gate, up), inner, model]``.
+    down_EDF: ``[experts, model, inner]``.
+    gate_up_bias_E2F: ``[experts, (gate, up), inner]``; None without biases.
+    down_bias_ED: ``[experts, model]``; None without biases.
     """
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
@@ -51,7 +53,7 @@ class Experts(nnx.Module):
 
     @property
     def specs(self) -> ExpertWeights:
-        """How they are split."""
+        """How the weights are split over the mesh."""
         return weight_specs(self.weights, EXPERT)
 
 
@@ -70,14 +72,14 @@ class HostExperts(nnx.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        """With one axis in front more than its names say."""
+        """The weights with one more leading axis (layers) than the field names of ``ExpertWeights`` say."""
         biases = (None if p is None else p[...] for p in (self.gate_up_bias_LE2F, self.down_bias_LED))
         return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...], *biases)
 
 
 @dataclass(frozen=True)
 class ApplyBy:
-    """``Apply``, by the kernels of a model. parts: tensor ranks that an expert is split over."""
+    """An ``Apply`` that uses the kernels of a model. parts: number of tensor ranks that share an expert."""
 
     kernels: Kernels
     activation: Activation
@@ -95,8 +97,8 @@ class ApplyBy:
 
 
 def biased_once(experts: ExpertWeights, parts: int) -> ExpertWeights:
-    """What this one of ``parts`` tensor ranks computes with: their outputs are summed, so that the last bias
-    is the first one's alone."""
+    """The weights with which this one of ``parts`` tensor ranks computes. The ranks' outputs are summed, so
+    only the first rank keeps the bias of the down projection."""
     if experts.down_bias_ED is None or parts == 1:
         return experts
     first = lax.axis_index(TENSOR) == 0
@@ -114,9 +116,9 @@ def apply_experts(
     activation: Activation = "silu",
     weigh_input: bool = False,
 ) -> Float[Array, "T D"]:
-    """The weighted sum of each token's planned experts, float32; a token without any comes out zero.
+    """The weighted sum of each token's planned experts, float32; zero for a token without any.
 
-    weigh_input: the weight multiplies what an expert is given; then it is a plain sum.
+    weigh_input: the weight multiplies an expert's input; the outputs are then summed without weights.
     """
     if (combined := COMBINED.get(implementation)) and not weigh_input:
         return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)

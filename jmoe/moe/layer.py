@@ -39,10 +39,12 @@ from jmoe.param import ParamMaker
 
 
 class MoELayer(nnx.Module):
-    """A sparse MLP: every token through its k experts of E.
+    """A sparse MLP: every token passes through k of the E experts.
 
-    router: what scores the experts. experts: None where they are offloaded and come with every call. Raises
-    ValueError where the mesh does not divide the experts or their inner dimension.
+    router: scores the experts.
+    experts: the experts' weights; None if they are offloaded, then a source is passed to every call.
+
+    Raises ValueError if the mesh does not divide the experts or their inner dimension.
     """
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
@@ -65,11 +67,12 @@ class MoELayer(nnx.Module):
         knobs: Knobs | None = None,
         source: ExpertSource | None = None,
     ) -> MoEOutput:
-        """The experts' combined output, and what was done.
+        """Computes the experts' combined output and counts what was done.
 
-        phase: "decode" where every token of the step is one that a sequence was continued with.
-        knobs: None switches the lossy techniques off, as does a phase in which they are not configured;
-        then there are no changes to tell. source: of the experts where they are offloaded.
+        phase: "decode" if every token of the step is a sampled token that continues its sequence.
+        knobs: None switches the lossy techniques off, as does a phase in which they are not configured; then
+            no changes are reported.
+        source: source of the experts if they are offloaded.
         """
         if self.experts is not None:
             held, specs = self.experts.weights, self.experts.specs
@@ -101,7 +104,10 @@ class MoELayer(nnx.Module):
         phase: Phase,
         send: Send,
     ) -> MoEOutput:
-        """One rank's tokens through the experts of all ranks. held: this rank's, or where they come from."""
+        """Runs one rank's tokens through the experts of all ranks.
+
+        held: this rank's expert weights, or the source that they come from.
+        """
         source = None if isinstance(held, ExpertWeights) else held
         here_E = None if source is None else source.resident_E
         routed = self.decider(x_TD, tokens, phase, knobs, router, here_E)
@@ -127,7 +133,7 @@ class MoELayer(nnx.Module):
     def decide(
         self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, here_E: Array | None
     ) -> Decision:
-        """Where tokens go on one device that has some of the experts, ``here_E``, or cannot say which."""
+        """Decides where tokens go, on one device. here_E: the experts that are on it; None if not known."""
         return self.decider(x_TD, tokens, phase, knobs, self.router.weights, here_E)
 
     def _local_experts(self, weights: ExpertWeights, capacity: int | None) -> LocalExperts:
@@ -151,7 +157,8 @@ class MoELayer(nnx.Module):
         return LocalExperts(weights.dims[0], weights.dtype, combined, by_row, weigh_input)
 
     def _train_capacity(self, tokens: int) -> int | None:
-        """Rows an expert in the training form: its even share of the batch times the factor."""
+        """Rows of one expert in the training form: its even share of the batch times the factor, rounded up
+        to a multiple of 32."""
         if self.moe.train_capacity_factor is None:
             return None
         even = tokens * self.cfg.num_experts_per_tok / self.cfg.num_experts

@@ -1,15 +1,16 @@
-"""In which order a layer's tokens should lie on the ranks, guessed before its gate has run.
+"""The order in which a layer's tokens should lie on the ranks, predicted before the layer's gate has run.
 
-Source: Li et al., "Speculative MoE" / "Semantic Parallelism" (arXiv 2503.04398), the online half. Two tables
-tell: what share of a token id's assignments fell on each rank when profiled, and the same by the ranks that
-the token went to in the two layers before.
+Source: Li et al., "Speculative MoE" / "Semantic Parallelism" (arXiv 2503.04398), the online half. The
+prediction uses two tables: the share of a token id's assignments that went to each rank in the profile, and
+the same share by the ranks that the token went to in the previous two layers.
 
-Every rank must get equally many rows. Tokens ask for their best rank, the surest first; those that find no
-room ask for the best rank with room left, until all are placed; padding comes last. All ranks of a data group
-reckon the same order from what they all know. The paper leaves this step open, as well as the label of a
-token that went to several ranks: here the rank of most of its experts, the lower of equals.
+Every rank must get the same number of rows. Tokens request their best rank, the surest tokens first; tokens
+that find no room request the best rank that still has room, until all are placed; padding comes last. All
+ranks of a data group compute the same order from data that they all have. The paper does not specify this
+step, nor the label of a token that went to several ranks: here it is the rank of most of its experts, the
+lower rank in a tie.
 
-Who deals rows by an order is ``jmoe.moe.shuffle``. Offline: ``jmoe profile``, ``jmoe place``.
+``jmoe.moe.shuffle`` moves the rows by an order. Offline commands: ``jmoe profile``, ``jmoe place``.
 """
 
 from collections.abc import Callable
@@ -24,16 +25,17 @@ from jaxtyping import Bool, Int, UInt8
 
 from jmoe.placement.tables import Tables
 
-LOOK_BACK = 2  # layers whose ranks tell where a token goes next
+LOOK_BACK = 2  # number of previous layers whose ranks predict where a token goes next
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ShuffleTables:
-    """One layer's guesses, in 255ths of a token's assignments expected on each of R ranks.
+    """One layer's predictions: the share of a token's assignments expected on each of R ranks, in 255ths.
 
-    by_token_VR: by token id. by_history_HR: by the ranks of the two layers before, ``older * R + newer``;
-    None goes by the token id alone, as the first two layers always do.
+    by_token_VR: shares by token id.
+    by_history_HR: shares by the ranks of the previous two layers, at index ``older * R + newer``. None uses
+        the token id alone, as the first two layers always do.
     """
 
     by_token_VR: UInt8[Array | np.ndarray, "V R"]
@@ -43,15 +45,19 @@ class ShuffleTables:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hints:
-    """What a layer's order is guessed from: its tables, and the ranks that each token went to in the two
-    layers before, the older first; None in the first two."""
+    """What a layer's order is predicted from.
+
+    tables: the layer's tables.
+    history_N2: ranks that each token went to in the previous two layers, the older first; None in the first
+        two layers and without a history table.
+    """
 
     tables: ShuffleTables
     history_N2: Int[Array, "N 2"] | None
 
     @classmethod
     def make(cls, tables: ShuffleTables, been: list[Array]) -> "Hints":
-        """been: ``[N]`` of every layer so far."""
+        """The hints of the next layer. been: the tokens' ranks ``[N]`` in every layer so far."""
         knows = tables.by_history_HR is not None and len(been) >= LOOK_BACK
         return cls(tables, jnp.stack(been[-LOOK_BACK:], axis=1) if knows else None)
 
@@ -59,7 +65,11 @@ class Hints:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Order:
-    """Which token each row of a data group is, rank after rank, and which row each token is."""
+    """An order of a data group's tokens on its ranks.
+
+    token_N: token of each row, rank after rank.
+    row_N: row of each token (the inverse).
+    """
 
     token_N: Int[Array, " N"]
     row_N: Int[Array, " N"]
@@ -68,14 +78,14 @@ class Order:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Move:
-    """The order that rows come in, and the one that they go on in."""
+    """The rows' order before a move and after it."""
 
     before: Order
     after: Order
 
 
 def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
-    """The tables of a placement as the step reads them, one a layer."""
+    """The tables of a placement in the form that the step reads, one per layer."""
     by_token = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
     by_history: Any = [None] * len(by_token)
     if history:
@@ -85,7 +95,8 @@ def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
 
 
 def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[float]]:
-    """What part of a prompt's assignments is expected on each rank: R of them in each of ``groups``."""
+    """A function that gives the share of a prompt's assignments expected on each rank, for the R ranks of
+    each of ``groups`` data groups."""
     shares_LVR = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
     share_VR = np.asarray(np.mean(shares_LVR, axis=0, dtype=np.float32) / 255)
 
@@ -98,14 +109,14 @@ def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[f
 def _shares(
     shares_LXR: np.ndarray | None, ranks_LX: np.ndarray, confidence_LX: np.ndarray, ranks: int
 ) -> UInt8[np.ndarray, "L X R"]:
-    """In 255ths; where only the best rank is known, the others have none."""
+    """The shares in 255ths. If only the best rank is known, the other ranks have a share of 0."""
     if shares_LXR is None:
         shares_LXR = np.eye(ranks, dtype=np.float32)[ranks_LX] * confidence_LX[..., None]
     return np.rint(255 * np.asarray(shares_LXR, np.float32)).astype(np.uint8)
 
 
 def guess(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
-    """How much of each token is expected on each rank, by the surer of the two tables."""
+    """The share of each token expected on each rank, from the table that is surer for that token."""
     share_NR = jnp.asarray(hints.tables.by_token_VR)[ids_N].astype(jnp.int32)
     if hints.history_N2 is None or hints.tables.by_history_HR is None:
         return share_NR
@@ -116,7 +127,8 @@ def guess(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
 
 
 def align(share_NR: Int[Array, "N R"], valid_N: Bool[Array, " N"]) -> Order:
-    """The order in which each rank has N / R rows and tokens the ranks that expect most of them."""
+    """The order in which each rank has N / R rows and tokens lie on the ranks with their largest shares, as
+    far as there is room."""
     n, ranks = share_NR.shape
     share_NR = jnp.where(valid_N[:, None], share_NR, -1)
 
@@ -144,6 +156,7 @@ def _at(values_R: Array, index_N: Array) -> Array:
 
 
 def label(ids_TK: Int[Array, "T K"], held: int, ranks: int) -> Int[Array, " T"]:
-    """The rank that holds most of each token's experts, of ``held`` a rank; the lower of equals."""
+    """The rank that holds most of each token's experts, with ``held`` experts per rank; the lower rank in a
+    tie."""
     votes_TKR = (ids_TK // held)[:, :, None] == jnp.arange(ranks)[None, None]
     return jnp.argmax(jnp.sum(votes_TKR, axis=1), axis=1).astype(jnp.int32)

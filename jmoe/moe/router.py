@@ -18,8 +18,14 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RouterWeights:
-    """gate_ED: ``[experts, model]``. bias_E, correction_E: see ``RouterConfig``. expert_E: what the
-    checkpoint calls each expert, where groups of them are chosen and they may be renumbered."""
+    """The weights of one router.
+
+    gate_ED: ``[experts, model]``.
+    bias_E: added to the logits (see ``RouterConfig``).
+    correction_E: added to the scores for the choice only (see ``RouterConfig``).
+    expert_E: each expert's id in the checkpoint; present if the router chooses groups of experts, because
+        experts may be renumbered.
+    """
 
     gate_ED: Float[Array, "E D"]
     bias_E: Float[Array, " E"] | None = None

@@ -1,19 +1,19 @@
-"""Router logits -> Routing, composed of the pieces that model families differ in.
+"""Router logits -> Routing, composed of the steps in which model families differ.
 
     score -> (+ correction) -> open groups -> top-k -> weights -> (normalise) -> scale
 
 =============  =================================================================================
-softmax        Mixtral, Qwen, OLMoE, Granite, gpt-oss, DeepSeek-V2: over all experts. A softmax over
-               the chosen logits alone, as some write it, is the same with normalised weights.
-sigmoid        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), GLM-4.5, Llama 4: of each expert alone.
-sparsemixer    Phi-3.5-MoE (arXiv 2409.12136): one expert after another, each by a softmax over those left
-               that are near the best.
+softmax        Mixtral, Qwen, OLMoE, Granite, gpt-oss, DeepSeek-V2: a softmax over all experts. A softmax
+               over only the chosen logits, as some write it, gives the same as normalised weights.
+sigmoid        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), GLM-4.5, Llama 4: a sigmoid of each logit.
+sparsemixer    Phi-3.5-MoE (arXiv 2409.12136): experts are chosen one after another, each by a softmax over
+               the remaining experts that are near the best.
 =============  =================================================================================
 
-Whatever the router, ``Routing.logits_TE`` is how much a token prefers each expert, the log of what it is
-chosen by, up to a constant of the token; corrections count from the least one of the layer. An expert outside
-the open groups is least preferred. ``scores_TE`` is a distribution over the experts. The techniques read
-these two alone, and so work with every router.
+For every router, ``Routing.logits_TE`` is a token's preference for each expert: the log of the value that the
+choice is made by, up to a constant per token; corrections are measured from the layer's lowest correction. An
+expert outside the open groups has -inf. ``scores_TE`` is a distribution over the experts. The techniques read
+only these two and therefore work with every router.
 """
 
 import jax
@@ -37,8 +37,9 @@ def route(
 ) -> Routing:
     """Each token's ``k`` experts, best first; ties go to the lower expert id.
 
-    correction_E: added to the scores to choose by. expert_E: what each expert was called when the groups were
-    made, of consecutive ones; None is what it is called now.
+    correction_E: added to the scores for the choice only.
+    expert_E: each expert's original id, by which consecutive experts form the groups; None if experts were
+        not renumbered.
     """
     logits_TE = logits_TE.astype(jnp.float32)
     if router.is_plain:
@@ -48,11 +49,11 @@ def route(
         weights_TK = weigh(weights_TK, router)
         return Routing(ids_TK, weights_TK, jax.nn.softmax(logits_TE, axis=-1), logits_TE)
     scores_TE = score(logits_TE, router)
-    if correction_E is None:  # what scores rise with: they may have reached 1 where logits differ
+    if correction_E is None:  # compare log scores: the scores of different logits may both round to 1
         choice_TE = preference_TE = log_score(logits_TE, router)
     else:
         choice_TE = scores_TE + correction_E[None]
-        # Only differences of corrections say anything: a level of theirs may be below 0, or dwarf the scores.
+        # Only differences of corrections matter: their common level may be below 0 or far above the scores.
         preference_TE = jnp.log(jnp.maximum(choice_TE - jnp.min(correction_E), TINY))
     if router.n_group > 1:
         by_TE = scores_TE if correction_E is None else choice_TE
@@ -65,7 +66,7 @@ def route(
 
 
 def likely(routing: Routing) -> Float[Array, "T E"]:
-    """The share of each expert in what a token chooses by: what a forecast of its choices goes by."""
+    """Each expert's share in the value that a token chooses by; forecasts of its choices use it."""
     return jax.nn.softmax(routing.logits_TE, axis=-1)
 
 
@@ -76,7 +77,7 @@ def score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, 
 
 
 def log_score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, "T E"]:
-    """Of ``score``, without its rounding."""
+    """The log of ``score``, computed without its rounding."""
     if router.scoring_func == "sigmoid":
         return jax.nn.log_sigmoid(logits_TE)
     return jax.nn.log_softmax(logits_TE, axis=-1)
@@ -97,7 +98,7 @@ def open_experts(
 
 
 def weigh(weights_TK: Float[Array, "T K"], router: RouterConfig) -> Float[Array, "T K"]:
-    """The scores of the chosen as combine weights."""
+    """The combine weights from the scores of the chosen experts."""
     if router.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
     return weights_TK * router.routed_scaling_factor
@@ -106,8 +107,8 @@ def weigh(weights_TK: Float[Array, "T K"], router: RouterConfig) -> Float[Array,
 def sparse_mixer(
     logits_TE: Float[Array, "T E"], k: int, jitter: float
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """(ids, weights): the best expert left, ``k`` times, each weighed by a softmax over those left that are
-    near it: whose relative distance from the best is at most ``2 * jitter``."""
+    """(ids, weights): takes the best remaining expert, ``k`` times. Its weight comes from a softmax over the
+    remaining experts near it, that is, with a relative distance from the best of at most ``2 * jitter``."""
     rows_T = jnp.arange(logits_TE.shape[0])
     left_TE, ids, weights = logits_TE, [], []
     for _ in range(k):
@@ -124,10 +125,10 @@ def sparse_mixer(
 def plan_dispatch(
     ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], first: int | Array, experts: int
 ) -> DispatchPlan:
-    """Sorts the assignments that go to experts ``first .. first + experts`` by expert.
+    """Sorts the assignments to experts ``first .. first + experts`` by expert.
 
-    Padding tokens and other experts get the id one past the last, so a stable sort pushes them to the end
-    and the counts ignore them.
+    Assignments of padding tokens and to other experts get the id one past the last expert, so a stable sort
+    puts them at the end and the counts ignore them.
     """
     local_TK = ids_TK - first
     here_TK = (local_TK >= 0) & (local_TK < experts) & valid_T[:, None]
@@ -135,15 +136,16 @@ def plan_dispatch(
     n = keys_N.size
     if (experts + 1) * n > jnp.iinfo(jnp.int32).max:
         raise ValueError(f"{n} assignments to {experts} experts do not fit 32-bit sort keys")
-    # One operand sorts ten times as fast on XLA:CPU as a stable sort of keys and places.
+    # On XLA:CPU, sorting one operand is ten times as fast as a stable sort of keys and positions.
     sorted_N = lax.sort(keys_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False)
     return DispatchPlan(sorted_N % n, jnp.bincount(keys_N, length=experts).astype(jnp.int32))
 
 
 def regrouped(plan: DispatchPlan, place_L: Int[Array, " L"], groups: int) -> DispatchPlan:
-    """The plan with its groups in other places, 0 to ``groups - 1``; one past the last is none of them.
+    """The plan with its groups moved to new positions, 0 to ``groups - 1``.
 
-    place_L: of each group, no two in one place. Rows move as blocks: nothing is sorted but the groups.
+    place_L: the new position of each group; no two groups share one, and a group at ``groups`` is left out.
+    Rows move as blocks: only the groups are sorted.
     """
     sizes_L, n = plan.group_sizes_L, plan.order_N.shape[0]
     ends_L = jnp.cumsum(sizes_L, dtype=jnp.int32)
@@ -152,7 +154,7 @@ def regrouped(plan: DispatchPlan, place_L: Int[Array, " L"], groups: int) -> Dis
     starts_L = jnp.zeros_like(ends_L).at[order_L].set(jnp.cumsum(sorted_L, dtype=jnp.int32) - sorted_L)
     shift_L = starts_L - (ends_L - sizes_L)
     row_N = jnp.arange(n, dtype=jnp.int32)
-    group_N = jnp.searchsorted(ends_L, row_N, side="right")  # L for the rows behind the last group
+    group_N = jnp.searchsorted(ends_L, row_N, side="right")  # L for the rows after the last group
     to_N = row_N + jnp.append(shift_L, jnp.zeros(1, jnp.int32))[group_N]
     order_N = jnp.zeros_like(plan.order_N).at[to_N].set(plan.order_N, unique_indices=True)
     return DispatchPlan(order_N, jnp.zeros(groups, jnp.int32).at[place_L].add(sizes_L, mode="drop"))

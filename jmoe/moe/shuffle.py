@@ -1,24 +1,26 @@
-"""Speculative token shuffling: tokens go to the rank that likely holds their experts before the gate has run.
+"""Speculative token shuffling: before the gate runs, tokens go to the rank that likely holds their experts.
 
 Source: Li et al., "Speculative MoE" / "Semantic Parallelism" (arXiv 2503.04398), online scheduling with
-tensor-parallel attention (algorithm 3). Heads are split over the experts' ranks, so the reduce-scatter behind
-attention deals the tokens to ranks anyway; which token goes where is free, and ``jmoe.moe.orders`` chooses.
-Then the true gate runs, and what is not local crosses as always: a wrong guess costs bytes, never output.
+tensor-parallel attention (algorithm 3). Heads are split over the experts' ranks, so the reduce-scatter after
+attention distributes the tokens over the ranks anyway; any token may go to any rank, and ``jmoe.moe.orders``
+chooses. Then the true gate runs, and assignments that are not local travel as usual: a wrong prediction costs
+bytes but never changes the output.
 
     rows on their ranks, in the order of the layer before
       -> normed rows, all-gathered, that order undone (SAG) -> attention
       -> partial sums in this layer's order -> reduce-scatter (SRS)
-       + the residual of the tokens whose rank is another one now
+       + the residual of the tokens whose rank has changed
       -> gate, exchange, experts; rows stay where they are until the next layer
 
-Both collectives are those of plain attention tp, in its dtypes. What is added is the move of the float32
-residual, at most T rows a rank, which waits for nothing of attention's; behind the last layer it brings all
-rows home. Every rank knows both orders whole and reckons all sizes and offsets from them.
+Both collectives are those of plain attention "tp", in its dtypes. The only addition is the move of the
+float32 residual, at most T rows per rank, which does not wait for attention; after the last layer it returns
+all rows to their original order. Every rank knows both orders completely and computes all sizes and offsets
+from them.
 
-The move is a ragged exchange whatever the experts' transport: the TPU compiler refuses it where it refuses
-that one (see ``jmoe.moe.transport``), v5e slices of 4x8 and larger. Config keys: ``[moe.shuffle]``
-(``jmoe.config.techniques.ShuffleConfig``). Counters: ``remote`` and ``traffic`` of ``DispatchStats``, which
-count by the rank where the token then is, and the experts' exchange alone.
+The move is a ragged exchange with every transport of the experts: the TPU compiler refuses it on the same
+machines as the ragged transport (see ``jmoe.moe.transport``), v5e slices of 4x8 and larger. Config keys:
+``[moe.shuffle]`` (``jmoe.config.techniques.ShuffleConfig``). Counters: ``remote_assignments`` and ``traffic``
+of ``DispatchStats``, which count from the rank where the token then is, and only the experts' exchange.
 """
 
 from collections.abc import Callable
@@ -42,19 +44,19 @@ GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Dealing a data group's N tokens to the R ranks of its ``experts``, T = N / R each."""
+    """Distributes a data group's N tokens over the R ranks that hold its ``experts``, T = N / R each."""
 
     mesh: Mesh
     experts: int
 
     def own_order(self, tokens: int) -> Order:
-        """That of the tokens themselves, of ``tokens`` in all data groups."""
+        """The tokens' original order; ``tokens`` is their number in all data groups."""
         groups = self.mesh.shape[DATA]
         token_N = jnp.tile(jnp.arange(tokens // groups, dtype=jnp.int32), groups)
         return Order(token_N, token_N)
 
     def order(self, hints: Hints, ids_N: Int[Array, " N"], valid_N: Bool[Array, " N"]) -> Order:
-        """The guessed order of every data group."""
+        """The predicted order of every data group."""
 
         def of_group(tables: ShuffleTables, history_N2: Array | None, ids_N: Array, valid_N: Array) -> Order:
             return align(guess(Hints(tables, history_N2), ids_N), valid_N)
@@ -63,7 +65,8 @@ class Shuffle:
         return run(hints.tables, hints.history_N2, ids_N, valid_N)
 
     def deal(self, whole: Any, order: Order) -> Any:
-        """Each rank's rows of arrays ``[N, ...]`` that all ranks of the group have whole; sends nothing."""
+        """Each rank's rows of arrays ``[N, ...]`` that every rank of the group has completely; sends
+        nothing."""
 
         def mine(whole: Any, order: Order) -> Any:
             token_T = _own(order.token_N)
@@ -72,12 +75,13 @@ class Shuffle:
         return self._over(mine, (GROUP, GROUP), ROWS)(whole, order)
 
     def move(self, rows_ND: Float[Array, "N D"], move: Move) -> Float[Array, "N D"]:
-        """Each rank's rows in the order after, bit for bit; only those whose rank is another one are sent."""
+        """Each rank's rows in the order ``move.after``, bit for bit; only rows whose rank changes are
+        sent."""
         exchange = get_exchange(platform_of(self.mesh), EXPERT)
         return self._over(partial(_moved, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
 
     def home(self, rows: Any, order: Order) -> Any:
-        """Arrays of rows in the tokens' own order, known to the whole group."""
+        """Arrays of rows gathered to every rank of the group, in the tokens' original order."""
 
         def of_group(rows: Any, order: Order) -> Any:
             return jax.tree.map(lambda a: lax.all_gather(a, EXPERT, tiled=True)[order.row_N], rows)
@@ -87,8 +91,9 @@ class Shuffle:
     def tell(
         self, out: MoEOutput, order: Order, *, history: bool
     ) -> tuple[MoEOutput, Int[Array, " N"] | None]:
-        """Each token's changes and, for ``history``, its experts' rank: in the tokens' own order, known to
-        the whole group. One collective of a few integers a token; none where there is nothing to tell."""
+        """Gathers each token's changes and, for ``history``, its experts' rank to every rank of the group, in
+        the tokens' original order. It takes one collective of a few integers per token, or none if there is
+        nothing to report."""
         ranks = self.mesh.shape[EXPERT]
         rank_N = label(out.routing.ids_TK, self.experts // ranks, ranks) if history else None
         told, structure = jax.tree.flatten((rank_N, out.changes))
@@ -108,13 +113,14 @@ class Shuffle:
 
 
 def _own(whole_N: Int[Array, " N"]) -> Int[Array, " T"]:
-    """This rank's rows of what the group has whole."""
+    """This rank's rows of an array that every rank of the group has completely."""
     each = whole_N.shape[0] // lax.axis_size(EXPERT)
     return lax.dynamic_slice_in_dim(whole_N, lax.axis_index(EXPERT) * each, each)
 
 
 def _moved(rows_TD: Float[Array, "T D"], move: Move, *, exchange: Exchange) -> Float[Array, "T D"]:
-    """Rows leave sorted by the row that they become, so that those of one sender arrive in order too."""
+    """Moves rows between ranks. Rows leave sorted by their new row number, so that the rows of one sender
+    also arrive in order."""
     each, ranks, me = rows_TD.shape[0], lax.axis_size(EXPERT), lax.axis_index(EXPERT)
     from_N, to_N = move.before.row_N // each, move.after.row_N // each
     sizes_RR = jnp.bincount(from_N * ranks + to_N, length=ranks**2).reshape(ranks, ranks)

@@ -1,19 +1,21 @@
-"""How tokens reach the ranks that hold their experts. One signature, all lossless.
+"""How tokens reach the ranks that hold their experts. All transports have one signature and are lossless.
 
-Inside ``shard_map``: in come a shard's own tokens and its own experts, out comes every own token's combined
-expert output, float32, and what it took to move it (``Traffic``). T and J are those of a shard, R the ranks
-of the expert axis, L a rank's experts. ``local`` is the case without expert parallelism.
+They run inside ``shard_map``. The input is a shard's own tokens and its own experts; the output is the
+combined expert output of every own token, float32, and the rows moved for it (``Traffic``). T and J are those
+of a shard, R is the number of ranks of the expert axis, L the number of a rank's experts. ``local`` is the
+case without expert parallelism.
 
 ``replicated``         all-gather the tokens, compute the local experts' share of all of them, reduce-scatter.
-                       Two collectives of R * T rows whatever the routing: right for small decode batches.
+                       Two collectives of R * T rows for any routing: suitable for small decode batches.
 ``all_to_all``         send each assignment's row to its expert's rank in a padded buffer of C = T * min(J, L)
-                       rows a destination, the worst case, so nothing is ever dropped.
-``ragged_all_to_all``  send the same rows and no padding; a rank's buffer still holds the worst case, R * C
-                       rows, and experts read only what came. Rows land sorted by expert. On a CPU emulated
-                       (see ``exchange``), at the traffic of ``replicated``. The TPU compiler refuses it on
-                       slices with limited ICI routing, v5e 4x8 and larger; v6e, v5p and tpu7x take it.
+                       rows per destination, the worst case, so nothing is ever dropped.
+``ragged_all_to_all``  send the same rows without padding; a rank's buffer still has room for the worst case,
+                       R * C rows, and experts read only the rows that arrived. Rows arrive sorted by expert.
+                       It is emulated on a CPU (see ``exchange``), with the traffic of ``replicated``. The
+                       TPU compiler refuses it on slices with limited ICI routing, v5e 4x8 and larger; v6e,
+                       v5p and tpu7x accept it.
 
-Rows go out in the experts' weight dtype, to which the experts round them anyway, and come back float32.
+Rows are sent in the experts' weight dtype, to which the experts round them anyway, and return as float32.
 """
 
 from functools import partial
@@ -35,7 +37,7 @@ from jmoe.moe.types import LocalExperts, Routing, Send, Traffic
 def local(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """All experts are here."""
+    """All experts are on this rank; nothing is sent."""
     plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
     none = jnp.zeros((), jnp.int32)
     y_TD, computed = experts.combined(x_TD, routing.weights_TK, plan)
@@ -58,14 +60,14 @@ def replicated(
 def all_to_all(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """Rows travel to their expert's rank and back; ranks receive R * C rows, the absent ones masked."""
+    """Rows travel to their expert's rank and back; ranks receive R * C rows, with empty slots masked."""
     t, j = routing.ids_TK.shape
     ranks, local_experts = lax.axis_size(EXPERT), experts.count
     c = t * min(j, local_experts)
     by_rank = plan_dispatch(routing.ids_TK // local_experts, valid_T, 0, ranks)
     row_RC = jnp.arange(c)[None]
     filled_RC = row_RC < by_rank.group_sizes_L[:, None]
-    # The assignment in each slot, T * J in an empty one; and back, the slot of each assignment.
+    # The assignment in each slot (T * J if the slot is empty), and its inverse, the slot of each assignment.
     place_RC = starts(by_rank.group_sizes_L, 0)[:, None] + row_RC
     assignment_RC = jnp.where(filled_RC, by_rank.order_N.at[place_RC].get(mode="clip"), t * j)
     slots_RC = jnp.arange(ranks * c, dtype=jnp.int32).reshape(ranks, c)
@@ -92,14 +94,14 @@ def ragged_all_to_all(
     *,
     exchange: Exchange,
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """Each expert's rows travel as one slice and land behind those of the ranks before, expert by expert."""
+    """Each expert's rows travel as one slice. They land expert by expert, after the rows from lower ranks."""
     t, j = routing.ids_TK.shape
     ranks, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
     plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.count)
     inverse_N = plan.inverse_N
     rows_ND, weights_TJ = _outgoing(x_TD, routing, plan.order_N, inverse_N, experts)
 
-    # From the matrix of who sends how much [from, to, expert], every rank reckons all offsets alike.
+    # From the matrix of sent sizes [from, to, expert], every rank computes all offsets in the same way.
     sizes_E = plan.group_sizes_L
     sizes_RRL = lax.all_gather(sizes_E, EXPERT).reshape(ranks, ranks, experts.count)
     starts_RRL = starts(sizes_RRL.reshape(ranks, -1), 1).reshape(sizes_RRL.shape)  # in the sender's rows
@@ -129,9 +131,9 @@ def ragged_all_to_all(
 def _outgoing(
     x_TD: Array, routing: Routing, assignment_N: Array, row_A: Array, experts: LocalExperts
 ) -> tuple[Array, Array]:
-    """The rows of assignments ``assignment_N`` in the experts' dtype, and the weights of what comes back.
+    """The rows of assignments ``assignment_N`` in the experts' dtype, and the weights of the returned rows.
 
-    row_A: the row of each assignment, the inverse.
+    row_A: the row of each assignment, the inverse of ``assignment_N``.
     """
     weights_TJ, back_TJ = routing.weights_TK, row_A.reshape(routing.weights_TK.shape)
     token_N = assignment_N // weights_TJ.shape[1]
@@ -145,17 +147,18 @@ def _outgoing(
 def _combine(
     y_ND: Float[Array, "N D"], row_A: Int[Array, " A"], assignment_N: Int[Array, " N"], weights_TJ: Array
 ) -> Float[Array, "T D"]:
-    """Each token's weighted sum of its assignments' rows, in the assignments' order as ``local`` sums them.
+    """Each token's weighted sum of its assignments' rows, in the order in which ``local`` sums them.
 
-    row_A: the row of each of the T * J assignments, past the end for none; assignment_N: its inverse.
+    row_A: the row of each of the T * J assignments; past the end if it has none.
+    assignment_N: the inverse of ``row_A``.
     """
     chosen = take_rows(y_ND, row_A, assignment_N[:, None]).reshape(*weights_TJ.shape, -1)
     return jnp.einsum("tkd,tk->td", chosen, weights_TJ)
 
 
 def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int[Array, ""]:
-    """Distinct pairs of an own token and another rank that holds one of its experts."""
-    rank_TJ = routing.ids_TK // experts.count  # an absent assignment's is R
+    """The number of distinct pairs of an own token and another rank that holds one of its experts."""
+    rank_TJ = routing.ids_TK // experts.count  # R for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
     earlier_JJ = np.tri(rank_TJ.shape[1], k=-1, dtype=bool)
     again_TJ = jnp.any((rank_TJ[:, :, None] == rank_TJ[:, None]) & earlier_JJ[None], axis=-1)
@@ -165,7 +168,7 @@ def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int
 def _padded_traffic(
     routing: Routing, valid_T: Array, experts: LocalExperts, rows: int, computed: Array
 ) -> Traffic:
-    """``rows`` from each rank to each other one, whatever the routing."""
+    """The traffic of ``rows`` rows from each rank to each other rank, for any routing."""
     ranks = lax.axis_size(EXPERT)
     sent = (ranks - 1) * rows
     everywhere = sent * ranks * lax.axis_size(DATA)

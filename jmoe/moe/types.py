@@ -37,7 +37,7 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class LayerSetup:
-    """What a layer is made for: its model, its mesh and the kernels of one rank."""
+    """What a layer is built for: its model, its mesh and the kernels of one rank."""
 
     cfg: ModelConfig
     mesh: Mesh
@@ -49,11 +49,13 @@ class LayerSetup:
 class Routing:
     """Which experts each token goes to, and with what weight.
 
-    ids_TK: expert ids, distinct within a token; E, one past the last, is an absent assignment, of weight 0:
-    it goes nowhere and adds nothing. weights_TK: float32 combine weights.
-    scores_TE: the router's scores of every expert, which sum to 1. logits_TE: how much the token prefers
-    each, the log of what it is chosen by up to a constant; -inf is an expert that may not be. Both float32.
-    plan: the assignments to all E experts in expert order, where a stage has made it on its way.
+    ids_TK: expert ids, distinct within a token. The id E (one past the last expert) marks an absent
+        assignment: its weight is 0, it is not sent anywhere and adds nothing.
+    weights_TK: combine weights, float32.
+    scores_TE: the router's scores of all experts, float32; they sum to 1 over a token's experts.
+    logits_TE: the token's preference for each expert, float32: the log of the value that the choice is made
+        by, up to a constant. -inf marks an expert that may not be chosen.
+    plan: the assignments to all E experts in expert order, if a stage has already computed it.
     """
 
     ids_TK: Int[Array, "T K"]
@@ -63,18 +65,20 @@ class Routing:
     plan: "DispatchPlan | None" = None
 
     def with_assignments(self, ids_TJ: Int[Array, "T J"], weights_TJ: Float[Array, "T J"]) -> "Routing":
-        """The same router's word with other assignments, not in order yet."""
+        """A copy with new assignments and weights; scores and logits are kept, ``plan`` is dropped because it
+        no longer matches."""
         return Routing(ids_TJ, weights_TJ, self.scores_TE, self.logits_TE)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenFlags:
-    """What each token of the shard is.
+    """Flags of each token of the shard.
 
-    valid_T: not padding. exact_T: its request opted out of everything lossy; None = none did. priority_T:
-    under a limit, tokens of higher priority keep their experts first; None = all alike. decoded_T: decoded
-    ones beside those of prompts; None where the step holds one kind.
+    valid_T: whether the token is real and not padding.
+    exact_T: whether the token's request opted out of all lossy techniques; None = no request did.
+    priority_T: under a limit, tokens of higher priority keep their experts first; None = all are equal.
+    decoded_T: decode tokens of a step that has prompt tokens too; None if the step holds only one kind.
     """
 
     valid_T: Bool[Array, " T"]
@@ -88,7 +92,7 @@ class TokenFlags:
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
 
     def sparing_decoded(self) -> "TokenFlags":
-        """The same, but a technique for prompts may not touch tokens that are decoded beside them."""
+        """A copy in which a technique for prompts may not touch decode tokens of the same step."""
         if self.decoded_T is None:
             return self
         spared_T = self.decoded_T if self.exact_T is None else self.decoded_T | self.exact_T
@@ -98,26 +102,31 @@ class TokenFlags:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """Settings of the lossy techniques that change without compiling again.
+    """Settings of the lossy techniques that can change without recompilation.
 
-    factor: gamma of the capacity. seed: of random choices; another one each step.
+    factor: gamma of the capacity. seed: the seed of random choices; it differs in each step.
     """
 
     factor: Float[Array | np.ndarray, ""]
     seed: Int[Array | np.ndarray, ""]
 
     def of(self, part: Array | int) -> "Knobs":
-        """The same with a seed of its own for one of several layers or shards."""
+        """A copy with a separate seed for one of several layers or shards."""
         return Knobs(self.factor, self.seed * 1_000_003 + part)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CapacityCounts:
-    """Assignments of each token by what became of them; padding has none.
+    """How many assignments of each token were kept, moved or dropped; padding has none.
 
-    The router's choices are kept + rerouted + dropped + exact (not subject to the limit); extra_T counts
-    the experts that "expand" added.
+    kept + rerouted + dropped + exact is the number of the router's choices.
+
+    kept_T: choices that stayed under the limit.
+    rerouted_T: choices moved to another expert.
+    dropped_T: choices that no expert computes.
+    extra_T: assignments that the policy "expand" added.
+    exact_T: choices of exact tokens, which the limit does not apply to.
     """
 
     kept_T: Int[Array, " T"]
@@ -127,9 +136,9 @@ class CapacityCounts:
     exact_T: Int[Array, " T"]
 
 
-# By the names of ``jmoe.config.counters``: one layer's sums, of those that it counts.
+# The sums that one layer counts, by the names of ``jmoe.config.counters``.
 Counts = dict[str, Int[Array, ""]]
-# By the names of ``LOSSY`` there, all of them: each token's assignments; a sequence's where they are summed.
+# Changed assignments of each token, by all names of ``LOSSY`` there; of each sequence once they are summed.
 Changes = dict[str, Int[Array, " T"]]
 
 
@@ -138,8 +147,9 @@ Changes = dict[str, Int[Array, " T"]]
 class DispatchPlan:
     """Assignments (token, choice) in expert order.
 
-    order_N: flat assignment index ``t * K + k`` at each sorted row; assignments of padding tokens and
-    of experts outside the plan come last. group_sizes_L: rows of each expert of the plan.
+    order_N: flat assignment index ``t * K + k`` at each sorted row; assignments of padding tokens and of
+        experts outside the plan come last.
+    group_sizes_L: number of rows of each expert of the plan.
     """
 
     order_N: Int[Array, " N"]
@@ -147,7 +157,7 @@ class DispatchPlan:
 
     @property
     def rows(self) -> Int[Array, ""]:
-        """Assignments to experts of the plan."""
+        """The number of assignments to experts of the plan."""
         return jnp.sum(self.group_sizes_L, dtype=jnp.int32)
 
     @property
@@ -159,7 +169,8 @@ class DispatchPlan:
 
 
 class Computed(NamedTuple):
-    """What experts gave, float32, and how many assignments they were given: rows in a group of theirs."""
+    """The experts' output, float32, and the number of assignments that they computed (rows in their
+    groups)."""
 
     y_ND: Float[Array, "N D"]
     rows: Int[Array, ""]
@@ -169,10 +180,12 @@ class Computed(NamedTuple):
 class LocalExperts:
     """The L experts of one rank as functions.
 
+    count: L, the number of experts.
+    dtype: the weights' dtype; both functions round their input to it.
     combined: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
-    by_row: (rows_ND, group_sizes_L) -> y_ND, rows that are sorted by expert already; those past the last
-    group come out zero. dtype: that of the weights, to which both round what comes in. weigh_input: a weight
-    multiplies a row that goes in, not the one that comes out.
+    by_row: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
+        group come out zero.
+    weigh_input: the weight multiplies the expert's input row, not its output row.
     """
 
     count: int
@@ -185,15 +198,17 @@ class LocalExperts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Traffic:
-    """Rows of D numbers between ranks, counted one way: as many come back as went out, in every transport.
-    And those that arrived.
+    """Rows of D numbers moved between ranks, and the assignments that arrived.
 
-    useful: distinct pairs of a valid token and another rank that holds one of its experts. The least that
-    any transport could move, so the three compare by it.
-    sent: rows put on the wire, padding included; a rank's own rows are not on it.
-    computed: assignments that the rank's experts were given, wherever they came from.
-    A tensor axis multiplies both: every tensor rank moves a copy of its own, which neither counts. The few
-    bytes of ids and sizes beside the rows are not counted either.
+    Rows are counted one way: in every transport as many come back as went out.
+
+    useful: distinct pairs of a valid token and another rank that holds one of its experts. This is the
+        minimum that any transport must move, so the three transports can be compared by it.
+    sent: rows sent over the network, padding included; rows that stay on their rank are not counted.
+    computed: assignments that the rank's experts received, from any rank.
+
+    A tensor axis multiplies ``useful`` and ``sent``: every tensor rank moves its own copy, which neither
+    counts. The few bytes of ids and sizes that travel with the rows are not counted either.
     """
 
     useful: Int[Array, ""]
@@ -201,12 +216,12 @@ class Traffic:
     computed: Int[Array, ""]
 
 
-# (x_TD, routing, valid_T, a rank's experts) -> (y_TD, the rank's traffic), see ``jmoe.moe.transport``
+# (x_TD, routing, valid_T, one rank's experts) -> (y_TD, the rank's traffic), see ``jmoe.moe.transport``
 Send = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
 
 
 class Apply(Protocol):
-    """The computation over some experts. weigh_input: see ``LocalExperts``."""
+    """A function that computes some of the experts. weigh_input: see ``LocalExperts``."""
 
     @property
     def weigh_input(self) -> bool: ...
@@ -219,17 +234,17 @@ class Apply(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Where the experts of a layer come from when they are not all on the device. A pytree; inside
-    ``shard_map`` a rank's part of it, with the experts of that rank."""
+    """Where a layer's experts come from when not all of them are on the device. It is a pytree; inside
+    ``shard_map`` it is one rank's part, with the experts of that rank."""
 
     @property
     def specs(self) -> Any:
-        """How it is split over a mesh."""
+        """How the source is split over a mesh."""
         ...
 
     @property
     def resident_E(self) -> Bool[Array, " E"]:
-        """Which experts are on the devices that share this one's tokens."""
+        """Which experts are on the devices that share the tokens of this device."""
         ...
 
     def run(
@@ -242,11 +257,11 @@ class ExpertSource(Protocol):
         apply: Apply,
         send: Send,
     ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
-        """The experts of ``routing`` on this layer's tokens, what moved, what was done on all ranks, and the
-        source of the next layer.
+        """Runs the experts of ``routing`` on this layer's tokens. Returns their output, the traffic, the
+        counts over all ranks and the source for the next layer.
 
-        plain: the router's own choice, from which it may learn. send: takes tokens to the ranks that hold
-        their experts.
+        plain: the router's own choice, from which the source may learn. send: moves tokens to the ranks that
+        hold their experts.
         """
         ...
 
@@ -256,9 +271,11 @@ class ExpertSource(Protocol):
 class DispatchStats:
     """What one layer did with one batch, summed over shards.
 
-    counts_E: assignments of valid tokens that each expert got; plain_E: those that the router gave it, before
-    any lossy technique. mean_score_E: the router's mean score of each expert over valid tokens. traffic: rows
-    that were moved. counts: everything else; those of a cache are absent where all experts are on the device.
+    counts_E: assignments of valid tokens that each expert received.
+    plain_E: assignments that the router gave each expert, before any lossy technique.
+    mean_score_E: the router's mean score of each expert over valid tokens.
+    traffic: rows that were moved.
+    counts: all other counters; those of an expert cache are absent if all experts are on the device.
     """
 
     counts_E: Int[Array, " E"]
@@ -269,12 +286,13 @@ class DispatchStats:
 
     @property
     def lost(self) -> Int[Array, ""]:
-        """Assignments that no expert was given, or one too many: anything but 0 is a wrong output."""
+        """The number of assignments that no expert received, or that were computed in excess. Any value but 0
+        means a wrong output."""
         return jnp.abs(jnp.sum(self.counts_E, dtype=jnp.int32) - self.traffic.computed)
 
     @property
     def sums(self) -> Counts:
-        """``counts``, and what follows from the other fields."""
+        """``counts``, and the counters that follow from the other fields."""
         moved = {"transport_bytes": self.traffic.sent, "transport_useful_bytes": self.traffic.useful}
         return self.counts | moved | {"lost_assignments": self.lost}
 
@@ -282,10 +300,13 @@ class DispatchStats:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoEOutput:
-    """What one layer gives.
+    """What one layer returns.
 
-    y_TD: the experts' combined output, float32, zero for invalid tokens. routing: the router's own choice.
-    changes: None where nothing lossy is on. source: of the next layer's experts, where they have one.
+    y_TD: the experts' combined output, float32; zero for invalid tokens.
+    routing: the router's own choice.
+    stats: what the layer did with the batch.
+    changes: what lossy techniques changed for each token; None if nothing lossy is on.
+    source: source of the next layer's experts, if experts are offloaded.
     """
 
     y_TD: Float[Array, "T D"]
