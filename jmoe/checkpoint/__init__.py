@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face directories in and out, and converted (Orbax) ones."""
+"""Checkpoints: Hugging Face directories, read and written, and converted (Orbax) ones."""
 
 from jmoe.checkpoint.convert import convert
 from jmoe.checkpoint.hf_writer import save_hf

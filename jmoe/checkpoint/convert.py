@@ -1,7 +1,7 @@
-"""``convert``: a Hugging Face directory as a sharded, checksummed Orbax checkpoint.
+"""``convert``: writes a Hugging Face directory as a sharded, checksummed Orbax checkpoint.
 
 Each device of a mesh then reads its own slices only. On one device the Hugging Face directory itself loads
-faster (1 GB on 2 cores: 1 s against 4 s, of which 1 s is checking the sums).
+faster (1 GB on 2 cores: 1 s against 4 s, of which 1 s is checking the checksums).
 """
 
 import fcntl
@@ -40,11 +40,11 @@ def convert(
 ) -> None:
     """Writes ``out_dir``: Orbax parameters, ``config.json``, the tokenizer's files, a manifest of them all.
 
-    It is written under a temporary name beside ``out_dir`` and renamed when whole, so ``out_dir`` exists
-    only complete; what a conversion to it that was killed has left there is removed. Host memory: about
-    four times one layer's (Orbax copies what it writes). progress: called with (bytes done, bytes in all).
-    Raises ValueError where ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
-    ``load_model`` would take.
+    It writes under a temporary name next to ``out_dir`` and renames when everything is written, so
+    ``out_dir`` exists only complete. Files that a killed conversion to ``out_dir`` left there are removed.
+    Host memory: about four times the size of one layer (Orbax copies what it writes). progress: called with
+    (bytes done, bytes in all). Raises ValueError if ``out_dir`` exists, the disk is too small, or ``hf_dir``
+    is not a checkpoint that ``load_model`` would accept.
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
     if is_converted(hf_dir):
@@ -55,15 +55,15 @@ def convert(
         raise ValueError(f"{out_dir}: the directory that is to hold it does not exist")
     with _working(out_dir) as working:
         _write(hf_dir, working, dtype, progress)
-        working.chmod(0o755)  # mkdtemp's are private
+        working.chmod(0o755)  # mkdtemp makes private directories
         os.rename(working, out_dir)
 
 
 @contextmanager
 def _working(out_dir: Path) -> Iterator[Path]:
-    """A new directory beside ``out_dir``, removed where an exception ends the ``with``.
+    """A new directory next to ``out_dir``, removed if an exception ends the ``with``.
 
-    It is locked as long as its process lives, which tells one in use from one that a kill has left.
+    It is locked while its process lives, so that one in use can be told from one that a killed process left.
     """
     parent = out_dir.absolute().parent
     for old in parent.glob(f".{glob.escape(out_dir.name)}.????????.tmp"):
@@ -81,7 +81,7 @@ def _working(out_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Holds the directory's lock; False where another process does."""
+    """Holds the directory's lock; yields False if another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
 
 
 def _as_written(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """``config.json`` of weights that are whole, in one dtype, and tied or not as the tensors were."""
+    """``config.json`` of the written weights: not quantised, of one dtype, tied only if the tensors were."""
     for stale in ("torch_dtype", "quantization_config"):
         config.pop(stale, None)
     config["dtype"] = cfg.dtype

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors say where ``config.json`` is silent about them, or wrong."""
+"""Facts read from a checkpoint's tensors that ``config.json`` does not state, or states wrongly."""
 
 import logging
 from collections import Counter
@@ -19,13 +19,13 @@ from jmoe.models.weights import Stored
 log = logging.getLogger(__name__)
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-# The dtype to compute in, of a checkpoint's own. float32 holds every float16; bfloat16 would round them all.
+# The dtype to compute in, by the checkpoint's dtype. float32 holds every float16; bfloat16 would round them.
 COMPUTED = {"float16": "float32"}
 
 
 def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
-    """The dtype that a model is computed in by its own files: what ``config.json`` says, or the config of its
-    text model within it; where both are silent, the dtype of most of the tensors' bytes."""
+    """The dtype that a model is computed in by its own files: the one that ``config.json``, or the text
+    model's config in it, states; if neither states one, the dtype of most of the tensors' bytes."""
     text = hf.get("text_config")
     for config in (hf, text if isinstance(text, Mapping) else {}):
         for name in ("dtype", "torch_dtype"):
@@ -45,7 +45,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """By the floating-point tensors alone: quantised ones are bytes."""
+    """The dtype to compute in, by the floating-point tensors alone: quantised ones are bytes."""
     sizes: Counter[str] = Counter()
     for info in tensors.values():
         if info.dtype in NAMES:
@@ -55,13 +55,13 @@ def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def is_wider(dtype: str, than: np.dtype) -> bool:
-    """Whether a tensor's dtype (the file's name for it) has numbers that ``than`` does not hold."""
+    """Whether a tensor's dtype (by its name in the file) has numbers that ``than`` cannot hold."""
     stored = DTYPES.get(dtype)
     return stored is not None and stored != than and than.itemsize < 4
 
 
 def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
-    """``cfg``, untied where the checkpoint has a head that is not the embedding, whatever ``config.json``
+    """``cfg``, untied if the checkpoint has a head that differs from the embedding, whatever ``config.json``
     says; transformers reads such a head too."""
     embed, head = embedding_names(cfg)
     tensors = checkpoint.tensors
@@ -77,7 +77,7 @@ def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
 
 
 def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
-    """The tensors of the embedding and, were it not tied, of the head."""
+    """Names of the tensors of the embedding and of the head (if the head is tied: the name it would have)."""
     paths = {"embed": "", "lm_head": ""}
     for stored in get_family(cfg.architecture).names(replace(cfg, tie_word_embeddings=False)):
         if stored.path in paths:
@@ -88,8 +88,8 @@ def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
 
 
 def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Stored]:
-    """Every tensor of the model, as this checkpoint names it: one matrix for embedding and head may be stored
-    under either name."""
+    """Every tensor of the model, as this checkpoint names it: a matrix shared by embedding and head may be
+    stored under either name."""
     embed, head = embedding_names(cfg)
     names = checkpoint.tensors
     as_head = cfg.tie_word_embeddings and embed not in names and head in names
@@ -98,7 +98,7 @@ def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Store
 
 
 def _are_equal(checkpoint: HFCheckpoint, one: str, other: str, dtype: str) -> bool:
-    """Whether two tensors of one shape are the same numbers once they are read in ``dtype``."""
+    """Whether two tensors of the same shape hold the same numbers when read in ``dtype``."""
     size = int(np.prod(checkpoint.tensors[one].shape, dtype=np.int64))
     a, b = (np.empty(min(size, CHUNK), dtype) for _ in range(2))
     for at in range(0, size, CHUNK):

@@ -1,4 +1,4 @@
-"""The forms of ``jmoe.models.weights`` in numpy: what a slice of a parameter is read from, in what order."""
+"""The forms of ``jmoe.models.weights`` in numpy: which tensors a slice is read from, and in which order."""
 
 import numpy as np
 
@@ -7,14 +7,14 @@ from jmoe.models.weights import Form, Stored
 
 
 def tensor_names(stored: Stored) -> tuple[str, ...]:
-    """The names as the checkpoint has them."""
+    """The names of the tensors in the checkpoint."""
     return tuple(stored.name + suffix for suffix in FORMATS[stored.form.format].suffixes)
 
 
 def entries(stored: Stored, shape: tuple[int, ...]) -> tuple[Entry, ...]:
-    """What a slice of that shape is read from.
+    """The entries that a slice of that shape is read from.
 
-    Raises ValueError naming the tensor where its form cannot hold such a slice.
+    Raises ValueError naming the tensor if its form cannot hold such a slice.
     """
     return FORMATS[stored.form.format].entries(stored.name, stored_shape(stored.form, shape))
 
@@ -27,10 +27,10 @@ def stored_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def in_stored_order(out: np.ndarray, form: Form) -> np.ndarray:
-    """A slice seen so that its elements in C order are the values in the order in which they are stored.
+    """A view of a slice whose elements in C order are the values in the order in which they are stored.
 
-    A view, whose axes may be finer than the stored ones: what is assigned to it, part by part along its first
-    axis, becomes the slice.
+    Its axes may be finer than the stored ones. Values assigned to it, part by part along its first axis, go
+    into the slice.
     """
     if form.rows == "alternate":
         out = out.swapaxes(0, 1)

@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 HUGE_PAGE = 2 << 20  # bytes
 CHUNK = 1 << 20  # bytes; a chunk is scanned while it is still in the L2 cache
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# dtype -> (unsigned view, signed view, bits of +Inf): anything from there up is Inf or NaN
+# dtype -> (unsigned view, signed view, bits of +Inf); all values from +Inf's bits up are Inf or NaN
 _BITS = {
     np.dtype(np.float32): (np.uint32, np.int32, 0x7F800000),
     np.dtype(ml_dtypes.bfloat16): (np.uint16, np.int16, 0x7F80),
@@ -37,7 +37,7 @@ _BITS = {
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised C-order array that starts at a multiple of 64 bytes, as zero-copy placement needs.
 
-    Large ones lie in huge pages where the system has them: two cores then read weights a quarter faster.
+    Large arrays use huge pages if the system has them: two cores then read weights a quarter faster.
     """
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
@@ -55,7 +55,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def all_finite(values: np.ndarray) -> bool:
     """Whether a flat float32 or bfloat16 array has no NaN or Inf: two integer maxima, no temporary array.
 
-    Seen as signed integers, positive NaN and Inf are the largest; as unsigned ones, the negative are.
+    As signed integers, positive NaN and Inf are the largest values; as unsigned integers, the negative ones.
     """
     unsigned, signed, infinity = _BITS[values.dtype]
     if not values.size:
@@ -126,8 +126,8 @@ class HFCheckpoint:
     def read_run(self, name: str, start: int, out: np.ndarray) -> None:
         """Reads the values of a tensor from the ``start``-th on, in C order, as many as ``out`` holds.
 
-        out: flat, float32 or bfloat16; converted where the dtypes differ. Raises ValueError for NaN or Inf
-        (in the file, or overflown by the conversion), a truncated file or a dtype that is not a number's.
+        out: flat, float32 or bfloat16; values are converted if the dtypes differ. Raises ValueError for NaN
+        or Inf (in the file, or from overflow in the conversion), a truncated file or an unsupported dtype.
         """
         info = self.tensors[name]
         source = DTYPES.get(info.dtype)
@@ -150,7 +150,7 @@ class HFCheckpoint:
     def read_bytes(self, name: str, dtype: str, start: int, count: int) -> np.ndarray:
         """The bytes of ``count`` values of a tensor as they are stored, from the ``start``-th value on.
 
-        dtype: the file's name of theirs; ValueError where the tensor has another.
+        dtype: name of their dtype in the file; ValueError if the tensor has another.
         """
         info, itemsize = self.tensors[name], ITEM_SIZES[dtype]
         if info.dtype != dtype:
@@ -161,7 +161,7 @@ class HFCheckpoint:
 
     @staticmethod
     def _offset(info: TensorInfo, name: str, start: int, count: int, itemsize: int) -> int:
-        """Of an element, from the file's start; ValueError where a tensor does not have so many."""
+        """Offset of an element from the file's start; ValueError if the tensor has too few elements."""
         if start < 0 or (start + count) * itemsize > info.nbytes:
             values = info.nbytes // itemsize
             raise ValueError(

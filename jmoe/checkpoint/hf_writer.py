@@ -1,4 +1,4 @@
-"""``save_hf``: a Decoder as a Hugging Face directory (``config.json`` and ``model.safetensors``)."""
+"""``save_hf``: writes a Decoder as a Hugging Face directory (``config.json``, ``model.safetensors``)."""
 
 import dataclasses
 import json
@@ -21,12 +21,12 @@ from jmoe.models.weights import PLAIN, Stored
 
 
 def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) -> None:
-    """Writes the model under the family's per-expert names, in the dtypes of a model of ``hf_config``; where
-    that has the model's dtype, in each parameter's own.
+    """Writes the model under the family's per-expert names, in the dtypes of a model of ``hf_config``; if
+    ``hf_config`` has the model's dtype, in each parameter's own dtype.
 
-    The data starts 64-byte aligned. Each file appears whole (written beside, then renamed) and replaces one
-    of that name. Raises ValueError where ``hf_config`` is not this model's, a weight is NaN or Inf, or the
-    family's checkpoints keep experts in another form than one tensor each.
+    The data starts 64-byte aligned. Each file is written under another name, then renamed, so it is never
+    partial; it replaces a file of the same name. Raises ValueError if ``hf_config`` is not this model's, a
+    weight is NaN or Inf, or the family's checkpoints keep experts in another form than one tensor each.
     """
     directory = Path(directory)
     cfg = model_config(hf_config)
@@ -56,7 +56,7 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """``path`` written by ``write(file)`` under another name, flushed to disk, then renamed."""
+    """Writes ``path`` by ``write(file)`` under another name, flushes it to disk, then renames it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -74,7 +74,7 @@ def canonical(values: np.ndarray) -> np.ndarray:
 
 
 def _dtype_of(param: nnx.Param) -> np.dtype:
-    """As a checkpoint keeps it."""
+    """The parameter's dtype in a checkpoint."""
     return canonical(np.empty(0, param.get_value().dtype)).dtype
 
 

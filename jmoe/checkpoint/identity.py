@@ -1,4 +1,4 @@
-"""A model's identity: what tells whether a profile or placement was made for it."""
+"""A model's identity: shows whether a profile or placement was made for that model."""
 
 import dataclasses
 import hashlib
@@ -12,10 +12,11 @@ from jmoe.placement.placement import Placement
 
 
 def model_identity(model: Decoder, placement: Placement | None = None) -> str:
-    """``architecture:digest``, of the configuration and of every layer's gate in the checkpoint's order.
+    """``architecture:digest``, a digest of the configuration and of all gates in the checkpoint's order.
 
-    Cheap (gates are a thousandth of a model) and the same for a Hugging Face directory and its conversion, in
-    either dtype: gates are rounded to bfloat16 first. placement: what the experts were renumbered by.
+    It is cheap (gates are a thousandth of a model) and the same for a Hugging Face directory and its
+    conversion, in either dtype: gates are rounded to bfloat16 first. placement: the placement by which the
+    experts were renumbered.
     """
     config = dataclasses.asdict(model.cfg)
     del config["dtype"], config["quant_method"], config["rope"]["long"]  # as it is kept and served

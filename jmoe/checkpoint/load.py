@@ -1,4 +1,4 @@
-"""``load_model``: a directory of weights, Hugging Face's or a converted one, as a Decoder on a mesh."""
+"""``load_model``: loads a directory of weights, Hugging Face's or a converted one, as a Decoder on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -40,9 +40,9 @@ LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
 
 def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
-    """The model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the one asked for.
+    """The model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the requested one.
 
-    Raises ValueError, naming the file, where it is absent, malformed or of an unsupported model.
+    Raises ValueError, naming the file, if it is absent, malformed or of an unsupported model.
     """
     directory = check_directory(directory)
     path = directory / "config.json"
@@ -75,11 +75,13 @@ def load_model(
 ) -> Decoder:
     """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
-    dtype: "auto" keeps the checkpoint's, of routers and vectors each tensor's own. progress: called with
-    (bytes done, bytes in all) after each parameter. placement: experts are renumbered by it. context: tokens
-    of the longest sequence; the model's. Host memory: the model's on CPU, else one parameter's. Raises
-    ValueError, before any memory is taken, for a name or shape that is not exactly the model's; and for the
-    placement of another model.
+    dtype: "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's own.
+    progress: called with (bytes done, bytes in all) after each parameter.
+    placement: placement by which the experts are renumbered.
+    context: tokens of the longest sequence; by default the model's longest context.
+
+    Host memory: the whole model on CPU, otherwise one parameter. Raises ValueError, before any memory is
+    allocated, for a name or shape that is not exactly the model's; also for the placement of another model.
     """
     cfg = read_config(directory, dtype)
     cfg = dataclasses.replace(cfg, rope=cfg.rope.for_context(context or cfg.longest_context))
@@ -116,7 +118,7 @@ def read_model(
             buffer = read_param(checkpoint, spec, table[path])
             if placement is not None:
                 permute_gate(path, buffer, placement, cfg.moe_layers)
-            # on CPU the buffer becomes the parameter; elsewhere it is free again with the next one
+            # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
             arrays[path] = jax.block_until_ready(place(buffer, spec))
             done += spec.nbytes
             report(done, total)
@@ -132,10 +134,10 @@ def match(
     *,
     keep: bool,
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Stored]]]:
-    """The abstract model, its parameters and what fills each, once every name and shape has been checked.
+    """The abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
-    keep: a router or vector that is stored in more than the model's dtype stays float32. The model's head is
-    its own where the checkpoint has one, whatever ``cfg`` says.
+    keep: whether a router or vector that is stored in a wider dtype than the model's stays float32. If the
+    checkpoint has a head of its own, the model has too, whatever ``cfg`` says.
     """
     cfg = with_own_head(checkpoint, cfg)
     check_names(checkpoint, cfg)
@@ -175,14 +177,14 @@ def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Stored]) -
 def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the family's tensors.
 
-    Two extras are known and not read: ``lm_head.weight`` of a tied model, which ``with_own_head`` has found
-    equal to the embedding, and the rotary frequencies that old releases stored, which everything computes
-    from ``config.json``. A family may know more.
+    Two kinds of extra tensors are allowed and not read: ``lm_head.weight`` of a tied model, which
+    ``with_own_head`` has found equal to the embedding, and the rotary frequencies that old releases stored,
+    which every reader computes from ``config.json``. A family may allow more.
     """
     family, expected = get_family(cfg.architecture), set()
     for stored in stored_tensors(checkpoint, cfg):
         for name in tensor_names(stored):
-            if name not in checkpoint.tensors:  # raised at the first: an absurd num_hidden_layers ends here
+            if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
                 raise ValueError(
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
                 )
@@ -208,14 +210,14 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
 
 
 def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name: str) -> bool:
-    """Whether the family leaves that tensor unread, and the checkpoint has what shows that it may."""
+    """Whether the family ignores that tensor, and the checkpoint has the tensor that shows that it may."""
     witness = family.witness(name)
     return family.ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
 
 
 def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice) -> dict[str, ParamSpec]:
-    """The parameters as ``load_model`` would make them on one device; as ``cfg`` alone has them where the
-    directory has no weights. Raises ValueError for weights that ``load_model`` would refuse unread."""
+    """The parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the directory has
+    no weights. Raises ValueError for weights that ``load_model`` would reject without reading them."""
     directory, mesh, moe = Path(directory), make_mesh(), MoEConfig()
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import described  # heavy, as above

@@ -12,15 +12,21 @@ from jmoe.checkpoint.safetensors_file import HEADER_LIMIT, open_regular, read_js
 
 MANIFEST = "jmoe_checkpoint.json"
 FORMAT, VERSION = "jmoe", 2
-PARAMS = "params"  # the folder of the Orbax checkpoints: one for each layer and one for the rest
+PARAMS = "params"  # folder of the Orbax checkpoints: one for each layer and one for all other parameters
 HASHING_THREADS = 4
 LONGEST = 1000  # characters of a file's relative path
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """dtype: the model's. parameters: shape by dotted path. files: (bytes, sha256) by relative path. kept:
-    the parameters that are float32 because the checkpoint stores them so."""
+    """The manifest of a converted checkpoint.
+
+    architecture: name of the model's architecture.
+    dtype: the model's dtype.
+    parameters: shape of each parameter by dotted path.
+    files: (bytes, sha256) of each file by relative path.
+    kept: parameters that are float32 because the source checkpoint stores them so.
+    """
 
     architecture: str
     dtype: str
@@ -51,7 +57,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest; ValueError for one that is malformed or of another version."""
+    """The manifest; ValueError if it is malformed or of another version."""
     path = directory / MANIFEST
     raw = read_json(path, HEADER_LIMIT)
     if raw.pop("format", None) != FORMAT or type(raw.get("version")) is not int:
@@ -65,7 +71,7 @@ def read_manifest(directory: Path) -> Manifest:
             str(raw.pop("dtype")),
             {name: tuple(map(int, shape)) for name, shape in raw.pop("parameters").items()},
             {_inside(name): (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()},
-            tuple(map(str, raw.pop("kept", ()))),  # absent where an earlier release wrote it
+            tuple(map(str, raw.pop("kept", ()))),  # absent if an earlier release wrote it
         )
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
@@ -75,7 +81,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     """Raises ValueError naming the first file that is missing, added or not as it was written."""
     for name, (size, _) in manifest.files.items():
         path = directory / name
-        if not os.path.isfile(path):  # where Path.is_file raises for a name too long, this is False
+        if not os.path.isfile(path):  # for a name too long this is False, while Path.is_file raises
             raise ValueError(f"{path}: is missing; {MANIFEST} lists it")
         if path.stat().st_size != size:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {size}")

@@ -1,8 +1,9 @@
-"""The Orbax side of a converted checkpoint. Import it where it is needed: Orbax takes seconds to import.
+"""The Orbax side of a converted checkpoint. Import it only where it is needed: Orbax takes seconds to import.
 
-Each layer is an Orbax checkpoint of its own (``params/layers.3``), as is what is outside the layers
-(``params/top``): Orbax holds all of a checkpoint's arrays while it writes, so this bounds the memory by one
-layer. Keys are the parameters' dotted paths; arrays are uncompressed, since bfloat16 weights hardly shrink.
+Each layer is an Orbax checkpoint of its own (``params/layers.3``), and so are the parameters outside the
+layers (``params/top``): Orbax holds all arrays of a checkpoint while it writes, so this bounds the memory by
+one layer. Keys are the parameters' dotted paths; arrays are not compressed, since bfloat16 weights hardly
+shrink.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ def grouped(paths: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def save_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> None:
-    # shard_axes splits an axis down to single rows: right for experts, ruinous (12 s a GB) for an embedding
+    # shard_axes splits an axis into single rows: right for experts, far too slow (12 s a GB) for an embedding
     options = {
         path: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if array.ndim > 2 else ())
         for path, array in arrays.items()
@@ -67,9 +68,13 @@ def restore_model(
 ) -> Decoder:
     """The model with each parameter read straight onto its devices, one layer at a time.
 
-    report: called with (bytes done, bytes in all) after each layer. placement: experts are renumbered by it,
-    where they lie, each parameter once more than it takes. keep: see ``match``. Raises ValueError naming
-    the file that is missing or changed, or the parameter that is not as ``config.json`` has it.
+    report: called with (bytes done, bytes in all) after each layer.
+    placement: placement by which the experts are renumbered, on their devices; while a parameter is
+        renumbered it takes its memory twice.
+    keep: see ``match``.
+
+    Raises ValueError naming the file that is missing or changed, or the parameter that is not as
+    ``config.json`` has it.
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
@@ -99,7 +104,7 @@ def restore_model(
 def described(
     directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, keep: bool
 ) -> tuple[Decoder, dict[str, ParamSpec]]:
-    """The abstract model of experts that are not offloaded, and its parameters as the manifest lists them."""
+    """The abstract model without expert offload, and its parameters as the manifest lists them."""
     check_count(directory, manifest, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
     check_parameters(directory, manifest, specs)
@@ -108,7 +113,7 @@ def described(
 
 
 def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> dict[str, jax.Array]:
-    """Arrays in the checkpoint's dtype, on their devices."""
+    """The arrays of one group in the checkpoint's dtype, on their devices."""
     abstract = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for p, s in specs.items()}
     how = {
         path: ocp.ArrayRestoreArgs(dtype=s.dtype, sharding=s.sharding, global_shape=s.shape)
@@ -119,14 +124,15 @@ def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> d
         try:
             with quiet_reads():
                 return checkpointer.restore(source, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
-        except Exception as error:  # whatever a library says of damaged files, of which there is no list
+        except Exception as error:  # there is no list of what a library raises for damaged files
             raise ValueError(f"{source}: cannot be restored: {cause(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet_reads() -> Iterator[None]:
-    """When one of a group's reads fails, the others fail some moments later or find their event loop closed,
-    and Python would print a traceback for each, after the one line that says what is wrong."""
+    """Silences the late errors of a failed read. When one of a group's reads fails, the others fail some
+    moments later or find their event loop closed, and Python would print a traceback for each, after the one
+    line that says what is wrong."""
     if not isinstance(sys.unraisablehook, _LateReads):
         sys.unraisablehook = _LateReads(sys.unraisablehook)
     policy = asyncio.get_event_loop_policy()
@@ -134,7 +140,7 @@ def quiet_reads() -> Iterator[None]:
 
     def make_quiet() -> asyncio.AbstractEventLoop:
         loop = make()
-        loop.set_exception_handler(lambda *told: None)  # of what nobody waits for
+        loop.set_exception_handler(lambda *told: None)  # errors of reads that nobody waits for
         return loop
 
     policy.new_event_loop = make_quiet  # Orbax makes a loop for each call
@@ -157,7 +163,7 @@ class _LateReads:
 
 
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
-    """``array`` seen in the storage dtype; its memory on CPU is kept, not copied."""
+    """``array`` viewed in the storage dtype; on CPU its memory is reused, not copied."""
     if array.dtype == spec.storage:
         return array
     shards = [
@@ -170,7 +176,7 @@ def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
 
 
 def check_count(directory: Path, manifest: Manifest, cfg: ModelConfig) -> None:
-    """Refuses a config with another number of layers before a model of that many is described."""
+    """Rejects a config with another number of layers, before a model of so many layers is described."""
     layers = len([group for group in grouped(manifest.parameters) if group != "top"])
     if layers != cfg.num_hidden_layers:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is taken."""
+"""A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is allocated."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,15 @@ from jmoe.param import ParamMaker
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """dtype: as in a checkpoint. storage: as in memory, of the same width (uint16 for some bfloat16).
-    keeps: whether it is float32 where the checkpoint stores more than the model's dtype."""
+    """One parameter.
+
+    path: dotted path.
+    shape: shape of the whole parameter.
+    dtype: dtype in a checkpoint.
+    storage: dtype in memory, of the same width (uint16 for some bfloat16).
+    sharding: how it is sharded over the devices.
+    keeps: whether it stays float32 if the checkpoint stores it in a wider dtype than the model's.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -32,7 +39,7 @@ class ParamSpec:
     keeps: bool = False
 
     def kept(self) -> "ParamSpec":
-        """The same in float32."""
+        """The same parameter in float32."""
         return replace(self, dtype=np.dtype(np.float32), storage=np.dtype(np.float32))
 
     @property
@@ -62,7 +69,7 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
 
 
 def fill(model: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
-    """``model`` with the value of every parameter replaced; KeyError where one is not in ``arrays``."""
+    """``model`` with the value of every parameter replaced; KeyError if one is not in ``arrays``."""
     graph, state = nnx.split(model)
     flat = [(keys, param.replace(arrays[dotted(keys)])) for keys, param in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -73,8 +80,8 @@ def dotted(keys: Iterable[Any]) -> str:
 
 
 def sources(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
-    """The tensors of a checkpoint that fill each parameter, by the parameter's path; not of those that
-    ``made_up`` gives."""
+    """The tensors of a checkpoint that fill each parameter, by the parameter's path; without the parameters
+    that ``made_up`` makes."""
     table: dict[str, list[Stored]] = {}
     for stored in tensors:
         table.setdefault(stored.path, []).append(stored)
@@ -82,13 +89,13 @@ def sources(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def made_up(spec: ParamSpec) -> np.ndarray:
-    """A parameter that no checkpoint of others has: the numbers of its entries."""
+    """A parameter that published checkpoints do not have: the numbers of its entries."""
     assert spec.dtype == np.int32, f"{spec.path} has no tensor"
     return np.arange(spec.shape[0], dtype=np.int32)
 
 
 def in_layer(path: str) -> tuple[int, str]:
-    """(3, "moe.gate_ED") of "layers.3.moe.gate_ED"; -1 and the path where it is in no layer."""
+    """(3, "moe.gate_ED") for "layers.3.moe.gate_ED"; -1 and the path if it is in no layer."""
     top, _, rest = path.partition(".")
     if top != "layers":
         return -1, path
@@ -99,8 +106,8 @@ def in_layer(path: str) -> tuple[int, str]:
 def place(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
     """``buffer`` (in the checkpoint's dtype) on the mesh, in the storage dtype.
 
-    On one CPU device the array is the buffer itself where that is 64-byte aligned, so the caller must not
-    write to it any more; it is made read-only.
+    On one CPU device the array is the buffer itself if that is 64-byte aligned, so the caller must not write
+    to it any more; it is made read-only.
     """
     stored = buffer.view(spec.storage)
     buffer.flags.writeable = stored.flags.writeable = False

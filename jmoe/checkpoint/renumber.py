@@ -1,8 +1,8 @@
 """Experts renumbered by a placement while a model loads: gate rows and expert weights move together.
 
-Exact: a token's experts have other ids and the same weights. In the n-th layer that has experts, slot p gets
-what the checkpoint calls expert ``experts_LP[n, p]``. ``moe_layers`` are the numbers of those layers, in
-order.
+This is exact: a token's experts have other ids and the same weights. In the n-th layer that has experts, slot
+p gets the checkpoint's expert ``experts_LP[n, p]``. ``moe_layers`` are the numbers of the layers that have
+experts, in order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
 from jmoe.placement.placement import Placement
 
-# what a layer may have one row of for each expert: of its router, and of the experts
+# parameters that have one row for each expert: of a layer's router, and of its experts
 GATES = tuple(f"moe.router.{name}" for name in ("gate_ED", "bias_E", "correction_E", "expert_E"))
 EXPERTS = (
     "moe.experts.gate_up_E2FD",
@@ -50,7 +50,7 @@ def check_model(placement: Placement, model: Decoder) -> None:
 def into_slots(
     table: Mapping[str, list[Stored]], placement: Placement, moe_layers: Sequence[int]
 ) -> dict[str, list[Stored]]:
-    """What fills each parameter, an expert's tensors filling the slice of its slot."""
+    """The tensors that fill each parameter; an expert's tensors fill the slice of its slot."""
     moved = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
@@ -62,14 +62,14 @@ def into_slots(
 
 
 def permute_gate(path: str, buffer: np.ndarray, placement: Placement, moe_layers: Sequence[int]) -> None:
-    """Moves the rows in place where ``path`` is one of a router's."""
+    """Moves the rows in place if ``path`` is a router's parameter."""
     layer, name = in_layer(path)
     if name in GATES:
         buffer[...] = buffer[placement.experts_LP[moe_layers.index(layer)]]
 
 
 def permuted(path: str, array: jax.Array, placement: Placement, moe_layers: Sequence[int]) -> jax.Array:
-    """A parameter in the checkpoint's order as it is to lie on the same devices."""
+    """Renumbers a parameter that is in the checkpoint's order; the result is on the same devices."""
     layer, name = in_layer(path)
     if name not in (*GATES, *EXPERTS):
         return array

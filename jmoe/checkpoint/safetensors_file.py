@@ -21,8 +21,8 @@ import numpy as np
 from jmoe.config.reading import unique_json
 from jmoe.config.units import brief
 
-HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, here of an index too
-MOST_AXES, LARGEST = 32, 2**63 - 1  # of a shape: an absurd product would take for ever
+HEADER_LIMIT = 100_000_000  # bytes; the public reader's limit, used for an index too
+MOST_AXES, LARGEST = 32, 2**63 - 1  # limits of a shape: an absurd product would take forever
 JSON_LIMIT = 16 << 20  # bytes of a config.json: the longest published ones have some hundred thousand
 ALIGN = 64  # bytes; XLA on CPU uses host memory in place only where it starts at a multiple of this
 
@@ -50,7 +50,14 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. dtype: the file's name for it. offset: from the file's start, bytes."""
+    """Where a tensor is stored.
+
+    file: path of the file.
+    dtype: name of the dtype in the file.
+    shape: shape of the tensor.
+    offset: start of its data in the file, bytes.
+    nbytes: size of its data, bytes.
+    """
 
     file: Path
     dtype: str
@@ -60,7 +67,7 @@ class TensorInfo:
 
 
 def open_regular(path: Path) -> FileIO:
-    """The file, opened unbuffered; ValueError where it is absent or not a regular file."""
+    """Opens the file unbuffered; ValueError if it is absent or not a regular file."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -71,8 +78,8 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_exactly(file: FileIO, offset: int, out: memoryview) -> None:
-    """Fills ``out`` from ``offset``; ValueError where the file ends before. Never maps the file: one cut
-    short while mapped would kill the process with SIGBUS."""
+    """Fills ``out`` from ``offset``; ValueError if the file ends before. It never maps the file: truncating a
+    mapped file would kill the process with SIGBUS."""
     file.seek(offset)
     got = 0
     while got < len(out):
@@ -102,7 +109,7 @@ def read_header(file: FileIO) -> dict[str, TensorInfo]:
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The JSON object of a file; ValueError where it is absent, longer than ``limit`` or damaged."""
+    """The JSON object of a file; ValueError if it is absent, longer than ``limit`` or damaged."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -113,7 +120,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes | bytearray, what: str) -> dict[str, Any]:
-    """A JSON object whose keys are each given once; ValueError beginning with ``what``."""
+    """A JSON object in which no key is repeated; else a ValueError whose message begins with ``what``."""
     try:
         value = unique_json(raw.decode("utf-8"))
     except ValueError as error:

@@ -1,7 +1,7 @@
 """A slice of a parameter, read from the tensors and in the form in which a checkpoint keeps it.
 
-Never more of a stacked tensor than the entry that is meant, and by chunks: beside the slice there is memory
-for one chunk, and a transposed one is turned round while it is in the cache.
+Of a stacked tensor only the needed entry is read, and in chunks: in addition to the slice there is memory for
+one chunk, and a transposed chunk is transposed while it is in the cache.
 """
 
 import math
@@ -36,7 +36,7 @@ def read_slice(checkpoint: HFCheckpoint, stored: Stored, out: np.ndarray) -> Non
 
 
 def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Parts of ``ordered`` along its first axis, of about CHUNK bytes, and where each starts, in elements."""
+    """Parts of ``ordered`` along its first axis, of about CHUNK bytes, each with its start in elements."""
     row = math.prod(ordered.shape[1:])
     step = max(1, CHUNK // max(1, row * ordered.itemsize))
     for at in range(0, len(ordered), step):
@@ -46,7 +46,7 @@ def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def check_shapes(
     tensors: Mapping[str, TensorInfo], table: Mapping[str, list[Stored]], specs: Mapping[str, ParamSpec]
 ) -> None:
-    """Raises ValueError for a tensor that does not have the shape and a dtype of what it fills."""
+    """Raises ValueError for a tensor whose shape or dtype does not match the slice that it fills."""
     stacks = _stacked(stored for path in specs for stored in table[path])
     for path, spec in specs.items():
         for stored in table[path]:

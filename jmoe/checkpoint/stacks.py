@@ -1,7 +1,7 @@
-"""Checkpoints of a model whose experts are offloaded: the same tensors in one stack of all layers.
+"""Loading a model whose experts are offloaded: the checkpoint's tensors go into stacks of all layers.
 
-``layers.3.moe.experts.down_EDF[e]`` of a checkpoint is ``store.down_LEDF[n, e]`` in memory, where layer 3 is
-the n-th of ``moe_layers``, the numbers of the layers that have experts.
+``layers.3.moe.experts.down_EDF[e]`` of a checkpoint is ``store.down_LEDF[n, e]`` in memory, if layer 3 is the
+n-th of ``moe_layers``, the numbers of the layers that have experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ STACKS = dict(zip(EXPERTS, _LIE_IN, strict=True))
 
 
 def into_stacks(table: Mapping[str, list[Stored]], moe_layers: Sequence[int]) -> dict[str, list[Stored]]:
-    """What fills each parameter, an expert's tensors filling its slice of the stacks."""
+    """The tensors that fill each parameter; an expert's tensors fill its slice of the stacks."""
     moved: dict[str, list[Stored]] = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
@@ -33,16 +33,16 @@ def into_stacks(table: Mapping[str, list[Stored]], moe_layers: Sequence[int]) ->
 
 
 class Stacks:
-    """The stacks as buffers that layers are put into one by one."""
+    """The stacks as buffers that are filled layer by layer."""
 
     def __init__(self, specs: Mapping[str, ParamSpec], moe_layers: Sequence[int]):
-        """specs: of the model with offloaded experts."""
+        """specs: parameters of the model with offloaded experts."""
         self._moe_layers = moe_layers
         self._specs = {path: specs[path] for path in STACKS.values() if path in specs}
         self._buffers = {path: aligned_empty(s.shape, s.dtype) for path, s in self._specs.items()}
 
     def take(self, path: str, array: object) -> bool:
-        """Whether ``array`` is a layer's experts, copied."""
+        """Copies ``array`` into its stack if it is a layer's experts; returns whether it is."""
         layer, name = in_layer(path)
         if name not in STACKS:
             return False

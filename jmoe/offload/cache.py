@@ -3,22 +3,23 @@
 Nothing leaves the graph: the slot table, the forecast and the choice of victims are small arrays, and a copy
 is ``device_put`` of one expert's slice of the host stack into a slot of the donated pool. A layer's visit:
 
-    gate -> forecast of the layers ahead -> missing experts are copied, first -> the most wished-for experts
-    of the layers ahead are claimed and their copies begin -> the layer's experts run -> those copies land
+    gate -> forecast of the layers ahead -> missing experts are copied, first -> slots are claimed for the
+    most wanted experts of the layers ahead and their copies begin -> the layer's experts run -> those
+    copies land
 
-A prefetch depends on nothing that the layer computes with, so on a TPU its copy runs beside the layer: the
-compiler makes it ``dynamic-slice-start`` before the experts and ``-done`` behind them. That holds for a copy
-that always happens, not for one under a condition; so there the copies of a layer are as many as the budget
-says, one without a wish goes to a slot that nobody reads, and its bytes count. Elsewhere nothing inside a
-step runs beside it, and only what is wished for is copied.
+A prefetch and the layer's computation do not depend on each other, so on a TPU the copy overlaps with the
+layer: the compiler makes it ``dynamic-slice-start`` before the experts and ``-done`` after them. It does so
+only for a copy that always happens, not for a conditional one. So on a TPU every layer makes as many copies
+as the budget allows; a copy that no forecast wants goes to a slot that nobody reads, and its bytes count. On
+other devices nothing overlaps inside a step, and only wanted experts are copied.
 
-**Prefill, and steps that need more experts than there are slots.** A prompt fires nearly all experts, so
-nothing is predicted: those in the pool run from there, the layer's others stream through a buffer, one after
-another. The pool stays as it is for decoding.
+**Prefill, and steps that need more experts than there are slots.** A prompt uses nearly all experts, so
+nothing is predicted: experts in the pool run from the pool, the layer's others stream through a buffer, one
+after another. The pool stays as it is for decode.
 
 **On a mesh** every rank has a store, a pool and a table of its own experts (``ranks``). Which of them are
-needed is known before the tokens are sent, so that what is missing comes on every rank alike before the
-exchange; what streams, behind it.
+needed is known before the tokens are sent, so every rank copies its missing experts before the exchange;
+streamed experts are copied after it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -54,14 +55,21 @@ from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen
 
-BEFORE = -1  # the layer of what happens before the first
+BEFORE = -1  # the layer number of what happens before the first layer
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertCache:
-    """What stays on the device between steps. pool: ``[S + 1, ...]``, the last slot being nobody's. beside:
-    whether copies run beside compute. ranks: those that have a part of it."""
+    """What stays on the device between steps.
+
+    table: slot table, usage and forecast of the experts.
+    predictor: predictor of the experts that the next layers need.
+    pool: weights of the experts on the device, ``[S + 1, ...]``; nobody reads the last slot.
+    rule: eviction rule and prefetch limits.
+    beside: whether copies overlap with compute.
+    ranks: ranks that share the cache.
+    """
 
     table: Table
     predictor: Predictor
@@ -72,7 +80,7 @@ class ExpertCache:
 
     @property
     def specs(self) -> Any:
-        """How it is split over a mesh."""
+        """How the cache is sharded over a mesh."""
         return replace(self, table=TABLE, predictor=SAME, pool=weight_specs(self.pool, TOKENS))
 
 
@@ -81,10 +89,14 @@ class ExpertCache:
 class Visit:
     """A cache on its way through the layers of one step: the ``ExpertSource`` of the layer it is at.
 
-    store: experts of all layers in host memory, ``[L, E, ...]``. walk: the predictor's own; None in prefill.
-    untold: what was done before the first layer, which tells it as its own. ahead_TAE: the scores that the
-    routers of the next layers give to this layer's tokens, for a predictor that wants them. row_N: the row
-    of each token where this layer's were shuffled.
+    store: experts of all layers in host memory, ``[L, E, ...]``.
+    cache: state of the cache at this layer.
+    walk: the predictor's own state in this step; None in prefill.
+    layer: number of the layer.
+    untold: counts of copies made before the first layer; they are added to the first layer's counts.
+    ahead_TAE: scores that the routers of the next layers give to this layer's tokens, for a predictor that
+        uses them.
+    row_N: row of each token if this layer's tokens were shuffled.
     """
 
     store: ExpertWeights
@@ -97,14 +109,14 @@ class Visit:
 
     @classmethod
     def begin(cls, store: ExpertWeights, cache: ExpertCache, seen: StepSeen | None) -> Self:
-        """Before the first layer. seen: of a decode step; None in prefill, which predicts nothing."""
+        """The visit before the first layer. seen: of a decode step; None in prefill: nothing is predicted."""
         visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _counts())
         if seen is None:
             return visit
         return cache.ranks.over(cls._foreseen, (visit.specs, SAME), visit.specs)(visit, seen)
 
     def _foreseen(self, seen: StepSeen) -> Self:
-        """With what the first layers are expected to need."""
+        """The visit with the experts that the first layers are expected to need."""
         cache = self.cache
         walk, forecast = cache.predictor.start(seen)
         table = decide.foresee(cache.table, 0, cache.ranks.own_forecast(forecast, self._experts))
@@ -127,7 +139,7 @@ class Visit:
 
     @property
     def resident_E(self) -> Bool[Array, " E"]:
-        """Which of this layer's experts are in the pools of the group."""
+        """Whether each of this layer's experts is in a pool of the group."""
         return self.cache.ranks.all_experts(self._resident_L)
 
     def run(
@@ -140,7 +152,8 @@ class Visit:
         apply: Apply,
         send: Send,
     ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
-        """This layer's experts on its tokens, what moved and was done, and the visit of the next layer."""
+        """Runs this layer's experts on its tokens; returns the output, the traffic, the counts and the visit
+        of the next layer."""
         ranks, e = self.cache.ranks, self._experts
         ids_TK, most = rows.assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
         needed_L = needed_here(ids_TK, ranks, plain.scores_TE.shape[1], e)
@@ -175,7 +188,7 @@ class Visit:
 
     @property
     def _resident_L(self) -> Bool[Array, " L"]:
-        """Which of this layer's experts are in this rank's pool."""
+        """Whether each of this rank's experts of this layer is in its pool."""
         return decide.at(resident(self.cache.table.slots), self.layer, self._experts)
 
     @property
@@ -200,17 +213,17 @@ class Visit:
         return replace(self._with(decide.foresee(self.cache.table, self.layer + 1, forecast)), walk=walk)
 
     def _begun(self, moves: Moves) -> tuple[Self, list[ExpertWeights]]:
-        """Copies begin beside what follows; where nothing runs beside it they are made at once.
+        """Begins copies that overlap with what follows; if nothing can overlap, makes them at once.
 
-        Made behind the layer's experts they would change a pool that nothing says was read before: XLA:CPU
-        would copy all of it in every layer.
+        If they were made after the layer's experts, they would change a pool without anything that says it
+        was read before: XLA:CPU would copy the whole pool in every layer.
         """
         if self.cache.beside:
             return self, [fetch(self.store, moves.experts_M[i]) for i in range(moves.experts_M.shape[0])]
         return self._with_pool(copy_in(self.cache.pool, self.store, moves)), []
 
     def _landed(self, moves: Moves, begun: list[ExpertWeights]) -> Self:
-        """With the copies that were begun in the pool."""
+        """The visit with the begun copies installed in the pool."""
         pool = self.cache.pool
         for i, one in enumerate(begun):
             pool = install(pool, one, moves.slots_M[i])
@@ -224,7 +237,7 @@ class Visit:
         )
 
     def _here(self, apply: Apply, *, overflows: bool) -> LocalExperts:
-        """This layer's experts as a transport takes them. overflows: whether some may not be in the pool."""
+        """This layer's experts as a transport takes them. overflows: whether the pool may lack some."""
 
         def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
             return self._compute(x_TD, weights_TJ, plan, apply, overflows=overflows)
@@ -239,7 +252,7 @@ class Visit:
     def _compute(
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
     ) -> Computed:
-        """From the pool, and streamed what is not in it where there may be such: ``overflows``."""
+        """Runs experts from the pool and, if ``overflows``, streams the experts that are not in it."""
         e, here_L, nowhere = self._experts, self._resident_L, self._slots + 1
         slot_L = decide.places(self.cache.table, self.layer, e, nowhere)
         pooled = regrouped(plan, slot_L, nowhere)
@@ -258,5 +271,5 @@ class Visit:
 
 
 def _counts(**found: Array) -> Counts:
-    """All counters of a cache, zeros where nothing was found."""
+    """All counters of a cache; those not passed are zero."""
     return dict.fromkeys(names(CACHE), jnp.zeros((), jnp.int32)) | found

@@ -15,13 +15,13 @@ from jmoe.offload.table import Moves
 
 
 def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
-    """``[1, ...]`` on the device: expert ``flat`` of the host stacks ``[L, E, ...]``; one past the last gives
-    any."""
+    """Copies expert ``flat`` of the host stacks ``[L, E, ...]`` to the device, as ``[1, ...]``. A number past
+    the last expert gives an arbitrary expert."""
     layers, experts = store.gate_up_E2FD.shape[:2]
     flat = jnp.minimum(flat, layers * experts - 1)
 
     def one(stack: Array) -> Array:
-        # One axis of experts: the TPU compiler copies slices along a single axis beside compute.
+        # One axis of experts: the TPU compiler overlaps copies of slices along a single axis with compute.
         each_X = stack.reshape(layers * experts, *stack.shape[2:])
         return jax.device_put(lax.dynamic_slice_in_dim(each_X, flat, 1), jax.memory.Space.Device)
 
@@ -29,7 +29,7 @@ def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
 
 
 def install(pool: ExpertWeights, one: ExpertWeights, slot: Array) -> ExpertWeights:
-    """The pool with ``one`` in ``slot``; in place where the pool is donated."""
+    """The pool with ``one`` in ``slot``; in place if the pool is donated."""
     return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, slot, 0), pool, one)
 
 
@@ -50,12 +50,12 @@ def stream(
     apply: Callable[[DispatchPlan, ExpertWeights], Array],
     y_TD: Array,
 ) -> Array:
-    """``y_TD`` plus the shares of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one
+    """``y_TD`` plus the output of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one
     by one through a buffer.
 
-    One after the other: a copy takes many times as long as the expert's work, so that little is lost. A copy
-    of the next one, begun in a turn of the loop, would have to be made for nothing once, and the TPU compiler
-    starts it behind this one's work anyway, as what a loop carries has one buffer.
+    Copy and compute take turns: a copy takes many times as long as the expert's compute, so little is lost.
+    If each turn of the loop began the copy of the next expert, one copy would be useless, and the TPU
+    compiler starts it after this expert's compute anyway, because a loop carry has one buffer.
     """
     starts_E = jnp.cumsum(plan.group_sizes_L, dtype=jnp.int32) - plan.group_sizes_L
 

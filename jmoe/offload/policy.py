@@ -1,22 +1,22 @@
-"""What an expert is worth: which slot goes first, and which expert comes next.
+"""What an expert is worth: which slot is evicted first, and which expert is fetched next.
 
-One scale for both, by the eviction rule.
+The eviction rule gives one scale for both.
 
-``expected_use``  p / (layers until its layer comes), of every expert (ours): p is the forecast where there is
-                  one, and at least the expert's heat, the running mean of its layer's gate scores. Belady's
-                  order, with what is likely in place of what is known.
+``expected_use``  p / (layers until its layer comes), for every expert (ours): p is the forecast if there is
+                  one, and at least the expert's heat, the running mean of its layer's gate scores. This is
+                  Belady's order, with likely uses in place of known ones.
 
-The others split it. An expert that the forecast wants soon is worth its prefetch priority p / (l - l_now),
-above 0 (fMoE, section 4.3); any other one is worth less than 0:
+The other rules have two ranges. An expert that the forecast wants soon is worth its prefetch priority
+p / (l - l_now), above 0 (fMoE, section 4.3); any other expert is worth less than 0:
 
 ``expert_map``    -1 / (p * visits), the negative of fMoE's eviction priority (section 4.4); p is the latest
-                  forecast of the expert, visits count since it came in, both at least a little
+                  forecast of the expert, visits count since it came in, both with a small lower limit
 ``lru``           -(layers visited since its last use)
 ``lfu``           -1 / visits since it came in
 
-A demand takes the slots of whatever is worth least; a prefetch only that of an expert worth less than
-itself (ours: a forecast of nothing must not push out a good one). Where the next use of every expert is known
-(``due_LE``, for the oracle), worth is 1 / (layers until then), which is Belady's order.
+A demand takes the slots of the experts that are worth least; a prefetch takes only the slot of an expert
+worth less than itself (ours: a forecast of nothing must not evict a good expert). If the next use of every
+expert is known (``due_LE``, for the oracle), worth is 1 / (layers until then), which is Belady's order.
 """
 
 from typing import Any, NamedTuple
@@ -24,14 +24,19 @@ from typing import Any, NamedTuple
 from jmoe.config.techniques import Eviction
 from jmoe.offload.slots import NEEDED
 
-FAINT = 1e-30  # what is below it counts as 0; products with it are no denormal numbers yet
-LEAST = 1e-6  # a forecast of nothing, so that visits still rank
-MEMORY = 0.9  # of heat from one step to the next: that of ten steps
+FAINT = 1e-30  # values below it count as 0; products with it are not denormal yet
+LEAST = 1e-6  # stands for a forecast of 0, so that visits still rank
+MEMORY = 0.9  # share of the heat kept from one step to the next: a memory of ten steps
 
 
 class Usage(NamedTuple):
-    """visits_X: uses since the expert came in, float32. last_X: the clock at its last use. clock: layers
-    visited, int32. fetched_X: came by a prefetch and was not used yet."""
+    """How the experts were used.
+
+    visits_X: number of uses since the expert came in, float32.
+    last_X: clock at its last use.
+    clock: number of layers visited, int32.
+    fetched_X: whether the expert came by a prefetch and was not used yet.
+    """
 
     visits_X: Any
     last_X: Any
@@ -40,9 +45,14 @@ class Usage(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """p_LE: the latest forecast of every layer; wanted_LE: which experts it said are worth fetching. heat_LE:
-    the running mean of the gate's scores, of a batch the highest. due_LE: for the oracle, how many steps from
-    now each expert is needed next, after this one; p_LE then says which this one needs."""
+    """What is expected of the experts.
+
+    p_LE: latest forecast of every layer.
+    wanted_LE: whether that forecast found the expert worth fetching.
+    heat_LE: running mean of the gate's scores, the highest of each batch.
+    due_LE: for the oracle only: in how many steps each expert is needed next, after this step; p_LE then
+        holds which experts this step needs.
+    """
 
     p_LE: Any
     wanted_LE: Any
@@ -57,7 +67,7 @@ def unused(experts: int, xp: Any) -> Usage:
 
 
 def arrive(usage: Usage, held_before_X: Any, held_now_X: Any, *, prefetched: bool) -> Usage:
-    """After a claim: newcomers have no visits, and no use but now."""
+    """The usage after a claim: a new expert has no visits, and its last use is now."""
     xp = held_now_X.__array_namespace__()
     new_X = held_now_X & ~held_before_X
     fetched_X = (usage.fetched_X & held_now_X) | new_X if prefetched else usage.fetched_X & held_now_X
@@ -70,7 +80,7 @@ def arrive(usage: Usage, held_before_X: Any, held_now_X: Any, *, prefetched: boo
 
 
 def use(usage: Usage, needed_X: Any) -> Usage:
-    """After a layer: its experts were visited."""
+    """The usage after a layer: its experts were visited."""
     xp = needed_X.__array_namespace__()
     return Usage(
         usage.visits_X + needed_X.astype(xp.float32),
@@ -81,8 +91,8 @@ def use(usage: Usage, needed_X: Any) -> Usage:
 
 
 def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
-    """With a forecast of the layers from ``first`` on; what lies past the last is dropped, and what is no
-    finite number says 0."""
+    """The outlook with a forecast of the layers from ``first`` on. Rows past the last layer are dropped;
+    numbers that are not finite count as 0."""
     xp = p_AE.__array_namespace__()
     p_AE, wanted_AE = told(p_AE), wanted_AE & xp.isfinite(p_AE)
     a = p_AE.shape[0]
@@ -94,8 +104,8 @@ def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlo
 
 
 def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
-    """After a layer's gate: what it scored. The mean outlives the request, so that what is no finite number
-    counts as 0."""
+    """The outlook with a layer's gate scores in the running mean. The mean outlives the request, so numbers
+    that are not finite count as 0."""
     xp = scores_E.__array_namespace__()
     at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
     heat_LE, scores_E = told(outlook.heat_LE), told(scores_E)
@@ -104,15 +114,17 @@ def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
 
 
 def told(p_Z: Any) -> Any:
-    """What scores and forecasts say of experts: 0 where they are no finite numbers, and where they are so
-    small that some hardware would make them 0 and other would not."""
+    """Scores or forecasts with 0 for numbers that are not finite, and for numbers so small that some hardware
+    would make them 0 and other would not."""
     xp = p_Z.__array_namespace__()
     return xp.where(xp.isfinite(p_Z) & (xp.abs(p_Z) >= FAINT), p_Z, xp.zeros((), dtype=p_Z.dtype))
 
 
 def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:
-    """``[X]``, float32: of every expert while ``layer`` runs; -1 before the first. ahead: how many layers
-    have a forecast of this step."""
+    """``[X]``, float32: the worth of every expert while ``layer`` runs (-1: before the first layer).
+
+    ahead: how many layers have a forecast from this step.
+    """
     xp = usage.visits_X.__array_namespace__()
     until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
     if outlook.due_LE is not None:
@@ -140,7 +152,8 @@ def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead:
 def next_wishes(
     worth_X: Any, outlook: Outlook, layer: Any, present_X: Any, *, ahead: int, count: int
 ) -> tuple[Any, Any]:
-    """The ``count`` experts of the next ``ahead`` layers most worth fetching, X for none, and their worth."""
+    """The ``count`` experts of the next ``ahead`` layers that are most worth fetching (X for none), and their
+    worth."""
     xp = worth_X.__array_namespace__()
     x, experts = worth_X.shape[0], outlook.p_LE.shape[1]
     row_A1 = (layer + 1 + xp.arange(ahead, dtype=xp.int32))[:, None]
@@ -154,8 +167,8 @@ def next_wishes(
 
 
 def misses(needed_E: Any, present_E: Any, first: Any, most: int, none: int) -> tuple[Any, Any]:
-    """The flat ids of a layer's experts that are needed and not there, ``none`` for no more and those last,
-    and their gain. first: the flat id of the layer's first expert."""
+    """The flat ids of a layer's experts that are needed and not present, padded at the end with ``none``; and
+    their gain. first: flat id of the layer's first expert."""
     xp = needed_E.__array_namespace__()
     missing_E = needed_E & ~present_E
     first_M = xp.argsort(~missing_E, stable=True)[:most].astype(xp.int32)

@@ -1,9 +1,9 @@
-"""How the ranks of a mesh share an expert cache: each has one of its own experts and nobody else's.
+"""How the ranks of a mesh share an expert cache: each has a cache of its own experts only.
 
-Inside ``shard_map`` a rank's part of every array looks like the whole of one on a single device, with the
-rank's L experts for the model's E; outside, the parts lie one behind the other along the first axis. The
-predictor is the same on all ranks: each shows it the tokens of all of them, in the order that their
-sequences have, and takes what it says of its own experts.
+Inside ``shard_map`` a rank's shard of every array looks like the whole array of a single device, with the
+rank's L experts in place of the model's E; outside, the shards are concatenated along the first axis. The
+predictor is the same on all ranks: each rank shows it the tokens of all ranks, in the order of their
+sequences, and takes the forecast of its own experts.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ MOVES = Moves(EACH, EACH, SAME, EACH)
 
 @dataclass(frozen=True)
 class Ranks:
-    """mesh: None is a single device, which has all tokens and all experts."""
+    """The ranks that share a cache. mesh: None for a single device, which has all tokens and all experts."""
 
     mesh: Mesh | None = None
 
     def over(self, run: Callable, ins: Any, outs: Any) -> Callable:
-        """``run`` on every rank, its arguments and results split as ``ins`` and ``outs`` say."""
+        """``run`` on every rank, with arguments and results sharded as ``ins`` and ``outs`` say."""
         if self.mesh is None:
             return run
         return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
     def kept(self, tree: Any, specs: Any) -> Any:
-        """``tree`` split as ``specs`` say, a prefix of it; under jit."""
+        """``tree`` sharded as ``specs``, a prefix of it, say; under jit."""
         if self.mesh is None:
             return tree
         mesh = self.mesh
@@ -49,7 +49,7 @@ class Ranks:
     # Inside shard_map:
 
     def own(self, values_ZE: Array, held: int) -> Array:
-        """Those of this rank's ``held`` experts."""
+        """The values of this rank's ``held`` experts."""
         if self.mesh is None:
             return values_ZE
         return lax.dynamic_slice_in_dim(values_ZE, lax.axis_index(EXPERT) * held, held, values_ZE.ndim - 1)
@@ -58,15 +58,15 @@ class Ranks:
         return Forecast(*(self.own(each_AE, held) for each_AE in forecast))
 
     def of_group(self, values_E: Float[Array, " E"], held: int) -> Float[Array, " L"]:
-        """The highest among the ranks whose tokens this one's experts serve, of its own experts."""
+        """The highest value of each of this rank's experts, over the ranks whose tokens they serve."""
         return values_E if self.mesh is None else self.own(lax.pmax(values_E, EXPERT), held)
 
     def all_experts(self, own_L: Bool[Array, " L"]) -> Bool[Array, " E"]:
         return own_L if self.mesh is None else lax.all_gather(own_L, EXPERT, tiled=True)
 
     def all_rows(self, rows: Any, row_N: Int[Array, " N"] | None) -> Any:
-        """Arrays of rows of all ranks, in the order of their sequences. row_N: the row of each token of the
-        data group, where tokens were shuffled."""
+        """Gathers the rows of all ranks, in the order of their sequences. row_N: the row of each token of the
+        data group, if tokens were shuffled."""
         if self.mesh is None:
             return rows
 
@@ -80,17 +80,17 @@ class Ranks:
         return counts if self.mesh is None else lax.psum(counts, TOKENS)
 
     def tokens(self, own: int) -> int:
-        """Of a data group, where each rank has ``own``."""
+        """The number of tokens of a data group if each rank has ``own``."""
         return own if self.mesh is None else own * self.mesh.shape[EXPERT]
 
 
 def most_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, held: int) -> int:
-    """How many of a rank's ``held`` experts its group's tokens can need at most."""
+    """The maximum number of a rank's ``held`` experts that its group's tokens can need."""
     t, k = ids_TK.shape
     return min(held, ranks.tokens(t) * k)
 
 
 def needed_here(ids_TK: Int[Array, "T K"], ranks: Ranks, experts: int, held: int) -> Bool[Array, " L"]:
-    """Which of this rank's experts any token of its group goes to."""
+    """Whether any token of the group goes to each of this rank's experts."""
     used_E = jnp.zeros(experts, jnp.float32).at[ids_TK.reshape(-1)].set(1.0, mode="drop")
     return ranks.of_group(used_E, held) > 0

@@ -1,9 +1,9 @@
 """The slot table: which of the experts of all layers lie in the device's pool, and where.
 
 A pure state machine over small arrays, in the array namespace of its arguments: numpy's on the host, jax's
-inside a jitted step. A slot is empty, holds an expert, or is in flight: claimed, its copy not there yet. An
-expert can be computed with only where it is held and not in flight. A slot that is pinned or in flight is
-never taken. Weights are read-only: what is evicted is forgotten, nothing goes back to the host.
+inside a jitted step. A slot is empty, holds an expert, or is in flight: claimed, but its copy has not arrived
+yet. An expert can run only if it is held and not in flight. A slot that is pinned or in flight is never
+taken. Weights are read-only: an evicted expert is dropped, nothing is written back to the host.
 
     empty --claim--> in flight --land--> held --claim (evicts)--> in flight
 """
@@ -14,8 +14,13 @@ NEEDED = float("inf")  # the gain of an expert that must have a slot if any may 
 
 
 class Slots(NamedTuple):
-    """held_S: the flat expert of each slot, X where it is empty. slot_X: the slot of each expert, S where it
-    has none. pinned_S, flying_S: which may not be taken, and which have no weights yet."""
+    """The slot table.
+
+    held_S: flat id of the expert in each slot, X if the slot is empty.
+    slot_X: slot of each expert, S if it has none.
+    pinned_S: whether the slot is pinned and must not be taken.
+    flying_S: whether the slot is in flight: it has no weights yet.
+    """
 
     held_S: Any
     slot_X: Any
@@ -36,7 +41,7 @@ def present(slots: Slots) -> Any:
 
 
 def resident(slots: Slots) -> Any:
-    """``[X]``: whether each expert can be computed with."""
+    """``[X]``: whether each expert can run."""
     return ~_with(slots.flying_S, True)[slots.slot_X]
 
 
@@ -46,22 +51,23 @@ def pin(slots: Slots, experts_X: Any) -> Slots:
 
 
 def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slots, Any]:
-    """Slots for experts that have none, and the slot of each, S for those that got none.
+    """Claims slots for experts that have none; returns the table and the slot of each, S for those without.
 
-    experts_M: the first in need first, X for none, those last. gain_M: what each is worth, falling; it takes
-    the slot of an expert worth less and nothing else; where it is ``NEEDED``, any slot that may be taken.
-    worth_X: of every expert, whatever numbers they are: one that is none is worth least, and no worth is
-    below an empty slot's or above what any need takes. Of equals the lower slot goes first.
+    experts_M: flat ids, the most needed first; X for none, these last.
+    gain_M: what each is worth, in descending order. An expert takes only the slot of one that is worth less;
+        if its gain is ``NEEDED``, it takes any slot that may be taken.
+    worth_X: worth of every expert, any numbers. NaN is worth least; no expert is worth less than an empty
+        slot, or so much that ``NEEDED`` could not take its slot. Of equals the lower slot goes first.
     """
     xp = slots.held_S.__array_namespace__()
     (s,), (x,), (m,) = slots.held_S.shape, slots.slot_X.shape, experts_M.shape
-    # In order: empty slots at -inf, held ones at finite worths, and at inf those that may not be taken.
+    # Ascending: empty slots at -inf, held ones at finite worths, slots that must not be taken at inf.
     worth_S = _with(_finite(worth_X), -xp.inf)[slots.held_S]
     worth_S = xp.where(slots.pinned_S | slots.flying_S, xp.asarray(xp.inf, dtype=worth_S.dtype), worth_S)
     cheapest_S = xp.argsort(worth_S, stable=True).astype(xp.int32)
     cheapest_M, worth_M = _padded(cheapest_S, m, s), _padded(worth_S[cheapest_S], m, xp.inf)
     takes_M = (experts_M < x) & (worth_M < _normal(gain_M))
-    takes_M = xp.cumsum(~takes_M) == 0  # those that take one are the first of M, whatever the gains are
+    takes_M = xp.cumsum(~takes_M) == 0  # the experts that take a slot are the first of M, for any gains
     slot_M = xp.where(takes_M, cheapest_M, s).astype(xp.int32)
 
     new_MS = slot_M[:, None] == xp.arange(s, dtype=xp.int32)[None]
@@ -78,32 +84,32 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
 
 
 def land(slots: Slots) -> Slots:
-    """Every copy has arrived."""
+    """The table after every copy has arrived."""
     return slots._replace(flying_S=slots.flying_S & False)
 
 
 def _finite(worth_X: Any) -> Any:
-    """Of the same order, and every one a finite number: the sort and the comparisons behind it are total."""
+    """Finite numbers in the same order, so that the sort and the comparisons after it are total."""
     xp = worth_X.__array_namespace__()
     most = xp.finfo(worth_X.dtype).max
     return xp.clip(xp.where(xp.isnan(worth_X), -most, _normal(worth_X)), -most, most)
 
 
 def _normal(values_N: Any) -> Any:
-    """With 0 for denormal numbers, which some hardware compares as 0 and other does not."""
+    """The values with 0 for denormal numbers, which some hardware compares as 0 and other does not."""
     xp = values_N.__array_namespace__()
     least = xp.finfo(values_N.dtype).tiny
     return xp.where(xp.abs(values_N) < least, xp.zeros((), dtype=values_N.dtype), values_N)
 
 
 def _with(values_N: Any, last: Any) -> Any:
-    """With one value more, for the index that means none."""
+    """The values and one more, for the index that means none."""
     xp = values_N.__array_namespace__()
     return xp.concat([values_N, xp.full(1, last, dtype=values_N.dtype)])
 
 
 def _padded(values_S: Any, count: int, value: Any) -> Any:
-    """The first ``count``, filled up with ``value``."""
+    """The first ``count`` values, padded with ``value``."""
     xp = values_S.__array_namespace__()
     short = max(0, count - values_S.shape[0])
     return xp.concat([values_S[:count], xp.full(short, value, dtype=values_S.dtype)])

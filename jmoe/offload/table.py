@@ -1,4 +1,4 @@
-"""Decisions of the expert cache, without weights: what is copied where, what gives way.
+"""Decisions of the expert cache, without weights: which expert is copied to which slot, which is evicted.
 
 Pure transitions of small arrays, in the array namespace of their arguments like ``slots`` and ``policy``:
 inside the jitted step they move weights (``cache``), in the simulator they only count.
@@ -13,8 +13,12 @@ from jmoe.offload.types import Forecast
 
 
 class Rule(NamedTuple):
-    """eviction: see ``policy``. copies: prefetches of one layer at most, the byte budget. ahead: layers that
-    a forecast reaches."""
+    """Settings of the decisions.
+
+    eviction: eviction rule, see ``policy``.
+    copies: maximum number of prefetches in one layer, the byte budget.
+    ahead: number of layers that a forecast covers.
+    """
 
     eviction: Eviction
     copies: int
@@ -28,8 +32,13 @@ class Table(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Experts to copy and the slots they go to: the first ``count`` of M, X and S in the others. evicted: how
-    many held experts gave way."""
+    """Experts to copy, and their slots.
+
+    experts_M: flat ids of the experts. The first ``count`` are copied; the others have no slot.
+    slots_M: slot of each expert, S for none.
+    count: number of copies.
+    evicted: number of experts evicted for them.
+    """
 
     experts_M: Any
     slots_M: Any
@@ -38,14 +47,14 @@ class Moves(NamedTuple):
 
 
 def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
-    """Of ``slots`` empty slots."""
+    """A table of ``slots`` empty slots."""
     nothing = xp.zeros((layers, experts), dtype=xp.float32)
     outlook = Outlook(nothing, xp.zeros((layers, experts), dtype=bool), nothing)
     return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
 
 
 def fill(table: Table, often_LE: Any) -> tuple[Table, Moves]:
-    """A new table with as many experts as it has slots, those that are used most often."""
+    """Fills a new table with the most often used experts, as many as it has slots."""
     xp = often_LE.__array_namespace__()
     (s,), often_X = table.slots.held_S.shape, often_LE.reshape(-1)
     first_M = xp.argsort(-often_X, stable=True)[:s].astype(xp.int32)
@@ -60,13 +69,13 @@ def fill(table: Table, often_LE: Any) -> tuple[Table, Moves]:
 
 
 def foresee(table: Table, first: Any, forecast: Forecast) -> Table:
-    """With a forecast of the layers from ``first`` on."""
+    """The table with a forecast of the layers from ``first`` on."""
     return table._replace(outlook=policy.look_ahead(table.outlook, first, *forecast))
 
 
 def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tuple[Table, Moves]:
-    """Slots for the experts that ``layer`` needs and that are not there, at most ``most``; all that it needs
-    are pinned. Where slots run out some get none."""
+    """Claims slots for the experts that ``layer`` needs and the pool lacks, at most ``most``, and pins all
+    that it needs. If slots run out, some experts get none."""
     xp = needed_E.__array_namespace__()
     slots, (x,), e = table.slots, table.slots.slot_X.shape, needed_E.shape[0]
     layers = x // e
@@ -80,7 +89,7 @@ def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tu
 
 
 def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
-    """Slots, in flight, for the experts of the layers ahead that are most worth it."""
+    """Claims slots, in flight, for the most worthwhile experts of the layers ahead."""
     worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
     wishes = policy.next_wishes(
         worth_X, table.outlook, layer, present(table.slots), ahead=rule.ahead, count=rule.copies
@@ -89,8 +98,10 @@ def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
 
 
 def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
-    """What was in flight has landed, the layer's experts were used, nothing is pinned. scores_E: the gate's,
-    of a batch the highest."""
+    """The table after ``layer``: all copies have landed, the layer's experts were used, nothing is pinned.
+
+    scores_E: the gate's score of each expert, the highest of the batch.
+    """
     xp = needed_E.__array_namespace__()
     layers = table.outlook.p_LE.shape[0]
     used_X = ((xp.arange(layers, dtype=xp.int32) == layer)[:, None] & needed_E[None]).reshape(-1)
@@ -100,8 +111,10 @@ def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Tabl
 
 
 def places(table: Table, layer: Any, experts: int, nowhere: int) -> Any:
-    """``[E]``, int32: the slot that holds each of a layer's experts, ready to be computed with; ``nowhere``
-    where none does. Both halves of the table must say so: else the expert counts as lost, not as another."""
+    """``[E]``, int32: the slot from which each of a layer's experts can run; ``nowhere`` if there is none.
+
+    Both halves of the table must agree: if not, the expert counts as absent, so that no other runs for it.
+    """
     slots, xp = table.slots, table.slots.held_S.__array_namespace__()
     slot_E = at(slots.slot_X, layer, experts)
     held_E = slots.held_S[xp.clip(slot_E, 0, slots.held_S.shape[0] - 1)]
@@ -111,7 +124,7 @@ def places(table: Table, layer: Any, experts: int, nowhere: int) -> Any:
 
 
 def at(values_X: Any, layer: Any, experts: int) -> Any:
-    """Of one layer: ``[E]``."""
+    """The values of one layer: ``[E]``."""
     return values_X.reshape(-1, experts)[layer]
 
 

@@ -1,9 +1,13 @@
 """Types at the seams of expert offload, and its axis letters.
 
 fMoE (Yu et al., "fMoE: Fine-Grained Expert Offloading for Large Mixture-of-Experts Serving", arXiv
-2502.05370). Axes beside those of ``jmoe.moe.types``: L MoE layers, X experts of all layers (L * E, the flat
-id of expert e of layer l being ``l * E + e``), S slots of the device's pool, C entries of a store, A layers
-ahead (the prefetch distance). An iteration is one decode step.
+2502.05370). An iteration is one decode step. Axes, in addition to those of ``jmoe.moe.types``:
+
+L  MoE layers
+X  experts of all layers (L * E); expert e of layer l has the flat id ``l * E + e``
+S  slots of the device's pool
+C  entries of a store
+A  layers ahead (the prefetch distance)
 """
 
 from typing import Any, NamedTuple, Protocol, Self
@@ -15,8 +19,11 @@ from jaxtyping import Bool, Float, Int
 class StepSeen(NamedTuple):
     """What is known of a decode step before its first layer.
 
-    tokens_B: input tokens. embeddings_BD: their input embeddings, float32. valid_B: not padding. seats_B: a
-    number that each running request keeps, below the most that run.
+    tokens_B: input token of each row.
+    embeddings_BD: input embeddings of these tokens, float32.
+    valid_B: whether the row is a token, not padding.
+    seats_B: seat of each row's request: a number that the request keeps while it runs, less than the maximum
+        number of running requests.
     """
 
     tokens_B: Int[Array, " B"]
@@ -26,11 +33,12 @@ class StepSeen(NamedTuple):
 
 
 class LayerSeen(NamedTuple):
-    """What a layer's gate says.
+    """Output of a layer's gate.
 
-    scores_BE: the router's scores of each token. ids_BK: the experts chosen, E for none. ahead_BAE: the
-    scores that the routers of the next A layers give to this layer's input; None where no predictor asks
-    for them.
+    scores_BE: router scores of each token.
+    ids_BK: chosen experts, E for none.
+    ahead_BAE: scores that the routers of the next A layers give to this layer's input; None if the predictor
+        does not use them.
     """
 
     scores_BE: Float[Array, "B E"]
@@ -39,35 +47,40 @@ class LayerSeen(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """For each of the next A layers: p_AE, how likely each expert is needed (of a batch, by the token that
-    likes it most); wanted_AE, which of them are worth fetching."""
+    """Which experts the next A layers are expected to need.
+
+    p_AE: how likely each expert is needed; for a batch, the maximum over its tokens.
+    wanted_AE: whether each expert is worth fetching.
+    """
 
     p_AE: Float[Array, "A E"]
     wanted_AE: Bool[Array, "A E"]
 
 
 class Predictor(Protocol):
-    """Says which experts the next layers will need. A pytree: what it learns is in its arrays.
+    """Predicts which experts the next layers will need. It is a pytree; what it learns is in its arrays.
 
-    ``walk`` is a predictor's own state inside one step, a pytree of arrays. All functions are pure and run
+    ``walk`` is the predictor's own state inside one step, a pytree of arrays. All functions are pure and run
     under jit; ``layer`` may be traced. Rows of a forecast that lie past the last layer are ignored.
     """
 
     def start(self, seen: StepSeen) -> tuple[Any, Forecast]:
-        """The walk, and the forecast of layers 0 .. A - 1."""
+        """Returns the walk and the forecast of layers 0 .. A - 1."""
         ...
 
     def observe(self, walk: Any, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Any, Forecast]:
-        """After the gate of ``layer``: the forecast of layers ``layer + 1 .. layer + A``."""
+        """After the gate of ``layer``: returns the walk and the forecast of ``layer + 1 .. layer + A``."""
         ...
 
     def finish(self, walk: Any) -> Self:
-        """What it has learned, after the last layer."""
+        """After the last layer: returns the predictor with what it has learned from the step."""
         ...
 
     def absorb(self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Array) -> Self:
-        """What it has learned of pieces of prompts: how often each expert was chosen (float32).
+        """Returns the predictor with what it has learned from pieces of prompts.
 
-        fresh_B: pieces that begin a request.
+        seats_B: seat of each piece's request.
+        fresh_B: whether the piece begins a request.
+        counts_BLE: how often the piece chose each expert, float32.
         """
         ...

@@ -1,13 +1,13 @@
-"""The exact assignment of equally many things to places, by the Hungarian method."""
+"""The exact assignment of N rows to N places, by the Hungarian method."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
 
 def assign(gain_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
-    """The place of each row, every place once, that maximises the sum of ``gain_NN[row, place]``.
+    """The place of each row, every place used once, that maximises the sum of ``gain_NN[row, place]``.
 
-    Shortest augmenting paths with potentials, O(N^3).
+    It uses shortest augmenting paths with potentials, O(N^3).
     """
     cost_NN = -np.asarray(gain_NN, np.float64)
     n = len(cost_NN)

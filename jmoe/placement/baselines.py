@@ -1,11 +1,11 @@
-"""What the co-clustering methods are compared with: placements by order, chance, load or transitions.
+"""Baselines for the co-clustering methods: placements by order, chance, load or transitions.
 
-``exflow``   experts that follow one another live together (ExFlow, inter-layer affinity); its integer program
-             replaced by a greedy start and exchanges, over the layers forth and back.
-``moetuner`` balanced clusters first, then clusters to ranks by layer transitions (MoETuner, two integer
-             programs), both exact: the first by enumeration, with the shared objective, so that on small
-             cases it is the optimum to which the others compare; the second by the assignment method, layer
-             by layer.
+``exflow``   Experts that follow one another are placed together (ExFlow, inter-layer affinity); its integer
+             program is replaced by a greedy start and exchanges, forward and backward over the layers.
+``moetuner`` Experts are split into balanced clusters, then clusters are assigned to ranks by layer
+             transitions (MoETuner, two integer programs). Both are exact here: the first by enumeration, with
+             the shared objective, so that on small cases it is the optimum for comparing the others; the
+             second by the assignment method, layer by layer.
 """
 
 import math
@@ -23,7 +23,7 @@ SWEEPS = 8
 
 
 def uniform(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
-    """Experts in order."""
+    """Places experts on ranks in order."""
     home_E = np.arange(problem.experts) // (problem.experts // problem.ranks)
     return np.tile(home_E, (len(problem.layers), 1))
 
@@ -33,14 +33,14 @@ def random(problem: Problem, rng: np.random.Generator, progress: Progress) -> In
 
 
 def load(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
-    """Heaviest first to the lightest rank with room, as EPLB does, without replicas."""
+    """Places experts, heaviest first, on the lightest rank with room, as EPLB does, without replicas."""
     loads_LE = np.stack([layer.chosen_ET.sum(1) for layer in problem.layers])
     dealt = balance(loads_LE, slots=problem.experts, ranks=problem.ranks, model="")
     return np.argsort(dealt.experts_LP, axis=1) // (problem.experts // problem.ranks)
 
 
 def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
-    """Maximises the transitions that stay on a rank."""
+    """Maximises the number of transitions that stay on a rank."""
     home_LE = load(problem, rng, progress)
     layers = len(home_LE)
     order = [*range(1, layers), *range(layers - 2, -1, -1)] * SWEEPS
@@ -55,7 +55,7 @@ def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> In
 
 
 def moetuner(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
-    """Raises ValueError where there are too many partitions to go through."""
+    """Enumerates all partitions; raises ValueError if there are too many."""
     count = partitions(problem.experts, problem.ranks)
     if count > ENUMERATED:
         raise ValueError(
@@ -78,13 +78,13 @@ def moetuner(problem: Problem, rng: np.random.Generator, progress: Progress) -> 
 
 
 def partitions(experts: int, ranks: int) -> int:
-    """How many ways there are to split the experts evenly, ranks being interchangeable."""
+    """The number of ways to split the experts evenly; ranks are interchangeable."""
     size = experts // ranks
     return math.factorial(experts) // (math.factorial(size) ** ranks * math.factorial(ranks))
 
 
 def balanced_splits(experts: int, ranks: int) -> Iterator[Int[np.ndarray, " E"]]:
-    """Each even partition once: an expert opens a new group only as the next one."""
+    """Yields each even partition once: a new group is always the lowest-numbered empty one."""
     size, home_E = experts // ranks, np.zeros(experts, np.int64)
 
     def extend(expert: int, counts: list[int]) -> Iterator[np.ndarray]:
@@ -104,7 +104,7 @@ def balanced_splits(experts: int, ranks: int) -> Iterator[Int[np.ndarray, " E"]]
 
 
 def _pull(problem: Problem, home_LE: np.ndarray, layer: int) -> Float[np.ndarray, "E R"]:
-    """How many transitions to and from the neighbouring layers each rank would keep of each expert's."""
+    """How many of each expert's transitions to and from the neighbouring layers each rank would keep."""
     pull_ER = np.zeros((problem.experts, problem.ranks))
     if layer > 0:
         pull_ER += problem.following_LEE[layer - 1].T @ np.eye(problem.ranks)[home_LE[layer - 1]]

@@ -1,22 +1,27 @@
-"""Grouping by alternation: experts placed given clusters of requests, requests clustered given experts.
+"""Grouping by alternation: place experts for fixed clusters of requests, cluster requests for fixed experts.
 
-Speculative MoE's solver, final version (Algorithm 1). From the paper: experts are visited by descending load
-and go to the open rank with the best of alpha * affinity to the experts there + beta * affinity to the
-requests there - gamma * load there; then random pair exchanges, kept when they gain; requests are visited by
-length and go to the open rank with the best affinity to requests and experts there; the best of ``STEPS``.
+Speculative MoE's solver, final version (Algorithm 1). From the paper:
+* experts are visited by descending load; each goes to the open rank with the best alpha * affinity to the
+  experts there + beta * affinity to the requests there - gamma * load there;
+* then pairs are exchanged at random, and an exchange is kept if it gains;
+* requests are visited by length; each goes to the open rank with the best affinity to the requests and
+  experts there;
+* the result is the best of ``STEPS``.
 
 What the paper leaves open, decided here:
-* the weights: all 1, each term being a share of the expert's (or request's) own activations;
-* affinity of two experts: tokens that chose both over tokens that chose the one to be placed; of an expert
-  and a request: the share of the expert's choices that the request made;
-* the first clusters: balanced k-means on the requests' expert histograms, concatenated over the layers;
-* requests are clustered once for all layers, since one stays on its rank through them, and experts a layer;
-* an exchange gains by the objective of ``objective``, in which tokens go where their own experts
-  are: for shuffled tokens clusters of requests are too blunt. They give the starts, and at the end the names:
-  which rank holds which group of a layer changes no token's cost, so groups go to the ranks whose requests
-  want them most (exact assignment);
+* the weights are all 1; each term is a share of the expert's (or request's) own activations;
+* the affinity of two experts is tokens that chose both over tokens that chose the one to be placed; that of
+  an expert and a request is the share of the expert's choices that the request made;
+* the first clusters come from balanced k-means on the requests' expert histograms, concatenated over the
+  layers;
+* requests are clustered once for all layers, since a request stays on its rank in all layers; experts are
+  clustered in each layer;
+* the gain of an exchange is by the objective of ``objective``, in which tokens go to the rank of their own
+  experts: for shuffled tokens, clusters of requests are too coarse. These clusters give the starts, and at
+  the end the ranks: which rank holds which group of a layer changes no token's cost, so groups go to the
+  ranks whose requests want them most (exact assignment);
 * the best is kept layer by layer, as the objective is a sum over layers;
-* the exchanges: all pairs in random order, ``PASSES`` times or until none gains.
+* exchanges try all pairs in random order, ``PASSES`` times or until none gains.
 """
 
 import numpy as np
@@ -49,7 +54,7 @@ def alternating(problem: Problem, rng: np.random.Generator, progress: Progress) 
 
 
 def cluster_requests(problem: Problem, rng: np.random.Generator) -> Int[np.ndarray, " Q"]:
-    """Balanced k-means on what share of a layer's choices each expert got."""
+    """Balanced k-means on each request's share of choices by layer and expert."""
     want_QX = _wants(problem)
     requests, ranks = len(want_QX), problem.ranks
     center_RX = want_QX[rng.choice(requests, ranks, replace=requests < ranks)]
@@ -63,7 +68,7 @@ def cluster_requests(problem: Problem, rng: np.random.Generator) -> Int[np.ndarr
 
 
 def place_experts(problem: Problem, layer: int, cluster_Q: Int[np.ndarray, " Q"]) -> Int[np.ndarray, " E"]:
-    """Experts by descending load to the open rank that suits best."""
+    """Places experts, by descending load, on the open rank that suits best."""
     statistics, requests_QE = problem.layers[layer], problem.requests_QLE[:, layer]
     load_E = statistics.chosen_ET.sum(1)
     size = problem.experts // problem.ranks
@@ -86,8 +91,8 @@ def place_experts(problem: Problem, layer: int, cluster_Q: Int[np.ndarray, " Q"]
 def schedule_requests(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, " Q"]:
-    """Requests, longest first, to the open rank that suits best: most of their activations are local, and
-    they are like the requests that were there."""
+    """Assigns requests, longest first, to the open rank that suits best: where most of their activations are
+    local and the former requests are similar."""
     home_RX = np.eye(problem.ranks)[home_LE.ravel()].T
     want_QX = _wants(problem)
     unit_QX = want_QX / np.linalg.norm(want_QX, axis=1, keepdims=True)
@@ -99,7 +104,7 @@ def schedule_requests(
 def name_groups(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, "L E"]:
-    """The same groups on the ranks whose requests choose them most."""
+    """The same groups, moved to the ranks whose requests choose them most."""
     rank_QR = np.eye(problem.ranks)[cluster_Q]
     named = []
     for layer, home_E in enumerate(home_LE):
@@ -111,8 +116,10 @@ def name_groups(
 def fill_evenly(
     score_QR: Float[np.ndarray, "Q R"], first_Q: Float[np.ndarray, " Q"] | None = None
 ) -> Int[np.ndarray, " Q"]:
-    """The rank of each row by its score, each rank to be full at ceil(Q / R); rows with most of ``first_Q``
-    choose first, by default those that lose most by their second choice."""
+    """Gives each row the open rank of its best score; a rank is full at ceil(Q / R) rows.
+
+    first_Q: rows with higher values choose first; by default those that lose most by their second choice.
+    """
     requests, ranks = score_QR.shape
     if first_Q is None:
         best = np.sort(score_QR, axis=1)
@@ -125,6 +132,6 @@ def fill_evenly(
 
 
 def _wants(problem: Problem) -> Float[np.ndarray, "Q X"]:
-    """Each request's share of choices by layer and expert, all layers alike; sums to 1."""
+    """Each request's share of choices by layer and expert, all layers weighted alike; it sums to 1."""
     share = problem.requests_QLE / np.maximum(problem.requests_QLE.sum((1, 2), keepdims=True), 1)
     return share.reshape(len(share), -1)

@@ -1,10 +1,10 @@
 """Grouping by the cross-entropy method: sample placements, keep the best tenth, sample more like them.
 
-Speculative MoE's early version ("CEO", balanced token-expert co-clustering); its text was not to be had, so
-this is the standard method with the objective of ``objective``. One matrix of probabilities
-[experts, ranks] a layer; the tokens' own matrix is not needed, as their best ranks follow from the experts'.
-Balanced samples: experts in order of a random key take the open rank with the most log-probability plus
-Gumbel noise. Samples of a round are compared at the prices of the best so far.
+This is Speculative MoE's early version ("CEO", balanced token-expert co-clustering). Its text was not
+available, so this is the standard method with the objective of ``objective``. Each layer has one matrix of
+probabilities [experts, ranks]; the tokens need no matrix, as their best ranks follow from the experts'.
+Samples are balanced: experts in random order take the open rank with the highest log-probability plus Gumbel
+noise. Samples of a round are compared at the prices of the best so far.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from jmoe.placement.objective import LayerProblem, Problem, Progress, prices
 
 ROUNDS, SAMPLES = 40, 60
 ELITE = 0.1
-KEEP = 0.3  # of the last round's probabilities
+KEEP = 0.3  # weight of the last round's probabilities
 
 
 def cross_entropy(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
@@ -46,7 +46,7 @@ def _layer(problem: LayerProblem, experts: int, rng: np.random.Generator) -> Int
 
 
 def sample_balanced(chance_ER: Float[np.ndarray, "E R"], rng: np.random.Generator) -> Int[np.ndarray, " E"]:
-    """A rank for each expert, as likely as they say, equally many to each rank."""
+    """Samples a rank for each expert by the probabilities ``chance_ER``, with equally many on each rank."""
     experts, ranks = chance_ER.shape
     key_ER = np.log(chance_ER + 1e-9) + rng.gumbel(size=chance_ER.shape)
     home_E, room_R = np.empty(experts, np.int64), np.full(ranks, experts // ranks)
@@ -57,8 +57,8 @@ def sample_balanced(chance_ER: Float[np.ndarray, "E R"], rng: np.random.Generato
 
 
 def _like(model_E: np.ndarray, home_E: np.ndarray, ranks: int) -> np.ndarray:
-    """The same groups named as ``model_E`` names most of their experts: ranks are interchangeable, and a
-    mean over other names would blur."""
+    """The same groups, each numbered as ``model_E`` numbers most of its experts: ranks are interchangeable,
+    and a mean over samples with other numbers would blur."""
     common_RR = np.zeros((ranks, ranks))
     np.add.at(common_RR, (home_E, model_E), 1)
     return assign(common_RR)[home_E]

@@ -1,11 +1,12 @@
 """Expert grouping: a profile -> the placement that keeps activations on their token's rank, evenly loaded.
 
-Speculative MoE, offline model scheduling. Input ``jmoe.placement.profile.Profile``, output ``Placement`` with
-E / R experts a rank in every layer and the token tables (``jmoe.placement.tabulate``); exact, as experts are
-only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then ``[moe.shuffle] placement``.
+Speculative MoE, offline model scheduling. The input is a ``jmoe.placement.profile.Profile``; the output is a
+``Placement`` with E / R experts per rank in every layer and the token tables (``jmoe.placement.tabulate``).
+It is exact, as experts are only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then
+``[moe.shuffle] placement``.
 
-``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the rest what they are compared
-with; all are judged by the cost of ``objective``.
+``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the others are baselines; all
+are judged by the cost of ``objective``.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ METHODS: dict[str, Solver] = {
     "uniform": uniform,
     "random": random,
 }
-NEEDED = 16  # tokens an expert: below, loads and affinities are noise
+NEEDED = 16  # tokens per expert: with fewer, loads and affinities are noise
 
 
 def group(
@@ -42,10 +43,10 @@ def group(
     seed: int = 0,
     progress: Progress = lambda done, total, cost: None,
 ) -> Placement:
-    """The placement on ``ranks`` devices, with its tables; the same for the same seed.
+    """The placement on ``ranks`` devices, with its tables; the result is the same for the same seed.
 
-    progress: see ``objective``. Raises ValueError for an unknown method, ranks that do not
-    divide the experts, and a profile of too few tokens.
+    progress: see ``objective``. Raises ValueError for an unknown method, ranks that do not divide the
+    experts, and a profile of too few tokens.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; it can be one of {', '.join(METHODS)}")
@@ -61,7 +62,8 @@ def group(
 
 
 def placed(home_LE: Int[np.ndarray, "L E"], ranks: int, model: str) -> Placement:
-    """The placement with each expert on its rank, in ascending order there. ValueError unless evenly many."""
+    """The placement with each expert on its rank, in ascending order there. Raises ValueError if the ranks
+    do not hold equally many experts."""
     counts_LR = np.stack([np.bincount(home_E, minlength=ranks) for home_E in home_LE])
     if (counts_LR != home_LE.shape[1] // ranks).any():
         raise ValueError("every rank must hold equally many experts")

@@ -1,5 +1,5 @@
-"""Versioned ``.npz`` files of arrays: written whole or not at all, read without unpickling, refused in one
-line."""
+"""Versioned ``.npz`` files of arrays: written whole or not at all, read without unpickling; a bad file is
+rejected with a one-line message."""
 
 import math
 import os
@@ -15,22 +15,22 @@ from numpy.lib import format as npy
 
 from jmoe.config.units import cause
 
-HEADER = 10_240  # bytes; no array's description is as long
+HEADER = 10_240  # bytes; every array's description is shorter
 COMPRESSIONS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-# What a file may expand to: so many times its size, or so many bytes where that is more.
+# The most that a file may expand to: this many times its size, or this many bytes if that is more.
 EXPANSION, ANY_SIZE = 64, 16 << 20
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError where there is no folder for ``path``: before the work, not after it."""
+    """Raises ValueError if there is no folder for ``path``: call it so that this fails before the work."""
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
 
 
 def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
-    """Writes ``arrays``, numbers and strings among them, under the format name ``form``."""
+    """Writes ``arrays`` (numbers and strings are allowed too) under the format name ``form``."""
     found = {"format": np.asarray(form)} | {k: np.asarray(v) for k, v in arrays.items()}
-    with replacing(path) as file:  # by its path, numpy would add an ending
+    with replacing(path) as file:  # given a path instead, numpy would add an ending
         np.savez_compressed(file, allow_pickle=False, **found)
         if sum(a.nbytes + HEADER for a in found.values()) > _largest(file.tell()):  # nearly all zeros
             file.seek(0)
@@ -40,9 +40,9 @@ def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its place once it is whole on the disk. Whatever ends the writing
-    before that, a kill too, leaves at ``path`` what was there."""
-    path = path.resolve()  # a link stays one
+    """A file next to ``path`` that replaces it once it is whole on the disk. If anything ends the writing
+    earlier, even a kill, the former file at ``path`` stays."""
+    path = path.resolve()  # a link stays a link
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:
@@ -56,9 +56,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def saved_arrays(path: Path, what: str, form: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays, read-only, of a file that ``save_arrays`` wrote. Inside the ``with``, a missing
-    array or any other exception becomes a ValueError that names the file, as does a file that is absent,
-    malformed or something else: what is raised depends on how a file is damaged."""
+    """The arrays, read-only, of a file that ``save_arrays`` wrote.
+
+    A file that is absent, malformed or of another kind raises a ValueError that names the file. So does a
+    missing array or any other exception inside the ``with``: which exception a damaged file raises depends on
+    the damage.
+    """
     try:
         arrays = _read(path)
         if str(arrays["format"]) != form:
@@ -75,7 +78,7 @@ def saved_arrays(path: Path, what: str, form: str) -> Iterator[Mapping[str, np.n
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Every array by name. No memory is taken before the file's own size has been compared with it."""
+    """Every array by name. No memory is allocated before the arrays' size is checked against the file's."""
     if not path.is_file():
         raise ValueError("it is no file" if path.exists() else "there is no such file")
     with zipfile.ZipFile(path) as archive:
@@ -91,13 +94,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _largest(stored: int) -> int:
-    """Bytes of the arrays of a file of ``stored`` bytes."""
+    """The most bytes that the arrays of a file of ``stored`` bytes may take."""
     return max(ANY_SIZE, EXPANSION * stored)
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as file:
-        raw = file.read(member.file_size)  # less where the member is shorter than the archive says
+        raw = file.read(member.file_size)  # less if the member is shorter than the archive says
     head = BytesIO(raw[:HEADER])
     version = npy.read_magic(head)
     if version != (1, 0):

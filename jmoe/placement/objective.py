@@ -3,22 +3,23 @@
 Speculative MoE, co-clustering objective: theta * imbalance + (1 - theta) * remote, with each expert in one
 cluster and exactly E / R experts in each of R clusters. Both terms here are shares of all activations:
 
-remote     activations whose expert is not on the rank that their token was put on. The paper's token
-           clusters are minimised out: given the experts, token ids go to ranks by the linear program that
-           keeps the most activations local under equal chunks (each rank gets 1/R of the occurrences, since a
-           reduce-scatter takes no others; occurrences of one id may part). Its dual has a price a rank.
-imbalance  sum over ranks of |experts' load - 1/R|: half of it that of all activations, half the mean over
-           requests, weighed by length. Ours: the paper's term weighs tokens, which equal chunks already even
-           out; what is slow is a rank whose experts get more rows than the others'. And a step often holds
-           one request's tokens: without the second half the experts of one kind of text come together, and a
-           step of such text is less even than under a random placement.
+remote     Activations whose expert is not on the rank of their token. The paper's token clusters are
+           minimised out: for fixed experts, token ids go to ranks by the linear program that keeps the most
+           activations local under equal chunks (each rank gets 1/R of the occurrences, since a reduce-scatter
+           takes only equal chunks; occurrences of one id may go to different ranks). Its dual has one price
+           per rank.
+imbalance  Sum over ranks of |experts' load - 1/R|: one half for all activations, one half the mean over
+           requests, weighted by length. This is ours: the paper's term weighs tokens, which equal chunks
+           already even out; what is slow is a rank whose experts get more rows than the others'. And a step
+           often holds one request's tokens: without the second half, the experts of one kind of text are
+           placed together, and a step of such text is less even than under a random placement.
 
 Not in the paper and decided here: theta = 0.4 (on the bundled model single domains are then about as even as
-under random placements; less trades that for local activations); only the ``TOKENS`` most frequent ids are
-looked at, so that the solvers' time does not grow with the vocabulary.
+under random placements; a lower theta trades that for local activations); only the ``TOKENS`` most frequent
+ids are used, so that the solvers' time does not grow with the vocabulary.
 
 Group-limited routing would add a constraint: its groups are contiguous expert ids, so renumbering would have
-to move whole groups together, or the gate to choose groups before it renumbers.
+to move whole groups together, or the gate would have to choose groups before it renumbers.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from jmoe.placement.profile import Profile
 
 TOKENS = 4096
 THETA = 0.4
-STEPS = 60  # of the prices; with 4096 ids 2000 steps change the remote share by 0.0001
+STEPS = 60  # steps of the price search; with 4096 ids 2000 steps change the remote share by 0.0001
 Progress = Callable[[int, int, float], None]  # steps done, steps, mean cost of the layers placed so far
 
 
@@ -46,10 +47,14 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """One layer's statistics, T token ids. Shares of all of the T ids' activations and occurrences.
+    """One layer's statistics over T token ids, as shares of these ids' activations and occurrences.
 
-    chosen_ET: activations of each expert and token id. weight_T: occurrences. load_EG: loads of each expert
-    that are to be even over the ranks in each of G groups of activations, a group in all being its weight.
+    chosen_ET: activations of each expert and token id.
+    weight_T: occurrences of each token id.
+    load_EG: load of each expert in each of G groups of activations; each group is to be even over the ranks,
+        and its sum over experts is its weight.
+    ranks: number of ranks.
+    theta: weight of the imbalance.
     """
 
     chosen_ET: Float[np.ndarray, "E T"]
@@ -59,18 +64,18 @@ class LayerProblem:
     theta: float = THETA
 
     def shares(self, home_E: Int[np.ndarray, " E"]) -> Float[np.ndarray, "R T"]:
-        """Activations on each rank of each token id."""
+        """Each token id's activations on each rank."""
         return self._on_ranks(home_E) @ self.chosen_ET
 
     def excess(self, home_E: Int[np.ndarray, " E"]) -> Float[np.ndarray, "R G"]:
-        """Load of each rank in each group above its even share."""
+        """Load of each rank in each group, minus its even share."""
         return self._on_ranks(home_E) @ self.load_EG - self.load_EG.sum(0) / self.ranks
 
     def cost(self, home_E: Int[np.ndarray, " E"], price_R: Float[np.ndarray, " R"] | None = None) -> Cost:
-        """At the best prices, or cheaper and not above it at given ones."""
+        """The cost at the best prices; at prices passed in it is cheaper to compute and never higher."""
         share_RT = self.shares(home_E)
         price_R = prices(share_RT, self.weight_T) if price_R is None else price_R
-        # at any prices an upper bound of what equal chunks leave local, exact at the best ones
+        # an upper bound, at any prices, of what stays local under equal chunks; exact at the best prices
         local = float((share_RT - price_R[:, None] * self.weight_T).max(0).sum() + price_R.mean())
         uneven = float(np.abs(self.excess(home_E)).sum())
         return Cost(self.theta * uneven + (1 - self.theta) * (1 - local), 1 - local, uneven)
@@ -81,7 +86,12 @@ class LayerProblem:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A profile as the solvers see it. together_LEE, following_LEE, requests_QLE: the profile's, float32."""
+    """A profile as the solvers use it.
+
+    layers: statistics of each layer.
+    together_LEE, following_LEE, requests_QLE: the profile's counts, float32.
+    ranks: number of ranks.
+    """
 
     layers: list[LayerProblem]
     together_LEE: Float[np.ndarray, "L E E"]
@@ -91,7 +101,8 @@ class Problem:
 
     @classmethod
     def of(cls, profile: Profile, ranks: int, theta: float = THETA) -> "Problem":
-        """Raises ValueError, naming the divisors, where the ranks do not divide the experts."""
+        """The problem of a profile. Raises ValueError, naming the divisors, if ``ranks`` does not divide the
+        number of experts."""
         experts, often_V = profile.experts, profile.frequency_V
         if ranks < 1 or experts % ranks:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
@@ -114,7 +125,7 @@ class Problem:
         return self.requests_QLE.shape[2]
 
     def cost(self, home_LE: Int[np.ndarray, "L E"]) -> Cost:
-        """The mean over layers."""
+        """The mean cost over layers."""
         each = [layer.cost(home_E) for layer, home_E in zip(self.layers, home_LE, strict=True)]
         return Cost(*np.mean(each, axis=0).tolist())
 
@@ -124,10 +135,10 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def prices(share_RT: Float[np.ndarray, "R T"], weight_T: Float[np.ndarray, " T"]) -> Float[np.ndarray, " R"]:
-    """What a place on each rank costs when every rank is to get equally many tokens, near the optimum.
+    """The price of a place on each rank if every rank is to get equally many tokens, near the optimum.
 
-    The dual of the linear program, by subgradient steps: a rank that is too full gets dearer. The unit is the
-    share of a token's activations that it has to win there.
+    It solves the dual of the linear program by subgradient steps: the price of an overfull rank rises. The
+    unit is the share of its activations that a token must gain there.
     """
     ranks = len(share_RT)
     price_R = np.zeros(ranks, np.float32)
@@ -143,7 +154,7 @@ def prices(share_RT: Float[np.ndarray, "R T"], weight_T: Float[np.ndarray, " T"]
 
 
 class Swapper:
-    """One layer's experts on their ranks, and exchanges of two of them; ``home_E`` is the state.
+    """Exchanges pairs of one layer's experts; ``home_E``, the rank of each expert, is the state.
 
     The prices are those of the last ``reprice``.
     """
@@ -159,7 +170,7 @@ class Swapper:
         self._excess_RG = self.problem.excess(self.home_E)
 
     def swap(self, one: int, other: int) -> bool:
-        """Exchanges two experts where that lowers the cost at these prices; whether it did."""
+        """Exchanges two experts if that lowers the cost at these prices; returns whether it did."""
         both = [self.home_E[one], self.home_E[other]]
         if both[0] == both[1]:
             return False
@@ -181,9 +192,9 @@ class Swapper:
 def improve(
     problem: LayerProblem, home_E: Int[np.ndarray, " E"], rng: np.random.Generator, passes: int
 ) -> Int[np.ndarray, " E"]:
-    """``home_E`` after ``passes`` over all pairs of experts in random order, exchanges that gain kept.
+    """``home_E`` after ``passes`` over all pairs of experts in random order; exchanges that gain are kept.
 
-    Prices are found anew before each pass; ends early with one that gains nothing.
+    Prices are computed again before each pass; a pass that gains nothing is the last.
     """
     swapper, experts = Swapper(problem, home_E), len(home_E)
     pairs = np.stack(np.triu_indices(experts, 1), 1)

@@ -1,13 +1,14 @@
-"""Where the experts of each layer live: a table of slots, and the placement that evens out the ranks' load.
+"""Where the experts of each layer are: a table of slots, and the placement that evens out the ranks' load.
 
 ``Placement`` is what every offline method makes and the engine reads: expert loads or routing statistics ->
-``Placement`` -> ``placement.npz``. Host code in numpy; nothing here runs in a step.
+``Placement`` -> ``placement.npz``. This is host code in numpy; nothing here runs in a step.
 
 ``balance`` is the baseline that adds redundant experts, after the idea of DeepSeek's expert-parallel load
-balancer (EPLB, github.com/deepseek-ai/EPLB): the hottest experts get replicas, and slots are dealt to ranks
-heaviest first, always to the lightest rank with room. Where the expert groups of group-limited routing split
-evenly over the nodes, the groups are dealt to nodes first, so that a token's groups stay within few nodes.
-Lossless: a replica computes what its expert does. It does not say which replica a token takes.
+balancer (EPLB, github.com/deepseek-ai/EPLB): the hottest experts get replicas, and slots are assigned to
+ranks, heaviest first, always to the lightest rank with room. If the expert groups of group-limited routing
+split evenly over the nodes, the groups are assigned to nodes first, so that a token's groups stay within few
+nodes. It is lossless: a replica computes the same as its expert. It does not decide which replica a token
+uses.
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ FORMAT = "jmoe placement 2"
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which expert each slot holds: ``[layers, slots]``, the slots split over the ranks in order.
+    """Which expert each slot holds: ``[layers, slots]``; the slots are split over the ranks in order.
 
-    experts_LP: int32 expert ids; every expert has at least one slot. With as many slots as experts a row is a
-    permutation, with more some experts have replicas. model: identity of the model that it was made for.
-    tables: where its tokens go, if that was worked out. Raises ValueError where the table is not a placement.
+    experts_LP: expert id of each slot, int32. Every expert has at least one slot. With as many slots as
+        experts a row is a permutation; with more, some experts have replicas.
+    ranks: number of ranks.
+    model: identity of the model that the placement was made for.
+    tables: where its tokens go, if that was computed.
+
+    Raises ValueError if the table is not a placement.
     """
 
     experts_LP: Int[np.ndarray, "L P"]
@@ -55,7 +60,7 @@ class Placement:
 
     @property
     def rank_LE(self) -> Int[np.ndarray, "L E"]:
-        """The rank that computes each expert, where every expert has one slot."""
+        """The rank that computes each expert, if every expert has one slot."""
         layers, slots = self.experts_LP.shape
         ranks_LP = np.broadcast_to(np.arange(slots) * self.ranks // slots, (layers, slots))
         rank_LE = np.zeros((layers, int(self.experts_LP.max()) + 1), np.int64)
@@ -77,7 +82,7 @@ class Placement:
 
     @cached_property
     def slots_LEM(self) -> Int[np.ndarray, "L E M"]:
-        """The slots of each expert in ascending order, then -1; M is the most replicas of any expert."""
+        """The slots of each expert in ascending order, then -1; M is the largest number of replicas."""
         slots = np.full((self.layers, self.experts, self.replicas_LE.max()), -1, np.int32)
         for layer, row in enumerate(self.experts_LP):
             for expert in range(self.experts):
@@ -92,17 +97,17 @@ class Placement:
 
     @property
     def permutes(self) -> bool:
-        """Whether it only renumbers the experts: each has one slot."""
+        """Whether the placement only renumbers the experts: each has one slot."""
         return self.experts_LP.shape[1] == self.experts
 
     def by_expert(self, counts_LP: Int[np.ndarray, "L P"]) -> Int[np.ndarray, "L E"]:
-        """The sum over each expert's slots."""
+        """The sum of the counts over each expert's slots."""
         counts_LE = np.zeros((self.layers, self.experts), counts_LP.dtype)
         np.add.at(counts_LE, (np.arange(self.layers)[:, None], self.experts_LP), counts_LP)
         return counts_LE
 
     def rank_loads(self, loads_LE: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "L R"]:
-        """The load of each rank, an expert's load being split evenly over its replicas."""
+        """The load of each rank, if an expert's load is split evenly over its replicas."""
         share_LP = np.take_along_axis(loads_LE / self.replicas_LE, self.experts_LP, axis=1)
         return share_LP.reshape(self.layers, self.ranks, -1).sum(axis=2)
 
@@ -122,7 +127,7 @@ class Placement:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What ``save`` wrote; ValueError naming the file where it is absent, malformed or something else."""
+        """What ``save`` wrote; ValueError naming the file if it is absent, malformed or of another kind."""
         with saved_arrays(path, "placement", FORMAT) as arrays:
             tables = Tables.of(arrays)
             return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]), tables)
@@ -137,11 +142,17 @@ def balance(
     groups: int = 1,
     model: str,
 ) -> Placement:
-    """The placement of E experts in ``slots`` slots that keeps the most loaded rank low.
+    """The placement of E experts in ``slots`` slots that keeps the highest load of a rank low.
 
-    nodes: machines, each with the same number of ranks. groups: of group-limited routing, contiguous and
-    equal. Only where the nodes divide the groups does a group stay on one node; else all ranks are dealt to
-    alike. Raises ValueError, with the limit, for sizes that do not fit.
+    loads_LE: load of each expert.
+    slots: number of slots on all ranks.
+    ranks: number of ranks.
+    nodes: number of machines, each with the same number of ranks.
+    groups: number of groups of group-limited routing, contiguous and of equal size. A group stays on one node
+        only if the nodes divide the groups; if not, all ranks are treated alike.
+    model: identity of the model.
+
+    Raises ValueError, with the limit, for sizes that do not fit.
     """
     loads_LE = np.asarray(loads_LE, np.float64)
     if loads_LE.ndim != 2 or not loads_LE.size or not np.isfinite(loads_LE).all() or loads_LE.min() < 0:
@@ -168,7 +179,8 @@ def _check_parts(what: str, size: int, parts_of: str, parts: int) -> None:
 def _balance_layer(
     load_E: Float[np.ndarray, " E"], slots: int, ranks: int, nodes: int, groups: int
 ) -> Int[np.ndarray, " P"]:
-    """Groups to nodes, then within each node replicas of the hottest and slots to ranks."""
+    """Assigns groups to nodes; then, within each node, makes replicas of the hottest experts and assigns
+    slots to ranks."""
     members = np.arange(len(load_E)).reshape(groups, -1)
     row = []
     for mine in _deal(load_E[members].sum(axis=1), nodes):
@@ -180,7 +192,7 @@ def _balance_layer(
 
 
 def _deal(weights: np.ndarray, packs: int) -> Int[np.ndarray, "packs size"]:
-    """The items of each pack, equally many: heaviest item first, to the lightest pack that has room."""
+    """The items of each pack, equally many: items go, heaviest first, to the lightest pack with room."""
     size = len(weights) // packs
     contents: list[list[int]] = [[] for _ in range(packs)]
     total = np.zeros(packs)
@@ -192,7 +204,7 @@ def _deal(weights: np.ndarray, packs: int) -> Int[np.ndarray, "packs size"]:
 
 
 def _with_replicas(load: np.ndarray, slots: int) -> list[int]:
-    """Every expert once, then one replica at a time of that with the most load for each replica it has."""
+    """Every expert once, then one replica at a time of the expert with the highest load per replica."""
     copies, count = list(range(len(load))), [1] * len(load)
     while len(copies) < slots:
         hottest = max(range(len(load)), key=lambda e: (load[e] / count[e], -count[e], -e))

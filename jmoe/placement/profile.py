@@ -1,12 +1,12 @@
 """Routing statistics of a model on some text: what ``jmoe profile`` writes and the offline methods read.
 
 ``Profile`` -> ``profile.npz`` -> expert grouping (``jmoe.placement.group``) with token tables, and the store
-of expert maps. Host code in numpy. Its size does not grow with the text: counts are by distinct (layer, token
-id, expert), and what belongs to single requests is a sample of bounded size (``profile_builder``). Expert ids
-are the checkpoint's.
+of expert maps. This is host code in numpy. A profile's size does not grow with the text: counts are by
+distinct (layer, token id, expert), and the data of single requests is a sample of bounded size
+(``profile_builder``). Expert ids are the checkpoint's.
 
-Axes here: V token ids, X distinct (layer, token id, expert), Q sampled requests (windows of text), P
-positions of a request's trace, M iterations of a request; L is the MoE layers.
+Axes here: L MoE layers, V token ids, X distinct (layer, token id, expert), Q sampled requests (windows of
+text), P positions of a request's trace, M iterations of a request.
 """
 
 from dataclasses import dataclass, fields
@@ -25,11 +25,14 @@ FORMAT = "jmoe profile 2"
 class RequestSample:
     """A uniform sample of the requests that were profiled.
 
-    experts_QLE: how often each expert was chosen. gates_QLE, embeddings_QD: the mean of the router's scores
-    and of the input embeddings, float16. tokens_QP: a contiguous piece of the request, -1 after its end;
-    ids_QPLK, weights_QPLK: the experts of each of its tokens and their weights. maps_QMLE, map_tokens_QM:
-    random single positions, each the iteration of one token: its gate distributions, float16, and its id;
-    -1 where the request has fewer.
+    experts_QLE: how often each expert was chosen.
+    gates_QLE: mean of the router's scores, float16.
+    embeddings_QD: mean of the input embeddings, float16.
+    tokens_QP: token ids of a contiguous piece of the request (its trace), -1 after its end.
+    ids_QPLK: chosen experts of each token of the trace.
+    weights_QPLK: weights of these experts.
+    maps_QMLE: gate distributions at random single positions, each the iteration of one token, float16.
+    map_tokens_QM: token id at each of these positions, -1 if the request has fewer.
     """
 
     experts_QLE: Int[np.ndarray, "Q L E"]
@@ -46,13 +49,19 @@ class RequestSample:
 class Profile:
     """What the routers of ``model`` chose on a text; all counts are int64.
 
-    model: the model's identity (``jmoe.checkpoint.identity``). tokens: how many were counted. k: experts a
-    token. frequency_V: occurrences of each token id. pairs_X, counts_X: how often a token id chose an expert
-    at a layer, by the flat index ``(layer * V + token id) * E + expert``, ascending. together_LEE: tokens
-    that chose both experts at one layer; the diagonal is the experts' load. following_LEE: tokens that chose
-    one expert at layer l and the other at l + 1, of all k x k pairs; one layer fewer. nearest_V: of each
-    token id, the one seen that is most like it by input embedding (itself where seen). sample: requests.
-    Raises ValueError where the arrays do not fit one another.
+    model: identity of the model (``jmoe.checkpoint.identity``).
+    tokens: number of tokens counted.
+    k: experts per token.
+    frequency_V: occurrences of each token id.
+    pairs_X: flat index ``(layer * V + token id) * E + expert`` of each choice that occurred, ascending.
+    counts_X: how often the token id chose the expert at the layer.
+    together_LEE: tokens that chose both experts at one layer; the diagonal is the experts' load.
+    following_LEE: tokens that chose one expert at layer l and the other at l + 1, over all k x k pairs; it
+        has one layer fewer.
+    nearest_V: for each token id, the seen id with the most similar input embedding (itself if seen).
+    sample: sample of the requests.
+
+    Raises ValueError if the arrays do not fit one another.
     """
 
     model: str
@@ -124,7 +133,7 @@ class Profile:
         return np.diagonal(self.together_LEE, axis1=1, axis2=2)
 
     def chosen(self, layer: int, tokens_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T E"]:
-        """How often each of the token ids, distinct and ascending, chose each expert at ``layer``."""
+        """How often each of ``tokens_T``, distinct ascending token ids, chose each expert at ``layer``."""
         width = self.vocab * self.experts
         first, last = np.searchsorted(self.pairs_X, [layer * width, (layer + 1) * width])
         token_X, expert_X = np.divmod(self.pairs_X[first:last] - layer * width, self.experts)
@@ -141,7 +150,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What ``save`` wrote; ValueError naming the file where it is absent, malformed or something else."""
+        """What ``save`` wrote; ValueError naming the file if it is absent, malformed or of another kind."""
         with saved_arrays(path, "profile", FORMAT) as arrays:
             sample = RequestSample(**{f.name: arrays[f"sample_{f.name}"] for f in fields(RequestSample)})
             own: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls) if f.name != "sample"}

@@ -1,7 +1,7 @@
-"""``ProfileBuilder``: requests one by one -> ``Profile``, in memory that the text's length does not set.
+"""``ProfileBuilder``: requests one by one -> ``Profile``, in memory independent of the text's length.
 
-Counts of (layer, token id, expert) are buffered and merged into a sorted table of the distinct ones; requests
-and their traces are a reservoir: each of all requests is in it with the same probability (Vitter's
+Counts of (layer, token id, expert) are buffered and merged into a sorted table of the distinct ones. Requests
+and their traces are kept in a reservoir: every request is in it with the same probability (Vitter's
 algorithm R), decided by the seed.
 """
 
@@ -20,9 +20,13 @@ BLOCK = 1 << 22  # similarities computed at once, 4 bytes each
 class RoutedRequest:
     """One window of N tokens and its routing.
 
-    ids_LNK, weights_LNK: chosen experts and combine weights. gates_LE: mean router scores. embedding_D: mean
-    input embedding. maps_MLE, map_tokens_M: the router's scores at M random positions, and the token ids
-    there, -1 for none; M is the same for all requests.
+    tokens_N: token ids.
+    ids_LNK: chosen experts.
+    weights_LNK: combine weights of these experts.
+    gates_LE: mean router scores.
+    embedding_D: mean input embedding.
+    maps_MLE: router scores at M random positions; M is the same for all requests.
+    map_tokens_M: token ids at these positions, -1 for none.
     """
 
     tokens_N: Int[np.ndarray, " N"]
@@ -35,17 +39,19 @@ class RoutedRequest:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that was measured is numbers. Maps at no position are not."""
+        """Whether all measured values are finite. Maps without a position are not checked."""
         maps_XLE = self.maps_MLE[self.map_tokens_M >= 0]
         measured = self.weights_LNK, self.gates_LE, self.embedding_D, maps_XLE
         return all(bool(np.isfinite(each).all()) for each in measured)
 
 
 class ProfileBuilder:
-    """Takes routed requests and finishes to their ``Profile``.
+    """Takes routed requests and makes their ``Profile``.
 
-    requests: how many are kept as the sample; trace: how many tokens of each. overflown: requests that were
-    left out, as the model's activations overflowed: what their routers chose says nothing.
+    requests: number of requests kept as the sample.
+    trace: number of tokens kept of each.
+    overflown: number of requests left out because the model's activations overflowed, which makes their
+        routers' choices meaningless.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class ProfileBuilder:
         self._sample(request, chosen_LNE.sum(1))
 
     def finish(self, model: str, nearest_V: Int[np.ndarray, " V"]) -> Profile:
-        """The profile of ``model``. nearest_V: see ``nearest_seen``. ValueError where nothing was added."""
+        """The profile of ``model``. nearest_V: see ``nearest_seen``. ValueError if nothing was added."""
         if not self._kept:
             raise ValueError("a profile needs at least one request")
         self._merge()
@@ -98,7 +104,7 @@ class ProfileBuilder:
 
     @property
     def seen_V(self) -> np.ndarray:
-        """Which token ids occurred."""
+        """Whether each token id occurred."""
         return self._frequency_V > 0
 
     def _wait(self, pairs: Int[np.ndarray, " pairs"]) -> None:
@@ -139,7 +145,7 @@ class ProfileBuilder:
         self._kept[place : place + 1] = [kept]
 
     def _piece(self, values_LNK: np.ndarray, dtype: type) -> np.ndarray:
-        """``[P, L, K]``, zero after the end."""
+        """The values as ``[P, L, K]``, zero after the end of the request."""
         layers, n, k = values_LNK.shape
         piece_PLK = np.zeros((self.trace, layers, k), dtype)
         piece_PLK[:n] = values_LNK.transpose(1, 0, 2)
@@ -147,16 +153,16 @@ class ProfileBuilder:
 
 
 def _half(values_Z: Float[np.ndarray, "*Z"]) -> Float[np.ndarray, "*Z"]:
-    """In float16, whose largest number stands for larger ones."""
+    """The values in float16; larger ones are clipped to its largest number."""
     most = np.finfo(np.float16).max
     return np.clip(values_Z, -most, most).astype(np.float16)
 
 
 def nearest_seen(embeddings_VD: Float[np.ndarray, "V D"], seen_V: np.ndarray) -> Int[np.ndarray, " V"]:
-    """Of each token id, the seen one of the highest cosine between input embeddings; itself where seen.
+    """For each token id, the seen id with the highest cosine of input embeddings; itself if seen.
 
-    Paper: an unseen token copies the row of its nearest neighbour in embedding space; that nearness is the
-    cosine is our choice.
+    Paper: an unseen token copies the row of its nearest neighbour in embedding space. The cosine as the
+    measure is our choice.
     """
     unit_VD = embeddings_VD / np.maximum(np.linalg.norm(embeddings_VD, axis=1, keepdims=True), 1e-30)
     seen = np.flatnonzero(seen_V)

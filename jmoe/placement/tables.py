@@ -1,8 +1,9 @@
 """``Tables``: where a token's experts will be, by its id or by its last two layers, under one placement.
 
-Made offline (``jmoe.placement.tabulate``), saved in the placement's file, read by the token shuffle before
-the gate has run. Two predictors (Speculative MoE): the token id, and an n-gram over layers. Both give a rank
-and the share of the token's activations that is expected there, so that they can be compared.
+They are made offline (``jmoe.placement.tabulate``), saved in the placement's file, and read by the token
+shuffle before the gate has run. There are two predictors (Speculative MoE): the token id, and an n-gram over
+layers. Both give a rank and the share of the token's activations that is expected there, so that they can be
+compared.
 """
 
 import math
@@ -20,12 +21,14 @@ OPTIONAL = ("shares_LVR", "next_shares_LHR")
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """L MoE layers, V token ids, R ranks; H = R * R histories ``rank at l-2 * R + rank at l-1``.
+    """Tables for L MoE layers, V token ids, R ranks; H = R * R histories ``rank at l-2 * R + rank at l-1``.
 
-    ranks_LV, confidence_LV: of each token id the rank with the most of its activations and the share expected
-    there, float16. shares_LVR: that share of every rank, or None where it would be large. next_ranks_LH,
-    next_confidence_LH, next_shares_LHR: the same of a history; 0 where there is none, as at the first two
-    layers.
+    ranks_LV: for each token id, the rank with the most of its activations.
+    confidence_LV: share of its activations expected there, float16.
+    shares_LVR: that share for every rank; None if the table would be large.
+    next_ranks_LH: the same rank by the history; 0 if the history did not occur, as at the first two layers.
+    next_confidence_LH: the same share by the history; 0 as above.
+    next_shares_LHR: the same shares by the history, 0 as above; None if the table would be large.
     """
 
     ranks_LV: Int[np.ndarray, "L V"]
@@ -37,11 +40,11 @@ class Tables:
 
     @property
     def count(self) -> int:
-        """How many ranks they are for."""
+        """The number of ranks that the tables are for."""
         return math.isqrt(self.next_ranks_LH.shape[-1])
 
     def check(self, *, layers: int, ranks: int) -> None:
-        """Raises ValueError unless these are tables of that many layers and ranks, of ranks and of shares."""
+        """Raises ValueError unless the tables are for so many layers and ranks, and hold ranks and shares."""
         sizes = {"L": layers, "V": self.ranks_LV.shape[-1], "R": ranks, "H": ranks * ranks}
         for field in fields(self):
             array = getattr(self, field.name)
@@ -61,13 +64,13 @@ class Tables:
                 )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a file; what is None is left out."""
+        """The arrays to save in a file; a table that is None is left out."""
         found = {PREFIX + f.name: getattr(self, f.name) for f in fields(self)}
         return {name: array for name, array in found.items() if array is not None}
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
-        """From the arrays of a file, None where it has no tables."""
+        """The tables from the arrays of a file; None if it has no tables."""
         found = {f.name: arrays[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in arrays}
         if not found:
             return None

@@ -1,13 +1,14 @@
 """A profile and a placement -> the tables that put tokens where their experts are, and what they keep local.
 
-Speculative MoE: token id -> rank, and ranks at the last two layers -> rank. Of what the paper leaves open:
-* a token's rank is the one with the most of its expected activations and its confidence that share (exact for
-  fixed experts, and comparable between the two tables), not the requests it occurred in;
-* expected shares of a token id are smoothed with ``PRIOR`` occurrences of the average token, else every id
-  that was seen once would be certain;
-* a token has one label a layer for the history: the rank with most of its top-k, ties by combine weight;
-* chunks are made equal by deferred acceptance: tokens ask for their best rank, a full one keeps the most
-  confident, the others ask for their next best.
+Speculative MoE: token id -> rank, and ranks at the last two layers -> rank. What the paper leaves open,
+decided here:
+* a token's rank is the rank with the most of its expected activations, and its confidence is that share
+  (exact for fixed experts, and comparable between the two tables); the requests it occurred in do not count;
+* expected shares of a token id are smoothed with ``PRIOR`` occurrences of the average token; without that,
+  every id that was seen once would be certain;
+* for the history, a token has one label per layer: the rank with most of its top-k, ties by combine weight;
+* chunks are made equal by deferred acceptance: tokens apply to their best rank, a full rank keeps the most
+  confident ones, the others apply to their next best.
 """
 
 import numpy as np
@@ -17,11 +18,11 @@ from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
 
 PRIOR = 1.0
-LARGEST = 64 << 20  # bytes of all ranks' shares; larger ones are left out of the tables
+LARGEST = 64 << 20  # bytes of the shares of all ranks; a larger array is left out of the tables
 
 
 def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> Tables:
-    """The tables of experts on ``home_LE``'s ranks. Ids that were not seen have the row of their nearest."""
+    """The tables for experts on the ranks of ``home_LE``. An unseen id has the row of its nearest seen id."""
     share_LVR = np.stack(
         [token_shares(profile, layer, home_E, ranks) for layer, home_E in enumerate(home_LE)]
     )
@@ -38,7 +39,7 @@ def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
 def token_shares(
     profile: Profile, layer: int, home_E: Int[np.ndarray, " E"], ranks: int
 ) -> Float[np.ndarray, "V R"]:
-    """The share of each token id's activations expected on each rank; of an unseen one, the average's."""
+    """The share of each token id's activations expected on each rank; for an unseen id, the average share."""
     seen = np.flatnonzero(profile.frequency_V)
     on_rank_ER = np.eye(ranks)[home_E]
     average_R = on_rank_ER.T @ (profile.loads_LE[layer] / profile.loads_LE[layer].sum())
@@ -69,9 +70,10 @@ def rank_shares(
 def history_shares(
     profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int
 ) -> Float[np.ndarray, "L H R"]:
-    """The shares of a token's activations by its labels at the two layers before, over the sample's traces.
+    """The shares of a token's activations on each rank by its labels at the two layers before, from the
+    sample's traces.
 
-    Zero for a history that did not occur, as at the first two layers.
+    They are zero for a history that did not occur, as at the first two layers.
     """
     sample = profile.sample
     real_QP = sample.tokens_QP >= 0
@@ -107,6 +109,6 @@ def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
 def local_share(
     ids_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"], home_LE: Int[np.ndarray, "L E"]
 ) -> float:
-    """The local activation rate: activations whose expert lies where their token was put."""
+    """The local activation rate: the share of activations whose expert is on their token's rank."""
     pairs = zip(ids_LNK, rank_LN, home_LE, strict=True)
     return float(np.mean([home_E[ids_NK] == rank_N[:, None] for ids_NK, rank_N, home_E in pairs]))

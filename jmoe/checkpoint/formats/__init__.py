@@ -1,4 +1,4 @@
-"""The formats in which checkpoints keep numbers: one short file each, and one row here.
+"""The formats in which checkpoints store numbers: each has one short file, and one entry here.
 
 The model side names a tensor's format (``Form.format``), and a family the methods in which it is read.
 """

@@ -1,4 +1,4 @@
-"""What a format's file declares: the tensors that keep a parameter's values, and how these are read."""
+"""What a format's file declares: the tensors that store a parameter's values, and how they are read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 
 @dataclass(frozen=True)
 class Entry:
-    """What is read of one tensor. shape: of one entry of a stacked one. dtypes: the file's names for them."""
+    """What is read from one tensor.
+
+    name: name of the tensor.
+    shape: shape of the tensor, or of one entry if it is stacked.
+    dtypes: names of the allowed dtypes in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -19,15 +24,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep numbers; ``Form`` and ``Stored`` say which slice of a parameter they are.
+    """One way to store numbers; ``Form`` and ``Stored`` say which slice of a parameter they are.
 
-    name: as ``Form.format`` has it.
-    suffixes: what follows a stored name in the names of the tensors that keep its values.
-    entries: what is read of each of these, given the stored name and the shape of the values; ValueError
-        names the tensor where the format cannot keep such a shape.
-    read: a function that fills a flat array, float32 or bfloat16, with the values of a stored name from a
-        place on, in C order. They are whole rows, about as many as fit in the cache. ValueError names the
-        tensor for NaN or Inf.
+    name: name of the format in ``Form.format``.
+    suffixes: what follows a stored name in the names of the tensors that store its values.
+    entries: function of the stored name and the shape of the values; returns what is read from each of these
+        tensors. It raises ValueError naming the tensor if the format cannot store such a shape.
+    read: function that fills a flat array, float32 or bfloat16, with the values of a stored name from a
+        given position on, in C order. They are whole rows, about as many as fit in the cache. It raises
+        ValueError naming the tensor for NaN or Inf.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""MXFP4, the OCP Microscaling format (v1.0) as gpt-oss is published: blocks of 32 numbers E2M1, two a byte
-with the first in the low four bits, and of each block a scale of 2^(byte - 127)."""
+"""MXFP4, the OCP Microscaling format (v1.0) in which gpt-oss is published: blocks of 32 E2M1 numbers, two per
+byte with the first in the low four bits, and one scale per block, 2^(byte - 127)."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from jmoe.config.units import brief
 
 BLOCK = 32  # numbers that share a scale
 PAIRS = BLOCK // 2  # bytes of a block
-NO_NUMBER = 255  # the scale that is NaN
+NO_NUMBER = 255  # the scale that means NaN
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 BLOCKS, SCALES = "_blocks", "_scales"
 DTYPE = "U8"  # of both tensors
@@ -40,7 +40,7 @@ def read(checkpoint: HFCheckpoint, name: str, start: int, out: np.ndarray) -> No
 def dequantise(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     """Fills ``out``, flat in float32 or bfloat16, with the numbers of blocks ``[..., 16]``, scales ``[...]``.
 
-    Exact, but for what is beyond the dtype, which becomes Inf. A scale of 255 gives NaN.
+    The result is exact, except that numbers beyond the dtype's range become Inf. A scale of 255 gives NaN.
     """
     table = _pairs(out.dtype)
     index = scales.astype(np.intp)[..., None] << 8 | blocks
@@ -49,9 +49,9 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
 
 @lru_cache(maxsize=2)
 def _pairs(dtype: np.dtype) -> np.ndarray:
-    """The two numbers that each byte is under each scale, as one unsigned integer; by ``scale * 256 + byte``.
+    """The two numbers of each byte at each scale, as one unsigned integer, indexed by ``scale * 256 + byte``.
 
-    One look-up gives both in their dtype: bfloat16 products in numpy take ten times as long.
+    One look-up gives both numbers in their dtype: bfloat16 products in numpy take ten times as long.
     """
     byte = np.arange(256)
     pair = np.array(E2M1, np.float32)[np.stack([byte & 15, byte >> 4], axis=-1)]

@@ -1,4 +1,4 @@
-"""Numbers as they are, in one tensor of any floating dtype."""
+"""Unquantised numbers, in one tensor of any floating-point dtype."""
 
 from jmoe.checkpoint.formats.format import Entry, Format
 from jmoe.checkpoint.hf_reader import HFCheckpoint

@@ -1,1 +1,1 @@
-"""Which experts the next layers will need, by what is known of a sequence so far."""
+"""Predictors of the experts that the next layers will need, from what is known of a sequence so far."""

@@ -1,4 +1,4 @@
-"""From what is expected of single tokens to one forecast for the batch."""
+"""Combines what is expected of single tokens into one forecast for the batch."""
 
 from typing import NamedTuple, Self
 
@@ -10,16 +10,16 @@ from jmoe.offload.types import Forecast
 
 
 def top(p_ZE: Float[Array, "*Z E"], k: int) -> Bool[Array, "*Z E"]:
-    """The k experts of highest p, the lower id where two are equal; never one of p 0."""
+    """The k experts of highest p, of equals the lower id; never an expert with p = 0."""
     _, ids_ZK = lax.top_k(p_ZE, min(k, p_ZE.shape[-1]))
     each_E = _like(jnp.arange(p_ZE.shape[-1], dtype=ids_ZK.dtype), p_ZE.ndim + 1)
     return jnp.any(ids_ZK[..., None] == each_E, -2) & (p_ZE > 0)
 
 
 def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Bool[Array, "*Z E"]:
-    """Experts in descending p until they sum to ``mass_Z``, the one that reaches it included; never fewer
-    than k (fMoE's selection, where the mass is delta = 1 - similarity). Of equals the lower id comes first.
-    All pairs are compared: for a hundred experts that takes a third of a sort's time.
+    """Takes experts in descending p until they sum to ``mass_Z``, the expert that reaches it included; never
+    fewer than k (fMoE's selection, with the mass delta = 1 - similarity). Of equals the lower id comes first.
+    It compares all pairs: for a hundred experts that takes a third of the time of a sort.
     """
     id_E = jnp.arange(p_ZE.shape[-1])
     earlier_EE = _like(id_E[:, None] < id_E[None], p_ZE.ndim + 1)
@@ -33,17 +33,17 @@ def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Boo
 def over_batch(
     p_BAE: Float[Array, "B A E"], wanted_BAE: Bool[Array, "B A E"], valid_B: Bool[Array, " B"]
 ) -> Forecast:
-    """What any valid token wants, and how much the one that likes each expert most does.
+    """Forecast of the batch: an expert is wanted if any valid token wants it; its p is the highest of them.
 
-    The paper leaves the combination open; union and maximum are ours. A token whose p is no finite number
-    says nothing of that layer, and the others what they say without it.
+    The paper leaves the combination open; union and maximum are ours. A token with a p that is not finite is
+    left out for that layer; the other tokens count as they would without it.
     """
     says_BA1 = valid_B[:, None, None] & jnp.all(jnp.isfinite(p_BAE), -1, keepdims=True)
     return Forecast(jnp.max(jnp.where(says_BA1, p_BAE, 0), 0), jnp.any(wanted_BAE & says_BA1, 0))
 
 
 class Plan(NamedTuple):
-    """A forecast of all L layers, made at once; A rows of nothing behind the last one."""
+    """A forecast of all L layers, made at once, with A empty rows after the last layer."""
 
     p_XE: Float[Array, "L+A E"]
     wanted_XE: Bool[Array, "L+A E"]
@@ -53,10 +53,10 @@ class Plan(NamedTuple):
         return cls(*(jnp.pad(each_LE, ((0, distance), (0, 0))) for each_LE in all_layers))
 
     def ahead(self, first: int | Int[Array, ""], distance: int) -> Forecast:
-        """Of layers ``first .. first + distance - 1``."""
+        """The forecast of layers ``first .. first + distance - 1``."""
         return Forecast(*(lax.dynamic_slice_in_dim(each_XE, first, distance) for each_XE in self))
 
 
 def _like(a_X: Array, rank: int) -> Array:
-    """With axes of length 1 before its own."""
+    """The array with axes of length 1 before its own, ``rank`` in all."""
     return a_X.reshape((1,) * (rank - a_X.ndim) + a_X.shape)

@@ -1,8 +1,8 @@
-"""``ExpertMaps``: fMoE's forecast, the experts of the past iteration that is most like this one.
+"""``ExpertMaps``: fMoE's forecast, the experts of the past iteration that is most similar to this one.
 
-Section 2.3: before the first layer an iteration is known by its input embedding (semantic search), later by
-what the gates have said so far (trajectory search). With the embeddings of single tokens, the nearest entry
-of a token that the store has is an iteration of the same token.
+Section 2.3: before the first layer an iteration is compared by its input embedding (semantic search), later
+by the gate scores so far (trajectory search). Here the embeddings are those of single tokens: if the store
+has the token, the nearest entry is an iteration of the same token.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,14 @@ from jmoe.offload.types import Forecast, LayerSeen, StepSeen
 
 
 class Learning(NamedTuple):
-    """The one iteration of a step that will be kept: its row in the batch, whether there is one, its input
-    embedding, of length 1, that one's cosines, and its map as far as it is known."""
+    """The one iteration of a step that will be kept.
+
+    row: its row in the batch.
+    exists: whether there is one.
+    key_D: its input embedding, of length 1.
+    cos_C: cosines of that embedding and every entry's.
+    map_LE: its map as far as it is known.
+    """
 
     row: Int[Array, ""]
     exists: Bool[Array, ""]
@@ -30,7 +36,14 @@ class Learning(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """A step's trajectories up to a layer, against every entry's: the running parts of their cosines."""
+    """A step's trajectories up to a layer, compared with every entry's: running sums for their cosines.
+
+    valid_B: whether the row is a token whose numbers so far are all finite.
+    dots_BC: dot product of each token's trajectory and each entry's.
+    squares_B: squared length of each token's trajectory.
+    entry_squares_C: squared length of each entry's trajectory.
+    learning: the iteration that will be kept; None if the store does not learn online.
+    """
 
     valid_B: Bool[Array, " B"]
     dots_BC: Float[Array, "B C"]
@@ -42,8 +55,14 @@ class Trail(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertMaps:
-    """store: past iterations. turn: steps so far. distance: A, layers ahead. k: experts a token; never fewer
-    are wanted. online: whether every step adds an iteration to the store."""
+    """Predicts by the most similar past iteration.
+
+    store: past iterations.
+    turn: number of steps so far.
+    distance: A, layers ahead.
+    k: experts per token; never fewer are wanted.
+    online: whether every step adds an iteration to the store.
+    """
 
     store: MapStore
     turn: Int[Array, ""]
@@ -70,15 +89,15 @@ class ExpertMaps:
         return trail, self._forecast(cos_BC, 0, valid_B)
 
     def observe(self, walk: Trail, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Trail, Forecast]:
-        """Adds the layer's own part to every cosine: the same work at every depth, O(B * C * E).
+        """Adds the layer's part to every cosine: the same work at every depth, O(B * C * E).
 
-        The paper forecasts the single layer ``layer + A`` from here; the rows of the nearer ones refresh what
-        shallower searches said of them. A token whose scores are no finite numbers says nothing from here on.
+        The paper forecasts only layer ``layer + A`` here; our rows of the nearer layers refresh the forecasts
+        of earlier searches. A token whose scores are not all finite is left out from here on.
         """
         maps_CE = lax.dynamic_index_in_dim(self.store.maps_CLE, layer, 1, keepdims=False)
         squares_C = lax.dynamic_index_in_dim(self.store.squares_CL, layer, 1, keepdims=False)
         learning, sane_B = walk.learning, jnp.all(jnp.isfinite(seen.scores_BE), 1)
-        if learning is not None:  # as it is: the store takes no map with such a layer
+        if learning is not None:  # scores unchanged: the store takes no map with numbers that are not finite
             learning = learning._replace(map_LE=learning.map_LE.at[layer].set(seen.scores_BE[learning.row]))
         scores_BE = jnp.where(sane_B[:, None], seen.scores_BE, 0)
         walk = walk._replace(
@@ -92,8 +111,8 @@ class ExpertMaps:
         return walk, self._forecast(cos_BC, layer + 1, walk.valid_B)
 
     def finish(self, walk: Trail) -> Self:
-        """One iteration a step is kept, however many tokens it had (ours). The cost is bounded, and small:
-        what the entry is compared by is what the step's searches have found."""
+        """Keeps one iteration per step, however many tokens it had (ours). The cost is bounded and small: the
+        entry is compared by the cosines that the step's searches have computed."""
         learning = walk.learning
         if learning is None:
             return self
@@ -104,11 +123,11 @@ class ExpertMaps:
         return replace(self, store=store, turn=self.turn + 1)
 
     def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
-        """Prompts tell counts, not the distributions of single tokens: nothing is learned of them."""
+        """Learns nothing: a prompt gives counts, not the distributions of single tokens."""
         return self
 
     def _choose(self, valid_B: Array, keys_BD: Array, cos_BC: Array) -> Learning:
-        """The valid rows take turns over the steps."""
+        """Chooses the iteration to keep: the valid rows take turns over the steps."""
         count = jnp.sum(valid_B, dtype=jnp.int32)
         nth = self.turn % jnp.maximum(count, 1) + 1
         row = jnp.argmax(jnp.cumsum(valid_B, dtype=jnp.int32) == nth).astype(jnp.int32)
@@ -118,8 +137,8 @@ class ExpertMaps:
     def _forecast(
         self, cos_BC: Float[Array, "B C"], first: int | Int[Array, ""], valid_B: Bool[Array, " B"]
     ) -> Forecast:
-        """Layers ``first`` and on of each token's most similar entry; the less similar it is, the more
-        experts are wanted (section 2.4). Nothing from an empty store."""
+        """Layers from ``first`` on of each token's most similar entry; the less similar it is, the more
+        experts are wanted (section 2.4). An empty store forecasts nothing."""
         used_C, maps_CLE = self.store.used_C, self.store.maps_CLE
         layers = maps_CLE.shape[1]
         cos_BC = jnp.where(used_C[None], cos_BC, -jnp.inf)

@@ -1,6 +1,6 @@
-"""What the predictors take of a routing profile, as shapes of a ``jmoe.placement.profile.Profile``.
+"""The parts of a ``jmoe.placement.profile.Profile`` that the predictors use, as protocols.
 
-A profile is made in a layer of its own, which this one does not import.
+A profile is made in a package of its own, which this one does not import.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,12 @@ from jaxtyping import Float, Int
 
 
 class Sampled(Protocol):
-    """Of Q requests: experts_QLE, how often each expert was chosen; maps_QMLE, gate distributions of M single
-    iterations; map_tokens_QM, their token ids, -1 for none."""
+    """A sample of Q requests.
+
+    experts_QLE: how often each expert was chosen.
+    maps_QMLE: gate distributions of M single iterations.
+    map_tokens_QM: token ids of these iterations, -1 for none.
+    """
 
     @property
     def experts_QLE(self) -> Int[np.ndarray, "Q L E"]: ...
@@ -23,8 +27,15 @@ class Sampled(Protocol):
 
 
 class History(Protocol):
-    """tokens: how many were counted. frequency_V: occurrences of each token id. nearest_V: of each, the one
-    seen that is most like it. loads_LE: how often each expert was chosen; chosen: by which token ids."""
+    """Routing statistics of past text.
+
+    tokens: number of tokens counted.
+    frequency_V: occurrences of each token id.
+    nearest_V: the seen token id that is most similar to each token id.
+    loads_LE: how often each expert was chosen.
+    sample: a sample of the requests.
+    chosen: how often each of the given token ids chose each expert at one layer.
+    """
 
     @property
     def tokens(self) -> int: ...
@@ -47,8 +58,8 @@ class _Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Renumbered:
-    """A history by the numbers that experts have where they were moved: ``experts_LE`` says which of the
-    history's each one is."""
+    """A history in the numbering of experts that were renumbered: ``experts_LE`` gives each new expert's
+    number in the history."""
 
     history: History
     experts_LE: Int[np.ndarray, "L E"]

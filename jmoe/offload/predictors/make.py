@@ -1,4 +1,4 @@
-"""Predictors that keep nothing between steps, and the choice of any predictor by name."""
+"""Predictors that keep no state between steps, and the choice of any predictor by name."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -48,10 +48,10 @@ class NoPredictor(_Fixed):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NextGate(_Fixed):
-    """What the next layers' own routers say of this layer's input (Mixtral-Offloading, cross-layer gate).
+    """Applies the next layers' own routers to this layer's input (Mixtral-Offloading, cross-layer gate).
 
-    Before the first layer there is no router's input: there the token table speaks, where a profile gave one
-    (ours), and else nothing is expected.
+    Before the first layer there is no router input: then the forecast comes from the token table if a profile
+    gave one (ours); if not, nothing is expected.
     """
 
     table: TokenTable | None
@@ -67,7 +67,7 @@ class NextGate(_Fixed):
     def observe(
         self, walk: Bool[Array, " B"], layer: Int[Array, ""], seen: LayerSeen
     ) -> tuple[Bool[Array, " B"], Forecast]:
-        """walk: the rows that are no padding."""
+        """walk: whether each row is a token, not padding."""
         if seen.ahead_BAE is None:
             raise ValueError("next_gate needs the scores of the next layers' routers")
         return walk, over_batch(seen.ahead_BAE, top(seen.ahead_BAE, self.k), walk)
@@ -76,8 +76,8 @@ class NextGate(_Fixed):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given(_Fixed):
-    """The oracle's: needs_LE says which experts the step will need. ``dataclasses.replace`` sets it anew for
-    each step."""
+    """The oracle's predictor. needs_LE: which experts the step will need; ``dataclasses.replace`` sets it
+    for each step."""
 
     needs_LE: Bool[Array, "L E"]
     distance: int = field(metadata={"static": True})
@@ -95,12 +95,16 @@ def make_predictor(
     profile: History | None = None, embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None,
     capacity: int = 1000, online: bool | None = None,
 ) -> Predictor:  # fmt: skip
-    """The predictor called ``name``, one of NAMES; ValueError for another one and for what it lacks.
+    """The predictor called ``name``, one of NAMES; ValueError for another name or a missing input.
 
-    distance: A, layers ahead. k: experts a token. seats: the most requests that run at once. profile: of the
-    model's routing on some text; without it expert_map begins empty, counts knows a request's own past only.
-    For expert_map: embeddings_VD, the model's input embeddings; capacity, the iterations that it keeps;
-    online, whether it learns from every step, which by default it does where it has no profile.
+    distance: A, layers ahead.
+    k: experts per token.
+    seats: maximum number of requests that run at once.
+    profile: the model's routing on some text; without it expert_map begins empty, and counts knows only a
+        request's own past.
+    embeddings_VD: for expert_map: the model's input embeddings.
+    capacity: for expert_map: number of iterations that it keeps.
+    online: for expert_map: whether it learns from every step; by default it does if it has no profile.
     """
     if name not in NAMES:
         raise ValueError(f"unknown predictor {name!r}; it can be one of {', '.join(NAMES)}")
@@ -133,8 +137,8 @@ def make_predictor(
 
 
 def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int) -> MapStore:
-    """A store of the profile's single iterations, in a random order: theirs is the text's, and where there
-    are more than the store holds, the last domain would have most of it."""
+    """A store of the profile's single iterations, in random order: they are in the order of the text, and if
+    there are more than the store holds, the last domain would fill most of it."""
     tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
     there_QM = tokens_QM >= 0
     order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))

@@ -1,7 +1,7 @@
-"""``MapStore``: what the gates said in past iterations, in arrays of a fixed size.
+"""``MapStore``: the gate distributions of past iterations, in arrays of a fixed size.
 
 fMoE section 2.2: an entry is the input embedding of an iteration and its expert map, the gate distributions
-of all layers. Where the store is full, a new entry takes the place of the one that it makes most redundant.
+of all layers. If the store is full, a new entry replaces the entry that it makes most redundant.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,18 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-EXACT = lax.Precision.HIGHEST  # cosines near 1 are told apart; accelerators would round their factors
+EXACT = lax.Precision.HIGHEST  # keeps cosines near 1 distinct; accelerators would round their factors
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MapStore:
-    """C entries, of which ``used_C`` are filled; all float32.
+    """C entries; all numbers are float32.
 
-    keys_CD: input embeddings, of length 1. maps_CLE: gate distributions. squares_CL: the squared length of
-    each layer's distribution, so that a search need not read more of a map than one layer.
+    keys_CD: input embeddings, of length 1.
+    maps_CLE: gate distributions.
+    squares_CL: squared length of each layer's distribution, so that a search reads only one layer of a map.
+    used_C: whether the entry is filled.
     """
 
     keys_CD: Float[Array, "C D"]
@@ -48,7 +50,7 @@ class MapStore:
         capacity: int,
         distance: int,
     ) -> Self:
-        """From I iterations, one after the other: no two can claim one place without the rule deciding."""
+        """A store of I iterations, inserted one after another, so that the rule decides every replacement."""
         layers, experts = maps_ILE.shape[1:]
         store = cls.empty(capacity, layers, experts, embeddings_ID.shape[1])
         given = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
@@ -56,12 +58,12 @@ class MapStore:
 
 
 def unit(x_ZD: Float[Array, "*Z D"]) -> Float[Array, "*Z D"]:
-    """Of length 1; zeros stay zeros."""
+    """The vectors scaled to length 1; zeros stay zeros."""
     return x_ZD / jnp.maximum(jnp.linalg.norm(x_ZD, axis=-1, keepdims=True), 1e-30)
 
 
 def cosine(dots_Z: Array, squares_Z: Array, other_squares_Z: Array) -> Array:
-    """From the product and the squared lengths; 0 where either length is."""
+    """The cosine from the dot product and the squared lengths; 0 if either length is 0."""
     return dots_Z / jnp.sqrt(jnp.maximum(squares_Z * other_squares_Z, 1e-30))
 
 
@@ -79,10 +81,13 @@ def put(
     redundancy_C: Float[Array, " C"],
     keep: Bool[Array, ""] | bool = True,
 ) -> MapStore:
-    """The store with one iteration more, in the first free place or in that of the most redundant entry.
+    """The store with one more iteration, in the first free place or in that of the most redundant entry.
 
-    key_D: of length 1. keep: where false the store stays as it is, as it does where an embedding or a map is
-    not all finite numbers: one such entry would be the nearest of every later step.
+    key_D: input embedding, of length 1.
+    map_LE: its gate distributions.
+    redundancy_C: how redundant the new iteration makes each entry.
+    keep: if false, the store stays as it is. It also does if the embedding or the map has a number that is
+        not finite: one such entry would be the nearest of every later step.
     """
     keep = keep & jnp.all(jnp.isfinite(key_D)) & jnp.all(jnp.isfinite(map_LE))
     place = jnp.where(jnp.all(store.used_C), jnp.argmax(redundancy_C), jnp.argmin(store.used_C))
@@ -94,7 +99,7 @@ def put(
 def insert(
     store: MapStore, embedding_D: Float[Array, " D"], map_LE: Float[Array, "L E"], distance: int
 ) -> MapStore:
-    """The store with an iteration of which nothing is known yet but its embedding and its map."""
+    """The store with an iteration of which only the embedding and the map are known, not the redundancy."""
     key_D = unit(embedding_D)
     semantic_C = jnp.matmul(store.keys_CD, key_D, precision=EXACT)
     dots_C = jnp.einsum("cle,le->c", store.maps_CLE, map_LE, precision=EXACT)

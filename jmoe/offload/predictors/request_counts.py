@@ -1,7 +1,7 @@
-"""``RequestCounts``: the experts of the past request whose experts so far are most like this one's.
+"""``RequestCounts``: the experts of the past request whose experts are most similar to this one's so far.
 
-MoE-Infinity's idea, a comparator of fMoE's: a request is the matrix of how often it chose each expert, over
-its prompt and all its steps.
+This is MoE-Infinity's idea, a baseline in fMoE: a request is the matrix of how often it chose each expert,
+over its prompt and all its steps.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,13 @@ from jmoe.offload.types import Forecast, LayerSeen, StepSeen
 
 
 class Chosen(NamedTuple):
-    """What a step was expected to choose, and what each of its tokens has chosen so far."""
+    """The walk of one step.
+
+    plan: forecast of the step's experts.
+    seats_B: seat of each row's request.
+    valid_B: whether the row is a token, not padding.
+    chosen_BLE: experts that each token has chosen so far.
+    """
 
     plan: Plan
     seats_B: Int[Array, " B"]
@@ -30,9 +36,14 @@ class Chosen(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RequestCounts:
-    """stored_QLE: past requests, the share of each expert in a layer's choices; with none of them (Q = 0) a
-    request's own past is what is expected of it. counts_ZLE: how often each expert was chosen by the request
-    in each of Z seats. k: experts a token, the likeliest of which are wanted."""
+    """Predicts by the most similar past request.
+
+    stored_QLE: share of each expert in a layer's choices, for Q past requests; with Q = 0 a request is
+        expected to choose as in its own past.
+    counts_ZLE: how often the request in each of Z seats chose each expert.
+    distance: A, layers ahead.
+    k: experts per token; the k likeliest are wanted.
+    """
 
     stored_QLE: Float[Array, "Q L E"]
     counts_ZLE: Float[Array, "Z L E"]
@@ -64,17 +75,17 @@ class RequestCounts:
     def absorb(
         self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Float[Array, "B L E"]
     ) -> Self:
-        """A seat whose piece begins a request forgets the one that sat there."""
+        """Adds the pieces' counts; a seat whose piece begins a request first drops the former request's."""
         forgotten_B = jnp.where(fresh_B, seats_B, len(self.counts_ZLE))
         reset_ZLE = self.counts_ZLE.at[forgotten_B].set(0, mode="drop")
         return replace(self, counts_ZLE=reset_ZLE)._add(seats_B, counts_BLE)
 
     def _add(self, seats_B: Array, counts_BLE: Array) -> Self:
-        """Rows of padding have counts of 0, so that what seat they name does not matter."""
+        """Adds counts to the seats. Padding rows have counts of 0, so their seat does not matter."""
         return replace(self, counts_ZLE=self.counts_ZLE.at[seats_B].add(counts_BLE, mode="drop"))
 
     def _matches(self, share_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-        """The stored request of the highest cosine over all layers; the mean one where nothing is known."""
+        """The stored request of the highest cosine over all layers; their mean if nothing is known yet."""
         squares_Q = jnp.sum(self.stored_QLE * self.stored_QLE, (1, 2))
         dots_BQ = jnp.einsum("ble,qle->bq", share_BLE, self.stored_QLE, precision=EXACT)
         best_B = jnp.argmax(dots_BQ / jnp.sqrt(jnp.maximum(squares_Q, 1e-30))[None], 1)
@@ -83,5 +94,5 @@ class RequestCounts:
 
 
 def _shares(counts_ZLE: Float[Array, "Z L E"]) -> Float[Array, "Z L E"]:
-    """Of each layer's choices; 0 where there are none."""
+    """Each expert's share of its layer's choices; 0 if there are none."""
     return counts_ZLE / jnp.maximum(jnp.sum(counts_ZLE, 2, keepdims=True), 1)

@@ -1,7 +1,7 @@
 """``TokenTable``: how often a token id chose each expert when a profile was made.
 
-Sem-MoE's C_p (arXiv 2503.04398) as a predictor: it knows all layers before the first one, and what it says
-does not change within a step.
+Sem-MoE's C_p (arXiv 2503.04398) as a predictor: it forecasts all layers before the first one, and the
+forecast does not change within a step.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +21,14 @@ from jmoe.offload.types import Forecast, LayerSeen, StepSeen
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenTable:
-    """table_RLE: P(expert | token id) in 255ths, of the R - 1 most frequent ids and, last, of all tokens.
-    row_V: the row of every token id. k: experts a token, the likeliest of which are wanted."""
+    """Predicts by the token id.
+
+    table_RLE: P(expert | token id) in 255ths: a row for each of the R - 1 most frequent ids and, last, a row
+        for all tokens.
+    row_V: row of every token id.
+    distance: A, layers ahead.
+    k: experts per token; the k likeliest are wanted.
+    """
 
     table_RLE: UInt8[Array, "R L E"]
     row_V: Int[Array, " V"]
@@ -31,8 +37,11 @@ class TokenTable:
 
     @classmethod
     def make(cls, history: History, *, distance: int, k: int, rows: int = 4096) -> Self:
-        """rows: of how many token ids the table has a row of its own, L * E bytes each. An id that never
-        occurred has the row of the nearest one; ids whose row was not kept have that of all tokens."""
+        """Makes the table from a profile.
+
+        rows: maximum number of token ids with a row of their own, L * E bytes each. An id that never occurred
+            has the row of its nearest seen id; ids without a row of their own have the row of all tokens.
+        """
         frequency_V, layers = history.frequency_V, len(history.loads_LE)
         kept_R = np.sort(np.argsort(-frequency_V, kind="stable")[: min(rows, np.count_nonzero(frequency_V))])
         share_LRE = [history.chosen(layer, kept_R) / frequency_V[kept_R][:, None] for layer in range(layers)]
