@@ -149,7 +149,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self._quietly,
                 http=protocol(settings, crowd),
-                loop="asyncio",  # ``protocol`` relies on its transports, and on its handling of EMFILE
+                loop="asyncio",  # ``protocol`` relies on its transports and handling of lacking descriptors
                 interface="asgi3",
                 ws="none",
                 lifespan="off",

@@ -104,7 +104,7 @@ class Poll:
                 self._reports.clear()
                 self.number += 1
                 self._tell()
-                due = max(due + PERIOD, time.monotonic())  # a late sample does not shorten the next wait
+                due = max(due + PERIOD, time.monotonic())  # samples after a late one do not catch up
                 await asyncio.sleep(due - time.monotonic())
         except EngineDead:
             self.close()
