@@ -1,7 +1,7 @@
-"""Failures that no ``except Exception`` sees.
+"""Failures that ``except Exception`` does not catch.
 
-A panic in a Rust library (tokenizers, llguidance, safetensors) is a BaseException of pyo3's, and so are
-SystemExit and KeyboardInterrupt, which a library may raise as well.
+A panic in a Rust library (tokenizers, llguidance, safetensors) is a BaseException of pyo3. SystemExit and
+KeyboardInterrupt, which a library may raise too, are BaseExceptions as well.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ Result = TypeVar("Result")
 
 
 class Panic(Exception):
-    """Something ended with what is no Exception; that is its cause."""
+    """Something raised a BaseException that is not an Exception; that is the cause of this one."""
 
 
 def contained(function: Callable[..., Result], *given: Any) -> Result:
-    """What ``function`` returns. All that it may raise is an Exception: for threads, whose futures bring it
-    into an event loop, which only an Exception leaves alive."""
+    """Returns what ``function`` returns, and raises only Exceptions. It is for threads, whose futures raise
+    the error in an event loop, which survives only Exceptions."""
     try:
         return function(*given)
     except Exception:
@@ -31,13 +31,13 @@ def contained(function: Callable[..., Result], *given: Any) -> Result:
 
 
 def ends_program(error: BaseException) -> bool:
-    """Whether it is the user's or the program's own wish: both come to the main thread alone."""
+    """Whether the user or the program itself ends the program: both are raised only in the main thread."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def tell(hear: Callable[..., object], *told: Any) -> None:
-    """Calls one that only listens. Its failure is logged, and ends nothing of the caller's."""
+    """Calls a listener. Its failure is logged and does not affect the caller."""
     try:
         hear(*told)
     except BaseException as error:
@@ -48,10 +48,10 @@ def tell(hear: Callable[..., object], *told: Any) -> None:
 
 @contextlib.contextmanager
 def interrupt_ends_at_once() -> Iterator[None]:
-    """SIGINT ends the process as SIGTERM does, until a server handles both.
+    """Lets SIGINT end the process as SIGTERM does, until a server handles both.
 
-    A KeyboardInterrupt waits for what is compiled; while modules are imported it may come out as another
-    error or be lost, where the interpreter ignores the errors of a callback.
+    A KeyboardInterrupt waits until compiled code returns; while modules are imported it may become another
+    error, or be lost if the interpreter ignores the errors of a callback.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

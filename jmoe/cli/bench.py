@@ -127,7 +127,7 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """1 where a request failed."""
+    """Returns 1 if a request failed."""
     from jmoe.tools.bench.report import block, notes
     from jmoe.tools.bench.serve import bench_serve
 

@@ -1,4 +1,4 @@
-"""The commands that read or make files and print: their flags, and what they call and print."""
+"""The commands that read or make files and print: their flags, calls and output."""
 
 import argparse
 import json
@@ -85,7 +85,7 @@ def run_generate(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         seed=args.seed,
     )
-    # few shapes: a command that runs once mostly waits for its start
+    # few shapes: a command that runs once mostly waits for the start
     shapes = {"max_num_seqs": min(len(prompts), 32), "max_num_batched_tokens": 256}
     settings = settings_from(vars(args) | shapes)
     model = getattr(args, "model", "tiny")

@@ -1,4 +1,4 @@
-"""What the commands share: a parser with one-line errors, the flags of those that run a model, settings."""
+"""What the commands share: a parser with one-line errors, the flags of model commands, and settings."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def size(text: str) -> int:
-    """Bytes of "2GiB", as a flag's type."""
+    """A flag's type: the number of bytes of a text such as "2GiB"."""
     try:
         return parse_size("size", text)
     except ValueError as error:
@@ -30,14 +30,14 @@ def size(text: str) -> int:
 
 
 def integer(text: str) -> int:
-    """As a flag's type, in the words of ``jmoe.config.reading``, whose bounds come with the setting."""
+    """A flag's type, with the error text of ``jmoe.config.reading``; the setting checks the bounds."""
     if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
         raise argparse.ArgumentTypeError(f"must be an integer, got {text[:80]!r}")
     return int(text)
 
 
 def number(text: str) -> float:
-    """As a flag's type; what is not finite is refused by the setting."""
+    """A flag's type; the setting refuses a number that is not finite."""
     try:
         if "_" not in text:
             return float(text)
@@ -47,7 +47,7 @@ def number(text: str) -> float:
 
 
 def reported(run: Callable[[], int]) -> int:
-    """The exit code of ``run``; a bad input is told in one line."""
+    """Returns the exit code of ``run``; a bad input is reported in one line."""
     try:
         return run()
     except (ValueError, OSError) as error:
@@ -81,12 +81,12 @@ def add_json_flag(p: Parser) -> None:
 
 
 def reasons_of(text: str) -> tuple[str, ...]:
-    """A comma-separated list; "none" is an empty one."""
+    """A flag's type: a comma-separated list; "none" is an empty one."""
     return () if text == "none" else tuple(text.split(","))
 
 
 def add_serve_flags(p: Parser) -> None:
-    """Flags of ``serve`` alone."""
+    """Flags that only ``serve`` has."""
     p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
     p.add_argument("--host")
     p.add_argument("--port", type=integer)
@@ -125,9 +125,9 @@ def add_serve_flags(p: Parser) -> None:
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:
-    """A ``--config`` file: the flags' names with underscores, and ``[moe]`` tables.
+    """Reads a ``--config`` file: the flags' names with underscores, and ``[moe]`` tables.
 
-    Each value has the type that the setting of its name declares; ValueError names file and key.
+    Each value must have the type that the setting of its name declares; a ValueError names file and key.
     """
     from jmoe.config.model import MoEConfig
     from jmoe.config.reading import check_keys, hints, named, read_toml, typed
@@ -154,7 +154,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
 
 
 def settings_from(values: dict[str, Any]) -> "EngineSettings":
-    """Engine settings of parsed flags, the compilation cache switched on."""
+    """Makes the engine settings from parsed flags, and switches the compilation cache on."""
     import dataclasses
 
     from jmoe_kernels.cache import usable, user_cache
@@ -177,7 +177,7 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
 
 
 def given_settings(values: dict[str, Any]) -> str:
-    """What the command line and the file set, without the key and what is no setting, for the log."""
+    """The settings from the command line and the file as text for the log, with the API key hidden."""
     shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
     if "api_key" in shown:
         shown["api_key"] = "***"

@@ -1,4 +1,4 @@
-"""The command line: parses, calls ``jmoe.tools`` or the server, prints. Heavy imports wait for their command.
+"""The command line: parses, calls ``jmoe.tools`` or the server, prints. Each command does its heavy imports.
 
 Exit code 0 on success, 2 with one line on standard error for a usage or input error.
 """

@@ -1,4 +1,4 @@
-"""``jmoe serve``: one process, or several whose devices are one mesh."""
+"""``jmoe serve``: one process, or several whose devices form one mesh."""
 
 import argparse
 import signal
@@ -48,7 +48,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
-    """Serves over HTTP, with the devices of all of ``nodes``; the exit code."""
+    """Serves over HTTP, with the devices of all of ``nodes``. Returns the exit code."""
     import logging
 
     from jmoe.engine.build import build_engine
@@ -62,7 +62,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
     server = ServerSettings(**{f.name: values[f.name] for f in fields(ServerSettings) if f.name in values})
     tracer = make_tracer(values, server.served_model_name)
-    socket = bind(server.host, server.port)  # before the model: a port in use shows at once
+    socket = bind(server.host, server.port)  # before the model is loaded: a port in use is reported at once
     settings, model = settings_from(values), values.get("model", "tiny")
     try:
         with Bars() as bars:
@@ -87,7 +87,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
 
 
 def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
-    """The observer that sends spans, None where no endpoint was given."""
+    """The observer that sends spans; None if no endpoint is set."""
     if "otlp_traces_endpoint" not in values:
         return None
     try:
@@ -99,7 +99,7 @@ def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
 
 
 def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
-    """Serves no HTTP and ends with process 0: 0, or 1 where that ends without a word."""
+    """Follows process 0, without HTTP, until it ends. Returns 0, or 1 if process 0 ends without saying so."""
     import logging
 
     from jmoe.engine.processes.lockstep import follow
@@ -108,13 +108,14 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
     log = logging.getLogger(__name__)
 
     def leave_it_to_the_leader(number: int, frame: Any) -> None:
-        """Process 0, told to end too, first finishes running answers, and needs this one for it."""
+        """Ignores the first signal: process 0 gets it too, but first finishes running answers, for which it
+        needs this process."""
         signal.signal(number, signal.SIG_DFL)
         log.info("process %d ends with process 0; a second signal ends it at once", nodes.rank)
 
     def ready(runner: Any) -> None:
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # nohup's
+            if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # ignored with nohup
                 signal.signal(each, leave_it_to_the_leader)
 
     try:

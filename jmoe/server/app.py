@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Slashed(Route):
-    """A route that also answers its path with a slash more, as some clients join it to their base URL.
+    """A route that also answers its path with one more trailing slash, because some clients add it.
 
-    It does not redirect: the URL to go to would be made of the Host header and lose the proxy's own part.
+    It does not redirect: the target URL would be made from the Host header and lose a proxy's own prefix.
     """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -62,7 +62,7 @@ async def _api_error(service: Service, request: Request, error: ApiError) -> Res
 
 
 async def _no_resources(service: Service, request: Request, error: OSError) -> Response:
-    """What the system has none of for the moment: descriptors, memory, processes."""
+    """Answers 503 when the system has run out of descriptors, memory or processes for the moment."""
     if error.errno not in LACKING:
         raise error
     log.error("a request was refused: %s", error.strerror)
@@ -85,13 +85,13 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _near(path: str) -> str | None:
-    """A route where the base URL lacks /v1, or has more than it should."""
+    """A route that the client may have meant: its base URL lacks /v1 or has too long a path."""
     paths = (route.path for route in ROUTES if "{" not in route.path)
     return next((p for p in paths if path and (p.endswith(path) or path.endswith(p))), None)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """A 500 without the exception's text, which may tell too much; the id finds it in the log."""
+    """A 500 without the exception's text, which may reveal too much; the request id finds it in the log."""
     id = request.scope.get("state", {}).get("request_id")
     log.error("request %s failed; its traceback follows", id)  # the server raises and logs it again
     return ApiError(500, f"internal error (request {id})", code="internal_error").response()

@@ -1,4 +1,4 @@
-"""What the server knows of an engine. Requests and outputs are plain data; nothing of jax is seen here."""
+"""What the server knows of an engine. Requests and outputs are plain data without any jax type."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from jmoe.engine.text.codec import TextCodec
 
 
 class Listener(Protocol):
-    """Told of every token, end and step, from the engine's thread."""
+    """Is notified of every token, step and finished request, on the engine's thread."""
 
     def token(self, request: Request, now: float) -> None: ...
     def stepped(self, report: StepReport) -> None: ...
@@ -18,10 +18,13 @@ class Listener(Protocol):
 class EngineProtocol(Protocol):
     """An engine that runs by itself. Every method may be called from any thread.
 
-    codec: None = the model has no tokenizer, prompts are token ids. end_ids: its end-of-text tokens.
-    submit: queues all or none; raises ValueError (one line, safe to show), QueueFull or EngineDead. It and
-    moe_stats may wait for a running step, so they are called off the event loop.
-    abort: idempotent. snapshot: never waits.
+    codec: the model's text codec; None = the model has no tokenizer and prompts are token ids.
+    end_ids: the model's end-of-text tokens.
+    submit: queues all requests or none; raises ValueError (one line, safe to show), QueueFull or EngineDead.
+        It may wait for a running step, so it is called off the event loop.
+    abort: ends requests; it is idempotent.
+    snapshot: returns the engine's present state and never waits.
+    moe_stats: returns the expert statistics; it may wait for a running step, as ``submit``.
     """
 
     @property

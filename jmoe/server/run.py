@@ -1,4 +1,4 @@
-"""Runs the server: its socket, its limits, its signals, its end."""
+"""Runs the server: its socket, its limits, its signals and its shutdown."""
 
 import asyncio
 import contextlib
@@ -29,14 +29,14 @@ from jmoe.server.wire.protocol import protocol, wire_app
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
-POLL = 0.2  # seconds between looks at the engine and at what still runs
+POLL = 0.2  # seconds between two checks of the engine and of the running answers
 LAST_WORDS = 2  # seconds for answers and errors already written to reach their clients
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening. ValueError says in one line why there is none.
+    """Returns a bound socket, not yet listening. A ValueError says in one line why it cannot be bound.
 
-    Bound before the model is loaded, so that a taken port costs no time. Port 0 picks a free one.
+    It is bound before the model is loaded, so that a taken port costs no time. Port 0 picks a free one.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -66,20 +66,22 @@ def serve(
     model: str = "model",
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Serves until SIGTERM, SIGINT or SIGHUP; the exit code: 0, or 1 where the engine died.
+    """Serves until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0, or 1 if the engine died.
 
-    bound: from ``bind``; None binds now. directory: where the model's chat template may be. model: the name
-    to serve where the settings give none. observers: told of every answer.
+    bound: socket from ``bind``; None binds one now.
+    directory: model directory, which may hold a chat template.
+    model: served model name if the settings give none.
+    observers: functions that are called with every ended answer.
     Raises ValueError for a bad template or a taken port.
     The first signal ends new work, lets running answers finish for ``shutdown_timeout`` seconds and then ends
-    them with an error; the second ends at once.
+    them with an error; the second ends the server at once.
     """
     service = Service(engine, settings, directory, model)
     service.observers += observers
     bound = bound or bind(settings.host, settings.port)
     port = bound.getsockname()[1]
     try:
-        bound.listen(BACKLOG)  # where two servers start together, both could bind and only one can listen
+        bound.listen(BACKLOG)  # if two servers start together, both could bind and only one can listen
     except OSError as error:
         raise _not_listening(error, settings.host, port) from None
     if settings.api_key is None and not _is_loopback(settings.host):
@@ -91,7 +93,7 @@ def serve(
     log.info("serving %s on http://%s:%d", service.model, settings.host, port)
     server = Server(service)
     gc.collect()
-    gc.freeze()  # a model's objects are many and stay: to look at them again takes tenths of a second
+    gc.freeze()  # a model's objects are many and stay: scanning them again takes tenths of a second
     server.run(sockets=[bound])
     closing = threading.Thread(target=service.close, name="jmoe-closing", daemon=True)
     closing.start()
@@ -100,8 +102,8 @@ def serve(
 
 
 def without_threads(code: int) -> int:
-    """``code``, once the threads that Python waits for have ended; where one goes on, the process ends here
-    without it: who restarts a server waits for its end."""
+    """Returns ``code`` once the threads that Python waits for have ended. If one goes on, the process exits
+    here without waiting for it: a supervisor that restarts a server waits for its end."""
     end = time.monotonic() + LAST_WORDS
     others = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
     for thread in others:
@@ -127,7 +129,7 @@ def _log_failure(task: asyncio.Task) -> None:
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody waits for. An accept without a descriptor is tried again in a second."""
+    """Logs an error that no task waits for. An accept without a descriptor is tried again in a second."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in LACKING:
         log.error("%s: %s", context.get("message"), error.strerror)
@@ -136,7 +138,7 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains: it goes on listening, and refusing, until running answers have finished."""
+    """A uvicorn server that drains: it listens, and refuses, until the running answers have finished."""
 
     def __init__(self, service: Service, crowd: Crowd | None = None):
         settings = service.settings
@@ -147,7 +149,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self._quietly,
                 http=protocol(settings, crowd),
-                loop="asyncio",  # ``protocol`` knows its transports, and how it takes a lack of descriptors
+                loop="asyncio",  # ``protocol`` relies on its transports and handling of lacking descriptors
                 interface="asgi3",
                 ws="none",
                 lifespan="off",
@@ -155,7 +157,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                backlog=max(1, min(BACKLOG, crowd.spare // 2)),  # so many are accepted at once, see startup
+                backlog=max(1, min(BACKLOG, crowd.spare // 2)),  # this many are accepted at once, see startup
                 timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
@@ -175,12 +177,12 @@ class Server(uvicorn.Server):
         self.service.draining = True
 
     def _drop_connections(self) -> None:
-        """Their requests then end as those whose clients left."""
+        """Aborts all connections; their requests then end like those whose clients left."""
         for connection in [*self.server_state.connections]:
             connection.transport.abort()
 
     async def _quietly(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, whose requests may be cancelled at the end without a traceback."""
+        """Runs the application; its requests may be cancelled at the end without a traceback."""
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:
@@ -190,7 +192,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for each in sockets or ():
-            each.listen(BACKLOG)  # the system may hold more than are accepted at once
+            each.listen(BACKLOG)  # the system may queue more connections than are accepted at once
         asyncio.get_running_loop().set_exception_handler(_log_loop_error)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -208,7 +210,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGHUP as well, which a terminal sends that is closed, unless it is ignored (nohup)."""
+        """Captures SIGHUP too, which a closing terminal sends, unless it is ignored (nohup)."""
         before = signal.getsignal(signal.SIGHUP)
         if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
             with super().capture_signals():
@@ -222,14 +224,14 @@ class Server(uvicorn.Server):
             signal.signal(signal.SIGHUP, before)
 
     def _watch_ended(self, watch: asyncio.Task) -> None:
-        """Without it nobody would see a dead engine, or a signal."""
+        """Stops the server if the watch failed: without it a dead engine or a signal would go unnoticed."""
         if not watch.cancelled() and watch.exception() is not None:
             log.critical("the server's watch ended", exc_info=watch.exception())
             self.exit_code = 1
             self.should_exit = True
 
     async def _watch(self) -> None:
-        """Ends the server once it is asked to and nothing runs, or the engine is dead."""
+        """Ends the server when the engine is dead, or when it drains and no answer runs any more."""
         service, waited = self.service, 0.0
         while True:
             if not service.engine.snapshot().alive:

@@ -1,4 +1,4 @@
-"""What the handlers share: the engine, the chat template, the running generations, whether we drain."""
+"""What the handlers share: the engine, the chat template, the running generations, the draining state."""
 
 import asyncio
 import contextlib
@@ -32,14 +32,16 @@ from jmoe.server.watch.snapshots import Snapshot, take_snapshot
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")
 THREADS = 64  # each may wait for a step to end; made when needed
-BODIES = 8  # of the largest size, whose bytes may be in memory at once
-# What takes long runs a few at a time, by its bytes: threads take turns of 5 ms, and so does the event loop.
+BODIES = 8  # bodies of the largest size whose bytes may be in memory at once
+# (bytes, places): long work runs only a few at a time, because threads and the event loop take turns of 5 ms.
 LANES = ((256 * 1024, 2), (None, 1))
 
 
 class Service:
-    """One a server. directory: where the model's chat template may be, None = nowhere; model: its name.
+    """The shared state; one per server.
 
+    directory: model directory, which may hold a chat template; None = there is none.
+    model: the model's name if the settings give none.
     Raises ValueError for a chat template that cannot be read.
     """
 
@@ -61,7 +63,7 @@ class Service:
         self.poll = Poll(self._sample, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
-        """What ``make`` makes, on a thread, of the request's body, where the server takes work."""
+        """Reads the request's body and returns ``make(body)``, run on a thread. 503 if no work is taken."""
         self.check_ready()
         with self.bodies.held() as held:
             raw = await read_body(request, self.settings, held)
@@ -69,14 +71,14 @@ class Service:
                 return await self.in_thread(make, raw)
 
     def decode(self, raw: bytes, kind: type[Body]) -> Body:
-        """The body, where the server has the model that it names."""
+        """Decodes the body; 404 if it names a model that the server does not have."""
         body = decode(raw, kind)
         self.check_model(getattr(body, "model", None))
         return body
 
     @contextlib.asynccontextmanager
     async def lane(self, size: int) -> AsyncIterator[None]:
-        """A place among the work of this many bytes; what is small needs none."""
+        """Holds a place in the lane for work of ``size`` bytes; small work needs no place."""
         if size <= LIGHT:
             yield
             return
@@ -99,7 +101,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
-        """For what takes long (tokenizing megabytes) or waits for the engine."""
+        """Runs a function that takes long (tokenizing megabytes) or waits for the engine."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, contained, function, *args)
 
     async def generate(
@@ -110,7 +112,7 @@ class Service:
         param: str,
         following: Following | None = None,
     ) -> Generation:
-        """Started answers, ``len(params) / len(prompts)`` a prompt, prompt-major, all in one grammar."""
+        """Starts ``len(params) / len(prompts)`` answers per prompt, prompt-major, all with one grammar."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
@@ -127,7 +129,7 @@ class Service:
         return generation
 
     def head(self, prefix: str) -> dict[str, Any]:
-        """The fields that begin every answer. The id is ours, so that no two live requests share one."""
+        """The first fields of every answer. The server makes the id, so no two live requests share one."""
         return {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -139,7 +141,7 @@ class Service:
         self.metrics.answered(answered.method, answered.status, answered.route.pattern)
 
     def _sample(self) -> Snapshot:
-        """Waits for a running step."""
+        """Takes a snapshot for the dashboard; it may wait for a running step."""
         return take_snapshot(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.totals)
 
     def _state(self) -> dict[str, Any]:
@@ -148,13 +150,13 @@ class Service:
         return {"name": self.model, "state": "draining" if self.draining else "ready", "uptime_s": uptime}
 
     def stop_running(self) -> None:
-        """Ends what still runs with an error to its client, and the dashboards' events."""
+        """Ends each running answer with an error to its client, and ends the dashboards' events."""
         self.poll.close()
         for generation in list(self.running):
             generation.stop()
 
     def close(self) -> None:
-        """Lets go of the threads and of the grammars' child, which may first end what it does."""
+        """Shuts down the threads and the grammars' child process, which may first finish its work."""
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.grammars.close()
 

@@ -1,1 +1,1 @@
-"""What the commands do; ``cli`` only parses and calls."""
+"""The work of the commands; ``cli`` only parses and calls it."""

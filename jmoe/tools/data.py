@@ -7,13 +7,13 @@ import lzma
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
+SEPARATOR = "<|endoftext|>"  # line between the documents of a text file
 _OPENERS: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a ``.txt``, ``.txt.xz``, ``.txt.gz`` or of a ``.jsonl(.gz)`` with ``prompt`` or
-    ``text``. Raises ValueError naming the file (and line) that cannot be read."""
+    """Yields the documents of a ``.txt``, ``.txt.xz``, ``.txt.gz`` or of a ``.jsonl(.gz)`` with ``prompt`` or
+    ``text``. Raises ValueError that names the file (and line) that cannot be read."""
     name = path.name.removesuffix(path.suffix) if path.suffix in _OPENERS else path.name
     kind = Path(name).suffix
     if kind not in (".txt", ".jsonl"):
@@ -29,7 +29,7 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _text_documents(text: str) -> Iterator[str]:
-    """What stands between separator lines, without the line end before one; the file's last too."""
+    """Yields the texts between separator lines, without the line end before a separator or the file's end."""
     for part in f"\n{text}".split(f"\n{SEPARATOR}\n"):
         document = part.removeprefix("\n").removesuffix(f"\n{SEPARATOR}").removesuffix("\n")
         if document:
@@ -52,13 +52,14 @@ def _json_documents(path: Path, text: str) -> Iterator[str]:
 
 
 def round_robin(sources: Sequence[Iterable[str]]) -> Iterator[str]:
-    """One document of each source in turn, until all are spent."""
+    """Yields one document of each source in turn, until all sources are used up."""
     for row in itertools.zip_longest(*sources):
         yield from (document for document in row if document is not None)
 
 
 def windows(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Non-overlapping windows of at most ``length`` tokens; one of a single token has nothing to score."""
+    """Yields non-overlapping windows of at most ``length`` tokens, except windows of one token, in which
+    nothing can be scored."""
     for ids in documents:
         for start in range(0, len(ids), length):
             if len(ids) - start > 1:
@@ -66,8 +67,10 @@ def windows(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 
 def bounded(source: Iterable[list[int]], max_tokens: int | None, *, free: int = 1) -> Iterator[list[int]]:
-    """Windows until ``max_tokens`` are counted in all, the last one cut; a window counts all but its first
-    ``free`` tokens: scoring has no guess of the first."""
+    """Yields windows until ``max_tokens`` tokens are counted; the last window is cut.
+
+    free: tokens at the start of each window that do not count: scoring makes no prediction of the first.
+    """
     left = max_tokens
     for window in source:
         if left is None:

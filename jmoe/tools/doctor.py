@@ -1,4 +1,4 @@
-"""``jmoe doctor``: what this machine is, what would run a model on it, and why."""
+"""``jmoe doctor``: what this machine has, how a model would run on it, and why."""
 
 import platform
 from importlib.metadata import version
@@ -26,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokeniz
 def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     """The report: versions, devices, and for ``model`` its sizes and every choice with its reason.
 
-    Raises ValueError where the model or the settings would be refused.
+    Raises ValueError if the model or the settings would be refused.
     """
     found = resolve(model, settings)
     directory, cfg, split, sizes, memory = found.directory, found.cfg, found.split, found.sizes, found.memory
@@ -75,7 +75,7 @@ def _device(device: Any) -> dict[str, Any]:
 
 
 def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any] | None:
-    """Where the experts lie; None where all are on the device."""
+    """Where the experts are kept; None if all are on the device."""
     offload = settings.moe.offload
     if offload is None:
         return None

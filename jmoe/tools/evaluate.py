@@ -1,9 +1,9 @@
-"""``jmoe eval``: perplexity on text, and what the experts did meanwhile.
+"""``jmoe eval``: perplexity on text, and expert statistics of the same run.
 
 Documents are cut into non-overlapping windows; the first token of a window is not scored. ``prefill``
 scores whole windows in one pass through the serving path's prefill step; ``decode`` feeds a batch of
 windows one token each per step through its decode step (teacher forcing), the only way to see what a
-batch-level technique does to quality. Under ``max_tokens`` the two score different tokens: prefill the
+batch-level technique does to quality. With ``max_tokens`` the two score different tokens: prefill scores the
 first windows whole, decode the beginnings of ``batch_size`` windows, so that the batch is full.
 """
 
@@ -32,10 +32,13 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Score:
-    """nll: sum over scored tokens, nats, but for those that were begun last. tokens: all that were begun.
+    """The score so far.
 
-    Nothing that is scored depends on what a step gave, so that the device works on one while the host takes
-    the results of the one before.
+    nll: sum over scored tokens in nats, without the tokens that were begun last.
+    tokens: number of all tokens that were begun.
+
+    No step's input depends on the result of the step before, so the device works on one step while the host
+    takes the results of the one before.
     """
 
     nll: float = 0.0
@@ -43,14 +46,15 @@ class Score:
     _begun: tuple[Array, np.ndarray] | None = None
 
     def begin(self, logprobs: Array, asked: np.ndarray) -> int:
-        """Takes log-probabilities that are on their way, of which those ``asked`` count; how many."""
+        """Takes log-probabilities that the device may still compute; those marked in ``asked`` are scored.
+        Returns their number."""
         self.settle()
         self._begun, count = (logprobs, asked), int(asked.sum())
         self.tokens += count
         return count
 
     def settle(self) -> None:
-        """Waits for what was begun. Raises ValueError where the model gave a token no probability."""
+        """Waits for the begun log-probabilities. Raises ValueError if one of them is not finite."""
         if self._begun is None:
             return
         logprobs, asked = np.asarray(self._begun[0]), self._begun[1]
@@ -103,7 +107,7 @@ def evaluate(
 
 
 def check_run(data: Sequence[Path], batch_size: int, max_tokens: int | None) -> None:
-    """Raises ValueError for sizes below 1 and for a data file that is not there."""
+    """Raises ValueError for sizes below 1 and for a data file that does not exist."""
     if batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {batch_size}")
     if max_tokens is not None and max_tokens < 1:
@@ -123,7 +127,7 @@ def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
 
 
 def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, progress: Progress) -> Score:
-    """``batch_size`` windows a pass, padded to the longest one's size."""
+    """Scores ``batch_size`` windows per pass, padded to the prefill size of the longest."""
     runner, score = engine.runner, Score()
     per_rank = rows_a_rank(runner, batch_size)
     pool = PageRows(engine, per_rank)
@@ -148,10 +152,11 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
 def score_decode(
     engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, progress: Progress
 ) -> Score:
-    """A finished window's place is taken by the next one at once, so that the batch stays full.
+    """Scores windows in decode. The next window at once takes the place of a finished one, so that the batch
+    stays full.
 
-    Ends with the step in which ``max_tokens`` are reached; of that step's tokens only as many are scored
-    (and run) as are still wanted.
+    It ends with the step in which ``max_tokens`` is reached; that step runs and scores only as many tokens as
+    are still missing.
     """
     runner, score = engine.runner, Score()
     per_rank = rows_a_rank(runner, batch_size)
@@ -178,12 +183,12 @@ def score_decode(
 
 
 def rows_a_rank(runner: Runner, batch_size: int) -> int:
-    """Rows of each rank of a batch of ``batch_size``, which is the most that the engine runs together."""
+    """Rows per rank of a batch of ``batch_size`` windows, the most that the engine runs together."""
     return runner.sizes.decode_size(-(-batch_size // runner.ranks))
 
 
 class PageRows:
-    """A fixed set of pages for every row of a batch: enough for the longest window."""
+    """The page tables of a batch: every row has a fixed set of pages, enough for the longest window."""
 
     def __init__(self, engine: Engine, per_rank: int):
         sizes = engine.runner.sizes

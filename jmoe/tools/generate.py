@@ -21,7 +21,8 @@ def print_streamed(
     progress: Progress,
     out: TextIO,
 ) -> None:
-    """Prints the completions on ``out``, a line end after each: one as it comes, several at the end."""
+    """Prints the completions on ``out``, each with a line end: a single one while it is generated, several
+    after all have ended."""
     texts = [""] * len(prompts)
 
     def collect(i: int, output: Output) -> None:
@@ -55,7 +56,7 @@ def generate(
 
 
 def _report(request: Request, parts: list[Output]) -> dict[str, Any]:
-    """thoughts: only of a model that answers in channels."""
+    """One completion of the report; "thoughts" only for a model that answers in channels."""
     thoughts = "".join(part.thoughts for part in parts)
     return {
         "prompt_token_ids": request.prompt_token_ids,
@@ -90,7 +91,8 @@ def run_all(
 
 
 def _fitted(params: SamplingParams, room: int) -> SamplingParams:
-    """``params`` with the default length, as far as there is room; without any the engine says the limit."""
+    """``params`` with the default max_tokens, as far as there is room; without room the engine reports the
+    limit."""
     if params.max_tokens is not None or room < 1:
         return params
     return dataclasses.replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))

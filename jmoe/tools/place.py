@@ -1,4 +1,4 @@
-"""``jmoe place``: a profile -> the placement file of experts, with the tables of their tokens."""
+"""``jmoe place``: makes the placement file of experts, with the tables of their tokens, from a profile."""
 
 import time
 from pathlib import Path
@@ -14,11 +14,12 @@ from jmoe.tools.progress import Bars
 
 
 def place(path: Path, devices: int, out: Path, method: str, seed: int, progress: Bars) -> dict[str, Any]:
-    """Writes the placement and returns the report that ``--json`` prints. ValueError for what does not fit.
+    """Writes the placement and returns the report that ``--json`` prints. ValueError for inputs that do not
+    fit together.
 
-    remote, max_over_mean_load: of the profile's own tokens, put by their ids under equal chunks of a large
-    batch; other text has more remote activations. trace: the objective after every step of the solver, none
-    where it takes no steps.
+    remote, max_over_mean_load: of the profile's own tokens, placed by their ids under equal chunks of a large
+    batch; other text has more remote activations.
+    trace: the objective after every step of the solver; empty if it takes no steps.
     """
     start = time.perf_counter()
     check_writable(out)

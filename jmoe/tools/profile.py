@@ -1,7 +1,7 @@
 """``jmoe profile``: routing statistics of a model on text, for ``jmoe place`` and the expert-map store.
 
-Windows are cut as ``jmoe eval`` cuts them; each counts as one request. The routing is the router's own: no
-lossy technique touches it.
+Windows are cut as in ``jmoe eval``; each counts as one request. The routing is the router's own: no lossy
+technique changes it.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, neares
 from jmoe.tools.data import bounded
 from jmoe.tools.evaluate import check_run, token_windows
 
-SHORTEST = 64  # tokens a window is padded to at least, so that few shapes compile
-MAPS = 4  # positions of each window whose whole gate distributions are kept
+SHORTEST = 64  # least padded length of a window, so that few shapes compile
+MAPS = 4  # positions per window whose whole gate distributions are kept
 
 
 def profile(
@@ -40,7 +40,7 @@ def profile(
     loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """Writes the profile; the report that ``--json`` prints. Raises ValueError for bad data or settings."""
+    """Writes the profile and returns the report for ``--json``. ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
     check_writable(out)
     if settings.moe.shuffle is not None:
@@ -79,8 +79,10 @@ def profile(
 def routed(
     runner: Runner, source: Iterator[list[int]], batch_size: int, seed: int = 0
 ) -> Iterator[RoutedRequest]:
-    """The windows with their routing, ``batch_size`` of them a pass, padded to a power of two; ``seed``
-    decides at which positions whole gate distributions are taken."""
+    """Yields the windows with their routing, ``batch_size`` windows per pass, padded to a power of two.
+
+    seed: draws the positions at which whole gate distributions are taken.
+    """
     rng = np.random.default_rng(seed)
     rows = round_up(batch_size, runner.ranks)
     while batch := list(itertools.islice(source, batch_size)):

@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal; elsewhere nothing, or a line a tenth of the way."""
+"""Progress on standard error: bars on a terminal, else nothing or a line at every tenth."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ UNITS = {
 
 
 class Bars:
-    """One bar a stage; called with (stage, done, total). Closes its bars at the end of the ``with``."""
+    """One bar per stage; called with (stage, done, total). It closes its bars at the end of the ``with``."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
@@ -45,7 +45,7 @@ class Bars:
         bar.update(done - bar.n)
 
     def count(self, stage: str) -> Callable[[int], None]:
-        """A callback that adds to a stage without a known end."""
+        """A callback that adds to a stage without a known total."""
         done = 0
 
         def add(amount: int) -> None:
@@ -57,7 +57,7 @@ class Bars:
 
 
 class Tenths:
-    """A line at every tenth of ``what``, for logs; called with (done, total)."""
+    """Prints a line at every tenth of ``what``, for logs; called with (done, total)."""
 
     def __init__(self, what: str) -> None:
         self.what, self.told = what, 0

@@ -1,4 +1,4 @@
-"""Tries grammars of strangers in processes of their own, which a hostile one may end (``grammar_child``)."""
+"""Tries grammars of untrusted clients in separate processes, which a hostile one may crash (``child``)."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 from jmoe.engine.grammar.child import MAX_BYTES
 
-MAX_SECONDS = 2.0  # of processor time
-STALL_SECONDS = 3.0  # without any processor time: the process was stopped, or the machine swaps
-WALL_SECONDS = 60.0  # whatever the processors do
+MAX_SECONDS = 2.0  # processor time of one grammar
+STALL_SECONDS = 3.0  # time without any processor time: the process was stopped, or the machine swaps
+WALL_SECONDS = 60.0  # wall time, regardless of processor time
 ROOT = Path(__file__).parents[3]
 MAIN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from jmoe.engine.grammar.child import serve; serve()"
-NAME = "grammar_check"  # what it does, for lists of processes
+NAME = "grammar_check"  # shows the child's purpose in process lists
 
 
 class TooCostly(ValueError):
@@ -31,9 +31,10 @@ class CheckerUnavailable(Exception):
 
 
 class GrammarChecker:
-    """The server's end. Threads may call it at once; a child that ended or was stopped is replaced.
+    """The server's side of the child. Several threads may call it at once; a child that ended or was stopped
+    is replaced.
 
-    spec: ``engine.grammar_tokens.tokenizer_spec``.
+    spec: from ``engine.grammar.tokens.tokenizer_spec``.
     """
 
     def __init__(self, spec: dict[str, Any]):
@@ -43,8 +44,9 @@ class GrammarChecker:
         self._lock = threading.Lock()
 
     def check(self, source: str, seconds: float = MAX_SECONDS) -> None:
-        """Raises ValueError with one line that says what is wrong with ``source``, TooCostly where it takes
-        more than ``seconds`` of processor time or the memory that it may have, and CheckerUnavailable."""
+        """Raises ValueError with one line that says what is wrong with ``source``, TooCostly if compiling it
+        exceeds ``seconds`` of processor time or the memory limit, and CheckerUnavailable if nothing can try
+        it."""
         message = json.dumps({"source": source, "seconds": seconds}).encode() + b"\n"
         answer = self._ask(message)
         if answer is None and (answer := self._ask(message)) is None:
@@ -56,13 +58,13 @@ class GrammarChecker:
             raise ValueError(answer["error"])
 
     def close(self) -> None:
-        """Ends the child; it also ends by itself once this process has."""
+        """Ends the child; it also ends by itself after this process has ended."""
         with self._lock:
             self._end()
 
     def _ask(self, message: bytes) -> dict[str, Any] | None:
-        """The answer of a fork, without "error" where it ended before it had one. None where none began, or
-        it was stopped: whichever process does not answer is ended."""
+        """The answer of a fork; it has no "error" if the fork ended before it answered. None if no fork began
+        or it was stopped: the process that does not answer is killed."""
         try:
             mine, theirs = socket.socketpair()
             with theirs, self._lock:
@@ -83,13 +85,14 @@ class GrammarChecker:
             return _talk(mine, message, int(begun))
 
     def _hand_over(self, end: socket.socket) -> None:
-        """Without a word where the child is gone or stopped: nobody will answer at the other end then."""
+        """Sends the socket to the child. If the child is gone or stopped this does not fail: then nobody
+        answers on the socket."""
         assert self._control is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
             socket.send_fds(self._control, [b"."], [end.fileno()])
 
     def _running(self) -> "subprocess.Popen[bytes]":
-        """The child, a new one where it has ended."""
+        """The child; a new one if it has ended."""
         if self.child is not None and self.child.poll() is None:
             return self.child
         self._end()
@@ -120,7 +123,7 @@ class GrammarChecker:
 
 def _talk(fork: socket.socket, message: bytes, pid: int) -> dict[str, Any] | None:
     try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended: it says nothing
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended and sends nothing
             fork.sendall(message)
         return json.loads(_line(fork, pid) or b"{}")
     except TimeoutError:
@@ -129,8 +132,8 @@ def _talk(fork: socket.socket, message: bytes, pid: int) -> dict[str, Any] | Non
 
 
 def _line(end: socket.socket, pid: int) -> bytes:
-    """A line from process ``pid``, or nothing where it closed its end. TimeoutError where it gets no
-    processor time any more."""
+    """Reads a line from process ``pid``; empty if it closed its end. TimeoutError if it gets no processor
+    time any more or takes longer than ``WALL_SECONDS``."""
     line, used, deadline = b"", _ticks(pid), time.monotonic() + WALL_SECONDS
     end.settimeout(STALL_SECONDS)
     while not line.endswith(b"\n"):

@@ -1,8 +1,8 @@
-"""The process that tries grammars of strangers: it makes the tokenizer once and forks for every grammar.
+"""The process that tries grammars of untrusted clients: it makes the tokenizer once and forks per grammar.
 
-A JSON schema of 60 kB can exhaust llguidance's stack, a short grammar its time. A fork gets a quarter of a
-thread's usual stack, some processor time and some memory: what it compiles, the server can. Forks run side
-by side, so the system shares the processors among costly and cheap grammars.
+A JSON schema of 60 kB can exhaust llguidance's stack, and a short grammar its time. A fork gets a quarter of
+a thread's usual stack and limited processor time and memory: a grammar that it compiles, the server can
+compile too. Forks run in parallel, so the system shares the processors among costly and cheap grammars.
 """
 
 import json
@@ -18,13 +18,13 @@ import llguidance
 
 from jmoe.engine.grammar.tokens import follow, make_tokenizer, try_grammar
 
-MAX_BYTES = 256 * 1024 * 1024  # of address space, beyond what the process takes with its tokenizer
+MAX_BYTES = 256 * 1024 * 1024  # address space beyond that of the process with its tokenizer
 STACK_BYTES = 2 * 1024 * 1024
 
 
 def serve() -> None:
-    """Reads the tokenizer (8 bytes of length, JSON) from the socket that is stdin, then a byte and a socket
-    for every grammar."""
+    """Reads the tokenizer (8 bytes of length, then JSON) from the socket on stdin, then one byte and one
+    socket for every grammar."""
     control = socket.socket(fileno=0)
     spec = json.loads(_exactly(control, int.from_bytes(_exactly(control, 8), "big")))
     tokenizer = make_tokenizer(spec)
@@ -44,14 +44,15 @@ def serve() -> None:
 def _fork() -> int:
     try:
         return os.fork()
-    except OSError:  # no processes left: the server sees its socket closed without a word
+    except OSError:  # no processes left: the server sees its socket closed without an answer
         return -1
 
 
 def _answer(
     server: socket.socket, tokenizer: llguidance.LLTokenizer, ends: list[int], memory: int | None
 ) -> None:
-    """A fork's work: tells its process id, reads a grammar and its limit of seconds, tells what is wrong."""
+    """The work of a fork: sends its process id, reads a grammar and its time limit in seconds, and sends what
+    is wrong with the grammar."""
     try:
         server.sendall(f"{os.getpid()}\n".encode())
         request = json.loads(server.makefile().readline())
@@ -64,7 +65,7 @@ def _answer(
         threading.stack_size(STACK_BYTES)
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # nobody handles its signal
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # its signal kills the process
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()

@@ -1,4 +1,4 @@
-"""Grammars that an answer must follow, as masks over the vocabulary. llguidance does the work."""
+"""Grammars that an answer must follow, as masks over the vocabulary, computed by llguidance."""
 
 import json
 from collections.abc import Iterable
@@ -20,16 +20,18 @@ from jmoe.engine.grammar.tokens import (
 )
 
 MAX_GRAMMAR_BYTES = 64 * 1024
-# Between the tokens of a JSON text. Bounded: a model could otherwise indent until its tokens are spent.
+# Whitespace between the tokens of a JSON text. Bounded, else a model could indent until max_tokens.
 WHITESPACE = r"[ \n\t]{0,16}"
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a whole answer must be: JSON that ``text``, a JSON schema, describes; what the regular expression
-    ``text`` matches; or what ``text``, a Lark grammar in llguidance's dialect, derives from ``start``.
+    """What a whole answer must follow.
 
-    Raises ValueError where the text exceeds the limit.
+    kind: "json_schema" for JSON that a JSON schema describes, "regex" for text that a regular expression
+        matches, "lark" for text that a Lark grammar in llguidance's dialect derives from ``start``.
+    text: the schema, expression or grammar.
+    Raises ValueError if the text exceeds the limit.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -41,9 +43,9 @@ class Grammar:
             raise ValueError(f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
 
     def source(self) -> str:
-        """The grammar in llguidance's own form; ValueError for a schema that is no JSON or not followed.
+        """The grammar in llguidance's own form; ValueError for a schema that is not JSON or not supported.
 
-        In a schema, objects with named properties hold no others where it is silent (``json_schema``).
+        If a schema does not say it, objects with named properties have no other ones (``json_schema``).
         """
         if self.kind == "regex":
             return llguidance.LLMatcher.grammar_from_regex(self.text)
@@ -59,7 +61,7 @@ def one_of(texts: Iterable[str]) -> Grammar:
 
 
 def schema_grammar(schema: dict[str, Any]) -> Grammar:
-    """The grammar of the JSON that ``schema`` describes; ValueError where it is no JSON itself."""
+    """The grammar of the JSON that ``schema`` describes; ValueError if the schema itself is not JSON."""
     try:
         return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except RecursionError:
@@ -72,17 +74,17 @@ def _literal(character: str) -> str:
 
 
 class GrammarConstraint:
-    """One answer's place in its grammar (``engine.request.Constraint``).
+    """The state of one answer in its grammar (``engine.request.Constraint``).
 
-    Both methods raise ValueError with one line where the grammar has become too costly to follow, and
-    ``accept`` for a token that it does not allow; from then on no other answer is possible.
+    Both methods raise ValueError with one line if the grammar has become too costly to follow; ``accept``
+    also raises it for a token that the grammar does not allow. After an error both methods go on to fail.
     """
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int):
         self.matcher, self.words = matcher, words
 
     def allowed(self) -> np.ndarray:
-        """uint32 ``[words]``: the tokens that may come next; end of text where the answer may end."""
+        """uint32 ``[words]``: bit mask of the allowed next tokens, with end of text if the answer may end."""
         with panics_as_errors():
             mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
             self._check()
@@ -99,7 +101,7 @@ class GrammarConstraint:
 
 
 class CompiledGrammar:
-    """What the constraints of a grammar's answers are copies of."""
+    """A compiled grammar; each answer's constraint is a copy of its state."""
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int):
         self.matcher, self.words = matcher, words
@@ -110,10 +112,12 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Grammars over one tokenizer's tokens. vocab_size: the model's.
+    """Compiles grammars over one tokenizer's tokens.
 
-    end_ids: the tokens that end an answer. Takes about a second for a large vocabulary. Raises ValueError
-    where there are no end ids or llguidance cannot read the tokenizer.
+    vocab_size: vocabulary size of the model.
+    end_ids: tokens that end an answer.
+    Making one takes about a second for a large vocabulary. Raises ValueError if there are no end ids or
+    llguidance cannot read the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]):
@@ -123,14 +127,15 @@ class GrammarCompiler:
         self.tokenizer = make_tokenizer(self.spec)
 
     def source(self, grammar: Grammar) -> str:
-        """What llguidance compiles for ``grammar`` over this tokenizer; ValueError where it is no JSON."""
+        """The text that llguidance compiles for ``grammar`` over this tokenizer; ValueError for a schema that
+        is not JSON or not supported."""
         return by_id(grammar.source(), self.spec["named"]) if grammar.kind == "lark" else grammar.source()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Raises ValueError with one line that says what is wrong with the grammar.
+        """Compiles a grammar; ValueError with one line that says what is wrong with it.
 
-        For grammars of one's own: a hostile one can end the process or never come back. ``grammar_check``
-        tries it in a process that may.
+        Only for trusted grammars: a hostile one can crash the process or never return. ``check`` tries it in
+        a process that may crash.
         """
         matcher, error = try_grammar(self.tokenizer, self.source(grammar))
         if matcher is None:

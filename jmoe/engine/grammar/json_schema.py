@@ -1,9 +1,9 @@
-"""JSON schemas as llguidance takes them, second part: which objects hold no other properties.
+"""JSON schemas as llguidance takes them, second part: which objects have no other properties.
 
-An object of named properties is closed where its schema is silent: every answer still satisfies the schema,
-and a model cannot go on adding properties until its tokens are spent. Closed is only what stands alone: where
-several schemas hold for one object (``allOf``, ``anyOf`` beside ``properties``, ...) each would refuse what
-the others name.
+An object with named properties is closed if its schema does not say whether others are allowed: every answer
+still satisfies the schema, and a model cannot go on adding properties until max_tokens. Only a schema that
+stands alone is closed: if several schemas hold for one object (``allOf``, ``anyOf`` together with
+``properties``, ...), each closed one would refuse the properties that the others name.
 """
 
 import json
@@ -17,7 +17,7 @@ KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", type(Non
 
 
 def prepared(text: str) -> str:
-    """The JSON text of the schema in ``text`` that llguidance follows; ValueError where it is no JSON."""
+    """The schema in ``text`` as JSON text that llguidance can follow; ValueError if ``text`` is not JSON."""
     try:
         schema = simplified(json.loads(text))
         return json.dumps(closed(schema), ensure_ascii=False, allow_nan=False)
@@ -26,9 +26,9 @@ def prepared(text: str) -> str:
 
 
 def closed(schema: Any) -> Any:
-    """``schema``, simplified, with every object closed that may be."""
+    """Returns a simplified ``schema`` with every object closed that may be closed."""
     made, opened = schema, set[Path]()
-    while True:  # what has to stay open may need more to stay open
+    while True:  # schemas that stay open may require others to stay open
         walk = _Walk(schema, frozenset(opened))
         made = walk.close(schema, (), alone=walk.plain)
         if walk.opened <= opened:
@@ -37,8 +37,13 @@ def closed(schema: Any) -> Any:
 
 
 class _Walk:
-    """One walk over a document. opened: the targets of references that are not alone where they are used;
-    those of ``known`` are kept open. plain: whether every reference is a path from the root."""
+    """One walk over a document.
+
+    root: the document.
+    known: paths of schemas that are kept open.
+    opened: found targets of references that do not stand alone at the place of the reference.
+    plain: whether every reference is a path from the root.
+    """
 
     def __init__(self, root: Any, known: frozenset[Path]):
         self.root, self.known, self.opened = root, known, set[Path]()
@@ -51,7 +56,7 @@ class _Walk:
         schema = self._exclusive(schema, alone)
         rules = schema.keys() & ASSERTIONS
         in_place = rules & set(IN_PLACE)
-        # One schema in another that says nothing itself (but the type) is alone as well.
+        # A single schema inside another that itself says nothing (but the type) stands alone too.
         wraps = alone and len(in_place) == 1 and rules <= in_place | {"type"}
         if "$ref" in schema and not wraps:
             self.opened.update({target} if (target := _path(schema["$ref"])) is not None else ())
@@ -76,7 +81,7 @@ class _Walk:
         return made
 
     def _counts_for_nothing(self, schema: dict[str, Any]) -> bool:
-        """Whether maxProperties, which llguidance knows only where all are required, has no effect."""
+        """Whether maxProperties has no effect. llguidance supports it only if all properties are required."""
         most, names = schema.get("maxProperties"), schema.get("properties", {})
         ends = schema.get("additionalProperties") is False and "patternProperties" not in schema
         return ends and isinstance(most, int) and isinstance(names, dict) and most >= len(names)
@@ -92,8 +97,8 @@ class _Walk:
     # ---- oneOf -------------------------------------------------------------------------------------
 
     def _exclusive(self, schema: dict[str, Any], alone: bool) -> dict[str, Any]:
-        """With ``anyOf`` for a ``oneOf`` none of whose branches, as they are followed, may hold for what
-        another one lets through. llguidance follows only what it finds to be so."""
+        """The schema with ``anyOf`` instead of ``oneOf`` if no value that one branch, as it is followed,
+        admits satisfies another branch. llguidance supports only a ``oneOf`` that it finds to be so."""
         branches = schema.get("oneOf")
         if not isinstance(branches, list) or "anyOf" in schema:
             return schema
@@ -108,7 +113,7 @@ class _Walk:
         return {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()}
 
     def _target(self, schema: Any) -> tuple[dict[str, Any], Path | None]:
-        """What a reference without more refers to at last, and the path to it."""
+        """Resolves a schema that is only a reference; returns the final target and its path."""
         path = None
         for _ in range(16):
             if not isinstance(schema, dict):
@@ -119,7 +124,8 @@ class _Walk:
         return schema if isinstance(schema, dict) else {}, path
 
     def _excludes(self, one: dict, other: dict, around: dict, closes: bool) -> bool:
-        """Whether what ``one`` lets through is never an ``other``. closes: it has its own properties only."""
+        """Whether no value that ``one`` admits satisfies ``other``. closes: ``one`` allows only its own
+        properties."""
         if _apart(one, other):
             return True
         if "object" not in (one.get("type"), other.get("type"), around.get("type")):
@@ -139,7 +145,7 @@ class _Walk:
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether no value is plainly both: other constants, other types."""
+    """Whether clearly no value satisfies both: their constants or types differ."""
     values = _values(one), _values(other)
     if values[0] is not None and values[1] is not None:
         return not {json.dumps(v) for v in values[0]} & {json.dumps(v) for v in values[1]}
@@ -148,7 +154,8 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _values(schema: dict[str, Any]) -> list[Any] | None:
-    """The constants one of which it is; None for numbers, which have many spellings."""
+    """The constants that the schema allows; None if there are none, or for numbers, which have many
+    spellings."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(values, list) or any(
         type(v) not in KINDS or isinstance(v, dict | list) for v in values
@@ -172,7 +179,7 @@ def _types(schema: dict[str, Any]) -> set[str] | None:
 
 
 def _references(schema: Any, path: Path) -> list[Any]:
-    """The references of a schema, and the names that would move what they are relative to."""
+    """The references of a schema, and None for each name that would change the base of references."""
     if not isinstance(schema, dict):
         return []
     found = [schema[name] for name in ("$ref", "$dynamicRef", "$recursiveRef") if name in schema]
@@ -187,7 +194,7 @@ def _references(schema: Any, path: Path) -> list[Any]:
 
 
 def _path(reference: Any) -> Path | None:
-    """The path of a reference from the root; None for others."""
+    """The path of a reference from the root; None for other references."""
     if (
         not isinstance(reference, str)
         or not (reference == "#" or reference.startswith("#/"))

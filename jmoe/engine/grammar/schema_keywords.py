@@ -1,7 +1,7 @@
 """JSON schemas as llguidance takes them, first part: each schema object by itself.
 
-llguidance refuses keywords that it does not implement even where they have no effect, and matches some texts
-that the standards exclude. What comes out has the same meaning by JSON Schema 2020-12.
+llguidance refuses keywords that it does not implement even if they have no effect, and matches some texts
+that the standards exclude. The result has the same meaning by JSON Schema 2020-12.
 """
 
 import math
@@ -45,7 +45,7 @@ ASSERTIONS = {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "pattern", "format"),
     *("uniqueItems", "dependencies"),
 }
-EXACT = 2**53  # whole numbers up to it are their own in float64, which llguidance computes with
+EXACT = 2**53  # integers up to it are exact in float64, with which llguidance computes
 
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -56,11 +56,11 @@ _DAY = (
 _DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
 _HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-]{_HOUR})"
-# Formats that are checked: by these expressions (RFC 3339, without leap seconds) and by llguidance's own.
+# Formats that are checked: with these expressions (RFC 3339, without leap seconds) and by llguidance itself.
 EXPRESSIONS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
 FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 
-# ECMA-262's white space and line ends; llguidance's expressions have Unicode's and the line feed.
+# White space and line ends of ECMA-262; llguidance's expressions use Unicode's white space and the line feed.
 SPACE = r"\t\n\x0B\x0C\r \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}"
 ANY_BUT_LINE_ENDS = r"[^\n\r\x{2028}\x{2029}]"
 
@@ -79,7 +79,7 @@ def each_part(schema: dict[str, Any], change: Callable[[Any, tuple[str, ...]], A
 
 
 def simplified(schema: Any) -> Any:
-    """The same schema without keywords that have no effect in it, the others as llguidance knows them."""
+    """The same schema without keywords that have no effect; the others are in llguidance's form."""
     if not isinstance(schema, dict):
         return schema
     made = each_part(schema, lambda part, _: simplified(part))
@@ -93,7 +93,7 @@ def simplified(schema: Any) -> Any:
 
 
 def anything(schema: Any) -> bool:
-    """Whether a simplified schema plainly holds for every value."""
+    """Whether a simplified schema clearly holds for every value."""
     return schema is True or (isinstance(schema, dict) and not schema.keys() & ASSERTIONS)
 
 
@@ -115,7 +115,7 @@ def _numbers(made: dict[str, Any]) -> None:
 
 
 def _names(made: dict[str, Any]) -> None:
-    """propertyNames as the properties themselves, where that can be said."""
+    """Expresses propertyNames by the properties themselves, if that is possible."""
     names = made.get("propertyNames")
     if names is None:
         return
@@ -143,7 +143,7 @@ def _objects(made: dict[str, Any]) -> None:
     needed = made.get("dependentRequired")
     if isinstance(needed, dict) and all(map(texts, [*needed.values(), made.get("required", [])])):
         required = list(made.get("required", []))
-        for name in required:  # grows while it is walked over: what is required may require more
+        for name in required:  # grows during the loop: a required property may require others
             required += [n for n in needed.get(name, []) if n not in required]
         left = {name: names for name, names in needed.items() if set(names) - set(required)}
         if required:
@@ -193,7 +193,7 @@ def _strings(made: dict[str, Any]) -> None:
     if isinstance(made.get("patternProperties"), dict):
         made["patternProperties"] = {ecma(key): value for key, value in made["patternProperties"].items()}
     form = made.get("format")
-    if isinstance(form, str) and form not in FORMATS:  # an annotation, or an expression of ours
+    if isinstance(form, str) and form not in FORMATS:  # an annotation, or one of ``EXPRESSIONS``
         del made["format"]
         if form in EXPRESSIONS and "pattern" not in made:
             made["pattern"] = EXPRESSIONS[form]
@@ -239,7 +239,7 @@ def ecma(pattern: str) -> str:
             token = f"[^{SPACE}]"
         elif inside and token in ("[", "&", "~"):
             token = "\\" + token
-        elif inside and token in ("[^]", "[]"):  # a bracket, and the end of the class it stands in
+        elif inside and token in ("[^]", "[]"):  # a bracket, and the end of the class that contains it
             token, inside = "\\" + token[:-1] + "]", False
         elif not inside and token == "[^]":
             token = r"[\x{0}-\x{10FFFF}]"

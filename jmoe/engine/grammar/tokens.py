@@ -1,6 +1,6 @@
-"""A model's tokenizer as llguidance takes it, and llguidance's failures as ValueErrors.
+"""A model's tokenizer in the form that llguidance takes, and llguidance's failures as ValueErrors.
 
-Imports nothing that starts threads: the process that tries grammars forks.
+This module imports nothing that starts threads: the process that tries grammars forks.
 """
 
 import contextlib
@@ -14,17 +14,18 @@ import llguidance
 from tokenizers import Tokenizer
 
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
-STEPS = 8  # tokens that a tried grammar is followed for
-# What a Lark grammar may hold besides the name of a token: comments, strings, expressions.
+STEPS = 8  # tokens for which a tried grammar is followed
+# A comment, string or expression of a Lark grammar, which may contain text like a token's name, or a name.
 LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(<[^<>\s"]+>)')
 
 
 def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> dict[str, Any]:
-    """What ``make_tokenizer`` takes, as JSON has it: another process can make the same one.
+    """The JSON-able argument of ``make_tokenizer``, from which another process can make the same tokenizer.
 
-    llguidance tokenizes the text that a grammar forces. There a token that stands for no text of its own must
-    not be found by its name, and nothing may change the text: such tokens get names that nobody can guess,
-    and all rules but those for spaces are left out. ``named``: token ids by their real names.
+    llguidance tokenizes the text that a grammar forces. That text must not match the name of a token that
+    stands for no text of its own, and nothing may change the text. So such tokens get names that nobody can
+    guess, and all normalizer rules except those for spaces are left out. ``named``: token ids by their real
+    names.
     """
     ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
     if not ends:
@@ -33,7 +34,7 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if largest >= vocab_size:
         raise ValueError(f"vocab size too small: the tokenizer has the id {largest}, the model {vocab_size}")
-    # An added token past the model's vocabulary, a fine-tune's [PAD], is never drawn.
+    # An added token beyond the model's vocabulary, such as a fine-tune's [PAD], is never sampled.
     added = {token["content"]: token for token in made["added_tokens"] if token["id"] < vocab_size}
     named = {name: t["id"] for name, t in added.items() if t["special"] or re.fullmatch("<.*>", name, re.S)}
     for i in ends:
@@ -51,7 +52,8 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
 
 
 def _hide(token: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """An added token, special if its name is hidden; it takes no spaces around it, in words too."""
+    """An added token, special if its name is hidden; it strips no spaces around it and also matches inside
+    words."""
     name = token["content"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token["id"], "content": hidden.get(name, name), **flags, "special": name in hidden}
@@ -71,7 +73,8 @@ def _rename(model: dict[str, Any], hidden: dict[str, str]) -> None:
 
 
 def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The normalizer without what may change other text than spaces (which tokens spell in their own way)."""
+    """The normalizer with only the rules for spaces (which tokens spell in their own way): others may change
+    the text."""
     if normalizer is None or normalizer["type"] != "Sequence":
         parts = [normalizer]
     else:
@@ -81,7 +84,7 @@ def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _splits_only(given: Any) -> Any:
-    """The pre-tokenizer without what adds a space in front or removes what it splits at."""
+    """The pre-tokenizer changed so that it adds no space in front and keeps the text at which it splits."""
     if isinstance(given, list):
         return [_splits_only(part) for part in given]
     if not isinstance(given, dict):
@@ -92,7 +95,7 @@ def _splits_only(given: Any) -> Any:
 
 
 def by_id(lark: str, named: dict[str, int]) -> str:
-    """A Lark grammar whose special tokens are written by their ids instead of their names."""
+    """The Lark grammar with special tokens written by id instead of by name."""
 
     def number(found: re.Match[str]) -> str:
         name = found[1]
@@ -102,7 +105,7 @@ def by_id(lark: str, named: dict[str, int]) -> str:
 
 
 def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
-    """Raises ValueError with one line where llguidance cannot use the tokenizer."""
+    """Makes the tokenizer; ValueError with one line if llguidance cannot use it."""
     try:
         with panics_as_errors():
             return llguidance.LLTokenizer(
@@ -113,7 +116,7 @@ def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
 
 
 def try_grammar(tokenizer: llguidance.LLTokenizer, source: str) -> tuple[llguidance.LLMatcher | None, str]:
-    """A matcher that has made its first mask, or None and why there is none."""
+    """A matcher that has made its first mask, or None and the reason why it failed."""
     try:
         with panics_as_errors():
             matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
@@ -124,9 +127,10 @@ def try_grammar(tokenizer: llguidance.LLTokenizer, source: str) -> tuple[llguida
 
 
 def follow(matcher: llguidance.LLMatcher, ends: Iterable[int]) -> str:
-    """Why the matcher fails within a few tokens, or "": many a grammar is too large only once it has begun.
+    """The reason why the matcher fails within a few tokens, or "": many grammars become too large only after
+    some tokens.
 
-    Takes one of the allowed tokens at a time, always the same, and no end while there is another.
+    At each step it takes one allowed token by a fixed rule, and stops if only end tokens are allowed.
     """
     try:
         with panics_as_errors():
@@ -143,7 +147,7 @@ def follow(matcher: llguidance.LLMatcher, ends: Iterable[int]) -> str:
 
 
 def _bit(bits: int, step: int) -> int:
-    """The place of a set bit: the lowest one above a share of the length that changes with the step."""
+    """The index of a set bit: the lowest above a fraction of the length that changes with the step."""
     above = bits.bit_length() * (step * 5 % STEPS) // STEPS
     rest = bits >> above
     return above + (rest & -rest).bit_length() - 1
@@ -151,7 +155,7 @@ def _bit(bits: int, step: int) -> int:
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A panic in Rust is no Exception in Python; it becomes a ValueError."""
+    """Turns a panic in Rust, which is not an Exception in Python, into a ValueError."""
     try:
         yield
     except Exception:

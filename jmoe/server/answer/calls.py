@@ -14,15 +14,15 @@ ALPHABET = string.ascii_letters + string.digits
 
 
 def call_id() -> str:
-    """Nine letters and digits: some models' templates demand just that of the ids in a conversation."""
+    """Nine letters and digits: some models' templates demand exactly this of the ids in a conversation."""
     return "".join(secrets.choice(ALPHABET) for _ in range(9))
 
 
 class ToolFormat:
     """An ``AnswerFormat``: each choice is one call of one of ``functions``.
 
-    named: the request named the function. Such an answer ends with the reason "stop", one whose function the
-    model chose with "tool_calls", as OpenAI's do.
+    named: whether the request named the function. Such an answer ends with the reason "stop"; an answer whose
+    function the model chose ends with "tool_calls", as OpenAI's do.
     """
 
     def __init__(self, chat: ChatFormat, functions: list[Function], *, named: bool):

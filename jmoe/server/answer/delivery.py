@@ -19,14 +19,21 @@ from jmoe.server.request.schema import StreamOptions
 
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
-HEAVY = 2000  # entries of log-probabilities that are named on a thread: some milliseconds
-PIECE = 64  # items of a list that are encoded in one call, in which no other thread runs
-PIECE_BYTES = 64 * 1024  # of an answer, written at a time
+HEAVY = 2000  # more log-probability entries than this are formatted on a thread: it takes some milliseconds
+PIECE = 64  # list items encoded in one call, during which no other thread runs
+PIECE_BYTES = 64 * 1024  # bytes of an answer written at a time
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generation and how it is told. in_thread: runs what takes long."""
+    """A generation and how it is sent.
+
+    generation: the engine requests of the answer and their outputs.
+    form: format of the choices.
+    usage: token counts of the answer.
+    head: first fields of the answer and of each chunk.
+    in_thread: runs a slow function on a thread.
+    """
 
     generation: Generation
     form: AnswerFormat
@@ -35,15 +42,15 @@ class Answer:
     in_thread: Callable[..., Awaitable[Any]]
 
     def is_heavy(self, tokens: int, prompt_tokens: int) -> bool:
-        """Whether telling so many takes long: each may come with its alternatives, all by name."""
+        """Whether formatting this many tokens takes long: each may have alternatives, all as text."""
         params = self.generation.requests[0].params
         named = tokens * (1 + (params.logprobs or 0)) + prompt_tokens * (1 + (params.prompt_logprobs or 0))
         return named > HEAVY
 
 
 def encoded(value: Any, depth: int = 4) -> Iterator[bytes]:
-    """JSON in pieces, each of them made quickly: objects and lists down to ``depth``, below them the items of
-    a list, ``PIECE`` at a time."""
+    """Encodes JSON in pieces that are each made quickly: objects and lists are split down to ``depth``, and
+    long lists into ``PIECE`` items at a time."""
     if isinstance(value, dict) and depth:
         for i, (key, item) in enumerate(value.items()):
             yield (b"," if i else b"{") + msgspec.json.encode(key) + b":"
@@ -79,7 +86,7 @@ def event(content: Any) -> bytes:
 
 
 async def whole_answer(request: Request, answer: Answer) -> Response:
-    """One JSON object, once every choice has finished."""
+    """Returns one JSON object after every choice has finished."""
     generation, form, usage = answer.generation, answer.form, answer.usage
     collected: list[list[Output]] = [[] for _ in generation.requests]
 
@@ -105,7 +112,7 @@ async def whole_answer(request: Request, answer: Answer) -> Response:
 
 
 class PiecesResponse(Response):
-    """JSON in pieces, none of which is copied into a whole."""
+    """A JSON response of several pieces that are not copied into one."""
 
     def __init__(self, pieces: list[bytes]):
         super().__init__(media_type="application/json")
@@ -116,7 +123,7 @@ class PiecesResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for piece in self.pieces:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await asyncio.sleep(0)  # a client that takes all at once must not keep the loop
+            await asyncio.sleep(0)  # a client that reads everything at once must not occupy the event loop
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -127,7 +134,7 @@ async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncI
     running = bool(options.include_usage and options.continuous_usage_stats)
 
     def chunk(choices: list[dict[str, Any]], counted: bool = running) -> dict[str, Any]:
-        """The usage is null in a chunk that does not have it, where it was requested."""
+        """If usage was requested, it is null in a chunk that does not count it."""
         shown = {"usage": usage.report() if counted else None} if options.include_usage else {}
         return {**head, "choices": choices, **shown}
 
@@ -150,7 +157,7 @@ async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncI
         raise
     except ApiError as error:
         yield event(error.envelope())
-    except BaseException:  # a panic of a Rust library is no Exception
+    except BaseException:  # a panic of a Rust library is not an Exception
         log.exception("a stream failed: %s", head["id"])
         yield event(ApiError(500, f"internal error (request {head['id']})").envelope())
     yield DONE

@@ -12,11 +12,15 @@ from jmoe.server.request.prompts import Prompt
 
 
 class AnswerFormat(Protocol):
-    """object, chunk_object: the ``object`` of a whole answer and of a stream's chunk.
+    """How the choices of an answer are written.
 
-    opening: choices to stream before any token. delta: one increment of choice ``index`` as a stream's
-    choice. choice: all its increments as one. token_ids: with the field of that name, as vLLM has it, which
-    is all that a model without a tokenizer can answer.
+    object: value of the ``object`` field of a whole answer.
+    chunk_object: the same for a stream's chunk.
+    opening: returns the choices to stream before any token.
+    delta: returns one increment of choice ``index`` as a stream's choice.
+    choice: returns all increments of choice ``index`` as one choice.
+    A format made with ``token_ids`` also writes the field of that name, as vLLM does; a model without a
+    tokenizer can answer nothing else.
     """
 
     object: str
@@ -28,7 +32,7 @@ class AnswerFormat(Protocol):
 
 
 class Places:
-    """Where in the text of one choice its tokens begin, in characters."""
+    """Character positions at which the tokens of one choice begin in its text."""
 
     def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
         self.prompt, self.codec = prompt, codec
@@ -39,7 +43,7 @@ class Places:
         return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
 
     def place(self, token_id: int) -> int:
-        """Of the answer's next token: for a part of a character, where that begins."""
+        """The position of the answer's next token; for a part of a character, where the character begins."""
         begins = self.at
         self.at += 0 if self.text is None else len(self.text.push(token_id)[0])
         return begins
@@ -48,7 +52,7 @@ class Places:
 class CompletionFormat:
     """Text completions. Choices are prompt-major: choice i continues prompt i // n.
 
-    An echoed prompt comes before the first increment's text, its log-probabilities before the first token's.
+    An echoed prompt precedes the first increment's text; its log-probabilities precede the first token's.
     """
 
     object = chunk_object = "text_completion"
@@ -137,13 +141,13 @@ class ChatFormat:
 
 
 def _reasoning(outputs: Sequence[Output]) -> dict[str, str]:
-    """What a model thought before it answered; no field where it did not."""
+    """What a model thought before it answered; no field if it did not think."""
     thoughts = "".join(output.thoughts for output in outputs)
     return {"reasoning_content": thoughts} if thoughts else {}
 
 
 def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
-    """What both formats end a choice with; absent optionals are left out, as OpenAI does."""
+    """The fields that end a choice in both formats; absent optional ones are left out, as OpenAI does."""
     last = outputs[-1]
     end: dict[str, Any] = {"finish_reason": last.finish_reason}
     if last.stop_reason is not None:
@@ -154,7 +158,10 @@ def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
 
 
 class Usage:
-    """Tokens of one HTTP request so far; each prompt counts once, whatever n. requests: prompt-major."""
+    """Token counts of one HTTP request so far; each prompt counts once for any n.
+
+    requests: engine requests, prompt-major.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], requests: Sequence[Request]):
         self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
@@ -170,7 +177,8 @@ class Usage:
                 self.moe[name] = self.moe.get(name, 0) + count
 
     def report(self) -> dict[str, Any]:
-        """With what lossy techniques did to the assignments of the answers that have ended, if any may."""
+        """The ``usage`` object. If lossy techniques are possible, it counts what they did to the assignments
+        of the answers that have ended."""
         moe = {"moe": dict(self.moe)} if self.moe else {}
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -181,5 +189,5 @@ class Usage:
         }
 
     def _cached_tokens(self) -> int:
-        """Of n answers one computes the prompt that the others then find."""
+        """Counts each prompt's minimum: of n answers one computes the prompt and the others then find it."""
         return sum(min(request.cached_tokens for request in answers) for answers in self.requests)

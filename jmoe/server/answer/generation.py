@@ -1,4 +1,4 @@
-"""The engine requests behind one HTTP request, and their outputs on the event loop."""
+"""The engine requests of one HTTP request, and their outputs on the event loop."""
 
 import asyncio
 import contextlib
@@ -11,14 +11,17 @@ from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead, invalid, refused, timed_out, unavailable
 
-BREATH = 0.005  # seconds after which one that has much to tell lets others go on
+BREATH = 0.005  # seconds after which a generation with many outputs lets other tasks run
 
 
 class Generation:
-    """Answers in the making, numbered as the choices will be. Made on the event loop that reads them.
+    """Running answers, numbered as the choices will be. It is created on the event loop that reads them.
 
-    Whoever starts one closes it: ``close`` aborts what still runs. timeout: seconds from now that all of them
-    may take, None = no limit. grammar_param: the field to blame where an answer cannot go on in its grammar.
+    The caller that starts a generation closes it: ``close`` aborts the answers that still run.
+    work: token ids and sampling parameters of each answer.
+    on_close: called by ``close`` with this generation.
+    timeout: seconds from now that all answers together may take; None = no limit.
+    grammar_param: request field named in the error if an answer cannot go on in its grammar.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Generation:
             for i, (tokens, params) in enumerate(work)
         ]
         self.unfinished = {request.id for request in self.requests}
-        self.reasons: dict[str, str] = {}  # why each of the others ended
+        self.reasons: dict[str, str] = {}  # finish reason of each ended request, by id
 
     def _emitter(self, index: int) -> Callable[[Output], None]:
         def emit(output: Output) -> None:
@@ -53,9 +56,10 @@ class Generation:
         return emit
 
     async def start(self, param: str) -> None:
-        """Queues all requests or raises an ApiError. param: the field to blame where a prompt is refused.
+        """Queues all requests or raises an ApiError.
 
-        The engine takes requests between two steps, so the wait is on a thread.
+        param: request field named in the error if a prompt is refused.
+        The engine takes requests between two steps, so a thread waits for it.
         """
         future = self.executor.submit(contained, self.engine.submit, self.requests)
         try:
@@ -69,11 +73,11 @@ class Generation:
             raise engine_dead() from None
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """(choice, increment) until every choice has finished; ApiError where one fails."""
+        """Yields (choice, increment) until every choice has finished; raises ApiError if one fails."""
         breath = self.loop.time() + BREATH
         while self.unfinished:
             async with self._in_time():
-                if self.loop.time() > breath:  # what waits in the queue comes without a pause
+                if self.loop.time() > breath:  # queued outputs are read without a pause
                     await asyncio.sleep(0)
                     breath = self.loop.time() + BREATH
                 index, output = await self.queue.get()
@@ -86,7 +90,7 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Raises an ApiError where the deadline passes inside."""
+        """Raises an ApiError if the deadline passes inside the block."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 yield
@@ -118,7 +122,7 @@ class Generation:
     def _failure(self, output: Output) -> ApiError:
         if not self.engine.snapshot().alive:
             return engine_dead()
-        if output.finish_reason == "abort":  # not ours: who closes a generation reads no more of it
+        if output.finish_reason == "abort":  # not by ``close``, after which nobody reads
             return draining()
         if output.invalid:
             return invalid(f"{self.grammar_param} cannot be used: {output.error}", self.grammar_param)
@@ -130,7 +134,7 @@ class ClientLeft(Exception):
 
 
 async def unless_client_leaves(receive: Callable[[], Awaitable], work: Awaitable) -> object:
-    """What ``work`` returns, or ClientLeft with the work cancelled.
+    """Returns what ``work`` returns; if the client leaves first, cancels the work and raises ClientLeft.
 
     Starlette does not cancel a plain handler when its client leaves, so the connection is watched here.
     """

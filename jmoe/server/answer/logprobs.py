@@ -16,8 +16,9 @@ def token_name(token_id: int, codec: TextCodec | None) -> str:
 def completion_logprobs(
     entries: Iterable[tuple[int, TokenLogprob | None]], codec: TextCodec | None, offsets: list[int]
 ) -> dict[str, list]:
-    """The ``logprobs`` object of (token id, entry) pairs; offsets: where in the text each token begins.
+    """The ``logprobs`` object of (token id, entry) pairs.
 
+    offsets: character position in the text at which each token begins.
     A prompt's first token has no entry: its values are null.
     """
     names, values, tops = [], [], []
@@ -29,10 +30,10 @@ def completion_logprobs(
 
 
 def _by_name(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, float]:
-    """Alternatives by text, the token itself among them with the same float.
+    """Log-probabilities of the alternatives by text, including the token itself with the same float.
 
-    Two tokens may spell the same (halves of characters do). Evaluation harnesses compare the token with the
-    largest value, so none may be lost: later ones of equal spelling are named by their id.
+    Two tokens may have the same text (halves of characters do). Evaluation harnesses compare the token with
+    the largest value, so none may be lost: later tokens with the same text are named by their id.
     """
     named = {token_name(entry.token_id, codec): _finite(entry.logprob)}
     for token_id, logprob in entry.top:
@@ -54,7 +55,7 @@ def chat_logprobs(
 
 
 def _chat_token(token_id: int, logprob: float, codec: TextCodec | None) -> dict[str, Any]:
-    """bytes are the token's own, also of a part of a character: joined they are the text's."""
+    """One entry; "bytes" are the token's own, also for a part of a character: joined they are the text's."""
     own = None if codec is None else list(codec.token_bytes(token_id))
     return {"token": token_name(token_id, codec), "logprob": _finite(logprob), "bytes": own}
 

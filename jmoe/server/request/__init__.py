@@ -1,1 +1,1 @@
-"""From the body of a request to what the engine is asked for."""
+"""From the body of a request to what is requested from the engine."""

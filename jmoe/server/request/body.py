@@ -1,4 +1,4 @@
-"""From bytes on the wire to a checked request body, every failure a 4xx that names its cause."""
+"""From bytes on the wire to a checked request body; every failure is a 4xx that names its cause."""
 
 import asyncio
 import contextlib
@@ -23,11 +23,11 @@ AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 _SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
-MIN_RATE = 16 * 1024  # bytes a second that a body must come with, once ``body_timeout`` is over
+MIN_RATE = 16 * 1024  # bytes per second at which a body must arrive after ``body_timeout`` is over
 
 
 class BodyBytes:
-    """The bytes of all bodies that are being read or worked on. Beyond ``limit`` none may grow."""
+    """Counts the bytes of all bodies being read or worked on. Beyond ``limit`` only small bodies may grow."""
 
     def __init__(self, limit: int):
         self.limit, self.taken = limit, 0
@@ -42,13 +42,13 @@ class BodyBytes:
 
 
 class HeldBytes:
-    """Those of one body."""
+    """The counted bytes of one body."""
 
     def __init__(self, of: BodyBytes):
         self.of, self.count = of, 0
 
     def add(self, count: int) -> None:
-        """503 where there is no room; a small body always has some."""
+        """Counts more bytes of this body; 503 if there is no room. A small body always has room."""
         if self.count + count > LIGHT and self.of.taken + count > self.of.limit:
             error = unavailable(f"request bodies of {self.of.limit} bytes are being worked on", "bodies_full")
             error.headers["Connection"] = "close"
@@ -58,8 +58,11 @@ class HeldBytes:
 
 
 async def read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
-    """The whole body of a JSON request; 415 for another type, 413 past the limit, 408 where it comes too
-    slowly: nothing for ``body_timeout`` seconds, or after these less than ``MIN_RATE`` in the mean."""
+    """Reads the whole body of a JSON request.
+
+    415 for another content type or encoding, 413 beyond the size limit, 408 if it arrives too slowly: nothing
+    for ``body_timeout`` seconds, or after these a mean rate below ``MIN_RATE``.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f"Content-Type must be application/json, got {kind[:100]!r}"
@@ -102,8 +105,10 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
 
 
 def inflated(raw: bytes, limit: int) -> bytes:
-    """What a gzip body holds, or its first ``limit`` + 1 bytes; 400 where it is none. The members of one are
-    few: each costs time, and may hold nothing."""
+    """Returns the content of a gzip body, or its first ``limit`` + 1 bytes; 400 if it is not gzip.
+
+    The number of gzip members is limited: each costs time, and may hold nothing.
+    """
     held = bytearray()
     for _ in range(64):
         stream = zlib.decompressobj(wbits=31)
@@ -124,7 +129,8 @@ def _no_gzip(cause: str) -> ApiError:
 
 
 def decode(raw: bytes, kind: type[Body]) -> Body:
-    """The body as ``kind``. 400 with code invalid_json where it is no JSON object, else names the field."""
+    """Decodes the body as ``kind``. A 400 has the code invalid_json if it is no JSON object, else it names
+    the field."""
     check_json(raw)
     try:
         body = _decoded(raw, kind)
@@ -140,7 +146,8 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
 
 
 def _decoded(raw: bytes, kind: type[Body]) -> Body:
-    """null means absent for a field that ``kind`` lacks too; only a body with such a field is read twice."""
+    """A null field that ``kind`` does not have counts as absent; only a body with an unknown field is decoded
+    twice."""
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
@@ -155,7 +162,7 @@ class _Conversation(msgspec.Struct):
 
 
 def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
-    """Gives each message and tool of ``body`` the object that it was read from."""
+    """Stores in each message and tool of ``body``, as ``sent``, the JSON object that it was decoded from."""
     kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
     if kept:
         sent = msgspec.json.decode(raw, type=_Conversation)
@@ -165,7 +172,7 @@ def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
 
 
 def _lone_surrogate(raw: bytes) -> str | None:
-    """The decoder reports half a surrogate pair at the end of a string as truncated input."""
+    """Names half a surrogate pair as the cause: at a string's end the decoder reports truncated input."""
     alone = any(found[1] is None for found in _SURROGATES.finditer(raw))
     return "a \\u escape is half of a surrogate pair" if alone else None
 
@@ -188,7 +195,7 @@ def _bad_field(text: str) -> ApiError:
 
 
 def check_supported(body: msgspec.Struct, prefix: str = "") -> None:
-    """Refuses a field whose value asks for what the server cannot do."""
+    """Refuses a field whose value requests something that the server cannot do."""
     for name, values in neutral(type(body)).items():
         value: Any = getattr(body, name)
         if value is not None and not any(_same(value, v) for v in values):
@@ -203,7 +210,7 @@ def _same(value: Any, neutral: Any) -> bool:
 def check_generation(body: GenerationRequest) -> None:
     """Refuses unsupported fields and combinations that contradict themselves."""
     check_supported(body)
-    if body.best_of not in (None, 1, body.n):  # as many as are answered: none is left out
+    if body.best_of not in (None, 1, body.n):  # best_of = n leaves out no answer
         raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
     options = body.stream_options
     if options is not None:

@@ -1,7 +1,7 @@
-"""How much one request may hold. docs/api.md has the same as a table.
+"""Bounds on what one request may hold. docs/api.md has them as a table.
 
-They are looked at before the work that they bound, by what is cheap: the body's bytes before it is decoded,
-the number of items before they are copied, the length of a text before it is written anew.
+They are checked before the work that they bound, by cheap measures: the body's bytes before it is decoded,
+the number of items before they are copied, the length of a text before it is written again.
 """
 
 from typing import Any, TypeVar
@@ -16,9 +16,9 @@ MAX_JSON_STRINGS = 2**17
 MAX_JSON_KEYS = 2**16
 MAX_JSON_LISTS = 2**15  # and objects
 MAX_MESSAGES = 2**13
-MAX_TOKENIZED = 2**21  # characters that /tokenize takes, whatever the context
-MAX_TOOL_CHARACTERS = 2**20  # of all tools, their descriptions among them
-LIGHT = 16 * 1024  # bytes of a body that cannot hold more than is done at once
+MAX_TOKENIZED = 2**21  # characters that /tokenize takes, for any context length
+MAX_TOOL_CHARACTERS = 2**20  # characters of all tools, including their descriptions
+LIGHT = 16 * 1024  # bytes of a body so small that it needs no checks or limits of its work
 PIECE = 64 * 1024  # bytes counted at a time
 
 QUOTE, BACKSLASH = ord('"'), ord("\\")
@@ -26,14 +26,14 @@ Item = TypeVar("Item")
 
 
 def check_json(text: bytes, what: str = "the request body", param: str | None = None) -> None:
-    """400 where JSON holds more than may be decoded at once. Whether it is JSON, the decoder says.
+    """400 if the JSON text holds more than may be decoded at once. The decoder checks whether it is JSON.
 
-    The decoder makes all of it in one call, in which no other thread runs; so it is counted before.
+    The decoder decodes everything in one call, during which no other thread runs, so this counts before it.
     """
     if len(text) <= LIGHT:
         return
     values = quotes = keys = lists = 0
-    in_string, odd = False, False  # at the piece's first byte; odd: it follows a backslash that counts
+    in_string, odd = False, False  # both at the piece's first byte; odd: a backslash escapes it
     for start in range(0, len(text), PIECE):
         bytes_N = np.frombuffer(text, np.uint8, min(PIECE, len(text) - start), start)
         quotes_N, odd = _quotes(bytes_N, odd)
@@ -59,7 +59,7 @@ def _count(bytes_N: np.ndarray, outside_N: np.ndarray, of: bytes) -> int:
 
 
 def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:
-    """Where a string begins or ends, and whether the byte behind the last is escaped.
+    """A mask of the quotes that begin or end a string, and whether the byte after the piece is escaped.
 
     A quote is escaped by an odd number of backslashes before it.
     """
@@ -67,7 +67,8 @@ def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:
     if not odd and not backslash_N.any():
         return quotes_N, False
     place_N = np.arange(len(bytes_N))
-    other_N = np.maximum.accumulate(np.where(backslash_N, -1 - odd, place_N))  # the last that is none
+    # Index of the last byte up to here that is no backslash.
+    other_N = np.maximum.accumulate(np.where(backslash_N, -1 - odd, place_N))
     before_N = np.concatenate(([-1 - odd], other_N[:-1]))
     escaped_N = (place_N - 1 - before_N) % 2 == 1
     return quotes_N & ~escaped_N, bool((len(bytes_N) - 1 - other_N[-1]) % 2)
@@ -76,7 +77,7 @@ def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:
 def exceeds(value: Any, limit: int) -> bool:
     """Whether the JSON text of ``value`` certainly has more than ``limit`` characters.
 
-    Looks at no more of it than that takes; what is near the limit, its text itself decides.
+    It looks at no more of the value than needed. Near the limit, only the text itself can decide.
     """
     left, size = [value], 0
     while left and size <= limit:
@@ -93,7 +94,8 @@ def exceeds(value: Any, limit: int) -> bool:
 
 
 def bounded(of_grammar: Item) -> Item:
-    """The same; ValueError where a grammar of it is too long for certain, before it is copied and written."""
+    """Returns its argument; ValueError if a grammar of it is certainly too long. It is called before the
+    argument is copied and written."""
     if exceeds(of_grammar, MAX_GRAMMAR_BYTES):
         raise ValueError(f"the grammar is too long; the limit is {MAX_GRAMMAR_BYTES}")
     return of_grammar

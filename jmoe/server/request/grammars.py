@@ -1,4 +1,4 @@
-"""Compiled grammars of the requests, made off the event loop, the last ones kept in memory."""
+"""Compiles the grammars of requests off the event loop and keeps the most recent ones in memory."""
 
 import asyncio
 import threading
@@ -13,15 +13,15 @@ from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import invalid, unavailable
 
 MAX_KEPT = 64
-MAX_KEPT_BYTES = 1024 * 1024  # of their texts
+MAX_KEPT_BYTES = 1024 * 1024  # characters of the kept grammars' texts
 MAX_WAITING = 32
-QUICK_SECONDS = 0.15  # of processor time: what takes more waits for the other costly ones
+QUICK_SECONDS = 0.15  # processor time; a grammar that takes more waits for the other costly ones
 QUICK_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Following:
-    """A compiled grammar that answers follow, and the request field that asks for it."""
+    """A compiled grammar that answers follow, and the request field that requested it."""
 
     compiled: CompiledGrammar
     param: str
@@ -34,8 +34,10 @@ class Following:
 
 
 class Grammars:
-    """One a server. The compiler is made at the first grammar. Grammars are tried on threads of their own
-    and, where they turn out to be costly, once more one after another: those delay nothing but one another.
+    """Compiled grammars; one per server. The compiler is made at the first grammar.
+
+    A grammar is first tried on the quick threads. If it turns out to be costly, it is tried again on a thread
+    for costly grammars only, one after another: they delay only one another.
     """
 
     def __init__(self, engine: EngineProtocol):
@@ -48,7 +50,8 @@ class Grammars:
         self._tools: tuple[GrammarCompiler, GrammarChecker] | None = None
 
     async def compile(self, grammar: Grammar, param: str) -> Following:
-        """400 says why it cannot be compiled, 503 that too many wait. param: the field to blame."""
+        """Compiles a grammar. A 400 says why it cannot be compiled; 503 if too many wait or the check cannot
+        run. param: request field named in the error."""
         kept = self.kept.get(grammar)
         if kept is not None:
             self.kept.move_to_end(grammar)

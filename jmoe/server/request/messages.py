@@ -1,4 +1,4 @@
-"""Messages as the model's chat template gets them: as they were sent, where the template takes that form."""
+"""Messages as the model's chat template gets them: as they were sent, if the template takes that form."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from jmoe.server.request.bounds import check_json
 from jmoe.server.request.schema import Message
 from jmoe.server.template.forms import Forms
 
-# What an assistant thought: the name that most templates read, the one of some, the one of some clients.
+# Keys of an assistant's reasoning: the first is read by most templates, the second by some, the third is sent
+# by some clients.
 THOUGHT = ("reasoning_content", "thinking", "reasoning")
 TEXT_KEYS = ("type", "text", "cache_control")
 
@@ -22,9 +23,9 @@ def needs_forms(messages: Sequence[Message]) -> bool:
 
 
 def template_message(i: int, message: Message, forms: Forms | None) -> dict[str, Any]:
-    """Message ``i`` for a template of these ``forms``, which are there where ``needs_forms``.
+    """Message ``i`` for a template that takes ``forms``; they are None only if no message ``needs_forms``.
 
-    A key whose value is null is as an absent one, but for content: an assistant's is null where it calls a
+    A key whose value is null counts as absent, except content: an assistant's content is null if it calls a
     tool.
     "developer" is OpenAI's newer word for "system".
     """
@@ -36,7 +37,7 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
     if message.content is None and role != "assistant":
         raise invalid(f"{where}.content is required", f"{where}.content")
     thought = next((plain[key] for key in THOUGHT if key in plain), None)
-    if thought is not None:  # as transformers 5: under both names that templates read
+    if thought is not None:  # as in transformers 5: under both names that templates read
         plain = {"thinking": thought, **plain, "reasoning_content": thought}
     if forms is None:
         return plain
@@ -53,7 +54,7 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
 
 
 def _call(sent: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
-    """A call with its arguments as the template takes them: as sent, where it takes both."""
+    """A call with its arguments in a form that the template takes: as sent, if it takes both."""
     call = {key: value for key, value in sent.items() if value is not None} | {"type": "function"}
     function: dict[str, Any] = sent["function"]
     arguments = function["arguments"]
@@ -66,7 +67,7 @@ def _call(sent: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
 
 
 def _parsed(text: str, field: str) -> dict[str, Any]:
-    """The object that ``text`` spells. A call that was cut off spells none: then its text as one argument."""
+    """Parses ``text`` as a JSON object. A call that was cut off is no JSON: its text becomes one argument."""
     raw = text.encode(errors="replace") or b"{}"
     check_json(raw, field, field)
     try:
@@ -82,7 +83,7 @@ def _plain_part(part: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _part_text(part: dict[str, Any], role: str, where: str) -> str:
-    """Of a text part, or of what an assistant said instead of an answer."""
+    """The text of a text part, or of an assistant's refusal."""
     kind = part.get("type")
     if kind != "text" and not (kind == "refusal" and role == "assistant"):
         raise unsupported(where, f"{where} has type {str(kind)[:50]!r}; only 'text' is supported")

@@ -7,9 +7,9 @@ from msgspec import inspect
 
 
 def without_unknown_nulls(value: Any, kind: type) -> Any:
-    """JSON ``value`` of ``kind`` without the null fields that its structs lack.
+    """Returns JSON ``value`` of type ``kind`` without the null fields that its structs do not have.
 
-    What is no struct is data and stays as it is: maps, schemas, lists of numbers.
+    Values other than structs are data and stay as they are: maps, schemas, lists of numbers.
     """
     return _pruned(value, _shape(kind))
 

@@ -1,4 +1,4 @@
-"""From a request body to the engine's sampling parameters, one set an answer."""
+"""From a request body to the engine's sampling parameters, one set per answer."""
 
 import dataclasses
 import secrets
@@ -16,7 +16,7 @@ def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParam
 
 
 def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
-    """turn_ends: the model's own strings that end a turn, beside the request's."""
+    """Sampling parameters of a chat. turn_ends: the model's strings that end a turn, added to ``stop``."""
     limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, vocab_size, limit, logprobs, None)
@@ -24,7 +24,7 @@ def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) 
 
 
 def _limit(max_tokens: int | None) -> int | None:
-    """-1 is llama-server's word for the rest of the context."""
+    """The limit on the answer; None = the rest of the context, for which llama-server's API has -1."""
     return None if max_tokens == -1 else max_tokens
 
 
@@ -64,7 +64,7 @@ def _params(
 
 
 def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    """(token id, addend) pairs. JSON has no keys but strings, so the ids come as decimal digits."""
+    """(token id, addend) pairs. JSON keys are strings, so the ids arrive as decimal digits."""
     for key in given:
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
             raise invalid(
@@ -77,7 +77,7 @@ def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float]
 
 
 def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
-    """Parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None draws."""
+    """Parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None = random."""
     if prompts * n > MAX_CHOICES:
         raise invalid(f"{prompts} prompts with n = {n}: at most {MAX_CHOICES} answers a request", "n")
     return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]

@@ -15,15 +15,19 @@ from jmoe.server.template.chat_template import ChatTemplate
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's token ids and, where echoed, its text. shows_special: whether the text spells every special
-    token, as that of token ids does."""
+    """A prompt.
+
+    token_ids: the prompt's tokens.
+    text: the prompt's text; empty if it was sent as token ids and is not echoed.
+    shows_special: whether the text contains every special token, as the text decoded from token ids does.
+    """
 
     token_ids: list[int]
     text: str = ""
     shows_special: bool = False
 
     def offsets(self, codec: TextCodec) -> list[int]:
-        """The character of the text at which each token begins; one that is not in the text takes no room."""
+        """The character of the text at which each token begins; a token not in the text has no length."""
         text, offsets, at = GrowingText(codec.token_bytes, (), shows_special=True), [], 0
         for token in self.token_ids:
             offsets.append(at)
@@ -32,7 +36,7 @@ class Prompt:
                 at += len(text.push(token))
         if self.shows_special or at == len(self.text):
             return offsets
-        starts = codec.starts(self.text)  # the tokenizer does not keep each character of a text
+        starts = codec.starts(self.text)  # the tokenizer does not keep every character of a text
         return starts if len(starts) == len(offsets) else codec.starts(self.text, special=False)
 
 
@@ -44,10 +48,10 @@ def completion_prompts(
     special: bool = True,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """One prompt or several: text, list of texts, token ids, list of token-id lists.
+    """Makes one prompt or several from a text, a list of texts, token ids or a list of token-id lists.
 
-    special: whether text gets the tokenizer's own special tokens.
-    limit: tokens of the model's context; a text that cannot fit is refused by its length.
+    special: whether the tokenizer's special tokens are added to text.
+    limit: the model's context length in tokens; a text that cannot fit is refused by its length.
     """
     if isinstance(given, str):
         return [_from_text(given, codec, special, limit)]
@@ -107,8 +111,10 @@ def chat_prompt(
 ) -> Prompt:
     """The rendered conversation. The template writes the special tokens, so none are added again.
 
-    tools, variables: what the template gets beside the messages. special: add special tokens nevertheless.
-    limit: tokens of the model's context.
+    tools: tools given to the template.
+    variables: other variables given to the template.
+    special: whether special tokens are added nevertheless.
+    limit: the model's context length in tokens.
     """
     if template is None:
         raise ApiError(

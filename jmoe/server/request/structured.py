@@ -19,14 +19,15 @@ ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A grammar and the request field that asks for it."""
+    """A grammar and the request field that requested it."""
 
     grammar: Grammar
     param: str
 
 
 def wanted_grammar(body: GenerationRequest) -> Wanted | None:
-    """None where the answer is free text. 400 where two fields ask for one, or something else contradicts."""
+    """The requested grammar; None if the answer is free text. 400 if two fields request one, or if another
+    field contradicts it."""
     constrained = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat)
     makers = {
         "response_format": _of_format if constrained else None,

@@ -1,7 +1,8 @@
-"""Function tools: what a request may say of them, the grammar of a call, and a call read from its text.
+"""Function tools: the checks of a request's tools, the grammar of a call, and the reader of a call's text.
 
-A named function's answer is its arguments alone. With "required" the model chooses, and the answer is
-``{"name": "...", "arguments": {...}}`` in exactly this spelling, so that it can be read while it grows.
+If the request names the function, the answer is only its arguments. With "required" the model chooses, and
+the answer is ``{"name": "...", "arguments": {...}}`` in exactly this spelling, so that it can be read while
+it grows.
 """
 
 import json
@@ -21,7 +22,7 @@ AUTO = (
 
 
 def check_tools(body: ChatRequest) -> None:
-    """400 where tools and tool_choice do not fit together or ask for what is not here."""
+    """400 if tools and tool_choice do not fit together or request something that is not supported."""
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice is only allowed with tools", "tool_choice")
@@ -38,7 +39,7 @@ def check_tools(body: ChatRequest) -> None:
 
 
 def forced_tools(body: ChatRequest) -> list[Function]:
-    """The functions one of which the answer must call: none, the named one or all."""
+    """The functions of which the answer must call one: none, the named one or all."""
     functions = [tool.function for tool in body.tools or ()]
     if isinstance(body.tool_choice, NamedTool):
         return [f for f in functions if f.name == body.tool_choice.function.name]
@@ -46,7 +47,8 @@ def forced_tools(body: ChatRequest) -> list[Function]:
 
 
 def tools_grammar(body: ChatRequest) -> Grammar:
-    """The grammar of an answer that calls one of ``forced_tools``. ValueError for parameters of no object."""
+    """The grammar of an answer that calls one of ``forced_tools``. ValueError if a function's parameters do
+    not have the type "object"."""
     functions = forced_tools(body)
     bounded([function.parameters for function in functions])
     if isinstance(body.tool_choice, NamedTool):
@@ -59,7 +61,7 @@ def tools_grammar(body: ChatRequest) -> Grammar:
 
 
 def plain_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools as they were sent, for the chat template; None where no call is wanted."""
+    """The tools as they were sent, for the chat template; None if the answer must not call one."""
     return None if not forced_tools(body) else [tool.sent for tool in body.tools or ()]
 
 
@@ -75,9 +77,11 @@ def _opening(name: str) -> str:
 
 
 class CallReader:
-    """Reads one call from the pieces of an answer. name: None until it is known.
+    """Reads one call from the pieces of an answer.
 
-    named: the function where the answer is its arguments alone.
+    functions: functions that may be called.
+    named: whether the request named the function, so that the answer is only its arguments.
+    name: name of the called function; None until it is known.
     """
 
     def __init__(self, functions: list[Function], named: bool):
@@ -87,7 +91,7 @@ class CallReader:
         self.depth, self.in_string, self.escaped, self.ended = 0, False, False, False
 
     def feed(self, text: str) -> str:
-        """The part of the arguments' text that ``text`` brings."""
+        """Takes the answer's next text and returns the part of it that belongs to the arguments."""
         if self.name is None:
             self.text += text
             opening = next((o for o in self.openings if self.text.startswith(o)), None)
@@ -97,7 +101,7 @@ class CallReader:
         return "".join(c for c in text if self._inside(c))
 
     def _inside(self, c: str) -> bool:
-        """Whether ``c`` belongs to the arguments: what follows their last brace closes the call."""
+        """Whether ``c`` belongs to the arguments; what follows their last brace closes the call."""
         inside = not self.ended
         if self.in_string:
             self.in_string = self.escaped or c != '"'

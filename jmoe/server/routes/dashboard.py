@@ -1,4 +1,4 @@
-"""GET /dashboard, /moe/events and /moe/stats: one page, and the reports that it shows."""
+"""GET /dashboard, /moe/events and /moe/stats: one page and the reports that it shows."""
 
 import asyncio
 import secrets
@@ -18,9 +18,9 @@ from jmoe.server.service import Service
 from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
 from jmoe.server.watch.snapshots import Phase
 
-WINDOW = 10  # seconds, where a listener asks for none
-LISTENERS = 64  # at a time
-PATIENCE = 10.0  # seconds that a listener's connection may be full
+WINDOW = 10  # seconds of a report if the listener requests no window
+LISTENERS = 64  # at the same time
+PATIENCE = 10.0  # seconds for which a listener's connection may be full
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,7 +28,7 @@ POLICY = (
 
 
 async def page(service: Service, request: Request) -> Response:
-    """The page holds no data and needs no key: it asks for one, and its events need it."""
+    """The page holds no data and needs no API key: it asks the user for one, which its events need."""
     file = resources.files("jmoe.server").joinpath("pages/dashboard.html")
     text = await service.in_thread(lambda: file.read_text(encoding="utf-8"))
     nonce = secrets.token_urlsafe(16)
@@ -42,7 +42,7 @@ async def page(service: Service, request: Request) -> Response:
 
 
 async def stats(service: Service, request: Request) -> Response:
-    """What the experts did since the start; with ``window`` or ``phase`` one report of the last seconds."""
+    """Expert statistics since the start; with ``window`` or ``phase`` one report of the last seconds."""
     try:
         if not request.query_params:
             stats = service.engine.moe_stats
@@ -55,7 +55,7 @@ async def stats(service: Service, request: Request) -> Response:
 
 
 async def events(service: Service, request: Request) -> Response:
-    """A report each second as a server-sent event, of the last ``window`` seconds."""
+    """Sends a report of the last ``window`` seconds every second, as a server-sent event."""
     window, phase = _asked(request)
     service.check_alive()
     if request.method == "HEAD":
@@ -88,7 +88,7 @@ def _phase(text: str) -> Phase:
 
 
 class ReportStream(Response):
-    """Ends with its client, with the server, or where the client does not read."""
+    """A stream of reports. It ends when the client leaves or does not read, or when the server ends."""
 
     def __init__(self, poll: Poll, window: int, phase: Phase):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})

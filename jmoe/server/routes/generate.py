@@ -21,8 +21,15 @@ from jmoe.server.service import Service
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a request asks of the engine. params: one set an answer. field: of the body, to blame for a prompt
-    that the engine refuses."""
+    """What a request asks of the engine.
+
+    body: the checked request body.
+    prompts: the request's prompts.
+    params: sampling parameters, one set per answer, prompt-major.
+    wanted: grammar that the answers must follow, if any.
+    form: format of the answers.
+    field: body field named in the error if the engine refuses a prompt.
+    """
 
     body: GenerationRequest
     prompts: list[Prompt]
@@ -41,7 +48,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
 
 
 def _completion(service: Service, raw: bytes) -> Work:
-    """All that takes time in proportion to the body."""
+    """Does all work whose time grows with the body."""
     body = service.decode(raw, CompletionRequest)
     check_completion(body)
     params, n = completion_params(body, service.engine.vocab_size), body.n or 1
@@ -55,11 +62,11 @@ def _completion(service: Service, raw: bytes) -> Work:
 
 
 def _chat(service: Service, raw: bytes) -> Work:
-    """All that takes time in proportion to the body."""
+    """Does all work whose time grows with the body."""
     body = service.decode(raw, ChatRequest)
     check_chat(body)
     wanted = wanted_grammar(body)
-    # A grammar says itself where the answer ends; a string that ends a turn may stand inside one.
+    # A grammar defines where the answer ends; a turn-end string may occur inside such an answer.
     turn_ends = () if wanted is not None else service.turn_ends
     params, n = chat_params(body, service.engine.vocab_size, turn_ends), body.n or 1
     codec, special, limit = service.engine.codec, bool(body.add_special_tokens), service.engine.max_model_len
@@ -77,7 +84,7 @@ async def _answer(service: Service, request: Request, work: Work, prefix: str) -
     grammar = None if wanted is None else await service.grammars.compile(wanted.grammar, wanted.param)
     generation = await service.generate(head["id"], work.prompts, work.params, work.field, grammar)
     usage = Usage(work.prompts, generation.requests)
-    request.state.generation = generation  # for who logs and traces the answer
+    request.state.generation = generation  # read by the log, metrics and traces of answers
     answer = Answer(generation, work.form, usage, head, service.in_thread)
     if work.body.stream:
         return EventStream(generation, stream_events(answer, work.body.stream_options))

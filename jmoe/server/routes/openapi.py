@@ -1,4 +1,4 @@
-"""The OpenAPI document: bodies from the structs that check the requests, answers from ``replies``."""
+"""The OpenAPI document: bodies are the structs that check the requests, answers those of ``replies``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ ERRORS = {
 
 
 def openapi_document(routes: Sequence[Route], version: str, model: str, *, with_key: bool) -> dict[str, Any]:
-    """A JSON-able OpenAPI 3.1 document of the routes that have a summary. model: the served one's name."""
+    """A JSON-able OpenAPI 3.1 document of the routes that have a summary. model: the served model's name."""
     described = [route for route in routes if route.summary is not None]
     bodies = {route.body for route in described if route.body is not None}
     kinds = {kind for route in described for kind in route.answers.values()} | bodies | {replies.Error}

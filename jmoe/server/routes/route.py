@@ -1,4 +1,4 @@
-"""What a route is: the type of the table's entries."""
+"""The type of the entries of the route table."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 class Route:
     """All that is known of one route.
 
-    method: what it is asked with; a GET answers HEAD too.
-    path: as Starlette takes it, such as "/v1/models/{id:path}".
-    handler: what makes its answer.
+    method: HTTP method; a GET route answers HEAD too.
+    path: path pattern of Starlette, such as "/v1/models/{id:path}".
+    handler: function that makes the answer.
     summary: a line for the OpenAPI document; None leaves the route out of it.
-    answers: types of the answer with status 200, by content type; of EVENTS, the type of an event's data.
-    errors: other statuses that it may answer with, without 401 and 500.
-    body: the type of the request's body; None where it takes none.
+    answers: types of the answer with status 200, by content type; for EVENTS the type of an event's data.
+    errors: other statuses of answers, except 401 and 500.
+    body: the type of the request's body; None if it takes none.
     example: a body that works.
     is_open: whether it needs no API key; such a path has no variables.
     is_quiet: whether its answers are not logged.
-    operation: the name in traces of what it does; None where it is not traced.
+    operation: name of the operation in traces; None if it is not traced.
     """
 
     method: Literal["GET", "POST"]
@@ -45,5 +45,5 @@ class Route:
 
     @property
     def pattern(self) -> str:
-        """The path as documents, metrics and logs name it, such as "/v1/models/{id}"."""
+        """The path as written in documents, metrics and logs, such as "/v1/models/{id}"."""
         return compile_path(self.path)[1]

@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 
 MAX_SIZE = 8 * 1024 * 1024  # characters of a text; the body's limit
-MAX_WRITTEN = 8 * MAX_SIZE  # characters of one rendering, those of blocks and macros counted at each level
-MAX_BITS = 1 << 16  # of a whole number
-PART = 32  # characters that a part of a value counts as: going through parts takes longer
-# A width or precision of five digits or more, or one that an argument gives.
+MAX_WRITTEN = 8 * MAX_SIZE  # characters of one rendering; those of blocks and macros count at each level
+MAX_BITS = 1 << 16  # bits of an integer
+PART = 32  # characters that each part of a value counts as, because visiting parts takes longer
+# A width or precision of five digits or more, or one that an argument sets.
 WIDTHS = {
     "%": re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\d{5}|\*|\d*\.(?:\d{5}|\*))"),
     "{": re.compile(r"\{[^{}]*:[^{}]*(?:\d{5}|\{)"),
@@ -32,7 +32,7 @@ class TooLarge(jinja2.TemplateRuntimeError):
 
 
 class Bounds:
-    """Each thread has a clock of its own, of its processor time."""
+    """Bounds of renderings. Each thread has its own clock, which measures the thread's processor time."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -42,12 +42,13 @@ class Bounds:
         self._local.end = time.thread_time() + seconds
 
     def check_clock(self) -> None:
-        """Raises TooLong once the time since ``start`` on this thread exceeds what was given."""
+        """Raises TooLong once this thread has used more processor time than ``start`` allowed."""
         if time.thread_time() > self._local.end:
             raise TooLong(f"it takes longer than {self._local.seconds:g} s")
 
     def in_time(self, values: Iterable[Any] | None) -> Iterator[Any]:
-        """None has no values: templates loop over tools that a request does not give."""
+        """Yields the values and checks the clock at each. None counts as empty: templates loop over tools
+        that a request does not have."""
         for value in () if values is None else values:
             self.check_clock()
             yield value
@@ -63,7 +64,7 @@ class Bounds:
         return text
 
     def measured(self, value: Any) -> Any:
-        """The value itself; TooLarge where its text would exceed the limit, however much of it is shared."""
+        """Returns the value; TooLarge if its text would exceed the limit. Shared parts count each time."""
         if value is None or isinstance(value, int | float):
             return value
         left, todo, seen = MAX_SIZE, [value], 0
@@ -97,11 +98,11 @@ class Bounds:
             self._check_repeated(name, value, given)
         elif name in ("format", "format_map") and isinstance(value, str):
             parts = [part for each in given for part in flat(each)]
-            for style in WIDTHS:  # the filter takes the one, the method the other
+            for style in WIDTHS:  # the filter takes the first, the method the second
                 self.check_format(style, value, parts)
 
     def _check_repeated(self, name: str, value: Any, given: list[Any]) -> None:
-        """What writes a text, or so many spaces, between parts or lines."""
+        """Checks calls that write a text, or a number of spaces, between parts or lines."""
         if name == "join" and isinstance(value, str | bytes) and given:  # the method: "-".join(values)
             value, given = given[0], [value]
         lines = str(value).count("\n") + 1 if name == "indent" else size_of(value)
@@ -137,7 +138,7 @@ def flat(given: Any) -> list[Any]:
 
 
 def check_number(operator: str, left: Any, right: Any) -> None:
-    """Of a product or power: a whole number's bits, or how often a text or list is repeated."""
+    """Checks a product or power: the bits of an integer, or the size of a repeated text or list."""
     for value, times in ((left, right), (right, left)):
         if operator == "*" and isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
             check_size(len(value) * times)

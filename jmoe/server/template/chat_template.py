@@ -22,8 +22,8 @@ from jmoe.server.template.sandbox import BoundedEnvironment
 
 log = logging.getLogger(__name__)
 MAX_RENDERED = MAX_SIZE
-MAX_TURN_ENDS = 48  # beside a request's own 16 stop strings
-MAX_SECONDS = 5.0  # of the thread's own CPU time; a long conversation takes milliseconds
+MAX_TURN_ENDS = 48  # in addition to a request's own 16 stop strings
+MAX_SECONDS = 5.0  # CPU time of the thread; a long conversation takes milliseconds
 PROBE_SECONDS = 0.5
 MAX_SOURCE = 1 << 20  # bytes of a template's file
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -34,10 +34,12 @@ RESERVED = frozenset({
 
 
 class ChatTemplate:
-    """source: Jinja text. tokens: the special tokens by name. Raises ValueError where it does not compile.
+    """A compiled chat template. Raises ValueError if it does not compile.
 
-    seconds: the time that one rendering may take.
-    tool_use: the text of the template for conversations with tools, None = ``source``.
+    source: Jinja text.
+    tokens: special tokens by name.
+    seconds: CPU time that one rendering may take.
+    tool_use: Jinja text for conversations with tools; None = ``source``.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class ChatTemplate:
 
     @cached_property
     def forms(self) -> Forms:
-        """The forms of messages that this template takes, found by rendering some."""
+        """The forms of messages that this template takes, found by rendering sample messages."""
         return find_forms(lambda messages, tools: self._render(messages, tools, {}, PROBE_SECONDS))
 
     def render(
@@ -75,9 +77,10 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The conversation as text, open for the assistant's answer. ValueError says why it cannot be.
+        """Renders the conversation up to the beginning of the assistant's answer. A ValueError says why it
+        cannot be rendered.
 
-        variables: more that the template may read, without ``RESERVED`` names.
+        variables: other variables for the template, without ``RESERVED`` names.
         """
         chosen = self.chosen(tools)
         try:
@@ -116,10 +119,10 @@ class ChatTemplate:
 
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
-    """The template of a Hugging Face model directory, None where it has none; ValueError for a bad file.
+    """The template of a Hugging Face model directory; None if it has none. ValueError for a bad file.
 
-    Files of their own go before ``tokenizer_config.json``, as in transformers; ``chat_template.json``, which
-    processors have, goes last.
+    Separate template files take precedence over ``tokenizer_config.json``, as in transformers;
+    ``chat_template.json``, which processors have, is read last.
     """
     try:
         told = read_config(directory)
@@ -129,7 +132,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
         if not sources:
             return None
         default = sources.get(DEFAULT)
-        if default is None:  # transformers renders such a model's conversations with tools alone
+        if default is None:  # transformers too renders only conversations with tools for such a model
             default = "{{ raise_exception('this model has no default chat template') }}"
         return ChatTemplate(default, told.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
@@ -153,7 +156,7 @@ def load_turn_ends(directory: Path) -> tuple[str, ...]:
 
 
 def _from_files(directory: Path) -> dict[str, str]:
-    """Templates by name: ``chat_template.jinja`` is the default one, the others are named by their files."""
+    """Templates by name: ``chat_template.jinja`` is the default, the others are named after their files."""
     paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         paths[DEFAULT] = directory / "chat_template.jinja"
@@ -164,7 +167,7 @@ def _from_files(directory: Path) -> dict[str, str]:
 
 
 def _named(template: Any) -> dict[str, str]:
-    """A template may be one text or named ones, as a list or an object."""
+    """Templates by name. A config may hold one text, or named texts as a list or an object."""
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]
         template = {str(entry.get("name")): entry.get("template") for entry in named}
@@ -189,7 +192,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | str | None = N
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
     parts, size = [], 0
     for part in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
-        size += len(part)  # the spaces grow with the depth
+        size += len(part)  # the indentation grows with the depth
         if size > MAX_SIZE:
             raise TooLarge
         parts.append(part)

@@ -1,8 +1,8 @@
 """Which forms of messages a chat template takes.
 
-Templates differ in what they do with a call's arguments (text or an object), with content that is a list of
-parts and with content that is null. A template that takes what a request sent gets that unchanged; one that
-does not shows it by failing, by dropping the words, or by writing Python's spelling of the value.
+Templates differ in their handling of a call's arguments (text or an object), of content that is a list of
+parts and of content that is null. A template that takes the form that a request sent gets it unchanged; a
+template that does not take it fails, drops the words, or writes the Python representation of the value.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from typing import Any
 
 Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
 KEY, WORD, OTHER = "jmoe_key", "jmoe_word", "jmoe_other"
-TEXT = f'{{"{KEY}":"{WORD}"}}'  # without a space: whoever parses and writes it anew shows
-ID = "jmoe00001"  # letters and digits, nine of them: what some templates demand
+TEXT = f'{{"{KEY}":"{WORD}"}}'  # without a space: shows whether a template parses it and writes it again
+ID = "jmoe00001"  # nine letters and digits, which some templates demand
 TOOL = {
     "type": "function",
     "function": {
@@ -25,12 +25,12 @@ TOOL = {
 
 @dataclass(frozen=True)
 class Forms:
-    """What a template takes.
+    """The forms of messages that a template takes.
 
-    arguments_text: a call's arguments as JSON text, which it writes as it is.
-    arguments_object: them as an object.
-    lists: the roles whose content may be a list of parts.
-    null: a call whose message has null content.
+    arguments_text: whether a call's arguments may be JSON text, which it writes unchanged.
+    arguments_object: whether a call's arguments may be an object.
+    lists: roles whose content may be a list of parts.
+    null: whether the message of a call may have null content.
     """
 
     arguments_text: bool
@@ -40,7 +40,7 @@ class Forms:
 
 
 def find_forms(render: Render) -> Forms:
-    """render: raises any Exception where the template fails."""
+    """Finds the forms by rendering sample messages. render: raises any Exception if the template fails."""
     text = _try(render, _with_call(TEXT))
     made = _try(render, _with_call({KEY: WORD}))
     arguments_text = text is not None and TEXT in text
@@ -69,7 +69,7 @@ def _with_call(arguments: Any, content: Any = "") -> list[dict[str, Any]]:
 
 
 def _takes_list(render: Render, role: str) -> bool:
-    """Whether both words of a list of two text parts are written, and nothing of the list itself."""
+    """Whether both words of a list of two text parts are written, but not Python's text of the list."""
     parts = [{"type": "text", "text": WORD}, {"type": "text", "text": OTHER}]
     messages = {
         "system": [{"role": "system", "content": parts}, {"role": "user", "content": "a question"}],

@@ -1,9 +1,9 @@
 """A Jinja environment whose templates end: their time, and the size of every value they make, are bounded.
 
-Every turn of a loop and every call looks at the clock. What runs between two looks (an operator, a filter, a
-method) is one pass over values that exist: what could make a much larger value is asked for its size first,
-and what turns a value into text or compares it counts the value's parts, as often as they are shared. Nothing
-is computed when a template is compiled.
+Every loop iteration and every call checks the clock. The work between two checks (an operator, a filter, a
+method) is one pass over existing values: the size of a result that could be much larger is checked first, and
+before a value is turned into text or compared, its parts are counted, shared parts each time. Nothing is
+computed when a template is compiled.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jmoe.server.template.bounds import Bounds, check_number, check_size, flat, size_of, small
 
-# Filters that look at a value's first level only, or make a generator.
+# Filters that read only a value's first level, or make a generator.
 SHALLOW = frozenset({
     "length", "count", "first", "last", "default", "d", "items", "attr", "map", "select", "reject",
     "selectattr", "rejectattr", "list", "reverse", "random", "in_time", "measured",
@@ -41,7 +41,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """What it renders is bounded by ``bounds``, whose clock the caller starts."""
+    """An environment that bounds its renderings with ``bounds``, whose clock the caller starts."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -51,7 +51,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            finalize=self._written,  # it takes the context, so nothing that is written is computed beforehand
+            finalize=self._written,  # it takes the context, so no output is computed at compile time
             extensions=["jinja2.ext.loopcontrols", Generation],
         )
         del self.globals["lipsum"]  # filler text, of any length
@@ -60,7 +60,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.tests |= {n: self.bounded(n, self.tests[n]) for n in COMPARES}
 
     def template(self, source: str) -> jinja2.Template:
-        """Of ``source``, with every way on in it and every pass over a value bounded."""
+        """Compiles ``source`` with every loop and every pass over a value bounded."""
         tree = self.parse(source)
         for loop in tree.find_all(jinja2.nodes.For):
             loop.iter = _filtered(loop.iter, "in_time")
@@ -97,7 +97,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return small(super().call_binop(context, operator, left, right))
 
     def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter or test with its arguments and result measured."""
+        """Wraps a filter or test so that its arguments and result are measured."""
         skipped, bounds = 1 if hasattr(function, "jinja_pass_arg") else 0, self.bounds
 
         @wraps(function)
@@ -112,7 +112,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def _sum(self, values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
-        """Jinja's own adds lists in one go, in quadratic time."""
+        """Replaces Jinja's ``sum``, which adds lists in one call, in quadratic time."""
         for value in self.bounds.in_time(values):
             for part in [] if attribute is None else str(attribute).split("."):
                 value = self.getitem(value, int(part) if part.isdigit() else part)

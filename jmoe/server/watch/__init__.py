@@ -1,1 +1,1 @@
-"""What is observed of a server: metrics, totals, the dashboard's snapshots, logs, traces."""
+"""Observation of a server: metrics, totals, the dashboard's snapshots, logs and traces."""

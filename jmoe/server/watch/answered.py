@@ -1,4 +1,4 @@
-"""Every HTTP answer, reported once it has ended: to the metrics, the log, and traces where there are some."""
+"""Reports every HTTP answer after it has ended: to the metrics, the log and, if configured, traces."""
 
 import logging
 import time
@@ -20,24 +20,24 @@ class Watched:
 
     pattern: str  # its path, such as "/v1/models/{id}"
     is_quiet: bool = False  # its answers are not logged
-    operation: str | None = None  # its name in traces; None where it is not traced
+    operation: str | None = None  # its name in traces; None if it is not traced
 
 
-UNKNOWN = Watched("unknown")  # of a path that is none of ours, and of what is refused before it is looked up
+UNKNOWN = Watched("unknown")  # the route of unknown paths and of requests refused before routing
 
 
 @dataclass(frozen=True)
 class Answered:
     """One answer, once it has ended.
 
-    method: the request's.
-    route: the one that answered, or UNKNOWN.
-    status: the answer's; 499 where the client left before there was one.
-    seconds: the time to the answer's last byte.
-    ended: the seconds since 1970.
-    request_id: the client's, or ours.
-    headers: the request's.
-    generation: what the handler began; None where it began none.
+    method: HTTP method of the request.
+    route: route that answered, or UNKNOWN.
+    status: HTTP status; 499 if the client left before there was one.
+    seconds: time from the request to the answer's last byte.
+    ended: end time in seconds since 1970.
+    request_id: id from the client or made by the server.
+    headers: headers of the request.
+    generation: generation that the handler began; None if it began none.
     """
 
     method: str
@@ -51,7 +51,7 @@ class Answered:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of each distinct prompt once, as the answer's usage counts them."""
+        """Prompt tokens, with each distinct prompt counted once, as in the answer's usage."""
         if self.generation is None:
             return 0
         prompts = {id(request.prompt_token_ids): request for request in self.generation.requests}
@@ -66,9 +66,9 @@ Observer = Callable[[Answered], None]
 
 
 class Access:
-    """Reports each answer to ``observers``. routes: what is known of each endpoint's route.
+    """Reports each answer to ``observers``. routes: the route of each endpoint.
 
-    A handler that begins a generation leaves it in the request's state.
+    A handler that begins a generation stores it in the request's state.
     """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, Watched], observers: Sequence[Observer]):

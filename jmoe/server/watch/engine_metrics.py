@@ -1,4 +1,4 @@
-"""The metrics that the engine is asked for at each scrape."""
+"""The metrics that are requested from the engine at each scrape."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,12 +39,12 @@ class EngineCollector(Collector):
         try:
             stats = self.engine.moe_stats()
         except EngineDead:
-            return  # the other numbers still tell what happened
+            return  # the other numbers are still reported
         yield from _moe_metrics(stats)
 
 
 def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
-    """By layer, over both phases: sums, the mean a step of the active experts, and the ranks' balance."""
+    """Metrics by layer over both phases: sums, mean active experts per step, and the balance of the ranks."""
     active = GaugeMetricFamily(
         "jmoe_moe_active_experts", "Experts with a token, mean a step", labels=["layer"]
     )

@@ -1,4 +1,4 @@
-"""How log lines look: text, or one JSON object a line. No client's text begins a line of its own."""
+"""The format of log lines: text, or one JSON object per line. Text from a client cannot begin a new line."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def configure(form: str, level: str) -> None:
-    """Sends every logger's lines to standard error. Raises ValueError for a format or level that is none."""
+    """Sends every logger's lines to standard error. Raises ValueError for an unknown format or level."""
     form, level = typed("log_format", form, Format), typed("log_level", level, Level)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
@@ -63,7 +63,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """``{"time", "level", "logger", "message", ...}``, and "exception" where there is one."""
+    """``{"time", "level", "logger", "message", ...}``, and "exception" if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -79,5 +79,5 @@ class JsonLines(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What was logged with ``extra={"fields": {...}}``."""
+    """The fields that were logged with ``extra={"fields": {...}}``."""
     return getattr(record, "fields", {})

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server, in a registry of its own."""
+"""Prometheus metrics of one server, in its own registry."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
@@ -8,7 +8,7 @@ from jmoe.server.watch.engine_metrics import EngineCollector
 from jmoe.server.watch.totals import Totals
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560)
-# Half a millisecond is a decode step of a small model: coarser buckets would hide it.
+# A decode step of a small model takes half a millisecond: coarser buckets would hide it.
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 TOKENS = tuple(2**i for i in range(0, 20, 1))
 REASONS = ("stop", "length", "abort", "error")
@@ -16,11 +16,11 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 class Metrics:
-    """An engine listener that counts, and the text of ``GET /metrics``.
+    """An engine listener that counts, and makes the text of ``GET /metrics``.
 
-    ``token``, ``stepped`` and ``finished`` are called from the engine's thread only, so the times of the last
-    tokens need no lock; ``answered`` and ``rejected`` from the event loop. totals: the same in a form of
-    which differences are taken, for the dashboard and the log.
+    ``token``, ``stepped`` and ``finished`` are called only on the engine's thread, so the times of the last
+    tokens need no lock; ``answered`` and ``rejected`` are called on the event loop.
+    totals: the same counts in a form that can be subtracted, for the dashboard and the log.
     """
 
     def __init__(self, engine: EngineProtocol):
@@ -107,12 +107,13 @@ class Metrics:
     # ---- from the server -----------------------------------------------------------------------------
 
     def rejected(self, reason: str) -> None:
-        """reason: a 503's code, a word of ours."""
+        """Counts a refused request. reason: the 503's code, which the server defines."""
         self.rejections.labels(reason).inc()
         self.totals.rejected += 1
 
     def answered(self, method: str, status: int, route: str) -> None:
-        """route: a pattern of ours, never the path that was asked for, which anybody can make anew."""
+        """Counts an answer. route: the route's pattern, never the requested path: clients could make any
+        number of paths."""
         self.answers.labels(method if method in METHODS else "other", str(status), route).inc()
 
     def text(self) -> bytes:

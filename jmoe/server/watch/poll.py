@@ -1,4 +1,4 @@
-"""One sample of the engine a second while somebody looks, shared by all who do."""
+"""Samples the engine once a second while somebody reads reports; all readers share the samples."""
 
 import asyncio
 import contextlib
@@ -15,20 +15,23 @@ from jmoe.server.watch.snapshots import Phase, Snapshot, window_report
 
 log = logging.getLogger(__name__)
 PERIOD = 1.0  # seconds between two samples
-LONGEST = 60  # seconds that samples are kept
-STAYS = 30.0  # seconds of sampling after the last look: who polls, or loads a page anew, finds a window
+LONGEST = 60  # seconds for which samples are kept
+STAYS = 30.0  # seconds of sampling after the last reader: a client that polls or reloads finds a window
 
 
 class SamplingFailed(Exception):
-    """There is no newest sample; the next look tries again."""
+    """No new sample can be taken; the next reader tries again."""
 
 
 class Poll:
-    """Runs on the event loop. take: a new sample, which may wait for a step; it and the reports are made by
-    ``in_thread``. state: the words of each report that no sample holds.
+    """The sampler, which runs on the event loop.
 
-    Whoever looks waits for the newest sample and never queues older ones, so that a slow reader costs nothing
-    but its own connection.
+    take: takes a new sample; it may wait for a step.
+    state: returns the fields of each report that are not in a sample.
+    in_thread: runs ``take`` and makes the reports on a thread.
+
+    A reader waits for the newest sample and never queues older ones, so a slow reader costs only its own
+    connection.
     """
 
     def __init__(
@@ -39,18 +42,18 @@ class Poll:
     ):
         self.take, self.state, self.in_thread = take, state, in_thread
         self.samples: deque[Snapshot] = deque(maxlen=int(LONGEST / PERIOD) + 1)
-        self.number = 0  # of samples taken
+        self.number = 0  # samples taken so far
         self.looked = 0.0
         self.closed = False
         self.listeners = 0
         self._task: asyncio.Task | None = None
-        self._next = asyncio.Event()  # set, and replaced, with each sample and at the end
-        # Those made of the newest sample, as tasks: equal ones are made once.
+        self._next = asyncio.Event()  # set and replaced at each sample and at the end
+        # Reports of the newest sample, as tasks: equal reports are made only once.
         self._reports: dict[tuple[int, Phase], asyncio.Task[bytes]] = {}
 
     async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
-        """JSON reports, one a sample, until the engine or the server ends; the first may be of no time.
-        Raises SamplingFailed where no sample can be taken."""
+        """Yields a JSON report per sample until the engine or the server ends; the first may cover no time.
+        Raises SamplingFailed if no sample can be taken."""
         self.listeners += 1
         seen = 0
         try:
@@ -68,8 +71,8 @@ class Poll:
             self.looked = time.monotonic()
 
     async def report(self, window: int, phase: Phase) -> bytes:
-        """One report, of as much of the window as was sampled: of one second where nobody looked before.
-        Raises EngineDead where there is none any more."""
+        """One report of the part of the window that was sampled: one second if there was no reader before.
+        Raises EngineDead if the engine has stopped."""
         async with contextlib.aclosing(self.reports(window, phase)) as reports:
             async for report in reports:
                 if len(self.samples) > 1:
@@ -89,9 +92,9 @@ class Poll:
 
     def _run(self) -> None:
         if self._task is None or self._task.done():
-            self.samples.clear()  # as old as the last look
+            self.samples.clear()  # they are as old as the last reader
             self._task = asyncio.create_task(self._sample())
-            self._task.add_done_callback(lambda _: self._tell())  # whoever waits sees that it has ended
+            self._task.add_done_callback(lambda _: self._tell())  # readers that wait see that it has ended
 
     async def _sample(self) -> None:
         due = time.monotonic()
@@ -101,7 +104,7 @@ class Poll:
                 self._reports.clear()
                 self.number += 1
                 self._tell()
-                due = max(due + PERIOD, time.monotonic())  # a late one does not make the next ones hurry
+                due = max(due + PERIOD, time.monotonic())  # samples after a late one do not catch up
                 await asyncio.sleep(due - time.monotonic())
         except EngineDead:
             self.close()

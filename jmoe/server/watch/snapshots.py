@@ -1,4 +1,4 @@
-"""What the server was at one moment, and what happened between two of them."""
+"""Snapshots of the server's counts, and reports of what happened between two of them."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ SUMS = names(COUNTERS)
 
 @dataclass(frozen=True)
 class PhaseCounts:
-    """Since the start. sums_LS: by layer, as ``SUMS``; means_LM: as ``MEANS``, summed over the steps."""
+    """Counts of one phase since the start.
+
+    steps: number of steps.
+    counts_LE: assignments of each expert, by layer.
+    sums_LS: counters of each layer, in the order of ``SUMS``.
+    means_LM: per-step values of each layer, in the order of ``MEANS``, summed over the steps.
+    """
 
     steps: int
     counts_LE: np.ndarray
@@ -43,7 +49,16 @@ class PhaseCounts:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """time: monotonic seconds. model, mesh, rank_LE: the shape, the same in every sample."""
+    """The state of the server at one moment.
+
+    time: time of the sample in monotonic seconds.
+    totals: counts of the delivered tokens and of the steps.
+    snapshot: state of the engine.
+    model: sizes of the model, the same in every sample.
+    mesh: sizes of the mesh axes, the same in every sample.
+    rank_LE: rank of each expert, the same in every sample.
+    phases: expert counts by phase.
+    """
 
     time: float
     totals: Totals
@@ -62,7 +77,7 @@ def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Total
 
 
 def window_report(old: Snapshot, new: Snapshot, phase: Phase) -> dict[str, Any]:
-    """JSON-able: what happened from ``old`` to ``new``. A rate or percentile of nothing is None."""
+    """JSON-able report of what happened from ``old`` to ``new``. A ratio or percentile of nothing is None."""
     return {
         "window_s": round(new.time - old.time, 3),
         "phase": phase,
@@ -102,7 +117,7 @@ def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
 
 
 def _placement(sample: Snapshot) -> list[list[int]] | None:
-    """None where every layer's experts lie in order, in even shares."""
+    """The rank of each expert; None if the ranks hold every layer's experts in order, in equal shares."""
     rank_LE = sample.rank_LE
     ranks, experts = sample.mesh["expert"], rank_LE.shape[1]
     in_order = (rank_LE == np.arange(experts) * ranks // experts).all()

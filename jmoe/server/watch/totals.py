@@ -1,6 +1,6 @@
-"""Counts since the start of what the engine delivers, cheap enough to take at every token.
+"""Counts since the start of what the engine delivers, cheap enough to update at every token.
 
-Two copies of them, taken some time apart, tell what happened between.
+The difference of two copies shows what happened between them.
 """
 
 import copy
@@ -26,7 +26,7 @@ class Seconds:
 
 
 def percentile(counts: np.ndarray, share: float) -> float | None:
-    """Seconds that ``share`` of the counted times are at most; None where nothing was counted."""
+    """The time that ``share`` of the counted times do not exceed, in seconds; None if nothing was counted."""
     total = int(counts.sum())
     if total == 0:
         return None
@@ -36,7 +36,7 @@ def percentile(counts: np.ndarray, share: float) -> float | None:
 
 @dataclass
 class Totals:
-    """Since the start, written by the engine's thread (rejected: by the event loop)."""
+    """Counts since the start, written by the engine's thread (``rejected`` by the event loop)."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0

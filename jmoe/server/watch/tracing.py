@@ -1,7 +1,7 @@
-"""One OpenTelemetry span for each answer of a route that has the name of an operation.
+"""One OpenTelemetry span for each answer of a route that has an operation name.
 
-Attributes are those of the GenAI semantic conventions, which are still in development: their names stand here
-and nowhere else; those of operations stand with the routes. No span holds a prompt or an answer.
+The attributes are those of the GenAI semantic conventions, which are still in development: their names are
+only in this file; the names of operations are in the routes. No span contains a prompt or an answer.
 """
 # pyright: reportMissingImports=false
 
@@ -20,7 +20,8 @@ Attribute = str | int | float | list[str]
 
 
 def exporting_to(endpoint: str) -> SpanProcessor:
-    """Sends spans in batches, from a thread of its own. ValueError where ``endpoint`` is no http address."""
+    """A processor that sends spans in batches from its own thread. ValueError if ``endpoint`` is no http(s)
+    URL."""
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"--otlp-traces-endpoint takes a URL, http://host:4318/v1/traces, got {endpoint!r}")
     return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
@@ -82,7 +83,7 @@ class Tracer:
         )
 
     def close(self) -> None:
-        """Sends what is left; it may wait for the collector for some seconds."""
+        """Sends the remaining spans; it may wait some seconds for the collector."""
         self.provider.shutdown()
 
 
@@ -100,7 +101,7 @@ def _asked(request: Request, choices: int) -> dict[str, Attribute]:
 
 
 def _times(request: Request) -> dict[str, Attribute]:
-    """Of the first choice, where it came so far; in seconds."""
+    """Times of the first choice in seconds, as far as it got."""
     if request.started is None:
         return {}
     times: dict[str, Attribute] = {"gen_ai.latency.time_in_queue": request.started - request.arrived}

@@ -12,7 +12,7 @@ EVERY = 10.0  # seconds
 
 
 async def log_traffic(engine: EngineProtocol, totals: Totals, every: float = EVERY) -> None:
-    """Goes on until cancelled. It never waits for the engine."""
+    """Logs the traffic until cancelled. It never waits for the engine."""
     before = _counts(engine.snapshot(), totals)
     while True:
         await asyncio.sleep(every)

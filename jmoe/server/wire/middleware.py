@@ -19,7 +19,7 @@ _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestId:
-    """Answers with the client's ``x-request-id``, or one of ours where it sent none that is printable."""
+    """Answers with the client's ``x-request-id``, or a new one if the client sent no printable one."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -40,7 +40,8 @@ class RequestId:
 
 
 class Origins(CORSMiddleware):
-    """Lets scripts of these web pages use the server (CORS). Before the key: a preflight carries none."""
+    """Lets scripts of these web pages use the server (CORS). It runs before the check of the API key, because
+    a preflight request has no key."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]):
         super().__init__(
@@ -62,7 +63,7 @@ class Origins(CORSMiddleware):
 
 
 class Contained:
-    """Makes an Exception of a failure that is none, for the handlers of exceptions to answer."""
+    """Turns a failure that is not an Exception into one, so that the exception handlers answer it."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -77,10 +78,10 @@ class Contained:
 
 
 class ApiKey:
-    """Lets through what carries the key, and ``open_paths``. It denies everything else.
+    """Admits requests with the key and requests of ``open_paths``, and denies everything else.
 
-    It looks at ``scope["path"]`` alone: a URL rebuilt from headers can be bent by them. Digests are
-    compared, in constant time, so that neither the key's length nor its beginning shows.
+    It reads only ``scope["path"]``: headers could manipulate a URL rebuilt from them. It compares digests, in
+    constant time, so that neither the key's length nor its beginning leaks.
     """
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]):

@@ -1,5 +1,5 @@
-"""What a connection may do: uvicorn's h11 protocol with the limits on time and on heads that it lacks, and
-with what RFC 9112 says of request targets, empty lines and kept connections.
+"""The HTTP protocol of a connection: uvicorn's h11 protocol with limits on time and on heads, which it lacks,
+and with the rules of RFC 9112 for request targets, empty lines and persistent connections.
 """
 
 import asyncio
@@ -20,25 +20,25 @@ from jmoe.server.settings import ServerSettings
 from jmoe.server.wire.crowd import Crowd
 
 MAX_HEADERS = 100
-METHODS = "GET, HEAD, POST, OPTIONS"  # of all that is served
+METHODS = "GET, HEAD, POST, OPTIONS"  # all methods that the server answers
 _EMPTY_LINES = re.compile(rb"(?:\r?\n)+")
 _ORIGIN = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
-READ_BYTES = 8 * 1024  # taken from a connection at a time, so that it holds up the others for little
-FREE_CHUNKS = 1000  # of a body, of any size
-MIN_CHUNK = 16  # bytes that chunks have in the mean, where there are more
+READ_BYTES = 8 * 1024  # bytes read from a connection at a time, so that it delays the others only shortly
+FREE_CHUNKS = 1000  # chunks of a body that may have any size
+MIN_CHUNK = 16  # least mean bytes per chunk if a body has more chunks
 
 
 class TinyChunks(h11.RemoteProtocolError):
-    """Each chunk costs the event loop as much as a whole request's head."""
+    """A body has too many tiny chunks: each costs the event loop as much as a whole request's head."""
 
 
 class Connection(h11.Connection):
-    """Refuses a body that comes in very many very small chunks, and ignores empty lines before a request, as
-    RFC 9112 (2.2) wants it: some clients end a body with one."""
+    """An h11 connection that refuses a body of very many very small chunks, and ignores empty lines before a
+    request, as RFC 9112 (2.2) requires: some clients end a body with one."""
 
     chunks = chunk_bytes = 0
 
-    def next_event(self) -> Any:  # of h11, or one of its two markers
+    def next_event(self) -> Any:  # an event of h11, or one of its two markers
         received = self._receive_buffer
         if self.their_state is h11.IDLE and (empty := _EMPTY_LINES.match(received._data)) is not None:
             received.maybe_extract_at_most(empty.end())
@@ -56,7 +56,7 @@ class Connection(h11.Connection):
 
 
 def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
-    """A protocol class: uvicorn makes one of it for each connection."""
+    """Returns a protocol class, of which uvicorn makes one instance for each connection."""
 
     class Guarded(H11Protocol):
         head_timer: asyncio.TimerHandle | None = None
@@ -69,7 +69,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             super().connection_made(transport)
             self.conn = Connection(h11.SERVER, settings.max_header_bytes)
             transport.max_size = READ_BYTES  # type: ignore[attr-defined]
-            transport.set_write_buffer_limits(high=0)  # so writing pauses as soon as the client does not read
+            transport.set_write_buffer_limits(high=0)  # so writing pauses as soon as the client stops reading
             entry = crowd.enter(self, len(self.connections))
             if entry == "refused":
                 transport.abort()
@@ -83,7 +83,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             self._watch_rest()
 
         def on_response_complete(self) -> None:
-            """The next request's head may have come in part, with the last one."""
+            """Restarts the timers: part of the next request's head may have come with the last request."""
             super().on_response_complete()
             self._watch_rest()
             if self.conn.trailing_data[0]:
@@ -98,7 +98,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _watch_head(self) -> None:
-            """Their side is idle until a head is complete."""
+            """Limits the time to a complete head: until then h11 says that the client's side is idle."""
             if self.conn.their_state is not h11.IDLE:
                 self._stop_head_timer()
             elif self.head_timer is None:
@@ -106,7 +106,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
                 self.head_timer = self.loop.call_later(self.patience, self.transport.close)
 
         def _watch_rest(self) -> None:
-            """The rest of a body that was answered before its end may take as long as a head."""
+            """Limits the time for the rest of a body that was answered before its end, as for a head."""
             answered = self.conn.our_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
             if not (answered and self.conn.their_state is h11.SEND_BODY):
                 self._stop_rest_timer()
@@ -149,7 +149,8 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
                 self.write_timer = None
 
         def send_400_response(self, msg: str) -> None:
-            """In the usual envelope. Called while h11's error is handled, which knows a head too large."""
+            """Sends an error in the usual envelope. It is called while h11's error is handled, which says if
+            the head is too large."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self.cycle.disconnected = True  # its handler must not answer too
                 self.cycle.message_event.set()
@@ -169,14 +170,14 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
 
 
 def wire_app(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
-    """``app`` with what concerns the connection rather than the request."""
+    """Wraps ``app`` in the layers that concern the connection rather than the request."""
     return KeepAlive(HeadLimits(Targets(app), settings.max_header_bytes), settings.keep_alive)
 
 
 class HeadLimits:
-    """Refuses a head beyond the limits, and one that two servers in a row could cut differently.
+    """Refuses a head beyond the limits, and a head that two servers in a row could delimit differently.
 
-    h11 counts the bytes of a head only while it is incomplete, so one that arrives at once is counted here.
+    h11 counts the bytes of a head only while it is incomplete; a head that arrives at once is counted here.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
@@ -198,15 +199,15 @@ class HeadLimits:
         if b"content-length" in names and b"transfer-encoding" in names:
             message = "Content-Length and Transfer-Encoding contradict each other; send one"
             return ApiError(400, message, code="invalid_http", headers=close)
-        if b"transfer-encoding" in names and version == "1.0":  # what is before us may not know it
+        if b"transfer-encoding" in names and version == "1.0":  # a proxy before this server may not know it
             message = "HTTP/1.0 has no Transfer-Encoding"
             return ApiError(400, message, code="invalid_http", headers=close)
         return None
 
 
 class Targets:
-    """The forms of a target beside ``/PATH`` (RFC 9112, 3.2): ``http://HOST/PATH``, and ``OPTIONS *``, which
-    concerns no path and asks for nothing."""
+    """Handles the forms of a target other than ``/PATH`` (RFC 9112, 3.2): ``http://HOST/PATH``, and
+    ``OPTIONS *``, which concerns no path and requests nothing."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -1,4 +1,4 @@
-"""A generation over HTTP: the events of its stream, and what they say about its speed."""
+"""A generation over HTTP: the events of its stream, and what they show of its speed."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,10 +44,18 @@ class Chunk(msgspec.Struct):
 
 @dataclass
 class Result:
-    """One request's end. Times are ``time.perf_counter`` seconds. cause: why it failed, None = it did not.
+    """The result of one request. Times are ``time.perf_counter`` seconds.
 
-    first: when its first token came. gaps: seconds between its tokens' events. counted: the server told the
-    tokens; else they are events. moe: what lossy techniques did to it, where the server tells.
+    sent: time at which the request was sent.
+    first: time of the first token.
+    end: time of the last event with a choice, or at which the request failed without an answer.
+    gaps: seconds between the events of its tokens.
+    input_tokens: prompt tokens that the server reported.
+    output_tokens: generated tokens.
+    counted: whether the server reported the tokens; else ``output_tokens`` counts events.
+    moe: what lossy techniques did to it, if the server reports it.
+    cause: reason of the failure; None = it did not fail.
+    lag: seconds by which it was sent late.
     """
 
     sent: float = 0.0
@@ -70,7 +78,7 @@ class Result:
 
 
 def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """(when it was whole, data) of each server-sent event, however the bytes were cut."""
+    """Yields (completion time, data) of each server-sent event, however the bytes were split."""
     rest, now = b"", 0.0
     for now, part in parts:
         *lines, rest = (rest + part).split(b"\n")
@@ -82,7 +90,7 @@ def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]
 
 
 def read_stream(answer: Answer, asked: int) -> Result:
-    """What a streamed answer was like; ``asked``: tokens it had to have at most."""
+    """The result of a streamed answer. asked: the most tokens that it may have."""
     result = Result(sent=answer.sent)
     if answer.status != 200:
         result.cause = f"HTTP {answer.status}: {error_text(answer.body)}"
@@ -105,7 +113,7 @@ def read_stream(answer: Answer, asked: int) -> Result:
             result.end = now
             finished = finished or choice.finish_reason is not None
             opening = choice.delta is not None and choice.delta.role is not None
-            # a token may spell half a character, and so nothing; a chat's opening and an end are no tokens
+            # a token may be half a character and so add no text; a chat's opening and an end are no tokens
             if choice.written or not (opening or choice.finish_reason):
                 times.append(now)
     if not finished:
@@ -127,7 +135,7 @@ def _count(result: Result, usage: Usage) -> None:
 
 
 def read_json(answer: Answer, what: str) -> Any:
-    """The answer's JSON. Raises Failure with ``what`` where it is an error."""
+    """The answer's JSON. Raises Failure with ``what`` if the answer is an error or not JSON."""
     if answer.status != 200:
         raise Failure(f"{what}: HTTP {answer.status}: {error_text(answer.body)}")
     try:
@@ -137,7 +145,7 @@ def read_json(answer: Answer, what: str) -> Any:
 
 
 def error_text(body: bytes) -> str:
-    """The message of an error's body, on one line."""
+    """The message in an error's body, on one line."""
     try:
         said = msgspec.json.decode(body)
     except msgspec.MsgspecError:

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client that notes when each piece of an answer came and looks at the pieces later.
+"""A small HTTP/1.1 client that records when each piece of an answer arrived and parses the pieces later.
 
-A load generator shares its machine with the server it measures, so it does as little as it can while an
-answer grows: h11 finds the pieces, and nobody is woken before the last one.
+A load generator shares its machine with the server that it measures, so it does as little as possible while
+an answer grows: h11 finds the pieces, and no task is woken before the last one.
 """
 
 import asyncio
@@ -14,13 +14,17 @@ import h11
 
 
 class Failure(Exception):
-    """Why a request has no answer, in a few words that count together with others of the same cause."""
+    """The reason why a request has no answer, in few words, so that failures are counted by cause."""
 
 
 @dataclass
 class Answer:
-    """status: of HTTP. parts: (``time.perf_counter``, bytes) of the body as they came. sent: when it was
-    asked for."""
+    """An HTTP answer.
+
+    status: HTTP status.
+    sent: ``time.perf_counter`` at which the request was sent.
+    parts: (``time.perf_counter``, bytes) of the body's pieces as they arrived.
+    """
 
     status: int = 0
     sent: float = 0.0
@@ -32,7 +36,7 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """A connection that is kept; one request at a time."""
+    """A connection that is kept open; it carries one request at a time."""
 
     def __init__(self) -> None:
         self.http = h11.Connection(h11.CLIENT)
@@ -44,7 +48,7 @@ class Connection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]
 
     def ask(self, request: h11.Request, body: bytes) -> asyncio.Future:
-        """Sends; the future's result is the whole ``Answer``."""
+        """Sends a request; the future's result is the whole ``Answer``."""
         assert self.transport is not None
         self.answer = Answer(sent=time.perf_counter())
         self.done = asyncio.get_running_loop().create_future()
@@ -74,7 +78,7 @@ class Connection(asyncio.Protocol):
         self.used = True
         if self.http.our_state is h11.DONE and self.http.their_state is h11.DONE:
             self.http.start_next_cycle()
-        else:  # the server wants it closed
+        else:  # the server wants it to be closed
             self.close()
         if not self.done.done():
             self.done.set_result(self.answer)
@@ -102,7 +106,10 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """Requests to one server; connections are made when needed and kept. timeout: seconds a request."""
+    """Sends requests to one server; connections are made when needed and kept open.
+
+    timeout: seconds per request.
+    """
 
     def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 600.0):
         url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
@@ -118,7 +125,7 @@ class Client:
         self.idle: list[Connection] = []
 
     async def send(self, method: str, path: str, body: bytes = b"") -> Answer:
-        """The answer, whatever its status. Raises Failure where there is none."""
+        """Sends a request and returns its answer with any status. Raises Failure if there is no answer."""
         headers = [*self.headers, ("Content-Length", str(len(body)))]
         request = h11.Request(method=method, target=self.prefix + path, headers=headers)
         try:
@@ -137,7 +144,7 @@ class Client:
         except Failure:
             if not reused or connection.answer.status:
                 raise
-            connection = await self._fresh()  # the server had just closed a kept one
+            connection = await self._fresh()  # the server had just closed the kept one
             answer = await connection.ask(request, body)
         finally:
             if not connection.done.done() or connection.done.cancelled():

@@ -1,4 +1,4 @@
-"""Sends a load: open loop by the clock, or as many at a time as there is room for."""
+"""Sends a load: open loop by the clock, or as many requests at a time as there is room for."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,12 @@ from jmoe.tools.bench.loads import Load
 
 @dataclass(frozen=True)
 class Replay:
-    """results in the calls' order. seconds: from the first request to the last answer's end. cpu_seconds: of
-    this process meanwhile."""
+    """A load that was sent.
+
+    results: results in the order of the calls.
+    seconds: time from the first request to the end of the last answer.
+    cpu_seconds: CPU time of this process in that time.
+    """
 
     results: list[Result]
     seconds: float
@@ -31,8 +35,8 @@ async def replay(
 ) -> Replay:
     """Sends ``bodies[i]`` to ``path`` when ``load.calls[i]`` is due.
 
-    A request that is due waits for room under ``max_concurrency``; a result's lag is how long after its time
-    this process came to send it, without that wait.
+    A request that is due waits for room under ``max_concurrency``; a result's lag is the time by which this
+    process was late to send it, without that wait.
     """
     room = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
     start, cpu, done = time.perf_counter(), time.process_time(), 0
@@ -58,7 +62,7 @@ async def replay(
 
 
 async def generate(client: Client, path: str, body: bytes, asked: int) -> Result:
-    """One request's result, a failure's too."""
+    """Sends one request and returns its result, also if it fails."""
     sent = time.perf_counter()
     try:
         return read_stream(await client.send("POST", path, body), asked)

@@ -1,4 +1,4 @@
-"""What a benchmark sends and when: recorded traces and synthetic loads, and what clipping took from them."""
+"""What a benchmark sends and when: recorded traces and synthetic loads, and their clipping."""
 
 import dataclasses
 import gzip
@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 512  # tokens that one of a trace's hash_ids stands for
+BLOCK = 512  # tokens for which one of a trace's hash_ids stands
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request. at: seconds after the start. input_length, output_length: tokens. blocks: numbers of the
-    blocks its prompt begins with, each a whole block but the last; empty = a prompt of its own."""
+    """One request.
+
+    at: seconds after the start at which it is due.
+    input_length: tokens of the prompt.
+    output_length: tokens of the answer.
+    blocks: numbers of the blocks of which the prompt consists, each whole but the last; empty = the prompt
+        shares no blocks.
+    """
 
     at: float
     input_length: int
@@ -27,7 +33,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Load:
-    """calls by time. timed: False = all are due at once. block: tokens of a block of ``Call.blocks``."""
+    """The calls of a benchmark.
+
+    calls: calls in the order of their times.
+    timed: False = all are due at once.
+    block: tokens of a block of ``Call.blocks``.
+    """
 
     calls: list[Call]
     timed: bool
@@ -36,7 +47,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens at most, None = any number. context: of prompt and answer together."""
+    """Limits in tokens; None = no limit.
+
+    max_input: limit on the prompt.
+    max_output: limit on the answer.
+    context: limit on prompt and answer together.
+    """
 
     max_input: int | None = None
     max_output: int | None = None
@@ -45,7 +61,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Clipped:
-    """How many calls were shortened: by max_input, by max_output, to fit the context; tokens taken in all."""
+    """What clipping removed from a load.
+
+    input: number of calls shortened by max_input.
+    output: number of calls shortened by max_output.
+    context: number of calls shortened to fit the context.
+    input_tokens: prompt tokens removed in total.
+    output_tokens: answer tokens removed in total.
+    """
 
     input: int = 0
     output: int = 0
@@ -57,9 +80,14 @@ class Clipped:
 def read_trace(
     path: Path, *, time_scale: float = 1.0, length_scale: float = 1.0, max_requests: int | None = None
 ) -> Load:
-    """The calls of a ``.jsonl(.gz)`` with ``timestamp`` (ms), ``input_length``, ``output_length`` and, as
-    Mooncake's have, ``hash_ids``; times and lengths (a block's too) multiplied. Raises ValueError naming the
-    line that is none."""
+    """Reads the calls of a ``.jsonl(.gz)`` with ``timestamp`` (ms), ``input_length``, ``output_length`` and,
+    as in Mooncake's traces, ``hash_ids``.
+
+    time_scale: factor of the times.
+    length_scale: factor of the lengths, also of a block's.
+    max_requests: the most calls to read; None = all.
+    Raises ValueError that names a line without these fields.
+    """
     if time_scale < 0 or length_scale <= 0:
         raise ValueError("time-scale must be at least 0 and length-scale above 0")
     block = max(1, round(BLOCK * length_scale))
@@ -78,7 +106,7 @@ def read_trace(
         if not math.isfinite(at) or at < 0:
             raise ValueError(f"{path} line {number}: timestamp must be at least 0")
         if blocks:
-            lengths[0] = min(lengths[0], len(blocks) * block)  # rounding may ask for a token more
+            lengths[0] = min(lengths[0], len(blocks) * block)  # rounding may add a token
         calls.append(Call(at, lengths[0], lengths[1], blocks))
     if not calls:
         raise ValueError(f"{path} holds no request")
@@ -103,8 +131,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 def synthetic(
     requests: int, input_length: int, output_length: int, rate: float, burstiness: float, seed: int
 ) -> Load:
-    """``requests`` calls of equal lengths, ``rate`` a second on average (inf: all at once); the times between
-    them are drawn from a gamma distribution of shape ``burstiness``: 1 is Poisson, less is burstier."""
+    """Makes ``requests`` calls of equal lengths, ``rate`` per second on average (inf: all at once). The times
+    between them are drawn from a gamma distribution of shape ``burstiness``: 1 is Poisson, less is more
+    bursty."""
     if min(requests, input_length, output_length) < 1:
         raise ValueError("num-prompts, input-len and output-len must be at least 1")
     if not rate > 0 or not burstiness > 0:
@@ -117,7 +146,7 @@ def synthetic(
 
 
 def clip(load: Load, limits: Limits) -> tuple[Load, Clipped]:
-    """The load within ``limits``: a prompt loses its end, and what the context cannot hold goes from the
+    """Cuts the load to ``limits``: a prompt loses its end. Tokens beyond the context are removed from the
     prompt while it has more than one token, then from the answer."""
     calls, counts = [], {"input": 0, "output": 0, "context": 0}
     for call in load.calls:

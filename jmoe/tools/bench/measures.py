@@ -1,4 +1,4 @@
-"""The figures of a run, under the names that ``vllm bench serve`` writes."""
+"""The measures of a run, under the names that ``vllm bench serve`` writes."""
 
 import collections
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,8 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
 def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
-    """Milliseconds: to the first token; a token after it, by request; between tokens; of whole requests."""
+    """Latencies in milliseconds: to the first token; per later token, by request; between tokens; of whole
+    requests."""
     found: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for r in results:
         found["ttft"].append((r.first - r.sent) * 1e3)
@@ -26,12 +27,12 @@ def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
 
 
 def per_token(r: Result) -> float | None:
-    """Milliseconds a token after the first; None where there is no second."""
+    """Milliseconds per token after the first; None if there is no second token."""
     return (r.end - r.first) * 1e3 / (r.output_tokens - 1) if r.output_tokens > 1 else None
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Zeros where nothing was measured, as vLLM has them."""
+    """Statistics of ``values``; zeros if nothing was measured, as in vLLM."""
     some = values or [0.0]
     return {
         f"mean_{name}_ms": float(np.mean(some)),
@@ -43,7 +44,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def peak_concurrency(results: Iterable[Result]) -> int:
-    """Requests that were under way together at most."""
+    """The largest number of requests that were in flight together."""
     changes = [(r.sent, 1) for r in results] + [(r.end, -1) for r in results]
     now = most = 0
     for _, change in sorted(changes):
@@ -53,7 +54,7 @@ def peak_concurrency(results: Iterable[Result]) -> int:
 
 
 def peak_tokens(results: Iterable[Result]) -> int:
-    """Token events of the fullest second."""
+    """The number of token events in the busiest second."""
     times = [t for r in results for t in r.token_times]
     start = min(times, default=0.0)
     seconds = collections.Counter(int(t - start) for t in times)
@@ -61,7 +62,7 @@ def peak_tokens(results: Iterable[Result]) -> int:
 
 
 def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float) -> float:
-    """Requests a second within every limit: milliseconds by the names of ``LATENCIES``, itl excepted."""
+    """Requests per second within every limit. limits: milliseconds by name of ``LATENCIES``, except itl."""
     good = 0
     for r in results:
         measured = {"ttft": (r.first - r.sent) * 1e3, "tpot": per_token(r) or 0.0}
@@ -71,8 +72,8 @@ def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float)
 
 
 def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
-    """Assignments of tokens to experts and what lossy techniques did to them, in all and as shares; None
-    where the server tells of none."""
+    """Assignments of tokens to experts and what lossy techniques did to them, in total and as shares; None
+    if the server reports none."""
     told = [r.moe for r in results if r.moe is not None]
     if not told:
         return None
@@ -82,14 +83,15 @@ def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
 
 
 def lag(results: Iterable[Result]) -> dict[str, float]:
-    """Milliseconds that requests were sent after they were due."""
+    """Milliseconds by which requests were sent after they were due."""
     late = [r.lag * 1e3 for r in results] or [0.0]
     median, p99 = np.percentile(late, [50, 99]).tolist()
     return {"median_ms": median, "p99_ms": p99, "max_ms": max(late)}
 
 
 def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str, Any]:
-    """Everything that is measured of a run. Failed requests count by cause and in nothing else."""
+    """All measures of a run. Failed requests are counted by cause; among the other measures they affect only
+    the duration, the peak concurrency, the lag and the client's CPU time."""
     good = [r for r in replay.results if r.cause is None]
     failed = collections.Counter(r.cause for r in replay.results if r.cause is not None)
     seconds = replay.seconds
@@ -117,7 +119,7 @@ def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str,
 
 
 def details(results: Sequence[Result]) -> dict[str, list[Any]]:
-    """One entry a request, in the order they were due; times in seconds, from the first one sent."""
+    """One entry per request, in the order in which they were due; times in seconds from the first request."""
     start = min(r.sent for r in results)
     return {
         "start_times": [r.sent - start for r in results],

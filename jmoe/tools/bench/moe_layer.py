@@ -1,4 +1,4 @@
-"""``jmoe bench moe-layer``: the routed experts of one layer alone, by batch size and active experts."""
+"""``jmoe bench moe-layer``: only the routed experts of one layer, by batch size and active experts."""
 
 import dataclasses
 import statistics
@@ -28,14 +28,18 @@ Layers = list[ExpertWeights]
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the report: tokens of a step, and the experts that they may choose from."""
+    """A row of the report.
+
+    tokens: tokens of a step.
+    allowed: number of experts that they may choose from.
+    """
 
     tokens: int
     allowed: int
 
 
 def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
-    """The shape of a TOML of sizes, or of a model's directory."""
+    """The model config from a TOML of sizes, or from a model's directory."""
     if model.endswith(".toml"):
         cfg = ModelConfig.from_file(Path(model))
         return cfg if dtype == "auto" else dataclasses.replace(cfg, dtype=dtype)
@@ -52,9 +56,10 @@ def bench_moe_layer(
     dtype: DTypeChoice = "auto",
     progress: Callable[[int], None] = lambda points: None,
 ) -> dict[str, Any]:
-    """Medians over ``iterations`` of a run through ``layers`` layers of random weights taken in turn, so that
-    caches do not hold them. active: also the largest batch with its experts confined to so many.
+    """Measures medians over ``iterations`` of a run through ``layers`` layers of random weights, one after
+    another, so that caches do not hold them.
 
+    active: numbers of experts to which the largest batch is confined in more rows.
     GB/s counts each active expert's weights once.
     """
     cfg = layer_config(model, dtype)
@@ -91,8 +96,8 @@ def bench_moe_layer(
 
 
 def make_layers(cfg: ModelConfig, count: int, dtype: jnp.dtype) -> Layers:
-    """Weights of ``count`` layers, normal with the standard deviation of one over the root of their inputs,
-    kept as the loader keeps them."""
+    """Makes the weights of ``count`` layers, normal with a standard deviation of one over the square root of
+    their inputs, stored as the loader stores them."""
     kept = storage_dtype(dtype)
     e, f, d = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
 
@@ -108,7 +113,7 @@ def make_layers(cfg: ModelConfig, count: int, dtype: jnp.dtype) -> Layers:
 
 
 def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
-    """A jitted run through all layers: (x, ids, layers) -> x with their outputs added."""
+    """A jitted run through all layers: (x, ids, layers) -> x plus the outputs of the layers."""
 
     @jax.jit
     def run(x_TD: Array, ids_TK: Array, layers: Layers) -> Array:
@@ -123,7 +128,7 @@ def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
 
 
 def routed(point: Point, k: int) -> np.ndarray:
-    """Each token's ``k`` distinct experts, all allowed ones alike, ``[T, K]``."""
+    """``k`` distinct experts for each token, drawn uniformly from the allowed ones, ``[T, K]``."""
     rng = np.random.default_rng(0)
     return np.stack([rng.permutation(point.allowed)[:k] for _ in range(point.tokens)]).astype(np.int32)
 
@@ -131,7 +136,7 @@ def routed(point: Point, k: int) -> np.ndarray:
 def measure(
     run: Callable, cfg: ModelConfig, point: Point, layers: Layers, iterations: int, expert_bytes: int
 ) -> dict[str, float]:
-    """One row: milliseconds a layer, bytes read and products computed a second."""
+    """Measures one row: milliseconds per layer, bytes read and operations computed per second."""
     k, f, d = cfg.num_experts_per_tok, cfg.moe_intermediate_size, cfg.hidden_size
     ids_TK = routed(point, k)
     x_TD = np.random.default_rng(1).standard_normal((point.tokens, d), np.float32)

@@ -24,8 +24,14 @@ Count = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Run:
-    """One round. seconds: from its start to its last token. first: to every request's first token. gaps:
-    between each request's tokens."""
+    """One round.
+
+    seconds: time from its start to its last token.
+    first: time from its start until every request has its first token, in seconds.
+    gaps: seconds between the tokens of each request.
+    input_tokens: prompt tokens of all requests.
+    output_tokens: generated tokens of all requests.
+    """
 
     seconds: float
     first: float
@@ -35,7 +41,7 @@ class Run:
 
 
 def run_round(engine: Engine, load: Load, seed: int) -> Run:
-    """Serves the load's calls as fast as they go, greedily and to their full lengths, prompts drawn anew."""
+    """Serves the load's calls as fast as possible, greedily and to their full lengths, with new prompts."""
     source = Source(range(engine.vocab_size), running=False, seed=seed)
     times: list[list[float]] = [[] for _ in load.calls]
     failed: list[str] = []
@@ -72,7 +78,8 @@ def bench_throughput(
     loading: Loading = lambda stage, done, total: None,
     progress: Count = lambda rounds: None,
 ) -> dict[str, Any]:
-    """Medians over ``iterations`` rounds of the whole load, behind one of its first requests to warm up."""
+    """Medians over ``iterations`` rounds of the whole load, after a round of its first two requests to warm
+    up."""
     _check(iterations)
     limits = dataclasses.replace(limits, context=_context(model, settings))
     load, clipped = clip(load, limits)
@@ -104,7 +111,8 @@ def bench_latency(
     loading: Loading = lambda stage, done, total: None,
     progress: Count = lambda rounds: None,
 ) -> dict[str, Any]:
-    """A batch that starts together: how long it takes, to all its first tokens and between its tokens."""
+    """Measures a batch that starts together: its whole time, the time to all first tokens, and the times
+    between tokens."""
     _check(iterations)
     context = _context(model, settings)
     load, clipped = clip(load, Limits(context=context))
@@ -132,7 +140,7 @@ def _check(iterations: int) -> None:
 
 
 def _context(model: str, settings: EngineSettings) -> int:
-    """Known before anything is loaded."""
+    """The context length, which is known before anything is loaded."""
     return resolve(model, settings).max_model_len
 
 
@@ -143,7 +151,7 @@ def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:
 
 
 def _spread(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """None where nothing was measured: answers of one token have no gaps."""
+    """Median and P99; None if nothing was measured: answers of one token have no gaps."""
     if not seconds:
         return {f"{name}_median_ms": None, f"{name}_p99_ms": None}
     return {

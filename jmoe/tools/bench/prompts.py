@@ -1,4 +1,4 @@
-"""Prompts of a wanted length: token ids or words, drawn with a seed; equal blocks give equal tokens."""
+"""Prompts of a given length: token ids or words, drawn with a seed; equal blocks have equal tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +16,19 @@ SHARED, OWN = 0, 1  # streams of random numbers: blocks by number, prompts by re
 
 @dataclass(frozen=True)
 class Source:
-    """What prompts are made of: units (token ids or words). running: prompts are stretches of the units in
-    their order (they are a text's); else units are drawn one by one."""
+    """What prompts are made of.
+
+    units: token ids or words.
+    running: whether prompts are consecutive units, because these are a text; else units are drawn one by one.
+    seed: seed of the random draws.
+    """
 
     units: Sequence[int] | Sequence[str]
     running: bool
     seed: int
 
     def draw(self, stream: int, number: int, length: int) -> list:
-        """``length`` units, the same ones for the same numbers."""
+        """Draws ``length`` units, the same ones for the same ``stream`` and ``number``."""
         rng, units = np.random.default_rng([self.seed, stream, number]), self.units
         if self.running:
             start = int(rng.integers(len(units)))

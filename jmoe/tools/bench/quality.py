@@ -1,8 +1,8 @@
-"""What a server's lossy settings cost in quality, over HTTP alone: each text with and without ``exact``.
+"""What a server's lossy settings cost in quality, measured over HTTP: each text with and without ``exact``.
 
-Prompt scoring (``echo`` and ``logprobs``) sees prefill only. What acts in decode, as binning does, shows in
-what is generated: greedy answers as served and exact ones are both scored by the exact model, which would
-have written the exact ones.
+Prompt scoring (``echo`` and ``logprobs``) covers only prefill. Techniques that act in decode, such as
+binning, show in the generated text: greedy answers as served and exact ones are both scored by the exact
+model, which would have written the exact ones.
 """
 
 import asyncio
@@ -22,14 +22,19 @@ PATH = "/v1/completions"
 
 @dataclass(frozen=True)
 class Scorer:
-    """concurrency: requests at a time; lossy techniques act on batches, so they want company."""
+    """Scores and continues token ids on a server.
+
+    client: connection to the server.
+    model: served model name.
+    concurrency: requests at a time; lossy techniques act on batches, so several should run together.
+    """
 
     client: Client
     model: str
     concurrency: int = 8
 
     async def score(self, ids: list[int], start: int, *, exact: bool) -> list[float]:
-        """Log-probabilities of ``ids[start:]``, each given all before it; start at least 1."""
+        """Log-probabilities of ``ids[start:]``, each given all ids before it; start is at least 1."""
         ask = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
         choice = await self._ask(ask, exact)
         return choice["logprobs"]["token_logprobs"][start : len(ids)]
@@ -45,7 +50,7 @@ class Scorer:
         return read_json(answer, "quality")["choices"][0]
 
     async def each(self, make: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """``make(item)`` awaited for every item, ``concurrency`` at a time, in order."""
+        """Awaits ``make(item)`` for every item, ``concurrency`` at a time; the results are in order."""
         room = asyncio.Semaphore(self.concurrency)
 
         async def one(item: Any) -> Any:
@@ -71,7 +76,7 @@ async def prompt_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, 
 
 
 async def decode_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, float]:
-    """The first half of each window is continued by as many tokens, as served and exactly."""
+    """Continues the first half of each window by as many tokens, as served and exactly, and compares both."""
     halves = [ids[: len(ids) // 2] for ids in windows]
     answers, nll = {}, {}
     for exact in (False, True):
@@ -99,7 +104,7 @@ async def decode_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, 
 
 
 async def quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, dict[str, float]]:
-    """Both; windows of at least two tokens. Raises Failure where the server refuses to say."""
+    """Both qualities; the windows have at least two tokens. Failure if the server refuses a request."""
     return {
         "prompt": await prompt_quality(scorer, windows),
         "decode": await decode_quality(scorer, windows),

@@ -1,4 +1,4 @@
-"""The report of a serving benchmark as text: the block that vLLM prints, then what it does not know."""
+"""The report of a serving benchmark as text: the block that vLLM prints, then facts that vLLM lacks."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ TITLES = {
     "itl": ("Inter-token Latency", "ITL"),
     "e2el": ("End-to-end Latency", "E2EL"),
 }
-LATE = 0.1  # of the median TTFT: a generator that much behind its clock measured itself
+LATE = 0.1  # share of the median TTFT: a generator that is later than this measured itself
 
 
 def line(name: str, value: float | str | None) -> str:
@@ -55,7 +55,7 @@ def block(report: dict[str, Any]) -> list[str]:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What else a reader must know: failures, clipping, lateness, caching, what lossy techniques did."""
+    """Other facts that a reader must know: failures, clipping, lateness, caching, lossy techniques."""
     lines = [f"failed, {count} times: {cause}" for cause, count in report["failures"].items()]
     clipped = report["clipped"]
     if any(clipped.values()):
@@ -83,7 +83,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def quality_lines(quality: dict[str, Any]) -> list[str]:
-    """Exact beside as served, by prompt scoring and by generation."""
+    """Lines that compare exact answers with answers as served, by prompt scoring and by generation."""
     prompt, decode = quality["prompt"], quality["decode"]
     return [
         f"{' Quality ':-^{WIDTH}}",

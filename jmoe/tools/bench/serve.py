@@ -1,4 +1,4 @@
-"""``jmoe bench serve``: asks the server what it is, prepares every request, sends the load, reports."""
+"""``jmoe bench serve``: queries the server's model, prepares every request, sends the load, reports."""
 
 import asyncio
 import dataclasses
@@ -22,14 +22,14 @@ from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 POOL = 200_000  # characters of --data that prompts are cut from
-PIECE = 20_000  # of them a /tokenize takes
-TEMPLATE_ROOM = 32  # tokens of the context left to a chat's template
+PIECE = 20_000  # characters sent in one /tokenize request
+TEMPLATE_ROOM = 32  # tokens of the context reserved for a chat's template
 GOODPUT = ("ttft", "tpot", "e2el")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The flags of ``jmoe bench serve``, under their names. Raises ValueError for a bad one."""
+    """The flags of ``jmoe bench serve``, under their names. Raises ValueError for a bad value."""
 
     base_url: str = "http://127.0.0.1:8000"
     served_model: str | None = None
@@ -83,7 +83,7 @@ class ServeOptions:
         return self.prompt_form or ("text" if self.endpoint == "chat" else "ids")
 
     def load(self) -> Load:
-        """What is to be sent, before clipping."""
+        """The load to send, before clipping."""
         if self.trace is None:
             lengths = self.num_prompts, self.input_len, self.output_len
             return synthetic(*lengths, self.request_rate, self.burstiness, self.seed)
@@ -91,7 +91,8 @@ class ServeOptions:
         return read_trace(self.trace, **scales, max_requests=self.max_requests)
 
     def described(self) -> dict[str, Any]:
-        """As JSON can hold them, without the key; request_rate None where a trace or concurrency sets it."""
+        """The options as JSON-able values, without the API key; request_rate is None with a trace or if all
+        requests are due at once."""
         values = dataclasses.asdict(self) | {"prompt_form": self.form}
         del values["api_key"]
         values["request_rate"] = (
@@ -109,7 +110,10 @@ def _plain(value: Any) -> Any:
 def bench_serve(
     options: ServeOptions, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """The report. progress: (requests ended, requests). Raises ValueError where nothing can be measured."""
+    """Runs the benchmark and returns the report. ValueError if nothing can be measured.
+
+    progress: called with (ended requests, all requests).
+    """
     try:
         return asyncio.run(_bench(options, progress))
     except Failure as failure:
@@ -154,7 +158,7 @@ async def _bench(options: ServeOptions, progress: Callable[[int, int], None]) ->
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """The beginning of the files' text; ValueError where there is none in them."""
+    """The beginning of the files' text; ValueError if they hold no text."""
     text = ""
     for document in round_robin([read_documents(path) for path in paths]):
         text += document + "\n"
@@ -166,8 +170,8 @@ def read_text(paths: Sequence[Path]) -> str:
 
 
 async def prompt_source(client: Client, model: str, options: ServeOptions, text: str) -> Source:
-    """What prompts are made of: ``text`` in its order; without any words, or token ids drawn alike from
-    --vocab-size or from those of common words. ValueError where ids are wanted and unknown."""
+    """The source of prompts: ``text`` in its order. Without a text: common words, or token ids drawn
+    uniformly from --vocab-size or from the ids of common words. ValueError if ids are wanted and unknown."""
     if options.form == "text":
         return Source((text or COMMON).split(), running=bool(text), seed=options.seed)
     if options.vocab_size is not None and not text:
@@ -181,7 +185,7 @@ async def prompt_source(client: Client, model: str, options: ServeOptions, text:
 
 
 def request_body(options: ServeOptions, model: str, units: list, output_length: int) -> bytes:
-    """A streamed generation's body; null in --extra-body takes a field away."""
+    """The body of a streamed generation; a null in --extra-body removes a field."""
     given: Any = " ".join(units) if options.form == "text" else units
     prompt: dict[str, Any] = {"prompt": given}
     if options.endpoint == "chat":
@@ -200,7 +204,7 @@ def request_body(options: ServeOptions, model: str, units: list, output_length: 
 
 
 async def _warm_up(client: Client, options: ServeOptions, model: ServedModel, source: Source) -> None:
-    """Short requests that are not measured; ValueError where one fails, since the rest would too."""
+    """Sends short requests that are not measured; Failure if one fails, since the others would fail too."""
     for number in range(options.num_warmups):
         body = request_body(options, model.name, source.draw(2, number, 8), 2)
         result = await generate(client, PATHS[options.endpoint], body, 2)
@@ -211,7 +215,7 @@ async def _warm_up(client: Client, options: ServeOptions, model: ServedModel, so
 async def _quality(client: Client, options: ServeOptions, model: ServedModel) -> dict[str, Any]:
     length = min(model.context or 1024, 1024)
     documents = round_robin([read_documents(path) for path in options.quality_data])
-    texts = itertools.islice(documents, options.quality_tokens)  # a document scores a token at least
+    texts = itertools.islice(documents, options.quality_tokens)  # each document scores at least one token
     found: list[list[int]] = []
     for text in texts:
         ids = await tokenize(client, model.name, text[: 8 * length])
