@@ -5,7 +5,7 @@ as many as the budget leaves. Requests are admitted first come, first served, wh
 are pages for the tokens that they have; pages for generated tokens are allocated one by one. If none is free,
 the request that came last is preempted: its pages are freed and it later runs again from its tokens, so that
 the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
-times at most. ``dispatch`` chooses the rank.
+times at most. ``admission`` chooses the rank.
 """
 
 from collections import deque
