@@ -24,8 +24,9 @@ from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
 from jmoe.moe.capacity import limit
+from jmoe.moe.decide import Decider
 from jmoe.moe.routing import route
-from jmoe.moe.types import Knobs, Routing, TokenFlags
+from jmoe.moe.types import Knobs, LayerSetup, Routing, TokenFlags
 
 ROWS, K = 12, 4
 CONFIGS = {
@@ -352,7 +353,8 @@ def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shap
         return entry(*args, **options, interpret=True)
 
     monkeypatch.setattr(binning, "bin_experts", interpreted)
-    layer.kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)
+    kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)
+    layer.decider = Decider(layer.moe, LayerSetup(LAYER, mesh, kernels))
     y, fused, moved = through(layer, x, flags, "decode")
     assert calls == [kernel]
     np.testing.assert_allclose(y, expected, atol=1e-5)

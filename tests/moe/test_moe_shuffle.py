@@ -177,6 +177,6 @@ def test_no_guess_changes_the_output(shape: tuple[int, int, int], kind: str):
     np.testing.assert_allclose(moved[positions >= 0], plain[positions >= 0], atol=2e-5)
     for before, after in zip(plain_stats, stats, strict=True):
         np.testing.assert_array_equal(before.counts_E, after.counts_E)
-        assert after.dropped == 0
-    remote = [[int(layer.remote) for layer in each] for each in (plain_stats, stats)]
+        assert after.counts["dropped"] == 0
+    remote = [[int(layer.counts["remote_assignments"]) for layer in each] for each in (plain_stats, stats)]
     assert kind == "one rank" or remote[0] != remote[1]
