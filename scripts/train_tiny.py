@@ -157,7 +157,7 @@ def losses(graph, params, window_BT):
     ce = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden_RND), window_BT[:, 1:])
     assigned = b * t * CONFIG.num_experts_per_tok
     balance = [CONFIG.num_experts * jnp.sum(s.counts_E / assigned * s.mean_score_E) for s in out.stats]
-    dropped = sum(s.dropped for s in out.stats) / (assigned * len(out.stats))
+    dropped = sum(s.counts["dropped"] for s in out.stats) / (assigned * len(out.stats))
     return ce, jnp.mean(jnp.stack(balance)), dropped
 
 
