@@ -24,7 +24,7 @@ class SamplingFailed(Exception):
 
 
 class Poll:
-    """The sampler, which runs on the event loop.
+    """The poll, which runs on the event loop.
 
     take: takes a new sample; it may wait for a step.
     state: returns the fields of each report that are not in a sample.
