@@ -1,5 +1,7 @@
 """Lowers the engine's step of a model for devices that need not be here: nothing is allocated or run."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,10 @@ from jmoe.engine.offload.build import abstract_cache
 from jmoe.engine.step.counters import zero_totals
 from jmoe.engine.step.functions import Jitted, jitted, make_knobs
 from jmoe.engine.step.inputs import Sizes, blank_input
+from jmoe.engine.step.state import DeviceState
 from jmoe.mesh import EXPERT, sharding
 from jmoe.models.decoder import Decoder
+from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kv_cache import page_layout
 
@@ -30,23 +34,19 @@ def lower_step(
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
     model, functions, weights = _abstract_model(cfg, moe, mesh)
-    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
-    ranks, most = model.split.sequence_ranks, sizes.decode[-1]
+    whole, ranks, most = sharding(mesh), model.split.sequence_ranks, sizes.decode[-1]
     if tokens == 1:
-        given = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
+        inputs = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
     else:
-        given = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
+        inputs = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
+    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
+    totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
+    latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)
+    cache = abstract_cache(cfg, moe, mesh, seats=most)
+    state = DeviceState(_abstract_pages(model, sizes), {inputs.phase: totals}, latest_S, cache)
+    settings = StepSettings(make_knobs(1.0, 0) if moe.stages else None, _abstract_tables(cfg, moe, mesh))
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
-        return functions.step.lower(
-            weights,
-            _abstract_pages(model, sizes),
-            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
-            jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
-            given,
-            make_knobs(1.0, 0) if moe.stages else None,
-            _abstract_tables(cfg, moe, mesh),
-            abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
-        )
+        return functions.step.lower(weights, state, inputs, settings)
 
 
 def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:

@@ -63,7 +63,7 @@ def test_a_closed_llm_has_freed_its_weights_and_refuses(model):
         weight = weakref.ref(llm.engine.runner.weights[0])
         llm.generate([[1, 2]], GREEDY)
     gc.collect()  # modules refer to each other in a circle
-    assert weight() is None and not llm.engine.runner.pages
+    assert weight() is None and not llm.engine.runner.state.pages
     llm.close()
     for use in (lambda: llm.generate([[1, 2]], GREEDY), lambda: llm.logits([1, 2])):
         with pytest.raises(EngineDead, match="the engine is closed"):

@@ -13,6 +13,7 @@ from support.models.small import config, decoder, mesh_of, tokens
 
 from jmoe.config.counters import LOSSY, names
 from jmoe.config.model import MoEConfig
+from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import MoEOutput, Routing
@@ -115,7 +116,7 @@ def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int
 
 @pytest.mark.parametrize("history", [True, False])
 @pytest.mark.parametrize("lossy", [True, False])
-def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: bool):
+def test_what_a_layer_reports_is_in_the_tokens_own_order(history: bool, lossy: bool):
     groups, ranks, experts = 2, 4, 8
     n = groups * ranks * PER_RANK
     rng = np.random.default_rng(0)
@@ -129,13 +130,13 @@ def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: boo
     changes = dict(zip(names(LOSSY), counts[:, token_N], strict=True)) if lossy else None
     out = MoEOutput(jnp.zeros((n, 1)), routing, None, changes)  # pyright: ignore[reportArgumentType]
     shuffle = Shuffle(mesh_of((groups, ranks, 1)), experts)
-    tell = jax.jit(partial(shuffle.tell, history=history))
-    told, rank_N = tell(out, order)
+    report = jax.jit(partial(shuffle.report, history=history))
+    told, rank_N = report(out, order)
     expected = dict(zip(names(LOSSY), counts.tolist(), strict=True)) if lossy else None
     assert jax.tree.map(lambda a: a.tolist(), told.changes) == expected
     want = label(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
     assert (rank_N if rank_N is None else rank_N.tolist()) == want
-    assert ("all_gather" in str(jax.make_jaxpr(tell)(out, order))) == (history or lossy)
+    assert ("all_gather" in str(jax.make_jaxpr(report)(out, order))) == (history or lossy)
 
 
 # ---- in the model
@@ -168,7 +169,7 @@ def test_no_guess_changes_the_output(shape: tuple[int, int, int], kind: str):
 
     @partial(jax.jit, static_argnums=0)
     def run(shuffled: bool, state, tables):
-        out = nnx.merge(graph, state)(seqs, tables=tables if shuffled else None)
+        out = nnx.merge(graph, state)(seqs, settings=StepSettings(tables=tables if shuffled else None))
         return out.hidden_RND, out.stats
 
     tables = tables_of(kind, shape[1])

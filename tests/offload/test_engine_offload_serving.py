@@ -27,6 +27,7 @@ from jmoe.checkpoint import convert
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig
 from jmoe.engine.engine import Engine
+from jmoe.models.journey import StepSettings
 from jmoe.tools.evaluate import evaluate
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}
@@ -215,9 +216,7 @@ def test_the_pool_is_changed_in_place(model: Path):
     engine = offloaded(model, slots_per_layer=EXPERTS, seqs=1)
     with closing(engine):
         runner, given = engine.runner, engine.runner.blank("decode", 1, 1)
-        state = runner._totals["decode"], runner._latest_S
-        lowered = runner._jitted.step.lower(
-            runner.weights, runner.pages, *state, given, None, None, runner.cache
-        )
+        state = runner.state.of_phase("decode")
+        lowered = runner._jitted.step.lower(runner.weights, state, given, StepSettings())
         pool = sum(a.nbytes for a in jax.tree.leaves(runner.cache.pool))
         assert lowered.compile().memory_analysis().temp_size_in_bytes < pool / 4
