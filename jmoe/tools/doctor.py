@@ -15,9 +15,9 @@ from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.offload.build import copies_run_beside, count_slots, pick_executor, read_profile
-from jmoe.engine.step.counters import expert_bytes
 from jmoe.mesh import TENSOR, platform_of
 from jmoe.models.decoder import kernels_for
+from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.nn.kv_cache import kv_dtype, page_bytes
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")

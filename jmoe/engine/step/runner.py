@@ -16,7 +16,6 @@ from jmoe.engine.step.counters import (
     PHASES,
     MoECounters,
     MoETotals,
-    expert_bytes,
     transported_bytes,
     zero_totals,
 )
@@ -26,6 +25,7 @@ from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
+from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Phase
 from jmoe.nn.kv_cache import make_pages
