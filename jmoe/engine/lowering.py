@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config.model import ModelConfig, MoEConfig
@@ -20,7 +19,7 @@ from jmoe.mesh import EXPERT, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import ShuffleTables
-from jmoe.nn.kv_cache import page_layout
+from jmoe.nn.kinds import state_layout
 
 
 def lower_step(
@@ -43,7 +42,12 @@ def lower_step(
     totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
     latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)
     cache = abstract_cache(cfg, moe, mesh, seats=most)
-    state = DeviceState(_abstract_pages(model, sizes), {inputs.phase: totals}, latest_S, cache)
+    state = DeviceState(
+        state_layout(cfg, model.split, model.kernels.attention, sizes.state),
+        {inputs.phase: totals},
+        latest_S,
+        cache,
+    )
     settings = StepSettings(make_knobs(1.0, 0) if moe.stages else None, _abstract_tables(cfg, moe, mesh))
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
         return functions.step.lower(weights, state, inputs, settings)
@@ -52,7 +56,7 @@ def lower_step(
 def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
     """Lowers the copy of a page on each rank."""
     model, functions, weights = _abstract_model(cfg, moe, mesh)
-    pages = _abstract_pages(model, sizes)
+    pages = state_layout(cfg, model.split, model.kernels.attention, sizes.state)
     return functions.copy_pages.lower(weights, pages, *np.zeros((2, model.split.sequence_ranks), np.int32))
 
 
@@ -66,12 +70,6 @@ def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decod
     graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
     weights, structure = jax.tree.flatten(state)
     return model, jitted(graph, structure), weights
-
-
-def _abstract_pages(model: Decoder, sizes: Sizes) -> list[LayerPages]:
-    cfg, attention = model.cfg, model.kernels.attention
-    layout = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
-    return [layout] * cfg.num_hidden_layers
 
 
 def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:

@@ -27,7 +27,7 @@ from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
-from jmoe.nn.kv_cache import stored_kv_heads
+from jmoe.nn.kinds import kind_of
 from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotation, rotation
 from jmoe.nn.sequences import Sequences
@@ -93,10 +93,11 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
-    q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
+    cached = kind_of(cfg, 0).cached_heads(cfg)
+    q, kv = cfg.num_attention_heads // split.head_ranks, cached.stored(split) // split.head_ranks
     spans = [span for span in map(cfg.span, range(cfg.num_hidden_layers)) if span != Span()]
-    value = None if cfg.latent is None else cfg.latent.kv_lora_rank
-    heads = Heads(q, kv, cfg.cached_dim, spans[0] if spans else Span(), cfg.attention_sinks, value)
+    span = spans[0] if spans else Span()
+    heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
     dims = experts, inner, cfg.hidden_size
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
@@ -167,8 +168,7 @@ class Decoder(nnx.Module):
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
-        dim = cfg.head_dim if cfg.latent is None else cfg.latent.qk_rope_head_dim
-        return x_ND, rotation(seqs.positions_RN, dim, cfg.rope)
+        return x_ND, rotation(seqs.positions_RN, cfg.rotary_dim, cfg.rope)
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
         """The final states, from the rows after the last layer."""

@@ -20,8 +20,7 @@ from jmoe.moe.router import choose, router_logits
 from jmoe.moe.routing import likely
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
-from jmoe.nn.grouped_query import GroupedQueryAttention
-from jmoe.nn.latent import LatentAttention
+from jmoe.nn.kinds import kind_of
 from jmoe.nn.mlp import DenseMLP
 from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotation
@@ -37,9 +36,8 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
     ):
-        kind = GroupedQueryAttention if cfg.latent is None else LatentAttention
         self.input_norm = Norm(cfg, make)
-        self.attention = kind(cfg, layer, split, make, kernels)
+        self.attention = kind_of(cfg, layer)(cfg, layer, split, make, kernels)
         self.post_attention_norm = Norm(cfg, make)
         sparse, mesh = layer not in cfg.mlp_only_layers, split.mesh
         dense, shared = cfg.intermediate_size or 0, cfg.shared_expert_intermediate_size

@@ -18,7 +18,8 @@ from jmoe.engine.offload.build import copies_run_beside, count_slots, pick_execu
 from jmoe.mesh import TENSOR, platform_of
 from jmoe.models.decoder import kernels_for
 from jmoe.moe.expert_leaves import expert_bytes
-from jmoe.nn.kv_cache import kv_dtype, page_bytes
+from jmoe.nn.kinds import page_bytes
+from jmoe.nn.kv_cache import kv_dtype
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
 

@@ -9,7 +9,8 @@ from support.models.small import config, decoder, mesh_of, tokens
 
 from jmoe.config.anatomy import RopeConfig
 from jmoe.config.model import MoEConfig
-from jmoe.nn.kv_cache import make_pages
+from jmoe.nn.kinds import make_state
+from jmoe.nn.kv_cache import StateSizes
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import rotate, rotation
 from jmoe.nn.sequences import Sequences
@@ -65,7 +66,7 @@ def test_decoder_on_a_mesh_equals_one_device(shape, attention: str, qk_norm: str
             table = np.tile(
                 np.arange(2 * per_rank, dtype=np.int32).reshape(per_rank, 2), (model.split.sequence_ranks, 1)
             )
-            pages = make_pages(cfg, model.split, model.kernels.attention, 2 * per_rank, 8)
+            pages = make_state(cfg, model.split, model.kernels.attention, StateSizes(2 * per_rank, 8, 1))
 
         def forward(state, pages):
             model = nnx.merge(graph, state)

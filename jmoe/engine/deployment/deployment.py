@@ -29,7 +29,7 @@ from jmoe.engine.deployment.settings import EngineSettings, model_directory
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import EXPERT, TENSOR, Split, make_mesh, platform_of, split_attention
-from jmoe.nn.kv_cache import page_bytes
+from jmoe.nn.kinds import page_bytes
 
 PAGE_SIZE = 32  # tokens
 DEFAULT_KV_BYTES = 2 << 30

@@ -43,7 +43,6 @@ from jmoe.moe.decide import count_alone
 from jmoe.moe.experts import ApplyBy
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import Computed, Knobs, Routing
-from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
@@ -194,20 +193,19 @@ class Parts:
 @lru_cache(maxsize=8)
 def parts(
     merge: Callable[[list[Array]], Decoder],
-    kinds: tuple[tuple[LayerFunctions, bool], ...],
+    kinds: tuple[tuple[LayerFunctions, bool, NamedSharding], ...],
     apply: ApplyBy,
     slots: int,
     whole: NamedSharding,
-    paged: NamedSharding,
 ) -> Parts:
     """One set that runners of equal models share, like ``jitted``.
 
-    kinds: the kind of each layer, and whether it has experts.
-    whole, paged: shardings of arrays and of pages.
+    kinds: the kind of each layer, whether it has experts, and the sharding of its pages.
+    whole: sharding of all other arrays.
     """
     functions = PartFunctions(merge, apply, slots)
 
-    def of(layer: LayerFunctions, sparse: bool) -> jax.stages.Wrapped:
+    def of(layer: LayerFunctions, sparse: bool, paged: NamedSharding) -> jax.stages.Wrapped:
         run = layer.attend if sparse else layer.dense
         return jax.jit(run, donate_argnums=PAGES, out_shardings=(whole, paged))
 
@@ -228,8 +226,8 @@ def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int
     kinds, apply = [], None
     for layer in model.layers:
         graph, state = nnx.split(layer)
-        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None))
+        paged = NamedSharding(model.mesh, layer.attention.state_spec)
+        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None, paged))
         apply = apply if layer.moe is None else layer.moe.apply
     assert apply is not None
-    paged = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
-    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh), paged)
+    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh))

@@ -25,7 +25,6 @@ from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
 from jmoe.moe.types import DispatchStats, Knobs, Routing
-from jmoe.nn.kv_cache import page_spec
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
@@ -144,7 +143,7 @@ class ModelFunctions:
         sampled, latest_S = draw(model, out.hidden_RND, inputs, state.latest_S, out.stats)
         # The compiler cannot see the sharding of pages that come out of a kernel, and pages with another
         # sharding would make the next step compile again.
-        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
+        kept = [NamedSharding(model.mesh, layer.attention.state_spec) for layer in model.layers]
         pages = lax.with_sharding_constraint(out.pages, kept)
         totals = add_step(state.totals[phase], out.stats)
         whole = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
@@ -161,14 +160,20 @@ class ModelFunctions:
             one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
             return lax.dynamic_update_index_in_dim(a_P, one, to_1[0], 0)
 
-        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
-            return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), pages)
-
         model = self.merge(weights)
+        kinds = [layer.attention for layer in model.layers]
+
+        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
+            def copied(layer: LayerPages) -> LayerPages:
+                return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), layer)
+
+            both = zip(kinds, pages, strict=True)
+            return [copied(layer) if kind.state_axis == "page" else layer for kind, layer in both]
+
         if is_single(model.mesh):
             return of_rank(pages, from_R, to_R)
-        paged, rows = page_spec(model.kernels.attention, model.split), PartitionSpec(model.split.sequences)
-        specs = {"in_specs": (paged, rows, rows), "out_specs": paged, "check_vma": False}
+        states, rows = [kind.state_spec for kind in kinds], PartitionSpec(model.split.sequences)
+        specs = {"in_specs": (states, rows, rows), "out_specs": states, "check_vma": False}
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:

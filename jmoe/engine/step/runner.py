@@ -28,7 +28,7 @@ from jmoe.models.journey import StepSettings
 from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Phase
-from jmoe.nn.kv_cache import make_pages
+from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
 
 DRAIN_STEPS = 4096  # device sums are fetched at least this often, so that float32 sums stay precise
@@ -67,9 +67,9 @@ class Runner:
         self.compilations = CompilationCounter()
 
     def _first_state(self, model: Decoder, cache: ExpertCache | None) -> DeviceState:
-        sizes, attention = self.sizes, model.kernels.attention
-        pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
-        latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.decode[-1], jnp.int32)()
+        sizes = self.sizes.state
+        pages = make_state(model.cfg, model.split, model.kernels.attention, sizes)
+        latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.seats, jnp.int32)()
         return DeviceState(pages, self._zero_totals(), latest_S, cache)
 
     def _zero_totals(self) -> dict[Phase, MoETotals]:

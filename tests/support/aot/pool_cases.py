@@ -12,7 +12,7 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Mesh, split_attention
-from jmoe.nn.kv_cache import page_bytes
+from jmoe.nn.kinds import kind_of, page_bytes
 
 DECODE, MIXED = 1, 64  # tokens of a step: one of each sequence; of prompts, beside decoded sequences
 PAGE, SEQUENCES, TABLE = 32, 4, 8
@@ -81,7 +81,7 @@ def compile_pool(pool: Pool, mesh: Mesh) -> Found:
     pages = pool.pages * page_bytes(cfg, split, PAGE) // split.head_ranks
     layer = pages // cfg.num_hidden_layers
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    rows = pool.pages * PAGE * cfg.cached_dim  # elements of one head's keys
+    rows = pool.pages * PAGE * kind_of(cfg, 0).cached_heads(cfg).dim  # elements of one head's keys
     return Found(
         walks(compiled.as_text(), rows),
         layer,
