@@ -57,7 +57,7 @@ class Bench:
     def __init__(self, directory: Path, args: argparse.Namespace, slots: int, pool: int):
         from jmoe import LLM
         from jmoe.checkpoint import read_config
-        from jmoe.engine.deployment.deployment import PAGE_SIZE
+        from jmoe.engine.deployment.sizes import PAGE_SIZE
         from jmoe.mesh import make_mesh, split_attention
         from jmoe.nn.kinds import page_bytes
 

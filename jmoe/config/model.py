@@ -157,6 +157,10 @@ class ModelConfig:
             no_rope_layers=self.no_rope_layers[:layers],
         )
 
+    def for_context(self, tokens: int) -> Self:
+        """The same model for sequences of at most ``tokens``, by which some rotations are chosen."""
+        return dataclasses.replace(self, rope=self.rope.for_context(tokens))
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have experts, in order; tables and statistics by layer have only these layers."""

@@ -14,9 +14,10 @@ from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.engine.build import BUNDLED, build_engine
-from jmoe.engine.deployment import deployment, memory
-from jmoe.engine.deployment.deployment import resolve, within
+from jmoe.engine.deployment import memory, needs
+from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.memory import Room
+from jmoe.engine.deployment.needs import within
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.tools.doctor import doctor
@@ -31,7 +32,7 @@ def machine(monkeypatch):
     """Says what memory there is."""
 
     def has(size: int) -> None:
-        monkeypatch.setattr(deployment, "device_room", lambda device, sharing: Room(size, "this test"))
+        monkeypatch.setattr(needs, "device_room", lambda device, sharing: Room(size, "this test"))
 
     return has
 
@@ -124,7 +125,7 @@ def test_weights_are_counted_without_describing_every_layer(name: str):
     cfg = ModelConfig.from_file(path).first(5)
     mesh, settings = make_mesh(), EngineSettings()
     whole = sum(spec.nbytes for spec in abstract_decoder(cfg, settings.moe, mesh)[1].values())
-    assert deployment.weight_bytes(cfg, settings, mesh) == whole
+    assert needs.weight_bytes(cfg, settings, mesh) == whole
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
@@ -133,7 +134,7 @@ def test_weights_of_a_device_are_its_share():
     mesh = make_mesh(2, 4)
     specs = abstract_decoder(cfg, MoEConfig(), mesh)[1].values()
     share = sum(spec.nbytes // (4 if "expert" in str(spec.sharding.spec) else 1) for spec in specs)  # pyright: ignore
-    assert deployment.weight_bytes(cfg, EngineSettings(expert_parallel_size=4), mesh) == share
+    assert needs.weight_bytes(cfg, EngineSettings(expert_parallel_size=4), mesh) == share
 
 
 def test_the_count_of_the_bundled_model_is_what_loading_takes():

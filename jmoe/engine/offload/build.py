@@ -1,7 +1,6 @@
 """The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,11 +25,6 @@ from jmoe.offload.table import Moves, Rule, Table, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
-
-
-def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The configured profile; ValueError if it cannot be read. ``make_cache`` checks which model it is of."""
-    return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
 def make_cache(

@@ -25,6 +25,7 @@ from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
+from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Computed, Knobs
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
@@ -34,7 +35,12 @@ class HostDrivenRunner(Runner):
     """A ``Runner`` with the same answers and the same counts; its ``cache.table`` has numpy arrays."""
 
     def __init__(
-        self, model: Decoder, mesh: Mesh, sizes: Sizes, tables: None = None, cache: ExpertCache | None = None
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        sizes: Sizes,
+        tables: list[ShuffleTables] | None = None,
+        cache: ExpertCache | None = None,
     ):
         if cache is None or tables is not None:
             raise ValueError("moe.offload.executor = 'host' needs offloaded experts and shuffles no tokens")

@@ -21,8 +21,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
-from jmoe.engine.build import Progress, build_engine
-from jmoe.engine.deployment.deployment import settings_split
+from jmoe.engine.build import Progress, build
+from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.gate import Gate, Tunnel, knock
@@ -149,8 +149,7 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Pr
     followers = Followers(gate, facts, SIGN)
     try:
         join(nodes, coordinator)
-        settings_split(settings)  # refuses a mesh that does not fit the devices
-        return build_engine(model, settings, progress, make_runner=partial(Leader, followers))
+        return build(resolve(model, settings), progress, make_runner=partial(Leader, followers))
     except Exception as error:
         followers.close()
         if followers.lost is None:
@@ -176,8 +175,7 @@ def follow(
         line.agree(facts, 0)
         line.live(b"\0")
         join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
-        settings_split(settings)
-        with closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+        with closing(build(resolve(model, settings), progress, warm_up=False)) as engine:
             ready(engine.runner)
             log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
             repeat(engine.runner, line)
