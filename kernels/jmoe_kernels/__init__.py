@@ -1,1 +1,1 @@
-"""Kernels behind jmoe's layers. Imports jax only, never jmoe."""
+"""The kernels that jmoe's layers call. They import jax and never jmoe."""

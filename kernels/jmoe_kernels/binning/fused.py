@@ -1,8 +1,8 @@
-"""The kernel that both Pallas lowerings share: passes over tiles of tokens, and its calls.
+"""The kernel that both Pallas lowerings share: its passes over tiles of tokens, and its calls.
 
-One program holds everything: the set depends on every token, and a decode batch is small. Pass one routes
-and counts votes, pass two remaps, pass three writes the order; between them scores and places stand in
-memory. With ``total`` a first call only counts votes, and the second routes again.
+One program holds everything, because the set depends on every token and a decode batch is small. Pass one
+routes and counts votes, pass two remaps, pass three writes the order; between passes, scores and places stand
+in memory. With ``total``, a first call only counts votes, and the second one routes again.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def _tile(plan: Plan, ref: Ref, first: Array | int) -> Array:
 
 
 def _logits(plan: Plan, ref: Ref, first: Array | int) -> Float[Array, "T E"]:
-    """A tile of logits, -inf for the lanes that are no experts."""
+    """Returns a tile of logits, with -inf in the lanes that are not experts."""
     tile_TE = _tile(plan, ref, first)
     return jnp.where(body.iota(tile_TE.shape, 1) < plan.experts, tile_TE, -jnp.inf)
 
@@ -38,7 +38,7 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def count_votes(logits_TE: Ref, role_T1: Ref, votes_VE: Ref, *, plan: Plan, rule: Rule) -> None:
-    """The first call with ``total``: the table of votes."""
+    """Writes the table of votes; this is the first call if there is a ``total``."""
 
     def step(first: Array | int, votes: tuple[Array, ...]) -> tuple[Array, ...]:
         tile_TE = _logits(plan, logits_TE, first)
@@ -52,7 +52,7 @@ def count_votes(logits_TE: Ref, role_T1: Ref, votes_VE: Ref, *, plan: Plan, rule
 def bin_all(
     logits_TE: Ref, role_T1: Ref, *refs: Ref, plan: Plan, rule: Rule, renormalize: bool, platform: Platform
 ) -> None:
-    """Everything, from the batch's own votes or, with one more input, from the votes of all ranks."""
+    """Computes everything, from the batch's own votes or, with one more input, from those of all ranks."""
     *total_VE, plain_ids, plain_weights, ids, weights, scores_TE, active, order, sizes, place_TE, new_TE = (
         refs
     )
@@ -111,7 +111,7 @@ def bin_experts(
     renormalize: bool,
     total: Callable[[Array], Array] | None,
 ) -> Binned:
-    """See ``api.bin_experts``; one call, or with ``total`` two."""
+    """Does the work of ``api.bin_experts`` in one call of the kernel, or in two if there is a ``total``."""
     (t, experts), k = logits_TE.shape, rule.k
     plan = Plan.of(t, experts, k, platform.least_lanes)
     n, e = plan.rows, plan.lanes

@@ -1,4 +1,4 @@
-"""Binning on TPU (Pallas, Mosaic): one kernel, everything in VMEM."""
+"""Binning on TPU (Pallas, Mosaic): one kernel that keeps everything in VMEM."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +23,12 @@ UNROLLED = 8  # rounds that do not wait for each other overlap when they are unr
 
 
 def most_tokens(experts: int, k: int) -> int:
-    """How many tokens a call takes."""
+    """Returns the largest number of tokens that a call takes."""
     return min(MOST_LOGITS // experts, MOST_ASSIGNMENTS // k)
 
 
 def supports(experts: int, rule: Rule) -> str | None:
-    """Why the kernel cannot run, with the limit that is exceeded, or None."""
+    """Returns why the kernel cannot run, with the limit that is exceeded, or None if it can."""
     if not 2 <= experts <= MOST_EXPERTS:
         return f"{experts} experts; the kernel takes 2 to {MOST_EXPERTS}"
     return None if 1 <= rule.k <= experts else f"k = {rule.k}; it must be between 1 and the {experts} experts"
