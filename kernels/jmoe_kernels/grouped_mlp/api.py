@@ -1,4 +1,4 @@
-"""``grouped_mlp``: one entry for every implementation; a named one raises where it cannot run."""
+"""``grouped_mlp``: one entry for every implementation; it raises if the named one cannot run."""
 
 from functools import partial
 from importlib import import_module
@@ -20,24 +20,33 @@ from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 
 PALLAS = ("pallas_tpu", "pallas_gpu")  # they have an interpreter and limits on shapes
-COMBINED = {"cpu": combined_mlp_cpu}  # those that gather and combine tokens on their way
+COMBINED = {"cpu": combined_mlp_cpu}  # these also gather tokens and combine their outputs
 
 
 def _pallas(name: str) -> ModuleType:
-    """The module of a Pallas implementation, imported when asked for: a CPU saves a quarter of a second."""
+    """Returns the module of a Pallas implementation.
+
+    It is imported when it is needed, which saves a quarter of a second on a CPU.
+    """
     return import_module(f"jmoe_kernels.grouped_mlp.{name}")
 
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
-    """The dtype in which a weight stack of ``dtype`` is kept: uint16 for bfloat16 on CPU, else ``dtype``."""
+    """Returns the dtype that stores a weight stack: uint16 for bfloat16 on a CPU, else ``dtype``.
+
+    platform: platform of the devices; None is jax's default.
+    """
     backend = get_backend(platform or jax.default_backend())
     return jnp.dtype(backend.bfloat16_storage if dtype == jnp.bfloat16 else dtype)
 
 
 def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
-    """Why ``implementation`` cannot run on ``platform`` with weights of ``dtype``, or None if it can.
+    """Returns why ``implementation`` cannot run with weights of ``dtype`` on ``platform``, or None if it can.
 
-    The limits on shapes are each implementation's own: see ``supports`` of ``pallas_tpu`` and ``pallas_gpu``.
+    interpret: whether it would run in its interpreter, on any platform.
+
+    Each implementation has limits on shapes of its own: see ``supports`` of ``pallas_tpu`` and
+    ``pallas_gpu``.
     """
     if implementation not in get_args(Implementation):
         return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
@@ -54,9 +63,9 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
 
 
 def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[Implementation, str]:
-    """The implementation that None stands for on ``platform``, and why.
+    """Returns the implementation that None stands for on ``platform``, and the reason.
 
-    dims: (experts, inner, model) of the weights, where they are known: the Pallas kernels have limits.
+    dims: (experts, inner, model) of the weights if they are known, because the Pallas kernels have limits.
     """
 
     def lacks(name: Implementation) -> str | None:
@@ -100,14 +109,16 @@ def grouped_mlp(
     platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Gated MLP of each row's expert, float32 out; ``x_ND`` is sorted by expert.
+    """Computes the gated MLP of each row's expert in float32; ``x_ND`` is sorted by expert.
 
-    group_sizes_E: rows of each expert, summing to at most N; rows past their sum come out zero.
-    implementation: None picks (see ``pick``). interpret: run a Pallas kernel in its interpreter, anywhere.
-    platform: of the devices it will run on; None is jax's default. capacity: for "batched" alone, rows an
-    expert at most.
+    group_sizes_E: number of rows of each expert, summing to at most N; rows past their sum come out zero.
+    implementation: name of the implementation; None picks one (see ``pick``).
+    interpret: whether a Pallas kernel runs in its interpreter, on any platform.
+    platform: platform of the devices that it will run on; None is jax's default.
+    capacity: largest number of rows of an expert, for "batched" alone.
+
     Every implementation can be differentiated, with the gradient of "batched".
-    Raises ValueError with the reason where a named implementation cannot run.
+    Raises ValueError with the reason if the named implementation cannot run.
     """
     platform = platform or jax.default_backend()
     name = implementation or pick(platform, weights.dtype, weights.dims)[0]

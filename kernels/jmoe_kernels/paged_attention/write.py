@@ -1,9 +1,9 @@
 """Writes of new rows into pages, in place: single rows, or whole pages of a longer run.
 
-No compiler may walk over the pool for them, and each needs another form for it. XLA on a CPU counts a scatter
-as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has, and so
-copies the pool there and back. Updates in turn are in place on both. On a GPU each of them would be a launch;
-there, and for single rows on TPU, one scatter does them all.
+No compiler may walk over the pool for them, and each compiler needs another form for it. XLA on a CPU counts
+a scatter as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has,
+and so copies the pool there and back. Updates one after another are in place on both. On a GPU each of them
+would be a launch; there, and for single rows on TPU, one scatter does them all.
 """
 
 from functools import partial
@@ -19,7 +19,10 @@ def write(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P G S d"]:
-    """The pages with the new rows at their positions; -1 writes nothing."""
+    """Returns the pages with the new rows at their positions; position -1 writes nothing.
+
+    Raises ValueError if a run of several tokens is not a multiple of the page size.
+    """
     return _write(pages_PGSd, new_BTGd, positions_BT, table_BM, 2)
 
 
@@ -29,7 +32,7 @@ def write_joined(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P S 2G d"]:
-    """The joined pages with the new rows at their positions; -1 writes nothing."""
+    """Returns the joined pages with the new rows at their positions; see ``write``."""
     return _write(kv_PSGd, new_BTGd, positions_BT, table_BM, 1)
 
 
@@ -39,7 +42,7 @@ def write_last(
     positions_B1: Int[Array, "B 1"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P G S d"]:
-    """As ``write``, of rows that are their sequences' last: behind each its page becomes zero."""
+    """Writes rows that are their sequences' last, as ``write`` does, and zeros the rest of their pages."""
     count, _, size, _ = pages_PGSd.shape
     rows_BS = jnp.arange(size, dtype=jnp.int32)[None]
     own_BS = positions_B1 % size == rows_BS
@@ -51,7 +54,10 @@ def write_last(
 
 
 def _write(pages: Array, new_BTGd: Array, positions_BT: Array, table_BM: Array, axis: int) -> Array:
-    """axis: of the pages, which a page's rows lie on."""
+    """Writes rows into pages.
+
+    axis: axis of the pages on which a page's rows lie.
+    """
     size, (_, t, g, d) = pages.shape[axis], new_BTGd.shape
     if t > 1 and t % size:
         raise ValueError(f"a run of {t} tokens is not a multiple of the page size {size}")
@@ -68,14 +74,14 @@ def _write(pages: Array, new_BTGd: Array, positions_BT: Array, table_BM: Array, 
 
 
 def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
-    """``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
+    """Returns ``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype)
     return new.astype(dtype)
 
 
 def _in_turn(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
-    """One update after another. A page of -1 stands for none: what stands at page 0 is written again."""
+    """Makes one update after another. A page of -1 means none: the content of page 0 is written again."""
 
     def put(i: Array, pages: Array) -> Array:
         start = [jnp.maximum(page_N[i], 0), *[jnp.zeros((), jnp.int32)] * 3]
@@ -88,7 +94,7 @@ def _in_turn(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis
 
 
 def _at_once(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
-    """One scatter, which drops what would go past the last page."""
+    """Makes one scatter, which drops what would go past the last page."""
     page_N = jnp.where(page_N >= 0, page_N, len(pages))
     if blocks_N.shape[axis] == pages.shape[axis]:
         return pages.at[page_N].set(blocks_N, mode="drop")

@@ -8,38 +8,40 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jmoe_kernels.matmul import as_float, dot
 from jmoe_kernels.paged_attention.types import Span
 
-BLOCK = 128  # queries that attend together, and keys a step of the loop reads
-BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
+BLOCK = 128  # queries that attend together, and keys that a step of the loop reads
+BLOCK_BYTES = 2 << 20  # fewer keys if they are more bytes than this: they should stay in a core's cache
 NEVER = -1e30
 
 
 def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) -> Bool[Array, "B T S"]:
-    """Which keys a query attends to; a position of -1 is padding."""
+    """Returns which keys a query attends to; a position of -1 is padding."""
     query, key = query_BT[:, :, None], key_BS[:, None, :]
     seen = (query >= key) & (key >= 0)
     return seen if span == Span() else seen & (key >= span.first(query))
 
 
 def finite_rows(rows: Float[Array, "*B S d"]) -> tuple[Float[Array, "*B S d"], Bool[Array, "*B S"]]:
-    """``rows`` with 0 for what is not finite, and which rows held such a number.
+    """Returns ``rows`` with 0 for what is not finite, and which rows held such a number.
 
     A weight of 0 does not hide a value: 0 times NaN is NaN. So no product may meet values that some of its
-    queries do not see and that others wrote; those that see one take NaN for it (``taint``).
+    queries do not see and that other requests wrote. Queries that see such a row get NaN from ``taint``
+    instead.
     """
     finite = jnp.isfinite(rows)
     return jnp.where(finite, rows, 0), ~finite.all(-1)
 
 
 def taint(seen: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Array, "*B T"]:
-    """The queries that see a row which is not finite."""
+    """Marks the queries that see a row which is not finite."""
     return (seen & broken[..., None, :]).any(-1)
 
 
 def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
-    """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
+    """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay
+    apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
@@ -57,11 +59,11 @@ def attend(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Causal attention to what of the sequences' pages each query's span reaches, up to its own position.
+    """Returns causal attention to those keys of the sequences' pages that each query's span reaches.
 
-    The loop goes from the first key that one of its queries sees to the furthest of their positions, so one
-    compiled shape serves every context length. Many queries go in blocks with ends of their own: of one row,
-    or of several short ones.
+    The loop goes from the first key that one of its queries sees to the largest of their positions, so one
+    compiled shape serves every context length. Many queries are split into blocks that each have their own
+    ends: the block's queries are of one row, or of several short rows.
     """
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
@@ -110,7 +112,7 @@ def _attend_block(
         share = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
         kept = jnp.exp(top - new_top)
         values = read(v_PGSd, ids)
-        if t == 1:  # what the only query does not see, nobody does
+        if t == 1:  # there is one query, so a value that it does not see is used by nobody
             values = jnp.where(seen_BTS.swapaxes(1, 2)[:, None], values, 0)
         else:
             values, broken_BGS = finite_rows(values)

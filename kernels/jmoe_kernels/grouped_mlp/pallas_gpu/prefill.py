@@ -1,9 +1,10 @@
-"""Many rows an expert: tiles of 128 rows by 256 weight rows, two warpgroups computing and one loading.
+"""Kernels for many rows an expert: tiles of 128 rows by 256 weight rows.
 
-Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other
-the lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are
-persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights come
-from device memory once, and from the cache for its other windows.
+Two warpgroups compute and one loads. The kernels are compute bound: rows are the M operand, one warpgroup
+takes the upper half of a window's rows and the other the lower, and the loading one runs ahead into the next
+tile while they finish theirs. Thread blocks are persistent. WIDE windows share a weight tile before the next
+tile starts, so that an expert's weights come from device memory once, and from the cache for its other
+windows.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
 )
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 
-WARPGROUPS = 2  # that compute
+WARPGROUPS = 2  # warpgroups that compute
 LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 
 
@@ -41,8 +42,14 @@ LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 class _Stage:
     """What differs between the two kernels.
 
-    rows_of(a, windows, window): the window's rows of the left operand. combine(parts): a tile's columns from
-    those of each product. store: ``_store_all`` or ``_store_own_rows``.
+    name: name of the kernel.
+    tile: number of weight rows of a tile.
+    step: step of the contraction.
+    stages: number of steps in flight.
+    rows_of: function (a, windows, window) that returns the window's rows of the left operand.
+    combine: function (parts) that returns a tile's columns from those of each product.
+    store: ``_store_all`` or ``_store_own_rows``.
+    zeros_past_end: whether the kernel writes zeros to rows past the last group.
     """
 
     name: str
@@ -63,7 +70,7 @@ def gate_up(
     blocks: Blocks,
     interpret: bool,
 ) -> BFloat16[Array, "W R F"]:
-    """``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
+    """Returns ``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
     stage = _Stage(
         name="jmoe_prefill_gate_up",
         tile=blocks.inner,
@@ -88,7 +95,7 @@ def down(
     blocks: Blocks,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    """``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
+    """Returns ``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
     stage = _Stage(
         name="jmoe_prefill_down",
         tile=blocks.model,
@@ -106,7 +113,7 @@ def down(
 
 
 def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
-    """The persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined, stored."""
+    """Runs the persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined."""
     experts, products, out, contracted = w_EPOI.shape
     half, tile, biased = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
     steps = contracted // stage.step
@@ -170,7 +177,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
 
 
 def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
-    """The body of the pipeline: this warpgroup's rows times a step of each weight tile."""
+    """Returns the body of the pipeline: this warpgroup's rows times a step of each weight tile."""
 
     def contract(_, a_s, *rest):
         *w_s, accs = rest
@@ -186,7 +193,10 @@ def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
 
 
 def _pipeline(stage: _Stage, body, context, steps: int, rows: int, products: int):
-    """The loads over the contraction: ``rows`` rows of the left operand, a tile of each weight matrix."""
+    """Returns the pipeline of loads over the contraction.
+
+    A step loads ``rows`` rows of the left operand and a tile of each weight matrix.
+    """
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
@@ -206,7 +216,10 @@ def _nothing(*_, **__):
 
 
 def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
-    """Shared memory of each computing warpgroup: a tile to store, biases, and the spare of ``wgmma_nt``."""
+    """Returns the shared memory of each computing warpgroup.
+
+    It holds a tile to store, biases, and the spare of ``wgmma_nt``.
+    """
     width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
     scratch: dict[str, Any] = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
     if biased:
@@ -218,7 +231,7 @@ def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, inter
 
 
 def _columns(values, bias_s, wg, start: int, width: int) -> list:
-    """Columns of each product, with their bias."""
+    """Returns columns of each product, with their bias."""
     parts = [value[:, start : start + width] for value in values]
     if bias_s is None:
         return parts
@@ -227,7 +240,7 @@ def _columns(values, bias_s, wg, start: int, width: int) -> list:
 
 
 def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> None:
-    """Store ``chunk(start, width)`` of every column to the window's rows from ``first`` on of h."""
+    """Stores ``chunk(start, width)`` of every column to the window's rows of h, from ``first`` on."""
     half, width = tile_s.shape
     for c in range(0, columns, width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -237,9 +250,11 @@ def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> Non
 
 
 def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
-    """Store ``chunk(start, width)`` of every column to y where the window owns the rows from ``first`` on.
+    """Stores ``chunk(start, width)`` of every column to those rows of y, from ``first`` on, that are the
+    window's.
 
-    All of them straight from registers, 32 bytes a row and instruction; some of them through shared memory.
+    If all rows are its own they go straight from registers, 32 bytes a row and instruction; if some are, they
+    go through shared memory.
     """
     half, width = tile_s.shape
     low = jnp.clip(windows[window, SKIP] - first, 0, half)
@@ -261,7 +276,7 @@ def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -
 
 
 def _for_tiles(one_tile, windows: int, tiles: int) -> None:
-    """Call ``one_tile(window, tile)`` for this thread block's share: WIDE windows, then the next tile."""
+    """Calls ``one_tile(window, tile)`` for this thread block's share: WIDE windows, then the next tile."""
 
     @plgpu.nd_loop((windows * tiles,), collective_axes="sm")
     def _(loop):

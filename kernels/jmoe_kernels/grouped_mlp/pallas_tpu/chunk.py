@@ -16,7 +16,7 @@ Ref = Any  # a Pallas reference: indexed and sliced as an array is
 
 
 def dot_nt(a_MK: Array, b_NK: Array) -> Array:
-    """``a @ b.T`` with float32 accumulation; float32 operands are not rounded to bfloat16."""
+    """Returns ``a @ b.T`` with float32 accumulation; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if b_NK.dtype == jnp.float32 else None
     dims = (((1,), (1,)), ((), ()))
     return lax.dot_general(a_MK, b_NK, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -26,8 +26,10 @@ def dot_nt(a_MK: Array, b_NK: Array) -> Array:
 class Rows:
     """The rows that a kernel works on in VMEM, and scratch for one window of them.
 
-    x_ND, y_ND: inputs in the weights' dtype and float32 sums. gate_MF, h_MF: float32 gate of one window, and
-    its inner activations.
+    x_ND: inputs in the weights' dtype.
+    y_ND: float32 sums.
+    gate_MF: float32 gate of one window.
+    h_MF: inner activations of that window.
     """
 
     x_ND: Ref
@@ -37,13 +39,13 @@ class Rows:
 
     @staticmethod
     def scratch(blocks: Blocks, dtype: jnp.dtype) -> list:
-        """Shapes of gate_MF and h_MF."""
+        """Returns the shapes of gate_MF and h_MF."""
         shape = (max(blocks.windows), blocks.inner)
         return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
 
 
 def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
-    """``visit`` on slices of ``width`` columns, then on what is left; a loop keeps few registers live."""
+    """Calls ``visit`` on slices of ``width`` columns, then on the rest; a loop keeps few registers live."""
     full, left = divmod(total, width)
     if full == 1:
         visit(pl.ds(0, width))
@@ -64,10 +66,13 @@ def chunk_mlp(
     activation: Activation,
     first: Array,
 ) -> None:
-    """Adds one chunk's share of the expert's output to the rows ``at`` that are ``mine``.
+    """Adds one chunk's share of the expert's output to those rows ``at`` that are ``mine``.
 
-    ``first`` says whether this chunk adds the down bias. gate goes through VMEM: with gate and up both in
-    registers the compiler spills.
+    at: slice of the window's rows.
+    mine_M1: mask of the rows that belong to the expert.
+    first: whether this is the expert's first chunk, which adds the down bias.
+
+    gate goes through VMEM: with gate and up both in registers the compiler spills.
     """
     _, inner, model = chunk["gate_up"].shape
     here = pl.ds(0, at.size)
@@ -97,11 +102,12 @@ def chunk_mlp(
 def over_windows(
     start: Array, end: Array, rows: int, windows: tuple[int, int], visit: Callable[[Any, Array], None]
 ) -> None:
-    """``visit(slice, mine)`` on windows that cover rows [start, end); each row is ``mine`` in exactly one.
+    """Calls ``visit(slice, mine)`` on windows that cover rows [start, end).
 
-    Windows start at a multiple of ROW_ALIGN at or below ``start``. One that would run past the buffer is
-    moved back, and leaves out the rows that its predecessor has done. Rows of others in a window are computed
-    too and dropped by a select, never by a product with zero: they may be NaN.
+    Each row is ``mine`` in exactly one window. Windows start at a multiple of ROW_ALIGN at or below
+    ``start``. A window that would run past the buffer is moved back, and leaves out the rows that its
+    predecessor has done. Rows of other experts in a window are computed too and dropped by a select, never by
+    a product with zero, because they may be NaN.
     """
     large, small = windows
     base = start // ROW_ALIGN * ROW_ALIGN
@@ -118,7 +124,7 @@ def over_windows(
 
 
 def fill_zero(ref: Ref) -> None:
-    """Zeros ``ref`` block by block: one store of the whole of it would be unrolled."""
+    """Zeros ``ref`` block by block, because one store of the whole of it would be unrolled."""
     rows = ref.shape[0]
 
     def block(i: Array, _: None) -> None:
@@ -130,7 +136,10 @@ def fill_zero(ref: Ref) -> None:
 
 
 def cost(rows: int, operands: Mapping[str, Array], expert_reads: int) -> pl.CostEstimate:
-    """What XLA's scheduler should assume: every row is used, ``expert_reads`` experts' weights are read."""
+    """Returns what XLA's scheduler should assume.
+
+    It assumes that every row is used, and that ``expert_reads`` experts' weights are read.
+    """
     experts, _, f, d = operands["gate_up"].shape
     weight_bytes = sum(w.size * w.dtype.itemsize for w in operands.values()) // experts
     row_bytes = rows * d * (operands["gate_up"].dtype.itemsize + 4)
