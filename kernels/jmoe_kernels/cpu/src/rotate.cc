@@ -1,5 +1,5 @@
-// Rotary embedding, half-rotation form, of queries or keys, after the RMS norm that some families put there:
-// over each head where the scale has d numbers, over all heads of a token where it has H * d.
+// Rotary embedding, half-rotation form, of queries or keys, after the RMS norm that some families put there.
+// A scale of d numbers means a norm over each head, one of H * d numbers a norm over all heads of a token.
 #include <cmath>
 
 #include "parallel.h"
@@ -9,7 +9,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// What n numbers are multiplied with to have unit root mean square.
+// Returns the factor that gives n numbers a root mean square of 1.
 float unit(const float* x, int64_t n, float eps) {
   float part[8] = {};
   int64_t i = 0;
@@ -21,7 +21,7 @@ float unit(const float* x, int64_t n, float eps) {
   return 1.f / std::sqrt(sum / n + eps);
 }
 
-// One head: y = rotated(x * norm * scale); scale may be null.
+// Rotates one head: y = rotated(x * norm * scale); scale may be null.
 void rotate_head(const float* x, float norm, const float* scale, const float* cos, const float* sin, int64_t half,
                  float* y) {
   for (int64_t i = 0; i < half; i++) {
