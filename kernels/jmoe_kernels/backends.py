@@ -107,9 +107,9 @@ def first_supported(
     lacks: function that returns why an implementation cannot run, or None if it can.
     praise: function that returns what speaks for an implementation that can run.
     """
-    *own, portable = names
+    *candidates, portable = names
     why = "portable XLA"
-    for name in own:
+    for name in candidates:
         if (reason := lacks(name)) is None:
             return name, praise(name)
         why = f"portable XLA: {reason}"

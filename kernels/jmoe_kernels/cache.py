@@ -52,8 +52,8 @@ def temporary_cache(cause: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"jmoe-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         folder = Path(tempfile.mkdtemp(prefix="jmoe-"))
     log.warning("%s: what is compiled is kept in %s", cause, folder)
     return folder

@@ -62,8 +62,8 @@ def _linear_fwd(x: Array, w: Array, implementation: Dense) -> tuple[Array, tuple
     return _linear(x, w, implementation), (x, w)
 
 
-def _linear_bwd(implementation: Dense, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
+def _linear_bwd(implementation: Dense, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
     g, x = lax.optimization_barrier((g, x))
     batch = tuple(range(w.ndim - 2))
     dims_x = (((w.ndim - 1,), (w.ndim - 2,)), (batch, batch))

@@ -37,10 +37,10 @@ def supports(
     """
     if implementation not in get_args(Implementation):
         return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
-    if (needed := home_of(implementation)) is None:
+    if (home := home_of(implementation)) is None:
         return None
-    if needed != platform and not interpret:
-        return f"binning {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if home != platform and not interpret:
+        return f"binning {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
     if rule.method == "random":
         return f"binning {implementation!r} has no random draws, which are a baseline; 'xla' can run"
     kernel = _pallas(implementation)

@@ -34,7 +34,7 @@ class Plan:
     chunk: int
 
     @staticmethod
-    def of(tokens: int, experts: int, k: int, least_lanes: int) -> "Plan":
+    def make(tokens: int, experts: int, k: int, least_lanes: int) -> "Plan":
         """Returns the plan with at least ``least_lanes`` lanes, and tiles of about ``TILE`` numbers."""
         lanes = max(least_lanes, pl.next_power_of_2(experts))
         chunk = max(16, min(pl.next_power_of_2(tokens), TILE // lanes))
@@ -45,10 +45,10 @@ class Plan:
         if self.rows == self.chunk:
             return step(0, carry)
 
-        def at(i: Array, carry: Any) -> Any:
+        def run_tile(i: Array, carry: Any) -> Any:
             return step(pl.multiple_of(i * self.chunk, self.chunk), carry)
 
-        return lax.fori_loop(0, self.rows // self.chunk, at, carry)
+        return lax.fori_loop(0, self.rows // self.chunk, run_tile, carry)
 
 
 @dataclass(frozen=True)

@@ -116,22 +116,22 @@ def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
         raise RuntimeError("no C++ compiler found (c++, g++ or clang++)")
     name = f"jmoe-{_key(compiler, extra)}"
     for path in directory.glob(f"{name}-*.so"):
-        if path == _named(path, name):
+        if path == _library_path(path, name):
             return path
         path.unlink(missing_ok=True)  # a processor that runs half a library ends the process
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda s: _compile(compiler, s, Path(scratch), extra), _sources()))
-        made = Path(scratch) / f"{name}.so"
-        _run([compiler, "-shared", "-o", str(made), *map(str, objects), *extra, "-lpthread"])
-        with open(made, "rb") as file:
+        library = Path(scratch) / f"{name}.so"
+        _run([compiler, "-shared", "-o", str(library), *map(str, objects), *extra, "-lpthread"])
+        with open(library, "rb") as file:
             os.fsync(file.fileno())
         # another process may have been quicker; both files are whole
-        return made.replace(_named(made, name, directory))
+        return library.replace(_library_path(library, name, directory))
 
 
-def _named(library: Path, name: str, directory: Path | None = None) -> Path:
+def _library_path(library: Path, name: str, directory: Path | None = None) -> Path:
     """Returns the path of a library with these bytes: its name ends in their digest, which reveals damage."""
     with open(library, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -148,17 +148,17 @@ def _flags(source: Path) -> tuple[str, ...]:
     return (*FLAGS, *(X86_FLAGS.get(source.name, ()) if x86 else ()))
 
 
-def _compile(compiler: str, source: Path, into: Path, extra: tuple[str, ...]) -> Path:
-    made = into / f"{source.stem}.o"
+def _compile(compiler: str, source: Path, directory: Path, extra: tuple[str, ...]) -> Path:
+    object_file = directory / f"{source.stem}.o"
     include = ["-isystem", jax.ffi.include_dir()]
-    _run([compiler, *_flags(source), *extra, *include, "-c", str(source), "-o", str(made)])
-    return made
+    _run([compiler, *_flags(source), *extra, *include, "-c", str(source), "-o", str(object_file)])
+    return object_file
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
         raise RuntimeError(f"{command[0]} failed: {first.strip()}")
 
 

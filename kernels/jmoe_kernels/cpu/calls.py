@@ -13,8 +13,8 @@ def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | 
     attributes: numbers that become int64 or float32 attributes of the kernel.
     """
     run = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))
-    typed = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in attributes.items()}
-    return run(*args, **typed)
+    values = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in attributes.items()}
+    return run(*args, **values)
 
 
 def linear(x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"]) -> Float[Array, "M N"]:
@@ -57,8 +57,8 @@ def write_pages(
 
     Position -1 writes nothing.
     """
-    like = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
-    run = jax.ffi.ffi_call("jmoe_write_pages", like, input_output_aliases={0: 0, 1: 1})
+    results = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
+    run = jax.ffi.ffi_call("jmoe_write_pages", results, input_output_aliases={0: 0, 1: 1})
     k, v = run(k_PGSd, v_PGSd, k_BTGd, v_BTGd, positions_BT, table_BM)
     return k, v
 
@@ -73,8 +73,8 @@ def write_latent(
 
     Position -1 writes nothing.
     """
-    like = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
-    run = jax.ffi.ffi_call("jmoe_write_latent", like, input_output_aliases={0: 0})
+    result = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
+    run = jax.ffi.ffi_call("jmoe_write_latent", result, input_output_aliases={0: 0})
     return run(pages_PGSd, rows_BTGd, positions_BT, table_BM)
 
 

@@ -52,11 +52,11 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
         return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is not supported; bfloat16 and float32 are, by all of them"
-    needed = home_of(implementation) or platform
+    home = home_of(implementation) or platform
     if interpret and implementation not in PALLAS:
         return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
-    if needed != platform and not interpret:
-        return f"implementation {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if home != platform and not interpret:
+        return f"implementation {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
     if implementation == "cpu" and isinstance(library := cpu.get_library(), str):
         return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
     return None
@@ -71,7 +71,7 @@ def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) ->
     def lacks(name: Implementation) -> str | None:
         reason = supports(name, platform, dtype)
         if reason is None and dims is not None:
-            reason = _shape_limit(name, _shaped(dims, dtype), 1, "silu")
+            reason = _shape_limit(name, _abstract_weights(dims, dtype), 1, "silu")
         return reason
 
     return first_supported(get_backend(platform).experts, lacks, partial(_praise, platform))
@@ -85,7 +85,7 @@ def _praise(platform: str, name: Implementation) -> str:
     return f"C++ kernels for {library.isa}"
 
 
-def _shaped(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
+def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
     experts, inner, model = dims
     shapes = (experts, 2, inner, model), (experts, model, inner)
     return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
@@ -143,15 +143,15 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
     experts, inner, model = weights.dims
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
-    for name, got, want in (
+    for name, actual, expected in (
         ("x", x_ND.shape, (x_ND.shape[0], model)),
         ("down", weights.down_EDF.shape, (experts, model, inner)),
         ("group_sizes", group_sizes_E.shape, (experts,)),
         ("gate_up_bias", getattr(weights.gate_up_bias_E2F, "shape", None), (experts, 2, inner)),
         ("down_bias", getattr(weights.down_bias_ED, "shape", None), (experts, model)),
     ):
-        if got is not None and got != want:
-            return f"{name} must be {list(want)}, got {list(got)}"
+        if actual is not None and actual != expected:
+            return f"{name} must be {list(expected)}, got {list(actual)}"
     return None
 
 
@@ -174,16 +174,16 @@ def _forward(
     return run(x_ND, weights, group_sizes_E, activation=activation)
 
 
-def _forward_saved(*args: Any) -> tuple[Array, tuple]:
+def _forward_with_residuals(*args: Any) -> tuple[Array, tuple]:
     return _forward(*args), args[3:]
 
 
 def _backward(
-    name: Implementation, activation: Activation, interpret: bool, saved: tuple, g_ND: Array
+    name: Implementation, activation: Activation, interpret: bool, residuals: tuple, g_ND: Array
 ) -> tuple:
-    x_ND, weights, group_sizes_E = saved
+    x_ND, weights, group_sizes_E = residuals
     _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
     return (*pull(g_ND), None)
 
 
-_forward.defvjp(_forward_saved, _backward)
+_forward.defvjp(_forward_with_residuals, _backward)

@@ -45,5 +45,5 @@ def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:
     """Returns the four operands; an absent bias is an empty array."""
     none = jnp.zeros((0,), jnp.float32)
     biases = (weights.gate_up_bias_E2F, weights.down_bias_ED)
-    kept = (none if bias is None else as_float(bias).astype(jnp.float32) for bias in biases)
-    return weights.gate_up_E2FD, weights.down_EDF, *kept
+    bias_arrays = (none if bias is None else as_float(bias).astype(jnp.float32) for bias in biases)
+    return weights.gate_up_E2FD, weights.down_EDF, *bias_arrays

@@ -47,20 +47,20 @@ def grouped_mlp_xla(
     first_tile_E = tile_ends_E - tiles_E
     x_pad = jnp.pad(x_ND.astype(weights.dtype), ((0, tile), (0, 0)))
 
-    def own(stack: Array, e: Array) -> Array:
+    def expert_matrix(stack: Array, e: Array) -> Array:
         return as_float(lax.dynamic_index_in_dim(stack, e, keepdims=False))
 
     def one_tile(i: Array, y_pad: Array) -> Array:
         e = expert_of_tile[i]
         row = ends_E[e] - group_sizes_E[e] + (i - first_tile_E[e]) * tile
         x = lax.dynamic_slice_in_dim(x_pad, row, tile)
-        h = dot_nt(x, own(weights.gate_up_E2FD, e).reshape(2 * f, d))
+        h = dot_nt(x, expert_matrix(weights.gate_up_E2FD, e).reshape(2 * f, d))
         if weights.gate_up_bias_E2F is not None:
-            h = h + own(weights.gate_up_bias_E2F, e).reshape(1, 2 * f).astype(jnp.float32)
+            h = h + expert_matrix(weights.gate_up_bias_E2F, e).reshape(1, 2 * f).astype(jnp.float32)
         h = gated(activation, h[:, :f], h[:, f:])
-        y = dot_nt(h.astype(weights.dtype), own(weights.down_EDF, e))
+        y = dot_nt(h.astype(weights.dtype), expert_matrix(weights.down_EDF, e))
         if weights.down_bias_ED is not None:
-            y = y + own(weights.down_bias_ED, e)[None].astype(jnp.float32)
+            y = y + expert_matrix(weights.down_bias_ED, e)[None].astype(jnp.float32)
         return lax.dynamic_update_slice_in_dim(y_pad, y, row, 0)
 
     y_pad = jnp.zeros((n + tile, d), jnp.float32)

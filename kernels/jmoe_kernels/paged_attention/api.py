@@ -30,11 +30,11 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     """
     if implementation not in get_args(Attention):
         return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(Attention))}"
-    if (needed := home_of(implementation)) is None:
+    if (home := home_of(implementation)) is None:
         return None
-    if needed != platform:
-        here = f"needs a {needed}, this is a {platform}"
-        return f"paged attention {implementation!r} {here}; 'xla' can run"
+    if home != platform:
+        mismatch = f"needs a {home}, this is a {platform}"
+        return f"paged attention {implementation!r} {mismatch}; 'xla' can run"
     if implementation in LIMITED:
         reason = LIMITED[implementation].supports(heads, jnp.dtype(dtype))
     else:
@@ -127,27 +127,27 @@ def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array
 
 
 def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> LayerPages:
-    at = new.positions_BT, new.table_BM
+    address = new.positions_BT, new.table_BM
     if implementation in LIMITED:
         return LIMITED[implementation].write_tokens(new, pages)
     if new.v_BTGd is None:
         [kv_PGSd] = pages.kv
         put = cpu.write_latent if implementation == "cpu" else write
-        return LayerPages((put(kv_PGSd, new.k_BTGd, *at),))
+        return LayerPages((put(kv_PGSd, new.k_BTGd, *address),))
     k_PGSd, v_PGSd = pages.kv
     if implementation == "cpu":
-        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *at))
-    return LayerPages((write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)))
+        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *address))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
 
 
 def _attend(
     implementation: Attention, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
 ) -> Array:
-    kv, at = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
+    kv, address = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
     if implementation == "tpu":
         return tpu.attend(new, pages, span.window)
     if implementation == "gpu":
         return gpu.attend(new, pages)
     if implementation == "cpu":
-        return cpu.attend(new.q_BTHd, *kv, *at, span.window, span.chunk, sinks_H)
-    return attend(new.q_BTHd, *kv, *at, span, sinks_H)
+        return cpu.attend(new.q_BTHd, *kv, *address, span.window, span.chunk, sinks_H)
+    return attend(new.q_BTHd, *kv, *address, span, sinks_H)

@@ -50,17 +50,17 @@ def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
     """
     assert new.v_BTGd is not None, "latent pages are refused before"
     k_PGSd, v_PGSd = pages.kv
-    at = new.positions_BT, new.table_BM
+    address = new.positions_BT, new.table_BM
     put = write_last if new.positions_BT.shape[1] == 1 else write
-    return LayerPages((write(k_PGSd, new.k_BTGd, *at), put(v_PGSd, new.v_BTGd, *at)))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), put(v_PGSd, new.v_BTGd, *address)))
 
 
 def attend(new: NewTokens, pages: LayerPages, *, interpret: bool = False) -> Float[Array, "B T H d"]:
     """Returns the output of every query over pages that hold the new rows, zero for padding."""
     k_PGSd, v_PGSd = pages.kv
-    q, at = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
+    q, address = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
     run = _decode if new.positions_BT.shape[1] == 1 else _prefill
-    out = run(q, k_PGSd, v_PGSd, *at, interpret).astype(jnp.float32)
+    out = run(q, k_PGSd, v_PGSd, *address, interpret).astype(jnp.float32)
     return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
@@ -74,8 +74,8 @@ def _decode(
 
     (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
-    own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
-    table = jnp.where(own, table, table[:, :1])  # a block past the own pages reads the first page again
+    is_own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
+    table = jnp.where(is_own, table, table[:, :1])  # a block past the own pages reads the first page again
     table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
     length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
     out = paged_attention(
@@ -97,16 +97,16 @@ def _prefill(
     (k_BGSd, broken_k), (v_BGSd, broken_v) = (finite_rows(read(a, table_BM)) for a in (k_PGSd, v_PGSd))
     keys = jnp.arange(k_BGSd.shape[2], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
-    seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
+    visible_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
     length_B = jnp.max(positions_BT, axis=1) + 1
     out = jax.nn.dot_product_attention(
         q_BTHd,
         k_BGSd.swapaxes(1, 2),
         v_BGSd.swapaxes(1, 2),
-        mask=seen_BTS[:, None],
+        mask=visible_BTS[:, None],
         key_value_seq_lengths=jnp.maximum(length_B, 1),
         implementation="xla" if interpret else "cudnn",
     )
-    tainted_BGT = taint(seen_BTS[:, None], broken_k | broken_v)
+    tainted_BGT = taint(visible_BTS[:, None], broken_k | broken_v)
     tainted_BTH = jnp.repeat(tainted_BGT, q_BTHd.shape[2] // k_PGSd.shape[1], axis=1).swapaxes(1, 2)
     return jnp.where(tainted_BTH[..., None], jnp.nan, out)

@@ -52,8 +52,8 @@ def attend(new: NewTokens, pages: LayerPages, window: int | None) -> Float[Array
         out = _ragged(new.q_BTHd[:, 0], kv_PSGd, length_B, new.table_BM, ends, window)[:, None]
     else:  # one row at a time: the kernel has no place for padding after a row shorter than T
 
-        def attend_row(of: tuple[Array, Array, Array]) -> Array:
-            q_THd, positions_T, table_M = of
+        def attend_row(row: tuple[Array, Array, Array]) -> Array:
+            q_THd, positions_T, table_M = row
             length = jnp.maximum(jnp.max(positions_T) + 1, 1)
             count = jnp.maximum(jnp.sum(positions_T >= 0, dtype=jnp.int32), 1)
             ends = jnp.array([0, 1], jnp.int32) * count

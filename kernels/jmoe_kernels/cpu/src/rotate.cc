@@ -38,17 +38,17 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
                   ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float eps) {
   const auto dims = x.dimensions();
   const int64_t tokens = dims[0] * dims[1], heads = dims[2], d = dims[3], scales = scale.element_count();
-  const float *from = x.typed_data(), *by_cos = cos.typed_data(), *by_sin = sin.typed_data();
-  const float* by = scales ? scale.typed_data() : nullptr;
+  const float *from = x.typed_data(), *cos_data = cos.typed_data(), *sin_data = sin.typed_data();
+  const float* scale_data = scales ? scale.typed_data() : nullptr;
   float* to = y->typed_data();
   const bool whole = scales > d;  // one norm over all heads
   const auto token = [=](int64_t t) {
     const float norm = whole ? unit(from + t * heads * d, heads * d, eps) : 1.f;
     for (int64_t h = 0; h < heads; h++) {
       const float* head = from + (t * heads + h) * d;
-      const float own = whole || !by ? norm : unit(head, d, eps);
-      rotate_head(head, own, by && whole ? by + h * d : by, by_cos + t * (d / 2), by_sin + t * (d / 2), d / 2,
-                  to + (t * heads + h) * d);
+      const float head_norm = whole || !scale_data ? norm : unit(head, d, eps);
+      rotate_head(head, head_norm, scale_data && whole ? scale_data + h * d : scale_data, cos_data + t * (d / 2),
+                  sin_data + t * (d / 2), d / 2, to + (t * heads + h) * d);
     }
   };
   const int64_t strip = 32;

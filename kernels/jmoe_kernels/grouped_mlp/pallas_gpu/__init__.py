@@ -79,16 +79,16 @@ def grouped_mlp_pallas_gpu(
             f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "
             f"the limit is {SMEM_LIMIT}"
         )
-    padded = -(-max(rows, blocks.rows) // ALIGN) * ALIGN
-    x_ND = jnp.pad(x_ND, ((0, padded - rows), (0, 0)))
+    padded_rows = -(-max(rows, blocks.rows) // ALIGN) * ALIGN
+    x_ND = jnp.pad(x_ND, ((0, padded_rows - rows), (0, 0)))
     is_decode = blocks.kernel == "decode"
-    windows_W4, place_N2 = windows(group_sizes_E, padded, blocks.rows, compact=not is_decode)
+    windows_W4, place_N2 = windows(group_sizes_E, padded_rows, blocks.rows, compact=not is_decode)
     kernels = decode if is_decode else prefill
     with jax.named_scope(f"grouped_mlp_{blocks.kernel}"):
         h = kernels.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
         if not is_decode:
-            return prefill.down(h, weights, windows_W4, padded, blocks, interpret)[:rows]
+            return prefill.down(h, weights, windows_W4, padded_rows, blocks, interpret)[:rows]
         y_WRD = decode.down(h, weights, windows_W4, blocks, interpret)
-    own_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
+    is_grouped_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
     window_N, place_in_N = place_N2[:rows, 0], place_N2[:rows, 1]
-    return jnp.where(own_N[:, None], y_WRD[window_N, place_in_N], 0.0)
+    return jnp.where(is_grouped_N[:, None], y_WRD[window_N, place_in_N], 0.0)

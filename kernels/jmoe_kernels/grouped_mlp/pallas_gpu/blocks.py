@@ -177,17 +177,17 @@ def launch(body, out_type: jax.ShapeDtypeStruct, interpret: bool, **mesh):
     )
 
 
-def wgmma_nt(acc_MN, a_MK, b_NK, turned_KN=None) -> None:
+def wgmma_nt(acc_MN, a_MK, b_NK, transpose_KN=None) -> None:
     """Does ``acc += a b^T`` on references.
 
-    turned_KN: space for the transpose, which jax 0.10's interpreter needs; None on a GPU.
+    transpose_KN: space for the transpose, which jax 0.10's interpreter needs; None on a GPU.
     """
-    if turned_KN is None:
+    if transpose_KN is None:
         plgpu.wgmma(acc_MN, a_MK, b_NK.T)
         return
-    turned_KN[...] = b_NK[...].T
+    transpose_KN[...] = b_NK[...].T
     plgpu.commit_smem()
-    plgpu.wgmma(acc_MN, a_MK, turned_KN)
+    plgpu.wgmma(acc_MN, a_MK, transpose_KN)
 
 
 def store_rows(tile, y, first, count, row, column) -> None:
@@ -197,15 +197,15 @@ def store_rows(tile, y, first, count, row, column) -> None:
     """
     rows, columns = tile.shape
     size = 1 << (rows.bit_length() - 1)
-    done = jnp.int32(0)
+    offset = jnp.int32(0)
     while size:
         has = count & size
 
         @pl.when(has != 0)
-        def _(size=size, done=done):
+        def _(size=size, offset=offset):
             plgpu.copy_smem_to_gmem(
-                tile.at[pl.ds(first + done, size)], y.at[pl.ds(row + done, size), pl.ds(column, columns)]
+                tile.at[pl.ds(first + offset, size)], y.at[pl.ds(row + offset, size), pl.ds(column, columns)]
             )
 
-        done = done + has
+        offset = offset + has
         size //= 2

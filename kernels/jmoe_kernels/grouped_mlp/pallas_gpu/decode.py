@@ -50,10 +50,10 @@ def gate_up(
         def _():
             row = pl.multiple_of(windows[window, ROW], ALIGN)
 
-            def accumulate(gate_acc, up_acc, turned=None):
+            def accumulate(gate_acc, up_acc, transpose=None):
                 def contract(_, x_s, gate_s, up_s):
-                    wgmma_nt(gate_acc, gate_s, x_s, turned)
-                    wgmma_nt(up_acc, up_s, x_s, turned)
+                    wgmma_nt(gate_acc, gate_s, x_s, transpose)
+                    wgmma_nt(up_acc, up_s, x_s, transpose)
                     plgpu.wgmma_wait(0)
 
                 plgpu.emit_pipeline(
@@ -71,7 +71,9 @@ def gate_up(
             accs = (ACC((tile, rows)),) * 2
             if interpret:
                 spare = plgpu.SMEM((step, rows), x.dtype)
-                gate, up = pl.run_scoped(lambda s: pl.run_scoped(partial(accumulate, turned=s), *accs), spare)
+                gate, up = pl.run_scoped(
+                    lambda s: pl.run_scoped(partial(accumulate, transpose=s), *accs), spare
+                )
             else:
                 gate, up = pl.run_scoped(accumulate, *accs)
             if bias_ref:

@@ -114,16 +114,18 @@ def down(
 
 def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
     """Runs the persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined."""
-    experts, products, out, contracted = w_EPOI.shape
-    half, tile, biased = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
-    steps = contracted // stage.step
+    experts, products, out, depth = w_EPOI.shape
+    half, tile, has_bias = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
+    steps = depth // stage.step
 
     def kernel(a, w, windows, *rest):
         *bias, out_ref = rest
         wg = lax.axis_index("wg")
 
-        def with_memory(allocations, tile_s, bias_s: Any = None, fetched: Any = None, turned: Any = None):
-            contract = _contraction(stage, wg, half, turned)
+        def with_memory(
+            allocations, tile_s, bias_s: Any = None, bias_barrier: Any = None, transpose: Any = None
+        ):
+            contract = _contraction(stage, wg, half, transpose)
 
             def one_tile(window, t):
                 e, columns = windows[window, EXPERT], pl.ds(t * tile, tile)
@@ -133,14 +135,14 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
 
                 def context(run):
                     def scope(*accs):
-                        if biased:
+                        if has_bias:
                             for p in range(products):
                                 source = bias[0].at[e, p, columns]
-                                plgpu.copy_gmem_to_smem(source, bias_s.at[wg, p], fetched.at[wg])
+                                plgpu.copy_gmem_to_smem(source, bias_s.at[wg, p], bias_barrier.at[wg])
                         run(accs)
                         values = [acc[...] for acc in accs]
-                        if biased:
-                            plgpu.barrier_wait(fetched.at[wg])
+                        if has_bias:
+                            plgpu.barrier_wait(bias_barrier.at[wg])
                         store(lambda c, width: stage.combine(_columns(values, bias_s, wg, c, width)))
 
                     pl.run_scoped(scope, *[ACC((half, tile))] * products)
@@ -165,7 +167,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
         pl.run_scoped(
             with_memory,
             allocations=pipeline.get_allocations(*examples),
-            **_scratch(stage, half, out_ref.dtype, products, biased, interpret),
+            **_scratch(stage, half, out_ref.dtype, products, has_bias, interpret),
             collective_axes="wg",
         )
 
@@ -173,16 +175,16 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
     call = launch(
         kernel, out_type, interpret, grid=(blocks.sms,), grid_names=("sm",), kernel_name=stage.name, **threads
     )
-    return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if biased else ()))
+    return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if has_bias else ()))
 
 
-def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
+def _contraction(stage: _Stage, wg, half: int, transpose) -> Callable:
     """Returns the body of the pipeline: this warpgroup's rows times a step of each weight tile."""
 
     def contract(_, a_s, *rest):
         *w_s, accs = rest
         for acc, w_part in zip(accs, w_s, strict=True):
-            spare = None if turned is None else turned.at[wg]
+            spare = None if transpose is None else transpose.at[wg]
             wgmma_nt(acc, a_s.at[pl.ds(wg * half, half)], w_part, spare)
         # Releasing a step later (delay_release) would keep a product in flight, but the pipeline does not
         # await the last release: the next tile's first loads would overwrite operands still being read.
@@ -215,18 +217,18 @@ def _nothing(*_, **__):
     pass
 
 
-def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
+def _scratch(stage: _Stage, half: int, dtype, products: int, has_bias: bool, interpret: bool) -> dict:
     """Returns the shared memory of each computing warpgroup.
 
     It holds a tile to store, biases, and the spare of ``wgmma_nt``.
     """
     width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
     scratch: dict[str, Any] = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
-    if biased:
+    if has_bias:
         scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, products, stage.tile), jnp.float32)
-        scratch["fetched"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
+        scratch["bias_barrier"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
     if interpret:
-        scratch["turned"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
+        scratch["transpose"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
     return scratch
 
 

@@ -111,10 +111,10 @@ def device_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def divisor(of: int, at_most: int) -> int:
-    """Returns the largest multiple of ``LANES`` up to ``at_most`` that divides ``of``, or ``LANES``."""
-    fits = [n for n in range(LANES, of + 1, LANES) if of % n == 0 and n <= max(at_most, LANES)]
-    return max(fits, default=LANES)
+def divisor(size: int, most: int) -> int:
+    """Returns the largest multiple of ``LANES`` up to ``most`` that divides ``size``, or ``LANES``."""
+    candidates = [n for n in range(LANES, size + 1, LANES) if size % n == 0 and n <= max(most, LANES)]
+    return max(candidates, default=LANES)
 
 
 def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str) -> Blocks:

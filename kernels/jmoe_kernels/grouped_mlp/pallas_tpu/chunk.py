@@ -46,55 +46,55 @@ class Rows:
 
 def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
     """Calls ``visit`` on slices of ``width`` columns, then on the rest; a loop keeps few registers live."""
-    full, left = divmod(total, width)
+    full, rest = divmod(total, width)
     if full == 1:
         visit(pl.ds(0, width))
     else:
         block = lambda i, _: visit(pl.ds(pl.multiple_of(i * width, LANES), width))  # noqa: E731
         lax.fori_loop(0, full, block, None)
-    if left:
-        visit(pl.ds(full * width, left))
+    if rest:
+        visit(pl.ds(full * width, rest))
 
 
 def chunk_mlp(
     rows: Rows,
     chunk: Mapping[str, Ref],
-    at: Any,
+    window: Any,
     mine_M1: Array,
     *,
     blocks: Blocks,
     activation: Activation,
     first: Array,
 ) -> None:
-    """Adds one chunk's share of the expert's output to those rows ``at`` that are ``mine``.
+    """Adds one chunk's share of the expert's output to those rows of a window that are ``mine``.
 
-    at: slice of the window's rows.
+    window: slice of the window's rows.
     mine_M1: mask of the rows that belong to the expert.
     first: whether this is the expert's first chunk, which adds the down bias.
 
     gate goes through VMEM: with gate and up both in registers the compiler spills.
     """
     _, inner, model = chunk["gate_up"].shape
-    here = pl.ds(0, at.size)
+    scratch_rows = pl.ds(0, window.size)
 
     def gate_up(columns: Any) -> None:
-        rows.gate_MF[here, columns] = dot_nt(rows.x_ND[at, :], chunk["gate_up"][0, columns, :])
-        up = dot_nt(rows.x_ND[at, :], chunk["gate_up"][1, columns, :])
-        gate = rows.gate_MF[here, columns]
+        rows.gate_MF[scratch_rows, columns] = dot_nt(rows.x_ND[window, :], chunk["gate_up"][0, columns, :])
+        up = dot_nt(rows.x_ND[window, :], chunk["gate_up"][1, columns, :])
+        gate = rows.gate_MF[scratch_rows, columns]
         if "gate_up_bias" in chunk:
             gate = gate + chunk["gate_up_bias"][0:1, columns].astype(jnp.float32)
             up = up + chunk["gate_up_bias"][1:2, columns].astype(jnp.float32)
-        rows.h_MF[here, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
+        rows.h_MF[scratch_rows, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
 
     def down(columns: Any) -> None:
-        y = dot_nt(rows.h_MF[here, :], chunk["down"][columns, :])
+        y = dot_nt(rows.h_MF[scratch_rows, :], chunk["down"][columns, :])
         if "down_bias" in chunk:
             bias = chunk["down_bias"][:, columns].astype(jnp.float32)
             y = y + jnp.where(first, bias, jnp.zeros_like(bias))
-        old = rows.y_ND[at, columns]
-        rows.y_ND[at, columns] = jnp.where(mine_M1, old + y, old)
+        old = rows.y_ND[window, columns]
+        rows.y_ND[window, columns] = jnp.where(mine_M1, old + y, old)
 
-    gate_columns, down_columns = blocks.columns(at.size, model)
+    gate_columns, down_columns = blocks.columns(window.size, model)
     _over_columns(inner, gate_columns, gate_up)
     _over_columns(model, down_columns, down)
 
@@ -114,10 +114,10 @@ def over_windows(
     n_large = jnp.maximum(end - base - small + large - 1, 0) // large
 
     def window(first_row: Array, size: int) -> None:
-        moved = jnp.minimum(first_row, rows - size)
-        row_M1 = moved + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        start_row = jnp.minimum(first_row, rows - size)
+        row_M1 = start_row + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         mine_M1 = (row_M1 >= jnp.maximum(first_row, start)) & (row_M1 < end)
-        visit(pl.ds(pl.multiple_of(moved, ROW_ALIGN), size), mine_M1)
+        visit(pl.ds(pl.multiple_of(start_row, ROW_ALIGN), size), mine_M1)
 
     lax.fori_loop(0, n_large, lambda i, _: window(base + i * large, large), None)
     pl.when(base + n_large * large < end)(lambda: window(base + n_large * large, small))

@@ -77,8 +77,8 @@ def _kernel(
             for c in copies(s):
                 c.start()
 
-    for ahead in range(blocks.buffers - 1):
-        start(begin + ahead)
+    for i in range(blocks.buffers - 1):
+        start(begin + i)
     load_x = pltpu.make_async_copy(x_hbm, x_ND, row_sem)
     load_x.start()
     fill_zero(y_ND)

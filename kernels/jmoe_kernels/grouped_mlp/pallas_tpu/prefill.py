@@ -73,14 +73,16 @@ def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, core
     tiles_E = jnp.where(active_E | (e_E == last), last_block_E - first_block_E + 1, 0)
     tile_end_E = _running_sum(tiles_E)
     t_T = jnp.arange(n_blocks + experts - 1, dtype=jnp.int32)
-    before_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
+    core_block_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
     return Tiles(
         expert_T=jnp.minimum(jnp.sum(tile_end_E[None, :] <= t_T[:, None], axis=1, dtype=jnp.int32), last),
         offset_E=first_block_E - tile_end_E + tiles_E,
         start_E=start_E,
         end_E=end_E,
         bounds_C=jnp.sum(
-            jnp.clip(before_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]), axis=1, dtype=jnp.int32
+            jnp.clip(core_block_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]),
+            axis=1,
+            dtype=jnp.int32,
         ),
     )
 
