@@ -20,21 +20,21 @@ from jmoe_kernels.paged_attention import (
     LayerPages,
     NewTokens,
     Span,
-    page_shapes,
     paged_attention,
     pick,
     supports,
 )
+from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE
+from jmoe_kernels.paged_attention.cases import make_inputs as case
+from jmoe_kernels.paged_attention.cases import make_pages as filled
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
+from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
 from jmoe_kernels.paged_attention.write import write
-from support.oracles.attention import by_numpy
 
-SIZE, PAGES, TABLE = 8, 40, 16  # rows of a page, pages of the cache, pages of a table
 needs_library = pytest.mark.skipif(
     isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
 )
 HERE = ["xla", pytest.param("cpu", marks=needs_library)]
-PLAIN, LATENT = Heads(4, 2, 8), Heads(10, 1, 24, latent=16)
 
 
 def run_with(name: str):
@@ -60,27 +60,6 @@ def reference_kernel(monkeypatch):
     monkeypatch.setattr(library, "ragged_paged_attention", reference)
     with jax.disable_jit():
         yield
-
-
-def case(t: int, heads: Heads, dtype, seed: int):
-    """Queries, keys and values of two sequences of ``t`` tokens, page tables that share no page."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (
-        rng.standard_normal((2, t, n, heads.dim)).astype(np.float32)
-        for n in (heads.query, heads.kv, heads.kv)
-    )
-    if dtype != jnp.float32:
-        q, k, v = (np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32)) for a in (q, k, v))
-    table = rng.permutation(PAGES)[: 2 * TABLE].reshape(2, TABLE).astype(np.int32)
-    return q, k, k if heads.latent else v, table
-
-
-def filled(name: str, heads: Heads, dtype) -> LayerPages:
-    """Pages full of what earlier sequences left."""
-    shapes = page_shapes(name, PAGES, heads.kv, SIZE, heads.dim, heads.latent is not None)
-    assert len(shapes) == (1 if name == "tpu" or heads.latent else 2)
-    left = 7.0 if dtype != jnp.uint16 else 0x40E0  # the bits of a bfloat16 7
-    return LayerPages(tuple(jnp.full(shape, left, dtype) for shape in shapes))
 
 
 def padded(a: np.ndarray, t: int) -> np.ndarray:

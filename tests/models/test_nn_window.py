@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jmoe_kernels.paged_attention import Span
-from support.oracles.attention import by_numpy
+from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
 
 from jmoe.nn.window import attend_window
 
