@@ -34,9 +34,7 @@ def as_stored(values: np.ndarray, form: Form) -> np.ndarray:
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Returns the numbers of MXFP4 in float64, decoded one by one: sign, two bits of exponent, one of
-    mantissa.
-    """
+    """Returns MXFP4 in float64, number by number: sign, two bits of exponent, one of mantissa."""
     out = np.empty((*scales.shape, 32))
     for at in np.ndindex(out.shape):
         byte = int(blocks[(*at[:-1], at[-1] // 2)])
@@ -69,8 +67,9 @@ def stacking(layout: str) -> Family:
 
 
 def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[str, np.ndarray]]:
-    """Writes ``root/stacked`` in that layout and ``root/plain`` with the same values; returns the former's
-    contents.
+    """Writes ``root/stacked`` in that layout and ``root/plain`` with the same values.
+
+    Returns the contents of the former.
     """
     config = hf_tiny.hf_config(moe_intermediate_size=32, dtype=dtype)
     plain, rng = hf_tiny.random_tensors(config), np.random.default_rng(1)

@@ -252,11 +252,10 @@ def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> Non
 
 
 def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
-    """Stores ``chunk(start, width)`` of every column to those rows of y, from ``first`` on, that are the
-    window's.
+    """Stores ``chunk(start, width)`` of every column to those rows of y that are the window's.
 
-    If all rows are its own they go straight from registers, 32 bytes a row and instruction; if some are, they
-    go through shared memory.
+    The rows begin at ``first``. If all of them are the window's they go straight from registers, 32 bytes a
+    row and instruction; if some are, they go through shared memory.
     """
     half, width = tile_s.shape
     low = jnp.clip(windows[window, SKIP] - first, 0, half)
