@@ -35,7 +35,10 @@ def rule_of(method: str, k: int) -> Rule:
 
 @cache
 def binning(implementation: str, rule: Rule, renormalize: bool = True, others: bool = False):
-    """Returns a compiled program a shape: (logits, valid, lossy, other ranks' votes if ``others``) -> Binned."""
+    """Returns one compiled program a shape.
+
+    It maps (logits, valid, lossy, votes of other ranks if ``others``) to Binned.
+    """
 
     def run(logits, valid, lossy, votes=None):
         return bin_experts(
