@@ -44,7 +44,7 @@ def test_experts_are_the_hosts_and_the_pool_is_the_devices(resident: list[dict],
         assert plain["bytes"]["host"] == 0 and ours["bytes"]["host"] == everything
         more = ours["bytes"]["resident"] - (plain["bytes"]["resident"] - everything)
         assert pool <= more <= pool + 1.5 * store
-        # copies in flight; and two kernels: the one over the pool and the one over streamed experts
+        # copies in flight, and the kernel over streamed experts in addition to the one over the pool
         assert ours["bytes"]["temporary"] - plain["bytes"]["temporary"] < 6 * EXPERT, ours
 
 

@@ -93,7 +93,7 @@ def attend_all(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> tuple[list[Float[Array, "B T H d"]], LayerPages]:
-    """Writes the new keys and values of every piece, then attends to each sequence up to the query.
+    """Writes the new keys and values of every piece, then each query attends up to its own position.
 
     All writes come before any read. A read between two writes would keep the pool as it was between them, and
     so cost a copy of it.

@@ -252,10 +252,11 @@ def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> Non
 
 
 def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
-    """Stores ``chunk(start, width)`` of every column to those rows of y that are the window's.
+    """Stores ``chunk(start, width)`` of every column to those rows of y that the window owns.
 
-    The rows begin at ``first``. If all of them are the window's they go straight from registers, 32 bytes a
-    row and instruction; if some are, they go through shared memory.
+    The rows are those of the chunk, which begins at the window's row ``first``. If the window owns all of
+    them they go straight from registers, 32 bytes a row and instruction; if it owns some, they go through
+    shared memory.
     """
     half, width = tile_s.shape
     low = jnp.clip(windows[window, SKIP] - first, 0, half)
