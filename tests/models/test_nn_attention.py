@@ -39,7 +39,7 @@ PLACES = (  # without expert ranks, tp is dp
 
 
 def cells() -> list:
-    """Every place with one norm or another; with the other two it runs in the long tables."""
+    """Returns every place with one norm or another; the other two norms run in the long tables."""
     return [
         pytest.param(*place, norm, marks=pytest.mark.matrix if (i + j) % len(NORMS) else ())
         for i, place in enumerate(PLACES)
@@ -49,7 +49,7 @@ def cells() -> list:
 
 @pytest.mark.parametrize(("shape", "attention", "qk_norm"), cells(), ids=str)
 def test_decoder_on_a_mesh_equals_one_device(shape, attention: str, qk_norm: str):
-    """8 ranks over 2 kv heads: the kv heads are replicated. With and without the cache."""
+    """8 ranks share 2 kv heads, so these are replicated. The decoder runs with and without the cache."""
     cfg = config(
         qk_norm=qk_norm, attention_bias=qk_norm == "none", sliding_window=6 if qk_norm == "full" else None
     )

@@ -1,4 +1,4 @@
-"""Token shuffling: the order that it deals tokens in, and that no guess ever changes the output."""
+"""Token shuffling: the order in which it deals tokens out, and that no guess ever changes the output."""
 
 from functools import partial
 
@@ -28,7 +28,10 @@ def aligned(share_NR, valid_N):
 
 
 def placed(share: np.ndarray, valid: np.ndarray) -> list[int]:
-    """Each token's rank, one request at a time: rounds in which all that wait ask, the surest first."""
+    """Returns each token's rank, by a loop over single requests for a rank.
+
+    In each round all tokens that wait make a request, the surest token first.
+    """
     rank, room = [-1] * ROWS, [ROWS // RANKS] * RANKS
     while -1 in rank:
         asks: list[list[tuple[int, int]]] = [[] for _ in range(RANKS)]
@@ -75,14 +78,14 @@ def test_a_tokens_rank_is_that_of_most_of_its_experts():
     assert label(jnp.array([[0, 1, 7], [7, 6, 0], [0, 2, 4], [4, 2, 2]]), 2, 4).tolist() == [0, 3, 0, 1]
 
 
-# ---- rows and what is told of them
+# ---- rows and what is reported of them
 
 SHAPES = [(1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 PER_RANK = 3
 
 
 def order_of(kind: str, groups: int, ranks: int, seed: int = 0) -> Order:
-    """The same in every group; random ones each have their own."""
+    """Returns orders of the kind: most are the same in every group; random ones differ between groups."""
     own = np.arange(ranks * PER_RANK, dtype=np.int32)
     rng = np.random.default_rng(seed)
     token_GN = {
@@ -97,7 +100,7 @@ def order_of(kind: str, groups: int, ranks: int, seed: int = 0) -> Order:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int, int]):
-    """None moves, all do, only places within a rank change, or anything."""
+    """None of the rows moves, all do, only places within a rank change, or anything happens."""
     groups, ranks, _ = shape
     shuffle = Shuffle(mesh_of(shape), 8)
     n = ranks * PER_RANK
@@ -145,7 +148,7 @@ CFG = config(num_experts=16, num_experts_per_tok=4, num_hidden_layers=4)
 
 
 def tables_of(kind: str, ranks: int) -> list[ShuffleTables]:
-    """Guesses that have nothing to do with the model: all to one rank, or anything."""
+    """Returns guesses that have nothing to do with the model: all to one rank, or anything."""
     rng, found = np.random.default_rng(1), []
     for _ in range(CFG.num_hidden_layers):
         shapes = (CFG.vocab_size, ranks), (ranks * ranks, ranks)
