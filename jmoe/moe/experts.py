@@ -6,14 +6,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import COMBINED, Activation, ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.expert_leaves import LEAVES, leaves_of, weight_specs
-from jmoe.moe.types import DispatchPlan
+from jmoe.moe.types import Computed, DispatchPlan, LocalExperts
 from jmoe.param import HOST, ParamMaker
 
 
@@ -58,21 +57,62 @@ def _values(param: nnx.Param | None) -> Array | None:
 
 
 @dataclass(frozen=True)
-class ApplyBy:
-    """An ``Apply`` that uses the kernels of a model. parts: number of tensor ranks that share an expert."""
+class ExpertMath:
+    """How a rank computes experts; it is an ``Apply``.
 
-    kernels: Kernels
-    activation: Activation
-    weigh_input: bool
+    implementation: kernel of the grouped product.
+    platform: platform that the kernel is compiled for; None is jax's default.
+    activation: activation of the gate.
+    weigh_input: whether a weight multiplies an expert's input, not its output.
+    parts: number of tensor ranks that share an expert.
+    capacity: rows of one expert in the training form; None computes all rows.
+    """
+
+    implementation: Implementation
+    platform: str | None = None
+    activation: Activation = "silu"
+    weigh_input: bool = False
     parts: int = 1
+    capacity: int | None = None
 
     def __call__(
-        self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
+        self,
+        x_TD: Float[Array, "T D"],
+        weights_TK: Float[Array, "T K"],
+        plan: DispatchPlan,
+        experts: ExpertWeights,
     ) -> Float[Array, "T D"]:
+        """The weighted sum of each token's planned experts, float32; zero for a token without any."""
         experts = biased_once(experts, self.parts)
-        return apply_experts(
-            x_TD, weights_TK, plan, experts, self.kernels.experts, self.kernels.platform,
-            activation=self.activation, weigh_input=self.weigh_input,
+        if (combined := COMBINED.get(self.implementation)) and not self.weigh_input:
+            return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
+        t, k = weights_TK.shape
+        order_N, inverse_N = plan.order_N, plan.inverse_N
+        input_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
+        if self.weigh_input:
+            input_ND = input_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
+            weights_TK = jnp.ones_like(weights_TK)
+        rows_ND = self._by_row(input_ND, plan.group_sizes_L, experts)
+        chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
+        return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)
+
+    def local_experts(self, experts: ExpertWeights) -> LocalExperts:
+        """The experts of one rank as a transport takes them."""
+        biased = biased_once(experts, self.parts)
+
+        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
+            return Computed(self(x_TD, weights_TJ, plan, experts), plan.rows)
+
+        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
+            y_ND = self._by_row(rows_ND, group_sizes_L, biased)
+            return Computed(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
+
+        return LocalExperts(experts.dims[0], experts.dtype, combined, by_row, self.weigh_input)
+
+    def _by_row(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
+        return grouped_mlp(
+            rows_ND, biased, group_sizes_L, activation=self.activation, capacity=self.capacity,
+            implementation=self.implementation, platform=self.platform,
         )  # fmt: skip
 
 
@@ -83,34 +123,3 @@ def biased_once(experts: ExpertWeights, parts: int) -> ExpertWeights:
         return experts
     first = lax.axis_index(TENSOR) == 0
     return replace(experts, down_bias_ED=jnp.where(first, experts.down_bias_ED, 0))
-
-
-def apply_experts(
-    x_TD: Float[Array, "T D"],
-    weights_TK: Float[Array, "T K"],
-    plan: DispatchPlan,
-    experts: ExpertWeights,
-    implementation: Implementation,
-    platform: str | None = None,
-    capacity: int | None = None,
-    activation: Activation = "silu",
-    weigh_input: bool = False,
-) -> Float[Array, "T D"]:
-    """The weighted sum of each token's planned experts, float32; zero for a token without any.
-
-    weigh_input: the weight multiplies an expert's input; the outputs are then summed without weights.
-    """
-    if (combined := COMBINED.get(implementation)) and not weigh_input:
-        return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)
-    t, k = weights_TK.shape
-    order_N, inverse_N = plan.order_N, plan.inverse_N
-    given_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
-    if weigh_input:
-        given_ND = given_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
-        weights_TK = jnp.ones_like(weights_TK)
-    rows_ND = grouped_mlp(
-        given_ND, experts, plan.group_sizes_L,
-        activation=activation, implementation=implementation, platform=platform, capacity=capacity,
-    )  # fmt: skip
-    chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
-    return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)

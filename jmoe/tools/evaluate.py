@@ -25,9 +25,10 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
+from jmoe.tools.progress import Progress, counter, silent
 
 Mode = Literal["prefill", "decode"]
-Progress = Callable[[int], None]
+Count = Callable[[int], None]
 
 
 @dataclass
@@ -73,19 +74,18 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int | None = None,
     settings: EngineSettings = EngineSettings(),
-    loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    progress: Progress = lambda tokens: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The report that ``jmoe eval --json`` prints. Raises ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
-    with closing(build_engine(model, settings, loading, warm_up=False)) as engine:  # eval has its own shapes
+    with closing(build_engine(model, settings, progress, warm_up=False)) as engine:  # eval has its own shapes
         source = token_windows(engine, data)
-        start = time.perf_counter()
+        start, count = time.perf_counter(), counter(progress, "score")
         if mode == "prefill":
-            score = score_prefill(engine, bounded(source, max_tokens), batch_size, progress)
+            score = score_prefill(engine, bounded(source, max_tokens), batch_size, count)
         else:
-            score = score_decode(engine, source, batch_size, max_tokens, progress)
+            score = score_decode(engine, source, batch_size, max_tokens, count)
         seconds = time.perf_counter() - start
         engine.runner.drain()
     if score.tokens == 0:
@@ -126,7 +126,7 @@ def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
     return windows((codec.encode(d) for d in documents), engine.max_model_len)
 
 
-def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, progress: Progress) -> Score:
+def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, count: Count) -> Score:
     """Scores ``batch_size`` windows per pass, padded to the prefill size of the longest."""
     runner, score = engine.runner, Score()
     per_rank = rows_a_rank(runner, batch_size)
@@ -144,13 +144,13 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
                 targets[row, : len(following)], asked[row, : len(following)] = following, True
                 done[row] += n
             hidden_RND = runner.run(inputs).hidden_RND
-            progress(score.begin(runner.logprobs(hidden_RND, targets), asked))
+            count(score.begin(runner.logprobs(hidden_RND, targets), asked))
     score.settle()
     return score
 
 
 def score_decode(
-    engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, progress: Progress
+    engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, count: Count
 ) -> Score:
     """Scores windows in decode. The next window at once takes the place of a finished one, so that the batch
     stays full.
@@ -179,7 +179,7 @@ def score_decode(
             targets[i, 0], asked[i, 0] = window[at + 1], True
             places[i] = (window, at + 1)
         hidden_RND = runner.run(inputs).hidden_RND
-        progress(score.begin(runner.logprobs(hidden_RND, targets), asked))
+        count(score.begin(runner.logprobs(hidden_RND, targets), asked))
 
 
 def rows_a_rank(runner: Runner, batch_size: int) -> int:

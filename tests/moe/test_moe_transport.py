@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
+from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 from support.models.small import MESHES, config, decoder, mesh_of, tokens
 
 from jmoe.config.model import MoEConfig
@@ -17,8 +17,8 @@ from jmoe.engine.step.counters import Count64, MoECounters, add_step, transporte
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
 from jmoe.moe.exchange import emulated_ragged_all_to_all
-from jmoe.moe.experts import apply_experts
-from jmoe.moe.types import Computed, DispatchStats, LocalExperts, Routing, Traffic
+from jmoe.moe.experts import ExpertMath
+from jmoe.moe.types import DispatchStats, Routing, Traffic
 from jmoe.nn.sequences import Sequences
 
 TOKENS_IN_ALL, EXPERTS, MODEL, INNER = 48, 16, 24, 8
@@ -40,15 +40,7 @@ def program(name: str, shape: tuple[int, int, int], dtype: str, kernel: str = "x
 
     def shard(x_TD, ids_TJ, weights_TJ, valid_T, gate_up, down, *, send):
         experts = ExpertWeights(gate_up, down)
-
-        def combined(x_TD, weights_TJ, plan):
-            y_TD = apply_experts(x_TD, weights_TJ, plan, experts, implementation=kernel)
-            return Computed(y_TD, plan.rows)
-
-        def by_row(rows_ND, sizes_L):
-            return Computed(grouped_mlp(rows_ND, experts, sizes_L, implementation=kernel), jnp.sum(sizes_L))
-
-        mine = LocalExperts(experts.dims[0], experts.dtype, combined, by_row)
+        mine = ExpertMath(kernel).local_experts(experts)
         unread_TE = jnp.zeros((x_TD.shape[0], EXPERTS))
         routing = Routing(ids_TJ, weights_TJ, unread_TE, unread_TE)
         y_TD, traffic = send(x_TD, routing, valid_T, mine)

@@ -18,7 +18,7 @@ from jmoe.checkpoint.renumber import permute_gate
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
-from jmoe.moe.experts import ApplyBy, HostExperts
+from jmoe.moe.experts import ExpertMath, HostExperts
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.transport import local
 from jmoe.moe.types import Phase, TokenFlags
@@ -164,7 +164,7 @@ def first_visit(store: ExpertWeights, cache: ExpertCache, x_TD: jax.Array, phase
 
 
 @lru_cache
-def visit_program(apply: ApplyBy, k: int):
+def visit_program(apply: ExpertMath, k: int):
     """Returns one program for all routers: the cache sees what a router chose, not which router chose."""
 
     @jax.jit

@@ -221,17 +221,16 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
         was_TE = profile.chosen(layer, tokens_T)
         np.testing.assert_array_equal(moved.chosen(layer, tokens_T), was_TE[:, row_E])
         np.testing.assert_array_equal(moved.loads_LE[layer], was_TE.sum(0)[row_E])
-    sizes: dict[str, Any] = {"distance": 2, "k": K, "layers": LAYERS, "experts": EXPERTS, "seats": 4}
+    sizes = PredictorSizes(distance=2, k=K, layers=LAYERS, experts=EXPERTS, seats=4)
     embeddings_VD = np.random.default_rng(6).normal(size=(VOCAB, 8)).astype(np.float32)
     for name, table in (("counts", "stored_QLE"), ("token_table", "table_RLE")):
         was, now = (
-            np.asarray(getattr(make_predictor(name, **sizes, profile=each), table))
-            for each in (profile, moved)
+            np.asarray(getattr(make_predictor(name, sizes, profile=each), table)) for each in (profile, moved)
         )
         np.testing.assert_array_equal(now, np.take_along_axis(was, rows_LE[None], 2))
     maps = []
     for each in (profile, moved):
-        predictor = make_predictor("expert_map", **sizes, profile=each, embeddings_VD=embeddings_VD)
+        predictor = make_predictor("expert_map", sizes, profile=each, embeddings_VD=embeddings_VD)
         assert isinstance(predictor, ExpertMaps)
         maps.append(predictor.store.maps_CLE)
     np.testing.assert_array_equal(maps[1], np.take_along_axis(np.asarray(maps[0]), rows_LE[None], 2))

@@ -220,7 +220,7 @@ def test_what_a_step_learns_takes_the_place_that_a_comparison_of_everything_says
 
 def test_a_profiles_iterations_fill_the_store():
     predictor = make_predictor(
-        "expert_map", **sizes(), profile=PROFILE, embeddings_VD=embeddings(), capacity=30
+        "expert_map", sizes(), profile=PROFILE, embeddings_VD=embeddings(), capacity=30
     )
     sample = PROFILE.sample
     assert predictor.store.used_C.tolist() == [True] * 24 + [False] * 6 and not predictor.online
@@ -233,6 +233,6 @@ def test_a_profiles_iterations_fill_the_store():
     assert not same.diagonal().all()
     short = replace(sample, map_tokens_QM=np.where(np.arange(2) < 1, sample.map_tokens_QM, -1))
     some = make_predictor(
-        "expert_map", **sizes(), profile=replace(PROFILE, sample=short), embeddings_VD=embeddings()
+        "expert_map", sizes(), profile=replace(PROFILE, sample=short), embeddings_VD=embeddings()
     )
     assert int(some.store.used_C.sum()) == 12, "positions that are none are no iterations"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
-from jmoe.offload.predictors.make import NAMES, Given, make_predictor
+from jmoe.offload.predictors.make import NAMES, Given, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
@@ -95,7 +95,7 @@ def test_counts_match_a_seats_request_and_a_new_one_forgets_the_old():
 
 def test_counts_without_a_profile_know_the_requests_own_past():
     rng, valid = np.random.default_rng(7), [1, 1, 1]
-    predictor = make_predictor("counts", **sizes())
+    predictor = make_predictor("counts", sizes())
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     predictor, forecasts = walked(predictor, seen, layers)
     assert not any(f.wanted_AE.any() for f in forecasts)
@@ -107,18 +107,18 @@ def test_counts_without_a_profile_know_the_requests_own_past():
 def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
     rng, valid = np.random.default_rng(8), [1, 0, 1]
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
-    _, forecasts = walked(make_predictor("next_gate", **sizes()), seen, layers)
+    _, forecasts = walked(make_predictor("next_gate", sizes()), seen, layers)
     assert not forecasts[0].wanted_AE.any() and not forecasts[0].p_AE.any(), "no gate input before layer 0"
     for layer, found in zip(layers, forecasts[1:], strict=True):
         p_AE, wanted_AE = np_top(np.asarray(layer.ahead_BAE), valid)
         np.testing.assert_array_equal(found.p_AE, p_AE)
         np.testing.assert_array_equal(found.wanted_AE, wanted_AE)
     with pytest.raises(ValueError, match="next_gate needs the scores"):
-        walked(make_predictor("next_gate", **sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
+        walked(make_predictor("next_gate", sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
     needs_LE = rng.random((LAYERS, E)) < 0.4
     oracle = replace(Given(jnp.zeros((LAYERS, E), bool), A), needs_LE=jnp.asarray(needs_LE))
     check_plan(walked(oracle, seen, layers)[1], needs_LE.astype(float), needs_LE)
-    _, forecasts = walked(make_predictor("none", **sizes()), seen, layers)
+    _, forecasts = walked(make_predictor("none", sizes()), seen, layers)
     assert all(not f.p_AE.any() and not f.wanted_AE.any() for f in forecasts)
 
 
@@ -142,7 +142,9 @@ def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
 )
 def test_what_no_predictor_can_be_made_of(name: str, changes: dict, message: str):
     with pytest.raises(ValueError, match=message) as error:
-        make_predictor(name, **sizes() | changes)
+        its_sizes = {field: changes[field] for field in PredictorSizes._fields if field in changes}
+        others = {field: value for field, value in changes.items() if field not in its_sizes}
+        make_predictor(name, sizes()._replace(**its_sizes), **others)
     assert "\n" not in str(error.value)
 
 
@@ -170,7 +172,7 @@ def scanned(predictor: Predictor, seen: StepSeen, layers: LayerSeen) -> tuple[Pr
 def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list[int]):
     rng, table = np.random.default_rng(seed), np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    predictor = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    predictor = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
     before = described(predictor)
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     args = seen.seats_B, seen.valid_B, jnp.asarray(rng.integers(0, 4, (3, LAYERS, E)), jnp.float32)
@@ -198,7 +200,7 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     """
     table = np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    made = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    made = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
     rng = np.random.default_rng(2)
     seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
     made, _ = walked(made, seen, layers)

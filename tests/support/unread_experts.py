@@ -12,7 +12,7 @@ import numpy as np
 from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.moe.experts import apply_experts
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
 
 EXPERTS, INNER, MODEL, TOKENS, K = 8, 64, 64, 6, 2  # an expert's matrices are whole pages
@@ -45,7 +45,7 @@ def main(run: list[int], forbidden: list[int]) -> None:
     @jax.jit
     def step(x_TD, ids_TK, weights):
         plan = plan_dispatch(ids_TK, np.ones(TOKENS, bool), 0, EXPERTS)
-        return apply_experts(x_TD, np.full((TOKENS, K), 0.5, np.float32), plan, weights, "cpu")
+        return ExpertMath("cpu")(x_TD, np.full((TOKENS, K), 0.5, np.float32), plan, weights)
 
     x_TD = np.ones((TOKENS, MODEL), np.float32)
     compiled = step.lower(x_TD, ids_TK, weights).compile()

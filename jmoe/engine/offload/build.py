@@ -19,7 +19,7 @@ from jmoe.moe.expert_leaves import ExpertLeaf, expert_bytes, leaves_of, weight_s
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors.history import History, Renumbered
-from jmoe.offload.predictors.make import make_predictor
+from jmoe.offload.predictors.make import PredictorSizes, make_predictor
 from jmoe.offload.ranks import MOVES, SAME, TABLE, Ranks
 from jmoe.offload.table import Moves, Rule, Table, fill, new_table
 from jmoe.offload.types import Predictor
@@ -168,11 +168,17 @@ def _predictor(
     assert offload is not None
     return make_predictor(
         offload.predictor,
-        distance=min(offload.prefetch_distance, layers), k=cfg.num_experts_per_tok,
-        layers=layers, experts=cfg.num_experts,
-        seats=seats * split_attention(mesh, moe.attention).sequence_ranks, profile=history,
-        embeddings_VD=embeddings_VD, capacity=offload.store_size,
-    )  # fmt: skip
+        PredictorSizes(
+            distance=min(offload.prefetch_distance, layers),
+            k=cfg.num_experts_per_tok,
+            layers=layers,
+            experts=cfg.num_experts,
+            seats=seats * split_attention(mesh, moe.attention).sequence_ranks,
+        ),
+        history,
+        embeddings_VD,
+        capacity=offload.store_size,
+    )
 
 
 def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:

@@ -40,7 +40,7 @@ from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, step_seen, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
 from jmoe.moe.decide import count_alone
-from jmoe.moe.experts import ApplyBy
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import Computed, Knobs, Routing
 from jmoe.nn.rope import Rotation
@@ -105,7 +105,7 @@ class PartFunctions:
     """The parts as functions of flat lists of weights; structures are closed over, see ``ModelFunctions``."""
 
     merge: Callable[[list[Array]], Decoder]
-    apply: ApplyBy
+    apply: ExpertMath
     slots: int
 
     def begin(
@@ -194,7 +194,7 @@ class Parts:
 def parts(
     merge: Callable[[list[Array]], Decoder],
     kinds: tuple[tuple[LayerFunctions, bool, NamedSharding], ...],
-    apply: ApplyBy,
+    apply: ExpertMath,
     slots: int,
     whole: NamedSharding,
 ) -> Parts:
@@ -228,6 +228,6 @@ def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int
         graph, state = nnx.split(layer)
         paged = NamedSharding(model.mesh, layer.attention.state_spec)
         kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None, paged))
-        apply = apply if layer.moe is None else layer.moe.apply
+        apply = apply if layer.moe is None else layer.moe.math
     assert apply is not None
     return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from support.models.routed import LAYERS, VOCAB, K, planted
 
+from jmoe.offload.predictors.make import PredictorSizes
 from jmoe.offload.predictors.map_store import MapStore
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
@@ -15,8 +16,8 @@ def distributions(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.dirichlet(np.full(E, 0.3), shape).astype(np.float32)
 
 
-def sizes(**changes: int) -> dict[str, int]:
-    return {"distance": A, "k": K, "layers": LAYERS, "experts": E, "seats": 3} | changes
+def sizes(**changes: int) -> PredictorSizes:
+    return PredictorSizes(distance=A, k=K, layers=LAYERS, experts=E, seats=3)._replace(**changes)
 
 
 def store_of(
