@@ -29,10 +29,9 @@ from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import Placed, constrain, fill, place
 from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.results import PromptScores, Started, count_assignments
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import ENDS
-from jmoe.engine.step.scores import PromptScores
-from jmoe.engine.step.started import Started, count_assignments
 from jmoe.engine.text.codec import TextCodec
 from jmoe.faults import ends_program, tell
 from jmoe.placement.placement import Placement

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables
-from jmoe.moe.router import RouterWeights
+from jmoe.moe.routing import RouterWeights
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput
 from jmoe.nn.norm import NormWeights

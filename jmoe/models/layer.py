@@ -16,8 +16,7 @@ from jmoe.models.journey import Foresight, Journey
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
-from jmoe.moe.router import choose, router_logits
-from jmoe.moe.routing import likely
+from jmoe.moe.routing import choose, likely, router_logits
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.kinds import kind_of

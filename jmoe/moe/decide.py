@@ -18,7 +18,7 @@ from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
 from jmoe.moe.counting import count_changes, count_dispatch
-from jmoe.moe.router import RouterWeights, choose, router_logits
+from jmoe.moe.routing import RouterWeights, choose, router_logits
 from jmoe.moe.types import Changes, DispatchStats, Knobs, LayerSetup, Phase, Routing, TokenFlags, Traffic
 
 Stage = Binning | Capacity

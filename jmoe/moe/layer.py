@@ -21,7 +21,7 @@ from jmoe.moe import transport
 from jmoe.moe.counting import count_dispatch, over_shards
 from jmoe.moe.decide import Decider, Decision, check_stages
 from jmoe.moe.experts import ExpertMath, Experts
-from jmoe.moe.router import Router, RouterWeights
+from jmoe.moe.routing import Router, RouterWeights
 from jmoe.moe.types import (
     ExpertSource,
     Knobs,

@@ -35,8 +35,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jmoe.mesh import DATA, EXPERT, TOKENS, platform_of
-from jmoe.moe.exchange import Exchange, get_exchange, starts
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
+from jmoe.moe.transport import Exchange, get_exchange, starts
 from jmoe.moe.types import MoEOutput
 
 GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)

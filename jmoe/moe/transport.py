@@ -11,27 +11,76 @@ case without expert parallelism.
                        rows per destination, the worst case, so nothing is ever dropped.
 ``ragged_all_to_all``  send the same rows without padding; a rank's buffer still has room for the worst case,
                        R * C rows, and experts read only the rows that arrived. Rows arrive sorted by expert.
-                       It is emulated on a CPU (see ``exchange``), with the traffic of ``replicated``. The
-                       TPU compiler refuses it on slices with limited ICI routing, v5e 4x8 and larger; v6e,
-                       v5p and tpu7x accept it.
+                       XLA:CPU does not implement the collective; an emulation there gathers every rank's
+                       rows, so that all offsets are computed and tested, with the traffic of ``replicated``.
+                       The TPU compiler refuses it on slices with limited ICI routing, v5e 4x8 and larger;
+                       v6e, v5p and tpu7x accept it.
 
 Rows are sent in the experts' weight dtype, to which the experts round them anyway, and return as float32.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+from jmoe_kernels.backends import get_backend
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import TransportName
 from jmoe.mesh import DATA, EXPERT
-from jmoe.moe.exchange import Exchange, get_exchange, starts
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import LocalExperts, Routing, Send, Traffic
+
+# (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes) -> output with the rows received
+Exchange = Callable[[Array, Array, Array, Array, Array, Array], Array]
+
+
+def get_exchange(platform: str, axis_name: str) -> Exchange:
+    """The exchange along ``axis_name`` for devices of ``platform``; inside ``shard_map`` only."""
+    has_own = get_backend(platform).has_ragged_exchange
+    run = lax.ragged_all_to_all if has_own else emulated_ragged_all_to_all
+    return partial(run, axis_name=axis_name)
+
+
+def starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
+    """The start of each of the consecutive groups of ``sizes`` along ``axis``."""
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
+def emulated_ragged_all_to_all(
+    operand: Shaped[Array, "N *D"],
+    output: Shaped[Array, "M *D"],
+    input_offsets: Int[Array, " I"],
+    send_sizes: Int[Array, " I"],
+    output_offsets: Int[Array, " I"],
+    recv_sizes: Int[Array, " I"],
+    *,
+    axis_name: str,
+) -> Shaped[Array, "M *D"]:
+    """``output`` with the received slices written into it: ``lax.ragged_all_to_all`` on any platform.
+
+    The I slices of a rank are I / R for each rank in turn: slice i is ``send_sizes[i]`` rows of ``operand``
+    from ``input_offsets[i]``, and lands at row ``output_offsets[i]`` of its receiver's ``output``.
+    ``recv_sizes``: sizes in rows of the arriving slices, by sender. If slices overlap, the last slice wins.
+    """
+    del send_sizes  # the receivers' sizes say the same
+    arriving = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
+    from_I, to_I = arriving(input_offsets), arriving(output_offsets)
+    slices = from_I.shape[0]
+    each = slices // lax.axis_size(axis_name)
+    all_rows = lax.all_gather(operand, axis_name, tiled=True)
+    first_I = jnp.arange(slices) // each * operand.shape[0] + from_I  # in all_rows
+
+    row_M = jnp.arange(output.shape[0])
+    covers_IM = (row_M[None] >= to_I[:, None]) & (row_M[None] < (to_I + recv_sizes)[:, None])
+    slice_M = jnp.max(jnp.where(covers_IM, jnp.arange(slices)[:, None], -1), axis=0)
+    received = all_rows.at[first_I[slice_M] + row_M - to_I[slice_M]].get(mode="fill", fill_value=0)
+    is_new = (slice_M >= 0).reshape(-1, *(1,) * (output.ndim - 1))
+    return jnp.where(is_new, received, output)
 
 
 def local(

@@ -47,10 +47,9 @@ from jmoe.moe.types import (
     Send,
     Traffic,
 )
-from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
-from jmoe.offload.ranks import SAME, TABLE, Ranks, most_needed, needed_here
+from jmoe.offload.ranks import SAME, TABLE, Ranks, assigned, highest, most_needed, needed_here
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen
@@ -155,7 +154,7 @@ class Visit:
         """Runs this layer's experts on its tokens; returns the output, the traffic, the counts and the visit
         of the next layer."""
         ranks, e = self.cache.ranks, self._experts
-        ids_TK, most = rows.assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
+        ids_TK, most = assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
         needed_L = needed_here(ids_TK, ranks, plain.scores_TE.shape[1], e)
         hits = jnp.sum(needed_L & self._resident_L, dtype=jnp.int32)
         misses = jnp.sum(needed_L, dtype=jnp.int32) - hits
@@ -165,7 +164,7 @@ class Visit:
             counts = _counts(expert_cache_hits=hits, expert_cache_misses=misses, bytes_host_to_device=misses)
             return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1, row_N=None)
 
-        scores_L = ranks.of_group(rows.highest(plain.scores_TE, valid_T), e)
+        scores_L = ranks.of_group(highest(plain.scores_TE, valid_T), e)
         visit = self._observe(plain, valid_T)
         useful = jnp.sum(
             decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
@@ -207,7 +206,7 @@ class Visit:
 
     def _observe(self, plain: Routing, valid_T: Array) -> Self:
         ranks, predictor = self.cache.ranks, self.cache.predictor
-        seen = LayerSeen(plain.scores_TE, rows.assigned(plain, valid_T), self.ahead_TAE)
+        seen = LayerSeen(plain.scores_TE, assigned(plain, valid_T), self.ahead_TAE)
         walk, forecast = predictor.observe(self.walk, self.layer, ranks.all_rows(seen, self.row_N))
         forecast = ranks.own_forecast(forecast, self._experts)
         return replace(self._with(decide.foresee(self.cache.table, self.layer + 1, forecast)), walk=walk)

@@ -3,7 +3,8 @@
 Inside ``shard_map`` a rank's shard of every array looks like the whole array of a single device, with the
 rank's L experts in place of the model's E; outside, the shards are concatenated along the first axis. The
 predictor is the same on all ranks: each rank shows it the tokens of all ranks, in the order of their
-sequences, and takes the forecast of its own experts.
+sequences, and takes the forecast of its own experts. The functions before ``Ranks`` say which experts the
+rows of one layer go to, as every executor of the cache needs it.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jmoe.mesh import DATA, EXPERT, TOKENS
+from jmoe.moe.routing import plan_dispatch
+from jmoe.moe.types import DispatchPlan, Routing
 from jmoe.offload.policy import Usage
 from jmoe.offload.table import Moves, Table
 from jmoe.offload.types import Forecast
@@ -25,6 +28,26 @@ from jmoe.offload.types import Forecast
 EACH, SAME = PartitionSpec(TOKENS), PartitionSpec()
 TABLE = Table(EACH, Usage(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
 MOVES = Moves(EACH, EACH, SAME, EACH)
+
+
+def assigned(routing: Routing, valid_T: Bool[Array, " T"]) -> Int[Array, "T K"]:
+    """The experts of valid tokens; E, which means none, for the others."""
+    return jnp.where(valid_T[:, None], routing.ids_TK, routing.scores_TE.shape[1])
+
+
+def needed(ids_TK: Int[Array, "T K"], experts: int) -> Bool[Array, " E"]:
+    return jnp.zeros(experts, bool).at[ids_TK.reshape(-1)].set(True, mode="drop")
+
+
+def highest(scores_TE: Float[Array, "T E"], valid_T: Bool[Array, " T"]) -> Float[Array, " E"]:
+    """The highest score of each expert over the valid tokens with a finite score; 0 if there are none."""
+    return jnp.max(jnp.where(valid_T[:, None] & jnp.isfinite(scores_TE), scores_TE, 0.0), axis=0)
+
+
+def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], nowhere: int) -> DispatchPlan:
+    """The assignments in the order of their experts' slots, 0 to ``nowhere - 1``; ``nowhere`` means none."""
+    slot_TK = jnp.append(slot_E, jnp.int32(nowhere))[ids_TK]
+    return plan_dispatch(slot_TK, jnp.ones(len(ids_TK), bool), 0, nowhere)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-from jmoe.placement.baselines import exflow, load, moetuner, random, uniform
+from jmoe.placement.baselines import cross_entropy, exflow, load, moetuner, random, uniform
 from jmoe.placement.coclustering import alternating
-from jmoe.placement.cross_entropy import cross_entropy
 from jmoe.placement.objective import Problem, Progress
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile

@@ -119,7 +119,7 @@ import numpy as np
 
 from jmoe.engine.request import MoEUsage
 from jmoe.engine.step.counters import MoECounters, add_step, zero_totals
-from jmoe.engine.step.started import count_assignments
+from jmoe.engine.step.results import count_assignments
 from jmoe.moe.counting import count_changes
 from jmoe.moe.types import DispatchStats, Traffic
 from jmoe.server.answer.replies import MoEUse

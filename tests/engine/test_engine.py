@@ -14,9 +14,8 @@ from jmoe.config.model import MoEConfig
 from jmoe.engine.build import EngineSettings, schedule
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.engine.step.compilations import CompilationCounter
 from jmoe.engine.step.inputs import Sizes
-from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.runner import CompilationCounter, Runner
 from jmoe.engine.step.sampling import SamplingRows, blank_rows, sample
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.mesh import make_mesh

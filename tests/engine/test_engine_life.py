@@ -12,7 +12,7 @@ from jmoe import LLM, SamplingParams
 from jmoe.config.model import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request
-from jmoe.engine.step.compilations import CompilationCounter
+from jmoe.engine.step.runner import CompilationCounter
 from jmoe.engine.worker import EngineWorker
 
 SMALL = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}

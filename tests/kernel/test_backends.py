@@ -22,7 +22,7 @@ from jmoe_kernels.paged_attention import Heads, Span
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.deployment.memory import device_room
 from jmoe.engine.offload.build import copies_run_beside, pick_executor
-from jmoe.moe.exchange import emulated_ragged_all_to_all, get_exchange
+from jmoe.moe.transport import emulated_ragged_all_to_all, get_exchange
 
 RULE = Rule("affinity", 8)
 PLATFORMS = ["cpu", "gpu", "tpu"]

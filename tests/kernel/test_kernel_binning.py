@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jmoe_kernels.binning import Binned, Rule, bin_experts, pick, supports
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
-from jmoe_kernels.binning.reference import cast_votes, route_softmax
+from jmoe_kernels.binning.reference import cast_votes
+from jmoe_kernels.topk import route_softmax
 from support.oracles import binning as binning_oracle
 
 METHODS = ("affinity", "oea", "budget", "popularity")

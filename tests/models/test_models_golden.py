@@ -1,5 +1,6 @@
 """Parity with transformers on checkpoints, logits and greedy tokens that ``scripts/make_golden.py`` wrote."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert, read_config
+from jmoe.engine.deployment import deployment
 from jmoe.models import get_family, model_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,22 +37,15 @@ def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path
     np.testing.assert_allclose(again, golden["logits"], atol=1e-4)
 
 
-def test_a_wrong_norm_would_be_seen():
+def test_a_wrong_norm_would_be_seen(monkeypatch: pytest.MonkeyPatch):
     """The comparison can fail: if the weights are not renormalised as they should be, the logits differ."""
-    import dataclasses
-
-    import jmoe.checkpoint.load as loading
-
     directory = GOLDEN / "qwen3_moe"
     golden = np.load(directory / "golden.npz")
     cfg = read_config(directory)
     router = dataclasses.replace(cfg.router, norm_topk_prob=not cfg.router.norm_topk_prob)
-    original = loading.read_config
-    loading.read_config = lambda *a: dataclasses.replace(cfg, router=router)
-    try:
-        wrong = load(directory).logits(golden["tokens"])
-    finally:
-        loading.read_config = original
+    wrong_cfg = dataclasses.replace(cfg, router=router)
+    monkeypatch.setattr(deployment, "read_config", lambda *args: wrong_cfg)
+    wrong = load(directory).logits(golden["tokens"])
     assert np.abs(wrong - golden["logits"]).max() > 1e-2
 
 

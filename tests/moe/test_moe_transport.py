@@ -16,8 +16,8 @@ from jmoe.config.model import MoEConfig
 from jmoe.engine.step.counters import Count64, MoECounters, add_step, transported_bytes, zero_totals
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
-from jmoe.moe.exchange import emulated_ragged_all_to_all
 from jmoe.moe.experts import ExpertMath
+from jmoe.moe.transport import emulated_ragged_all_to_all
 from jmoe.moe.types import DispatchStats, Routing, Traffic
 from jmoe.nn.sequences import Sequences
 

@@ -21,7 +21,7 @@ from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import context_length
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
-from jmoe.moe.router import router_logits
+from jmoe.moe.routing import router_logits
 from jmoe.placement.placement import Placement
 from jmoe.tools.doctor import doctor
 

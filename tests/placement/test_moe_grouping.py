@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from support.models.routed import LAYERS, VOCAB, K, planted, planted_requests
 
-import jmoe.placement.cross_entropy
+import jmoe.placement.baselines
 import jmoe.placement.objective
-from jmoe.placement.assignment import assign
 from jmoe.placement.baselines import balanced_splits, partitions
+from jmoe.placement.coclustering import assign
 from jmoe.placement.group import METHODS, group, placed
 from jmoe.placement.objective import Problem
 from jmoe.placement.placement import Placement
@@ -22,7 +22,7 @@ HEURISTICS = ("alternating", "cross_entropy")
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(jmoe.placement.cross_entropy, "ROUNDS", 15)
+    monkeypatch.setattr(jmoe.placement.baselines, "ROUNDS", 15)
 
 
 def nothing(done: int, total: int, cost: float) -> None:

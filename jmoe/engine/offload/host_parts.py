@@ -46,7 +46,7 @@ from jmoe.moe.types import Computed, Knobs, Routing
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
-from jmoe.offload.rows import assigned, by_slot, highest, needed
+from jmoe.offload.ranks import assigned, by_slot, highest, needed
 from jmoe.offload.types import LayerSeen, Predictor
 
 PAGES = 4  # the argument of a layer's functions that holds its pages

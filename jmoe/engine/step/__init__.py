@@ -5,5 +5,5 @@ long one several rows, so that a few compiled shapes serve any mix. ``Runner.run
 step (``functions``): it reads the tokens that the last step sampled from the device, by the request's seat,
 runs the decoder, and samples the next tokens from the last positions' logits (``sampling``), with each row's
 biases and grammar mask, by the row's own seed and position. ``counters`` keeps what the experts did on the
-device. ``started`` and ``scores`` fetch the results of a step; ``answers`` turns them into increments.
+device. ``results`` fetches the results of a step; ``answers`` turns them into increments.
 """

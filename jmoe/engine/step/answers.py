@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from jmoe.engine.request import FinishReason, Output, Request
-from jmoe.engine.step.scores import PromptScores, token_logprob
+from jmoe.engine.step.results import PromptScores, token_logprob
 from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 

@@ -5,7 +5,7 @@ in kernels also R a block of experts, 1 an axis of length one. T, E and N there 
 """
 
 from jmoe_kernels.binning.api import Implementation, bin_experts, pick, supports
-from jmoe_kernels.binning.reference import cast_votes, choose_active, remap, route_softmax
+from jmoe_kernels.binning.reference import cast_votes, choose_active, remap
 from jmoe_kernels.binning.types import Binned, Method, Rule
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "choose_active",
     "pick",
     "remap",
-    "route_softmax",
     "supports",
 ]

@@ -7,27 +7,13 @@ it does not depend on the order of the tokens, on padding, or on how they are sp
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jmoe_kernels.binning.types import BINS, EXACT, VOTE_ROWS, Binned, Rule
-
-
-def route_softmax(
-    logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool
-) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
-    """Returns (ids, weights, scores) of each token's ``k`` experts by softmax, best first.
-
-    Ties go to the lower id.
-    """
-    scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
-    weights_TK, ids_TK = lax.top_k(scores_TE, k)
-    if renormalize:
-        weights_TK = weights_TK / jnp.sum(weights_TK, axis=-1, keepdims=True)
-    return ids_TK.astype(jnp.int32), weights_TK, scores_TE
+from jmoe_kernels.topk import route_softmax
 
 
 def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: Rule) -> Int[Array, "T K"]:

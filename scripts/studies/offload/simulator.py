@@ -23,10 +23,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jmoe.offload import rows
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
 from jmoe.offload.predictors.make import Given
+from jmoe.offload.ranks import needed
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
 from jmoe.offload.types import LayerSeen, Predictor, StepSeen
@@ -180,14 +180,14 @@ def _layer(
     """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
     walk, forecast = predictor.observe(walk, layer, LayerSeen(scores_BE, ids_BK, ahead_BAE))
     table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
-    needed_E = rows.needed(ids_BK, e)
+    needed_E = needed(ids_BK, e)
     held_E = decide.at(resident(table.slots), layer, e) & needed_E
     hits = _count(held_E & (decide.at(clock.there_X, layer, e) <= clock.now))
     useful = _count(decide.at(table.usage.fetched_X, layer, e) & needed_E)
     table, missing = decide.demand(table, rule, needed_E, layer, min(e, ids_BK.size))
-    needed, held = _count(needed_E), _count(held_E)
+    num_needed, held = _count(needed_E), _count(held_E)
     clock = _copied(clock, missing, times)
-    streamed = needed - held - missing.count
+    streamed = num_needed - held - missing.count
     clock = clock._replace(link=clock.link + times.copy_time * streamed.astype(jnp.float32))
     came = jnp.max(jnp.where(needed_E, decide.at(clock.there_X, layer, e), 0.0))
     wait = jnp.maximum(jnp.where(streamed > 0, clock.link, came) - clock.now, 0)
@@ -196,7 +196,9 @@ def _layer(
     clock = clock._replace(now=clock.now + wait + 1)
     table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
     evicted = missing.evicted + wishes.evicted
-    figures = Figures(needed, hits, held - hits, needed - held, evicted, wishes.count, useful, wait, wait + 1)
+    figures = Figures(
+        num_needed, hits, held - hits, num_needed - held, evicted, wishes.count, useful, wait, wait + 1
+    )
     return (table, walk, clock), figures
 
 
