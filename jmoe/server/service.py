@@ -16,11 +16,12 @@ from jmoe import __version__
 from jmoe.engine.request import SamplingParams
 from jmoe.faults import contained
 from jmoe.server.answer.generation import Generation
+from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.body import BodyBytes, decode, read_body
 from jmoe.server.request.bounds import LIGHT
-from jmoe.server.request.grammars import Following, Grammars
+from jmoe.server.request.grammars import AnswerGrammar, Grammars
 from jmoe.server.request.prompts import Prompt
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
@@ -110,32 +111,32 @@ class Service:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         param: str,
-        following: Following | None = None,
+        grammar: AnswerGrammar | None = None,
     ) -> Generation:
         """Starts ``len(params) / len(prompts)`` answers per prompt, prompt-major, all with one grammar."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
-        field = None if following is None else following.param
+        field = None if grammar is None else grammar.param
         generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout, field)
         self.running.add(generation)
         try:
-            if following is not None:
-                await self.in_thread(_constrain, generation, following)
+            if grammar is not None:
+                await self.in_thread(_constrain, generation, grammar)
             await generation.start(param)
         except BaseException:
             self.running.discard(generation)
             raise
         return generation
 
-    def head(self, prefix: str) -> dict[str, Any]:
+    def head(self, prefix: str) -> Head:
         """The first fields of every answer. The server makes the id, so no two live requests share one."""
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.model,
-            "system_fingerprint": f"jmoe-{__version__}",
-        }
+        return Head(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=self.model,
+            system_fingerprint=f"jmoe-{__version__}",
+        )
 
     def _count_answer(self, answered: Answered) -> None:
         self.metrics.answered(answered.method, answered.status, answered.route.pattern)
@@ -161,6 +162,6 @@ class Service:
         self.grammars.close()
 
 
-def _constrain(generation: Generation, following: Following) -> None:
+def _constrain(generation: Generation, grammar: AnswerGrammar) -> None:
     for request in generation.requests:
-        request.constraint = following.constraint()
+        request.constraint = grammar.constraint()

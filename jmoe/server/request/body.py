@@ -1,4 +1,4 @@
-"""From bytes on the wire to a checked request body; every failure is a 4xx that names its cause."""
+"""From bytes on the wire to a struct of ``schema``; every failure is a 4xx that names its cause."""
 
 import asyncio
 import contextlib
@@ -10,16 +10,12 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from jmoe.server.errors import ApiError, invalid, unavailable, unsupported
-from jmoe.server.request.bounds import LIGHT, MAX_TOOL_CHARACTERS, check_json, exceeds
+from jmoe.server.errors import ApiError, invalid, unavailable
+from jmoe.server.request.bounds import LIGHT, check_json
 from jmoe.server.request.nulls import without_unknown_nulls
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
-from jmoe.server.request.tools import check_tools
 from jmoe.server.settings import ServerSettings
-from jmoe.server.template.chat_template import RESERVED
 
 Body = TypeVar("Body", bound=msgspec.Struct)
-AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 _SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
@@ -192,66 +188,3 @@ def _bad_field(text: str) -> ApiError:
     if not path:
         return invalid(f"the request body must be a JSON object: {what}", code="invalid_json")
     return invalid(f"{path[:200]}: {what[:300]}", path[:200])
-
-
-def check_supported(body: msgspec.Struct, prefix: str = "") -> None:
-    """Refuses a field whose value requests something that the server cannot do."""
-    for name, values in neutral(type(body)).items():
-        value: Any = getattr(body, name)
-        if value is not None and not any(_same(value, v) for v in values):
-            only = " or ".join(["null", *(msgspec.json.encode(v).decode() for v in values)])
-            raise unsupported(prefix + name, f"{prefix}{name} is not supported here, only {only} is accepted")
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def check_generation(body: GenerationRequest) -> None:
-    """Refuses unsupported fields and combinations that contradict themselves."""
-    check_supported(body)
-    if body.best_of not in (None, 1, body.n):  # best_of = n leaves out no answer
-        raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
-    options = body.stream_options
-    if options is not None:
-        check_supported(options, "stream_options.")
-        if not body.stream and (options.include_usage or options.continuous_usage_stats):
-            raise invalid("stream_options is only allowed with stream: true", "stream_options")
-
-
-def check_completion(body: CompletionRequest) -> None:
-    check_generation(body)
-    if body.max_tokens == 0 and not body.echo:
-        raise invalid(f"{AT_LEAST}; 0 only with echo, to score a prompt", "max_tokens")
-
-
-def check_chat(body: ChatRequest) -> None:
-    check_generation(body)
-    check_messages(body.messages)
-    functions = [tool.function for tool in body.tools or ()]
-    if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
-        raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
-    check_tools(body)
-    for name in body.chat_template_kwargs or ():
-        if name in RESERVED:
-            raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
-    for name in ("max_tokens", "max_completion_tokens"):
-        if getattr(body, name) == 0:
-            raise invalid(AT_LEAST.replace("max_tokens", name), name)
-    if body.top_logprobs and not body.logprobs:
-        raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
-    limits = {body.max_tokens, body.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        raise invalid("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
-
-
-def check_messages(messages: list[Message]) -> None:
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        check_supported(message, f"{where}.")
-        if message.tool_calls and message.role != "assistant":
-            raise invalid(f"{where}.tool_calls is only for the assistant", f"{where}.tool_calls")
-        if (message.tool_call_id is None) == (message.role == "tool"):
-            raise invalid(
-                f"{where}.tool_call_id belongs to each tool message and to no other", f"{where}.tool_call_id"
-            )

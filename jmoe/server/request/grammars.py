@@ -11,6 +11,7 @@ from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompile
 from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import invalid, unavailable
+from jmoe.server.request.structured import GrammarRequest
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 1024 * 1024  # characters of the kept grammars' texts
@@ -20,8 +21,8 @@ QUICK_THREADS = 2
 
 
 @dataclass(frozen=True)
-class Following:
-    """A compiled grammar that answers follow, and the request field that requested it."""
+class AnswerGrammar:
+    """A compiled grammar that answers follow, and the request field that requests it."""
 
     compiled: CompiledGrammar
     param: str
@@ -49,13 +50,14 @@ class Grammars:
         self._making = threading.Lock()
         self._tools: tuple[GrammarCompiler, GrammarChecker] | None = None
 
-    async def compile(self, grammar: Grammar, param: str) -> Following:
+    async def compile(self, request: GrammarRequest) -> AnswerGrammar:
         """Compiles a grammar. A 400 says why it cannot be compiled; 503 if too many wait or the check cannot
-        run. param: request field named in the error."""
+        run."""
+        grammar, param = request.grammar, request.param
         kept = self.kept.get(grammar)
         if kept is not None:
             self.kept.move_to_end(grammar)
-            return Following(kept, param)
+            return AnswerGrammar(kept, param)
         if self.waiting >= MAX_WAITING:
             raise unavailable(f"{MAX_WAITING} grammars wait to be compiled", "grammar_queue_full")
         self.waiting += 1
@@ -68,7 +70,7 @@ class Grammars:
         finally:
             self.waiting -= 1
         self._keep(grammar, compiled)
-        return Following(compiled, param)
+        return AnswerGrammar(compiled, param)
 
     def close(self) -> None:
         for executor in (self._quick, self._costly):

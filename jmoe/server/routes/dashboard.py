@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jmoe.engine.request import EngineDead
-from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
 from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
+from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
 from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.service import Service
 from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
