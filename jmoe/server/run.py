@@ -23,7 +23,7 @@ from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.watch.answered import Observer
-from jmoe.server.watch.traffic import log_traffic
+from jmoe.server.watch.totals import log_traffic
 from jmoe.server.wire.crowd import LACKING, Crowd
 from jmoe.server.wire.protocol import protocol, wire_app
 

@@ -19,8 +19,9 @@ from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
-from jmoe.server.request.body import BodyBytes, decode, read_body
+from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
+from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import AnswerGrammar, Grammars
 from jmoe.server.request.prompts import Prompt
 from jmoe.server.settings import ServerSettings

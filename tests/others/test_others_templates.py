@@ -10,8 +10,8 @@ import pytest
 
 from jmoe.server.answer.calls import call_id
 from jmoe.server.errors import ApiError
-from jmoe.server.request.body import decode
 from jmoe.server.request.checks import check_chat
+from jmoe.server.request.decoding import decode
 from jmoe.server.request.prompts import TextEncoder, chat_prompt
 from jmoe.server.request.schema import ChatRequest
 from jmoe.server.template.chat_template import ChatTemplate, load_chat_template

@@ -12,8 +12,8 @@ from server.request.test_server_fuzz import CALL, OBJECT
 from server.test_server_api import events
 from support.server.fake_engine import TEMPLATE, VOCAB, ByteCodec, FakeEngine, served
 
-from jmoe.server.request.body import decode
 from jmoe.server.request.checks import check_chat, check_completion
+from jmoe.server.request.decoding import decode
 from jmoe.server.request.params import chat_params, completion_params
 from jmoe.server.request.schema import ChatRequest, CompletionRequest
 

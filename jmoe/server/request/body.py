@@ -1,24 +1,16 @@
-"""From bytes on the wire to a struct of ``schema``; every failure is a 4xx that names its cause."""
+"""Reads the bytes of a request's body, within bounds of size, memory and time."""
 
 import asyncio
 import contextlib
-import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from jmoe.server.errors import ApiError, invalid, unavailable
-from jmoe.server.request.bounds import LIGHT, check_json
-from jmoe.server.request.nulls import without_unknown_nulls
+from jmoe.server.request.bounds import LIGHT
 from jmoe.server.settings import ServerSettings
 
-Body = TypeVar("Body", bound=msgspec.Struct)
-_PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
-_FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
-_SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
 MIN_RATE = 16 * 1024  # bytes per second at which a body must arrive after ``body_timeout`` is over
 
 
@@ -122,69 +114,3 @@ def inflated(raw: bytes, limit: int) -> bytes:
 
 def _no_gzip(cause: str) -> ApiError:
     return invalid(f"the request body cannot be read as gzip: {cause}", code="invalid_encoding")
-
-
-def decode(raw: bytes, kind: type[Body]) -> Body:
-    """Decodes the body as ``kind``. A 400 has the code invalid_json if it is no JSON object, else it names
-    the field."""
-    check_json(raw)
-    try:
-        body = _decoded(raw, kind)
-        _keep_sent(body, raw)
-        return body
-    except msgspec.ValidationError as error:
-        raise _bad_field(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
-        if isinstance(error, msgspec.DecodeError):
-            cause = _lone_surrogate(raw) or str(error)
-        raise invalid(f"the request body cannot be read as JSON: {cause}", code="invalid_json") from None
-
-
-def _decoded(raw: bytes, kind: type[Body]) -> Body:
-    """A null field that ``kind`` does not have counts as absent; only a body with an unknown field is decoded
-    twice."""
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        if not str(error).startswith("Object contains unknown field"):
-            raise
-    return msgspec.convert(without_unknown_nulls(msgspec.json.decode(raw), kind), kind)
-
-
-class _Conversation(msgspec.Struct):
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-
-
-def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
-    """Stores in each message and tool of ``body``, as ``sent``, the JSON object that it was decoded from."""
-    kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
-    if kept:
-        sent = msgspec.json.decode(raw, type=_Conversation)
-        for name in kept:
-            for each, given in zip(getattr(body, name), getattr(sent, name), strict=True):
-                each.__dict__["sent"] = given
-
-
-def _lone_surrogate(raw: bytes) -> str | None:
-    """Names half a surrogate pair as the cause: at a string's end the decoder reports truncated input."""
-    alone = any(found[1] is None for found in _SURROGATES.finditer(raw))
-    return "a \\u escape is half of a surrogate pair" if alone else None
-
-
-def _bad_field(text: str) -> ApiError:
-    if len(text) > 4096:  # a name may have megabytes; the path is at the end
-        text = text[:2048] + text[-2048:]
-    place = _PLACE.fullmatch(text)
-    what, path = (place["what"], place["path"]) if place else (text, "")
-    field = _FIELD.fullmatch(what)
-    if field is not None:
-        path = f"{path}.{field[1]}" if path else field[1]
-        path = path[:200]
-        if "unknown" in what[:25]:
-            return invalid(f"Unrecognized request argument: {path}", path, "unknown_parameter")
-        return invalid(f"{path} is required", path, "missing_required_parameter")
-    if not path:
-        return invalid(f"the request body must be a JSON object: {what}", code="invalid_json")
-    return invalid(f"{path[:200]}: {what[:300]}", path[:200])
