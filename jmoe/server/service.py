@@ -58,17 +58,17 @@ class Service:
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]
-        self.running: set[Generation] = set()
-        self.draining = False
-        self.created, self.began = int(time.time()), time.monotonic()
+        self.generations: set[Generation] = set()
+        self.is_draining = False
+        self.start_time, self.start_clock = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
         self.poll = Poll(self._sample, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """Reads the request's body and returns ``make(body)``, run on a thread. 503 if no work is taken."""
         self.check_ready()
-        with self.bodies.held() as held:
-            raw = await read_body(request, self.settings, held)
+        with self.bodies.one_body() as counter:
+            raw = await read_body(request, self.settings, counter)
             async with self.lane(len(raw)):
                 return await self.in_thread(make, raw)
 
@@ -90,7 +90,7 @@ class Service:
     def check_ready(self) -> None:
         """Raises a 503 while draining or without an engine."""
         self.check_alive()
-        if self.draining:
+        if self.is_draining:
             raise draining()
 
     def check_alive(self) -> None:
@@ -119,14 +119,16 @@ class Service:
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
         field = None if grammar is None else grammar.param
-        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout, field)
-        self.running.add(generation)
+        generation = Generation(
+            self.engine, self.executor, id, work, self.generations.discard, timeout, field
+        )
+        self.generations.add(generation)
         try:
             if grammar is not None:
                 await self.in_thread(_constrain, generation, grammar)
             await generation.start(param)
         except BaseException:
-            self.running.discard(generation)
+            self.generations.discard(generation)
             raise
         return generation
 
@@ -139,8 +141,8 @@ class Service:
             system_fingerprint=f"jmoe-{__version__}",
         )
 
-    def _count_answer(self, answered: Answered) -> None:
-        self.metrics.answered(answered.method, answered.status, answered.route.pattern)
+    def _count_answer(self, answer: Answered) -> None:
+        self.metrics.count_answer(answer.method, answer.status, answer.route.pattern)
 
     def _sample(self) -> Snapshot:
         """Takes a snapshot for the dashboard; it may wait for a running step."""
@@ -148,13 +150,13 @@ class Service:
 
     def _state(self) -> dict[str, Any]:
         """What the dashboard shows of the server itself."""
-        uptime = int(time.monotonic() - self.began)
-        return {"name": self.model, "state": "draining" if self.draining else "ready", "uptime_s": uptime}
+        uptime = int(time.monotonic() - self.start_clock)
+        return {"name": self.model, "state": "draining" if self.is_draining else "ready", "uptime_s": uptime}
 
     def stop_running(self) -> None:
         """Ends each running answer with an error to its client, and ends the dashboards' events."""
         self.poll.close()
-        for generation in list(self.running):
+        for generation in list(self.generations):
             generation.stop()
 
     def close(self) -> None:

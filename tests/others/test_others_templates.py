@@ -53,7 +53,7 @@ def rendered(template: str | ChatTemplate, messages: list[dict], **fields) -> st
     tools = check_chat(body).tools
     made = ChatTemplate(template, {}) if isinstance(template, str) else template
     encoder = TextEncoder(Codec(), adds_special=False)  # type: ignore[arg-type]
-    return chat_prompt(body.messages, made, encoder, None if tools is None else tools.sent).text
+    return chat_prompt(body.messages, made, encoder, None if tools is None else tools.definitions).text
 
 
 def called(arguments, **more) -> list[dict]:

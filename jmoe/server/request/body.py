@@ -18,34 +18,35 @@ class BodyBytes:
     """Counts the bytes of all bodies being read or worked on. Beyond ``limit`` only small bodies may grow."""
 
     def __init__(self, limit: int):
-        self.limit, self.taken = limit, 0
+        self.limit, self.num_bytes = limit, 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator["HeldBytes"]:
-        held = HeldBytes(self)
+    def one_body(self) -> Iterator["OneBody"]:
+        body = OneBody(self)
         try:
-            yield held
+            yield body
         finally:
-            self.taken -= held.count
+            self.num_bytes -= body.num_bytes
 
 
-class HeldBytes:
-    """The counted bytes of one body."""
+class OneBody:
+    """Counts the bytes of one body."""
 
-    def __init__(self, of: BodyBytes):
-        self.of, self.count = of, 0
+    def __init__(self, total: BodyBytes):
+        self.total, self.num_bytes = total, 0
 
     def add(self, count: int) -> None:
         """Counts more bytes of this body; 503 if there is no room. A small body always has room."""
-        if self.count + count > LIGHT and self.of.taken + count > self.of.limit:
-            error = unavailable(f"request bodies of {self.of.limit} bytes are being worked on", "bodies_full")
+        if self.num_bytes + count > LIGHT and self.total.num_bytes + count > self.total.limit:
+            message = f"request bodies of {self.total.limit} bytes are being worked on"
+            error = unavailable(message, "bodies_full")
             error.headers["Connection"] = "close"
             raise error
-        self.count += count
-        self.of.taken += count
+        self.num_bytes += count
+        self.total.num_bytes += count
 
 
-async def read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
+async def read_body(request: Request, settings: ServerSettings, counter: OneBody) -> bytes:
     """Reads the whole body of a JSON request.
 
     415 for another content type or encoding, 413 beyond the size limit, 408 if it arrives too slowly: nothing
@@ -79,7 +80,7 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
         size += len(part)  # counted here too: a chunked body declares no length
         if size > limit:
             raise too_long
-        held.add(len(part))
+        counter.add(len(part))
         parts.append(part)
         more = message.get("more_body", False)
     whole = b"".join(parts)
@@ -88,7 +89,7 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
     whole = await asyncio.to_thread(inflated, whole, limit)
     if len(whole) > limit:
         raise too_long
-    held.add(len(whole))
+    counter.add(len(whole))
     return whole
 
 

@@ -23,7 +23,7 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
     check_json(raw)
     try:
         body = _decoded(raw, kind)
-        _keep_sent(body, raw)
+        _keep_source(body, raw)
         return body
     except msgspec.ValidationError as error:
         raise _bad_field(str(error)) from None
@@ -63,7 +63,7 @@ def _pruned(value: Any, shape: inspect.Type) -> Any:
     if isinstance(value, list):
         items = next((s.item_type for s in shapes if isinstance(s, inspect.ListType)), None)
         return [_pruned(v, items) for v in value] if isinstance(items, inspect.StructType) else value
-    struct = next((s for s in shapes if isinstance(s, inspect.StructType) and _is_of(value, s)), None)
+    struct = next((s for s in shapes if isinstance(s, inspect.StructType) and _matches(value, s)), None)
     if struct is None:
         return value
     known: dict[str, inspect.Type] = {field.encode_name: field.type for field in struct.fields}
@@ -71,7 +71,7 @@ def _pruned(value: Any, shape: inspect.Type) -> Any:
     return {name: _pruned(v, known[name]) if name in known else v for name, v in kept.items()}
 
 
-def _is_of(value: Any, struct: inspect.StructType) -> bool:
+def _matches(value: Any, struct: inspect.StructType) -> bool:
     return isinstance(value, dict) and (struct.tag_field is None or value.get(struct.tag_field) == struct.tag)
 
 
@@ -80,14 +80,14 @@ class _Conversation(msgspec.Struct):
     tools: list[dict[str, Any]] | None = None
 
 
-def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
-    """Stores in each message and tool of ``body``, as ``sent``, the JSON object that it was decoded from."""
+def _keep_source(body: msgspec.Struct, raw: bytes) -> None:
+    """Stores in each message and tool of ``body`` the JSON object that it is decoded from."""
     kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
     if kept:
-        sent = msgspec.json.decode(raw, type=_Conversation)
+        sources = msgspec.json.decode(raw, type=_Conversation)
         for name in kept:
-            for each, given in zip(getattr(body, name), getattr(sent, name), strict=True):
-                each.__dict__["sent"] = given
+            for each, source in zip(getattr(body, name), getattr(sources, name), strict=True):
+                each.__dict__["source"] = source
 
 
 def _lone_surrogate(raw: bytes) -> str | None:

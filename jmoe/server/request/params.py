@@ -90,6 +90,6 @@ def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams
     return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]
 
 
-def _seed(first: int | None, i: int) -> int:
+def _seed(base: int | None, i: int) -> int:
     """The sum wraps around 64 bits."""
-    return secrets.randbits(31) if first is None else (first + i + 2**63) % 2**64 - 2**63
+    return secrets.randbits(31) if base is None else (base + i + 2**63) % 2**64 - 2**63

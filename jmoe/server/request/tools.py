@@ -28,12 +28,12 @@ class ToolUse:
 
     functions: the functions that it may call.
     is_named: whether the request named the function, so that the answer is only its arguments.
-    sent: all tools of the request as they were sent, for the chat template.
+    definitions: all tools of the request as they were sent, for the chat template.
     """
 
     functions: list[Function]
     is_named: bool
-    sent: list[dict[str, Any]]
+    definitions: list[dict[str, Any]]
 
 
 def tool_use(body: ChatRequest) -> ToolUse | None:
@@ -53,13 +53,13 @@ def tool_use(body: ChatRequest) -> ToolUse | None:
         raise invalid(f"tools: two functions are named {twice!r}", "tools")
     if choice == "none":
         return None
-    sent = [tool.sent for tool in body.tools]
+    definitions = [tool.source for tool in body.tools]
     if not isinstance(choice, NamedTool):
-        return ToolUse(functions, is_named=False, sent=sent)
+        return ToolUse(functions, is_named=False, definitions=definitions)
     name = choice.function.name
     if name not in names:
         raise invalid(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
-    return ToolUse([functions[names.index(name)]], is_named=True, sent=sent)
+    return ToolUse([functions[names.index(name)]], is_named=True, definitions=definitions)
 
 
 def tools_grammar(tools: ToolUse) -> Grammar:

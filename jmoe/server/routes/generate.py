@@ -77,7 +77,7 @@ def _chat(service: Service, raw: bytes) -> Work:
     body, tools = chat.body, chat.tools
     params, n = chat_params(chat, service.engine.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
-    shown, variables = None if tools is None else tools.sent, body.chat_template_kwargs or {}
+    shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
     prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
     fields = encoder.codec, n, params.logprobs, bool(body.return_token_ids)
     form = ChatFormat(*fields) if tools is None else ToolFormat(*fields, tools)

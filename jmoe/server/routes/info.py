@@ -43,7 +43,7 @@ def _model(service: Service) -> Model:
     return Model(
         id=service.model,
         object="model",
-        created=service.created,
+        created=service.start_time,
         owned_by="jmoe",
         max_model_len=service.engine.max_model_len,
     )

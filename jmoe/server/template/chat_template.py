@@ -107,10 +107,10 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         seconds: float,
     ) -> str:
-        given = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
+        context = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
         self.environment.bounds.start(seconds)
         parts, size = [], 0
-        for part in self.template.generate(given | {"add_generation_prompt": True}):
+        for part in self.template.generate(context | {"add_generation_prompt": True}):
             size += len(part)
             parts.append(part)
             if size > MAX_RENDERED:
@@ -125,8 +125,8 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
     ``chat_template.json``, which processors have, is read last.
     """
     try:
-        told = read_config(directory)
-        sources = _from_files(directory) or _named(told.config.get("chat_template"))
+        files = read_config(directory)
+        sources = _from_files(directory) or _named(files.config.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
             sources = _named(json_object(directory / "chat_template.json").get("chat_template"))
         if not sources:
@@ -134,7 +134,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
         default = sources.get(DEFAULT)
         if default is None:  # transformers too renders only conversations with tools for such a model
             default = "{{ raise_exception('this model has no default chat template') }}"
-        return ChatTemplate(default, told.names(), tool_use=sources.get(TOOL_USE))
+        return ChatTemplate(default, files.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
 

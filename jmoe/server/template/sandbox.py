@@ -103,11 +103,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             bounds.check_clock()
-            given = [bounds.listed(value) for value in args[skipped:]]
-            for value in (*given, *kwargs.values()):
+            arguments = [bounds.listed(value) for value in args[skipped:]]
+            for value in (*arguments, *kwargs.values()):
                 bounds.measured(value)
-            bounds.check_call(name, given[0] if given else None, given[1:], kwargs)
-            return small(function(*args[:skipped], *given, **kwargs))
+            bounds.check_call(name, arguments[0] if arguments else None, arguments[1:], kwargs)
+            return small(function(*args[:skipped], *arguments, **kwargs))
 
         return bounded
 

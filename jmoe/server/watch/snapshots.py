@@ -31,7 +31,7 @@ class PhaseCounts:
     means_LM: np.ndarray
 
     @classmethod
-    def of(cls, stats: dict[str, Any]) -> "PhaseCounts":
+    def from_stats(cls, stats: dict[str, Any]) -> "PhaseCounts":
         steps, layers = stats["steps"], stats["per_layer"]
         sums = np.array([[layer[key] for key in SUMS] for layer in layers], np.int64)
         means = np.array([[layer[key] for key in MEANS] for layer in layers], np.float64)
@@ -69,7 +69,7 @@ class Snapshot:
 
 
 def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Totals) -> Snapshot:
-    prefill, decode = PhaseCounts.of(stats["prefill"]), PhaseCounts.of(stats["decode"])
+    prefill, decode = PhaseCounts.from_stats(stats["prefill"]), PhaseCounts.from_stats(stats["decode"])
     phases: dict[Phase, PhaseCounts] = {"all": prefill.plus(decode), "prefill": prefill, "decode": decode}
     model, mesh = stats["model"], stats["mesh"]
     return Snapshot(time.monotonic(), totals.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
