@@ -8,9 +8,8 @@ from typing import TypeVar
 from msgspec import UNSET
 
 from jmoe.engine.request import Output
-from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.chats import ChatFormat
-from jmoe.server.answer.formats import Outputs
+from jmoe.server.answer.formats import ChoiceFields, Outputs
 from jmoe.server.answer.replies import (
     AnswerMessage,
     Call,
@@ -80,14 +79,12 @@ class ToolFormat(ChatFormat):
     chose ends with "tool_calls", as OpenAI's do.
     """
 
-    def __init__(
-        self, codec: TextCodec | None, n: int, alternatives: int | None, token_ids: bool, tools: ToolUse
-    ):
-        super().__init__(codec, n, alternatives, token_ids)
+    def __init__(self, fields: ChoiceFields, tools: ToolUse):
+        super().__init__(fields)
         self.is_named = tools.is_named
-        self.readers = [CallReader(tools) for _ in range(n)]
-        self.has_begun = [False] * n  # whether the first piece of the call was made
-        self.ids = [call_id() for _ in range(n)]
+        self.readers = [CallReader(tools) for _ in range(fields.n)]
+        self.has_begun = [False] * fields.n  # whether the first piece of the call was made
+        self.ids = [call_id() for _ in range(fields.n)]
 
     def opening(self, head: Head) -> Sequence[ChatCompletionChunk]:
         return self._opening(head, None)

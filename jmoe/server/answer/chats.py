@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from jmoe.engine.request import Output
-from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.formats import (
+    ChoiceFields,
     Outputs,
     answer_ids,
     answer_text,
@@ -29,17 +29,17 @@ from jmoe.server.answer.replies import (
 
 
 class ChatFormat:
-    """An ``AnswerFormat``. alternatives: ``top_logprobs`` entries, None = no log-probabilities."""
+    """An ``AnswerFormat``."""
 
-    def __init__(self, codec: TextCodec | None, n: int, alternatives: int | None, token_ids: bool):
-        self.codec, self.n, self.alternatives, self.token_ids = codec, n, alternatives, token_ids
+    def __init__(self, fields: ChoiceFields):
+        self.fields = fields
 
     def opening(self, head: Head) -> Sequence[ChatCompletionChunk]:
         return self._opening(head, "")
 
     def _opening(self, head: Head, content: str | None) -> list[ChatCompletionChunk]:
         delta = Delta(role="assistant", content=content)
-        pieces = [ChatPiece(index=i, delta=delta, finish_reason=None) for i in range(self.n)]
+        pieces = [ChatPiece(index=i, delta=delta, finish_reason=None) for i in range(self.fields.n)]
         return [_chunk(head, [piece]) for piece in pieces]
 
     def chunk(self, head: Head, index: int, output: Output) -> ChatCompletionChunk:
@@ -65,10 +65,10 @@ class ChatFormat:
         return ChatPiece(
             index=index,
             delta=Delta(content=output.text, reasoning_content=output.thoughts or UNSET),
-            logprobs=UNSET if self.alternatives is None else self._logprobs(outputs),
+            logprobs=UNSET if self.fields.alternatives is None else self._logprobs(outputs),
             finish_reason=finish_reason(outputs),
             stop_reason=stop_reason(outputs),
-            token_ids=answer_ids(outputs) if self.token_ids else UNSET,
+            token_ids=answer_ids(outputs) if self.fields.has_token_ids else UNSET,
         )
 
     def choice(self, index: int, outputs: Outputs) -> ChatChoice:
@@ -84,14 +84,14 @@ class ChatFormat:
             logprobs=self._logprobs(outputs),
             finish_reason=finish_reason(outputs),
             stop_reason=stop_reason(outputs),
-            token_ids=answer_ids(outputs) if self.token_ids else UNSET,
+            token_ids=answer_ids(outputs) if self.fields.has_token_ids else UNSET,
         )
 
     def _logprobs(self, outputs: Outputs) -> ChatLogprobs | None:
-        if self.alternatives is None:
+        if self.fields.alternatives is None:
             return None
         entries = [entry for output in outputs for entry in output.logprobs]
-        return chat_logprobs(entries, self.codec, self.alternatives)
+        return chat_logprobs(entries, self.fields.codec, self.fields.alternatives)
 
 
 def _chunk(head: Head, choices: list[ChatPiece]) -> ChatCompletionChunk:

@@ -8,6 +8,7 @@ from jmoe.engine.request import Output, TokenLogprob
 from jmoe.engine.text.channels import AnswerText
 from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.formats import (
+    ChoiceFields,
     Outputs,
     answer_ids,
     answer_text,
@@ -39,24 +40,14 @@ class Offsets:
 
 
 class CompletionFormat:
-    """An ``AnswerFormat``. Choices are prompt-major: choice i continues prompt i // n.
+    """An ``AnswerFormat``. Choices are prompt-major: choice i continues prompt i // ``fields.n``.
 
     An echoed prompt precedes the first increment's text; its log-probabilities precede the first token's.
     """
 
-    def __init__(
-        self,
-        codec: TextCodec | None,
-        prompts: list[Prompt],
-        n: int,
-        *,
-        echo: bool,
-        logprobs: bool,
-        token_ids: bool,
-    ):
-        self.codec, self.prompts, self.n = codec, prompts, n
-        self.echo, self.logprobs, self.token_ids = echo, logprobs, token_ids
-        self.offsets: list[Offsets | None] = [None] * (len(prompts) * n)
+    def __init__(self, fields: ChoiceFields, prompts: list[Prompt], *, echo: bool):
+        self.fields, self.prompts, self.echo = fields, prompts, echo
+        self.offsets: list[Offsets | None] = [None] * (len(prompts) * fields.n)
 
     def opening(self, head: Head) -> Sequence[Completion]:
         return ()
@@ -76,17 +67,17 @@ class CompletionFormat:
         return CompletionChoice(
             index=index,
             text=offsets.prompt.text + answer_text(outputs) if echoes else answer_text(outputs),
-            logprobs=self._logprobs(offsets, outputs, echoes) if self.logprobs else None,
+            logprobs=None if self.fields.alternatives is None else self._logprobs(offsets, outputs, echoes),
             reasoning_content=answer_thoughts(outputs),
             finish_reason=finish_reason(outputs),
             stop_reason=stop_reason(outputs),
-            token_ids=answer_ids(outputs) if self.token_ids else UNSET,
+            token_ids=answer_ids(outputs) if self.fields.has_token_ids else UNSET,
         )
 
     def _offsets(self, index: int) -> Offsets:
         if (offsets := self.offsets[index]) is None:
-            prompt = self.prompts[index // self.n]
-            offsets = self.offsets[index] = Offsets(prompt, self.codec, echo=self.echo)
+            prompt = self.prompts[index // self.fields.n]
+            offsets = self.offsets[index] = Offsets(prompt, self.fields.codec, echo=self.echo)
         return offsets
 
     def _logprobs(self, offsets: Offsets, outputs: Outputs, with_prompt: bool) -> CompletionLogprobs:
@@ -99,7 +90,7 @@ class CompletionFormat:
             prompt = [*zip(offsets.prompt.token_ids, scores, strict=False)]
             entries = [*prompt, *entries]
             positions = [*offsets.prompt_offsets()[: len(prompt)], *positions]
-        return completion_logprobs(entries, self.codec, positions)
+        return completion_logprobs(entries, self.fields.codec, positions)
 
 
 def _completion(head: Head, choices: list[CompletionChoice], usage: Usage | UnsetType = UNSET) -> Completion:

@@ -1,11 +1,13 @@
-"""What the formats of answers have in common: their protocol, and the fields that every choice has."""
+"""What the formats of answers have in common: their protocol, and the fields that every choice may have."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 
 from jmoe.engine.request import Output
+from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -20,6 +22,23 @@ Chunk = Completion | ChatCompletionChunk
 Whole = Completion | ChatCompletion
 
 
+@dataclass(frozen=True)
+class ChoiceFields:
+    """What a request wants in its choices.
+
+    codec: the model's text codec; None = the model has no tokenizer.
+    n: number of choices for each prompt.
+    alternatives: number of alternatives for each token; None = no log-probabilities.
+    has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a
+        tokenizer can answer nothing else.
+    """
+
+    codec: TextCodec | None
+    n: int
+    alternatives: int | None
+    has_token_ids: bool
+
+
 class AnswerFormat(Protocol):
     """How an answer is written.
 
@@ -27,8 +46,6 @@ class AnswerFormat(Protocol):
     chunk: returns a stream's chunk with one increment of choice ``index``.
     closing: returns the chunk without choices that may end a stream.
     whole: returns the answer made of all increments of each choice.
-    A format made with ``token_ids`` also writes the field of that name, as vLLM does; a model without a
-    tokenizer can answer nothing else.
     """
 
     def opening(self, head: Head) -> Sequence[Chunk]: ...

@@ -15,7 +15,7 @@ from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.chats import ChatFormat
 from jmoe.server.answer.completions import CompletionFormat
 from jmoe.server.answer.delivery import Answer, EventStream, UsageCounter, stream_events, whole_answer
-from jmoe.server.answer.formats import AnswerFormat
+from jmoe.server.answer.formats import AnswerFormat, ChoiceFields
 from jmoe.server.request.checks import check_chat, check_completion
 from jmoe.server.request.params import chat_params, completion_params, fan_out
 from jmoe.server.request.prompts import Prompt, TextEncoder, chat_prompt, completion_prompts
@@ -60,14 +60,8 @@ def _completion(service: Service, raw: bytes) -> Work:
     grammar = requested_grammar(body)
     encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
     prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
-    form = CompletionFormat(
-        encoder.codec,
-        prompts,
-        n,
-        echo=bool(body.echo),
-        logprobs=body.logprobs is not None,
-        token_ids=bool(body.return_token_ids),
-    )
+    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    form = CompletionFormat(fields, prompts, echo=bool(body.echo))
     return Work(body, prompts, fan_out(params, len(prompts), n), grammar, form, "prompt")
 
 
@@ -79,8 +73,8 @@ def _chat(service: Service, raw: bytes) -> Work:
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
     shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
     prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
-    fields = encoder.codec, n, params.logprobs, bool(body.return_token_ids)
-    form = ChatFormat(*fields) if tools is None else ToolFormat(*fields, tools)
+    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
     return Work(body, [prompt], fan_out(params, 1, n), chat.grammar, form, "messages")
 
 
