@@ -25,11 +25,11 @@ def completion_logprobs(
     for token_id, entry in entries:
         answer.tokens.append(token_name(token_id, codec))
         answer.token_logprobs.append(None if entry is None else _finite(entry.logprob))
-        answer.top_logprobs.append(None if entry is None else _by_name(entry, codec))
+        answer.top_logprobs.append(None if entry is None else _top_logprobs(entry, codec))
     return answer
 
 
-def _by_name(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, float]:
+def _top_logprobs(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, float]:
     """Log-probabilities of the alternatives by text, including the token itself with the same float.
 
     Two tokens may have the same text (halves of characters do). Evaluation harnesses compare the token with

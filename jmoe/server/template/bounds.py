@@ -91,7 +91,7 @@ class Bounds:
             raise TooLarge
         if name == "replace":
             for old, new in permutations(texts, 2):
-                check_size(size_of(value) + str(value).count(str(old)) * len(new))
+                check_size(length(value) + str(value).count(str(old)) * len(new))
         elif name == "expandtabs":
             check_size(len(value) + str(value).count("\t") * max(numbers, default=8))
         elif name in ("join", "indent", "wordwrap"):
@@ -105,8 +105,8 @@ class Bounds:
         """Checks calls that write a text, or a number of spaces, between parts or lines."""
         if name == "join" and isinstance(value, str | bytes) and arguments:  # the method: "-".join(values)
             value, arguments = arguments[0], [value]
-        lines = str(value).count("\n") + 1 if name == "indent" else size_of(value)
-        check_size(lines * max((n if isinstance(n, int) else size_of(n) for n in arguments), default=0))
+        lines = str(value).count("\n") + 1 if name == "indent" else length(value)
+        check_size(lines * max((n if isinstance(n, int) else length(n) for n in arguments), default=0))
         self.measured(value)
 
     def check_format(self, style: str, form: str | bytes, arguments: list[Any]) -> None:
@@ -117,7 +117,7 @@ class Bounds:
         check_size(len(text) + text.count(style) * longest)
 
 
-def size_of(value: Any) -> int:
+def length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple | set | dict) else 1
 
 
@@ -127,7 +127,7 @@ def check_size(size: int) -> None:
 
 
 def small(value: Any) -> Any:
-    check_size(size_of(value))
+    check_size(length(value))
     return value
 
 

@@ -126,9 +126,9 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
     """
     try:
         files = read_config(directory)
-        sources = _from_files(directory) or _named(files.config.get("chat_template"))
+        sources = _from_files(directory) or _named_sources(files.config.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
-            sources = _named(json_object(directory / "chat_template.json").get("chat_template"))
+            sources = _named_sources(json_object(directory / "chat_template.json").get("chat_template"))
         if not sources:
             return None
         default = sources.get(DEFAULT)
@@ -166,7 +166,7 @@ def _from_files(directory: Path) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
-def _named(template: Any) -> dict[str, str]:
+def _named_sources(template: Any) -> dict[str, str]:
     """Templates by name. A config may hold one text, or named texts as a list or an object."""
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]

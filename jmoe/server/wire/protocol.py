@@ -220,11 +220,11 @@ class Targets:
         await self.app(scope if found is None else _origin_form(scope, found), receive, send)
 
 
-def _origin_form(scope: Scope, found: re.Match[bytes]) -> Scope:
-    raw = scope["raw_path"][found.end() :] or b"/"
+def _origin_form(scope: Scope, origin: re.Match[bytes]) -> Scope:
+    raw = scope["raw_path"][origin.end() :] or b"/"
     headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
     path = unquote(raw.decode("ascii"))
-    return {**scope, "path": path, "raw_path": raw, "headers": [(b"host", found["host"]), *headers]}
+    return {**scope, "path": path, "raw_path": raw, "headers": [(b"host", origin["host"]), *headers]}
 
 
 class KeepAlive:
