@@ -91,11 +91,11 @@ def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
     if "otlp_traces_endpoint" not in values:
         return None
     try:
-        from jmoe.server.watch.tracing import Tracer, exporting_to
+        from jmoe.server.watch.tracing import Tracer, span_exporter
     except ImportError:
         raise ValueError("--otlp-traces-endpoint needs the otel extra: pip install 'jmoe[otel]'") from None
     model = served_model_name or values.get("model", "tiny")
-    return Tracer(exporting_to(values["otlp_traces_endpoint"]), model)
+    return Tracer(span_exporter(values["otlp_traces_endpoint"]), model)
 
 
 def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:

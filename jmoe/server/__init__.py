@@ -1,10 +1,12 @@
 """The OpenAI-compatible HTTP server. It knows an engine only through ``engine_api`` and imports no jax.
 
-The path of a chat request: ``app`` finds its handler in ``routes.generate``. ``request.body`` decodes the
-body and checks it with the structs of ``request.schema``. ``request.prompts`` renders the chat template
-(``template``) and tokenizes the text; ``request.params`` makes the engine's ``SamplingParams``. If
-the answer must follow a grammar (``request.structured``, ``request.tools``), ``request.grammars`` compiles it
-off the event loop. ``answer.generation`` makes one engine request for each answer, submits them to the
-engine's thread and receives their increments on the event loop; ``answer.formats`` puts an increment into a
-chunk or a whole answer, and ``answer.delivery`` sends it.
+The path of a chat request: ``app`` finds its handler in ``routes.generate``. ``request.body`` reads the body,
+``request.decoding`` decodes it into a struct of ``request.schema``, and ``request.checks`` checks it: a
+``CheckedChat`` holds how the answer uses tools (``request.tools``) and which grammar it must follow
+(``request.structured``). ``request.params`` makes the engine's ``SamplingParams``; ``request.prompts``
+renders the chat template (``template``) and tokenizes the text. ``request.grammars`` compiles the grammar off
+the event loop. ``answer.generation`` makes one engine request for each answer, submits them to the engine's
+thread and receives their increments on the event loop; a format (``answer.chats``, ``answer.calls``,
+``answer.completions``) makes an increment or a whole answer a struct of ``answer.replies``, and
+``answer.delivery`` encodes and sends it.
 """

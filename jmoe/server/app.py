@@ -57,7 +57,7 @@ def make_app(service: Service) -> ASGIApp:
 
 async def _api_error(service: Service, request: Request, error: ApiError) -> Response:
     if error.status == 503:
-        service.metrics.rejected(error.code or "other")
+        service.metrics.count_rejection(error.code or "other")
     return error.response()
 
 

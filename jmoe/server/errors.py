@@ -1,12 +1,25 @@
 """Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, all four keys always."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
 
 CONTEXT_PHRASE = "This model's maximum context length"  # clients recognise the case by these words
+
+
+class ErrorDetail(msgspec.Struct, forbid_unknown_fields=True):
+    """type: invalid_request_error or server_error. param: the field that is wrong. code: for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class Error(msgspec.Struct, forbid_unknown_fields=True):
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -25,9 +38,9 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
-    def envelope(self) -> dict[str, Any]:
+    def envelope(self) -> Error:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return Error(ErrorDetail(self.message, kind, self.param, self.code))
 
     def response(self) -> Response:
         return json_response(self.envelope(), self.status, self.headers)

@@ -23,7 +23,7 @@ from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.watch.answered import Observer
-from jmoe.server.watch.traffic import log_traffic
+from jmoe.server.watch.totals import log_traffic
 from jmoe.server.wire.crowd import LACKING, Crowd
 from jmoe.server.wire.protocol import protocol, wire_app
 
@@ -61,14 +61,14 @@ def _not_listening(error: OSError, host: str, port: int) -> ValueError:
 def serve(
     engine: EngineProtocol,
     settings: ServerSettings,
-    bound: socket.socket | None = None,
+    server_socket: socket.socket | None = None,
     directory: Path | None = None,
     model: str = "model",
     observers: Sequence[Observer] = (),
 ) -> int:
     """Serves until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0, or 1 if the engine died.
 
-    bound: socket from ``bind``; None binds one now.
+    server_socket: socket from ``bind``; None binds one now.
     directory: model directory, which may hold a chat template.
     model: served model name if the settings give none.
     observers: functions that are called with every ended answer.
@@ -78,10 +78,12 @@ def serve(
     """
     service = Service(engine, settings, directory, model)
     service.observers += observers
-    bound = bound or bind(settings.host, settings.port)
-    port = bound.getsockname()[1]
+    server_socket = server_socket or bind(settings.host, settings.port)
+    port = server_socket.getsockname()[1]
     try:
-        bound.listen(BACKLOG)  # if two servers start together, both could bind and only one can listen
+        server_socket.listen(
+            BACKLOG
+        )  # if two servers start together, both could bind and only one can listen
     except OSError as error:
         raise _not_listening(error, settings.host, port) from None
     if settings.api_key is None and not _is_loopback(settings.host):
@@ -94,7 +96,7 @@ def serve(
     server = Server(service)
     gc.collect()
     gc.freeze()  # a model's objects are many and stay: scanning them again takes tenths of a second
-    server.run(sockets=[bound])
+    server.run(sockets=[server_socket])
     closing = threading.Thread(target=service.close, name="jmoe-closing", daemon=True)
     closing.start()
     closing.join(LAST_WORDS)
@@ -144,7 +146,7 @@ class Server(uvicorn.Server):
         settings = service.settings
         self.app = wire_app(make_app(service), settings)
         self.loop: asyncio.AbstractEventLoop | None = None
-        crowd = crowd or Crowd.of_descriptors()
+        crowd = crowd or Crowd.from_descriptors()
         super().__init__(
             uvicorn.Config(
                 self._quietly,
@@ -157,7 +159,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                backlog=max(1, min(BACKLOG, crowd.spare // 2)),  # this many are accepted at once, see startup
+                # This many connections are accepted at once, see startup.
+                backlog=max(1, min(BACKLOG, crowd.num_spare // 2)),
                 timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
@@ -170,11 +173,11 @@ class Server(uvicorn.Server):
         self.ask_to_stop()
 
     def ask_to_stop(self) -> None:
-        if self.service.draining:
+        if self.service.is_draining:
             self.force_exit = self.should_exit = True
             if self.loop is not None:
                 self.loop.call_soon_threadsafe(self._drop_connections)
-        self.service.draining = True
+        self.service.is_draining = True
 
     def _drop_connections(self) -> None:
         """Aborts all connections; their requests then end like those whose clients left."""
@@ -238,11 +241,11 @@ class Server(uvicorn.Server):
                 log.error("the engine has stopped; the server ends")
                 self.exit_code = 1
                 break
-            if service.draining:
-                if not service.running or waited >= service.settings.shutdown_timeout:
+            if service.is_draining:
+                if not service.generations or waited >= service.settings.shutdown_timeout:
                     break
                 waited += POLL
             await asyncio.sleep(POLL)
-        service.draining = True
+        service.is_draining = True
         service.stop_running()
         self.should_exit = True

@@ -16,11 +16,13 @@ from jmoe import __version__
 from jmoe.engine.request import SamplingParams
 from jmoe.faults import contained
 from jmoe.server.answer.generation import Generation
+from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
-from jmoe.server.request.body import BodyBytes, decode, read_body
+from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
-from jmoe.server.request.grammars import Following, Grammars
+from jmoe.server.request.decoding import decode
+from jmoe.server.request.grammars import AnswerGrammar, Grammars
 from jmoe.server.request.prompts import Prompt
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
@@ -56,17 +58,17 @@ class Service:
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]
-        self.running: set[Generation] = set()
-        self.draining = False
-        self.created, self.began = int(time.time()), time.monotonic()
+        self.generations: set[Generation] = set()
+        self.is_draining = False
+        self.start_time, self.start_clock = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
         self.poll = Poll(self._sample, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """Reads the request's body and returns ``make(body)``, run on a thread. 503 if no work is taken."""
         self.check_ready()
-        with self.bodies.held() as held:
-            raw = await read_body(request, self.settings, held)
+        with self.bodies.one_body() as counter:
+            raw = await read_body(request, self.settings, counter)
             async with self.lane(len(raw)):
                 return await self.in_thread(make, raw)
 
@@ -88,7 +90,7 @@ class Service:
     def check_ready(self) -> None:
         """Raises a 503 while draining or without an engine."""
         self.check_alive()
-        if self.draining:
+        if self.is_draining:
             raise draining()
 
     def check_alive(self) -> None:
@@ -110,35 +112,37 @@ class Service:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         param: str,
-        following: Following | None = None,
+        grammar: AnswerGrammar | None = None,
     ) -> Generation:
         """Starts ``len(params) / len(prompts)`` answers per prompt, prompt-major, all with one grammar."""
         n = len(params) // len(prompts)
         work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
         timeout = self.settings.request_timeout
-        field = None if following is None else following.param
-        generation = Generation(self.engine, self.executor, id, work, self.running.discard, timeout, field)
-        self.running.add(generation)
+        field = None if grammar is None else grammar.param
+        generation = Generation(
+            self.engine, self.executor, id, work, self.generations.discard, timeout, field
+        )
+        self.generations.add(generation)
         try:
-            if following is not None:
-                await self.in_thread(_constrain, generation, following)
+            if grammar is not None:
+                await self.in_thread(_constrain, generation, grammar)
             await generation.start(param)
         except BaseException:
-            self.running.discard(generation)
+            self.generations.discard(generation)
             raise
         return generation
 
-    def head(self, prefix: str) -> dict[str, Any]:
+    def head(self, prefix: str) -> Head:
         """The first fields of every answer. The server makes the id, so no two live requests share one."""
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.model,
-            "system_fingerprint": f"jmoe-{__version__}",
-        }
+        return Head(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=self.model,
+            system_fingerprint=f"jmoe-{__version__}",
+        )
 
-    def _count_answer(self, answered: Answered) -> None:
-        self.metrics.answered(answered.method, answered.status, answered.route.pattern)
+    def _count_answer(self, answer: Answered) -> None:
+        self.metrics.count_answer(answer.method, answer.status, answer.route.pattern)
 
     def _sample(self) -> Snapshot:
         """Takes a snapshot for the dashboard; it may wait for a running step."""
@@ -146,13 +150,13 @@ class Service:
 
     def _state(self) -> dict[str, Any]:
         """What the dashboard shows of the server itself."""
-        uptime = int(time.monotonic() - self.began)
-        return {"name": self.model, "state": "draining" if self.draining else "ready", "uptime_s": uptime}
+        uptime = int(time.monotonic() - self.start_clock)
+        return {"name": self.model, "state": "draining" if self.is_draining else "ready", "uptime_s": uptime}
 
     def stop_running(self) -> None:
         """Ends each running answer with an error to its client, and ends the dashboards' events."""
         self.poll.close()
-        for generation in list(self.running):
+        for generation in list(self.generations):
             generation.stop()
 
     def close(self) -> None:
@@ -161,6 +165,6 @@ class Service:
         self.grammars.close()
 
 
-def _constrain(generation: Generation, following: Following) -> None:
+def _constrain(generation: Generation, grammar: AnswerGrammar) -> None:
     for request in generation.requests:
-        request.constraint = following.constraint()
+        request.constraint = grammar.constraint()

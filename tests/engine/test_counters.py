@@ -12,7 +12,7 @@ from jmoe.config.counters import ASSIGNMENTS, COUNTERS, MEANS, Counter, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.engine.step.counters import FIRST, MoECounters, add_step, zero_totals
 from jmoe.moe.types import DispatchStats, Traffic
-from jmoe.server.watch.engine_metrics import EngineCollector
+from jmoe.server.watch.metrics import EngineCollector
 from jmoe.server.watch.snapshots import take_snapshot, window_report
 from jmoe.server.watch.totals import Totals
 
@@ -123,7 +123,7 @@ from jmoe.engine.step.results import count_assignments
 from jmoe.moe.counting import count_changes
 from jmoe.moe.types import DispatchStats, Traffic
 from jmoe.server.answer.replies import MoEUse
-from jmoe.server.watch.engine_metrics import MOE_COUNTERS
+from jmoe.server.watch.metrics import MOE_COUNTERS
 from jmoe.server.watch.snapshots import SUMS
 from jmoe.tools.bench.measures import lossy_counts
 

@@ -198,9 +198,9 @@ def check_idle(worker: EngineWorker, server: Any) -> None:
 
     def idle() -> bool:
         s = worker.snapshot()
-        return (s.running, s.waiting, s.kv_usage) == (0, 0, 0.0) and not server.service.running
+        return (s.running, s.waiting, s.kv_usage) == (0, 0, 0.0) and not server.service.generations
 
-    assert eventually(idle, 20), (worker.snapshot(), server.service.running)
+    assert eventually(idle, 20), (worker.snapshot(), server.service.generations)
     assert eventually(lambda: not tasks(server) and not server.server_state.connections)
     assert worker.snapshot().alive and worker.snapshot().compilations_after_warmup == 0
 

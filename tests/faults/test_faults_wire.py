@@ -204,7 +204,7 @@ def test_who_does_not_read_is_let_go_and_the_engine_freed():
 
     with narrow(pace=0.01) as (port, engine, server):  # 40 s of tokens
         asyncio.run(stare(port))
-        assert eventually(lambda: not server.service.running and not server.server_state.connections)
+        assert eventually(lambda: not server.service.generations and not server.server_state.connections)
 
 
 def test_who_reads_slowly_gets_all_of_it():
@@ -226,7 +226,7 @@ def test_who_reads_slowly_gets_all_of_it():
         assert status == 200 and time.monotonic() - start > 0.9
         text = "".join(e["choices"][0]["text"] for e in events(body))
         assert text == "abc" * 25 and len(events(body)) == 100
-        assert not engine.running and not server.service.running
+        assert not engine.running and not server.service.generations
 
 
 def test_the_answer_to_nobody_does_not_stay_in_memory():
@@ -241,7 +241,7 @@ def test_the_answer_to_nobody_does_not_stay_in_memory():
 
     with narrow() as (port, engine, server):
         asyncio.run(asyncio.wait_for(stare(port), 60))
-        assert not engine.running and not server.service.running
+        assert not engine.running and not server.service.generations
 
 
 # ---- the queue, the clock, the key -----------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_request_that_takes_too_long_ends_with_504_or_an_event():
         stream = httpx.post(f"{url}{PATH}", json={"prompt": "abc", "max_tokens": 2000, "stream": True})
         sent = events(stream.content)
         assert stream.status_code == 200 and len(sent) > 5 and sent[-1]["error"]["code"] == "timeout"
-        assert eventually(lambda: not engine.running and not server.service.running)
+        assert eventually(lambda: not engine.running and not server.service.generations)
         assert httpx.post(f"{url}{PATH}", json=SMALL).status_code == 200
 
 
@@ -292,7 +292,7 @@ def test_an_engine_that_does_not_take_requests_is_waited_for_no_longer():
     with listening(engine, request_timeout=0.2) as (url, server):
         assert httpx.post(f"{url}{PATH}", json={**SMALL, "max_tokens": 50}).status_code == 504
         assert eventually(lambda: engine.seen and not engine.running), "what it took late is aborted"
-        assert not server.service.running
+        assert not server.service.generations
 
 
 def test_the_key_is_compared_whole_and_in_constant_time(monkeypatch):

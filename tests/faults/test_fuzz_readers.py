@@ -28,7 +28,8 @@ from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
 from jmoe.server.errors import ApiError
-from jmoe.server.request.body import check_chat, check_completion, decode
+from jmoe.server.request.checks import check_chat, check_completion
+from jmoe.server.request.decoding import decode
 from jmoe.server.request.schema import ChatRequest, CompletionRequest
 from jmoe.server.template.chat_template import ChatTemplate, load_chat_template, load_turn_ends
 

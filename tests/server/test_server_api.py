@@ -211,4 +211,4 @@ def test_metrics_count_what_happened(client):
                  'jmoe_moe_prefetch_bytes_total{layer="1"} 1800.0',
                  'jmoe_moe_prefetch_useful_bytes_total{layer="0"} 600.0'):  # fmt: skip
         assert line in metrics.splitlines(), line
-    assert eventually(lambda: not client.service.running) and not client.service.metrics.last_token
+    assert eventually(lambda: not client.service.generations) and not client.service.metrics.last_token

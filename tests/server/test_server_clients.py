@@ -12,7 +12,8 @@ from server.request.test_server_fuzz import CALL, OBJECT
 from server.test_server_api import events
 from support.server.fake_engine import TEMPLATE, VOCAB, ByteCodec, FakeEngine, served
 
-from jmoe.server.request.body import check_chat, check_completion, decode
+from jmoe.server.request.checks import check_chat, check_completion
+from jmoe.server.request.decoding import decode
 from jmoe.server.request.params import chat_params, completion_params
 from jmoe.server.request.schema import ChatRequest, CompletionRequest
 
@@ -43,8 +44,7 @@ def read(path, **fields):
     """The sampling parameters of a request that is not sent."""
     raw = json.dumps(BASE[path] | fields).encode()
     if path == CHAT:
-        check_chat(body := decode(raw, ChatRequest))
-        return chat_params(body, VOCAB, ())
+        return chat_params(check_chat(decode(raw, ChatRequest)), VOCAB, ())
     check_completion(body := decode(raw, CompletionRequest))
     return completion_params(body, VOCAB)
 

@@ -3,12 +3,15 @@
 import json
 
 import jsonschema
+import msgspec
 import pytest
 from server.request.test_server_fuzz import BODIES
 from server.test_server_api import events
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, neutral
+from jmoe.server.routes.route import EVENTS, JSON
+from jmoe.server.routes.table import ROUTES
 
 CHAT = "/v1/chat/completions"
 
@@ -74,6 +77,20 @@ def test_events_are_as_the_document_says(client, document, path):
     chunk = rooted(document, content["schema"]["properties"]["data"]["anyOf"][1]["contentSchema"])
     for event in events(response):
         chunk.validate(event)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+def test_answers_are_the_structs_of_the_document(client, path):
+    """Read as the struct that the table names and written again, they are the same bytes."""
+    route = next(route for route in ROUTES if route.path == path)
+    stream = client.post(path, json=BODIES[path])
+    for line in stream.content.split(b"\n\n")[:-2]:
+        data = line.removeprefix(b"data: ")
+        assert msgspec.json.encode(msgspec.json.decode(data, type=route.answers[EVENTS])) == data
+    answer = client.post(path, json={k: v for k, v in BODIES[path].items() if not k.startswith("stream")})
+    assert answer.status_code == 200
+    read = msgspec.json.decode(answer.content, type=route.answers[JSON])
+    assert msgspec.json.encode(read) == answer.content
 
 
 @pytest.mark.parametrize("path", [

@@ -56,7 +56,7 @@ def test_client_that_leaves_frees_its_requests():
         assert eventually(lambda: not engine.running)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=LONG, timeout=0.3)
-        assert eventually(lambda: not engine.running and not server.service.running)
+        assert eventually(lambda: not engine.running and not server.service.generations)
         aborted = 'jmoe_request_success_total{finished_reason="abort"} 4.0'
         assert aborted in httpx.get(f"{url}/metrics").text
 

@@ -1,16 +1,31 @@
-"""Chat answers that are calls of functions, whole and as increments of a stream."""
+"""The format of chat answers that are calls of functions, and the reader of a call's text."""
 
 import secrets
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
+
+from msgspec import UNSET
 
 from jmoe.engine.request import Output
-from jmoe.server.answer.formats import ChatFormat
-from jmoe.server.request.schema import Function
-from jmoe.server.request.tools import CallReader
+from jmoe.server.answer.chats import ChatFormat
+from jmoe.server.answer.formats import ChoiceFields, Outputs
+from jmoe.server.answer.replies import (
+    AnswerMessage,
+    Call,
+    CallPiece,
+    ChatChoice,
+    ChatCompletionChunk,
+    ChatPiece,
+    Delta,
+    FunctionCall,
+    FunctionPiece,
+    Head,
+)
+from jmoe.server.request.tools import ToolUse, call_opening
 
 ALPHABET = string.ascii_letters + string.digits
+Choice = TypeVar("Choice", ChatChoice, ChatPiece)
 
 
 def call_id() -> str:
@@ -18,49 +33,89 @@ def call_id() -> str:
     return "".join(secrets.choice(ALPHABET) for _ in range(9))
 
 
-class ToolFormat:
-    """An ``AnswerFormat``: each choice is one call of one of ``functions``.
+class CallReader:
+    """Reads one call from the pieces of an answer, as ``tools_grammar`` spells it.
 
-    named: whether the request named the function. Such an answer ends with the reason "stop"; an answer whose
-    function the model chose ends with "tool_calls", as OpenAI's do.
+    name: name of the called function; None until it is known.
+    is_complete: whether the arguments' last brace was read.
     """
 
-    def __init__(self, chat: ChatFormat, functions: list[Function], *, named: bool):
-        self.chat, self.named = chat, named
-        self.object, self.chunk_object = chat.object, chat.chunk_object
-        self.readers = [CallReader(functions, named) for _ in range(chat.n)]
-        self.begun = [False] * chat.n
-        self.ids = [call_id() for _ in range(chat.n)]
+    def __init__(self, tools: ToolUse):
+        self.openings = {call_opening(function.name): function.name for function in tools.functions}
+        self.name = tools.functions[0].name if tools.is_named else None
+        self.text = ""  # of the answer, until the name is known
+        self.depth, self.in_string, self.is_escaped, self.is_complete = 0, False, False, False
 
-    def opening(self) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": None}
-        return [{"index": i, "delta": delta, "finish_reason": None} for i in range(self.chat.n)]
+    def feed(self, text: str) -> str:
+        """Takes the answer's next text and returns the part of it that belongs to the arguments."""
+        if self.name is None:
+            self.text += text
+            opening = next((o for o in self.openings if self.text.startswith(o)), None)
+            if opening is None:
+                return ""
+            self.name, text = self.openings[opening], self.text[len(opening) :]
+        return "".join(c for c in text if self._inside(c))
 
-    def delta(self, index: int, output: Output) -> dict[str, Any]:
+    def _inside(self, c: str) -> bool:
+        """Whether ``c`` belongs to the arguments; what follows their last brace closes the call."""
+        inside = not self.is_complete
+        if self.in_string:
+            self.in_string = self.is_escaped or c != '"'
+            self.is_escaped = c == "\\" and not self.is_escaped
+        elif c == '"':
+            self.in_string = True
+        elif c in "{[":
+            self.depth += 1
+        elif c in "]}":
+            self.depth -= 1
+            self.is_complete = self.is_complete or self.depth <= 0
+        return inside
+
+
+class ToolFormat(ChatFormat):
+    """The format of chats in which each choice is one call of one of ``tools``.
+
+    An answer whose function the request named ends with the reason "stop"; an answer whose function the model
+    chose ends with "tool_calls", as OpenAI's do.
+    """
+
+    def __init__(self, fields: ChoiceFields, tools: ToolUse):
+        super().__init__(fields)
+        self.is_named = tools.is_named
+        self.readers = [CallReader(tools) for _ in range(fields.n)]
+        self.has_begun = [False] * fields.n  # whether the first piece of the call was made
+        self.ids = [call_id() for _ in range(fields.n)]
+
+    def opening(self, head: Head) -> Sequence[ChatCompletionChunk]:
+        return self._opening(head, None)
+
+    def piece(self, index: int, output: Output) -> ChatPiece:
+        piece = super().piece(index, output)
+        call = self._call_piece(index, output.text)
+        piece.delta = Delta(tool_calls=UNSET if call is None else [call])
+        return self._with_reason(index, piece)
+
+    def _call_piece(self, index: int, text: str) -> CallPiece | None:
         reader = self.readers[index]
-        piece, call = reader.feed(output.text), {}
-        if reader.name is not None and not self.begun[index]:
-            call = self._call(index, reader.name, piece)
-        elif piece:
-            call = {"function": {"arguments": piece}}
-        self.begun[index] = reader.name is not None
-        calls = {"tool_calls": [{"index": 0, **call}]} if call else {}
-        return self._ended(index, self.chat.delta(index, output) | {"delta": calls})
+        arguments = reader.feed(text)
+        if reader.name is not None and not self.has_begun[index]:
+            self.has_begun[index] = True
+            function = FunctionPiece(name=reader.name, arguments=arguments)
+            return CallPiece(index=0, id=self.ids[index], type="function", function=function)
+        return CallPiece(index=0, function=FunctionPiece(arguments=arguments)) if arguments else None
 
-    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
+    def choice(self, index: int, outputs: Outputs) -> ChatChoice:
         """An answer cut before its function's name was whole has no call."""
         reader = self.readers[index]
         arguments = "".join(reader.feed(output.text) for output in outputs)
-        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+        message = AnswerMessage(role="assistant", content=None, refusal=None)
         if reader.name is not None:
-            message["tool_calls"] = [self._call(index, reader.name, arguments)]
-        return self._ended(index, self.chat.choice(index, outputs) | {"message": message})
+            message.tool_calls = [Call(self.ids[index], "function", FunctionCall(reader.name, arguments))]
+        choice = super().choice(index, outputs)
+        choice.message = message
+        return self._with_reason(index, choice)
 
-    def _call(self, index: int, name: str, arguments: str) -> dict[str, Any]:
-        function = {"name": name, "arguments": arguments}
-        return {"id": self.ids[index], "type": "function", "function": function}
-
-    def _ended(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
-        if choice["finish_reason"] == "stop" and not self.named and self.readers[index].ended:
-            choice["finish_reason"] = "tool_calls"
+    def _with_reason(self, index: int, choice: Choice) -> Choice:
+        if choice.finish_reason == "stop" and not self.is_named and self.readers[index].is_complete:
+            choice.finish_reason = "tool_calls"
         return choice

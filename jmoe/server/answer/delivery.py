@@ -2,26 +2,62 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jmoe.engine.request import Output
-from jmoe.server.answer.formats import AnswerFormat, Usage
+from jmoe.engine.request import Output, Request
+from jmoe.server.answer.formats import AnswerFormat, Chunk, Whole
 from jmoe.server.answer.generation import ClientLeft, Generation, unless_client_leaves
+from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
+from jmoe.server.answer.replies import Head, MoEUse, PromptDetails, Usage
 from jmoe.server.errors import ApiError, json_response
+from jmoe.server.request.prompts import Prompt
 from jmoe.server.request.schema import StreamOptions
 
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 HEAVY = 2000  # more log-probability entries than this are formatted on a thread: it takes some milliseconds
-PIECE = 64  # list items encoded in one call, during which no other thread runs
-PIECE_BYTES = 64 * 1024  # bytes of an answer written at a time
+
+
+class UsageCounter:
+    """Token counts of one HTTP request so far; each prompt counts once for any n.
+
+    requests: engine requests, prompt-major.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], requests: Sequence[Request]):
+        self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
+        n = len(requests) // len(prompts)
+        self.requests = [requests[i : i + n] for i in range(0, len(requests), n)]
+        self.completion_tokens = 0
+        self.moe: dict[str, int] = {}
+
+    def add(self, output: Output) -> None:
+        self.completion_tokens += len(output.token_ids)
+        if output.moe is not None:
+            for name, count in asdict(output.moe).items():
+                self.moe[name] = self.moe.get(name, 0) + count
+
+    def usage(self) -> Usage:
+        """The counts so far. If lossy techniques are possible, they include what these did to the assignments
+        of the answers that have ended."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptDetails(self._cached_tokens()),
+            moe=MoEUse(**self.moe) if self.moe else msgspec.UNSET,
+        )
+
+    def _cached_tokens(self) -> int:
+        """Counts each prompt's minimum: of n answers one computes the prompt and the others then find it."""
+        return sum(min(request.cached_tokens for request in answers) for answers in self.requests)
 
 
 @dataclass(frozen=True)
@@ -29,75 +65,41 @@ class Answer:
     """A generation and how it is sent.
 
     generation: the engine requests of the answer and their outputs.
-    form: format of the choices.
-    usage: token counts of the answer.
+    form: format of the answer.
+    counter: token counts of the answer.
     head: first fields of the answer and of each chunk.
     in_thread: runs a slow function on a thread.
     """
 
     generation: Generation
     form: AnswerFormat
-    usage: Usage
-    head: dict[str, Any]
+    counter: UsageCounter
+    head: Head
     in_thread: Callable[..., Awaitable[Any]]
 
     def is_heavy(self, tokens: int, prompt_tokens: int) -> bool:
         """Whether formatting this many tokens takes long: each may have alternatives, all as text."""
         params = self.generation.requests[0].params
-        named = tokens * (1 + (params.logprobs or 0)) + prompt_tokens * (1 + (params.prompt_logprobs or 0))
-        return named > HEAVY
+        entries = tokens * (1 + (params.logprobs or 0)) + prompt_tokens * (1 + (params.prompt_logprobs or 0))
+        return entries > HEAVY
 
 
-def encoded(value: Any, depth: int = 4) -> Iterator[bytes]:
-    """Encodes JSON in pieces that are each made quickly: objects and lists are split down to ``depth``, and
-    long lists into ``PIECE`` items at a time."""
-    if isinstance(value, dict) and depth:
-        for i, (key, item) in enumerate(value.items()):
-            yield (b"," if i else b"{") + msgspec.json.encode(key) + b":"
-            yield from encoded(item, depth - 1)
-        yield b"}" if value else b"{}"
-    elif isinstance(value, list) and value and depth and isinstance(value[0], dict):
-        for i, item in enumerate(value):
-            yield b"," if i else b"["
-            yield from encoded(item, depth - 1)
-        yield b"]"
-    elif isinstance(value, list) and len(value) > PIECE:
-        for start in range(0, len(value), PIECE):
-            yield (b"," if start else b"[") + msgspec.json.encode(value[start : start + PIECE])[1:-1]
-        yield b"]"
-    else:
-        yield msgspec.json.encode(value)
-
-
-def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, ``PIECE_BYTES`` or a little more at a time."""
-    part = bytearray()
-    for piece in pieces:
-        part += piece
-        if len(part) >= PIECE_BYTES:
-            yield bytes(part)
-            part.clear()
-    if part:
-        yield bytes(part)
-
-
-def event(content: Any) -> bytes:
+def event(content: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-async def whole_answer(request: Request, answer: Answer) -> Response:
+async def whole_answer(request: HttpRequest, answer: Answer) -> Response:
     """Returns one JSON object after every choice has finished."""
-    generation, form, usage = answer.generation, answer.form, answer.usage
-    collected: list[list[Output]] = [[] for _ in generation.requests]
+    generation, counter = answer.generation, answer.counter
+    choices: list[list[Output]] = [[] for _ in generation.requests]
 
     async def collect() -> None:
         async for index, output in generation.outputs():
-            collected[index].append(output)
-            usage.add(output)
+            choices[index].append(output)
+            counter.add(output)
 
-    def whole() -> dict[str, Any]:
-        choices = [form.choice(i, outputs) for i, outputs in enumerate(collected)]
-        return {**answer.head, "object": form.object, "choices": choices, "usage": usage.report()}
+    def whole() -> Whole:
+        return answer.form.whole(answer.head, choices, counter.usage())
 
     try:
         await unless_client_leaves(request.receive, collect())
@@ -106,60 +108,45 @@ async def whole_answer(request: Request, answer: Answer) -> Response:
     finally:
         generation.close()
     prompt_tokens = sum(len(r.prompt_token_ids) for r in generation.requests)
-    if answer.is_heavy(usage.completion_tokens, prompt_tokens):
+    if answer.is_heavy(counter.completion_tokens, prompt_tokens):
         return PiecesResponse(await answer.in_thread(lambda: list(joined(encoded(whole())))))
     return json_response(whole())
 
 
-class PiecesResponse(Response):
-    """A JSON response of several pieces that are not copied into one."""
-
-    def __init__(self, pieces: list[bytes]):
-        super().__init__(media_type="application/json")
-        self.headers["content-length"] = str(sum(map(len, pieces)))
-        self.pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for piece in self.pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await asyncio.sleep(0)  # a client that reads everything at once must not occupy the event loop
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncIterator[bytes]:
     """The events of a streamed answer, ``[DONE]`` last. A failure is an event: the status is already sent."""
-    form, usage, options = answer.form, answer.usage, options or StreamOptions()
-    head = {**answer.head, "object": form.chunk_object}
-    running = bool(options.include_usage and options.continuous_usage_stats)
+    form, counter, head = answer.form, answer.counter, answer.head
+    with_usage = bool(options and options.include_usage)
+    in_each = bool(with_usage and options and options.continuous_usage_stats)
 
-    def chunk(choices: list[dict[str, Any]], counted: bool = running) -> dict[str, Any]:
+    def counted(chunk: Chunk, is_counted: bool = in_each) -> Chunk:
         """If usage was requested, it is null in a chunk that does not count it."""
-        shown = {"usage": usage.report() if counted else None} if options.include_usage else {}
-        return {**head, "choices": choices, **shown}
+        if with_usage:
+            chunk.usage = counter.usage() if is_counted else None
+        return chunk
 
     def parts(index: int, output: Output) -> list[bytes]:
-        return list(joined([b"data: ", *encoded(chunk([form.delta(index, output)])), b"\n\n"]))
+        return list(joined([b"data: ", *encoded(counted(form.chunk(head, index, output))), b"\n\n"]))
 
     try:
-        for choice in form.opening():
-            yield event(chunk([choice]))
+        for chunk in form.opening(head):
+            yield event(counted(chunk))
         async for index, output in answer.generation.outputs():
-            usage.add(output)
+            counter.add(output)
             if answer.is_heavy(len(output.token_ids), len(output.prompt_logprobs or ())):
                 for part in await answer.in_thread(parts, index, output):
                     yield part
             else:
-                yield event(chunk([form.delta(index, output)]))
-        if options.include_usage:
-            yield event(chunk([], counted=True))
+                yield event(counted(form.chunk(head, index, output)))
+        if with_usage:
+            yield event(counted(form.closing(head), is_counted=True))
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except ApiError as error:
         yield event(error.envelope())
     except BaseException:  # a panic of a Rust library is not an Exception
-        log.exception("a stream failed: %s", head["id"])
-        yield event(ApiError(500, f"internal error (request {head['id']})").envelope())
+        log.exception("a stream failed: %s", head.id)
+        yield event(ApiError(500, f"internal error (request {head.id})").envelope())
     yield DONE
 
 

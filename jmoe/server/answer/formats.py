@@ -1,193 +1,79 @@
-"""The two answer formats: what a choice looks like, whole and as increments of a stream."""
+"""What the formats of answers have in common: their protocol, and the fields that every choice may have."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from jmoe.engine.request import Output, Request, TokenLogprob
-from jmoe.engine.text.channels import AnswerText
+from msgspec import UNSET, UnsetType
+
+from jmoe.engine.request import Output
 from jmoe.engine.text.codec import TextCodec
-from jmoe.server.answer.logprobs import chat_logprobs, completion_logprobs
-from jmoe.server.request.prompts import Prompt
+from jmoe.server.answer.replies import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    FinishReason,
+    Head,
+    Usage,
+)
+
+Outputs = Sequence[Output]  # increments of one choice, in their order
+Chunk = Completion | ChatCompletionChunk
+Whole = Completion | ChatCompletion
+
+
+@dataclass(frozen=True)
+class ChoiceFields:
+    """What a request wants in its choices.
+
+    codec: the model's text codec; None = the model has no tokenizer.
+    n: number of choices for each prompt.
+    alternatives: number of alternatives for each token; None = no log-probabilities.
+    has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a
+        tokenizer can answer nothing else.
+    """
+
+    codec: TextCodec | None
+    n: int
+    alternatives: int | None
+    has_token_ids: bool
 
 
 class AnswerFormat(Protocol):
-    """How the choices of an answer are written.
+    """How an answer is written.
 
-    object: value of the ``object`` field of a whole answer.
-    chunk_object: the same for a stream's chunk.
-    opening: returns the choices to stream before any token.
-    delta: returns one increment of choice ``index`` as a stream's choice.
-    choice: returns all increments of choice ``index`` as one choice.
-    A format made with ``token_ids`` also writes the field of that name, as vLLM does; a model without a
-    tokenizer can answer nothing else.
+    opening: returns the chunks to stream before any token.
+    chunk: returns a stream's chunk with one increment of choice ``index``.
+    closing: returns the chunk without choices that may end a stream.
+    whole: returns the answer made of all increments of each choice.
     """
 
-    object: str
-    chunk_object: str
-
-    def opening(self) -> list[dict[str, Any]]: ...
-    def delta(self, index: int, output: Output) -> dict[str, Any]: ...
-    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]: ...
+    def opening(self, head: Head) -> Sequence[Chunk]: ...
+    def chunk(self, head: Head, index: int, output: Output) -> Chunk: ...
+    def closing(self, head: Head) -> Chunk: ...
+    def whole(self, head: Head, choices: Sequence[Outputs], usage: Usage) -> Whole: ...
 
 
-class Places:
-    """Character positions at which the tokens of one choice begin in its text."""
-
-    def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
-        self.prompt, self.codec = prompt, codec
-        self.at = len(prompt.text) if echo else 0
-        self.text = None if codec is None else AnswerText(codec.token_bytes, prompt.token_ids)
-
-    def of_prompt(self) -> list[int]:
-        return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
-
-    def place(self, token_id: int) -> int:
-        """The position of the answer's next token; for a part of a character, where the character begins."""
-        begins = self.at
-        self.at += 0 if self.text is None else len(self.text.push(token_id)[0])
-        return begins
+def answer_text(outputs: Outputs) -> str:
+    return "".join(output.text for output in outputs)
 
 
-class CompletionFormat:
-    """Text completions. Choices are prompt-major: choice i continues prompt i // n.
-
-    An echoed prompt precedes the first increment's text; its log-probabilities precede the first token's.
-    """
-
-    object = chunk_object = "text_completion"
-
-    def __init__(
-        self,
-        codec: TextCodec | None,
-        prompts: list[Prompt],
-        n: int,
-        *,
-        echo: bool,
-        logprobs: bool,
-        token_ids: bool,
-    ):
-        self.codec, self.prompts, self.n = codec, prompts, n
-        self.echo, self.logprobs, self.token_ids = echo, logprobs, token_ids
-        self.places: list[Places | None] = [None] * (len(prompts) * n)
-
-    def opening(self) -> list[dict[str, Any]]:
-        return []
-
-    def delta(self, index: int, output: Output) -> dict[str, Any]:
-        text, logprobs = output.text, None
-        opens, places = self.places[index] is None, self._places(index)
-        if opens and self.echo:
-            text = places.prompt.text + text
-        if self.logprobs:
-            logprobs = self._logprobs(places, output, opens and self.echo)
-        rest = _reasoning([output]) | _end([output], self.token_ids)
-        return {"index": index, "text": text, "logprobs": logprobs, **rest}
-
-    def _places(self, index: int) -> Places:
-        if (places := self.places[index]) is None:
-            places = self.places[index] = Places(self.prompts[index // self.n], self.codec, echo=self.echo)
-        return places
-
-    def _logprobs(self, places: Places, output: Output, with_prompt: bool) -> dict[str, list]:
-        entries: list[tuple[int, TokenLogprob | None]] = [(e.token_id, e) for e in output.logprobs]
-        offsets = [places.place(token_id) for token_id, _ in entries]
-        if with_prompt:
-            before = [*zip(places.prompt.token_ids, output.prompt_logprobs or (), strict=False)]
-            entries, offsets = [*before, *entries], [*places.of_prompt()[: len(before)], *offsets]
-        return completion_logprobs(entries, self.codec, offsets)
-
-    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
-        parts = [self.delta(index, output) for output in outputs]
-        text = "".join(p["text"] for p in parts)
-        whole = {**parts[-1], "text": text, **_reasoning(outputs), **_end(outputs, self.token_ids)}
-        if self.logprobs:
-            whole["logprobs"] = {k: [v for p in parts for v in p["logprobs"][k]] for k in whole["logprobs"]}
-        return whole
+def answer_thoughts(outputs: Outputs) -> str | UnsetType:
+    """What a model thought before it answered; UNSET if it did not think."""
+    return "".join(output.thoughts for output in outputs) or UNSET
 
 
-class ChatFormat:
-    """Chat completions. alternatives: ``top_logprobs`` entries, None = no log-probabilities."""
-
-    object, chunk_object = "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, codec: TextCodec | None, n: int, alternatives: int | None, token_ids: bool):
-        self.codec, self.n, self.alternatives, self.token_ids = codec, n, alternatives, token_ids
-
-    def opening(self) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": i, "delta": delta, "finish_reason": None} for i in range(self.n)]
-
-    def delta(self, index: int, output: Output) -> dict[str, Any]:
-        logprobs = {} if self.alternatives is None else {"logprobs": self._logprobs([output])}
-        return {
-            "index": index,
-            "delta": {"content": output.text} | _reasoning([output]),
-            **logprobs,
-            **_end([output], self.token_ids),
-        }
-
-    def choice(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
-        text = "".join(output.text for output in outputs)
-        message = {"role": "assistant", "content": text, "refusal": None} | _reasoning(outputs)
-        end = _end(outputs, self.token_ids)
-        return {"index": index, "message": message, "logprobs": self._logprobs(outputs), **end}
-
-    def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
-        if self.alternatives is None:
-            return None
-        entries = [entry for output in outputs for entry in output.logprobs]
-        return {"content": chat_logprobs(entries, self.codec, self.alternatives), "refusal": None}
+def finish_reason(outputs: Outputs) -> FinishReason | None:
+    reason = outputs[-1].finish_reason
+    assert reason != "error" and reason != "abort"  # the generation raises for them
+    return reason
 
 
-def _reasoning(outputs: Sequence[Output]) -> dict[str, str]:
-    """What a model thought before it answered; no field if it did not think."""
-    thoughts = "".join(output.thoughts for output in outputs)
-    return {"reasoning_content": thoughts} if thoughts else {}
+def stop_reason(outputs: Outputs) -> str | int | UnsetType:
+    """UNSET if no stop string or id ended the choice: absent optional fields are left out, as OpenAI does."""
+    reason = outputs[-1].stop_reason
+    return UNSET if reason is None else reason
 
 
-def _end(outputs: Sequence[Output], token_ids: bool) -> dict[str, Any]:
-    """The fields that end a choice in both formats; absent optional ones are left out, as OpenAI does."""
-    last = outputs[-1]
-    end: dict[str, Any] = {"finish_reason": last.finish_reason}
-    if last.stop_reason is not None:
-        end["stop_reason"] = last.stop_reason
-    if token_ids:
-        end["token_ids"] = [token for output in outputs for token in output.token_ids]
-    return end
-
-
-class Usage:
-    """Token counts of one HTTP request so far; each prompt counts once for any n.
-
-    requests: engine requests, prompt-major.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], requests: Sequence[Request]):
-        self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
-        n = len(requests) // len(prompts)
-        self.requests = [requests[i : i + n] for i in range(0, len(requests), n)]
-        self.completion_tokens = 0
-        self.moe: dict[str, int] = {}
-
-    def add(self, output: Output) -> None:
-        self.completion_tokens += len(output.token_ids)
-        if output.moe is not None:
-            for name, count in asdict(output.moe).items():
-                self.moe[name] = self.moe.get(name, 0) + count
-
-    def report(self) -> dict[str, Any]:
-        """The ``usage`` object. If lossy techniques are possible, it counts what they did to the assignments
-        of the answers that have ended."""
-        moe = {"moe": dict(self.moe)} if self.moe else {}
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
-            **moe,
-        }
-
-    def _cached_tokens(self) -> int:
-        """Counts each prompt's minimum: of n answers one computes the prompt and the others then find it."""
-        return sum(min(request.cached_tokens for request in answers) for answers in self.requests)
+def answer_ids(outputs: Outputs) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]

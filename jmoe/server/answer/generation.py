@@ -45,8 +45,8 @@ class Generation:
             Request(f"{id}-{i}", tokens, params, self._emitter(i), arrived)
             for i, (tokens, params) in enumerate(work)
         ]
-        self.unfinished = {request.id for request in self.requests}
-        self.reasons: dict[str, str] = {}  # finish reason of each ended request, by id
+        self.unfinished_ids = {request.id for request in self.requests}
+        self.finish_reasons: dict[str, str] = {}  # finish reason of each ended request, by id
 
     def _emitter(self, index: int) -> Callable[[Output], None]:
         def emit(output: Output) -> None:
@@ -75,7 +75,7 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """Yields (choice, increment) until every choice has finished; raises ApiError if one fails."""
         breath = self.loop.time() + BREATH
-        while self.unfinished:
+        while self.unfinished_ids:
             async with self._in_time():
                 if self.loop.time() > breath:  # queued outputs are read without a pause
                     await asyncio.sleep(0)
@@ -84,8 +84,8 @@ class Generation:
             if output.finish_reason in ("error", "abort"):
                 raise self._failure(output)
             if output.finish_reason is not None:
-                self.unfinished.discard(output.request_id)
-                self.reasons[output.request_id] = output.finish_reason
+                self.unfinished_ids.discard(output.request_id)
+                self.finish_reasons[output.request_id] = output.finish_reason
             yield index, output
 
     @contextlib.asynccontextmanager
@@ -95,7 +95,7 @@ class Generation:
             async with asyncio.timeout_at(self.deadline):
                 yield
         except TimeoutError:
-            self.reasons |= dict.fromkeys(self.unfinished, "timeout")
+            self.finish_reasons |= dict.fromkeys(self.unfinished_ids, "timeout")
             raise timed_out(self.timeout or 0) from None
 
     async def _or_abort(self, future: Future[None]) -> None:
@@ -111,13 +111,13 @@ class Generation:
 
     def close(self) -> None:
         self._abort()
-        self.unfinished.clear()
+        self.unfinished_ids.clear()
         self.on_close(self)
 
     def _abort(self) -> None:
-        if self.unfinished:
+        if self.unfinished_ids:
             with contextlib.suppress(EngineDead):
-                self.engine.abort(sorted(self.unfinished))
+                self.engine.abort(sorted(self.unfinished_ids))
 
     def _failure(self, output: Output) -> ApiError:
         if not self.engine.snapshot().alive:

@@ -1,6 +1,7 @@
-"""What the routes answer, as types: the OpenAPI document is made of them, the answers themselves are not.
+"""What the routes answer, as structs: the answers are made of them, and the OpenAPI document describes them.
 
-A field that is UNSET here is left out where it has nothing to say; null is a value that is always told.
+The order of a struct's fields is the order of the keys in the answer. A field that is UNSET is left out of
+the answer; null is a value that is always sent. The docstrings are part of the document.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,19 +12,6 @@ from jmoe.config.counters import USAGE, names
 from jmoe.server.request.schema import Count, Strict
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class ErrorDetail(Strict):
-    """type: invalid_request_error or server_error. param: the field that is wrong. code: for programs."""
-
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
-    code: str | None
-
-
-class Error(Strict):
-    error: ErrorDetail
 
 
 class MoEUse(defstruct("Counts", [(name, Count) for name in names(USAGE)], bases=(Strict,))):
@@ -53,22 +41,18 @@ class CompletionLogprobs(Strict):
     text_offset: list[Count]
 
 
-class Ended(Strict, kw_only=True):
-    """finish_reason: null while a stream's choice goes on. stop_reason: the stop string or id that ended it.
-    token_ids: with return_token_ids."""
+# The last three fields of each choice. finish_reason: null while a stream's choice goes on. stop_reason: the
+# stop string or id that ended the choice. token_ids: sent with return_token_ids.
+class CompletionChoice(Strict, kw_only=True):
+    """reasoning_content: what a model that answers in channels said in others than the final one."""
 
     index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    reasoning_content: str | UnsetType = UNSET
     finish_reason: FinishReason | None
     stop_reason: str | int | UnsetType = UNSET
     token_ids: list[Count] | UnsetType = UNSET
-
-
-class CompletionChoice(Ended, kw_only=True):
-    """reasoning_content: what a model that answers in channels said in others than the final one."""
-
-    text: str
-    reasoning_content: str | UnsetType = UNSET
-    logprobs: CompletionLogprobs | None
 
 
 class Head(Strict, kw_only=True):
@@ -126,9 +110,13 @@ class AnswerMessage(Strict, kw_only=True):
     tool_calls: list[Call] | UnsetType = UNSET
 
 
-class ChatChoice(Ended, kw_only=True):
+class ChatChoice(Strict, kw_only=True):
+    index: Count
     message: AnswerMessage
     logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType = UNSET
+    token_ids: list[Count] | UnsetType = UNSET
 
 
 class ChatCompletion(Head, kw_only=True):
@@ -146,9 +134,9 @@ class CallPiece(Strict, kw_only=True):
     """The first piece of a call has its id, type and name; the arguments' pieces add up."""
 
     index: Count
-    function: FunctionPiece
     id: str | UnsetType = UNSET
     type: Literal["function"] | UnsetType = UNSET
+    function: FunctionPiece
 
 
 class Delta(Strict, kw_only=True):
@@ -158,9 +146,13 @@ class Delta(Strict, kw_only=True):
     tool_calls: list[CallPiece] | UnsetType = UNSET
 
 
-class ChatPiece(Ended, kw_only=True):
+class ChatPiece(Strict, kw_only=True):
+    index: Count
     delta: Delta
     logprobs: ChatLogprobs | UnsetType | None = UNSET
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType = UNSET
+    token_ids: list[Count] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Head, kw_only=True):

@@ -1,28 +1,16 @@
-"""From bytes on the wire to a checked request body; every failure is a 4xx that names its cause."""
+"""Reads the bytes of a request's body, within bounds of size, memory and time."""
 
 import asyncio
 import contextlib
-import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from jmoe.server.errors import ApiError, invalid, unavailable, unsupported
-from jmoe.server.request.bounds import LIGHT, MAX_TOOL_CHARACTERS, check_json, exceeds
-from jmoe.server.request.nulls import without_unknown_nulls
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
-from jmoe.server.request.tools import check_tools
+from jmoe.server.errors import ApiError, invalid, unavailable
+from jmoe.server.request.bounds import LIGHT
 from jmoe.server.settings import ServerSettings
-from jmoe.server.template.chat_template import RESERVED
 
-Body = TypeVar("Body", bound=msgspec.Struct)
-AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
-_PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
-_FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
-_SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?")
 MIN_RATE = 16 * 1024  # bytes per second at which a body must arrive after ``body_timeout`` is over
 
 
@@ -30,34 +18,35 @@ class BodyBytes:
     """Counts the bytes of all bodies being read or worked on. Beyond ``limit`` only small bodies may grow."""
 
     def __init__(self, limit: int):
-        self.limit, self.taken = limit, 0
+        self.limit, self.num_bytes = limit, 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator["HeldBytes"]:
-        held = HeldBytes(self)
+    def one_body(self) -> Iterator["OneBody"]:
+        body = OneBody(self)
         try:
-            yield held
+            yield body
         finally:
-            self.taken -= held.count
+            self.num_bytes -= body.num_bytes
 
 
-class HeldBytes:
-    """The counted bytes of one body."""
+class OneBody:
+    """Counts the bytes of one body."""
 
-    def __init__(self, of: BodyBytes):
-        self.of, self.count = of, 0
+    def __init__(self, total: BodyBytes):
+        self.total, self.num_bytes = total, 0
 
     def add(self, count: int) -> None:
         """Counts more bytes of this body; 503 if there is no room. A small body always has room."""
-        if self.count + count > LIGHT and self.of.taken + count > self.of.limit:
-            error = unavailable(f"request bodies of {self.of.limit} bytes are being worked on", "bodies_full")
+        if self.num_bytes + count > LIGHT and self.total.num_bytes + count > self.total.limit:
+            message = f"request bodies of {self.total.limit} bytes are being worked on"
+            error = unavailable(message, "bodies_full")
             error.headers["Connection"] = "close"
             raise error
-        self.count += count
-        self.of.taken += count
+        self.num_bytes += count
+        self.total.num_bytes += count
 
 
-async def read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
+async def read_body(request: Request, settings: ServerSettings, counter: OneBody) -> bytes:
     """Reads the whole body of a JSON request.
 
     415 for another content type or encoding, 413 beyond the size limit, 408 if it arrives too slowly: nothing
@@ -91,7 +80,7 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
         size += len(part)  # counted here too: a chunked body declares no length
         if size > limit:
             raise too_long
-        held.add(len(part))
+        counter.add(len(part))
         parts.append(part)
         more = message.get("more_body", False)
     whole = b"".join(parts)
@@ -100,7 +89,7 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBytes)
     whole = await asyncio.to_thread(inflated, whole, limit)
     if len(whole) > limit:
         raise too_long
-    held.add(len(whole))
+    counter.add(len(whole))
     return whole
 
 
@@ -126,132 +115,3 @@ def inflated(raw: bytes, limit: int) -> bytes:
 
 def _no_gzip(cause: str) -> ApiError:
     return invalid(f"the request body cannot be read as gzip: {cause}", code="invalid_encoding")
-
-
-def decode(raw: bytes, kind: type[Body]) -> Body:
-    """Decodes the body as ``kind``. A 400 has the code invalid_json if it is no JSON object, else it names
-    the field."""
-    check_json(raw)
-    try:
-        body = _decoded(raw, kind)
-        _keep_sent(body, raw)
-        return body
-    except msgspec.ValidationError as error:
-        raise _bad_field(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
-        if isinstance(error, msgspec.DecodeError):
-            cause = _lone_surrogate(raw) or str(error)
-        raise invalid(f"the request body cannot be read as JSON: {cause}", code="invalid_json") from None
-
-
-def _decoded(raw: bytes, kind: type[Body]) -> Body:
-    """A null field that ``kind`` does not have counts as absent; only a body with an unknown field is decoded
-    twice."""
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        if not str(error).startswith("Object contains unknown field"):
-            raise
-    return msgspec.convert(without_unknown_nulls(msgspec.json.decode(raw), kind), kind)
-
-
-class _Conversation(msgspec.Struct):
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-
-
-def _keep_sent(body: msgspec.Struct, raw: bytes) -> None:
-    """Stores in each message and tool of ``body``, as ``sent``, the JSON object that it was decoded from."""
-    kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
-    if kept:
-        sent = msgspec.json.decode(raw, type=_Conversation)
-        for name in kept:
-            for each, given in zip(getattr(body, name), getattr(sent, name), strict=True):
-                each.__dict__["sent"] = given
-
-
-def _lone_surrogate(raw: bytes) -> str | None:
-    """Names half a surrogate pair as the cause: at a string's end the decoder reports truncated input."""
-    alone = any(found[1] is None for found in _SURROGATES.finditer(raw))
-    return "a \\u escape is half of a surrogate pair" if alone else None
-
-
-def _bad_field(text: str) -> ApiError:
-    if len(text) > 4096:  # a name may have megabytes; the path is at the end
-        text = text[:2048] + text[-2048:]
-    place = _PLACE.fullmatch(text)
-    what, path = (place["what"], place["path"]) if place else (text, "")
-    field = _FIELD.fullmatch(what)
-    if field is not None:
-        path = f"{path}.{field[1]}" if path else field[1]
-        path = path[:200]
-        if "unknown" in what[:25]:
-            return invalid(f"Unrecognized request argument: {path}", path, "unknown_parameter")
-        return invalid(f"{path} is required", path, "missing_required_parameter")
-    if not path:
-        return invalid(f"the request body must be a JSON object: {what}", code="invalid_json")
-    return invalid(f"{path[:200]}: {what[:300]}", path[:200])
-
-
-def check_supported(body: msgspec.Struct, prefix: str = "") -> None:
-    """Refuses a field whose value requests something that the server cannot do."""
-    for name, values in neutral(type(body)).items():
-        value: Any = getattr(body, name)
-        if value is not None and not any(_same(value, v) for v in values):
-            only = " or ".join(["null", *(msgspec.json.encode(v).decode() for v in values)])
-            raise unsupported(prefix + name, f"{prefix}{name} is not supported here, only {only} is accepted")
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def check_generation(body: GenerationRequest) -> None:
-    """Refuses unsupported fields and combinations that contradict themselves."""
-    check_supported(body)
-    if body.best_of not in (None, 1, body.n):  # best_of = n leaves out no answer
-        raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
-    options = body.stream_options
-    if options is not None:
-        check_supported(options, "stream_options.")
-        if not body.stream and (options.include_usage or options.continuous_usage_stats):
-            raise invalid("stream_options is only allowed with stream: true", "stream_options")
-
-
-def check_completion(body: CompletionRequest) -> None:
-    check_generation(body)
-    if body.max_tokens == 0 and not body.echo:
-        raise invalid(f"{AT_LEAST}; 0 only with echo, to score a prompt", "max_tokens")
-
-
-def check_chat(body: ChatRequest) -> None:
-    check_generation(body)
-    check_messages(body.messages)
-    functions = [tool.function for tool in body.tools or ()]
-    if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
-        raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
-    check_tools(body)
-    for name in body.chat_template_kwargs or ():
-        if name in RESERVED:
-            raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
-    for name in ("max_tokens", "max_completion_tokens"):
-        if getattr(body, name) == 0:
-            raise invalid(AT_LEAST.replace("max_tokens", name), name)
-    if body.top_logprobs and not body.logprobs:
-        raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
-    limits = {body.max_tokens, body.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        raise invalid("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
-
-
-def check_messages(messages: list[Message]) -> None:
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        check_supported(message, f"{where}.")
-        if message.tool_calls and message.role != "assistant":
-            raise invalid(f"{where}.tool_calls is only for the assistant", f"{where}.tool_calls")
-        if (message.tool_call_id is None) == (message.role == "tool"):
-            raise invalid(
-                f"{where}.tool_call_id belongs to each tool message and to no other", f"{where}.tool_call_id"
-            )

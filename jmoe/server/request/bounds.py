@@ -54,8 +54,8 @@ def check_json(text: bytes, what: str = "the request body", param: str | None = 
                 raise invalid(f"{what} holds more than {limit} {name}", param, code)
 
 
-def _count(bytes_N: np.ndarray, outside_N: np.ndarray, of: bytes) -> int:
-    return sum(int(np.count_nonzero((bytes_N == byte) & outside_N)) for byte in of)
+def _count(bytes_N: np.ndarray, outside_N: np.ndarray, symbols: bytes) -> int:
+    return sum(int(np.count_nonzero((bytes_N == byte) & outside_N)) for byte in symbols)
 
 
 def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:

@@ -11,6 +11,7 @@ from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompile
 from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import invalid, unavailable
+from jmoe.server.request.structured import GrammarRequest
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 1024 * 1024  # characters of the kept grammars' texts
@@ -20,8 +21,8 @@ QUICK_THREADS = 2
 
 
 @dataclass(frozen=True)
-class Following:
-    """A compiled grammar that answers follow, and the request field that requested it."""
+class AnswerGrammar:
+    """A compiled grammar that answers follow, and the request field that requests it."""
 
     compiled: CompiledGrammar
     param: str
@@ -42,23 +43,24 @@ class Grammars:
 
     def __init__(self, engine: EngineProtocol):
         self.engine = engine
-        self.kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self.waiting = 0
+        self.cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self.num_waiting = 0
         self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="jmoe-grammars")
         self._costly = ThreadPoolExecutor(1, thread_name_prefix="jmoe-costly-grammars")
         self._making = threading.Lock()
-        self._tools: tuple[GrammarCompiler, GrammarChecker] | None = None
+        self._pair: tuple[GrammarCompiler, GrammarChecker] | None = None
 
-    async def compile(self, grammar: Grammar, param: str) -> Following:
+    async def compile(self, request: GrammarRequest) -> AnswerGrammar:
         """Compiles a grammar. A 400 says why it cannot be compiled; 503 if too many wait or the check cannot
-        run. param: request field named in the error."""
-        kept = self.kept.get(grammar)
-        if kept is not None:
-            self.kept.move_to_end(grammar)
-            return Following(kept, param)
-        if self.waiting >= MAX_WAITING:
+        run."""
+        grammar, param = request.grammar, request.param
+        cached = self.cache.get(grammar)
+        if cached is not None:
+            self.cache.move_to_end(grammar)
+            return AnswerGrammar(cached, param)
+        if self.num_waiting >= MAX_WAITING:
             raise unavailable(f"{MAX_WAITING} grammars wait to be compiled", "grammar_queue_full")
-        self.waiting += 1
+        self.num_waiting += 1
         try:
             compiled = await self._compiled(grammar)
         except ValueError as error:
@@ -66,15 +68,15 @@ class Grammars:
         except CheckerUnavailable as error:
             raise unavailable(str(error), "grammars_unavailable") from None
         finally:
-            self.waiting -= 1
+            self.num_waiting -= 1
         self._keep(grammar, compiled)
-        return Following(compiled, param)
+        return AnswerGrammar(compiled, param)
 
     def close(self) -> None:
         for executor in (self._quick, self._costly):
             executor.shutdown()
-        if self._tools is not None:
-            self._tools[1].close()
+        if self._pair is not None:
+            self._pair[1].close()
 
     async def _compiled(self, grammar: Grammar) -> CompiledGrammar:
         loop = asyncio.get_running_loop()
@@ -84,21 +86,21 @@ class Grammars:
             return await loop.run_in_executor(self._costly, contained, self._compile, grammar, MAX_SECONDS)
 
     def _compile(self, grammar: Grammar, seconds: float) -> CompiledGrammar:
-        compiler, checker = self._made()
+        compiler, checker = self._compiler_and_checker()
         checker.check(compiler.source(grammar), seconds)
         return compiler.compile(grammar)
 
-    def _made(self) -> tuple[GrammarCompiler, GrammarChecker]:
+    def _compiler_and_checker(self) -> tuple[GrammarCompiler, GrammarChecker]:
         with self._making:
-            if self._tools is None:
+            if self._pair is None:
                 codec = self.engine.codec
                 if codec is None:
                     raise ValueError("this model has no tokenizer")
                 compiler = GrammarCompiler(codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
-                self._tools = compiler, GrammarChecker(compiler.spec)
-            return self._tools
+                self._pair = compiler, GrammarChecker(compiler.spec)
+            return self._pair
 
     def _keep(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
-        self.kept[grammar] = compiled
-        while len(self.kept) > MAX_KEPT or sum(len(g.text) for g in self.kept) > MAX_KEPT_BYTES:
-            self.kept.popitem(last=False)
+        self.cache[grammar] = compiled
+        while len(self.cache) > MAX_KEPT or sum(len(g.text) for g in self.cache) > MAX_KEPT_BYTES:
+            self.cache.popitem(last=False)

@@ -31,7 +31,7 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
     """
     where = f"messages[{i}]"
     plain: dict[str, Any] = {
-        key: value for key, value in message.sent.items() if value is not None or key == "content"
+        key: value for key, value in message.source.items() if value is not None or key == "content"
     }
     plain["role"] = role = "system" if message.role == "developer" else message.role
     if message.content is None and role != "assistant":
@@ -48,15 +48,15 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
         parts = [_plain_part(p, t) for p, t in zip(message.content, texts, strict=True)]
         plain["content"] = parts if role in forms.lists else "\n".join(texts)
     if message.tool_calls:
-        calls: list[dict[str, Any]] = message.sent["tool_calls"]
+        calls: list[dict[str, Any]] = message.source["tool_calls"]
         plain["tool_calls"] = [_call(c, forms, f"{where}.tool_calls[{j}]") for j, c in enumerate(calls)]
     return plain
 
 
-def _call(sent: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
+def _call(source: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
     """A call with its arguments in a form that the template takes: as sent, if it takes both."""
-    call = {key: value for key, value in sent.items() if value is not None} | {"type": "function"}
-    function: dict[str, Any] = sent["function"]
+    call = {key: value for key, value in source.items() if value is not None} | {"type": "function"}
+    function: dict[str, Any] = source["function"]
     arguments = function["arguments"]
     if isinstance(arguments, str):
         parsed = _parsed(arguments, f"{where}.function.arguments")

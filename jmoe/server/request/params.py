@@ -5,7 +5,8 @@ import secrets
 
 from jmoe.engine.request import SamplingParams
 from jmoe.server.errors import invalid
-from jmoe.server.request.schema import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+from jmoe.server.request.checks import CheckedChat
+from jmoe.server.request.schema import MAX_CHOICES, CompletionRequest, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat goes on to the end of the context
 
@@ -15,12 +16,18 @@ def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParam
     return _params(body, vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
 
 
-def chat_params(body: ChatRequest, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
-    """Sampling parameters of a chat. turn_ends: the model's strings that end a turn, added to ``stop``."""
+def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
+    """Sampling parameters of a chat.
+
+    turn_ends: the model's strings that end a turn. They are added to ``stop`` unless the answer follows a
+        grammar, which defines where it ends: such a string may occur inside it.
+    """
+    body = chat.body
     limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, vocab_size, limit, logprobs, None)
-    return dataclasses.replace(params, stop=(*params.stop, *turn_ends))
+    stop = params.stop if chat.grammar is not None else (*params.stop, *turn_ends)
+    return dataclasses.replace(params, stop=stop)
 
 
 def _limit(max_tokens: int | None) -> int | None:
@@ -63,17 +70,17 @@ def _params(
         raise invalid(str(error), str(error).partition(" ")[0]) from None
 
 
-def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _biases(logit_bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     """(token id, addend) pairs. JSON keys are strings, so the ids arrive as decimal digits."""
-    for key in given:
+    for key in logit_bias:
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
             raise invalid(
                 f"logit_bias: {key[:40]!r} is not a token id below the vocabulary's {vocab_size}",
                 "logit_bias",
             )
-    if len({int(key) for key in given}) < len(given):
+    if len({int(key) for key in logit_bias}) < len(logit_bias):
         raise invalid("logit_bias: a token id is given twice", "logit_bias")
-    return tuple((int(key), value) for key, value in given.items())
+    return tuple((int(key), value) for key, value in logit_bias.items())
 
 
 def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
@@ -83,6 +90,6 @@ def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams
     return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]
 
 
-def _seed(first: int | None, i: int) -> int:
+def _seed(base: int | None, i: int) -> int:
     """The sum wraps around 64 bits."""
-    return secrets.randbits(31) if first is None else (first + i + 2**63) % 2**64 - 2**63
+    return secrets.randbits(31) if base is None else (base + i + 2**63) % 2**64 - 2**63

@@ -40,49 +40,54 @@ class Prompt:
         return starts if len(starts) == len(offsets) else codec.starts(self.text, special=False)
 
 
-def completion_prompts(
-    given: str | list[str | int | list[int]],
-    codec: TextCodec | None,
-    *,
-    echo: bool,
-    special: bool = True,
-    limit: int | None = None,
-) -> list[Prompt]:
-    """Makes one prompt or several from a text, a list of texts, token ids or a list of token-id lists.
+@dataclass(frozen=True)
+class TextEncoder:
+    """How the text of prompts becomes tokens.
 
-    special: whether the tokenizer's special tokens are added to text.
-    limit: the model's context length in tokens; a text that cannot fit is refused by its length.
+    codec: the model's text codec; None = the model has no tokenizer.
+    adds_special: whether the tokenizer's special tokens are added.
+    limit: the model's context length in tokens, so that a text that cannot fit is refused by its length;
+        None = any length.
     """
-    if isinstance(given, str):
-        return [_from_text(given, codec, special, limit)]
-    kinds = {type(item) for item in given}
+
+    codec: TextCodec | None
+    adds_special: bool
+    limit: int | None = None
+
+    def encode(self, text: str, param: str) -> list[int]:
+        """The text's token ids. param: request field named in the error if the text is refused."""
+        if self.codec is None:
+            message = "this model has no tokenizer: give the prompt as token ids to /v1/completions"
+            raise invalid(message, param)
+        try:
+            limit = {} if self.limit is None else {"limit": self.limit}
+            return self.codec.encode(text, special=self.adds_special, **limit)
+        except ValueError as error:
+            raise refused(error, param) from None
+
+
+def completion_prompts(
+    prompt: str | list[str | int | list[int]], encoder: TextEncoder, *, echo: bool
+) -> list[Prompt]:
+    """Makes one prompt or several from a text, a list of texts, token ids or a list of token-id lists."""
+    if isinstance(prompt, str):
+        return [_from_text(prompt, encoder)]
+    kinds = {type(item) for item in prompt}
     if len(kinds) > 1:
         raise invalid("prompt must not mix strings, token ids and lists", "prompt")
     if not kinds:
         raise invalid("prompt must not be empty", "prompt")
     if kinds == {int}:
-        return [_from_ids(given, codec, echo)]  # type: ignore[arg-type]
-    if len(given) > MAX_CHOICES:
-        raise invalid(f"prompt holds {len(given)} prompts; the limit is {MAX_CHOICES}", "prompt")
+        return [_from_ids(prompt, encoder.codec, echo)]  # type: ignore[arg-type]
+    if len(prompt) > MAX_CHOICES:
+        raise invalid(f"prompt holds {len(prompt)} prompts; the limit is {MAX_CHOICES}", "prompt")
     if kinds == {str}:
-        return [_from_text(item, codec, special, limit) for item in given]  # type: ignore[arg-type]
-    return [_from_ids(item, codec, echo) for item in given]  # type: ignore[arg-type]
+        return [_from_text(item, encoder) for item in prompt]  # type: ignore[arg-type]
+    return [_from_ids(item, encoder.codec, echo) for item in prompt]  # type: ignore[arg-type]
 
 
-def encode(
-    text: str, codec: TextCodec | None, param: str, *, special: bool, limit: int | None = None
-) -> list[int]:
-    if codec is None:
-        raise invalid("this model has no tokenizer: give the prompt as token ids to /v1/completions", param)
-    try:
-        known = {} if limit is None else {"limit": limit}
-        return codec.encode(text, special=special, **known)
-    except ValueError as error:
-        raise refused(error, param) from None
-
-
-def _from_text(text: str, codec: TextCodec | None, special: bool, limit: int | None) -> Prompt:
-    ids = encode(text, codec, "prompt", special=special, limit=limit)
+def _from_text(text: str, encoder: TextEncoder) -> Prompt:
+    ids = encoder.encode(text, "prompt")
     if not text or not ids:  # a BOS alone is no prompt
         raise invalid("prompt must not be empty", "prompt")
     return Prompt(ids, text)
@@ -103,18 +108,15 @@ def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
 def chat_prompt(
     messages: list[Message],
     template: ChatTemplate | None,
-    codec: TextCodec | None,
+    encoder: TextEncoder,
     tools: list[dict[str, Any]] | None = None,
     variables: Mapping[str, Any] = MappingProxyType({}),
-    special: bool = False,
-    limit: int | None = None,
 ) -> Prompt:
-    """The rendered conversation. The template writes the special tokens, so none are added again.
+    """The rendered conversation. The template writes the special tokens itself, so ``encoder`` usually adds
+    none.
 
-    tools: tools given to the template.
-    variables: other variables given to the template.
-    special: whether special tokens are added nevertheless.
-    limit: the model's context length in tokens.
+    tools: the tools that the template writes.
+    variables: other variables of the template.
     """
     if template is None:
         raise ApiError(
@@ -129,4 +131,4 @@ def chat_prompt(
         text = template.render(plain, tools, variables)
     except ValueError as error:
         raise invalid(str(error), "messages") from None
-    return Prompt(encode(text, codec, "messages", special=special, limit=limit), text)
+    return Prompt(encoder.encode(text, "messages"), text)

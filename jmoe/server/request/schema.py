@@ -202,15 +202,15 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: Annotated[Any, only("")] = None
 
 
-class Sent(Strict, kw_only=True, dict=True):
+class WithSource(Strict, kw_only=True, dict=True):
     """A JSON object that the model's template gets as it was sent: with its own keys in their order.
 
-    ``body.decode`` sets ``sent``.
+    ``decoding.decode`` sets ``source``.
     """
 
     @property
-    def sent(self) -> dict[str, Any]:
-        return self.__dict__["sent"]
+    def source(self) -> dict[str, Any]:
+        return self.__dict__["source"]
 
 
 class CalledFunction(Strict, kw_only=True):
@@ -230,7 +230,7 @@ class ToolCall(Strict, kw_only=True):
     extra_content: Any = None
 
 
-class Message(Sent, kw_only=True):
+class Message(WithSource, kw_only=True):
     """reasoning_content, reasoning, thinking: what an assistant thought before it answered."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -256,7 +256,7 @@ class Function(Strict, kw_only=True):
     strict: bool | None = None
 
 
-class Tool(Sent, kw_only=True):
+class Tool(WithSource, kw_only=True):
     type: Literal["function"]
     function: Function
 

@@ -1,4 +1,4 @@
-"""Function tools: the checks of a request's tools, the grammar of a call, and the reader of a call's text.
+"""Function tools: how an answer uses the tools of its request, and the grammar of a call.
 
 If the request names the function, the answer is only its arguments. With "required" the model chooses, and
 the answer is ``{"name": "...", "arguments": {...}}`` in exactly this spelling, so that it can be read while
@@ -6,6 +6,7 @@ it grows.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from jmoe.engine.grammar.grammar import WHITESPACE, Grammar, schema_grammar
@@ -21,48 +22,63 @@ AUTO = (
 )
 
 
-def check_tools(body: ChatRequest) -> None:
-    """400 if tools and tool_choice do not fit together or request something that is not supported."""
+@dataclass(frozen=True)
+class ToolUse:
+    """How an answer uses tools: it is one call of one of ``functions``.
+
+    functions: the functions that it may call.
+    is_named: whether the request named the function, so that the answer is only its arguments.
+    definitions: all tools of the request as they were sent, for the chat template.
+    """
+
+    functions: list[Function]
+    is_named: bool
+    definitions: list[dict[str, Any]]
+
+
+def tool_use(body: ChatRequest) -> ToolUse | None:
+    """How the answer uses tools; None if it must not call one. 400 if tools and tool_choice do not fit
+    together or request something that is not supported."""
+    choice = body.tool_choice
     if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
+        if choice not in (None, "none", "auto"):
             raise invalid("tool_choice is only allowed with tools", "tool_choice")
-        return
-    if body.tool_choice in (None, "auto"):
+        return None
+    if choice in (None, "auto"):
         raise unsupported("tool_choice", AUTO)
-    names = [tool.function.name for tool in body.tools]
+    functions = [tool.function for tool in body.tools]
+    names = [function.name for function in functions]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise invalid(f"tools: two functions are named {twice!r}", "tools")
-    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
-        name = body.tool_choice.function.name[:64]
-        raise invalid(f"tool_choice names {name!r}, which is none of the tools", "tool_choice")
+    if choice == "none":
+        return None
+    definitions = [tool.source for tool in body.tools]
+    if not isinstance(choice, NamedTool):
+        return ToolUse(functions, is_named=False, definitions=definitions)
+    name = choice.function.name
+    if name not in names:
+        raise invalid(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
+    return ToolUse([functions[names.index(name)]], is_named=True, definitions=definitions)
 
 
-def forced_tools(body: ChatRequest) -> list[Function]:
-    """The functions of which the answer must call one: none, the named one or all."""
-    functions = [tool.function for tool in body.tools or ()]
-    if isinstance(body.tool_choice, NamedTool):
-        return [f for f in functions if f.name == body.tool_choice.function.name]
-    return functions if body.tool_choice == "required" else []
-
-
-def tools_grammar(body: ChatRequest) -> Grammar:
-    """The grammar of an answer that calls one of ``forced_tools``. ValueError if a function's parameters do
-    not have the type "object"."""
-    functions = forced_tools(body)
+def tools_grammar(tools: ToolUse) -> Grammar:
+    """The grammar of an answer that is a call. ValueError if a function's parameters do not have the type
+    "object"."""
+    functions = tools.functions
     bounded([function.parameters for function in functions])
-    if isinstance(body.tool_choice, NamedTool):
+    if tools.is_named:
         return schema_grammar(_parameters(functions[0]))
     calls, rules, spaced = [], [], {"x-guidance": {"whitespace_pattern": WHITESPACE}}
     for i, function in enumerate(functions):
-        calls.append(f'{json.dumps(_opening(function.name))} arguments_{i} "}}"')
+        calls.append(f'{json.dumps(call_opening(function.name))} arguments_{i} "}}"')
         rules.append(f"arguments_{i}: %json {prepared(schema_grammar(spaced | _parameters(function)).text)}")
     return Grammar("lark", "\n".join([f"start: {' | '.join(calls)}", *rules, ""]))
 
 
-def plain_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools as they were sent, for the chat template; None if the answer must not call one."""
-    return None if not forced_tools(body) else [tool.sent for tool in body.tools or ()]
+def call_opening(name: str) -> str:
+    """The text of a call before its arguments, if the model chooses the function."""
+    return f'{{"name": "{name}", "arguments": '
 
 
 def _parameters(function: Function) -> dict[str, Any]:
@@ -70,47 +86,3 @@ def _parameters(function: Function) -> dict[str, Any]:
     if schema.get("type", "object") != "object":
         raise ValueError(f"the parameters of {function.name!r} must have the type 'object'")
     return {"type": "object"} | schema
-
-
-def _opening(name: str) -> str:
-    return f'{{"name": "{name}", "arguments": '
-
-
-class CallReader:
-    """Reads one call from the pieces of an answer.
-
-    functions: functions that may be called.
-    named: whether the request named the function, so that the answer is only its arguments.
-    name: name of the called function; None until it is known.
-    """
-
-    def __init__(self, functions: list[Function], named: bool):
-        self.openings = {_opening(f.name): f.name for f in functions}
-        self.name = functions[0].name if named else None
-        self.text = ""
-        self.depth, self.in_string, self.escaped, self.ended = 0, False, False, False
-
-    def feed(self, text: str) -> str:
-        """Takes the answer's next text and returns the part of it that belongs to the arguments."""
-        if self.name is None:
-            self.text += text
-            opening = next((o for o in self.openings if self.text.startswith(o)), None)
-            if opening is None:
-                return ""
-            self.name, text = self.openings[opening], self.text[len(opening) :]
-        return "".join(c for c in text if self._inside(c))
-
-    def _inside(self, c: str) -> bool:
-        """Whether ``c`` belongs to the arguments; what follows their last brace closes the call."""
-        inside = not self.ended
-        if self.in_string:
-            self.in_string = self.escaped or c != '"'
-            self.escaped = c == "\\" and not self.escaped
-        elif c == '"':
-            self.in_string = True
-        elif c in "{[":
-            self.depth += 1
-        elif c in "]}":
-            self.depth -= 1
-            self.ended = self.ended or self.depth <= 0
-        return inside

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jmoe.engine.request import EngineDead
-from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
 from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
+from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
 from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.service import Service
 from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
@@ -47,7 +47,7 @@ async def stats(service: Service, request: Request) -> Response:
         if not request.query_params:
             stats = service.engine.moe_stats
             return PiecesResponse(await service.in_thread(lambda: list(joined(encoded(stats())))))
-        window, phase = _asked(request)
+        window, phase = _window_and_phase(request)
         report = await service.poll.report(window, phase)
     except EngineDead:
         raise engine_dead() from None
@@ -56,16 +56,16 @@ async def stats(service: Service, request: Request) -> Response:
 
 async def events(service: Service, request: Request) -> Response:
     """Sends a report of the last ``window`` seconds every second, as a server-sent event."""
-    window, phase = _asked(request)
+    window, phase = _window_and_phase(request)
     service.check_alive()
     if request.method == "HEAD":
         return Response(media_type="text/event-stream")
-    if service.poll.listeners >= LISTENERS:
+    if service.poll.num_listeners >= LISTENERS:
         raise unavailable(f"{LISTENERS} listeners at a time at most", "too_many_listeners")
     return ReportStream(service.poll, window, phase)
 
 
-def _asked(request: Request) -> tuple[int, Phase]:
+def _window_and_phase(request: Request) -> tuple[int, Phase]:
     query = request.query_params
     unknown = next((name for name in query if name not in ("window", "phase")), None)
     if unknown is not None:

@@ -1,6 +1,10 @@
-"""POST /v1/completions and /v1/chat/completions."""
+"""POST /v1/completions and /v1/chat/completions.
 
-import dataclasses
+Both go the same way: the body is read and checked, its prompts become tokens, the engine generates, and the
+format writes the answer.
+"""
+
+from dataclasses import dataclass
 from functools import partial
 
 from starlette.requests import Request
@@ -8,25 +12,26 @@ from starlette.responses import Response
 
 from jmoe.engine.request import SamplingParams
 from jmoe.server.answer.calls import ToolFormat
-from jmoe.server.answer.delivery import Answer, EventStream, stream_events, whole_answer
-from jmoe.server.answer.formats import AnswerFormat, ChatFormat, CompletionFormat, Usage
-from jmoe.server.request.body import check_chat, check_completion
+from jmoe.server.answer.chats import ChatFormat
+from jmoe.server.answer.completions import CompletionFormat
+from jmoe.server.answer.delivery import Answer, EventStream, UsageCounter, stream_events, whole_answer
+from jmoe.server.answer.formats import AnswerFormat, ChoiceFields
+from jmoe.server.request.checks import check_chat, check_completion
 from jmoe.server.request.params import chat_params, completion_params, fan_out
-from jmoe.server.request.prompts import Prompt, chat_prompt, completion_prompts
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, NamedTool
-from jmoe.server.request.structured import Wanted, wanted_grammar
-from jmoe.server.request.tools import forced_tools, plain_tools
+from jmoe.server.request.prompts import Prompt, TextEncoder, chat_prompt, completion_prompts
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest
+from jmoe.server.request.structured import GrammarRequest, requested_grammar
 from jmoe.server.service import Service
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Work:
     """What a request asks of the engine.
 
     body: the checked request body.
     prompts: the request's prompts.
     params: sampling parameters, one set per answer, prompt-major.
-    wanted: grammar that the answers must follow, if any.
+    grammar: grammar that the answers must follow, if any.
     form: format of the answers.
     field: body field named in the error if the engine refuses a prompt.
     """
@@ -34,7 +39,7 @@ class Work:
     body: GenerationRequest
     prompts: list[Prompt]
     params: list[SamplingParams]
-    wanted: Wanted | None
+    grammar: GrammarRequest | None
     form: AnswerFormat
     field: str
 
@@ -52,40 +57,38 @@ def _completion(service: Service, raw: bytes) -> Work:
     body = service.decode(raw, CompletionRequest)
     check_completion(body)
     params, n = completion_params(body, service.engine.vocab_size), body.n or 1
-    codec, echo, special = service.engine.codec, bool(body.echo), body.add_special_tokens is not False
-    wanted = wanted_grammar(body)
-    limit = service.engine.max_model_len
-    prompts = completion_prompts(body.prompt, codec, echo=echo, special=special, limit=limit)
-    ids, logprobs = bool(body.return_token_ids), body.logprobs is not None
-    form = CompletionFormat(codec, prompts, n, echo=echo, logprobs=logprobs, token_ids=ids)
-    return Work(body, prompts, fan_out(params, len(prompts), n), wanted, form, "prompt")
+    grammar = requested_grammar(body)
+    encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
+    prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
+    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    form = CompletionFormat(fields, prompts, echo=bool(body.echo))
+    return Work(body, prompts, fan_out(params, len(prompts), n), grammar, form, "prompt")
 
 
 def _chat(service: Service, raw: bytes) -> Work:
     """Does all work whose time grows with the body."""
-    body = service.decode(raw, ChatRequest)
-    check_chat(body)
-    wanted = wanted_grammar(body)
-    # A grammar defines where the answer ends; a turn-end string may occur inside such an answer.
-    turn_ends = () if wanted is not None else service.turn_ends
-    params, n = chat_params(body, service.engine.vocab_size, turn_ends), body.n or 1
-    codec, special, limit = service.engine.codec, bool(body.add_special_tokens), service.engine.max_model_len
-    variables = body.chat_template_kwargs or {}
-    tools = plain_tools(body)
-    prompt = chat_prompt(body.messages, service.template, codec, tools, variables, special, limit)
-    form, functions = ChatFormat(codec, n, params.logprobs, bool(body.return_token_ids)), forced_tools(body)
-    if functions:
-        form = ToolFormat(form, functions, named=isinstance(body.tool_choice, NamedTool))
-    return Work(body, [prompt], fan_out(params, 1, n), wanted, form, "messages")
+    chat = check_chat(service.decode(raw, ChatRequest))
+    body, tools = chat.body, chat.tools
+    params, n = chat_params(chat, service.engine.vocab_size, service.turn_ends), body.n or 1
+    encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
+    shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
+    prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
+    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
+    return Work(body, [prompt], fan_out(params, 1, n), chat.grammar, form, "messages")
+
+
+def _encoder(service: Service, *, adds_special: bool) -> TextEncoder:
+    return TextEncoder(service.engine.codec, adds_special, service.engine.max_model_len)
 
 
 async def _answer(service: Service, request: Request, work: Work, prefix: str) -> Response:
-    wanted, head = work.wanted, service.head(prefix)
-    grammar = None if wanted is None else await service.grammars.compile(wanted.grammar, wanted.param)
-    generation = await service.generate(head["id"], work.prompts, work.params, work.field, grammar)
-    usage = Usage(work.prompts, generation.requests)
+    head = service.head(prefix)
+    grammar = None if work.grammar is None else await service.grammars.compile(work.grammar)
+    generation = await service.generate(head.id, work.prompts, work.params, work.field, grammar)
     request.state.generation = generation  # read by the log, metrics and traces of answers
-    answer = Answer(generation, work.form, usage, head, service.in_thread)
+    counter = UsageCounter(work.prompts, generation.requests)
+    answer = Answer(generation, work.form, counter, head, service.in_thread)
     if work.body.stream:
         return EventStream(generation, stream_events(answer, work.body.stream_options))
     return await whole_answer(request, answer)

@@ -1,19 +1,19 @@
 """Everything that does not generate: health, models, tokenizer, metrics, statistics."""
 
 from functools import partial
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jmoe import __version__
-from jmoe.server.answer.delivery import PiecesResponse, encoded, joined
 from jmoe.server.answer.logprobs import token_name
+from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
+from jmoe.server.answer.replies import Model, Models, Status, Text, Tokens, Version
 from jmoe.server.errors import invalid, json_response, refused
-from jmoe.server.request.body import check_messages
 from jmoe.server.request.bounds import MAX_TOKENIZED
-from jmoe.server.request.prompts import chat_prompt, encode
+from jmoe.server.request.checks import check_messages
+from jmoe.server.request.prompts import TextEncoder, chat_prompt
 from jmoe.server.request.schema import DetokenizeRequest, TokenizeRequest
 from jmoe.server.service import Service
 
@@ -21,17 +21,17 @@ from jmoe.server.service import Service
 async def live(service: Service, request: Request) -> Response:
     """200 while the engine is alive, also under load and while draining."""
     service.check_alive()
-    return json_response({"status": "ok"})
+    return json_response(Status("ok"))
 
 
 async def ready(service: Service, request: Request) -> Response:
     """200 while new work is accepted. Load generators request it as /health, SageMaker as /ping."""
     service.check_ready()
-    return json_response({"status": "ok"})
+    return json_response(Status("ok"))
 
 
 async def version(service: Service, request: Request) -> Response:
-    return json_response({"version": __version__})
+    return json_response(Version(__version__))
 
 
 async def metrics(service: Service, request: Request) -> Response:
@@ -39,18 +39,18 @@ async def metrics(service: Service, request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.model,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "jmoe",
-        "max_model_len": service.engine.max_model_len,
-    }
+def _model(service: Service) -> Model:
+    return Model(
+        id=service.model,
+        object="model",
+        created=service.start_time,
+        owned_by="jmoe",
+        max_model_len=service.engine.max_model_len,
+    )
 
 
 async def models(service: Service, request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model(service)]})
+    return json_response(Models("list", [_model(service)]))
 
 
 async def model(service: Service, request: Request) -> Response:
@@ -68,20 +68,20 @@ def _tokens(service: Service, raw: bytes) -> list[bytes]:
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
         check_messages(body.messages)
-        special = bool(body.add_special_tokens)
-        ids = chat_prompt(body.messages, service.template, codec, special=special).token_ids
+        encoder = TextEncoder(codec, bool(body.add_special_tokens))
+        ids = chat_prompt(body.messages, service.template, encoder).token_ids
     else:
         text = body.prompt or ""
         if len(text) > MAX_TOKENIZED:
             raise invalid(f"prompt has {len(text)} characters; the limit is {MAX_TOKENIZED}", "prompt")
-        ids = encode(text, codec, "prompt", special=body.add_special_tokens is not False)
-    answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
+        ids = TextEncoder(codec, body.add_special_tokens is not False).encode(text, "prompt")
+    answer = Tokens(count=len(ids), max_model_len=service.engine.max_model_len, tokens=ids)
     if body.return_token_strs:
         try:
             names = {token: token_name(token, codec) for token in set(ids)}
         except ValueError as error:
             raise refused(error, "return_token_strs") from None
-        answer["token_strs"] = [names[token] for token in ids]
+        answer.token_strs = [names[token] for token in ids]
     return list(joined(encoded(answer)))
 
 
@@ -101,4 +101,4 @@ def _text(service: Service, raw: bytes) -> list[bytes]:
         text = codec.decode(body.tokens, skip_special=False)
     except ValueError as error:
         raise refused(error, "tokens") from None
-    return list(joined(encoded({"prompt": text})))
+    return list(joined(encoded(Text(text))))

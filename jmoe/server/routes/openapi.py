@@ -1,11 +1,12 @@
-"""The OpenAPI document: bodies are the structs that check the requests, answers those of ``replies``."""
+"""The OpenAPI document: bodies are the structs that check the requests, answers those
+that the answers are made of."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from jmoe.server.answer import replies
+from jmoe.server.errors import Error
 from jmoe.server.routes.route import EVENTS, JSON, Route
 
 ERRORS = {
@@ -24,7 +25,7 @@ def openapi_document(routes: Sequence[Route], version: str, model: str, *, with_
     """A JSON-able OpenAPI 3.1 document of the routes that have a summary. model: the served model's name."""
     described = [route for route in routes if route.summary is not None]
     bodies = {route.body for route in described if route.body is not None}
-    kinds = {kind for route in described for kind in route.answers.values()} | bodies | {replies.Error}
+    kinds = {kind for route in described for kind in route.answers.values()} | bodies | {Error}
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
     found, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     schemas = dict(zip(ordered, found, strict=True))
@@ -42,7 +43,7 @@ def openapi_document(routes: Sequence[Route], version: str, model: str, *, with_
 
 def _operation(route: Route, schemas: dict[type, Any], model: str, with_key: bool) -> dict[str, Any]:
     guarded = with_key and not route.is_open
-    error = {JSON: {"schema": schemas[replies.Error]}}
+    error = {JSON: {"schema": schemas[Error]}}
     statuses = sorted((*route.errors, 500, 401) if guarded else (*route.errors, 500))
     responses = {"200": {"description": "OK", "content": _content(route, schemas)}}
     responses |= {str(s): {"description": ERRORS[s], "content": error} for s in statuses}
@@ -62,7 +63,7 @@ def _operation(route: Route, schemas: dict[type, Any], model: str, with_key: boo
 def _content(route: Route, schemas: dict[type, Any]) -> dict[str, Any]:
     content = {form: {"schema": schemas[kind]} for form, kind in route.answers.items()}
     if EVENTS in content:
-        content[EVENTS] = {"schema": _event(schemas[route.answers[EVENTS]], schemas[replies.Error])}
+        content[EVENTS] = {"schema": _event(schemas[route.answers[EVENTS]], schemas[Error])}
     return content
 
 

@@ -67,9 +67,9 @@ class Bounds:
         """Returns the value; TooLarge if its text would exceed the limit. Shared parts count each time."""
         if value is None or isinstance(value, int | float):
             return value
-        left, todo, seen = MAX_SIZE, [value], 0
+        left, todo, visited = MAX_SIZE, [value], 0
         while todo:
-            each, seen = todo.pop(), seen + 1
+            each, visited = todo.pop(), visited + 1
             left -= PART + (len(each) if isinstance(each, str | bytes) else 0)
             if left < 0:
                 raise TooLarge
@@ -77,47 +77,47 @@ class Bounds:
                 todo += [*each.keys(), *each.values()]
             elif isinstance(each, list | tuple | set | frozenset):
                 todo += each
-            if seen % 1024 == 0:
+            if visited % 1024 == 0:
                 self.check_clock()
         return value
 
     def check_call(self, name: str, value: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
         """Raises TooLarge for a filter or method ``name`` of ``value`` that would make too much."""
-        given = [*args, *kwargs.values()]
-        numbers = [number for number in given if isinstance(number, int)]
-        texts = [text for text in given if isinstance(text, str | bytes)]
+        arguments = [*args, *kwargs.values()]
+        numbers = [number for number in arguments if isinstance(number, int)]
+        texts = [text for text in arguments if isinstance(text, str | bytes)]
         check_size(max(numbers, default=0) * (64 if name == "slice" else 1))
         if name == "translate" or (name in ("pprint", "urlize") and len(str(value)) > 1 << 16):
             raise TooLarge
         if name == "replace":
             for old, new in permutations(texts, 2):
-                check_size(size_of(value) + str(value).count(str(old)) * len(new))
+                check_size(length(value) + str(value).count(str(old)) * len(new))
         elif name == "expandtabs":
             check_size(len(value) + str(value).count("\t") * max(numbers, default=8))
         elif name in ("join", "indent", "wordwrap"):
-            self._check_repeated(name, value, given)
+            self._check_repeated(name, value, arguments)
         elif name in ("format", "format_map") and isinstance(value, str):
-            parts = [part for each in given for part in flat(each)]
+            parts = [part for each in arguments for part in flat(each)]
             for style in WIDTHS:  # the filter takes the first, the method the second
                 self.check_format(style, value, parts)
 
-    def _check_repeated(self, name: str, value: Any, given: list[Any]) -> None:
+    def _check_repeated(self, name: str, value: Any, arguments: list[Any]) -> None:
         """Checks calls that write a text, or a number of spaces, between parts or lines."""
-        if name == "join" and isinstance(value, str | bytes) and given:  # the method: "-".join(values)
-            value, given = given[0], [value]
-        lines = str(value).count("\n") + 1 if name == "indent" else size_of(value)
-        check_size(lines * max((n if isinstance(n, int) else size_of(n) for n in given), default=0))
+        if name == "join" and isinstance(value, str | bytes) and arguments:  # the method: "-".join(values)
+            value, arguments = arguments[0], [value]
+        lines = str(value).count("\n") + 1 if name == "indent" else length(value)
+        check_size(lines * max((n if isinstance(n, int) else length(n) for n in arguments), default=0))
         self.measured(value)
 
-    def check_format(self, style: str, form: str | bytes, given: list[Any]) -> None:
+    def check_format(self, style: str, form: str | bytes, arguments: list[Any]) -> None:
         text = form if isinstance(form, str) else form.decode("latin-1")
         if WIDTHS[style].search(text):
             raise TooLarge
-        longest = max((len(str(self.measured(value))) for value in given), default=0)
+        longest = max((len(str(self.measured(value))) for value in arguments), default=0)
         check_size(len(text) + text.count(style) * longest)
 
 
-def size_of(value: Any) -> int:
+def length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple | set | dict) else 1
 
 
@@ -127,14 +127,14 @@ def check_size(size: int) -> None:
 
 
 def small(value: Any) -> Any:
-    check_size(size_of(value))
+    check_size(length(value))
     return value
 
 
-def flat(given: Any) -> list[Any]:
-    if isinstance(given, Mapping):
-        return list(given.values())
-    return list(given) if isinstance(given, list | tuple) else [given]
+def flat(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def check_number(operator: str, left: Any, right: Any) -> None:

@@ -107,10 +107,10 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         seconds: float,
     ) -> str:
-        given = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
+        context = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
         self.environment.bounds.start(seconds)
         parts, size = [], 0
-        for part in self.template.generate(given | {"add_generation_prompt": True}):
+        for part in self.template.generate(context | {"add_generation_prompt": True}):
             size += len(part)
             parts.append(part)
             if size > MAX_RENDERED:
@@ -125,16 +125,16 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
     ``chat_template.json``, which processors have, is read last.
     """
     try:
-        told = read_config(directory)
-        sources = _from_files(directory) or _named(told.config.get("chat_template"))
+        files = read_config(directory)
+        sources = _from_files(directory) or _named_sources(files.config.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
-            sources = _named(json_object(directory / "chat_template.json").get("chat_template"))
+            sources = _named_sources(json_object(directory / "chat_template.json").get("chat_template"))
         if not sources:
             return None
         default = sources.get(DEFAULT)
         if default is None:  # transformers too renders only conversations with tools for such a model
             default = "{{ raise_exception('this model has no default chat template') }}"
-        return ChatTemplate(default, told.names(), tool_use=sources.get(TOOL_USE))
+        return ChatTemplate(default, files.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
 
@@ -166,7 +166,7 @@ def _from_files(directory: Path) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
-def _named(template: Any) -> dict[str, str]:
+def _named_sources(template: Any) -> dict[str, str]:
     """Templates by name. A config may hold one text, or named texts as a list or an object."""
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from jmoe.server.template.bounds import Bounds, check_number, check_size, flat, size_of, small
+from jmoe.server.template.bounds import Bounds, check_number, check_size, flat, length, small
 
 # Filters that read only a value's first level, or make a generator.
 SHALLOW = frozenset({
@@ -89,7 +89,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.bounds.check_clock()
         if operator == "+":
-            check_size(size_of(left) + size_of(right))
+            check_size(length(left) + length(right))
         elif operator == "%" and isinstance(left, str | bytes):
             self.bounds.check_format("%", left, flat(right))
         else:
@@ -103,11 +103,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             bounds.check_clock()
-            given = [bounds.listed(value) for value in args[skipped:]]
-            for value in (*given, *kwargs.values()):
+            arguments = [bounds.listed(value) for value in args[skipped:]]
+            for value in (*arguments, *kwargs.values()):
                 bounds.measured(value)
-            bounds.check_call(name, given[0] if given else None, given[1:], kwargs)
-            return small(function(*args[:skipped], *given, **kwargs))
+            bounds.check_call(name, arguments[0] if arguments else None, arguments[1:], kwargs)
+            return small(function(*args[:skipped], *arguments, **kwargs))
 
         return bounded
 

@@ -34,7 +34,7 @@ class Answered:
     route: route that answered, or UNKNOWN.
     status: HTTP status; 499 if the client left before there was one.
     seconds: time from the request to the answer's last byte.
-    ended: end time in seconds since 1970.
+    end_time: end time in seconds since 1970.
     request_id: id from the client or made by the server.
     headers: headers of the request.
     generation: generation that the handler began; None if it began none.
@@ -44,7 +44,7 @@ class Answered:
     route: Watched
     status: int
     seconds: float
-    ended: float
+    end_time: float
     request_id: str
     headers: Mapping[str, str]
     generation: Generation | None
@@ -58,7 +58,7 @@ class Answered:
         return sum(len(request.prompt_token_ids) for request in prompts.values())
 
     @property
-    def generated_tokens(self) -> int:
+    def answer_tokens(self) -> int:
         return sum(len(r.token_ids) for r in self.generation.requests) if self.generation else 0
 
 
@@ -88,11 +88,11 @@ class Access:
         try:
             await self.app(scope, receive, send_seen)
         finally:
-            answered = self._answered(scope, status, time.monotonic() - started)
+            answer = self._record(scope, status, time.monotonic() - started)
             for observer in self.observers:
-                tell(observer, answered)
+                tell(observer, answer)
 
-    def _answered(self, scope: Scope, status: int, seconds: float) -> Answered:
+    def _record(self, scope: Scope, status: int, seconds: float) -> Answered:
         state = scope["state"]
         return Answered(
             scope["method"],
@@ -106,16 +106,16 @@ class Access:
         )
 
 
-def log_answer(answered: Answered) -> None:
-    if answered.route.is_quiet:
+def log_answer(answer: Answered) -> None:
+    if answer.route.is_quiet:
         return
     fields: dict[str, Any] = {
-        "request_id": answered.request_id,
-        "method": answered.method,
-        "route": answered.route.pattern,
-        "status": answered.status,
-        "ms": round(answered.seconds * 1000, 1),
+        "request_id": answer.request_id,
+        "method": answer.method,
+        "route": answer.route.pattern,
+        "status": answer.status,
+        "ms": round(answer.seconds * 1000, 1),
     }
-    if answered.generation is not None:
-        fields |= {"prompt_tokens": answered.prompt_tokens, "tokens": answered.generated_tokens}
+    if answer.generation is not None:
+        fields |= {"prompt_tokens": answer.prompt_tokens, "tokens": answer.answer_tokens}
     log.info("answered", extra={"fields": fields})

@@ -42,10 +42,10 @@ class Poll:
     ):
         self.take, self.state, self.in_thread = take, state, in_thread
         self.samples: deque[Snapshot] = deque(maxlen=int(LONGEST / PERIOD) + 1)
-        self.number = 0  # samples taken so far
-        self.looked = 0.0
-        self.closed = False
-        self.listeners = 0
+        self.num_samples = 0  # since the start
+        self.last_read = 0.0
+        self.is_closed = False
+        self.num_listeners = 0
         self._task: asyncio.Task | None = None
         self._next = asyncio.Event()  # set and replaced at each sample and at the end
         # Reports of the newest sample, as tasks: equal reports are made only once.
@@ -54,21 +54,21 @@ class Poll:
     async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
         """Yields a JSON report per sample until the engine or the server ends; the first may cover no time.
         Raises SamplingFailed if no sample can be taken."""
-        self.listeners += 1
-        seen = 0
+        self.num_listeners += 1
+        num_shown = 0  # number of the sample that was reported last
         try:
             self._run()
-            while not self.closed:
-                if self.samples and self.number != seen:
-                    seen = self.number
+            while not self.is_closed:
+                if self.samples and self.num_samples != num_shown:
+                    num_shown = self.num_samples
                     yield await asyncio.shield(self._report(window, phase))
                 elif self._task is None or self._task.done():
                     raise SamplingFailed
                 else:
                     await self._next.wait()
         finally:
-            self.listeners -= 1
-            self.looked = time.monotonic()
+            self.num_listeners -= 1
+            self.last_read = time.monotonic()
 
     async def report(self, window: int, phase: Phase) -> bytes:
         """One report of the part of the window that was sampled: one second if there was no reader before.
@@ -81,7 +81,7 @@ class Poll:
 
     def close(self) -> None:
         """Ends every ``reports``."""
-        self.closed = True
+        self.is_closed = True
         self._tell()
         if self._task is not None:
             self._task.cancel()
@@ -99,10 +99,10 @@ class Poll:
     async def _sample(self) -> None:
         due = time.monotonic()
         try:
-            while self.listeners or time.monotonic() - self.looked < STAYS:
+            while self.num_listeners or time.monotonic() - self.last_read < STAYS:
                 self.samples.append(await self.in_thread(self.take))
                 self._reports.clear()
-                self.number += 1
+                self.num_samples += 1
                 self._tell()
                 due = max(due + PERIOD, time.monotonic())  # samples after a late one do not catch up
                 await asyncio.sleep(due - time.monotonic())
@@ -118,9 +118,11 @@ class Poll:
             oldest = new.time - window - PERIOD / 2
             old = next(sample for sample in self.samples if sample.time >= oldest)
             head = {"t": round(time.time(), 3), **self.state()}
-            found = asyncio.create_task(self._made(head, old, new, phase))
+            found = asyncio.create_task(self._encoded_report(head, old, new, phase))
             self._reports[window, phase] = found
         return found
 
-    async def _made(self, head: dict[str, Any], old: Snapshot, new: Snapshot, phase: Phase) -> bytes:
+    async def _encoded_report(
+        self, head: dict[str, Any], old: Snapshot, new: Snapshot, phase: Phase
+    ) -> bytes:
         return await self.in_thread(lambda: msgspec.json.encode({**head, **window_report(old, new, phase)}))

@@ -8,7 +8,6 @@ import numpy as np
 
 from jmoe.config.counters import COUNTERS, MEANS, names
 from jmoe.engine.request import EngineSnapshot
-from jmoe.server.watch.ranks import load_by_rank, rank_of_expert
 from jmoe.server.watch.totals import Seconds, Totals, percentile
 
 Phase = Literal["all", "prefill", "decode"]
@@ -32,7 +31,7 @@ class PhaseCounts:
     means_LM: np.ndarray
 
     @classmethod
-    def of(cls, stats: dict[str, Any]) -> "PhaseCounts":
+    def from_stats(cls, stats: dict[str, Any]) -> "PhaseCounts":
         steps, layers = stats["steps"], stats["per_layer"]
         sums = np.array([[layer[key] for key in SUMS] for layer in layers], np.int64)
         means = np.array([[layer[key] for key in MEANS] for layer in layers], np.float64)
@@ -70,10 +69,28 @@ class Snapshot:
 
 
 def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Totals) -> Snapshot:
-    prefill, decode = PhaseCounts.of(stats["prefill"]), PhaseCounts.of(stats["decode"])
+    prefill, decode = PhaseCounts.from_stats(stats["prefill"]), PhaseCounts.from_stats(stats["decode"])
     phases: dict[Phase, PhaseCounts] = {"all": prefill.plus(decode), "prefill": prefill, "decode": decode}
     model, mesh = stats["model"], stats["mesh"]
     return Snapshot(time.monotonic(), totals.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
+
+
+def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
+    """int ``[layers, experts]``: the rank of each expert, from ``placement`` in the engine's statistics. If
+    that is absent, the ranks hold the experts in order and in equal shares."""
+    layers, experts = len(stats["model"]["moe_layers"]), stats["model"]["experts"]
+    ranks = stats["mesh"]["expert"]
+    if stats.get("placement") is not None:
+        return np.asarray(stats["placement"], np.int64)
+    return np.broadcast_to(np.arange(experts) * ranks // experts, (layers, experts))
+
+
+def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
+    """int ``[layers, ranks]``: the number of assignments to each rank's experts."""
+    layers, ranks = len(rank_LE), int(rank_LE.max(initial=0)) + 1
+    places = np.arange(layers)[:, None] * ranks + rank_LE
+    sums = np.bincount(places.ravel(), counts_LE.ravel(), layers * ranks)  # exact up to 2^53
+    return sums.astype(np.int64).reshape(layers, ranks)
 
 
 def window_report(old: Snapshot, new: Snapshot, phase: Phase) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jmoe.server.watch.answered import Answered
 Attribute = str | int | float | list[str]
 
 
-def exporting_to(endpoint: str) -> SpanProcessor:
+def span_exporter(endpoint: str) -> SpanProcessor:
     """A processor that sends spans in batches from its own thread. ValueError if ``endpoint`` is no http(s)
     URL."""
     if not endpoint.startswith(("http://", "https://")):
@@ -39,46 +39,48 @@ class Tracer:
         self.tracer = self.provider.get_tracer("jmoe", __version__)
         self.propagator = TraceContextTextMapPropagator()
 
-    def __call__(self, answered: Answered) -> None:
-        operation = answered.route.operation
+    def __call__(self, answer: Answered) -> None:
+        operation = answer.route.operation
         if operation is None:
             return
-        started = answered.ended - answered.seconds
+        start = answer.end_time - answer.seconds
         span = self.tracer.start_span(
             f"{operation} {self.model}",
-            self.propagator.extract(answered.headers),  # the caller's span is the parent
+            self.propagator.extract(answer.headers),  # the caller's span is the parent
             SpanKind.SERVER,
-            self._attributes(answered, operation),
-            start_time=int(started * 1e9),
+            self._attributes(answer, operation),
+            start_time=int(start * 1e9),
         )
-        if answered.status >= 500:
+        if answer.status >= 500:
             span.set_status(Status(StatusCode.ERROR))
-        span.end(int(answered.ended * 1e9))
+        span.end(int(answer.end_time * 1e9))
 
-    def _attributes(self, answered: Answered, operation: str) -> dict[str, Attribute]:
+    def _attributes(self, answer: Answered, operation: str) -> dict[str, Attribute]:
         attributes: dict[str, Attribute] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "jmoe",
             "gen_ai.request.model": self.model,
-            "http.request.method": answered.method,
-            "http.route": answered.route.pattern,
-            "http.response.status_code": answered.status,
-            "jmoe.request_id": answered.request_id,
+            "http.request.method": answer.method,
+            "http.route": answer.route.pattern,
+            "http.response.status_code": answer.status,
+            "jmoe.request_id": answer.request_id,
         }
-        generation = answered.generation
+        generation = answer.generation
         if generation is None:
             return attributes
         requests = generation.requests
         return (
             attributes
-            | _asked(requests[0], len(requests))
+            | _request_attributes(requests[0], len(requests))
             | _times(requests[0])
             | {
                 "gen_ai.response.id": requests[0].id.rpartition("-")[0],
                 "gen_ai.response.model": self.model,
-                "gen_ai.response.finish_reasons": [generation.reasons.get(r.id, "abort") for r in requests],
-                "gen_ai.usage.input_tokens": answered.prompt_tokens,
-                "gen_ai.usage.output_tokens": answered.generated_tokens,
+                "gen_ai.response.finish_reasons": [
+                    generation.finish_reasons.get(r.id, "abort") for r in requests
+                ],
+                "gen_ai.usage.input_tokens": answer.prompt_tokens,
+                "gen_ai.usage.output_tokens": answer.answer_tokens,
             }
         )
 
@@ -87,9 +89,9 @@ class Tracer:
         self.provider.shutdown()
 
 
-def _asked(request: Request, choices: int) -> dict[str, Attribute]:
+def _request_attributes(request: Request, choices: int) -> dict[str, Attribute]:
     params = request.params
-    asked: dict[str, Attribute | None] = {
+    attributes: dict[str, Attribute | None] = {
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
@@ -97,7 +99,7 @@ def _asked(request: Request, choices: int) -> dict[str, Attribute]:
         "gen_ai.request.seed": params.seed,
         "gen_ai.request.choice.count": choices,
     }
-    return {name: value for name, value in asked.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def _times(request: Request) -> dict[str, Attribute]:

@@ -52,19 +52,19 @@ def _is_open(descriptor: int) -> bool:
 class Crowd:
     """The connections of one server, of which ``limit`` are served.
 
-    Beyond the limit, the connection that has been idle longest is closed. If none is idle, up to ``spare``
-    new connections are accepted: health probes are served, all other requests get a 503.
+    Beyond the limit, the connection that has been idle longest is closed. If none is idle, up to
+    ``num_spare`` new connections are accepted: health probes are served, all other requests get a 503.
     """
 
     PATIENCE = 2.0  # seconds that a spare connection may take to send its request
 
-    def __init__(self, limit: int, spare: int):
-        self.limit, self.spare = limit, spare
+    def __init__(self, limit: int, num_spare: int):
+        self.limit, self.num_spare = limit, num_spare
         self.idle: dict[Any, None] = {}  # connections without a request, the oldest first
-        self.full = False
+        self.is_full = False
 
     @classmethod
-    def of_descriptors(cls) -> "Crowd":
+    def from_descriptors(cls) -> "Crowd":
         """A crowd limited by the descriptors that are neither open now nor reserved."""
         most = raise_descriptors()
         kept = min(max(most // 8, 24), 512)
@@ -73,18 +73,18 @@ class Crowd:
     def enter(self, connection: Any, count: int) -> Entry:
         """Decides how a new connection is handled. count: number of connections including it."""
         if count <= self.limit:
-            self.full = self.full and count > self.limit // 2  # then it may be logged again
+            self.is_full = self.is_full and count > self.limit // 2  # then it may be logged again
             return "served"
-        if not self.full:
+        if not self.is_full:
             log.warning("%d connections: new ones take the place of idle ones, or are refused", self.limit)
-            self.full = True
+            self.is_full = True
         oldest = next(iter(self.idle), None)
         if oldest is not None:
             del self.idle[oldest]
             oldest.connections.discard(oldest)
             oldest.transport.abort()
             return "served"
-        return "probes" if count <= self.limit + self.spare else "refused"
+        return "probes" if count <= self.limit + self.num_spare else "refused"
 
     def only_probes(self, app: ASGIApp) -> ASGIApp:
         """The application for a spare connection, which is closed after its first answer."""

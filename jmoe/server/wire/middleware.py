@@ -27,8 +27,8 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        given = _header(scope, b"x-request-id")
-        id = given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        client_id = _header(scope, b"x-request-id")
+        id = client_id if client_id is not None and _ID.fullmatch(client_id) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = id.decode("ascii")
 
         async def send_with_id(message: Message) -> None:
@@ -94,8 +94,8 @@ class ApiKey:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
-        matches = secrets.compare_digest(hashlib.sha256(given.strip()).digest(), self.digest)
+        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+        matches = secrets.compare_digest(hashlib.sha256(key.strip()).digest(), self.digest)
         if scheme.lower() == b"bearer" and matches:
             return await self.app(scope, receive, send)
         error = ApiError(

@@ -62,7 +62,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
         head_timer: asyncio.TimerHandle | None = None
         rest_timer: asyncio.TimerHandle | None = None
         write_timer: asyncio.TimerHandle | None = None
-        unsent = 0
+        unsent_bytes = 0
         patience = settings.header_timeout
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -133,12 +133,12 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             super().resume_writing()
 
         def _watch_writing(self) -> None:
-            self.unsent = self.transport.get_write_buffer_size()
+            self.unsent_bytes = self.transport.get_write_buffer_size()
             self.write_timer = self.loop.call_later(settings.write_timeout, self._check_writing)
 
         def _check_writing(self) -> None:
             """Aborts rather than closes: a close waits for the client to read."""
-            if self.transport.get_write_buffer_size() < self.unsent:
+            if self.transport.get_write_buffer_size() < self.unsent_bytes:
                 self._watch_writing()
             else:
                 self.transport.abort()
@@ -220,11 +220,11 @@ class Targets:
         await self.app(scope if found is None else _origin_form(scope, found), receive, send)
 
 
-def _origin_form(scope: Scope, found: re.Match[bytes]) -> Scope:
-    raw = scope["raw_path"][found.end() :] or b"/"
+def _origin_form(scope: Scope, origin: re.Match[bytes]) -> Scope:
+    raw = scope["raw_path"][origin.end() :] or b"/"
     headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
     path = unquote(raw.decode("ascii"))
-    return {**scope, "path": path, "raw_path": raw, "headers": [(b"host", found["host"]), *headers]}
+    return {**scope, "path": path, "raw_path": raw, "headers": [(b"host", origin["host"]), *headers]}
 
 
 class KeepAlive:

@@ -124,7 +124,7 @@ BAD_CHATS = [
 @pytest.mark.parametrize(("change", "param", "code"), BAD_COMPLETIONS)
 def test_bad_completion(client, change, param, code):
     check(client.post("/v1/completions", json={"prompt": "a", **change}), 400, param, code)
-    assert not client.service.running
+    assert not client.service.generations
 
 
 @pytest.mark.parametrize(("change", "param", "code"), BAD_CHATS)
@@ -204,13 +204,13 @@ def test_full_queue_takes_all_choices_or_none():
     with served(FakeEngine(ByteCodec(), room=2)) as client:
         response = client.post("/v1/completions", json={"prompt": "a", "n": 3})
         check(response, 503, None, "queue_full")
-        assert response.headers["retry-after"] == "1" and not client.service.running
+        assert response.headers["retry-after"] == "1" and not client.service.generations
         assert client.post("/v1/completions", json={"prompt": "a", "n": 2}).status_code == 200
 
 
 def test_draining():
     with served(FakeEngine(ByteCodec())) as client:
-        client.service.draining = True
+        client.service.is_draining = True
         for path in ("/ready", "/health", "/ping"):
             check(client.get(path), 503, None, "draining")
         response = client.post("/v1/completions", json={"prompt": "a"})
@@ -244,7 +244,7 @@ def test_internal_error_tells_nothing_but_an_id():
         assert (
             "r-7" in message and "division" not in response.text and response.headers["x-request-id"] == "r-7"
         )
-        assert not client.service.running
+        assert not client.service.generations
 
 
 def test_api_key():

@@ -47,7 +47,7 @@ def test_costly_grammars_delay_one_another_only(client, monkeypatch):
     with ThreadPoolExecutor(7) as pool:
         costly = [{"type": "integer", "multipleOf": 20011 + 2 * k} for k in range(5)]
         jobs = [pool.submit(post, "costly", {"json": schema}) for schema in costly]
-        while client.service.grammars.waiting < len(jobs):
+        while client.service.grammars.num_waiting < len(jobs):
             time.sleep(0.001)
         jobs += [pool.submit(post, "cheap", {"choice": [f"q{k}", "r"]}) for k in range(2)]
         for job in jobs:

@@ -79,7 +79,7 @@ def test_a_body_that_never_ends_is_let_go(case):
     async def run():
         async with served_here(engine(), body_timeout=0.4, header_timeout=0.4) as (port, server):
             took, got = await slow(port, request, byte)
-            assert not server.service.bodies.taken
+            assert not server.service.bodies.num_bytes
             return took, got
 
     took, got = asyncio.run(run())
@@ -116,11 +116,11 @@ def test_bodies_in_memory_are_bounded():
                 for _ in range(2):
                     _, writer = await stack.enter_async_context(connected(port))
                     writer.write(big[:-1])
-                while server.service.bodies.taken < 200_000:
+                while server.service.bodies.num_bytes < 200_000:
                     await asyncio.sleep(0.01)
                 refused = await refusal(port, big)
                 small = await ask(port, post(PATH, SMALL | {"user": "x" * (LIGHT // 2)}))
-            while server.service.bodies.taken:
+            while server.service.bodies.num_bytes:
                 await asyncio.sleep(0.01)
             return refused, small, await ask(port, big)
 
@@ -226,9 +226,9 @@ def test_as_many_descriptors_as_the_system_allows(monkeypatch, soft, hard, raise
     monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (soft, hard))
     monkeypatch.setattr(crowd.resource, "setrlimit", lambda which, limits: given.append(limits))
     monkeypatch.setattr(crowd, "open_descriptors", lambda: 20)
-    made = Crowd.of_descriptors()
+    made = Crowd.from_descriptors()
     assert given == ([(raised, hard)] if soft != -1 and soft < raised else [])
-    assert made.limit == min(10_000, raised - 20 - min(max(raised // 8, 24), 512)) and made.spare >= 4
+    assert made.limit == min(10_000, raised - 20 - min(max(raised // 8, 24), 512)) and made.num_spare >= 4
 
 
 def test_a_limit_that_cannot_be_raised_is_kept(monkeypatch):

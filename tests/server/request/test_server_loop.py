@@ -8,12 +8,14 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine
 from support.server.loop_watch import served_here, unheld
 from support.server.raw_http import ask, events, post
 
-from jmoe.server.answer.delivery import encoded, joined
+from jmoe.server.answer.pieces import encoded, joined
+from jmoe.server.answer.replies import Delta, Models, Tokens
 from jmoe.server.errors import ApiError
 from jmoe.server.request import bounds, structured
 from jmoe.server.request.bounds import check_json, exceeds
@@ -238,6 +240,21 @@ def test_pieces_are_the_whole():
         pieces = list(encoded(value))
         assert json.loads(b"".join(pieces)) == value
         assert b"".join(joined(pieces)) == b"".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "struct",
+    [
+        Delta(),
+        Delta(content=None),
+        Delta(content="a", tool_calls=[]),
+        Tokens(count=0, max_model_len=8, tokens=[]),
+        Tokens(count=300, max_model_len=8, tokens=[*range(300)], token_strs=["é"] * 300),
+        Models("list", []),
+    ],
+)
+def test_pieces_of_a_struct_are_its_bytes(struct):
+    assert b"".join(encoded(struct)) == msgspec.json.encode(struct)
 
 
 def test_a_schema_of_any_size_is_looked_at_no_further_than_its_limit(monkeypatch):

@@ -104,7 +104,7 @@ def test_every_choice_has_a_matcher_of_its_own(client):
 
 
 def test_equal_grammars_are_compiled_once(client):
-    kept = client.service.grammars.kept
+    kept = client.service.grammars.cache
     ask(client, TEXT, structured_outputs={"regex": "once"})
     compiled = next(reversed(kept.values()))
     ask(client, TEXT, structured_outputs={"regex": "other"})
@@ -237,7 +237,7 @@ BAD = [
 def test_bad_structure(client, change, param, code):
     message = check(client.post(CHAT, json={"messages": USER, "max_tokens": 2, **change}), 400, param, code)
     assert "\n" not in message and len(message) < 500
-    assert not client.service.running
+    assert not client.service.generations
 
 
 def test_a_hostile_schema_is_a_400(client):
@@ -302,7 +302,7 @@ def test_a_matcher_that_fails_ends_its_request_alone(client):
     outputs = {"grammar": f'start: /[ac]{{20}}/ b ({many})\nb: "b"'}
     body = {"prompt": "a", "max_tokens": 40, "structured_outputs": outputs}
     message = check(client.post(TEXT, json=body), 400, "structured_outputs", VALUE)
-    assert "the grammar failed" in message and not client.service.running
+    assert "the grammar failed" in message and not client.service.generations
     *parts, last = events(client.post(TEXT, json={**body, "stream": True}))
     assert "".join(p["choices"][0]["text"] for p in parts) == "a" * 20
     assert (last["error"]["type"], last["error"]["param"]) == ("invalid_request_error", "structured_outputs")

@@ -180,13 +180,13 @@ def test_listeners_share_one_look_a_second(monkeypatch):
         first = [next(stream) for stream in streams]
         reports = [[next(stream) for _ in range(2)] for stream in streams]
         looks = engine.looks
-        assert 3 <= looks <= 4 and server.service.poll.listeners == 3
+        assert 3 <= looks <= 4 and server.service.poll.num_listeners == 3
         assert first[0]["window_s"] == 0 and first[0]["moe"]["steps"] == 0
         assert [one["moe"]["steps"] for one in reports[0]] == [7, 7]  # a second each
         assert [one["moe"]["steps"] for one in reports[1]] == [7, 14]  # all that there is so far
         assert reports[1] == reports[2]
         stack.close()
-        assert eventually(lambda: server.service.poll.listeners == 0)
+        assert eventually(lambda: server.service.poll.num_listeners == 0)
         assert eventually(lambda: server.service.poll._task.done(), 3)
         looks = engine.looks
         time.sleep(1.2)
@@ -212,7 +212,7 @@ def test_a_listener_that_does_not_read_is_dropped(monkeypatch):
                 await asyncio.Event().wait()  # its connection is full
 
         await asyncio.wait_for(stream({}, asyncio.Event().wait, send), 5)
-        assert service.poll.listeners == 0
+        assert service.poll.num_listeners == 0
 
     with served(CountingEngine()) as client:
         client.portal.call(run, client.service)
@@ -247,7 +247,7 @@ def test_events_end_with_the_engine():
         engine.alive = False
         engine.moe_stats = FakeEngine.moe_stats.__get__(engine)  # which raises EngineDead
         assert len(list(reports)) <= 2
-        assert eventually(lambda: server.service.poll.listeners == 0)
+        assert eventually(lambda: server.service.poll.num_listeners == 0)
 
 
 def test_events_need_the_key_and_the_page_does_not():

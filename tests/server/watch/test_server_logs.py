@@ -13,8 +13,7 @@ from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 from jmoe.cli.flags import given_settings
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.logs import JsonLines, TextLines, configure, printable
-from jmoe.server.watch.totals import Totals
-from jmoe.server.watch.traffic import log_traffic
+from jmoe.server.watch.totals import Totals, log_traffic
 
 EVIL = "x\n2026-01-01 00:00:00 CRITICAL all is lost\r\x1b[31m\u2028\u202e\x00"
 

@@ -106,7 +106,7 @@ def test_refusals_are_counted_by_reason(client):
     for n in (5, 5, 1):  # there is room for four
         client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "n": n})
     assert value(client, "jmoe_admission_rejections_total", reason="queue_full") == 2
-    client.service.draining = True
+    client.service.is_draining = True
     client.post("/v1/completions", json={"prompt": "a"})
     assert value(client, "jmoe_admission_rejections_total", reason="draining") == 1
 

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from support.server.fake_engine import ByteCodec, FakeEngine, served
 
-from jmoe.server.watch.tracing import Tracer, exporting_to
+from jmoe.server.watch.tracing import Tracer, span_exporter
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -59,7 +59,7 @@ def test_refusals_and_streams_are_spans_and_nothing_else_is(traced):
     client.get("/v1/models")
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": -2})
     client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 4, "stream": True})
-    client.service.draining = True
+    client.service.is_draining = True
     client.post("/v1/completions", json={"prompt": "a"})
     bad, streamed, refused = spans()
     assert bad.attributes["http.response.status_code"] == 400 and bad.status.status_code == StatusCode.UNSET
@@ -70,4 +70,4 @@ def test_refusals_and_streams_are_spans_and_nothing_else_is(traced):
 
 def test_a_wrong_address_is_one_line():
     with pytest.raises(ValueError, match="takes a URL"):
-        exporting_to("localhost:4318")
+        span_exporter("localhost:4318")
