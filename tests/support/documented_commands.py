@@ -61,37 +61,29 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/bench_traces.py": [
         Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
     ],
-    "scripts/bench_capacity.py": [
-        Command(f"scripts/bench_capacity.py --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
-        Command(f"scripts/bench_capacity.py {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
-        Command("scripts/bench_capacity.py --data {data} --parts speed --dry --rounds 1 --threads 1"),
-    ],
-    "scripts/bench_lynx.py": [
+    "scripts/study.py": [
+        Command(f"scripts/study.py capacity --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
+        Command(f"scripts/study.py capacity {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
+        Command("scripts/study.py capacity --data {data} --parts speed --dry --rounds 1 --threads 1"),
         Command(
-            "scripts/bench_lynx.py --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "scripts/study.py lynx --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
             "--new 4 --rounds 1 --threads 1"
         ),
-        Command(f"scripts/bench_lynx.py {DRY} --parts quality capacity --length 4 --domains en_drama"),
-    ],
-    "scripts/bench_offload.py": [
-        Command("scripts/bench_offload.py --parts large --dry --sizes {sizes} --threads 1"),
-        Command(f"scripts/bench_offload.py {DRY} --parts simulate mt_bench sensitivity --windows 1"),
-        Command(f"scripts/bench_offload.py {DRY} --parts engine"),
-    ],
-    "scripts/bench_speculative.py": [
+        Command(f"scripts/study.py lynx {DRY} --parts quality capacity --length 4 --domains en_drama"),
+        Command("scripts/study.py offload --parts large --dry --sizes {sizes} --threads 1"),
+        Command(f"scripts/study.py offload {DRY} --parts simulate mt_bench sensitivity --windows 1"),
+        Command(f"scripts/study.py offload {DRY} --parts engine"),
         Command(
-            f"scripts/bench_speculative.py --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            f"scripts/study.py speculative --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
             "--windows 1 --model {study}",
             PLOTS,
         ),
-        Command(f"scripts/bench_speculative.py {DRY} --parts grouping published --train 2 --windows 1"),
-        Command(f"scripts/bench_speculative.py {DRY} --parts engine locality"),
-    ],
-    "scripts/bench_together.py": [
+        Command(f"scripts/study.py speculative {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/study.py speculative {DRY} --parts engine locality"),
         Command(
-            f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
+            f"scripts/study.py together --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
             "--batch 2 --ranks 2"
-        )
+        ),
     ],
     "scripts/bench_cpu_kernels.py": [
         Command(

@@ -1,7 +1,8 @@
 """What docs/results/together.md says of its figures."""
 
-import bench_together
-import pytest
+from studies.together import tables
+from studies.together.scores import ROWS
+from studies.together.study import STUDY
 
 
 def row(perplexity: float, nll: float, **moe) -> dict:
@@ -21,30 +22,23 @@ def test_a_row_is_against_plain_and_counts_by_token():
     ours = row(
         55.0, 4.0, dropped=200, expert_cache_hits=30, expert_cache_misses=10, bytes_host_to_device=51200
     )
-    told = dict(zip(bench_together.HEAD, bench_together.line("offload", ours, plain), strict=True))
+    told = dict(zip(tables.HEAD, tables.line("offload", ours, plain), strict=True))
     assert told["perplexity"] == "55.000" and told["against plain"] == "+10.00 %"
     assert told["remote"] == "25.0 %" and told["KiB between devices"] == "10.0"
     assert told["cache hits"] == "75.0 %" and told["KiB from the host"] == "0.5"
     assert told["changed"] == "20.0 %", "of the router's assignments, the dropped among them"
-    alone = dict(zip(bench_together.HEAD, bench_together.line("plain", plain, plain), strict=True))
+    alone = dict(zip(tables.HEAD, tables.line("plain", plain, plain), strict=True))
     assert alone["cache hits"] == "all resident" and alone["against plain"] == ""
 
 
 def test_the_document_tells_how_far_the_lossless_ones_are_from_plain():
-    rows = {name: row(50.0, 3.9) for name in bench_together.ROWS}
+    rows = {name: row(50.0, 3.9) for name in ROWS}
     rows["offload"] = row(50.0, 3.9 + 2e-6)
     rows["all four"] = row(60.0, 4.1)
     found = {
         "command": "python x", "date": "today", "machine": "m", "versions": {"jax": "1"}, "ranks": 4,
         "batch": 8, "length": 16, "seconds": 3, "rows": rows,
     }  # fmt: skip
-    text = bench_together.document(found)
+    text = STUDY.document(found)
     assert "by at most 2.0e-06 nats" in text and "All four: +20.00 % perplexity" in text
-    assert all(f"| {name} |" in text for name in bench_together.ROWS)
-
-
-@pytest.mark.parametrize(
-    ("given", "told"), [([], ""), (["--tokens", "64", "--ranks", "8"], " --tokens 64 --ranks 8")]
-)
-def test_the_command_has_what_is_not_at_its_default(given: list[str], told: str):
-    assert bench_together.options(bench_together.make_parser().parse_args(given)) == told
+    assert all(f"| {name} |" in text for name in ROWS)

@@ -1,13 +1,13 @@
-"""Speculative MoE's benchmark: arithmetic against hand counts, the document from small made-up figures."""
+"""Speculative MoE's study: arithmetic against hand counts, the document from small made-up figures."""
 
 import numpy as np
 import pytest
 from studies.speculative import bytes as sent
 from studies.speculative import published
 from studies.speculative.moves import moved
-from studies.speculative.report import document
 from studies.speculative.routing import Test as Tokens
 from studies.speculative.routing import dealt, on_ranks, oracle_tables, peak, put, rates
+from studies.speculative.study import STUDY
 
 from jmoe.moe.orders import ShuffleTables
 
@@ -117,7 +117,7 @@ def moves() -> dict:
 
 
 def test_the_document_says_what_is_missed():
-    text = document({"grouping": grouping(0.475)})
+    text = STUDY.document({"grouping": grouping(0.475)})
     assert "`alternating`: 40.0 % fewer remote activations, target 30.0 % met" in text
     assert "`cross_entropy`: 20.0 % fewer remote activations, target 30.0 % **missed**" in text
     assert "`exflow`" in text and "target at most +5 % **missed**" in text
@@ -132,7 +132,7 @@ def test_the_document_of_bytes_published_and_the_engine():
     model = {"ranks": 8, "k": 8, "domains": ["a", "b"], "methods": methods}
     phase = {"remote": 0.8, "useful_bytes": 1000, "bytes": 2000}
     run = {"same": 8, "prefill": phase, "decode": phase, "wall_seconds": 1.0}
-    text = document({
+    text = STUDY.document({
         "moves": moves(),
         "bytes": {"command": "run", **figures},
         "published": {"command": "run", "seconds": 60, "size": 256, "models": {"olmoe": model}},
@@ -154,6 +154,6 @@ def test_the_largest_bonus_within_a_percent_is_named():
     rows = {"0.0": (10.0, 3.0), "0.5": (10.02, 2.4), "1.0": (10.2, 1.5)}  # nats of a window, rows a token
     runs = {b: {"nll": [n] * 4, "rows": r, "remote": 0.5, "active": 9.0} for b, (n, r) in rows.items()}
     figures = {"command": "run", "seconds": 60, "domains": ["a", "b"], "windows": 2, "length": 11, "ranks": 8}
-    text = document({"locality": figures | {"batch": 4, "runs": {"no binning": runs}}})
+    text = STUDY.document({"locality": figures | {"batch": 4, "runs": {"no binning": runs}}})
     assert "| 0.5 | 50.0% | 2.40 | 9.0 | +0.20" in text and "| +2.02" in text
     assert "Within 1 % of the lossless perplexity: 0.5 nats, 20% fewer rows" in text

@@ -1,21 +1,18 @@
-"""LYNX's benchmark: arithmetic against hand counts, the document from small figures, the meter in small."""
+"""LYNX's study: arithmetic against hand counts, the document from small figures, the meter in small."""
 
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_lynx import main, make_parser
 from shared.protocol import write_random
-from shared.results import command, verdict
+from shared.results import verdict
 from studies.lynx import decode as lynx_decode
 from studies.lynx import gpu as lynx_gpu
-from studies.lynx import report as lynx_report
-from studies.lynx import report_quality as report
 from studies.lynx import speed
 from studies.lynx.capacity import loads_and_loss
 from studies.lynx.curves import METHODS, Curve, compared, percent
+from studies.lynx.study import STUDY
 
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig
@@ -114,8 +111,8 @@ def figures() -> dict:
     }
 
 
-def test_the_document_renders_from_small_figures(tmp_path: Path):
-    text = lynx_report.document(figures())
+def test_the_document_renders_from_small_figures():
+    text = STUDY.document(figures())
     assert "Not measured yet" not in text
     assert "| affinity | +0.60 ± 0.02 | 0.50 | met |" in text  # 1.005 % at half, so 0.6 % at 70 %
     assert "* against random: better in 6, even in 0, worse in 0 of 6" in text
@@ -124,25 +121,14 @@ def test_the_document_renders_from_small_figures(tmp_path: Path):
     assert text.count("| 0.5 | drop/1, 1.5 | 8.0 |") == 2  # equal figures, one row
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row.endswith("|")
-    assert lynx_report.document({}).count("Not measured yet") == 4
+    assert STUDY.document({}).count("Not measured yet") == 4
 
 
-def test_where_affinity_is_worse_the_summary_names_it():
-    quality = figures()["quality"]
-    quality["runs"]["mixed/16"]["oea/1"]["delta"] = [0, 1, 0, -1]
-    lines = report.summary(quality, domains=2)
-    assert lines[0].endswith("worse in 3 of 6 (worse: mixed/16 at 80%, mixed/16 at 70%, mixed/16 at 55%)")
-
-
-def test_parts_without_data_are_skipped_and_commands_name_what_differs(tmp_path: Path, capsys, monkeypatch):
-    argv = ["x", "--data", str(tmp_path), "--out", str(tmp_path), "--parts", "quality", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("bench_lynx.pin", lambda threads: None)
-    main()
-    assert "quality: skipped, there is no" in capsys.readouterr().out
-    assert "Not measured yet" in (tmp_path / "lynx.md").read_text()
-    args = make_parser().parse_args(["--batches", "8", "16", "--gpu", "--length", "32"])
-    assert command(make_parser(), args, "speed").endswith("--parts speed --batches 8 16 --gpu")
+def test_where_affinity_is_worse_the_document_names_it():
+    found = figures()
+    found["quality"]["runs"]["mixed/16"]["oea/1"]["delta"] = [0, 1, 0, -1]
+    text = STUDY.document(found)
+    assert "worse in 3 of 6 (worse: mixed/16 at 80%, mixed/16 at 70%, mixed/16 at 55%)\n" in text
 
 
 def test_layer_inputs_and_the_line_through_its_times():

@@ -1,15 +1,11 @@
-"""The capacity benchmark's arithmetic against hand counts, and its document from small figures."""
-
-import sys
-from pathlib import Path
+"""The capacity study's arithmetic against hand counts, and its document from small figures."""
 
 import numpy as np
 import pytest
-from bench_capacity import command, dumps, main, make_parser
 from studies.capacity import load as capacity_load
 from studies.capacity import loads, speed
-from studies.capacity import report as capacity_report
-from studies.capacity import report_quality as quality
+from studies.capacity import quality_tables as quality
+from studies.capacity.study import STUDY
 
 from jmoe.config.techniques import CapacityConfig
 
@@ -89,21 +85,8 @@ def test_a_difference_is_paired_and_weighs_documents():
 
 
 def test_the_document_renders_from_small_figures():
-    text = capacity_report.document(figures())
+    text = STUDY.document(figures())
     assert "| drop, score | +0.1000 ± 0.0000 |" in text and "Not yet measured on a quiet machine" in text
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row.endswith("|")
-    assert "Not measured yet" in capacity_report.document({})
-
-
-def test_json_and_command_round_trip(tmp_path: Path, capsys, monkeypatch):
-    parser = make_parser()
-    args = parser.parse_args(["--parts", "speed", "--gpu", "--rounds", "3", "--data", "/x"])
-    assert command(parser, args, "speed").endswith("--parts speed --rounds 3 --gpu")
-    assert dumps({"a": {"b": [1, 2]}}) == '{\n "a": {\n  "b": [1, 2]\n }\n}\n'
-    argv = ["x", "--data", str(tmp_path), "--out", str(tmp_path), "--parts", "load", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("bench_capacity.pin", lambda threads: None)
-    main()
-    assert "load: skipped, there is no" in capsys.readouterr().out
-    assert "Not measured yet" in (tmp_path / "capacity.md").read_text()
+    assert "Not measured yet" in STUDY.document({})
