@@ -20,7 +20,7 @@ def at(kind: str, factor: float) -> str:
 
 
 def limited(quality: dict[str, Any], kind: str, layer: int) -> list[str]:
-    """Peaks of the bundled model's layer, plain and by policy and gamma. kind: expert_peak_L, device_peak_L."""
+    """Peaks of the bundled model's layer, plain and by policy and gamma. kind: the peaks' name."""
     settings = quality["settings"]
 
     def four(policy: str) -> str:

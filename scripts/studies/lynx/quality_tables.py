@@ -29,7 +29,7 @@ def perplexity(quality: dict[str, Any]) -> float:
 
 
 def target(quality: dict[str, Any], protocols: Sequence[str]) -> str:
-    """A row a method: its cost at the target's active experts, and the active experts at the target's cost."""
+    """A row a method: its cost at the target's active experts, its active experts at the target's cost."""
     domains, rows = len(quality["domains"]), []
     for method in METHODS:
         row = [method]
