@@ -11,8 +11,8 @@ from pathlib import Path
 import bench_traces
 import bench_ttft
 import pytest
+from acceptance.lm_eval_parity import compare, difference
 from bench_serving import copy_without_ends
-from lm_eval_parity import compare, difference
 from paper_table import filled, shown
 from shared.serving_peers import PEERS, Load
 from shared.serving_report import write_part

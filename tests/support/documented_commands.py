@@ -26,7 +26,7 @@ DRY = "--data {data} --model {study} --dry"
 PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
-    "scripts/demo.sh": [Command("scripts/demo.py")],
+    "scripts/demo.sh": [Command("scripts/shared/demo.py")],
     "scripts/test.sh": [Command(elsewhere="the first step of .ci/run")],
     "scripts/acceptance.sh": [Command(elsewhere="the step 'real clients' of .ci/run")],
     "scripts/bench_vs_transformers.py": [
@@ -54,7 +54,6 @@ COMMANDS: dict[str, list[Command]] = {
         )
     ],
     "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
-    "scripts/wheel.sh": [Command(elsewhere="the step 'the wheel outside of the tree' of .ci/run")],
     "scripts/host_overhead.py": [
         Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
     ],
@@ -100,18 +99,18 @@ COMMANDS: dict[str, list[Command]] = {
             devices=2,
         )
     ],
-    "scripts/lm_eval_parity.py": [Command(elsewhere="the step 'real clients' of .ci/run (lm-eval)")],
-    "scripts/model_sizes.py": [Command("scripts/model_sizes.py")],
-    "scripts/model_card.py": [Command("scripts/model_card.py --data {corpus} --model {study}")],
-    "scripts/make_golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
+    "scripts/acceptance/lm_eval_parity.py": [Command(elsewhere="'real clients' of .ci/run (lm-eval)")],
+    "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
+    "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
+    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
     "scripts/train_tiny.py": [
         Command("scripts/train_tiny.py --help"),
         Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
-    "scripts/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
+    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
+    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [
         Command("generate {hf} --prompt Hi --max-tokens 2 --temperature 0"),

@@ -59,7 +59,7 @@ def plots(results: Results) -> dict[str, Plot]:
 
 STUDY = Study(
     "capacity",
-    __doc__,
+    __doc__ or "",
     (Part("quality", quality, "valid"), Part("load", load, "routing"), Part("speed", speed, "routing", True)),
     add_options,
     tables,

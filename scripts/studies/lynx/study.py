@@ -69,7 +69,7 @@ def plots(results: Results) -> dict[str, Plot]:
 
 STUDY = Study(
     "lynx",
-    __doc__,
+    __doc__ or "",
     (
         Part("quality", quality, "valid"),
         Part("capacity", capacity, "valid"),

@@ -56,7 +56,7 @@ def plots(results: Results) -> dict[str, Plot]:
 
 STUDY = Study(
     "offload",
-    __doc__,
+    __doc__ or "",
     (
         Part("simulate", partial(simulated, "simulate"), "valid"),
         Part("mt_bench", partial(simulated, "mt_bench"), "workloads"),

@@ -82,7 +82,7 @@ def plots(results: Results) -> dict[str, Plot]:
 
 STUDY = Study(
     "speculative",
-    __doc__,
+    __doc__ or "",
     (
         Part("grouping", grouping, "valid"),
         Part("moves", moves, "valid"),

@@ -37,4 +37,4 @@ def tables() -> Iterable[ModuleType]:
     return (tables,)
 
 
-STUDY = Study("together", __doc__, (Part("scores", scores, "valid"),), add_options, tables, depth=3)
+STUDY = Study("together", __doc__ or "", (Part("scores", scores, "valid"),), add_options, tables, depth=3)

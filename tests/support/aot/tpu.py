@@ -68,8 +68,8 @@ def environment(dump: Path) -> dict[str, str]:
 
 
 def run_report(*arguments: str, timeout: float) -> list[dict]:
-    """What ``scripts/tpu_kernel_report.py --json`` prints; RuntimeError with its output if it fails."""
-    command = [sys.executable, str(ROOT / "scripts/tpu_kernel_report.py"), "--json", *arguments]
+    """What ``scripts/make/tpu_kernel_report.py --json`` prints; RuntimeError with its output if it fails."""
+    command = [sys.executable, str(ROOT / "scripts/make/tpu_kernel_report.py"), "--json", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}

@@ -1,6 +1,6 @@
 """Writes the JSON schema of a Kubernetes custom resource, reduced to what refuses a bad manifest.
 
-    python scripts/reduce_crd.py CRD.yaml --version v0.12.0 --origin URL > tests/data/jobset.schema.json
+    python scripts/make/reduce_crd.py CRD.yaml --version v0.12.0 --origin URL > tests/data/jobset.schema.json
 
 Descriptions, defaults, status and rules in CEL are left out. Unknown fields are refused, as ``kubectl apply``
 refuses them, except where the resource keeps them on purpose. What occurs more than once (a pod's template,

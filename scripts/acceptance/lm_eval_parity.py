@@ -1,7 +1,8 @@
 """Whether a server's log-likelihoods are those of transformers: lm-evaluation-harness asks both the same.
 
     jmoe serve tiny --dtype float32 --port 8000 &
-    python scripts/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny --model-dir MODEL_DIR
+    python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \
+        --model-dir MODEL_DIR
 
 Every log-likelihood of the tasks in configs/eval (multiple choice, whole documents) through the harness'
 ``local-completions`` must be within ``--tolerance``, absolute or relative, of the one that its ``hf`` backend
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ("parity_choices", "parity_text", "parity_sums")
 Samples = dict[tuple[str, int], list[Any]]  # (task, document) -> the answers to its requests
 

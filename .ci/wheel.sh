@@ -3,7 +3,7 @@
 # tree by a user who has no home; with the first of them also by one with a home, and by one whose home cannot
 # be written to.
 #
-#   scripts/wheel.sh [PYTHON]...
+#   .ci/wheel.sh [PYTHON]...
 #
 # PYTHON: interpreters, by default those of 3.11 to 3.13 that are on the PATH or that pyenv has.
 set -euo pipefail

@@ -1,7 +1,7 @@
 """Writes what the TPU compiler says of the grouped-MLP kernels at real layer sizes, without a TPU.
 
-    python scripts/tpu_kernel_report.py --out docs/tpu_kernels.md
-    python scripts/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
+    python scripts/make/tpu_kernel_report.py --out docs/tpu_kernels.md
+    python scripts/make/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
 
 Each kernel is compiled inside ``shard_map`` on four chips. A row says, for one chunk of an expert's weights,
 how many cycles the compiler's schedule needs for a window of rows and how many cycles the DMA of the chunk
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from support.aot import tpu as tpu_aot
 

@@ -1,13 +1,13 @@
 """Parameters of the shapes in ``configs/model``, in all and those that one token uses, as a table.
 
-python scripts/model_sizes.py
+python scripts/make/model_sizes.py
 """
 
 import argparse
 import math
 from pathlib import Path
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "model"
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def main() -> None:

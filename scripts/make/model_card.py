@@ -1,6 +1,6 @@
 """Measures the bundled model on the valid split and writes its card.
 
-    python scripts/model_card.py --data ../shared/data [--model jmoe/assets/tiny] [--json OUT]
+    python scripts/make/model_card.py --data ../shared/data [--model jmoe/assets/tiny] [--json OUT]
 
 For every domain: perplexity (the protocol of ``jmoe eval``), bits per byte beside gzip -9 and xz -9 of the
 same file, and the busiest experts. Bits per byte count every byte of every document: a window's first token,
@@ -190,8 +190,8 @@ def main() -> None:
     print(json.dumps({k: v for k, v in measured.items() if k != "domains"}, indent=1))
 
 
-MARK = "<!-- measured: scripts/model_card.py writes what follows -->"
-NOTE = "Measured by `python scripts/model_card.py --data ../shared/data` on the valid split:"
+MARK = "<!-- measured: scripts/make/model_card.py writes what follows -->"
+NOTE = "Measured by `python scripts/make/model_card.py --data ../shared/data` on the valid split:"
 
 if __name__ == "__main__":
     main()

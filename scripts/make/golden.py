@@ -1,6 +1,6 @@
 """Writes tests/golden: a tiny random checkpoint of each family by transformers, its logits and greedy tokens.
 
-    python scripts/make_golden.py [family ...]        (needs the parity extra)
+    python scripts/make/golden.py [family ...]        (needs the parity extra)
 
 The default tests compare with these, so that parity is checked where torch is not installed. Sizes are odd
 where neither meshes nor transformers' kernels (rows of 16 bytes) need them even.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-OUT = Path(__file__).parent.parent / "tests" / "golden"
+OUT = Path(__file__).parents[2] / "tests" / "golden"
 NEW, LENGTH = 64, 20
 SHARED: dict[str, Any] = {
     "vocab_size": 61,
