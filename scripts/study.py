@@ -86,46 +86,59 @@ def measure(study: Study, part: Part, args: argparse.Namespace, results: Results
     return part.measure(args, results)
 
 
-def read(path: Path) -> Results:
+def stored(study: Study, args: argparse.Namespace) -> Results:
+    """The figures that there are."""
+    path = args.out / f"{study.name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def take(study: Study, part: Part, args: argparse.Namespace) -> None:
+    """Measures the part and puts its figures into the JSON; with ``--dry`` prints them."""
+    figures = measure(study, part, args, stored(study, args))
+    if args.dry:
+        print(dumps({part.name: figures}))
+    elif figures is not None:
+        keep(study, part, args, figures)
 
 
 def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -> None:
     """Puts the part's figures into the JSON in place of its last ones."""
-    path = args.out / f"{study.name}.json"
     figures = {"command": command(study, part, args)} | figures
     if not study.is_whole:
         key = f"{part.name}_gpu" if part.on_gpu and args.gpu else part.name
-        figures = read(path) | {key: figures}
-    path.write_text(dumps(figures, study.depth))
+        figures = stored(study, args) | {key: figures}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{study.name}.json").write_text(dumps(figures, study.depth))
+
+
+def write(study: Study, args: argparse.Namespace) -> None:
+    """Writes the document and the plots, from the JSON alone."""
+    results = stored(study, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{study.name}.md").write_text(study.document(results))
+    if plots := study.plots(results):
+        draw_plots(plots, args.out)
+
+
+def take_each(parts: list[Part]) -> None:
+    """Takes each in a process of its own, with this one's options: one wants several devices, another one."""
+    for part in parts:
+        words = [__file__, *sys.argv[1:], "--parts", part.name]  # the last --parts holds
+        subprocess.run([sys.executable, *words], check=True)
 
 
 def main() -> None:
     args = make_parser().parse_args()
     study = STUDIES[args.study]
     parts = asked(study, args)
-    if len(parts) > 1:  # each in a process of its own: one wants several devices, another one
-        for part in parts:
-            words = [__file__, *sys.argv[1:], "--parts", part.name]  # the last --parts holds
-            subprocess.run([sys.executable, *words], check=True)
-        return
+    if len(parts) > 1:
+        return take_each(parts)
     if not getattr(args, "gpu", False):
         pin(args.threads)
-    path = args.out / f"{study.name}.json"
     for part in parts:
-        figures = measure(study, part, args, read(path))
-        if args.dry:
-            print(dumps({part.name: figures}))
-        elif figures is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            keep(study, part, args, figures)
-    if args.dry:
-        return
-    results = read(path)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{study.name}.md").write_text(study.document(results))
-    if plots := study.plots(results):
-        draw_plots(plots, args.out)
+        take(study, part, args)
+    if not args.dry:
+        write(study, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Whether a server's log-likelihoods are those of transformers: lm-evaluation-harness asks both the same.
 
     jmoe serve tiny --dtype float32 --port 8000 &
-    python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \
+    python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \\
         --model-dir MODEL_DIR
 
 Every log-likelihood of the tasks in configs/eval (multiple choice, whole documents) through the harness'

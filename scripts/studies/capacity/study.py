@@ -60,7 +60,11 @@ def plots(results: Results) -> dict[str, Plot]:
 STUDY = Study(
     "capacity",
     __doc__ or "",
-    (Part("quality", quality, "valid"), Part("load", load, "routing"), Part("speed", speed, "routing", True)),
+    (
+        Part("quality", quality, "valid"),
+        Part("load", load, "routing"),
+        Part("speed", speed, "routing", on_gpu=True),
+    ),
     add_options,
     tables,
     plots,
