@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def answers(results: dict[str, Any]) -> str:
-    """A row a dtype and case."""
+    """Returns the table, a row for each dtype and case."""
     rows = [
         [
             dtype,

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
-    """The options that every study has."""
+    """Adds the options that every study has."""
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     if study.is_whole:
         parser.add_argument(
@@ -56,7 +56,7 @@ def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
 
 
 def asked(study: Study, args: argparse.Namespace) -> list[Part]:
-    """The parts to measure, in the order of the options."""
+    """Returns the parts to measure, in the order of the options."""
     if study.is_whole:
         return [] if args.document else [*study.parts]
     by_name = {part.name: part for part in study.parts}
@@ -64,7 +64,7 @@ def asked(study: Study, args: argparse.Namespace) -> list[Part]:
 
 
 def command(study: Study, part: Part, args: argparse.Namespace) -> str:
-    """What measures the part so again: those of its own options that are not at their defaults."""
+    """Returns the command that measures the part so again, with its options that are not at their defaults."""
     words = [f"python scripts/study.py {study.name} --data ../shared/data"]
     words += [] if study.is_whole else [f"--parts {part.name}"]
     own = argparse.ArgumentParser(add_help=False)
@@ -79,7 +79,7 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
 
 
 def measure(study: Study, part: Part, args: argparse.Namespace, results: Results) -> Results | None:
-    """The part's figures; None, with a line, where what it needs is absent."""
+    """Returns the part's figures, or None after a line that says which data is absent."""
     if part.data and not (needed := args.data / part.data).is_dir():
         print(f"{part.name}: skipped, there is no {needed}")
         return None
@@ -87,7 +87,7 @@ def measure(study: Study, part: Part, args: argparse.Namespace, results: Results
 
 
 def stored(study: Study, args: argparse.Namespace) -> Results:
-    """The figures that there are."""
+    """Returns the figures that there are."""
     path = args.out / f"{study.name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

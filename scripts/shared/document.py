@@ -12,7 +12,7 @@ from shared.results import percent
 
 
 def render(template: Path, values: dict[str, Any]) -> str:
-    """The text, with the template's own newlines; a line that holds only a ``{% %}`` leaves none.
+    """Returns the template with its placeholders filled. A line that holds only a ``{% %}`` leaves no line.
 
     Raises jinja2.UndefinedError for a name that has no value, ValueError for a value that is None or empty.
     """
@@ -29,7 +29,7 @@ def render(template: Path, values: dict[str, Any]) -> str:
 
 
 def present(value: Any) -> Any:
-    """The value of a placeholder, which must say something."""
+    """Returns the value of a placeholder. Raises ValueError where it is None or empty."""
     if value is None or value == "":
         raise ValueError("a placeholder of the template has no value")
     return value

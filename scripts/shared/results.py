@@ -30,7 +30,7 @@ def few(dry: bool) -> slice:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """In Markdown, without a newline at its end."""
+    """Returns a Markdown table without a newline at its end."""
     head = list(head)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 

@@ -21,6 +21,6 @@ def write_part(folder: Path, part: str, figures: dict[str, Any]) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """parts: transformers, vllm, traces, host; one that is not there is left out."""
+    """Returns the text of transformers, vllm, traces and host. One without results is left out."""
     text = render(Path(__file__).with_name("serving.md"), {"tables": serving_tables, **results})
     return text.rstrip() + "\n"

@@ -31,18 +31,18 @@ TARGETS = {
 
 
 def client_share(part: dict[str, Any]) -> float:
-    """Of one core, what the load generator took beside jmoe, in the row in which that was most."""
+    """Returns the largest share of one core that the load generator took beside jmoe, over the rows."""
     return max(statistics.median(row["jmoe"]["client_cpu_share"]) for row in part["rows"].values())
 
 
 def tokens(row: dict[str, Any]) -> dict[str, float]:
-    """Of a round, medians: in the prompts, and written."""
+    """Returns a round's median tokens: those given as prompts, and those written."""
     given, written = map(statistics.median, zip(*row["jmoe"]["tokens"], strict=True))
     return {"given": given, "written": written}
 
 
 def compared(peer: str, row: dict[str, Any]) -> str:
-    """A row a figure: medians of both, and the ratio."""
+    """Returns the table, a row for each figure: the medians of both sides, and their ratio."""
     ours, theirs = row["jmoe"], row[peer]
     rows = []
     for key, (title, digits) in ROWS.items():
@@ -52,7 +52,7 @@ def compared(peer: str, row: dict[str, Any]) -> str:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Between the tokens of an answer that came in one piece no time passes, and no ratio is one to that."""
+    """Returns the ratio ours / theirs. There is none where no time passed: an answer came in one piece."""
     if 0 in theirs:
         return f"- (none in {theirs.count(0)} rounds, where its answers came in one piece)"
     ratio, least, most = paired_ratio(ours, theirs)
@@ -60,7 +60,7 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 
 def targets(peer: str, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each of the peer's targets whose row is there: figure, concurrency, bound, ratio, verdict."""
+    """Returns a record for each of the peer's targets that was measured, with the verdict on it."""
     found = []
     for key, concurrency, least, most in TARGETS[peer]:
         if (row := rows.get(str(concurrency))) is not None:
@@ -82,7 +82,7 @@ def scales(traces: dict[str, Any]) -> str:
 
 
 def replayed(traces: dict[str, Any]) -> str:
-    """A row a trace and server."""
+    """Returns the table, a row for each trace and server."""
     rows = [
         [
             run["trace"],
@@ -103,7 +103,7 @@ def replayed(traces: dict[str, Any]) -> str:
 
 
 def step(host: dict[str, Any]) -> str:
-    """Milliseconds of a decode step."""
+    """Returns the table of the milliseconds of a decode step."""
     rows = [
         ["a step, from one to the next", f"{host['step_ms']:.3f}"],
         ["the same step's programs alone, back to back", f"{host['device_ms']:.3f}"],

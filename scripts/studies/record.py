@@ -24,9 +24,10 @@ def no_plots(results: Results) -> dict[str, Plot]:
 class Part:
     """What is measured at once.
 
-    measure: from the options and the figures that there are to the part's own, as JSON holds them; None,
-    after a line that says why, where it cannot be measured. data: the folder of ``--data`` that it needs.
-    on_gpu: ``--gpu`` measures it on an accelerator, as ``<name>_gpu``.
+    measure: turns the options and the figures that there are into the part's own, as JSON holds them; returns
+        None after a line that says why, where the part cannot be measured.
+    data: the folder of ``--data`` that the part needs, or "".
+    on_gpu: whether ``--gpu`` measures it on an accelerator, as ``<name>_gpu``.
     """
 
     name: str
@@ -37,12 +38,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    """name: of its folder here, of its template there, and of its JSON and its document among the results.
+    """A measured technique with its JSON, its document and its plots.
 
-    about: its help. parts: their figures lie under their names in the JSON; those of an only part are all of
-    it. add_options: its own; an option is a part's where its help begins with the part's name, or several of
-    them, and a colon. tables: modules, whose functions the template calls by the modules' last names. plots:
-    those of the parts that there are, by name. depth: levels of the JSON that have a line for each value.
+    name: names its folder here, its template there, and its JSON and document among the results.
+    about: its help.
+    parts: the JSON has the figures of each under its name; those of an only part are the whole JSON.
+    add_options: adds its own options. An option belongs to a part where its help begins with the part's name,
+        or several names, and a colon.
+    tables: returns modules, whose functions the template calls by the modules' last names.
+    plots: returns the plots of the parts that have results, by name.
+    depth: how many levels of the JSON have a line for each value.
     """
 
     name: str
@@ -55,10 +60,10 @@ class Study:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has one part alone."""
+        """Returns whether the study has one part alone."""
         return len(self.parts) == 1
 
     def document(self, results: Results) -> str:
-        """The text of ``docs/results/<name>.md``; a part that is not among the results says so."""
+        """Returns the text of ``docs/results/<name>.md``, which says so of a part that has no results."""
         modules = {module.__name__.rpartition(".")[2]: module for module in self.tables()}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)

@@ -20,7 +20,7 @@ def at(kind: str, factor: float) -> str:
 
 
 def limited(quality: dict[str, Any], kind: str, layer: int) -> list[str]:
-    """Peaks of the bundled model's layer, plain and by policy and gamma. kind: the peaks' name."""
+    """Returns a row: the peaks of the bundled model's layer, plain and by policy and gamma."""
     settings = quality["settings"]
 
     def four(policy: str) -> str:
@@ -35,7 +35,7 @@ def experts(quality: dict[str, Any]) -> str:
 
 
 def devices(quality: dict[str, Any]) -> str:
-    """The bundled model's, with EPLB."""
+    """Returns the table of the bundled model's most loaded device, a row for each layer, with EPLB."""
     own, others = (quality["placement"][kind] for kind in ("own", "others"))
     rows = [
         [*limited(quality, "device_peak_L", i), f"{own[i]:.2f}", f"{others[i]:.2f}"] for i in range(len(own))
@@ -44,7 +44,7 @@ def devices(quality: dict[str, Any]) -> str:
 
 
 def published(load: dict[str, Any], model: str) -> str:
-    """A row a domain and layer."""
+    """Returns the table of a model's most loaded device, a row for each domain and layer."""
     rows = [
         [f"{domain} {number}", *peak_cells(layer), *eplb_cells(layer)]
         for domain, layers in load["token_level"][model].items()
@@ -54,12 +54,12 @@ def published(load: dict[str, Any], model: str) -> str:
 
 
 def plain_peaks(domains: dict[str, Any]) -> list[float]:
-    """Plain top-k's most loaded expert, of every domain and layer."""
+    """Returns the peak of plain top-k's most loaded expert for every domain and layer."""
     return [layer["plain"][0] for layers in domains.values() for layer in layers]
 
 
 def peak_cells(layer: dict[str, Any]) -> list[str]:
-    """Of devices."""
+    """Returns the peaks of devices, plain and by policy and gamma."""
     limited = (" / ".join(f"{layer[at(policy, f)][1]:.2f}" for f in FACTORS) for policy in POLICIES)
     return [f"{layer['plain'][1]:.2f}", *limited]
 
@@ -69,7 +69,7 @@ def eplb_cells(layer: dict[str, Any]) -> list[str]:
 
 
 def bounds(model: str, domains: dict[str, Any]) -> str:
-    """What the peaks alone allow a layer to gain, beside the paper's speed-ups."""
+    """Returns the table of what the peaks alone allow a layer to gain, beside the paper's speed-ups."""
     layers = [layer for layers in domains.values() for layer in layers]
 
     def spread(key: str) -> str:
@@ -101,7 +101,7 @@ def paper(model: str, policy: str) -> str:
 
 
 def marginal(load: dict[str, Any]) -> str:
-    """Of domains with marginal counts only."""
+    """Returns the table of the domains that have marginal counts only."""
     rows = []
     for model, domains in load["marginal"].items():
         for domain, layers in domains.items():

@@ -12,7 +12,7 @@ SHOWN = ("drop", "reroute", "expand")
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:
-    """``capacity_<part>`` of every part there is."""
+    """Returns the plot ``capacity_<part>`` of every part that has results."""
     every = {"quality": draw_quality, "load": draw_load, "speed": draw_speed}
     return {
         f"capacity_{part}": partial(plot, results=results) for part, plot in every.items() if part in results

@@ -54,12 +54,15 @@ def difference(quality: dict[str, Any], worse: str, better: str = LOSSLESS) -> t
 
 
 def lossless(quality: dict[str, Any]) -> float:
-    """Nats a token."""
+    """Returns the loss without a limit, in nats a token."""
     return total(quality, LOSSLESS)
 
 
 def by_gamma(quality: dict[str, Any], cell: Callable[[str], str], alone: str) -> str:
-    """A row a policy, metric and scope with the cell of every gamma's setting. alone: expert_drop's name."""
+    """Returns a table with a row for each policy, metric and scope: the cells of its settings at every gamma.
+
+    alone: the name of expert_drop's row, which has no gamma.
+    """
     rows = [[name, *(cell(at(kind, f)) for f in FACTORS)] for name, kind in KINDS.items()]
     rows.append([alone, cell("expert_drop"), *[""] * (len(FACTORS) - 1)])
     return table(["policy, metric, scope", *GAMMAS], rows)
@@ -85,7 +88,7 @@ def orderings(quality: dict[str, Any]) -> str:
 
 
 def positions(quality: dict[str, Any]) -> str:
-    """Why the order metrics differ: the loss by position in the window."""
+    """Returns the table of the loss by position in the window, which tells why the order metrics differ."""
     by_name = quality["positions"]
     plain = np.array(by_name[LOSSLESS])
     parts = [f"{quality['length'] * i // len(plain)}.." for i in range(len(plain))]
@@ -94,7 +97,7 @@ def positions(quality: dict[str, Any]) -> str:
 
 
 def control(quality: dict[str, Any]) -> str:
-    """The same with other windows on a rank."""
+    """Returns the table of the loss beside that with other windows on a rank."""
     other = quality["control"]
     rows = [[m, *(signed(*difference(of, n)) for of in (quality, other))] for m, n in ORDERED.items()]
     first = f"{quality['rows']} window(s) of {quality['length']} tokens a rank"
@@ -102,7 +105,7 @@ def control(quality: dict[str, Any]) -> str:
 
 
 def perplexities(quality: dict[str, Any], factor: float) -> str:
-    """A row a domain, and one of all."""
+    """Returns the table of one gamma, a row for each domain and one for all."""
     columns = {"lossless": LOSSLESS, **{name: at(kind, factor) for name, kind in KINDS.items()}}
     columns["expert_drop"] = "expert_drop"
     rows: list[list[str]] = []
@@ -122,5 +125,5 @@ def shares(setting: dict[str, Any]) -> str:
 
 
 def judged(value: float, error: float) -> str:
-    """The difference and whether it bears the expectation out."""
+    """Returns the difference, and whether it bears the expectation out."""
     return f"{verdict(value, error)} ({signed(value, error)})"

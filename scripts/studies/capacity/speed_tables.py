@@ -17,7 +17,7 @@ def sizes(speed: dict[str, Any]) -> str:
 
 
 def speedups(speed: dict[str, Any], model: str) -> str:
-    """A row a routing, and the paper's."""
+    """Returns a model's table, a row for each routing and one for the paper."""
     rows = []
     for name, case in speed["cases"][model].items():
         times = case["plain"]

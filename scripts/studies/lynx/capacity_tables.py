@@ -9,7 +9,7 @@ from studies.lynx.curves import percent
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:
-    """A row a width and capacity."""
+    """Returns a batch size's table, a row for each width and capacity."""
     domains, length = len(capacity["domains"]), capacity["length"]
     widths = capacity["runs"][batch]
     plain_N, rows = np.array(widths["off"]["off"]["nll"]), []
@@ -36,7 +36,7 @@ def distinct(by: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def places(capacity: dict[str, Any]) -> str:
-    """An expert's places on a rank at every gamma, by batch."""
+    """Returns an expert's places on a rank at every gamma, by batch size."""
     found = []
     for batch in capacity["runs"]:
         even = int(batch) / capacity["ranks"] * 4 / 32
@@ -46,8 +46,12 @@ def places(capacity: dict[str, Any]) -> str:
 
 
 def concentration(widths: dict[str, Any]) -> dict[str, Any]:
-    """Of the strongest width: its name, by how much binning alone multiplies the peaks and the active
-    experts, how many those are, and how many rerouting at gamma 1 makes of them."""
+    """Returns what binning at the strongest width does.
+
+    width: its name.
+    times: by how much it multiplies the peaks and the active experts.
+    active, rerouted: its active experts a step, and what rerouting at gamma 1 makes of them.
+    """
     plain, (width, strongest) = widths["off"]["off"], list(widths.items())[-1]
     binned = strongest["off"]
     times = {key: binned[key] / plain[key] for key in ("expert_peak", "device_peak", "active")}

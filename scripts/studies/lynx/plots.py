@@ -11,7 +11,7 @@ from studies.lynx.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:
-    """Those of every part there is."""
+    """Returns the plots of every part that has results."""
     found: dict[str, Plot] = {}
     if "quality" in results:
         found["lynx_quality"] = partial(draw_quality, quality=results["quality"])

@@ -19,7 +19,7 @@ def plain_protocols(quality: dict[str, Any]) -> list[str]:
 
 
 def lossless(quality: dict[str, Any]) -> float:
-    """Nats a token."""
+    """Returns the loss without binning, in nats a token."""
     nll = np.array(quality["runs"][f"single/{BATCH}"]["lossless"]["nll"])
     return float(nll.mean()) / (quality["length"] - 1)
 
@@ -29,7 +29,7 @@ def perplexity(quality: dict[str, Any]) -> float:
 
 
 def target(quality: dict[str, Any], protocols: Sequence[str]) -> str:
-    """A row a method: its cost at the target's active experts, its active experts at the target's cost."""
+    """Returns the table, a row for each method: its cost at the target's active experts, and the reverse."""
     domains, rows = len(quality["domains"]), []
     for method in METHODS:
         row = [method]
@@ -64,7 +64,7 @@ def verdicts(quality: dict[str, Any]) -> dict[tuple[str, float, str], tuple[floa
 
 
 def comparison(quality: dict[str, Any]) -> str:
-    """A row a ratio and protocol: whether affinity is better than each of the others."""
+    """Returns the table, a row for each ratio and protocol: whether affinity is better than each other."""
     found, rows = verdicts(quality), []
     for ratio in RATIOS:
         for protocol in plain_protocols(quality):
@@ -76,7 +76,7 @@ def comparison(quality: dict[str, Any]) -> str:
 
 
 def summary(quality: dict[str, Any], other: str) -> dict[str, Any]:
-    """How often affinity was better than the other ("yes"), "even" or worse ("no"), and where worse."""
+    """Returns how often affinity was better ("yes"), "even" or worse ("no"), and where it was worse."""
     words = {key[:2]: verdict(*cell) for key, cell in verdicts(quality).items() if key[2] == other}
     counts = {word: list(words.values()).count(word) for word in ("yes", "even", "no")}
     worse = [f"{protocol} at {ratio:.0%}" for (protocol, ratio), word in words.items() if word == "no"]
@@ -84,7 +84,7 @@ def summary(quality: dict[str, Any], other: str) -> dict[str, Any]:
 
 
 def own_settings(quality: dict[str, Any], other: str) -> str:
-    """Affinity against another method at that one's own settings."""
+    """Returns the table of affinity against another method at that one's own settings."""
     domains, rows = len(quality["domains"]), []
     for protocol in plain_protocols(quality):
         run, by = quality["runs"][protocol], curves(quality, protocol)
@@ -114,7 +114,7 @@ def mixes(quality: dict[str, Any]) -> list[str]:
 
 
 def settings(quality: dict[str, Any], mix: str) -> str:
-    """Every setting at every batch size: perplexity change in %, active share, remapped share."""
+    """Returns a mix's table, a row for each setting and a column for each batch size."""
     runs = {n.split("/")[1]: quality["runs"][n] for n in plain_protocols(quality) if n.split("/")[0] == mix}
     rows = [["plain top-k: experts", *(f"{run['lossless']['active']:.1f}" for run in runs.values())]]
     for name in next(iter(runs.values())):
@@ -129,7 +129,7 @@ def settings(quality: dict[str, Any], mix: str) -> str:
 
 
 def prefilled(quality: dict[str, Any]) -> str:
-    """A row a setting: windows of which the first half was prefilled, and the same tokens of whole ones."""
+    """Returns the table of windows whose first half was prefilled, beside the same tokens of whole ones."""
     runs, rows = quality["runs"], []
     scored = quality["length"] - 1 - quality["length"] // 2
     kinds = [n.split("/")[0] for n in runs if n.endswith("/half")]

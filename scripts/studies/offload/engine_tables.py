@@ -6,7 +6,7 @@ from shared.results import table
 
 
 def simulated(runs: dict[str, Any]) -> str:
-    """The random model: a row a comparator, a column a batch and budget."""
+    """Returns the random model's table, a row for each comparator and a column for each batch and budget."""
     names = list(next(iter(runs.values())))
     keys = [key.partition("/") for key in runs]
     head = ["comparator", *(f"batch {batch}, {float(share):.0%}" for batch, _, share in keys)]
@@ -18,7 +18,7 @@ def simulated(runs: dict[str, Any]) -> str:
 
 
 def timed(engine: dict[str, Any]) -> str:
-    """The random model: a row a run of the engine."""
+    """Returns the random model's table, a row for each run of the engine."""
     rows = (
         [
             f"`{name}`", f"{r['ms']:.1f}", f"{r['hit']:.1%}", f"{r['bytes_step'] / 1e6:.0f}",
@@ -30,12 +30,12 @@ def timed(engine: dict[str, Any]) -> str:
 
 
 def is_told(engine: dict[str, Any]) -> bool:
-    """Whether an oracle ran."""
+    """Returns whether an oracle ran."""
     return any(name.endswith(" oracle belady") for runs in engine["runs"].values() for name in runs)
 
 
 def runs(engine: dict[str, Any], batch: str) -> str:
-    """The bundled model: a row a predictor, eviction and budget."""
+    """Returns a batch size's table, a row for each predictor, eviction and budget."""
     rows = []
     for name, run in engine["runs"][batch].items():
         share, _, pair = name.partition(" ")
@@ -56,7 +56,7 @@ def hit(phase: dict[str, Any], resident: bool) -> str:
 
 
 def arrivals(found: dict[str, Any]) -> str:
-    """Requests as they come: a row a predictor and eviction."""
+    """Returns the table of requests as they come, a row for each predictor and eviction."""
     rows = (
         [
             f"`{name}`" if name != "resident" else name, f"{run['ttft_ms']:.1f}", f"{run['tpot_ms']:.2f}",

@@ -20,7 +20,7 @@ MAIN = 0.25
 
 
 def measure(part: str, data: Path, model: str, windows: int, dry: bool = False) -> dict[str, Any]:
-    """The part's figures. windows: of each domain, of held-out text."""
+    """Returns the part's figures. Held-out text gives ``windows`` windows of each domain."""
     start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     profile = source.profile(source.domains)
     sizes = {"dtype": "float32", "max_num_seqs": 16, "max_model_len": PROMPT + NEW, "warm_up": False}

@@ -9,7 +9,7 @@ SHOWN = ("LRU", "LFU", "request counts, LRU", "fMoE", "token table", "default", 
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:
-    """The plot where its part is there."""
+    """Returns the plot where its part has results."""
     if "simulate" not in results:
         return {}
     return {"offload_budget": partial(draw_budget, runs=results["simulate"]["runs"])}

@@ -13,7 +13,7 @@ HIT, TPOT = 0.15, 0.20  # the targets
 
 
 def comparators(runs: dict[str, Any]) -> str:
-    """A row a comparator, at a quarter of all experts and batch 1."""
+    """Returns the table at a quarter of all experts and batch 1, a row for each comparator."""
     head = ("comparator", "hit", "late", "copies a step", "useful", "TPOT", "TTFT")
     return table(head, (row(name, figures) for name, figures in runs[MAIN].items()))
 
@@ -27,13 +27,13 @@ def row(name: str, figures: dict[str, float]) -> list[str]:
 
 
 def best(runs: dict[str, Any]) -> dict[str, float]:
-    """The best of the baselines, in hits and in time."""
+    """Returns the most hits and the least time of the baselines."""
     baselines = [runs[MAIN][name] for name in BASELINES]
     return {"hit": max(one["hit"] for one in baselines), "tpot": min(one["tpot"] for one in baselines)}
 
 
 def gains(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each comparator that is judged, more hits and less time than the best baseline, as shares."""
+    """Returns each judged comparator's further hits and saved time, as shares of the best baseline's."""
     least = best(runs)
     return {
         name: {
@@ -53,17 +53,17 @@ def batches(runs: dict[str, Any]) -> list[str]:
 
 
 def shares(runs: dict[str, Any], batch: str) -> list[str]:
-    """Of all experts on the device, at this batch."""
+    """Returns the budgets of this batch size, as shares of all experts."""
     return [key.partition("/")[2] for key in runs if key.startswith(f"{batch}/")]
 
 
 def needed(runs: dict[str, Any], batch: str) -> float:
-    """Experts a step."""
+    """Returns the experts that a step needs."""
     return runs[f"{batch}/{shares(runs, batch)[0]}"]["LRU"]["needed"]
 
 
 def grid(runs: dict[str, Any], batch: str) -> str:
-    """Hits and time by budget."""
+    """Returns a batch size's table of hits and time, with a column for each budget."""
     columns = shares(runs, batch)
     rows = ([f"`{name}`", *(cell(runs[f"{batch}/{share}"][name]) for share in columns)] for name in SHORT)
     return table(["comparator", *(f"{float(share):.0%}" for share in columns)], rows)
@@ -74,6 +74,6 @@ def cell(figures: dict[str, float]) -> str:
 
 
 def sensitivity(runs: dict[str, Any]) -> str:
-    """A row a parameter's value."""
+    """Returns the table, a row for each value of a parameter."""
     rows = ([what, *(cell(figures[name]) for name in VARIED)] for what, figures in runs.items())
     return table(["", *(f"`{name}`" for name in VARIED)], rows)

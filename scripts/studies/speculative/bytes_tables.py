@@ -18,7 +18,7 @@ ABLATIONS = (
 
 
 def moves(found: dict[str, Any]) -> str:
-    """A row a number of devices and of tokens."""
+    """Returns the table, a row for each number of devices and of tokens."""
     rows = [
         [f"{ranks}, {size}", *map(percent, (row["first"], row["between"], row["home"])), f"{row['rows']:.2f}"]
         for ranks, sizes in found["devices"].items()
@@ -28,12 +28,12 @@ def moves(found: dict[str, Any]) -> str:
 
 
 def shapes_of(found: dict[str, Any], model: str) -> dict[str, Any]:
-    """By devices."""
+    """Returns the model's shapes by number of devices."""
     return {n.split("/")[1]: shape for n, shape in found["shapes"].items() if n.startswith(model)}
 
 
 def pipelines(shapes: dict[str, Any]) -> str:
-    """A row a pipeline: the bytes of a token by devices."""
+    """Returns the table of a token's bytes, a row for each pipeline."""
     head = ["pipeline", "collectives"]
     for ranks in shapes:
         head += [f"{ranks} devices", "against plain"]
@@ -51,12 +51,12 @@ def change(shape: dict[str, Any], before: str, after: str) -> float:
 
 
 def predicted(shape: dict[str, Any]) -> float:
-    """The change by prediction where all rows have 2 bytes a number."""
+    """Returns the change of bytes by prediction where all rows have 2 bytes a number."""
     return change(shape, *ABLATIONS[1][1:])
 
 
 def ablations(shapes: dict[str, Any]) -> str:
-    """A row a step."""
+    """Returns the table of the changes of bytes, a row for each step."""
     rows = [
         [title, *(f"{change(shape, before, after):+.1%}" for shape in shapes.values())]
         for title, before, after in ABLATIONS
@@ -69,7 +69,7 @@ def links(found: dict[str, Any]) -> str:
 
 
 def times(found: dict[str, Any], shape: dict[str, Any]) -> str:
-    """A row a pipeline: microseconds of its collectives by link and tokens."""
+    """Returns the table of microseconds by link and tokens, a row for each pipeline."""
     columns = [(link, tokens) for link in found["links"] for tokens in found["steps"]]
     rows = [
         [key, *(f"{row['us'][str(tokens)][link]:.0f}" for link, tokens in columns)]
@@ -79,7 +79,7 @@ def times(found: dict[str, Any], shape: dict[str, Any]) -> str:
 
 
 def shortest(found: dict[str, Any], shape: dict[str, Any]) -> str:
-    """The quickest pipeline at the least and the most tokens, by link."""
+    """Returns the quickest pipelines at the least and the most tokens, by link."""
 
     def best(link: str, tokens: str) -> str:
         return min(shape["rows"], key=lambda key: shape["rows"][key]["us"][tokens][link])
@@ -88,7 +88,7 @@ def shortest(found: dict[str, Any], shape: dict[str, Any]) -> str:
 
 
 def against_plain(found: dict[str, Any], shape: dict[str, Any]) -> str:
-    """By how much the time of "shuffled" differs, by link."""
+    """Returns by how much the time of "shuffled" differs from plain's, by link."""
     own, plain = shape["rows"]["shuffled"]["us"], shape["rows"]["plain"]["us"]
     return ", ".join(
         f"{link} {' / '.join(f'{own[size][link] / plain[size][link] - 1:+.0%}' for size in own)}"

@@ -22,7 +22,7 @@ def pairs(row: dict[str, Any], case: str = "tables") -> float:
 
 
 def in_domain(methods: dict[str, Any]) -> str:
-    """A row a method."""
+    """Returns the table of one number of devices, a row for each method."""
     head = ["method", "local, 64", "local, 256", "pairs, 256", "dealt, local", "dealt, pairs"]
     head += ["load, all", "load, one domain", "solver, s"]
     return table(head, (row_of(name, row) for name, row in methods.items() if isinstance(row, dict)))
@@ -38,8 +38,11 @@ def row_of(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By method, shares: remote activations fewer than by chance and than random placements with tables, and
-    loads over random's, of all text and of single domains."""
+    """Returns shares for each judged method.
+
+    fewer, than_tables: remote activations fewer than by chance, and than random placements with tables.
+    uneven, uneven_single: load over random's, of all text and of single domains.
+    """
     random = methods["random"]
     found = {}
     for name in JUDGED:
@@ -54,7 +57,7 @@ def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def steps(methods: dict[str, Any]) -> dict[str, float]:
-    """What tables and grouping do alone and together: remote activations fewer than by chance, and pairs."""
+    """Returns by which shares tables, grouping and both lessen remote activations, and both the pairs."""
     best, random = methods["alternating"], methods["random"]
     chance = remote(random, "dealt")
     return {
@@ -73,12 +76,12 @@ def solvers(rows: dict[str, Any]) -> list[str]:
 
 
 def saved(row: dict[str, Any], name: str) -> float:
-    """Remote activations fewer than random placements have without tables."""
+    """Returns the share by which remote activations are fewer than with random placements without tables."""
     return fewer(remote(row[name]), remote(row["random"], "dealt"))
 
 
 def across(rows: dict[str, Any]) -> str:
-    """A row a domain."""
+    """Returns the table, a row for each domain that was left out."""
     cells = []
     for domain, row in rows.items():
         guessed = remote(row["random"])
@@ -95,7 +98,7 @@ def across(rows: dict[str, Any]) -> str:
 
 
 def outcome(rows: dict[str, Any], name: str) -> dict[str, Any]:
-    """A method's mean and worst saving over the domains, and the domains that miss the target."""
+    """Returns a method's mean and worst saving over the domains, and the domains that miss the target."""
     less = {domain: saved(row, name) for domain, row in rows.items()}
     missed = [f"{d} ({percent(rows[d]['unseen'])} unseen)" for d, share in less.items() if share < ACROSS]
     return {"mean": sum(less.values()) / len(less), "worst": min(less.values()), "missed": missed}

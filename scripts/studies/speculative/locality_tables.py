@@ -10,7 +10,7 @@ LEAST = 1.0  # % of perplexity within which the cheapest setting is named
 
 
 def losses(locality: dict[str, Any], name: str) -> dict[str, tuple[float, float]]:
-    """By bonus: the change of perplexity in % against the first binning without one, and its error."""
+    """Returns by bonus the change of perplexity in % against no binning and no bonus, and its error."""
     plain_N = np.array(next(iter(locality["runs"].values()))["0.0"]["nll"])
     scored, domains = locality["length"] - 1, len(locality["domains"])
     return {
@@ -20,7 +20,7 @@ def losses(locality: dict[str, Any], name: str) -> dict[str, tuple[float, float]
 
 
 def bonuses(locality: dict[str, Any], name: str) -> str:
-    """A row a bonus."""
+    """Returns a binning's table, a row for each bonus."""
     rows, by_bonus = [], losses(locality, name)
     for bonus, row in locality["runs"][name].items():
         shares = f"{row['remote']:.1%}", f"{row['rows']:.2f}", f"{row['active']:.1f}"
@@ -29,5 +29,5 @@ def bonuses(locality: dict[str, Any], name: str) -> str:
 
 
 def within(locality: dict[str, Any], name: str) -> list[str]:
-    """The bonuses that cost less than LEAST."""
+    """Returns the bonuses that cost less than LEAST."""
     return [bonus for bonus, loss in losses(locality, name).items() if loss[0] < LEAST]

@@ -8,7 +8,7 @@ from shared.results import Plot
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:
-    """Those of every part there is."""
+    """Returns the plots of every part that has results."""
     found: dict[str, Plot] = {}
     if "grouping" in results:
         found["speculative_local"] = partial(draw_local, grouping=results["grouping"])

@@ -8,7 +8,7 @@ INSIDE, ACROSS = 0.30, 0.15  # the targets: fewer remote activations
 
 
 def fewer(remote: float, baseline: float) -> float:
-    """How much fewer, as a share of the baseline."""
+    """Returns how much fewer they are, as a share of the baseline."""
     return 1 - remote / baseline
 
 
@@ -17,7 +17,7 @@ def met(value: float, target: float) -> str:
 
 
 def published(found: dict[str, Any]) -> str:
-    """A model's rates: a row a domain of the statistics and one of the test."""
+    """Returns a model's table, a row for each pair of domains of the statistics and of the test."""
     rows = []
     for name in found["domains"]:
         for other in found["domains"]:
@@ -36,13 +36,13 @@ def published(found: dict[str, Any]) -> str:
 
 
 def saved(found: dict[str, Any], name: str, other: str) -> float:
-    """Remote activations fewer than by chance."""
+    """Returns the share by which remote activations are fewer than by chance."""
     own = found["methods"]["alternating"][f"{name}>{other}"]
     return fewer(1 - own["local"], 1 - 1 / found["ranks"])
 
 
 def published_means(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Fewer remote activations in-domain and across, each with its target, where there are such domains."""
+    """Returns the mean savings in-domain and across, each with its target, where there are such domains."""
     domains, means = found["domains"], {}
     for kind, target in (("in-domain", INSIDE), ("across", ACROSS)):
         values = [saved(found, a, b) for a in domains for b in domains if (a == b) == (kind == "in-domain")]
@@ -52,7 +52,7 @@ def published_means(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def engine(engine: dict[str, Any]) -> str:
-    """A row a pipeline."""
+    """Returns the table of the engine's runs, a row for each pipeline."""
     rows = []
     for name, row in engine["runs"].items():
         cells = [name, f"{row['same']} of {engine['sequences']}"]
@@ -67,5 +67,5 @@ def engine(engine: dict[str, Any]) -> str:
 
 
 def differing(engine: dict[str, Any]) -> list[str]:
-    """The pipelines that did not generate plain's tokens."""
+    """Returns the pipelines that did not generate plain's tokens."""
     return [name for name, row in engine["runs"].items() if row["same"] != engine["sequences"]]

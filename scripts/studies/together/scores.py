@@ -27,8 +27,13 @@ LENGTH = 256  # tokens of a window
 
 
 class Sizes(NamedTuple):
-    """tokens: scored with each set of techniques. profile_tokens: of the train split. batch: sequences of a
-    step. ranks: devices, all of one expert group."""
+    """The sizes of a run.
+
+    tokens: tokens that are scored with each set of techniques.
+    profile_tokens: tokens of the train split that are profiled.
+    batch: sequences of a step.
+    ranks: devices, all of one expert group.
+    """
 
     tokens: int
     profile_tokens: int
@@ -37,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 def measure(data: Path, sizes: Sizes) -> dict[str, Any]:
-    """The figures of the study."""
+    """Returns the figures of the study."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Bars() as bars:
         statistics, placed = Path(folder) / "profile.npz", Path(folder) / "placement.npz"
@@ -57,7 +62,7 @@ def measure(data: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def techniques(row: str, placement: Path, profile: Path) -> MoEConfig:
-    """The settings of a row."""
+    """Returns the settings of a row."""
     every: dict[str, Any] = {
         "binning": BinningConfig(),
         "capacity": CapacityConfig(factor=2.0, policy="reroute", phase="both"),
@@ -72,7 +77,7 @@ def techniques(row: str, placement: Path, profile: Path) -> MoEConfig:
 
 
 def score(data: Path, sizes: Sizes, moe: MoEConfig) -> dict[str, Any]:
-    """The report of one set of techniques, and their settings. A first short run compiles."""
+    """Returns the report of one set of techniques with their settings. A first short run compiles."""
     settings = EngineSettings(
         max_model_len=LENGTH, dtype="float32", attention="tp", moe=moe, expert_parallel_size=sizes.ranks
     )

@@ -12,7 +12,7 @@ HEAD = (
 
 
 def techniques(rows: dict[str, Any]) -> str:
-    """A row a set of techniques."""
+    """Returns the table, a row for each set of techniques."""
     return table(HEAD, [line(name, row, rows["plain"]) for name, row in rows.items()])
 
 
@@ -36,10 +36,10 @@ def line(name: str, row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
 
 
 def apart(rows: dict[str, Any]) -> float:
-    """Nats a token by which a lossless row differs from plain, at most."""
+    """Returns the most nats a token by which a lossless row differs from plain."""
     return max(abs(rows[name]["nll_per_token"] - rows["plain"]["nll_per_token"]) for name in LOSSLESS)
 
 
 def lost(rows: dict[str, Any], name: str) -> str:
-    """Perplexity against plain's."""
+    """Returns by how much the row's perplexity differs from plain's."""
     return f"{100 * (rows[name]['perplexity'] / rows['plain']['perplexity'] - 1):+.2f} %"
