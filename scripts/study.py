@@ -64,7 +64,7 @@ def asked(study: Study, args: argparse.Namespace) -> list[Part]:
 
 
 def command(study: Study, part: Part, args: argparse.Namespace) -> str:
-    """Returns the command that measures the part so again, with its options that are not at their defaults."""
+    """Returns the command that measures the part so again: its options that are not at their defaults."""
     words = [f"python scripts/study.py {study.name} --data ../shared/data"]
     words += [] if study.is_whole else [f"--parts {part.name}"]
     own = argparse.ArgumentParser(add_help=False)
