@@ -64,6 +64,6 @@ class Study:
         return len(self.parts) == 1
 
     def document(self, results: Results) -> str:
-        """Returns the text of ``docs/results/<name>.md``, in which a part without results is said to be missing, or left out."""
+        """Returns the text of ``docs/results/<name>.md``; its template says what becomes of an absent part."""
         modules = {module.__name__.rpartition(".")[2]: module for module in self.tables()}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
