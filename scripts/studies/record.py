@@ -64,6 +64,6 @@ class Study:
         return len(self.parts) == 1
 
     def document(self, results: Results) -> str:
-        """Returns the text of ``docs/results/<name>.md``; its template says what becomes of an absent part."""
+        """Returns the text of ``docs/results/<name>.md``; the template says what of an absent part."""
         modules = {module.__name__.rpartition(".")[2]: module for module in self.tables()}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
