@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import COMBINED, Activation, ExpertWeights, Implementation, grouped_mlp
@@ -13,43 +12,24 @@ from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
+from jmoe.moe.expert_leaves import LEAVES, leaves_of, weight_specs
 from jmoe.moe.types import DispatchPlan
 from jmoe.param import HOST, ParamMaker
 
-# The mesh axes of an expert's own dimensions: gate and up, down, and the biases of both.
-WITHIN = (None, TENSOR, None), (None, TENSOR), (None, TENSOR), (None,)
-
-
-def weight_specs(like: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
-    """How stacks of experts are split. ``front`` gives the mesh axes of the dimensions before an expert's own
-    dimensions. The result is None for a weight that is None in ``like``."""
-    every = like.gate_up_E2FD, like.down_EDF, like.gate_up_bias_E2F, like.down_bias_ED
-    specs = (PartitionSpec(*front, *within) for within in WITHIN)
-    return ExpertWeights(*(None if a is None else spec for a, spec in zip(every, specs, strict=True)))  # pyright: ignore[reportArgumentType]
-
 
 class Experts(nnx.Module):
-    """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
-
-    gate_up_E2FD: ``[experts, (gate, up), inner, model]``.
-    down_EDF: ``[experts, model, inner]``.
-    gate_up_bias_E2F: ``[experts, (gate, up), inner]``; None without biases.
-    down_bias_ED: ``[experts, model]``; None without biases.
-    """
+    """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked: a parameter
+    ``[experts, ...]`` for each leaf of ``LEAVES``, None if the model's experts do not have it."""
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
-        experts, model, inner = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
-        gate_up, down, gate_up_bias, down_bias = ((EXPERT, *within) for within in WITHIN)
-        self.gate_up_E2FD = make.stored((experts, 2, inner, model), gate_up)
-        self.down_EDF = make.stored((experts, model, inner), down)
-        biased = cfg.expert_bias
-        self.gate_up_bias_E2F = make((experts, 2, inner), gate_up_bias) if biased else None
-        self.down_bias_ED = make((experts, model), down_bias) if biased else None
+        for leaf in LEAVES:
+            shape, axes = (cfg.num_experts, *leaf.shape(cfg)), (EXPERT, *leaf.axes)
+            make_leaf = make if leaf.is_bias else make.stored
+            setattr(self, leaf.name, make_leaf(shape, axes) if leaf in leaves_of(cfg) else None)
 
     @property
     def weights(self) -> ExpertWeights:
-        biases = (None if p is None else p[...] for p in (self.gate_up_bias_E2F, self.down_bias_ED))
-        return ExpertWeights(self.gate_up_E2FD[...], self.down_EDF[...], *biases)
+        return ExpertWeights(*(_values(getattr(self, leaf.name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
 
     @property
     def specs(self) -> ExpertWeights:
@@ -62,19 +42,19 @@ class HostExperts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         both = len(cfg.moe_layers), cfg.num_experts
-        model, inner = cfg.hidden_size, cfg.moe_intermediate_size
-        gate_up, down, gate_up_bias, down_bias = ((None, EXPERT, *within) for within in WITHIN)
-        self.gate_up_LE2FD = make.stored((*both, 2, inner, model), gate_up, memory=HOST)
-        self.down_LEDF = make.stored((*both, model, inner), down, memory=HOST)
-        biases = ((*both, 2, inner), gate_up_bias), ((*both, model), down_bias)
-        made = [make.stored(*bias, memory=HOST) if cfg.expert_bias else None for bias in biases]
-        self.gate_up_bias_LE2F, self.down_bias_LED = made
+        for leaf in LEAVES:
+            shape, axes = (*both, *leaf.shape(cfg)), (None, EXPERT, *leaf.axes)
+            present = leaf in leaves_of(cfg)
+            setattr(self, leaf.store_name, make.stored(shape, axes, memory=HOST) if present else None)
 
     @property
     def weights(self) -> ExpertWeights:
         """The weights with one more leading axis (layers) than the field names of ``ExpertWeights`` say."""
-        biases = (None if p is None else p[...] for p in (self.gate_up_bias_LE2F, self.down_bias_LED))
-        return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...], *biases)
+        return ExpertWeights(*(_values(getattr(self, leaf.store_name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
+
+
+def _values(param: nnx.Param | None) -> Array | None:
+    return None if param is None else param[...]
 
 
 @dataclass(frozen=True)

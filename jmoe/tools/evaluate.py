@@ -135,16 +135,16 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
         done = [0] * len(batch)
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
-            given = runner.blank("prefill", per_rank, size)
-            targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
+            inputs = runner.blank("prefill", per_rank, size)
+            targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
-                _fill(given, row, window, done[row], n, pool.table[row])
+                _fill(inputs, row, window, done[row], n, pool.table[row])
                 following = window[done[row] + 1 : done[row] + n + 1]
                 targets[row, : len(following)], asked[row, : len(following)] = following, True
                 done[row] += n
-            _, hidden, _ = runner.run(given)
-            progress(score.begin(runner.logprobs(hidden, targets), asked))
+            hidden_RND = runner.run(inputs).hidden_RND
+            progress(score.begin(runner.logprobs(hidden_RND, targets), asked))
     score.settle()
     return score
 
@@ -172,14 +172,14 @@ def score_decode(
         if not active:
             score.settle()
             return score
-        given = runner.blank("decode", per_rank, 1)
-        targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
+        inputs = runner.blank("decode", per_rank, 1)
+        targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
         for i, window, at in active:
-            _fill(given, i, window, at, 1, pool.table[i])
+            _fill(inputs, i, window, at, 1, pool.table[i])
             targets[i, 0], asked[i, 0] = window[at + 1], True
             places[i] = (window, at + 1)
-        _, hidden, _ = runner.run(given)
-        progress(score.begin(runner.logprobs(hidden, targets), asked))
+        hidden_RND = runner.run(inputs).hidden_RND
+        progress(score.begin(runner.logprobs(hidden_RND, targets), asked))
 
 
 def rows_a_rank(runner: Runner, batch_size: int) -> int:
@@ -202,7 +202,7 @@ class PageRows:
         self.table = np.tile(one_rank, (engine.runner.ranks, 1))
 
 
-def _fill(given: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
-    given.own.tokens_BT[row, :count] = window[start : start + count]
-    given.own.positions_BT[row, :count] = np.arange(start, start + count)
-    given.own.table_BM[row] = table
+def _fill(inputs: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
+    inputs.own.tokens_BT[row, :count] = window[start : start + count]
+    inputs.own.positions_BT[row, :count] = np.arange(start, start + count)
+    inputs.own.table_BM[row] = table

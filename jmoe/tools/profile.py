@@ -16,7 +16,7 @@ import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.deployment.deployment import round_up
+from jmoe.engine.deployment.sizes import round_up
 from jmoe.engine.step.inputs import window_length
 from jmoe.engine.step.runner import Runner
 from jmoe.mesh import EXPERT

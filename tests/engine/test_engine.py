@@ -29,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 def engine_of(
     model: Decoder, mesh, slots=4, pages=40, length=64, first=1, warm_up=False, **settings
 ) -> Engine:
-    """Compiles only what runs, unless a test is about just that."""
+    """Returns an engine that compiles only what runs, unless a test is about just that."""
     runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
     if warm_up:
         runner.warm_up()
@@ -68,7 +68,7 @@ def window_logits(engine: Engine, ids) -> np.ndarray:
 
 
 def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
-    """Prompts shorter than a run, longer than the longest run (several runs), and at page edges."""
+    """Prompts are shorter than a run, longer than the longest run (several runs), and at page edges."""
     for length in (1, 8, 31, 32, 33, 50):
         prompt = tokens(CFG, length, seed=length)
         [request], [parts] = serve(engine, [prompt])
@@ -96,7 +96,7 @@ def test_few_sizes_compile_beside_prompts(decode: tuple[int, ...], beside: tuple
 
 
 def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, monkeypatch):
-    """One prompt, then sixteen at once, of which the last ones run beside the first ones' tokens."""
+    """One prompt comes, then sixteen at once; the last of these run in steps that also decode the first."""
     wide, seen = engine_on(make_mesh(), slots=16, first=4), []
     run = wide.runner.run
 
@@ -349,7 +349,7 @@ def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
 
 
 class Panics(TokenBytes):
-    """Fails on one token, as a decoder does that panics."""
+    """A constraint that fails on one token, as a decoder does that panics."""
 
     bad = -1
 

@@ -21,7 +21,7 @@ from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
 
 def np_top(p_BLE: np.ndarray, valid: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The batch's forecast of all layers from each row's: top k, and the maximum."""
+    """Returns the batch's forecast of all layers from each row's: top k, and the maximum."""
     rows = p_BLE[np.array(valid, bool)]
     wanted = np.zeros(rows.shape, bool)
     np.put_along_axis(wanted, np.argsort(-rows, axis=2, kind="stable")[:, :, :K], True, 2)
@@ -29,7 +29,7 @@ def np_top(p_BLE: np.ndarray, valid: list[int]) -> tuple[np.ndarray, np.ndarray]
 
 
 def check_plan(forecasts: list[Forecast], p_LE: np.ndarray, wanted_LE: np.ndarray) -> None:
-    """Every forecast is the next A rows of one of all layers, and nothing past the last."""
+    """Asserts that every forecast is the next A rows of a forecast of all layers, and nothing at the end."""
     for first, found in enumerate(forecasts):
         n = min(A, len(p_LE) - first)
         np.testing.assert_allclose(found.p_AE[:n], p_LE[first : first + n], atol=1e-6)
@@ -41,7 +41,7 @@ def test_the_token_table_is_the_profiles_counts():
     rng, valid = np.random.default_rng(5), [1, 1, 0, 1]
     rare = int(np.argmin(np.where(PROFILE.frequency_V > 0, PROFILE.frequency_V, 10**9)))
     seen, layers = step_of(rng, valid, [4, 38, 7, rare]), layers_of(rng, 4, LAYERS)
-    for rows in (4096, 37):  # with 37 of the 38 that occur, the rarest has the row of all tokens
+    for rows in (4096, 37):  # with 37 rows for the 38 ids that occur, the rarest id has the row of all tokens
         predictor = TokenTable.make(PROFILE, distance=A, k=K, rows=rows)
         share_BLE = (
             np.stack([PROFILE.chosen(layer, np.arange(VOCAB)) for layer in range(LAYERS)], 1)
@@ -154,7 +154,7 @@ def described(tree: object) -> object:
 
 @partial(jax.jit, donate_argnums=0)
 def scanned(predictor: Predictor, seen: StepSeen, layers: LayerSeen) -> tuple[Predictor, Forecast, Forecast]:
-    """A step with its layers in a scan, as a compiled step walks them."""
+    """Runs a step with its layers in a scan, as a compiled step does."""
     walk, first = predictor.start(seen)
 
     def one(walk: object, layer: tuple) -> tuple[object, Forecast]:
@@ -192,7 +192,10 @@ def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list
 @pytest.mark.parametrize("name", (*NAMES, "expert_map online"))
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, value: float):
-    """Its mates' forecast is the one without it; a later step's is that of a predictor that never saw it."""
+    """The forecast of its mates is the one without it.
+
+    A later step's is that of a predictor that never saw it.
+    """
     table = np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
     made = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
@@ -207,7 +210,7 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     alone = seen._replace(valid_B=jnp.asarray([False, True, True]))
     after, forecasts = walked(made, seen, bad)
     _, expected = walked(made, alone, layers)
-    by_ids = name in ("token_table", "counts")  # these go by the token's id, or by what its request chose
+    by_ids = name in ("token_table", "counts")  # by the token's id, or by what its request chose
     for got, want in zip(forecasts[1:], expected[1:], strict=True):
         assert np.isfinite(got.p_AE).all()
         if not by_ids:

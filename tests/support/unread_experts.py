@@ -1,4 +1,4 @@
-"""Runs the CPU's experts with weights of some on pages that cannot be read: who reads them dies.
+"""Runs the CPU's experts with weights of some on pages that cannot be read: whoever reads them dies.
 
 python tests/support/unread_experts.py RUN FORBIDDEN     two lists of expert ids, such as 1,4 and 0,2,3
 """
@@ -20,7 +20,7 @@ PROT_NONE, PROT_READ = 0, 1
 
 
 def paged(*shape: int) -> np.ndarray:
-    """bfloat16 weights, as uint16, from the beginning of a page."""
+    """Returns bfloat16 weights, as uint16, that begin at a page of memory."""
     memory = mmap.mmap(-1, 2 * int(np.prod(shape)))
     array = np.frombuffer(memory, np.uint16).reshape(shape)
     array[:] = np.random.default_rng(0).integers(0x3C00, 0x3D00, shape)  # small positive numbers
