@@ -116,7 +116,7 @@ schemathesis() {
 
 lm_eval() {
   wanted lm-eval && installed lm-eval 'lm-eval[api,hf]==0.4.13' transformers torch==2.13.0 || return
-  run lm-eval "lm-eval==0.4.13" "$env/bin/python" "${here%/*}/lm_eval_parity.py" --base-url "$BASE" --model "$MODEL" \
+  run lm-eval "lm-eval==0.4.13" "$env/bin/python" "$here/lm_eval_parity.py" --base-url "$BASE" --model "$MODEL" \
     --model-dir "$tiny"
 }
 

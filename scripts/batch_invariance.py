@@ -16,8 +16,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from shared.document import render
+from shared.origin import command_line, machine
 from shared.results import table
-from shared.serving_report import command_line, machine
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on")
 LENGTHS = (1, 3, 8, 20, 60, 150)  # words
@@ -77,36 +78,25 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
         }
 
 
-def page(results: dict[str, Any]) -> str:
-    settings = results["settings"]
+def answers(results: dict[str, Any]) -> str:
+    """Returns the table, a row for each dtype and case."""
     rows = [
         [
             dtype,
-            f"{case} ({settings[case]})",
+            f"{case} ({results['settings'][case]})",
             f"{found['changed']} of {found['answers']}",
             f"{found['logprob']:.1e}",
         ]
         for dtype, cases in results["dtypes"].items()
         for case, found in cases.items()
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    lines = [
-        "# What a greedy answer owes to its batch mates",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{results['date']}; {results['cores']} cores of {results['processor']}; {versions}; kernels: "
-        f"{results['kernels']}.",
-        "",
-        f"Model: {results['model']}; {settings['tokens']} tokens an answer. batch: {settings['prompts']} "
-        f"prompts at once, in steps of up to {settings['batch']} sequences, against each alone. copies: one "
-        f"prompt {settings['copies']} times at once against once.",
-        "",
-        *table(
-            ["dtype", "together", "answers with another token", "log-probabilities apart by at most"], rows
-        ),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+    head = ["dtype", "together", "answers with another token", "log-probabilities apart by at most"]
+    return table(head, rows)
+
+
+def page(results: dict[str, Any]) -> str:
+    template = Path(__file__).parent / "shared/reproducibility.md"
+    return render(template, {"answers": answers(results), **results})
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from shared.origin import command_line, machine
 from shared.serving_peers import PEERS, Load, Peer
-from shared.serving_report import command_line, machine, write_part
+from shared.serving_report import write_part
 
 from jmoe.engine.build import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_serving import free_port, serving
-from shared.serving_report import command_line, machine, write_part
+from shared.origin import command_line, machine
+from shared.serving_report import write_part
 
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 

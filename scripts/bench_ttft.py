@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared.document import render
+from shared.origin import command_line, machine
 from shared.protocol import checkpoint, pin
 from shared.results import dumps, table
-from shared.serving_report import command_line, machine
 
 TARGET = 1.1
 DRY = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}
@@ -139,26 +140,16 @@ def in_turn(benches: list[Bench], count: int, busy: int, rounds: int) -> list[li
 
 
 def document(figures: dict[str, Any]) -> str:
-    cases = figures["cases"]
-    worst = max(case["ratio"] for case in cases)
     head = ("slots", "pool", "requests", "others decode", "TTFT, median, ms", "best, ms", "ratio")
     rows = [
         (
             *(str(case[key]) for key in ("slots", "pool", "requests", "busy")),
             f"{case['ttft_ms']:.2f}", f"{case['best_ms']:.2f}", f"{case['ratio']:.2f}",
         )
-        for case in cases
+        for case in figures["cases"]
     ]  # fmt: skip
-    about = f"{figures['model']}, prompts of {figures['prompt']} tokens, median of {figures['rounds']} rounds"
-    where = f"{figures['processor']}, {figures['threads']} threads, jmoe {figures['versions']['jmoe']}"
-    return "\n".join(
-        [
-            "# Time to the first token over pool sizes and slots", "",
-            f"`{figures['command']}`", "", f"{about}; {where}, {figures['date']}.", "",
-            f"Worst ratio to the smallest engine that holds the case: {worst:.2f} (target {TARGET}).", "",
-            *table(head, rows), "",
-        ]
-    )  # fmt: skip
+    made = {"target": TARGET, "table": table(head, rows)}
+    return render(Path(__file__).parent / "shared/ttft.md", made | figures)
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared.origin import command_line, machine
 from shared.protocol import Jmoe, checkpoint, pin
-from shared.serving_report import command_line, machine, write_part
+from shared.serving_report import write_part
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -118,14 +118,14 @@ def main() -> None:
                 rows[name] = {"load": json.loads(run(load)), "moe": moe}
                 rows[name]["scores"] = evaluate(server.url, args, directory.resolve(), tasks)
             print(f"{name}: done", file=sys.stderr, flush=True)
-    print("\n".join(shown(rows, list(tasks))))
+    print(shown(rows, list(tasks)))
     if args.json:
         args.json.write_text(
             json.dumps({"table": path.stem, "model": args.model, "rows": rows}, indent=1) + "\n"
         )
 
 
-def shown(rows: dict[str, Any], tasks: list[str]) -> list[str]:
+def shown(rows: dict[str, Any], tasks: list[str]) -> str:
     head = ["setting", "output tokens/s", "TPOT p50, ms", "TTFT p99, ms", "remapped", "dropped", *tasks]
     lines = []
     for name, row in rows.items():

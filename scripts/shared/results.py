@@ -1,19 +1,13 @@
-"""What the benchmarks of the techniques share: figures as JSON, tables of a document, the frame of its plots.
+"""What the studies and benchmarks share: figures as JSON, tables of a document, the frame of its plots."""
 
-A benchmark has parts. A part's figures replace its last ones in the JSON; the document and the plots are made
-from the JSON alone.
-"""
-
-import argparse
 import importlib
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+Plot = Callable[[Any], Any]  # from pyplot to a figure
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jmoe", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
@@ -30,44 +24,23 @@ def dumps(results: dict[str, Any], depth: int = 4) -> str:
     return lines(results, 0) + "\n"
 
 
-def command(parser: argparse.ArgumentParser, args: argparse.Namespace, part: str) -> str:
-    """What measures the part so again: those of its own options that are not at their defaults.
-
-    An option is a part's where its help begins with the part's name, or several of them, and a colon.
-    """
-    words = [f"python scripts/{parser.prog} --data ../shared/data --parts", part]
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        parts, _, _ = (action.help or "").partition(":")
-        if part not in parts.split(", ") or value == action.default:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words.append(
-            f"--{action.dest}" if value is True else " ".join([f"--{action.dest}", *map(str, values)])
-        )
-    return " ".join(words)
-
-
-def run_each(script: str, parts: Iterable[str], known: Iterable[str]) -> None:
-    """Runs ``script`` with this process's options once a part, each in a process of its own: one wants
-    several devices, another one."""
-    options = [a for a in sys.argv[1:] if a not in ("--parts", *known)]
-    for part in parts:
-        subprocess.run([sys.executable, script, *options, "--parts", part], check=True)
-
-
 def few(dry: bool) -> slice:
     """What a part takes of a list of settings: all of them, or the first alone, to try its flow."""
     return slice(0, 1) if dry else slice(None)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns a Markdown table without a newline at its end."""
     head = list(head)
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def signed(value: float, error: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f} ± {error:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %".replace("-0.0 ", "0.0 ")
 
 
 def verdict(value: float, error: float) -> str:
@@ -75,8 +48,8 @@ def verdict(value: float, error: float) -> str:
     return "yes" if value > 2 * error else "no" if value < -2 * error else "even"
 
 
-def draw_plots(plots: dict[str, Callable[[Any], Any]], folder: Path) -> None:
-    """Writes ``<name>.svg`` of every plot, a function from pyplot to a figure."""
+def draw_plots(plots: dict[str, Plot], folder: Path) -> None:
+    """Writes ``<name>.svg`` of every plot."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is absent (pip install 'jmoe[plots]')")
         return

@@ -269,7 +269,7 @@ def test_probes_ask_the_leader_and_pass_elsewhere(kind: str, manifest: Manifest,
 
 
 def test_schemas_are_cut_without_losing_their_refusals():
-    spec = importlib.util.spec_from_file_location("reduce_crd", ROOT / "scripts/reduce_crd.py")
+    spec = importlib.util.spec_from_file_location("reduce_crd", ROOT / "scripts/make/reduce_crd.py")
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(reduce_crd := importlib.util.module_from_spec(spec))
     port = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}

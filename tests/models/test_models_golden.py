@@ -1,4 +1,4 @@
-"""Parity with transformers on checkpoints, logits and greedy tokens that ``scripts/make_golden.py`` wrote."""
+"""Parity with transformers on checkpoints, logits and greedy tokens that ``scripts/make/golden.py`` wrote."""
 
 import dataclasses
 from pathlib import Path

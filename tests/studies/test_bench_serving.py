@@ -11,8 +11,8 @@ from pathlib import Path
 import bench_traces
 import bench_ttft
 import pytest
+from acceptance.lm_eval_parity import compare, difference
 from bench_serving import copy_without_ends
-from lm_eval_parity import compare, difference
 from paper_table import filled, shown
 from shared.serving_peers import PEERS, Load
 from shared.serving_report import write_part
@@ -146,7 +146,7 @@ def test_a_table_has_a_column_a_task():
         "plain": {"load": {**load, "moe": None}, "scores": {"gsm8k": 0.5}},
         "binned": {"load": {**load, "moe": moe}, "scores": {"gsm8k": 0.25}},
     }
-    lines = shown(rows, ["gsm8k"])
+    lines = shown(rows, ["gsm8k"]).splitlines()
     assert lines[0].endswith("| remapped | dropped | gsm8k |")
     assert lines[2] == "| plain | 9.00 | 1.00 | 2.00 | 0.0% | 0.0% | 0.500 |"
     assert lines[3] == "| binned | 9.00 | 1.00 | 2.00 | 25.0% | 0.0% | 0.250 |"

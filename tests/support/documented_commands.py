@@ -31,7 +31,7 @@ DRY = "--data {data} --model {study} --dry"
 PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
-    "scripts/demo.sh": [Command("scripts/demo.py")],
+    "scripts/demo.sh": [Command("scripts/shared/demo.py")],
     "scripts/test.sh": [Command(elsewhere="the first step of .ci/run")],
     "scripts/acceptance.sh": [Command(elsewhere="the step 'real clients' of .ci/run")],
     "scripts/bench_vs_transformers.py": [
@@ -59,44 +59,35 @@ COMMANDS: dict[str, list[Command]] = {
         )
     ],
     "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
-    "scripts/wheel.sh": [Command(elsewhere="the step 'the wheel outside of the tree' of .ci/run")],
     "scripts/host_overhead.py": [
         Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
     ],
     "scripts/bench_traces.py": [
         Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
     ],
-    "scripts/bench_capacity.py": [
-        Command(f"scripts/bench_capacity.py --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
-        Command(f"scripts/bench_capacity.py {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
-        Command("scripts/bench_capacity.py --data {data} --parts speed --dry --rounds 1 --threads 1"),
-    ],
-    "scripts/bench_lynx.py": [
+    "scripts/study.py": [
+        Command(f"scripts/study.py capacity --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
+        Command(f"scripts/study.py capacity {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
+        Command("scripts/study.py capacity --data {data} --parts speed --dry --rounds 1 --threads 1"),
         Command(
-            "scripts/bench_lynx.py --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "scripts/study.py lynx --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
             "--new 4 --rounds 1 --threads 1"
         ),
-        Command(f"scripts/bench_lynx.py {DRY} --parts quality capacity --length 4 --domains en_drama"),
-    ],
-    "scripts/bench_offload.py": [
-        Command("scripts/bench_offload.py --parts large --dry --sizes {sizes} --threads 1"),
-        Command(f"scripts/bench_offload.py {DRY} --parts simulate mt_bench sensitivity --windows 1"),
-        Command(f"scripts/bench_offload.py {DRY} --parts engine"),
-    ],
-    "scripts/bench_speculative.py": [
+        Command(f"scripts/study.py lynx {DRY} --parts quality capacity --length 4 --domains en_drama"),
+        Command("scripts/study.py offload --parts large --dry --sizes {sizes} --threads 1"),
+        Command(f"scripts/study.py offload {DRY} --parts simulate mt_bench sensitivity --windows 1"),
+        Command(f"scripts/study.py offload {DRY} --parts engine"),
         Command(
-            f"scripts/bench_speculative.py --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            f"scripts/study.py speculative --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
             "--windows 1 --model {study}",
             PLOTS,
         ),
-        Command(f"scripts/bench_speculative.py {DRY} --parts grouping published --train 2 --windows 1"),
-        Command(f"scripts/bench_speculative.py {DRY} --parts engine locality"),
-    ],
-    "scripts/bench_together.py": [
+        Command(f"scripts/study.py speculative {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/study.py speculative {DRY} --parts engine locality"),
         Command(
-            f"scripts/bench_together.py --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
+            f"scripts/study.py together --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
             "--batch 2 --ranks 2"
-        )
+        ),
     ],
     "scripts/bench_cpu_kernels.py": [
         Command(
@@ -113,18 +104,18 @@ COMMANDS: dict[str, list[Command]] = {
             devices=2,
         )
     ],
-    "scripts/lm_eval_parity.py": [Command(elsewhere="the step 'real clients' of .ci/run (lm-eval)")],
-    "scripts/model_sizes.py": [Command("scripts/model_sizes.py")],
-    "scripts/model_card.py": [Command("scripts/model_card.py --data {corpus} --model {study}")],
-    "scripts/make_golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
+    "scripts/acceptance/lm_eval_parity.py": [Command(elsewhere="'real clients' of .ci/run (lm-eval)")],
+    "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
+    "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
+    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
     "scripts/train_tiny.py": [
         Command("scripts/train_tiny.py --help"),
         Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
-    "scripts/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
+    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
+    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [
         Command("generate {hf} --prompt Hi --max-tokens 2 --temperature 0"),

@@ -1,24 +1,22 @@
 """The plots of docs/results/capacity.md, SVG, by matplotlib (the ``plots`` extra)."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.results import draw_plots
-from studies.capacity.report_load import FACTORS, LOSSLESS, PAPER_LAYER, at
-from studies.capacity.report_quality import KINDS, difference
+from shared.results import Plot
+from studies.capacity.load_tables import FACTORS, LOSSLESS, PAPER_LAYER, at
+from studies.capacity.quality_tables import KINDS, difference
 
 SHOWN = ("drop", "reroute", "expand")
 
 
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """Writes ``capacity_<part>.svg`` of every part there is."""
-    plots = {"quality": draw_quality, "load": draw_load, "speed": draw_speed}
-    here = {
-        f"capacity_{part}": partial(plot, results=results) for part, plot in plots.items() if part in results
+def plots(results: dict[str, Any]) -> dict[str, Plot]:
+    """Returns the plot ``capacity_<part>`` of every part that has results."""
+    every = {"quality": draw_quality, "load": draw_load, "speed": draw_speed}
+    return {
+        f"capacity_{part}": partial(plot, results=results) for part, plot in every.items() if part in results
     }
-    draw_plots(here, folder)
 
 
 def draw_quality(pyplot: Any, results: dict[str, Any]) -> Any:

@@ -2,24 +2,23 @@
 
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.results import draw_plots
+from shared.results import Plot
 from studies.lynx.curves import METHODS, curves, percent
-from studies.lynx.report_quality import ALLOWED, BATCH, SAVED, plain_protocols
+from studies.lynx.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """Writes the plots of every part there is."""
-    plots = {}
+def plots(results: dict[str, Any]) -> dict[str, Plot]:
+    """Returns the plots of every part that has results."""
+    found: dict[str, Plot] = {}
     if "quality" in results:
-        plots |= {"lynx_quality": partial(draw_quality, quality=results["quality"])}
-        plots |= {"lynx_batch": partial(draw_batch, quality=results["quality"])}
+        found["lynx_quality"] = partial(draw_quality, quality=results["quality"])
+        found["lynx_batch"] = partial(draw_batch, quality=results["quality"])
     if "speed" in results:
-        plots |= {"lynx_speed": partial(draw_speed, speed=results["speed"])}
-    draw_plots(plots, folder)
+        found["lynx_speed"] = partial(draw_speed, speed=results["speed"])
+    return found
 
 
 def draw_quality(pyplot: Any, quality: dict[str, Any]) -> Any:

@@ -58,7 +58,7 @@ class Bench(NamedTuple):
 
 def measure(data: Path, model: str, dry: bool = False) -> dict[str, Any]:
     """The ``engine`` part."""
-    source = collect(model, data / "train", 2 if dry else TRAIN)
+    start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "profile.npz")
         source.profile(source.domains).save(Path(store))
@@ -68,6 +68,7 @@ def measure(data: Path, model: str, dry: bool = False) -> dict[str, Any]:
             "prompt": PROMPT, "new": NEW, "requests": REQUESTS,
             "runs": _all_at_once(bench, questions),
             "arrivals": _arrivals(bench, data / "workloads"),
+            "seconds": round(time.perf_counter() - start),
         }  # fmt: skip
 
 

@@ -33,10 +33,12 @@ CASES = {
 
 def measure(sizes: Path, dry: bool = False) -> dict[str, Any]:
     """The ``large`` part. dry: of budgets, batches and cases the first alone."""
-    part = few(dry)
+    start, part = time.perf_counter(), few(dry)
     scale = 1 / (0.02 * read_toml(sizes)["hidden_size"] ** 0.5)  # a gate's input has unit square mean
     with checkpoint(str(sizes), gate_scale=scale) as directory:
-        return {"sizes": sizes.stem, "runs": _simulated(directory, part), "engine": _engine(directory, part)}
+        runs, engine = _simulated(directory, part), _engine(directory, part)
+    seconds = round(time.perf_counter() - start)
+    return {"sizes": sizes.stem, "runs": runs, "engine": engine, "seconds": seconds}
 
 
 def _simulated(directory: Path, part: slice) -> dict[str, Any]:

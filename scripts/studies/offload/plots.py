@@ -1,18 +1,18 @@
 """The plot of docs/results/offload.md, SVG, by matplotlib (the ``plots`` extra)."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from shared.results import draw_plots
+from shared.results import Plot
 
 SHOWN = ("LRU", "LFU", "request counts, LRU", "fMoE", "token table", "default", "oracle")
 
 
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """Writes the plot where its part is there."""
-    if "simulate" in results:
-        draw_plots({"offload_budget": partial(draw_budget, runs=results["simulate"]["runs"])}, folder)
+def plots(results: dict[str, Any]) -> dict[str, Plot]:
+    """Returns the plot where its part has results."""
+    if "simulate" not in results:
+        return {}
+    return {"offload_budget": partial(draw_budget, runs=results["simulate"]["runs"])}
 
 
 def draw_budget(pyplot: Any, runs: dict[str, Any]) -> Any:

@@ -1,21 +1,20 @@
 """The plots of docs/results/speculative.md, SVG, by matplotlib (the ``plots`` extra)."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.results import draw_plots
+from shared.results import Plot
 
 
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """Writes the plots of every part there is."""
-    plots = {}
+def plots(results: dict[str, Any]) -> dict[str, Plot]:
+    """Returns the plots of every part that has results."""
+    found: dict[str, Plot] = {}
     if "grouping" in results:
-        plots |= {"speculative_local": partial(draw_local, grouping=results["grouping"])}
+        found["speculative_local"] = partial(draw_local, grouping=results["grouping"])
     if "bytes" in results:
-        plots |= {"speculative_bytes": partial(draw_bytes, found=results["bytes"])}
-    draw_plots(plots, folder)
+        found["speculative_bytes"] = partial(draw_bytes, found=results["bytes"])
+    return found
 
 
 def draw_local(pyplot: Any, grouping: dict[str, Any]) -> Any:

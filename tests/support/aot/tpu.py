@@ -77,11 +77,11 @@ def environment(dump: Path) -> dict[str, str]:
 
 
 def run_report(*arguments: str, timeout: float) -> list[dict]:
-    """Returns what ``scripts/tpu_kernel_report.py --json`` prints.
+    """Returns what ``scripts/make/tpu_kernel_report.py --json`` prints.
 
     Raises RuntimeError with the script's output if it fails.
     """
-    command = [sys.executable, str(ROOT / "scripts/tpu_kernel_report.py"), "--json", *arguments]
+    command = [sys.executable, str(ROOT / "scripts/make/tpu_kernel_report.py"), "--json", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}

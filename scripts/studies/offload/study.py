@@ -1,0 +1,70 @@
+"""fMoE, expert offload (Yu et al., arXiv 2502.05370).
+
+Parts: simulate (the bundled model on held-out text, every comparator, budget and batch, in the simulator;
+deterministic), mt_bench (the same on MT-bench's questions and the model's own answers), sensitivity (one
+parameter at a time); on an idle machine large (a random model of 0.9 billion parameters) and engine (the
+engine itself, its tokens, counters and time).
+"""
+
+import argparse
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from shared.results import Plot
+from studies.record import Part, Results, Study
+
+OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--windows", type=int, default=6, help="simulate, sensitivity: of each domain")
+    parser.add_argument("--sizes", type=Path, default=OLMOE, help="large: of the random model")
+    parser.add_argument("--model", default="tiny", help="simulate, mt_bench, sensitivity, engine: the model")
+
+
+def simulated(part: str, args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.on_text import measure
+
+    return measure(part, args.data, args.model, args.windows, args.dry)
+
+
+def large(args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.large import measure
+
+    return measure(args.sizes, args.dry)
+
+
+def engine(args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.engine import measure
+
+    return measure(args.data, args.model, args.dry)
+
+
+def tables() -> Iterable[ModuleType]:
+    from studies.offload import engine_tables, simulator_tables
+
+    return simulator_tables, engine_tables
+
+
+def plots(results: Results) -> dict[str, Plot]:
+    from studies.offload.plots import plots
+
+    return plots(results)
+
+
+STUDY = Study(
+    "offload",
+    __doc__ or "",
+    (
+        Part("simulate", partial(simulated, "simulate"), "valid"),
+        Part("mt_bench", partial(simulated, "mt_bench"), "workloads"),
+        Part("sensitivity", partial(simulated, "sensitivity"), "valid"),
+        Part("large", large),
+        Part("engine", engine, "workloads"),
+    ),
+    add_options,
+    tables,
+    plots,
+)

@@ -1,0 +1,71 @@
+"""Tables of docs/results/speculative.md on published routing and the engine, and what is shared."""
+
+from typing import Any
+
+from shared.results import percent, table
+
+INSIDE, ACROSS = 0.30, 0.15  # the targets: fewer remote activations
+
+
+def fewer(remote: float, baseline: float) -> float:
+    """Returns how much fewer they are, as a share of the baseline."""
+    return 1 - remote / baseline
+
+
+def met(value: float, target: float) -> str:
+    return "met" if value >= target else "**missed**"
+
+
+def published(found: dict[str, Any]) -> str:
+    """Returns a model's table, a row for each pair of domains of the statistics and of the test."""
+    rows = []
+    for name in found["domains"]:
+        for other in found["domains"]:
+            own, load, random = (
+                found["methods"][method][f"{name}>{other}"] for method in ("alternating", "load", "random")
+            )
+            rows.append([
+                name, other, percent(own["unseen"]), percent(own["local"]),
+                percent(load["local"]), percent(random["local"]), percent(saved(found, name, other)),
+                percent(fewer(1 - own["local"], 1 - random["local"])),
+                f"{own['peak']:.2f}", f"{load['peak']:.2f}", f"{random['peak']:.2f}",
+            ])  # fmt: skip
+    head = ["statistics", "test", "unseen ids", "`alternating`, local", "`load`", "`random`"]
+    head += ["fewer remote", "than random with tables", "load", "of `load`", "of `random`"]
+    return table(head, rows)
+
+
+def saved(found: dict[str, Any], name: str, other: str) -> float:
+    """Returns the share by which remote activations are fewer than by chance."""
+    own = found["methods"]["alternating"][f"{name}>{other}"]
+    return fewer(1 - own["local"], 1 - 1 / found["ranks"])
+
+
+def published_means(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the mean savings in-domain and across, each with its target, where there are such domains."""
+    domains, means = found["domains"], {}
+    for kind, target in (("in-domain", INSIDE), ("across", ACROSS)):
+        values = [saved(found, a, b) for a in domains for b in domains if (a == b) == (kind == "in-domain")]
+        if values:
+            means[kind] = {"mean": sum(values) / len(values), "target": target}
+    return means
+
+
+def engine(engine: dict[str, Any]) -> str:
+    """Returns the table of the engine's runs, a row for each pipeline."""
+    rows = []
+    for name, row in engine["runs"].items():
+        cells = [name, f"{row['same']} of {engine['sequences']}"]
+        for phase in ("prefill", "decode"):
+            one = row[phase]
+            cells += [percent(one["remote"]), f"{one['useful_bytes'] / 1e6:.2f}", f"{one['bytes'] / 1e6:.2f}"]
+        rows.append([*cells, f"{row['wall_seconds']:.1f}"])
+    head = ["pipeline", "same tokens"]
+    for phase in ("prefill", "decode"):
+        head += [f"{phase}: remote", "useful MB", "sent MB"]
+    return table([*head, "wall, s"], rows)
+
+
+def differing(engine: dict[str, Any]) -> list[str]:
+    """Returns the pipelines that did not generate plain's tokens."""
+    return [name for name, row in engine["runs"].items() if row["same"] != engine["sequences"]]

@@ -1,0 +1,145 @@
+"""Measures a technique, for docs/results/<study>.md.
+
+    python scripts/study.py capacity --data ../shared/data --parts quality load
+    python scripts/study.py capacity --parts       # writes the document anew from the figures that there are
+    python scripts/study.py capacity --help        # its parts, and what each of them measures
+
+A part's figures replace its last ones in the study's JSON; the document and the plots are made from the JSON
+alone. The plots need the ``plots`` extra.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from shared.protocol import pin
+from shared.results import draw_plots, dumps
+from studies.capacity.study import STUDY as CAPACITY
+from studies.lynx.study import STUDY as LYNX
+from studies.offload.study import STUDY as OFFLOAD
+from studies.record import Part, Results, Study
+from studies.speculative.study import STUDY as SPECULATIVE
+from studies.together.study import STUDY as TOGETHER
+
+ROOT = Path(__file__).parents[1]
+STUDIES = {study.name: study for study in (CAPACITY, LYNX, OFFLOAD, SPECULATIVE, TOGETHER)}
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("study.py", description=__doc__, formatter_class=RAW)
+    ways = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
+    for study in STUDIES.values():
+        one = ways.add_parser(
+            study.name, help=study.about.partition("\n")[0], description=study.about, formatter_class=RAW
+        )
+        add_common(one, study)
+        study.add_options(one)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
+    """Adds the options that every study has."""
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    if study.is_whole:
+        parser.add_argument(
+            "--document", action="store_true", help="measure nothing, write the document anew"
+        )
+    else:
+        names = [part.name for part in study.parts]
+        parser.add_argument("--parts", nargs="*", choices=names, default=[], help="what to measure")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results", help=f"folder of {study.name}.*")
+    parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
+    parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
+
+
+def asked(study: Study, args: argparse.Namespace) -> list[Part]:
+    """Returns the parts to measure, in the order of the options."""
+    if study.is_whole:
+        return [] if args.document else [*study.parts]
+    by_name = {part.name: part for part in study.parts}
+    return [by_name[name] for name in args.parts]
+
+
+def command(study: Study, part: Part, args: argparse.Namespace) -> str:
+    """Returns the command that measures the part so again: its options that are not at their defaults."""
+    words = [f"python scripts/study.py {study.name} --data ../shared/data"]
+    words += [] if study.is_whole else [f"--parts {part.name}"]
+    own = argparse.ArgumentParser(add_help=False)
+    study.add_options(own)
+    for action in own._actions:
+        value, (parts, _, _) = getattr(args, action.dest), (action.help or "").partition(":")
+        if value == action.default or not (study.is_whole or part.name in parts.split(", ")):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, values)]
+    return " ".join(words)
+
+
+def measure(study: Study, part: Part, args: argparse.Namespace, results: Results) -> Results | None:
+    """Returns the part's figures, or None after a line that says which data is absent."""
+    if part.data and not (needed := args.data / part.data).is_dir():
+        print(f"{part.name}: skipped, there is no {needed}")
+        return None
+    return part.measure(args, results)
+
+
+def stored(study: Study, args: argparse.Namespace) -> Results:
+    """Returns the figures that there are."""
+    path = args.out / f"{study.name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def take(study: Study, part: Part, args: argparse.Namespace) -> None:
+    """Measures the part and puts its figures into the JSON; with ``--dry`` prints them."""
+    figures = measure(study, part, args, stored(study, args))
+    if args.dry:
+        print(dumps({part.name: figures}))
+    elif figures is not None:
+        keep(study, part, args, figures)
+
+
+def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -> None:
+    """Puts the part's figures into the JSON in place of its last ones."""
+    figures = {"command": command(study, part, args)} | figures
+    if not study.is_whole:
+        key = f"{part.name}_gpu" if part.on_gpu and args.gpu else part.name
+        figures = stored(study, args) | {key: figures}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{study.name}.json").write_text(dumps(figures, study.depth))
+
+
+def write(study: Study, args: argparse.Namespace) -> None:
+    """Writes the document and the plots, from the JSON alone."""
+    results = stored(study, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{study.name}.md").write_text(study.document(results))
+    if plots := study.plots(results):
+        draw_plots(plots, args.out)
+
+
+def take_each(parts: list[Part]) -> None:
+    """Takes each in a process of its own, with this one's options: one wants several devices, another one."""
+    for part in parts:
+        words = [__file__, *sys.argv[1:], "--parts", part.name]  # the last --parts holds
+        subprocess.run([sys.executable, *words], check=True)
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    study = STUDIES[args.study]
+    parts = asked(study, args)
+    if len(parts) > 1:
+        return take_each(parts)
+    if not getattr(args, "gpu", False):
+        pin(args.threads)
+    for part in parts:
+        take(study, part, args)
+    if not args.dry:
+        write(study, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The driver of the studies: what a command repeats, what becomes of a part; and templates are strict."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import study
+from jinja2 import UndefinedError
+from shared.document import render
+from shared.results import dumps
+from studies.record import Part, Study
+from support.documented_commands import COMMANDS
+
+
+def asked(*words: str) -> tuple[Study, list[Part], str]:
+    """The study that the words name, its parts, and the command of the last one."""
+    args = study.make_parser().parse_args(words)
+    mine = study.STUDIES[args.study]
+    parts = study.asked(mine, args)
+    return mine, parts, study.command(mine, parts[-1], args)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("capacity --parts speed --gpu --rounds 3 --data /x", "capacity {} --parts speed --rounds 3 --gpu"),
+        ("lynx --parts speed --batches 8 16 --gpu --length 32", "lynx {} --parts speed --batches 8 16 --gpu"),
+        ("speculative --parts moves --train 2 --dry", "speculative {} --parts moves --train 2"),
+        ("together", "together {}"),
+        ("together --profile-tokens 64 --ranks 8", "together {} --profile-tokens 64 --ranks 8"),
+    ],
+)
+def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, told: str):
+    assert asked(*words.split())[2] == "python scripts/study.py " + told.format("--data ../shared/data")
+
+
+def test_parts_are_measured_in_the_order_of_the_options_and_an_only_part_without_being_named():
+    assert [part.name for part in asked("offload", "--parts", "large", "simulate")[1]] == [
+        "large",
+        "simulate",
+    ]
+    assert [part.name for part in asked("together")[1]] == ["scores"]
+    args = study.make_parser().parse_args(["together", "--document"])
+    assert study.asked(study.STUDIES["together"], args) == []
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_study_has_its_stored_document_and_a_command_that_tries_it(name: str):
+    results = study.ROOT / "docs/results"
+    text = study.STUDIES[name].document(json.loads((results / f"{name}.json").read_text()))
+    assert text == (results / f"{name}.md").read_text()
+    assert any(f"study.py {name} " in command.words for command in COMMANDS["scripts/study.py"])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("capacity", "load"), ("lynx", "quality"), ("together", "scores")]
+)
+def test_a_part_without_its_data_is_skipped_and_the_document_says_so(
+    name: str, part: str, tmp_path: Path, capsys, monkeypatch
+):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--threads", "1"]
+    words += [] if name == "together" else ["--parts", part]
+    monkeypatch.setattr(sys, "argv", ["study.py", name, *words])
+    monkeypatch.setattr(study, "pin", lambda threads: None)
+    study.main()
+    assert f"{part}: skipped, there is no" in capsys.readouterr().out
+    assert "Not measured yet" in (tmp_path / f"{name}.md").read_text()
+    assert not (tmp_path / f"{name}.json").exists()
+
+
+def test_a_parts_figures_replace_its_last_ones(tmp_path: Path):
+    args = study.make_parser().parse_args(["capacity", "--parts", "speed", "--gpu", "--out", str(tmp_path)])
+    mine = study.STUDIES["capacity"]
+    for speed in (1, 2):
+        study.keep(mine, study.asked(mine, args)[0], args, {"speed": speed})
+    found = json.loads((tmp_path / "capacity.json").read_text())
+    assert list(found) == ["speed_gpu"] and found["speed_gpu"]["speed"] == 2
+    assert dumps({"a": {"b": [1, 2]}}) == '{\n "a": {\n  "b": [1, 2]\n }\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("{{ nobody }}", UndefinedError),
+        ("{{ found.nothing }}", UndefinedError),
+        ("{{ 'x' if nobody }}", UndefinedError),
+        ("{{ empty }}", ValueError),
+        ("{{ none }}", ValueError),
+    ],
+)
+def test_a_placeholder_without_a_value_is_an_error(text: str, error: type[Exception], tmp_path: Path):
+    path = tmp_path / "x.md"
+    path.write_text(text)
+    with pytest.raises(error):
+        render(path, {"found": {}, "empty": "", "none": None})
+
+
+def test_a_condition_leaves_no_line_and_a_number_its_own_form(tmp_path: Path):
+    path = tmp_path / "x.md"
+    path.write_text('a\n{% if share %}\n{{ share | as(".1%") }} of {{ seconds | minutes }}\n{% endif %}\nb\n')
+    assert render(path, {"share": 0.25, "seconds": 90}) == "a\n25.0% of 2\nb\n"
