@@ -148,7 +148,7 @@ def test_damage_that_the_manifest_vouches_for_is_one_line_and_no_traceback_follo
         manifest["files"][str(path.relative_to(out))] = [len(raw), hashlib.sha256(raw).hexdigest()]
         (out / MANIFEST).write_text(json.dumps(manifest))
     words = [sys.executable, "-c", LOAD, *map(str, outs)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     said = done.stdout.splitlines()
     assert done.returncode == 0 and len(said) == len(outs), done
     assert all(str(out) in line for out, line in zip(outs, said, strict=True)), said
