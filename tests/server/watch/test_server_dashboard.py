@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
 import re
 import threading
-import time
 
 import httpx
 import numpy as np
@@ -141,7 +142,7 @@ def test_a_report_tells_of_the_server():
 @contextlib.contextmanager
 def listener(url: str, query: str = "", **headers: str):
     """The reports of a stream, as an iterator."""
-    with httpx.stream("GET", f"{url}/moe/events{query}", headers=headers, timeout=20) as answer:
+    with httpx.stream("GET", f"{url}/moe/events{query}", headers=headers, timeout=60) as answer:
         assert answer.status_code == 200, answer.read()
         yield (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
 
@@ -155,7 +156,7 @@ def test_stats_of_a_window():
     with served(CountingEngine(codec=ByteCodec())) as client:
         report = client.get("/moe/stats?window=5&phase=decode").json()
     assert report["state"] == "ready" and report["name"] == "fake" and report["phase"] == "decode"
-    assert 0.8 < report["window_s"] < 3 and report["moe"]["steps"] == 5
+    assert report["window_s"] > 0.8 and report["moe"]["steps"] == 5
 
 
 BAD_QUERIES = (
@@ -173,24 +174,34 @@ def test_a_bad_query_is_refused(path, query, param):
 
 
 def test_listeners_share_one_look_a_second(monkeypatch):
+    """Of a clock that goes on by a second when all have come and have read what there is."""
     monkeypatch.setattr(poll, "STAYS", 0.0)
-    engine = CountingEngine()
+    engine, second = CountingEngine(), threading.Semaphore(0)
     with listening(engine) as (url, server), contextlib.ExitStack() as stack:
+        shared = server.service.poll
+        take = shared.take
+
+        def taken():
+            second.acquire()
+            return dataclasses.replace(take(), time=float(engine.looks))
+
+        shared.take = taken
         streams = [stack.enter_context(listener(url, f"?window={w}")) for w in (1, 10, 10)]
-        first = [next(stream) for stream in streams]
-        reports = [[next(stream) for _ in range(2)] for stream in streams]
-        looks = engine.looks
-        assert 3 <= looks <= 4 and server.service.poll.listeners == 3
-        assert first[0]["window_s"] == 0 and first[0]["moe"]["steps"] == 0
-        assert [one["moe"]["steps"] for one in reports[0]] == [7, 7]  # a second each
-        assert [one["moe"]["steps"] for one in reports[1]] == [7, 14]  # all that there is so far
-        assert reports[1] == reports[2]
+        assert eventually(lambda: shared.listeners == 3)
+        reports = []
+        for _ in range(3):
+            second.release()
+            reports.append([next(stream) for stream in streams])
+        assert engine.looks == 3
+        of_one, of_ten, other = zip(*reports, strict=True)
+        assert [one["window_s"] for one in of_ten] == [0, 1, 2]
+        assert [one["moe"]["steps"] for one in of_one] == [0, 7, 7]  # a second each
+        assert [one["moe"]["steps"] for one in of_ten] == [0, 7, 14]  # all that there is so far
+        assert of_ten == other
         stack.close()
-        assert eventually(lambda: server.service.poll.listeners == 0)
-        assert eventually(lambda: server.service.poll._task.done(), 3)
-        looks = engine.looks
-        time.sleep(1.2)
-        assert engine.looks == looks  # nobody looks
+        assert eventually(lambda: shared.listeners == 0)
+        second.release()  # for the look that has begun; nobody looks again
+        assert eventually(lambda: shared._task.done()) and engine.looks <= 4
 
 
 def test_nobody_looking_costs_the_engine_nothing():
@@ -211,7 +222,7 @@ def test_a_listener_that_does_not_read_is_dropped(monkeypatch):
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()  # its connection is full
 
-        await asyncio.wait_for(stream({}, asyncio.Event().wait, send), 5)
+        await asyncio.wait_for(stream({}, asyncio.Event().wait, send), 60)
         assert service.poll.listeners == 0
 
     with served(CountingEngine()) as client:
@@ -227,16 +238,20 @@ def test_listeners_are_limited(monkeypatch):
 
 
 def test_events_tell_of_the_drain_and_end_with_the_server(caplog):
-    engine = CountingEngine(pace=0.05)
+    engine = CountingEngine(pace=0.005, holds_at=1)
     with listening(engine) as (url, server), listener(url) as reports:
         assert next(reports)["state"] == "ready"
         body = {"prompt": [97], "max_tokens": 60}
-        thread = threading.Thread(target=httpx.post, args=(f"{url}/v1/completions",), kwargs={"json": body})
+        asked = {"json": body, "timeout": 60}
+        thread = threading.Thread(target=httpx.post, args=(f"{url}/v1/completions",), kwargs=asked)
         thread.start()
         assert eventually(lambda: engine.running)
         server.ask_to_stop()
-        assert "draining" in [report["state"] for report in reports]  # and then they end
+        for report in reports:  # which end
+            if report["state"] == "draining":
+                engine.going.set()
         thread.join()
+    assert engine.going.is_set()
     assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
@@ -246,7 +261,7 @@ def test_events_end_with_the_engine():
         next(reports)
         engine.alive = False
         engine.moe_stats = FakeEngine.moe_stats.__get__(engine)  # which raises EngineDead
-        assert len(list(reports)) <= 2
+        assert len(list(itertools.islice(reports, 60))) < 60
         assert eventually(lambda: server.service.poll.listeners == 0)
 
 
@@ -304,7 +319,7 @@ def test_the_page_shows_numbers_and_asks_nobody_else(tab):
             report = tab.evaluate("report")
             assert words(tab, "#name") == "fake" and words(tab, "#state") == "ready"
             assert words(tab, "#shape").startswith("3 MoE layers of 8 experts, top 2 · 4 devices")
-            assert float(words(tab, "#decode").replace(",", "")) > 10 and words(tab, "#running") == "1"
+            assert float(words(tab, "#decode").replace(",", "")) > 0 and words(tab, "#running") == "1"
             assert float(words(tab, "#itl")) > 1 and words(tab, "#kv") == "25"
             assert "Straggler ratio" in words(tab, "#ranks") and "rank 3" in words(tab, "#ranks")
             assert "Dropped" in words(tab, "#lossy") and "Evictions" in words(tab, "#cache")
