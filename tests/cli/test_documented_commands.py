@@ -7,7 +7,6 @@ import lzma
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from support.documented_commands import COMMANDS, Command
 from support.models import hf_tiny
+from support.ports import own_port
 
 from jmoe.cli.main import parser
 
@@ -111,8 +111,7 @@ def things(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def url(things) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = own_port()
     log = Path(things["text"]).with_name("serve.log")
     with open(log, "w") as file:
         words = [
@@ -127,7 +126,7 @@ def url(things) -> Iterator[str]:
             "2",
         ]
         server = subprocess.Popen([*words, "--max-num-batched-tokens", "64"], stdout=file, stderr=file)
-    end = time.monotonic() + 240
+    end = time.monotonic() + 500
     while time.monotonic() < end and server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
@@ -138,7 +137,7 @@ def url(things) -> Iterator[str]:
         raise AssertionError(log.read_text()[-2000:])
     yield f"http://127.0.0.1:{port}"
     server.terminate()
-    server.wait(30)
+    server.wait(120)
 
 
 def run(words: list[str], devices: int) -> subprocess.CompletedProcess[str]:

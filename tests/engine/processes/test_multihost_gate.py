@@ -165,10 +165,10 @@ def test_a_process_that_says_nothing_any_more_is_lost_to_both_ends(monkeypatch, 
 
 
 def test_signs_of_life_keep_a_line(monkeypatch, meet):
-    monkeypatch.setattr(line_module, "SILENCE", 2)
+    monkeypatch.setattr(line_module, "SILENCE", 4)
     monkeypatch.setattr(line_module, "BEAT", 0.05)
     followers, line = meet({}, {})
-    assert line.read(60) == b"S" * 60 and followers.lost is None
+    assert line.read(90) == b"S" * 90 and followers.lost is None
 
 
 def test_process_0_may_end_with_a_last_word_or_without(meet):
