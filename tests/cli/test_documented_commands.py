@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.documented_commands import COMMANDS, Command
+from support.documented_commands import COMMANDS, SIZES, Command
 from support.models import hf_tiny
 from support.ports import own_port
 
@@ -25,25 +25,6 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPT = re.compile(r"\b(scripts/\w+\.(?:py|sh))\b")
-SIZES = """
-architecture = "OlmoeForCausalLM"
-vocab_size = 512
-hidden_size = 64
-num_hidden_layers = 4
-num_attention_heads = 4
-num_key_value_heads = 4
-head_dim = 16
-num_experts = 8
-num_experts_per_tok = 2
-moe_intermediate_size = 32
-max_position_embeddings = 256
-qk_norm = "full"
-rms_norm_eps = 1e-5
-dtype = "bfloat16"
-
-[router]
-norm_topk_prob = false
-"""
 CASES = [
     pytest.param(
         name,

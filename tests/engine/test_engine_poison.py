@@ -4,8 +4,8 @@ beginning, gets the tokens that it would have got."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.test_engine import engine_of, serve
 from jmoe_kernels import cpu
+from support.models.engines import engine_of, serve
 from support.models.small import config, decoder
 
 from jmoe.config.model import MoEConfig

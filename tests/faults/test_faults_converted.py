@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.test_faults_files import CHANGES, damaged, loaded, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.damage import CHANGES, damaged, loaded, refused
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert

@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from server.request.test_server_errors import check
+from support.server.answers import check
 from support.server.fake_engine import ByteCodec, FakeEngine, listening, served
 from support.server.raw_http import head, parsed
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cli.test_cli import run
+from support.command_line import run
 from support.models.hf_tiny import hf_config, write_checkpoint, write_tokenizer
 from support.multihost_process import SIZES, generated
 from support.ports import own_port

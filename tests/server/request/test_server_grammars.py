@@ -5,11 +5,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.request.test_server_errors import VALUE, check
-from server.request.test_server_structured import TEXT, ask
+from support.server.answers import VALUE, check
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 
 from jmoe.engine.grammar.check import MAX_SECONDS, TooCostly
+
+TEXT = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def test_costly_grammars_delay_one_another_only(client, monkeypatch):
     monkeypatch.setattr(grammars, "_compile", compile)
 
     def post(outputs):
-        ask(client, TEXT, max_tokens=1, structured_outputs=outputs)
+        body = {"prompt": "hi", "max_tokens": 1, "structured_outputs": outputs}
+        assert client.post(TEXT, json=body).status_code == 200
 
     with ThreadPoolExecutor(7) as pool:
         schemas = [{"type": "integer", "multipleOf": 3 + 2 * k} for k in range(5)]
