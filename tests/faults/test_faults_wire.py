@@ -280,7 +280,7 @@ def test_exactly_as_many_as_there_is_room_for():
         statuses = sorted(status for status, _ in results)
         assert statuses == [200] * 3 + [503] * 7, "each counts as two, all or nothing"
         assert len(engine.seen) == 6
-        refused = httpx.post(f"{url}{PATH}", json={**SMALL, "n": 7})
+        refused = httpx.post(f"{url}{PATH}", json={**SMALL, "n": 7}, timeout=60)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["code"] == "queue_full"
 
@@ -299,7 +299,7 @@ def test_a_request_that_takes_too_long_ends_with_504_or_an_event():
         sent = events(stream.content)
         assert stream.status_code == 200 and len(sent) == 10 and sent[-1]["error"]["code"] == "timeout"
         assert eventually(lambda: not engine.running and not server.service.running)
-        assert httpx.post(f"{url}{PATH}", json=SMALL).status_code == 200
+        assert httpx.post(f"{url}{PATH}", json=SMALL, timeout=60).status_code == 200
 
 
 def test_an_engine_that_does_not_take_requests_is_waited_for_no_longer():
@@ -328,7 +328,9 @@ def test_the_key_is_compared_whole_and_in_constant_time(monkeypatch):
     monkeypatch.setattr(middleware.secrets, "compare_digest", compare)
     with listening(FakeEngine(ByteCodec()), api_key="secret") as (url, _):
         for key in ("secret", "secre", "secret2", "-", "s" * 10_000, "SECRET"):
-            status = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+            status = httpx.get(
+                f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60
+            ).status_code
             assert status == (200 if key == "secret" else 401), key
     assert len(compared) == 6, "every request's key is compared, whatever it is"
     assert {len(side) for pair in compared for side in pair} == {32}, "digests: no length, no prefix shows"

@@ -249,7 +249,7 @@ def test_a_head_that_stops_is_cut_also_after_a_request():
 
 def test_connections_need_not_be_kept():
     with listening(FakeEngine(ByteCodec()), keep_alive=0) as (url, _):
-        assert httpx.get(f"{url}/live").headers["connection"] == "close"
+        assert httpx.get(f"{url}/live", timeout=60).headers["connection"] == "close"
 
 
 # ---- other origins -------------------------------------------------------------------------------------

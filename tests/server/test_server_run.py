@@ -48,7 +48,9 @@ def test_openai_client_streams_what_it_also_gets_whole():
 def test_client_that_leaves_frees_its_requests():
     engine = slow_engine()
     with listening(engine) as (url, server):
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "n": 3}) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={**LONG, "stream": True, "n": 3}, timeout=60
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             assert len(engine.running) == 3
@@ -58,13 +60,15 @@ def test_client_that_leaves_frees_its_requests():
             assert eventually(lambda: engine.running)
         assert eventually(lambda: not engine.running and not server.service.running)
         aborted = 'jmoe_request_success_total{finished_reason="abort"} 4.0'
-        assert eventually(lambda: aborted in httpx.get(f"{url}/metrics").text)
+        assert eventually(lambda: aborted in httpx.get(f"{url}/metrics", timeout=60).text)
 
 
 def test_dead_engine_ends_streams_and_the_server():
     engine = slow_engine()
     with listening(engine) as (url, server):
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             engine.die()
@@ -95,7 +99,7 @@ def test_limits_of_the_wire():
         assert b" 408 " in raw(url, head + b"Content-Length: 5\r\n\r\n{")
         both = head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         assert b" 400 " in raw(url, both)
-        assert httpx.get(f"{url}/live").status_code == 200
+        assert httpx.get(f"{url}/live", timeout=60).status_code == 200
 
 
 def test_taken_port_is_one_line():
@@ -113,15 +117,15 @@ def test_taken_port_is_one_line():
 def test_a_signal_lets_streams_finish_and_refuses_new_work(number):
     with process(holds_at=1) as (server, url):
         body = {"prompt": "abc", "max_tokens": 50, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             server.send_signal(number)
-            assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
-            refused = httpx.post(f"{url}/v1/completions", json=body)
+            assert eventually(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 503)
+            refused = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert refused.headers["connection"] == "close"
-            assert httpx.get(f"{url}/live").status_code == 200
+            assert httpx.get(f"{url}/live", timeout=60).status_code == 200
             let_go(server)
             rest = [line for line in lines if line]
         assert '"finish_reason":"length"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) == 50
@@ -134,12 +138,14 @@ def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
     fault, so neither leaves a traceback."""
     log = tmp_path / "log"
     with log.open("wb") as file, process(timeout, log=file, holds_at=1) as (server, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             server.send_signal(signal.SIGINT)
             if signals == 2:  # apart, since two that wait to be handled are one
-                assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+                assert eventually(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 503)
                 server.send_signal(signal.SIGINT)
             with contextlib.suppress(httpx.RemoteProtocolError):
                 rest = [line for line in lines if line]
@@ -153,7 +159,9 @@ def test_kill_9_in_mid_stream_frees_the_port():
     port = own_port()
     for _ in range(2):
         with process(port=port) as (server, url):
-            with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+            ) as response:
                 lines = response.iter_lines()
                 next(lines)
                 server.kill()

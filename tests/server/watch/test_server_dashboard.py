@@ -197,7 +197,7 @@ def test_listeners_are_limited(monkeypatch):
     monkeypatch.setattr(dashboard, "LISTENERS", 1)
     with listening(CountingEngine()) as (url, _), listener(url) as reports:
         next(reports)
-        refused = httpx.get(f"{url}/moe/events")
+        refused = httpx.get(f"{url}/moe/events", timeout=60)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_listeners"
 
 
