@@ -67,18 +67,16 @@ def make_layers(cfg: Any, count: int) -> list[Any]:
 
 def step(implementation: Any, k: int) -> Any:
     """A jitted run through all layers: (x, ids, layers) -> y."""
-    from functools import partial
-
     import jax
     import jax.numpy as jnp
 
-    from jmoe.moe.experts import apply_experts
+    from jmoe.moe.experts import ExpertMath
     from jmoe.moe.routing import plan_dispatch
 
     @jax.jit
     def run(x_TD: Any, ids_TK: Any, layers: list[Any]) -> Any:
         plan = plan_dispatch(ids_TK, jnp.ones(len(x_TD), bool), 0, layers[0].dims[0])
-        experts = partial(apply_experts, implementation=implementation)
+        experts = ExpertMath(implementation)
         for weights in layers:
             x_TD = x_TD + experts(x_TD, jnp.full(ids_TK.shape, 1 / k), plan, weights)
         return x_TD

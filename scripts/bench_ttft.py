@@ -57,9 +57,9 @@ class Bench:
     def __init__(self, directory: Path, args: argparse.Namespace, slots: int, pool: int):
         from jmoe import LLM
         from jmoe.checkpoint import read_config
-        from jmoe.engine.deployment.deployment import PAGE_SIZE
+        from jmoe.engine.deployment.sizes import PAGE_SIZE
         from jmoe.mesh import make_mesh, split_attention
-        from jmoe.nn.kv_cache import page_bytes
+        from jmoe.nn.kinds import page_bytes
 
         cfg = read_config(directory)
         longest = args.prompt + 4 * PAGE_SIZE

@@ -5,6 +5,7 @@ python scripts/model_sizes.py
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
@@ -25,7 +26,8 @@ def row(path: Path) -> str:
     from jmoe.checkpoint.params import abstract_decoder
     from jmoe.config.model import ModelConfig, MoEConfig
     from jmoe.config.reading import read_toml
-    from jmoe.mesh import make_mesh
+    from jmoe.mesh import make_mesh, split_attention
+    from jmoe.nn.kinds import page_bytes
 
     cfg = ModelConfig.from_dict(read_toml(path))
     specs = abstract_decoder(cfg, MoEConfig(), make_mesh())[1]
@@ -34,8 +36,7 @@ def row(path: Path) -> str:
     unused = routed * (1 - cfg.num_experts_per_tok / cfg.num_experts)
     embedding = 0 if cfg.tie_word_embeddings else sizes["embed"]
     total, active = sum(sizes.values()), sum(sizes.values()) - unused - embedding
-    heads = cfg.cached_heads * (2 if cfg.latent is None else 1)
-    cached = 2 * cfg.num_hidden_layers * heads * cfg.cached_dim
+    cached = page_bytes(replace(cfg, dtype="bfloat16"), split_attention(make_mesh(), "dp"), 1)
     experts = f"{cfg.num_experts_per_tok} of {cfg.num_experts}"
     layers = f"{len(cfg.moe_layers)} of {cfg.num_hidden_layers}"
     family = cfg.architecture.removesuffix("ForCausalLM")

@@ -1,6 +1,5 @@
 """``load_model``: loads a directory of weights, Hugging Face's or a converted one, as a Decoder on a mesh."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -84,17 +83,30 @@ def load_model(
     allocated, for a name or shape that is not exactly the model's; also for the placement of another model.
     """
     cfg = read_config(directory, dtype)
-    cfg = dataclasses.replace(cfg, rope=cfg.rope.for_context(context or cfg.longest_context))
-    moe = MoEConfig() if moe is None else moe
+    cfg = cfg.for_context(context or cfg.longest_context)
     report = (lambda done, total: None) if progress is None else progress
+    return load_decoder(directory, cfg, moe or MoEConfig(), mesh, report, placement, keep=dtype == "auto")
+
+
+def load_decoder(
+    directory: Path | str,
+    cfg: ModelConfig,
+    moe: MoEConfig,
+    mesh: Mesh,
+    report: Progress,
+    placement: Placement | None,
+    *,
+    keep: bool,
+) -> Decoder:
+    """``load_model`` with a configuration that was read before. keep: see ``match``."""
     if placement is not None:
         check_fits(placement, cfg)
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
 
-        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, keep=dtype == "auto")
+        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, keep=keep)
     else:
-        model = read_model(directory, cfg, moe, mesh, report, placement, keep=dtype == "auto")
+        model = read_model(directory, cfg, moe, mesh, report, placement, keep=keep)
     if placement is not None:
         check_model(placement, model)
     return model

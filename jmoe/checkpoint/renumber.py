@@ -17,16 +17,12 @@ from jmoe.checkpoint.params import in_layer
 from jmoe.config.model import ModelConfig
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import Stored
+from jmoe.moe.expert_leaves import LEAVES
 from jmoe.placement.placement import Placement
 
 # parameters that have one row for each expert: of a layer's router, and of its experts
 GATES = tuple(f"moe.router.{name}" for name in ("gate_ED", "bias_E", "correction_E", "expert_E"))
-EXPERTS = (
-    "moe.experts.gate_up_E2FD",
-    "moe.experts.down_EDF",
-    "moe.experts.gate_up_bias_E2F",
-    "moe.experts.down_bias_ED",
-)
+EXPERTS = tuple(f"moe.experts.{leaf.name}" for leaf in LEAVES)
 
 
 def check_fits(placement: Placement, cfg: ModelConfig) -> None:

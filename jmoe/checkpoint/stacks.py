@@ -11,11 +11,10 @@ import numpy as np
 
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, in_layer
-from jmoe.checkpoint.renumber import EXPERTS
 from jmoe.models.weights import Stored
+from jmoe.moe.expert_leaves import LEAVES
 
-_LIE_IN = ("store.gate_up_LE2FD", "store.down_LEDF", "store.gate_up_bias_LE2F", "store.down_bias_LED")
-STACKS = dict(zip(EXPERTS, _LIE_IN, strict=True))
+STACKS = {f"moe.experts.{leaf.name}": f"store.{leaf.store_name}" for leaf in LEAVES}
 
 
 def into_stacks(table: Mapping[str, list[Stored]], moe_layers: Sequence[int]) -> dict[str, list[Stored]]:

@@ -155,7 +155,6 @@ def run_throughput(args: argparse.Namespace) -> int:
             args.num_iters,
             options.seed,
             bars,
-            bars.count("bench"),
         )
     if hasattr(args, "json"):
         print(json.dumps(report))
@@ -181,7 +180,7 @@ def run_latency(args: argparse.Namespace) -> int:
     with Bars() as bars:
         settings = settings_from(vars(args) | {"max_num_seqs": args.batch_size})
         model = getattr(args, "model", "tiny")
-        report = bench_latency(model, settings, load, args.num_iters, args.seed, bars, bars.count("bench"))
+        report = bench_latency(model, settings, load, args.num_iters, args.seed, bars)
     report |= {"input_len": args.input_len, "output_len": args.output_len}
     if hasattr(args, "json"):
         print(json.dumps(report))
@@ -209,7 +208,7 @@ def run_moe_layer(args: argparse.Namespace) -> int:
             layers=args.layers,
             iterations=args.num_iters,
             dtype=args.dtype,
-            progress=bars.count("bench"),
+            progress=bars,
         )
     if hasattr(args, "json"):
         print(json.dumps(report))

@@ -128,8 +128,7 @@ def run_eval(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             max_tokens=args.max_tokens,
             settings=settings_from(vars(args)),
-            loading=bars,
-            progress=bars.count("score"),
+            progress=bars,
         )
     if hasattr(args, "json"):
         print(json.dumps(report))
@@ -154,8 +153,7 @@ def run_profile(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             max_tokens=args.max_tokens,
             settings=settings_from(vars(args)),
-            loading=bars,
-            progress=bars.count("profile"),
+            progress=bars,
         )
     if hasattr(args, "json"):
         print(json.dumps(report))

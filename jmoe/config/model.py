@@ -32,6 +32,7 @@ Layers = Annotated[int, Meta(ge=1, le=10_000, description="a positive integer")]
 TokenId = Annotated[int, Meta(ge=-(2**31), le=SIZE_LIMIT)]  # a negative id is never sampled
 DTypeName = Literal["float32", "bfloat16"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
+AttentionKind = Literal["grouped_query", "latent"]
 TransportName = Literal["replicated", "all_to_all", "ragged_all_to_all"]
 
 
@@ -123,7 +124,7 @@ class ModelConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
         self.router.check(self.num_experts, self.num_experts_per_tok)
-        self.rope.check(self.head_dim if self.latent is None else self.latent.qk_rope_head_dim)
+        self.rope.check(self.rotary_dim)
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -156,6 +157,10 @@ class ModelConfig:
             no_rope_layers=self.no_rope_layers[:layers],
         )
 
+    def for_context(self, tokens: int) -> Self:
+        """The same model for sequences of at most ``tokens``, by which some rotations are chosen."""
+        return dataclasses.replace(self, rope=self.rope.for_context(tokens))
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have experts, in order; tables and statistics by layer have only these layers."""
@@ -171,15 +176,14 @@ class ModelConfig:
             return trained
         return max(trained, int(rope.factor * rope.original_max_position_embeddings))
 
-    @property
-    def cached_heads(self) -> int:
-        """Rows of the KV cache per token and layer; latent attention has one."""
-        return self.num_key_value_heads if self.latent is None else 1
+    def attention_kind(self, layer: int) -> AttentionKind:
+        """The layer's kind of attention, one of ``jmoe.nn.kinds``."""
+        return "grouped_query" if self.latent is None else "latent"
 
     @property
-    def cached_dim(self) -> int:
-        """The number of values in such a row."""
-        return self.head_dim if self.latent is None else self.latent.cached_dim
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head's query that may rotate."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     def span(self, layer: int) -> Span:
         """What a query of the layer attends to."""

@@ -8,17 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from jax.sharding import Mesh
-from jmoe_kernels.choice import choose
-
-from jmoe.checkpoint import load_model
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.checkpoint.load import load_decoder
+from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
-from jmoe.config.techniques import ShuffleConfig
-from jmoe.engine.deployment.deployment import Deployment, resolve, within
+from jmoe.engine.deployment.deployment import Deployment, resolve
+from jmoe.engine.deployment.needs import within
 from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
 from jmoe.engine.engine import Engine
-from jmoe.engine.offload.build import make_cache, pick_executor, read_profile
+from jmoe.engine.offload.build import make_cache
 from jmoe.engine.offload.host_runner import HostDrivenRunner
 from jmoe.engine.request import Request, SamplingParams
 from jmoe.engine.schedule.admission import Dispatch, Share
@@ -26,10 +23,9 @@ from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.scheduler import Limits, Scheduler
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.text.codec import load_codec
-from jmoe.mesh import DATA, EXPERT, platform_of
+from jmoe.mesh import DATA
 from jmoe.models.fields import HFConfig
 from jmoe.moe.orders import prompt_share, step_tables
-from jmoe.placement.placement import Placement
 
 __all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
@@ -60,63 +56,70 @@ def build_engine(
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
-    make_runner: Callable[..., Runner] | None = None,
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
+    progress: see ``build``. warm_up: if False, each shape compiles when it first runs. scores_prompts: if
+    False, the warm-up skips what only ``prompt_logprobs`` needs.
+    """
+    progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
+    deployment = resolve(model, settings)
+    return build(deployment, progress, warm_up=warm_up, scores_prompts=scores_prompts)
+
+
+def build(
+    deployment: Deployment,
+    progress: Progress,
+    *,
+    warm_up: bool = True,
+    scores_prompts: bool = True,
+    make_runner: Callable[..., Runner] | None = None,
+) -> Engine:
+    """The engine of a deployment, with every shape compiled if ``warm_up``.
+
     progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
         done, shapes).
-    warm_up: if False, each shape compiles when it first runs.
-    scores_prompts: if False, the warm-up skips what only ``prompt_logprobs`` needs.
-    make_runner: None = the runner that ``settings`` require.
+    make_runner: None = the runner that the deployment requires.
     """
-    found = resolve(model, settings)
-    for note in found.notes:
-        log.warning("%s", note)
-    with within(found.memory):
-        return _build(found, settings, progress, warm_up, scores_prompts, make_runner)
-
-
-def _build(
-    found: Deployment,
-    settings: EngineSettings,
-    progress: Progress,
-    warm_up: bool,
-    scores_prompts: bool,
-    make_runner: Callable[..., Runner] | None,
-) -> Engine:
-    directory, cfg, max_model_len = found.directory, found.cfg, found.max_model_len
-    mesh, sizes = found.split.mesh, found.sizes
-    progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
-    choose(platform_of(mesh), cfg.dtype, settings.moe.kernel)
     progress("kernels", 1, 1)
-    codec = load_codec(directory, cfg.vocab_size)
-    placement = read_placement(settings.moe.shuffle, cfg, mesh)
-    profile = read_profile(settings.moe.offload)
-    decoder = load_model(
-        directory,
-        mesh,
-        settings.moe,
-        settings.dtype,
-        progress=lambda done, total: progress("load", done, total),
-        placement=placement,
-        context=max_model_len,
-    )
-    shuffle, tables, share = settings.moe.shuffle, None, None
-    if shuffle is not None and placement is not None and placement.tables is not None:
-        if shuffle.tokens:
-            tables = step_tables(placement.tables, history=shuffle.history)
-        if shuffle.requests:
-            share = prompt_share(placement.tables, groups=mesh.shape[DATA])
-    cache = None
-    if settings.moe.offload is not None:
-        cache = make_cache(decoder, mesh, sizes.decode[-1], profile, placement)
-    make_runner = make_runner or runner_for(settings.moe, mesh)
-    runner = make_runner(decoder, mesh, sizes, tables, cache)
-    if warm_up:
-        runner.warm_up(lambda done, total: progress("compile", done, total), scores_prompts=scores_prompts)
-    scheduler = schedule(runner, settings, max_model_len, share)
-    return Engine(runner, scheduler, codec, end_tokens(directory, cfg), placement)
+    for note in deployment.notes:
+        log.warning("%s", note)
+    with within(deployment.memory):
+        codec = load_codec(deployment.directory, deployment.cfg.vocab_size)
+        runner = load_runner(deployment, progress, make_runner)
+        if warm_up:
+            compiled = partial(progress, "compile")
+            runner.warm_up(compiled, scores_prompts=scores_prompts)
+    scheduler = schedule(runner, deployment.settings, deployment.max_model_len, request_share(deployment))
+    ends = end_tokens(deployment.directory, deployment.cfg)
+    return Engine(runner, scheduler, codec, ends, deployment.placement)
+
+
+def load_runner(
+    deployment: Deployment, progress: Progress, make_runner: Callable[..., Runner] | None
+) -> Runner:
+    """The runner of a deployment, with the model's weights."""
+    moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
+    decoder = load_decoder(
+        deployment.directory, deployment.cfg, moe, mesh, partial(progress, "load"), placement,
+        keep=deployment.settings.dtype == "auto",
+    )  # fmt: skip
+    tables = cache = None
+    if moe.shuffle is not None and moe.shuffle.tokens and placement is not None and placement.tables:
+        tables = step_tables(placement.tables, history=moe.shuffle.history)
+    if moe.offload is not None:
+        cache = make_cache(decoder, mesh, deployment.sizes.decode[-1], deployment.profile, placement)
+    driven = deployment.executor is not None and deployment.executor[0] == "host"
+    make_runner = make_runner or (HostDrivenRunner if driven else Runner)
+    return make_runner(decoder, mesh, deployment.sizes, tables, cache)
+
+
+def request_share(deployment: Deployment) -> Share | None:
+    """The share of a prompt's assignments on each rank, if requests are distributed by it."""
+    shuffle, placement = deployment.settings.moe.shuffle, deployment.placement
+    if shuffle is None or not shuffle.requests or placement is None or placement.tables is None:
+        return None
+    return prompt_share(placement.tables, groups=deployment.mesh.shape[DATA])
 
 
 def schedule(
@@ -141,35 +144,6 @@ def page_kind(request: Request, runner: Runner) -> str:
     if runner.lossy and not request.params.exact:
         lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.capacity_factor]
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
-
-
-def runner_for(moe: MoEConfig, mesh: Mesh) -> type[Runner]:
-    """The class that runs the steps of one process."""
-    driven = moe.offload is not None and pick_executor(moe.offload, mesh)[0] == "host"
-    return HostDrivenRunner if driven else Runner
-
-
-def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:
-    """The configured placement; ValueError if it is for another mesh or number of experts.
-
-    ``load_model`` checks that it is for this model.
-    """
-    if shuffle is None:
-        return None
-    placement = Placement.load(Path(shuffle.placement))
-    placement.check(
-        model=placement.model, layers=len(cfg.moe_layers), experts=cfg.num_experts, ranks=mesh.shape[EXPERT]
-    )
-    if not (shuffle.tokens or shuffle.requests):
-        return placement
-    if placement.tables is None:
-        raise ValueError(f"{shuffle.placement} has no token tables, which moe.shuffle needs: make it anew")
-    if (known := placement.tables.ranks_LV.shape[1]) != cfg.vocab_size:
-        raise ValueError(
-            f"{shuffle.placement} has tables of {known} token ids, the model has {cfg.vocab_size}: "
-            "make it anew"
-        )
-    return placement
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

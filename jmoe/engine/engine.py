@@ -177,19 +177,20 @@ class Engine:
             for rank, source, target in copies:
                 from_R[rank], to_R[rank] = source, target
             runner.copy_pages(from_R, to_R)
-        placed, given = place(step, runner)
+        placed, inputs = place(step, runner)
         for each in placed:
             each.run.request.started = each.run.request.started or began
-            self._alone(each.run.request, self._fill, each, given)
+            self._alone(each.run.request, self._fill, each, inputs)
         planned = time.monotonic() - began
-        sampled, hidden, changes = runner.run(given)
-        scores = self._answers.scores.start(placed, hidden)
-        return Started(placed, sampled, changes if runner.lossy else None, scores, began, planned)
+        output = runner.run(inputs)
+        scores = self._answers.scores.start(placed, output.hidden_RND)
+        changes_B = output.changes_B if runner.lossy else None
+        return Started(placed, output.sampled, changes_B, scores, began, planned)
 
-    def _fill(self, placed: Placed, given: StepInput) -> None:
+    def _fill(self, placed: Placed, inputs: StepInput) -> None:
         request = placed.run.request
-        fill(placed, given, self._ends(request.params))
-        if (failure := constrain(placed, given)) is not None:
+        fill(placed, inputs, self._ends(request.params))
+        if (failure := constrain(placed, inputs)) is not None:
             self._fail(request, failure, invalid=True)
 
     def _ends(self, params: SamplingParams) -> list[int]:
@@ -206,7 +207,7 @@ class Engine:
         if lost:
             self._lose(started, int(lost))
         now = time.monotonic()
-        scored, changes = jax.device_get((started.scores, started.changes))
+        scored, changes = jax.device_get((started.scores, started.changes_B))
         for placed in started.placed:
             run, row = placed.run, placed.row
             run.request.place.drawn -= run.draws

@@ -1,11 +1,12 @@
 """Lowers the engine's step of a model for devices that need not be here: nothing is allocated or run."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.checkpoint.params import abstract_decoder, fill
 from jmoe.config.model import ModelConfig, MoEConfig
@@ -13,10 +14,12 @@ from jmoe.engine.offload.build import abstract_cache
 from jmoe.engine.step.counters import zero_totals
 from jmoe.engine.step.functions import Jitted, jitted, make_knobs
 from jmoe.engine.step.inputs import Sizes, blank_input
+from jmoe.engine.step.state import DeviceState
 from jmoe.mesh import EXPERT, sharding
 from jmoe.models.decoder import Decoder
+from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import ShuffleTables
-from jmoe.nn.kv_cache import page_layout
+from jmoe.nn.kinds import state_layout
 
 
 def lower_step(
@@ -30,29 +33,30 @@ def lower_step(
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """
     model, functions, weights = _abstract_model(cfg, moe, mesh)
-    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
-    ranks, most = model.split.sequence_ranks, sizes.decode[-1]
+    whole, ranks, most = sharding(mesh), model.split.sequence_ranks, sizes.decode[-1]
     if tokens == 1:
-        given = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
+        inputs = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
     else:
-        given = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
+        inputs = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
+    totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
+    totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
+    latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)
+    cache = abstract_cache(cfg, moe, mesh, seats=most)
+    state = DeviceState(
+        state_layout(cfg, model.split, model.kernels.attention, sizes.state),
+        {inputs.phase: totals},
+        latest_S,
+        cache,
+    )
+    settings = StepSettings(make_knobs(1.0, 0) if moe.stages else None, _abstract_tables(cfg, moe, mesh))
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
-        return functions.step.lower(
-            weights,
-            _abstract_pages(model, sizes),
-            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh)), totals),
-            jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=sharding(mesh)),
-            given,
-            make_knobs(1.0, 0) if moe.stages else None,
-            _abstract_tables(cfg, moe, mesh),
-            abstract_cache(cfg, moe, mesh, seats=sizes.decode[-1]),
-        )
+        return functions.step.lower(weights, state, inputs, settings)
 
 
 def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
     """Lowers the copy of a page on each rank."""
     model, functions, weights = _abstract_model(cfg, moe, mesh)
-    pages = _abstract_pages(model, sizes)
+    pages = state_layout(cfg, model.split, model.kernels.attention, sizes.state)
     return functions.copy_pages.lower(weights, pages, *np.zeros((2, model.split.sequence_ranks), np.int32))
 
 
@@ -66,12 +70,6 @@ def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decod
     graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
     weights, structure = jax.tree.flatten(state)
     return model, jitted(graph, structure), weights
-
-
-def _abstract_pages(model: Decoder, sizes: Sizes) -> list[LayerPages]:
-    cfg, attention = model.cfg, model.kernels.attention
-    layout = page_layout(cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
-    return [layout] * cfg.num_hidden_layers
 
 
 def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:

@@ -21,13 +21,13 @@ from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
-from jmoe.models.layer import DecoderLayer, Foresight, foresight
+from jmoe.models.journey import Foresight, StepSettings, Techniques
+from jmoe.models.layer import DecoderLayer, foresight
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
-from jmoe.moe.orders import Hints, Move, ShuffleTables
 from jmoe.moe.shuffle import Shuffle
-from jmoe.moe.types import Changes, DispatchStats, Knobs, MoEOutput, Routing
-from jmoe.nn.kv_cache import stored_kv_heads
+from jmoe.moe.types import Changes, DispatchStats, Routing
+from jmoe.nn.kinds import kind_of
 from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotation, rotation
 from jmoe.nn.sequences import Sequences
@@ -93,10 +93,11 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
-    q, kv = cfg.num_attention_heads // split.head_ranks, stored_kv_heads(cfg, split) // split.head_ranks
+    cached = kind_of(cfg, 0).cached_heads(cfg)
+    q, kv = cfg.num_attention_heads // split.head_ranks, cached.stored(split) // split.head_ranks
     spans = [span for span in map(cfg.span, range(cfg.num_hidden_layers)) if span != Span()]
-    value = None if cfg.latent is None else cfg.latent.kv_lora_rank
-    heads = Heads(q, kv, cfg.cached_dim, spans[0] if spans else Span(), cfg.attention_sinks, value)
+    span = spans[0] if spans else Span()
+    heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
     dims = experts, inner, cfg.hidden_size
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
@@ -132,50 +133,31 @@ class Decoder(nnx.Module):
         self,
         seqs: Sequences,
         pages: list[LayerPages] | None = None,
-        knobs: Knobs | None = None,
-        tables: list[ShuffleTables] | None = None,
+        settings: StepSettings = StepSettings(),
         cache: ExpertCache | None = None,
     ) -> DecoderOutput:
         """One pass over ``seqs``: a window without a cache, or prefill / decode with ``pages``.
 
-        knobs: None switches every lossy technique off.
-        tables: one per MoE layer, by which tokens are shuffled.
         cache: cache of the experts, if they are offloaded.
         """
-        x_ND, by = self.begin(seqs)
+        x_ND, rotation = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_seen(seqs, x_ND))
-        outs: list[MoEOutput] = []
-        been: list[Array] = []  # the rank of each token's experts, by layer, if the tables need it
-        order = home = self.shuffle.own_order(len(x_ND)) if tables else None
+        techniques = Techniques(settings, self.shuffle, len(x_ND), visit)
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            nth, has_experts = len(outs), layer.moe is not None  # nth counts layers with experts
-            own_knobs = None if knobs is None else knobs.of(nth)
-            hints = Hints.make(tables[nth], been) if tables and has_experts else None
-            ahead = self.routers_after(i) if seqs.phase == "decode" and has_experts else None
+            ahead = self.routers_after(i) if seqs.phase == "decode" else None
+            journey = techniques.journey(has_experts=layer.moe is not None, ahead=ahead)
             x_ND, layer_pages, out, order = _apply(
-                *nnx.split(layer), x_ND, by, seqs, pages[i] if pages else None, own_knobs, hints, order,
-                visit if has_experts else None, ahead,
-            )  # fmt: skip
-            if layer_pages is not None:
-                new_pages.append(layer_pages)
-            if out is None:
-                continue
-            visit, out = out.source, replace(out, source=None)
-            if tables and order is not None:
-                asks = nth + 1 < len(tables) and tables[nth + 1].by_history_HR is not None
-                out, rank_N = self.shuffle.tell(out, order, history=asks)
-                been += [] if rank_N is None else [rank_N]
-                if cache is not None:
-                    out = replace(out, routing=self.shuffle.home(replace(out.routing, plan=None), order))
-            outs.append(out)
-        if order is not None and home is not None:
-            x_ND = self.shuffle.move(x_ND, Move(order, home))
-        hidden_RND = self.finish(x_ND, seqs)
+                *nnx.split(layer), x_ND, rotation, seqs, pages[i] if pages else None, journey
+            )
+            new_pages += [] if layer_pages is None else [layer_pages]
+            techniques.collect(out, order)
+        hidden_RND = self.finish(techniques.home(x_ND), seqs)
+        outs = techniques.outs
         changes_B = sum_changes([out.changes for out in outs if out.changes is not None], seqs)
         routing, stats = [out.routing for out in outs], [out.stats for out in outs]
-        if visit is not None:
-            cache = visit.end()
+        if techniques.visit is not None:
+            cache = techniques.visit.end()
             predictor = self.absorb(cache.predictor, seqs, routing)
             cache = replace(cache, predictor=cache.ranks.kept(predictor, SAME))
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
@@ -186,8 +168,7 @@ class Decoder(nnx.Module):
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
-        dim = cfg.head_dim if cfg.latent is None else cfg.latent.qk_rope_head_dim
-        return x_ND, rotation(seqs.positions_RN, dim, cfg.rope)
+        return x_ND, rotation(seqs.positions_RN, cfg.rotary_dim, cfg.rope)
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
         """The final states, from the rows after the last layer."""
@@ -230,5 +211,5 @@ class Decoder(nnx.Module):
             if self.lm_head_bias_V is not None:
                 bias_V = self.lm_head_bias_V[...].astype(jnp.float32)
                 logits_NV = logits_NV + jnp.expand_dims(bias_V, tuple(range(logits_NV.ndim - 1)))
-            by = self.cfg.logits_scaling
-            return logits_NV if by == 1 else logits_NV / by
+            divisor = self.cfg.logits_scaling
+            return logits_NV if divisor == 1 else logits_NV / divisor

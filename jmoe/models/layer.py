@@ -1,6 +1,6 @@
 """One layer of the decoder: attention, then experts or a dense MLP."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +12,21 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import Split
+from jmoe.models.journey import Foresight, Journey
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
-from jmoe.moe.router import RouterWeights, choose, router_logits
+from jmoe.moe.router import choose, router_logits
 from jmoe.moe.routing import likely
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
-from jmoe.nn.grouped_query import GroupedQueryAttention
-from jmoe.nn.latent import LatentAttention
+from jmoe.nn.kinds import kind_of
 from jmoe.nn.mlp import DenseMLP
-from jmoe.nn.norm import Norm, NormWeights, normalize
+from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import Visit
 from jmoe.param import ParamMaker
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Foresight:
-    """What is needed to run a later layer's router on rows of this layer: the norm before that layer's
-    experts, and the router."""
-
-    norm: NormWeights
-    router: RouterWeights
 
 
 class DecoderLayer(nnx.Module):
@@ -46,9 +36,8 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
     ):
-        kind = GroupedQueryAttention if cfg.latent is None else LatentAttention
         self.input_norm = Norm(cfg, make)
-        self.attention = kind(cfg, layer, split, make, kernels)
+        self.attention = kind_of(cfg, layer)(cfg, layer, split, make, kernels)
         self.post_attention_norm = Norm(cfg, make)
         sparse, mesh = layer not in cfg.mlp_only_layers, split.mesh
         dense, shared = cfg.intermediate_size or 0, cfg.shared_expert_intermediate_size
@@ -60,61 +49,61 @@ class DecoderLayer(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self,
-        x_ND: Array,
-        by: Rotation,
-        seqs: Sequences,
-        pages: LayerPages | None,
-        knobs: Knobs | None,
-        hints: Hints | None,
-        before: Order | None,
-        visit: Visit | None,
-        ahead: list[Foresight] | None,
+        self, x_ND: Array, rotation: Rotation, seqs: Sequences, pages: LayerPages | None, journey: Journey
     ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
-        """Runs the layer. Returns its output rows, the pages, what the experts did (None for a dense layer)
-        and the order of the rows.
+        """Runs the layer.
 
-        before: the order of the incoming rows; None leaves every token on its rank.
-        hints: if passed, tokens move to the rank that likely holds their experts (see ``jmoe.moe.shuffle``).
-        visit: access to the expert cache, if experts are offloaded.
-        ahead: the routers of the next layers, if the cache's predictor uses them.
+        Returns its output rows, its pages, what its experts did (None for a dense layer) and the order of the
+        rows (None if every token stays on its rank).
         """
         flags, move = token_flags(seqs), None
-        if before is not None:
+        if journey.order is not None:
             with jax.named_scope("shuffle"):
-                after = before
-                if hints is not None:
-                    after = self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T)
-                move, flags = Move(before, after), self.shuffle.deal(flags, after)
-        x_ND, pages = self.attend(x_ND, by, seqs, pages, move)
+                move = self.predict_move(seqs, flags, journey.order, journey.hints)
+                flags = self.shuffle.deal(flags, move.after)
+        x_ND, pages = self.attend(x_ND, rotation, seqs, pages, move)
         if self.moe is None:
             return self.pass_mlp(x_ND), pages, None, move and move.after
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
-            if visit is not None and ahead is not None:
-                visit = replace(visit, ahead_TAE=self.ask(x_ND, ahead))
-            if visit is not None and move is not None:
-                visit = replace(visit, row_N=move.after.row_N)
-            out = self.moe(normed_ND, flags, seqs.phase, knobs, visit)
+            source = None if journey.visit is None else self.prepare(journey.visit, x_ND, journey.ahead, move)
+            out = self.moe(normed_ND, flags, seqs.phase, journey.knobs, source)
             x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
         return x_ND, pages, out, move and move.after
 
+    def predict_move(self, seqs: Sequences, flags: TokenFlags, order: Order, hints: Hints | None) -> Move:
+        """The move of the rows to the ranks that likely hold their experts; without hints they stay."""
+        if hints is None:
+            return Move(order, order)
+        return Move(order, self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T))
+
+    def prepare(self, visit: Visit, x_ND: Array, ahead: list[Foresight] | None, move: Move | None) -> Visit:
+        """The visit with what this layer knows: the scores of later routers, and the rows' order."""
+        if ahead is not None:
+            visit = replace(visit, ahead_TAE=self.score_ahead(x_ND, ahead))
+        return visit if move is None else replace(visit, row_N=move.after.row_N)
+
     def add(self, x_ND: Array, y_ND: Array) -> Array:
         """The sum of the residual and a block's output."""
-        by = self.cfg.residual_multiplier
-        return x_ND + (y_ND if by == 1 else y_ND * by)
+        factor = self.cfg.residual_multiplier
+        return x_ND + (y_ND if factor == 1 else y_ND * factor)
 
     def normed(self, x_ND: Array) -> Array:
         """The input of the experts or the MLP."""
         return normalize(x_ND, self.post_attention_norm.weights, self.cfg.rms_norm_eps)
 
     def attend(
-        self, x_ND: Array, by: Rotation, seqs: Sequences, pages: LayerPages | None, move: Move | None = None
+        self,
+        x_ND: Array,
+        rotation: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+        move: Move | None = None,
     ) -> tuple[Array, LayerPages | None]:
         """The rows after attention, and the pages."""
         with jax.named_scope("attention"):
             normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
-            y_ND, pages = self.attention(normed_ND, by, seqs, pages, move)
+            y_ND, pages = self.attention(normed_ND, rotation, seqs, pages, move)
             return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
 
     def pass_mlp(self, x_ND: Array) -> Array:
@@ -139,17 +128,17 @@ class DecoderLayer(nnx.Module):
             normed_ND = self.normed(x_ND)
             return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, here_E)
 
-    def ask(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
+    def score_ahead(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
         """Runs other layers' routers on these rows and returns each expert's share in their choice (see
         ``likely``)."""
         assert self.moe is not None
         dense, eps = self.moe.kernels.dense, self.cfg.rms_norm_eps
 
-        def scores(of: Foresight) -> Array:
-            logits_NE = router_logits(normalize(x_ND, of.norm, eps), of.router, dense)
-            return likely(choose(logits_NE, of.router, self.cfg))
+        def scores(router: Foresight) -> Array:
+            logits_NE = router_logits(normalize(x_ND, router.norm, eps), router.router, dense)
+            return likely(choose(logits_NE, router.router, self.cfg))
 
-        return jnp.stack([scores(of) for of in ahead], axis=1)
+        return jnp.stack([scores(router) for router in ahead], axis=1)
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:

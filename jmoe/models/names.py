@@ -5,6 +5,7 @@ from functools import partial
 
 from jmoe.config.model import ModelConfig
 from jmoe.models.weights import PLAIN, Form, Stored
+from jmoe.nn.kinds import kind_of
 
 # (cfg, the layer's prefix in the checkpoint, its prefix in the decoder) -> tensors of the experts' block
 BlockNames = Callable[[ModelConfig, str, str], Iterator[Stored]]
@@ -26,8 +27,8 @@ def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") 
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         yield from _norm(cfg, f"{theirs}.input_layernorm", f"{ours}.input_norm")
         yield from _norm(cfg, f"{theirs}.post_attention_layernorm", f"{ours}.post_attention_norm")
-        attention = _grouped_query if cfg.latent is None else _latent
-        yield from attention(cfg, f"{theirs}.self_attn", f"{ours}.attention")
+        for name, path in kind_of(cfg, i).names(cfg):
+            yield Stored(f"{theirs}.self_attn.{name}", f"{ours}.attention.{path}")
         if i in cfg.mlp_only_layers:
             yield from mlp_names(f"{theirs}.{dense}", f"{ours}.mlp")
         else:
@@ -74,30 +75,3 @@ def _norm(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
     yield Stored(f"{theirs}.weight", f"{ours}.scale_D")
     if cfg.norm == "layer":
         yield Stored(f"{theirs}.bias", f"{ours}.bias_D")
-
-
-def _grouped_query(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    for p in "qkvo":
-        yield Stored(f"{theirs}.{p}_proj.weight", f"{ours}.{p}_proj")
-        if cfg.attention_bias or (cfg.qkv_bias and p != "o"):
-            yield Stored(f"{theirs}.{p}_proj.bias", f"{ours}.{p}_bias")
-    if cfg.qk_norm in ("head", "full"):
-        yield Stored(f"{theirs}.q_norm.weight", f"{ours}.q_norm")
-        yield Stored(f"{theirs}.k_norm.weight", f"{ours}.k_norm")
-    if cfg.attention_sinks:
-        yield Stored(f"{theirs}.sinks", f"{ours}.sinks_H")
-
-
-def _latent(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    assert cfg.latent is not None
-    biased = {"o_proj": "o", "kv_a_proj_with_mqa": "kv_a"}
-    table = {"kv_a_proj_with_mqa": "kv_a_proj", "kv_b_proj": "kv_b_proj", "o_proj": "o_proj"}
-    if cfg.latent.q_lora_rank is None:
-        table["q_proj"] = "q_proj"
-    else:
-        biased["q_a_proj"] = "q_a"
-        table |= {"q_a_proj": "q_a_proj", "q_b_proj": "q_b_proj", "q_a_layernorm": "q_norm"}
-    for name, path in (table | {"kv_a_layernorm": "kv_norm"}).items():
-        yield Stored(f"{theirs}.{name}.weight", f"{ours}.{path}")
-        if cfg.attention_bias and name in biased:
-            yield Stored(f"{theirs}.{name}.bias", f"{ours}.{biased[name]}_bias")

@@ -50,7 +50,6 @@ from jmoe.mesh import EXPERT, TOKENS, is_single
 from jmoe.moe.types import CapacityCounts, Changes, Knobs, LayerSetup, Phase, Routing, TokenFlags
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
-Admit = Callable[[Array, Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,13 @@ def limit(
         width = local[1] if cfg.scope == "device" else 1  # experts that share a limit
         places = width * capacity(factor, jnp.sum(tokens.valid_T, dtype=jnp.int32), k, experts)
         room_G = jnp.full(experts // width, places)
-        admit = partial(_admit, tokens=tokens, metric=cfg.metric, seed=seed, width=width)
+        admit = Admission(tokens, cfg.metric, seed, width)
         offered = _with_local_experts(routing, capped_T, *local) if cfg.policy == "expand" else routing
         offered_TJ = _present(offered) & capped_T[:, None]
         kept_TJ = admit(offered.ids_TK, offered.weights_TK, offered_TJ, room_G)
         result = _without(offered, offered_TJ & ~kept_TJ)
         if cfg.policy == "reroute":
-            result = _reroute(result, asked_TK, _scale_T(routing), room_G, admit, width, cfg.rounds)
+            result = _reroute(result, asked_TK, _scale_T(routing), room_G, admit, cfg.rounds)
     if cfg.renormalize:
         result = _rescaled(result, routing, capped_T)
     return result, _counts(routing, result, asked_TK, kept_TJ, tokens)
@@ -138,32 +137,42 @@ def capacity(
     return jnp.minimum(tokens, jnp.maximum(places, 1))
 
 
-def _admit(
-    ids_TJ: Array,
-    weights_TJ: Array,
-    candidate_TJ: Array,
-    room_G: Array,
-    *,
-    tokens: TokenFlags,
-    metric: str,
-    seed: Array | np.ndarray,
-    width: int,
-) -> Bool[Array, "T J"]:
-    """Which candidates get a place: the first ``room_G`` ones of each group of ``width`` experts."""
-    (t, j), groups = ids_TJ.shape, room_G.shape[0]
-    n = t * j
-    group_N = jnp.where(candidate_TJ, ids_TJ // width, groups).reshape(n)
-    keys = [group_N]
-    if tokens.priority_T is not None:
-        keys.append(jnp.broadcast_to(-tokens.priority_T[:, None], (t, j)).reshape(n))
-    keys += [_rank_key(weights_TJ, tokens.valid_T, metric, seed).reshape(n), jnp.arange(n, dtype=jnp.int32)]
-    in_order = lax.sort(keys, num_keys=len(keys), is_stable=False)
-    group_N, flat_N = in_order[0], in_order[-1]
-    sizes_G = jnp.bincount(group_N, length=groups).astype(jnp.int32)
-    of_group = partial(jnp.take, indices=group_N, mode="fill", fill_value=0)
-    rank_N = jnp.arange(n, dtype=jnp.int32) - of_group(jnp.cumsum(sizes_G) - sizes_G)
-    admitted_N = rank_N < of_group(room_G)
-    return jnp.zeros(n, bool).at[flat_N].set(admitted_N, unique_indices=True).reshape(t, j)
+@dataclass(frozen=True)
+class Admission:
+    """Who gets a place under the limit, by ``CapacityConfig.metric``.
+
+    tokens: flags of the tokens.
+    metric: what candidates are ordered by.
+    seed: seed of random orders.
+    width: experts that share their places.
+    """
+
+    tokens: TokenFlags
+    metric: str
+    seed: Array | np.ndarray
+    width: int
+
+    def __call__(
+        self, ids_TJ: Array, weights_TJ: Array, candidate_TJ: Array, room_G: Array
+    ) -> Bool[Array, "T J"]:
+        """Which candidates get a place: the first ``room_G`` ones of each group of ``width`` experts."""
+        (t, j), groups = ids_TJ.shape, room_G.shape[0]
+        n = t * j
+        group_N = jnp.where(candidate_TJ, ids_TJ // self.width, groups).reshape(n)
+        keys = [group_N]
+        if self.tokens.priority_T is not None:
+            keys.append(jnp.broadcast_to(-self.tokens.priority_T[:, None], (t, j)).reshape(n))
+        keys += [
+            _rank_key(weights_TJ, self.tokens.valid_T, self.metric, self.seed).reshape(n),
+            jnp.arange(n, dtype=jnp.int32),
+        ]
+        in_order = lax.sort(keys, num_keys=len(keys), is_stable=False)
+        group_N, flat_N = in_order[0], in_order[-1]
+        sizes_G = jnp.bincount(group_N, length=groups).astype(jnp.int32)
+        of_group = partial(jnp.take, indices=group_N, mode="fill", fill_value=0)
+        rank_N = jnp.arange(n, dtype=jnp.int32) - of_group(jnp.cumsum(sizes_G) - sizes_G)
+        admitted_N = rank_N < of_group(room_G)
+        return jnp.zeros(n, bool).at[flat_N].set(admitted_N, unique_indices=True).reshape(t, j)
 
 
 def _rank_key(
@@ -182,7 +191,7 @@ def _rank_key(
 
 
 def _reroute(
-    kept: Routing, asked_TK: Array, scale_T: Array, room_G: Array, admit: Admit, width: int, rounds: int
+    kept: Routing, asked_TK: Array, scale_T: Array, room_G: Array, admit: Admission, rounds: int
 ) -> Routing:
     """Fills lost choices with the best-scored experts that have room.
 
@@ -198,10 +207,10 @@ def _reroute(
     def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         turn, ids_TK, weights_TK = state
         lost = lost_TK(ids_TK)
-        taken_TK = jnp.where(asked_TK & ~lost, ids_TK // width, room_G.shape[0])
+        taken_TK = jnp.where(asked_TK & ~lost, ids_TK // admit.width, room_G.shape[0])
         left_G = room_G - jnp.bincount(taken_TK.reshape(-1), length=room_G.shape[0]).astype(jnp.int32)
         held_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True, mode="drop")
-        open_TE = jnp.repeat(left_G > 0, width)[None] & ~held_TE
+        open_TE = jnp.repeat(left_G > 0, admit.width)[None] & ~held_TE
         best_TK, next_TK = lax.top_k(jnp.where(open_TE, kept.scores_TE, 0.0), k)
         nth_TK = jnp.cumsum(lost.astype(jnp.int32), axis=1) - 1  # the nth lost choice takes the nth best
         score_TK = jnp.take_along_axis(best_TK, nth_TK, axis=1, mode="clip")

@@ -5,51 +5,30 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import COMBINED, Activation, ExpertWeights, Implementation, grouped_mlp
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
-from jmoe.moe.types import DispatchPlan
+from jmoe.moe.expert_leaves import LEAVES, leaves_of, weight_specs
+from jmoe.moe.types import Computed, DispatchPlan, LocalExperts
 from jmoe.param import HOST, ParamMaker
-
-# The mesh axes of an expert's own dimensions: gate and up, down, and the biases of both.
-WITHIN = (None, TENSOR, None), (None, TENSOR), (None, TENSOR), (None,)
-
-
-def weight_specs(like: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
-    """How stacks of experts are split. ``front`` gives the mesh axes of the dimensions before an expert's own
-    dimensions. The result is None for a weight that is None in ``like``."""
-    every = like.gate_up_E2FD, like.down_EDF, like.gate_up_bias_E2F, like.down_bias_ED
-    specs = (PartitionSpec(*front, *within) for within in WITHIN)
-    return ExpertWeights(*(None if a is None else spec for a, spec in zip(every, specs, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
 class Experts(nnx.Module):
-    """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked.
-
-    gate_up_E2FD: ``[experts, (gate, up), inner, model]``.
-    down_EDF: ``[experts, model, inner]``.
-    gate_up_bias_E2F: ``[experts, (gate, up), inner]``; None without biases.
-    down_bias_ED: ``[experts, model]``; None without biases.
-    """
+    """Weights of E gated experts in Hugging Face's ``[out, in]`` layout, gate and up stacked: a parameter
+    ``[experts, ...]`` for each leaf of ``LEAVES``, None if the model's experts do not have it."""
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
-        experts, model, inner = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
-        gate_up, down, gate_up_bias, down_bias = ((EXPERT, *within) for within in WITHIN)
-        self.gate_up_E2FD = make.stored((experts, 2, inner, model), gate_up)
-        self.down_EDF = make.stored((experts, model, inner), down)
-        biased = cfg.expert_bias
-        self.gate_up_bias_E2F = make((experts, 2, inner), gate_up_bias) if biased else None
-        self.down_bias_ED = make((experts, model), down_bias) if biased else None
+        for leaf in LEAVES:
+            shape, axes = (cfg.num_experts, *leaf.shape(cfg)), (EXPERT, *leaf.axes)
+            make_leaf = make if leaf.is_bias else make.stored
+            setattr(self, leaf.name, make_leaf(shape, axes) if leaf in leaves_of(cfg) else None)
 
     @property
     def weights(self) -> ExpertWeights:
-        biases = (None if p is None else p[...] for p in (self.gate_up_bias_E2F, self.down_bias_ED))
-        return ExpertWeights(self.gate_up_E2FD[...], self.down_EDF[...], *biases)
+        return ExpertWeights(*(_values(getattr(self, leaf.name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
 
     @property
     def specs(self) -> ExpertWeights:
@@ -62,37 +41,78 @@ class HostExperts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         both = len(cfg.moe_layers), cfg.num_experts
-        model, inner = cfg.hidden_size, cfg.moe_intermediate_size
-        gate_up, down, gate_up_bias, down_bias = ((None, EXPERT, *within) for within in WITHIN)
-        self.gate_up_LE2FD = make.stored((*both, 2, inner, model), gate_up, memory=HOST)
-        self.down_LEDF = make.stored((*both, model, inner), down, memory=HOST)
-        biases = ((*both, 2, inner), gate_up_bias), ((*both, model), down_bias)
-        made = [make.stored(*bias, memory=HOST) if cfg.expert_bias else None for bias in biases]
-        self.gate_up_bias_LE2F, self.down_bias_LED = made
+        for leaf in LEAVES:
+            shape, axes = (*both, *leaf.shape(cfg)), (None, EXPERT, *leaf.axes)
+            present = leaf in leaves_of(cfg)
+            setattr(self, leaf.store_name, make.stored(shape, axes, memory=HOST) if present else None)
 
     @property
     def weights(self) -> ExpertWeights:
         """The weights with one more leading axis (layers) than the field names of ``ExpertWeights`` say."""
-        biases = (None if p is None else p[...] for p in (self.gate_up_bias_LE2F, self.down_bias_LED))
-        return ExpertWeights(self.gate_up_LE2FD[...], self.down_LEDF[...], *biases)
+        return ExpertWeights(*(_values(getattr(self, leaf.store_name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
+
+
+def _values(param: nnx.Param | None) -> Array | None:
+    return None if param is None else param[...]
 
 
 @dataclass(frozen=True)
-class ApplyBy:
-    """An ``Apply`` that uses the kernels of a model. parts: number of tensor ranks that share an expert."""
+class ExpertMath:
+    """How a rank computes experts; it is an ``Apply``.
 
-    kernels: Kernels
-    activation: Activation
-    weigh_input: bool
+    implementation: kernel of the grouped product.
+    platform: platform that the kernel is compiled for; None is jax's default.
+    activation: activation of the gate.
+    weigh_input: whether a weight multiplies an expert's input, not its output.
+    parts: number of tensor ranks that share an expert.
+    capacity: rows of one expert in the training form; None computes all rows.
+    """
+
+    implementation: Implementation
+    platform: str | None = None
+    activation: Activation = "silu"
+    weigh_input: bool = False
     parts: int = 1
+    capacity: int | None = None
 
     def __call__(
-        self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
+        self,
+        x_TD: Float[Array, "T D"],
+        weights_TK: Float[Array, "T K"],
+        plan: DispatchPlan,
+        experts: ExpertWeights,
     ) -> Float[Array, "T D"]:
+        """The weighted sum of each token's planned experts, float32; zero for a token without any."""
         experts = biased_once(experts, self.parts)
-        return apply_experts(
-            x_TD, weights_TK, plan, experts, self.kernels.experts, self.kernels.platform,
-            activation=self.activation, weigh_input=self.weigh_input,
+        if (combined := COMBINED.get(self.implementation)) and not self.weigh_input:
+            return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
+        t, k = weights_TK.shape
+        order_N, inverse_N = plan.order_N, plan.inverse_N
+        input_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
+        if self.weigh_input:
+            input_ND = input_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
+            weights_TK = jnp.ones_like(weights_TK)
+        rows_ND = self._by_row(input_ND, plan.group_sizes_L, experts)
+        chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
+        return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)
+
+    def local_experts(self, experts: ExpertWeights) -> LocalExperts:
+        """The experts of one rank as a transport takes them."""
+        biased = biased_once(experts, self.parts)
+
+        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
+            return Computed(self(x_TD, weights_TJ, plan, experts), plan.rows)
+
+        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
+            y_ND = self._by_row(rows_ND, group_sizes_L, biased)
+            return Computed(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
+
+        return LocalExperts(experts.dims[0], experts.dtype, combined, by_row, self.weigh_input)
+
+    def _by_row(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
+        return grouped_mlp(
+            rows_ND, biased, group_sizes_L, activation=self.activation, capacity=self.capacity,
+            implementation=self.implementation, platform=self.platform,
         )  # fmt: skip
 
 
@@ -103,34 +123,3 @@ def biased_once(experts: ExpertWeights, parts: int) -> ExpertWeights:
         return experts
     first = lax.axis_index(TENSOR) == 0
     return replace(experts, down_bias_ED=jnp.where(first, experts.down_bias_ED, 0))
-
-
-def apply_experts(
-    x_TD: Float[Array, "T D"],
-    weights_TK: Float[Array, "T K"],
-    plan: DispatchPlan,
-    experts: ExpertWeights,
-    implementation: Implementation,
-    platform: str | None = None,
-    capacity: int | None = None,
-    activation: Activation = "silu",
-    weigh_input: bool = False,
-) -> Float[Array, "T D"]:
-    """The weighted sum of each token's planned experts, float32; zero for a token without any.
-
-    weigh_input: the weight multiplies an expert's input; the outputs are then summed without weights.
-    """
-    if (combined := COMBINED.get(implementation)) and not weigh_input:
-        return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, activation)
-    t, k = weights_TK.shape
-    order_N, inverse_N = plan.order_N, plan.inverse_N
-    given_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
-    if weigh_input:
-        given_ND = given_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
-        weights_TK = jnp.ones_like(weights_TK)
-    rows_ND = grouped_mlp(
-        given_ND, experts, plan.group_sizes_L,
-        activation=activation, implementation=implementation, platform=platform, capacity=capacity,
-    )  # fmt: skip
-    chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
-    return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)

@@ -8,28 +8,24 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
-from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
 from jmoe.moe.counting import count_dispatch, over_shards
 from jmoe.moe.decide import Decider, Decision, check_stages
-from jmoe.moe.experts import ApplyBy, Experts, apply_experts, biased_once
+from jmoe.moe.experts import ExpertMath, Experts
 from jmoe.moe.router import Router, RouterWeights
 from jmoe.moe.types import (
-    Computed,
-    DispatchPlan,
     ExpertSource,
     Knobs,
     LayerSetup,
-    LocalExperts,
     MoEOutput,
     Phase,
     Send,
@@ -55,7 +51,9 @@ class MoELayer(nnx.Module):
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
         self.router = Router(cfg, make)
         self.experts = Experts(cfg, make) if moe.offload is None else None
-        self.apply = ApplyBy(kernels, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR])
+        self.math = ExpertMath(
+            kernels.experts, kernels.platform, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR]
+        )
         self.decider = Decider(moe, LayerSetup(cfg, mesh, kernels))
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
@@ -114,11 +112,11 @@ class MoELayer(nnx.Module):
         train_capacity, cached = self._train_capacity(x_TD.shape[0]), {}
         with jax.named_scope("experts"):
             if isinstance(held, ExpertWeights):
-                experts = self._local_experts(held, train_capacity)
+                experts = replace(self.math, capacity=train_capacity).local_experts(held)
                 y_TD, traffic = send(x_TD, routed.final, tokens.valid_T, experts)
             else:
                 y_TD, traffic, cached, source = held.run(
-                    x_TD, routed.plain, routed.final, tokens.valid_T, phase, self.apply, send
+                    x_TD, routed.plain, routed.final, tokens.valid_T, phase, self.math, send
                 )
         stats = count_dispatch(
             routed.plain, routed.final, tokens.valid_T, routed.changes, traffic, train_capacity
@@ -135,26 +133,6 @@ class MoELayer(nnx.Module):
     ) -> Decision:
         """Decides where tokens go, on one device. here_E: the experts that are on it; None if not known."""
         return self.decider(x_TD, tokens, phase, knobs, self.router.weights, here_E)
-
-    def _local_experts(self, weights: ExpertWeights, capacity: int | None) -> LocalExperts:
-        how = {
-            "implementation": self.kernels.experts,
-            "platform": self.kernels.platform,
-            "capacity": capacity,
-            "activation": self.cfg.hidden_act,
-        }
-        weights = biased_once(weights, self.mesh.shape[TENSOR])
-        weigh_input = self.cfg.router.weigh_input
-
-        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
-            y_TD = apply_experts(x_TD, weights_TJ, plan, weights, weigh_input=weigh_input, **how)
-            return Computed(y_TD, plan.rows)
-
-        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
-            y_ND = grouped_mlp(rows_ND, weights, group_sizes_L, **how)
-            return Computed(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
-
-        return LocalExperts(weights.dims[0], weights.dtype, combined, by_row, weigh_input)
 
     def _train_capacity(self, tokens: int) -> int | None:
         """Rows of one expert in the training form: its even share of the batch times the factor, rounded up

@@ -88,7 +88,7 @@ class Shuffle:
 
         return self._over(of_group, (ROWS, GROUP), GROUP)(rows, order)
 
-    def tell(
+    def report(
         self, out: MoEOutput, order: Order, *, history: bool
     ) -> tuple[MoEOutput, Int[Array, " N"] | None]:
         """Gathers each token's changes and, for ``history``, its experts' rank to every rank of the group, in
@@ -96,16 +96,16 @@ class Shuffle:
         nothing to report."""
         ranks = self.mesh.shape[EXPERT]
         rank_N = label(out.routing.ids_TK, self.experts // ranks, ranks) if history else None
-        told, structure = jax.tree.flatten((rank_N, out.changes))
-        if not told:
+        reported, structure = jax.tree.flatten((rank_N, out.changes))
+        if not reported:
             return out, None
 
-        def of_group(told: list[Array], order: Order) -> list[Array]:
-            whole_NC = lax.all_gather(jnp.stack(told, axis=1), EXPERT, tiled=True)[order.row_N]
-            return [whole_NC[:, i] for i in range(len(told))]
+        def of_group(reported: list[Array], order: Order) -> list[Array]:
+            whole_NC = lax.all_gather(jnp.stack(reported, axis=1), EXPERT, tiled=True)[order.row_N]
+            return [whole_NC[:, i] for i in range(len(reported))]
 
-        told = self._over(of_group, (ROWS, GROUP), GROUP)(told, order)
-        rank_N, changes = jax.tree.unflatten(structure, told)
+        reported = self._over(of_group, (ROWS, GROUP), GROUP)(reported, order)
+        rank_N, changes = jax.tree.unflatten(structure, reported)
         return replace(out, changes=changes), rank_N
 
     def _over(self, run: Callable, ins: tuple, outs: PartitionSpec) -> Callable:

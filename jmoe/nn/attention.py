@@ -6,7 +6,8 @@ of what an all-reduce does. If there are fewer KV heads than ranks, each rank ke
 query heads share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
+from jmoe_kernels.paged_attention import Attention as AttentionKernel
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, attend_all
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.moe.orders import Move
-from jmoe.nn.kv_cache import page_spec
+from jmoe.nn.kv_cache import CachedHeads, StateSizes, page_layout, page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.nn.window import attend_window
@@ -34,24 +36,52 @@ Project = Callable[[Weights, Array, Rotation, Array], tuple[Array, Array, Array 
 
 
 class Attention(nnx.Module):
-    """One layer's attention. A subclass declares its weights, ``[out, in]``, with an ``o_proj`` among them,
-    makes queries, keys and values (``project``) and turns the weighted sums into outputs (``read_out``).
+    """One layer's attention; a subclass is a kind of attention, see ``jmoe.nn.kinds``.
+
+    A kind declares its weights, ``[out, in]``, with an ``o_proj`` among them, and their names in checkpoints
+    (``names``). It makes queries, keys and values (``project``) and turns the weighted sums into outputs
+    (``read_out``). Its state lies in pages unless it says otherwise (``state_axis``, ``state_layout``).
 
     scale: factor of the scores; None is one over the root of a query's dimension.
+    state_axis: what the first axis of the state counts. Pages are shared and copied, a seat is one request's.
     """
 
     scale: float | None
     project: Project
+    state_axis: ClassVar[Literal["page", "seat"]] = "page"
+
+    @classmethod
+    def names(cls, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
+        """Pairs of a tensor's name in the checkpoint's attention block and the parameter that it fills."""
+        raise NotImplementedError
+
+    @classmethod
+    def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
+        """What the layer caches of each token."""
+        raise NotImplementedError
+
+    @classmethod
+    def state_layout(
+        cls, cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
+    ) -> LayerPages:
+        """The layer's state, as shapes with dtypes and shardings."""
+        return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)
-        if cfg.cached_heads < ranks:
-            check_divides(over + " parallel size", ranks, "kv heads", cfg.cached_heads)
+        cached = self.cached_heads(cfg).count
+        if cached < ranks:
+            check_divides(over + " parallel size", ranks, "kv heads", cached)
         else:
-            check_divides("kv heads", cfg.cached_heads, over, ranks)
+            check_divides("kv heads", cached, over, ranks)
         self.cfg, self.split, self.kernels = cfg, split, kernels
         self.span, self.rotates = cfg.span(layer), cfg.rotates(layer)
+
+    @property
+    def state_spec(self) -> PartitionSpec:
+        """How the state is split over the mesh."""
+        return page_spec(self.kernels.attention, self.split)
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
         """Makes the heads' outputs from the weighted sums of values."""
@@ -60,7 +90,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_ND: Float[Array, "N D"],
-        by: Rotation,
+        rotation: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None = None,
@@ -73,23 +103,22 @@ class Attention(nnx.Module):
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
-            return self._shard(weights, x_ND, by, seqs, pages, None)
+            return self._shard(weights, x_ND, rotation, seqs, pages, None)
         tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)
-        paged = page_spec(self.kernels.attention, self.split)
         run = jax.shard_map(
             self._shard,
             mesh=self.split.mesh,
-            in_specs=(specs_of(self), tokens, sequences, sequences, paged, sequences),
-            out_specs=(tokens, paged),
+            in_specs=(specs_of(self), tokens, sequences, sequences, self.state_spec, sequences),
+            out_specs=(tokens, self.state_spec),
             check_vma=False,
         )
-        return run(weights, x_ND, by, seqs, pages, move)
+        return run(weights, x_ND, rotation, seqs, pages, move)
 
     def _shard(
         self,
         w: Weights,
         x_ND: Array,
-        by: Rotation,
+        rotation: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None,
@@ -98,7 +127,7 @@ class Attention(nnx.Module):
         x_ND = x_ND if move is None else x_ND[move.before.row_N]
         positions_RN = seqs.positions_RN
         with jax.named_scope("qkv"):
-            q, k, v = self.project(w, x_ND.reshape(*positions_RN.shape, -1), by, positions_RN)
+            q, k, v = self.project(w, x_ND.reshape(*positions_RN.shape, -1), rotation, positions_RN)
             if self.scale is not None:
                 q = q * (self.scale * q.shape[-1] ** 0.5)  # kernels scale by its dimension
         sinks_H = w["sinks_H"].astype(jnp.float32) if "sinks_H" in w else None

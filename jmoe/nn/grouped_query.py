@@ -1,6 +1,8 @@
 """Grouped-query attention (arXiv 2305.13245), with the additions of model families: biases, norms of queries
 and keys, clipping, sinks, layers that do not rotate."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -11,6 +13,7 @@ from jmoe_kernels.matmul import linear
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split, is_single
 from jmoe.nn.attention import Attention, Weights, bias_of
+from jmoe.nn.kv_cache import CachedHeads
 from jmoe.nn.norm import rms_norm, unit_rms
 from jmoe.nn.rope import Rotation, rotate
 from jmoe.param import ParamMaker
@@ -44,15 +47,31 @@ class GroupedQueryAttention(Attention):
             self.sinks_H = make((cfg.num_attention_heads,), (heads,))
         self.scale = cfg.attention_multiplier
 
+    @classmethod
+    def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
+        return CachedHeads(cfg.num_key_value_heads, cfg.head_dim)
+
+    @classmethod
+    def names(cls, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
+        for p in "qkvo":
+            yield f"{p}_proj.weight", f"{p}_proj"
+            if cfg.attention_bias or (cfg.qkv_bias and p != "o"):
+                yield f"{p}_proj.bias", f"{p}_bias"
+        if cfg.qk_norm in ("head", "full"):
+            yield "q_norm.weight", "q_norm"
+            yield "k_norm.weight", "k_norm"
+        if cfg.attention_sinks:
+            yield "sinks", "sinks_H"
+
     def project(
-        self, w: Weights, x_BTD: Array, by: Rotation, positions_BT: Array
+        self, w: Weights, x_BTD: Array, rotation: Rotation, positions_BT: Array
     ) -> tuple[Array, Array, Array | None]:
         cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
         q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
         if self._has_fused_rotation():  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
-            q = cpu.rotate(q, *by, w.get("q_norm"), cfg.rms_norm_eps)
-            return q, cpu.rotate(k, *by, w.get("k_norm"), cfg.rms_norm_eps), v
+            q = cpu.rotate(q, *rotation, w.get("q_norm"), cfg.rms_norm_eps)
+            return q, cpu.rotate(k, *rotation, w.get("k_norm"), cfg.rms_norm_eps), v
         if cfg.qk_norm == "full":
             over = None if is_single(self.split.mesh) else self.split.heads
             q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)
@@ -66,7 +85,7 @@ class GroupedQueryAttention(Attention):
         k, v = self._own_kv_head(k), self._own_kv_head(v)
         if not self.rotates:
             return self._tempered(q, positions_BT), k, v
-        q, k = (rotate(a, by, interleaved=cfg.rope.interleaved) for a in (q, k))
+        q, k = (rotate(a, rotation, interleaved=cfg.rope.interleaved) for a in (q, k))
         if cfg.qk_norm == "l2":
             q, k = unit_rms(q, cfg.rms_norm_eps), unit_rms(k, cfg.rms_norm_eps)
         return q, k, v

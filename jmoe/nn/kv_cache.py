@@ -1,10 +1,13 @@
-"""The paged KV cache on the device: its dtype, size and sharding; ``jmoe_kernels.paged_attention`` uses it.
+"""The paged KV cache of one layer on the device: its dtype, size and sharding.
 
 The pages axis is split over the ranks that hold sequences, so entries of page tables are local to a rank.
+``jmoe.nn.kinds`` makes the state of all layers; ``jmoe_kernels.paged_attention`` reads and writes the pages.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
 from jmoe_kernels.paged_attention import Attention, LayerPages, heads_axis, page_shapes
 
-from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split, platform_of
+
+
+class StateSizes(NamedTuple):
+    """How much state a layer keeps on each rank.
+
+    pages: pages of the KV cache.
+    page_size: tokens of a page.
+    seats: requests that run at once.
+    """
+
+    pages: int
+    page_size: int
+    seats: int
+
+
+@dataclass(frozen=True)
+class CachedHeads:
+    """What a layer caches of one token.
+
+    count: heads in the cache.
+    dim: values of one cached head's key.
+    value_dim: leading values of the key that are the head's value too; None if values are cached apart.
+    """
+
+    count: int
+    dim: int
+    value_dim: int | None = None
+
+    def stored(self, split: Split) -> int:
+        """Heads in the cache: if more ranks share the heads, one on each rank."""
+        return max(self.count, split.head_ranks)
+
+    def page_bytes(self, dtype: str, split: Split, page_size: int) -> int:
+        """Bytes of one page of one layer: keys and values, or one array that serves as both."""
+        arrays = 2 if self.value_dim is None else 1
+        item = kv_dtype(jnp.dtype(dtype), split.mesh).itemsize
+        return arrays * page_size * self.stored(split) * self.dim * item
 
 
 def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
@@ -26,44 +65,24 @@ def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
     return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
 
 
-def stored_kv_heads(cfg: ModelConfig, split: Split) -> int:
-    """KV heads in the cache: replicated up to the number of ranks that share the heads, if that is larger."""
-    return max(cfg.cached_heads, split.head_ranks)
-
-
-def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
-    """Bytes of one page over all layers: keys and values, or one array that serves as both (latent)."""
-    item = kv_dtype(jnp.dtype(cfg.dtype), split.mesh).itemsize
-    row = stored_kv_heads(cfg, split) * cfg.cached_dim * item
-    return (2 if cfg.latent is None else 1) * cfg.num_hidden_layers * page_size * row
-
-
 def page_spec(attention: Attention, split: Split) -> PartitionSpec:
     """The pages axis is split like sequences, the heads axis like heads."""
     return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
 def page_layout(
-    cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
+    heads: CachedHeads, dtype: str, split: Split, attention: Attention, sizes: StateSizes
 ) -> LayerPages:
     """The arrays of one layer's pages, as shapes with dtypes and shardings."""
-    heads, count = stored_kv_heads(cfg, split), pages_per_rank * split.sequence_ranks
-    dtype = kv_dtype(jnp.dtype(cfg.dtype), split.mesh)
+    count, is_value = sizes.pages * split.sequence_ranks, heads.value_dim is not None
+    stored = kv_dtype(jnp.dtype(dtype), split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))
-    latent = cfg.latent is not None
-    shapes = page_shapes(attention, count, heads, page_size, cfg.cached_dim, latent=latent)
-    return LayerPages(tuple(jax.ShapeDtypeStruct(s, dtype, sharding=where) for s in shapes))  # pyright: ignore
+    shapes = page_shapes(attention, count, heads.stored(split), sizes.page_size, heads.dim, latent=is_value)
+    return LayerPages(tuple(jax.ShapeDtypeStruct(s, stored, sharding=where) for s in shapes))  # pyright: ignore
 
 
-def make_pages(
-    cfg: ModelConfig, split: Split, attention: Attention, pages_per_rank: int, page_size: int
-) -> list[LayerPages]:
-    """Zeroed pages of every layer, committed to the mesh (an uncommitted cache would compile twice)."""
-    layout = page_layout(cfg, split, attention, pages_per_rank, page_size)
-    return [jax.tree.map(_zeros, layout) for _ in range(cfg.num_hidden_layers)]
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> Array:
+def zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros committed to their devices (an uncommitted array would compile a step twice)."""
     return _maker(like.shape, like.dtype, like.sharding)()
 
 

@@ -7,6 +7,8 @@ values: ``q (W_k c) = (W_k^T q) c``. To the kernels this is attention with one K
 value.
 """
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -17,6 +19,7 @@ from jmoe_kernels.matmul import dot, linear
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split
 from jmoe.nn.attention import Attention, Weights, bias_of
+from jmoe.nn.kv_cache import CachedHeads
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import Rotation, rotate
 from jmoe.param import ParamMaker
@@ -58,8 +61,28 @@ class LatentAttention(Attention):
         plain = size.qk_head_dim**-0.5
         self.scale = plain if cfg.attention_multiplier is None else cfg.attention_multiplier
 
+    @classmethod
+    def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
+        assert cfg.latent is not None
+        return CachedHeads(1, cfg.latent.cached_dim, cfg.latent.kv_lora_rank)
+
+    @classmethod
+    def names(cls, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
+        assert cfg.latent is not None
+        biased = {"o_proj": "o", "kv_a_proj_with_mqa": "kv_a"}
+        table = {"kv_a_proj_with_mqa": "kv_a_proj", "kv_b_proj": "kv_b_proj", "o_proj": "o_proj"}
+        if cfg.latent.q_lora_rank is None:
+            table["q_proj"] = "q_proj"
+        else:
+            biased["q_a_proj"] = "q_a"
+            table |= {"q_a_proj": "q_a_proj", "q_b_proj": "q_b_proj", "q_a_layernorm": "q_norm"}
+        for name, path in (table | {"kv_a_layernorm": "kv_norm"}).items():
+            yield f"{name}.weight", path
+            if cfg.attention_bias and name in biased:
+                yield f"{name}.bias", f"{biased[name]}_bias"
+
     def project(
-        self, w: Weights, x_BTD: Array, by: Rotation, positions_BT: Array
+        self, w: Weights, x_BTD: Array, rotation: Rotation, positions_BT: Array
     ) -> tuple[Array, Array, Array | None]:
         size, (b, t, _), dense = self.latent, x_BTD.shape, self.kernels.dense
         interleaved = self.cfg.rope.interleaved
@@ -67,9 +90,9 @@ class LatentAttention(Attention):
         q_nope, q_rope = q[..., : size.qk_nope_head_dim], q[..., size.qk_nope_head_dim :]
         kv = linear(x_BTD, w["kv_a_proj"], dense) + bias_of(w, "kv_a_bias", 3)
         latent_BTl = rms_norm(kv[..., : size.kv_lora_rank], w["kv_norm"], EPS)
-        k_rope = rotate(kv[:, :, None, size.kv_lora_rank :], by, interleaved=interleaved)
+        k_rope = rotate(kv[:, :, None, size.kv_lora_rank :], rotation, interleaved=interleaved)
         absorbed = dot("bthn,hnl->bthl", q_nope, self._of_heads(w)[:, : size.qk_nope_head_dim])
-        q = jnp.concatenate([absorbed, rotate(q_rope, by, interleaved=interleaved)], axis=-1)
+        q = jnp.concatenate([absorbed, rotate(q_rope, rotation, interleaved=interleaved)], axis=-1)
         return q, jnp.concatenate([latent_BTl[:, :, None], k_rope], axis=-1), None
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:

@@ -25,9 +25,9 @@ def rotation(positions_BT: Int[Array, "B T"], dim: int, rope: RopeConfig) -> Rot
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x_BTHd: Float[Array, "B T H d"], by: Rotation, *, interleaved: bool = False) -> Array:
+def rotate(x_BTHd: Float[Array, "B T H d"], angles: Rotation, *, interleaved: bool = False) -> Array:
     """Rotates the heads by their positions' angles; dimensions after the rotated ones do not change."""
-    cos, sin = (part[:, :, None] for part in by)
+    cos, sin = (part[:, :, None] for part in angles)
     turned = 2 * cos.shape[-1]
     x, rest = x_BTHd[..., :turned], x_BTHd[..., turned:]
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)

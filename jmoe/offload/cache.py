@@ -34,7 +34,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.config.counters import CACHE, names
 from jmoe.mesh import DATA, EXPERT, TOKENS
-from jmoe.moe.experts import weight_specs
+from jmoe.moe.expert_leaves import weight_specs
 from jmoe.moe.routing import regrouped
 from jmoe.moe.types import (
     Apply,

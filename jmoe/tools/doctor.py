@@ -6,19 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
-from jmoe.config.model import ModelConfig
-from jmoe.engine.deployment.deployment import resolve
+from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.settings import EngineSettings
-from jmoe.engine.offload.build import copies_run_beside, count_slots, pick_executor, read_profile
-from jmoe.engine.step.counters import expert_bytes
+from jmoe.engine.offload.build import copies_run_beside, count_slots
 from jmoe.mesh import TENSOR, platform_of
-from jmoe.models.decoder import kernels_for
-from jmoe.nn.kv_cache import kv_dtype, page_bytes
+from jmoe.moe.expert_leaves import expert_bytes
+from jmoe.nn.kinds import page_bytes
+from jmoe.nn.kv_cache import kv_dtype
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
 
@@ -29,13 +27,13 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     Raises ValueError if the model or the settings would be refused.
     """
     found = resolve(model, settings)
-    directory, cfg, split, sizes, memory = found.directory, found.cfg, found.split, found.sizes, found.memory
-    mesh, specs = split.mesh, parameter_specs(directory, cfg, settings.dtype)
+    directory, cfg, sizes, memory = found.directory, found.cfg, found.sizes, found.memory
+    specs = parameter_specs(directory, cfg, settings.dtype)
     return {
         "versions": {"jmoe": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
         "devices": [_device(d) for d in jax.devices()],
-        "mesh": dict(mesh.shape),
+        "mesh": dict(found.mesh.shape),
         "model": {
             "directory": str(directory),
             "architecture": cfg.architecture,
@@ -49,7 +47,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         "kv_cache": {
             "page_size": sizes.page_size,
             "pages_per_rank": sizes.pages_per_rank,
-            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, split, sizes.page_size),
+            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, found.split, sizes.page_size),
         },
         "memory_per_device": {
             "weight_bytes": memory.weights,
@@ -62,8 +60,8 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         },
         "notes": list(found.notes),
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
-        "choices": _choices(settings, cfg, mesh),
-        "offload": _offload(settings, cfg, mesh),
+        "choices": _choices(found),
+        "offload": _offload(found),
     }
 
 
@@ -74,16 +72,14 @@ def _device(device: Any) -> dict[str, Any]:
     )
 
 
-def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str, Any] | None:
+def _offload(found: Deployment) -> dict[str, Any] | None:
     """Where the experts are kept; None if all are on the device."""
-    offload = settings.moe.offload
-    if offload is None:
+    cfg, mesh, offload = found.cfg, found.mesh, found.settings.moe.offload
+    if offload is None or found.executor is None:
         return None
-    offload.check_mesh(dict(mesh.shape))
-    read_profile(offload)
     whole, slots = expert_bytes(cfg), count_slots(cfg, offload, mesh)
     one = expert_bytes(cfg, mesh.shape[TENSOR])
-    executor, why = pick_executor(offload, mesh)
+    executor, why = found.executor
     return {
         "expert_bytes": whole,
         "host_bytes": len(cfg.moe_layers) * cfg.num_experts * whole,
@@ -100,10 +96,10 @@ def _offload(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> dict[str
     }
 
 
-def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dict[str, str]]:
-    platform, dtype = platform_of(mesh), jnp.dtype(cfg.dtype)
-    storage, kept = storage_dtype(dtype, platform), kv_dtype(dtype, mesh)
-    kernels = kernels_for(cfg, settings.moe, mesh)
+def _choices(found: Deployment) -> list[dict[str, str]]:
+    mesh, moe, kernels = found.mesh, found.settings.moe, found.kernels
+    dtype = jnp.dtype(found.cfg.dtype)
+    storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
     rows = [
         ("grouped experts", kernels.experts, kernels.why),
         (
@@ -112,7 +108,7 @@ def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dic
             "XLA's own" if kernels.dense == "xla" else "goes with the experts' kernel",
         ),
         ("paged attention", kernels.attention, kernels.why_attention),
-        *([("binning", kernels.binning, kernels.why_binning)] if settings.moe.binning else []),
+        *([("binning", kernels.binning, kernels.why_binning)] if moe.binning else []),
         (
             "expert weights kept as",
             str(storage),
@@ -127,7 +123,7 @@ def _choices(settings: EngineSettings, cfg: ModelConfig, mesh: Mesh) -> list[dic
         ),
         (
             "transport",
-            settings.moe.transport if mesh.size > 1 else "local",
+            moe.transport if mesh.size > 1 else "local",
             "from the moe config (default: replicated)"
             if mesh.size > 1
             else "all experts are on the one device",

@@ -25,9 +25,10 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
+from jmoe.tools.progress import Progress, counter, silent
 
 Mode = Literal["prefill", "decode"]
-Progress = Callable[[int], None]
+Count = Callable[[int], None]
 
 
 @dataclass
@@ -73,19 +74,18 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int | None = None,
     settings: EngineSettings = EngineSettings(),
-    loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    progress: Progress = lambda tokens: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The report that ``jmoe eval --json`` prints. Raises ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
-    with closing(build_engine(model, settings, loading, warm_up=False)) as engine:  # eval has its own shapes
+    with closing(build_engine(model, settings, progress, warm_up=False)) as engine:  # eval has its own shapes
         source = token_windows(engine, data)
-        start = time.perf_counter()
+        start, count = time.perf_counter(), counter(progress, "score")
         if mode == "prefill":
-            score = score_prefill(engine, bounded(source, max_tokens), batch_size, progress)
+            score = score_prefill(engine, bounded(source, max_tokens), batch_size, count)
         else:
-            score = score_decode(engine, source, batch_size, max_tokens, progress)
+            score = score_decode(engine, source, batch_size, max_tokens, count)
         seconds = time.perf_counter() - start
         engine.runner.drain()
     if score.tokens == 0:
@@ -126,7 +126,7 @@ def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
     return windows((codec.encode(d) for d in documents), engine.max_model_len)
 
 
-def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, progress: Progress) -> Score:
+def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, count: Count) -> Score:
     """Scores ``batch_size`` windows per pass, padded to the prefill size of the longest."""
     runner, score = engine.runner, Score()
     per_rank = rows_a_rank(runner, batch_size)
@@ -135,22 +135,22 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
         done = [0] * len(batch)
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
-            given = runner.blank("prefill", per_rank, size)
-            targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
+            inputs = runner.blank("prefill", per_rank, size)
+            targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
-                _fill(given, row, window, done[row], n, pool.table[row])
+                _fill(inputs, row, window, done[row], n, pool.table[row])
                 following = window[done[row] + 1 : done[row] + n + 1]
                 targets[row, : len(following)], asked[row, : len(following)] = following, True
                 done[row] += n
-            _, hidden, _ = runner.run(given)
-            progress(score.begin(runner.logprobs(hidden, targets), asked))
+            hidden_RND = runner.run(inputs).hidden_RND
+            count(score.begin(runner.logprobs(hidden_RND, targets), asked))
     score.settle()
     return score
 
 
 def score_decode(
-    engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, progress: Progress
+    engine: Engine, source: Iterator[list[int]], batch_size: int, max_tokens: int | None, count: Count
 ) -> Score:
     """Scores windows in decode. The next window at once takes the place of a finished one, so that the batch
     stays full.
@@ -172,14 +172,14 @@ def score_decode(
         if not active:
             score.settle()
             return score
-        given = runner.blank("decode", per_rank, 1)
-        targets, asked = np.zeros_like(given.own.tokens_BT), np.zeros(given.own.tokens_BT.shape, bool)
+        inputs = runner.blank("decode", per_rank, 1)
+        targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
         for i, window, at in active:
-            _fill(given, i, window, at, 1, pool.table[i])
+            _fill(inputs, i, window, at, 1, pool.table[i])
             targets[i, 0], asked[i, 0] = window[at + 1], True
             places[i] = (window, at + 1)
-        _, hidden, _ = runner.run(given)
-        progress(score.begin(runner.logprobs(hidden, targets), asked))
+        hidden_RND = runner.run(inputs).hidden_RND
+        count(score.begin(runner.logprobs(hidden_RND, targets), asked))
 
 
 def rows_a_rank(runner: Runner, batch_size: int) -> int:
@@ -202,7 +202,7 @@ class PageRows:
         self.table = np.tile(one_rank, (engine.runner.ranks, 1))
 
 
-def _fill(given: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
-    given.own.tokens_BT[row, :count] = window[start : start + count]
-    given.own.positions_BT[row, :count] = np.arange(start, start + count)
-    given.own.table_BM[row] = table
+def _fill(inputs: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
+    inputs.own.tokens_BT[row, :count] = window[start : start + count]
+    inputs.own.positions_BT[row, :count] = np.arange(start, start + count)
+    inputs.own.table_BM[row] = table

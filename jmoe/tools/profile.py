@@ -7,7 +7,7 @@ technique changes it.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.deployment.deployment import round_up
+from jmoe.engine.deployment.sizes import round_up
 from jmoe.engine.step.inputs import window_length
 from jmoe.engine.step.runner import Runner
 from jmoe.mesh import EXPERT
@@ -24,6 +24,7 @@ from jmoe.placement.npz import check_writable
 from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.tools.data import bounded
 from jmoe.tools.evaluate import check_run, token_windows
+from jmoe.tools.progress import Progress, counter, silent
 
 SHORTEST = 64  # least padded length of a window, so that few shapes compile
 MAPS = 4  # positions per window whose whole gate distributions are kept
@@ -37,8 +38,7 @@ def profile(
     batch_size: int = 8,
     max_tokens: int | None = None,
     settings: EngineSettings = EngineSettings(),
-    loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Writes the profile and returns the report for ``--json``. ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
@@ -47,17 +47,17 @@ def profile(
         raise ValueError("a profile counts experts as the checkpoint numbers them: leave moe.shuffle out")
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
     start = time.perf_counter()
-    with closing(build_engine(model, settings, loading, warm_up=False)) as engine:
+    with closing(build_engine(model, settings, progress, warm_up=False)) as engine:
         runner, cfg = engine.runner, engine.runner.cfg
         builder = ProfileBuilder(
             layers=len(cfg.moe_layers), experts=cfg.num_experts, k=cfg.num_experts_per_tok,
             vocab=cfg.vocab_size,
         )  # fmt: skip
-        windows = 0
+        windows, count = 0, counter(progress, "profile")
         for request in routed(runner, bounded(token_windows(engine, data), max_tokens, free=0), batch_size):
             builder.add(request)
             windows += 1
-            progress(len(request.tokens_N))
+            count(len(request.tokens_N))
         if not windows:
             raise ValueError("the data holds no window of two tokens or more: nothing to profile")
         if windows == builder.overflown:

@@ -17,6 +17,26 @@ UNITS = {
 }
 
 
+# (stage, done, total); the total is None if it is not known
+Progress = Callable[[str, int, int | None], None]
+
+
+def silent(stage: str, done: int, total: int | None) -> None:
+    """A ``Progress`` that shows nothing."""
+
+
+def counter(progress: Progress, stage: str) -> Callable[[int], None]:
+    """A callback that adds to a stage without a known total."""
+    done = 0
+
+    def add(amount: int) -> None:
+        nonlocal done
+        done += amount
+        progress(stage, done, None)
+
+    return add
+
+
 class Bars:
     """One bar per stage; called with (stage, done, total). It closes its bars at the end of the ``with``."""
 
@@ -44,25 +64,14 @@ class Bars:
         bar = self._bars[stage]
         bar.update(done - bar.n)
 
-    def count(self, stage: str) -> Callable[[int], None]:
-        """A callback that adds to a stage without a known total."""
-        done = 0
-
-        def add(amount: int) -> None:
-            nonlocal done
-            done += amount
-            self(stage, done, None)
-
-        return add
-
 
 class Tenths:
     """Prints a line at every tenth of ``what``, for logs; called with (done, total)."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.told = what, 0
+        self.what, self.tenth = what, 0
 
     def __call__(self, done: int, total: int) -> None:
-        if (tenth := 10 * done // total) > self.told:
-            self.told = tenth
+        if (tenth := 10 * done // total) > self.tenth:
+            self.tenth = tenth
             print(f"{done} of {total} {self.what} ({100 * done // total} %)", file=sys.stderr, flush=True)

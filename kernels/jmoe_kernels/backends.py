@@ -1,7 +1,7 @@
-"""What each platform is to the kernels and to the engine: one record a platform, which everyone asks.
+"""What each platform offers to the kernels and to the engine: one record a platform, which everyone reads.
 
-A new platform is a record here, and its kernels lie in the folders of what they compute. Nothing here needs
-jax.
+A new platform needs one record here, and its kernels lie in the folders of what they compute. This module
+needs no jax.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,25 @@ Name = TypeVar("Name", bound=str)
 
 @dataclass(frozen=True)
 class Backend:
-    """What a platform has. The defaults hold for a platform of which only XLA is known.
+    """The facts about one platform. The defaults hold for a platform of which only XLA is known.
 
-    name: of the platform, as jax calls it.
-    experts: implementations of the experts' grouped MLP by preference; the last one runs anywhere.
-    attention: implementations of paged attention by preference; the last one runs anywhere.
-    binning: implementations of binning by preference; the last one runs anywhere.
-    dense: implementation of dense products where the first of ``experts`` runs; elsewhere it is XLA's.
-    bfloat16_storage: dtype in which stacks of weights and the KV cache keep bfloat16.
-    num_row_tokens: tokens of a row of a prompt.
+    name: the platform's name, as jax spells it.
+    experts: implementations of the experts' grouped MLP in order of preference; the last of them runs
+        anywhere.
+    attention: implementations of paged attention in order of preference; the last of them runs anywhere.
+    binning: implementations of binning in order of preference; the last of them runs anywhere.
+    dense: implementation of dense products if the experts run in the first of ``experts``; XLA if they do
+        not.
+    bfloat16_storage: dtype in which stacks of weights and the KV cache store bfloat16 numbers.
+    num_row_tokens: number of tokens in one row of a prompt.
     executor: what runs the steps of a model with offloaded experts on one device.
-    why_executor: reason for that, for a person.
+    why_executor: reason for ``executor``, for a person.
     has_one_library: whether one library has the kernels of experts, dense products and attention.
     has_fused_rotation: whether ``dense`` comes with a kernel for norm and rotation of queries and keys.
-    has_batched_bfloat16: whether products of stacks of bfloat16 matrices exist.
-    has_ragged_exchange: whether XLA's ``ragged_all_to_all`` exists.
-    has_host_memory: whether the devices' memory is the host's, which they share.
-    has_parallel_copies: whether copies from the host inside a step go on while the device computes.
+    has_batched_bfloat16: whether the platform multiplies stacks of bfloat16 matrices.
+    has_ragged_exchange: whether the platform has XLA's ``ragged_all_to_all``.
+    has_host_memory: whether the devices' memory is the host's, which all of them share.
+    has_parallel_copies: whether a copy from the host inside a step proceeds while the device computes.
     """
 
     name: str
@@ -72,14 +74,14 @@ TPU = Backend(
     attention=("tpu", "xla"),
     binning=("pallas_tpu", "xla"),
     why_executor="the compiler makes a prefetch an asynchronous copy beside the experts",
-    has_parallel_copies=True,  # shown by its compiler
+    has_parallel_copies=True,  # as its compiler's output shows
 )
 GPU = Backend(
     name="gpu",
     experts=("pallas_gpu", "xla"),
     attention=("gpu", "xla"),
     binning=("pallas_gpu", "xla"),
-    num_row_tokens=256,  # few tokens pad little, but attention reads a row's whole page table
+    num_row_tokens=256,  # a shorter row pads less, but attention reads a whole page table a row
     executor="host",
     why_executor="a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
 )
@@ -87,12 +89,12 @@ BACKENDS = {backend.name: backend for backend in (CPU, TPU, GPU)}
 
 
 def get_backend(platform: str) -> Backend:
-    """The platform's record; what XLA has everywhere where nothing is known of it."""
+    """Returns the platform's record, or the defaults if the platform is unknown."""
     return BACKENDS.get(platform) or Backend(platform)
 
 
 def home_of(implementation: str) -> str | None:
-    """The only platform that has this implementation; None where it runs anywhere."""
+    """Returns the only platform that lists this implementation, or None if not exactly one does."""
     homes = [b.name for b in BACKENDS.values() if implementation in (*b.experts, *b.attention, *b.binning)]
     return homes[0] if len(homes) == 1 else None
 
@@ -100,13 +102,14 @@ def home_of(implementation: str) -> str | None:
 def first_supported(
     names: tuple[Name, ...], lacks: Callable[[Name], str | None], praise: Callable[[Name], str]
 ) -> tuple[Name, str]:
-    """The first of ``names`` that can run, and why. The last one runs anywhere, so it is not asked.
+    """Returns the first of ``names`` that can run, and why. The last name runs anywhere and is not checked.
 
-    lacks: why an implementation cannot run, or None if it can. praise: what speaks for one that can.
+    lacks: function that returns why an implementation cannot run, or None if it can.
+    praise: function that returns what speaks for an implementation that can run.
     """
-    *own, portable = names
+    *candidates, portable = names
     why = "portable XLA"
-    for name in own:
+    for name in candidates:
         if (reason := lacks(name)) is None:
             return name, praise(name)
         why = f"portable XLA: {reason}"

@@ -1,4 +1,4 @@
-"""Folders in which compiled things are kept between processes."""
+"""The folders that keep compiled things from one process to the next."""
 
 import contextlib
 import logging
@@ -11,8 +11,11 @@ log = logging.getLogger(__name__)
 
 
 def user_cache() -> Path:
-    """The user's folder for what jmoe compiles: in JMOE_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, the first that
-    there is; the temporary folder for a user without a home."""
+    """Returns the user's folder for what jmoe compiles.
+
+    It lies in JMOE_CACHE_DIR or else in XDG_CACHE_HOME if that is set, and otherwise in ~/.cache. A user
+    without a home gets the temporary folder.
+    """
     base = os.environ.get("JMOE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "jmoe"
@@ -21,9 +24,10 @@ def user_cache() -> Path:
 
 
 def usable(folder: Path) -> Path:
-    """``folder``, or one of its name in the temporary folder where it cannot be written to.
+    """Returns ``folder``, or a folder of its name in the temporary folder if ``folder`` cannot be written to.
 
-    One that holds something is taken in any case: a read-only image may have brought it along.
+    A folder that holds something is returned in any case: a read-only image may have brought it along. If the
+    temporary folder fails too, a warning is logged and ``folder`` is returned.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,15 +44,16 @@ def usable(folder: Path) -> Path:
 
 
 def temporary_cache(cause: str) -> Path:
-    """A folder that this user alone may write to: a library that another one put there would be run.
+    """Returns a folder that only this user may write to: a library that somebody else put there would run.
 
-    OSError where there is no temporary folder. cause: why it is wanted, for the log.
+    cause: why the folder is needed, for the log.
+    Raises OSError if there is no temporary folder.
     """
     folder = Path(tempfile.gettempdir()) / f"jmoe-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         folder = Path(tempfile.mkdtemp(prefix="jmoe-"))
     log.warning("%s: what is compiled is kept in %s", cause, folder)
     return folder

@@ -1,4 +1,4 @@
-"""Which kernels a model runs, decided once for a platform and a dtype, and why."""
+"""The choice of a model's kernels, made once for a platform and a dtype, and the reasons for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,15 @@ from jmoe_kernels.paged_attention import Heads
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a model runs.
+    """The kernels that a model runs.
 
-    platform: of the devices.
+    platform: platform of the devices.
     experts: implementation of the grouped MLP.
     dense: implementation of dense products.
     attention: implementation of attention over the cache.
     why: reason for the experts' kernel, one line for a person.
     why_attention: reason for the kernel of attention, likewise.
-    binning: implementation of binning of decode batches, where it is configured.
+    binning: implementation of binning of decode batches; "xla" if binning is not configured.
     why_binning: reason for the kernel of binning, likewise.
     has_fused_rotation: whether one kernel norms and rotates queries and keys.
     """
@@ -42,11 +42,13 @@ def choose(
     heads: Heads | None = None,
     binned: tuple[int, binning.Rule] | None = None,
 ) -> Kernels:
-    """The kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
+    """Returns the kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
 
-    experts: a named implementation; raises ValueError where it cannot run. None picks. dims: (experts, inner,
-    model) of one rank's weights; heads: of its attention. Both are needed where a kernel has limits on them.
-    binned: the experts of all ranks and the rule by which a batch is binned onto fewer; None is not at all.
+    experts: name of the experts' implementation; None picks one.
+    dims: (experts, inner, model) of one rank's weights; needed if a kernel has limits on them.
+    heads: heads of one rank's attention; needed if a kernel has limits on them.
+    binned: number of experts of all ranks, and the rule that bins a batch onto fewer; None means no binning.
+    Raises ValueError if the implementation named by ``experts`` cannot run.
     """
     if experts is None:
         experts, why = grouped_mlp.pick(platform, dtype, dims)
@@ -57,7 +59,7 @@ def choose(
     backend = get_backend(platform)
     is_own = experts == backend.experts[0]
     dense: Dense = backend.dense if is_own else "xla"
-    if backend.has_one_library:  # a portable model is portable throughout
+    if backend.has_one_library:  # with portable experts, attention is portable too
         attention, why_attention = backend.attention[0 if is_own else -1], "goes with the experts' kernel"
     else:
         attention, why_attention = (

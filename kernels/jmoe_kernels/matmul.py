@@ -1,14 +1,14 @@
-"""The matrix product that everything dense goes through: ``x @ w.T`` in the weights' dtype, float32 out.
+"""The matrix product of everything dense: ``x @ w.T`` in the weights' dtype, float32 out.
 
-Three facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
+Four facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
 
-* a bfloat16 dot is native only as ``bf16 x bf16 -> f32`` and with two rows or more; one row falls to a
-  path seven times slower, so a single row is padded;
+* a bfloat16 dot is native only as ``bf16 x bf16 -> f32`` and with two rows or more; one row falls to a path
+  seven times slower, so a single row is padded;
 * weights in the checkpoint's ``[out, in]`` layout are as fast as transposed ones, so nothing is transposed;
 * the transpose rule of such a dot multiplies a float32 cotangent with bfloat16 weights, which upcasts the
   weights. The gradient below rounds the cotangent instead, and takes the weight gradient in float32;
 * a float32 dot into which XLA fuses the producer of an operand runs up to eight times slower, hence the
-  barrier before both.
+  barrier before both products of the gradient.
 """
 
 from functools import partial
@@ -23,23 +23,26 @@ from jmoe_kernels.backends import Dense
 
 
 def as_float(w: Array) -> Array:
-    """A weight as a float array: bfloat16 stored as uint16 (see ``storage_dtype``) is reinterpreted."""
+    """Returns a weight as a float array; uint16 (see ``storage_dtype``) is read as bfloat16."""
     return lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
 
 def dot(form: str, a: Array, b: Array) -> Array:
-    """Einsum in the dtype of ``b``, float32 out."""
+    """Computes an einsum in the dtype of ``b``, with a float32 result."""
     a = a.astype(b.dtype)
     return jnp.einsum(form, a, b, precision=precision(b.dtype), preferred_element_type=jnp.float32)
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
-    """Float32 means float32: by default GPUs round its factors to 10 bits of mantissa and TPUs to 7."""
+    """Returns the precision of a product of this dtype, such that float32 means float32.
+
+    By default GPUs round float32 factors to 10 bits of mantissa and TPUs to 7.
+    """
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def dot_nt(a: Array, b: Array) -> Array:
-    """``a[..., M, K] @ b[..., N, K]^T`` with float32 accumulation, batched over equal leading axes."""
+    """Returns ``a[..., M, K] @ b[..., N, K]^T``, batched over equal leading axes; it sums in float32."""
     nd = a.ndim - 1
     batch = tuple(range(b.ndim - 2))
     if a.ndim == 2 and a.shape[0] == 1 and b.dtype == jnp.bfloat16:
@@ -59,8 +62,8 @@ def _linear_fwd(x: Array, w: Array, implementation: Dense) -> tuple[Array, tuple
     return _linear(x, w, implementation), (x, w)
 
 
-def _linear_bwd(implementation: Dense, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
+def _linear_bwd(implementation: Dense, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
     g, x = lax.optimization_barrier((g, x))
     batch = tuple(range(w.ndim - 2))
     dims_x = (((w.ndim - 1,), (w.ndim - 2,)), (batch, batch))
@@ -76,10 +79,11 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 def linear(
     x: Float[Array, "*B M K"], w: Float[Array, "*E N K"], implementation: Dense = "xla"
 ) -> Float[Array, "*B M N"]:
-    """``x @ w.T`` in float32, computed in the dtype of ``w``.
+    """Returns ``x @ w.T`` in float32, computed in the dtype of ``w``.
 
-    ``x`` may have any leading axes when ``w`` is a matrix; when ``w`` is a stack ``[E, N, K]``, ``x`` is
-    ``[E, M, K]``. ``w`` may be bfloat16 stored as uint16. implementation "cpu": the C++ kernel, for a matrix.
+    x: rows with any leading axes if ``w`` is a matrix, or ``[E, M, K]`` if ``w`` is a stack.
+    w: a matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16.
+    implementation: "cpu" runs the C++ kernel for a matrix; a stack always runs in XLA.
     """
     w = as_float(w)
     if w.ndim > 2:

@@ -1,4 +1,4 @@
-"""Gathering rows whose gradient is a gather too (a scatter-add is serial on XLA:CPU)."""
+"""A gather of rows whose gradient is a gather too (a scatter-add is serial on XLA:CPU)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 def take_rows(
     x_ND: Float[Array, "N D"], index_M: Int[Array, " M"], uses_NU: Int[Array, "N U"]
 ) -> Float[Array, "M D"]:
-    """``x[index]``, zero where ``index`` is N or more.
+    """Returns ``x[index]``, with zeros where ``index`` is N or more.
 
-    uses_NU: for each row of ``x``, the places in the result that it was copied to; a place of M or more
-    is none. It must be the exact inverse of ``index``: the gradient is read through it.
+    uses_NU: for each row of ``x``, the rows of the result to which it is copied; M or more marks an unused
+        entry. It must be the exact inverse of ``index``, because the gradient is read through it.
     """
     return x_ND.at[index_M].get(mode="fill", fill_value=0)
 

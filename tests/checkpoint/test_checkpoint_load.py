@@ -19,7 +19,8 @@ from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
 from jmoe.config.model import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
-from jmoe.nn.kv_cache import make_pages
+from jmoe.nn.kinds import make_state
+from jmoe.nn.kv_cache import StateSizes
 from jmoe.nn.sequences import Sequences
 from jmoe.param import ParamMaker
 
@@ -191,7 +192,10 @@ def test_storage_follows_the_devices_of_the_mesh(monkeypatch):
     cfg = small_config(dtype="bfloat16")
     _, specs = abstract_decoder(cfg, MoEConfig(), one_device())
     assert specs["layers.0.moe.experts.down_EDF"].storage == np.uint16
-    assert make_pages(cfg, split_attention(one_device(), "dp"), "cpu", 2, 8)[0].kv[0].dtype == np.uint16
+    assert (
+        make_state(cfg, split_attention(one_device(), "dp"), "cpu", StateSizes(2, 8, 1))[0].kv[0].dtype
+        == np.uint16
+    )
 
 
 def test_host_memory_is_the_model_and_little_more(tmp_path):

@@ -23,7 +23,7 @@ SHAPE = {"layers": 1, "moe_layers": [0], "experts": 2, "top_k": 1}
 
 
 def layer(assignments: int) -> DispatchStats:
-    """One that counted every amount."""
+    """Returns a layer that counted every amount."""
     counts_E = jnp.asarray([assignments, 0], jnp.int32)
     amounts = {name: jnp.int32(amount) for name, amount in AMOUNTS.items() if name != ASSIGNMENTS.name}
     sent, useful, lost = (amounts.pop(name) for name in ("transport_bytes", "transport_useful_bytes",

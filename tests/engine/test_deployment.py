@@ -14,9 +14,10 @@ from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.engine.build import BUNDLED, build_engine
-from jmoe.engine.deployment import deployment, memory
-from jmoe.engine.deployment.deployment import resolve, within
+from jmoe.engine.deployment import memory, needs
+from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.memory import Room
+from jmoe.engine.deployment.needs import within
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.tools.doctor import doctor
@@ -28,10 +29,10 @@ CONTEXT = 32  # pages of the bundled model's 1,024 tokens
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Says what memory there is."""
+    """Returns a function that sets the memory of the machine."""
 
     def has(size: int) -> None:
-        monkeypatch.setattr(deployment, "device_room", lambda device, sharing: Room(size, "this test"))
+        monkeypatch.setattr(needs, "device_room", lambda device, sharing: Room(size, "this test"))
 
     return has
 
@@ -41,7 +42,7 @@ def small(**changes) -> EngineSettings:
 
 
 def taken(settings: EngineSettings) -> int:
-    """Bytes of everything but pages."""
+    """Returns the bytes of everything but pages."""
     found = resolve("tiny", settings).memory
     return found.total - found.pages
 
@@ -105,7 +106,7 @@ def test_what_does_not_fit_is_one_line_with_the_sizes(machine, settings: dict, m
 
 
 def test_of_ten_million_positions_those_that_fit_are_named(tmp_path: Path, machine):
-    """Llama 4 Scout's: 1.9 TiB for one context of the whole model, 60 GiB of this one's."""
+    """The context is Llama 4 Scout's: it takes 1.9 TiB in the whole model, and 60 GiB in this one."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 10_485_760}
@@ -124,7 +125,7 @@ def test_weights_are_counted_without_describing_every_layer(name: str):
     cfg = ModelConfig.from_file(path).first(5)
     mesh, settings = make_mesh(), EngineSettings()
     whole = sum(spec.nbytes for spec in abstract_decoder(cfg, settings.moe, mesh)[1].values())
-    assert deployment.weight_bytes(cfg, settings, mesh) == whole
+    assert needs.weight_bytes(cfg, settings, mesh) == whole
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
@@ -133,7 +134,7 @@ def test_weights_of_a_device_are_its_share():
     mesh = make_mesh(2, 4)
     specs = abstract_decoder(cfg, MoEConfig(), mesh)[1].values()
     share = sum(spec.nbytes // (4 if "expert" in str(spec.sharding.spec) else 1) for spec in specs)  # pyright: ignore
-    assert deployment.weight_bytes(cfg, EngineSettings(expert_parallel_size=4), mesh) == share
+    assert needs.weight_bytes(cfg, EngineSettings(expert_parallel_size=4), mesh) == share
 
 
 def test_the_count_of_the_bundled_model_is_what_loading_takes():
@@ -176,7 +177,7 @@ def test_memory_that_runs_out_all_the_same_is_one_line():
         raise jax.errors.JaxRuntimeError("INTERNAL: other")
 
 
-# ---- what there is ---------------------------------------------------------------------------------
+# ---- the machine's memory --------------------------------------------------------------------------
 
 
 def test_a_group_leaves_its_limit_less_what_the_kernel_keeps(tmp_path: Path):
@@ -199,7 +200,7 @@ def test_the_least_of_all_limits_is_the_room(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_an_address_space_that_is_too_small_is_one_line():
-    """With 1 GiB beside what Python and jax have taken, the pages do not fit; with little, nothing starts."""
+    """With 1 GiB more than Python and jax take, the pages do not fit; with little, nothing starts."""
     limited = (
         "import resource, sys; from jmoe.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"

@@ -33,7 +33,7 @@ def window_logits(engine: Engine, ids) -> np.ndarray:
 
 
 def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
-    """Prompts shorter than a run, longer than the longest run (several runs), and at page edges."""
+    """Prompts are shorter than a run, longer than the longest run (several runs), and at page edges."""
     for length in (1, 8, 31, 32, 33, 50):
         prompt = tokens(CFG, length, seed=length)
         [request], [parts] = serve(engine, [prompt])
@@ -61,7 +61,7 @@ def test_few_sizes_compile_beside_prompts(decode: tuple[int, ...], beside: tuple
 
 
 def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, monkeypatch):
-    """One prompt, then sixteen at once, of which the last ones run beside the first ones' tokens."""
+    """One prompt comes, then sixteen at once; the last of these run in steps that also decode the first."""
     wide, seen = engine_on(make_mesh(), slots=16, first=4), []
     run = wide.runner.run
 
@@ -314,7 +314,7 @@ def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
 
 
 class Panics(TokenBytes):
-    """Fails on one token, as a decoder does that panics."""
+    """A constraint that fails on one token, as a decoder does that panics."""
 
     bad = -1
 

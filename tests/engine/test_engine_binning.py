@@ -1,4 +1,4 @@
-"""LYNX in the engine: decode steps use fewer experts, requests are told, and exact ones are untouched."""
+"""LYNX in the engine: decode steps use fewer experts, requests report it, and exact ones are untouched."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_decode_touches_fewer_experts_and_every_request_is_told(strong: Engine, 
     usages = [parts[-1].moe for parts in outputs]
     assert sum(u.remapped for u in usages) == after["decode"]["remapped"] - before["decode"]["remapped"] > 0
     for request, usage in zip(requests, usages, strict=True):
-        tokens = request.length - 1  # the last one is not fed again
+        tokens = request.length - 1  # the last token is not an input
         assert usage.assignments == tokens * CFG.num_hidden_layers * CFG.num_experts_per_tok
         assert usage.dropped == usage.rerouted == 0
 
@@ -94,7 +94,7 @@ def test_other_methods_serve(binning: BinningConfig):
 
 @pytest.mark.matrix
 def test_binning_comes_before_the_capacity():
-    """What binning leaves is what the limit counts: fewer experts, each fuller, so more is dropped."""
+    """The limit counts what binning leaves: fewer experts, each fuller, so more is dropped."""
     limit = CapacityConfig(factor=1.0, phase="decode")
     dropped = {}
     for binning in (None, STRONG):

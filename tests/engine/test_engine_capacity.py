@@ -1,4 +1,4 @@
-"""Capacity in the engine: who loses assignments, who does not, and what is told about it."""
+"""Capacity in the engine: who loses assignments, who does not, and what is reported about it."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_a_harsh_limit_drops_and_tells_every_request(harsh: Engine, lossless: li
     assert sum(u.dropped for u in usages) == dropped > 0
     assert sum(u.assignments for u in usages) == computed + dropped
     for request, usage in zip(requests, usages, strict=True):
-        tokens = request.length - 1  # the last one is not fed again
+        tokens = request.length - 1  # the last token is not an input
         assert usage.assignments == tokens * CFG.num_hidden_layers * CFG.num_experts_per_tok
         assert usage.rerouted == usage.remapped == 0
 

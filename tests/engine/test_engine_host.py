@@ -1,4 +1,4 @@
-"""The host side of the engine: pages, scheduler, detokeniser. No jax."""
+"""The host side of the engine: pages, scheduler, detokeniser. It needs no jax."""
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +31,7 @@ def scheduler_of(
 
 
 def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
-    """What the engine does once a step has ended, for requests that want more than it gave."""
+    """Does what the engine does once a step has ended, for requests that need more than it gave."""
     for run in step.decodes + step.prompts:
         place = run.request.place
         place.drawn -= run.draws
@@ -44,9 +44,11 @@ def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, give way, finish and are aborted in any order, with prompts that begin alike: no
-    page is lost, none is used by two but where it holds the same, and every request computes each token once
-    or again."""
+    """Requests come, run, are preempted, finish and are aborted in any order, with prompts that begin alike.
+
+    No page is lost, none is used by two requests unless it holds the same for both, and every request
+    computes each token once, or once more after a preemption.
+    """
 
     RANKS, PAGES, SIZE = 2, 6, 4
 
@@ -55,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pool = PagePool(self.RANKS, self.PAGES, self.SIZE)
         self.scheduler = scheduler_of(self.pool, slots=2, budget=10, queue=5)
         self.order: list[Request] = []
-        self.started: Step | None = None  # runs, and is not delivered
+        self.started: Step | None = None  # the step that runs and is not delivered yet
         self.held: dict[tuple[int, int], tuple] = {}  # (rank, page) -> tokens that were written
 
     @rule(prompt=st.integers(1, 12), new=st.one_of(st.none(), st.integers(1, 8)), kind=st.integers(0, 2))
@@ -71,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        """The next step is started before the one before it is delivered."""
+        """Starts the next step before the one before it is delivered."""
         step = self.scheduler.next_step()
         if step is not None:
             self._compute(step)
@@ -82,8 +84,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.started = step
 
     def _compute(self, step: Step) -> None:
-        """Writes the runs' tokens, each onto what is there; all before it must be its own. A layer of the
-        model writes and reads what is decoded, then writes all prompts and reads them."""
+        """Writes the runs' tokens, each after earlier ones, all of which must be the request's own.
+
+        A layer of the model writes and reads what is decoded, then writes all prompts and reads them.
+        """
         for rank in range(self.RANKS):
             counts = [-(-run.count // self.SIZE) for run in step.prompts if run.request.place.rank == rank]
             assert sum(counts) * self.SIZE <= step.size
@@ -142,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(r.place.passed <= MAX_PASSED for r in self.order)
 
     def teardown(self):
-        """Left alone, everything ends and all pages are free."""
+        """Checks that without new requests everything ends and all pages are free."""
         for _ in range(400):
             self.step()
         assert self.started is None and self.pool.usage == 0
@@ -153,7 +157,7 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 
 def admitted(scheduler: Scheduler, count: int) -> list[int]:
-    """The ranks of the next ``count`` requests that enter."""
+    """Returns the ranks of the next ``count`` requests that enter."""
     ranks = []
     while len(ranks) < count:
         before = set(map(id, scheduler.running))
@@ -166,7 +170,7 @@ def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind
     wishes = {5: [0.1, 0.7, 0.2], 6: [0.6, 0.3, 0.1]}
     scheduler = scheduler_of(PagePool(3, 6, 4), slots=2, share=lambda ids: wishes[ids[0]])
     scheduler.add([request(str(i), 1, 2, token) for i, token in enumerate([5, 5, 6])])
-    # The second 5 finds rank 1 given already; the 6 takes what is left; then a new round begins.
+    # The second 5 finds rank 1 taken already; the 6 takes what is left; then a new round begins.
     assert admitted(scheduler, 3) == [1, 2, 0]
     assert scheduler.dispatch.round == set()
 
@@ -177,7 +181,7 @@ def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind
     ids=str,
 )
 def test_the_reasons_of_the_dispatch_go_in_their_order_and_each_can_be_left_out(dispatch, want):
-    """The same prompt twice, on three ranks; its experts are on the last one, the second time."""
+    """The same prompt comes twice, on three ranks; at its second time, its experts are on the last rank."""
     share = iter([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     scheduler = scheduler_of(PagePool(3, 6, 4), share=lambda ids: next(share), dispatch=dispatch)
     ranks = []
@@ -322,7 +326,7 @@ def test_prefill_runs_cover_the_prompt_with_little_padding(left: int):
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory) -> TextCodec:
-    """One token a byte, and a special end token."""
+    """Returns a codec of one token a byte, and a special end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

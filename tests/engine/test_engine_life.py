@@ -63,7 +63,7 @@ def test_a_closed_llm_has_freed_its_weights_and_refuses(model):
         weight = weakref.ref(llm.engine.runner.weights[0])
         llm.generate([[1, 2]], GREEDY)
     gc.collect()  # modules refer to each other in a circle
-    assert weight() is None and not llm.engine.runner.pages
+    assert weight() is None and not llm.engine.runner.state.pages
     llm.close()
     for use in (lambda: llm.generate([[1, 2]], GREEDY), lambda: llm.logits([1, 2])):
         with pytest.raises(EngineDead, match="the engine is closed"):
@@ -84,7 +84,7 @@ def test_closing_the_worker_closes_its_engine(model):
 
 
 def test_without_warm_up_only_what_runs_is_compiled(model):
-    """One prefill and one decode shape of a size that no other test compiles."""
+    """One prefill and one decode shape are compiled, of a size that no other test compiles."""
     compiled: list[str] = []
 
     def heard(event: str, seconds: float, **more: str | int) -> None:
@@ -108,7 +108,7 @@ def test_without_warm_up_only_what_runs_is_compiled(model):
 
 @pytest.mark.matrix
 def test_heads_over_the_experts_ranks_give_the_same_tokens(model):
-    """One sequence, whose decode batch and prompt run are rounded up to what four ranks can split."""
+    """The decode batch and prompt run of one sequence are rounded up to what four ranks can split."""
     shapes = SMALL | {"max_num_seqs": 1, "warm_up": False}
     with LLM(model, **shapes) as one, LLM(model, **shapes, expert_parallel_size=4, attention="tp") as four:
         assert four.engine.runner.sizes.decode == (4,) and four.engine.runner.ranks == 1

@@ -1,5 +1,7 @@
-"""A request whose activations overflow ends alone: who runs beside it, after it in its pages, or with its
-beginning, gets the tokens that it would have got."""
+"""A request whose activations overflow ends alone, and all others get the tokens that they would have got.
+
+Others are those that run at the same time, later ones in its pages, and those with the same beginning.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,10 @@ KERNELS = [
 
 @pytest.fixture(scope="module", params=KERNELS)
 def engine(request) -> Engine:
-    """Ten pages of 8 tokens and two seats, so that pages are used again at once. All weights are finite."""
+    """Returns an engine with ten pages of 8 tokens and two seats, so that pages are used again at once.
+
+    All weights are finite.
+    """
     mesh = make_mesh()
     model = decoder(config(), mesh, MoEConfig(kernel=request.param))
     embed, values = model.embed, model.layers[0].attention.v_proj
@@ -44,14 +49,14 @@ def healthy(seed: int, length: int) -> list[int]:
 
 
 def tokens_of(engine: Engine, prompts: list[list[int]]) -> list[list[int] | str]:
-    """Of each prompt its tokens, or why it failed."""
+    """Returns each prompt's tokens, or why it failed."""
     requests, outputs = serve(engine, prompts, GREEDY)
     return [parts[-1].error or r.token_ids for r, parts in zip(requests, outputs, strict=True)]
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["apart", "sharing"])
 def test_a_request_that_overflows_fails_alone(engine: Engine, shares: bool, monkeypatch):
-    """It ends anywhere in its pages, which healthy ones then begin, and grow, in; they begin as it did."""
+    """It ends anywhere in its pages, in which healthy requests then begin and grow; they begin as it did."""
     good = [healthy(1, 20), healthy(2, 13)]
     monkeypatch.setattr(engine.scheduler, "kind", None)
     want = [tokens_of(engine, [prompt])[0] for prompt in good]
@@ -66,7 +71,7 @@ def test_a_request_that_overflows_fails_alone(engine: Engine, shares: bool, monk
 
 
 def test_pages_of_a_request_that_failed_serve_nobody(engine: Engine):
-    """Not even one that begins alike: it computes all of its own."""
+    """A request that begins alike computes all of its own pages too."""
     before = [*healthy(8, 16), POISON, *healthy(9, 14)]
     for _ in range(2):
         hits = engine.scheduler.prefix.hits

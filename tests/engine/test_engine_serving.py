@@ -1,4 +1,4 @@
-"""Requests together: prompts beside decoding, shared pages, requests that give way, a host a step behind."""
+"""Requests together: prompts and decoding in one step, shared pages, preemption, a host one step late."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def engine() -> Engine:
 
 
 class Reports:
-    """A listener that keeps what steps were."""
+    """A listener that keeps the reports of all steps."""
 
     def __init__(self, engine: Engine):
         self.steps: list[StepReport] = []
@@ -62,7 +62,7 @@ def test_long_prompts_run_in_pieces_beside_decoding_and_change_no_token(engine: 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.matrix)], ids=str)
 def test_equal_beginnings_run_once_and_give_the_same_tokens(engine: Engine, shape):
-    """Whole pages, a part of one, all of a prompt; then from generated tokens, as in a conversation."""
+    """Whole pages, a part of one, or all of a prompt are equal; then generated tokens, as in a chat."""
     on = engine if shape == (1, 1, 1) else engine_on(mesh_of(shape), first=2)
     prompt = tokens(CFG, 21, seed=41)
     cold = answer(on, prompt)
@@ -74,7 +74,7 @@ def test_equal_beginnings_run_once_and_give_the_same_tokens(engine: Engine, shap
 
 
 def test_equal_beginnings_that_come_together_run_once_too(engine: Engine):
-    """The second reads, in one step with it, pages that the first writes."""
+    """In one step the second request reads pages that the first writes."""
     begin = [int(t) for t in tokens(CFG, 8, seed=43)]
     both = [[*begin, 5, 6], [*begin, 7, 8, 9]]
     alone = [answer(engine_on(make_mesh(), enable_prefix_caching=False), prompt) for prompt in both]
@@ -151,7 +151,7 @@ def test_the_next_step_starts_before_the_last_one_is_delivered(engine: Engine):
 
 
 def test_an_answer_that_ends_leaves_its_row_in_the_step_behind_it(engine: Engine):
-    """Its pages are free at once, and who gets them is not disturbed."""
+    """Its pages are free at once, and the request that gets them is not disturbed."""
     prompt = tokens(CFG, 7, seed=61)
     free = answer(engine, prompt)
     stop = dataclasses.replace(GREEDY, stop_token_ids=(free[4],))
@@ -183,7 +183,7 @@ def test_an_abort_frees_pages_and_place_at_once_wherever_it_comes(engine: Engine
 
 
 class Only:
-    """A constraint: the answer is these tokens; ``fails`` at the token of that number."""
+    """A constraint: the answer is these tokens, and it fails at token number ``fails``."""
 
     def __init__(self, wanted: list[int], fails: int | None = None):
         self.wanted, self.fails, self.taken = wanted, fails, []

@@ -19,13 +19,13 @@ from jmoe.placement.tables import Tables
 from jmoe.tools.profile import routed
 
 LAYERS, EXPERTS, VOCAB = 3, 8, 96
-HEADS = 8  # as many as the ranks of the widest mesh
+HEADS = 8  # as many heads as the widest mesh has ranks
 PROMPTS = [[5, 17, 80, 3], [44, 9, 2, 61, 70, 71, 8, 1, 12], [90], [33, 34, 35]]
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
 
 
 def tables_of(ranks: int, *, whole: bool = True) -> Tables:
-    """Guesses at random."""
+    """Returns random guesses."""
     rng = np.random.default_rng(ranks)
 
     def shares(count: int) -> tuple[np.ndarray, ...]:
@@ -47,7 +47,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def profile(model: Path) -> Profile:
-    """Of random text, by the model itself."""
+    """Profiles random text with the model itself."""
     builder = ProfileBuilder(layers=LAYERS, experts=EXPERTS, k=2, vocab=VOCAB)
     windows = np.random.default_rng(3).integers(0, VOCAB, (8, 32)).tolist()
     with LLM(model, max_num_seqs=8, max_model_len=64, dtype="float32", warm_up=False) as llm:
@@ -60,9 +60,9 @@ def profile(model: Path) -> Profile:
 
 @pytest.fixture(scope="module")
 def placed(model: Path, profile: Profile):
-    """The file of a placement: by a method, or at random with guesses that have nothing to do with it.
+    """Writes a placement: by a method, or at random with guesses that have nothing to do with it.
 
-    One file for all on as many ranks, so that engines share compiled programs.
+    Meshes with as many ranks share one file, so that engines share compiled programs.
     """
 
     def path(ranks: int, method: str | None = None) -> str:
@@ -90,7 +90,10 @@ def plain(model: Path):
 
 
 def check_counts(stats, plain) -> None:
-    """By the checkpoint's ids. Of all steps: which kind a decoded token is in depends on the ranks."""
+    """Compares counts by the checkpoint's expert ids, over all steps.
+
+    The kind of step in which a token is decoded depends on the ranks.
+    """
     counted, want = (np.add(s["prefill"]["counts"], s["decode"]["counts"]) for s in (stats, plain))
     np.testing.assert_array_equal(counted, want)
 
@@ -133,7 +136,7 @@ def test_scheduled_requests_get_the_same_answers(model: Path, placed, plain, sha
 
 @pytest.mark.matrix
 def test_shuffling_goes_with_binning_and_tells_every_request(model: Path, placed):
-    """Rows are in another order in the layer; what is counted must come back to its own request."""
+    """Rows are in another order in the layer; what is counted must still reach its own request."""
     binning = BinningConfig(bin_width=0.05)
     alone = answers(model, (1, 4, 1), MoEConfig(binning=binning), attention="tp")
     moe = MoEConfig(binning=binning, shuffle=ShuffleConfig(placed(4)))

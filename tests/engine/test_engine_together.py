@@ -1,9 +1,9 @@
 """The four techniques two by two and all together, on meshes and in batches of requests of several lengths.
 
-What a pair must give follows from what each is. The lossless ones, shuffling and offload, leave whatever
-else is on as it is: the same tokens and the same counts as without them. Two exceptions are allowed: a
-capacity belongs to the tokens of one rank, and shuffling is what changes these. There, and where both are
-lossy, every assignment is accounted for, and requests that opted out are given what a plain engine gives.
+What a pair must give follows from what each technique is. The lossless ones, shuffling and offload, leave the
+results of all others as they are: the same tokens and the same counts as without them. Two exceptions are
+allowed: a capacity belongs to the tokens of one rank, and shuffling changes these. There, and if both are
+    lossy, every assignment is accounted for, and requests that opted out get what a plain engine gives.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,14 +39,20 @@ CAPACITY = CapacityConfig(factor=0.5, policy="reroute", phase="both")
 OFFLOAD = OffloadConfig(slots_per_layer=2)
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 COUNT = 6  # requests, more than run at once on the meshes with one batch
-EXACT = (1, 4)  # those that opt out of what is lossy
+EXACT = (1, 4)  # requests that opt out of what is lossy
 TP, DP, ALONE = ("tp", (1, 2, 1)), ("dp", (1, 2, 1)), ("dp", (1, 1, 1))
 Where = tuple[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """tokens: of every request. decode, prefill: what was counted; usages: what each request was told."""
+    """What an engine did.
+
+    tokens: tokens of every request.
+    prefill: counts of the prefill steps.
+    decode: counts of the decode steps.
+    usages: what was reported to each request.
+    """
 
     tokens: list[list[int]]
     prefill: dict
@@ -68,7 +74,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def placement(model: Path) -> str:
-    """Experts anywhere on two ranks, and guesses that have nothing to do with it."""
+    """Writes a placement: experts anywhere on two ranks, and guesses that have nothing to do with it."""
     rng = np.random.default_rng(7)
     shares = [rng.dirichlet(np.ones(2), (LAYERS, n)).astype(np.float16) for n in (VOCAB, 4)]
     tables = Tables(*(part for s in shares for part in (s.argmax(-1).astype(np.int16), s.max(-1), s)))
@@ -79,7 +85,7 @@ def placement(model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def ran(model: Path, placement: str) -> Iterator[Callable[[Where, str], Run]]:
-    """What an engine with some techniques (their first letters) did, once each."""
+    """Returns what an engine with some techniques (named by their first letters) did; each runs once."""
     known: dict[tuple[Where, str], Run] = {}
     every = {
         "b": {"binning": BINNING}, "c": {"capacity": CAPACITY}, "o": {"offload": OFFLOAD},
@@ -118,7 +124,7 @@ def serve(model: Path, where: Where, moe: MoEConfig) -> Run:
 
 
 def check_accounts(run: Run, plain: Run) -> None:
-    """Nothing is lost, requests are told what became of theirs, and exact ones are left alone."""
+    """Asserts that nothing is lost, requests get their own reports, and exact ones are left alone."""
     assert [len(t) for t in run.tokens] == [len(t) for t in plain.tokens]
     for ours, theirs in ((run.prefill, plain.prefill), (run.decode, plain.decode)):
         assert ours["assignments"] + ours["dropped"] == theirs["assignments"]
@@ -141,7 +147,7 @@ def cells(where: Where, *techniques: str) -> list[tuple[Where, str]]:
     [
         *cells(TP, "so", "bo", "bs", "co", "bco"),
         *cells(DP, "bco"),
-        *cells(ALONE, "bco"),  # by twos: test_engine_offload_serving
+        *cells(ALONE, "bco"),  # test_engine_offload_serving has them two by two
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""One record a platform: it names what exists, its order is the one that is taken, and everyone reads it."""
+"""One record a platform: it names what exists, its order of preference is followed, and everyone reads it."""
 
 import dataclasses
 import subprocess
@@ -29,7 +29,7 @@ PLATFORMS = ["cpu", "gpu", "tpu"]
 
 
 def mesh_on(platform: str) -> SimpleNamespace:
-    """What a mesh of one device of that platform says of itself."""
+    """Returns what a mesh of one device of that platform says of itself."""
     return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"expert": 1})
 
 
@@ -131,7 +131,7 @@ def test_a_platform_without_a_record_has_what_xla_has():
 
 
 def test_a_cpu_still_lacks_the_ragged_exchange():
-    """Where this fails, the emulation can go."""
+    """If this fails, the emulation can go."""
     mesh = jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1])
 
     def run(x):

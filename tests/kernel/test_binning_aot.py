@@ -8,7 +8,7 @@ from support.aot import tpu as tpu_aot
 H200 = "NVIDIA H200"
 SHAPES = [{"tokens": t, "experts": e, "k": 8} for t in (16, 64) for e in (64, 128, 256)]
 CLOCKS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}  # Hz, bytes/s
-EXPERT_BYTES = 3 * 768 * 2048 * 2  # of Qwen3-30B-A3B in bfloat16
+EXPERT_BYTES = 3 * 768 * 2048 * 2  # an expert of Qwen3-30B-A3B in bfloat16
 
 pytestmark = pytest.mark.aot
 on_tpu = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
@@ -16,7 +16,7 @@ on_gpu = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.mi
 
 
 def results(devices: list[str]) -> list[tuple[dict, dict]]:
-    """(case, what it compiled to) of every shape alone and, with votes summed, some over eight devices."""
+    """Returns (case, its compiled result): every shape alone, and some over eight devices, votes summed."""
     cases = [dict(shape, device=device, shards=1) for device in devices for shape in SHAPES]
     cases += [dict(case, shards=8) for case in cases if case["experts"] == 128]
     return list(zip(cases, binning_aot.compile_cases(cases), strict=True))
@@ -37,7 +37,10 @@ def test_compiles_for_tpus_alone_and_over_eight(tpu: list[tuple[dict, dict]]):
 
 @on_tpu
 def test_costs_little_of_a_decode_layer(tpu: list[tuple[dict, dict]]):
-    """Of the time in which a layer's active experts are read: half of those that even routing reaches."""
+    """The kernel takes a small part of the time in which a layer reads the active experts.
+
+    Half of the experts that even routing reaches count as active.
+    """
     for case, kernels in tpu:
         if case["experts"] != 128 or case["shards"] > 1:
             continue

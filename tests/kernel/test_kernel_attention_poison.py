@@ -1,7 +1,7 @@
 """Numbers that are not finite stay with the requests that see them, wherever they lie in the pages.
 
-Of two sequences the first is healthy. What it may not see is overwritten with NaN or infinity: its outputs
-must be those of clean memory, bit for bit. What it does see must show.
+Of two sequences the first is healthy. What it may not see is overwritten with NaN or infinity; then its
+outputs must equal those of clean memory, bit for bit. What it does see must show in them.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ KINDS = {
     "latent": Kind(Span(), latent=True),
     "all": Kind(Span(window=11), sinks=True),
 }
-# of a step: positions of the healthy sequence, of its mate, tokens of a row
+# by step: positions of the healthy sequence, positions of its mate, tokens of a row
 STEPS = {
     "decode": (range(44, 45), range(75, 76), 1),
     "prompt": (range(13), range(16), RUN),
@@ -60,7 +60,13 @@ def rows_of(positions: range, t: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Case:
-    """Pages [P, G, S, d] and new tokens of both sequences; the first one's ``positions``."""
+    """Pages and new tokens of both sequences.
+
+    k: pages of keys, ``[P, G, S, d]``.
+    v: pages of values, likewise.
+    pieces: new tokens of both sequences.
+    positions: positions of the healthy sequence's new tokens.
+    """
 
     k: np.ndarray
     v: np.ndarray
@@ -70,7 +76,10 @@ class Case:
 
 @cache
 def case(step: str, dim: int = 8) -> Case:
-    """mixed: the healthy sequence is decoded beside a prompt of its mate."""
+    """Returns the case of a step.
+
+    In "mixed" the healthy sequence decodes in the same step as its mate's prompt.
+    """
     rng = np.random.default_rng(7)
     k, v = (rng.standard_normal((PAGES, 2, SIZE, dim)).astype(np.float32) for _ in range(2))
     tables = np.zeros((2, TABLE), np.int32)
@@ -90,15 +99,15 @@ def case(step: str, dim: int = 8) -> Case:
 
 
 def poisoned(case: Case, place: str, bad: float) -> Case:
-    """``case`` with ``bad`` in ``place``, which the healthy sequence may not see."""
+    """Returns ``case`` with ``bad`` in ``place``, which the healthy sequence may not see."""
     k, v, last, pieces = case.k.copy(), case.v.copy(), case.positions[-1], list(case.pieces)
-    if place == "behind":  # in the own last page, and the own pages that follow
+    if place == "behind":  # in the sequence's last page, and its pages after that one
         for pages in (k, v):
             pages[OWN[last // SIZE], :, last % SIZE + 1 :] = bad
             pages[OWN[last // SIZE + 1 :]] = bad
     elif place == "page 0":
         k[0], v[0] = bad, bad
-    elif place == "others":  # the mate's, and those that were freed
+    elif place == "others":  # the mate's pages, and pages that were freed
         theirs = [page for page in range(PAGES) if page not in OWN]
         k[theirs], v[theirs] = bad, bad
     elif place == "before":  # the first query of the step sees 11 or 12 back at most
@@ -114,7 +123,7 @@ def poisoned(case: Case, place: str, bad: float) -> Case:
             at[len(pieces) == 1 :] = True
         elif place == "padding":
             at = new.positions_BT < 0
-        else:  # the last of its own tokens, which those before do not see
+        else:  # the last of its own tokens, which the earlier ones do not see
             at[0, len(case.positions) - 1] = True
         for a in (q, new_k, new_v):
             a[at] = bad
@@ -132,7 +141,7 @@ def attention(name: str, kind: Kind):
 
 
 def outputs(name: str, kind: Kind, dtype, case: Case) -> np.ndarray:
-    """Of the healthy sequence, ``[tokens, H, d]``; checks that padding's are zero."""
+    """Returns the healthy sequence's outputs, ``[tokens, H, d]``; checks that those of padding are zero."""
 
     def kept(pages: np.ndarray) -> jax.Array:
         if dtype == jnp.float32:
@@ -171,8 +180,10 @@ BRIEF = dict(zip(KINDS, ("", "decode", "continued", "continued", "decode", "prom
 
 
 def cells() -> list:
-    """Every implementation by kind of layer and step; of the portable one, which compiles longer, most in the
-    long tables."""
+    """Returns every implementation with each kind of layer and step.
+
+    The portable one takes longer to compile, so most of its cells run in the long tables.
+    """
     names = [("xla", jnp.float32), ("cpu", jnp.float32), ("cpu", jnp.uint16)]
     return [
         pytest.param(name, dtype, kind, step, marks=[
@@ -197,7 +208,7 @@ def test_nor_on_a_gpu(step: str):
 @pytest.mark.parametrize(("name", "dtype"), HERE)
 @pytest.mark.parametrize("step", STEPS)
 def test_what_a_query_sees_shows(name: str, dtype, step: str):
-    """Values of the first own token are NaN, in the pages or as they come: no query is spared."""
+    """The values of the sequence's first token are NaN, in the pages or as new values: no query is spared."""
     clean = case(step)
     new, pages_v = clean.pieces[0], clean.v.copy()
     pages_v[OWN[0], :, 0] = np.nan
@@ -211,7 +222,7 @@ def test_what_a_query_sees_shows(name: str, dtype, step: str):
 
 @pytest.mark.parametrize("span", [Span(), Span(window=5), Span(chunk=6)], ids=str)
 def test_windows_without_a_cache_keep_it_to_themselves(span: Span):
-    """Padding, another window of the batch, the last token: the others' outputs are as before."""
+    """Padding, another window of the batch, or the last token is broken: other outputs do not change."""
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((2, 20, h, 8)).astype(np.float32) for h in (4, 2, 2))
     positions = np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)).copy()

@@ -1,6 +1,6 @@
 """The contract of every binning: the reference against the rule in words, the kernels against the reference.
 
-The kernels run in the interpreter. Ids, sets, order and sizes are equal; scores and weights are but for
+The kernels run in the interpreter. Ids, sets, order and sizes are equal; scores and weights are equal up to
 rounding.
 """
 
@@ -35,7 +35,10 @@ def rule_of(method: str, k: int) -> Rule:
 
 @cache
 def binning(implementation: str, rule: Rule, renormalize: bool = True, others: bool = False):
-    """One compiled program a shape: (logits, valid, lossy, votes of other ranks if ``others``) -> Binned."""
+    """Returns one compiled program a shape.
+
+    It maps (logits, valid, lossy, votes of other ranks if ``others``) to Binned.
+    """
 
     def run(logits, valid, lossy, votes=None):
         return bin_experts(
@@ -59,7 +62,10 @@ def by_reference(case: Case, method: str) -> Binned:
 
 
 def assert_same(got: Binned, want: Binned | dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
-    """only: the tokens whose rows are compared; the fields of the whole batch always are."""
+    """Asserts that two results are equal.
+
+    only: the tokens whose rows are compared; the fields of the whole batch are always compared.
+    """
     for field in fields(Binned):
         a = np.asarray(getattr(got, field.name))
         b = np.asarray(want[field.name] if isinstance(want, dict) else getattr(want, field.name))
@@ -74,7 +80,7 @@ def assert_same(got: Binned, want: Binned | dict[str, np.ndarray], only: np.ndar
 # ---- the reference
 
 
-WORDED = [(case, method) for case, method in PAIRS if case.name != "a NaN token"]  # whose choice has no rule
+WORDED = [(case, method) for case, method in PAIRS if case.name != "a NaN token"]  # no rule for NaN in words
 
 
 @pytest.mark.parametrize(("case", "method"), WORDED, ids=lambda x: getattr(x, "name", x))

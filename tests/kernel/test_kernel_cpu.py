@@ -38,7 +38,7 @@ def test_every_instruction_set_equals_numpy(check, isa: str):
 @pytest.mark.sanitizer
 @pytest.mark.skipif(not shutil.which("g++"), reason="the sanitizer's library is looked up with g++")
 def test_emulated_amx_under_the_address_sanitizer(tmp_path: Path):
-    """All kernels on all sets, every access checked; "plain C++" last shows that the run went through."""
+    """All kernels run on all sets, every access is checked, and "plain C++" last shows a complete run."""
     # jaxlib throws exceptions: the sanitizer must find the C++ library that carries them.
     preload = [_library(name) for name in ("libasan.so", "libstdc++.so")]
     if not all(Path(found).is_absolute() for found in preload):
@@ -93,7 +93,7 @@ def test_a_build_is_kept(tmp_path: Path, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("damage", ["half", "empty", "one bit", "another file"])
 def test_a_damaged_library_is_built_again_and_never_loaded(tmp_path: Path, monkeypatch, damage: str):
-    """To load half a library ends the process; an empty one would mean the portable kernels for ever."""
+    """Loading half a library ends the process; an empty one would mean the portable kernels for ever."""
     assert isinstance(LIBRARY, cpu.Library)
     good = LIBRARY.path.read_bytes()
     flipped = bytearray(good)
@@ -117,7 +117,7 @@ def test_a_damaged_library_is_built_again_and_never_loaded(tmp_path: Path, monke
     "forbidden, end", [("0,1,3,5,6,7", 0), ("2", -signal.SIGSEGV)], ids=["idle", "active"]
 )
 def test_weights_of_idle_experts_are_not_read(forbidden: str, end: int):
-    """Their pages cannot be read; that reading one would have been noticed, the second case shows."""
+    """Their pages cannot be read. The second case shows that reading one of them would be noticed."""
     command = [sys.executable, unread_experts.__file__, "2,4", forbidden]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -46,7 +46,7 @@ def rounded(a) -> np.ndarray:
 
 
 def make(sizes: tuple[int, ...], rows: int, biased: bool, seed: int = 0) -> tuple:
-    """(x, gate_up, down, gate_up bias, down bias): bfloat16 numbers in float32."""
+    """Returns (x, gate_up, down, gate_up bias, down bias): bfloat16 numbers in float32."""
     rng, e = np.random.default_rng(seed), len(sizes)
     shapes = (rows, MODEL), (e, 2, INNER, MODEL), (e, MODEL, INNER), (e, 2, INNER), (e, MODEL)
     scales = (1, MODEL**-0.5, INNER**-0.5, float(biased), float(biased))
@@ -79,7 +79,7 @@ def run(arrays: tuple, sizes: tuple[int, ...], blocks: Blocks, activation="silu"
 
 
 def check(sizes, rows, blocks, activation="silu", biased=False, poison_row=None, races=False) -> None:
-    """One call must match numpy, with NaN wherever nothing may be read or nothing may spread."""
+    """Asserts that one call matches numpy, with NaN wherever nothing may be read or nothing may spread."""
     arrays = make(sizes, rows, biased)
     want = by_numpy(arrays, sizes, activation)
     x, gate_up, down, *_ = arrays
@@ -92,7 +92,7 @@ def check(sizes, rows, blocks, activation="silu", biased=False, poison_row=None,
     if poison_row is not None:
         assert np.isnan(got[poison_row]).all()
         got[poison_row] = want[poison_row]
-    # One unit of bfloat16 in an h of about 1, times a weight: where float32 sums straddle a rounding.
+    # One unit of bfloat16 in an h of about 1, times a weight: float32 sums may straddle a rounding.
     np.testing.assert_allclose(got, want, atol=4e-3)
     assert not got[sum(sizes) :].any(), "rows past the last group are zero"
 

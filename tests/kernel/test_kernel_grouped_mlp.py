@@ -25,7 +25,7 @@ def run(x, gate_up, down, sizes, gate_up_bias=None, down_bias=None, **options):
 
 
 def by_numpy(x, gate_up, down, sizes):
-    """The oracle's oracle: plain numpy over each expert's rows."""
+    """Computes what the oracle must give, in plain numpy over each expert's rows."""
     e, _, f, d = gate_up.shape
     none = [np.zeros((e, 2, f), np.float32), np.zeros((e, d), np.float32)]
     return cpu_kernels.mlp(x, (gate_up, down, *none), sizes, "silu")

@@ -1,7 +1,8 @@
 """Paged attention: every implementation equals a plain numpy softmax.
 
 The GPU's decode kernel runs in interpret mode and cuDNN's part as XLA. No interpreter of jax runs its TPU
-kernel (it reshapes references), so there the kernel's own reference stands in, which shares its contract.
+kernel (it reshapes references), so the kernel's own reference, which has the same contract, runs in its
+place.
 """
 
 from dataclasses import replace
@@ -20,25 +21,25 @@ from jmoe_kernels.paged_attention import (
     LayerPages,
     NewTokens,
     Span,
-    page_shapes,
     paged_attention,
     pick,
     supports,
 )
+from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE
+from jmoe_kernels.paged_attention.cases import make_inputs as case
+from jmoe_kernels.paged_attention.cases import make_pages as filled
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
+from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
 from jmoe_kernels.paged_attention.write import write
-from support.oracles.attention import by_numpy
 
-SIZE, PAGES, TABLE = 8, 40, 16  # rows of a page, pages of the cache, pages of a table
 needs_library = pytest.mark.skipif(
     isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
 )
 HERE = ["xla", pytest.param("cpu", marks=needs_library)]
-PLAIN, LATENT = Heads(4, 2, 8), Heads(10, 1, 24, latent=16)
 
 
 def run_with(name: str):
-    """The implementation as a function of (new, pages, span, sinks)."""
+    """Returns the implementation as a function of (new, pages, span, sinks)."""
     if name == "gpu":
         run = jax.jit(partial(paged_attention_gpu, interpret=True))
         return lambda new, pages, span, sinks: run(new, pages)
@@ -48,8 +49,10 @@ def run_with(name: str):
 
 @pytest.fixture
 def reference_kernel(monkeypatch):
-    """jax's reference for its TPU kernel, which branches on values; rows that the kernel leaves unwritten are
-    not a number."""
+    """Replaces jax's TPU kernel by jax's reference for it, which branches on values.
+
+    Rows that the kernel leaves unwritten are not a number.
+    """
 
     def reference(q, kv_pages, *args, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes, **kw):
         assert num_kv_pages_per_block <= TABLE and num_queries_per_block <= q.shape[0]
@@ -60,27 +63,6 @@ def reference_kernel(monkeypatch):
     monkeypatch.setattr(library, "ragged_paged_attention", reference)
     with jax.disable_jit():
         yield
-
-
-def case(t: int, heads: Heads, dtype, seed: int):
-    """Queries, keys and values of two sequences of ``t`` tokens, page tables that share no page."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (
-        rng.standard_normal((2, t, n, heads.dim)).astype(np.float32)
-        for n in (heads.query, heads.kv, heads.kv)
-    )
-    if dtype != jnp.float32:
-        q, k, v = (np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32)) for a in (q, k, v))
-    table = rng.permutation(PAGES)[: 2 * TABLE].reshape(2, TABLE).astype(np.int32)
-    return q, k, k if heads.latent else v, table
-
-
-def filled(name: str, heads: Heads, dtype) -> LayerPages:
-    """Pages full of what earlier sequences left."""
-    shapes = page_shapes(name, PAGES, heads.kv, SIZE, heads.dim, heads.latent is not None)
-    assert len(shapes) == (1 if name == "tpu" or heads.latent else 2)
-    left = 7.0 if dtype != jnp.uint16 else 0x40E0  # the bits of a bfloat16 7
-    return LayerPages(tuple(jnp.full(shape, left, dtype) for shape in shapes))
 
 
 def padded(a: np.ndarray, t: int) -> np.ndarray:
@@ -97,7 +79,10 @@ def check(
     atol: float,
     sinks: np.ndarray | None = None,
 ) -> None:
-    """A prefill of one sequence beside another of one token, the rest token by token, in two runs if long."""
+    """Prefills one sequence in the same step as another of one token, then decodes the rest token by token.
+
+    The prefill takes two runs if it is long.
+    """
     q, k, v, table = case(t, heads, dtype, seed)
     run = run_with(name)
     pages, outs = filled(name, heads, dtype), np.zeros_like(q)
@@ -118,7 +103,7 @@ def check(
         if start == 0:
             outs[1, 0] = out[1, 0]
 
-    whole = prefill - prefill % SIZE if prefill > 2 * SIZE else 0  # a long prompt comes in two runs
+    whole = prefill - prefill % SIZE if prefill > 2 * SIZE else 0  # a long prompt takes two runs
     if whole:
         step(0, whole, whole)
     step(whole, prefill, max(SIZE, -(-(prefill - whole) // SIZE) * SIZE)) if prefill > whole else None
@@ -142,7 +127,7 @@ def test_any_split_equals_numpy(data, name: str, window: int | None):
 SPANS = st.one_of(
     st.just(Span()),
     st.builds(Span, window=st.integers(1, 50)),
-    st.builds(Span, chunk=st.integers(1, 50)),  # within a page, over some, whole pages or not
+    st.builds(Span, chunk=st.integers(1, 50)),  # within a page or over several, whole pages or not
 )
 
 
@@ -151,7 +136,7 @@ SPANS = st.one_of(
 @settings(max_examples=16, deadline=None)
 @given(data=st.data())
 def test_any_span_sinks_and_heads_equal_numpy(data, name: str):
-    """45 tokens over six pages: a prompt of one run or two, then token by token."""
+    """45 tokens lie in six pages: a prompt of one run or two comes first, then token by token."""
     heads = data.draw(st.sampled_from([PLAIN, Heads(6, 1, 8), Heads(3, 3, 20), LATENT]), label="heads")
     heads = replace(heads, span=data.draw(SPANS, label="span"))
     sink = data.draw(st.sampled_from([None, 0.0, 3.0, 1e4, -1e4]), label="sink")
@@ -168,7 +153,10 @@ def test_any_span_sinks_and_heads_equal_numpy(data, name: str):
 )
 @pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
 def test_a_long_context_reads_from_the_first_key_that_is_seen(name: str, heads: Heads, span: Span, sees: int):
-    """A token at 620 and the run of a page behind it: keys a block of the loop before are not a number."""
+    """The queries are a token at 620 and then the run of a page.
+
+    Keys that lie a block of the loop before the first visible key are not a number.
+    """
     rng, long = np.random.default_rng(5), 80  # pages
     shape = (long, heads.kv, SIZE, heads.dim)
     k, v = (rng.standard_normal(shape, np.float32) for _ in range(2))
@@ -201,7 +189,7 @@ def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: f
 @needs_library
 @pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
 def test_the_cpu_writes_a_step_in_place(heads: Heads):
-    """A donated pool is neither copied nor stands beside another of its size."""
+    """A donated pool is not copied, and no second array of its size exists."""
     pages = filled("cpu", heads, jnp.uint16)
     rows = [np.ones((2, 1, n, heads.dim), np.float32) for n in (heads.query, heads.kv, heads.kv)]
     at = np.zeros((2, 1), np.int32), np.zeros((2, TABLE), np.int32)

@@ -53,7 +53,7 @@ def act(name: Activation, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def by_numpy(x, gate_up, down, sizes, gate_up_bias=None, down_bias=None, activation="silu"):
-    """Each expert's rows, one expert after the other, in float32."""
+    """Runs each expert's rows, one expert after another, in float32."""
     y, start = np.zeros_like(x), 0
     for e, n in enumerate(sizes):
         rows = x[start : start + n]
@@ -243,7 +243,7 @@ def test_prefill_reads_an_expert_once_for_the_blocks_that_it_reaches(cores: int)
 
 
 def races_found() -> bool:
-    """Whether the last run under ``detect_races`` found any; jax has no public name for this."""
+    """Returns whether the last run under ``detect_races`` found any; jax has no public name for this."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     return interpret_pallas_call.races.races_found

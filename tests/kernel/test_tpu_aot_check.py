@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts/tpu_aot_check.py"
-ACROSS = "{{0,2,4,6,8,10,12,14},{1,3,5,7,9,11,13,15}}"  # of 16 chips: 8 expert ranks of 2
+ACROSS = "{{0,2,4,6,8,10,12,14},{1,3,5,7,9,11,13,15}}"  # 16 chips: 8 expert ranks of 2
 PAIRS = "{{0,1},{2,3},{4,5},{6,7},{8,9},{10,11},{12,13},{14,15}}"
 
 
@@ -109,7 +109,7 @@ def test_a_fused_reduce_scatter_is_not_an_all_reduce(script: ModuleType):
 
 
 def test_a_ragged_exchange_counts_the_rows_of_a_chip_not_the_worst_case_buffer(script: ModuleType):
-    """4096 rows leave for a buffer of 65536, and come back the other way."""
+    """4096 rows leave for a buffer of 65536, and return the other way."""
     call = "ragged-all-to-all(%rows, %room, %a, %b, /*index=4*/%c, %d)"
     out = f"  %rows = bf16[4096,2,1024]{{2,1,0}} copy(%z)\n  %o = bf16[65536,2,1024]{{2,1,0}} {call}"
     back = f"  %rows = f32[65536,1,2048]{{2,1,0}} copy(%z)\n  %o = f32[4096,1,2048]{{2,1,0}} {call}"
@@ -118,7 +118,7 @@ def test_a_ragged_exchange_counts_the_rows_of_a_chip_not_the_worst_case_buffer(s
 
 
 def test_a_schedule_pairs_copies_from_the_host_and_names_kernels(script: ModuleType):
-    """Not those within the device's memory, nor computations without any."""
+    """Copies within the device's memory do not count, nor do computations without copies."""
     host, here = "(bf16[9,8]{1,0:S(5)}, s32[])", "(bf16[9,8]{1,0}, s32[])"
     hlo = "\n".join(
         [
@@ -148,7 +148,7 @@ def test_a_schedule_pairs_copies_from_the_host_and_names_kernels(script: ModuleT
 
 
 def test_a_layer_of_the_replicated_transport(script: ModuleType):
-    """Mixtral's, decoding 8 sequences on each of 8 expert ranks of 2 chips: T = 64, D = 4096, K = 2."""
+    """Mixtral's layer decodes 8 sequences on each of 8 expert ranks of 2 chips: T = 64, D = 4096, K = 2."""
     hlo = "\n".join(
         [
             line("f32[8,1,4096]{2,0,1}", "all-reduce", PAIRS),  # attention's heads

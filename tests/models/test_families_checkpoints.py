@@ -1,5 +1,4 @@
-"""Checkpoints as the makers publish them, written from golden ones: gpt-oss in MXFP4, Llama 4 with its
-vision."""
+"""Checkpoints as their makers publish them, from golden ones: gpt-oss in MXFP4, Llama 4 with vision."""
 
 import json
 from pathlib import Path
@@ -44,7 +43,7 @@ def identity(directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory) -> Path:
-    """``mxfp4`` with random experts, and ``plain`` with the same numbers unquantised."""
+    """Returns a folder: ``mxfp4`` has random experts, ``plain`` the same numbers unquantised."""
     root, rng = tmp_path_factory.mktemp("gpt_oss"), np.random.default_rng(2)
     config, kept = contents("gpt_oss")
     experts, hidden = config["num_local_experts"], config["hidden_size"]
@@ -89,7 +88,7 @@ def test_mxfp4_without_its_scales_is_refused(gpt_oss: Path, tmp_path: Path):
 
 
 def with_vision() -> tuple[dict[str, Any], Tensors]:
-    """The golden Llama 4 as the text model of one that sees images."""
+    """Returns the golden Llama 4 (config, tensors) as the text model of a model that sees images."""
     text, tensors = contents("llama4")
     config = {
         "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text,

@@ -1,5 +1,7 @@
-"""Live parity of the further families with transformers (see ``parity.assert_parity``) with their
-options. A file of its own, since a file runs in one process."""
+"""Live parity of the further families with transformers, with their options (see ``parity.assert_parity``).
+
+It is a file of its own, since a file runs in one process.
+"""
 
 import dataclasses
 from pathlib import Path

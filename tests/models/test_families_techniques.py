@@ -1,5 +1,4 @@
-"""Every technique and mesh on every family beyond the first three: tokens and logits of their golden
-checkpoints."""
+"""Every technique and mesh on every family beyond the first three: tokens and logits of golden models."""
 
 import dataclasses
 import json
@@ -25,9 +24,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = (
     "qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "phimoe", "gpt_oss", "llama4", "granitemoe",
 )  # fmt: skip
-ALWAYS = ("deepseek_v3", "gpt_oss")  # the others run with the long tables
+ALWAYS = ("deepseek_v3", "gpt_oss")  # other families run with the long tables
 SIZES = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32, "warm_up": False}
-LENGTHS = (20, 31, 23, 26)  # of prompts: parts of what transformers made, so that it says how each goes on
+LENGTHS = (20, 31, 23, 26)  # of prompts; transformers generated longer texts, which tell how each goes on
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
 EXACT = dataclasses.replace(GREEDY, exact=True)
 EXPERTS = 8
@@ -40,7 +39,7 @@ def forget_compiled():
 
 
 class Expected:
-    """Of a family: prompts, the greedy tokens behind them and these tokens' log-probabilities."""
+    """What a family's model must answer: prompts, greedy tokens after them, and their log-probabilities."""
 
     def __init__(self, family: str):
         golden = np.load(GOLDEN / family / "golden.npz")
@@ -66,7 +65,7 @@ def build(family: str, moe: MoEConfig, shape: tuple[int, int, int] = (1, 1, 1), 
 
 
 def random_placement(path: Path, family: str, ranks: int, layers: int | None = None) -> str:
-    """The file of one: experts anywhere, and guesses that have nothing to do with them."""
+    """Writes a placement: experts anywhere, and guesses that have nothing to do with them."""
     model = load_model(GOLDEN / family, make_mesh(devices=jax.devices()[:1]))
     layers, rng = layers or len(model.cfg.moe_layers), np.random.default_rng(7)
 
@@ -103,11 +102,14 @@ def test_shared_heads_and_shuffled_tokens_give_the_same(tmp_path: Path, family: 
 
 @pytest.mark.parametrize("family", some_always(FAMILIES, ("gpt_oss",)))
 def test_offload_is_lossless_and_exact_requests_are_left_alone(family: str):
-    """A quarter of the experts on the device, a limit in prefill, binning in decode: one engine, since its
-    compilation is what takes time. Exact requests are given what a plain engine gives them."""
+    """A quarter of the experts is on the device, with a limit in prefill and binning in decode.
+
+    There is one engine, since its compilation is what takes time. Exact requests get what a plain engine
+    gives them.
+    """
     want = Expected(family)
     capacity = CapacityConfig(factor=0.5, policy="reroute", phase="prefill")
-    # every token keeps its best expert under "affinity": that is all that Llama 4 asks for
+    # under "affinity" every token keeps its best expert, and Llama 4 has one expert a token
     binning = BinningConfig("budget", keep=0.25) if family == "llama4" else BinningConfig(bin_width=0.05)
     executor = "host" if FAMILIES.index(family) % 2 else "graph"
     offload = OffloadConfig(slots_per_layer=EXPERTS // 4, executor=executor)

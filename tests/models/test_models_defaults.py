@@ -82,7 +82,7 @@ CASES = [
 
 
 def router(name: str, config: Any) -> RouterConfig:
-    """As the family's model routes by its configuration."""
+    """Returns the router of the family's model for a configuration."""
     match name:
         case "Mixtral" | "GraniteMoe":
             return RouterConfig(norm_topk_prob=True)
@@ -121,7 +121,7 @@ def dense_layers(name: str, config: Any) -> tuple[int, ...]:
 
 
 def own(name: str, config: Any) -> dict[str, Any]:
-    """The fields of ModelConfig that the family's model alone has, or has in a way of its own."""
+    """Returns the fields of ModelConfig that only this family's model has, or that it has in its own way."""
     match name:
         case "Mixtral":
             return {"sliding_window": config.sliding_window, "attention_bias": False}
@@ -175,7 +175,10 @@ def own(name: str, config: Any) -> dict[str, Any]:
 
 
 def theirs(name: str, config: Any, dtype: Any) -> ModelConfig:
-    """What a transformers configuration states, as its model uses it; what it does not state is off."""
+    """Returns what a transformers configuration states, as its model uses it.
+
+    What it does not state is off.
+    """
     same = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
         "num_experts_per_tok max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id"

@@ -36,7 +36,7 @@ def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path
 
 
 def test_a_wrong_norm_would_be_seen():
-    """The comparison can fail: with the renormalisation of the weights switched, the logits are others."""
+    """The comparison can fail: if the weights are not renormalised as they should be, the logits differ."""
     import dataclasses
 
     import jmoe.checkpoint.load as loading

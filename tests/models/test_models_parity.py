@@ -1,7 +1,7 @@
 """Live parity with transformers: random checkpoints that it writes, its logits and its greedy tokens.
 
-transformers has several implementations of the experts. Its default (grouped_mm) is the one matched; that
-the eager loop agrees with it is checked too.
+transformers has several implementations of the experts. The tests match its default (grouped_mm), and check
+that the eager loop agrees with it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
 pytestmark = pytest.mark.parity
 
-SEEDS = (0, 1, 2)  # of one shape, so that only the first one compiles
+SEEDS = (0, 1, 2)  # one shape for all, so that only the first compiles
 
 
 QWEN3, MIXTRAL, OLMOE = transformers.Qwen3MoeConfig, transformers.MixtralConfig, transformers.OlmoeConfig
@@ -139,7 +139,7 @@ VALID = Path(__file__).parents[3] / "shared" / "data" / "valid"
 
 
 def test_eval_perplexity_of_the_bundled_model(tmp_path: Path):
-    """The protocol of ``jmoe eval``, restated on transformers: windows, first token unscored."""
+    """The protocol of ``jmoe eval`` is restated on transformers: windows whose first token is not scored."""
     from tokenizers import Tokenizer
 
     from jmoe.engine.build import BUNDLED

@@ -9,7 +9,8 @@ from support.models.small import config, decoder, mesh_of, tokens
 
 from jmoe.config.anatomy import RopeConfig
 from jmoe.config.model import MoEConfig
-from jmoe.nn.kv_cache import make_pages
+from jmoe.nn.kinds import make_state
+from jmoe.nn.kv_cache import StateSizes
 from jmoe.nn.norm import rms_norm
 from jmoe.nn.rope import rotate, rotation
 from jmoe.nn.sequences import Sequences
@@ -38,7 +39,7 @@ PLACES = (  # without expert ranks, tp is dp
 
 
 def cells() -> list:
-    """Every place with one norm or another; with the other two it runs in the long tables."""
+    """Returns every place with one norm or another; the other two norms run in the long tables."""
     return [
         pytest.param(*place, norm, marks=pytest.mark.matrix if (i + j) % len(NORMS) else ())
         for i, place in enumerate(PLACES)
@@ -48,7 +49,7 @@ def cells() -> list:
 
 @pytest.mark.parametrize(("shape", "attention", "qk_norm"), cells(), ids=str)
 def test_decoder_on_a_mesh_equals_one_device(shape, attention: str, qk_norm: str):
-    """8 ranks over 2 kv heads: the kv heads are replicated. With and without the cache."""
+    """8 ranks share 2 kv heads, so these are replicated. The decoder runs with and without the cache."""
     cfg = config(
         qk_norm=qk_norm, attention_bias=qk_norm == "none", sliding_window=6 if qk_norm == "full" else None
     )
@@ -65,7 +66,7 @@ def test_decoder_on_a_mesh_equals_one_device(shape, attention: str, qk_norm: str
             table = np.tile(
                 np.arange(2 * per_rank, dtype=np.int32).reshape(per_rank, 2), (model.split.sequence_ranks, 1)
             )
-            pages = make_pages(cfg, model.split, model.kernels.attention, 2 * per_rank, 8)
+            pages = make_state(cfg, model.split, model.kernels.attention, StateSizes(2 * per_rank, 8, 1))
 
         def forward(state, pages):
             model = nnx.merge(graph, state)

@@ -1,4 +1,4 @@
-"""Latent attention beyond its parity with transformers, which is in float32: the dtype it is served in."""
+"""Latent attention in the dtype in which it is served; its parity with transformers is in float32."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ LATENT = LatentConfig(14, 16, 8, 6, 8)
 
 
 def test_bfloat16_is_float32_rounded():
-    """On a CPU, whose compiler has no bfloat16 product of single heads."""
+    """It runs on a CPU, whose compiler has no bfloat16 product of single heads."""
     seen = {}
     for dtype in ("float32", "bfloat16"):
         cfg = config(latent=LATENT, num_hidden_layers=1, qk_norm="none", num_key_value_heads=8, dtype=dtype)

@@ -44,7 +44,7 @@ GIVEN: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("tokens", [30, 200_000])
 @pytest.mark.parametrize("given", GIVEN, ids=str)
 def test_frequencies_are_those_of_transformers(given: dict[str, Any], tokens: int):
-    """Of contexts below and beyond the original one."""
+    """Contexts are shorter and longer than the original one."""
     given = {"rope_theta": 10000.0} | given
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 131072}
     config = transformers.LlamaConfig(**sizes, head_dim=32, rope_parameters=dict(given))
@@ -67,7 +67,7 @@ def test_a_part_of_a_head_is_rotated(factor: float):
 
 
 def test_an_engine_for_long_contexts_rotates_by_the_long_factors(tmp_path: Path):
-    """By max_model_len, beyond the original 32 tokens or not; transformers by each window's length."""
+    """A max_model_len beyond the original 32 tokens decides; in transformers each window's length does."""
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, ORIGINAL: 32,
         "short_mscale": 1.1, "long_mscale": 1.4,

@@ -1,11 +1,11 @@
-"""Attention of a run of tokens to itself equals a plain numpy softmax, and its gradients those of one."""
+"""Attention of a run of tokens to itself equals a plain numpy softmax, and so do its gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jmoe_kernels.paged_attention import Span
-from support.oracles.attention import by_numpy
+from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
 
 from jmoe.nn.window import attend_window
 
@@ -31,7 +31,7 @@ def test_a_window_equals_numpy(t: int, span: Span):
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("sink", [1.0, 1e4, -1e4])
 def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):
-    """A sink that outweighs all keys leaves nothing, one that weighs nothing leaves all."""
+    """A sink that outweighs all keys leaves nothing; a sink without weight leaves all."""
     q, k, v = qkv(140, *heads, e=5)
     sinks = (sink * np.linspace(0.5, 1, heads[0])).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(140), (2, 140))
@@ -45,7 +45,7 @@ def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):
 
 
 def dense(q, k, v, span: Span, sinks):
-    """One softmax over all keys and the sink."""
+    """Computes one softmax over all keys and the sink."""
     t, per = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(a, per, axis=2) for a in (k, v))
     query, key = jnp.arange(t)[:, None], jnp.arange(t)[None]

@@ -42,7 +42,11 @@ PAD, LOSSY, EXACT = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Tokens of one step: logits, and what each token is."""
+    """Tokens of one step.
+
+    logits: logits of each token.
+    kinds: what each token is.
+    """
 
     logits: np.ndarray
     kinds: np.ndarray
@@ -66,7 +70,7 @@ def compiled(cfg: BinningConfig, k: int):
 
 
 def bin_batch(cfg: BinningConfig, batch: Batch, variant: Variant = VARIANTS["mixtral"]):
-    """(plain routing, binned routing, moved assignments by token, active experts), numpy."""
+    """Returns (plain routing, binned routing, moved assignments by token, active experts) as numpy arrays."""
     plain = router(variant)(jnp.asarray(batch.logits), variant.correction(), None)
     binned = compiled(cfg, variant.k)(plain, jnp.asarray(batch.kinds), jnp.int32(3))
     return jax.tree.map(np.asarray, (plain, *binned))
@@ -74,7 +78,7 @@ def bin_batch(cfg: BinningConfig, batch: Batch, variant: Variant = VARIANTS["mix
 
 @st.composite
 def batches(draw) -> Batch:
-    """Logits with near and exact ties, and every mixture of padding, lossy and exact tokens."""
+    """Draws logits with near and exact ties, and every mixture of padding, lossy and exact tokens."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = rng.standard_normal((ROWS, EXPERTS)) * draw(st.sampled_from([0.0, 0.3, 1.0, 30.0]))
     if draw(st.booleans()):
@@ -195,7 +199,7 @@ def test_a_token_of_nans_harms_no_other():
 
 
 def test_a_token_leaves_its_groups_only_where_they_have_too_few_active_experts():
-    """Then for experts that are read anyway, so that it keeps as many as the router gave it."""
+    """It then goes to experts that are read anyway, so that it keeps as many as the router gave it."""
     seen = set()
     for name, seed in product(GROUPED, range(8)):
         variant, logits = VARIANTS[name], np.random.default_rng(seed).standard_normal((ROWS, EXPERTS))
@@ -257,14 +261,14 @@ def test_a_capacity_behind_brings_no_expert_back(policy: str):
 
 @lru_cache
 def preferring(k: int):
-    """Without any binning beside the preference."""
+    """Returns a configuration with the preference and without any binning."""
     wide = get_rule(BinningConfig(bin_width=1e9), k)
     return jax.jit(lambda plain, flags, bonus_E: bin_assignments(plain, flags, wide, seed=0, bonus_E=bonus_E))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_token_prefers_the_experts_of_its_own_rank(name: str):
-    """Against a plain loop; the weights are the token's own scores of what it then has."""
+    """The result equals a plain loop's; weights are the token's own scores of its new experts."""
     variant, k = VARIANTS[name], VARIANTS[name].k
     rng, bonus = np.random.default_rng(8), 0.7
     logits = rng.standard_normal((ROWS, EXPERTS), np.float32)
@@ -340,7 +344,7 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(transport: str):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
 def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shape, monkeypatch):
-    """From the logits to the sorted assignments in one call, which the dispatch then takes as they are."""
+    """One call leads from the logits to the sorted assignments, which the dispatch then uses as they are."""
     mesh, tokens = mesh_of(shape), 8
     x = np.random.default_rng(2).standard_normal((tokens, LAYER.hidden_size), np.float32)
     flags = TokenFlags(jnp.arange(tokens) != 3, jnp.arange(tokens) == 6)

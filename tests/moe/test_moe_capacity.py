@@ -1,4 +1,4 @@
-"""The capacity stage against its restatement in plain Python, and the promises it makes."""
+"""The capacity stage against its restatement in plain Python, and the promises that it makes."""
 
 import math
 from fractions import Fraction
@@ -39,14 +39,14 @@ ROUTERS = tuple(name for name, v in VARIANTS.items() if v.k == CHOICES)  # the s
 
 
 def routed(name: str, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """(ids, weights, scores) of the router of that name; some experts are liked by most tokens."""
+    """Returns (ids, weights, scores) of the router of that name; some experts are liked by most tokens."""
     logits = (rng.standard_normal((ROWS, EXPERTS)) + rng.standard_normal(EXPERTS)).astype(np.float32)
     out = router(VARIANTS[name])(logits, VARIANTS[name].correction(), None)
     return np.asarray(out.ids_TK), np.asarray(out.weights_TK), np.asarray(out.scores_TE)
 
 
 def shard(kind: str, seed: int = 0, valid: float = 0.8, exact: float = 0.2) -> Shard:
-    """A routing of the named kind, or by the router of the name.
+    """Returns a routing of the named kind, or by the router of that name.
 
     Scores of a kind are such that float32 sums of them are exact, in any order.
     """
@@ -83,7 +83,10 @@ def _flagged(ids, weights, scores, rng: np.random.Generator, valid: float, exact
 
 @cache
 def compiled(cfg: CapacityConfig):
-    """Inside jit with all that varies traced: the expert offset too, as ``axis_index`` makes it."""
+    """Returns the stage in jit, with everything that varies traced.
+
+    The expert offset is traced too, as ``axis_index`` makes it.
+    """
 
     def run(routing, tokens, factor, first, seed):
         return limit(routing, tokens, cfg, factor=factor, local=(first, HELD), seed=seed)
@@ -127,7 +130,7 @@ def test_equals_the_restatement(cfg: CapacityConfig):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_restatement_by_every_router(name: str):
-    """Weights that are no scores, or sum to another number, and one or two choices."""
+    """Weights may be no scores, or sum to another number than 1, and a token may have one choice or two."""
     for seed in range(3):
         check(shard(name, seed), CapacityConfig(policy="reroute", renormalize=True), 1.0)
         check(shard(name, seed), CapacityConfig(policy="reroute"), 0.6)
@@ -136,7 +139,7 @@ def test_equals_the_restatement_by_every_router(name: str):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_choice_in_place_of_another_weighs_what_the_router_would_have_given_it(name: str):
-    """Up to its normalisation, which is over the experts that it chose itself."""
+    """The weights are equal up to the router's normalisation, which is over the experts that it chose."""
     variant, case = VARIANTS[name], shard(name, 3, valid=1, exact=0)
     before = case.weights / np.take_along_axis(case.scores, case.ids, 1)
     for policy in ("reroute", "expand"):
@@ -293,7 +296,7 @@ def test_a_new_factor_does_not_recompile():
 
 @pytest.mark.parametrize("cfg", [CapacityConfig(policy="expand"), CONFIGS[-1]], ids=lambda c: c.policy)
 def test_every_shard_of_a_mesh_is_on_its_own(cfg: CapacityConfig):
-    """Only "expert_drop" asks what the others' loads are."""
+    """Only "expert_drop" needs the loads of other shards."""
     mesh = mesh_of((2, 4, 1))
     cases = [shard("skewed", seed) for seed in range(8)]
     for i, case in enumerate(cases):

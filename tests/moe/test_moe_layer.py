@@ -44,7 +44,7 @@ def test_one_device_equals_the_oracle(k: int, renormalize: bool):
 
 
 def cells() -> list:
-    """Every mesh with every transport, the two kernels by turns; the other kernel runs in the long tables."""
+    """Returns every mesh with every transport, kernels by turns; the other kernel runs in the long tables."""
     found = [(mesh, "ragged_all_to_all", None) for mesh in MESHES]
     for (i, mesh), (j, transport) in itertools.product(
         enumerate(MESHES), enumerate(("replicated", "all_to_all"))
@@ -72,7 +72,7 @@ def test_every_mesh_equals_the_oracle(shape, transport: str, kernel: str | None)
 
 @pytest.mark.parametrize("transport", ["replicated", "all_to_all", "ragged_all_to_all"])
 def test_skewed_routing_loses_nothing(transport: str):
-    """Every token of every rank to the experts of one rank: the worst case of the padded buffer."""
+    """Every token of every rank goes to the experts of one rank: the worst case of the padded buffer."""
     cfg = config(num_experts=16, num_experts_per_tok=2)
     layer = layer_on(mesh_of((1, 8, 1)), cfg, MoEConfig(transport=transport))
     gate = np.zeros((16, cfg.hidden_size), np.float32)

@@ -42,14 +42,14 @@ def test_equals_the_definition(name: str):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_logits_of_one_sign(name: str):
-    """The sparse mixer's distances are relative, sigmoids saturate on one side."""
+    """The sparse mixer's distances are relative, and sigmoids saturate on one side."""
     variant = VARIANTS[name]
     for sign in (1, -1):
         check(variant, sign * (np.abs(normal()) + 3), variant.correction())
 
 
 def test_a_corrections_own_level_says_nothing():
-    """Choices do not depend on it, below 0 either, and preferences do not."""
+    """Choices and preferences do not depend on it, not even below 0."""
     for variant in (VARIANTS[name] for name in ("deepseek-v3", "glm")):
         correction = variant.correction()
         at_zero = routed(variant, normal(), correction)
@@ -90,7 +90,7 @@ def test_no_logit_is_too_large(name: str, scale: float):
     assert np.isfinite(got.weights_TK).all() and np.isfinite(got.scores_TE).all()
     assert not np.isnan(got.logits_TE).any()
     assert all(len(set(ids)) == variant.k for ids in got.ids_TK)
-    if variant.router.scoring_func != "sigmoid":  # whose logarithms may all have come to 0
+    if variant.router.scoring_func != "sigmoid":  # the logarithms of sigmoids may all have become 0
         assert (got.ids_TK[:, 0] == normal(scale).argmax(1)).all()
 
 
@@ -118,7 +118,7 @@ def test_a_token_may_get_all_experts_of_its_groups():
 def test_a_token_of_nans_harms_no_other(name: str):
     variant, logits = VARIANTS[name], normal()
     clean = routed(variant, logits, variant.correction())
-    for at in (slice(None), 3):  # of its logits, all or one
+    for at in (slice(None), 3):  # all of its logits, or one
         broken = logits.copy()
         broken[5, at] = np.nan
         got = routed(variant, broken, variant.correction())
@@ -131,7 +131,7 @@ def test_a_token_of_nans_harms_no_other(name: str):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_renumbered_experts_are_chosen_as_before(name: str):
-    """Rows of the gate and the correction in another order: groups are of the numbers of old."""
+    """Rows of the gate and the correction are in another order; groups are still those of the old numbers."""
     variant, correction = VARIANTS[name], VARIANTS[name].correction()
     plain = routed(variant, normal(), correction)
     for seed in range(3):
@@ -149,7 +149,7 @@ def test_renumbered_experts_are_chosen_as_before(name: str):
 
 
 def test_a_plan_with_its_groups_elsewhere_is_the_plan_of_the_places():
-    """And rows of groups that have no place lie behind all others, each once."""
+    """Rows of groups that have no place come after all others, each once."""
     rng, experts, places = np.random.default_rng(4), 6, 5
     for _ in range(20):
         ids_TK = rng.integers(0, experts, (7, 2)).astype(np.int32)

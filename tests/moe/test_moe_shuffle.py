@@ -1,4 +1,4 @@
-"""Token shuffling: the order that it deals tokens in, and that no guess ever changes the output."""
+"""Token shuffling: the order in which it deals tokens out, and that no guess ever changes the output."""
 
 from functools import partial
 
@@ -13,6 +13,7 @@ from support.models.small import config, decoder, mesh_of, tokens
 
 from jmoe.config.counters import LOSSY, names
 from jmoe.config.model import MoEConfig
+from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import MoEOutput, Routing
@@ -27,7 +28,10 @@ def aligned(share_NR, valid_N):
 
 
 def placed(share: np.ndarray, valid: np.ndarray) -> list[int]:
-    """Each token's rank, one request at a time: rounds in which all that wait ask, the surest first."""
+    """Returns each token's rank, by a loop over single requests for a rank.
+
+    In each round all tokens that wait make a request, the surest token first.
+    """
     rank, room = [-1] * ROWS, [ROWS // RANKS] * RANKS
     while -1 in rank:
         asks: list[list[tuple[int, int]]] = [[] for _ in range(RANKS)]
@@ -74,14 +78,14 @@ def test_a_tokens_rank_is_that_of_most_of_its_experts():
     assert label(jnp.array([[0, 1, 7], [7, 6, 0], [0, 2, 4], [4, 2, 2]]), 2, 4).tolist() == [0, 3, 0, 1]
 
 
-# ---- rows and what is told of them
+# ---- rows and what is reported of them
 
 SHAPES = [(1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 PER_RANK = 3
 
 
 def order_of(kind: str, groups: int, ranks: int, seed: int = 0) -> Order:
-    """The same in every group; random ones each have their own."""
+    """Returns orders of the kind: most are the same in every group; random ones differ between groups."""
     own = np.arange(ranks * PER_RANK, dtype=np.int32)
     rng = np.random.default_rng(seed)
     token_GN = {
@@ -96,7 +100,7 @@ def order_of(kind: str, groups: int, ranks: int, seed: int = 0) -> Order:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int, int]):
-    """None moves, all do, only places within a rank change, or anything."""
+    """None of the rows moves, all do, only places within a rank change, or anything happens."""
     groups, ranks, _ = shape
     shuffle = Shuffle(mesh_of(shape), 8)
     n = ranks * PER_RANK
@@ -115,7 +119,7 @@ def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int
 
 @pytest.mark.parametrize("history", [True, False])
 @pytest.mark.parametrize("lossy", [True, False])
-def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: bool):
+def test_what_a_layer_reports_is_in_the_tokens_own_order(history: bool, lossy: bool):
     groups, ranks, experts = 2, 4, 8
     n = groups * ranks * PER_RANK
     rng = np.random.default_rng(0)
@@ -129,13 +133,13 @@ def test_what_a_layer_tells_is_in_the_tokens_own_order(history: bool, lossy: boo
     changes = dict(zip(names(LOSSY), counts[:, token_N], strict=True)) if lossy else None
     out = MoEOutput(jnp.zeros((n, 1)), routing, None, changes)  # pyright: ignore[reportArgumentType]
     shuffle = Shuffle(mesh_of((groups, ranks, 1)), experts)
-    tell = jax.jit(partial(shuffle.tell, history=history))
-    told, rank_N = tell(out, order)
+    report = jax.jit(partial(shuffle.report, history=history))
+    told, rank_N = report(out, order)
     expected = dict(zip(names(LOSSY), counts.tolist(), strict=True)) if lossy else None
     assert jax.tree.map(lambda a: a.tolist(), told.changes) == expected
     want = label(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
     assert (rank_N if rank_N is None else rank_N.tolist()) == want
-    assert ("all_gather" in str(jax.make_jaxpr(tell)(out, order))) == (history or lossy)
+    assert ("all_gather" in str(jax.make_jaxpr(report)(out, order))) == (history or lossy)
 
 
 # ---- in the model
@@ -144,7 +148,7 @@ CFG = config(num_experts=16, num_experts_per_tok=4, num_hidden_layers=4)
 
 
 def tables_of(kind: str, ranks: int) -> list[ShuffleTables]:
-    """Guesses that have nothing to do with the model: all to one rank, or anything."""
+    """Returns guesses that have nothing to do with the model: all to one rank, or anything."""
     rng, found = np.random.default_rng(1), []
     for _ in range(CFG.num_hidden_layers):
         shapes = (CFG.vocab_size, ranks), (ranks * ranks, ranks)
@@ -168,7 +172,7 @@ def test_no_guess_changes_the_output(shape: tuple[int, int, int], kind: str):
 
     @partial(jax.jit, static_argnums=0)
     def run(shuffled: bool, state, tables):
-        out = nnx.merge(graph, state)(seqs, tables=tables if shuffled else None)
+        out = nnx.merge(graph, state)(seqs, settings=StepSettings(tables=tables if shuffled else None))
         return out.hidden_RND, out.stats
 
     tables = tables_of(kind, shape[1])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
+from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 from support.models.small import MESHES, config, decoder, mesh_of, tokens
 
 from jmoe.config.model import MoEConfig
@@ -17,8 +17,8 @@ from jmoe.engine.step.counters import Count64, MoECounters, add_step, transporte
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
 from jmoe.moe.exchange import emulated_ragged_all_to_all
-from jmoe.moe.experts import apply_experts
-from jmoe.moe.types import Computed, DispatchStats, LocalExperts, Routing, Traffic
+from jmoe.moe.experts import ExpertMath
+from jmoe.moe.types import DispatchStats, Routing, Traffic
 from jmoe.nn.sequences import Sequences
 
 TOKENS_IN_ALL, EXPERTS, MODEL, INNER = 48, 16, 24, 8
@@ -27,7 +27,7 @@ NAMES = ("replicated", "all_to_all", "ragged_all_to_all")
 
 @lru_cache
 def weights(dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """gate_up and down in float32, rounded to ``dtype``."""
+    """Returns gate_up and down in float32, rounded to ``dtype``."""
     rng = np.random.default_rng(1)
     shapes = (EXPERTS, 2, INNER, MODEL), (EXPERTS, MODEL, INNER)
     arrays = [jnp.asarray(rng.standard_normal(s, np.float32) * 0.4).astype(dtype) for s in shapes]
@@ -36,19 +36,11 @@ def weights(dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def program(name: str, shape: tuple[int, int, int], dtype: str, kernel: str = "xla"):
-    """(x, ids, weights, valid) -> (y, traffic), jitted; "local" runs without ``shard_map``."""
+    """Returns jitted (x, ids, weights, valid) -> (y, traffic); "local" runs without ``shard_map``."""
 
     def shard(x_TD, ids_TJ, weights_TJ, valid_T, gate_up, down, *, send):
         experts = ExpertWeights(gate_up, down)
-
-        def combined(x_TD, weights_TJ, plan):
-            y_TD = apply_experts(x_TD, weights_TJ, plan, experts, implementation=kernel)
-            return Computed(y_TD, plan.rows)
-
-        def by_row(rows_ND, sizes_L):
-            return Computed(grouped_mlp(rows_ND, experts, sizes_L, implementation=kernel), jnp.sum(sizes_L))
-
-        mine = LocalExperts(experts.dims[0], experts.dtype, combined, by_row)
+        mine = ExpertMath(kernel).local_experts(experts)
         unread_TE = jnp.zeros((x_TD.shape[0], EXPERTS))
         routing = Routing(ids_TJ, weights_TJ, unread_TE, unread_TE)
         y_TD, traffic = send(x_TD, routing, valid_T, mine)
@@ -70,7 +62,7 @@ def program(name: str, shape: tuple[int, int, int], dtype: str, kernel: str = "x
 
 
 def routings(shape: tuple[int, int, int], columns: int = 4) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (ids [T, J], valid [T]): random and adversarial ones."""
+    """Returns name -> (ids [T, J], valid [T]): random and adversarial ones."""
     rng = np.random.default_rng(columns)
     ids = rng.permuted(np.tile(np.arange(EXPERTS, dtype=np.int32), (TOKENS_IN_ALL, 1)), axis=1)[:, :columns]
     some, every = rng.random(TOKENS_IN_ALL) < 0.7, np.ones(TOKENS_IN_ALL, bool)
@@ -91,7 +83,10 @@ def routings(shape: tuple[int, int, int], columns: int = 4) -> dict[str, tuple[n
 
 
 def given(ids: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(x, combine weights); x is of float32 but survives rounding to ``dtype``; absent ones weigh 0."""
+    """Returns (x, combine weights).
+
+    x is float32 but survives rounding to ``dtype``; absent assignments weigh 0.
+    """
     rng = np.random.default_rng(2)
     x = rng.standard_normal((TOKENS_IN_ALL, MODEL), np.float32)
     shares = np.where(ids == EXPERTS, 0, rng.random(ids.shape, np.float32)).astype(np.float32)
@@ -99,7 +94,7 @@ def given(ids: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loop(x: np.ndarray, ids: np.ndarray, shares: np.ndarray, valid: np.ndarray, dtype: str) -> np.ndarray:
-    """Assignment by assignment, in float64 on the rounded inputs."""
+    """Computes the layer assignment by assignment, in float64 on the rounded inputs."""
     gate_up, down = weights(dtype)
     rounded = np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32), np.float64)
     y = np.zeros(x.shape)
@@ -110,7 +105,7 @@ def loop(x: np.ndarray, ids: np.ndarray, shares: np.ndarray, valid: np.ndarray, 
 
 
 def counted(name: str, ids: np.ndarray, valid: np.ndarray, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """(useful, sent) rows, restated token by token."""
+    """Returns (useful, sent) rows, restated token by token."""
     data, ranks, _ = shape
     per_rank, local_experts = TOKENS_IN_ALL // (data * ranks), EXPERTS // ranks
     useful = assigned = 0
@@ -161,7 +156,7 @@ def test_any_number_of_columns(name: str, columns: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])
 def test_row_transports_sum_as_one_device_does(name: str, dtype: str):
-    """Bit for bit: rows travel in the dtype that the experts round them to, and are summed at home."""
+    """Results are equal bit for bit: rows travel as experts round them, and are summed at home."""
     for ids, valid in routings((1, 8, 1)).values():
         x, shares = given(ids, dtype)
         one = program("local", (1, 1, 1), dtype)(x, ids, shares, valid)[0]
@@ -169,7 +164,7 @@ def test_row_transports_sum_as_one_device_does(name: str, dtype: str):
 
 
 def written(operand, output, starts, sizes, lands):
-    """``lax.ragged_all_to_all`` as its documentation tells it: [sender, row], ..., slices [sender, slice]."""
+    """Does what ``lax.ragged_all_to_all`` documents: [sender, row], ..., slices [sender, slice]."""
     result, each = output.copy(), starts.shape[1] // len(operand)
     for to in range(len(operand)):
         for sender in range(len(operand)):
@@ -181,8 +176,10 @@ def written(operand, output, starts, sizes, lands):
 
 @pytest.mark.parametrize("each", [1, 3])
 def test_the_emulation_keeps_the_contract(each: int):
-    """Random slices: any part of the operand, twice too; landing with gaps, which keep their value, and over
-    one another."""
+    """Slices are random: any part of the operand, some parts twice.
+
+    They land with gaps, which keep their value, and on top of each other.
+    """
     ranks, n, m, rng = 8, 12, 96, np.random.default_rng(each)
     run = partial(emulated_ragged_all_to_all, axis_name=EXPERT)
     exchange = jax.jit(
@@ -210,7 +207,7 @@ def test_an_unknown_transport_is_refused():
 
 
 def step(counts: int, rows: int) -> DispatchStats:
-    """One layer of 2 experts, every count of it near the 32-bit limit."""
+    """Returns the counts of one layer of 2 experts, all near the 32-bit limit."""
     each, row = jnp.full(2, counts, jnp.int32), jnp.asarray(rows, jnp.int32)
     traffic = Traffic(row, row, jnp.sum(each))
     return DispatchStats(each, each, jnp.zeros(2), traffic, {"remote_assignments": row, "rerouted": row})
@@ -235,7 +232,7 @@ def test_totals_of_many_large_steps_do_not_overflow():
 
 
 def test_a_step_without_a_valid_token_moves_nothing_that_counts():
-    """Warm-up runs padding: the padded transports send it, no request did."""
+    """Warm-up runs padding: the padded transports send it, but no request did."""
     totals = add_step(zero_totals(1, 2), [step(0, 7)])
     assert totals.steps == 0 and totals.sums_L["transport_bytes"].fetched().tolist() == [0]
 

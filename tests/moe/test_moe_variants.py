@@ -18,7 +18,7 @@ from jmoe.checkpoint.renumber import permute_gate
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
-from jmoe.moe.experts import ApplyBy, HostExperts
+from jmoe.moe.experts import ExpertMath, HostExperts
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.transport import local
 from jmoe.moe.types import Phase, TokenFlags
@@ -36,7 +36,7 @@ TRANSPORTS = ("replicated", "all_to_all", "ragged_all_to_all")
 
 
 def layer_of(name: str, mesh=None, moe: MoEConfig = MoEConfig(), dtype: str = "float32") -> MoELayer:
-    """The same weights for every mesh and ``moe``."""
+    """Returns a layer with the same weights for every mesh and ``moe``."""
     variant = VARIANTS[name]
     cfg = config(
         num_experts=EXPERTS,
@@ -80,7 +80,7 @@ def logits(layer: MoELayer) -> np.ndarray:
 
 @lru_cache
 def dense(name: str) -> np.ndarray:
-    """What the layer is to give, token by token."""
+    """Returns what the layer must give, token by token."""
     layer, variant = layer_of(name), VARIANTS[name]
     x_TD, logits_TE = given(layer).astype(np.float64), logits(layer)
     y_TD = np.zeros(x_TD.shape)
@@ -95,13 +95,13 @@ def dense(name: str) -> np.ndarray:
 
 
 def program(layer: MoELayer):
-    """(state, x) -> MoEOutput, jitted; and the state."""
+    """Returns jitted (state, x) -> MoEOutput, and the state."""
     graph, state = nnx.split(layer)
     return jax.jit(lambda s, x: nnx.merge(graph, s)(x, TokenFlags(VALID))), state
 
 
 def renumbered(state: nnx.State, placement: Placement) -> nnx.State:
-    """Every parameter as a placement lays it."""
+    """Returns every parameter in a placement's order."""
     flat = nnx.to_flat_state(state)
     moved = []
     for path, param in flat:
@@ -127,7 +127,7 @@ def test_a_renumbered_layer_gives_the_same(name: str):
     assert (moved.stats.counts_E != plain.stats.counts_E).any()
 
 
-# every router by one transport; what experts are given and give, which transports carry, by all
+# every router by one transport; inputs and outputs of experts, which transports carry, by all transports
 PAIRS = [(name, TRANSPORTS[i % 3]) for i, name in enumerate(VARIANTS)]
 PAIRS += [(n, t) for n in ("gpt-oss", "llama4") for t in TRANSPORTS if (n, t) not in PAIRS]
 
@@ -143,13 +143,13 @@ def test_every_transport_gives_the_dense_output(name: str, transport: str):
 
 
 def stored(layer: MoELayer) -> ExpertWeights:
-    """Its experts as those of a model of one layer lie in the host's memory."""
+    """Returns the layer's experts as the host's memory holds those of a model of one layer."""
     host = HostExperts(layer.cfg, ParamMaker(jnp.dtype(layer.cfg.dtype), nnx.Rngs(0))).weights
     return jax.tree.map(lambda a, like: a[None].view(like.dtype), layer.experts.weights, host)
 
 
 def cache_over(store: ExpertWeights) -> ExpertCache:
-    """With fewer experts than a step needs, so that some give way and some stream."""
+    """Returns a cache with fewer experts than a step needs, so that some are evicted and some stream."""
     often_LE = -np.arange(EXPERTS, dtype=np.float32)[None]
     table, moves = fill(new_table(SLOTS, 1, EXPERTS, np), often_LE)
     pool = jax.tree.map(lambda a: jnp.zeros((SLOTS + 1, *a.shape[2:]), a.dtype), store)
@@ -164,8 +164,8 @@ def first_visit(store: ExpertWeights, cache: ExpertCache, x_TD: jax.Array, phase
 
 
 @lru_cache
-def visit_program(apply: ApplyBy, k: int):
-    """The cache sees what a router chose, not which router: one program for all alike."""
+def visit_program(apply: ExpertMath, k: int):
+    """Returns one program for all routers: the cache sees what a router chose, not which router chose."""
 
     @jax.jit
     def run(store, cache, x_TD, routing):
@@ -191,7 +191,10 @@ def test_offloaded_experts_give_the_dense_output(name: str):
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "transport"), [("gpt-oss", "all_to_all"), ("llama4", "replicated")])
 def test_bfloat16_gives_the_resident_output(name: str, transport: str):
-    """Offloaded, in the layer, and on a mesh: biases lie in another form there, rows travel in bfloat16."""
+    """Experts are offloaded, in the layer and on a mesh.
+
+    Biases have another form there, and rows travel in bfloat16.
+    """
     layer = layer_of(name, dtype="bfloat16")
     run, state = program(layer)
     resident = np.asarray(run(state, given(layer)).y_TD)

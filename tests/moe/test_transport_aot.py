@@ -1,6 +1,6 @@
-"""The MoE layer with each transport, compiled for 8 TPUs and 8 GPUs that are not there, and its collectives.
+"""The MoE layer with each transport, compiled for 8 absent TPUs and 8 absent GPUs, and its collectives.
 
-The check is on bytes, because the compilers rename: a small all-gather may come out as an all-reduce.
+The check is on bytes, because the compilers rename: a small all-gather may become an all-reduce.
 """
 
 import json
@@ -18,7 +18,7 @@ RANKS, TOKENS, MODEL, INNER, EXPERTS, K = 8, 256, 2048, 768, 64, 8  # TOKENS a r
 pytestmark = pytest.mark.aot
 LOCAL = EXPERTS // RANKS
 SMALL = 1 << 18  # bytes of ids, weights, sizes and counts, far below a row buffer's
-ROWS = {  # of the largest collectives of a transport, there and back
+ROWS = {  # rows in the largest collectives of a transport, there and back
     "replicated": (RANKS * TOKENS, RANKS * TOKENS),
     "all_to_all": (RANKS * TOKENS * min(K, LOCAL),) * 2,
     "ragged_all_to_all": (RANKS * TOKENS * min(K, LOCAL), TOKENS * K),
@@ -30,7 +30,10 @@ SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """(operation, bytes of its largest result; of a reduce-scatter, of its operand) of each in ``hlo``."""
+    """Returns (operation, bytes of its largest result) of each collective in ``hlo``.
+
+    Of a reduce-scatter the bytes are those of the operand.
+    """
     found = []
     for result, op in COLLECTIVE.findall(hlo):
         sizes = []
@@ -42,7 +45,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 
 
 def compile_layer(platform: str, name: str) -> str:
-    """The compiled program's HLO; in a process of its own (see ``main``)."""
+    """Returns the compiled program's HLO; a process of its own compiles (see ``main``)."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

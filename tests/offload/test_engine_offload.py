@@ -1,4 +1,4 @@
-"""Expert offload in the engine: whatever is predicted and whatever gives way, the same tokens."""
+"""Expert offload in the engine: whatever is predicted or evicted, the tokens are the same."""
 
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +17,7 @@ from support.models.offloaded import (
     write_profile,
 )
 
-PAIRS = [  # every predictor, cold and warm, and every eviction with most of them
+PAIRS = [  # every predictor, cold and warm, and every eviction with most predictors
     ("none", "lru", "cold"), ("none", "expected_use", "cold"),
     ("counts", "lfu", "cold"), ("counts", "lru", "warm"),
     ("next_gate", "expected_use", "cold"), ("next_gate", "lru", "cold"),
@@ -39,7 +39,7 @@ def store(model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def resident(model: Path) -> list[list[int]]:
-    """The answers with all experts on the device."""
+    """Returns the answers of an engine with all experts on the device."""
     return answers(build(model))
 
 
@@ -48,9 +48,9 @@ def resident(model: Path) -> list[list[int]]:
 def test_every_predictor_and_eviction_gives_the_resident_tokens(
     model: Path, store: str, resident, predictor: str, eviction: str, start: str
 ):
-    """Five slots, and a batch that needs five or six experts of ten in a layer: some stream.
+    """There are five slots, and a batch needs five or six experts of ten in a layer, so some stream.
 
-    One slot more where nothing is known before the first layer: what it needs would leave no room.
+    There is one slot more if nothing is known before the first layer: what it needs would leave no room.
     """
     slots = 6 if (predictor, start) == ("next_gate", "cold") else 5
     warm = {"store": store} if start == "warm" else {}

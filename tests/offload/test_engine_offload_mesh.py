@@ -1,4 +1,4 @@
-"""Offloaded experts on a mesh: every rank has its own, and the tokens are those of one device with all."""
+"""Offloaded experts on a mesh: every rank has its own; tokens equal those of one device with all experts."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -40,7 +40,7 @@ from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
 
-LEAST = {"memory": (K + 3) * EXPERT_BYTES}  # of a device: the experts of one token in one layer
+LEAST = {"memory": (K + 3) * EXPERT_BYTES}  # memory of a device: the experts of one token in one layer
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,16 @@ def store(model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def resident(model: Path) -> list[list[int]]:
-    """The answers of one device that has all experts; other tests have those of meshes equal them."""
+    """Returns the answers of one device that has all experts; other tests show that meshes give the same."""
     return answers(build(model), 6)
 
 
 @pytest.fixture(scope="module")
 def placed(model: Path):
-    """The file of a placement on two ranks with guesses that have nothing to do with it: experts as they
-    were, or anywhere."""
+    """Writes a placement on two ranks with guesses that have nothing to do with it.
+
+    Experts stay where they are, or go anywhere.
+    """
 
     def path(*, moved: bool) -> str:
         rng = np.random.default_rng(7)
@@ -118,7 +120,7 @@ def test_every_mesh_transport_and_budget_gives_the_resident_tokens(
         )
 
 
-PREDICTORS = [  # cold elsewhere here: next_gate where copies run beside compute, counts where rows move
+PREDICTORS = [  # others run cold in tests below: next_gate with copies during compute, counts with moved rows
     *((name, "warm") for name in NAMES if name != "none"), ("none", "cold"), ("expert_map", "cold"),
 ]  # fmt: skip
 
@@ -151,7 +153,7 @@ def test_pools_that_hold_all_experts_copy_none_and_nothing_compiles_after_warm_u
 
 @pytest.mark.matrix
 def test_copies_beside_compute_bring_the_same_on_every_rank(model: Path, resident):
-    """As on an accelerator: those of a layer are as many on each rank as the budget says."""
+    """As on an accelerator, a layer makes as many copies on each rank as the budget says."""
     engine = meshed(model, (1, 2, 1), slots_per_layer=2, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):
         assert engine.runner.cache is not None
@@ -173,7 +175,7 @@ def test_a_converted_checkpoint_lies_on_the_mesh_alike(model: Path, resident, tm
 
 @pytest.mark.matrix
 def test_shuffled_rows_come_to_the_predictor_in_their_own_order(model: Path, placed, resident):
-    """What it has learned of every request is what it learns on one device that shuffles nothing."""
+    """It learns of every request what it learns on one device that shuffles nothing."""
     seen = []
     shuffle = ShuffleConfig(placed(moved=False), history=True)
     for engine in (
@@ -197,7 +199,7 @@ def test_shuffled_rows_come_to_the_predictor_in_their_own_order(model: Path, pla
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("predictor", ["expert_map", "next_gate"])  # of tables the next test tells
+@pytest.mark.parametrize("predictor", ["expert_map", "next_gate"])  # the next test covers tables
 def test_experts_that_were_moved_are_predicted_by_a_profile_of_the_checkpoint(
     model: Path, store: str, placed, resident, predictor
 ):
@@ -219,17 +221,16 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
         was_TE = profile.chosen(layer, tokens_T)
         np.testing.assert_array_equal(moved.chosen(layer, tokens_T), was_TE[:, row_E])
         np.testing.assert_array_equal(moved.loads_LE[layer], was_TE.sum(0)[row_E])
-    sizes: dict[str, Any] = {"distance": 2, "k": K, "layers": LAYERS, "experts": EXPERTS, "seats": 4}
+    sizes = PredictorSizes(distance=2, k=K, layers=LAYERS, experts=EXPERTS, seats=4)
     embeddings_VD = np.random.default_rng(6).normal(size=(VOCAB, 8)).astype(np.float32)
     for name, table in (("counts", "stored_QLE"), ("token_table", "table_RLE")):
         was, now = (
-            np.asarray(getattr(make_predictor(name, **sizes, profile=each), table))
-            for each in (profile, moved)
+            np.asarray(getattr(make_predictor(name, sizes, profile=each), table)) for each in (profile, moved)
         )
         np.testing.assert_array_equal(now, np.take_along_axis(was, rows_LE[None], 2))
     maps = []
     for each in (profile, moved):
-        predictor = make_predictor("expert_map", **sizes, profile=each, embeddings_VD=embeddings_VD)
+        predictor = make_predictor("expert_map", sizes, profile=each, embeddings_VD=embeddings_VD)
         assert isinstance(predictor, ExpertMaps)
         maps.append(predictor.store.maps_CLE)
     np.testing.assert_array_equal(maps[1], np.take_along_axis(np.asarray(maps[0]), rows_LE[None], 2))

@@ -1,4 +1,4 @@
-"""Expert offload in the engine: every budget and batch, beside other techniques, and what is counted."""
+"""Expert offload in the engine: every budget and batch, with other techniques, and what is counted."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +27,7 @@ from jmoe.checkpoint import convert
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig
 from jmoe.engine.engine import Engine
+from jmoe.models.journey import StepSettings
 from jmoe.tools.evaluate import evaluate
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}
@@ -39,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resident(model: Path) -> dict[int, list[list[int]]]:
-    """The answers with all experts on the device, by the number of prompts."""
+    """Returns the answers of an engine with all experts on the device, by the number of prompts."""
     with closing(build(model, max_num_seqs=16)) as engine:
         return {count: serve(engine, prompts(count)) for count in (1, 4, 16)}
 
@@ -55,7 +56,7 @@ def resident(model: Path) -> dict[int, list[list[int]]]:
     ids=str,
 )  # fmt: skip
 def test_every_budget_and_batch_gives_the_resident_tokens(model: Path, resident, budget: dict, count: int):
-    """The slots of one token in one layer, which are 10 % of the experts, and 25 %; all: the next test."""
+    """Budgets are one token's slots in a layer (10 % of the experts), and 25 %; the next test has all."""
     engine = offloaded(model, **budget, seqs=count)
     with closing(engine):
         assert serve(engine, prompts(count)) == resident[count]
@@ -76,7 +77,7 @@ def test_a_full_pool_copies_nothing_in_decode(model: Path, resident):
 
 @pytest.mark.matrix
 def test_copies_beside_compute_bring_the_same(model: Path, resident):
-    """As on an accelerator, where those of a layer are as many as the budget says, wished for or not."""
+    """As on an accelerator, a layer makes as many copies as the budget says, requested or not."""
     engine = offloaded(model, slots_per_layer=3, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):
         assert engine.runner.cache is not None
@@ -132,7 +133,7 @@ def test_a_whole_window_has_the_resident_logits(model: Path):
 
 @pytest.mark.matrix
 def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
-    """And a decode step does not."""
+    """A decode step does not."""
     engine = offloaded(model, slots_per_layer=3, predictor="counts")
 
     def table() -> list[np.ndarray]:
@@ -153,19 +154,19 @@ def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
 
 
 def routing(engine: Engine, ids: list[int]) -> np.ndarray:
-    """``[L, T, K]``: the experts of every token of a sequence."""
+    """Returns ``[L, T, K]``: the experts of every token of a sequence."""
     window = np.array([ids], np.int32), np.arange(len(ids), dtype=np.int32)[None]
     return engine.runner.window_routing(*window, np.full((1, 1), -1, np.int32)).ids_LBTK[:, 0]
 
 
 def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Path):
-    """Recomputed from the routing of the whole sequences, and from which tokens each step had."""
+    """They are recomputed from the routing of the whole sequences, and from the tokens that each step had."""
     given, rows = prompts(4), []
     engine = offloaded(model, slots_per_layer=3)
     run = engine.runner.run
 
     def recorded(step):
-        """Whether it only decodes; seats and last positions of its own rows in use."""
+        """Records whether the step only decodes, and the seats and last positions of its rows in use."""
         live_B = step.own.positions_BT[:, 0] >= 0
         last_B = step.own.positions_BT[live_B].max(axis=1)
         rows.append((step.phase == "decode", step.own.seats_B[live_B], last_B))
@@ -211,13 +212,11 @@ def test_capacity_with_offload_is_capacity(model: Path, resident):
 
 
 def test_the_pool_is_changed_in_place(model: Path):
-    """The compiled decode step needs far less room than the pool: nothing of it is copied."""
+    """The compiled decode step needs far less room than the pool, so nothing of the pool is copied."""
     engine = offloaded(model, slots_per_layer=EXPERTS, seqs=1)
     with closing(engine):
         runner, given = engine.runner, engine.runner.blank("decode", 1, 1)
-        state = runner._totals["decode"], runner._latest_S
-        lowered = runner._jitted.step.lower(
-            runner.weights, runner.pages, *state, given, None, None, runner.cache
-        )
+        state = runner.state.of_phase("decode")
+        lowered = runner._jitted.step.lower(runner.weights, state, given, StepSettings())
         pool = sum(a.nbytes for a in jax.tree.leaves(runner.cache.pool))
         assert lowered.compile().memory_analysis().temp_size_in_bytes < pool / 4

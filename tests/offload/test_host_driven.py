@@ -32,7 +32,7 @@ LOSSY = {"binning": BinningConfig(resident_bonus=1.0), "capacity": CapacityConfi
 
 
 def build(model: Path, moe: MoEConfig = MoEConfig(), *, seqs: int = 4, warm_up: bool = False) -> Engine:
-    """Prompts come in runs of 32 tokens."""
+    """Returns an engine whose prompts are split into runs of 32 tokens."""
     settings = replace(SETTINGS, moe=moe, max_num_seqs=seqs, max_num_batched_tokens=32)
     return build_engine(model, settings, warm_up=warm_up)
 
@@ -42,7 +42,7 @@ def driven(model: Path, *, warm_up: bool = False, **offload) -> Engine:
 
 
 def prompts(count: int) -> list[list[int]]:
-    """The first is longer than one run."""
+    """Returns prompts, of which the first is longer than one run."""
     rng = np.random.default_rng(count)
     return [rng.integers(0, VOCAB, n).tolist() for n in (45, *rng.integers(1, 20, count - 1))]
 
@@ -54,7 +54,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resident(model: Path):
-    """All experts on the device."""
+    """Yields an engine with all experts on the device."""
     with closing(build(model)) as engine:
         yield engine
 
@@ -99,7 +99,7 @@ def test_tokens_and_decisions_are_those_of_the_graph(
 
 
 def test_nothing_compiles_after_warm_up(model: Path, resident: Engine):
-    """Not what streams either, which padding needs none of."""
+    """Streaming compiles nothing either, although padding needs no expert and so streams none."""
     with closing(driven(model, slots_per_layer=1, warm_up=True)) as engine:
         assert check_pool(engine) == LAYERS
         assert serve(engine, prompts(4)) == serve(resident, prompts(4))

@@ -1,4 +1,4 @@
-"""Offloaded steps through the TPU's compiler: where the experts lie, and which copies run beside compute."""
+"""Offloaded steps through the TPU's compiler: where the experts lie, and which copies run during compute."""
 
 import json
 import tomllib
@@ -9,7 +9,7 @@ from support.aot.steps import QWEN, check
 
 LAYERS, SLOTS, COPIES = 2, 32, 1  # slots and prefetches a layer
 CFG = tomllib.loads(QWEN.read_text())
-STACKS = 2  # gate and up in one, down in the other: one copy each
+STACKS = 2  # gate and up in one stack, down in the other: one copy each
 EXPERT = 3 * CFG["hidden_size"] * CFG["moe_intermediate_size"] * 2  # bytes, bfloat16
 WHERE = ("--model", str(QWEN), "--slice", "v5e:2x2", "--mesh", "1x1x1", "--layers", str(LAYERS))
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def rows(**offload) -> list[dict]:
-    """Of the decode step, 16 sequences, and of the prefill step, 512 tokens."""
+    """Returns the rows of the decode step, 16 sequences, and of the prefill step, 512 tokens."""
     status, found = check(*WHERE, "--moe-config", json.dumps({"offload": offload} if offload else {}))
     assert status == 0, found
     return found
@@ -36,20 +36,20 @@ def offloaded(request) -> list[dict]:
 
 
 def test_experts_are_the_hosts_and_the_pool_is_the_devices(resident: list[dict], offloaded: list[dict]):
-    """The whole of what the device has less of, but for a store of past iterations, is accounted for."""
+    """All memory that the device saves is accounted for, apart from a store of past iterations."""
     everything = LAYERS * CFG["num_experts"] * EXPERT
-    pool = (LAYERS * SLOTS + 1) * EXPERT  # and nobody's slot
+    pool = (LAYERS * SLOTS + 1) * EXPERT  # the slots and the one that nobody reads
     store = 1000 * 4 * (CFG["hidden_size"] + LAYERS * (CFG["num_experts"] + 1))
     for plain, ours in zip(resident, offloaded, strict=True):
         assert plain["bytes"]["host"] == 0 and ours["bytes"]["host"] == everything
         more = ours["bytes"]["resident"] - (plain["bytes"]["resident"] - everything)
         assert pool <= more <= pool + 1.5 * store
-        # copies on their way and, beside the kernel over the pool, the one over what streams
+        # copies in flight, and the kernel over streamed experts in addition to the one over the pool
         assert ours["bytes"]["temporary"] - plain["bytes"]["temporary"] < 6 * EXPERT, ours
 
 
 def test_prefetches_run_beside_the_experts(offloaded: list[dict]):
-    """A layer's begin before its experts' kernel and are waited for behind it."""
+    """A layer's prefetches begin before its experts' kernel and are awaited after it."""
     entry = offloaded[0]["host_copies"]["entry"]
     kernels = [i for i, event in enumerate(entry) if event == "grouped_mlp_decode"]
     assert len(kernels) == LAYERS
@@ -64,7 +64,10 @@ def test_prefetches_run_beside_the_experts(offloaded: list[dict]):
 
 
 def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
-    """As many turns as there are experts, which a prompt's step has of one kind only: it fills no slots."""
+    """A loop makes one turn for each expert.
+
+    A prompt's step has one kind of loop only, because it fills no slots.
+    """
     decode, prefill = offloaded
     for row, fills in ((decode, LAYERS), (prefill, 0)):
         bodies = [events for name, events in row["host_copies"].items() if name != "entry"]
@@ -78,7 +81,7 @@ def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
 
 @pytest.mark.matrix
 def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_beside_them():
-    """Host memory, pool and prefetches are a rank's; what moves between ranks for it is a few kilobytes."""
+    """Host memory, pool and prefetches belong to a rank; a few kilobytes move between ranks for them."""
     where = (*WHERE[:4], "--mesh", "1x4x1", *WHERE[6:])
     offload = {"slots_per_layer": SLOTS // 4, "predictor": "next_gate", "prefetch_per_layer": COPIES}
     (status, plain), (ours_status, ours) = (

@@ -68,7 +68,7 @@ def test_a_bonus_for_what_is_resident_needs_offload():
 
 @pytest.mark.parametrize("copies", [1, 2, 5])
 def test_the_minimum_that_is_named_is_the_minimum(model: Path, copies: int):
-    """One token's experts, what is on its way, and the slot of copies without a wish."""
+    """It has room for one token's experts, for what is in flight, and for the slot of unrequested copies."""
     least = (K + max(2, copies) + 1) * EXPERT_BYTES
     named = f"the minimum is memory {least} "
     for small in ({"memory": least - 1}, {"memory": 1}):

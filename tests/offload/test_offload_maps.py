@@ -46,11 +46,11 @@ def test_selection_takes_the_expert_that_crosses_and_never_fewer_than_k():
     p_E = np.array([8, 4, 2, 1, 1, 0, 0, 0], np.float32) / 16
     for mass, k, expected in (
         (0.0, 2, {0, 1}),
-        (1.0, 2, {0, 1, 2, 3, 4}),  # the whole mass, and not one without any
-        (0.75, 2, {0, 1}),  # exactly reached by k
+        (1.0, 2, {0, 1, 2, 3, 4}),  # the whole mass, and no expert without any
+        (0.75, 2, {0, 1}),  # k experts reach it exactly
         (0.76, 2, {0, 1, 2}),
         (0.0, 1, {0}),
-        (0.9, 1, {0, 1, 2, 3}),  # of equals the lower id
+        (0.9, 1, {0, 1, 2, 3}),  # among equals the lower id
         (0.2, 8, set(range(8))),
         (0.2, 9, set(range(8))),
     ):
@@ -81,7 +81,7 @@ def test_a_batch_wants_what_any_valid_row_wants_and_padding_says_nothing():
 
 
 def np_insert(entries: list[tuple], new: tuple, capacity: int, distance: int) -> None:
-    """fMoE section 2.2, restated."""
+    """Inserts new entries as fMoE, section 2.2, says."""
     if len(entries) < capacity:
         entries.append(new)
         return
@@ -108,7 +108,7 @@ def test_insertion_fills_and_then_overwrites_the_most_redundant():
 
 
 def test_equal_new_entries_go_one_after_the_other():
-    """Of two equal ones the second meets the first in the store, and takes its place, not another one's."""
+    """The second of two equal entries meets the first in the store and takes its place, not a third one's."""
     rng = np.random.default_rng(1)
     _, embeddings_CD, maps_CLE = store_of(rng, 4, 4)
     new = (rng.standard_normal(D).astype(np.float32), distributions(rng, L))
@@ -129,7 +129,7 @@ def test_equal_new_entries_go_one_after_the_other():
 
 
 def np_expert_map(cos_BC: np.ndarray, maps_CLE: np.ndarray, first: int, valid: list[int], k: int) -> tuple:
-    """The forecast of layers first .. first + A - 1 from the similarities."""
+    """Returns the forecast of layers first .. first + A - 1 from the similarities."""
     p_AE, wanted_AE = np.zeros((A, E), np.float32), np.zeros((A, E), bool)
     for row in np.flatnonzero(valid):
         best = int(np.argmax(cos_BC[row]))
@@ -220,7 +220,7 @@ def test_what_a_step_learns_takes_the_place_that_a_comparison_of_everything_says
 
 def test_a_profiles_iterations_fill_the_store():
     predictor = make_predictor(
-        "expert_map", **sizes(), profile=PROFILE, embeddings_VD=embeddings(), capacity=30
+        "expert_map", sizes(), profile=PROFILE, embeddings_VD=embeddings(), capacity=30
     )
     sample = PROFILE.sample
     assert predictor.store.used_C.tolist() == [True] * 24 + [False] * 6 and not predictor.online
@@ -233,6 +233,6 @@ def test_a_profiles_iterations_fill_the_store():
     assert not same.diagonal().all()
     short = replace(sample, map_tokens_QM=np.where(np.arange(2) < 1, sample.map_tokens_QM, -1))
     some = make_predictor(
-        "expert_map", **sizes(), profile=replace(PROFILE, sample=short), embeddings_VD=embeddings()
+        "expert_map", sizes(), profile=replace(PROFILE, sample=short), embeddings_VD=embeddings()
     )
     assert int(some.store.used_C.sum()) == 12, "positions that are none are no iterations"

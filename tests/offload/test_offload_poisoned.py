@@ -1,7 +1,8 @@
 """What a request whose activations overflow leaves in an engine with offloaded experts: nothing.
 
-Whatever predicts and whatever gives way, in a batch mate, in a prompt whose next step has already begun, and
-in a decoded token: everybody else's tokens are those of an engine that never saw it, and the cache goes on.
+Predictors and evictions vary, and the overflow is in a batch mate, in a prompt whose next step has already
+begun, or in a decoded token. All other requests' tokens are those of an engine that never saw it, and the
+cache goes on.
 """
 
 from contextlib import closing
@@ -42,7 +43,10 @@ DRAWN = replace(GREEDY, max_tokens=4, logit_bias=((POISON, 100.0),))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """One dimension of the embedding is 0 for every token but one, whose values in layer 0 overflow."""
+    """Writes a model in which one token overflows in layer 0.
+
+    A dimension of the embedding is 0 for every other token.
+    """
     directory = tmp_path_factory.mktemp("poisoned")
     config = hf_tiny.hf_config(vocab_size=VOCAB, num_local_experts=EXPERTS)
     tensors = hf_tiny.random_tensors(config)
@@ -72,7 +76,7 @@ def want(model: Path) -> list[list[int]]:
 
 
 def beside(engine: Engine, prompt: list[int], params: Any) -> tuple[str | None, list[list[int]]]:
-    """The error of one request, and the answers of the healthy ones that run with it."""
+    """Returns the error of one request, and the answers of the healthy requests that run with it."""
     errors: list[str | None] = []
     bad = Request("bad", prompt, params, lambda output: errors.append(output.error), 0.0)
     mates = [Request(str(i), p, GREEDY, lambda output: None, 0.0) for i, p in enumerate(HEALTHY)]
@@ -117,7 +121,7 @@ CASES = [
 
 @pytest.mark.parametrize(("predictor", "eviction", "executor"), CASES)
 def test_every_predictor_eviction_and_executor(model: Path, store: str, want, predictor, eviction, executor):
-    """As many slots as a step of one group can need, so that the graph compiles no way to stream."""
+    """There are as many slots as a step of one group can need, so the graph compiles no way to stream."""
     warm: dict[str, Any] = {"store": store} if predictor == "token_table" else {}
     warm |= {} if predictor == "none" else {"prefetch_per_layer": 2}
     offload = OffloadConfig(
@@ -152,7 +156,7 @@ def test_meshes(model: Path, want, shape: tuple[int, int, int], transport):
 def test_an_assignment_that_no_expert_was_given_ends_its_requests_and_is_told(
     model: Path, want, executor, caplog
 ):
-    """The two halves of the slot table are made to differ: an expert is held where nobody looks for it."""
+    """The two halves of the slot table are made to differ: an expert lies where nobody looks for it."""
     offload = OffloadConfig(slots_per_layer=EXPERTS, predictor="none", executor=executor)
     with closing(build(model, MoEConfig(offload=offload))) as engine:
         assert serve(engine, HEALTHY) == want
@@ -169,7 +173,7 @@ def test_an_assignment_that_no_expert_was_given_ends_its_requests_and_is_told(
 
 
 def test_eval_and_profile_of_a_text_that_overflows(model: Path, tmp_path: Path):
-    """A loss is refused; a profile leaves the window out, says so, and holds numbers alone."""
+    """A loss is refused; a profile leaves the window out, says so, and holds only numbers."""
     text, out = tmp_path / "bad.txt", tmp_path / "profile.npz"
     text.write_text(
         "a window that is well\n<|endoftext|>\na soft hyphen\u00ad is token 255", encoding="utf-8"

@@ -23,7 +23,7 @@ few = settings(max_examples=60, deadline=None)
 
 
 def random_outlook(rng: np.random.Generator) -> Outlook:
-    """Few distinct probabilities, 0 among them, so that there are ties."""
+    """Returns an outlook with few distinct probabilities, 0 among them, so that there are ties."""
     p_LE, heat_LE = (rng.integers(0, 4, (L, E)).astype(np.float32) / 4 for _ in range(2))
     return Outlook(p_LE, rng.random((L, E)) < 0.5, heat_LE)
 
@@ -37,7 +37,7 @@ def random_usage(rng: np.random.Generator) -> Usage:
 
 
 def naive_worth(eviction: str, usage: Usage, outlook: Outlook, layer: int) -> list[float]:
-    """As the module's text says it, expert by expert."""
+    """Computes worth as the module's text states it, expert by expert."""
     worth = []
     for flat in range(X):
         its, expert = divmod(flat, E)
@@ -70,8 +70,10 @@ def test_worth_is_the_wish_above_zero_and_the_rule_below(seed: int, eviction, la
 @given(st.integers(0, 2**32 - 1), st.integers(-1, L - 1), st.integers(1, 4))
 @few
 def test_known_uses_are_ranked_as_belady_does(seed: int, layer: int, steps: int):
-    """Who is needed later gives way first. An expert is needed in this step, in a layer still to come, or
-    ``due`` steps after it."""
+    """The expert that is needed last is evicted first.
+
+    An expert is needed in this step, in a layer still to come, or ``due`` steps after it.
+    """
     rng = np.random.default_rng(seed)
     outlook = random_outlook(rng)._replace(due_LE=rng.integers(1, steps + 1, (L, E)).astype(np.int32))
     found_X = policy.worth("lru", random_usage(rng), outlook, np.int32(layer), A)
@@ -158,14 +160,16 @@ def test_a_pool_is_filled_with_what_is_used_most():
         assert held(table) == set(best) and not table.slots.flying_S.any() and moves.evicted == 0
 
 
-ODD = np.array([np.nan, np.inf, -np.inf, 2.0, -1.0, 1e-42, 2e-38], np.float32)  # of no sane score
+ODD = np.array([np.nan, np.inf, -np.inf, 2.0, -1.0, 1e-42, 2e-38], np.float32)  # no sane scores
 
 
 def one_step(
     rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int = 3, *, odd: bool = False
 ) -> list:
-    """Some steps of decode decisions on random needs and forecasts; every state and move on the way. odd:
-    half of what is forecast and scored is no number, or none of a probability."""
+    """Returns every state and move of some steps of decode decisions on random needs and forecasts.
+
+    odd: whether half of the forecasts and scores are NaN, or no probability.
+    """
 
     def spoiled(values: np.ndarray) -> np.ndarray:
         spoils = rng.random(values.shape) < 0.5 if odd else np.zeros(values.shape, bool)
@@ -203,7 +207,7 @@ def one_step(
 @pytest.mark.parametrize("slots", [2, 5, 9, X])
 @pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
 def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
-    """What a layer needs is there behind its demand as far as slots go; a prefetch takes none of it."""
+    """After its demand a layer has what it needs, as far as slots suffice; a prefetch takes none of it."""
     for seed in range(10):
         trail = one_step(np.random.default_rng(seed), Rule(eviction, 2, A), slots, odd=odd)
         assert all(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
-from jmoe.offload.predictors.make import NAMES, Given, make_predictor
+from jmoe.offload.predictors.make import NAMES, Given, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
@@ -21,7 +21,7 @@ from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
 
 def np_top(p_BLE: np.ndarray, valid: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The batch's forecast of all layers from each row's: top k, and the maximum."""
+    """Returns the batch's forecast of all layers from each row's: top k, and the maximum."""
     rows = p_BLE[np.array(valid, bool)]
     wanted = np.zeros(rows.shape, bool)
     np.put_along_axis(wanted, np.argsort(-rows, axis=2, kind="stable")[:, :, :K], True, 2)
@@ -29,7 +29,7 @@ def np_top(p_BLE: np.ndarray, valid: list[int]) -> tuple[np.ndarray, np.ndarray]
 
 
 def check_plan(forecasts: list[Forecast], p_LE: np.ndarray, wanted_LE: np.ndarray) -> None:
-    """Every forecast is the next A rows of one of all layers, and nothing past the last."""
+    """Asserts that every forecast is the next A rows of a forecast of all layers, and nothing at the end."""
     for first, found in enumerate(forecasts):
         n = min(A, len(p_LE) - first)
         np.testing.assert_allclose(found.p_AE[:n], p_LE[first : first + n], atol=1e-6)
@@ -41,7 +41,7 @@ def test_the_token_table_is_the_profiles_counts():
     rng, valid = np.random.default_rng(5), [1, 1, 0, 1]
     rare = int(np.argmin(np.where(PROFILE.frequency_V > 0, PROFILE.frequency_V, 10**9)))
     seen, layers = step_of(rng, valid, [4, 38, 7, rare]), layers_of(rng, 4, LAYERS)
-    for rows in (4096, 37):  # with 37 of the 38 that occur, the rarest has the row of all tokens
+    for rows in (4096, 37):  # with 37 rows for the 38 ids that occur, the rarest id has the row of all tokens
         predictor = TokenTable.make(PROFILE, distance=A, k=K, rows=rows)
         share_BLE = (
             np.stack([PROFILE.chosen(layer, np.arange(VOCAB)) for layer in range(LAYERS)], 1)
@@ -95,7 +95,7 @@ def test_counts_match_a_seats_request_and_a_new_one_forgets_the_old():
 
 def test_counts_without_a_profile_know_the_requests_own_past():
     rng, valid = np.random.default_rng(7), [1, 1, 1]
-    predictor = make_predictor("counts", **sizes())
+    predictor = make_predictor("counts", sizes())
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     predictor, forecasts = walked(predictor, seen, layers)
     assert not any(f.wanted_AE.any() for f in forecasts)
@@ -107,18 +107,18 @@ def test_counts_without_a_profile_know_the_requests_own_past():
 def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
     rng, valid = np.random.default_rng(8), [1, 0, 1]
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
-    _, forecasts = walked(make_predictor("next_gate", **sizes()), seen, layers)
+    _, forecasts = walked(make_predictor("next_gate", sizes()), seen, layers)
     assert not forecasts[0].wanted_AE.any() and not forecasts[0].p_AE.any(), "no gate input before layer 0"
     for layer, found in zip(layers, forecasts[1:], strict=True):
         p_AE, wanted_AE = np_top(np.asarray(layer.ahead_BAE), valid)
         np.testing.assert_array_equal(found.p_AE, p_AE)
         np.testing.assert_array_equal(found.wanted_AE, wanted_AE)
     with pytest.raises(ValueError, match="next_gate needs the scores"):
-        walked(make_predictor("next_gate", **sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
+        walked(make_predictor("next_gate", sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
     needs_LE = rng.random((LAYERS, E)) < 0.4
     oracle = replace(Given(jnp.zeros((LAYERS, E), bool), A), needs_LE=jnp.asarray(needs_LE))
     check_plan(walked(oracle, seen, layers)[1], needs_LE.astype(float), needs_LE)
-    _, forecasts = walked(make_predictor("none", **sizes()), seen, layers)
+    _, forecasts = walked(make_predictor("none", sizes()), seen, layers)
     assert all(not f.p_AE.any() and not f.wanted_AE.any() for f in forecasts)
 
 
@@ -142,7 +142,9 @@ def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
 )
 def test_what_no_predictor_can_be_made_of(name: str, changes: dict, message: str):
     with pytest.raises(ValueError, match=message) as error:
-        make_predictor(name, **sizes() | changes)
+        its_sizes = {field: changes[field] for field in PredictorSizes._fields if field in changes}
+        others = {field: value for field, value in changes.items() if field not in its_sizes}
+        make_predictor(name, sizes()._replace(**its_sizes), **others)
     assert "\n" not in str(error.value)
 
 
@@ -154,7 +156,7 @@ def described(tree: object) -> object:
 
 @partial(jax.jit, donate_argnums=0)
 def scanned(predictor: Predictor, seen: StepSeen, layers: LayerSeen) -> tuple[Predictor, Forecast, Forecast]:
-    """A step with its layers in a scan, as a compiled step walks them."""
+    """Runs a step with its layers in a scan, as a compiled step does."""
     walk, first = predictor.start(seen)
 
     def one(walk: object, layer: tuple) -> tuple[object, Forecast]:
@@ -170,7 +172,7 @@ def scanned(predictor: Predictor, seen: StepSeen, layers: LayerSeen) -> tuple[Pr
 def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list[int]):
     rng, table = np.random.default_rng(seed), np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    predictor = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    predictor = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
     before = described(predictor)
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     args = seen.seats_B, seen.valid_B, jnp.asarray(rng.integers(0, 4, (3, LAYERS, E)), jnp.float32)
@@ -192,10 +194,13 @@ def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list
 @pytest.mark.parametrize("name", (*NAMES, "expert_map online"))
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, value: float):
-    """Its mates' forecast is the one without it; a later step's is that of a predictor that never saw it."""
+    """The forecast of its mates is the one without it.
+
+    A later step's is that of a predictor that never saw it.
+    """
     table = np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    made = make_predictor(name.split()[0], **sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    made = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
     rng = np.random.default_rng(2)
     seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
     made, _ = walked(made, seen, layers)
@@ -207,7 +212,7 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     alone = seen._replace(valid_B=jnp.asarray([False, True, True]))
     after, forecasts = walked(made, seen, bad)
     _, expected = walked(made, alone, layers)
-    by_ids = name in ("token_table", "counts")  # these go by the token's id, or by what its request chose
+    by_ids = name in ("token_table", "counts")  # by the token's id, or by what its request chose
     for got, want in zip(forecasts[1:], expected[1:], strict=True):
         assert np.isfinite(got.p_AE).all()
         if not by_ids:

@@ -49,7 +49,7 @@ def store(model: Path) -> str:
 
 
 def decode_counts(engine) -> dict[str, int]:
-    """Of the decode phase, over all layers."""
+    """Returns the counts of the decode phase, over all layers."""
     engine.runner.drain()
     sums_L = engine.runner.counters["decode"].sums_L
     return {ours: int(sums_L[name].sum()) for ours, name in COUNTED.items()}
@@ -57,7 +57,7 @@ def decode_counts(engine) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Trace]]:
-    """By batch: prompts, what the resident engine answers, and the trace of its decode steps."""
+    """Returns, by batch, prompts, what the resident engine answers, and the trace of its decode steps."""
     found = {}
     with closing(build(model)) as engine:
         for batch in (1, 3):
@@ -70,7 +70,7 @@ def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Tra
 
 
 def decode_behind_all_prompts(engine: Engine) -> None:
-    """As the traces have it: nothing is decoded beside a prompt, so that all decode in lock step."""
+    """Makes the engine decode only after all prompts, as the traces do: all requests decode in lock step."""
     scheduler = engine.scheduler
     continues = scheduler._continues
 
@@ -101,7 +101,7 @@ def test_the_simulator_counts_what_the_engine_does(
     slots_per_layer: int,
     batch: int,
 ):
-    """Hits, misses, evictions, prefetches and useful ones, and which experts are left in which slots."""
+    """It counts hits, misses, evictions, prefetches and useful ones, and ends with equal slots."""
     prompts, answers, trace = traces[batch]
     how = {"predictor": predictor, "eviction": eviction, "prefetch_per_layer": copies, "store": store}
     with closing(offloaded(model, slots_per_layer=slots_per_layer, **how)) as engine:
@@ -121,7 +121,7 @@ def test_the_simulator_counts_what_the_engine_does(
 
 
 def test_the_oracle_runs_in_the_executor(model: Path, traces):
-    """Told before each step what it and all that come need, as the plain run saw them."""
+    """Before each step it receives what that step and all later ones need, as the plain run recorded them."""
     prompts, answers, trace = traces[1]
     needs, due = trace.needs_NLE, next_uses(trace.needs_NLE)
     with closing(offloaded(model, slots_per_layer=4, predictor="none")) as engine:
@@ -155,14 +155,14 @@ def empty_table(slots: int, layers: int, experts: int):
 
 @pytest.mark.parametrize("copy_time", [0.0, 0.5, 1.0, 3.0])
 def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
-    """LRU restated with an ordered list: hits, and one after another every miss's copy before the layer."""
+    """LRU is restated with an ordered list: a layer waits until its misses are copied, one after another."""
     trace, slots, layers, experts = random_trace(40, 1, 0), 20, 5, 12
     table = empty_table(slots, layers, experts)
     state = begin(table, NoPredictor(3, experts))
     link = Link(copy_time=copy_time, prompt_time=4.0)
     _, prompt, figures = simulator.run(state, trace, None, Rule("lru", 1, 3), link)
     held = [int(x) for x in table.slots.held_S]
-    used = [0] * slots  # when each slot's expert was, of equals the lower slot gives way
+    used = [0] * slots  # when each slot's expert was used; among equals the lower slot is evicted
     missing_L = [
         sum(trace.counts_BLE[0, i, e] > 0 and i * experts + e not in held for e in range(experts))
         for i in range(layers)
@@ -188,7 +188,7 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
 
 
 def test_a_prefetch_that_is_still_on_its_way_is_late():
-    """A perfect forecast on a link as slow as a layer has its copy there late, on a slower one later."""
+    """With a perfect forecast, a link as slow as a layer copies late, and a slower link even later."""
     trace = random_trace(30, 1, 1)
     needs = trace.needs_NLE
     table = empty_table(30, 5, 12)
@@ -206,7 +206,7 @@ def test_a_prefetch_that_is_still_on_its_way_is_late():
 
 
 def test_the_oracle_evicts_in_beladys_order():
-    """Belady restated, all copies on demand: the expert that is needed last gives way."""
+    """Belady is restated with all copies on demand: the expert that is needed last is evicted."""
     trace, slots = random_trace(60, 1, 2), 20
     needs, layers, experts = trace.needs_NLE, 5, 12
     flat = [np.flatnonzero(needs[n, i]) + i * experts for n in range(60) for i in range(layers)]
@@ -225,7 +225,7 @@ def test_the_oracle_evicts_in_beladys_order():
     state = begin(table, silent)
     _, _, figures = simulator.run(state, trace, known, rule, AT_ONCE)
     copied = int((figures.misses + figures.prefetched).sum())
-    assert misses <= copied <= 1.03 * misses  # a prefetch spares what the running layer needs, a demand not
+    assert misses <= copied <= 1.03 * misses  # a prefetch spares the running layer's needs, a demand does not
     for eviction in ("lru", "lfu", "expected_use"):
         state = begin(table, NoPredictor(3, experts))
         other = simulator.run(state, trace, None, Rule(eviction, 1, 3), AT_ONCE)[2]
@@ -238,7 +238,7 @@ def test_next_uses():
 
 
 def test_the_config_reaches_the_rule(model: Path):
-    """Defaults: what won in the benchmark."""
+    """Its defaults are what won in the benchmark."""
     with closing(offloaded(model, slots_per_layer=EXPERTS)) as engine:
         assert engine.runner.cache.rule == Rule("expected_use", 1, 3)
         assert MoEConfig().offload is None and GREEDY.temperature == 0

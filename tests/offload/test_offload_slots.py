@@ -47,9 +47,9 @@ def land(machine: Machine) -> Machine:
 def claim(
     machine: Machine, asked: list[tuple[int, float]], worth: list[float]
 ) -> tuple[Machine, dict[int, int]]:
-    """One expert after another takes the slot worth least, empty ones first, while it is worth more itself.
+    """Gives the slots worth least, empty ones first, to the experts in turn, while these are worth more.
 
-    A slot just taken is in flight, so that it is not taken twice.
+    A slot that was just taken is in flight, so that it is not taken twice.
     """
     given = {}
     for expert, gain in asked:
@@ -76,7 +76,10 @@ def as_arrays(machine: Machine, experts: int) -> Slots:
 
 
 def same(found: Slots, machine: Machine, experts: int) -> None:
-    """Also that each expert's slot holds it, and no other does: that is how ``slot_X`` is made here."""
+    """Asserts equality, and that each expert's slot holds it and no other does.
+
+    ``slot_X`` is made from that here.
+    """
     for name, got, want in zip(Slots._fields, found, as_arrays(machine, experts), strict=True):
         assert got.dtype == want.dtype and (got == want).all(), (name, machine)
 
@@ -86,7 +89,10 @@ def asks(absent: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def reachable(slots: int, experts: int, events) -> set[Machine]:
-    """Every state behind any number of events; ``events(machine)`` gives the states behind one."""
+    """Returns every state after any number of events.
+
+    events: function of a machine that gives the states after one event.
+    """
     found, edge = set(), {tuple([Slot()] * slots)}
     while edge:
         found |= edge
@@ -98,8 +104,10 @@ def reachable(slots: int, experts: int, events) -> set[Machine]:
     ("slots", "experts"), [(1, 2), (2, 3), *(pytest.param(n, 4, marks=pytest.mark.matrix) for n in (2, 3))]
 )
 def test_every_reachable_state_and_event_is_that_of_the_machine(slots: int, experts: int):
-    """Claims of one or two experts in either order, their worth anywhere among that of all others, pins of
-    any set, landing."""
+    """Events are claims of one or two experts in either order, pins of any set, and landing.
+
+    The worth of claimed experts lies anywhere among that of all others.
+    """
     ranks = [list(map(float, order)) for order in itertools.permutations(range(experts))]
     claims = 0
 
@@ -119,7 +127,7 @@ def test_every_reachable_state_and_event_is_that_of_the_machine(slots: int, expe
         assert under_test.present(before).tolist() == present_X
         assert under_test.resident(before).tolist() == resident_X
         for wanted in asks(absent):
-            # Worth decides by order alone, and only among what may be taken: one ranking of those each.
+            # Worth decides by order alone, and only among slots that may be taken: one of each ranking.
             free = [s.expert for s in machine if s.expert is not None and not (s.pinned or s.flying)]
             worths = {tuple(rank[e] for e in free): rank for rank in ranks}.values()
             ties = [[0.0] * experts]
@@ -134,7 +142,10 @@ def test_every_reachable_state_and_event_is_that_of_the_machine(slots: int, expe
 
 
 def _falling(count: int, worth: list[float]) -> list[tuple[float, ...]]:
-    """Gains of ``count`` experts, falling, between and at the worth of those that are there, and beyond."""
+    """Returns falling gains of ``count`` experts.
+
+    They lie between the worths of the experts in slots, at them, and beyond.
+    """
     levels = sorted({w + d for w in (worth[0], worth[-1], worth[len(worth) // 2]) for d in (-0.5, 0.0, 0.5)})
     return [g for g in itertools.product(levels, repeat=count) if list(g) == sorted(g, reverse=True)]
 
@@ -145,12 +156,12 @@ def check_claim(
 ) -> Machine:  # fmt: skip
     slots = len(machine)
     after, given = claim(machine, list(zip(wanted, gains, strict=True)), worth)
-    experts_M = np.array([*wanted, experts], np.int32)  # and one that is none
+    experts_M = np.array([*wanted, experts], np.int32)  # and an id that is no expert
     gain_M = np.array([*gains, gains[-1]], np.float32)
     found, slot_M = under_test.claim(before, experts_M, gain_M, np.array(worth, np.float32))
     same(found, after, experts)
     assert slot_M.tolist() == [*(given.get(e, slots) for e in wanted), slots], (machine, wanted, gains, worth)
-    # What the machine's own loop shows less plainly.
+    # This is less plain in the machine's own loop.
     assert list(given) == list(wanted)[: len(given)], "those that get a slot are the first in need"
     for expert, slot in given.items():
         taken = machine[slot]
@@ -215,8 +226,10 @@ def cost(worth: float) -> float:
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 def test_whatever_experts_are_worth_what_is_needed_has_a_slot(xp):
-    """Any number, or none, in any worth and any gain: the order is total, and nothing that is needed goes
-    without as long as a slot may be taken."""
+    """The order is total for any worth and any gain, NaN too.
+
+    Nothing that is needed goes without a slot as long as one may be taken.
+    """
     rng, slots, experts, most = np.random.default_rng(1), 6, 10, 4
     step = jax.jit(under_test.claim) if xp is jnp else under_test.claim
     for _ in range(300):

@@ -17,8 +17,8 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import dotted
 from jmoe.config.model import MoEConfig
-from jmoe.engine.deployment.deployment import context_length
 from jmoe.engine.deployment.settings import EngineSettings
+from jmoe.engine.deployment.sizes import context_length
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.moe.router import router_logits

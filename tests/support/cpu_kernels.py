@@ -1,5 +1,6 @@
-"""Checks of the C++ kernels against numpy, for one instruction set; also run in a process of its own, where
-the library is built with an address sanitizer and with AMX emulated:
+"""Checks of the C++ kernels against numpy, for one instruction set.
+
+They also run in a process of their own, whose library is built with an address sanitizer and emulates AMX:
 
     python tests/support/cpu_kernels.py DIRECTORY [compiler flags ...]
 """
@@ -51,7 +52,7 @@ def act(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def mlp(x, weights, sizes, activation, hidden=lambda h: h):
-    """numpy: every expert's rows through its MLP; ``hidden`` rounds what the second product reads."""
+    """Runs every expert's rows through its MLP in numpy; ``hidden`` rounds what the second product reads."""
     gate_up, down, gate_up_bias, down_bias = weights
     y, start = np.zeros_like(x), 0
     for e, n in enumerate(sizes):
@@ -63,7 +64,7 @@ def mlp(x, weights, sizes, activation, hidden=lambda h: h):
     return y
 
 
-SHAPES = (  # group sizes, rows in all, model, inner
+SHAPES = (  # group sizes, total rows, model, inner
     ((3, 0, 17, 5), 40, 32, 16),
     ((70, 0, 1, 9), 100, 64, 96),
     ((1, 1, 1, 1), 4, 96, 33),
@@ -78,7 +79,7 @@ def check_grouped():
     for (sizes, n, d, f), name in itertools.product(SHAPES, ACTIVATIONS):
         e, used = len(sizes), sum(sizes)
         x = rng.standard_normal((n, d), np.float32)
-        x[used:] = np.nan  # rows past the last group are nobody's
+        x[used:] = np.nan  # rows past the last group belong to no expert
         weights = [
             rng.standard_normal((e, 2, f, d), np.float32) * d**-0.5,
             rng.standard_normal((e, d, f), np.float32) * f**-0.5,
@@ -103,7 +104,10 @@ def check_grouped():
 
 
 def check_combined():
-    """Tokens gathered and combined by the kernel equal the rows form; some assignments are nobody's."""
+    """Checks that tokens gathered and combined by the kernel equal the form of rows.
+
+    Some assignments belong to no expert.
+    """
     rng = RNG(2)
     t, k, e, d, f = 13, 3, 5, 40, 24
     x = rng.standard_normal((t, d), np.float32)
@@ -125,7 +129,7 @@ def check_combined():
 
 
 def attention(q, k, v, positions, table, window, chunk, sinks):
-    """numpy: one query after the other over its own keys in order; zeros for padding."""
+    """Attends in numpy with one query after another to its own keys in order; padding gives zeros."""
     b, t, heads, d = q.shape
     _, groups, size, _ = k.shape
     out = np.zeros_like(q)
@@ -143,9 +147,9 @@ def attention(q, k, v, positions, table, window, chunk, sinks):
 
 
 def check_attention():
-    """Writes a run of keys and values into pages, then attends to them, float32 and bfloat16 pages.
+    """Writes a run of keys and values into pages, then attends to them, in float32 and in bfloat16 pages.
 
-    In latent pages, of one KV head here, keys are values too.
+    In latent pages, which have one KV head here, keys are values too.
     """
     rng = RNG(3)
     for b, t, heads, groups, d, size, table_len, window, chunk, sink in (
@@ -156,8 +160,8 @@ def check_attention():
         (1, 70, 4, 1, 48, 16, 6, None, None, None),
         (1, 40, 6, 2, 20, 8, 8, None, 3, 2.0),
         (4, 1, 8, 2, 24, 4, 9, None, 10, 1e4),
-        (1, 1, 40, 1, 72, 8, 40, None, None, None),  # the heads of one key split over threads
-        (2, 3, 130, 1, 36, 8, 3, None, None, 1.0),  # more heads than meet a page together
+        (1, 1, 40, 1, 72, 8, 40, None, None, None),  # the query heads of one KV head split over threads
+        (2, 3, 130, 1, 36, 8, 3, None, None, 1.0),  # more heads than are multiplied with a page together
     ):
         latent = heads > 8
         sinks = None if sink is None else (sink * rng.random(heads)).astype(np.float32)

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """words: after ``python``, or after ``jmoe``. needs: modules without which it is skipped. elsewhere: why
-    it does not run here: the step of ``.ci/run``, or the test, that runs it."""
+    """A documented command.
+
+    words: words after ``python``, or after ``jmoe``.
+    needs: modules without which it is skipped.
+    devices: number of emulated devices.
+    elsewhere: why it does not run here: the step of ``.ci/run``, or the test, that runs it.
+    """
 
     words: str = ""
     needs: tuple[str, ...] = ()

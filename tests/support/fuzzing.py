@@ -1,6 +1,6 @@
 """Damage for files and requests, and what a reader of them must do: return, or say in one line what is wrong.
 
-``Reader`` is a door of jmoe with good input; ``fuzz`` gives it damaged input, the same in every run.
+``Reader`` is an entry of jmoe with good input; ``fuzz`` gives it damaged input, the same in every run.
 """
 
 import copy
@@ -37,10 +37,13 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """A door of jmoe.
+    """An entry of jmoe that reads input.
 
-    files: good input, by the name under which ``read`` finds it. read: takes the folder that holds them.
-    damaged: which of the files are damaged; all of them where it is empty. refusals: what ``read`` may raise.
+    name: name for messages.
+    files: good input, by the name under which ``read`` finds it.
+    read: function of the folder that holds the files.
+    damaged: names of the files that are damaged; if it is empty, all of them are.
+    refusals: exceptions that ``read`` may raise.
     """
 
     name: str
@@ -51,9 +54,9 @@ class Reader:
 
 
 def fuzz(reader: Reader, folder: Path, *, count: int, seconds: float) -> int:
-    """Reads ``count`` damaged inputs, fewer where ``seconds`` are over; how many were refused.
+    """Reads ``count`` damaged inputs, or fewer if ``seconds`` are over, and returns how many were refused.
 
-    Raises AssertionError, naming the damaged input, for another exception than a refusal, a message of more
+    Raises AssertionError, naming the damaged input, for an exception that is no refusal, a message of more
     than a line, or too long a time. An input that takes too much memory ends in a MemoryError.
     """
     rng = random.Random(reader.name)
@@ -91,7 +94,7 @@ def _is_refused(reader: Reader, folder: Path, what: str, bad: bytes) -> bool:
 
 @contextmanager
 def bounded_memory(more: int) -> Iterator[None]:
-    """The process may take ``more`` bytes of address space beyond what it has."""
+    """Limits the process to ``more`` bytes of address space beyond what it has."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
@@ -102,7 +105,7 @@ def bounded_memory(more: int) -> Iterator[None]:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """``data`` with one to three changes: of values where it is JSON, mostly, else of bytes."""
+    """Returns ``data`` with one to three changes: mostly of values if it is JSON, else of bytes."""
     if rng.random() < 0.7 and (values := _json(data)):
         return damaged_json(values, rng)
     out = bytearray(data)
@@ -169,7 +172,7 @@ def damaged_json(values: Any, rng: random.Random) -> bytes:
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every value below a node, as (holder, key)."""
+    """Yields every value below a node, as (holder, key)."""
     for key in list(node) if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], dict | list):

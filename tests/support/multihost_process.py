@@ -21,8 +21,11 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 def generated(engine: Engine) -> dict[str, Any]:
-    """Tokens of prompts of one run and of several; the log-probabilities of one prompt; expert counts of all
-    steps (which kind of step a decoded token is in depends on the number of ranks)."""
+    """Returns tokens of prompts of one run and of several, log-probabilities of a prompt, and expert counts.
+
+    The counts are those of all steps, because the kind of step in which a token is decoded depends on the
+    number of ranks.
+    """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 96, length).tolist() for length in (1, 7, 50, 33, 20)]
     outputs: list[Output] = []
@@ -42,7 +45,7 @@ def generated(engine: Engine) -> dict[str, Any]:
 
 
 def held(runner: Runner) -> list[tuple[int, int]]:
-    """(bytes, bytes of it on this process's devices) of every weight; replicas count once."""
+    """Returns (bytes, bytes of it on this process's devices) of every weight; replicas count once."""
     here = [{str(s.index): s.data.nbytes for s in w.addressable_shards} for w in runner.weights]
     return [(w.nbytes, sum(parts.values())) for w, parts in zip(runner.weights, here, strict=True)]
 

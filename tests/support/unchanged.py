@@ -2,8 +2,9 @@
 
     python tests/support/unchanged.py OUT        # before; again after, into another folder
 
-The lowered steps of several settings, on emulated devices and for TPU slices where libtpu is installed;
-tokens; the OpenAPI document; names of metrics and statistics; every command's help; the doctor's report.
+The texts are the lowered steps of several settings, on emulated devices and, if libtpu is installed, for TPU
+slices; tokens; the OpenAPI document; names of metrics and statistics; every command's help; the doctor's
+report.
 """
 
 import contextlib
@@ -72,7 +73,7 @@ def printed(*words: str) -> str:
 
 
 def surfaces() -> dict[str, str]:
-    """What users see: commands, documents, names."""
+    """Returns what users see: commands, documents, names."""
     helps = {f"help of {name}": printed(name, "--help") for name in COMMANDS}
     helps |= {f"help of bench {name}": printed("bench", name, "--help") for name in BENCHES}
     helps["help"] = parser().format_help()
@@ -91,14 +92,14 @@ def answers(client: TestClient) -> dict[str, str]:
 
 
 def shape(value: object) -> object:
-    """The keys of a JSON value."""
+    """Returns the keys of a JSON value."""
     if isinstance(value, dict):
         return {key: shape(each) for key, each in value.items()}
     return [shape(each) for each in value[:1]] if isinstance(value, list) else type(value).__name__
 
 
 def tokens() -> dict[str, str]:
-    """Greedy answers of the bundled model, plain and with all techniques of one device."""
+    """Returns greedy answers of the bundled model, plain and with all techniques of one device."""
     found = {}
     moe = {"plain": {}, "lossy": LOSSY, "offload": {"offload": {"slots_per_layer": 8}}}
     for name, table in moe.items():

@@ -1,4 +1,4 @@
-"""Runs the CPU's experts with weights of some on pages that cannot be read: who reads them dies.
+"""Runs the CPU's experts with weights of some on pages that cannot be read: whoever reads them dies.
 
 python tests/support/unread_experts.py RUN FORBIDDEN     two lists of expert ids, such as 1,4 and 0,2,3
 """
@@ -12,7 +12,7 @@ import numpy as np
 from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.moe.experts import apply_experts
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
 
 EXPERTS, INNER, MODEL, TOKENS, K = 8, 64, 64, 6, 2  # an expert's matrices are whole pages
@@ -20,7 +20,7 @@ PROT_NONE, PROT_READ = 0, 1
 
 
 def paged(*shape: int) -> np.ndarray:
-    """bfloat16 weights, as uint16, from the beginning of a page."""
+    """Returns bfloat16 weights, as uint16, that begin at a page of memory."""
     memory = mmap.mmap(-1, 2 * int(np.prod(shape)))
     array = np.frombuffer(memory, np.uint16).reshape(shape)
     array[:] = np.random.default_rng(0).integers(0x3C00, 0x3D00, shape)  # small positive numbers
@@ -45,7 +45,7 @@ def main(run: list[int], forbidden: list[int]) -> None:
     @jax.jit
     def step(x_TD, ids_TK, weights):
         plan = plan_dispatch(ids_TK, np.ones(TOKENS, bool), 0, EXPERTS)
-        return apply_experts(x_TD, np.full((TOKENS, K), 0.5, np.float32), plan, weights, "cpu")
+        return ExpertMath("cpu")(x_TD, np.full((TOKENS, K), 0.5, np.float32), plan, weights)
 
     x_TD = np.ones((TOKENS, MODEL), np.float32)
     compiled = step.lower(x_TD, ids_TK, weights).compile()

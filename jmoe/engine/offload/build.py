@@ -1,7 +1,6 @@
 """The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,24 +13,18 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.model import ModelConfig, MoEConfig
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.step.counters import expert_bytes
 from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder
-from jmoe.moe.experts import weight_specs
+from jmoe.moe.expert_leaves import ExpertLeaf, expert_bytes, leaves_of, weight_specs
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors.history import History, Renumbered
-from jmoe.offload.predictors.make import make_predictor
+from jmoe.offload.predictors.make import PredictorSizes, make_predictor
 from jmoe.offload.ranks import MOVES, SAME, TABLE, Ranks
 from jmoe.offload.table import Moves, Rule, Table, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
-
-
-def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The configured profile; ValueError if it cannot be read. ``make_cache`` checks which model it is of."""
-    return None if offload is None or offload.store is None else Profile.load(Path(offload.store))
 
 
 def make_cache(
@@ -160,9 +153,11 @@ def _empty(cfg: ModelConfig, slots: int, mesh: Mesh, *, whole: bool = False) -> 
     """Shapes of a rank's pool, or of all ranks' pools together if ``whole``."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if whole else (mesh.shape[TENSOR], 1)
-    f, d = cfg.moe_intermediate_size // parts, cfg.hidden_size
-    shapes = [(2, f, d), (d, f), *([(2, f), (d,)] if cfg.expert_bias else [])]
-    return ExpertWeights(*(jax.ShapeDtypeStruct((ranks * (slots + 1), *shape), dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
+
+    def stack(leaf: ExpertLeaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((ranks * (slots + 1), *leaf.shape(cfg, parts)), dtype)
+
+    return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
 
 
 def _predictor(
@@ -173,11 +168,17 @@ def _predictor(
     assert offload is not None
     return make_predictor(
         offload.predictor,
-        distance=min(offload.prefetch_distance, layers), k=cfg.num_experts_per_tok,
-        layers=layers, experts=cfg.num_experts,
-        seats=seats * split_attention(mesh, moe.attention).sequence_ranks, profile=history,
-        embeddings_VD=embeddings_VD, capacity=offload.store_size,
-    )  # fmt: skip
+        PredictorSizes(
+            distance=min(offload.prefetch_distance, layers),
+            k=cfg.num_experts_per_tok,
+            layers=layers,
+            experts=cfg.num_experts,
+            seats=seats * split_attention(mesh, moe.attention).sequence_ranks,
+        ),
+        history,
+        embeddings_VD,
+        capacity=offload.store_size,
+    )
 
 
 def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:

@@ -21,24 +21,35 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config.counters import CACHE, names
-from jmoe.engine.offload.host_types import Attended, Rows, Seen, Work, tell
-from jmoe.engine.step.counters import MoETotals, add_step
+from jmoe.engine.offload.host_types import (
+    Attended,
+    Begun,
+    HostJourney,
+    HostState,
+    Passed,
+    Rows,
+    Seen,
+    Work,
+    stack_rows,
+)
+from jmoe.engine.step.counters import add_step
 from jmoe.engine.step.functions import WindowRouting, draw, sequences_of, summarize
 from jmoe.engine.step.inputs import StepInput
-from jmoe.engine.step.sampling import Sampled
+from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, step_seen, sum_changes
-from jmoe.models.layer import DecoderLayer, Foresight, token_flags
+from jmoe.models.layer import DecoderLayer, token_flags
 from jmoe.moe.decide import count_alone
-from jmoe.moe.experts import ApplyBy
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import Changes, Computed, Knobs, Routing
-from jmoe.nn.kv_cache import page_spec
+from jmoe.moe.types import Computed, Knobs, Routing
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
 from jmoe.offload.rows import assigned, by_slot, highest, needed
 from jmoe.offload.types import LayerSeen, Predictor
+
+PAGES = 4  # the argument of a layer's functions that holds its pages
 
 
 @dataclass(frozen=True)
@@ -54,47 +65,38 @@ class LayerFunctions:
     def attend(
         self,
         weights: list[Array],
-        nth: Array,
         rows: Rows,
-        by: Rotation,
+        rotation: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
-        knobs: Knobs | None,
-        here_E: Array | None,
-        predictor: Predictor | None,
-        walk: Any,
-        ahead: list[Foresight] | None,
+        journey: HostJourney,
     ) -> tuple[Attended, LayerPages | None]:
-        """Runs one layer up to its experts.
-
-        nth: index among the layers with experts.
-        here_E: experts in the pool, if a technique needs them.
-        ahead: routers of the next layers, if the predictor needs them.
-        """
-        own = self.merge(weights)
-        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
-        normed_ND, routed = own.decide(x_ND, seqs, None if knobs is None else knobs.of(nth), here_E)
+        """Runs one layer up to its experts."""
+        layer, predictor, walk = self.merge(weights), journey.predictor, journey.walk
+        x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
+        knobs = None if journey.knobs is None else journey.knobs.of(journey.layer)
+        normed_ND, routed = layer.decide(x_ND, seqs, knobs, journey.resident_E)
         flags = token_flags(seqs)
         ids_TK = assigned(routed.final, flags.valid_T)
-        told = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        news = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
         if predictor is not None:
-            asked_NAE = None if ahead is None else own.ask(x_ND, ahead)
+            ahead_NAE = None if journey.ahead is None else layer.score_ahead(x_ND, journey.ahead)
             chosen_TK = assigned(routed.plain, flags.valid_T)
-            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, asked_NAE)
-            walk, forecast = predictor.observe(walk, nth, seen)
-            told += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
+            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, ahead_NAE)
+            walk, forecast = predictor.observe(walk, journey.layer, seen)
+            news += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
         work = Work(normed_ND, ids_TK, routed.final.weights_TK)
         plain = replace(routed.plain, plan=None) if predictor is None else None
-        done = Seen(plain, count_alone(routed, flags), routed.changes)
-        return Attended(own.pass_shared(x_ND, normed_ND), work, done, walk, tell(*told)), pages
+        kept = Seen(plain, count_alone(routed, flags), routed.changes)
+        return Attended(layer.pass_shared(x_ND, normed_ND), work, kept, walk, stack_rows(*news)), pages
 
     def dense(
-        self, weights: list[Array], rows: Rows, by: Rotation, seqs: Sequences, pages: LayerPages | None
+        self, weights: list[Array], rows: Rows, rotation: Rotation, seqs: Sequences, pages: LayerPages | None
     ) -> tuple[Rows, LayerPages | None]:
         """Runs a whole layer without experts."""
-        own = self.merge(weights)
-        x_ND, pages = own.attend(own.add(*rows), by, seqs, pages)
-        x_ND = own.pass_mlp(x_ND)
+        layer = self.merge(weights)
+        x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
+        x_ND = layer.pass_mlp(x_ND)
         return Rows(x_ND, jnp.zeros_like(x_ND)), pages
 
 
@@ -103,36 +105,32 @@ class PartFunctions:
     """The parts as functions of flat lists of weights; structures are closed over, see ``ModelFunctions``."""
 
     merge: Callable[[list[Array]], Decoder]
-    apply: ApplyBy
+    apply: ExpertMath
     slots: int
 
     def begin(
         self,
         weights: list[Array],
-        given: StepInput | Sequences,
+        inputs: StepInput | Sequences,
         latest_S: Array,
         knobs: Knobs | None,
         predictor: Predictor | None,
-    ) -> tuple[Rows, Rotation, Sequences, Any, Array | None]:
-        """Runs what comes before the first layer; also returns the predictor's walk and, for the host, its
-        forecast.
-
-        latest_S, knobs: see ``ModelFunctions.step``. predictor: None if nothing is predicted.
-        """
+    ) -> Begun:
+        """Runs what comes before the first layer. predictor: None if nothing is predicted."""
         model = self.merge(weights)
-        if isinstance(given, Sequences):
-            seqs = given
+        if isinstance(inputs, Sequences):
+            seqs = inputs
         else:
             ranks = model.split.sequence_ranks
-            seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=True)
-        x_ND, by = model.begin(seqs)
-        walk, told_RE = None, None
+            seqs = sequences_of(inputs, latest_S, ranks, lossy=knobs is not None, cached=True)
+        x_ND, rotation = model.begin(seqs)
+        rows, walk, forecast_RE = Rows(x_ND, jnp.zeros_like(x_ND)), None, None
         if predictor is not None:
             seen = step_seen(seqs, x_ND)
             assert seen is not None, "prompts are not predicted"
             walk, forecast = predictor.start(seen)
-            told_RE = tell(*forecast)
-        return Rows(x_ND, jnp.zeros_like(x_ND)), by, seqs, walk, told_RE
+            forecast_RE = stack_rows(*forecast)
+        return Begun(rows, rotation, seqs, walk, forecast_RE)
 
     def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Computed:
         """Runs the experts that have a slot; slot ``slots + 1`` means none."""
@@ -146,32 +144,22 @@ class PartFunctions:
         return Computed(y_ND, before.rows + plan.rows)
 
     def finish(
-        self,
-        weights: list[Array],
-        rows: Rows,
-        seqs: Sequences,
-        given: StepInput,
-        latest_S: Array,
-        layers: list[Seen],
-        counts_CL: Array,
-        totals: MoETotals,
-        predictor: Predictor,
-        walk: Any,
-    ) -> tuple[Sampled, Array, Changes | None, Array, MoETotals, Predictor]:
+        self, weights: list[Array], state: HostState, inputs: StepInput, passed: Passed, counts_CL: Array
+    ) -> tuple[HostState, StepOutput]:
         """Runs what comes after the last layer: sampling, counting, and the predictor's update.
 
         counts_CL: counters of ``CACHE``, by layer.
         """
-        model = self.merge(weights)
-        hidden_RND = model.finish(model.layers[-1].add(*rows), seqs)
+        model, seqs, layers = self.merge(weights), passed.seqs, passed.layers
+        hidden_RND = model.finish(model.layers[-1].add(*passed.rows), seqs)
         counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(layers))]
         stats = [each.done(counts) for each, counts in zip(layers, counted, strict=True)]
-        sampled, latest_S = draw(model, hidden_RND, given, latest_S, stats)
+        sampled, latest_S = draw(model, hidden_RND, inputs, state.latest_S, stats)
         changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
-        if seqs.phase == "decode":
-            predictor = predictor.finish(walk)
+        predictor = state.predictor.finish(passed.walk) if seqs.phase == "decode" else state.predictor
         predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
-        return sampled, hidden_RND, changes_B, latest_S, add_step(totals, stats), predictor
+        state = HostState(add_step(state.totals, stats), latest_S, predictor)
+        return state, StepOutput(sampled, hidden_RND, changes_B)
 
     def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
         model = self.merge(weights)
@@ -205,22 +193,21 @@ class Parts:
 @lru_cache(maxsize=8)
 def parts(
     merge: Callable[[list[Array]], Decoder],
-    kinds: tuple[tuple[LayerFunctions, bool], ...],
-    apply: ApplyBy,
+    kinds: tuple[tuple[LayerFunctions, bool, NamedSharding], ...],
+    apply: ExpertMath,
     slots: int,
     whole: NamedSharding,
-    paged: NamedSharding,
 ) -> Parts:
     """One set that runners of equal models share, like ``jitted``.
 
-    kinds: the kind of each layer, and whether it has experts.
-    whole, paged: shardings of arrays and of pages.
+    kinds: the kind of each layer, whether it has experts, and the sharding of its pages.
+    whole: sharding of all other arrays.
     """
     functions = PartFunctions(merge, apply, slots)
 
-    def of(layer: LayerFunctions, sparse: bool) -> jax.stages.Wrapped:
-        run, pages = (layer.attend, 5) if sparse else (layer.dense, 4)
-        return jax.jit(run, donate_argnums=pages, out_shardings=(whole, paged))
+    def of(layer: LayerFunctions, sparse: bool, paged: NamedSharding) -> jax.stages.Wrapped:
+        run = layer.attend if sparse else layer.dense
+        return jax.jit(run, donate_argnums=PAGES, out_shardings=(whole, paged))
 
     of_kind = {kind: of(*kind) for kind in set(kinds)}
     return Parts(
@@ -229,7 +216,7 @@ def parts(
         pooled=jax.jit(functions.pooled, out_shardings=whole),
         streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
         install=jax.jit(install, donate_argnums=0, out_shardings=whole),
-        finish=jax.jit(functions.finish, donate_argnums=(4, 7, 8), out_shardings=whole),
+        finish=jax.jit(functions.finish, donate_argnums=1, out_shardings=whole),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )
@@ -239,8 +226,8 @@ def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int
     kinds, apply = [], None
     for layer in model.layers:
         graph, state = nnx.split(layer)
-        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None))
-        apply = apply if layer.moe is None else layer.moe.apply
+        paged = NamedSharding(model.mesh, layer.attention.state_spec)
+        kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None, paged))
+        apply = apply if layer.moe is None else layer.moe.math
     assert apply is not None
-    paged = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
-    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh), paged)
+    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh))

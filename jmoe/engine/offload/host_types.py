@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.moe.types import Changes, Counts, DispatchStats, Routing
-from jmoe.offload.types import Forecast
+from jmoe.engine.step.counters import MoETotals
+from jmoe.models.journey import Foresight
+from jmoe.moe.types import Changes, Counts, DispatchStats, Knobs, Routing
+from jmoe.nn.rope import Rotation
+from jmoe.nn.sequences import Sequences
+from jmoe.offload.types import Forecast, Predictor
 
 
 class Rows(NamedTuple):
@@ -48,6 +52,43 @@ class Seen(NamedTuple):
         return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache)
 
 
+class HostJourney(NamedTuple):
+    """What the host passes to one layer with experts; the ``Journey`` of a step that the host drives.
+
+    layer: index among the layers with experts.
+    knobs: settings of the lossy techniques; None switches them off.
+    resident_E: which experts are in the pool; None unless routing depends on it.
+    predictor: predictor of a decode step; None if nothing is predicted.
+    walk: the predictor's state in this step.
+    ahead: routers of the next layers, if the predictor needs them.
+    """
+
+    layer: Array
+    knobs: Knobs | None
+    resident_E: Array | None
+    predictor: Predictor | None = None
+    walk: Any = None
+    ahead: list[Foresight] | None = None
+
+
+class Begun(NamedTuple):
+    """A step before its first layer.
+
+    rows: rows of the first layer.
+    rotation: rotation of the rows in attention.
+    seqs: sequences of the step.
+    walk: the predictor's state in this step.
+    forecast_RE: forecast of the first layers for the host, made by ``stack_rows``; None if nothing is
+        predicted.
+    """
+
+    rows: Rows
+    rotation: Rotation
+    seqs: Sequences
+    walk: Any
+    forecast_RE: Array | None
+
+
 class Attended(NamedTuple):
     """A layer before its experts run.
 
@@ -55,24 +96,52 @@ class Attended(NamedTuple):
     work: input of the experts.
     seen: what the layer keeps for the end of the step.
     walk: the predictor's state in this step.
-    told_RE: array for the host, made by ``tell``: which experts are needed; then, if experts are predicted,
-        each expert's highest gate score, and p and wanted of the layers ahead.
+    news_RE: array for the host, made by ``stack_rows``: which experts are needed; then, if experts are
+        predicted, each expert's highest gate score, and p and wanted of the layers ahead.
     """
 
     x_ND: Array
     work: Work
     seen: Seen
     walk: Any
-    told_RE: Array
+    news_RE: Array
 
 
-def tell(*parts: Array) -> Array:
+class Passed(NamedTuple):
+    """A step after its last layer.
+
+    rows: rows after the last layer.
+    seqs: sequences of the step.
+    layers: what each layer with experts keeps for the end of the step.
+    walk: the predictor's state in this step.
+    """
+
+    rows: Rows
+    seqs: Sequences
+    layers: list[Seen]
+    walk: Any
+
+
+class HostState(NamedTuple):
+    """The part of ``DeviceState`` that the end of a step changes; the layers change the pages and the pool.
+
+    totals: counts of the step's phase.
+    latest_S: token sampled last for each seat.
+    predictor: predictor of the experts.
+    """
+
+    totals: MoETotals
+    latest_S: Array
+    predictor: Predictor
+
+
+def stack_rows(*parts: Array) -> Array:
     """Stacks rows ``[E]`` and ``[A, E]`` into ``[R, E]`` float32, one array for the host to wait for."""
     rows = [part if part.ndim == 2 else part[None] for part in parts]
     return jnp.concatenate([each.astype(jnp.float32) for each in rows])
 
 
 def forecast_of(rows_RE: np.ndarray) -> Forecast:
-    """The forecast on the host, from the 2 * A rows of ``tell``'s array that hold it."""
+    """The forecast on the host, from the 2 * A rows of ``stack_rows``'s array that hold it."""
     p_AE, wanted_AE = np.split(rows_RE, 2)
     return Forecast(p_AE, wanted_AE > 0)  # pyright: ignore[reportArgumentType]

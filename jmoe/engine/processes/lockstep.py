@@ -21,8 +21,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
-from jmoe.engine.build import Progress, build_engine
-from jmoe.engine.deployment.deployment import settings_split
+from jmoe.engine.build import Progress, build
+from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.gate import Gate, Tunnel, knock
@@ -31,10 +31,10 @@ from jmoe.engine.processes.nodes import Nodes, free_port, join, listen
 from jmoe.engine.request import EngineDead
 from jmoe.engine.step.inputs import Sizes, StepInput
 from jmoe.engine.step.runner import Runner
-from jmoe.engine.step.sampling import Sampled
+from jmoe.engine.step.state import StepOutput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, Phase
+from jmoe.moe.types import Phase
 
 log = logging.getLogger(__name__)
 HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows of `beside`, present capacity factor
@@ -62,46 +62,47 @@ class Leader(Runner):
     ):
         super().__init__(model, mesh, sizes, tables, cache)
         self._followers = followers
-        self._hidden: Array | None = None
+        self._hidden_RND: Array | None = None
 
     @property
     def alive(self) -> bool:
         return self._followers.lost is None
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
-        beside = 0 if given.beside is None else len(given.beside.tokens_BT)
-        self._tell(RUNS[given.phase], (*given.own.tokens_BT.shape, beside), jax.tree.leaves(given))
-        sampled, self._hidden, changes = super().run(given)
-        return sampled, self._hidden, changes
+    def run(self, inputs: StepInput) -> StepOutput:
+        beside = 0 if inputs.beside is None else len(inputs.beside.tokens_BT)
+        self._send(RUNS[inputs.phase], (*inputs.own.tokens_BT.shape, beside), jax.tree.leaves(inputs))
+        output = super().run(inputs)
+        self._hidden_RND = output.hidden_RND
+        return output
 
     def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
-        self._tell(Operation.COPY, (), [from_R, to_R])
+        self._send(Operation.COPY, (), [from_R, to_R])
         super().copy_pages(from_R, to_R)
 
     def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
-        if hidden_RND is not self._hidden:  # followers keep only the last run's
+        if hidden_RND is not self._hidden_RND:  # followers keep only the last run's
             raise ValueError("with several processes only the last run can be scored")
-        self._tell(Operation.SCORE, targets_RN.shape, [targets_RN])
+        self._send(Operation.SCORE, targets_RN.shape, [targets_RN])
         return super().score(hidden_RND, targets_RN)
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-        self._tell(Operation.WINDOW, tokens_BT.shape, [tokens_BT, positions_BT])
+        self._send(Operation.WINDOW, tokens_BT.shape, [tokens_BT, positions_BT])
         return super().window_logits(tokens_BT, positions_BT)
 
     def drain(self) -> None:
-        self._tell(Operation.DRAIN)
+        self._send(Operation.DRAIN)
         super().drain()
 
     def close(self) -> None:
         """Frees weights and cache here and in the followers, which end; safe to call again."""
         self._followers.close(self._header(Operation.STOP))
-        self._hidden = None
+        self._hidden_RND = None
         super().close()
 
     def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, beside: int = 0) -> bytes:
         return HEADER.pack(operation, rows, tokens, beside, self.capacity_factor)
 
-    def _tell(
+    def _send(
         self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
     ) -> None:
         self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
@@ -109,7 +110,7 @@ class Leader(Runner):
 
 def repeat(runner: Runner, line: Line) -> None:
     """Runs what the leader runs until it sends stop; EngineDead if it ends without sending it."""
-    hidden = None
+    hidden_RND = None
     while True:
         operation, rows, tokens, beside, capacity_factor = HEADER.unpack(line.read(HEADER.size))
         if operation == Operation.NOTHING:
@@ -121,17 +122,17 @@ def repeat(runner: Runner, line: Line) -> None:
             runner.drain()
         elif operation in RUNS.values():
             phase: Phase = "decode" if operation == Operation.DECODE else "prefill"
-            given = runner.blank(phase, rows // runner.ranks, tokens, beside // runner.ranks)
-            for array in jax.tree.leaves(given):
+            inputs = runner.blank(phase, rows // runner.ranks, tokens, beside // runner.ranks)
+            for array in jax.tree.leaves(inputs):
                 line.read_into(array.reshape(-1).view(np.uint8))
-            _, hidden, _ = runner.run(given)
+            hidden_RND = runner.run(inputs).hidden_RND
         elif operation == Operation.COPY:
             line.read_into(both := np.zeros((2, runner.ranks), np.int32))
             runner.copy_pages(*both)
         elif operation == Operation.SCORE:
-            assert hidden is not None
+            assert hidden_RND is not None
             line.read_into(targets := np.zeros((rows, tokens), np.int32))
-            runner.score(hidden, targets)
+            runner.score(hidden_RND, targets)
         else:
             line.read_into(both := np.zeros((2, rows, tokens), np.int32))
             runner.window_logits(*both)
@@ -148,8 +149,7 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Pr
     followers = Followers(gate, facts, SIGN)
     try:
         join(nodes, coordinator)
-        settings_split(settings)  # refuses a mesh that does not fit the devices
-        return build_engine(model, settings, progress, make_runner=partial(Leader, followers))
+        return build(resolve(model, settings), progress, make_runner=partial(Leader, followers))
     except Exception as error:
         followers.close()
         if followers.lost is None:
@@ -175,8 +175,7 @@ def follow(
         line.agree(facts, 0)
         line.live(b"\0")
         join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
-        settings_split(settings)
-        with closing(build_engine(model, settings, progress, warm_up=False)) as engine:
+        with closing(build(resolve(model, settings), progress, warm_up=False)) as engine:
             ready(engine.runner)
             log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
             repeat(engine.runner, line)

@@ -109,13 +109,6 @@ def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
     return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
 
 
-def expert_bytes(cfg: ModelConfig, parts: int = 1) -> int:
-    """Bytes of one routed expert, or of a device's part of it if it is split over ``parts`` devices."""
-    inner, model = cfg.moe_intermediate_size // parts, cfg.hidden_size
-    numbers = 3 * inner * model + (2 * inner + model if cfg.expert_bias else 0)
-    return numbers * jnp.dtype(cfg.dtype).itemsize
-
-
 class MoECounters:
     """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow.
 

@@ -17,19 +17,19 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.engine.step.counters import MoETotals, add_step
+from jmoe.engine.step.counters import add_step
 from jmoe.engine.step.inputs import HostRows, StepInput
 from jmoe.engine.step.sampling import Sampled, logprobs, sample, score
+from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.mesh import is_single, sharding
 from jmoe.models.decoder import Decoder
-from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing
-from jmoe.nn.kv_cache import page_spec
+from jmoe.models.journey import StepSettings
+from jmoe.moe.types import DispatchStats, Knobs, Routing
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
 
-def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
+def sequences_of(inputs: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
     """The step's sequences; for use under jit.
 
     lossy: whether a lossy technique needs ``exact_B``.
@@ -41,13 +41,13 @@ def sequences_of(given: StepInput, latest_S: Array, ranks: int, *, lossy: bool, 
         if tokens_BT.shape[1] == 1:
             drawn_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
             tokens_BT = jnp.where(tokens_BT < 0, drawn_B1, tokens_BT)
-        told = (seats_B, fresh_B) if cached else (None, None)
-        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *told)
+        requests = (seats_B, fresh_B) if cached else (None, None)
+        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *requests)
 
-    own = replace(made(given.own), phase=given.phase)
-    if given.beside is None:
+    own = replace(made(inputs.own), phase=inputs.phase)
+    if inputs.beside is None:
         return own
-    return replace(own, beside=made(given.beside), rows=len(given.own.tokens_BT) // ranks)
+    return replace(own, beside=made(inputs.beside), rows=len(inputs.own.tokens_BT) // ranks)
 
 
 def make_knobs(capacity_factor: float, step: int) -> Knobs:
@@ -60,19 +60,19 @@ def readable(outputs: Any, mesh: Mesh) -> Any:
 
 
 def draw(
-    model: Decoder, hidden_RND: Array, given: StepInput, latest_S: Array, layers: list[DispatchStats]
+    model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, layers: list[DispatchStats]
 ) -> tuple[Sampled, Array]:
     """The step's sampled tokens, and the token sampled last for every seat; for use under jit.
 
     layers: statistics of the step's layers; the assignments lost in them make the tokens wrong.
     """
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
-    behind_RS1 = given.behind_B.reshape(ranks, -1, 1)
+    behind_RS1 = inputs.behind_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
-        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), given.rows)
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.rows)
     sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
-    return sampled, latest_S.at[given.seats_B].set(sampled.ids_B, mode="drop")
+    return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
 
 
 @jax.tree_util.register_dataclass
@@ -132,37 +132,24 @@ class ModelFunctions:
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
 
     def step(
-        self,
-        weights: list[Array],
-        pages: list[LayerPages],
-        totals: MoETotals,
-        latest_S: Array,
-        given: StepInput,
-        knobs: Knobs | None,
-        tables: list[ShuffleTables] | None,
-        cache: ExpertCache | None,
-    ) -> tuple[Sampled, Array, list[LayerPages], MoETotals, Array, Changes | None, ExpertCache | None]:
-        """Runs one step: the decoder on the rows, then sampling.
-
-        latest_S: token sampled last for each seat.
-        knobs: None if no lossy technique is configured.
-        tables: shuffle tables, one per layer; None leaves tokens on their ranks.
-        cache: cache of the offloaded experts, None if none are offloaded.
-        """
-        model = self.merge(weights)
-        ranks = model.split.sequence_ranks
-        seqs = sequences_of(given, latest_S, ranks, lossy=knobs is not None, cached=cache is not None)
-        out = model(seqs, pages, knobs, tables, cache)
+        self, weights: list[Array], state: DeviceState, inputs: StepInput, settings: StepSettings
+    ) -> tuple[DeviceState, StepOutput]:
+        """Runs one step: the decoder on the rows, then sampling. state: the part of the step's phase."""
+        model, phase = self.merge(weights), inputs.phase
+        needs = {"lossy": settings.knobs is not None, "cached": state.cache is not None}
+        seqs = sequences_of(inputs, state.latest_S, model.split.sequence_ranks, **needs)
+        out = model(seqs, state.pages, settings, state.cache)
         assert out.pages is not None
-        sampled, latest_S = draw(model, out.hidden_RND, given, latest_S, out.stats)
+        sampled, latest_S = draw(model, out.hidden_RND, inputs, state.latest_S, out.stats)
         # The compiler cannot see the sharding of pages that come out of a kernel, and pages with another
         # sharding would make the next step compile again.
-        kept = NamedSharding(model.mesh, page_spec(model.kernels.attention, model.split))
+        kept = [NamedSharding(model.mesh, layer.attention.state_spec) for layer in model.layers]
         pages = lax.with_sharding_constraint(out.pages, kept)
-        totals = add_step(totals, out.stats)
-        told = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
-        sampled, totals, latest_S, changes_B = told
-        return sampled, out.hidden_RND, pages, totals, latest_S, changes_B, out.cache
+        totals = add_step(state.totals[phase], out.stats)
+        whole = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
+        sampled, totals, latest_S, changes_B = whole
+        state = DeviceState(pages, {phase: totals}, latest_S, out.cache)
+        return state, StepOutput(sampled, out.hidden_RND, changes_B)
 
     def copy_pages(
         self, weights: list[Array], pages: list[LayerPages], from_R: Array, to_R: Array
@@ -173,14 +160,20 @@ class ModelFunctions:
             one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
             return lax.dynamic_update_index_in_dim(a_P, one, to_1[0], 0)
 
-        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
-            return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), pages)
-
         model = self.merge(weights)
+        kinds = [layer.attention for layer in model.layers]
+
+        def of_rank(pages: list[LayerPages], from_1: Array, to_1: Array) -> list[LayerPages]:
+            def copied(layer: LayerPages) -> LayerPages:
+                return jax.tree.map(lambda a_P: copy(a_P, from_1, to_1), layer)
+
+            both = zip(kinds, pages, strict=True)
+            return [copied(layer) if kind.state_axis == "page" else layer for kind, layer in both]
+
         if is_single(model.mesh):
             return of_rank(pages, from_R, to_R)
-        paged, rows = page_spec(model.kernels.attention, model.split), PartitionSpec(model.split.sequences)
-        specs = {"in_specs": (paged, rows, rows), "out_specs": paged, "check_vma": False}
+        states, rows = [kind.state_spec for kind in kinds], PartitionSpec(model.split.sequences)
+        specs = {"in_specs": (states, rows, rows), "out_specs": states, "check_vma": False}
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
@@ -262,7 +255,7 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     functions = ModelFunctions(graph, structure)
     return Jitted(
         merge=functions.merge,
-        step=jax.jit(functions.step, donate_argnums=(1, 2, 3, 7)),
+        step=jax.jit(functions.step, donate_argnums=1),
         copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
         score=jax.jit(functions.score),
         logprobs=jax.jit(functions.logprobs),

@@ -14,6 +14,7 @@ import numpy as np
 
 from jmoe.engine.step.sampling import SamplingRows, blank_rows
 from jmoe.moe.types import Phase
+from jmoe.nn.kv_cache import StateSizes
 
 FEWEST = 4  # decode rows in the same step as prompts
 
@@ -34,6 +35,11 @@ class Sizes:
     page_size: int
     pages_per_rank: int
     table: int  # pages a sequence may have
+
+    @property
+    def state(self) -> StateSizes:
+        """How much state each rank keeps of a layer."""
+        return StateSizes(self.pages_per_rank, self.page_size, self.decode[-1])
 
     @property
     def run(self) -> int:

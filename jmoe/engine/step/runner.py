@@ -1,7 +1,8 @@
-"""Runs the steps of a model and keeps its device state: weights, KV pages, counters."""
+"""Runs the steps of a model; keeps its weights and the device state between steps."""
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,19 @@ from jmoe.engine.step.counters import (
     PHASES,
     MoECounters,
     MoETotals,
-    expert_bytes,
     transported_bytes,
     zero_totals,
 )
 from jmoe.engine.step.functions import WindowRouting, jitted, make_knobs, maker
 from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
-from jmoe.engine.step.sampling import Sampled
+from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
+from jmoe.models.journey import StepSettings
+from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Changes, Knobs, Phase
-from jmoe.nn.kv_cache import make_pages
+from jmoe.moe.types import Phase
+from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
 
 DRAIN_STEPS = 4096  # device sums are fetched at least this often, so that float32 sums stay precise
@@ -52,27 +54,36 @@ class Runner:
         self._jitted = jitted(graph, structure)
         self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
         self.ranks = model.split.sequence_ranks
-        attention = model.kernels.attention
-        self.pages = make_pages(model.cfg, model.split, attention, sizes.pages_per_rank, sizes.page_size)
         capacity = model.moe.capacity
         self.moe, self.lossy = model.moe, bool(model.moe.stages)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
-        self.cache = cache
-        self._steps = 0
+        self._steps = self._undrained = 0
+        self.state = self._first_state(model, cache)
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
-        self._totals = {phase: self._fresh_totals() for phase in PHASES}
-        seats = self.ranks * sizes.decode[-1]
-        self._latest_S = maker(sharding(mesh), jnp.zeros, seats, jnp.int32)()
-        self._undrained = 0
         row_bytes = transported_bytes(model.cfg, mesh)
         sizes_of = row_bytes, expert_bytes(model.cfg)
         self.counters = {phase: MoECounters(layers, experts, *sizes_of) for phase in PHASES}
         self.compilations = CompilationCounter()
 
-    def _fresh_totals(self) -> MoETotals:
-        cfg = self.cfg
-        return maker(sharding(self.mesh), zero_totals, len(cfg.moe_layers), cfg.num_experts)()
+    def _first_state(self, model: Decoder, cache: ExpertCache | None) -> DeviceState:
+        sizes = self.sizes.state
+        pages = make_state(model.cfg, model.split, model.kernels.attention, sizes)
+        latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.seats, jnp.int32)()
+        return DeviceState(pages, self._zero_totals(), latest_S, cache)
+
+    def _zero_totals(self) -> dict[Phase, MoETotals]:
+        make = maker(sharding(self.mesh), zero_totals, len(self.cfg.moe_layers), self.cfg.num_experts)
+        return {phase: make() for phase in PHASES}
+
+    @property
+    def cache(self) -> ExpertCache | None:
+        """The expert cache, if experts are offloaded."""
+        return self.state.cache
+
+    @cache.setter
+    def cache(self, cache: ExpertCache | None) -> None:
+        self.state = replace(self.state, cache=cache)
 
     @property
     def alive(self) -> bool:
@@ -83,36 +94,29 @@ class Runner:
         """An input of padding: per rank ``sequences`` rows of ``tokens``, and ``beside`` of one token."""
         return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, beside)
 
-    def run(self, given: StepInput) -> tuple[Sampled, Array, Changes | None]:
-        """Starts a step; returns (sampled tokens, final hidden states ``[R, n, D]``, changes).
-
-        It does not wait for the step, and all results stay on the device. The changes are what lossy
-        techniques did to each row, None if nothing lossy is configured for the phase.
-        """
+    def run(self, inputs: StepInput) -> StepOutput:
+        """Starts a step. It does not wait for the step, and all results stay on the device."""
         knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
         self._steps += 1
         with self.compilations.watch():
-            outputs = self._step(given, knobs)
+            output = self._step(inputs, StepSettings(knobs, self.tables))
             self._undrained += 1
             if self._undrained >= DRAIN_STEPS:
                 self._drain()
-        return outputs
+        return output
 
-    def _step(self, given: StepInput, knobs: Knobs | None) -> tuple[Sampled, Array, Changes | None]:
-        """Starts one step; the device state kept here is then the state after the step."""
-        phase = given.phase
-        sampled, hidden, self.pages, self._totals[phase], self._latest_S, changes, self.cache = (
-            self._jitted.step(
-                self.weights, self.pages, self._totals[phase], self._latest_S, given, knobs, self.tables,
-                self.cache,
-            )
-        )  # fmt: skip
-        return sampled, hidden, changes
+    def _step(self, inputs: StepInput, settings: StepSettings) -> StepOutput:
+        """Starts one step; ``state`` is then the state after the step."""
+        state = self.state.of_phase(inputs.phase)
+        state, output = self._jitted.step(self.weights, state, inputs, settings)
+        self.state = self.state.followed_by(state)
+        return output
 
     def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
         """Copies each rank's page ``from_R`` over its page ``to_R``, before the next step; 0 and 0: none."""
         with self.compilations.watch():
-            self.pages = self._jitted.copy_pages(self.weights, self.pages, from_R, to_R)
+            pages = self._jitted.copy_pages(self.weights, self.state.pages, from_R, to_R)
+        self.state = replace(self.state, pages=pages)
 
     def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
         """Log-probability of each target, likeliest ids and their log-probabilities; it does not wait for
@@ -146,9 +150,9 @@ class Runner:
         self._drain()
 
     def _drain(self) -> None:
-        for phase, totals in self._totals.items():
+        for phase, totals in self.state.totals.items():
             self.counters[phase].drain(totals)
-            self._totals[phase] = self._fresh_totals()
+        self.state = replace(self.state, totals=self._zero_totals())
         self._undrained = 0
 
     def warm_up(
@@ -161,22 +165,23 @@ class Runner:
             shapes.append(("prefill", tokens // sizes.run, sizes.run, beside))
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
-            given = self.blank(*shape)
-            hidden = self._rehearse(given)
-            if given.phase == "prefill" and scores_prompts:
+            inputs = self.blank(*shape)
+            hidden = self._rehearse(inputs)
+            if inputs.phase == "prefill" and scores_prompts:
                 self.score(hidden, np.zeros(hidden.shape[:2], np.int32))
         self.copy_pages(*np.zeros((2, self.ranks), np.int32))
         self.drain()
-        jax.block_until_ready(self.pages)
+        jax.block_until_ready(self.state.pages)
         progress(len(shapes), len(shapes))
         self.compilations.warm_up_done()
 
-    def _rehearse(self, given: StepInput) -> Array:
+    def _rehearse(self, inputs: StepInput) -> Array:
         """Runs padding, so that everything a step of this shape may need is compiled; returns the hidden
         states."""
-        return self.run(given)[1]
+        return self.run(inputs).hidden_RND
 
     def close(self) -> None:
         """Releases the weights and the caches; nothing can run afterwards."""
-        self.weights, self.pages, self.tables, self.cache = [], [], None, None
+        self.weights, self.tables = [], None
+        self.state = DeviceState([], {}, self.state.latest_S)
         self.compilations.close()

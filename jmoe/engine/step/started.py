@@ -19,7 +19,7 @@ class Started:
 
     placed: runs of the step.
     sampled: sampled tokens, on the device.
-    changes: what lossy techniques did to each row; None if nothing lossy is configured for the phase.
+    changes_B: what lossy techniques did to each row; None if nothing lossy is configured for the phase.
     scores: log-probabilities of prompt tokens, if any are requested.
     began: ``time.monotonic`` when the host began to plan the step.
     planned: seconds that planning took.
@@ -27,7 +27,7 @@ class Started:
 
     placed: list[Placed]
     sampled: Sampled
-    changes: Changes | None
+    changes_B: Changes | None
     scores: StartedScores | None
     began: float
     planned: float

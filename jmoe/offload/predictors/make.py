@@ -1,7 +1,7 @@
 """Predictors that keep no state between steps, and the choice of any predictor by name."""
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -90,22 +90,40 @@ class Given(_Fixed):
         return walk, walk.ahead(layer + 1, self.distance)
 
 
-def make_predictor(
-    name: str, *, distance: int, k: int, layers: int, experts: int, seats: int,
-    profile: History | None = None, embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None,
-    capacity: int = 1000, online: bool | None = None,
-) -> Predictor:  # fmt: skip
-    """The predictor called ``name``, one of NAMES; ValueError for another name or a missing input.
+class PredictorSizes(NamedTuple):
+    """The sizes that a predictor is made for.
 
     distance: A, layers ahead.
     k: experts per token.
+    layers: layers with experts.
+    experts: experts of a layer.
     seats: maximum number of requests that run at once.
+    """
+
+    distance: int
+    k: int
+    layers: int
+    experts: int
+    seats: int
+
+
+def make_predictor(
+    name: str,
+    sizes: PredictorSizes,
+    profile: History | None = None,
+    embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None,
+    capacity: int = 1000,
+    online: bool | None = None,
+) -> Predictor:
+    """The predictor called ``name``, one of NAMES; ValueError for another name or a missing input.
+
     profile: the model's routing on some text; without it expert_map begins empty, and counts knows only a
         request's own past.
     embeddings_VD: for expert_map: the model's input embeddings.
     capacity: for expert_map: number of iterations that it keeps.
     online: for expert_map: whether it learns from every step; by default it does if it has no profile.
     """
+    distance, k, layers, experts, seats = sizes
     if name not in NAMES:
         raise ValueError(f"unknown predictor {name!r}; it can be one of {', '.join(NAMES)}")
     if not 1 <= distance <= layers:

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.load import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.settings import model_directory
-from jmoe.moe.experts import apply_experts
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
+from jmoe.tools.progress import Progress, silent
 
 Layers = list[ExpertWeights]
 
@@ -54,7 +54,7 @@ def bench_moe_layer(
     layers: int = 4,
     iterations: int = 7,
     dtype: DTypeChoice = "auto",
-    progress: Callable[[int], None] = lambda points: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measures medians over ``iterations`` of a run through ``layers`` layers of random weights, one after
     another, so that caches do not hold them.
@@ -77,9 +77,9 @@ def bench_moe_layer(
     points = [Point(n, experts) for n in batch_sizes] + [Point(max(batch_sizes), n) for n in active]
     one = 3 * cfg.moe_intermediate_size * cfg.hidden_size * kind.itemsize
     rows = []
-    for point in points:
+    for i, point in enumerate(points, 1):
         rows.append(measure(run, cfg, point, stacks, iterations, one))
-        progress(1)
+        progress("bench", i, len(points))
     return {
         "model": model,
         "experts": experts,
@@ -119,7 +119,7 @@ def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
     def run(x_TD: Array, ids_TK: Array, layers: Layers) -> Array:
         plan = plan_dispatch(ids_TK, jnp.ones(len(x_TD), bool), 0, layers[0].dims[0])
         weights_TK = jnp.full(ids_TK.shape, 1 / ids_TK.shape[1])
-        experts = partial(apply_experts, implementation=kernel)
+        experts = ExpertMath(kernel)
         for weights in layers:
             x_TD = x_TD + experts(x_TD, weights_TK, plan, weights)
         return x_TD

@@ -17,9 +17,7 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.tools.bench.loads import Clipped, Limits, Load, clip
 from jmoe.tools.bench.prompts import Source
-
-Loading = Callable[[str, int, int], None]
-Count = Callable[[int], None]
+from jmoe.tools.progress import Progress, counter, silent
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,17 @@ def bench_throughput(
     limits: Limits,
     iterations: int,
     seed: int = 0,
-    loading: Loading = lambda stage, done, total: None,
-    progress: Count = lambda rounds: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Medians over ``iterations`` rounds of the whole load, after a round of its first two requests to warm
     up."""
     _check(iterations)
     limits = dataclasses.replace(limits, context=_context(model, settings))
     load, clipped = clip(load, limits)
-    with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
         run_round(engine, Load(load.calls[:2], False, load.block), seed)
-        runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
+        count = counter(progress, "bench")
+        runs = [_counted(engine, load, seed + 1 + i, count) for i in range(iterations)]
     seconds = statistics.median(run.seconds for run in runs)
     given, written = runs[0].input_tokens, runs[0].output_tokens
     return {
@@ -108,8 +106,7 @@ def bench_latency(
     load: Load,
     iterations: int,
     seed: int = 0,
-    loading: Loading = lambda stage, done, total: None,
-    progress: Count = lambda rounds: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measures a batch that starts together: its whole time, the time to all first tokens, and the times
     between tokens."""
@@ -122,9 +119,10 @@ def bench_latency(
             f"the context of {context} tokens is too short for that; it holds "
             f"--input-len {first.input_length} --output-len {first.output_length}"
         )
-    with closing(build_engine(model, settings, loading, scores_prompts=False)) as engine:
+    with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
         run_round(engine, load, seed)
-        runs = [_counted(engine, load, seed + 1 + i, progress) for i in range(iterations)]
+        count = counter(progress, "bench")
+        runs = [_counted(engine, load, seed + 1 + i, count) for i in range(iterations)]
     return {
         "batch_size": len(load.calls),
         "iterations": iterations,
@@ -144,9 +142,9 @@ def _context(model: str, settings: EngineSettings) -> int:
     return resolve(model, settings).max_model_len
 
 
-def _counted(engine: Engine, load: Load, seed: int, progress: Count) -> Run:
+def _counted(engine: Engine, load: Load, seed: int, count: Callable[[int], None]) -> Run:
     run = run_round(engine, load, seed)
-    progress(1)
+    count(1)
     return run
 
 

@@ -1,4 +1,8 @@
-"""Batch-level binning of a router's choices onto fewer experts (LYNX), and its order by expert."""
+"""Batch-level binning of a router's choices onto fewer experts (LYNX, arXiv 2411.08982), and their order.
+
+Axes: T tokens, E experts, K experts a token, N = T * K assignments, V rows of the table of votes, B its bins;
+in kernels also R a block of experts, 1 an axis of length one. T, E and N there include what pads a tile.
+"""
 
 from jmoe_kernels.binning.api import Implementation, bin_experts, pick, supports
 from jmoe_kernels.binning.reference import cast_votes, choose_active, remap, route_softmax

@@ -1,4 +1,4 @@
-"""``bin_experts``: one entry for every implementation; a named one raises where it cannot run."""
+"""``bin_experts``: one entry for every implementation; it raises if the named one cannot run."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -16,7 +16,7 @@ from jmoe_kernels.binning.types import Binned, Rule
 
 
 def _pallas(name: str) -> ModuleType:
-    """The module of a Pallas implementation, imported when asked for."""
+    """Returns the module of a Pallas implementation, imported when it is needed."""
     return import_module(f"jmoe_kernels.binning.{name}")
 
 
@@ -29,13 +29,18 @@ def supports(
     tokens: int = 1,
     interpret: bool = False,
 ) -> str | None:
-    """Why ``implementation`` cannot bin ``tokens`` over ``experts`` on ``platform``, or None if it can."""
+    """Returns why ``implementation`` cannot bin on ``platform``, or None if it can.
+
+    experts: number of experts that tokens choose from.
+    tokens: number of tokens of a call.
+    interpret: whether a Pallas kernel would run in its interpreter, on any platform.
+    """
     if implementation not in get_args(Implementation):
         return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
-    if (needed := home_of(implementation)) is None:
+    if (home := home_of(implementation)) is None:
         return None
-    if needed != platform and not interpret:
-        return f"binning {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if home != platform and not interpret:
+        return f"binning {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
     if rule.method == "random":
         return f"binning {implementation!r} has no random draws, which are a baseline; 'xla' can run"
     kernel = _pallas(implementation)
@@ -46,7 +51,7 @@ def supports(
 
 
 def pick(platform: str, experts: int, rule: Rule) -> tuple[Implementation, str]:
-    """The implementation for ``platform``, and why."""
+    """Returns the implementation for ``platform``, and the reason."""
 
     def praise(name: Implementation) -> str:
         most = _pallas(name).most_tokens(experts, rule.k)
@@ -69,12 +74,17 @@ def bin_experts(
     interpret: bool = False,
     total: Callable[[Array], Array] | None = None,
 ) -> Binned:
-    """Softmax routing, the active set, the remapped assignments and their order by expert.
+    """Routes by softmax, chooses the active set, remaps the assignments to it and orders them by expert.
 
-    valid_T: not padding; lossy_T: those of them that vote and may be remapped, the others' experts are always
-    active. renormalize: a token's weights sum to 1. total: sums votes over the ranks that share the experts'
-    weights, of which each bins its own tokens; None where there is one. Method "random" is not for this
-    entry. Raises ValueError with the reason where a named implementation cannot run.
+    valid_T: mask of the tokens that are not padding.
+    lossy_T: mask of those valid tokens that vote and may be remapped; experts of the others are always
+        active.
+    rule: how the set is chosen; its method may not be "random", for whose draws there is no argument.
+    renormalize: whether a token's weights are scaled to sum to 1.
+    interpret: whether a Pallas kernel runs in its interpreter.
+    total: function that sums the votes of the ranks that share the experts' weights, each of which bins its
+        own tokens; None on a single rank.
+    Raises ValueError with the reason if the named implementation cannot run.
     """
     tokens, experts = logits_TE.shape
     reason = supports(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)

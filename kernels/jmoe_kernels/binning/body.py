@@ -1,11 +1,12 @@
 """The stages of binning on tiles [tokens, experts], in the few operations that every Pallas lowering has.
 
-There is no gather, scatter, sort or prefix sum here: comparisons, sums and maxima along an axis, and
-products of 0/1 matrices. Choices are dense: ``place_TE`` says which of its token's K choices an expert is, 0
-the best, and K where it is none of them. Experts that only fill the tile up (ids from ``experts``) are never
-chosen, have no votes and are never active. Whatever decides an id is a whole number or a float32 comparison
-as in ``reference``; no sum over tokens takes a logit or a score, so that a token's NaN stays with the token.
-Whole numbers are folded over experts as float32, exact below 2**24: a TPU takes half the time for it.
+There is no gather, scatter, sort or prefix sum here: comparisons, sums and maxima along an axis, and products
+of 0/1 matrices do all of it. Choices are dense: ``place_TE`` is an expert's place among its token's K
+choices, 0 for the best, and K if the expert is not chosen. Lanes that only fill the tile up (ids from
+``experts``) are never chosen, have no votes and are never active. Whatever decides an id is a whole number or
+a float32 comparison as in ``reference``; no sum over tokens takes a logit or a score, so that a token's NaN
+stays with the token. Whole numbers are summed over experts as float32, which is exact below 2**24: a TPU
+takes half the time for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,44 +21,44 @@ from jmoe_kernels.binning.types import BINS, EXACT, Rule
 
 
 def iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
-    """The index along ``axis``."""
+    """Returns the index of each element along ``axis``."""
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def along(fold: Callable, x: Array, axis: int) -> Array:
-    """``x`` folded along ``axis``, which stays as 1."""
+def fold_axis(fold: Callable, x: Array, axis: int) -> Array:
+    """Folds ``x`` along ``axis``, which stays as an axis of length one."""
     return fold(x, axis=axis, keepdims=True)
 
 
 def count(mask: Bool[Array, "..."], axis: int) -> Int[Array, "..."]:
-    """How many of ``mask`` hold along ``axis``, which stays as 1."""
-    return along(jnp.sum, mask.astype(jnp.float32), axis).astype(jnp.int32)
+    """Counts the true elements of ``mask`` along ``axis``, which stays as an axis of length one."""
+    return fold_axis(jnp.sum, mask.astype(jnp.float32), axis).astype(jnp.int32)
 
 
 def best(key_TE: Float[Array, "T E"]) -> Bool[Array, "T E"]:
-    """Where each token's largest key is, of the lowest id among equals; keys are not NaN."""
+    """Marks each token's largest key, and among equal keys the one with the lowest id. Keys are not NaN."""
     lane_TE = iota(key_TE.shape, 1).astype(jnp.float32)
-    top_TE = key_TE == along(jnp.max, key_TE, 1)
-    return lane_TE == along(jnp.min, jnp.where(top_TE, lane_TE, float(key_TE.shape[1] - 1)), 1)
+    top_TE = key_TE == fold_axis(jnp.max, key_TE, 1)
+    return lane_TE == fold_axis(jnp.min, jnp.where(top_TE, lane_TE, float(key_TE.shape[1] - 1)), 1)
 
 
 def route(
     logits_TE: Float[Array, "T E"], experts: int, k: int
 ) -> tuple[Float[Array, "T E"], Int[Array, "T E"]]:
-    """(scores, places) of a softmax router. Experts from ``experts`` have a logit of -inf.
+    """Returns (scores, places) of a softmax router. The logits of ids from ``experts`` on are -inf.
 
     A token with a NaN has NaN for all its scores, and chooses the first experts.
     """
-    exp_TE = jnp.exp(logits_TE - along(jnp.max, logits_TE, 1))
-    scores_TE = exp_TE / along(jnp.sum, exp_TE, 1)
-    taken = jnp.float32(-1)
+    exp_TE = jnp.exp(logits_TE - fold_axis(jnp.max, logits_TE, 1))
+    scores_TE = exp_TE / fold_axis(jnp.sum, exp_TE, 1)
+    taken_key = jnp.float32(-1)
     key_TE = jnp.where(scores_TE >= 0, scores_TE, 0.0)
-    key_TE = jnp.where(iota(logits_TE.shape, 1) < experts, key_TE, taken)
+    key_TE = jnp.where(iota(logits_TE.shape, 1) < experts, key_TE, taken_key)
 
     def choose(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         key_TE, place_TE = carry
         hit_TE = best(key_TE)
-        return jnp.where(hit_TE, taken, key_TE), jnp.where(hit_TE, j, place_TE)
+        return jnp.where(hit_TE, taken_key, key_TE), jnp.where(hit_TE, j, place_TE)
 
     none_TE = jnp.full(logits_TE.shape, k, jnp.int32)
     return scores_TE, lax.fori_loop(0, k, choose, (key_TE, none_TE))[1]
@@ -66,21 +67,24 @@ def route(
 def weigh(
     scores_TE: Float[Array, "T E"], place_TE: Int[Array, "T E"], rule: Rule, renormalize: bool
 ) -> Array:
-    """The router's own weights, 0 where an expert is not chosen."""
+    """Returns the router's own weights, with 0 for experts that are not chosen."""
     weights_TE = jnp.where(place_TE < rule.k, scores_TE, 0.0)
-    return weights_TE / along(jnp.sum, weights_TE, 1) if renormalize else weights_TE
+    return weights_TE / fold_axis(jnp.sum, weights_TE, 1) if renormalize else weights_TE
 
 
 def cast_votes(
     place_TE: Int[Array, "T E"], logits_TE: Float[Array, "T E"], role_T1: Int[Array, "T 1"], rule: Rule
 ) -> tuple[Int[Array, "1 E"], ...]:
-    """The rows of the table of votes. role_T1: 0 padding, 1 exact, 2 lossy."""
+    """Returns the rows of the table of votes.
+
+    role_T1: 0 for padding, 1 for an exact token, 2 for a lossy one.
+    """
     chosen_TE = place_TE < rule.k
     bin_TE = jnp.zeros_like(place_TE)
     if rule.method == "oea":
         bin_TE = (place_TE >= rule.k0).astype(jnp.int32)
     elif rule.method in ("affinity", "budget"):
-        best_T1 = along(jnp.max, jnp.where(chosen_TE, logits_TE, -jnp.inf), 1)
+        best_T1 = fold_axis(jnp.max, jnp.where(chosen_TE, logits_TE, -jnp.inf), 1)
         gap_TE = best_T1 - logits_TE
         for edge in edges(rule):
             bin_TE += (gap_TE >= edge).astype(jnp.int32)
@@ -89,39 +93,42 @@ def cast_votes(
     return tuple(count(row_TE == row, 0) for row in range(EXACT + 1))
 
 
-def column(row_1E: Int[Array, "1 E"], at_R1: Int[Array, "R 1"]) -> Int[Array, "R 1"]:
-    """The elements ``at_R1`` of a row, as a column."""
-    lane_RE = iota((at_R1.shape[0], row_1E.shape[1]), 1)
-    column_R1 = along(jnp.sum, jnp.where(lane_RE == at_R1, row_1E.astype(jnp.float32), 0.0), 1)
+def column(row_1E: Int[Array, "1 E"], id_R1: Int[Array, "R 1"]) -> Int[Array, "R 1"]:
+    """Returns the elements ``id_R1`` of a row, as a column."""
+    lane_RE = iota((id_R1.shape[0], row_1E.shape[1]), 1)
+    column_R1 = fold_axis(jnp.sum, jnp.where(lane_RE == id_R1, row_1E.astype(jnp.float32), 0.0), 1)
     return column_R1.astype(jnp.int32)
 
 
-def over_rows(rows: Sequence[Array], block: int, of_pair: Callable) -> Int[Array, "1 E"]:
-    """The sum over experts r of ``of_pair(r, [row[r] for row in rows])`` [R, E], ``block`` at once."""
+def over_rows(rows: Sequence[Array], block: int, term: Callable) -> Int[Array, "1 E"]:
+    """Sums ``term(r, [row[r] for row in rows])``, ``[R, E]``, over all experts r, ``block`` at a time."""
     experts = rows[0].shape[1]
 
     def add(i: Array, sum_1E: Array) -> Array:
-        at_R1 = i * block + iota((block, 1), 0)
-        return sum_1E + along(jnp.sum, of_pair(at_R1, [column(row, at_R1) for row in rows]), 0)
+        id_R1 = i * block + iota((block, 1), 0)
+        return sum_1E + fold_axis(jnp.sum, term(id_R1, [column(row, id_R1) for row in rows]), 0)
 
     return lax.fori_loop(0, experts // block, add, jnp.zeros((1, experts), jnp.int32))
 
 
 def starts(sizes_1E: Int[Array, "1 E"], block: int) -> Int[Array, "1 E"]:
-    """How many assignments the experts of lower ids have together."""
+    """Returns, for each expert, how many assignments the experts of lower ids have together."""
     lane_1E = iota(sizes_1E.shape, 1)
-    return over_rows([sizes_1E], block, lambda at_R1, size_R1: jnp.where(at_R1 < lane_1E, size_R1[0], 0))
+    return over_rows([sizes_1E], block, lambda id_R1, size_R1: jnp.where(id_R1 < lane_1E, size_R1[0], 0))
 
 
 def choose_active(votes: Sequence[Int[Array, "1 E"]], rule: Rule, block: int) -> Bool[Array, "1 E"]:
-    """The experts that stay, as in ``reference``; an expert's rank is the number of those that lead it."""
+    """Returns the experts that stay, as in ``reference``.
+
+    An expert's rank is the number of experts that lead it.
+    """
     bins, lane_1E = votes[:BINS], iota(votes[0].shape, 1)
     votes_1E = reduce(jnp.add, bins)
 
-    def leads(at_R1: Array, columns: list[Array]) -> Array:
-        ahead_RE = at_R1 < lane_1E
-        for own_1E, other_R1 in reversed(list(zip(bins, columns, strict=True))):
-            more, equal = other_R1 > own_1E, other_R1 == own_1E
+    def leads(id_R1: Array, columns: list[Array]) -> Array:
+        ahead_RE = id_R1 < lane_1E
+        for lane_votes_1E, row_votes_R1 in reversed(list(zip(bins, columns, strict=True))):
+            more, equal = row_votes_R1 > lane_votes_1E, row_votes_R1 == lane_votes_1E
             ahead_RE = more | (equal & ahead_RE)
         return ahead_RE.astype(jnp.int32)
 
@@ -132,7 +139,7 @@ def choose_active(votes: Sequence[Int[Array, "1 E"]], rule: Rule, block: int) ->
     else:
         least = budget(rule, count(union_1E, 1))
     if rule.method == "affinity":  # a voter has k votes
-        kept_1E |= union_1E & (bins[1] * rule.k == along(jnp.sum, votes_1E, 1))
+        kept_1E |= union_1E & (bins[1] * rule.k == fold_axis(jnp.sum, votes_1E, 1))
     first_1E = over_rows(bins, block, leads) < least
     return kept_1E | (first_1E & union_1E) | (votes[EXACT] > 0)
 
@@ -144,7 +151,11 @@ def refill(
     role_T1: Int[Array, "T 1"],
     k: int,
 ) -> tuple[Int[Array, "T E"], Bool[Array, "T 1"]]:
-    """(places, whether some moved): choices outside the active set go to the best others within."""
+    """Moves a lossy token's choices outside the active set to its best other experts inside it.
+
+    Returns (places, whether a choice of the token moved).
+    role_T1: see ``cast_votes``.
+    """
     chosen_TE = place_TE < k
     moved_TE = chosen_TE & ~active_1E & (role_T1 == 2)
     lowest, none = jnp.finfo(jnp.float32).min, -jnp.inf
@@ -153,7 +164,7 @@ def refill(
 
     def fill(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         key_TE, left_TE, place_TE = carry
-        hit_TE, place_T1 = best(key_TE), along(jnp.min, left_TE, 1)
+        hit_TE, place_T1 = best(key_TE), fold_axis(jnp.min, left_TE, 1)
         place_TE = jnp.where(hit_TE & (place_T1 < k), place_T1.astype(jnp.int32), place_TE)
         return jnp.where(hit_TE, none, key_TE), jnp.where(left_TE == place_T1, float(k), left_TE), place_TE
 
@@ -169,11 +180,14 @@ def reweigh(
     touched_T1: Bool[Array, "T 1"],
     k: int,
 ) -> Float[Array, "T E"]:
-    """The weights at new places: of a token with a moved choice, its scores scaled to the old sum."""
+    """Returns the weights at the new places.
+
+    A token with a moved choice gets its scores, scaled to the sum of its old weights.
+    """
     kept_TE = jnp.where(place_TE < k, scores_TE, 0.0)
-    total_T1 = along(jnp.sum, kept_TE, 1)
+    total_T1 = fold_axis(jnp.sum, kept_TE, 1)
     share_TE = jnp.where(total_T1 > 0, kept_TE / jnp.where(total_T1 > 0, total_T1, 1.0), 1 / k)
-    return jnp.where(touched_T1, share_TE * along(jnp.sum, weights_TE, 1), weights_TE)
+    return jnp.where(touched_T1, share_TE * fold_axis(jnp.sum, weights_TE, 1), weights_TE)
 
 
 def slots(
@@ -183,9 +197,10 @@ def slots(
     padding: Int[Array, "1 1"],
     k: int,
 ) -> tuple[Int[Array, "T E"], Int[Array, "1 E"], Int[Array, "1 1"]]:
-    """(where each choice stands in the order by expert, then the same two numbers after this tile).
+    """Returns (place of each choice in the order by expert, ``next_1E`` and ``padding`` after this tile).
 
-    next_1E: where the next assignment of each expert goes; padding: and that of the next padding token.
+    next_1E: place of each expert's next assignment.
+    padding: place of the next padding token's first assignment.
     """
     t = place_TE.shape[0]
     before_TT = (iota((t, t), 1) < iota((t, t), 0)).astype(jnp.bfloat16)
@@ -194,7 +209,7 @@ def slots(
     earlier_TE = jnp.dot(before_TT, mine_TE.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     off_TE = jnp.broadcast_to(~valid_T1, place_TE.shape).astype(jnp.bfloat16)
     skipped_TE = jnp.dot(before_TT, off_TE, preferred_element_type=jnp.float32)
-    own_TE = next_1E + earlier_TE.astype(jnp.int32)
-    padding_TE = padding + skipped_TE.astype(jnp.int32) * k + place_TE
-    slot_TE = jnp.where(valid_T1, own_TE, padding_TE)
+    valid_slot_TE = next_1E + earlier_TE.astype(jnp.int32)
+    padding_slot_TE = padding + skipped_TE.astype(jnp.int32) * k + place_TE
+    slot_TE = jnp.where(valid_T1, valid_slot_TE, padding_slot_TE)
     return slot_TE, next_1E + count(mine_TE, 0), padding + count(~valid_T1, 0) * k

@@ -1,4 +1,4 @@
-"""Named batches shared by tests and benchmarks."""
+"""Named batches that tests and benchmarks share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,14 @@ Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """fill(rng, logits_TE, valid_T, lossy_T): changes a batch of normal logits without padding, all lossy."""
+    """A batch: normal logits, no padding, all tokens lossy, and then the changes that ``fill`` makes.
+
+    name: what is special about the batch.
+    tokens: number of tokens.
+    experts: number of experts.
+    k: number of experts that a token chooses.
+    fill: function of (rng, logits_TE, valid_T, lossy_T) that changes the arrays in place.
+    """
 
     name: str
     tokens: int
@@ -46,19 +53,19 @@ def _identical(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, 
 
 
 def _unanimous(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, lossy: np.ndarray) -> None:
-    """All have expert 3 within [0.5, 1) of their best, and two tokens each best."""
+    """Puts expert 3 within [0.5, 1) of every token's best logit; two tokens each share their best expert."""
     logits *= 0.1
     logits[:, 3] = 9.3
     logits[np.arange(len(logits)), 4 + np.arange(len(logits)) // 2] = 10
 
 
 def _on_the_edges(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, lossy: np.ndarray) -> None:
-    """Whole multiples of a half: gaps that lie where bins of that width begin, and many ties."""
+    """Rounds the logits to halves: gaps lie where bins of that width begin, and many logits tie."""
     logits[:] = np.round(logits * 2) / 2
 
 
 def _huge_gaps(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, lossy: np.ndarray) -> None:
-    """All scores but a token's best are 0; some logits are the largest and the smallest of float32."""
+    """Makes all scores but a token's best 0; some logits are the largest and the smallest of float32."""
     logits[:] = np.argsort(logits, axis=1) * 150.0
     logits[2, 5], logits[3, 6] = np.finfo(np.float32).max, np.finfo(np.float32).min
 
@@ -66,13 +73,13 @@ def _huge_gaps(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, 
 def _minus_infinity(
     rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, lossy: np.ndarray
 ) -> None:
-    """Tokens that can hardly tell their experts."""
+    """Leaves a token six or two finite logits: some of its k experts have a score of 0."""
     logits[:, 6:] = -np.inf
     logits[::2, 2:] = -np.inf
 
 
 def _not_a_number(rng: np.random.Generator, logits: np.ndarray, valid: np.ndarray, lossy: np.ndarray) -> None:
-    """One logit of a lossy token, all those of an exact one, and padding."""
+    """Puts NaN into one logit of a lossy token, into all those of an exact one, and into padding."""
     logits[4, 7], logits[6], logits[8] = np.nan, np.nan, np.nan
     lossy[6], valid[8] = False, False
 
@@ -102,7 +109,7 @@ CASES = (
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """(logits, valid, lossy): float32, bool, bool; lossy tokens are valid."""
+    """Returns (logits, valid, lossy) as float32, bool and bool arrays; lossy tokens are valid."""
     rng = np.random.default_rng(seed)
     logits_TE = 2 * rng.standard_normal((case.tokens, case.experts), np.float32)
     valid_T, lossy_T = np.ones(case.tokens, bool), np.ones(case.tokens, bool)

@@ -1,8 +1,8 @@
-"""The kernel that both Pallas lowerings share: passes over tiles of tokens, and its calls.
+"""The kernel that both Pallas lowerings share: its passes over tiles of tokens, and its calls.
 
-One program holds everything: the set depends on every token, and a decode batch is small. Pass one routes
-and counts votes, pass two remaps, pass three writes the order; between them scores and places stand in
-memory. With ``total`` a first call only counts votes, and the second routes again.
+One program holds everything, because the set depends on every token and a decode batch is small. Pass one
+routes and counts votes, pass two remaps, pass three writes the order; between passes, scores and places stand
+in memory. With ``total``, a first call only counts votes, and the second one routes again.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def _tile(plan: Plan, ref: Ref, first: Array | int) -> Array:
 
 
 def _logits(plan: Plan, ref: Ref, first: Array | int) -> Float[Array, "T E"]:
-    """A tile of logits, -inf for the lanes that are no experts."""
+    """Returns a tile of logits, with -inf in the lanes that are not experts."""
     tile_TE = _tile(plan, ref, first)
     return jnp.where(body.iota(tile_TE.shape, 1) < plan.experts, tile_TE, -jnp.inf)
 
@@ -38,7 +38,7 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def count_votes(logits_TE: Ref, role_T1: Ref, votes_VE: Ref, *, plan: Plan, rule: Rule) -> None:
-    """The first call with ``total``: the table of votes."""
+    """Writes the table of votes; this is the first call if there is a ``total``."""
 
     def step(first: Array | int, votes: tuple[Array, ...]) -> tuple[Array, ...]:
         tile_TE = _logits(plan, logits_TE, first)
@@ -52,7 +52,7 @@ def count_votes(logits_TE: Ref, role_T1: Ref, votes_VE: Ref, *, plan: Plan, rule
 def bin_all(
     logits_TE: Ref, role_T1: Ref, *refs: Ref, plan: Plan, rule: Rule, renormalize: bool, platform: Platform
 ) -> None:
-    """Everything, from the batch's own votes or, with one more input, from the votes of all ranks."""
+    """Computes everything, from the batch's own votes or, with one more input, from those of all ranks."""
     *total_VE, plain_ids, plain_weights, ids, weights, scores_TE, active, order, sizes, place_TE, new_TE = (
         refs
     )
@@ -65,8 +65,8 @@ def bin_all(
         score_TE, choice_TE = body.route(logit_TE, plan.experts, k)
         scores_TE[rows, :], place_TE[rows, :] = score_TE, choice_TE
         platform.scatter(plain_ids, first, lane_TE, choice_TE, k)
-        own_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
-        platform.scatter(plain_weights, first, own_TE, choice_TE, k)
+        plain_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
+        platform.scatter(plain_weights, first, plain_TE, choice_TE, k)
         return _add(votes, body.cast_votes(choice_TE, logit_TE, tile(role_T1, first), rule))
 
     votes = plan.over_tiles(route, _no_votes(plan))
@@ -78,12 +78,12 @@ def bin_all(
 
     def remap(first: Array | int, sizes_1E: Array) -> Array:
         score_TE, choice_TE, role = (tile(ref, first) for ref in (scores_TE, place_TE, role_T1))
-        own_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
+        plain_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
         logit_TE = _logits(plan, logits_TE, first)
         moved_TE, touched_T1 = body.refill(choice_TE, logit_TE, active_1E, role, k)
         new_TE[pl.ds(first, plan.chunk), :] = moved_TE
         platform.scatter(ids, first, lane_TE, moved_TE, k)
-        new_weights_TE = body.reweigh(own_TE, score_TE, moved_TE, touched_T1, k)
+        new_weights_TE = body.reweigh(plain_TE, score_TE, moved_TE, touched_T1, k)
         platform.scatter(weights, first, new_weights_TE, moved_TE, k)
         return sizes_1E + body.count((moved_TE < k) & (role > 0), 0)
 
@@ -93,11 +93,11 @@ def bin_all(
 
     def write_order(first: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         moved_TE, role = tile(new_TE, first), tile(role_T1, first)
-        slot_TE, *after = body.slots(moved_TE, role > 0, *state, k)
+        slot_TE, *next_state = body.slots(moved_TE, role > 0, *state, k)
         platform.order(order, first, slot_TE, moved_TE, k)
-        return after[0], after[1]
+        return next_state[0], next_state[1]
 
-    padding = body.along(jnp.sum, sizes_1E, 1)
+    padding = body.fold_axis(jnp.sum, sizes_1E, 1)
     plan.over_tiles(write_order, (body.starts(sizes_1E, block), padding))
 
 
@@ -111,9 +111,9 @@ def bin_experts(
     renormalize: bool,
     total: Callable[[Array], Array] | None,
 ) -> Binned:
-    """See ``api.bin_experts``; one call, or with ``total`` two."""
+    """Does the work of ``api.bin_experts`` in one call of the kernel, or in two if there is a ``total``."""
     (t, experts), k = logits_TE.shape, rule.k
-    plan = Plan.of(t, experts, k, platform.least_lanes)
+    plan = Plan.make(t, experts, k, platform.least_lanes)
     n, e = plan.rows, plan.lanes
     logits_TE = jnp.pad(logits_TE, ((0, n - t), (0, e - experts)))
     role_T1 = jnp.pad(valid_T.astype(jnp.int32) + (valid_T & lossy_T).astype(jnp.int32), (0, n - t))[:, None]
@@ -124,14 +124,14 @@ def bin_experts(
         votes_VE = platform.call(kernel, out_shape=out, name="bin_experts_votes")(*operands)
         operands.append(jnp.pad(total(votes_VE[:, :experts]), ((0, 0), (0, e - experts))))
     i, f = jnp.int32, jnp.float32
-    by_place = [((n, k + platform.spare), dtype) for dtype in (i, f, i, f)]
+    by_choice_shapes = [((n, k + platform.spare), dtype) for dtype in (i, f, i, f)]
     order = (1, n * k + platform.spare)
     rows = [((n, e), f), ((1, e), i), (order, i), ((1, e), i), ((n, e), i), ((n, e), i)]
-    out = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*by_place, *rows)]
+    out = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*by_choice_shapes, *rows)]
     kernel = partial(bin_all, plan=plan, rule=rule, renormalize=renormalize, platform=platform)
     results = platform.call(kernel, out_shape=out, name="bin_experts")(*operands)
-    *placed, scores_TE, active_1E, order_1N, sizes_1E, _, _ = results
-    plain_ids, plain_weights, ids, weights = (x[:t, :k] for x in placed)
+    *by_choice, scores_TE, active_1E, order_1N, sizes_1E, _, _ = results
+    plain_ids, plain_weights, ids, weights = (x[:t, :k] for x in by_choice)
     return Binned(
         plain_ids,
         plain_weights,

@@ -1,8 +1,8 @@
 """Binning on GPU: one thread block, by Pallas' Triton lowering.
 
-Triton and not Mosaic GPU, as this project's other GPU kernels are: this one is reductions over small tiles
-and scattered stores, for which Triton finds layouts of registers and barriers by itself. jax 0.11 calls the
-Triton lowering deprecated, and still has it; where it is gone, "xla" remains.
+This project's other GPU kernels use Mosaic GPU. This one consists of reductions over small tiles and of
+scattered stores, for which Triton finds layouts of registers and barriers by itself. jax 0.11 calls the
+Triton lowering deprecated, and still has it; without it, "xla" remains.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ PAIRS = 2048  # eight a thread: with more, registers spill
 
 
 def most_tokens(experts: int, k: int) -> int:
-    """How many tokens a call takes."""
+    """Returns the largest number of tokens that a call takes."""
     return MOST_TOKENS
 
 
 def supports(experts: int, rule: Rule) -> str | None:
-    """Why the kernel cannot run, with the limit that is exceeded, or None."""
+    """Returns why the kernel cannot run, with the limit that is exceeded, or None if it can."""
     if not 2 <= experts <= MOST_EXPERTS:
         return f"{experts} experts; the kernel takes 2 to {MOST_EXPERTS}"
     return None if 1 <= rule.k <= experts else f"k = {rule.k}; it must be between 1 and the {experts} experts"
@@ -68,7 +68,7 @@ def bin_experts(
         cost_estimate=cost(t, experts, rule.k),
         interpret=interpret,
     )
-    # Stores of interpreted kernels read where the mask is off, so such elements need a place of their own.
+    # In the interpreter a store also reads where its mask is off, so it needs a spare element for that.
     barrier = (lambda: None) if interpret else triton.debug_barrier
     platform = Platform(call, barrier, LANES, PAIRS, 1, _scatter, _order)
     return fused.bin_experts(

@@ -1,4 +1,4 @@
-"""Binning on TPU (Pallas, Mosaic): one kernel, everything in VMEM."""
+"""Binning on TPU (Pallas, Mosaic): one kernel that keeps everything in VMEM."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
-from jmoe_kernels.binning.body import along, iota
+from jmoe_kernels.binning.body import fold_axis, iota
 from jmoe_kernels.binning.plan import TILE, Platform, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
@@ -23,12 +23,12 @@ UNROLLED = 8  # rounds that do not wait for each other overlap when they are unr
 
 
 def most_tokens(experts: int, k: int) -> int:
-    """How many tokens a call takes."""
+    """Returns the largest number of tokens that a call takes."""
     return min(MOST_LOGITS // experts, MOST_ASSIGNMENTS // k)
 
 
 def supports(experts: int, rule: Rule) -> str | None:
-    """Why the kernel cannot run, with the limit that is exceeded, or None."""
+    """Returns why the kernel cannot run, with the limit that is exceeded, or None if it can."""
     if not 2 <= experts <= MOST_EXPERTS:
         return f"{experts} experts; the kernel takes 2 to {MOST_EXPERTS}"
     return None if 1 <= rule.k <= experts else f"k = {rule.k}; it must be between 1 and the {experts} experts"
@@ -39,7 +39,7 @@ def _scatter(ref: Ref, first: Array | int, value_TE: Array, place_TE: Array, k: 
     lane_TK = iota((t, k), 1)
 
     def put(j: Array, tile_TK: Array) -> Array:
-        value_T1 = along(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1)
+        value_T1 = fold_axis(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1)
         return jnp.where(lane_TK == j, value_T1, tile_TK)
 
     tile_TK = lax.fori_loop(0, k, put, jnp.zeros((t, k), jnp.float32), unroll=k <= UNROLLED)
@@ -52,8 +52,8 @@ def _order(ref: Ref, first: Array | int, slot_TE: Array, place_TE: Array, k: int
     lane_TN, float_TE = iota((t, n), 1), slot_TE.astype(jnp.float32)
 
     def put(j: Array, order_1N: Array) -> Array:
-        slot_T1 = along(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1).astype(jnp.int32)
-        here_1N = along(jnp.max, jnp.where(lane_TN == slot_T1, flat_T1 + j, -1), 0)
+        slot_T1 = fold_axis(jnp.sum, jnp.where(place_TE == j, float_TE, 0.0), 1).astype(jnp.int32)
+        here_1N = fold_axis(jnp.max, jnp.where(lane_TN == slot_T1, flat_T1 + j, -1), 0)
         return jnp.where(here_1N < 0, order_1N, here_1N)
 
     ref[...] = lax.fori_loop(0, k, put, ref[...], unroll=k <= UNROLLED)

@@ -1,4 +1,4 @@
-"""How a binning kernel is cut into tiles, and what the lowerings that it is written for differ in."""
+"""How a call of a binning kernel is cut into tiles, and in what its two lowerings differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ TILE = 8192  # numbers in a tile: 8 vector registers of float32 on TPU, 32 of ea
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a call: tokens, experts and k as given; rows and lanes: padded; chunk: tokens of a tile.
+    """The sizes of a call.
+
+    tokens: number of tokens of the batch.
+    experts: number of experts.
+    k: number of experts that a token chooses.
+    rows: number of tokens with padding, a multiple of ``chunk``.
+    lanes: number of experts with padding.
+    chunk: number of tokens of a tile.
 
     rows, lanes and chunk are powers of two or multiples of one, because Triton's tiles are; 16 is the least
     that its products take.
@@ -27,32 +34,38 @@ class Plan:
     chunk: int
 
     @staticmethod
-    def of(tokens: int, experts: int, k: int, least_lanes: int) -> "Plan":
-        """The plan with at least ``least_lanes`` lanes, and tiles of about ``TILE`` numbers."""
+    def make(tokens: int, experts: int, k: int, least_lanes: int) -> "Plan":
+        """Returns the plan with at least ``least_lanes`` lanes, and tiles of about ``TILE`` numbers."""
         lanes = max(least_lanes, pl.next_power_of_2(experts))
         chunk = max(16, min(pl.next_power_of_2(tokens), TILE // lanes))
         return Plan(tokens, experts, k, pl.cdiv(tokens, chunk) * chunk, lanes, chunk)
 
     def over_tiles(self, step: Callable, carry: Any) -> Any:
-        """``carry = step(first token, carry)`` for every tile."""
+        """Runs ``carry = step(first token, carry)`` for every tile and returns the last carry."""
         if self.rows == self.chunk:
             return step(0, carry)
 
-        def at(i: Array, carry: Any) -> Any:
+        def run_tile(i: Array, carry: Any) -> Any:
             return step(pl.multiple_of(i * self.chunk, self.chunk), carry)
 
-        return lax.fori_loop(0, self.rows // self.chunk, at, carry)
+        return lax.fori_loop(0, self.rows // self.chunk, run_tile, carry)
 
 
 @dataclass(frozen=True)
 class Platform:
     """What the lowerings differ in.
 
-    call: ``pl.pallas_call`` with the lowering's own arguments. barrier: between passes, of which one reads
-    what another wrote. pairs: of experts compared at once. scatter(ref, first, value_TE, place_TE, k):
-    ``ref[first + t, place] = value`` for every choice; order(ref, first, slot_TE, place_TE, k):
-    ``ref[0, slot] = (first + t) * k + place``. Where ``place`` is k, ``slot`` and ``value`` mean nothing.
-    spare: elements past the end of the rows of both.
+    call: ``pl.pallas_call`` with the lowering's own arguments.
+    barrier: function to call between two passes if one reads what the other wrote.
+    least_lanes: smallest number of lanes of a tile.
+    pairs: number of pairs of experts that are compared at once.
+    spare: number of elements after the end of the rows that ``scatter`` and ``order`` write to.
+    scatter: function (ref, first, value_TE, place_TE, k) that does ``ref[first + t, place] = value`` for
+        every choice.
+    order: function (ref, first, slot_TE, place_TE, k) that does ``ref[0, slot] = (first + t) * k + place``
+        for every choice.
+
+    In both, ``slot`` and ``value`` mean nothing where ``place`` is k.
     """
 
     call: Callable
@@ -65,7 +78,7 @@ class Platform:
 
 
 def cost(tokens: int, experts: int, k: int) -> pl.CostEstimate:
-    """What the compiler is told of one call: 2 k rounds over the logits, pairs of experts, and the arrays."""
+    """Returns the compiler's estimate of a call: 2 k rounds over the logits, pairs of experts, the arrays."""
     return pl.CostEstimate(
         flops=tokens * experts * 20 * k + 20 * experts * experts,
         transcendentals=tokens * experts,

@@ -1,8 +1,8 @@
-"""Binning in jax.numpy: what the kernels must equal, and what runs where none does.
+"""Binning in jax.numpy: what the kernels must equal, and what runs if none of them can.
 
-Three stages, so that ranks which share the experts' weights can sum their votes between the first and the
-second: ``cast_votes`` -> ``choose_active`` -> ``remap``. All numbers that decide the set are whole: it does
-not depend on the order of the tokens, on padding, or on how they are split over ranks.
+There are three stages, so that ranks which share the experts' weights can sum their votes between the first
+and the second: ``cast_votes`` -> ``choose_active`` -> ``remap``. All numbers that decide the set are whole:
+it does not depend on the order of the tokens, on padding, or on how they are split over ranks.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,10 @@ from jmoe_kernels.binning.types import BINS, EXACT, VOTE_ROWS, Binned, Rule
 def route_softmax(
     logits_TE: Float[Array, "T E"], k: int, *, renormalize: bool
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
-    """(ids, weights, scores) of each token's ``k`` experts by softmax, best first; ties to the lower id."""
+    """Returns (ids, weights, scores) of each token's ``k`` experts by softmax, best first.
+
+    Ties go to the lower id.
+    """
     scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     weights_TK, ids_TK = lax.top_k(scores_TE, k)
     if renormalize:
@@ -28,9 +31,12 @@ def route_softmax(
 
 
 def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: Rule) -> Int[Array, "T K"]:
-    """The bin of each choice, 0 the dearest: by the gap to the token's best logit, or by rank for "oea".
+    """Returns the bin of each choice; bin 0 has the highest affinity.
 
-    Choice c lies in bin b where ``b * bin_width <= gap < (b + 1) * bin_width``; the last bin has no end.
+    "popularity" and "random" have one bin, and "oea" bins by rank. The others bin by the gap to the token's
+    best
+    logit: bin b has the choices with ``b * bin_width <= gap < (b + 1) * bin_width``, and the last bin has no
+        end.
     """
     if rule.method in ("popularity", "random"):
         return jnp.zeros(ids_TK.shape, jnp.int32)
@@ -43,7 +49,10 @@ def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: R
 
 
 def edges(rule: Rule) -> np.ndarray:
-    """Where bins 1, 2, ... begin, float32; above 0, so that a token's best choice is always in bin 0."""
+    """Returns where bins 1, 2, ... begin, float32.
+
+    All edges are above 0, so that a token's best choice is always in bin 0.
+    """
     limits = np.finfo(np.float32)
     return np.arange(1, BINS, dtype=np.float32) * np.float32(
         np.clip(rule.bin_width, limits.tiny, limits.max / BINS)
@@ -57,7 +66,7 @@ def cast_votes(
     lossy_T: Bool[Array, " T"],
     rule: Rule,
 ) -> Int[Array, "V E"]:
-    """How many lossy tokens chose each expert, by bin, and how many exact ones, in the row ``EXACT``."""
+    """Counts the lossy tokens that chose each expert, by bin, and the exact ones, in the row ``EXACT``."""
     experts = logits_TE.shape[1]
     row_TK = jnp.where(lossy_T[:, None], vote_bins(ids_TK, logits_TE, rule), EXACT)
     flat_TK = jnp.where(valid_T[:, None], row_TK * experts + ids_TK, VOTE_ROWS * experts)
@@ -66,9 +75,9 @@ def cast_votes(
 
 
 def budget(rule: Rule, union: Int[Array, ""]) -> Int[Array, ""]:
-    """How many experts of a union a budget keeps: ceil(keep * union), at least k.
+    """Returns how many experts of a union a budget keeps: ceil(keep * union), at least k.
 
-    The part of 2**-22 taken off first keeps a product that is whole in exact arithmetic from being rounded up
+    A part of 2**-22 is taken off first, so that a product that is whole in exact arithmetic is not rounded up
     to the next number.
     """
     share = union.astype(jnp.float32) * jnp.float32(rule.keep) * jnp.float32(1 - 2**-22)
@@ -78,7 +87,10 @@ def budget(rule: Rule, union: Int[Array, ""]) -> Int[Array, ""]:
 def choose_active(
     votes_VE: Int[Array, "V E"], rule: Rule, draw_E: Float[Array, " E"] | None = None
 ) -> Bool[Array, " E"]:
-    """The experts that stay. draw_E: of method "random", which keeps the lowest."""
+    """Returns the experts that stay.
+
+    draw_E: random numbers for method "random", which keeps the experts with the lowest ones.
+    """
     votes_BE = votes_VE[:BINS]
     union_E = jnp.any(votes_BE > 0, axis=0)
     least, kept_E = jnp.int32(rule.k), jnp.zeros_like(union_E)
@@ -92,7 +104,7 @@ def choose_active(
     if rule.method == "random":
         assert draw_E is not None
         order_E = jnp.lexsort((draw_E, ~union_E))
-    else:  # the last key is the first that counts; ties stay in the order of the ids
+    else:  # lexsort's last key counts first; ties stay in the order of the ids
         order_E = jnp.lexsort(-votes_BE[::-1])
     first_E = jnp.zeros_like(union_E).at[order_E].set(jnp.arange(union_E.shape[0]) < least)
     return kept_E | (first_E & union_E) | (votes_VE[EXACT] > 0)
@@ -106,18 +118,20 @@ def remap(
     active: Bool[Array, " E"] | Bool[Array, "T E"],
     lossy_T: Bool[Array, " T"],
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """Each lossy token's choices outside the active set (its own, if ``[T, E]``) go to its best ones within.
+    """Moves each lossy token's choices outside the active set to the token's best experts inside it.
 
-    The others stay in their places; a token without such choices keeps its weights bit for bit. Where some
-    moved, all of the token's weights are its scores, scaled to the sum that the weights had.
+    active: the active set, ``[E]``, or one of each token, ``[T, E]``.
+
+    Other choices stay in their places, and a token without moved choices keeps its weights bit for bit. If a
+    choice moved, all of the token's weights become its scores, scaled to the sum that the weights had.
     """
     (t, k), experts = ids_TK.shape, logits_TE.shape[1]
     active_TE = jnp.broadcast_to(active if active.ndim == 2 else active[None], logits_TE.shape)
     moved_TK = ~jnp.take_along_axis(active_TE, ids_TK, axis=1) & lossy_T[:, None]
     chosen_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True)
-    lowest = jnp.finfo(jnp.float32).min  # an expert of logit -inf is still one; one that is taken is not
+    lowest = jnp.finfo(jnp.float32).min  # a logit of -inf is a candidate still; a taken expert is not
     open_TE = active_TE & ~chosen_TE
-    key_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 behind 0
+    key_TE = jnp.where(logits_TE == 0, 0.0, jnp.maximum(logits_TE, lowest))  # top_k puts -0 after 0
     _, next_TK = lax.top_k(jnp.where(open_TE, key_TE, -jnp.inf), k)
     nth_TK = jnp.maximum(jnp.cumsum(moved_TK.astype(jnp.int32), axis=1) - 1, 0)
     new_ids_TK = jnp.where(moved_TK, jnp.take_along_axis(next_TK, nth_TK, axis=1), ids_TK)
@@ -132,7 +146,7 @@ def remap(
 def sort_by_expert(
     ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], experts: int
 ) -> tuple[Int[Array, " N"], Int[Array, " E"]]:
-    """(order, group sizes) of the assignments of valid tokens; the others come last."""
+    """Returns (order, group sizes) of the assignments of valid tokens; those of padding come last."""
     keys_N = jnp.where(valid_T[:, None], ids_TK, experts).reshape(-1)
     sizes_E = jnp.bincount(keys_N, length=experts)
     return jnp.argsort(keys_N, stable=True).astype(jnp.int32), sizes_E.astype(jnp.int32)
@@ -147,7 +161,7 @@ def bin_experts_reference(
     renormalize: bool,
     total: Callable[[Array], Array] | None = None,
 ) -> Binned:
-    """All of it for a softmax router; see ``api.bin_experts``."""
+    """Does all of it for a softmax router; see ``api.bin_experts``."""
     ids_TK, weights_TK, scores_TE = route_softmax(logits_TE, rule.k, renormalize=renormalize)
     votes_VE = cast_votes(ids_TK, logits_TE, valid_T, lossy_T, rule)
     active_E = choose_active(votes_VE if total is None else total(votes_VE), rule)

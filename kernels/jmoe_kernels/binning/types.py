@@ -1,4 +1,4 @@
-"""What binning takes and gives. Axes: T tokens, K experts a token, E experts, N = T * K, V rows of votes."""
+"""The rule that binning follows, and the result that it returns."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,17 +8,20 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 Method = Literal["affinity", "oea", "budget", "popularity", "random"]
-BINS = 6  # the last one takes all affinities beyond
+BINS = 6  # the last bin takes all larger gaps
 EXACT = BINS  # the row of a table of votes with the choices of exact tokens, after those of the bins
 VOTE_ROWS = BINS + 1
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the active set is chosen: static, so that another one compiles again.
+    """How the active set is chosen. A rule is static, so a different one compiles again.
 
-    method: see ``reference``. k: experts a token. bin_width: nats ("affinity", "budget"). k0: choices that
-    every token keeps ("oea"). keep: share of the batch's union that stays ("budget", "popularity", "random").
+    method: name of the method; ``reference.choose_active`` shows what each of them keeps.
+    k: number of experts that a token chooses.
+    bin_width: width of a bin in nats ("affinity", "budget").
+    k0: number of choices that every token keeps ("oea").
+    keep: share of the batch's union of experts that stays ("budget", "popularity", "random").
     """
 
     method: Method
@@ -33,9 +36,14 @@ class Rule:
 class Binned:
     """A softmax router's choice, the choice remapped to the active set, and its order by expert.
 
-    plain_ids_TK, plain_weights_TK: the router's own, best first. ids_TK, weights_TK: remapped in place.
-    scores_TE: softmax of the logits. active_E: experts that tokens may go to. order_N: assignments
-    ``t * K + k`` by expert, stable, those of padding tokens last; group_sizes_E: rows of each expert.
+    plain_ids_TK: experts that the router chose, best first.
+    plain_weights_TK: weights that the router gave them.
+    ids_TK: experts after remapping; a moved choice is replaced in its place.
+    weights_TK: weights after remapping.
+    scores_TE: softmax of the logits.
+    active_E: mask of the experts that tokens may go to.
+    order_N: assignments ``t * K + k`` by expert, stable; those of padding tokens come last.
+    group_sizes_E: number of rows of each expert.
     """
 
     plain_ids_TK: Int[Array, "T K"]

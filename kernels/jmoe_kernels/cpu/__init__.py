@@ -1,6 +1,9 @@
 """C++ kernels for CPUs over XLA's foreign function interface: experts, dense products, paged attention.
 
-They are never required: ``get_library()`` says why where they are absent, and the portable forms serve.
+They are never required: if they are absent, ``get_library()`` says why, and the portable forms run.
+
+Axes: as in ``grouped_mlp`` and ``paged_attention``; of a dense product, M rows of x, N rows of w, K columns
+of both; of ``rotate``, h = d / 2 angles a position.
 """
 
 from jmoe_kernels.cpu.build import Library, get_library

@@ -1,10 +1,11 @@
 """The C++ kernels as a shared library: compiled on first use, kept in a cache, registered with XLA.
 
 Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
-version, and a source install builds in isolation, where the jaxlib present is not the one that will run.
-The cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
-(about 8 s on two cores), and so does a library in it that is not what was written. Without a compiler, or
-where the build or the load fails, the portable kernels serve and the reason is kept for ``jmoe doctor``.
+version, and a source install builds in isolation, where the jaxlib present is not the one that will run. The
+cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
+(about 8 s on two cores). A cached library whose bytes are not those that were written compiles again too.
+Without a compiler, or if the build or the load fails, the portable kernels run and the reason is kept for
+``jmoe doctor``.
 """
 
 import ctypes
@@ -45,21 +46,27 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded kernels. isa: the instruction set in use; isas: all that this processor could use."""
+    """The loaded kernels.
+
+    path: file of the library.
+    dll: handle of the loaded file.
+    """
 
     path: Path
     dll: ctypes.CDLL
 
     @property
     def isa(self) -> str:
+        """Returns the name of the instruction set in use."""
         return self.dll.jmoe_isa().decode()
 
     @property
     def isas(self) -> tuple[str, ...]:
+        """Returns the names of all instruction sets that this processor could use."""
         return tuple(self.dll.jmoe_isas().decode().splitlines())
 
     def use(self, isa: str) -> None:
-        """Uses that instruction set from now on, in the whole process; ValueError where it cannot run."""
+        """Uses that instruction set from now on, in the whole process; raises ValueError if it cannot run."""
         if not self.dll.jmoe_use_isa(isa.encode()):
             raise ValueError(
                 f"instruction set {isa!r} cannot run here; those that can: {', '.join(self.isas)}"
@@ -67,16 +74,17 @@ class Library:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: beside jax's compilation cache, or in the user's cache folder."""
+    """Returns the folder of compiled kernels: next to jax's compilation cache, or in the user's cache."""
     programs = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     return (Path(programs).parent if programs else user_cache()) / "kernels"
 
 
 @functools.cache
 def get_library() -> Library | str:
-    """The loaded library, built if it is not in the cache; or why there is none.
+    """Returns the loaded library, which is built if it is not in the cache, or the reason why there is none.
 
-    A cache that cannot be written to, or not be loaded from, is no reason for slow kernels.
+    A cache that cannot be written to, or that libraries cannot be loaded from, is no reason for slow kernels:
+    the temporary folder takes its place.
     """
     try:
         try:
@@ -88,7 +96,7 @@ def get_library() -> Library | str:
 
 
 def load(path: Path) -> Library:
-    """Loads a built library and registers its kernels with XLA; OSError where it cannot be loaded."""
+    """Loads a built library and registers its kernels with XLA; raises OSError if it cannot be loaded."""
     dll = ctypes.CDLL(str(path))
     dll.jmoe_isa.restype = dll.jmoe_isas.restype = ctypes.c_char_p
     dll.jmoe_use_isa.argtypes, dll.jmoe_use_isa.restype = [ctypes.c_char_p], ctypes.c_bool
@@ -98,39 +106,40 @@ def load(path: Path) -> Library:
 
 
 def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
-    """Compiles the library into ``directory`` unless it is there; ``extra`` compiler flags go in the key.
+    """Compiles the library into ``directory`` unless it is there, and returns its path.
 
-    Raises RuntimeError with the reason where there is no compiler or it fails.
+    extra: compiler flags in addition to ours; they are part of the key.
+    Raises RuntimeError with the reason if there is no compiler or if it fails.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found (c++, g++ or clang++)")
     name = f"jmoe-{_key(compiler, extra)}"
     for path in directory.glob(f"{name}-*.so"):
-        if path == _named(path, name):
+        if path == _library_path(path, name):
             return path
         path.unlink(missing_ok=True)  # a processor that runs half a library ends the process
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda s: _compile(compiler, s, Path(scratch), extra), _sources()))
-        made = Path(scratch) / f"{name}.so"
-        _run([compiler, "-shared", "-o", str(made), *map(str, objects), *extra, "-lpthread"])
-        with open(made, "rb") as file:
+        library = Path(scratch) / f"{name}.so"
+        _run([compiler, "-shared", "-o", str(library), *map(str, objects), *extra, "-lpthread"])
+        with open(library, "rb") as file:
             os.fsync(file.fileno())
-        # another process may have been quicker: either file is whole
-        return made.replace(_named(made, name, directory))
+        # another process may have been quicker; both files are whole
+        return library.replace(_library_path(library, name, directory))
 
 
-def _named(library: Path, name: str, directory: Path | None = None) -> Path:
-    """Where a library of these bytes lies: its name ends in their digest, so a damaged one is known by it."""
+def _library_path(library: Path, name: str, directory: Path | None = None) -> Path:
+    """Returns the path of a library with these bytes: its name ends in their digest, which reveals damage."""
     with open(library, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return (directory or library.parent) / f"{name}-{digest}.so"
 
 
 def _sources() -> list[Path]:
-    """Longest first."""
+    """Returns the files to compile, the longest first."""
     return sorted(SOURCE.glob("*.cc"), key=lambda p: -p.stat().st_size)
 
 
@@ -139,17 +148,17 @@ def _flags(source: Path) -> tuple[str, ...]:
     return (*FLAGS, *(X86_FLAGS.get(source.name, ()) if x86 else ()))
 
 
-def _compile(compiler: str, source: Path, into: Path, extra: tuple[str, ...]) -> Path:
-    made = into / f"{source.stem}.o"
+def _compile(compiler: str, source: Path, directory: Path, extra: tuple[str, ...]) -> Path:
+    object_file = directory / f"{source.stem}.o"
     include = ["-isystem", jax.ffi.include_dir()]
-    _run([compiler, *_flags(source), *extra, *include, "-c", str(source), "-o", str(made)])
-    return made
+    _run([compiler, *_flags(source), *extra, *include, "-c", str(source), "-o", str(object_file)])
+    return object_file
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
         raise RuntimeError(f"{command[0]} failed: {first.strip()}")
 
 

@@ -8,14 +8,20 @@ from jaxtyping import Float, Int, Shaped
 
 
 def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | float) -> Array:
-    """The float32 result of a kernel registered by ``load``; attributes become int64 or float32."""
+    """Runs a kernel that ``load`` registered and returns its float32 result.
+
+    attributes: numbers that become int64 or float32 attributes of the kernel.
+    """
     run = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))
-    typed = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in attributes.items()}
-    return run(*args, **typed)
+    values = {n: np.int64(v) if isinstance(v, int) else np.float32(v) for n, v in attributes.items()}
+    return run(*args, **values)
 
 
 def linear(x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"]) -> Float[Array, "M N"]:
-    """``x @ w.T`` in float32; ``w`` float32, or bfloat16 (also stored as uint16): x is rounded to it."""
+    """Returns ``x @ w.T`` in float32.
+
+    w_NK: float32, or bfloat16 (also stored as uint16), to which x is then rounded.
+    """
     return call("jmoe_linear", (x_MK.shape[0], w_NK.shape[0]), x_MK, w_NK)
 
 
@@ -29,10 +35,10 @@ def attend(
     chunk: int | None = None,
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Attention of each query to the paged keys up to its position, within the window or chunk, float32.
+    """Returns each query's float32 attention to the paged keys up to its position, in its window or chunk.
 
-    Pages are float32, or bfloat16 (also stored as uint16); a padding query (position -1) gives zeros. Latent
-    pages are keys and values at once.
+    Pages are float32, or bfloat16 (also stored as uint16). A padding query (position -1) gives zeros. Latent
+    pages are keys and values at once, and are passed as both.
     """
     sinks = jnp.zeros((0,), jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
     args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM, sinks)
@@ -47,9 +53,12 @@ def write_pages(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> tuple[Array, Array]:
-    """The pages with the new keys and values at their positions, written in place; -1 writes nothing."""
-    like = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
-    run = jax.ffi.ffi_call("jmoe_write_pages", like, input_output_aliases={0: 0, 1: 1})
+    """Returns the pages with the new keys and values at their positions, written in place.
+
+    Position -1 writes nothing.
+    """
+    results = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
+    run = jax.ffi.ffi_call("jmoe_write_pages", results, input_output_aliases={0: 0, 1: 1})
     k, v = run(k_PGSd, v_PGSd, k_BTGd, v_BTGd, positions_BT, table_BM)
     return k, v
 
@@ -60,9 +69,12 @@ def write_latent(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> Array:
-    """The latent pages with the new rows at their positions, written in place; -1 writes nothing."""
-    like = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
-    run = jax.ffi.ffi_call("jmoe_write_latent", like, input_output_aliases={0: 0})
+    """Returns the latent pages with the new rows at their positions, written in place.
+
+    Position -1 writes nothing.
+    """
+    result = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
+    run = jax.ffi.ffi_call("jmoe_write_latent", result, input_output_aliases={0: 0})
     return run(pages_PGSd, rows_BTGd, positions_BT, table_BM)
 
 
@@ -73,9 +85,10 @@ def rotate(
     scale: Float[Array, " S"] | None = None,
     eps: float = 0.0,
 ) -> Float[Array, "B T H d"]:
-    """``x`` rotated by its positions' angles (h = d / 2), normalised first where there is a ``scale``.
+    """Rotates ``x`` by its positions' angles (h = d / 2), and normalises it first if there is a ``scale``.
 
     scale: ``[d]`` for an RMS norm over each head, ``[H * d]`` for one over all heads of a token.
+    eps: number that the norm adds to the mean square.
     """
     scale = jnp.zeros((0,), jnp.float32) if scale is None else scale.astype(jnp.float32)
     return call("jmoe_rotate", x_BTHd.shape, x_BTHd, cos_BTh, sin_BTh, scale, eps=float(eps))

@@ -1,4 +1,4 @@
-"""``grouped_mlp``: one entry for every implementation; a named one raises where it cannot run."""
+"""``grouped_mlp``: one entry for every implementation; it raises if the named one cannot run."""
 
 from functools import partial
 from importlib import import_module
@@ -20,49 +20,58 @@ from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 
 PALLAS = ("pallas_tpu", "pallas_gpu")  # they have an interpreter and limits on shapes
-COMBINED = {"cpu": combined_mlp_cpu}  # those that gather and combine tokens on their way
+COMBINED = {"cpu": combined_mlp_cpu}  # these also gather tokens and combine their outputs
 
 
 def _pallas(name: str) -> ModuleType:
-    """The module of a Pallas implementation, imported when asked for: a CPU saves a quarter of a second."""
+    """Returns the module of a Pallas implementation.
+
+    It is imported when it is needed, which saves a quarter of a second on a CPU.
+    """
     return import_module(f"jmoe_kernels.grouped_mlp.{name}")
 
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
-    """The dtype in which a weight stack of ``dtype`` is kept: uint16 for bfloat16 on CPU, else ``dtype``."""
+    """Returns the dtype that stores a weight stack: uint16 for bfloat16 on a CPU, else ``dtype``.
+
+    platform: platform of the devices; None is jax's default.
+    """
     backend = get_backend(platform or jax.default_backend())
     return jnp.dtype(backend.bfloat16_storage if dtype == jnp.bfloat16 else dtype)
 
 
 def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
-    """Why ``implementation`` cannot run on ``platform`` with weights of ``dtype``, or None if it can.
+    """Returns why ``implementation`` cannot run with weights of ``dtype`` on ``platform``, or None if it can.
 
-    The limits on shapes are each implementation's own: see ``supports`` of ``pallas_tpu`` and ``pallas_gpu``.
+    interpret: whether it would run in its interpreter, on any platform.
+
+    Each implementation has limits on shapes of its own: see ``supports`` of ``pallas_tpu`` and
+    ``pallas_gpu``.
     """
     if implementation not in get_args(Implementation):
         return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is not supported; bfloat16 and float32 are, by all of them"
-    needed = home_of(implementation) or platform
+    home = home_of(implementation) or platform
     if interpret and implementation not in PALLAS:
         return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
-    if needed != platform and not interpret:
-        return f"implementation {implementation!r} needs a {needed}, this is a {platform}; 'xla' can run"
+    if home != platform and not interpret:
+        return f"implementation {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
     if implementation == "cpu" and isinstance(library := cpu.get_library(), str):
         return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
     return None
 
 
 def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[Implementation, str]:
-    """The implementation that None stands for on ``platform``, and why.
+    """Returns the implementation that None stands for on ``platform``, and the reason.
 
-    dims: (experts, inner, model) of the weights, where they are known: the Pallas kernels have limits.
+    dims: (experts, inner, model) of the weights if they are known, because the Pallas kernels have limits.
     """
 
     def lacks(name: Implementation) -> str | None:
         reason = supports(name, platform, dtype)
         if reason is None and dims is not None:
-            reason = _shape_limit(name, _shaped(dims, dtype), 1, "silu")
+            reason = _shape_limit(name, _abstract_weights(dims, dtype), 1, "silu")
         return reason
 
     return first_supported(get_backend(platform).experts, lacks, partial(_praise, platform))
@@ -76,7 +85,7 @@ def _praise(platform: str, name: Implementation) -> str:
     return f"C++ kernels for {library.isa}"
 
 
-def _shaped(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
+def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
     experts, inner, model = dims
     shapes = (experts, 2, inner, model), (experts, model, inner)
     return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
@@ -100,14 +109,16 @@ def grouped_mlp(
     platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Gated MLP of each row's expert, float32 out; ``x_ND`` is sorted by expert.
+    """Computes the gated MLP of each row's expert in float32; ``x_ND`` is sorted by expert.
 
-    group_sizes_E: rows of each expert, summing to at most N; rows past their sum come out zero.
-    implementation: None picks (see ``pick``). interpret: run a Pallas kernel in its interpreter, anywhere.
-    platform: of the devices it will run on; None is jax's default. capacity: for "batched" alone, rows an
-    expert at most.
+    group_sizes_E: number of rows of each expert, summing to at most N; rows past their sum come out zero.
+    implementation: name of the implementation; None picks one (see ``pick``).
+    interpret: whether a Pallas kernel runs in its interpreter, on any platform.
+    platform: platform of the devices that it will run on; None is jax's default.
+    capacity: largest number of rows of an expert, for "batched" alone.
+
     Every implementation can be differentiated, with the gradient of "batched".
-    Raises ValueError with the reason where a named implementation cannot run.
+    Raises ValueError with the reason if the named implementation cannot run.
     """
     platform = platform or jax.default_backend()
     name = implementation or pick(platform, weights.dtype, weights.dims)[0]
@@ -132,15 +143,15 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
     experts, inner, model = weights.dims
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
-    for name, got, want in (
+    for name, actual, expected in (
         ("x", x_ND.shape, (x_ND.shape[0], model)),
         ("down", weights.down_EDF.shape, (experts, model, inner)),
         ("group_sizes", group_sizes_E.shape, (experts,)),
         ("gate_up_bias", getattr(weights.gate_up_bias_E2F, "shape", None), (experts, 2, inner)),
         ("down_bias", getattr(weights.down_bias_ED, "shape", None), (experts, model)),
     ):
-        if got is not None and got != want:
-            return f"{name} must be {list(want)}, got {list(got)}"
+        if actual is not None and actual != expected:
+            return f"{name} must be {list(expected)}, got {list(actual)}"
     return None
 
 
@@ -163,16 +174,16 @@ def _forward(
     return run(x_ND, weights, group_sizes_E, activation=activation)
 
 
-def _forward_saved(*args: Any) -> tuple[Array, tuple]:
+def _forward_with_residuals(*args: Any) -> tuple[Array, tuple]:
     return _forward(*args), args[3:]
 
 
 def _backward(
-    name: Implementation, activation: Activation, interpret: bool, saved: tuple, g_ND: Array
+    name: Implementation, activation: Activation, interpret: bool, residuals: tuple, g_ND: Array
 ) -> tuple:
-    x_ND, weights, group_sizes_E = saved
+    x_ND, weights, group_sizes_E = residuals
     _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
     return (*pull(g_ND), None)
 
 
-_forward.defvjp(_forward_saved, _backward)
+_forward.defvjp(_forward_with_residuals, _backward)

@@ -17,10 +17,11 @@ def grouped_mlp_batched(
     *,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(act(gate x) * up x)``, every expert padded to ``capacity`` rows.
+    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert, each padded to ``capacity`` rows.
 
-    ``capacity`` None means N: exact, and E times the memory. A smaller one zeroes the rows beyond it, which
-    training tolerates; the caller counts them as ``sum(max(group_sizes - capacity, 0))``.
+    capacity: None means N, which is exact and takes E times the memory. A smaller capacity zeroes the rows
+        beyond it, which training tolerates; the caller counts them as
+        ``sum(max(group_sizes - capacity, 0))``.
     """
     n = x_ND.shape[0]
     e, f, d = weights.dims

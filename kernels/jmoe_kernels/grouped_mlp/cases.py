@@ -1,4 +1,4 @@
-"""Named group-size patterns shared by tests and benchmarks."""
+"""Named patterns of group sizes that tests and benchmarks share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """rows: physical rows, at least ``sum(sizes)``; sizes: rows of each expert; model, inner: dimensions."""
+    """A pattern of group sizes.
+
+    name: what is special about the pattern.
+    rows: number of physical rows, at least ``sum(sizes)``.
+    sizes: number of rows of each expert.
+    model: model dimension.
+    inner: inner dimension.
+    """
 
     name: str
     rows: int
@@ -33,13 +40,13 @@ CASES = (
 
 
 def empty_patterns(experts: int, rows_each: int) -> Iterator[tuple[int, ...]]:
-    """Group sizes for every subset of experts that has rows: 2^experts patterns."""
+    """Yields group sizes for every subset of experts that has rows: 2^experts patterns."""
     for bits in range(2**experts):
         yield tuple(rows_each + e if bits >> e & 1 else 0 for e in range(experts))
 
 
 def make_inputs(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(x, gate_up, down, group sizes) as float32 and int32 arrays."""
+    """Returns (x, gate_up, down, group sizes) as float32 and int32 arrays."""
     rng = np.random.default_rng(seed)
     experts = len(case.sizes)
     return (

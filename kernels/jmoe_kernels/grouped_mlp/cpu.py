@@ -10,7 +10,7 @@ from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
 from jmoe_kernels.matmul import as_float
 
-ACTIVATIONS = get_args(Activation)  # the kernel knows them by their place
+ACTIVATIONS = get_args(Activation)  # the kernel knows them by their index
 
 
 def grouped_mlp_cpu(
@@ -19,7 +19,7 @@ def grouped_mlp_cpu(
     group_sizes_E: Int[Array, " E"],
     activation: Activation = "silu",
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(act(gate x) * up x)``; rows past the last group are zero."""
+    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert; rows past the last group are zero."""
     args = (x_ND, *_arrays(weights), group_sizes_E.astype(jnp.int32))
     return cpu.call("jmoe_grouped_mlp", x_ND.shape, *args, activation=ACTIVATIONS.index(activation))
 
@@ -32,17 +32,18 @@ def combined_mlp_cpu(
     group_sizes_E: Int[Array, " E"],
     activation: Activation = "silu",
 ) -> Float[Array, "T D"]:
-    """Each token's sum of its experts' outputs times ``combine_TK``.
+    """Returns each token's sum of its experts' outputs times ``combine_TK``.
 
-    order_N: the assignment ``t * K + k`` of each row in expert order; those past the last group are nobody's.
+    order_N: assignment ``t * K + k`` of each row in the order by expert; those past the last group are
+        unused.
     """
     args = (x_TD, *_arrays(weights), group_sizes_E, order_N, combine_TK)
     return cpu.call("jmoe_combined_mlp", x_TD.shape, *args, activation=ACTIVATIONS.index(activation))
 
 
 def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:
-    """Four operands; a bias that is absent is an empty one."""
+    """Returns the four operands; an absent bias is an empty array."""
     none = jnp.zeros((0,), jnp.float32)
     biases = (weights.gate_up_bias_E2F, weights.down_bias_ED)
-    kept = (none if bias is None else as_float(bias).astype(jnp.float32) for bias in biases)
-    return weights.gate_up_E2FD, weights.down_EDF, *kept
+    bias_arrays = (none if bias is None else as_float(bias).astype(jnp.float32) for bias in biases)
+    return weights.gate_up_E2FD, weights.down_EDF, *bias_arrays

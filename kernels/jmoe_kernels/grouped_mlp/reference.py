@@ -1,4 +1,4 @@
-"""The oracle: every row through its own expert's MLP, in float32, one expert after the other."""
+"""The oracle: it runs every row through its own expert's MLP, in float32, one expert after another."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,9 +13,9 @@ def grouped_mlp_reference(
     group_sizes_E: Int[Array, " E"],
     activation: Activation = "silu",
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(act(gate x) * up x)``; rows past the last group are zero.
+    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert; rows past the last group are zero.
 
-    O(E * N): for tests only.
+    It takes O(E * N), so it is for tests only.
     """
     ends_E = jnp.cumsum(group_sizes_E)
     starts_E = ends_E - group_sizes_E

@@ -16,9 +16,11 @@ Activation = Literal["silu", "gelu_tanh", "relu", "swiglu_oai"]
 class ExpertWeights:
     """Stacked weights in the checkpoint's ``[out, in]`` layout.
 
-    gate_up_E2FD: ``[experts, (gate, up), inner, model]``; down_EDF: ``[experts, model, inner]``; bfloat16 (on
-    CPU stored as uint16, see ``storage_dtype``) or float32. Biases are float32 or as the
-    weights are.
+    gate_up_E2FD: weights ``[experts, (gate, up), inner, model]``, float32 or bfloat16; a CPU stores bfloat16
+        as uint16 (see ``storage_dtype``).
+    down_EDF: weights ``[experts, model, inner]`` of the same dtype.
+    gate_up_bias_E2F: biases of gate and up, float32 or as the weights are.
+    down_bias_ED: biases of down, likewise.
     """
 
     gate_up_E2FD: Shaped[Array, "E 2 F D"]
@@ -28,21 +30,21 @@ class ExpertWeights:
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        """(experts, inner, model)."""
+        """Returns (experts, inner, model)."""
         experts, _, inner, model = self.gate_up_E2FD.shape
         return experts, inner, model
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the numbers: bfloat16 where it is stored as uint16."""
+        """Returns the dtype of the numbers, which is bfloat16 if they are stored as uint16."""
         dtype = self.gate_up_E2FD.dtype
         return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else dtype
 
 
 def gated(activation: Activation, gate: Array, up: Array) -> Array:
-    """``act(gate) * up`` in the inputs' dtype.
+    """Returns ``act(gate) * up`` in the inputs' dtype.
 
-    "swiglu_oai" is gpt-oss's: gate at most 7, up within 7, ``gate * sigmoid(1.702 gate) * (up + 1)``.
+    "swiglu_oai" is gpt-oss's: ``gate * sigmoid(1.702 gate) * (up + 1)``, with gate at most 7 and up within 7.
     """
     if activation == "silu":
         return gate * jax.nn.sigmoid(gate) * up

@@ -1,12 +1,12 @@
 """Grouped MLP in portable XLA: a loop over tiles of rows, each tile reading one expert's weights.
 
 Rows arrive sorted by expert, so a tile is a contiguous slice. A tile that runs past its expert's last row
-writes garbage there, which the next tile of the next expert overwrites, because tiles run in row order;
-what stands past the last group is zeroed at the end. Experts without rows have no tile: never read.
+writes garbage there, which the next tile of the next expert overwrites, because tiles run in row order; rows
+past the last group are zeroed at the end. Experts without rows have no tile, so they are never read.
 
 bfloat16 weights must come as uint16 (``storage_dtype``): XLA:CPU otherwise legalises the slice of a bfloat16
-stack as convert-slice-convert and hoists the conversion of *all* experts out of the loop (143 ms -> 5 ms a
-layer on an OLMoE-sized one).
+stack as convert-slice-convert and hoists the conversion of *all* experts out of the loop (143 ms instead of 5
+ms a layer of OLMoE's size).
 """
 
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from jmoe_kernels.matmul import as_float, dot_nt
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows a tile: few while experts get few rows each (decode), 96 when they get many (prefill).
+    """Returns the rows of a tile: few if experts get few rows each (decode), 96 if they get many (prefill).
 
-    512 tokens of 64 experts top-8 (64 rows an expert) took 98 ms a layer with 64 rows a tile, 74 with 96, 82
-    with 128: most experts then fit one tile.
+    A layer of 512 tokens and 64 experts top-8 (64 rows an expert) took 98 ms with 64 rows a tile, 74 ms with
+    96, and 82 ms with 128, since most experts then fit one tile.
     """
     if rows >= 32 * experts:
         return 96
@@ -34,7 +34,7 @@ def grouped_mlp_xla(
     group_sizes_E: Int[Array, " E"],
     activation: Activation = "silu",
 ) -> Float[Array, "N D"]:
-    """Rows sorted by expert through ``down(act(gate x) * up x)``; rows past the last group are zero."""
+    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert; rows past the last group are zero."""
     n, d = x_ND.shape
     experts, f, _ = weights.dims
     tile = tile_rows(n, experts)
@@ -47,20 +47,20 @@ def grouped_mlp_xla(
     first_tile_E = tile_ends_E - tiles_E
     x_pad = jnp.pad(x_ND.astype(weights.dtype), ((0, tile), (0, 0)))
 
-    def own(stack: Array, e: Array) -> Array:
+    def expert_matrix(stack: Array, e: Array) -> Array:
         return as_float(lax.dynamic_index_in_dim(stack, e, keepdims=False))
 
     def one_tile(i: Array, y_pad: Array) -> Array:
         e = expert_of_tile[i]
         row = ends_E[e] - group_sizes_E[e] + (i - first_tile_E[e]) * tile
         x = lax.dynamic_slice_in_dim(x_pad, row, tile)
-        h = dot_nt(x, own(weights.gate_up_E2FD, e).reshape(2 * f, d))
+        h = dot_nt(x, expert_matrix(weights.gate_up_E2FD, e).reshape(2 * f, d))
         if weights.gate_up_bias_E2F is not None:
-            h = h + own(weights.gate_up_bias_E2F, e).reshape(1, 2 * f).astype(jnp.float32)
+            h = h + expert_matrix(weights.gate_up_bias_E2F, e).reshape(1, 2 * f).astype(jnp.float32)
         h = gated(activation, h[:, :f], h[:, f:])
-        y = dot_nt(h.astype(weights.dtype), own(weights.down_EDF, e))
+        y = dot_nt(h.astype(weights.dtype), expert_matrix(weights.down_EDF, e))
         if weights.down_bias_ED is not None:
-            y = y + own(weights.down_bias_ED, e)[None].astype(jnp.float32)
+            y = y + expert_matrix(weights.down_bias_ED, e)[None].astype(jnp.float32)
         return lax.dynamic_update_slice_in_dim(y_pad, y, row, 0)
 
     y_pad = jnp.zeros((n + tile, d), jnp.float32)

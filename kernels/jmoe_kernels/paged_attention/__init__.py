@@ -1,4 +1,10 @@
-"""Causal attention of a step's tokens over a paged KV cache, and the cache's layout."""
+"""Causal attention of a step's tokens over a paged KV cache, and the cache's layout.
+
+A sequence's page table lists its pages in order; position p lives in row ``p % S`` of page ``table[p // S]``.
+
+Axes: B sequences, T tokens of each, H query heads, G key-value heads, d head dimension; P pages, S rows of a
+page (of all keys, after pages are read), M pages of a table; N rows or pages one after another.
+"""
 
 from jmoe_kernels.paged_attention.api import (
     Attention,

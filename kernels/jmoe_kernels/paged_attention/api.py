@@ -1,4 +1,4 @@
-"""``paged_attention``: one entry for every implementation; a named one raises where it cannot run."""
+"""``paged_attention``: one entry for every implementation; it raises if the named one cannot run."""
 
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Spa
 from jmoe_kernels.paged_attention.write import write
 from jmoe_kernels.paged_attention.xla import attend
 
-LIMITED = {"tpu": tpu, "gpu": gpu}  # jax's kernels, which do not have all that a layer may ask for
+LIMITED = {"tpu": tpu, "gpu": gpu}  # jax's kernels, which do not have all that a layer may need
 PRAISE = {
     "cpu": "the C++ kernel",
     "tpu": "jax's ragged paged attention",
@@ -23,17 +23,18 @@ PRAISE = {
 
 
 def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
-    """Why ``implementation`` cannot run on ``platform``, or None if it can.
+    """Returns why ``implementation`` cannot run on ``platform``, or None if it can.
 
-    dtype: of the keys and values. heads: of one rank.
+    dtype: dtype of the keys and values.
+    heads: heads of one rank.
     """
     if implementation not in get_args(Attention):
         return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(Attention))}"
-    if (needed := home_of(implementation)) is None:
+    if (home := home_of(implementation)) is None:
         return None
-    if needed != platform:
-        here = f"needs a {needed}, this is a {platform}"
-        return f"paged attention {implementation!r} {here}; 'xla' can run"
+    if home != platform:
+        mismatch = f"needs a {home}, this is a {platform}"
+        return f"paged attention {implementation!r} {mismatch}; 'xla' can run"
     if implementation in LIMITED:
         reason = LIMITED[implementation].supports(heads, jnp.dtype(dtype))
     else:
@@ -42,7 +43,7 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
 
 
 def pick(platform: str, dtype: Any, heads: Heads) -> tuple[Attention, str]:
-    """The implementation for ``platform``, and why."""
+    """Returns the implementation for ``platform``, and the reason."""
     return first_supported(
         get_backend(platform).attention,
         lambda name: supports(name, platform, dtype, heads),
@@ -53,7 +54,14 @@ def pick(platform: str, dtype: Any, heads: Heads) -> tuple[Attention, str]:
 def page_shapes(
     implementation: Attention, pages: int, kv_heads: int, size: int, dim: int, latent: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays of a layer's ``LayerPages``."""
+    """Returns the shapes of the arrays of a layer's ``LayerPages``.
+
+    pages: number of pages.
+    kv_heads: number of key-value heads.
+    size: number of rows of a page.
+    dim: dimension of a head.
+    latent: whether rows are keys and values at once.
+    """
     if latent:
         return ((pages, kv_heads, size, dim),)
     if implementation == "tpu":
@@ -62,7 +70,7 @@ def page_shapes(
 
 
 def heads_axis(implementation: Attention) -> int:
-    """Which axis of those arrays the heads lie on; pages are always the first."""
+    """Returns the axis of those arrays on which the heads lie; pages are always the first axis."""
     return 2 if implementation == "tpu" else 1
 
 
@@ -85,19 +93,22 @@ def attend_all(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> tuple[list[Float[Array, "B T H d"]], LayerPages]:
-    """Writes the new keys and values of every piece, then attends: each query to its sequence up to its own
-    position.
+    """Writes the new keys and values of every piece, then each query attends up to its own position.
 
-    All writes come before any read. A read between two writes would keep the pool as it was between them,
-    and so cost a copy of it.
+    All writes come before any read. A read between two writes would keep the pool as it was between them, and
+    so cost a copy of it.
 
-    span: which keys a query sees. sinks_H: a logit of each query head that joins the softmax's denominator
-    and has no value (gpt-oss). Returns float32 outputs ``[B, T, H, d]`` of every piece, zero at padding, and
-    the updated pages.
+    span: which keys a query sees.
+    sinks_H: a logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
 
-    A number that is not finite reaches only the queries that see its key: a sequence's outputs do not depend
-    on what lies in pages of others, in page 0, behind its length or, but for jax's kernel on TPU, before its
-    windows and behind a query. There an earlier query of the same sequence may become NaN too.
+    Returns the float32 outputs ``[B, T, H, d]`` of every piece, zero at padding, and the updated pages.
+    Raises ValueError if the named kernel lacks what the layer needs, or (but for "cpu", which writes any run)
+    if a run of several tokens is not a multiple of the page size.
+
+    A number that is not finite reaches only the queries that see its key. A sequence's outputs do not depend
+    on other sequences' pages, on page 0, or on rows after the sequence's length. They depend neither on keys
+    before a query's window nor on those after the query, except in jax's kernel on TPU, where an earlier
+    query of the same sequence may become NaN too.
     """
     for new in pieces:
         _check(implementation, new, span, sinks_H)
@@ -106,7 +117,7 @@ def attend_all(
 
 
 def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
-    """Raises ValueError where a named kernel has not what the layer asks for."""
+    """Raises ValueError if a named kernel lacks what the layer needs."""
     if implementation not in LIMITED:
         return
     (_, _, query, dim), kv = new.q_BTHd.shape, new.k_BTGd.shape[2]
@@ -116,27 +127,27 @@ def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array
 
 
 def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> LayerPages:
-    at = new.positions_BT, new.table_BM
+    address = new.positions_BT, new.table_BM
     if implementation in LIMITED:
         return LIMITED[implementation].write_tokens(new, pages)
     if new.v_BTGd is None:
         [kv_PGSd] = pages.kv
         put = cpu.write_latent if implementation == "cpu" else write
-        return LayerPages((put(kv_PGSd, new.k_BTGd, *at),))
+        return LayerPages((put(kv_PGSd, new.k_BTGd, *address),))
     k_PGSd, v_PGSd = pages.kv
     if implementation == "cpu":
-        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *at))
-    return LayerPages((write(k_PGSd, new.k_BTGd, *at), write(v_PGSd, new.v_BTGd, *at)))
+        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *address))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
 
 
 def _attend(
     implementation: Attention, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
 ) -> Array:
-    kv, at = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
+    kv, address = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
     if implementation == "tpu":
         return tpu.attend(new, pages, span.window)
     if implementation == "gpu":
         return gpu.attend(new, pages)
     if implementation == "cpu":
-        return cpu.attend(new.q_BTHd, *kv, *at, span.window, span.chunk, sinks_H)
-    return attend(new.q_BTHd, *kv, *at, span, sinks_H)
+        return cpu.attend(new.q_BTHd, *kv, *address, span.window, span.chunk, sinks_H)
+    return attend(new.q_BTHd, *kv, *address, span, sinks_H)

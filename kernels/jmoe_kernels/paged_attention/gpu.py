@@ -1,8 +1,8 @@
 """Paged attention on NVIDIA GPUs by others' kernels: jax's Pallas one in decode, cuDNN's in prefill.
 
-Decode reads only the pages that a sequence fills. cuDNN's public form knows no page table, so a prefill run
-gathers its sequence's pages first, the whole table: twice the cache's bytes, beside a product that is much
-more work. jax 0.11 deprecates the decode kernel and still ships it.
+Decode reads only the pages that a sequence fills. cuDNN's public form takes no page table, so a prefill run
+first gathers all pages of its sequence's table: that moves twice the cache's bytes, next to a product that is
+much more work. jax 0.11 deprecates the decode kernel and still ships it.
 """
 
 import jax
@@ -14,12 +14,12 @@ from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Spa
 from jmoe_kernels.paged_attention.write import write, write_last
 from jmoe_kernels.paged_attention.xla import finite_rows, read, taint, visible
 
-SPLITS = 8  # parts of a sequence's keys that run beside each other
+SPLITS = 8  # parts of a sequence's keys that run in parallel
 PAGES = 4  # pages that one step of a part reads
 
 
 def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
-    """The limit that these heads break, or None."""
+    """Returns the limit that these heads break, or None."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"keys and values must be bfloat16, got {jnp.dtype(dtype).name}"
     if heads.dim not in (16, 32, 64, 128):
@@ -28,7 +28,7 @@ def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
 
 
 def lacks(heads: Heads) -> str | None:
-    """What these heads ask for that the kernels have not, whatever their sizes, or None."""
+    """Returns what these heads need that the kernels do not have, whatever their sizes, or None."""
     if heads.span.window is not None:
         return "a sliding window is not supported"
     return beyond_windows(heads)
@@ -37,42 +37,45 @@ def lacks(heads: Heads) -> str | None:
 def paged_attention_gpu(
     new: NewTokens, pages: LayerPages, *, interpret: bool = False
 ) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """The output of every query and the pages with the new rows."""
+    """Returns the output of every query, and the pages with the new rows."""
     pages = write_tokens(new, pages)
     return attend(new, pages, interpret=interpret), pages
 
 
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
-    """The pages with the new rows. Behind a row that is written alone its page's values become zero: the
-    decode kernel gives what earlier owners left there a weight of 0, and 0 times NaN is NaN."""
+    """Returns the pages with the new rows.
+
+    After a row that is written alone, its page's values become zero: the decode kernel gives what earlier
+    owners left there a weight of 0, and 0 times NaN is NaN.
+    """
     assert new.v_BTGd is not None, "latent pages are refused before"
     k_PGSd, v_PGSd = pages.kv
-    at = new.positions_BT, new.table_BM
+    address = new.positions_BT, new.table_BM
     put = write_last if new.positions_BT.shape[1] == 1 else write
-    return LayerPages((write(k_PGSd, new.k_BTGd, *at), put(v_PGSd, new.v_BTGd, *at)))
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), put(v_PGSd, new.v_BTGd, *address)))
 
 
 def attend(new: NewTokens, pages: LayerPages, *, interpret: bool = False) -> Float[Array, "B T H d"]:
-    """The output of every query over pages that hold the new rows, zero for padding."""
+    """Returns the output of every query over pages that hold the new rows, zero for padding."""
     k_PGSd, v_PGSd = pages.kv
-    q, at = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
+    q, address = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
     run = _decode if new.positions_BT.shape[1] == 1 else _prefill
-    out = run(q, k_PGSd, v_PGSd, *at, interpret).astype(jnp.float32)
+    out = run(q, k_PGSd, v_PGSd, *address, interpret).astype(jnp.float32)
     return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
 def _decode(
     q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
 ) -> Array:
-    """Each (sequence, kv head) is a sequence of its own to the kernel, which wants heads outermost."""
+    """Runs the decode kernel, to which each (sequence, kv head) is a sequence: it wants heads outermost."""
     from jax.experimental.pallas.ops.gpu.paged_attention import (  # slow to import, for GPUs only
         paged_attention,
     )
 
     (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
-    own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
-    table = jnp.where(own, table, table[:, :1])  # a block past the own pages reads the first one again
+    is_own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
+    table = jnp.where(is_own, table, table[:, :1])  # a block past the own pages reads the first page again
     table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
     length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
     out = paged_attention(
@@ -94,16 +97,16 @@ def _prefill(
     (k_BGSd, broken_k), (v_BGSd, broken_v) = (finite_rows(read(a, table_BM)) for a in (k_PGSd, v_PGSd))
     keys = jnp.arange(k_BGSd.shape[2], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
-    seen_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
+    visible_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())
     length_B = jnp.max(positions_BT, axis=1) + 1
     out = jax.nn.dot_product_attention(
         q_BTHd,
         k_BGSd.swapaxes(1, 2),
         v_BGSd.swapaxes(1, 2),
-        mask=seen_BTS[:, None],
+        mask=visible_BTS[:, None],
         key_value_seq_lengths=jnp.maximum(length_B, 1),
         implementation="xla" if interpret else "cudnn",
     )
-    tainted_BGT = taint(seen_BTS[:, None], broken_k | broken_v)
+    tainted_BGT = taint(visible_BTS[:, None], broken_k | broken_v)
     tainted_BTH = jnp.repeat(tainted_BGT, q_BTHd.shape[2] // k_PGSd.shape[1], axis=1).swapaxes(1, 2)
     return jnp.where(tainted_BTH[..., None], jnp.nan, out)

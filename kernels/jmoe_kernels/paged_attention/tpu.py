@@ -1,8 +1,8 @@
 """jax's ragged paged attention, the Pallas kernel for TPUs: prefill and decode alike, from joined pages.
 
-The kernel walks only the pages that a sequence fills, several of them behind the one in use, and keeps the
-softmax running; https://arxiv.org/abs/2205.14135 with a page table. Beyond causality it has the window
-alone, in jax 0.10 and 0.11.
+The kernel walks only the pages that a sequence fills, loads several pages ahead of the one in use, and keeps
+a running softmax; it is https://arxiv.org/abs/2205.14135 with a page table. Beyond causality it has the
+window alone, in jax 0.10 and 0.11.
 """
 
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ VMEM = 64 << 20  # bytes
 
 
 def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
-    """The limit that these heads break, or None."""
+    """Returns the limit that these heads break, or None."""
     if (reason := lacks(heads)) is not None:
         return reason
     if heads.dim % 128:
         return f"the head dimension must be a multiple of 128, got {heads.dim}"
-    rows = 2 * heads.kv * jnp.dtype(dtype).itemsize // 4  # of 32 bits, a token's keys and values
+    rows = 2 * heads.kv * jnp.dtype(dtype).itemsize // 4  # rows of 32 bits with a token's keys and values
     if rows not in (1, 2, 4, 8) and rows % 8:
         name = jnp.dtype(dtype).name
         return f"{heads.kv} {name} kv heads a rank do not tile; 1, 2, 4 and multiples of 8 do in both dtypes"
@@ -30,12 +30,12 @@ def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
 
 
 def lacks(heads: Heads) -> str | None:
-    """What these heads ask for that the kernel has not, whatever their sizes, or None."""
+    """Returns what these heads need that the kernel does not have, whatever their sizes, or None."""
     return beyond_windows(heads)
 
 
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
-    """The pages with the new rows."""
+    """Returns the pages with the new rows."""
     [kv_PSGd] = pages.kv
     assert new.v_BTGd is not None, "latent pages are refused before"
     joined = jnp.stack([new.k_BTGd, new.v_BTGd], axis=3).reshape(*new.k_BTGd.shape[:2], -1, kv_PSGd.shape[-1])
@@ -43,17 +43,17 @@ def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
 
 
 def attend(new: NewTokens, pages: LayerPages, window: int | None) -> Float[Array, "B T H d"]:
-    """The output of every query over pages that hold the new rows, zero for padding."""
+    """Returns the output of every query over pages that hold the new rows, zero for padding."""
     [kv_PSGd] = pages.kv
     b, t = new.positions_BT.shape
     if t == 1:
         length_B = jnp.maximum(new.positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
         ends = jnp.arange(b + 1, dtype=jnp.int32)
         out = _ragged(new.q_BTHd[:, 0], kv_PSGd, length_B, new.table_BM, ends, window)[:, None]
-    else:  # a row at a time: between two that are shorter than T the kernel has no place for padding
+    else:  # one row at a time: the kernel has no place for padding after a row shorter than T
 
-        def attend_row(of: tuple[Array, Array, Array]) -> Array:
-            q_THd, positions_T, table_M = of
+        def attend_row(row: tuple[Array, Array, Array]) -> Array:
+            q_THd, positions_T, table_M = row
             length = jnp.maximum(jnp.max(positions_T) + 1, 1)
             count = jnp.maximum(jnp.sum(positions_T >= 0, dtype=jnp.int32), 1)
             ends = jnp.array([0, 1], jnp.int32) * count
@@ -66,7 +66,10 @@ def attend(new: NewTokens, pages: LayerPages, window: int | None) -> Float[Array
 def _ragged(
     q_NHd: Array, kv_PSGd: Array, length_B: Array, table_BM: Array, ends: Array, window: int | None
 ) -> Array:
-    """Rows of all sequences one after another; ``ends``: where each ends among them, after a zero."""
+    """Runs the kernel on the rows of all sequences, one after another.
+
+    ends: where each sequence ends among the rows, after a zero.
+    """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (  # slow to import, for TPUs only
         ragged_paged_attention,
     )

@@ -1,9 +1,4 @@
-"""What paged attention works on.
-
-A sequence's page table lists its pages in order; position p lives in row ``p % page size`` of page
-``table[p // page size]``. Letters: B sequences, T tokens of each, H query heads, G key-value heads, d head
-dimension, P pages, S rows of a page, M pages of a table.
-"""
+"""What paged attention works on: pages, new tokens, heads and spans."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,10 +12,12 @@ Position = TypeVar("Position", int, Array)
 
 @dataclass(frozen=True)
 class Span:
-    """Which keys a query sees besides causality; all of them where neither is given, never both.
+    """The keys that a query sees, of those that causality allows; all of them if neither field is set.
 
-    window: itself and the ``window - 1`` tokens before. chunk: those of its own chunk, where the position
-    divided by ``chunk`` is the same (Llama 4's chunked attention).
+    window: number of keys up to the query's own, which counts: itself and the ``window - 1`` tokens before.
+    chunk: number of positions of a chunk; a query sees the keys of its own chunk, for which the position
+        divided by ``chunk`` is the same (Llama 4's chunked attention).
+    Raises ValueError if both are set, or if one is less than 1 token.
     """
 
     window: int | None = None
@@ -34,7 +31,7 @@ class Span:
             raise ValueError(f"a span's window or chunk must be at least 1 token, got {sizes[0]}")
 
     def first(self, position: Position) -> Position:
-        """The first position that a query at ``position`` sees; below 0 where its window reaches past it."""
+        """Returns the first position that a query at ``position`` sees; it may be below 0 for a window."""
         if self.window is not None:
             return position - (self.window - 1)
         return position * 0 if self.chunk is None else position // self.chunk * self.chunk
@@ -45,9 +42,10 @@ class Span:
 class LayerPages:
     """One layer's keys and values in the layout of the implementation that reads them.
 
-    kv: keys and values apart, each ``[P, G, S, d]``; or joined, one array ``[P, S, 2 * G, d]`` in which the
-    value of a head follows its key; or latent, one array ``[P, G, S, d]`` whose rows are keys and values at
-    once, as DeepSeek's latent attention keeps them (https://arxiv.org/abs/2405.04434, section 2.1).
+    kv: arrays of one of three layouts. Apart: keys and values, each ``[P, G, S, d]``. Joined: one array
+        ``[P, S, 2 * G, d]`` in which the value of a head follows its key. Latent: one array ``[P, G, S, d]``
+        whose rows are keys and values at once, as DeepSeek's latent attention keeps them
+        (https://arxiv.org/abs/2405.04434, section 2.1).
     """
 
     kv: tuple[Array, ...]
@@ -56,12 +54,16 @@ class LayerPages:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NewTokens:
-    """The tokens of a step: their queries, keys and values, and where they stand.
+    """The tokens of a step: their queries, keys and values, and their positions.
 
-    positions_BT: -1 marks padding. One token a sequence, or a run that starts on a page boundary and whose
-    length is a multiple of the page size (rows past its end are overwritten later, and no query attends to
-    them before). v_BTGd: None for latent pages, where the value of a token is its key; the caller takes
-    the columns of the output that it means. Scores are scaled by ``d**-0.5``.
+    q_BTHd: queries; scores are scaled by ``d**-0.5``.
+    k_BTGd: keys.
+    v_BTGd: values; None for latent pages, where a token's value is its key and the caller takes those columns
+        of the output that it means.
+    positions_BT: positions in the sequence; -1 marks padding. A row has one token, or a run that starts on a
+        page boundary and whose length is a multiple of the page size (rows past its end are overwritten
+        later, and no query attends to them before that).
+    table_BM: pages of each sequence, in order.
     """
 
     q_BTHd: Float[Array, "B T H d"]
@@ -73,10 +75,15 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class Heads:
-    """One rank's heads: of queries, of keys and values, their dimension, and what attention over them takes.
+    """One rank's heads, and what attention over them needs.
 
-    sinks: whether each query head has a logit of its own in the softmax's denominator. latent: columns of a
-    row that are its value, where pages are latent; None where keys and values lie apart.
+    query: number of query heads.
+    kv: number of key-value heads.
+    dim: dimension of a head.
+    span: which keys a query sees.
+    sinks: whether each query head has a logit of its own in the softmax's denominator.
+    latent: number of columns of a row that are its value if pages are latent; None if keys and values lie
+        apart.
     """
 
     query: int
@@ -88,7 +95,7 @@ class Heads:
 
 
 def beyond_windows(heads: Heads) -> str | None:
-    """What these heads ask for beyond causal attention within a window, or None."""
+    """Returns what these heads need beyond causal attention within a window, or None."""
     if heads.span.chunk is not None:
         return "attention within chunks is not supported"
     if heads.sinks:

@@ -1,9 +1,9 @@
 """Writes of new rows into pages, in place: single rows, or whole pages of a longer run.
 
-No compiler may walk over the pool for them, and each needs another form for it. XLA on a CPU counts a scatter
-as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has, and so
-copies the pool there and back. Updates in turn are in place on both. On a GPU each of them would be a launch;
-there, and for single rows on TPU, one scatter does them all.
+No compiler may walk over the pool for them, and each compiler needs another form for it. XLA on a CPU counts
+a scatter as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has,
+and so copies the pool there and back. Updates one after another are in place on both. On a GPU each of them
+would be a launch; there, and for single rows on TPU, one scatter does them all.
 """
 
 from functools import partial
@@ -19,7 +19,10 @@ def write(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P G S d"]:
-    """The pages with the new rows at their positions; -1 writes nothing."""
+    """Returns the pages with the new rows at their positions; position -1 writes nothing.
+
+    Raises ValueError if a run of several tokens is not a multiple of the page size.
+    """
     return _write(pages_PGSd, new_BTGd, positions_BT, table_BM, 2)
 
 
@@ -29,7 +32,7 @@ def write_joined(
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P S 2G d"]:
-    """The joined pages with the new rows at their positions; -1 writes nothing."""
+    """Returns the joined pages with the new rows at their positions; see ``write``."""
     return _write(kv_PSGd, new_BTGd, positions_BT, table_BM, 1)
 
 
@@ -39,58 +42,61 @@ def write_last(
     positions_B1: Int[Array, "B 1"],
     table_BM: Int[Array, "B M"],
 ) -> Shaped[Array, "P G S d"]:
-    """As ``write``, of rows that are their sequences' last: behind each its page becomes zero."""
+    """Writes rows that are their sequences' last, as ``write`` does, and zeros the rest of their pages."""
     count, _, size, _ = pages_PGSd.shape
     rows_BS = jnp.arange(size, dtype=jnp.int32)[None]
-    own_BS = positions_B1 % size == rows_BS
+    is_new_BS = positions_B1 % size == rows_BS
     page_B1 = jnp.take_along_axis(table_BM, jnp.maximum(positions_B1, 0) // size, axis=1)
     page_BS = jnp.where((positions_B1 >= 0) & (positions_B1 % size <= rows_BS), page_B1, count)
-    blocks_BSGd = jnp.where(own_BS[..., None, None], _as_kept(new_B1Gd, pages_PGSd.dtype), 0)
+    blocks_BSGd = jnp.where(is_new_BS[..., None, None], _to_storage(new_B1Gd, pages_PGSd.dtype), 0)
     rows_BS = jnp.broadcast_to(rows_BS, page_BS.shape)
     return pages_PGSd.at[page_BS, :, rows_BS].set(blocks_BSGd, mode="drop")
 
 
 def _write(pages: Array, new_BTGd: Array, positions_BT: Array, table_BM: Array, axis: int) -> Array:
-    """axis: of the pages, which a page's rows lie on."""
+    """Writes rows into pages.
+
+    axis: axis of the pages on which a page's rows lie.
+    """
     size, (_, t, g, d) = pages.shape[axis], new_BTGd.shape
     if t > 1 and t % size:
         raise ValueError(f"a run of {t} tokens is not a multiple of the page size {size}")
     step = min(t, size)
-    blocks_N = _as_kept(new_BTGd, pages.dtype).reshape(-1, step, g, d)
+    blocks_N = _to_storage(new_BTGd, pages.dtype).reshape(-1, step, g, d)
     blocks_N = blocks_N.swapaxes(1, 2) if axis == 2 else blocks_N
     position_BN = positions_BT[:, ::step]
     page_BN = jnp.take_along_axis(table_BM, jnp.maximum(position_BN, 0) // size, axis=1)
     page_N = jnp.where(position_BN >= 0, page_BN, -1).reshape(-1)
     row_N = jnp.maximum(position_BN, 0).reshape(-1) % size
-    turn, once = partial(_in_turn, axis=axis), partial(_at_once, axis=axis)
-    forms = {"cpu": turn} if t == 1 else {"cpu": turn, "tpu": turn}
-    return lax.platform_dependent(pages, blocks_N, page_N, row_N, default=once, **forms)
+    each, scatter = partial(_update_each, axis=axis), partial(_scatter_all, axis=axis)
+    forms = {"cpu": each} if t == 1 else {"cpu": each, "tpu": each}
+    return lax.platform_dependent(pages, blocks_N, page_N, row_N, default=scatter, **forms)
 
 
-def _as_kept(new: Array, dtype: jnp.dtype) -> Array:
-    """``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
+def _to_storage(new: Array, dtype: jnp.dtype) -> Array:
+    """Returns ``new`` in the pages' dtype; uint16 pages hold the bits of bfloat16."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype)
     return new.astype(dtype)
 
 
-def _in_turn(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
-    """One update after another. A page of -1 stands for none: what stands at page 0 is written again."""
+def _update_each(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
+    """Makes one update after another. A page of -1 means none: the content of page 0 is written again."""
 
     def put(i: Array, pages: Array) -> Array:
         start = [jnp.maximum(page_N[i], 0), *[jnp.zeros((), jnp.int32)] * 3]
         start[axis] = row_N[i]
         block = lax.dynamic_index_in_dim(blocks_N, i)
-        before = lax.dynamic_slice(pages, start, block.shape)
-        return lax.dynamic_update_slice(pages, jnp.where(page_N[i] >= 0, block, before), start)
+        old_block = lax.dynamic_slice(pages, start, block.shape)
+        return lax.dynamic_update_slice(pages, jnp.where(page_N[i] >= 0, block, old_block), start)
 
     return lax.fori_loop(0, len(page_N), put, pages)
 
 
-def _at_once(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
-    """One scatter, which drops what would go past the last page."""
+def _scatter_all(pages: Array, blocks_N: Array, page_N: Array, row_N: Array, *, axis: int) -> Array:
+    """Makes one scatter, which drops what would go past the last page."""
     page_N = jnp.where(page_N >= 0, page_N, len(pages))
     if blocks_N.shape[axis] == pages.shape[axis]:
         return pages.at[page_N].set(blocks_N, mode="drop")
-    at = (page_N, slice(None), row_N) if axis == 2 else (page_N, row_N)
-    return pages.at[at].set(jnp.squeeze(blocks_N, axis), mode="drop")
+    index = (page_N, slice(None), row_N) if axis == 2 else (page_N, row_N)
+    return pages.at[index].set(jnp.squeeze(blocks_N, axis), mode="drop")

@@ -8,38 +8,40 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jmoe_kernels.matmul import as_float, dot
 from jmoe_kernels.paged_attention.types import Span
 
-BLOCK = 128  # queries that attend together, and keys a step of the loop reads
-BLOCK_BYTES = 2 << 20  # ... unless they are more bytes than this: they should stay in a core's cache
+BLOCK = 128  # queries that attend together, and keys that a step of the loop reads
+BLOCK_BYTES = 2 << 20  # fewer keys if they are more bytes than this: they should stay in a core's cache
 NEVER = -1e30
 
 
 def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) -> Bool[Array, "B T S"]:
-    """Which keys a query attends to; a position of -1 is padding."""
+    """Returns which keys a query attends to; a position of -1 is padding."""
     query, key = query_BT[:, :, None], key_BS[:, None, :]
-    seen = (query >= key) & (key >= 0)
-    return seen if span == Span() else seen & (key >= span.first(query))
+    mask = (query >= key) & (key >= 0)
+    return mask if span == Span() else mask & (key >= span.first(query))
 
 
 def finite_rows(rows: Float[Array, "*B S d"]) -> tuple[Float[Array, "*B S d"], Bool[Array, "*B S"]]:
-    """``rows`` with 0 for what is not finite, and which rows held such a number.
+    """Returns ``rows`` with 0 for what is not finite, and which rows held such a number.
 
     A weight of 0 does not hide a value: 0 times NaN is NaN. So no product may meet values that some of its
-    queries do not see and that others wrote; those that see one take NaN for it (``taint``).
+    queries do not see and that other requests wrote. Queries that see such a row get NaN from ``taint``
+    instead.
     """
     finite = jnp.isfinite(rows)
     return jnp.where(finite, rows, 0), ~finite.all(-1)
 
 
-def taint(seen: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Array, "*B T"]:
-    """The queries that see a row which is not finite."""
-    return (seen & broken[..., None, :]).any(-1)
+def taint(mask: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Array, "*B T"]:
+    """Marks the queries that see a row which is not finite."""
+    return (mask & broken[..., None, :]).any(-1)
 
 
 def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
-    """The rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
+    """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay
+    apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
@@ -57,21 +59,21 @@ def attend(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Causal attention to what of the sequences' pages each query's span reaches, up to its own position.
+    """Returns causal attention to those keys of the sequences' pages that each query's span reaches.
 
-    The loop goes from the first key that one of its queries sees to the furthest of their positions, so one
-    compiled shape serves every context length. Many queries go in blocks with ends of their own: of one row,
-    or of several short ones.
+    The loop goes from the first key that one of its queries sees to the largest of their positions, so one
+    compiled shape serves every context length. Many queries are split into blocks that each have their own
+    ends: the block's queries are of one row, or of several short rows.
     """
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     rows = b if t == 1 else max(1, BLOCK // t)
 
-    def attend_rows(of: tuple[Array, Array, Array]) -> Array:
-        q, positions, table = of
+    def attend_rows(inputs: tuple[Array, Array, Array]) -> Array:
+        q, positions, table = inputs
         kv = k_PGSd, v_PGSd
-        done = [_attend_block(q[:, p], *kv, positions[:, p], table, span, sinks_H) for p in parts]
-        return jnp.concatenate(done, axis=1)
+        outputs = [_attend_block(q[:, p], *kv, positions[:, p], table, span, sinks_H) for p in parts]
+        return jnp.concatenate(outputs, axis=1)
 
     if rows >= b:
         return attend_rows((q_BTHd, positions_BT, table_BM))
@@ -93,8 +95,8 @@ def _attend_block(
     sinks_H: Array | None,
 ) -> Array:
     (b, t, h, d), (_, g, size, _) = q_BTHd.shape, k_PGSd.shape
-    fitting = BLOCK_BYTES // (b * g * size * d * 4)
-    per_block = max(1, min(fitting, BLOCK // size, table_BM.shape[1]))
+    most_pages = BLOCK_BYTES // (b * g * size * d * 4)
+    per_block = max(1, min(most_pages, BLOCK // size, table_BM.shape[1]))
     keys = per_block * size
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % per_block)))
     q = (q_BTHd * d**-0.5).reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
@@ -103,28 +105,28 @@ def _attend_block(
         top, total, acc, tainted_BGT = carry
         ids = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
-        seen_BTS = visible(positions_BT, key_BS, span)
-        seen = jnp.tile(seen_BTS[:, None], (1, 1, h // g, 1))
-        scores = jnp.where(seen, dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids)), NEVER)
+        visible_BTS = visible(positions_BT, key_BS, span)
+        mask = jnp.tile(visible_BTS[:, None], (1, 1, h // g, 1))
+        scores = jnp.where(mask, dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids)), NEVER)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        share = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
-        kept = jnp.exp(top - new_top)
+        share = jnp.where(mask, jnp.exp(scores - new_top), 0.0)
+        decay = jnp.exp(top - new_top)
         values = read(v_PGSd, ids)
-        if t == 1:  # what the only query does not see, nobody does
-            values = jnp.where(seen_BTS.swapaxes(1, 2)[:, None], values, 0)
+        if t == 1:  # there is one query, so a value that it does not see is used by nobody
+            values = jnp.where(visible_BTS.swapaxes(1, 2)[:, None], values, 0)
         else:
             values, broken_BGS = finite_rows(values)
-            tainted_BGT = tainted_BGT | taint(seen_BTS[:, None], broken_BGS)
-        acc = acc * kept + dot("bgqs,bgsd->bgqd", share, values)
-        return new_top, total * kept + share.sum(-1, keepdims=True), acc, tainted_BGT
+            tainted_BGT = tainted_BGT | taint(visible_BTS[:, None], broken_BGS)
+        acc = acc * decay + dot("bgqs,bgsd->bgqd", share, values)
+        return new_top, total * decay + share.sum(-1, keepdims=True), acc, tainted_BGT
 
     rows = (b, g, (h // g) * t)
     top, total = jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1))
     if sinks_H is not None:  # a key that comes before all others and has no value
         sinks = sinks_H.astype(jnp.float32).reshape(1, g, h // g, 1, 1)
         top, total = jnp.broadcast_to(sinks, (b, g, h // g, t, 1)).reshape(*rows, 1), total + 1
-    real = jnp.where(positions_BT < 0, jnp.max(positions_BT), positions_BT)
-    first = jnp.maximum(jnp.min(span.first(real)), 0) // keys
+    real_BT = jnp.where(positions_BT < 0, jnp.max(positions_BT), positions_BT)
+    first = jnp.maximum(jnp.min(span.first(real_BT)), 0) // keys
     start = top, total, jnp.zeros((*rows, d)), jnp.zeros((b, g, t), bool)
     _, total, acc, tainted_BGT = lax.fori_loop(first, jnp.max(positions_BT) // keys + 1, block, start)
     # The share of the top itself is 1: only padding, which sees no key, has less.

@@ -120,8 +120,8 @@ class Meter:
             given.own.positions_BT[row, : len(window)] = np.arange(len(window))
             given.own.table_BM[row] = self.table_BM[row]
             targets[row, : len(window) - 1] = window[1:]
-        _, hidden, _ = self.runner.run(given)
-        logprobs = np.asarray(self.scorer.runner.logprobs(np.asarray(hidden), targets))  # pyright: ignore
+        hidden_RND = np.asarray(self.runner.run(given).hidden_RND)
+        logprobs = np.asarray(self.scorer.runner.logprobs(hidden_RND, targets))  # pyright: ignore
         return [logprobs[row, : len(window) - 1] for row, (_, window) in zip(row_of, batch, strict=True)]
 
 

@@ -105,7 +105,7 @@ class Meter:
         given.own.tokens_BT[:, :count] = tokens_BT
         given.own.positions_BT[:, :count] = np.arange(start, start + count)
         given.own.table_BM[:] = table_BM
-        return runner.run(given)[1]
+        return runner.run(given).hidden_RND
 
 
 def counted(runner: Runner) -> np.ndarray:

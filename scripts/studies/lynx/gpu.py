@@ -18,7 +18,7 @@ from studies.lynx.speed import HALF, TOKENS, bisect
 from jmoe.config.anatomy import RouterConfig
 from jmoe.config.techniques import BinningConfig
 from jmoe.moe.binning import get_rule, route_binned
-from jmoe.moe.experts import apply_experts
+from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch, route
 from jmoe.moe.types import TokenFlags
 
@@ -86,4 +86,4 @@ def run_layer(
         how = {"renormalize": True, "implementation": stage, "platform": platform}
         _, routing, _ = route_binned(logits_TE, flags, rule, **how)
     plan = routing.plan or plan_dispatch(routing.ids_TK, flags.valid_T, 0, weights.dims[0])
-    return apply_experts(x_TD, routing.weights_TK, plan, weights, implementation=kernel, platform=platform)
+    return ExpertMath(kernel, platform)(x_TD, routing.weights_TK, plan, weights)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ from studies.offload.simulator import foretold
 
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
-from jmoe.moe.types import Knobs
+from jmoe.engine.step.state import StepOutput
+from jmoe.models.journey import StepSettings
 from jmoe.offload.predictors.make import Given
 
 # of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
@@ -23,14 +23,14 @@ def replay(runner: Runner, oracle: Given, known: Known) -> Runner:
     """``runner``, which takes its forecasts and victims from ``known`` from now on."""
     step = runner._step
 
-    def told(given: StepInput, knobs: Knobs | None) -> Any:
-        if given.phase == "decode":
+    def step_with_known(inputs: StepInput, settings: StepSettings) -> StepOutput:
+        if inputs.phase == "decode":
             cache = runner.cache
             assert cache is not None
             table, predictor = foretold(cache.table, oracle, *map(jnp.asarray, next(known)))
             apart = jax.tree.map(jnp.copy, predictor)  # the step is given the same array twice else
             runner.cache = replace(cache, table=table, predictor=apart)
-        return step(given, knobs)
+        return step(inputs, settings)
 
-    runner._step = told
+    runner._step = step_with_known
     return runner

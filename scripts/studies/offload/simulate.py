@@ -15,7 +15,7 @@ from studies.offload.simulator import Link, Trace, begin, next_uses, run
 from studies.offload.traces import AHEAD
 
 from jmoe.config.model import ModelConfig
-from jmoe.offload.predictors.make import Given, NextGate, make_predictor
+from jmoe.offload.predictors.make import Given, NextGate, PredictorSizes, make_predictor
 from jmoe.offload.table import Rule, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile
@@ -105,11 +105,10 @@ def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
     if name == "next_gate alone":
         return NextGate(None, setting.ahead, experts, k)
     base, _, online = name.partition(" ")
+    sizes = PredictorSizes(setting.ahead, k, layers, experts, seats=subject.traces[0].tokens_NB.shape[1])
     return make_predictor(
-        base, distance=setting.ahead, k=k, layers=layers, experts=experts,
-        seats=subject.traces[0].tokens_NB.shape[1], profile=subject.profile,
-        embeddings_VD=subject.embeddings_VD, capacity=setting.store, online=True if online else None,
-    )  # fmt: skip
+        base, sizes, subject.profile, subject.embeddings_VD, setting.store, online=True if online else None
+    )
 
 
 def sweep(

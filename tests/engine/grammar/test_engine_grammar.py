@@ -41,7 +41,7 @@ def tokens_of(mask):
 
 
 def walk(constraint, rng):
-    """The text of a random answer that the constraint allows."""
+    """Returns the text of a random answer that the constraint allows."""
     tokens = []
     while True:
         token = int(rng.choice(sorted(tokens_of(constraint.allowed()))))
@@ -142,7 +142,7 @@ def test_bad_grammars_are_refused_in_one_line(compiler, checker, grammar, cause)
 
 
 def chain(levels):
-    """A schema whose objects nest through references; without a limit it ends the process."""
+    """Returns a schema whose objects nest through references; without a limit it ends the process."""
     link = {f"r{i}": {"properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(levels)}
     return schema_grammar({"$ref": "#/$defs/r0", "$defs": link | {f"r{levels}": {"type": "string"}}})
 
@@ -159,7 +159,7 @@ HOSTILE = {
 def test_hostile_grammars_end_a_child_and_not_the_server(compiler, checker, grammar):
     with pytest.raises(ValueError, match=r"too complex: compiling it takes more than 2 s or 256 MiB"):
         checker.check(grammar.source())
-    checker.check(chain(40).source())  # the next child, and a depth that people write
+    checker.check(chain(40).source())  # the next child tries a depth that people write
     assert compiler.compile(chain(40))
 
 

@@ -63,7 +63,7 @@ def test_a_child_that_ended_or_was_stopped_is_replaced(checker, stalls, sent):
 
 
 def test_a_stopped_try_is_ended_and_made_again(checker, stalls, monkeypatch):
-    """Its child goes on: only the fork was stopped."""
+    """Its child goes on, because only the fork was stopped."""
     stopped, talk = [], grammar_check._talk
 
     def stop_the_first(fork, message, pid):

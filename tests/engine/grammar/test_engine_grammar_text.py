@@ -15,7 +15,7 @@ BYTES = [f"<0x{b:02X}>" for b in range(256)]
 
 
 def llama_like() -> Tokenizer:
-    """Bytes as a fallback, U+2581 for spaces, <unk>, <s> and </s> in the vocabulary."""
+    """Returns a tokenizer with bytes as a fallback, U+2581 for spaces, and <unk>, <s> and </s> as words."""
     words = ["<unk>", "<s>", "</s>", *BYTES, *"\u2581abcdefghijklmnopqrstuvwxyz<>/|", "\u2581a", "en"]
     vocabulary = {word: i for i, word in enumerate(words)}
     model = models.BPE(
@@ -31,7 +31,10 @@ def llama_like() -> Tokenizer:
 
 
 def changing() -> Tokenizer:
-    """What else a tokenizer may do to text: compose it, take spaces around a token, put one in front."""
+    """Returns a tokenizer that does what else may be done to text.
+
+    It composes text, takes spaces around a token, and puts one in front.
+    """
     tokenizer = byte_tokenizer()
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -41,7 +44,7 @@ def changing() -> Tokenizer:
 
 
 def unmarked() -> Tokenizer:
-    """An end of text that is a word of the vocabulary, made by merges, and nothing marks as special."""
+    """Returns a tokenizer whose end of text is a word, made by merges, that nothing marks as special."""
     made = json.loads(byte_tokenizer().to_str())
     made["added_tokens"], words = [], ["</", "s>", "</s>"]
     made["model"]["vocab"] |= {word: 256 + i for i, word in enumerate(words)}
@@ -69,7 +72,7 @@ def compiler(request):
 
 
 def only_answer(compiler: GrammarCompiler, grammar: Grammar) -> str:
-    """Along the highest allowed token of every step (special ones come last), up to an end of text."""
+    """Follows the highest allowed token of every step (special ones come last), up to an end of text."""
     constraint, tokens = compiler.compile(grammar).constraint(), []
     ends = set(compiler.spec["end_ids"])
     while len(tokens) < 200:

@@ -41,7 +41,7 @@ def test_answers_are_valid_and_what_can_be_satisfied_is_not_called_unsatisfiable
             grammar = compiler.compile(schema_grammar(schema))
         except ValueError as refusal:
             assert any(w in str(refusal) for w in ("nsatisfiable", "oneOf", "Properties")), refusal
-            # llguidance says so of a definition too, which need not be used.
+            # llguidance says so of a definition too, even if nothing uses it.
             if "nsatisfiable" in str(refusal) and "while processing" not in str(refusal):
                 assert not any(map(validator.is_valid, candidates)), (schema, refusal)
             continue
@@ -62,7 +62,7 @@ CAT = {
 }
 DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "puppy"]}, "name": S}, "required": ["kind"]}
 BASE = {"type": "object", "properties": {"a": S}, "required": ["a"]}
-SATISFIABLE = {  # schema, valid answers, invalid ones or those that a closed object lacks
+SATISFIABLE = {  # schema, valid answers, invalid answers or answers that a closed object does not allow
     "required beyond properties": (BASE | {"required": ["a", "b"]}, [PAIR], [{"a": "x"}, PAIR | {"c": 1}]),
     "anyOf beside properties": (
         {"type": "object", "properties": {"a": S}, "anyOf": [
@@ -201,7 +201,7 @@ def test_numbers_beyond_float64_are_refused(compiler, value):
 
 
 def test_a_broken_schema_is_one_line(compiler):
-    """Every value of a schema in turn replaced by one of another type."""
+    """Every value of a schema in turn is replaced by one of another type."""
     schema = {name: value for keywords in [*NEUTRAL, *UNABLE, *(s for s, _, _ in SATISFIABLE.values())]
               for name, value in keywords.items()}  # fmt: skip
     schema |= {"pattern": "a.b", "patternProperties": {"^x": {}}, "minimum": 1, "allOf": [True]}

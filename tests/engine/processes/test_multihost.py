@@ -30,7 +30,7 @@ ASK = {"prompt": "several machines", "max_tokens": 6, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """8 experts top-2, two layers, float32, random weights; one token a byte."""
+    """Writes a model: 8 experts top-2, two layers, float32, random weights; one token a byte."""
     directory = tmp_path_factory.mktemp("model")
     write_checkpoint(directory, hf_config(vocab_size=256, eos_token_id=None))
     write_tokenizer(directory)
@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a process of four devices; what it says goes to ``NAME.log``."""
+    """Starts a process of four devices, whose output goes to ``NAME.log``."""
     started = []
     env = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
 
@@ -58,7 +58,7 @@ def start(tmp_path):
 
 
 def ended(tmp_path: Path, **processes: subprocess.Popen) -> None:
-    """Waits for processes to end, and holds them to status 0."""
+    """Waits for processes to end, and asserts that their status is 0."""
     for name, process in processes.items():
         try:
             status = process.wait(timeout=500)
@@ -93,7 +93,7 @@ def test_two_processes_generate_what_one_device_does(model, start, tmp_path):
 
 @pytest.fixture
 def serve_both(model, start, tmp_path):
-    """Two processes that serve ``model`` together, and where; process 1 has its flags from a file."""
+    """Starts two processes that serve ``model`` together; process 1 has its flags from a file."""
 
     def serve(**sizes: int) -> tuple[subprocess.Popen, subprocess.Popen, str, str]:
         address, port = f"127.0.0.1:{own_port()}", own_port()
@@ -134,8 +134,10 @@ def ask(base: str, **fields: object) -> Any:
 
 @pytest.mark.matrix
 def test_serve_answers_for_both_and_ends_both(model, serve_both, tmp_path):
-    """A follower that is told to end waits for process 0. A stranger that speaks jax's protocol, and says it
-    is process 1, changes nothing."""
+    """A follower that receives a signal to end waits for process 0.
+
+    A stranger that speaks jax's protocol, and says that it is process 1, changes nothing.
+    """
     p0, p1, base, address = serve_both()
     llm = LLM(model, warm_up=False, **SIZES)
     want = llm.generate([ASK["prompt"]], SamplingParams(max_tokens=6, temperature=0.0))[0].outputs[0]

@@ -19,7 +19,7 @@ from jmoe.engine.request import EngineDead
 
 @pytest.fixture
 def meet():
-    """Both ends of one line, as (followers, line); an end that is refused is its exception instead."""
+    """Returns both ends of one line, as (followers, line); a refused end is its exception instead."""
     ends: list[Any] = []
 
     def meet_with(near: dict, far: dict, strangers: Callable[[int], None] = lambda port: None):
@@ -50,7 +50,7 @@ def meet():
 
 
 def say(port: int, *pieces: bytes) -> bytes:
-    """What a connection that sends ``pieces`` and then nothing is answered until it is closed."""
+    """Returns what a connection that sends ``pieces`` and then nothing receives until it is closed."""
     with socket.create_connection(("127.0.0.1", port), timeout=120) as stranger:
         for piece in pieces:
             stranger.sendall(piece)
@@ -98,7 +98,7 @@ def test_a_number_is_given_once_and_is_free_again_where_its_process_ended_before
 
 
 def test_slow_strangers_hold_nobody(monkeypatch, meet, caplog):
-    """They trickle a byte at a time, and take every place for connections that have said nothing yet."""
+    """They send a byte at a time, and take every place for connections that have said nothing yet."""
     monkeypatch.setattr(gate, "GREETING", 1)
     monkeypatch.setattr(gate, "VISITORS", 4)
     open_ones: list[socket.socket] = []

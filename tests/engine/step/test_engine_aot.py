@@ -66,7 +66,7 @@ def test_a_tpu_slice_compiles_both_steps_and_they_fit(on_tpu: list[dict]):
 
 @needs_tpu_compiler
 def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
-    """At least the gathered rows and the scattered outputs of every layer, over 4 expert ranks."""
+    """At least the gathered rows and the scattered outputs of every layer move, over 4 expert ranks."""
     for row, tokens in zip(on_tpu, (16, 512 + 16), strict=True):
         moe = LAYERS * 3 * tokens * 2048 * (2 + 4)
         assert moe <= row["sent_mb"] * 1e6 <= 8 * moe, row
@@ -79,13 +79,13 @@ def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
     ids=["plain", "shuffled"],
 )
 def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: str, moves: int):
-    """Heads over 4 expert ranks: a prompt's rows go around once gathered, once scattered, in each half layer.
+    """Heads lie over 4 expert ranks: each half layer gathers a prompt's rows once and scatters them once.
 
     A chip sends 3/4 of the rows each time: bfloat16 to attention and to the experts, float32 back. Reducing
-    all and slicing would send attention's sums twice. Shuffled, the residual's own quarter moves in float32
-    before each layer's experts and home behind the last; the compiler's text has all of it, as it cannot
-    know who stays. Beside the prompt 16 sequences are decoded, 132 rows a chip in all, which the compiler
-    rounds up to 144 before it scatters.
+    all and slicing would send attention's sums twice. With shuffling, the residual's own quarter moves in
+    float32 before each layer's experts, and returns after the last layer; the compiler's text has all of it,
+    as it cannot know which rows stay. In the same step 16 sequences are decoded, 132 rows a chip in total,
+    which the compiler rounds up to 144 before it scatters.
     """
     where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS), "--attention", "tp")
     status, [prefill] = check("--model", str(QWEN), *where, "--moe-config", moe, "--step", "prefill")
@@ -95,7 +95,7 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: 
     kinds = {kind: sent for kind, (_, sent) in prefill["by_kind"].items()}
     assert kinds["reduce-scatter"] == pytest.approx(once * (4 + 4) * 144 / 132, rel=0.02), prefill
     assert kinds["all-gather"] == pytest.approx(once * (2 + 2), rel=0.02), prefill
-    assert kinds.get("all-reduce", 0) < 0.1 * once, prefill  # rows that tokens are drawn behind
+    assert kinds.get("all-reduce", 0) < 0.1 * once, prefill  # only rows after which tokens are sampled
     moved = (moves, moves * (tokens // 4) * 2048 * 4 * 3 // 4)
     assert tuple(prefill["by_kind"].get("ragged-all-to-all", (0, 0))) == moved
 
@@ -103,7 +103,7 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all(moe: 
 @needs_tpu_compiler
 @pytest.mark.parametrize("model", ["deepseek-v2-lite", "gpt-oss-20b"])
 def test_other_families_steps_compile_for_a_v5e_slice(model: str):
-    """A dense layer, latent attention and a shared expert; sinks, windows and experts with biases."""
+    """One has a dense layer, latent attention, a shared expert; the other sinks, windows, expert biases."""
     where = ("--slice", "v5e:2x4", "--mesh", "1x8x1", "--sequences", "8", "--layers", str(LAYERS))
     status, rows = check("--model", str(ROOT / f"configs/model/{model}.toml"), *where)
     assert status == 0 and [row["verdict"] for row in rows] == ["fits", "fits"], rows
@@ -111,7 +111,7 @@ def test_other_families_steps_compile_for_a_v5e_slice(model: str):
 
 @needs_tpu_compiler
 def test_a_binned_decode_step_sums_votes_once_a_layer():
-    """Over four expert ranks, between the two calls of the kernel."""
+    """The sum is over four expert ranks, between the two calls of the kernel."""
     where = ("--slice", "v6e:2x2", "--mesh", "1x4x1", "--layers", str(LAYERS))
     where += ("--step", "decode")
     status, [decode] = check("--model", str(QWEN), *where, "--moe-config", '{"binning": {}}')

@@ -1,7 +1,7 @@
 """No step walks over the page pool, whatever it holds: on a CPU, by the compiled text, memory and bytes.
 
-The pools here are never allocated: gigabytes beside a model of kilobytes, so that anything of their size
-stands out. For TPUs and GPUs see ``test_engine_pool_aot.py``.
+The pools here are never allocated: they have gigabytes and the model kilobytes, so that anything of a pool's
+size stands out. ``test_engine_pool_aot.py`` has TPUs and GPUs.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ONE = (1, 1, 1)
 
 
 def cells() -> list:
-    """Every kind of layer by every kernel, in both steps; most of them in the long tables."""
+    """Returns every kind of layer by every kernel, in both steps; most of them run in the long tables."""
     short = {
         ("plain", MIXED, "cpu"),
         ("plain", DECODE, "xla"),
@@ -68,7 +68,10 @@ def test_eight_times_the_pool_takes_not_a_byte_more():
 
 
 def test_what_walks_over_a_pool_is_found():
-    """An update in place does not; with the old array still wanted, or another one made of it, it does."""
+    """An update in place does not walk over it.
+
+    If the old array is needed afterwards, or another array is made of it, the step does.
+    """
     pages, row, page = (jnp.zeros((999, 64)), jnp.ones((1, 64)), jnp.int32(7))
 
     def found(step: Callable) -> list[str]:

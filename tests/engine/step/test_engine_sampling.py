@@ -1,4 +1,4 @@
-"""Sampling at the ends of float32: every accepted value against a float64 oracle, or its limit."""
+"""Sampling at the limits of float32: every accepted value against a float64 oracle, or its limit."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ CASES += [
 
 
 def possible(logits: np.ndarray, allowed: np.ndarray, params: SamplingParams) -> set[int]:
-    """The tokens that may be drawn, in float64 (whose own underflow is 300 decades below)."""
+    """Returns the tokens that may be drawn, in float64 (whose own underflow is 300 decades below)."""
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias:
         x[token] += bias
@@ -65,12 +65,12 @@ def possible(logits: np.ndarray, allowed: np.ndarray, params: SamplingParams) ->
 
 
 def drawn(shift: float, masked: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(logits, which tokens a grammar allows, ids ``[case, draw]``), all cases in one compiled call."""
+    """Returns (logits, tokens that a grammar allows, ids ``[case, draw]``) from one compiled call."""
     rng = np.random.default_rng(7)
     logits = (rng.permutation(VOCAB) * 0.5 + shift).astype(np.float32)  # no two are equal
     allowed = np.ones(VOCAB, bool)
     if masked:
-        allowed[np.argsort(-logits)[:6]] = False  # the likeliest ones
+        allowed[np.argsort(-logits)[:6]] = False  # the six likeliest tokens
     rows = blank_rows(len(CASES) * DRAWS, VOCAB)
     for i, params in enumerate(CASES):
         for row in range(i * DRAWS, (i + 1) * DRAWS):

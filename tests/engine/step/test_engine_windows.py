@@ -45,7 +45,7 @@ def test_logits_on_ranks_that_are_no_power_of_two(model: Path, alone, ranks: int
 
 @pytest.mark.parametrize("mode", ["decode", pytest.param("prefill", marks=pytest.mark.matrix)])
 def test_eval_of_a_batch_that_the_ranks_do_not_divide(model: Path, mode):
-    """Four windows on three ranks that share their heads."""
+    """Four windows are on three ranks that share their heads."""
     losses = []
     for ranks in ({}, {"expert_parallel_size": 3, "attention": "tp"}):
         settings = EngineSettings(**SIZES, **ranks)

@@ -1,4 +1,4 @@
-"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see tpu_aot, gpu_aot."""
+"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see ``tpu`` and ``gpu``."""
 
 import json
 import os
@@ -17,11 +17,11 @@ TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 
 
 def compile_cases(cases: list[dict]) -> list[dict]:
-    """What each case compiled to, or its error. All for TPUs or all for GPUs.
+    """Returns what each case compiled to, or its error. The cases are all for TPUs or all for GPUs.
 
-    A case: device (a key of ``TOPOLOGIES`` or of ``gpu_aot.TARGETS``), tokens of each shard, experts, k, and
-    shards, whose votes are summed where they are several. A result by kernel: of a TPU's cycles, spills and
-    vmem; of a GPU's registers and spill_bytes, where this machine has ptxas. Or error.
+    A case has device (a key of ``TOPOLOGIES`` or of ``gpu.TARGETS``), tokens of each shard, experts, k, and
+    shards; the votes of several shards are summed. A result has an entry for each kernel: cycles, spills and
+    vmem on a TPU; registers and spill_bytes on a GPU if this machine has ptxas. Or it has error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(
@@ -78,7 +78,10 @@ def _compile(case: dict) -> None:
 
 
 def _cycles(loop: tpu_aot.Loop, trips: list) -> int:
-    """Cycles of one iteration; trips: (how often, trips within) of each inner loop, in order."""
+    """Returns the cycles of one iteration.
+
+    trips: (how often it runs, trips within it) of each inner loop, in order.
+    """
     pairs = list(zip(loop.inner, trips, strict=True))
     return loop.cycles + sum(n * _cycles(inner, within) - inner.cycles for inner, (n, within) in pairs)
 

@@ -19,7 +19,7 @@ TARGETS = {
 
 @contextlib.contextmanager
 def gpu_interpreter(**options):
-    """Mosaic GPU kernels traced inside run in the interpreter: public in jax 0.11, still private in 0.10."""
+    """Runs Mosaic GPU kernels traced inside it in the interpreter: public in jax 0.11, private in 0.10."""
     params = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
     callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     try:
@@ -30,7 +30,7 @@ def gpu_interpreter(**options):
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled for CUDA here, or None."""
+    """Returns why nothing can be compiled for CUDA here, or None."""
     for name in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
         if importlib.util.find_spec(name) is not None:
             return None
@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 
 def description(kind: str) -> str:
-    """The text proto by which the compiler knows a device of ``kind``."""
+    """Returns the text proto by which the compiler knows a device of ``kind``."""
     spec = TARGETS[kind]
     return f"""gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -53,13 +53,15 @@ def description(kind: str) -> str:
 
 
 def compile_cases(cases: list[dict]) -> list[dict]:
-    """What each case compiled to, or its error; in one process of its own, so that no test sees its settings.
+    """Returns what each case compiled to, or its error.
 
-    A case is a grouped MLP: device, experts, inner, model, rows, and optionally biases, activation, shards
-    (devices of a shard_map); or a step of the engine: device, config (a file of configs/model), layers,
-    mesh, sequences, tokens. A result: kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma,
-    tma}, without those that an earlier case compiled already, calls, how often each custom call stands in
-    the program, and temporary, its bytes; or error.
+    One process compiles them, so that no test sees its settings.
+
+    A case is a grouped MLP with device, experts, inner, model, rows, and optionally biases, activation,
+    shards (devices of a shard_map). Or it is a step of the engine with device, config (a file of
+    configs/model), layers, mesh, sequences, tokens. A result has kernels, a list of {name, registers,
+    spill_bytes, smem_bytes, wgmma, tma} without the kernels that an earlier case compiled already; calls, how
+    often each custom call stands in the program; and temporary, its bytes. Or it has error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -74,7 +76,7 @@ def compile_cases(cases: list[dict]) -> list[dict]:
 
 
 def kernels_in(dump: str) -> list[dict]:
-    """One entry a kernel that the compiler left in ``dump``, which is emptied."""
+    """Returns one entry for each kernel that the compiler left in ``dump``, and empties ``dump``."""
     found = []
     for path in sorted(glob.glob(f"{dump}/*.ptx")):
         with open(path) as file, open(path + "as") as log, open(path[:-3] + "mlir-passes.log") as mlir:
@@ -95,7 +97,7 @@ def kernels_in(dump: str) -> list[dict]:
 
 
 def _devices(kind: str) -> list:
-    """Eight described devices."""
+    """Returns eight described devices."""
     from jax.experimental import topologies
 
     target = {"target_config": description(kind), "topology": "1x1x8"}
@@ -103,7 +105,7 @@ def _devices(kind: str) -> list:
 
 
 def _lower_step(case: dict):
-    """A step of the engine, lowered."""
+    """Returns a step of the engine, lowered."""
     import tomllib
 
     from jmoe.config.model import ModelConfig, MoEConfig
@@ -119,7 +121,7 @@ def _lower_step(case: dict):
 
 
 def _lower_mlp(case: dict):
-    """A grouped MLP, lowered."""
+    """Returns a grouped MLP, lowered."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,6 +1,7 @@
-"""What compiled steps do with the page pool on TPUs and GPUs that need not be here (see ``pool_cases``).
+"""What compiled steps do with the page pool on TPUs and GPUs that this machine need not have.
 
-Compilers of accelerators read their settings once and may end their process: ``found_on`` runs one.
+See ``pool_cases``. Compilers of accelerators read their settings once and may end their process, so
+``found_on`` starts one of its own.
 """
 
 import json
@@ -16,11 +17,14 @@ from support.aot import tpu as tpu_aot
 from support.aot.pool_cases import Found, Pool, compile_pool
 
 SLICE = "v6e:2x4"
-Case = tuple[Pool, tuple[int, int, int]]  # and the mesh
+Case = tuple[Pool, tuple[int, int, int]]  # the pool and the mesh
 
 
 def found_on(platform: str, cases: list[Case]) -> list[Found]:
-    """One a case; RuntimeError with the compiler's words where one does not compile."""
+    """Returns one result for each case.
+
+    Raises RuntimeError with the compiler's words if a case does not compile.
+    """
     env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
     if platform == "tpu":
         env |= tpu_aot.environment(Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}

@@ -12,9 +12,9 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Mesh, split_attention
-from jmoe.nn.kv_cache import page_bytes
+from jmoe.nn.kinds import kind_of, page_bytes
 
-DECODE, MIXED = 1, 64  # tokens of a step: one of each sequence; of prompts, beside decoded sequences
+DECODE, MIXED = 1, 64  # tokens of a step: one of each sequence; of prompts, in a step that also decodes
 PAGE, SEQUENCES, TABLE = 32, 4, 8
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,7 +31,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pool:
-    """A kind of layer over a pool of ``pages`` a rank. copies: not a step but the copy of a page."""
+    """A kind of layer over a page pool.
+
+    kind: name of the kind of layer.
+    tokens: number of tokens of the step.
+    pages: number of pages of a rank.
+    moe: configuration of the MoE layers.
+    wide: whether heads have a dimension that the kernels of accelerators take.
+    copies: whether the program is the copy of a page instead of a step.
+    """
 
     kind: str = "plain"
     tokens: int = MIXED
@@ -42,7 +50,7 @@ class Pool:
 
     @property
     def cfg(self) -> ModelConfig:
-        """wide: heads that the kernels of accelerators take."""
+        """Returns the model's configuration."""
         wide = {"head_dim": 128, "hidden_size": 256, "moe_intermediate_size": 128, "dtype": "bfloat16"}
         return config(**{"num_hidden_layers": 1} | (wide if self.wide else {}) | KINDS[self.kind])
 
@@ -54,9 +62,9 @@ class Found:
     walks: what goes over a pool.
     layer: bytes of one layer's pages.
     pages: bytes of all pages.
-    temporary: bytes that the compiler needs beside.
+    temporary: bytes that the compiler needs in addition.
     aliased: bytes that results share with arguments.
-    moved: bytes that the step moves, None where the compiler does not say.
+    moved: bytes that the step moves; None if the compiler does not say.
     """
 
     walks: list[str]
@@ -81,7 +89,7 @@ def compile_pool(pool: Pool, mesh: Mesh) -> Found:
     pages = pool.pages * page_bytes(cfg, split, PAGE) // split.head_ranks
     layer = pages // cfg.num_hidden_layers
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    rows = pool.pages * PAGE * cfg.cached_dim  # elements of one head's keys
+    rows = pool.pages * PAGE * kind_of(cfg, 0).cached_heads(cfg).dim  # elements of one head's keys
     return Found(
         walks(compiled.as_text(), rows),
         layer,
@@ -93,10 +101,11 @@ def compile_pool(pool: Pool, mesh: Mesh) -> Found:
 
 
 def check(found: Found, *, counts: bool = True) -> None:
-    """Nothing of a pool's size, and far fewer bytes than one layer's pages, although the pool is vast.
+    """Asserts that nothing has a pool's size, and that bytes stay far below one layer's pages.
 
+    The pool is vast.
     counts: whether the compiler's count of bytes is one. XLA takes a gather in a fusion for its whole operand
-    on CPUs, and counts nothing on GPUs.
+        on CPUs, and counts nothing on GPUs.
     """
     assert found.walks == []
     assert found.aliased >= found.pages

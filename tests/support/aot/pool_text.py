@@ -1,9 +1,9 @@
 """What a compiled step does with arrays of a page pool's size, read from the compiler's text.
 
-In place are updates of a slice, and scatters, into an array that the step was given: alone, as the root of a
-fusion, in the body of a loop, or in a kernel that says which operand its result is. All else that makes an
-array of that size walks over the pool. That an update in place needs no second buffer, the text does not say:
-``memory_analysis`` does, whose temporary bytes are then far below a pool's.
+Updates of a slice, and scatters, are in place if they go into an array that is an argument of the step. They
+stand alone, as the root of a fusion, in the body of a loop, or in a kernel that says which operand its result
+is. Everything else that makes an array of that size walks over the pool. The text does not say that an update
+in place needs no second buffer: ``memory_analysis`` does, whose temporary bytes are then far below a pool's.
 """
 
 import re
@@ -16,7 +16,7 @@ UPDATES = {"dynamic-update-slice", "scatter"}
 
 
 def _most(kind: str) -> int:
-    """Elements of the largest array of a type."""
+    """Returns the number of elements of the largest array of a type."""
     sizes = [1]
     for dims in ARRAY.findall(kind):
         count = 1
@@ -27,8 +27,10 @@ def _most(kind: str) -> int:
 
 
 def _computations(text: str) -> dict[str, dict[str, tuple[str, str, str]]]:
-    """Of each computation, by name: (type, operation, the rest of the line) of each instruction, the root
-    last."""
+    """Returns (type, operation, the rest of the line) of each instruction of each computation, by name.
+
+    The root comes last.
+    """
     found: dict[str, dict[str, tuple[str, str, str]]] = {}
     own: dict[str, tuple[str, str, str]] = {}
     root = None
@@ -49,7 +51,7 @@ def _operands(rest: str) -> list[str]:
 
 
 def _is_update(own: dict[str, tuple[str, str, str]], name: str) -> bool:
-    """Whether an instruction of a fusion is an update in place of something that the fusion was given."""
+    """Returns whether an instruction of a fusion updates in place one of the fusion's arguments."""
     _, operation, rest = own[name]
     if operation == "bitcast":
         return _is_update(own, _operands(rest)[0])
@@ -62,14 +64,14 @@ def _is_update(own: dict[str, tuple[str, str, str]], name: str) -> bool:
 
 
 def _updates(own: dict[str, tuple[str, str, str]], elements: int) -> bool:
-    """Whether all of a fusion's results of that size are updates in place."""
+    """Returns whether all of a fusion's results of that size are updates in place."""
     root = list(own)[-1]
     results = _operands(own[root][2]) if own[root][1] == "tuple" else [root]
     return all(_is_update(own, name) for name in results if _most(own[name][0]) >= elements)
 
 
 def walks(text: str, elements: int) -> list[str]:
-    """The instructions that make an array of ``elements`` or more and are no update in place."""
+    """Returns the instructions that make an array of ``elements`` or more and are no update in place."""
     computations = _computations(text)
     calls = re.compile(r"calls=%?([\w.\-]+)")
     every = [made for own in computations.values() for made in own.values()]

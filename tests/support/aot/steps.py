@@ -11,7 +11,7 @@ QWEN = ROOT / "configs/model/qwen3-30b-a3b.toml"
 
 
 def check(*arguments: str) -> tuple[int, list[dict]]:
-    """(exit status, rows)"""
+    """Returns the exit status and the rows of the script."""
     command = [sys.executable, str(ROOT / "scripts/tpu_aot_check.py"), "--json", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path))

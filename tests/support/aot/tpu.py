@@ -25,9 +25,11 @@ DELAY_SLOTS = 5  # bundles after a branch that still run
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop in the schedule: cycles of one iteration, and how many of them store a spilled vector register.
+    """A loop in the schedule. Loops inside it count once in its numbers, whatever their trip count.
 
-    Loops within count once in both, whatever their trip count; ``inner`` has them in program order.
+    cycles: cycles of one iteration.
+    spills: how many of them store a spilled vector register.
+    inner: loops inside it, in program order.
     """
 
     cycles: int
@@ -35,7 +37,7 @@ class Loop:
     inner: tuple["Loop", ...]
 
     def total(self, trips: list[int]) -> int:
-        """Cycles of one iteration in which the inner loops run ``trips`` times each."""
+        """Returns the cycles of one iteration in which the inner loops run ``trips`` times each."""
         if len(trips) != len(self.inner):
             raise ValueError(f"{len(self.inner)} loops in the schedule, {len(trips)} in the source")
         return self.cycles + sum(inner.cycles * (n - 1) for inner, n in zip(self.inner, trips, strict=True))
@@ -43,19 +45,26 @@ class Loop:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel as one loop body that runs once; vmem: bytes that its buffers and scratch take."""
+    """A compiled kernel.
+
+    body: the kernel as one loop body that runs once.
+    vmem: bytes of its buffers and scratch.
+    """
 
     body: Loop
     vmem: int
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Returns why nothing can be compiled here, or None."""
     return None if importlib.util.find_spec("libtpu") else "libtpu is not installed (pip install libtpu)"
 
 
 def environment(dump: Path) -> dict[str, str]:
-    """Environment of a process that compiles for TPUs quietly and beside others, and dumps to ``dump``."""
+    """Returns the environment of a process that compiles for TPUs.
+
+    The process is quiet, tolerates others that compile at the same time, and dumps to ``dump``.
+    """
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -68,7 +77,10 @@ def environment(dump: Path) -> dict[str, str]:
 
 
 def run_report(*arguments: str, timeout: float) -> list[dict]:
-    """What ``scripts/tpu_kernel_report.py --json`` prints; RuntimeError with its output if it fails."""
+    """Returns what ``scripts/tpu_kernel_report.py --json`` prints.
+
+    Raises RuntimeError with the script's output if it fails.
+    """
     command = [sys.executable, str(ROOT / "scripts/tpu_kernel_report.py"), "--json", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -80,7 +92,7 @@ def run_report(*arguments: str, timeout: float) -> list[dict]:
 
 
 def _nest(spans: list[tuple[int, int]], spilled: list[int], start: int, end: int) -> Loop:
-    """The loop over bundles [start, end), with those of ``spans`` that lie strictly within."""
+    """Returns the loop over bundles [start, end), with the loops of ``spans`` that lie strictly inside."""
     inside = [s for s in spans if start <= s[0] and s[1] <= end and s != (start, end)]
     outermost = [s for s in inside if not any(o != s and o[0] <= s[0] and s[1] <= o[1] for o in inside)]
     inner = tuple(_nest(inside, spilled, *s) for s in sorted(outermost))
@@ -88,7 +100,7 @@ def _nest(spans: list[tuple[int, int]], spilled: list[int], start: int, end: int
 
 
 def parse_bundles(text: str) -> Loop:
-    """The schedule in a dump of bundles; a loop is a branch back to a bundle at or before its own."""
+    """Returns the schedule in a dump of bundles; a loop is a branch back to a bundle at or before its own."""
     spilled: list[int] = []
     starts: dict[int, int] = {}  # bundle that a loop starts with -> the last branch back to it
     for line in text.splitlines():
@@ -104,7 +116,10 @@ def parse_bundles(text: str) -> Loop:
 
 
 def read_kernel(dump: Path, name: str) -> Kernel:
-    """The kernel called ``name`` in ``dump``; FileNotFoundError if the compiler has dumped none."""
+    """Returns the kernel called ``name`` in ``dump``.
+
+    Raises FileNotFoundError if the compiler has dumped none.
+    """
     schedules = [p for p in dump.glob(f"*-{name}.*-packed-bundles-post-ra.txt") if "analysis" not in p.name]
     if not schedules:
         raise FileNotFoundError(f"no schedule of {name} in {dump}")

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 def engine_of(
     model: Decoder, mesh, slots=4, pages=40, length=64, first=1, warm_up=False, **settings
 ) -> Engine:
-    """Compiles only what runs, unless a test is about just that."""
+    """Returns an engine that compiles only what runs, unless a test is about just that."""
     runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
     if warm_up:
         runner.warm_up()

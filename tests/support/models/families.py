@@ -1,5 +1,7 @@
-"""Tiny configurations of the families beyond the first three, in transformers' own fields: odd sizes, and
-every option that a family has."""
+"""Tiny configurations of the families beyond the first three, in transformers' own fields.
+
+They have odd sizes, and every option that a family has.
+"""
 
 import transformers
 from support.models.parity import Case
@@ -58,7 +60,7 @@ GRANITE = {
     "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.5,
 }  # fmt: skip
 
-FIRST = {  # of each family, the one that every technique is tried on
+FIRST = {  # the configuration of each family on which every technique is tried
     "qwen2": Case("qwen2", transformers.Qwen2MoeConfig, QWEN2),
     "deepseek-v2": Case(
         "deepseek-v2", transformers.DeepseekV2Config,

@@ -28,7 +28,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 
 def hf_config(architecture: str = QWEN3, *, spelling: int = 5, dtype: str = "float32", **changes: Any):
-    """A tiny ``config.json`` as transformers 4 or 5 (``spelling``) writes it."""
+    """Returns a tiny ``config.json`` as transformers 4 or 5 (``spelling``) writes it."""
     inner = {"moe_intermediate_size": 16} if architecture == QWEN3 else {"intermediate_size": 16}
     own = {"head_dim": 8, "norm_topk_prob": True} if architecture == QWEN3 else {}
     if spelling == 5:
@@ -41,7 +41,7 @@ def hf_config(architecture: str = QWEN3, *, spelling: int = 5, dtype: str = "flo
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the checkpoint, written down apart from the decoder's own code."""
+    """Returns the shape of every tensor of the checkpoint, written down apart from the decoder's own code."""
     cfg = model_config(config | {"dtype": "float32"})  # shapes only: float16 is no dtype to compute in
     d, f, head = cfg.hidden_size, cfg.moe_intermediate_size, cfg.head_dim
     q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
@@ -68,7 +68,7 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A ``tokenizer.json`` of one token a byte, 256 in all."""
+    """Writes a ``tokenizer.json`` of one token a byte, 256 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

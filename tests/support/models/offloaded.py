@@ -1,4 +1,4 @@
-"""A tiny checkpoint, its profile, and what an engine answers with its experts offloaded."""
+"""A tiny checkpoint, its profile, and what an engine with offloaded experts answers."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -61,14 +61,17 @@ def serve(engine: Engine, given: list[list[int]], params: SamplingParams = GREED
 
 
 def answers(engine: Engine, count: int = 4) -> list[list[int]]:
-    """Of ``count`` prompts; the engine is closed behind them."""
+    """Returns the answers to ``count`` prompts, and closes the engine."""
     with closing(engine):
         return serve(engine, prompts(count))
 
 
 def check_counters(engine: Engine, groups: int = 1) -> dict:
-    """Every copy is accounted for; the decode report. groups: of data, each with pools of its own, which all
-    need what several groups' tokens go to."""
+    """Checks that every copy is accounted for, and returns the decode report.
+
+    groups: number of groups of data, each with its own pools; all of them may need an expert to which tokens
+        of several groups go.
+    """
     stats = engine.moe_stats()
     for phase in ("prefill", "decode"):
         assert stats[phase]["lost_assignments"] == 0 < stats[phase]["assignments"]
@@ -87,7 +90,7 @@ def check_counters(engine: Engine, groups: int = 1) -> dict:
 
 
 def check_pool(engine: Engine) -> int:
-    """What each slot of every rank holds is the store's, bit for bit; how many slots hold one."""
+    """Checks that every slot of every rank holds the store's expert, bit for bit; returns their number."""
     cache, store, mesh = engine.runner.cache, engine.runner.model.store.weights, engine.runner.mesh
     assert cache is not None
     ranks, held = mesh.shape[DATA] * mesh.shape[EXPERT], EXPERTS // mesh.shape[EXPERT]

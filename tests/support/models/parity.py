@@ -12,7 +12,7 @@ from jmoe.checkpoint import convert
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
 
-torch.set_num_threads(1)  # small matrices; threads that spin take the other worker's core
+torch.set_num_threads(1)  # matrices are small, and threads that spin take the core of another worker
 
 LENGTH, NEW = 24, 64
 COMMON = {"num_hidden_layers": 2, "max_position_embeddings": 128, "initializer_range": 0.15}
@@ -27,7 +27,10 @@ class Case:
 
 
 def make(case: Case, directory: Path):
-    """A random transformers model, saved; norms, biases and routers are random too, so that they count."""
+    """Saves a random transformers model and returns it.
+
+    Norms, biases and routers are random too, so that they matter.
+    """
     torch.manual_seed(case.seed)
     config = case.config(**COMMON | case.fields, eos_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -49,7 +52,7 @@ def make(case: Case, directory: Path):
 
 
 def small(directory: Path, **changes) -> LLM:
-    """An engine that compiles no more than what a test runs."""
+    """Returns an engine that compiles no more than what a test runs."""
     sizes = {"max_model_len": LENGTH + NEW, "max_num_seqs": 1, "max_num_batched_tokens": 64}
     return LLM(directory, **sizes, warm_up=False, **changes)
 
@@ -60,7 +63,10 @@ def logits_of(model, ids) -> np.ndarray:
 
 
 def assert_parity(case: Case, tmp_path: Path, *, converted_too: bool) -> None:
-    """The same logits at every position, greedy tokens and log-probabilities; the same of a conversion."""
+    """Asserts the same logits at every position, greedy tokens and log-probabilities.
+
+    converted_too: whether a conversion must give the same.
+    """
     model = make(case, tmp_path / "hf")
     llm = small(tmp_path / "hf")
     ids = np.random.default_rng(case.seed).integers(0, case.fields["vocab_size"], LENGTH)
@@ -69,7 +75,7 @@ def assert_parity(case: Case, tmp_path: Path, *, converted_too: bool) -> None:
     tokens = output.outputs[0].token_ids
     every = [*ids, *tokens[:-1]]
     theirs = logits_of(model, every)
-    # Each is the argmax behind those before it: by induction what the model's own greedy loop makes.
+    # Each token is the argmax after the earlier ones: by induction the model's greedy loop makes the same.
     assert tokens == theirs[LENGTH - 1 :].argmax(-1).tolist()
     np.testing.assert_allclose(llm.logits(every), theirs, atol=1e-4)
     full = llm.logits(every)[LENGTH - 1 :]

@@ -10,7 +10,7 @@ MAPS = 2  # iterations of a request that are kept whole
 
 
 def planted_homes(experts: int, ranks: int, seed: int = 0) -> np.ndarray:
-    """``[L, E]``: which group each expert is in, another mix at every layer."""
+    """Returns ``[L, E]``: the group of each expert, mixed differently at every layer."""
     rng = np.random.default_rng(seed)
     return rng.permuted(np.tile(np.arange(experts) // (experts // ranks), (LAYERS, 1)), axis=1)
 
@@ -18,7 +18,10 @@ def planted_homes(experts: int, ranks: int, seed: int = 0) -> np.ndarray:
 def planted_request(
     home_LE: np.ndarray, n: int, rng: np.random.Generator, loyal: float = 0.9
 ) -> RoutedRequest:
-    """Tokens whose id modulo the groups says which group's experts they choose, all but a few."""
+    """Returns the routing of a request.
+
+    A token's id modulo the groups says which group's experts it chooses, with few exceptions.
+    """
     experts, ranks = home_LE.shape[1], home_LE.max() + 1
     tokens_N = rng.integers(0, VOCAB - 2, n).astype(np.int32)  # the last two ids are never seen
     ids_LNK = np.empty((LAYERS, n, K), np.int32)
@@ -47,7 +50,7 @@ def builder_for(home_LE: np.ndarray, **sizes: int) -> ProfileBuilder:
 
 
 def embeddings() -> np.ndarray:
-    """Ids 38 and 39 are like 3 and 0."""
+    """Returns embeddings in which ids 38 and 39 are like 3 and 0."""
     table = np.random.default_rng(5).standard_normal((VOCAB, D)).astype(np.float32)
     table[38], table[39] = 2 * table[3], 0.5 * table[0]
     return table
@@ -56,7 +59,7 @@ def embeddings() -> np.ndarray:
 def planted(
     experts: int = 8, ranks: int = 4, requests: int = 12, seed: int = 0
 ) -> tuple[Profile, np.ndarray]:
-    """A profile, and the groups that it was made of."""
+    """Returns a profile, and the groups from which it was made."""
     home_LE = planted_homes(experts, ranks, seed)
     builder = builder_for(home_LE)
     for request in planted_requests(home_LE, requests, seed + 1):

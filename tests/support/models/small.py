@@ -33,7 +33,7 @@ def config(**changes) -> ModelConfig:
 
 
 def decoder(cfg: ModelConfig, mesh: Mesh, moe: MoEConfig = MoEConfig(), seed: int = 0) -> Decoder:
-    """Random weights, wide enough apart that no routing or argmax is a near tie; placed on ``mesh``."""
+    """Returns a decoder on ``mesh`` with random weights, so wide that no routing or argmax is a near tie."""
     model = Decoder(cfg, moe, mesh, ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(seed), std=0.3))
     graph, state = nnx.split(model)
 

@@ -1,4 +1,4 @@
-"""Slices of parameters as checkpoints keep them, written down apart from the reader; families that do so."""
+"""Slices of parameters as checkpoints store them, written apart from the reader; and families that do so."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def as_stored(values: np.ndarray, form: Form) -> np.ndarray:
-    """What a checkpoint holds of a slice, unquantised."""
+    """Returns what a checkpoint holds of a slice, unquantised."""
     if form.rows == "halves":
         values = np.concatenate([values[0], values[1]])
     elif form.rows == "alternate":
@@ -34,7 +34,7 @@ def as_stored(values: np.ndarray, form: Form) -> np.ndarray:
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """MXFP4 number by number, in float64: sign, two bits of exponent, one of mantissa."""
+    """Returns MXFP4 in float64, number by number: sign, two bits of exponent, one of mantissa."""
     out = np.empty((*scales.shape, 32))
     for at in np.ndindex(out.shape):
         byte = int(blocks[(*at[:-1], at[-1] // 2)])
@@ -46,7 +46,7 @@ def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def stacking(layout: str) -> Family:
-    """Qwen3-MoE, had its makers kept all experts of a layer in one tensor, in one of LAYOUTS."""
+    """Returns Qwen3-MoE as if its makers stored all experts of a layer in one tensor, in one of LAYOUTS."""
     plain, (gate_up, down) = FAMILIES[hf_tiny.QWEN3], LAYOUTS[layout]
 
     def names(cfg: ModelConfig) -> Iterator[Stored]:
@@ -67,7 +67,10 @@ def stacking(layout: str) -> Family:
 
 
 def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[str, np.ndarray]]:
-    """``root/stacked`` in that layout and ``root/plain`` with the same values; the former's contents."""
+    """Writes ``root/stacked`` in that layout and ``root/plain`` with the same values.
+
+    Returns the contents of the former.
+    """
     config = hf_tiny.hf_config(moe_intermediate_size=32, dtype=dtype)
     plain, rng = hf_tiny.random_tensors(config), np.random.default_rng(1)
     stacked = {n: t for n, t in plain.items() if ".experts." not in n}

@@ -11,7 +11,7 @@ FAST, LLAMA = "PreTrainedTokenizerFast", "LlamaTokenizerFast"
 
 
 def byte_level(*special: str, prefix: bool = False) -> Tokenizer:
-    """As Qwen3, gpt-oss and DeepSeek: 256 letters for the bytes, a few words."""
+    """Returns a tokenizer like Qwen3's, gpt-oss' and DeepSeek's: 256 letters for the bytes, a few words."""
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"he": 256, "ll": 257, "hell": 258, "hello": 259, "Ġhello": 260, "Ġhe": 261}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "he"), ("Ġ", "hello")]
@@ -23,7 +23,7 @@ def byte_level(*special: str, prefix: bool = False) -> Tokenizer:
 
 
 def pieces() -> Tokenizer:
-    """As Mixtral and Phi: pieces with a mark for spaces, bytes for what has no piece."""
+    """Returns a tokenizer like Mixtral's and Phi's: pieces with a mark for spaces, bytes if no piece fits."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": 3 + i for i in range(256)}
     words = ("▁", "h", "e", "l", "o", "a", "b", "he", "ll", "hell", "hello", "▁hello", "▁a", "▁▁")
     vocabulary |= {piece: 259 + i for i, piece in enumerate(words)}
@@ -47,7 +47,7 @@ def with_bos(tokenizer: Tokenizer, bos: str) -> Tokenizer:
 
 
 def cut_and_padded() -> Tokenizer:
-    """As a trainer saves it after its last call."""
+    """Returns a tokenizer as a trainer saves it after its last call."""
     tokenizer = byte_level()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=8, pad_id=0)
@@ -78,7 +78,7 @@ def _config(kind: str, **more: Any) -> dict[str, Any]:
 
 TURN, TOOL = {"262": token("<|turn|>")}, {"263": token("<tool>", special=False)}
 BOS = {"__type": "AddedToken"} | token("<bos>")
-# Name -> how its tokenizer is made, and the files beside it.
+# Name -> how its tokenizer is made, and the files that come with it.
 SHAPES: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any]]] = {
     "bare": (byte_level, {}),
     "stored truncation": (cut_and_padded, _config(FAST)),

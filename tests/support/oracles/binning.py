@@ -1,7 +1,7 @@
-"""Binning as its rule is told in words: one token, one expert at a time, without jax.
+"""Binning as its rule is stated in words: one token, one expert at a time, without jax.
 
-A token's vote for one of its k experts lies in bin b where ``b * width <= best - logit < (b + 1) * width``,
-``best`` being the logit of its best choice; the last of six bins has no end. Exact tokens do not vote, and
+A token's vote for one of its k experts lies in bin b if ``b * width <= best - logit < (b + 1) * width``,
+where ``best`` is the logit of its best choice; the last of six bins has no end. Exact tokens do not vote, and
 their experts always stay.
 """
 
@@ -21,7 +21,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def choose(scores: np.ndarray, k: int) -> list[int]:
-    """The ids of the ``k`` best, ties to the lower."""
+    """Returns the ids of the ``k`` best experts; ties go to the lower id."""
     return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
 
 
@@ -35,7 +35,11 @@ def bin_of(rule: Rule, rank: int, best: np.float32, logit: np.float32) -> int:
 
 
 def active_set(ballots: list[list[tuple[int, int]]], exact: set[int], experts: int, rule: Rule) -> set[int]:
-    """ballots: the (expert, bin) pairs of each lossy token; exact: the experts of the exact tokens."""
+    """Returns the experts that stay.
+
+    ballots: the (expert, bin) pairs of each lossy token.
+    exact: the experts of the exact tokens.
+    """
     votes = Counter(pair for ballot in ballots for pair in ballot)
     union = {e for e, _ in votes}
     ranked = sorted(range(experts), key=lambda e: ([-votes[e, b] for b in range(BINS)], e))
@@ -50,7 +54,7 @@ def active_set(ballots: list[list[tuple[int, int]]], exact: set[int], experts: i
 
 
 def refill(ids: list[int], logits: np.ndarray, active: set[int]) -> list[int]:
-    """Choices that are not active give way, in place, to the best-scored active ones not held."""
+    """Replaces choices that are not active, in place, by the best-scored active experts not yet chosen."""
     free = iter(sorted(active - set(ids), key=lambda e: (-logits[e], e)))
     return [e if e in active else next(free) for e in ids]
 
@@ -58,7 +62,7 @@ def refill(ids: list[int], logits: np.ndarray, active: set[int]) -> list[int]:
 def bin_experts(
     logits_TE: np.ndarray, valid_T: np.ndarray, lossy_T: np.ndarray, rule: Rule, *, renormalize: bool
 ) -> dict[str, np.ndarray]:
-    """The fields of ``Binned`` by name."""
+    """Returns the fields of ``Binned`` by name."""
     t, experts = logits_TE.shape
     scores = [softmax(row) for row in logits_TE]
     plain = [choose(row, rule.k) for row in scores]

@@ -12,7 +12,16 @@ from jmoe.config.techniques import CapacityConfig
 
 @dataclass
 class Shard:
-    """One shard's routing and token flags, in numpy. local: its first expert and its number of experts."""
+    """One shard's routing and token flags, in numpy.
+
+    ids: experts of each token.
+    weights: weights of these experts.
+    scores: scores of all experts.
+    valid: mask of the tokens that are not padding.
+    exact: mask of the tokens that opted out.
+    priority: priority of each token.
+    local: the shard's first expert and its number of experts.
+    """
 
     ids: np.ndarray
     weights: np.ndarray
@@ -23,7 +32,7 @@ class Shard:
     local: tuple[int, int]
 
     def rows(self, chosen) -> "Shard":
-        """The shard with only the chosen tokens, in the given order."""
+        """Returns the shard with only the chosen tokens, in the order of ``chosen``."""
         arrays = {name: a[chosen] for name, a in vars(self).items() if isinstance(a, np.ndarray)}
         return replace(self, **arrays)
 
@@ -33,7 +42,10 @@ def places(factor: float | Fraction, tokens: int, k: int, experts: int) -> int:
 
 
 def limit(shard: Shard, cfg: CapacityConfig, factor: float, draws: np.ndarray):
-    """ids, weights and the five counts as lists a token. draws: the random numbers by (place, column)."""
+    """Returns ids, weights and the five counts as lists with an entry for each token.
+
+    draws: random numbers by (place, column).
+    """
     tokens, k = shard.ids.shape
     experts = shard.scores.shape[1]
     capped = [t for t in range(tokens) if shard.valid[t] and not shard.exact[t]]

@@ -13,7 +13,7 @@ def moe_reference(
     renormalize: bool,
     valid_T: np.ndarray | None = None,
 ) -> np.ndarray:
-    """``[T, D]`` float64 output of a MoE layer; ties in the router go to the lower expert id. Tests only."""
+    """Returns the ``[T, D]`` float64 output of a MoE layer; ties in the router go to the lower expert id."""
     x = x_TD.astype(np.float64)
     logits_TE = x @ gate_ED.astype(np.float64).T
     scores_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))

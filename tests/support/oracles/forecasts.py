@@ -1,9 +1,10 @@
-"""Steps, layers and stores for the predictors of expert offload, and a step walked by hand."""
+"""Steps, layers and stores for the predictors of expert offload, and a step run by hand."""
 
 import jax.numpy as jnp
 import numpy as np
 from support.models.routed import LAYERS, VOCAB, K, planted
 
+from jmoe.offload.predictors.make import PredictorSizes
 from jmoe.offload.predictors.map_store import MapStore
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
 
@@ -15,14 +16,14 @@ def distributions(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.dirichlet(np.full(E, 0.3), shape).astype(np.float32)
 
 
-def sizes(**changes: int) -> dict[str, int]:
-    return {"distance": A, "k": K, "layers": LAYERS, "experts": E, "seats": 3} | changes
+def sizes(**changes: int) -> PredictorSizes:
+    return PredictorSizes(distance=A, k=K, layers=LAYERS, experts=E, seats=3)._replace(**changes)
 
 
 def store_of(
     rng: np.random.Generator, entries: int, capacity: int
 ) -> tuple[MapStore, np.ndarray, np.ndarray]:
-    """A store, and the embeddings and maps of its entries."""
+    """Returns a store, and the embeddings and maps of its entries."""
     embeddings_CD = rng.standard_normal((entries, D)).astype(np.float32)
     maps_CLE = distributions(rng, entries, L)
     return MapStore.build(embeddings_CD, maps_CLE, capacity, A), embeddings_CD, maps_CLE
@@ -49,7 +50,7 @@ def layers_of(rng: np.random.Generator, b: int, layers: int = L, k: int = K) -> 
 
 
 def walked(predictor: Predictor, seen: StepSeen, layers: list[LayerSeen]) -> tuple[Predictor, list[Forecast]]:
-    """One step, layer by layer."""
+    """Runs one step, layer by layer; returns the predictor and its forecasts."""
     walk, forecast = predictor.start(seen)
     forecasts = [forecast]
     for i, layer in enumerate(layers):

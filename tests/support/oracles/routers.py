@@ -1,8 +1,8 @@
-"""Every kind of router that a family has, and what each chooses, told one token at a time in float64.
+"""Every kind of router that a family has, and what each chooses, one token at a time in float64.
 
-Written from the definitions: DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), DeepSeek-V3 (arXiv 2412.19437,
-section 2.1.2) and its published ``inference/model.py``, Phi-3.5-MoE's published ``sparsemixer`` without its
-training noise, gpt-oss's softmax over the chosen alone, Llama 4's sigmoid of the one best logit.
+It is written from the definitions: DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), DeepSeek-V3 (arXiv
+2412.19437, section 2.1.2) and its published ``inference/model.py``, Phi-3.5-MoE's published ``sparsemixer``
+without its training noise, gpt-oss's softmax over the chosen alone, Llama 4's sigmoid of the one best logit.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,13 @@ EXPERTS = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """layer: what else of a layer's configuration its family has."""
+    """A kind of router.
+
+    name: name of the kind.
+    router: configuration of the router.
+    k: number of experts that a token chooses.
+    layer: what else of a layer's configuration its family has.
+    """
 
     name: str
     router: RouterConfig
@@ -29,7 +35,7 @@ class Variant:
     layer: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def correction(self, seed: int = 0) -> np.ndarray | None:
-        """Wide enough to change choices."""
+        """Returns a correction that is large enough to change choices."""
         if not self.router.correction_bias:
             return None
         return np.random.default_rng(seed).normal(0, 0.2, EXPERTS).astype(np.float32)
@@ -72,23 +78,23 @@ GROUPED = [name for name, v in VARIANTS.items() if v.router.n_group > 1]
 
 @lru_cache
 def compiled(variant: Variant):
-    """(logits, correction, expert numbers) -> Routing."""
+    """Returns the router as a jitted function (logits, correction, expert numbers) -> Routing."""
     return jax.jit(lambda *args: route(args[0], variant.k, variant.router, *args[1:]))
 
 
 def best(values: np.ndarray, among: Iterable[int], count: int) -> list[int]:
-    """The ids of the highest, ties to the lower."""
+    """Returns the ids of the highest values; ties go to the lower id."""
     return sorted(among, key=lambda e: (-values[e], e))[:count]
 
 
 def shares(logits: np.ndarray, among: list[int]) -> np.ndarray:
-    """Softmax over the experts named."""
+    """Returns a softmax over the experts ``among``."""
     powers = np.exp(logits[among] - logits[among].max())
     return powers / powers.sum()
 
 
 def open_experts(values: np.ndarray, router: RouterConfig) -> list[int]:
-    """The experts of the best groups, a group counting by its best or its two best."""
+    """Returns the experts of the best groups; a group counts by its best expert or by its two best."""
     groups = np.arange(len(values)).reshape(router.n_group, -1)
     counted = 2 if router.group_score == "top2" else 1
     worth = np.array([np.sort(values[group])[-counted:].sum() for group in groups])
@@ -110,7 +116,7 @@ def mix_sparsely(logits: np.ndarray, k: int, jitter: float) -> tuple[list[int], 
 def choose(
     variant: Variant, logits: np.ndarray, correction: np.ndarray | None = None
 ) -> tuple[list[int], np.ndarray, list[int]]:
-    """(ids, weights, experts that were open) of one token."""
+    """Returns (ids, weights, experts that were open) of one token."""
     router, everyone = variant.router, list(range(len(logits)))
     logits = logits.astype(np.float64)
     if router.scoring_func == "sparsemixer":

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in its devtools protocol."""
+"""A headless Chromium, driven over a pipe in its devtools protocol."""
 
 import base64
 import contextlib
@@ -19,7 +19,11 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--
 
 
 class Page:
-    """One tab. requests: the URLs that it asked for; errors: what its scripts or policy complained of."""
+    """One tab.
+
+    requests: the URLs that it requested.
+    errors: what its scripts or its policy complained of.
+    """
 
     def __init__(self, reading: int, writing: int):
         self.reading, self.writing = reading, writing
@@ -45,7 +49,7 @@ class Page:
                 return answer["result"]
 
     def _message(self, seconds: float) -> dict[str, Any]:
-        """The next message; what it tells of requests and errors is kept."""
+        """Returns the next message; the requests and errors that it reports are kept."""
         while b"\0" not in self.buffer:
             assert select.select([self.reading], [], [], seconds)[0], "the browser is silent"
             read = os.read(self.reading, 1 << 16)
@@ -69,7 +73,7 @@ class Page:
         return result["result"].get("value")
 
     def until(self, expression: str, seconds: float = 120.0) -> Any:
-        """The value of ``expression`` once it is true."""
+        """Returns the value of ``expression`` once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, f"not within {seconds} s: {expression}"
@@ -89,7 +93,10 @@ class Page:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """profile: an empty directory for the browser's files."""
+    """Starts a browser.
+
+    profile: an empty directory for the browser's files.
+    """
     assert CHROMIUM is not None
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
     # bash: other shells know no descriptors above 9
@@ -106,7 +113,7 @@ def browser(profile: Path) -> Iterator[Page]:
     try:
         yield Page(our_in, our_out)
     finally:
-        os.close(our_out)  # it ends where the pipe does
+        os.close(our_out)  # the browser ends when the pipe does
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

@@ -22,8 +22,10 @@ BOS, EOS, VOCAB = 256, 257, 258
 
 
 def byte_tokenizer() -> Tokenizer:
-    """``ByteCodec``'s tokens as ``tokenizers`` has them, spelled as in GPT-2's vocabulary: bytes that print
-    by themselves, the others by characters from U+0100 on."""
+    """Returns ``ByteCodec``'s tokens as ``tokenizers`` has them, spelled as in GPT-2's vocabulary.
+
+    Printable bytes stand for themselves, the others are characters from U+0100 on.
+    """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     vocabulary = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
@@ -55,10 +57,14 @@ class ByteCodec:
 
 
 class FakeEngine:
-    """pace: seconds a step. room: requests at most. fails_at: the token count at which a request fails.
-    holds_at: the token count at which requests wait until ``going`` is set.
+    """An engine that repeats the prompt.
 
-    A request with a constraint gets the token that the prompt says where it is allowed, else the lowest one.
+    pace: seconds of a step.
+    room: largest number of requests.
+    fails_at: number of tokens at which a request fails.
+    holds_at: number of tokens at which requests wait until ``going`` is set.
+
+    A request with a constraint gets the token of the prompt if it is allowed, else the lowest allowed token.
     """
 
     vocab_size = VOCAB
@@ -86,7 +92,7 @@ class FakeEngine:
                     f"requested {length + asked} tokens."
                 )
             ids = request.prompt_token_ids
-            if ids and (min(ids) < 0 or max(ids) >= VOCAB):  # as quick as the engine: other threads wait
+            if ids and (min(ids) < 0 or max(ids) >= VOCAB):  # quick, since other threads wait
                 raise ValueError("a token id is outside the vocabulary")
         with self.lock:
             if not self.alive:
@@ -227,7 +233,7 @@ class FakeEngine:
 
     @staticmethod
     def _score(token, alternatives):
-        """The token is the second best of all; alternatives 0 and 1 must still report it."""
+        """Scores the token as the second best of all; alternatives 0 and 1 must still report it."""
         top = [((token + 1) % VOCAB, -0.25), (token, -0.5), ((token + 2) % VOCAB, -2.0)][
             : max(alternatives, 0)
         ]
@@ -245,7 +251,7 @@ TEMPLATE = (
 
 @contextlib.contextmanager
 def served(engine: FakeEngine, directory=None, **changes) -> Iterator[TestClient]:
-    """The application in process, with its service at ``client.service``."""
+    """Runs the application in process, with its service at ``client.service``."""
     service = Service(engine, ServerSettings(**changes), directory, "fake")
     with TestClient(make_app(service), raise_server_exceptions=False) as client:
         client.service = service
@@ -257,7 +263,7 @@ def served(engine: FakeEngine, directory=None, **changes) -> Iterator[TestClient
 
 @contextlib.contextmanager
 def listening(engine: FakeEngine, **changes) -> Iterator[tuple[str, Server]]:
-    """A real server on a free port of this machine, run by a thread: (its URL, the server)."""
+    """Runs a real server on a free port of this machine in a thread; yields (its URL, the server)."""
     server = Server(Service(engine, ServerSettings(**changes), None, "fake"))
     bound = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"

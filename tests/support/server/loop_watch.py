@@ -1,4 +1,4 @@
-"""How long an event loop is held up, and a server on this process's own loop to hold up."""
+"""How long an event loop is blocked, and a server on this process's own loop that may block it."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,12 @@ T = TypeVar("T")
 
 
 class Gaps:
-    """worst: seconds between two turns of the loop. Of each gap the smaller of wall and processor time: other
-    processes on the machine lengthen the one, threads that run beside the loop the other, but who holds the
-    loop, or what it needs of the interpreter, lengthens both."""
+    """The gaps between turns of the loop.
+
+    worst: longest gap in seconds. A gap is the smaller of wall time and processor time. Other processes on
+        the machine lengthen wall time, and threads that run at the same time as the loop lengthen processor
+        time. But whoever blocks the loop, or what it needs of the interpreter, lengthens both.
+    """
 
     worst = 0.0
 

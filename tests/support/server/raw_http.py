@@ -1,4 +1,4 @@
-"""A bare HTTP/1.1 client on asyncio streams, for clients that misbehave: bytes out, bytes in, no manners."""
+"""A bare HTTP/1.1 client on asyncio streams, for clients that misbehave: it only sends and receives bytes."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ async def ask(port: int, request: bytes, sip: int = 65536, pause: float = 0.0) -
 
 
 def parsed(raw: bytes) -> tuple[int, bytes]:
-    """Status and body, its chunks joined; ValueError for an answer that is cut off."""
+    """Returns status and body, its chunks joined; raises ValueError for an answer that is cut off."""
     start, _, body = raw.partition(b"\r\n\r\n")
     if b"transfer-encoding: chunked" in start.lower():
         joined = b""
@@ -67,7 +67,7 @@ def parsed(raw: bytes) -> tuple[int, bytes]:
 
 
 def events(body: bytes) -> list[Any]:
-    """The objects of a stream, which must end with ``[DONE]``."""
+    """Returns the objects of a stream, which must end with ``[DONE]``."""
     lines = body.decode().strip().split("\n\n")
     assert lines[-1] == "data: [DONE]", lines[-1:]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -1,4 +1,4 @@
-"""Small JSON schemas made at random, and random answers of a grammar: for tests against ``jsonschema``."""
+"""Small random JSON schemas, and random answers of a grammar: for tests against ``jsonschema``."""
 
 import json
 
@@ -9,7 +9,7 @@ NAMES = ["a", "b", "allOf", "$ref", "required"]
 
 
 def value_schema(rng: np.random.Generator, depth: int):
-    """Of one value: often plain, sometimes an object again."""
+    """Returns the schema of one value: often a plain one, sometimes an object again."""
     if depth and rng.random() < 0.35:
         return object_schema(rng, depth - 1)
     plain = [
@@ -63,7 +63,7 @@ def document(rng: np.random.Generator) -> dict:
 
 
 def walk(constraint, rng: np.random.Generator, most: int = 250) -> str | None:
-    """The text of a random answer of one byte a token; None where it has not come to an end."""
+    """Returns the text of a random answer of one byte a token, or None if it has not ended by then."""
     tokens: list[int] = []
     while len(tokens) < most:
         allowed = np.flatnonzero(np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little"))
@@ -78,7 +78,7 @@ def walk(constraint, rng: np.random.Generator, most: int = 250) -> str | None:
 
 
 def instances() -> list:
-    """Values one of which satisfies most of the schemas that can be satisfied."""
+    """Returns values one of which satisfies most of the schemas that can be satisfied."""
     values = ["x", "y", "", 1, 5, None, True, [], [1], {}, "one", "two"]
     found: list = [*values]
     for i, a in enumerate(NAMES):

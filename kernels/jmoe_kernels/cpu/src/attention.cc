@@ -1,4 +1,4 @@
-// Attention over paged keys and values: each query to the keys at its own position and before it, within
+// Attention over paged keys and values: a query attends to the keys at its own position and before it, within
 // the window or chunk if there is one. Pages are [P, H, S, d]; position p of sequence b lies in row p % S of
 // page table[b, p / S]. Latent pages are keys and values at once: both pointers are the same.
 #include <algorithm>
@@ -27,17 +27,17 @@ struct Problem {
   const int32_t *positions, *table;
   bool bf16;
   int64_t window, chunk;  // 0: none
-  const float* sinks;     // of each query head a score that has no value; or null
+  const float* sinks;     // for each query head a score that has no value; or null
   float* out;
 
-  // The first position that a query at `position` sees; below 0 where its window reaches past it.
+  // Returns the first position that a query at `position` sees; it may be below 0 for a window.
   int64_t first(int64_t position) const {
     if (window) return position - window + 1;
     return chunk ? position / chunk * chunk : 0;
   }
 };
 
-constexpr int64_t QUERIES = 64;  // that meet a page together: tokens of a sequence, heads of one KV head
+constexpr int64_t QUERIES = 64;  // that are multiplied with a page together: tokens of a sequence, heads of a KV head
 constexpr int64_t LANES = 16;    // queries that every set packs together: fewer would not be faster
 
 // Tokens [t0, t1) of sequence b, query heads [h0, h1), which share KV head g.
@@ -45,7 +45,7 @@ struct Item {
   int64_t b, g, t0, t1, h0, h1;
 };
 
-// Scratch of one item, in the order of its parts; clean: a page's values without what is not finite.
+// Scratch of one item, in the order of its parts. clean: a page's values with 0 for what is not finite.
 struct State {
   float *q, *acc, *top, *total, *scores, *scratch, *clean;
   char* packed;
@@ -59,13 +59,13 @@ struct State {
   }
 };
 
-// Scores outside [from, limit) of a page's keys become NEVER.
+// Sets the scores of a page's keys outside [from, limit) to NEVER.
 void hide(float* scores, int64_t from, int64_t limit, int64_t keys) {
   for (int64_t s = 0; s < from && s < keys; s++) scores[s] = NEVER;
   for (int64_t s = limit < 0 ? 0 : limit; s < keys; s++) scores[s] = NEVER;
 }
 
-// Asks for a page's keys and values early: pages lie anywhere, so the processor cannot guess.
+// Prefetches a page's keys and values: pages lie anywhere, so the processor cannot guess.
 void ask_for(const Problem& p, int64_t page, int64_t g) {
   if (page < 0 || page >= p.pages) return;
   const int64_t bytes = p.page * p.d * (p.bf16 ? 2 : 4), at = (page * p.kv_heads + g) * bytes;
@@ -86,7 +86,7 @@ bool all_finite(const float* numbers, int64_t count) {
   return most < 0x7f800000u;
 }
 
-// Copies `keys` rows of d values to `to`, 0 for each number that is not finite; whose row is then `broken`.
+// Copies `keys` rows of d values to `to`, with 0 for each number that is not finite; its row is then `broken`.
 template <typename Bits>
 void clean_rows(const char* from, Bits inf, int64_t keys, int64_t d, char* to, bool* broken) {
   for (int64_t s = 0; s < keys; s++) {
@@ -100,8 +100,8 @@ void clean_rows(const char* from, Bits inf, int64_t keys, int64_t d, char* to, b
   }
 }
 
-// careful: no query meets a value that it does not see, although it has a weight of 0 for it: 0 times NaN is
-// NaN. That costs a copy of every page, so it is done again, and so, where the result is not finite.
+// careful: no query is multiplied with a value that it does not see. A weight of 0 does not prevent harm: 0 times
+// NaN is NaN. That costs a copy of every page, so an item runs this way only if its first result is not finite.
 void attend_item(const Problem& p, const Item& item, bool careful = false) {
   const auto [b, g, t0, t1, h0, h1] = item;
   const int64_t share = h1 - h0, queries = (t1 - t0) * share, d = p.d;
@@ -163,7 +163,7 @@ void attend_item(const Problem& p, const Item& item, bool careful = false) {
   }
 }
 
-// Row `from` of d numbers to a page's row, in the pages' dtype.
+// Copies a row of d numbers to a page's row, in the pages' dtype.
 void keep_row(const float* from, int64_t d, bool bf16, char* to) {
   if (!bf16) {
     std::memcpy(to, from, d * sizeof(float));
@@ -173,7 +173,7 @@ void keep_row(const float* from, int64_t d, bool bf16, char* to) {
   for (int64_t e = 0; e < d; e++) out[e] = narrow(from[e]);
 }
 
-// Rows [B, T, H, d] and the pages that keep them.
+// Rows [B, T, H, d] and the pages to which they are written.
 struct Kept {
   const float* rows;
   char* pages;
@@ -211,7 +211,7 @@ void write_rows(ffi::ThreadPool& pool, const Kept (&kept)[N], const ffi::Buffer<
 
 }  // namespace
 
-// Both write in place: their results are their first arguments.
+// WritePages and WriteLatent write in place: their results are their first arguments.
 ffi::Error WritePages(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::F32> k,
                       ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> table,
                       ffi::Result<ffi::AnyBuffer> k_pages, ffi::Result<ffi::AnyBuffer> v_pages) {
@@ -260,7 +260,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
                      sinks.element_count() ? sinks.typed_data() : nullptr, out->typed_data()};
   const int64_t share = p.heads / p.kv_heads, together = QUERIES / share > 0 ? QUERIES / share : 1;  // tokens
   const int64_t blocks = ceil_div(p.tokens, together);
-  // Heads that share their keys go apart where they are too many, or too few items for all threads.
+  // Heads that share their keys are split if they are too many, or if there are too few items for all threads.
   int64_t parts = ceil_div(share, QUERIES), items = blocks * p.sequences * p.kv_heads;
   while (items * parts < pool.num_threads() && share / (2 * parts) >= LANES) parts *= 2;
   double keys = 0;
@@ -269,7 +269,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
     if (position >= 0) keys += position + 1 - (first > 0 ? first : 0);
   }
   std::vector<Phase> phases;
-  // The longest contexts first: the last tokens of a run see the most keys.
+  // The longest contexts come first: the last tokens of a run see the most keys.
   phases.push_back({items * parts, [=](int64_t i) {
                       const int64_t part = i % parts, g = i / parts % p.kv_heads;
                       const int64_t b = i / (parts * p.kv_heads) % p.sequences;

@@ -1,4 +1,4 @@
-// bfloat16 and back.
+// Conversion between float32 and bfloat16.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,7 @@ inline float widen(uint16_t h) {
   return f;
 }
 
-// Rounded to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays a NaN.
 inline uint16_t narrow(float f) {
   uint32_t bits;
   __builtin_memcpy(&bits, &f, 4);

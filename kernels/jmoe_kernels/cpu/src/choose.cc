@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that this processor and this build have.
+// The choice of the instruction set: the best one that this processor and this build have.
 #include <cstring>
 
 #include "parallel.h"
@@ -24,10 +24,10 @@ const Isa& isa() { return *chosen(); }
 
 extern "C" {
 
-// The name of the set in use.
+// Returns the name of the set in use.
 const char* jmoe_isa() { return jmoe::isa().name; }
 
-// The names of all sets that can run here, one a line.
+// Returns the names of all sets that can run here, one a line.
 const char* jmoe_isas() {
   static char names[256] = "";
   if (!names[0])
@@ -37,7 +37,7 @@ const char* jmoe_isas() {
   return names;
 }
 
-// Uses the set of that name from now on; false where it cannot run here. For tests.
+// Uses the set of that name from now on; returns false if it cannot run here. Tests call it.
 bool jmoe_use_isa(const char* name) {
   for (const jmoe::Isa* isa :
        {jmoe::isa_amx(), jmoe::isa_avx512_bf16(), jmoe::isa_avx512(), jmoe::isa_avx2(), jmoe::isa_base()})

@@ -1,6 +1,6 @@
 // The routed experts of a layer for tokens in expert order:
 //   y[t] = sum over the token's rows n of weight[n] * (down_e(act(gate_e x_t) * up_e x_t)),
-// with rows n of expert e at order[start_e .. start_e + size_e), n standing for assignment order[n] of token
+// where the rows n of expert e are start_e .. start_e + size_e - 1, and row n is assignment order[n], of token
 // order[n] / K. Weights are [E, 2, F, D] and [E, D, F] as in the checkpoint; only experts with rows are read.
 #include <cstring>
 
@@ -11,18 +11,18 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // rows of one expert that go through a stretch of weights together
+constexpr int64_t BLOCK = 64;  // rows of one expert that are multiplied with a stretch of weights together
 
 struct Group {
   int64_t expert, start, rows;  // start: first row, in expert order
-  size_t x_at, h_at;            // bytes into the packed rows and the packed inner activations
+  size_t x_at, h_at;            // offsets in bytes into the packed rows and the packed inner activations
 };
 
 struct Layer {
   int64_t inner, model;
   bool bf16;
   const char *gate_up, *down;
-  const float *gate_up_bias, *down_bias;  // null without
+  const float *gate_up_bias, *down_bias;  // null if there are none
   int activation;
   const Gemm* gemm;
 
@@ -31,7 +31,8 @@ struct Layer {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Inner units [f, f + count) of a group: gate and up products, activation, packed for the down product.
+// Computes inner units [f, f + count) of a group: gate and up products and activation, packed for the down
+// product.
 void inner_units(const Layer& layer, const Group& group, int64_t f, int64_t count, const char* x, char* h) {
   thread_local Scratch memory;
   const int64_t rows = group.rows, d = layer.model, full = rows < BLOCK ? rows : BLOCK;
@@ -42,7 +43,7 @@ void inner_units(const Layer& layer, const Group& group, int64_t f, int64_t coun
   const float* bias = layer.gate_up_bias ? layer.gate_up_bias + group.expert * 2 * layer.inner + f : nullptr;
   for (int64_t t = 0; t < rows; t += BLOCK) {
     const int64_t n = t + BLOCK < rows ? BLOCK : rows - t;
-    // Each block is packed as rows of its own: x of block t lies behind the blocks before it.
+    // Each block is packed as rows of its own: x of block t lies after the earlier blocks.
     const size_t x_block = aligned(layer.gemm->packed_bytes(full, d)) * (t / BLOCK);
     const size_t h_block = aligned(layer.gemm->packed_bytes(full, layer.inner)) * (t / BLOCK);
     layer.gemm->run(x + group.x_at + x_block, n, d, gate_w, d, count, gate, count);
@@ -59,7 +60,7 @@ void inner_units(const Layer& layer, const Group& group, int64_t f, int64_t coun
   }
 }
 
-// Output units [j, j + count) of a group's rows, to y[row][model].
+// Computes output units [j, j + count) of a group's rows and stores them to y[row][model].
 void output_units(const Layer& layer, const Group& group, int64_t j, int64_t count, const char* h, float* y) {
   const int64_t rows = group.rows, full = rows < BLOCK ? rows : BLOCK, d = layer.model;
   const char* w = layer.down + (group.expert * d + j) * layer.inner * layer.width();
@@ -80,7 +81,7 @@ std::vector<Group> groups_of(const int32_t* sizes, int64_t experts, int64_t rows
   x_bytes = h_bytes = 0;
   for (int64_t e = 0; e < experts; e++) {
     int64_t n = sizes[e] < 0 ? 0 : sizes[e];
-    n = n < rows - start ? n : rows - start;  // sizes that claim more rows than there are: never past the end
+    n = n < rows - start ? n : rows - start;  // sizes may claim more rows than exist: never go past the end
     if (n == 0) continue;
     groups.push_back({e, start, n, x_bytes, h_bytes});
     const int64_t blocks = ceil_div(n, BLOCK), full = n < BLOCK ? n : BLOCK;
@@ -91,8 +92,9 @@ std::vector<Group> groups_of(const int32_t* sizes, int64_t experts, int64_t rows
   return groups;
 }
 
-// Units a stretch: what 64 KB of weights hold, a multiple of 96 (the products' row blocks, 32 and 12), but
-// enough stretches that two threads find work even where one expert is active.
+// Returns the units of a stretch: as many as 64 KB of weights hold, in multiples of 96 (the products' row blocks
+// are 32 and 12), or 32 if that is less than 96. At most 384, so that two threads find work even if one expert is
+// active.
 int64_t stretch_of(int64_t units, int64_t row_bytes) {
   int64_t stretch = (64 << 10) / row_bytes / 96 * 96;
   if (stretch < 96) stretch = 32;
@@ -102,7 +104,7 @@ int64_t stretch_of(int64_t units, int64_t row_bytes) {
 
 }  // namespace
 
-// order, weights: [N] and [T, K] for the combined form; null for y[n] of rows x[n] themselves.
+// order [N], weights [T, K]: for the combined form. If they are null, row n is x[n] and its output is y[n].
 ffi::Error grouped(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up, ffi::AnyBuffer down,
                    const float* gate_up_bias, const float* down_bias, const int32_t* sizes, int64_t activation,
                    const int32_t* order, const float* weights, int64_t choices, float* y) {
@@ -184,7 +186,7 @@ ffi::Error CombinedMlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ga
                  order.typed_data(), weights.typed_data(), weights.dimensions()[1], y->typed_data());
 }
 
-// What both take: x, gate_up, down, their biases, group sizes.
+// The arguments of both: x, gate_up, down, their biases, group sizes.
 static auto bind_rows_and_weights() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()

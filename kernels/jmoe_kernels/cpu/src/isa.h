@@ -2,14 +2,14 @@
 //
 // The drivers (grouped_mlp.cc, linear.cc, attention.cc) are written once against these tables. Every
 // isa_*.cc is compiled with its own machine flags and must therefore use no inline library code: the linker
-// could pick that copy for everybody.
+// could choose that copy for all files.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace jmoe {
 
-// m rows of k numbers, bfloat16 or float32, row i at data + ld * (index ? index[i] : i).
+// m rows of k numbers, bfloat16 or float32; row i starts at data + ld * (index ? index[i] : i).
 struct Rows {
   const void* data;
   int64_t ld;
@@ -17,7 +17,7 @@ struct Rows {
   const int32_t* index;
 };
 
-// y[m, n] = x[m, k] . w[n, k]^T with float32 accumulation; x is packed first, in a layout of the set's own.
+// y[m, n] = x[m, k] . w[n, k]^T with float32 accumulation; x is packed first, in a layout that the set chooses.
 struct Gemm {
   size_t (*packed_bytes)(int64_t m, int64_t k);
   // Packs columns [k0, k1) of all m rows; k0 is a multiple of 32, and k1 too unless it is k.
@@ -33,8 +33,8 @@ struct Isa {
   void (*gated)(int activation, const float* gate, const float* up, int64_t n, float* h);
   // y += weight * x over n numbers
   void (*axpy)(float weight, const float* x, int64_t n, float* y);
-  // A step of online softmax for one query: scores[n], with room up to the next multiple of 16, become their
-  // shares of the running maximum; the running sum and weighted values acc[d] are rescaled to it.
+  // Does a step of online softmax for one query: scores[n], with room up to the next multiple of 16, become
+  // exp(score - running maximum); the running sum and weighted values acc[d] are rescaled to that maximum.
   void (*online)(float* scores, int64_t n, float* top, float* total, float* acc, int64_t d);
   // acc[q, d] += share[q, n] . v[n, d]; rows of share are lds apart; scratch holds n * d floats.
   void (*values)(const float* share, int64_t lds, int64_t queries, const void* v, bool bf16, int64_t n, float* acc,
@@ -42,7 +42,7 @@ struct Isa {
 };
 
 const Isa* isa_base();
-const Isa* isa_avx2();         // null where the processor or the build lacks it, as below
+const Isa* isa_avx2();         // null if the processor or the build lacks it, as below
 const Isa* isa_avx512();
 const Isa* isa_avx512_bf16();
 const Isa* isa_amx();

@@ -32,7 +32,7 @@ void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-// A tile of products, [16 weight rows][16 rows of x], to c[row of x][weight row].
+// Stores a tile of products, [16 weight rows][16 rows of x], to c[row of x][weight row].
 inline void keep(const float* tile, int64_t rows, float* c, int64_t ldc) {
   __m512i r[16];
   for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile + i * 16);
@@ -40,7 +40,7 @@ inline void keep(const float* tile, int64_t rows, float* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; i++) _mm512_storeu_si512(c + i * ldc, r[i]);
 }
 
-// 32 weight rows against up to 32 rows of x.
+// Multiplies 32 weight rows with up to 32 rows of x.
 inline void tile_block(const uint16_t* x, int64_t rows, int64_t k, const uint16_t* w, int64_t ldw, float* c,
                        int64_t ldc) {
   const uint16_t *x1 = x + 16 * k, *w1 = w + 16 * ldw;
@@ -73,7 +73,7 @@ inline void tile_block(const uint16_t* x, int64_t rows, int64_t k, const uint16_
   keep(out[3], rows - 16, c + 16 * ldc + 16, ldc);
 }
 
-// Rows to prefetch while 32 rows are multiplied: tiles read sixteen rows at once, which defeats the
+// Prefetches rows while 32 others are multiplied: tiles read sixteen rows at once, which defeats the
 // processor's own prefetcher.
 inline void prefetch(const uint16_t* w, int64_t numbers) {
   for (int64_t i = 0; i < numbers; i += 32) _mm_prefetch((const char*)(w + i), _MM_HINT_T1);

@@ -1,9 +1,10 @@
 // AVX-512 with native bfloat16 products (Zen 4, Cooper Lake, Sapphire Rapids and later).
 //
-// Two forms of the same product. Sixteen rows of x together are interleaved in pairs, [k / 2][16][2], and one
-// instruction multiplies a pair of weights with the pairs of all sixteen. The few rows left over, or all where
-// there are few, stay as they are, [m][k], and one instruction multiplies 32 numbers of a weight row with 32 of
-// an x row; the sum over lanes comes once, at the end. A packed x has its interleaved rows first.
+// The product has two forms. In the first, sixteen rows of x are interleaved in pairs, [k / 2][16][2], and one
+// instruction multiplies a pair of weights with the pairs of all sixteen. The few rows left over, or all rows if
+// there are few, take the second: they stay as they are, [m][k], and one instruction multiplies 32 numbers of a
+// weight row with 32 of an x row; the sum over lanes comes once, at the end. A packed x has its interleaved rows
+// first.
 #include "isa.h"
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t FEW = 8;  // rows of x up to which lanes run along k
 
-// How many of m rows are interleaved.
+// Returns how many of m rows are interleaved.
 int64_t whole(int64_t m) { return m % 16 <= FEW ? m / 16 * 16 : m; }
 
 size_t packed_bytes(int64_t m, int64_t k) {
@@ -42,7 +43,7 @@ inline void fold(__m512 (&v)[16]) {
   if constexpr (LEFT > 1) fold<LEFT / 2>(v);
 }
 
-// 32 numbers of S weight rows times those of M rows of x; `mask` says which weights are there.
+// Multiplies 32 numbers of S weight rows with 32 of M rows of x; `mask` says which weights exist.
 template <int S, int M>
 inline void lanes_step(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, __mmask32 mask,
                        __m512 (&acc)[S][M]) {
@@ -54,11 +55,12 @@ inline void lanes_step(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_
   }
 }
 
-// R weight rows, S at a time. One at a time reads memory in order: four side by side miss in the first cache,
-// whose few buffers for misses then hold the stream to half the speed of memory. Two share the loads of x.
-// AHEAD: asks for the rows after these while they are multiplied. A row is about a page, where the processor's
-// own prefetcher stops; without it memory waits for the products and they for memory (4 rows of x: 12 GB/s a core,
-// with it 21).
+// Multiplies R weight rows, S at a time. S = 1 reads memory in order: four rows side by side miss in the first
+// cache, whose few buffers for misses then hold the stream to half the speed of memory. S = 2 shares the loads
+// of x.
+// AHEAD: whether to prefetch the rows after these while they are multiplied. A row is about a page, where the
+// processor's own prefetcher stops; without AHEAD, memory waits for the products and they for memory (4 rows of
+// x: 12 GB/s a core, with AHEAD 21).
 template <int R, int M, int S, bool AHEAD>
 inline void lanes_block(const uint16_t* x, int64_t ldx, int64_t k, const uint16_t* w, int64_t ldw, float* c,
                         int64_t ldc) {
@@ -98,8 +100,8 @@ inline void lanes_rows(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, con
   if (m == 1) lanes_block<R, 1, 1, AHEAD>(x, ldx, k, w, ldw, c, ldc);
 }
 
-// Rows [0, m) of x against n rows of w. Short rows are those of small models, whose weights stay in the
-// caches: there sharing the loads of x pays, not the order of memory nor asking ahead.
+// Multiplies rows [0, m) of x with n rows of w. Short rows belong to small models, whose weights stay in the
+// caches: for them sharing the loads of x pays; the order of memory and prefetching do not.
 void lanes(const uint16_t* x, int64_t m, int64_t k, const uint16_t* w, int64_t ldw, int64_t n, float* c,
            int64_t ldc) {
   const int64_t ldx = padded(k);

@@ -13,7 +13,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   float* out = y->typed_data();
   if (m == 0 || n == 0) return ffi::Error::Success();
 
-  // Items: weight rows by rows of x; a stretch of weights stays in the second-level cache meanwhile.
+  // An item multiplies a stretch of weight rows with all rows of x; the stretch stays in the second-level cache.
   const int64_t width = bf16 ? 2 : 4;
   int64_t stretch = (int64_t)(64 << 10) / (k * width) / 24 * 24;
   stretch = stretch < 24 ? 24 : stretch > 192 ? 192 : stretch;

@@ -1,4 +1,4 @@
-// Work over XLA's own threads, in phases of independent items; and scratch memory that is kept.
+// Work over XLA's own threads, in phases of independent items; and scratch memory that outlives a call.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -21,9 +21,9 @@ struct Phase {
   std::function<void(int64_t)> run;
 };
 
-// Phases run one after the other, the items of one on any thread: each begins with a run of neighbours of its
-// own, as neighbouring weights stream fastest, and then helps the others. A worker that arrives late finds every
-// phase taken and leaves, so nobody waits for a thread that never came; the state outlives it.
+// Phases run one after another, and the items of one phase run on any thread. A thread begins with neighbouring
+// items of its own, as neighbouring weights stream fastest, and then helps other threads. A worker that arrives
+// late finds every item taken and leaves, so nobody waits for a thread that never came; the state outlives it.
 class Job {
  public:
   Job(std::vector<Phase> phases, int64_t threads)
@@ -58,8 +58,8 @@ class Job {
   Counter arrived_;
 };
 
-// Runs the phases over the pool; on the calling thread alone where the work is small (waking another
-// thread takes longer than some ten thousand cycles).
+// Runs the phases over the pool, or on the calling thread alone if the work is small (waking another thread
+// takes longer than some ten thousand cycles).
 inline void run_phases(xla::ffi::ThreadPool& pool, std::vector<Phase> phases, double cycles) {
   constexpr double WORTH_WAKING = 60e3;
   const int64_t threads = cycles < WORTH_WAKING ? 1 : pool.num_threads();
@@ -73,7 +73,7 @@ inline void run_phases(xla::ffi::ThreadPool& pool, std::vector<Phase> phases, do
   job->work();
 }
 
-// Memory of the calling thread, 64-byte aligned, kept between calls; contents are not.
+// Memory of the calling thread, 64-byte aligned. It is kept between calls; its contents are not.
 class Scratch {
  public:
   template <class T>

@@ -1,5 +1,5 @@
-// Rotary embedding, half-rotation form, of queries or keys, after the RMS norm that some families put there:
-// over each head where the scale has d numbers, over all heads of a token where it has H * d.
+// Rotary embedding, half-rotation form, of queries or keys, after the RMS norm that some families put there.
+// A scale of d numbers means a norm over each head, one of H * d numbers a norm over all heads of a token.
 #include <cmath>
 
 #include "parallel.h"
@@ -9,7 +9,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// What n numbers are multiplied with to have unit root mean square.
+// Returns the factor that gives n numbers a root mean square of 1.
 float unit(const float* x, int64_t n, float eps) {
   float part[8] = {};
   int64_t i = 0;
@@ -21,7 +21,7 @@ float unit(const float* x, int64_t n, float eps) {
   return 1.f / std::sqrt(sum / n + eps);
 }
 
-// One head: y = rotated(x * norm * scale); scale may be null.
+// Rotates one head: y = rotated(x * norm * scale); scale may be null.
 void rotate_head(const float* x, float norm, const float* scale, const float* cos, const float* sin, int64_t half,
                  float* y) {
   for (int64_t i = 0; i < half; i++) {
@@ -38,17 +38,17 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
                   ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float eps) {
   const auto dims = x.dimensions();
   const int64_t tokens = dims[0] * dims[1], heads = dims[2], d = dims[3], scales = scale.element_count();
-  const float *from = x.typed_data(), *by_cos = cos.typed_data(), *by_sin = sin.typed_data();
-  const float* by = scales ? scale.typed_data() : nullptr;
+  const float *from = x.typed_data(), *cos_data = cos.typed_data(), *sin_data = sin.typed_data();
+  const float* scale_data = scales ? scale.typed_data() : nullptr;
   float* to = y->typed_data();
   const bool whole = scales > d;  // one norm over all heads
   const auto token = [=](int64_t t) {
     const float norm = whole ? unit(from + t * heads * d, heads * d, eps) : 1.f;
     for (int64_t h = 0; h < heads; h++) {
       const float* head = from + (t * heads + h) * d;
-      const float own = whole || !by ? norm : unit(head, d, eps);
-      rotate_head(head, own, by && whole ? by + h * d : by, by_cos + t * (d / 2), by_sin + t * (d / 2), d / 2,
-                  to + (t * heads + h) * d);
+      const float head_norm = whole || !scale_data ? norm : unit(head, d, eps);
+      rotate_head(head, head_norm, scale_data && whole ? scale_data + h * d : scale_data, cos_data + t * (d / 2),
+                  sin_data + t * (d / 2), d / 2, to + (t * heads + h) * d);
     }
   };
   const int64_t strip = 32;

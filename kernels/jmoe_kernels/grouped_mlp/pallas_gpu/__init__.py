@@ -1,11 +1,16 @@
 """Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
 
-Two kernel pairs chosen by static shape: ``decode`` up to 64 rows an expert on average, ``prefill`` above
-(``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a second. Between
-them h stands in device memory, window by window (``blocks.windows``), rounded to bfloat16.
+The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows an expert on average,
+``prefill`` above (``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a
+second. Between the two, h stands in device memory, window by window (``blocks.windows``), rounded to
+bfloat16.
 
-Limits (``supports``): bfloat16; inner and model dimensions that are multiples of 64. Dimensions that 128
-divides get the larger tiles.
+Its limits (``supports``): weights are bfloat16, and the inner and model dimensions are multiples of 64.
+Dimensions that 128 divides get the larger tiles.
+
+Axes: as in ``grouped_mlp``, and W windows, R rows of a window, G groups (the experts and the rows past the
+last of them), P products of a kernel, O and I its output and input dimensions. A name that ends in ``_s`` is
+in shared memory.
 """
 
 from typing import get_args
@@ -27,7 +32,7 @@ __all__ = ["Blocks", "grouped_mlp_pallas_gpu", "supports"]
 
 
 def supports(weights: ExpertWeights, rows: int, activation: str) -> str | None:
-    """Why the kernels cannot run on these static shapes and dtypes, or None if they can."""
+    """Returns why the kernels cannot run on these static shapes and dtypes, or None if they can."""
     experts, inner, model = weights.dims
     for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
         if array.dtype != jnp.bfloat16:
@@ -51,10 +56,13 @@ def grouped_mlp_pallas_gpu(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "N D"]:
-    """Gated MLP of each row's expert, float32; rows past the last group are zero.
+    """Computes the gated MLP of each row's expert in float32; rows past the last group are zero.
 
-    x_ND: sorted by expert. group_sizes_E: rows of each expert, data, summing to at most N; experts without
-    rows are not read. interpret: run in the interpreter on CPU. blocks: None takes the table's.
+    x_ND: rows sorted by expert.
+    group_sizes_E: number of rows of each expert, summing to at most N; they are data, and experts without
+        rows are not read.
+    interpret: whether to run in the interpreter on CPU.
+    blocks: block sizes; None takes the table's.
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape
@@ -71,16 +79,16 @@ def grouped_mlp_pallas_gpu(
             f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "
             f"the limit is {SMEM_LIMIT}"
         )
-    padded = -(-max(rows, blocks.rows) // ALIGN) * ALIGN
-    x_ND = jnp.pad(x_ND, ((0, padded - rows), (0, 0)))
+    padded_rows = -(-max(rows, blocks.rows) // ALIGN) * ALIGN
+    x_ND = jnp.pad(x_ND, ((0, padded_rows - rows), (0, 0)))
     is_decode = blocks.kernel == "decode"
-    windows_W4, place_N2 = windows(group_sizes_E, padded, blocks.rows, compact=not is_decode)
+    windows_W4, place_N2 = windows(group_sizes_E, padded_rows, blocks.rows, compact=not is_decode)
     kernels = decode if is_decode else prefill
     with jax.named_scope(f"grouped_mlp_{blocks.kernel}"):
         h = kernels.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
         if not is_decode:
-            return prefill.down(h, weights, windows_W4, padded, blocks, interpret)[:rows]
+            return prefill.down(h, weights, windows_W4, padded_rows, blocks, interpret)[:rows]
         y_WRD = decode.down(h, weights, windows_W4, blocks, interpret)
-    own_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
+    is_grouped_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
     window_N, place_in_N = place_N2[:rows, 0], place_N2[:rows, 1]
-    return jnp.where(own_N[:, None], y_WRD[window_N, place_in_N], 0.0)
+    return jnp.where(is_grouped_N[:, None], y_WRD[window_N, place_in_N], 0.0)

@@ -1,9 +1,9 @@
 """Block sizes by device, dtype and rows an expert, and the map from windows of rows to experts.
 
 A window is ``Blocks.rows`` consecutive rows of which some or all belong to one expert: both kernels work on
-one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of
-the window, so that an expert with few rows is read once; the last ones start early, still inside x: padding x
-would copy it.
+one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of the
+window, so that an expert with few rows is read once. The last windows start early, still inside x, because
+padding x would copy it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Int
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 SMEM_LIMIT = 227 * 1024  # a thread block's limit on sm_90
 ALIGN = 8  # rows: TMA addresses a swizzled tile by whole groups of 8 rows
-WIDE = 8  # windows that take a weight tile after one another in the prefill kernels
+WIDE = 8  # windows that use a weight tile one after another in the prefill kernels
 IDLE, EXPERT, ROW, SKIP, ROWS = -1, 0, 1, 2, 3  # columns of ``windows``
 
 
@@ -28,9 +28,15 @@ IDLE, EXPERT, ROW, SKIP, ROWS = -1, 0, 1, 2, 3  # columns of ``windows``
 class Blocks:
     """Tile sizes of one kernel pair.
 
-    rows: rows a window; inner: gate (and up) rows a thread block of the first kernel; model: output columns a
-    thread block of the second; k_up, k_down: steps of the two contractions; stages_*: steps in flight;
-    sms: thread blocks of the persistent prefill kernels.
+    kernel: name of the pair.
+    rows: number of rows of a window.
+    inner: number of gate (and up) rows that a thread block of the first kernel computes.
+    model: number of output columns that a thread block of the second kernel computes.
+    k_up: step of the contraction of the first kernel.
+    k_down: step of the contraction of the second kernel.
+    stages_up: number of steps in flight in the first kernel.
+    stages_down: number of steps in flight in the second kernel.
+    sms: number of thread blocks of the persistent prefill kernels.
     """
 
     kernel: Literal["decode", "prefill"]
@@ -44,7 +50,7 @@ class Blocks:
     sms: int = 132
 
     def smem(self) -> tuple[int, int]:
-        """Bytes of shared memory of the two kernels: the steps in flight and the tile to store."""
+        """Returns the bytes of shared memory of the two kernels: steps in flight and the tile to store."""
         up = self.stages_up * self.k_up * (2 * self.inner + self.rows) * 2
         down = self.stages_down * self.k_down * (self.model + self.rows) * 2
         if self.kernel == "decode":
@@ -52,7 +58,7 @@ class Blocks:
         return up + self.rows * STORE_BYTES, down + self.rows * STORE_BYTES
 
 
-STORE_BYTES = 128  # of a row that the prefill kernels stage at a time
+STORE_BYTES = 128  # bytes of a row that the prefill kernels stage at a time
 
 # Decode wants bytes in flight: 64-row weight tiles (the least that wgmma takes) leave room for two or three
 # thread blocks an SM with about 64 KiB of weights in flight each. Prefill wants few loads a product: tiles of
@@ -71,7 +77,10 @@ TABLE: dict[tuple[str, str], dict[str, Blocks]] = {
 
 
 def bucket(rows: int, experts: int) -> str:
-    """The table's key for ``rows`` rows over ``experts`` experts: known when traced, group sizes are not."""
+    """Returns the table's key for ``rows`` rows over ``experts`` experts.
+
+    Both numbers are known when the kernel is traced; group sizes are not.
+    """
     for limit in (4, 12, 64):
         if rows <= limit * experts:
             return f"rows<={limit}"
@@ -79,17 +88,17 @@ def bucket(rows: int, experts: int) -> str:
 
 
 def _divide(block: int, size: int) -> int:
-    """The largest multiple of 64 up to ``block`` that divides ``size``."""
+    """Returns the largest multiple of 64 up to ``block`` that divides ``size``."""
     return max(b for b in range(64, block + 1, 64) if size % b == 0)
 
 
 def choose(rows: int, experts: int, device_kind: str, dtype: str = "bfloat16") -> Blocks:
-    """The table's blocks for this device and shape."""
+    """Returns the table's blocks for this device and shape."""
     return TABLE.get((device_kind, dtype), TABLE["default", dtype])[bucket(rows, experts)]
 
 
 def fit(blocks: Blocks, inner: int, model: int) -> Blocks:
-    """``blocks`` cut to divide the dimensions, with no more stages than steps."""
+    """Returns ``blocks`` cut to divide the dimensions, with no more stages than steps."""
     k_up, k_down = _divide(blocks.k_up, model), _divide(blocks.k_down, inner)
     return dataclasses.replace(
         blocks,
@@ -103,18 +112,24 @@ def fit(blocks: Blocks, inner: int, model: int) -> Blocks:
 
 
 def window_count(rows: int, experts: int, tile: int) -> int:
-    """Slots for the windows of any group sizes, the rows past the last group included."""
+    """Returns the number of slots for the windows of any group sizes and of the rows past the last group."""
     return -(-(experts + 2 + rows // tile) // WIDE) * WIDE
 
 
 def windows(
     group_sizes_E: Int[Array, " E"], rows: int, tile: int, compact: bool
 ) -> tuple[Int[Array, "W 4"], Int[Array, "N 2"]]:
-    """(expert, first row read, rows to skip there, rows that are its own) by window; (window, place) by row.
+    """Returns (windows_W4, place_N2): the windows, and the place of each row in them.
 
-    Rows past the last group come as windows of "expert" E, unused slots as expert IDLE. ``compact`` puts used
-    slots first, which costs another scan; without it an expert's slots start at e + start // tile, which also
-    never collide. rows: those of x, a multiple of ALIGN and at least ``tile``; reads never leave x.
+    windows_W4: a window's expert, first row that is read, rows to skip there, rows that are the expert's own.
+    place_N2: a row's window, and its place in that window.
+
+    Rows past the last group come as windows of "expert" E, and unused slots as expert IDLE.
+
+    rows: number of rows of x, a multiple of ALIGN and at least ``tile``; reads never leave x.
+    tile: number of rows of a window.
+    compact: whether used slots come first, which costs another scan. Without it an expert's slots start at
+        ``e + start // tile``, where they never collide either.
     """
     experts = group_sizes_E.shape[0]
     sizes_G = jnp.append(group_sizes_E, rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
@@ -147,9 +162,10 @@ def windows(
 
 
 def launch(body, out_type: jax.ShapeDtypeStruct, interpret: bool, **mesh):
-    """``plgpu.kernel`` of ``body`` as both jax 0.10 and 0.11 take it.
+    """Calls ``plgpu.kernel`` with ``body`` as both jax 0.10 and 0.11 take it.
 
-    interpret: jax 0.11's public interpreter; jax 0.10 takes its own from the caller's context.
+    interpret: whether jax 0.11's public interpreter runs it; jax 0.10 takes its own from the caller's
+        context.
     """
     interpreter = getattr(plgpu, "InterpretGPUParams", None) if interpret else None
     return plgpu.kernel(
@@ -161,32 +177,35 @@ def launch(body, out_type: jax.ShapeDtypeStruct, interpret: bool, **mesh):
     )
 
 
-def wgmma_nt(acc_MN, a_MK, b_NK, turned_KN=None) -> None:
-    """``acc += a b^T`` of references; jax 0.10's interpreter needs ``turned_KN`` to transpose into."""
-    if turned_KN is None:
+def wgmma_nt(acc_MN, a_MK, b_NK, transpose_KN=None) -> None:
+    """Does ``acc += a b^T`` on references.
+
+    transpose_KN: space for the transpose, which jax 0.10's interpreter needs; None on a GPU.
+    """
+    if transpose_KN is None:
         plgpu.wgmma(acc_MN, a_MK, b_NK.T)
         return
-    turned_KN[...] = b_NK[...].T
+    transpose_KN[...] = b_NK[...].T
     plgpu.commit_smem()
-    plgpu.wgmma(acc_MN, a_MK, turned_KN)
+    plgpu.wgmma(acc_MN, a_MK, transpose_KN)
 
 
 def store_rows(tile, y, first, count, row, column) -> None:
-    """Store rows [first, first + count) of the shared-memory ``tile`` to y[row:, column:].
+    """Stores rows [first, first + count) of the shared-memory ``tile`` to y[row:, column:].
 
-    TMA copies have static sizes: one copy for each power of two in ``count``.
+    TMA copies have static sizes, so there is one copy for each power of two in ``count``.
     """
     rows, columns = tile.shape
     size = 1 << (rows.bit_length() - 1)
-    done = jnp.int32(0)
+    offset = jnp.int32(0)
     while size:
         has = count & size
 
         @pl.when(has != 0)
-        def _(size=size, done=done):
+        def _(size=size, offset=offset):
             plgpu.copy_smem_to_gmem(
-                tile.at[pl.ds(first + done, size)], y.at[pl.ds(row + done, size), pl.ds(column, columns)]
+                tile.at[pl.ds(first + offset, size)], y.at[pl.ds(row + offset, size), pl.ds(column, columns)]
             )
 
-        done = done + has
+        offset = offset + has
         size //= 2

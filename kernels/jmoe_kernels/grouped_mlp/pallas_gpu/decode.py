@@ -1,8 +1,9 @@
-"""Few rows an expert: the weights are the M operand of wgmma and the rows N, so 1-64 rows waste no product.
+"""Kernels for few rows an expert: weights are the M operand of wgmma, so 1-64 rows waste no product.
 
-Memory bound: every active expert's weights stream through shared memory once a window, by TMA, in the
-checkpoint's own layout. Two kernels: gate and up with the activation, then down. A unit of work is one
-(window, weight tile); thread blocks of idle windows exit at once.
+Rows are its N operand. The kernels are memory bound: every active expert's weights stream through shared
+memory once a window, by TMA, in the checkpoint's own layout. The first kernel computes gate and up with the
+activation, the second down. A unit of work is one (window, weight tile); thread blocks of idle windows exit
+at once.
 """
 
 from functools import partial
@@ -34,7 +35,7 @@ def gate_up(
     blocks: Blocks,
     interpret: bool,
 ) -> BFloat16[Array, "W F R"]:
-    """``act(gate x) * up x`` of every window, transposed; what idle windows hold is undefined."""
+    """Returns ``act(gate x) * up x`` of every window, transposed; what idle windows hold is undefined."""
     experts, inner, model = weights.dims
     rows, tile, step = blocks.rows, blocks.inner, blocks.k_up
     tiles, bias = inner // tile, weights.gate_up_bias_E2F
@@ -49,10 +50,10 @@ def gate_up(
         def _():
             row = pl.multiple_of(windows[window, ROW], ALIGN)
 
-            def accumulate(gate_acc, up_acc, turned=None):
+            def accumulate(gate_acc, up_acc, transpose=None):
                 def contract(_, x_s, gate_s, up_s):
-                    wgmma_nt(gate_acc, gate_s, x_s, turned)
-                    wgmma_nt(up_acc, up_s, x_s, turned)
+                    wgmma_nt(gate_acc, gate_s, x_s, transpose)
+                    wgmma_nt(up_acc, up_s, x_s, transpose)
                     plgpu.wgmma_wait(0)
 
                 plgpu.emit_pipeline(
@@ -70,7 +71,9 @@ def gate_up(
             accs = (ACC((tile, rows)),) * 2
             if interpret:
                 spare = plgpu.SMEM((step, rows), x.dtype)
-                gate, up = pl.run_scoped(lambda s: pl.run_scoped(partial(accumulate, turned=s), *accs), spare)
+                gate, up = pl.run_scoped(
+                    lambda s: pl.run_scoped(partial(accumulate, transpose=s), *accs), spare
+                )
             else:
                 gate, up = pl.run_scoped(accumulate, *accs)
             if bias_ref:
@@ -89,7 +92,7 @@ def gate_up(
 
 
 def add_bias(acc, bias):
-    """``acc`` with the f32 vector at ``bias`` (in device memory) added along its rows."""
+    """Adds the float32 vector at ``bias`` (in device memory) to ``acc`` along its rows."""
 
     def load(bias_s, barrier):
         plgpu.copy_gmem_to_smem(bias, bias_s, barrier)
@@ -100,7 +103,7 @@ def add_bias(acc, bias):
 
 
 def store_tile(value, destination, transposed: bool = False, interpret: bool = False) -> None:
-    """Store a register tile, or its transpose, to device memory through shared memory."""
+    """Stores a register tile, or its transpose, to device memory through shared memory."""
 
     def store(tile):
         if not transposed:
@@ -123,7 +126,10 @@ def down(
     blocks: Blocks,
     interpret: bool,
 ) -> Float[Array, "W R D"]:
-    """``down h`` of every window in float32; what idle windows and rows of others hold is undefined."""
+    """Returns ``down h`` of every window in float32.
+
+    The contents of idle windows, and of rows that are not the window's own, are undefined.
+    """
     experts, inner, model = weights.dims
     rows, tile, step = blocks.rows, blocks.model, blocks.k_down
     tiles, bias = model // tile, weights.down_bias_ED

@@ -1,9 +1,10 @@
-"""Many rows an expert: tiles of 128 rows by 256 weight rows, two warpgroups computing and one loading.
+"""Kernels for many rows an expert: tiles of 128 rows by 256 weight rows.
 
-Compute bound: rows are the M operand, one warpgroup takes the upper half of a window's rows and the other
-the lower, and the loading one runs ahead into the next tile while they finish theirs. Thread blocks are
-persistent. WIDE windows share a weight tile before the next tile starts, so that an expert's weights come
-from device memory once, and from the cache for its other windows.
+Two warpgroups compute and one loads. The kernels are compute bound: rows are the M operand, one warpgroup
+takes the upper half of a window's rows and the other the lower, and the loading one runs ahead into the next
+tile while they finish theirs. Thread blocks are persistent. WIDE windows share a weight tile before the next
+tile starts, so that an expert's weights come from device memory once, and from the cache for its other
+windows.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
 )
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 
-WARPGROUPS = 2  # that compute
+WARPGROUPS = 2  # warpgroups that compute
 LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 
 
@@ -41,8 +42,14 @@ LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 class _Stage:
     """What differs between the two kernels.
 
-    rows_of(a, windows, window): the window's rows of the left operand. combine(parts): a tile's columns from
-    those of each product. store: ``_store_all`` or ``_store_own_rows``.
+    name: name of the kernel.
+    tile: number of weight rows of a tile.
+    step: step of the contraction.
+    stages: number of steps in flight.
+    rows_of: function (a, windows, window) that returns the window's rows of the left operand.
+    combine: function (parts) that returns a tile's columns from those of each product.
+    store: ``_store_all`` or ``_store_own_rows``.
+    zeros_past_end: whether the kernel writes zeros to rows past the last group.
     """
 
     name: str
@@ -63,7 +70,7 @@ def gate_up(
     blocks: Blocks,
     interpret: bool,
 ) -> BFloat16[Array, "W R F"]:
-    """``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
+    """Returns ``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
     stage = _Stage(
         name="jmoe_prefill_gate_up",
         tile=blocks.inner,
@@ -88,7 +95,7 @@ def down(
     blocks: Blocks,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    """``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
+    """Returns ``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
     stage = _Stage(
         name="jmoe_prefill_down",
         tile=blocks.model,
@@ -106,17 +113,19 @@ def down(
 
 
 def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
-    """The persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined, stored."""
-    experts, products, out, contracted = w_EPOI.shape
-    half, tile, biased = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
-    steps = contracted // stage.step
+    """Runs the persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined."""
+    experts, products, out, depth = w_EPOI.shape
+    half, tile, has_bias = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
+    steps = depth // stage.step
 
     def kernel(a, w, windows, *rest):
         *bias, out_ref = rest
         wg = lax.axis_index("wg")
 
-        def with_memory(allocations, tile_s, bias_s: Any = None, fetched: Any = None, turned: Any = None):
-            contract = _contraction(stage, wg, half, turned)
+        def with_memory(
+            allocations, tile_s, bias_s: Any = None, bias_barrier: Any = None, transpose: Any = None
+        ):
+            contract = _contraction(stage, wg, half, transpose)
 
             def one_tile(window, t):
                 e, columns = windows[window, EXPERT], pl.ds(t * tile, tile)
@@ -126,14 +135,14 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
 
                 def context(run):
                     def scope(*accs):
-                        if biased:
+                        if has_bias:
                             for p in range(products):
                                 source = bias[0].at[e, p, columns]
-                                plgpu.copy_gmem_to_smem(source, bias_s.at[wg, p], fetched.at[wg])
+                                plgpu.copy_gmem_to_smem(source, bias_s.at[wg, p], bias_barrier.at[wg])
                         run(accs)
                         values = [acc[...] for acc in accs]
-                        if biased:
-                            plgpu.barrier_wait(fetched.at[wg])
+                        if has_bias:
+                            plgpu.barrier_wait(bias_barrier.at[wg])
                         store(lambda c, width: stage.combine(_columns(values, bias_s, wg, c, width)))
 
                     pl.run_scoped(scope, *[ACC((half, tile))] * products)
@@ -158,7 +167,7 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
         pl.run_scoped(
             with_memory,
             allocations=pipeline.get_allocations(*examples),
-            **_scratch(stage, half, out_ref.dtype, products, biased, interpret),
+            **_scratch(stage, half, out_ref.dtype, products, has_bias, interpret),
             collective_axes="wg",
         )
 
@@ -166,16 +175,16 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
     call = launch(
         kernel, out_type, interpret, grid=(blocks.sms,), grid_names=("sm",), kernel_name=stage.name, **threads
     )
-    return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if biased else ()))
+    return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if has_bias else ()))
 
 
-def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
-    """The body of the pipeline: this warpgroup's rows times a step of each weight tile."""
+def _contraction(stage: _Stage, wg, half: int, transpose) -> Callable:
+    """Returns the body of the pipeline: this warpgroup's rows times a step of each weight tile."""
 
     def contract(_, a_s, *rest):
         *w_s, accs = rest
         for acc, w_part in zip(accs, w_s, strict=True):
-            spare = None if turned is None else turned.at[wg]
+            spare = None if transpose is None else transpose.at[wg]
             wgmma_nt(acc, a_s.at[pl.ds(wg * half, half)], w_part, spare)
         # Releasing a step later (delay_release) would keep a product in flight, but the pipeline does not
         # await the last release: the next tile's first loads would overwrite operands still being read.
@@ -186,7 +195,10 @@ def _contraction(stage: _Stage, wg, half: int, turned) -> Callable:
 
 
 def _pipeline(stage: _Stage, body, context, steps: int, rows: int, products: int):
-    """The loads over the contraction: ``rows`` rows of the left operand, a tile of each weight matrix."""
+    """Returns the pipeline of loads over the contraction.
+
+    A step loads ``rows`` rows of the left operand and a tile of each weight matrix.
+    """
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
@@ -205,20 +217,23 @@ def _nothing(*_, **__):
     pass
 
 
-def _scratch(stage: _Stage, half: int, dtype, products: int, biased: bool, interpret: bool) -> dict:
-    """Shared memory of each computing warpgroup: a tile to store, biases, and the spare of ``wgmma_nt``."""
+def _scratch(stage: _Stage, half: int, dtype, products: int, has_bias: bool, interpret: bool) -> dict:
+    """Returns the shared memory of each computing warpgroup.
+
+    It holds a tile to store, biases, and the spare of ``wgmma_nt``.
+    """
     width = min(stage.tile, STORE_BYTES // jnp.dtype(dtype).itemsize)
     scratch: dict[str, Any] = {"tile_s": plgpu.SMEM((WARPGROUPS, half, width), dtype)}
-    if biased:
+    if has_bias:
         scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, products, stage.tile), jnp.float32)
-        scratch["fetched"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
+        scratch["bias_barrier"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
     if interpret:
-        scratch["turned"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
+        scratch["transpose"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
     return scratch
 
 
 def _columns(values, bias_s, wg, start: int, width: int) -> list:
-    """Columns of each product, with their bias."""
+    """Returns columns of each product, with their bias."""
     parts = [value[:, start : start + width] for value in values]
     if bias_s is None:
         return parts
@@ -227,7 +242,7 @@ def _columns(values, bias_s, wg, start: int, width: int) -> list:
 
 
 def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> None:
-    """Store ``chunk(start, width)`` of every column to the window's rows from ``first`` on of h."""
+    """Stores ``chunk(start, width)`` of every column to the window's rows of h, from ``first`` on."""
     half, width = tile_s.shape
     for c in range(0, columns, width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -237,9 +252,11 @@ def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> Non
 
 
 def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
-    """Store ``chunk(start, width)`` of every column to y where the window owns the rows from ``first`` on.
+    """Stores ``chunk(start, width)`` of every column to those rows of y that the window owns.
 
-    All of them straight from registers, 32 bytes a row and instruction; some of them through shared memory.
+    The rows are those of the chunk, which begins at the window's row ``first``. If the window owns all of
+    them they go straight from registers, 32 bytes a row and instruction; if it owns some, they go through
+    shared memory.
     """
     half, width = tile_s.shape
     low = jnp.clip(windows[window, SKIP] - first, 0, half)
@@ -261,7 +278,7 @@ def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -
 
 
 def _for_tiles(one_tile, windows: int, tiles: int) -> None:
-    """Call ``one_tile(window, tile)`` for this thread block's share: WIDE windows, then the next tile."""
+    """Calls ``one_tile(window, tile)`` for this thread block's share: WIDE windows, then the next tile."""
 
     @plgpu.nd_loop((windows * tiles,), collective_axes="sm")
     def _(loop):

@@ -1,4 +1,8 @@
-"""Grouped gated MLP on TPU (Pallas, Mosaic): sizes are data, weights stay as they are in checkpoints."""
+"""Grouped gated MLP on TPU (Pallas, Mosaic): sizes are data, weights stay as they are in checkpoints.
+
+Axes: as in ``grouped_mlp``, and M rows of one window or block; T tiles and C cores in ``prefill``, C cores in
+``decode``. A name that ends in ``_hbm`` is in HBM, other references are in VMEM or SMEM.
+"""
 
 from typing import get_args
 
@@ -19,7 +23,10 @@ __all__ = ["Blocks", "choose", "grouped_mlp_pallas_tpu", "supports"]
 def supports(
     weights: ExpertWeights, rows: int, activation: Activation, blocks: Blocks | None = None
 ) -> str | None:
-    """Why the kernels cannot run, with the limit that is exceeded, or None. Reads shapes and dtypes only."""
+    """Returns why the kernels cannot run, with the limit that is exceeded, or None if they can.
+
+    It reads shapes and dtypes only.
+    """
     _, inner, model = weights.dims
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
@@ -55,13 +62,17 @@ def grouped_mlp_pallas_tpu(
     interpret: bool | pltpu.InterpretParams = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "N D"]:
-    """``down(act(gate x) * up x)`` of each row's expert, float32; rows past the last group are zero.
+    """Computes ``down(act(gate x) * up x)`` of each row's expert in float32.
 
-    x_ND: sorted by expert, rounded to the weights' dtype here, as the inner activations are before the down
-    product; accumulation is float32. group_sizes_E: int32 data, summing to at most N. Weights of experts
-    without rows are not read; what stands in x past the last group is not used, and a row that is NaN
-    makes no other row NaN. blocks: None takes the table's (see ``blocks.py``).
-    Raises ValueError with the limit where ``supports`` names one.
+    x_ND: rows sorted by expert. They are rounded to the weights' dtype here, as the inner activations are
+        before the down product; accumulation is float32.
+    group_sizes_E: number of rows of each expert, int32, summing to at most N; they are data.
+    interpret: whether to run in the interpreter, or its parameters.
+    blocks: block sizes; None takes the table's (see ``blocks.py``).
+
+    Rows past the last group come out zero, and what stands in x there is not used. Weights of experts without
+    rows are not read. A row that is NaN makes no other row NaN.
+    Raises ValueError with the limit that ``supports`` names.
     """
     reason = supports(weights, x_ND.shape[0], activation, blocks)
     if reason is not None:

@@ -16,13 +16,16 @@ Kernel = Literal["decode", "prefill"]
 class Blocks:
     """How one call is cut.
 
+    kernel: name of the kernel.
     inner: columns of F in a chunk of weights (gate, up and down together: ``3 * inner * D`` numbers).
     windows: rows multiplied at once, (large, small): large ones while more rows than a small one are left.
-    rows: decode: all rows, rounded up to ``ROW_ALIGN``; prefill: rows of one block of x and y in VMEM.
-    buffers: decode: chunks in VMEM, all but one of them in flight (prefill always has two).
-    cores: TensorCores of a device that share the work. vmem_limit: bytes the compiler may use on each.
-    product: values of a product computed at once, where that is 256 columns or more; a larger one hides more
-    of the latency of the matrix unit, takes longer to compile and spills registers.
+    rows: for decode all rows, rounded up to ``ROW_ALIGN``; for prefill the rows of one block of x and y in
+        VMEM.
+    buffers: chunks in VMEM, all but one of them in flight, for decode; prefill always has two.
+    cores: TensorCores of a device that share the work.
+    product: values of a product computed at once, if that is 256 columns or more; a larger one hides more of
+        the latency of the matrix unit, takes longer to compile and spills registers.
+    vmem_limit: bytes of VMEM that the compiler may use on each core.
     """
 
     kernel: Kernel
@@ -35,7 +38,7 @@ class Blocks:
     vmem_limit: int = 32 * MIB
 
     def columns(self, window: int, model: int) -> tuple[int, int]:
-        """Columns of gate and of up, and of y, that are computed at once for a window of rows."""
+        """Returns how many columns of gate and of up, and of y, are computed at once for a window of rows."""
 
         def width(total: int, values: int) -> int:
             most = max(2 * LANES, values // window)
@@ -45,7 +48,7 @@ class Blocks:
         return width(self.inner, self.product // 2), width(model, self.product)
 
     def vmem_bytes(self, model: int, item: int) -> int:
-        """VMEM that a call needs: rows in and out, weight chunks, and the values of one large window."""
+        """Returns the VMEM that a call needs: rows in and out, weight chunks, values of one large window."""
         x_and_y = self.rows * model * (item + 4)
         chunks = self.buffers * 3 * self.inner * model * item
         window = max(self.windows) * (2 * self.inner * 4 + self.inner * (4 + item) + 2 * model * 4)
@@ -54,7 +57,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A row of the table: ``Blocks`` before they are fitted to a shape; ``chunk`` is in bytes of weights."""
+    """A row of the table: ``Blocks`` before they are fitted to a shape.
+
+    chunk: bytes of weights in a chunk.
+    windows: as in ``Blocks``.
+    product: as in ``Blocks``.
+    rows: most rows of a block of x and y, for prefill.
+    buffers: as in ``Blocks``.
+    """
 
     chunk: int
     windows: tuple[int, int]
@@ -65,11 +75,16 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Chip:
-    """cores: TensorCores of one JAX device; vmem: bytes of each core that a kernel may take."""
+    """The limits of one kind of TPU.
+
+    cores: TensorCores of one JAX device.
+    vmem: bytes of each core that a kernel may take.
+    decode_rows: mean rows an expert up to which decode is the faster kernel.
+    """
 
     cores: int
     vmem: int
-    decode_rows: int  # mean rows per expert up to which decode is the faster kernel
+    decode_rows: int
 
 
 CHIPS = {
@@ -91,19 +106,19 @@ TABLE: dict[tuple[str, str, Kernel], Tuning] = {
 
 
 def device_kind() -> str:
-    """The kind of device that is traced for: the mesh's where there is one, else the default device's."""
+    """Returns the kind of device that is traced for: the mesh's if there is one, else jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def divisor(of: int, at_most: int) -> int:
-    """The largest multiple of ``LANES`` that divides ``of`` and is at most ``at_most``, or ``LANES``."""
-    fits = [n for n in range(LANES, of + 1, LANES) if of % n == 0 and n <= max(at_most, LANES)]
-    return max(fits, default=LANES)
+def divisor(size: int, most: int) -> int:
+    """Returns the largest multiple of ``LANES`` up to ``most`` that divides ``size``, or ``LANES``."""
+    candidates = [n for n in range(LANES, size + 1, LANES) if size % n == 0 and n <= max(most, LANES)]
+    return max(candidates, default=LANES)
 
 
 def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str) -> Blocks:
-    """The table's blocks for a shape, shrunk until they fit VMEM where they can be."""
+    """Returns the table's blocks for a shape, shrunk until they fit VMEM or cannot shrink any more."""
     _, inner, model = dims
     chip = CHIPS.get(kind, CHIPS["default"])
     key = (kind, dtype.name, kernel)
@@ -134,7 +149,10 @@ def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype,
 
 
 def choose(dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str | None = None) -> Blocks:
-    """Blocks for ``rows`` rows of experts with ``dims`` = (E, F, D); decode where rows per expert are few."""
+    """Returns blocks for ``rows`` rows of experts with ``dims`` = (E, F, D).
+
+    They are those of decode if rows an expert are few.
+    """
     kind = device_kind() if kind is None else kind
     experts, _, model = dims
     chip = CHIPS.get(kind, CHIPS["default"])

@@ -16,7 +16,7 @@ Ref = Any  # a Pallas reference: indexed and sliced as an array is
 
 
 def dot_nt(a_MK: Array, b_NK: Array) -> Array:
-    """``a @ b.T`` with float32 accumulation; float32 operands are not rounded to bfloat16."""
+    """Returns ``a @ b.T`` with float32 accumulation; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if b_NK.dtype == jnp.float32 else None
     dims = (((1,), (1,)), ((), ()))
     return lax.dot_general(a_MK, b_NK, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -26,8 +26,10 @@ def dot_nt(a_MK: Array, b_NK: Array) -> Array:
 class Rows:
     """The rows that a kernel works on in VMEM, and scratch for one window of them.
 
-    x_ND, y_ND: inputs in the weights' dtype and float32 sums. gate_MF, h_MF: float32 gate of one window, and
-    its inner activations.
+    x_ND: inputs in the weights' dtype.
+    y_ND: float32 sums.
+    gate_MF: float32 gate of one window.
+    h_MF: inner activations of that window.
     """
 
     x_ND: Ref
@@ -37,59 +39,62 @@ class Rows:
 
     @staticmethod
     def scratch(blocks: Blocks, dtype: jnp.dtype) -> list:
-        """Shapes of gate_MF and h_MF."""
+        """Returns the shapes of gate_MF and h_MF."""
         shape = (max(blocks.windows), blocks.inner)
         return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
 
 
 def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
-    """``visit`` on slices of ``width`` columns, then on what is left; a loop keeps few registers live."""
-    full, left = divmod(total, width)
+    """Calls ``visit`` on slices of ``width`` columns, then on the rest; a loop keeps few registers live."""
+    full, rest = divmod(total, width)
     if full == 1:
         visit(pl.ds(0, width))
     else:
         block = lambda i, _: visit(pl.ds(pl.multiple_of(i * width, LANES), width))  # noqa: E731
         lax.fori_loop(0, full, block, None)
-    if left:
-        visit(pl.ds(full * width, left))
+    if rest:
+        visit(pl.ds(full * width, rest))
 
 
 def chunk_mlp(
     rows: Rows,
     chunk: Mapping[str, Ref],
-    at: Any,
+    window: Any,
     mine_M1: Array,
     *,
     blocks: Blocks,
     activation: Activation,
     first: Array,
 ) -> None:
-    """Adds one chunk's share of the expert's output to the rows ``at`` that are ``mine``.
+    """Adds one chunk's share of the expert's output to those rows of a window that are ``mine``.
 
-    ``first`` says whether this chunk adds the down bias. gate goes through VMEM: with gate and up both in
-    registers the compiler spills.
+    window: slice of the window's rows.
+    mine_M1: mask of the rows that belong to the expert.
+    first: whether this is the expert's first chunk, which adds the down bias.
+
+    gate goes through VMEM: with gate and up both in registers the compiler spills.
     """
     _, inner, model = chunk["gate_up"].shape
-    here = pl.ds(0, at.size)
+    scratch_rows = pl.ds(0, window.size)
 
     def gate_up(columns: Any) -> None:
-        rows.gate_MF[here, columns] = dot_nt(rows.x_ND[at, :], chunk["gate_up"][0, columns, :])
-        up = dot_nt(rows.x_ND[at, :], chunk["gate_up"][1, columns, :])
-        gate = rows.gate_MF[here, columns]
+        rows.gate_MF[scratch_rows, columns] = dot_nt(rows.x_ND[window, :], chunk["gate_up"][0, columns, :])
+        up = dot_nt(rows.x_ND[window, :], chunk["gate_up"][1, columns, :])
+        gate = rows.gate_MF[scratch_rows, columns]
         if "gate_up_bias" in chunk:
             gate = gate + chunk["gate_up_bias"][0:1, columns].astype(jnp.float32)
             up = up + chunk["gate_up_bias"][1:2, columns].astype(jnp.float32)
-        rows.h_MF[here, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
+        rows.h_MF[scratch_rows, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
 
     def down(columns: Any) -> None:
-        y = dot_nt(rows.h_MF[here, :], chunk["down"][columns, :])
+        y = dot_nt(rows.h_MF[scratch_rows, :], chunk["down"][columns, :])
         if "down_bias" in chunk:
             bias = chunk["down_bias"][:, columns].astype(jnp.float32)
             y = y + jnp.where(first, bias, jnp.zeros_like(bias))
-        old = rows.y_ND[at, columns]
-        rows.y_ND[at, columns] = jnp.where(mine_M1, old + y, old)
+        old = rows.y_ND[window, columns]
+        rows.y_ND[window, columns] = jnp.where(mine_M1, old + y, old)
 
-    gate_columns, down_columns = blocks.columns(at.size, model)
+    gate_columns, down_columns = blocks.columns(window.size, model)
     _over_columns(inner, gate_columns, gate_up)
     _over_columns(model, down_columns, down)
 
@@ -97,28 +102,29 @@ def chunk_mlp(
 def over_windows(
     start: Array, end: Array, rows: int, windows: tuple[int, int], visit: Callable[[Any, Array], None]
 ) -> None:
-    """``visit(slice, mine)`` on windows that cover rows [start, end); each row is ``mine`` in exactly one.
+    """Calls ``visit(slice, mine)`` on windows that cover rows [start, end).
 
-    Windows start at a multiple of ROW_ALIGN at or below ``start``. One that would run past the buffer is
-    moved back, and leaves out the rows that its predecessor has done. Rows of others in a window are computed
-    too and dropped by a select, never by a product with zero: they may be NaN.
+    Each row is ``mine`` in exactly one window. Windows start at a multiple of ROW_ALIGN at or below
+    ``start``. A window that would run past the buffer is moved back, and leaves out the rows that its
+    predecessor has done. Rows of other experts in a window are computed too and dropped by a select, never by
+    a product with zero, because they may be NaN.
     """
     large, small = windows
     base = start // ROW_ALIGN * ROW_ALIGN
     n_large = jnp.maximum(end - base - small + large - 1, 0) // large
 
     def window(first_row: Array, size: int) -> None:
-        moved = jnp.minimum(first_row, rows - size)
-        row_M1 = moved + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        start_row = jnp.minimum(first_row, rows - size)
+        row_M1 = start_row + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         mine_M1 = (row_M1 >= jnp.maximum(first_row, start)) & (row_M1 < end)
-        visit(pl.ds(pl.multiple_of(moved, ROW_ALIGN), size), mine_M1)
+        visit(pl.ds(pl.multiple_of(start_row, ROW_ALIGN), size), mine_M1)
 
     lax.fori_loop(0, n_large, lambda i, _: window(base + i * large, large), None)
     pl.when(base + n_large * large < end)(lambda: window(base + n_large * large, small))
 
 
 def fill_zero(ref: Ref) -> None:
-    """Zeros ``ref`` block by block: one store of the whole of it would be unrolled."""
+    """Zeros ``ref`` block by block, because one store of the whole of it would be unrolled."""
     rows = ref.shape[0]
 
     def block(i: Array, _: None) -> None:
@@ -130,7 +136,10 @@ def fill_zero(ref: Ref) -> None:
 
 
 def cost(rows: int, operands: Mapping[str, Array], expert_reads: int) -> pl.CostEstimate:
-    """What XLA's scheduler should assume: every row is used, ``expert_reads`` experts' weights are read."""
+    """Returns what XLA's scheduler should assume.
+
+    It assumes that every row is used, and that ``expert_reads`` experts' weights are read.
+    """
     experts, _, f, d = operands["gate_up"].shape
     weight_bytes = sum(w.size * w.dtype.itemsize for w in operands.values()) // experts
     row_bytes = rows * d * (operands["gate_up"].dtype.itemsize + 4)

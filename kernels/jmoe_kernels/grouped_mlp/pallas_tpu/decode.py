@@ -1,4 +1,4 @@
-"""Decode kernel: few rows per expert, so the time is that of reading the active experts' weights once.
+"""Decode kernel for few rows per expert: it takes the time of reading the active experts' weights once.
 
 All rows and the float32 result stay in VMEM. One flattened loop runs over (active expert x chunk of F); the
 chunks' DMAs are started ``buffers - 1`` steps ahead, across expert boundaries, so that the stream never waits
@@ -27,7 +27,7 @@ from jmoe_kernels.grouped_mlp.types import Activation
 
 
 def _chunk_of(name: str, ref: Ref, e: Array, j: Array, inner: int) -> Ref:
-    """Chunk ``j`` of expert ``e`` in HBM."""
+    """Returns chunk ``j`` of expert ``e`` in HBM."""
     columns = pl.ds(pl.multiple_of(j * inner, LANES), inner)
     if name == "gate_up":
         return ref.at[e, :, columns, :]
@@ -35,7 +35,7 @@ def _chunk_of(name: str, ref: Ref, e: Array, j: Array, inner: int) -> Ref:
 
 
 def _find_active(sizes_E: Ref, active_E: Ref, start_E: Ref) -> Array:
-    """Writes the experts with rows and their first rows to the front of two lists; how many there are."""
+    """Writes the experts with rows, and their first rows, to the front of two lists; returns their number."""
 
     def visit(e: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         row, n = carry
@@ -77,8 +77,8 @@ def _kernel(
             for c in copies(s):
                 c.start()
 
-    for ahead in range(blocks.buffers - 1):
-        start(begin + ahead)
+    for i in range(blocks.buffers - 1):
+        start(begin + i)
     load_x = pltpu.make_async_copy(x_hbm, x_ND, row_sem)
     load_x.start()
     fill_zero(y_ND)
@@ -109,7 +109,10 @@ def decode(
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N D"]:
-    """Rows through their expert's MLP. ``operands``: weights by name, biases as [E, 2, F] and [E, 1, D]."""
+    """Runs rows through their expert's MLP.
+
+    operands: weights by name, with biases as [E, 2, F] and [E, 1, D].
+    """
     n, model = x_ND.shape
     experts, _, f, _ = operands["gate_up"].shape
     x_ND = jnp.pad(x_ND, ((0, blocks.rows - n), (0, 0)))

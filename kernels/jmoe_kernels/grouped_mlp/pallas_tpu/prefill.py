@@ -1,10 +1,10 @@
-"""Prefill kernel: many rows per expert, so the time is that of the products.
+"""Prefill kernel for many rows per expert: it takes the time of the products.
 
-The grid runs over tiles, a tile being one expert's rows within one block of x and y, in row order. Pallas'
+The grid runs over tiles in row order; a tile is one expert's rows within one block of x and y. Pallas'
 pipeline brings the next tile's weights and rows while one is multiplied. A tile multiplies only the row
 windows that its group reaches into, so a large block costs no padding. gate, up, activation and down are
-fused: the inner activations never leave VMEM. Consecutive tiles of one block add to the same y in VMEM;
-consecutive tiles of one expert read its weights once where ``inner`` is all of F, else once per block.
+fused, so the inner activations never leave VMEM. Consecutive tiles of one block add to the same y in VMEM.
+Consecutive tiles of one expert read its weights once if ``inner`` is all of F, else once per block.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,14 @@ from jmoe_kernels.grouped_mlp.types import Activation
 
 
 class Tiles(NamedTuple):
-    """The work list, prefetched to SMEM: tile t is rows of expert_T[t] in block t + offset_E[expert_T[t]].
+    """The work list, prefetched to SMEM.
 
-    start_E, end_E: rows of each expert. bounds_C: [cores + 1], core c runs tiles [bounds[c], bounds[c + 1]).
+    expert_T: expert of each tile.
+    offset_E: distance from a tile's index to its block's: tile t of expert e is in block ``t + offset_E[e]``.
+    start_E: first row of each expert.
+    end_E: end of the rows of each expert.
+    bounds_C: first tile of each core and the end, ``[cores + 1]``; core c runs tiles
+        ``[bounds_C[c], bounds_C[c + 1])``.
     """
 
     expert_T: Int[Array, " T"]
@@ -36,26 +41,26 @@ class Tiles(NamedTuple):
     bounds_C: Int[Array, " C"]
 
     def tile(self, core: Array, i: Array) -> Array:
-        """The core's i-th tile; past its last one, that last one again, which moves nothing."""
+        """Returns the core's i-th tile, or its last tile again if it has no more, which moves nothing."""
         return jnp.minimum(self.bounds_C[core] + i, self.bounds_C[core + 1] - 1)
 
     def block(self, t: Array) -> Array:
-        """The block of rows of tile ``t``."""
+        """Returns the block of rows of tile ``t``."""
         return t + self.offset_E[self.expert_T[t]]
 
 
 def _running_sum(n_E: Int[Array, " E"]) -> Int[Array, " E"]:
-    """``cumsum`` as one fused reduction: XLA's own takes several launches."""
+    """Computes ``cumsum`` as one fused reduction, because XLA's own takes several launches."""
     e = jnp.arange(n_E.shape[0])
     return jnp.sum(jnp.where(e[None, :] <= e[:, None], n_E[None, :], 0), axis=1, dtype=jnp.int32)
 
 
 def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, cores: int) -> Tiles:
-    """The tiles of ``rows`` rows in blocks of ``block_rows``: at most blocks + experts - 1 of them.
+    """Returns the tiles of ``rows`` rows in blocks of ``block_rows``: at most blocks + experts - 1 of them.
 
-    Blocks that no group reaches belong to the last active expert, whose weights are in VMEM by then: a tile
-    without rows zeroes each (without any active expert they are the last expert's, which is then fetched and
-    not used). Cores take equal numbers of whole blocks.
+    Blocks that no group reaches belong to the last active expert, whose weights are in VMEM by then; a tile
+    without rows zeroes each of them. If no expert is active they are the last expert's, which is then fetched
+    and not used. Cores take equal numbers of whole blocks.
     """
     experts, n_blocks = group_sizes_E.shape[0], -(-rows // block_rows)
     e_E = jnp.arange(experts, dtype=jnp.int32)
@@ -68,14 +73,16 @@ def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, core
     tiles_E = jnp.where(active_E | (e_E == last), last_block_E - first_block_E + 1, 0)
     tile_end_E = _running_sum(tiles_E)
     t_T = jnp.arange(n_blocks + experts - 1, dtype=jnp.int32)
-    before_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
+    core_block_C = jnp.asarray([-(-n_blocks * c // cores) for c in range(cores + 1)], jnp.int32)
     return Tiles(
         expert_T=jnp.minimum(jnp.sum(tile_end_E[None, :] <= t_T[:, None], axis=1, dtype=jnp.int32), last),
         offset_E=first_block_E - tile_end_E + tiles_E,
         start_E=start_E,
         end_E=end_E,
         bounds_C=jnp.sum(
-            jnp.clip(before_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]), axis=1, dtype=jnp.int32
+            jnp.clip(core_block_C[:, None] - first_block_E[None, :], 0, tiles_E[None, :]),
+            axis=1,
+            dtype=jnp.int32,
         ),
     )
 
@@ -109,7 +116,10 @@ def prefill(
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N D"]:
-    """Rows through their expert's MLP. ``operands``: weights by name, biases as [E, 2, F] and [E, 1, D]."""
+    """Runs rows through their expert's MLP.
+
+    operands: weights by name, with biases as [E, 2, F] and [E, 1, D].
+    """
     n, d = x_ND.shape
     experts, _, f, _ = operands["gate_up"].shape
     n_blocks = -(-n // blocks.rows)

@@ -1,0 +1,131 @@
+"""The memory that a deployment needs on each device, counted before anything is allocated."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jmoe_kernels.backends import get_backend
+
+from jmoe.checkpoint.params import abstract_decoder, in_layer
+from jmoe.config.model import ModelConfig
+from jmoe.config.units import readable
+from jmoe.engine.deployment.memory import Room, device_room
+from jmoe.engine.deployment.settings import EngineSettings
+from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_slots
+from jmoe.engine.offload.build import cache_bytes
+from jmoe.mesh import TENSOR, Split, platform_of
+
+PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    weights: the weights, with the pool of offloaded experts.
+    step: the largest step's activations.
+    programs: code of the compiled steps, and whatever else a process grows by.
+    pages: the KV cache.
+    room: memory that is available before anything is loaded; None if unknown.
+    """
+
+    weights: int
+    step: int
+    programs: int
+    pages: int
+    room: Room | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.programs + self.pages
+
+    @property
+    def left(self) -> int | None:
+        """What all but the pages leave of the room; None if unknown."""
+        return None if self.room is None else self.room.bytes - self.total + self.pages
+
+    def __str__(self) -> str:
+        parts = (
+            ("weights", self.weights), ("a step", self.step), ("programs", self.programs),
+            ("KV cache", self.pages),
+        )  # fmt: skip
+        each = " + ".join(f"{name} {readable(size)}" for name, size in parts)
+        return f"{each} = {readable(self.total)} on each device, which has {self.room or 'an unknown size'}"
+
+
+def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> Memory:
+    """The memory needed without pages, whose number depends on what is left."""
+    mesh = split.mesh
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    shared = len(own) if get_backend(platform_of(mesh)).has_host_memory else 1
+    rooms = [room for device in own if (room := device_room(device, shared)) is not None]
+    return Memory(
+        weight_bytes(cfg, settings, mesh),
+        step_bytes(cfg, settings, split, length),
+        PROGRAMS // shared,
+        0,
+        min(rooms, key=lambda room: room.bytes, default=None),
+    )
+
+
+def check_memory(memory: Memory) -> None:
+    """Raises ValueError with the sizes if they exceed the memory there is."""
+    if memory.room is None or memory.total <= memory.room.bytes:
+        return
+    advice = "lower kv_memory, max_model_len, max_num_seqs or max_num_batched_tokens"
+    if memory.weights > memory.room.bytes:
+        advice = "the weights alone do not fit: share them by expert_parallel_size or tensor_parallel_size"
+    elif memory.step + memory.pages < memory.programs:
+        advice = "free some, or raise the limit"
+    raise ValueError(f"the model does not fit the memory: {memory}; {advice}")
+
+
+@contextmanager
+def within(memory: Memory) -> Iterator[None]:
+    """Turns memory that runs out all the same into a ValueError with the sizes."""
+    try:
+        yield
+    except MemoryError:
+        raise ValueError(f"memory ran out although {memory} was expected") from None
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            raise
+        raise ValueError(f"memory ran out although {memory} was expected: {text[:200]}") from None
+
+
+def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
+    """Bytes of weights on a device, with pools of offloaded experts.
+
+    Their host copies count only if the device's memory is the host's. One layer of each kind is described:
+    describing hundreds takes seconds.
+    """
+    moe_layers = len(cfg.moe_layers)
+    counts = (cfg.num_hidden_layers - moe_layers, moe_layers) if cfg.mlp_only_layers else (moe_layers,)
+    kinds = replace(
+        cfg, num_hidden_layers=len(counts), mlp_only_layers=(0,) if len(counts) == 2 else (), layer_types=(),
+        no_rope_layers=(),
+    )  # fmt: skip
+    is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
+    for path, spec in abstract_decoder(kinds, settings.moe, mesh)[1].items():
+        layer, _ = in_layer(path)
+        times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
+        shape = spec.sharding.shard_shape(spec.shape)
+        if spec.sharding.memory_kind in (None, "device") or is_host:
+            total += times * math.prod(shape) * spec.dtype.itemsize
+    return total + cache_bytes(cfg, settings.moe.offload, mesh)
+
+
+def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:
+    """About what the largest step takes besides weights and pages: rows of a layer, logits, page tables."""
+    slots, _ = rank_slots(settings, split)
+    tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
+    heads = cfg.num_attention_heads * (cfg.latent.qk_head_dim if cfg.latent else cfg.head_dim)
+    inner = -(-cfg.moe_intermediate_size // split.mesh.shape[TENSOR])
+    row = 8 * cfg.hidden_size + 4 * heads + cfg.num_experts_per_tok * (cfg.hidden_size + 3 * inner)
+    drawn = 2 * slots * (cfg.vocab_size + -(-length // PAGE_SIZE))
+    return jnp.dtype(jnp.float32).itemsize * (tokens * row + drawn)

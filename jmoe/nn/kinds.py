@@ -1,0 +1,47 @@
+"""The kinds of attention, by the names that ``ModelConfig.attention_kind`` gives a layer.
+
+A kind is a subclass of ``Attention``. It owns its weights and their names, the size of its rotation and the
+layout of its state; everything else here asks the kinds of a model's layers.
+"""
+
+import jax
+from jmoe_kernels.paged_attention import Attention as AttentionKernel
+from jmoe_kernels.paged_attention import LayerPages
+
+from jmoe.config.model import AttentionKind, ModelConfig
+from jmoe.mesh import Split
+from jmoe.nn.grouped_query import GroupedQueryAttention
+from jmoe.nn.kv_cache import StateSizes, zeros
+from jmoe.nn.latent import LatentAttention
+
+Kind = type[GroupedQueryAttention] | type[LatentAttention]
+KINDS: dict[AttentionKind, Kind] = {
+    "grouped_query": GroupedQueryAttention,
+    "latent": LatentAttention,
+}
+
+
+def kind_of(cfg: ModelConfig, layer: int) -> Kind:
+    return KINDS[cfg.attention_kind(layer)]
+
+
+def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
+    """Bytes of one page over all layers whose state is in pages."""
+    kinds = [kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)]
+    heads = [kind.cached_heads(cfg) for kind in kinds if kind.state_axis == "page"]
+    return sum(each.page_bytes(cfg.dtype, split, page_size) for each in heads)
+
+
+def state_layout(
+    cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
+) -> list[LayerPages]:
+    """The state of every layer, as shapes with dtypes and shardings."""
+    layers = range(cfg.num_hidden_layers)
+    return [kind_of(cfg, layer).state_layout(cfg, split, kernel, sizes) for layer in layers]
+
+
+def make_state(
+    cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
+) -> list[LayerPages]:
+    """The state of every layer before the first step: zeros, committed to the mesh."""
+    return jax.tree.map(zeros, state_layout(cfg, split, kernel, sizes))
