@@ -26,6 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start, whatever is installed
 
+import hypothesis
 import jax
 import pytest
 
@@ -43,6 +44,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# What is drawn is the same in every run, and neither an example nor its drawing has a time limit: a busy
+# machine is no fault.
+hypothesis.settings.register_profile(
+    "steady", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("steady")
 
 # What runs in a shell's background ignores SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from support.command_line import run
 from support.models.hf_tiny import hf_config, write_checkpoint, write_tokenizer
 
 from jmoe.cli.flags import read_serve_config, size
-from jmoe.cli.main import main
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 
@@ -29,15 +29,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.txt"
     path.write_text("the first document\nof two lines\n<|endoftext|>\nthe second one\n", encoding="utf-8")
     return str(path)
-
-
-def run(capsys, *argv: str) -> tuple[int, str, str]:
-    try:
-        code = main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_generate_prints_the_completion_only(capsys, model):

@@ -7,7 +7,6 @@ import lzma
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.documented_commands import COMMANDS, Command
+from support.documented_commands import COMMANDS, SIZES, Command
 from support.models import hf_tiny
+from support.ports import own_port
 
 from jmoe.cli.main import parser
 
@@ -25,25 +25,6 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPT = re.compile(r"\b(scripts/(?:make/|acceptance/)?\w+\.(?:py|sh))\b")
-SIZES = """
-architecture = "OlmoeForCausalLM"
-vocab_size = 512
-hidden_size = 64
-num_hidden_layers = 4
-num_attention_heads = 4
-num_key_value_heads = 4
-head_dim = 16
-num_experts = 8
-num_experts_per_tok = 2
-moe_intermediate_size = 32
-max_position_embeddings = 256
-qk_norm = "full"
-rms_norm_eps = 1e-5
-dtype = "bfloat16"
-
-[router]
-norm_topk_prob = false
-"""
 CASES = [
     pytest.param(
         name,
@@ -111,8 +92,7 @@ def things(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def url(things) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = own_port()
     log = Path(things["text"]).with_name("serve.log")
     with open(log, "w") as file:
         words = [
@@ -127,7 +107,7 @@ def url(things) -> Iterator[str]:
             "2",
         ]
         server = subprocess.Popen([*words, "--max-num-batched-tokens", "64"], stdout=file, stderr=file)
-    end = time.monotonic() + 240
+    end = time.monotonic() + 500
     while time.monotonic() < end and server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
@@ -138,7 +118,7 @@ def url(things) -> Iterator[str]:
         raise AssertionError(log.read_text()[-2000:])
     yield f"http://127.0.0.1:{port}"
     server.terminate()
-    server.wait(30)
+    server.wait(120)
 
 
 def run(words: list[str], devices: int) -> subprocess.CompletedProcess[str]:

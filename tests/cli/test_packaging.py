@@ -116,3 +116,9 @@ def test_kernels_is_a_source_root_and_not_a_package():
 def test_files_are_short():
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350}
     assert not long
+
+
+def test_no_test_module_is_imported_by_another():
+    """What several of them use is in ``tests/support``."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (\S+\.)?test_\w+", path.read_text(), re.M), path

@@ -7,58 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models.small import config, decoder, mesh_of, tokens
+from support.models.engines import CFG, GREEDY, engine_of, engine_on, prompts, serve
+from support.models.small import decoder, mesh_of, tokens
 from tokenizers import Tokenizer, models
 
 from jmoe.config.model import MoEConfig
-from jmoe.engine.build import EngineSettings, schedule
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.step.inputs import Sizes
-from jmoe.engine.step.runner import CompilationCounter, Runner
+from jmoe.engine.step.runner import CompilationCounter
 from jmoe.engine.step.sampling import SamplingRows, blank_rows, sample
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 
-CFG = config()
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
-
-
-def engine_of(
-    model: Decoder, mesh, slots=4, pages=40, length=64, first=1, warm_up=False, **settings
-) -> Engine:
-    """Returns an engine that compiles only what runs, unless a test is about just that."""
-    runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
-    if warm_up:
-        runner.warm_up()
-    given = EngineSettings(max_num_batched_tokens=36, max_queue=100, **settings)
-    return Engine(runner, schedule(runner, given, length), None, model.cfg.eos_token_ids)
-
-
-def engine_on(mesh, moe=MoEConfig(), **sizes) -> Engine:
-    return engine_of(decoder(CFG, mesh, moe), mesh, **sizes)
-
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return engine_on(make_mesh(), warm_up=True)
-
-
-def serve(engine: Engine, prompts, params=GREEDY) -> tuple[list[Request], list[list[Output]]]:
-    outputs: list[list[Output]] = [[] for _ in prompts]
-    each = params if isinstance(params, list) else [params] * len(prompts)
-    requests = [
-        Request(str(i), list(map(int, p)), s, outputs[i].append, 0.0)
-        for i, (p, s) in enumerate(zip(prompts, each, strict=True))
-    ]
-    engine.run(requests)
-    return requests, outputs
-
-
-def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [tokens(CFG, int(rng.integers(1, 45)), seed=seed + i) for i in range(count)]
 
 
 def window_logits(engine: Engine, ids) -> np.ndarray:

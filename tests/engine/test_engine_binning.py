@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from engine.test_engine import GREEDY, Engine, engine_of, prompts, serve
+from support.models.engines import GREEDY, engine_of, prompts, serve
 from support.models.small import config, decoder
 
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
+from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh
 from jmoe.server.watch.metrics import Metrics
 

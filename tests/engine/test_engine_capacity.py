@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from engine.test_engine import CFG, GREEDY, Engine, engine_on, prompts, serve
+from support.models.engines import CFG, GREEDY, engine_on, prompts, serve
 from support.models.small import mesh_of
 
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import CapacityConfig
+from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh
 
 EXACT = dataclasses.replace(GREEDY, exact=True)

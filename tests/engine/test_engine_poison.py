@@ -6,8 +6,8 @@ Others are those that run at the same time, later ones in its pages, and those w
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.test_engine import engine_of, serve
 from jmoe_kernels import cpu
+from support.models.engines import engine_of, serve
 from support.models.small import config, decoder
 
 from jmoe.config.model import MoEConfig

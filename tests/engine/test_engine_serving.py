@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from engine.test_engine import CFG, GREEDY, Engine, engine_on, prompts, serve
+from support.models.engines import CFG, GREEDY, engine_on, prompts, serve
 from support.models.small import mesh_of, tokens
 
 from jmoe.config.model import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
+from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams, StepReport
 from jmoe.mesh import make_mesh
 

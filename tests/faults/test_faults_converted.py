@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.test_faults_files import CHANGES, damaged, loaded, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.damage import CHANGES, damaged, loaded, refused
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert
@@ -148,7 +148,7 @@ def test_damage_that_the_manifest_vouches_for_is_one_line_and_no_traceback_follo
         manifest["files"][str(path.relative_to(out))] = [len(raw), hashlib.sha256(raw).hexdigest()]
         (out / MANIFEST).write_text(json.dumps(manifest))
     words = [sys.executable, "-c", LOAD, *map(str, outs)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     said = done.stdout.splitlines()
     assert done.returncode == 0 and len(said) == len(outs), done
     assert all(str(out) in line for out, line in zip(outs, said, strict=True)), said

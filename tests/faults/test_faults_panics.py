@@ -109,7 +109,7 @@ def running(engine):
     with worker._wake:
         worker._closing = True
         worker._wake.notify()
-    worker._thread.join(30)
+    worker._thread.join(60)
     assert not worker._thread.is_alive() and not engine.busy
     engine.__dict__.pop("step", None)
 
@@ -198,7 +198,7 @@ def test_whatever_ends_the_thread_nobody_waits_for_it(engine, running, kind):
     first[0].emit, emit = (lambda output: panic()), first[0].emit
     second[0].emit, emit = (lambda output: (emit(output), fail.set())), second[0].emit
     running.submit([first[0], second[0]])
-    assert second[2].wait(30), "the first's fault in being told so is not the second's"
+    assert second[2].wait(60), "the first's fault in being told so is not the second's"
     assert second[1][-1].finish_reason == "error" and second[1][-1].error.startswith("the engine failed")
     assert not running.snapshot().alive
     for ask in (lambda: running.submit([request(engine, "late")[0]]), running.moe_stats):

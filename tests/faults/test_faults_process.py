@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 from support.models import hf_tiny
+from support.ports import own_port
 from support.server.fake_engine import eventually
+from support.server.processes import answers
 from support.server.raw_http import events
 
 from jmoe.cli import serve
@@ -32,23 +32,27 @@ from jmoe.server.run import bind, serve
 from jmoe.server.settings import ServerSettings
 
 logging.basicConfig(level=logging.INFO)
-directory, port, fails_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-bound = bind("127.0.0.1", port)
+directory, kind = Path(sys.argv[1]), sys.argv[2]
+bound = bind("127.0.0.1", 0)
+print(bound.getsockname()[1], flush=True)
 settings = EngineSettings(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 engine = build_engine(directory, settings, warm_up=False)
-step, steps = engine.runner.run, 0
+step, steps = engine.step, 0
 class Panic(BaseException): "As pyo3 has it."
-kind = {"Panic": Panic, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[sys.argv[4]]
+kind = {"Panic": Panic, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[kind]
 
-def run(*given, **named):
+def stepping():
+    "Begins when all four answers are asked for, and fails at the thirtieth step from there."
     global steps
+    if not steps and len(engine.scheduler.waiting) < 4:
+        time.sleep(0.01)
+        return False
     steps += 1
-    time.sleep(0.02)
-    if steps == fails_at:
+    if steps == 30:
         raise kind("secret: 0xdeadbeef in /home/somebody")
-    return step(*given, **named)
+    return step()
 
-engine.runner.run = run
+engine.step = stepping
 worker = EngineWorker(engine)
 worker.start()
 code = serve(worker, ServerSettings(), bound, directory, "tiny")
@@ -64,22 +68,12 @@ def model(tmp_path_factory) -> Path:
     return directory
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready").status_code == 200
-    return False
-
-
 @contextlib.contextmanager
 def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """A process whose standard output is read here, and its standard input written."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    with open(log, "wb") as file, subprocess.Popen(command, stderr=file, env=env) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with open(log, "wb") as file, subprocess.Popen(command, stderr=file, env=env, **pipes) as process:
         try:
             yield process
         finally:
@@ -87,14 +81,11 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 @contextlib.contextmanager
-def serving(
-    model: Path, log: Path, port: int = 0, fails_at: int = 0, kind: str = "RuntimeError"
-) -> Iterator[tuple]:
-    """(process, URL) of a server with the real engine, 20 ms a step."""
-    port = port or free_port()
-    url = f"http://127.0.0.1:{port}"
-    with started([sys.executable, "-c", SERVER, str(model), str(port), str(fails_at), kind], log) as process:
-        assert eventually(lambda: answers(url) or process.poll() is not None, 60)
+def serving(model: Path, log: Path, kind: str) -> Iterator[tuple]:
+    """(process, URL) of a server with the real engine, which fails."""
+    with started([sys.executable, "-c", SERVER, str(model), kind], log) as process:
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        assert eventually(lambda: answers(url) or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield process, url
 
@@ -103,7 +94,7 @@ def serving(
 def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_process(model, tmp_path, kind):
     bodies = [STREAM, STREAM | {"n": 2}, STREAM | {"stream": False}]
     with (
-        serving(model, tmp_path / "log", fails_at=30, kind=kind) as (process, url),
+        serving(model, tmp_path / "log", kind) as (process, url),
         ThreadPoolExecutor(3) as clients,
     ):
 
@@ -112,9 +103,9 @@ def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_proce
 
         one, two, whole = clients.map(ask, bodies)
         with contextlib.suppress(httpx.TransportError):  # it may be gone already
-            live = httpx.get(f"{url}/live")
+            live = httpx.get(f"{url}/live", timeout=60)
             assert live.status_code == 503 and live.json()["error"]["code"] == "engine_dead"
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1
     for stream in (one, two):
         sent = events(stream.content)
         assert len(sent) > 5 and set(sent[-1]["error"]) == {"message", "type", "param", "code"}
@@ -163,16 +154,37 @@ def test_serve_leaves_an_interrupt_to_the_system_while_it_starts(monkeypatch):
     assert handlers == [signal.SIG_DFL]
 
 
+STARTS = """
+import sys
+from jmoe.cli import serve
+from jmoe.cli.main import main
+
+stage, words = sys.argv[1], sys.argv[2:]
+
+class Bars:
+    "Holds the start where it tells of the stage for the first time."
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *error: None
+
+    def __call__(self, told, done, total):
+        if told == stage:
+            print("there", flush=True)
+            sys.stdin.read()
+
+serve.Bars = Bars
+sys.exit(main(words))
+"""
+
+
+@pytest.mark.parametrize("stage", ["load", "compile"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_loads_or_compiles_ends_it_at_once(model, tmp_path, number):
-    """At a random moment between its start and the end of warm-up."""
-    port = free_port()
+def test_a_signal_while_it_loads_or_compiles_ends_it_at_once(model, tmp_path, number, stage):
+    port = own_port()
     flags = ["--port", str(port), "--max-model-len", "128", "--max-num-seqs", "16"]
-    command = [sys.executable, "-m", "jmoe.cli", "serve", str(model), *flags]
+    command = [sys.executable, "-c", STARTS, stage, "serve", str(model), *flags]
     with started(command, tmp_path / "log") as process:
-        time.sleep(random.Random(int(number)).uniform(0.5, 3))
+        assert process.stdout.readline() == b"there\n", (tmp_path / "log").read_text()
         process.send_signal(number)
-        code = process.wait(20)
-        assert code in (-signal.SIGTERM, -signal.SIGINT, 130), (code, (tmp_path / "log").read_text())
+        assert process.wait(60) == -number, (tmp_path / "log").read_text()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))

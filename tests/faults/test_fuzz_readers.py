@@ -4,6 +4,7 @@ Some hundred inputs each in every run; ten thousand each, or as many as a minute
 """
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -265,7 +266,7 @@ SLOW = {orbax: 30, weights: 50, configs: 50}  # inputs in every run
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
 def test_damaged_input_is_read_or_refused(reader, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("read"), reader(tmp_path_factory.mktemp("made"))
-    assert fuzz(made, folder, count=SLOW.get(reader, FEW), seconds=A_MINUTE) > 0
+    assert fuzz(made, folder, count=SLOW.get(reader, FEW), seconds=math.inf) > 0
 
 
 @pytest.mark.fuzz

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from engine.test_engine import serve
+from support.models.engines import serve
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import load_model, read_config

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from jmoe_kernels import binning
-from moe.test_moe_layer import layer_on, run
+from support.models.layers import layer_on, run
 from support.models.small import config, mesh_of
 from support.oracles.routers import EXPERTS, GROUPED, VARIANTS, Variant
 from support.oracles.routers import compiled as router

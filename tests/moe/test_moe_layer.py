@@ -2,12 +2,10 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jmoe_kernels.choice import choose
+from support.models.layers import layer_on, run
 from support.models.small import MESHES, config, mesh_of
 from support.oracles.dense_moe import moe_reference
 
@@ -16,15 +14,8 @@ from jmoe.config.model import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.routing import plan_dispatch, route
-from jmoe.moe.types import TokenFlags
-from jmoe.param import ParamMaker
 
 TOKENS = 48
-
-
-def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
-    make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(3), std=0.4)
-    return MoELayer(cfg, moe, mesh, make, choose("cpu", cfg.dtype, moe.kernel))
 
 
 def oracle(layer: MoELayer, x, valid=None):
@@ -39,12 +30,6 @@ def oracle(layer: MoELayer, x, valid=None):
 def inputs(cfg, seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((TOKENS, cfg.hidden_size), np.float32), rng.random(TOKENS) < 0.7
-
-
-def run(layer, x, valid):
-    graph, state = nnx.split(layer)
-    out = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v)))(state, x, valid)
-    return out.y_TD, out.stats
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

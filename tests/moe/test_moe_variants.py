@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jmoe_kernels.grouped_mlp import ExpertWeights
-from moe.test_moe_layer import layer_on
+from support.models.layers import layer_on
 from support.models.small import config, mesh_of
 from support.oracles.routers import EXPERTS, VARIANTS, choose
 from support.oracles.routers import compiled as router

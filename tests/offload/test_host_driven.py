@@ -6,8 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from offload.test_engine_offload import check_pool
-from support.models.offloaded import EXPERT_BYTES, EXPERTS, LAYERS, SETTINGS, VOCAB, K, serve, write_model
+from support.models.offloaded import (
+    EXPERT_BYTES,
+    EXPERTS,
+    LAYERS,
+    SETTINGS,
+    VOCAB,
+    K,
+    check_pool,
+    serve,
+    write_model,
+)
 
 from jmoe.checkpoint import convert
 from jmoe.config.model import MoEConfig

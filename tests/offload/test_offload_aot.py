@@ -4,8 +4,8 @@ import json
 import tomllib
 
 import pytest
-from engine.step.test_engine_aot import QWEN, check
 from support.aot import tpu as tpu_aot
+from support.aot.steps import QWEN, check
 
 LAYERS, SLOTS, COPIES = 2, 32, 1  # slots and prefetches a layer
 CFG = tomllib.loads(QWEN.read_text())

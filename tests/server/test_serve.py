@@ -1,40 +1,39 @@
 """``jmoe serve`` on the bundled model, as its users meet it: the openai client over a real socket."""
 
+import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 import openai
 import pytest
+from support.ports import own_port
+from support.server.fake_engine import eventually
+from support.server.processes import answers
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[tuple[str, subprocess.Popen]]:
+    """(base URL, process) of a server that is ready."""
+    port = own_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "jmoe.cli", "serve", "tiny", "--port", str(port), "--max-num-seqs", "4"]
+    with subprocess.Popen([*command, "--max-num-batched-tokens", "256"]) as process:
+        try:
+            assert eventually(lambda: answers(base) or process.poll() is not None, 500)
+            assert process.poll() is None, "the server did not become ready"
+            yield base, process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
 def server():
-    """(base URL, process); the process is stopped at the end of the module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jmoe.cli", "serve", "tiny", "--port", str(port), "--max-num-seqs", "4"]
-    process = subprocess.Popen([*command, "--max-num-batched-tokens", "256"])
-    end = time.monotonic() + 240
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{base}/ready", timeout=2).close()
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    else:
-        process.kill()
-        pytest.fail("the server did not become ready")
-    yield base, process
-    process.kill()
-    process.wait()
+    with serving() as (base, process):
+        yield base, process
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +111,21 @@ def test_a_dropped_stream_frees_its_slot(server, client):
     stream = client.completions.create(model="tiny", prompt="Once", max_tokens=900, stream=True)
     next(iter(stream))
     stream.close()
-    for _ in range(100):
+
+    def freed() -> bool:
         with urllib.request.urlopen(f"{base}/metrics") as answer:
-            if "jmoe_num_requests_running 0.0" in answer.read().decode():
-                return
-        time.sleep(0.1)
-    pytest.fail("the request still runs")
+            return "jmoe_num_requests_running 0.0" in answer.read().decode()
+
+    assert eventually(freed)
 
 
-def test_zz_sigterm_ends_a_stream_properly(server, client):
-    """Last of the module: the running stream is finished, then the process ends with code 0."""
-    _, process = server
-    stream = iter(client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True))
-    next(stream)
-    process.send_signal(signal.SIGTERM)
-    last = list(stream)[-1]
-    assert last.choices[0].finish_reason in ("length", "stop")
-    assert process.wait(timeout=30) == 0
+def test_sigterm_ends_a_stream_properly():
+    """The running stream is finished, then the process ends with code 0."""
+    with serving() as (base, process):
+        client = openai.OpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0)
+        stream = iter(client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True))
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        last = list(stream)[-1]
+        assert last.choices[0].finish_reason in ("length", "stop")
+        assert process.wait(timeout=120) == 0

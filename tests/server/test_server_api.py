@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.server.answers import events
 from support.server.fake_engine import BOS, EOS, TEMPLATE, ByteCodec, FakeEngine, eventually, served
 
 
@@ -19,12 +20,6 @@ def complete(client, **body):
     response = client.post("/v1/completions", json={"model": "fake", "temperature": 0, **body})
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def events(response):
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
-    return [json.loads(line[6:]) for line in lines[:-1]]
 
 
 def test_completion_has_every_key_that_clients_read(client):

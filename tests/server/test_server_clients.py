@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from openai.types import completion_create_params as openai_text
 from openai.types.chat import completion_create_params as openai_chat
-from server.request.test_server_fuzz import CALL, OBJECT
-from server.test_server_api import events
+from support.server.answers import events
+from support.server.bodies import CALL, OBJECT
 from support.server.fake_engine import TEMPLATE, VOCAB, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.checks import check_chat, check_completion

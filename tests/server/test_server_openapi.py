@@ -5,8 +5,8 @@ import json
 import jsonschema
 import msgspec
 import pytest
-from server.request.test_server_fuzz import BODIES
-from server.test_server_api import events
+from support.server.answers import events
+from support.server.bodies import BODIES
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, neutral

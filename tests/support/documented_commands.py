@@ -148,3 +148,24 @@ COMMANDS: dict[str, list[Command]] = {
     "jmoe convert": [Command("convert {hf} {tmp}/converted")],
     "jmoe doctor": [Command("doctor {hf}"), Command("doctor tiny --json")],
 }
+
+# A model of random weights for these commands, as a file of sizes.
+SIZES = """
+architecture = "OlmoeForCausalLM"
+vocab_size = 512
+hidden_size = 64
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 4
+head_dim = 16
+num_experts = 8
+num_experts_per_tok = 2
+moe_intermediate_size = 32
+max_position_embeddings = 256
+qk_norm = "full"
+rms_norm_eps = 1e-5
+dtype = "bfloat16"
+
+[router]
+norm_topk_prob = false
+"""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.least_time import within
+
 SECONDS = 1.0  # of the processor, for one input
 SPARE = 1 << 30  # bytes of address space beyond four times the input: pools of threads, libraries' arenas
 
@@ -75,20 +77,19 @@ def fuzz(reader: Reader, folder: Path, *, count: int, seconds: float) -> int:
 
 
 def _is_refused(reader: Reader, folder: Path, what: str, bad: bytes) -> bool:
-    start = time.process_time()
-    try:
-        with bounded_memory(4 * len(bad) + SPARE):
-            reader.read(folder)
-    except reader.refusals as error:
-        message = str(error)
-        assert "\n" not in message and 0 < len(message) < 2000, f"{what}: {message[:3000]!r}"
-        return True
-    except BaseException as error:
-        raise AssertionError(f"{what}: {type(error).__name__}: {error}: {bad[:3000]!r}") from error
-    finally:
-        took = time.process_time() - start
-        assert took < SECONDS, f"{what}: {took:.1f} s: {bad[:3000]!r}"
-    return False
+    def refused() -> bool:
+        try:
+            with bounded_memory(4 * len(bad) + SPARE):
+                reader.read(folder)
+        except reader.refusals as error:
+            message = str(error)
+            assert "\n" not in message and 0 < len(message) < 2000, f"{what}: {message[:3000]!r}"
+            return True
+        except BaseException as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}: {bad[:3000]!r}") from error
+        return False
+
+    return within(SECONDS, refused, (what, bad[:3000]))
 
 
 @contextmanager

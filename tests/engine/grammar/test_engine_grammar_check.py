@@ -6,7 +6,7 @@ import subprocess
 import threading
 
 import pytest
-from support.server.fake_engine import EOS, VOCAB, ByteCodec
+from support.server.fake_engine import EOS, VOCAB, ByteCodec, eventually
 
 from jmoe.engine.grammar import check as grammar_check
 from jmoe.engine.grammar.check import CheckerUnavailable, GrammarChecker, TooCostly
@@ -24,18 +24,37 @@ def spec():
 
 @pytest.fixture
 def checker(spec, monkeypatch):
-    monkeypatch.setattr(grammar_check, "STALL_SECONDS", 1.0)
+    """Its child has a minute to get processor time, which a busy machine may take from it."""
+    monkeypatch.setattr(grammar_check, "STALL_SECONDS", 60.0)
     checker = GrammarChecker(spec)
     checker.check(GOOD)
     yield checker
     checker.close()
 
 
+@pytest.fixture
+def stalls(checker, monkeypatch):
+    """A second of the first look at what was stopped; what is asked next has its minute."""
+    line = grammar_check._line
+
+    def impatient(end, pid):
+        monkeypatch.setattr(grammar_check, "STALL_SECONDS", 1.0)
+        monkeypatch.setattr(grammar_check, "_line", line)
+        try:
+            return line(end, pid)
+        finally:
+            monkeypatch.setattr(grammar_check, "STALL_SECONDS", 60.0)
+
+    return lambda: monkeypatch.setattr(grammar_check, "_line", impatient)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
-def test_a_child_that_ended_or_was_stopped_is_replaced(checker, sent):
+def test_a_child_that_ended_or_was_stopped_is_replaced(checker, stalls, sent):
     first = checker.child
     first.send_signal(sent)
-    if sent != signal.SIGSTOP:
+    if sent == signal.SIGSTOP:
+        stalls()
+    else:
         first.wait()
     checker.check(GOOD)
     with pytest.raises(ValueError, match="unclosed group"):
@@ -43,7 +62,7 @@ def test_a_child_that_ended_or_was_stopped_is_replaced(checker, sent):
     assert checker.child is not first and first.poll() is not None
 
 
-def test_a_stopped_try_is_ended_and_made_again(checker, monkeypatch):
+def test_a_stopped_try_is_ended_and_made_again(checker, stalls, monkeypatch):
     """Its child goes on, because only the fork was stopped."""
     stopped, talk = [], grammar_check._talk
 
@@ -51,6 +70,7 @@ def test_a_stopped_try_is_ended_and_made_again(checker, monkeypatch):
         if not stopped:
             os.kill(pid, signal.SIGSTOP)
             stopped.append(pid)
+            stalls()
         return talk(fork, message, pid)
 
     child = checker.child
@@ -63,6 +83,7 @@ def test_a_stopped_try_is_ended_and_made_again(checker, monkeypatch):
 
 def test_a_child_that_never_answers_is_given_up(checker, monkeypatch):
     monkeypatch.setattr(grammar_check, "MAIN", "import time; time.sleep(1000)")
+    monkeypatch.setattr(grammar_check, "STALL_SECONDS", 1.0)
     checker.close()
     with pytest.raises(CheckerUnavailable, match="does not answer"):
         checker.check(GOOD)
@@ -82,8 +103,18 @@ def test_what_the_system_refuses_is_unavailable(checker, monkeypatch, name):
     checker.check(GOOD)
 
 
-def test_tries_run_side_by_side_and_end_alone(checker):
-    child, costs = checker.child, []
+def test_tries_run_side_by_side_and_end_alone(checker, monkeypatch):
+    """The costly ones have begun, and are held until the cheap ones have ended."""
+    child, costs, begun, going = checker.child, [], [], threading.Event()
+    talk = grammar_check._talk
+
+    def held(fork, message, pid):
+        if b"1000003" in message:
+            begun.append(pid)
+            assert going.wait(120)
+        return talk(fork, message, pid)
+
+    monkeypatch.setattr(grammar_check, "_talk", held)
 
     def cost():
         with pytest.raises(TooCostly):
@@ -93,14 +124,18 @@ def test_tries_run_side_by_side_and_end_alone(checker):
     threads = [threading.Thread(target=cost) for _ in range(2)]
     for thread in threads:
         thread.start()
+    assert eventually(lambda: len(begun) == 2)
     for _ in range(5):
         checker.check(GOOD)
-    assert not costs, "the cheap ones waited for the costly ones"
+    going.set()
     for thread in threads:
         thread.join()
     assert len(costs) == 2 and checker.child is child
-    forks = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True)
-    assert not forks.stdout.split()
+
+    def forks() -> list[str]:
+        return subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+
+    assert eventually(lambda: not forks())
 
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})

@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cli.test_cli import run
+from support.command_line import run
 from support.models.hf_tiny import hf_config, write_checkpoint, write_tokenizer
 from support.multihost_process import SIZES, generated
+from support.ports import own_port
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.engine.processes.nodes import Nodes, free_port
+from jmoe.engine.processes.nodes import Nodes
 from jmoe.mesh import make_mesh
 
 ASK = {"prompt": "several machines", "max_tokens": 6, "temperature": 0}
@@ -60,7 +61,7 @@ def ended(tmp_path: Path, **processes: subprocess.Popen) -> None:
     """Waits for processes to end, and asserts that their status is 0."""
     for name, process in processes.items():
         try:
-            status = process.wait(timeout=180)
+            status = process.wait(timeout=500)
         except subprocess.TimeoutExpired:
             status = "still runs"
         assert status == 0, (name, status, (tmp_path / f"{name}.log").read_text()[-3000:])
@@ -70,7 +71,7 @@ def test_two_processes_generate_what_one_device_does(model, start, tmp_path):
     converted = tmp_path / "converted"
     convert(model, converted)
     address, program = (
-        f"127.0.0.1:{free_port()}",
+        f"127.0.0.1:{own_port()}",
         str(Path(__file__).parents[2] / "support" / "multihost_process.py"),
     )
     pair = {
@@ -95,7 +96,7 @@ def serve_both(model, start, tmp_path):
     """Starts two processes that serve ``model`` together; process 1 has its flags from a file."""
 
     def serve(**sizes: int) -> tuple[subprocess.Popen, subprocess.Popen, str, str]:
-        address, port = f"127.0.0.1:{free_port()}", free_port()
+        address, port = f"127.0.0.1:{own_port()}", own_port()
         flags = {
             "data_parallel_size": 2,
             "expert_parallel_size": 4,
@@ -114,7 +115,7 @@ def serve_both(model, start, tmp_path):
         spelled += ["--node-rank", "0", "--moe-config", '{"kernel": "xla"}', "--port", str(port)]
         p0 = start("p0", *command, *spelled)
         p1 = start("p1", *command, "--config", str(config))
-        base, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+        base, end = f"http://127.0.0.1:{port}", time.monotonic() + 500
         while not answers(f"{base}/ready"):
             alive = p0.poll() is None and p1.poll() is None and time.monotonic() < end
             assert alive, [(tmp_path / f"{name}.log").read_text()[-3000:] for name in ("p0", "p1")]
@@ -128,7 +129,7 @@ def ask(base: str, **fields: object) -> Any:
     request = urllib.request.Request(
         f"{base}/v1/completions", json.dumps(ASK | fields).encode(), {"Content-Type": "application/json"}
     )
-    return urllib.request.urlopen(request, timeout=60)
+    return urllib.request.urlopen(request, timeout=300)
 
 
 @pytest.mark.matrix
@@ -146,7 +147,7 @@ def test_serve_answers_for_both_and_ends_both(model, serve_both, tmp_path):
         "c = _jax.get_distributed_runtime_client(sys.argv[1], 1, init_timeout=3, use_compression=False)\n"
         "c.connect()"
     )
-    stranger = subprocess.run([sys.executable, "-c", register, address], capture_output=True, timeout=60)
+    stranger = subprocess.run([sys.executable, "-c", register, address], capture_output=True, timeout=300)
     assert stranger.returncode != 0
     p1.send_signal(signal.SIGTERM)
     with ask(base) as answer:
@@ -169,7 +170,7 @@ def test_streams_end_with_an_error_event_where_a_process_stops(serve_both, tmp_p
     events = [e.strip() for e in events if e.strip()]
     assert events[-1] == b"data: [DONE]"
     assert json.loads(events[-2].removeprefix(b"data: "))["error"]["code"] == "engine_dead", events[-3:]
-    assert p0.wait(timeout=30) == 1
+    assert p0.wait(timeout=120) == 1
     assert "process 1 is gone" in (tmp_path / "p0.log").read_text()
 
 
@@ -177,7 +178,7 @@ def test_streams_end_with_an_error_event_where_a_process_stops(serve_both, tmp_p
 def test_the_others_end_where_process_0_is_killed(serve_both, tmp_path):
     p0, p1, _, _ = serve_both()
     p0.kill()
-    assert p1.wait(timeout=30) == 1
+    assert p1.wait(timeout=120) == 1
     assert "process 1 ends without process 0" in (tmp_path / "p1.log").read_text()
 
 

@@ -1,18 +1,14 @@
 """The engine's prefill and decode steps compile for TPUs and GPUs, with the kernels meant for them."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.aot import gpu as gpu_aot
 from support.aot import tpu as tpu_aot
+from support.aot.steps import QWEN, check
 
 ROOT = Path(__file__).parents[3]
-QWEN = ROOT / "configs/model/qwen3-30b-a3b.toml"
 LAYERS = 2
 pytestmark = pytest.mark.aot
 needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
@@ -51,15 +47,6 @@ def test_a_gpu_prefills_with_pallas_experts_and_cudnn(on_gpu: dict[str, dict]):
     calls = on_gpu["prefill"]["calls"]
     assert sum(n for target, n in calls.items() if target.startswith("mosaic_gpu")) == 2 * LAYERS
     assert sum(n for target, n in calls.items() if target.startswith("__cudnn$fmha")) == LAYERS
-
-
-def check(*arguments: str) -> tuple[int, list[dict]]:
-    """Returns exit status and rows of scripts/tpu_aot_check.py."""
-    command = [sys.executable, str(ROOT / "scripts/tpu_aot_check.py"), "--json", *arguments]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path))
-    assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

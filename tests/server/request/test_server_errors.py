@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.server.answers import UNSUPPORTED, VALUE, check
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.schema import ChatRequest, CompletionRequest
@@ -22,17 +23,6 @@ def client(tmp_path_factory):
         yield client
 
 
-def check(response, status, param=None, code=None):
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    assert (error["param"], error["code"]) == (param, code), error
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    return error["message"]
-
-
-VALUE, UNSUPPORTED = "invalid_value", "unsupported_parameter"
 BAD_COMPLETIONS = [
     ({"max_tokens": -2}, "max_tokens", VALUE),
     ({"max_tokens": True}, "max_tokens", VALUE),

@@ -1,13 +1,16 @@
 """Grammars over HTTP: refused before an answer begins, costly ones, and a system that has no more to give."""
 
 import errno
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.request.test_server_errors import VALUE, check
-from server.request.test_server_structured import TEXT, ask
-from support.server.fake_engine import ByteCodec, FakeEngine, served
+from support.server.answers import VALUE, check
+from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
+
+from jmoe.engine.grammar.check import MAX_SECONDS, TooCostly
+
+TEXT = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +37,35 @@ def test_what_fails_within_a_few_tokens_is_refused_before_the_answer_begins(clie
 
 
 def test_costly_grammars_delay_one_another_only(client, monkeypatch):
-    """A cheap one that comes last is not the last one to be answered."""
-    ask(client, TEXT, structured_outputs={"regex": "the tokenizer is read"})
-    quick = "jmoe.server.request.grammars.QUICK_SECONDS"
-    monkeypatch.setattr(quick, 0.03)  # a costly one here takes four times that
-    done = []
+    """Cheap ones are answered while the costly ones, one of them at a time, are not."""
+    grammars, going, costly = client.service.grammars, threading.Event(), []
+    compiled = grammars._compile
 
-    def post(name, outputs):
-        ask(client, TEXT, max_tokens=1, structured_outputs=outputs)
-        done.append(name)
+    def compile(grammar, seconds):
+        if "multipleOf" not in grammar.text:
+            return compiled(grammar, seconds)
+        if seconds < MAX_SECONDS:
+            raise TooCostly("for a quick thread")
+        costly.append(grammar)
+        assert going.wait(120)
+        return compiled(grammar, seconds)
+
+    monkeypatch.setattr(grammars, "_compile", compile)
+
+    def post(outputs):
+        body = {"prompt": "hi", "max_tokens": 1, "structured_outputs": outputs}
+        assert client.post(TEXT, json=body).status_code == 200
 
     with ThreadPoolExecutor(7) as pool:
-        costly = [{"type": "integer", "multipleOf": 20011 + 2 * k} for k in range(5)]
-        jobs = [pool.submit(post, "costly", {"json": schema}) for schema in costly]
-        while client.service.grammars.num_waiting < len(jobs):
-            time.sleep(0.001)
-        jobs += [pool.submit(post, "cheap", {"choice": [f"q{k}", "r"]}) for k in range(2)]
+        schemas = [{"type": "integer", "multipleOf": 3 + 2 * k} for k in range(5)]
+        jobs = [pool.submit(post, {"json": schema}) for schema in schemas]
+        assert eventually(lambda: grammars.num_waiting == 5 and costly)
+        for cheap in [pool.submit(post, {"choice": [f"q{k}", "r"]}) for k in range(2)]:
+            cheap.result(60)
+        assert len(costly) == 1 and not any(job.done() for job in jobs)
+        going.set()
         for job in jobs:
-            job.result()
-    assert done[-1] == "costly", done
+            job.result(60)
 
 
 def test_without_descriptors_a_grammar_is_a_503(client, monkeypatch):

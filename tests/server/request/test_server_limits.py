@@ -3,16 +3,13 @@
 import asyncio
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from server.test_server_run import PROGRAM, answers, eventually
-from support.server.fake_engine import ByteCodec, FakeEngine, listening
+from support.server.fake_engine import ByteCodec, FakeEngine, eventually, listening
 from support.server.loop_watch import served_here, unheld
+from support.server.processes import PROGRAM, answers, process
 from support.server.raw_http import ask, connected, head, parsed, post
 
 from jmoe.server.request.bounds import LIGHT
@@ -57,7 +54,7 @@ async def slow(port: int, request: bytes, byte: bytes = b" ") -> tuple[float, by
     async with connected(port) as (reader, writer):
         writer.write(request)
         sender = asyncio.create_task(trickle(writer, byte))
-        got = await asyncio.wait_for(until_closed(reader), 20)
+        got = await asyncio.wait_for(until_closed(reader), 60)
         sender.cancel()
     return time.monotonic() - start, got
 
@@ -75,15 +72,16 @@ SLOW = {
 @pytest.mark.parametrize("case", SLOW)
 def test_a_body_that_never_ends_is_let_go(case):
     request, byte, status = SLOW[case]
+    patience = 10 if status == 408 else 0.4  # where its body has its own time, the head has enough
 
     async def run():
-        async with served_here(engine(), body_timeout=0.4, header_timeout=0.4) as (port, server):
+        async with served_here(engine(), body_timeout=0.4, header_timeout=patience) as (port, server):
             took, got = await slow(port, request, byte)
             assert not server.service.bodies.num_bytes
             return took, got
 
     took, got = asyncio.run(run())
-    assert 0.3 < took < 20 and parsed(got)[0] == status
+    assert took > 0.3 and parsed(got)[0] == status
 
 
 def chunked(count: int, size: int) -> bytes:
@@ -144,13 +142,13 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
 
                 idle, _ = await enter(b"")
                 busy = [await enter(head(PATH, 10)) for _ in range(3)]
-                assert await asyncio.wait_for(until_closed(idle), 5) == b"", "the idle one gave way"
+                assert await asyncio.wait_for(until_closed(idle), 60) == b"", "the idle one gave way"
                 refused = await ask(port, post(PATH, SMALL))
                 probe = await ask(port, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
                 for _ in range(20):
                     await enter(b"")  # and say nothing
-                await asyncio.sleep(0.1)
-                assert len(server.server_state.connections) <= 5
+                while len(server.server_state.connections) > 5:
+                    await asyncio.sleep(0.01)
                 busy[0][1].transport.abort()
                 status = 503
                 while status != 200:  # once those that say nothing were let go
@@ -159,7 +157,7 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
                         status, _ = await ask(port, post(PATH, SMALL))
             return refused, probe
 
-    refused, probe = asyncio.run(asyncio.wait_for(run(), 30))
+    refused, probe = asyncio.run(asyncio.wait_for(run(), 120))
     assert refused[0] == 503 and json.loads(refused[1])["error"]["code"] == "too_many_connections"
     assert probe[0] == 200
     assert caplog.text.count("3 connections") == 1
@@ -174,25 +172,16 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 def test_without_descriptors_health_is_still_told(tmp_path):
     """64 descriptors and 200 bodies that do not end."""
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    log, command = tmp_path / "log", [sys.executable, "-c", FEW, "1", "0"]
-    environment = {**os.environ, "PYTHONPATH": path}
-    with (
-        log.open("wb") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=environment) as server,
-    ):
-        try:
-            port = int(server.stdout.readline())
-            assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 20)
-            with contextlib.ExitStack() as stack:
-                for _ in range(200):
-                    client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
-                    with contextlib.suppress(ConnectionError):
-                        client.sendall(head(PATH, 10))
-                assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 5)
-            assert eventually(lambda: answers(f"http://127.0.0.1:{port}"), 5)
-        finally:
-            server.kill()
+    log = tmp_path / "log"
+    with log.open("wb") as file, process(log=file, program=FEW) as (_, url):
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                address = ("127.0.0.1", int(url.rpartition(":")[2]))
+                client = stack.enter_context(socket.create_connection(address, timeout=60))
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(head(PATH, 10))
+            assert eventually(lambda: answers(url))
+        assert eventually(lambda: answers(url))
     text = log.read_text()
     assert text.count("connections: new ones") <= 2 and "Traceback" not in text
 
@@ -211,10 +200,11 @@ def test_what_the_system_lacks_is_a_503():
 
 
 def test_uptime_does_not_follow_a_clock_that_is_set(monkeypatch):
+    began = time.monotonic()
     with listening(engine()) as (_, server):
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now - 1e6)
-        assert server.service._state()["uptime_s"] in (0, 1, 2)
+        assert 0 <= server.service._state()["uptime_s"] <= time.monotonic() - began
 
 
 @pytest.mark.parametrize(

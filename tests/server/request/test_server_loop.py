@@ -104,7 +104,7 @@ def run(work, **settings):
     async def serve(directory: Path):
         engine = FakeEngine(QuickCodec(), max_model_len=65_536)
         async with served_here(engine, directory, **settings) as (port, server):
-            return await asyncio.wait_for(work(port, server), 60)
+            return await asyncio.wait_for(work(port, server), 300)
 
     return serve
 
@@ -164,11 +164,12 @@ def test_a_large_answer_is_the_same_in_pieces(directory, monkeypatch):
 
 
 def test_work_of_many_bytes_waits_for_its_turn(directory):
-    """Two of a few 10 kB at a time, one larger; a small one never waits for them."""
-    most = {}
+    """Two of a few 10 kB at a time, one larger; a small one never waits for them. Those that come first are
+    held until there is room for no more."""
+    most, room = {}, {"small": 5, "middle": 2, "large": 1}
 
     async def work(port, server):
-        service, at_once = server.service, {"small": 0, "middle": 0, "large": 0}
+        service, at_once, full = server.service, dict.fromkeys(room, 0), asyncio.Event()
         read = service.in_thread
 
         async def counted(function, *given):
@@ -178,8 +179,11 @@ def test_work_of_many_bytes_waits_for_its_turn(directory):
             name = "small" if size < bounds.LIGHT else "middle" if size < 256 * 1024 else "large"
             at_once[name] += 1
             most[name] = max(most.get(name, 0), at_once[name])
+            if at_once == room:
+                full.set()
             try:
-                await asyncio.sleep(0.05)
+                await full.wait()
+                await asyncio.sleep(0.05)  # for one that does not wait for its turn
                 return await read(function, *given)
             finally:
                 at_once[name] -= 1
@@ -192,7 +196,7 @@ def test_work_of_many_bytes_waits_for_its_turn(directory):
         assert {status for status, _ in answers} == {200}
 
     asyncio.run(run(work)(directory))
-    assert most == {"small": 5, "middle": 2, "large": 1}
+    assert most == room
 
 
 def scanned(text: str) -> str | None:

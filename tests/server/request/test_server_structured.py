@@ -7,8 +7,7 @@ from typing import Literal
 import openai
 import pydantic
 import pytest
-from server.request.test_server_errors import UNSUPPORTED, VALUE, check
-from server.test_server_api import events
+from support.server.answers import UNSUPPORTED, VALUE, check, events
 from support.server.fake_engine import ByteCodec, FakeEngine, listening, served
 
 from jmoe.server.template.chat_template import ChatTemplate

@@ -108,7 +108,7 @@ def test_where_memory_ends_a_template_is_refused_and_the_process_goes_on():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["the chat template cannot render these messages"] * len(MEMORY)

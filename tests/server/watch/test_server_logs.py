@@ -103,13 +103,21 @@ def test_traffic_is_told_while_there_is_some(caplog):
     engine, live = FakeEngine(), Totals()
     snapshots = iter([EngineSnapshot(0, 0, 0.0, True, 0), EngineSnapshot(2, 1, 0.5, True, 0, 0, 100, 25)])
     last = EngineSnapshot(0, 0, 0.0, True, 0, 0, 100, 25)
-    engine.snapshot = lambda: next(snapshots, last)
+    periods = []
+
+    def snapshot() -> EngineSnapshot:
+        periods.append(1)
+        return next(snapshots, last)
+
+    engine.snapshot = snapshot
 
     async def run() -> None:
         task = asyncio.create_task(log_traffic(engine, live, 0.05))
-        await asyncio.sleep(0.01)
+        while not periods:
+            await asyncio.sleep(0)
         live.prompt_tokens, live.generation_tokens = 10, 5
-        await asyncio.sleep(0.3)  # six periods, of which one has news
+        while len(periods) < 6:  # of which one has news
+            await asyncio.sleep(0.01)
         task.cancel()
 
     asyncio.run(run())

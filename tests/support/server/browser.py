@@ -72,7 +72,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 15.0) -> Any:
+    def until(self, expression: str, seconds: float = 120.0) -> Any:
         """Returns the value of ``expression`` once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):

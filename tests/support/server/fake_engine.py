@@ -62,6 +62,7 @@ class FakeEngine:
     pace: seconds of a step.
     room: largest number of requests.
     fails_at: number of tokens at which a request fails.
+    holds_at: number of tokens at which requests wait until ``going`` is set.
 
     A request with a constraint gets the token of the prompt if it is allowed, else the lowest allowed token.
     """
@@ -69,9 +70,10 @@ class FakeEngine:
     vocab_size = VOCAB
     end_ids = frozenset({EOS})
 
-    def __init__(self, codec=None, max_model_len=64, pace=0.0, room=1000, fails_at=None):
+    def __init__(self, codec=None, max_model_len=64, pace=0.0, room=1000, fails_at=None, holds_at=None):
         self.codec, self.max_model_len, self.pace = codec, max_model_len, pace
-        self.room, self.fails_at = room, fails_at
+        self.room, self.fails_at, self.holds_at = room, fails_at, holds_at
+        self.going = threading.Event()
         self.alive, self.closing = True, False
         self.running: dict[str, Request] = {}
         self.texts: dict[str, Detokenizer] = {}
@@ -171,6 +173,8 @@ class FakeEngine:
 
     def _step(self, request):
         params, done = request.params, len(request.token_ids)
+        if done == self.holds_at and not self.going.is_set():
+            return None
         request.started = request.started or time.monotonic()
         scores = None
         if done == 0 and params.prompt_logprobs is not None:
@@ -271,12 +275,13 @@ def listening(engine: FakeEngine, **changes) -> Iterator[tuple[str, Server]]:
     finally:
         server.ask_to_stop()
         server.ask_to_stop()
-        thread.join(10)
+        thread.join(60)
         engine.closing = True
         assert not thread.is_alive()
 
 
-def eventually(condition, seconds: float = 5.0) -> bool:
+def eventually(condition, seconds: float = 120.0) -> bool:
+    """Whether it comes true; a busy machine has time enough for it."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)

@@ -15,7 +15,7 @@ from jmoe.server.settings import ServerSettings
 
 TICK = 0.002
 LONGEST = 0.05  # seconds
-TRIES = 3
+TRIES = 12  # as long as the machine is busy with something else
 T = TypeVar("T")
 
 

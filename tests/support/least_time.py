@@ -1,0 +1,23 @@
+"""Limits on processor time that other work of the same process cannot break."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+TRIES = 5
+T = TypeVar("T")
+
+
+def within(seconds: float, work: Callable[[], T], what: object = "") -> T:
+    """What ``work`` gives, once it takes less than ``seconds`` of processor time.
+
+    What takes long does so each time; a collection of all that earlier tests left does not.
+    """
+    took = []
+    for _ in range(TRIES):
+        start = time.process_time()
+        result = work()
+        took.append(time.process_time() - start)
+        if took[-1] < seconds:
+            return result
+    raise AssertionError(f"it takes {took} seconds: {what}")

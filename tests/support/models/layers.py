@@ -1,0 +1,23 @@
+"""A layer of experts alone, and what it gives."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jmoe_kernels.choice import choose
+
+from jmoe.config.model import MoEConfig
+from jmoe.moe.layer import MoELayer
+from jmoe.moe.types import TokenFlags
+from jmoe.param import ParamMaker
+
+
+def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
+    make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(3), std=0.4)
+    return MoELayer(cfg, moe, mesh, make, choose("cpu", cfg.dtype, moe.kernel))
+
+
+def run(layer, x, valid):
+    """(outputs of the tokens, statistics)"""
+    graph, state = nnx.split(layer)
+    out = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v)))(state, x, valid)
+    return out.y_TD, out.stats

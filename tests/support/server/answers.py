@@ -1,0 +1,23 @@
+"""What the application's answers must be: an error in its envelope, or a stream of events to its end."""
+
+import json
+
+VALUE, UNSUPPORTED = "invalid_value", "unsupported_parameter"
+
+
+def check(response, status, param=None, code=None):
+    """The message of a refusal, which is in the envelope and names the field and the code."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert (error["param"], error["code"]) == (param, code), error
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return error["message"]
+
+
+def events(response):
+    """The objects of a stream, which must end with ``[DONE]``."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
+    return [json.loads(line[6:]) for line in lines[:-1]]
