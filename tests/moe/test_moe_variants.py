@@ -183,7 +183,7 @@ def test_offloaded_experts_give_the_dense_output(name: str):
     layer, variant = layer_of(name), VARIANTS[name]
     x_TD, store = given(layer), stored(layer)
     routing = router(variant)(logits(layer).astype(np.float32), variant.correction(), None)
-    for y_TD, _, counts, _ in visit_program(layer.apply, variant.k)(store, cache_over(store), x_TD, routing):
+    for y_TD, _, counts, _ in visit_program(layer.math, variant.k)(store, cache_over(store), x_TD, routing):
         np.testing.assert_allclose(y_TD, dense(name), atol=2e-4)
         assert counts["expert_cache_misses"] > 0 and counts["expert_cache_hits"] > 0
 

@@ -34,7 +34,7 @@ from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh
 from jmoe.offload.predictors.expert_map import ExpertMaps
 from jmoe.offload.predictors.history import Renumbered
-from jmoe.offload.predictors.make import NAMES, make_predictor
+from jmoe.offload.predictors.make import NAMES, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
