@@ -57,15 +57,15 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes ``path`` by ``write(file)`` under another name, flushes it to disk, then renames it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def canonical(values: np.ndarray) -> np.ndarray:

@@ -130,7 +130,7 @@ def schedule(
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
-    dispatch = Dispatch(runner.ranks, limits.slots, settings.dispatch, share)
+    dispatch = Dispatch(runner.ranks, limits.max_num_seqs, settings.dispatch, share)
     return Scheduler(pool, limits, sizes.prefill, kind, dispatch)
 
 

@@ -67,7 +67,7 @@ class Engine:
     ):
         self.runner, self.scheduler, self.codec = runner, scheduler, codec
         self.end_ids, self.placement = frozenset(end_ids), placement
-        self.max_model_len, self.vocab_size = scheduler.limits.longest, runner.cfg.vocab_size
+        self.max_model_len, self.vocab_size = scheduler.limits.max_model_len, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._answers = Answers(PromptScores(runner), self.end_ids, self.max_model_len)
         self._started: Started | None = None  # the step that is started and not delivered yet
@@ -88,7 +88,7 @@ class Engine:
     def check(self, requests: Sequence[Request]) -> None:
         """One-line ValueError if one can never be served; EngineDead after ``close``. For any thread."""
         self.check_open()
-        if len(requests) > (most := self.scheduler.limits.queue):
+        if len(requests) > (most := self.scheduler.limits.max_queue):
             raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
         for request in requests:
             self._check(request)
@@ -134,7 +134,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request, waiting or running; an unknown id is that of a finished one and changes nothing."""
-        request = self.scheduler.drop(request_id)
+        request = self.scheduler.abort(request_id)
         if request is not None:
             self._ended(request, Output(request_id, finish_reason="abort"))
 
@@ -144,7 +144,7 @@ class Engine:
             self.check([request])
         left, scheduler = requests[::-1], self.scheduler
         while left or self.busy:
-            while left and len(scheduler.waiting) < scheduler.limits.queue:
+            while left and len(scheduler.waiting) < scheduler.limits.max_queue:
                 self.enqueue([left.pop()])
             self.step()
 
@@ -208,8 +208,8 @@ class Engine:
         now = time.monotonic()
         scored, changes = jax.device_get((started.scores, started.changes_B))
         for placed in started.placed:
-            run, row = placed.run, placed.row
-            run.request.place.drawn -= run.draws
+            run, row = placed.run, placed.sample_row
+            run.request.place.num_in_flight -= run.is_sampled
             if self.runner.lossy:
                 count_assignments(placed, changes, self.runner.cfg)
             drawn = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
@@ -226,7 +226,7 @@ class Engine:
         run, request = placed.run, placed.run.request
         token, scores, finite = drawn
         self._answers.scores.keep(placed, scored)
-        if request.place.ended or not run.draws:
+        if request.place.is_ended or not run.is_sampled:
             return
         if not finite:
             self.scheduler.spoil(request)
@@ -239,7 +239,7 @@ class Engine:
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)
         if request.place.rank >= 0:
-            self.scheduler.tell(request)
+            self.scheduler.name_pages(request)
         request.first_token = request.first_token or now
         for listener in self.listeners:
             listener.token(request, now)
@@ -262,7 +262,7 @@ class Engine:
         log.error("%s. This is a fault of the engine; restart it and report it", cause)
         for placed in started.placed:
             self.scheduler.spoil(placed.run.request)
-            if not placed.run.request.place.ended:
+            if not placed.run.request.place.is_ended:
                 self._fail(placed.run.request, cause)
 
     def _fail(self, request: Request, cause: str, *, invalid: bool = False) -> None:
@@ -277,7 +277,7 @@ class Engine:
                 raise
             log.exception("request %s failed on the host", request.id)
             self.scheduler.spoil(request)  # its pages may hold anything
-            if not request.place.ended:
+            if not request.place.is_ended:
                 self._fail(request, "the request failed on the host; the log has the cause")
 
     def _end(self, request: Request, output: Output) -> None:
@@ -297,7 +297,7 @@ class Engine:
         """Ends every request, once no step can run any more."""
         self._started = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            tell(self.scheduler.drop, request.id)  # what broke the step may have broken its lists
+            tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists
             tell(self._ended, request, Output(request.id, finish_reason=reason, error=cause))
 
     # ---- looking in --------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def lower_step(
     if tokens == 1:
         inputs = blank_input(cfg.vocab_size, sizes, ranks, "decode", sequences, 1)
     else:
-        inputs = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // sizes.run, sizes.run, most)
+        row = sizes.row_tokens
+        inputs = blank_input(cfg.vocab_size, sizes, ranks, "prefill", tokens // row, row, most)
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
     latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)

@@ -176,32 +176,32 @@ class Request:
 class Place:
     """A request's state in the scheduler. Token counts include those of steps that were already started.
 
-    number: order of arrival.
-    passed: how many later requests were admitted first.
+    arrival: order of arrival.
+    times_overtaken: how many later requests were admitted first.
     rank: rank on which the request runs; -1 while it waits.
     seat: a number that no other running request has, below the maximum of running requests.
-    pages: KV pages that the request holds while it runs.
-    names: names of its pages; None if they are not shared.
-    named: number of its full pages that the rank already knows by name.
-    begun: tokens found in cached pages at admission.
-    goal: tokens to prefill.
-    computed: tokens whose keys and values are in the pages.
-    drawn: tokens that the device has sampled and the host has not seen.
-    ended: whether nothing of the request is wanted any more.
+    block_table: KV pages that the request holds while it runs.
+    page_names: names of its pages; None if they are not shared.
+    num_named_pages: number of its full pages that the rank already knows by name.
+    num_cached_tokens: tokens found in cached pages at admission.
+    num_prefill_tokens: tokens to prefill.
+    num_computed_tokens: tokens whose keys and values are in the pages.
+    num_in_flight: tokens that the device has sampled and the host has not seen.
+    is_ended: whether nothing of the request is wanted any more.
     """
 
-    number: int = -1
-    passed: int = 0
+    arrival: int = -1
+    times_overtaken: int = 0
     rank: int = -1
     seat: int = -1
-    pages: list[int] = field(default_factory=list)
-    names: PageNames | None = None
-    named: int = 0
-    begun: int = 0
-    goal: int = 0
-    computed: int = 0
-    drawn: int = 0
-    ended: bool = False
+    block_table: list[int] = field(default_factory=list)
+    page_names: PageNames | None = None
+    num_named_pages: int = 0
+    num_cached_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_in_flight: int = 0
+    is_ended: bool = False
 
 
 @dataclass(frozen=True)

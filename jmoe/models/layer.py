@@ -150,8 +150,8 @@ def token_flags(seqs: Sequences) -> TokenFlags:
         return seqs.grid(rows).reshape(-1)
 
     exact, decoded_T = [own.exact_B for own in seqs.pieces if own.exact_B is not None], None
-    if seqs.beside is not None:
-        decoded_T = each_T([jnp.full(len(own.tokens_BT), own is seqs.beside) for own in seqs.pieces])
+    if seqs.decoding is not None:
+        decoded_T = each_T([jnp.full(len(own.tokens_BT), own is seqs.decoding) for own in seqs.pieces])
     valid_T = (seqs.positions_RN >= 0).reshape(-1)
     return TokenFlags(valid_T, each_T(exact) if exact else None, decoded_T=decoded_T)
 

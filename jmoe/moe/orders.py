@@ -56,10 +56,10 @@ class Hints:
     history_N2: Int[Array, "N 2"] | None
 
     @classmethod
-    def make(cls, tables: ShuffleTables, been: list[Array]) -> "Hints":
+    def make(cls, tables: ShuffleTables, history: list[Array]) -> "Hints":
         """The hints of the next layer. been: the tokens' ranks ``[N]`` in every layer so far."""
-        knows = tables.by_history_HR is not None and len(been) >= LOOK_BACK
-        return cls(tables, jnp.stack(been[-LOOK_BACK:], axis=1) if knows else None)
+        knows = tables.by_history_HR is not None and len(history) >= LOOK_BACK
+        return cls(tables, jnp.stack(history[-LOOK_BACK:], axis=1) if knows else None)
 
 
 @jax.tree_util.register_dataclass

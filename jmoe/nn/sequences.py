@@ -22,13 +22,13 @@ class Sequences:
     seats_B: seat of each row's request, a number that it keeps while it runs (see ``Place.seat``).
     fresh_B: rows that begin with the first token of their sequence that is computed; None means the rows that
         begin at position 0.
-    beside: rows of one token each, of sequences that decode in the same step; every rank has equally many.
-    rows: number of rows per rank, without ``beside``; used only if there is ``beside``.
+    decoding: rows of one token each, of sequences that decode in the same step; every rank has equally many.
+    num_rows: number of rows per rank, without ``decoding``; used only if there is ``decoding``.
     phase: "decode" if every token continues an answer. A step with prompt tokens is a prefill step, as they
         touch nearly every expert anyway.
 
-    All tokens together form a grid ``[R, n]``: row r has rank r's ``beside`` tokens, then its other tokens.
-    Without ``beside`` the grid is ``[B, T]``. Flattened, either has N tokens.
+    All tokens together form a grid ``[R, n]``: row r has rank r's ``decoding`` tokens, then its other tokens.
+    Without ``decoding`` the grid is ``[B, T]``. Flattened, either has N tokens.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -37,13 +37,13 @@ class Sequences:
     exact_B: Bool[Array, " B"] | None = None
     seats_B: Int[Array, " B"] | None = None
     fresh_B: Bool[Array, " B"] | None = None
-    beside: "Sequences | None" = None
-    rows: int = field(default=1, metadata={"static": True})
+    decoding: "Sequences | None" = None
+    num_rows: int = field(default=1, metadata={"static": True})
     phase: Phase = field(default="prefill", metadata={"static": True})
 
     @property
     def pieces(self) -> "tuple[Sequences, ...]":
-        return (self,) if self.beside is None else (self.beside, self)
+        return (self,) if self.decoding is None else (self.decoding, self)
 
     @property
     def tokens_RN(self) -> Int[Array, "R n"]:
@@ -57,13 +57,13 @@ class Sequences:
         """Joins arrays ``[B, T, ...]``, one per piece, into a grid."""
         if len(parts) == 1:
             return parts[0]
-        ranks, rest = self.tokens_BT.shape[0] // self.rows, parts[0].shape[2:]
+        ranks, rest = self.tokens_BT.shape[0] // self.num_rows, parts[0].shape[2:]
         return jnp.concatenate([part.reshape(ranks, -1, *rest) for part in parts], axis=1)
 
     def cut(self, grid_RN: Array) -> list[Array]:
         """Cuts a grid into arrays ``[B, T, ...]``, one per piece."""
-        if self.beside is None:
+        if self.decoding is None:
             return [grid_RN]
         t, rest = self.tokens_BT.shape[1], grid_RN.shape[2:]
-        b = grid_RN.shape[1] - self.rows * t
+        b = grid_RN.shape[1] - self.num_rows * t
         return [grid_RN[:, :b].reshape(-1, 1, *rest), grid_RN[:, b:].reshape(-1, t, *rest)]

@@ -66,7 +66,7 @@ class ExpertCache:
     predictor: predictor of the experts that the next layers need.
     pool: weights of the experts on the device, ``[S + 1, ...]``; nobody reads the last slot.
     rule: eviction rule and prefetch limits.
-    beside: whether copies overlap with compute.
+    has_parallel_copies: whether copies overlap with compute.
     ranks: ranks that share the cache.
     """
 
@@ -74,7 +74,7 @@ class ExpertCache:
     predictor: Predictor
     pool: ExpertWeights
     rule: Rule = field(metadata={"static": True})
-    beside: bool = field(metadata={"static": True})
+    has_parallel_copies: bool = field(metadata={"static": True})
     ranks: Ranks = field(default=Ranks(), metadata={"static": True})
 
     @property
@@ -92,7 +92,7 @@ class Visit:
     cache: state of the cache at this layer.
     walk: the predictor's own state in this step; None in prefill.
     layer: number of the layer.
-    untold: counts of copies made before the first layer; they are added to the first layer's counts.
+    pending_counts: counts of copies made before the first layer; they are added to the first layer's counts.
     ahead_TAE: scores that the routers of the next layers give to this layer's tokens, for a predictor that
         uses them.
     row_N: row of each token if this layer's tokens were shuffled.
@@ -102,7 +102,7 @@ class Visit:
     cache: ExpertCache
     walk: Any
     layer: Int[Array, ""]
-    untold: Counts
+    pending_counts: Counts
     ahead_TAE: Float[Array, "T A E"] | None = None
     row_N: Int[Array, " N"] | None = None
 
@@ -121,7 +121,7 @@ class Visit:
         table = decide.foresee(cache.table, 0, cache.ranks.own_forecast(forecast, self._experts))
         table, moves = decide.prefetch(table, cache.rule, BEFORE)
         visit = replace(self._with(table._replace(slots=land(table.slots))), walk=walk)
-        visit = replace(visit, untold=cache.ranks.total(visit._count_prefetch(moves)))
+        visit = replace(visit, pending_counts=cache.ranks.total(visit._count_prefetch(moves)))
         visit, begun = visit._begun(moves)
         return visit._landed(moves, begun)
 
@@ -181,8 +181,8 @@ class Visit:
             bytes_host_to_device=misses, prefetch_useful_bytes=useful,
         )  # fmt: skip
         own = ranks.total(jax.tree.map(jnp.add, own, self._count_prefetch(wishes)))
-        counts = jax.tree.map(jnp.add, own, self.untold)
-        visit = replace(visit, layer=self.layer + 1, untold=_counts(), ahead_TAE=None, row_N=None)
+        counts = jax.tree.map(jnp.add, own, self.pending_counts)
+        visit = replace(visit, layer=self.layer + 1, pending_counts=_counts(), ahead_TAE=None, row_N=None)
         return y_TD, traffic, counts, visit
 
     @property
@@ -217,7 +217,7 @@ class Visit:
         If they were made after the layer's experts, they would change a pool without anything that says it
         was read before: XLA:CPU would copy the whole pool in every layer.
         """
-        if self.cache.beside:
+        if self.cache.has_parallel_copies:
             return self, [fetch(self.store, moves.experts_M[i]) for i in range(moves.experts_M.shape[0])]
         return self._with_pool(copy_in(self.cache.pool, self.store, moves)), []
 
@@ -230,7 +230,7 @@ class Visit:
 
     def _count_prefetch(self, moves: Moves) -> Counts:
         cache = self.cache
-        copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.beside else moves.count
+        copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.has_parallel_copies else moves.count
         return _counts(
             expert_cache_evictions=moves.evicted, bytes_host_to_device=copied, prefetch_bytes=copied
         )

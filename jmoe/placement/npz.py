@@ -43,15 +43,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file next to ``path`` that replaces it once it is whole on the disk. If anything ends the writing
     earlier, even a kill, the former file at ``path`` stays."""
     path = path.resolve()  # a link stays a link
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
 from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.settings import EngineSettings
-from jmoe.engine.offload.build import copies_run_beside, count_slots
+from jmoe.engine.offload.build import count_slots, has_parallel_copies
 from jmoe.mesh import TENSOR, platform_of
 from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.nn.kinds import page_bytes
@@ -92,7 +92,7 @@ def _offload(found: Deployment) -> dict[str, Any] | None:
         "eviction": offload.eviction,
         "executor": executor,
         "why": why,
-        "copies_beside": copies_run_beside(mesh),
+        "copies_beside": has_parallel_copies(mesh),
     }
 
 

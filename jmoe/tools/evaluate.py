@@ -46,11 +46,11 @@ class Score:
     tokens: int = 0
     _begun: tuple[Array, np.ndarray] | None = None
 
-    def begin(self, logprobs: Array, asked: np.ndarray) -> int:
-        """Takes log-probabilities that the device may still compute; those marked in ``asked`` are scored.
+    def begin(self, logprobs: Array, scored: np.ndarray) -> int:
+        """Takes log-probabilities that the device may still compute; those marked in ``scored`` are scored.
         Returns their number."""
         self.settle()
-        self._begun, count = (logprobs, asked), int(asked.sum())
+        self._begun, count = (logprobs, scored), int(scored.sum())
         self.tokens += count
         return count
 
@@ -58,8 +58,8 @@ class Score:
         """Waits for the begun log-probabilities. Raises ValueError if one of them is not finite."""
         if self._begun is None:
             return
-        logprobs, asked = np.asarray(self._begun[0]), self._begun[1]
-        self._begun, found = None, logprobs[asked]
+        logprobs, scored = np.asarray(self._begun[0]), self._begun[1]
+        self._begun, found = None, logprobs[scored]
         if not np.isfinite(found).all():
             bad = int(np.sum(~np.isfinite(found)))
             raise ValueError(f"the model gave NaN logits for {bad} of {len(found)} tokens: nothing to score")
@@ -136,15 +136,18 @@ def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, 
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
             inputs = runner.blank("prefill", per_rank, size)
-            targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
+            targets, scored = (
+                np.zeros_like(inputs.main_rows.tokens_BT),
+                np.zeros(inputs.main_rows.tokens_BT.shape, bool),
+            )
             for row, window in enumerate(batch):
                 n = max(0, min(size, left[row]))
                 _fill(inputs, row, window, done[row], n, pool.table[row])
                 following = window[done[row] + 1 : done[row] + n + 1]
-                targets[row, : len(following)], asked[row, : len(following)] = following, True
+                targets[row, : len(following)], scored[row, : len(following)] = following, True
                 done[row] += n
             hidden_RND = runner.run(inputs).hidden_RND
-            count(score.begin(runner.logprobs(hidden_RND, targets), asked))
+            count(score.begin(runner.logprobs(hidden_RND, targets), scored))
     score.settle()
     return score
 
@@ -173,13 +176,16 @@ def score_decode(
             score.settle()
             return score
         inputs = runner.blank("decode", per_rank, 1)
-        targets, asked = np.zeros_like(inputs.own.tokens_BT), np.zeros(inputs.own.tokens_BT.shape, bool)
+        targets, scored = (
+            np.zeros_like(inputs.main_rows.tokens_BT),
+            np.zeros(inputs.main_rows.tokens_BT.shape, bool),
+        )
         for i, window, at in active:
             _fill(inputs, i, window, at, 1, pool.table[i])
-            targets[i, 0], asked[i, 0] = window[at + 1], True
+            targets[i, 0], scored[i, 0] = window[at + 1], True
             places[i] = (window, at + 1)
         hidden_RND = runner.run(inputs).hidden_RND
-        count(score.begin(runner.logprobs(hidden_RND, targets), asked))
+        count(score.begin(runner.logprobs(hidden_RND, targets), scored))
 
 
 def rows_a_rank(runner: Runner, batch_size: int) -> int:
@@ -192,17 +198,17 @@ class PageRows:
 
     def __init__(self, engine: Engine, per_rank: int):
         sizes = engine.runner.sizes
-        need = per_rank * sizes.table
+        need = per_rank * sizes.table_width
         if need > sizes.pages_per_rank:
             raise ValueError(
                 f"a batch of {per_rank} windows a rank needs {need} KV pages and there are "
                 f"{sizes.pages_per_rank}: lower --batch-size or raise --kv-memory"
             )
-        one_rank = np.arange(need, dtype=np.int32).reshape(per_rank, sizes.table)
+        one_rank = np.arange(need, dtype=np.int32).reshape(per_rank, sizes.table_width)
         self.table = np.tile(one_rank, (engine.runner.ranks, 1))
 
 
 def _fill(inputs: StepInput, row: int, window: list[int], start: int, count: int, table: np.ndarray) -> None:
-    inputs.own.tokens_BT[row, :count] = window[start : start + count]
-    inputs.own.positions_BT[row, :count] = np.arange(start, start + count)
-    inputs.own.table_BM[row] = table
+    inputs.main_rows.tokens_BT[row, :count] = window[start : start + count]
+    inputs.main_rows.positions_BT[row, :count] = np.arange(start, start + count)
+    inputs.main_rows.table_BM[row] = table

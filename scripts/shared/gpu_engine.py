@@ -94,13 +94,13 @@ class DecodeBench:
         """(median seconds of a step, its mean active experts a layer)."""
         runner, rng = self.runner, np.random.default_rng(batch)
         blank = runner.blank("decode", batch, 1)
-        table = np.arange(batch * runner.sizes.table, dtype=np.int32).reshape(batch, -1)
+        table = np.arange(batch * runner.sizes.table_width, dtype=np.int32).reshape(batch, -1)
 
         def given(i: int):
             tokens = rng.integers(0, self.cfg.vocab_size, (batch, 1)).astype(np.int32)
             positions = np.full((batch, 1), CONTEXT + i, np.int32)
-            own = blank.own._replace(tokens_BT=tokens, positions_BT=positions, table_BM=table)
-            return replace(blank, own=own)
+            own = blank.main_rows._replace(tokens_BT=tokens, positions_BT=positions, table_BM=table)
+            return replace(blank, main_rows=own)
 
         jax.block_until_ready(runner.run(given(0)))
         runner.drain()

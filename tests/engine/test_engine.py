@@ -56,8 +56,8 @@ def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
 )
 def test_few_sizes_compile_beside_prompts(decode: tuple[int, ...], beside: tuple[int, ...]):
     sizes = Sizes(decode, (32,), 8, 40, 8)
-    assert sizes.beside == beside
-    assert [sizes.beside_size(runs) for runs in (1, beside[-1])] == [beside[0], beside[-1]]
+    assert sizes.mixed_decode == beside
+    assert [sizes.mixed_decode_size(runs) for runs in (1, beside[-1])] == [beside[0], beside[-1]]
 
 
 def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, monkeypatch):
@@ -66,8 +66,8 @@ def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, mo
     run = wide.runner.run
 
     def recorded(given):
-        if given.beside is not None:
-            seen.append(len(given.beside.seats_B))
+        if given.decode_rows is not None:
+            seen.append(len(given.decode_rows.seats_B))
         return run(given)
 
     monkeypatch.setattr(wide.runner, "run", recorded)

@@ -10,7 +10,7 @@ from jmoe.engine.request import QueueFull, Request, SamplingParams
 from jmoe.engine.schedule.admission import REASONS, Dispatch
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.plan import Run, Step
-from jmoe.engine.schedule.scheduler import MAX_PASSED, Limits, Scheduler
+from jmoe.engine.schedule.scheduler import MAX_OVERTAKEN, Limits, Scheduler
 from jmoe.engine.step.inputs import Sizes
 from jmoe.engine.text.codec import Detokenizer, TextCodec
 
@@ -34,11 +34,11 @@ def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
     """Does what the engine does once a step has ended, for requests that need more than it gave."""
     for run in step.decodes + step.prompts:
         place = run.request.place
-        place.drawn -= run.draws
-        if run.draws and not place.ended:
+        place.num_in_flight -= run.is_sampled
+        if run.is_sampled and not place.is_ended:
             run.request.token_ids.append(token)
             if place.rank >= 0:
-                scheduler.tell(run.request)
+                scheduler.name_pages(run.request)
             if len(run.request.token_ids) == run.request.params.max_tokens or run.request.length == 20:
                 scheduler.finish(run.request)
 
@@ -90,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """
         for rank in range(self.RANKS):
             counts = [-(-run.count // self.SIZE) for run in step.prompts if run.request.place.rank == rank]
-            assert sum(counts) * self.SIZE <= step.size
+            assert sum(counts) * self.SIZE <= step.prompt_size
         for rank, source, target in step.copies:
             self.held[rank, target] = self.held[rank, source]
         for piece in ([[run] for run in step.decodes], [step.prompts]):
@@ -102,9 +102,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _write(self, run: Run) -> None:
         place, tokens = run.request.place, [*run.request.tokens, 0]
-        assert run.decodes or run.start % self.SIZE == 0
+        assert run.is_decode or run.start % self.SIZE == 0
         for at in range(run.start, run.start + run.count):
-            page = place.rank, place.pages[at // self.SIZE]
+            page = place.rank, place.block_table[at // self.SIZE]
             before = self.held.get(page, ())[: at % self.SIZE]
             first = at - at % self.SIZE
             assert list(before) == tokens[first:at], "what came before is there"
@@ -114,14 +114,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         place, tokens = run.request.place, [*run.request.tokens, 0]
         for index in range((run.start + run.count) // self.SIZE):
             want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
-            assert self.held[place.rank, place.pages[index]] == want
+            assert self.held[place.rank, place.block_table[index]] == want
 
     @rule(data=st.data())
     def abort(self, data):
         if self.order:
             chosen = data.draw(st.sampled_from(self.order))
             here = chosen in self.scheduler.running or chosen in self.scheduler.waiting
-            assert (self.scheduler.drop(chosen.id) is chosen) == here
+            assert (self.scheduler.abort(chosen.id) is chosen) == here
             assert not chosen.place.pages, "its pages are free at once"
 
     @invariant()
@@ -129,11 +129,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for number, rank in enumerate(self.pool.ranks):
             users = [0] * self.PAGES
             for r in self.scheduler.running:
-                for page in r.place.pages if r.place.rank == number else ():
+                for page in r.place.block_table if r.place.rank == number else ():
                     users[page] += 1
-            assert rank.users == users
-            assert sorted([*rank.blank, *rank.kept, *(p for p, n in enumerate(users) if n)]) == list(range(6))
-            assert all(rank.named[name] == p for p in range(self.PAGES) for name in rank.names[p])
+            assert rank.num_users == users
+            used = [page for page, n in enumerate(users) if n]
+            assert sorted([*rank.blank, *rank.cached, *used]) == list(range(6))
+            assert all(rank.page_of[name] == p for p in range(self.PAGES) for name in rank.names[p])
             assert sum(r.place.rank == number for r in self.scheduler.running) <= 2
 
     @invariant()
@@ -143,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_passed_without_end(self):
-        assert all(r.place.passed <= MAX_PASSED for r in self.order)
+        assert all(r.place.times_overtaken <= MAX_OVERTAKEN for r in self.order)
 
     def teardown(self):
         """Checks that without new requests everything ends and all pages are free."""
@@ -212,15 +213,15 @@ def test_prompts_are_cut_to_the_budget_that_decoding_leaves():
     scheduler = scheduler_of(PagePool(1, 40, 4), budget=10, longest=100)
     scheduler.add([request("0", 3, 50), request("1", 21, 50, token=1)])
     first = scheduler.next_step()
-    runs = [(r.request.id, r.start, r.count, r.draws) for r in first.prompts]
+    runs = [(r.request.id, r.start, r.count, r.is_sampled) for r in first.prompts]
     assert runs == [("0", 0, 3, True), ("1", 0, 4, False)] and not first.decodes
-    assert first.size == 8, "a row of 4 tokens each"
+    assert first.prompt_size == 8, "a row of 4 tokens each"
     deliver(scheduler, first)
     seen = []
     while not seen or not seen[-1][-1]:
         step = scheduler.next_step()
         assert [r.request.id for r in step.decodes] == ["0"], "decoding goes on beside the prompt"
-        seen += [(r.start, r.count, r.draws) for r in step.prompts]
+        seen += [(r.start, r.count, r.is_sampled) for r in step.prompts]
         deliver(scheduler, step)
     assert seen == [(4, 8, False), (12, 9, True)], "within 10 - 1 tokens whole pages of 4, or to the end"
 
@@ -232,7 +233,7 @@ def test_a_step_holds_as_many_prompts_as_its_budget_and_the_oldest_goes_on_first
     steps = [scheduler.next_step() for _ in range(2)]
     runs = [[(r.request.id, r.start, r.count) for r in step.prompts] for step in steps]
     assert runs == [[("0", 0, 3), ("1", 0, 6), ("2", 0, 4)], [("2", 4, 5), ("3", 0, 2)]]
-    assert [step.size for step in steps] == [16, 12] and len(steps[1].decodes) == 2
+    assert [step.prompt_size for step in steps] == [16, 12] and len(steps[1].decodes) == 2
 
 
 def test_prompts_of_one_step_read_the_pages_that_it_writes_and_copy_none():
@@ -243,7 +244,7 @@ def test_prompts_of_one_step_read_the_pages_that_it_writes_and_copy_none():
         ("0", 0, 10), ("same", 8, 2), ("even", 4, 4),
     ]  # fmt: skip
     assert not step.copies and not step.decodes
-    first, same, even = (run.request.place.pages for run in step.prompts)
+    first, same, even = (run.request.place.block_table for run in step.prompts)
     assert first[:2] == same[:2] and first[0] == even[0] and first[1] != even[1]
 
 
@@ -253,13 +254,13 @@ def test_a_prompt_that_waits_for_pages_is_overtaken_a_few_times_only():
     scheduler.next_step()  # it is not delivered, and so holds its pages
     scheduler.add([request("long", 24, 4, token=1000)])
     entered = []
-    for i in range(3 * MAX_PASSED):
+    for i in range(3 * MAX_OVERTAKEN):
         scheduler.add([request(str(i), 1, 1, token=i + 1)])
         step = scheduler.next_step()
         for run in step.prompts if step is not None else ():
             entered.append(run.request.id)
             scheduler.finish(run.request)
-    assert entered == [str(i) for i in range(MAX_PASSED)]
+    assert entered == [str(i) for i in range(MAX_OVERTAKEN)]
     scheduler.finish(scheduler.running[0])
     assert scheduler.next_step().prompts[0].request.id == "long"
 
@@ -274,8 +275,8 @@ def test_the_latest_gives_way_and_runs_again_from_its_tokens():
     told = list(young.token_ids)
     while young.place.rank < 0:
         deliver(scheduler, scheduler.next_step())
-    assert old.place.ended and len(old.token_ids) == 12, "the oldest went on to its end"
-    assert young.token_ids[: len(told)] == told and young.place.goal == 4 + len(told)
+    assert old.place.is_ended and len(old.token_ids) == 12, "the oldest went on to its end"
+    assert young.token_ids[: len(told)] == told and young.place.num_prefill_tokens == 4 + len(told)
 
 
 def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
@@ -288,23 +289,32 @@ def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
         made = Request(name, tokens, params, lambda output: None, 0.0)
         scheduler.add([made])
         step = scheduler.next_step()
-        assert made.place.goal == len(tokens)
+        assert made.place.num_prefill_tokens == len(tokens)
         return made, step
 
     prompt = list(range(10))
     first, _ = enter("first", prompt)
     same, step = enter("same", prompt)
-    assert same.place.pages[:2] == first.place.pages[:2] and same.place.pages[2] != first.place.pages[2]
-    assert step.copies == [(0, first.place.pages[2], same.place.pages[2])]
+    assert (
+        same.place.block_table[:2] == first.place.block_table[:2]
+        and same.place.block_table[2] != first.place.block_table[2]
+    )
+    assert step.copies == [(0, first.place.block_table[2], same.place.block_table[2])]
     assert [(r.request.id, r.start, r.count) for r in step.decodes if r.request is same] == [("same", 9, 1)]
     longer, step = enter("longer", [*prompt, 10, 11, 12])
-    assert longer.place.pages[:2] == first.place.pages[:2] and step.prompts[0].start == 8 and not step.copies
+    assert (
+        longer.place.block_table[:2] == first.place.block_table[:2]
+        and step.prompts[0].start == 8
+        and not step.copies
+    )
     even, _ = enter("even", prompt[:8])
-    assert even.place.begun == 7 and even.place.pages[0] == first.place.pages[0], "the last page is copied"
+    assert even.place.num_cached_tokens == 7 and even.place.block_table[0] == first.place.block_table[0], (
+        "the last page is copied"
+    )
     assert [r.cached_tokens for r in (first, same, longer, even)] == [0, 9, 8, 7]
     for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
-        assert other.place.begun == other.cached_tokens == 0
-        assert not set(other.place.pages) & set(first.place.pages)
+        assert other.place.num_cached_tokens == other.cached_tokens == 0
+        assert not set(other.place.block_table) & set(first.place.block_table)
     assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
 

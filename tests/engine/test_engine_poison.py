@@ -82,10 +82,10 @@ def test_pages_of_a_request_that_failed_serve_nobody(engine: Engine):
 
 def test_names_are_forgotten_whoever_holds_the_page():
     pages = RankPages(4)
-    used, kept = pages.take(2)
+    used, kept = pages.allocate(2)
     pages.name(used, b"a"), pages.name(kept, b"b"), pages.name(kept, b"c")
-    pages.give_back([kept])
+    pages.free([kept])
     pages.forget([used, kept, kept])
-    assert not pages.named and not pages.kept and used not in pages.blank and kept in pages.blank
-    pages.give_back([used])
-    assert sorted(pages.blank) == [0, 1, 2, 3] and not pages.kept
+    assert not pages.page_of and not pages.cached and used not in pages.blank and kept in pages.blank
+    pages.free([used])
+    assert sorted(pages.blank) == [0, 1, 2, 3] and not pages.cached

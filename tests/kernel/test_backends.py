@@ -21,7 +21,7 @@ from jmoe_kernels.paged_attention import Heads, Span
 
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.deployment.memory import device_room
-from jmoe.engine.offload.build import copies_run_beside, pick_executor
+from jmoe.engine.offload.build import has_parallel_copies, pick_executor
 from jmoe.moe.transport import emulated_ragged_all_to_all, get_exchange
 
 RULE = Rule("affinity", 8)
@@ -119,7 +119,7 @@ def test_the_engine_reads_the_record(platform: str, storage, tokens, exchange, e
     assert get_exchange(platform, "expert").func is exchange
     picked, why = pick_executor(OffloadConfig(slots_per_layer=2), mesh_on(platform))  # pyright: ignore
     assert picked == executor and why == get_backend(platform).why_executor
-    assert copies_run_beside(mesh_on(platform)) == beside  # pyright: ignore
+    assert has_parallel_copies(mesh_on(platform)) == beside  # pyright: ignore
     device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 7}, device_kind="it")
     room = device_room(device)
     assert room is not None and (room.bytes == 7) == (not get_backend(platform).has_host_memory)

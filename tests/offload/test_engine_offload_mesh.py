@@ -157,7 +157,7 @@ def test_copies_beside_compute_bring_the_same_on_every_rank(model: Path, residen
     engine = meshed(model, (1, 2, 1), slots_per_layer=2, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):
         assert engine.runner.cache is not None
-        engine.runner.cache = replace(engine.runner.cache, beside=True)
+        engine.runner.cache = replace(engine.runner.cache, has_parallel_copies=True)
         assert serve(engine, prompts(6)) == resident
         decode = check_counters(engine)
         check_pool(engine)

@@ -81,7 +81,7 @@ def test_copies_beside_compute_bring_the_same(model: Path, resident):
     engine = offloaded(model, slots_per_layer=3, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):
         assert engine.runner.cache is not None
-        engine.runner.cache = replace(engine.runner.cache, beside=True)
+        engine.runner.cache = replace(engine.runner.cache, has_parallel_copies=True)
         engine.runner.run(engine.runner.blank("decode", 1, 1))
         assert engine.moe_stats()["decode"]["prefetch_bytes"] == 0, "a step of padding counts as none"
         assert serve(engine, prompts(4)) == resident[4]
@@ -142,13 +142,13 @@ def test_a_prompt_leaves_the_slots_as_they_are(model: Path):
 
     with closing(engine):
         before, given = table(), engine.runner.blank("prefill", 1, 64)
-        given.own.tokens_BT[0, :9], given.own.positions_BT[0, :9] = np.arange(9), np.arange(9)
+        given.main_rows.tokens_BT[0, :9], given.main_rows.positions_BT[0, :9] = np.arange(9), np.arange(9)
         engine.runner.run(given)
         assert engine.moe_stats()["prefill"]["expert_cache_misses"] > 0
         for had, has in zip(before, table(), strict=True):
             np.testing.assert_array_equal(had, has)
         given = engine.runner.blank("decode", 1, 1)
-        given.own.tokens_BT[0], given.own.positions_BT[0] = 9, 9
+        given.main_rows.tokens_BT[0], given.main_rows.positions_BT[0] = 9, 9
         engine.runner.run(given)
         assert any((had != has).any() for had, has in zip(before, table(), strict=True))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
-from jmoe.offload.predictors.make import NAMES, Given, PredictorSizes, make_predictor
+from jmoe.offload.predictors.make import NAMES, Oracle, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
@@ -116,7 +116,7 @@ def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
     with pytest.raises(ValueError, match="next_gate needs the scores"):
         walked(make_predictor("next_gate", sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
     needs_LE = rng.random((LAYERS, E)) < 0.4
-    oracle = replace(Given(jnp.zeros((LAYERS, E), bool), A), needs_LE=jnp.asarray(needs_LE))
+    oracle = replace(Oracle(jnp.zeros((LAYERS, E), bool), A), needs_LE=jnp.asarray(needs_LE))
     check_plan(walked(oracle, seen, layers)[1], needs_LE.astype(float), needs_LE)
     _, forecasts = walked(make_predictor("none", sizes()), seen, layers)
     assert all(not f.p_AE.any() and not f.wanted_AE.any() for f in forecasts)

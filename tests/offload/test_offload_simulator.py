@@ -27,7 +27,7 @@ from support.models.offloaded import (
 from jmoe.config.model import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
-from jmoe.offload.predictors.make import Given, NoPredictor
+from jmoe.offload.predictors.make import NoPredictor, Oracle
 from jmoe.offload.table import Rule, fill, new_table
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
@@ -75,7 +75,7 @@ def decode_behind_all_prompts(engine: Engine) -> None:
     continues = scheduler._continues
 
     def waits(request: Request) -> bool:
-        prompts = any(r.place.computed < r.place.goal for r in scheduler.running)
+        prompts = any(r.place.num_computed_tokens < r.place.num_prefill_tokens for r in scheduler.running)
         return not (scheduler.waiting or prompts) and continues(request)
 
     scheduler._continues = waits
@@ -127,7 +127,7 @@ def test_the_oracle_runs_in_the_executor(model: Path, traces):
     with closing(offloaded(model, slots_per_layer=4, predictor="none")) as engine:
         start = jax.tree.map(jnp.copy, engine.runner.cache.table)
         rule = engine.runner.cache.rule
-        oracle = Given(jnp.zeros(needs.shape[1:], bool), rule.ahead)
+        oracle = Oracle(jnp.zeros(needs.shape[1:], bool), rule.ahead)
         engine.runner = replay(engine.runner, oracle, iter(zip(needs, due, strict=True)))
         assert serve(engine, prompts) == answers
         counted = decode_counts(engine)
@@ -194,7 +194,7 @@ def test_a_prefetch_that_is_still_on_its_way_is_late():
     table = empty_table(30, 5, 12)
     found = {}
     for copy_time in (0.0, 1.0, 6.0):
-        state = begin(table, Given(jnp.zeros((5, 12), bool), 3))
+        state = begin(table, Oracle(jnp.zeros((5, 12), bool), 3))
         known = (needs, next_uses(needs))
         link = Link(copy_time, 1.0)
         found[copy_time] = simulator.run(state, trace, known, Rule("expected_use", 1, 3), link)[2]
@@ -220,7 +220,7 @@ def test_the_oracle_evicts_in_beladys_order():
             order = [i for i in np.argsort(later)[::-1] if held[i] not in needed]
             held[order[0]] = int(x)
     table = empty_table(slots, layers, experts)
-    known, silent = (needs, next_uses(needs)), Given(jnp.zeros((layers, experts), bool), 1)
+    known, silent = (needs, next_uses(needs)), Oracle(jnp.zeros((layers, experts), bool), 1)
     rule = Rule("expected_use", 1, 1)
     state = begin(table, silent)
     _, _, figures = simulator.run(state, trace, known, rule, AT_ONCE)

@@ -94,7 +94,7 @@ def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> 
     return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + kept
 
 
-def copies_run_beside(mesh: Mesh) -> bool:
+def has_parallel_copies(mesh: Mesh) -> bool:
     """Whether a copy inside the step runs while the device computes."""
     return get_backend(platform_of(mesh)).has_parallel_copies
 
@@ -192,4 +192,4 @@ def _cache(
     assert moe.offload is not None
     ahead = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
     rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
-    return ExpertCache(table, predictor, pool, rule, copies_run_beside(mesh), _ranks(mesh))
+    return ExpertCache(table, predictor, pool, rule, has_parallel_copies(mesh), _ranks(mesh))

@@ -37,7 +37,7 @@ from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import Phase
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, rows of `beside`, present capacity factor
+HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, decode rows, present capacity factor
 
 
 class Operation(IntEnum):
@@ -69,8 +69,8 @@ class Leader(Runner):
         return self._followers.lost is None
 
     def run(self, inputs: StepInput) -> StepOutput:
-        beside = 0 if inputs.beside is None else len(inputs.beside.tokens_BT)
-        self._send(RUNS[inputs.phase], (*inputs.own.tokens_BT.shape, beside), jax.tree.leaves(inputs))
+        decoding = 0 if inputs.decode_rows is None else len(inputs.decode_rows.tokens_BT)
+        self._send(RUNS[inputs.phase], (*inputs.main_rows.tokens_BT.shape, decoding), jax.tree.leaves(inputs))
         output = super().run(inputs)
         self._hidden_RND = output.hidden_RND
         return output
@@ -99,8 +99,8 @@ class Leader(Runner):
         self._hidden_RND = None
         super().close()
 
-    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, beside: int = 0) -> bytes:
-        return HEADER.pack(operation, rows, tokens, beside, self.capacity_factor)
+    def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, decoding: int = 0) -> bytes:
+        return HEADER.pack(operation, rows, tokens, decoding, self.capacity_factor)
 
     def _send(
         self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
@@ -112,7 +112,7 @@ def repeat(runner: Runner, line: Line) -> None:
     """Runs what the leader runs until it sends stop; EngineDead if it ends without sending it."""
     hidden_RND = None
     while True:
-        operation, rows, tokens, beside, capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, decoding, capacity_factor = HEADER.unpack(line.read(HEADER.size))
         if operation == Operation.NOTHING:
             continue
         if operation == Operation.STOP:
@@ -122,7 +122,7 @@ def repeat(runner: Runner, line: Line) -> None:
             runner.drain()
         elif operation in RUNS.values():
             phase: Phase = "decode" if operation == Operation.DECODE else "prefill"
-            inputs = runner.blank(phase, rows // runner.ranks, tokens, beside // runner.ranks)
+            inputs = runner.blank(phase, rows // runner.ranks, tokens, decoding // runner.ranks)
             for array in jax.tree.leaves(inputs):
                 line.read_into(array.reshape(-1).view(np.uint8))
             hidden_RND = runner.run(inputs).hidden_RND

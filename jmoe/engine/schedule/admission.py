@@ -29,20 +29,20 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 class Entry:
     """How a request could be admitted to a rank.
 
-    held: full pages that already hold the beginning of its tokens.
-    part: a page that holds all its remaining tokens, which other requests may still write into; None if
-        there is none.
-    found: tokens in both that need not run; the last token always runs.
-    running: requests that run on the rank.
-    free: free pages of the rank.
+    full_pages: full pages that already hold the beginning of its tokens.
+    partial_page: a page that holds all its remaining tokens, which other requests may still write into; None
+        if there is none.
+    num_cached_tokens: tokens in both that need not run; the last token always runs.
+    num_running: requests that run on the rank.
+    num_free_pages: free pages of the rank.
     """
 
     rank: int
-    held: list[int]
-    part: int | None
-    found: int
-    running: int
-    free: int
+    full_pages: list[int]
+    partial_page: int | None
+    num_cached_tokens: int
+    num_running: int
+    num_free_pages: int
 
 
 def entry_at(
@@ -57,21 +57,21 @@ def entry_at(
     names: names of the tokens' pages; None if no cached page may be used.
     size: tokens of a page.
     """
-    held: list[int] = []
-    part = None
+    full_pages: list[int] = []
+    partial_page = None
     if names is not None:
-        held = pages.find(names.full(tokens))
-        if len(held) == len(tokens) // size:  # the rest may be there too
+        full_pages = pages.find_cached(names.full(tokens))
+        if len(full_pages) == len(tokens) // size:  # the rest may be there too
             rest = names.rest(tokens)
-            part = held.pop() if rest is None else next(iter(pages.find([rest])), None)
-            if not pages.unwritten.isdisjoint([*held, part]):
-                part = None
-    reused = sum(not pages.users[page] for page in held)
-    need = -(-len(tokens) // size) - len(held) + reused + running
-    if part is not None and need + (not pages.users[part]) <= pages.free:
-        return Entry(rank, held, part, len(tokens) - 1, running, pages.free)
-    if need <= pages.free:
-        return Entry(rank, held, None, len(held) * size, running, pages.free)
+            partial_page = full_pages.pop() if rest is None else next(iter(pages.find_cached([rest])), None)
+            if not pages.unwritten.isdisjoint([*full_pages, partial_page]):
+                partial_page = None
+    reused = sum(not pages.num_users[page] for page in full_pages)
+    need = -(-len(tokens) // size) - len(full_pages) + reused + running
+    if partial_page is not None and need + (not pages.num_users[partial_page]) <= pages.num_free:
+        return Entry(rank, full_pages, partial_page, len(tokens) - 1, running, pages.num_free)
+    if need <= pages.num_free:
+        return Entry(rank, full_pages, None, len(full_pages) * size, running, pages.num_free)
     return None
 
 
@@ -96,20 +96,21 @@ class Dispatch:
         for reason in self.reasons:
             if reason == "prefix":
                 calm = least + max(self.slots // 2, 1)
-                best = max((e for e in entries if e.running < calm), key=lambda e: e.found, default=None)
-                if best is not None and best.found:
+                quiet = (entry for entry in entries if entry.num_running < calm)
+                best = max(quiet, key=lambda entry: entry.num_cached_tokens, default=None)
+                if best is not None and best.num_cached_tokens:
                     return best
             elif reason == "experts" and self.share is not None:
                 return self._likeliest(self.share(tokens), entries)
             elif reason == "load":
-                return max(entries, key=lambda e: (-e.running, e.free, -e.rank))
+                return max(entries, key=lambda e: (-e.num_running, e.num_free_pages, -e.rank))
         self._turn += 1
         return entries[self._turn % len(entries)]
 
     def _likeliest(self, share: Sequence[float], entries: list[Entry]) -> Entry:
         """Chooses the entry with the largest expected share and marks its rank in this round."""
         fresh = [e for e in entries if e.rank not in self.round] or entries
-        best = max(fresh, key=lambda e: (share[e.rank], e.free, -e.rank))
+        best = max(fresh, key=lambda e: (share[e.rank], e.num_free_pages, -e.rank))
         self.round.add(best.rank)
         if len(self.round) == self.ranks:
             self.round.clear()

@@ -9,15 +9,15 @@ from jmoe.engine.request import Request
 class Run:
     """``count`` tokens of a request from position ``start`` on, which one step runs.
 
-    decodes: whether this is one decoded token after all computed ones; otherwise it is a part of a prompt.
-    draws: whether the next token is sampled.
+    is_decode: whether this is one decoded token after all computed ones; otherwise it is a part of a prompt.
+    is_sampled: whether the next token is sampled.
     """
 
     request: Request
     start: int
     count: int
-    decodes: bool
-    draws: bool
+    is_decode: bool
+    is_sampled: bool
 
 
 @dataclass
@@ -26,13 +26,13 @@ class Step:
 
     decodes: runs of one decoded token each.
     prompts: runs of prompt tokens.
-    size: compiled number of prompt tokens a rank; 0 without prompts.
+    prompt_size: compiled number of prompt tokens a rank; 0 without prompts.
     copies: copies of pages within a rank before the call, as (rank, from, to).
     """
 
     decodes: list[Run] = field(default_factory=list)
     prompts: list[Run] = field(default_factory=list)
-    size: int = 0
+    prompt_size: int = 0
     copies: list[tuple[int, int, int]] = field(default_factory=list)
 
     def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
@@ -50,21 +50,21 @@ class Step:
 class Room:
     """What a step has left for prompts on a rank.
 
-    tokens: tokens that are left of the budget.
-    rows: rows of the step; two prompts never share a row.
-    run: tokens of a row.
-    used: rows that are already used.
+    num_tokens: tokens that are left of the budget.
+    num_rows: rows of the step; two prompts never share a row.
+    row_tokens: tokens of a row.
+    num_used_rows: rows that are already used.
     """
 
-    tokens: int
-    rows: int
-    run: int
-    used: int = 0
+    num_tokens: int
+    num_rows: int
+    row_tokens: int
+    num_used_rows: int = 0
 
     def take(self, wanted: int, page: int) -> int:
         """Takes room for a prompt with ``wanted`` tokens left: all of them, or as many whole pages as fit."""
-        most = min(self.tokens, (self.rows - self.used) * self.run)
+        most = min(self.num_tokens, (self.num_rows - self.num_used_rows) * self.row_tokens)
         count = wanted if wanted <= most else most // page * page
-        self.tokens -= count
-        self.used += -(-count // self.run)
+        self.num_tokens -= count
+        self.num_used_rows += -(-count // self.row_tokens)
         return count

@@ -4,8 +4,8 @@ A step holds one token of every request that is being decoded and, on each rank,
 as many as the budget leaves. Requests are admitted first come, first served, when a slot is free and there
 are pages for the tokens that they have; pages for generated tokens are allocated one by one. If none is free,
 the request that came last is preempted: its pages are freed and it later runs again from its tokens, so that
-the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones, ``MAX_PASSED``
-times at most. ``admission`` chooses the rank.
+the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones,
+``MAX_OVERTAKEN`` times at most. ``admission`` chooses the rank.
 """
 
 from collections import deque
@@ -18,24 +18,24 @@ from jmoe.engine.schedule.admission import Dispatch, Entry, entry_at
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.plan import Room, Run, Step
 
-MAX_PASSED = 8
+MAX_OVERTAKEN = 8
 
 
 @dataclass(frozen=True)
 class Limits:
     """Upper limits of the scheduler.
 
-    slots: requests that run together on a rank.
-    budget: tokens of a step on a rank; at least one page of a prompt fits in the same step as the decoded
-        tokens.
-    longest: tokens of one sequence.
-    queue: waiting requests.
+    max_num_seqs: requests that run together on a rank.
+    max_num_batched_tokens: tokens of a step on a rank; at least one page of a prompt fits in the same step
+        as the decoded tokens.
+    max_model_len: tokens of one sequence.
+    max_queue: waiting requests.
     """
 
-    slots: int
-    budget: int
-    longest: int
-    queue: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_queue: int
 
 
 @dataclass
@@ -64,28 +64,28 @@ class Scheduler:
         dispatch: Dispatch | None = None,
     ):
         self.pool, self.limits, self.sizes, self.kind = pool, limits, tuple(sizes), kind
-        self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.slots)
+        self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.max_num_seqs)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.prefix, self.preemptions = PrefixCounts(), 0
-        self._came = 0
+        self._num_arrivals = 0
 
     def pages_needed(self, request: Request) -> int:
         """Pages for the prompt and everything it may generate (the last token's keys are never stored)."""
         prompt, limit = len(request.prompt_token_ids), request.params.max_tokens
-        room = self.limits.longest - prompt
+        room = self.limits.max_model_len - prompt
         new = room if limit is None else min(limit, room)
         return self.pool.pages_for(prompt + max(new - 1, 0))
 
     def add(self, requests: list[Request]) -> None:
         """Queues all or none; QueueFull if they do not fit."""
-        if len(self.waiting) + len(requests) > self.limits.queue:
+        if len(self.waiting) + len(requests) > self.limits.max_queue:
             raise QueueFull(
-                f"the queue is full: {len(self.waiting)} of {self.limits.queue} requests are waiting"
+                f"the queue is full: {len(self.waiting)} of {self.limits.max_queue} requests are waiting"
             )
         for request in requests:
-            request.place = Place(number=self._came)
-            self._came += 1
+            request.place = Place(arrival=self._num_arrivals)
+            self._num_arrivals += 1
         self.waiting.extend(requests)
 
     # ---- a step --------------------------------------------------------------------------------------
@@ -100,20 +100,20 @@ class Scheduler:
                 self._decode(request, step)
         rooms = self._rooms(step)
         for request in self._by_age():
-            if request.place.computed < request.place.goal:
+            if request.place.num_computed_tokens < request.place.num_prefill_tokens:
                 self._prefill(request, step, rooms)
         self._admit(step, rooms)
-        most = max(room.used for room in rooms) * self.sizes[0]
-        step.size = next(size for size in (0, *self.sizes) if size >= most)
+        most = max(room.num_used_rows for room in rooms) * self.sizes[0]
+        step.prompt_size = next(size for size in (0, *self.sizes) if size >= most)
         return step if step.decodes or step.prompts else None
 
     def _by_age(self) -> list[Request]:
-        return sorted(self.running, key=lambda r: r.place.number)
+        return sorted(self.running, key=lambda r: r.place.arrival)
 
     def _rooms(self, step: Step) -> list[Room]:
         """The room for prompts on each rank, without what its decoded tokens take."""
         run, page = self.sizes[0], self.pool.page_size
-        left = [self.limits.budget] * len(self.pool.ranks)
+        left = [self.limits.max_num_batched_tokens] * len(self.pool.ranks)
         for decoded in step.decodes:
             left[decoded.request.place.rank] -= 1
         return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
@@ -121,30 +121,30 @@ class Scheduler:
     def _continues(self, request: Request) -> bool:
         """Whether to decode a token: all but the last sampled one are computed, and no limit is met."""
         place, limit = request.place, request.params.max_tokens
-        reach = request.length + place.drawn
+        reach = request.length + place.num_in_flight
         new = reach - len(request.prompt_token_ids)
-        if place.computed != reach - 1:
+        if place.num_computed_tokens != reach - 1:
             return False
-        return reach < self.limits.longest and (limit is None or new < limit)
+        return reach < self.limits.max_model_len and (limit is None or new < limit)
 
     def _decode(self, request: Request, step: Step) -> None:
         place, rank = request.place, self.pool.ranks[request.place.rank]
-        while self.pool.pages_for(place.computed + 1) > len(place.pages):
-            if rank.free:
-                place.pages += rank.take(1)
+        while self.pool.pages_for(place.num_computed_tokens + 1) > len(place.block_table):
+            if rank.num_free:
+                place.block_table += rank.allocate(1)
             elif self._preempt(place.rank) is request:
                 return
-        step.decodes.append(Run(request, place.computed, 1, decodes=True, draws=True))
-        self._advance(request, 1, draws=True)
+        step.decodes.append(Run(request, place.num_computed_tokens, 1, is_decode=True, is_sampled=True))
+        self._advance(request, 1, is_sampled=True)
 
     def _preempt(self, rank: int) -> Request:
         """Preempts the running request of ``rank`` that came last: frees its pages and queues it; it runs
         again from its tokens."""
-        last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.number)
+        last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.arrival)
         self._leave(last)
         place = last.place
-        last.place = Place(place.number, place.passed, drawn=place.drawn)
-        after = next((i for i, r in enumerate(self.waiting) if r.place.number > place.number), None)
+        last.place = Place(place.arrival, place.times_overtaken, num_in_flight=place.num_in_flight)
+        after = next((i for i, r in enumerate(self.waiting) if r.place.arrival > place.arrival), None)
         self.waiting.insert(len(self.waiting) if after is None else after, last)
         self.preemptions += 1
         return last
@@ -152,33 +152,35 @@ class Scheduler:
     def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
         """Adds the next tokens of a prompt to the step: whole pages, or up to its end; perhaps none."""
         place = request.place
-        count = rooms[place.rank].take(place.goal - place.computed, self.pool.page_size)
+        start, end = place.num_computed_tokens, place.num_prefill_tokens
+        count = rooms[place.rank].take(end - start, self.pool.page_size)
         if count:
-            draws = place.computed + count == place.goal
-            step.prompts.append(Run(request, place.computed, count, decodes=False, draws=draws))
-            self._advance(request, count, draws=draws)
+            is_last = start + count == end
+            step.prompts.append(Run(request, start, count, is_decode=False, is_sampled=is_last))
+            self._advance(request, count, is_sampled=is_last)
 
-    def _advance(self, request: Request, count: int, *, draws: bool) -> None:
-        request.place.computed += count
-        request.place.drawn += draws
-        self.tell(request)
+    def _advance(self, request: Request, count: int, *, is_sampled: bool) -> None:
+        request.place.num_computed_tokens += count
+        request.place.num_in_flight += is_sampled
+        self.name_pages(request)
 
     # ---- in and out ----------------------------------------------------------------------------------
 
-    def tell(self, request: Request) -> None:
+    def name_pages(self, request: Request) -> None:
         """Names those of its pages whose content is known by now."""
         place, size = request.place, self.pool.page_size
-        done = min(place.computed, request.length)
-        if place.names is None or (place.named * size > done - size and done != place.goal):
+        done = min(place.num_computed_tokens, request.length)
+        is_prompt_end = done == place.num_prefill_tokens
+        if place.page_names is None or (place.num_named_pages * size > done - size and not is_prompt_end):
             return
         rank, tokens = self.pool.ranks[place.rank], request.tokens[:done]
-        names = place.names.full(tokens)
-        for page in range(place.named, len(names)):
-            rank.name(place.pages[page], names[page])
-        place.named = len(names)
-        rest = place.names.rest(tokens)
-        if rest is not None and done == place.goal:
-            rank.name(place.pages[place.named], rest)
+        names = place.page_names.full(tokens)
+        for page in range(place.num_named_pages, len(names)):
+            rank.name(place.block_table[page], names[page])
+        place.num_named_pages = len(names)
+        rest = place.page_names.rest(tokens)
+        if rest is not None and is_prompt_end:
+            rank.name(place.block_table[place.num_named_pages], rest)
 
     def finish(self, request: Request) -> None:
         """Removes the request; nothing of it is wanted any more, not even from steps already started."""
@@ -186,7 +188,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self._leave(request)
-        request.place.ended = True
+        request.place.is_ended = True
 
     def spoil(self, request: Request) -> None:
         """Removes the names of its pages, because what they hold may be wrong (not finite). The pages that it
@@ -197,12 +199,12 @@ class Scheduler:
         rest = names.rest(request.prompt_token_ids)
         known = [*names.full(request.tokens), *([] if rest is None else [rest])]
         for rank in self.pool.ranks:
-            rank.forget([rank.named[name] for name in known if name in rank.named])
+            rank.forget([rank.page_of[name] for name in known if name in rank.page_of])
         if request.place.rank >= 0:
-            self.pool.ranks[request.place.rank].forget(request.place.pages)
-        request.place.names = None
+            self.pool.ranks[request.place.rank].forget(request.place.block_table)
+        request.place.page_names = None
 
-    def drop(self, request_id: str) -> Request | None:
+    def abort(self, request_id: str) -> Request | None:
         """Removes a request, waiting or running; None if it is not here (any more)."""
         found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
         if found is not None:
@@ -211,35 +213,36 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         place = request.place
-        self.tell(request)
+        self.name_pages(request)
         self.running.remove(request)
-        self.pool.ranks[place.rank].give_back(place.pages)
-        place.pages, place.rank = [], -1
+        self.pool.ranks[place.rank].free(place.block_table)
+        place.block_table, place.rank = [], -1
 
     # ---- who enters, and where -----------------------------------------------------------------------
 
     def _admit(self, step: Step, rooms: list[Room]) -> None:
-        behind: list[Request] = []  # requests that keep waiting, in order
-        while self.waiting and len(behind) < MAX_PASSED and (ranks := self._open_ranks(rooms)):
+        passed: list[Request] = []  # requests that keep waiting, in order
+        while self.waiting and len(passed) < MAX_OVERTAKEN and (ranks := self._open_ranks(rooms)):
             request = self.waiting.popleft()
-            entry = None if request.place.drawn else self._entry(request, ranks)
+            entry = None if request.place.num_in_flight else self._entry(request, ranks)
             if entry is not None:
                 self._enter(request, entry, step)
-                if request.place.computed < request.place.goal:
+                if request.place.num_computed_tokens < request.place.num_prefill_tokens:
                     self._prefill(request, step, rooms)
-                for other in behind:
-                    other.place.passed += 1
+                for other in passed:
+                    other.place.times_overtaken += 1
             else:
-                behind.append(request)
-            if any(other.place.passed >= MAX_PASSED or other.place.drawn for other in behind):
+                passed.append(request)
+            places = [other.place for other in passed]
+            if any(place.times_overtaken >= MAX_OVERTAKEN or place.num_in_flight for place in places):
                 break
-        self.waiting.extendleft(reversed(behind))
+        self.waiting.extendleft(reversed(passed))
 
     def _open_ranks(self, rooms: list[Room]) -> list[int]:
         """The ranks with a free slot and room for a page of a prompt."""
         counts, page = self._counts(), self.pool.page_size
-        roomy = [room.tokens >= page and room.used < room.rows for room in rooms]
-        return [r for r, count in enumerate(counts) if count < self.limits.slots and roomy[r]]
+        roomy = [room.num_tokens >= page and room.num_used_rows < room.num_rows for room in rooms]
+        return [r for r, count in enumerate(counts) if count < self.limits.max_num_seqs and roomy[r]]
 
     def _counts(self) -> list[int]:
         counts = [0] * len(self.pool.ranks)
@@ -263,30 +266,31 @@ class Scheduler:
         """Names of its pages; None if they are not shared, or if all of the prompt must run to be scored."""
         if self.kind is None or request.params.prompt_logprobs is not None:
             return None
-        if request.place.names is None:
-            request.place.names = PageNames(self.pool.page_size, self.kind(request))
-        return request.place.names
+        if request.place.page_names is None:
+            request.place.page_names = PageNames(self.pool.page_size, self.kind(request))
+        return request.place.page_names
 
     def _enter(self, request: Request, entry: Entry, step: Step) -> None:
         place, rank = request.place, self.pool.ranks[entry.rank]
-        shared = [*entry.held, *([] if entry.part is None else [entry.part])]
+        shared = [*entry.full_pages, *([] if entry.partial_page is None else [entry.partial_page])]
         rank.share(shared)
-        need = self.pool.pages_for(request.length) - len(entry.held)
-        place.pages = [*entry.held, *rank.take(need)]
-        if entry.part is not None:  # others may still write into it, so this request writes into a copy
-            step.copies.append((entry.rank, entry.part, place.pages[-1]))
-            rank.give_back([entry.part])
+        need = self.pool.pages_for(request.length) - len(entry.full_pages)
+        place.block_table = [*entry.full_pages, *rank.allocate(need)]
+        if entry.partial_page is not None:  # others may still write into it: this request gets a copy
+            step.copies.append((entry.rank, entry.partial_page, place.block_table[-1]))
+            rank.free([entry.partial_page])
         seats = {r.place.seat for r in self.running}
         place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
-        place.rank, place.goal = entry.rank, request.length
-        place.begun = place.computed = entry.found
+        place.rank, place.num_prefill_tokens = entry.rank, request.length
+        place.num_cached_tokens = place.num_computed_tokens = entry.num_cached_tokens
         if request.started is None:  # otherwise it was preempted and finds its own pages
-            request.cached_tokens = entry.found
-        place.named = len(entry.held)
-        if place.names is not None:
-            self.prefix.queries += place.goal
-            self.prefix.hits += entry.found
+            request.cached_tokens = entry.num_cached_tokens
+        place.num_named_pages = len(entry.full_pages)
+        if place.page_names is not None:
+            self.prefix.queries += place.num_prefill_tokens
+            self.prefix.hits += entry.num_cached_tokens
         self.running.append(request)
-        written = rank.unwritten.isdisjoint(entry.held)
-        if place.goal - place.computed == 1 and entry.found and written:  # the last token is decoded
+        written = rank.unwritten.isdisjoint(entry.full_pages)
+        is_last = place.num_prefill_tokens - place.num_computed_tokens == 1
+        if is_last and entry.num_cached_tokens and written:  # the last token is decoded
             self._decode(request, step)

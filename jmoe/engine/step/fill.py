@@ -18,19 +18,19 @@ LARGEST_COUNT = np.iinfo(np.int32).max
 class Placed(NamedTuple):
     """A run and its place in a step's arrays.
 
-    row: index of the run's sampled token in the arrays ``[B]`` of ``StepInput``.
-    of: host arrays that hold the run.
-    at: slice of the run's rows in them.
-    changed: the same rows among all rows of the step, decode rows first.
+    sample_row: index of the run's sampled token in the arrays ``[B]`` of ``StepInput``.
+    arrays: host arrays that hold the run.
+    rows: slice of the run's rows in them.
+    change_rows: the same rows among all rows of the step, decode rows first.
     rank: row of the grid that holds the run's first token.
     column: column of that token in the grid.
     """
 
     run: Run
-    row: int
-    of: HostRows
-    at: slice
-    changed: slice
+    sample_row: int
+    arrays: HostRows
+    rows: slice
+    change_rows: slice
     rank: int
     column: int
 
@@ -41,27 +41,30 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
     Each run of a rank takes one row of the sampled tokens, so a rank has no more runs than such rows.
     """
     decodes, prompts = (by_rank(runs, runner.ranks) for runs in (step.decodes, step.prompts))
-    length, rows = runner.sizes.run, step.size // runner.sizes.run
-    if step.size:
-        b = runner.sizes.beside_size(max(len(d) + len(p) for d, p in zip(decodes, prompts, strict=True)))
-        given = runner.blank("prefill", rows, length, b)
+    length, rows = runner.sizes.row_tokens, step.prompt_size // runner.sizes.row_tokens
+    if step.prompt_size:
+        most = max(len(d) + len(p) for d, p in zip(decodes, prompts, strict=True))
+        b = runner.sizes.mixed_decode_size(most)
+        inputs = runner.blank("prefill", rows, length, b)
     else:
         b = runner.sizes.decode_size(max(map(len, decodes)))
-        given = runner.blank("decode", b, 1)
+        inputs = runner.blank("decode", b, 1)
     placed = []
     for rank in range(runner.ranks):
         for i, run in enumerate(decodes[rank]):
             row = rank * b + i
-            at = slice(row, row + 1)
-            placed.append(Placed(run, row, given.beside or given.own, at, at, rank, i))
+            own_row = slice(row, row + 1)
+            arrays = inputs.decode_rows or inputs.main_rows
+            placed.append(Placed(run, row, arrays, own_row, own_row, rank, i))
         first = 0  # of the rank's rows
         for i, run in enumerate(prompts[rank], len(decodes[rank])):
             count = -(-run.count // length)
-            at = slice(rank * rows + first, rank * rows + first + count)
-            changed = slice(runner.ranks * b + at.start, runner.ranks * b + at.stop)
-            placed.append(Placed(run, rank * b + i, given.own, at, changed, rank, b + first * length))
+            own_rows = slice(rank * rows + first, rank * rows + first + count)
+            change_rows = slice(runner.ranks * b + own_rows.start, runner.ranks * b + own_rows.stop)
+            where = inputs.main_rows, own_rows, change_rows, rank, b + first * length
+            placed.append(Placed(run, rank * b + i, *where))
             first += count
-    return placed, given
+    return placed, inputs
 
 
 def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
@@ -71,20 +74,22 @@ def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
     return found
 
 
-def fill(placed: Placed, given: StepInput, ends: Sequence[int]) -> None:
+def fill(placed: Placed, inputs: StepInput, ends: Sequence[int]) -> None:
     """Writes the rows of one run. A token that only the device knows is -1. ends: tokens that end an
     answer."""
-    run, row, of, at, _, _, column = placed
-    request, start, count, own = run.request, run.start, run.count, run.request.place
-    of.tokens_BT[at].reshape(-1)[:count] = request.part(start, count) or [-1]  # its rows follow one another
-    of.positions_BT[at].reshape(-1)[:count] = np.arange(start, start + count)
-    of.table_BM[at, : len(own.pages)] = own.pages
-    of.exact_B[at], of.seats_B[at] = request.params.exact, own.seat
-    of.fresh_B[at.start] = start == own.begun
-    given.behind_B[row], given.seats_B[row] = column + count - 1, own.seat
-    fill_sampling(given.rows, row, request.params, start + count)
+    run, row, arrays, rows, _, _, column = placed
+    request, start, count, place = run.request, run.start, run.count, run.request.place
+    arrays.tokens_BT[rows].reshape(-1)[:count] = request.part(start, count) or [
+        -1
+    ]  # its rows follow one another
+    arrays.positions_BT[rows].reshape(-1)[:count] = np.arange(start, start + count)
+    arrays.table_BM[rows, : len(place.block_table)] = place.block_table
+    arrays.exact_B[rows], arrays.seats_B[rows] = request.params.exact, place.seat
+    arrays.fresh_B[rows.start] = start == place.num_cached_tokens
+    inputs.logit_columns_B[row], inputs.seats_B[row] = column + count - 1, place.seat
+    fill_sampling(inputs.sampling_rows, row, request.params, start + count)
     generated = start + count - len(request.prompt_token_ids)
-    fill_biases(given.rows, row, request.params, ends, generated)
+    fill_biases(inputs.sampling_rows, row, request.params, ends, generated)
 
 
 def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position: int) -> None:
@@ -116,16 +121,16 @@ def fill_biases(
         rows.shaped[...] = True
 
 
-def constrain(placed: Placed, given: StepInput) -> str | None:
+def constrain(placed: Placed, inputs: StepInput) -> str | None:
     """Lets the row sample only the tokens that its grammar allows; returns why that failed, or None."""
     constraint = placed.run.request.constraint
-    if constraint is None or not placed.run.draws:
+    if constraint is None or not placed.run.is_sampled:
         return None
     try:
-        given.rows.allowed_BW[placed.row] = constraint.allowed()
+        inputs.sampling_rows.allowed_BW[placed.sample_row] = constraint.allowed()
     except ValueError as error:
         return str(error)
-    given.rows.shaped[...] = True
+    inputs.sampling_rows.shaped[...] = True
     return None
 
 

@@ -44,10 +44,11 @@ def sequences_of(inputs: StepInput, latest_S: Array, ranks: int, *, lossy: bool,
         requests = (seats_B, fresh_B) if cached else (None, None)
         return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *requests)
 
-    own = replace(made(inputs.own), phase=inputs.phase)
-    if inputs.beside is None:
-        return own
-    return replace(own, beside=made(inputs.beside), rows=len(inputs.own.tokens_BT) // ranks)
+    main = replace(made(inputs.main_rows), phase=inputs.phase)
+    if inputs.decode_rows is None:
+        return main
+    num_rows = len(inputs.main_rows.tokens_BT) // ranks
+    return replace(main, decoding=made(inputs.decode_rows), num_rows=num_rows)
 
 
 def make_knobs(capacity_factor: float, step: int) -> Knobs:
@@ -67,10 +68,10 @@ def draw(
     layers: statistics of the step's layers; the assignments lost in them make the tokens wrong.
     """
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
-    behind_RS1 = inputs.behind_B.reshape(ranks, -1, 1)
+    behind_RS1 = inputs.logit_columns_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
-        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.rows)
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.sampling_rows)
     sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
     return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
 

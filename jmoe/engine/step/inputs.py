@@ -25,7 +25,7 @@ class Sizes:
 
     decode: sequences per rank of a decode step.
     prefill: prompt tokens per rank of a prefill step: multiples of the first, which is a multiple of the page
-        size. Such a step also has decode rows, see ``beside``.
+        size. Such a step also has decode rows, see ``mixed_decode``.
     page_size: tokens of a page.
     pages_per_rank: pages of the KV cache on each rank.
     """
@@ -34,7 +34,7 @@ class Sizes:
     prefill: tuple[int, ...]
     page_size: int
     pages_per_rank: int
-    table: int  # pages a sequence may have
+    table_width: int  # pages a sequence may have
 
     @property
     def state(self) -> StateSizes:
@@ -42,12 +42,12 @@ class Sizes:
         return StateSizes(self.pages_per_rank, self.page_size, self.decode[-1])
 
     @property
-    def run(self) -> int:
+    def row_tokens(self) -> int:
         """Tokens of one prompt row."""
         return self.prefill[0]
 
     @property
-    def beside(self) -> tuple[int, ...]:
+    def mixed_decode(self) -> tuple[int, ...]:
         """Decode rows per rank in the same step as prompts: as many as may run, and smaller sizes.
 
         Each size is at most a quarter of the next, so that few sequences do not pay for many empty rows.
@@ -59,9 +59,9 @@ class Sizes:
                 picked.append(size)
         return tuple(reversed(picked))
 
-    def beside_size(self, runs: int) -> int:
-        """The smallest size of ``beside`` that has a row for each of ``runs``, prompts and decodes."""
-        return next(s for s in self.beside if s >= runs)
+    def mixed_decode_size(self, runs: int) -> int:
+        """The smallest size of ``mixed_decode`` that has a row for each of ``runs``, prompts and decodes."""
+        return next(s for s in self.mixed_decode if s >= runs)
 
     def decode_size(self, sequences: int) -> int:
         """The smallest compiled decode batch that holds ``sequences`` per rank."""
@@ -110,42 +110,46 @@ class StepInput:
     """Host arrays of one step. Arrays ``[B]`` have one entry for each token to sample, as many per rank as
     requests may run in the step.
 
-    own: prompt rows if the step has any, else one row of each request that decodes.
-    beside: rows of the requests that decode in the same step as prompts, one token each.
-    behind_B: column, in the rank's row of the grid (see ``Sequences``), whose logits are used.
+    main_rows: prompt rows if the step has any, else one row of each request that decodes.
+    decode_rows: rows of the requests that decode in the same step as prompts, one token each.
+    logit_columns_B: column, in the rank's row of the grid (see ``Sequences``), whose logits are used.
     seats_B: seat of the request.
-    rows: sampling parameters of the request.
+    sampling_rows: sampling parameters of the request.
     phase: the step's phase as planned; it does not follow from the shapes.
     """
 
-    own: HostRows
-    beside: HostRows | None
-    behind_B: np.ndarray
+    main_rows: HostRows
+    decode_rows: HostRows | None
+    logit_columns_B: np.ndarray
     seats_B: np.ndarray
-    rows: SamplingRows
+    sampling_rows: SamplingRows
     phase: Phase = field(metadata={"static": True})
 
 
 def blank_input(
-    vocab_size: int, sizes: Sizes, ranks: int, phase: Phase, sequences: int, tokens: int, beside: int = 0
+    vocab_size: int, sizes: Sizes, ranks: int, phase: Phase, sequences: int, tokens: int, decode_rows: int = 0
 ) -> StepInput:
     """An input in which every token is padding.
 
-    Each of ``ranks`` has ``sequences`` rows of ``tokens``, and ``beside`` rows of one token. Each rank
-    samples ``beside`` tokens, or ``sequences`` if ``beside`` is 0.
+    Each of ``ranks`` has ``sequences`` rows of ``tokens``, and ``decode_rows`` rows of one token. Each
+    rank samples ``decode_rows`` tokens, or ``sequences`` if ``decode_rows`` is 0.
     """
     nobody = ranks * sizes.decode[-1]
 
     def blank(b: int, t: int) -> HostRows:
         return HostRows(
-            np.zeros((b, t), np.int32), np.full((b, t), -1, np.int32), np.zeros((b, sizes.table), np.int32),
-            np.zeros(b, bool), np.full(b, nobody, np.int32), np.zeros(b, bool),
-        )  # fmt: skip
+            tokens_BT=np.zeros((b, t), np.int32),
+            positions_BT=np.full((b, t), -1, np.int32),
+            table_BM=np.zeros((b, sizes.table_width), np.int32),
+            exact_B=np.zeros(b, bool),
+            seats_B=np.full(b, nobody, np.int32),
+            fresh_B=np.zeros(b, bool),
+        )
 
-    drawn = ranks * (beside or sequences)
+    drawn = ranks * (decode_rows or sequences)
     return StepInput(
         blank(ranks * sequences, tokens),
-        blank(ranks * beside, 1) if beside else None,
+        blank(ranks * decode_rows, 1) if decode_rows else None,
         np.zeros(drawn, np.int32),
         np.full(drawn, nobody, np.int32),
         blank_rows(drawn, vocab_size),

@@ -28,21 +28,21 @@ class Started:
     sampled: sampled tokens, on the device.
     changes_B: what lossy techniques did to each row; None if nothing lossy is configured for the phase.
     scores: log-probabilities of prompt tokens, if any are requested.
-    began: ``time.monotonic`` when the host began to plan the step.
-    planned: seconds that planning took.
+    start_time: ``time.monotonic`` when the host began to plan the step.
+    planning_seconds: seconds that planning took.
     """
 
     placed: list[Placed]
     sampled: Sampled
     changes_B: Changes | None
     scores: StartedScores | None
-    began: float
-    planned: float
+    start_time: float
+    planning_seconds: float
 
     @property
     def must_be_seen(self) -> bool:
         """Whether the host must see this step's tokens before the next step: some row has a grammar."""
-        return any(run.draws and run.request.constraint is not None for run, *_ in self.placed)
+        return any(run.is_sampled and run.request.constraint is not None for run, *_ in self.placed)
 
     def fetch(self) -> list[np.ndarray]:
         """Waits for the end of the step; returns the sampled tokens, their scores, whether their logits are
@@ -53,10 +53,10 @@ class Started:
     def report(self, fetched: float, delivered: float) -> StepReport:
         """fetched, delivered: ``time.monotonic`` when the results were on the host and when they were
         delivered."""
-        decoded = sum(placed.run.decodes for placed in self.placed)
-        prompts = sum(placed.run.count for placed in self.placed if not placed.run.decodes)
-        host = self.planned + delivered - fetched
-        return StepReport(prompts, decoded, fetched - self.began, host)
+        decoded = sum(placed.run.is_decode for placed in self.placed)
+        prompts = sum(placed.run.count for placed in self.placed if not placed.run.is_decode)
+        host = self.planning_seconds + delivered - fetched
+        return StepReport(prompts, decoded, fetched - self.start_time, host)
 
 
 def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig) -> None:
@@ -64,7 +64,7 @@ def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig)
 
     changes: the step's changes, on the host; None if there are none.
     """
-    run, moe, rows = placed.run, placed.run.request.moe, placed.changed
+    run, moe, rows = placed.run, placed.run.request.moe, placed.change_rows
     moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok
     if changes is not None:
         for name, changed_B in changes.items():
@@ -84,7 +84,7 @@ class PromptScores:
 
     def start(self, placed: list[Placed], hidden_RND: Array) -> StartedScores | None:
         """Starts to score the prompt tokens that a step's positions predict; None if nobody wants them."""
-        asked = [p for p in placed if not p.run.decodes and p.run.request.id in self._kept]
+        asked = [p for p in placed if not p.run.is_decode and p.run.request.id in self._kept]
         if not asked:
             return None
         targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
@@ -97,7 +97,7 @@ class PromptScores:
         """Keeps the scores of a run's prompt tokens. scored: result of ``start``, on the host."""
         request = placed.run.request
         kept = self._kept.get(request.id)
-        if scored is None or kept is None or placed.run.decodes:
+        if scored is None or kept is None or placed.run.is_decode:
             return
         if placed.run.start == 0:  # the request may have been preempted
             del kept[1:]

@@ -130,9 +130,9 @@ class Runner:
         """False if the runner can no longer run anything."""
         return True
 
-    def blank(self, phase: Phase, sequences: int, tokens: int, beside: int = 0) -> StepInput:
-        """An input of padding: per rank ``sequences`` rows of ``tokens``, and ``beside`` of one token."""
-        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, beside)
+    def blank(self, phase: Phase, sequences: int, tokens: int, decode_rows: int = 0) -> StepInput:
+        """An input of padding, see ``blank_input``."""
+        return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, decode_rows)
 
     def run(self, inputs: StepInput) -> StepOutput:
         """Starts a step. It does not wait for the step, and all results stay on the device."""
@@ -201,8 +201,8 @@ class Runner:
         """Compiles every shape by running it on padding; afterwards nothing compiles."""
         sizes = self.sizes
         shapes: list[tuple[Phase, int, int, int]] = [("decode", b, 1, 0) for b in sizes.decode]
-        for tokens, beside in itertools.product(sizes.prefill, sizes.beside):
-            shapes.append(("prefill", tokens // sizes.run, sizes.run, beside))
+        for tokens, decoding in itertools.product(sizes.prefill, sizes.mixed_decode):
+            shapes.append(("prefill", tokens // sizes.row_tokens, sizes.row_tokens, decoding))
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
             inputs = self.blank(*shape)

@@ -1,4 +1,4 @@
-"""What a step takes from the step before, and what it returns beside it."""
+"""What a step takes from the step before, and what else it returns."""
 
 from dataclasses import dataclass, replace
 

@@ -75,7 +75,7 @@ class NextGate(_Fixed):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Given(_Fixed):
+class Oracle(_Fixed):
     """The oracle's predictor. needs_LE: which experts the step will need; ``dataclasses.replace`` sets it
     for each step."""
 

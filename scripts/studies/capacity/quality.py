@@ -112,13 +112,13 @@ class Meter:
         longest = max(len(w) for _, w in batch)
         size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
         given = self.runner.blank("prefill", self.rows, size)
-        targets = np.zeros_like(given.own.tokens_BT)
+        targets = np.zeros_like(given.main_rows.tokens_BT)
         # Neighbours go to different ranks, so that a short batch leaves no rank empty.
-        row_of = np.arange(len(given.own.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
+        row_of = np.arange(len(given.main_rows.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
         for row, (_, window) in zip(row_of, batch, strict=True):
-            given.own.tokens_BT[row, : len(window)] = window
-            given.own.positions_BT[row, : len(window)] = np.arange(len(window))
-            given.own.table_BM[row] = self.table_BM[row]
+            given.main_rows.tokens_BT[row, : len(window)] = window
+            given.main_rows.positions_BT[row, : len(window)] = np.arange(len(window))
+            given.main_rows.table_BM[row] = self.table_BM[row]
             targets[row, : len(window) - 1] = window[1:]
         hidden_RND = np.asarray(self.runner.run(given).hidden_RND)
         logprobs = np.asarray(self.scorer.runner.logprobs(hidden_RND, targets))  # pyright: ignore

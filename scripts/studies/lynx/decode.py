@@ -102,9 +102,9 @@ class Meter:
             given = runner.blank("decode", batch // runner.ranks, 1)
         else:
             given = runner.blank("prefill", batch // runner.ranks, runner.sizes.prefill_size(count))
-        given.own.tokens_BT[:, :count] = tokens_BT
-        given.own.positions_BT[:, :count] = np.arange(start, start + count)
-        given.own.table_BM[:] = table_BM
+        given.main_rows.tokens_BT[:, :count] = tokens_BT
+        given.main_rows.positions_BT[:, :count] = np.arange(start, start + count)
+        given.main_rows.table_BM[:] = table_BM
         return runner.run(given).hidden_RND
 
 

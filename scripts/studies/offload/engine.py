@@ -30,7 +30,7 @@ from studies.speculative.routing import collect
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.request import Output, Request
-from jmoe.offload.predictors.make import Given
+from jmoe.offload.predictors.make import Oracle
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
 SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # of the experts, by batch
@@ -132,9 +132,9 @@ def _needs(llm: LLM, prompts: list[list[int]], tokens: list[list[int]]) -> Bool[
     return np.concatenate([trace.needs_NLE for trace in found])
 
 
-def _known(llm: LLM, needs_NLE: Bool[np.ndarray, "N L E"]) -> tuple[Given, Known]:
+def _known(llm: LLM, needs_NLE: Bool[np.ndarray, "N L E"]) -> tuple[Oracle, Known]:
     assert llm.engine.runner.cache is not None
-    oracle = Given(jnp.zeros(needs_NLE.shape[1:], bool), llm.engine.runner.cache.rule.ahead)
+    oracle = Oracle(jnp.zeros(needs_NLE.shape[1:], bool), llm.engine.runner.cache.rule.ahead)
     return oracle, zip(needs_NLE, next_uses(needs_NLE), strict=True)
 
 

@@ -13,13 +13,13 @@ from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.journey import StepSettings
-from jmoe.offload.predictors.make import Given
+from jmoe.offload.predictors.make import Oracle
 
 # of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
 Known = Iterator[tuple[Bool[ndarray, "L E"], Int[ndarray, "L E"]]]
 
 
-def replay(runner: Runner, oracle: Given, known: Known) -> Runner:
+def replay(runner: Runner, oracle: Oracle, known: Known) -> Runner:
     """``runner``, which takes its forecasts and victims from ``known`` from now on."""
     step = runner._step
 

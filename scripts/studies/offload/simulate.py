@@ -15,7 +15,7 @@ from studies.offload.simulator import Link, Trace, begin, next_uses, run
 from studies.offload.traces import AHEAD
 
 from jmoe.config.model import ModelConfig
-from jmoe.offload.predictors.make import Given, NextGate, PredictorSizes, make_predictor
+from jmoe.offload.predictors.make import NextGate, Oracle, PredictorSizes, make_predictor
 from jmoe.offload.table import Rule, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile
@@ -101,7 +101,7 @@ def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
     cfg = subject.cfg
     layers, experts, k = cfg.num_hidden_layers, cfg.num_experts, cfg.num_experts_per_tok
     if name == "oracle":
-        return Given(jnp.zeros((layers, experts), bool), setting.ahead)
+        return Oracle(jnp.zeros((layers, experts), bool), setting.ahead)
     if name == "next_gate alone":
         return NextGate(None, setting.ahead, experts, k)
     base, _, online = name.partition(" ")

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
-from jmoe.offload.predictors.make import Given
+from jmoe.offload.predictors.make import Oracle
 from jmoe.offload.ranks import needed
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import Moves, Rule, Table
@@ -133,7 +133,7 @@ def run(
     def step(state: State, given: tuple) -> tuple[State, Figures]:
         tokens_B, embeddings_BD, layers, known = given
         if known is not None:
-            assert isinstance(state.predictor, Given)
+            assert isinstance(state.predictor, Oracle)
             table, predictor = foretold(state.table, state.predictor, *known)
             state = state._replace(table=table, predictor=predictor)
         state, walk, figures = _before(
@@ -157,7 +157,7 @@ def run(
     return state, prompt, figures
 
 
-def foretold(table: Table, oracle: Given, needs_LE: Array, due_LE: Array) -> tuple[Table, Given]:
+def foretold(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[Table, Oracle]:
     """Before a step: the oracle, which knows that step and all that come (``next_uses``)."""
     outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
     return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
