@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmoe.checkpoint import convert
     from jmoe.checkpoint import load_model as load
-    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.engine.grammar.grammar import Grammar
     from jmoe.engine.llm import LLM
     from jmoe.engine.request import SamplingParams
@@ -19,7 +20,7 @@ _HOME = {
     "Grammar": ("jmoe.engine.grammar.grammar", "Grammar"),
     "SamplingParams": ("jmoe.engine.request", "SamplingParams"),
     "ModelConfig": ("jmoe.config.model", "ModelConfig"),
-    "MoEConfig": ("jmoe.config.model", "MoEConfig"),
+    "MoEConfig": ("jmoe.config.moe", "MoEConfig"),
     "load": ("jmoe.checkpoint", "load_model"),
     "convert": ("jmoe.checkpoint", "convert"),
 }

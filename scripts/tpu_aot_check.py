@@ -184,7 +184,8 @@ def check(case: Case) -> dict:
     from jax.experimental import topologies
     from jmoe_kernels.backends import TPU
 
-    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.engine.lowering import lower_step
     from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh

@@ -27,7 +27,8 @@ from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jmoe.checkpoint import load_model, save_hf
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.nn.sequences import Sequences

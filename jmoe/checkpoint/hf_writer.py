@@ -14,7 +14,8 @@ from flax import nnx
 from jmoe.checkpoint.hf_reader import all_finite
 from jmoe.checkpoint.params import abstract_decoder, dotted, sources
 from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import PLAIN, Stored

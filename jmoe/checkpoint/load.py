@@ -24,7 +24,8 @@ from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permut
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.checkpoint.stacks import into_stacks
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.mesh import make_mesh

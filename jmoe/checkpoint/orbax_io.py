@@ -23,7 +23,8 @@ from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, 
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, place
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.units import cause
 from jmoe.models.decoder import Decoder
 from jmoe.placement.placement import Placement

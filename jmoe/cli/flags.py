@@ -129,7 +129,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
 
     Each value must have the type that the setting of its name declares; a ValueError names file and key.
     """
-    from jmoe.config.model import MoEConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import check_keys, hints, named, read_toml, typed
     from jmoe.engine.deployment.settings import EngineSettings
     from jmoe.engine.processes.nodes import Nodes
@@ -159,7 +159,7 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
 
     from jmoe_kernels.cache import usable, user_cache
 
-    from jmoe.config.model import MoEConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.engine.deployment.memory import check_start
     from jmoe.engine.deployment.settings import EngineSettings
     from jmoe.engine.step.compilation_cache import use_compilation_cache

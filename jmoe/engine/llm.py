@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import check_keys, hints, shown, typed
 from jmoe.engine.build import build_engine, with_seed
 from jmoe.engine.deployment.settings import EngineSettings

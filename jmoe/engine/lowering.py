@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jmoe.checkpoint.params import abstract_decoder, fill
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.offload.build import abstract_cache
 from jmoe.engine.step.counters import zero_totals
 from jmoe.engine.step.functions import Jitted, jitted, make_knobs

@@ -19,7 +19,8 @@ from jmoe_kernels.choice import choose as choose_kernels
 from jmoe_kernels.matmul import Dense, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.journey import Foresight, StepSettings, Techniques
 from jmoe.models.layer import DecoderLayer, foresight

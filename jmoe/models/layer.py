@@ -10,7 +10,8 @@ from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import Split
 from jmoe.models.journey import Foresight, Journey
 from jmoe.moe.decide import Decision

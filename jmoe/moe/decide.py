@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
 from jmoe.moe.counting import count_dispatch, over_shards

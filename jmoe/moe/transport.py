@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jmoe_kernels.backends import get_backend
 from jmoe_kernels.rows import take_rows
 
-from jmoe.config.model import TransportName
+from jmoe.config.moe import TransportName
 from jmoe.mesh import DATA, EXPERT
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import LocalExperts, Routing, Send, Traffic

@@ -24,7 +24,8 @@ def row(path: Path) -> str:
     """active: without the embedding, of which a token uses one row, and with the shared experts. KV cache:
     bytes in bfloat16, over all layers."""
     from jmoe.checkpoint.params import abstract_decoder
-    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh, split_attention
     from jmoe.nn.kinds import page_bytes

@@ -95,7 +95,8 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     from flax import nnx
 
     from jmoe.checkpoint.hf_writer import save_hf
-    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh
     from jmoe.models.decoder import Decoder

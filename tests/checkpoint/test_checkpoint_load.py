@@ -16,7 +16,7 @@ from support.models.small import config as small_config
 from jmoe.checkpoint import load_model, read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
 from jmoe.nn.kinds import make_state

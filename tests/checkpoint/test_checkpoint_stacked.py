@@ -19,7 +19,7 @@ from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import ParamSpec, dotted
 from jmoe.checkpoint.renumber import into_slots, permute_gate, permuted
 from jmoe.checkpoint.stacks import Stacks, into_stacks
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
 from jmoe.models import FAMILIES

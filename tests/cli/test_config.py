@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 
 

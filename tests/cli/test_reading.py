@@ -14,7 +14,8 @@ from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import read_config
 from jmoe.cli.flags import read_serve_config
 from jmoe.cli.main import main
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Positive, Size, typed, unique_json
 from jmoe.config.units import parse_size, readable
 from jmoe.engine.build import end_tokens

@@ -12,7 +12,8 @@ import pytest
 
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import BUNDLED, build_engine
 from jmoe.engine.deployment import memory, needs
 from jmoe.engine.deployment.deployment import resolve

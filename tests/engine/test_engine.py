@@ -11,7 +11,7 @@ from support.models.engines import CFG, GREEDY, engine_of, engine_on, prompts, s
 from support.models.small import decoder, mesh_of, tokens
 from tokenizers import Tokenizer, models
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.step.inputs import Sizes

@@ -7,7 +7,7 @@ import pytest
 from support.models.engines import GREEDY, engine_of, prompts, serve
 from support.models.small import config, decoder
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh

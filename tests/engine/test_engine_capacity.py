@@ -6,7 +6,7 @@ import pytest
 from support.models.engines import CFG, GREEDY, engine_on, prompts, serve
 from support.models.small import mesh_of
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import CapacityConfig
 from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh

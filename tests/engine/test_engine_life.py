@@ -9,7 +9,7 @@ import pytest
 from support.models.hf_tiny import hf_config, write_checkpoint
 
 from jmoe import LLM, SamplingParams
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.request import EngineDead, Request
 from jmoe.engine.step.runner import CompilationCounter

@@ -10,7 +10,7 @@ from jmoe_kernels import cpu
 from support.models.engines import engine_of, serve
 from support.models.small import config, decoder
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.schedule.pages import RankPages

@@ -8,7 +8,7 @@ import pytest
 from support.models.engines import CFG, GREEDY, engine_on, prompts, serve
 from support.models.small import mesh_of, tokens
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams, StepReport

@@ -27,7 +27,7 @@ from support.models.offloaded import (
 
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.identity import model_identity
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 from jmoe.engine.request import MoEUsage, Request, SamplingParams
 from jmoe.mesh import make_mesh

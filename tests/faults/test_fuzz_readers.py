@@ -21,7 +21,7 @@ from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.cli.flags import read_serve_config
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import end_tokens
 from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh

@@ -19,7 +19,8 @@ from support.least_time import within
 
 from jmoe.checkpoint import read_config
 from jmoe.cli.flags import read_serve_config
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.nn.rope import frequencies
 

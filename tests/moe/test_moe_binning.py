@@ -19,7 +19,7 @@ from support.oracles.routers import EXPERTS, GROUPED, VARIANTS, Variant
 from support.oracles.routers import compiled as router
 
 from jmoe.config.anatomy import RouterConfig
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.models.small import config, decoder, mesh_of, tokens
 
 from jmoe.config.counters import LOSSY, names
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
 from jmoe.moe.shuffle import Shuffle

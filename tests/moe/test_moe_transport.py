@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 from support.models.small import MESHES, config, decoder, mesh_of, tokens
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.step.counters import Count64, MoECounters, add_step, transported_bytes, zero_totals
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport

@@ -15,7 +15,7 @@ from support.oracles.routers import compiled as router
 
 from jmoe.checkpoint.renumber import EXPERTS as STACKS
 from jmoe.checkpoint.renumber import permute_gate
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.experts import ExpertMath, HostExperts

@@ -54,7 +54,7 @@ def compile_layer(platform: str, name: str) -> str:
     from jmoe_kernels.choice import choose
     from support.models.small import config
 
-    from jmoe.config.model import MoEConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.mesh import EXPERT, make_mesh
     from jmoe.moe.layer import MoELayer
     from jmoe.moe.types import TokenFlags

@@ -27,7 +27,7 @@ from support.models.offloaded import (
 
 from jmoe.checkpoint import convert, load_model
 from jmoe.checkpoint.identity import model_identity
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig, ShuffleConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine

@@ -24,7 +24,7 @@ from support.models.offloaded import (
 )
 
 from jmoe.checkpoint import convert
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig
 from jmoe.engine.engine import Engine
 from jmoe.models.journey import StepSettings

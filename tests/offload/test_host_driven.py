@@ -19,7 +19,7 @@ from support.models.offloaded import (
 )
 
 from jmoe.checkpoint import convert
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, Eviction, OffloadConfig, PredictorName
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine

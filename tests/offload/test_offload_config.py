@@ -15,7 +15,7 @@ from support.models.offloaded import (
     write_profile,
 )
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 
 SIZES = {"layers": LAYERS, "experts": EXPERTS, "k": K, "expert_bytes": EXPERT_BYTES}

@@ -25,7 +25,7 @@ from support.models.offloaded import (
     write_profile,
 )
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine

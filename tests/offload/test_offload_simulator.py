@@ -24,7 +24,7 @@ from support.models.offloaded import (
     write_profile,
 )
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
 from jmoe.offload.predictors.make import NoPredictor, Oracle

@@ -16,7 +16,7 @@ from jmoe.checkpoint import convert, load_model, read_config, save_hf
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import dotted
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import context_length
 from jmoe.mesh import make_mesh

@@ -18,7 +18,7 @@ from shared.serving_peers import PEERS, Load
 from shared.serving_report import write_part
 
 from jmoe.checkpoint import read_config
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import model_directory
 
 ROOT = Path(__file__).parents[2]

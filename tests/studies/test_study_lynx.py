@@ -14,7 +14,7 @@ from studies.lynx.capacity import loads_and_loss
 from studies.lynx.curves import METHODS, Curve, compared, percent
 from studies.lynx.study import STUDY
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.lockstep import follow, lead

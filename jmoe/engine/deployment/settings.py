@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
 

@@ -11,7 +11,8 @@ from jmoe_kernels.backends import Executor, get_backend
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from studies.capacity.loads import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import CapacityConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine

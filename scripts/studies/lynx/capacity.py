@@ -17,7 +17,7 @@ from shared.results import few
 from studies.capacity.loads import RANKS, device_peak, expert_peak, rank_loads
 from studies.lynx.decode import Meter, Scorer, batches, counted, read_windows
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine

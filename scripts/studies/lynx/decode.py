@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jmoe.checkpoint import load_model
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.step.runner import Runner

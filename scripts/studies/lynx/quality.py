@@ -20,7 +20,7 @@ from shared.results import few
 from studies.lynx.curves import CENTINATS
 from studies.lynx.decode import Meter, Scorer, batches, counted, read_windows
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
 

@@ -30,7 +30,7 @@ from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_ro
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config.anatomy import RouterConfig
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import read_toml
 from jmoe.config.techniques import BinningConfig
 from jmoe.mesh import make_mesh

@@ -16,7 +16,7 @@ from shared.results import few
 from studies.capacity.loads import RANKS
 from studies.lynx.decode import Meter, Scorer, batches, read_windows
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
 from jmoe.engine.build import EngineSettings, build_engine
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
 from jmoe.engine.build import EngineSettings
 from jmoe.tools.evaluate import evaluate

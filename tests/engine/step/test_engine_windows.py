@@ -7,7 +7,7 @@ import pytest
 from support.models import hf_tiny
 
 from jmoe import LLM
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import EngineSettings
 from jmoe.engine.step.inputs import window_length
 from jmoe.tools.evaluate import evaluate

@@ -108,7 +108,8 @@ def _lower_step(case: dict):
     """Returns a step of the engine, lowered."""
     import tomllib
 
-    from jmoe.config.model import ModelConfig, MoEConfig
+    from jmoe.config.model import ModelConfig
+    from jmoe.config.moe import MoEConfig
     from jmoe.engine.lowering import lower_step
     from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh

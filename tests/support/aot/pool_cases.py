@@ -7,7 +7,8 @@ from support.aot.pool_text import walks
 from support.models.small import config
 
 from jmoe.config.anatomy import LatentConfig
-from jmoe.config.model import ModelConfig, MoEConfig
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes

@@ -3,7 +3,7 @@
 import numpy as np
 from support.models.small import config, decoder, tokens
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import EngineSettings, schedule
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jmoe_kernels.choice import choose
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import TokenFlags
 from jmoe.param import ParamMaker

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.models import hf_tiny
 
-from jmoe.config.model import MoEConfig
+from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.engine import Engine
