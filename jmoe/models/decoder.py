@@ -34,7 +34,7 @@ from jmoe.nn.rope import Rotation, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.ranks import SAME
-from jmoe.offload.types import Predictor, StepSeen
+from jmoe.offload.types import Predictor, StepView
 from jmoe.param import ParamMaker
 
 
@@ -60,12 +60,12 @@ class DecoderOutput:
     cache: ExpertCache | None
 
 
-def step_seen(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepSeen | None:
+def step_view(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepView | None:
     """What a predictor sees of a decode step before the first layer; None for a prefill."""
     if seqs.phase != "decode":
         return None
     seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
-    return StepSeen(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
+    return StepView(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
 
 
 def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
@@ -142,25 +142,25 @@ class Decoder(nnx.Module):
         cache: cache of the experts, if they are offloaded.
         """
         x_ND, rotation = self.begin(seqs)
-        visit = None if cache is None else Visit.begin(self.store.weights, cache, step_seen(seqs, x_ND))
+        visit = None if cache is None else Visit.begin(self.store.weights, cache, step_view(seqs, x_ND))
         techniques = Techniques(settings, self.shuffle, len(x_ND), visit)
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            ahead = self.routers_after(i) if seqs.phase == "decode" else None
-            journey = techniques.journey(has_experts=layer.moe is not None, ahead=ahead)
+            routers = self.routers_after(i) if seqs.phase == "decode" else None
+            journey = techniques.journey(has_experts=layer.moe is not None, next_routers=routers)
             x_ND, layer_pages, out, order = _apply(
                 *nnx.split(layer), x_ND, rotation, seqs, pages[i] if pages else None, journey
             )
             new_pages += [] if layer_pages is None else [layer_pages]
             techniques.collect(out, order)
-        hidden_RND = self.finish(techniques.home(x_ND), seqs)
-        outs = techniques.outs
-        changes_B = sum_changes([out.changes for out in outs if out.changes is not None], seqs)
-        routing, stats = [out.routing for out in outs], [out.stats for out in outs]
+        hidden_RND = self.finish(techniques.to_original_order(x_ND), seqs)
+        outputs = techniques.outputs
+        changes_B = sum_changes([out.changes for out in outputs if out.changes is not None], seqs)
+        routing, stats = [out.routing for out in outputs], [out.stats for out in outputs]
         if techniques.visit is not None:
             cache = techniques.visit.end()
             predictor = self.absorb(cache.predictor, seqs, routing)
-            cache = replace(cache, predictor=cache.ranks.kept(predictor, SAME))
+            cache = replace(cache, predictor=cache.ranks.constrain(predictor, SAME))
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:

@@ -51,39 +51,39 @@ class Journey:
     order: order of the incoming rows.
     hints: what the order after attention is predicted from; without them the order stays.
     visit: access to the expert cache; None in a layer without experts.
-    ahead: routers of the next layers, if the cache's predictor uses them.
+    next_routers: routers of the next layers, if the cache's predictor uses them.
     """
 
     knobs: Knobs | None = None
     order: Order | None = None
     hints: Hints | None = None
     visit: Visit | None = None
-    ahead: list[Foresight] | None = None
+    next_routers: list[Foresight] | None = None
 
 
 class Techniques:
     """The techniques on their way through the layers of one step; for use under jit.
 
-    outs: what each layer with experts did so far, in the tokens' original order.
+    outputs: what each layer with experts did so far, in the tokens' original order.
     visit: access to the expert cache after the last layer so far; None if no experts are offloaded.
     """
 
     def __init__(self, settings: StepSettings, shuffle: Shuffle, num_tokens: int, visit: Visit | None):
-        self.outs: list[MoEOutput] = []
+        self.outputs: list[MoEOutput] = []
         self.visit = visit
         self._settings, self._shuffle = settings, shuffle
         self._start = self._order = shuffle.own_order(num_tokens) if settings.tables else None
         self._history: list[Array] = []  # rank of each token's experts, by layer, if a table needs it
 
-    def journey(self, *, has_experts: bool, ahead: list[Foresight] | None) -> Journey:
-        """The journey of the next layer. ahead: the routers of the layers after it, see ``Journey``."""
-        knobs, tables, layer = self._settings.knobs, self._settings.tables, len(self.outs)
+    def journey(self, *, has_experts: bool, next_routers: list[Foresight] | None) -> Journey:
+        """The journey of the next layer. next_routers: routers of the layers after it, see ``Journey``."""
+        knobs, tables, layer = self._settings.knobs, self._settings.tables, len(self.outputs)
         return Journey(
             knobs=None if knobs is None else knobs.of(layer),
             order=self._order,
             hints=Hints.make(tables[layer], self._history) if tables and has_experts else None,
             visit=self.visit if has_experts else None,
-            ahead=ahead if has_experts else None,
+            next_routers=next_routers if has_experts else None,
         )
 
     def collect(self, out: MoEOutput | None, order: Order | None) -> None:
@@ -95,15 +95,15 @@ class Techniques:
         self.visit, out = out.source, replace(out, source=None)
         tables = self._settings.tables
         if tables and order is not None:
-            following = len(self.outs) + 1
+            following = len(self.outputs) + 1
             needs = following < len(tables) and tables[following].by_history_HR is not None
             out, rank_N = self._shuffle.report(out, order, history=needs)
             self._history += [] if rank_N is None else [rank_N]
             if self.visit is not None:
                 out = replace(out, routing=self._shuffle.home(replace(out.routing, plan=None), order))
-        self.outs.append(out)
+        self.outputs.append(out)
 
-    def home(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    def to_original_order(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """The rows after the last layer, in their original order."""
         if self._order is None or self._start is None:
             return x_ND

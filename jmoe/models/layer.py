@@ -66,7 +66,8 @@ class DecoderLayer(nnx.Module):
             return self.pass_mlp(x_ND), pages, None, move and move.after
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
-            source = None if journey.visit is None else self.prepare(journey.visit, x_ND, journey.ahead, move)
+            visit, routers = journey.visit, journey.next_routers
+            source = None if visit is None else self.prepare(visit, x_ND, routers, move)
             out = self.moe(normed_ND, flags, seqs.phase, journey.knobs, source)
             x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
         return x_ND, pages, out, move and move.after
@@ -77,10 +78,12 @@ class DecoderLayer(nnx.Module):
             return Move(order, order)
         return Move(order, self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T))
 
-    def prepare(self, visit: Visit, x_ND: Array, ahead: list[Foresight] | None, move: Move | None) -> Visit:
+    def prepare(
+        self, visit: Visit, x_ND: Array, next_routers: list[Foresight] | None, move: Move | None
+    ) -> Visit:
         """The visit with what this layer knows: the scores of later routers, and the rows' order."""
-        if ahead is not None:
-            visit = replace(visit, ahead_TAE=self.score_ahead(x_ND, ahead))
+        if next_routers is not None:
+            visit = replace(visit, next_scores_TAE=self.score_ahead(x_ND, next_routers))
         return visit if move is None else replace(visit, row_N=move.after.row_N)
 
     def add(self, x_ND: Array, y_ND: Array) -> Array:
@@ -120,15 +123,15 @@ class DecoderLayer(nnx.Module):
             return self.add(x_ND, self.shared(normed_ND))
 
     def decide(
-        self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, here_E: Array | None
+        self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, resident_E: Array | None
     ) -> tuple[Array, Decision]:
         """The experts' input from the rows after attention, and where its tokens go; on one device."""
         assert self.moe is not None
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
-            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, here_E)
+            return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, resident_E)
 
-    def score_ahead(self, x_ND: Array, ahead: list[Foresight]) -> Float[Array, "N A E"]:
+    def score_ahead(self, x_ND: Array, routers: list[Foresight]) -> Float[Array, "N A E"]:
         """Runs other layers' routers on these rows and returns each expert's share in their choice (see
         ``likely``)."""
         assert self.moe is not None
@@ -138,7 +141,7 @@ class DecoderLayer(nnx.Module):
             logits_NE = router_logits(normalize(x_ND, router.norm, eps), router.router, dense)
             return likely(choose(logits_NE, router.router, self.cfg))
 
-        return jnp.stack([scores(router) for router in ahead], axis=1)
+        return jnp.stack([scores(router) for router in routers], axis=1)
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:

@@ -250,7 +250,7 @@ class ExpertSource(Protocol):
     def run(
         self,
         x_TD: Float[Array, "T D"],
-        plain: Routing,
+        plain_routing: Routing,
         routing: Routing,
         valid_T: Bool[Array, " T"],
         phase: Phase,
@@ -260,8 +260,8 @@ class ExpertSource(Protocol):
         """Runs the experts of ``routing`` on this layer's tokens. Returns their output, the traffic, the
         counts over all ranks and the source for the next layer.
 
-        plain: the router's own choice, from which the source may learn. send: moves tokens to the ranks that
-        hold their experts.
+        plain_routing: the router's own choice, from which the source may learn.
+        send: function that moves tokens to the ranks that hold their experts.
         """
         ...
 

@@ -49,12 +49,12 @@ from jmoe.moe.types import (
 )
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
-from jmoe.offload.ranks import SAME, TABLE, Ranks, assigned, highest, most_needed, needed_here
+from jmoe.offload.ranks import SAME, TABLE, Ranks, assigned, highest, max_needed, needed_on_rank
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import Moves, Rule, Table
-from jmoe.offload.types import LayerSeen, Predictor, StepSeen
+from jmoe.offload.table import CachePolicy, Copies, Table
+from jmoe.offload.types import LayerView, Predictor, StepView
 
-BEFORE = -1  # the layer number of what happens before the first layer
+BEFORE_FIRST = -1  # the layer number of what happens before the first layer
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ class ExpertCache:
     table: Table
     predictor: Predictor
     pool: ExpertWeights
-    rule: Rule = field(metadata={"static": True})
+    rule: CachePolicy = field(metadata={"static": True})
     has_parallel_copies: bool = field(metadata={"static": True})
     ranks: Ranks = field(default=Ranks(), metadata={"static": True})
 
@@ -93,8 +93,8 @@ class Visit:
     walk: the predictor's own state in this step; None in prefill.
     layer: number of the layer.
     pending_counts: counts of copies made before the first layer; they are added to the first layer's counts.
-    ahead_TAE: scores that the routers of the next layers give to this layer's tokens, for a predictor that
-        uses them.
+    next_scores_TAE: scores that the routers of the next layers give to this layer's tokens, for a predictor
+        that uses them.
     row_N: row of each token if this layer's tokens were shuffled.
     """
 
@@ -103,27 +103,28 @@ class Visit:
     walk: Any
     layer: Int[Array, ""]
     pending_counts: Counts
-    ahead_TAE: Float[Array, "T A E"] | None = None
+    next_scores_TAE: Float[Array, "T A E"] | None = None
     row_N: Int[Array, " N"] | None = None
 
     @classmethod
-    def begin(cls, store: ExpertWeights, cache: ExpertCache, seen: StepSeen | None) -> Self:
-        """The visit before the first layer. seen: of a decode step; None in prefill: nothing is predicted."""
+    def begin(cls, store: ExpertWeights, cache: ExpertCache, view: StepView | None) -> Self:
+        """The visit before the first layer. view: tokens of a decode step; None in prefill, where nothing is
+        predicted."""
         visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _counts())
-        if seen is None:
+        if view is None:
             return visit
-        return cache.ranks.over(cls._foreseen, (visit.specs, SAME), visit.specs)(visit, seen)
+        return cache.ranks.over(cls._foresee, (visit.specs, SAME), visit.specs)(visit, view)
 
-    def _foreseen(self, seen: StepSeen) -> Self:
+    def _foresee(self, view: StepView) -> Self:
         """The visit with the experts that the first layers are expected to need."""
         cache = self.cache
-        walk, forecast = cache.predictor.start(seen)
-        table = decide.foresee(cache.table, 0, cache.ranks.own_forecast(forecast, self._experts))
-        table, moves = decide.prefetch(table, cache.rule, BEFORE)
-        visit = replace(self._with(table._replace(slots=land(table.slots))), walk=walk)
-        visit = replace(visit, pending_counts=cache.ranks.total(visit._count_prefetch(moves)))
-        visit, begun = visit._begun(moves)
-        return visit._landed(moves, begun)
+        walk, forecast = cache.predictor.start(view)
+        table = decide.foresee(cache.table, 0, cache.ranks.local_forecast(forecast, self._experts))
+        table, copies = decide.prefetch(table, cache.rule, BEFORE_FIRST)
+        visit = replace(self._with_table(table._replace(slots=land(table.slots))), walk=walk)
+        visit = replace(visit, pending_counts=cache.ranks.total(visit._count_prefetch(copies)))
+        visit, weights = visit._begin_copies(copies)
+        return visit._land_copies(copies, weights)
 
     def end(self) -> ExpertCache:
         """The cache after the last layer."""
@@ -144,7 +145,7 @@ class Visit:
     def run(
         self,
         x_TD: Float[Array, "T D"],
-        plain: Routing,
+        plain_routing: Routing,
         routing: Routing,
         valid_T: Bool[Array, " T"],
         phase: Phase,
@@ -154,41 +155,44 @@ class Visit:
         """Runs this layer's experts on its tokens; returns the output, the traffic, the counts and the visit
         of the next layer."""
         ranks, e = self.cache.ranks, self._experts
-        ids_TK, most = assigned(routing, valid_T), most_needed(routing.ids_TK, ranks, e)
-        needed_L = needed_here(ids_TK, ranks, plain.scores_TE.shape[1], e)
+        ids_TK, most = assigned(routing, valid_T), max_needed(routing.ids_TK, ranks, e)
+        needed_L = needed_on_rank(ids_TK, ranks, plain_routing.scores_TE.shape[1], e)
         hits = jnp.sum(needed_L & self._resident_L, dtype=jnp.int32)
         misses = jnp.sum(needed_L, dtype=jnp.int32) - hits
-        given = x_TD, routing, valid_T
+        tokens = x_TD, routing, valid_T
         if phase == "prefill":
-            y_TD, traffic = send(*given, self._here(apply, overflows=True))
+            y_TD, traffic = send(*tokens, self._local_experts(apply, overflows=True))
             counts = _counts(expert_cache_hits=hits, expert_cache_misses=misses, bytes_host_to_device=misses)
             return y_TD, traffic, ranks.total(counts), replace(self, layer=self.layer + 1, row_N=None)
 
-        scores_L = ranks.of_group(highest(plain.scores_TE, valid_T), e)
-        visit = self._observe(plain, valid_T)
+        scores_L = ranks.group_max(highest(plain_routing.scores_TE, valid_T), e)
+        visit = self._observe(plain_routing, valid_T)
         useful = jnp.sum(
-            decide.at(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
+            decide.at_layer(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
         )
         table, missing = decide.demand(visit.cache.table, self.cache.rule, needed_L, self.layer, most)
-        visit = visit._with(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
-        table, wishes = decide.prefetch(table, self.cache.rule, self.layer)
-        visit, begun = visit._begun(wishes)
-        y_TD, traffic = send(*given, visit._with(table)._here(apply, overflows=visit._slots < most))
-        visit = visit._with(decide.finish_layer(table, needed_L, scores_L, self.layer))
-        visit = visit._landed(wishes, begun)
-        own = _counts(
-            expert_cache_hits=hits, expert_cache_misses=misses, expert_cache_evictions=missing.evicted,
+        visit = visit._with_table(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
+        table, prefetches = decide.prefetch(table, self.cache.rule, self.layer)
+        visit, weights = visit._begin_copies(prefetches)
+        experts = visit._with_table(table)._local_experts(apply, overflows=visit._slots < most)
+        y_TD, traffic = send(*tokens, experts)
+        visit = visit._with_table(decide.finish_layer(table, needed_L, scores_L, self.layer))
+        visit = visit._land_copies(prefetches, weights)
+        counts = _counts(
+            expert_cache_hits=hits, expert_cache_misses=misses, expert_cache_evictions=missing.num_evictions,
             bytes_host_to_device=misses, prefetch_useful_bytes=useful,
         )  # fmt: skip
-        own = ranks.total(jax.tree.map(jnp.add, own, self._count_prefetch(wishes)))
-        counts = jax.tree.map(jnp.add, own, self.pending_counts)
-        visit = replace(visit, layer=self.layer + 1, pending_counts=_counts(), ahead_TAE=None, row_N=None)
+        counts = ranks.total(jax.tree.map(jnp.add, counts, self._count_prefetch(prefetches)))
+        counts = jax.tree.map(jnp.add, counts, self.pending_counts)
+        visit = replace(
+            visit, layer=self.layer + 1, pending_counts=_counts(), next_scores_TAE=None, row_N=None
+        )
         return y_TD, traffic, counts, visit
 
     @property
     def _resident_L(self) -> Bool[Array, " L"]:
         """Whether each of this rank's experts of this layer is in its pool."""
-        return decide.at(resident(self.cache.table.slots), self.layer, self._experts)
+        return decide.at_layer(resident(self.cache.table.slots), self.layer, self._experts)
 
     @property
     def _experts(self) -> int:
@@ -198,44 +202,46 @@ class Visit:
     def _slots(self) -> int:
         return self.cache.pool.gate_up_E2FD.shape[0] - 1
 
-    def _with(self, table: Table) -> Self:
+    def _with_table(self, table: Table) -> Self:
         return replace(self, cache=replace(self.cache, table=table))
 
     def _with_pool(self, pool: ExpertWeights) -> Self:
         return replace(self, cache=replace(self.cache, pool=pool))
 
-    def _observe(self, plain: Routing, valid_T: Array) -> Self:
+    def _observe(self, plain_routing: Routing, valid_T: Array) -> Self:
         ranks, predictor = self.cache.ranks, self.cache.predictor
-        seen = LayerSeen(plain.scores_TE, assigned(plain, valid_T), self.ahead_TAE)
-        walk, forecast = predictor.observe(self.walk, self.layer, ranks.all_rows(seen, self.row_N))
-        forecast = ranks.own_forecast(forecast, self._experts)
-        return replace(self._with(decide.foresee(self.cache.table, self.layer + 1, forecast)), walk=walk)
+        view = LayerView(plain_routing.scores_TE, assigned(plain_routing, valid_T), self.next_scores_TAE)
+        walk, forecast = predictor.observe(self.walk, self.layer, ranks.all_rows(view, self.row_N))
+        forecast = ranks.local_forecast(forecast, self._experts)
+        table = decide.foresee(self.cache.table, self.layer + 1, forecast)
+        return replace(self._with_table(table), walk=walk)
 
-    def _begun(self, moves: Moves) -> tuple[Self, list[ExpertWeights]]:
+    def _begin_copies(self, copies: Copies) -> tuple[Self, list[ExpertWeights]]:
         """Begins copies that overlap with what follows; if nothing can overlap, makes them at once.
 
         If they were made after the layer's experts, they would change a pool without anything that says it
         was read before: XLA:CPU would copy the whole pool in every layer.
         """
         if self.cache.has_parallel_copies:
-            return self, [fetch(self.store, moves.experts_M[i]) for i in range(moves.experts_M.shape[0])]
-        return self._with_pool(copy_in(self.cache.pool, self.store, moves)), []
+            return self, [fetch(self.store, copies.experts_M[i]) for i in range(copies.experts_M.shape[0])]
+        return self._with_pool(copy_in(self.cache.pool, self.store, copies)), []
 
-    def _landed(self, moves: Moves, begun: list[ExpertWeights]) -> Self:
-        """The visit with the begun copies installed in the pool."""
+    def _land_copies(self, copies: Copies, weights: list[ExpertWeights]) -> Self:
+        """The visit with the copied ``weights`` installed in the pool."""
         pool = self.cache.pool
-        for i, one in enumerate(begun):
-            pool = install(pool, one, moves.slots_M[i])
+        for i, one in enumerate(weights):
+            pool = install(pool, one, copies.slots_M[i])
         return self._with_pool(pool)
 
-    def _count_prefetch(self, moves: Moves) -> Counts:
+    def _count_prefetch(self, copies: Copies) -> Counts:
         cache = self.cache
-        copied = jnp.asarray(cache.rule.copies, jnp.int32) if cache.has_parallel_copies else moves.count
+        count, most = copies.num_copies, jnp.asarray(cache.rule.max_prefetches, jnp.int32)
+        count = most if cache.has_parallel_copies else count
         return _counts(
-            expert_cache_evictions=moves.evicted, bytes_host_to_device=copied, prefetch_bytes=copied
+            expert_cache_evictions=copies.num_evictions, bytes_host_to_device=count, prefetch_bytes=count
         )
 
-    def _here(self, apply: Apply, *, overflows: bool) -> LocalExperts:
+    def _local_experts(self, apply: Apply, *, overflows: bool) -> LocalExperts:
         """This layer's experts as a transport takes them. overflows: whether the pool may lack some."""
 
         def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
@@ -252,19 +258,19 @@ class Visit:
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
     ) -> Computed:
         """Runs experts from the pool and, if ``overflows``, streams the experts that are not in it."""
-        e, here_L, nowhere = self._experts, self._resident_L, self._slots + 1
-        slot_L = decide.places(self.cache.table, self.layer, e, nowhere)
-        pooled = regrouped(plan, slot_L, nowhere)
+        e, no_slot = self._experts, self._slots + 1
+        slot_L = decide.slots_of_layer(self.cache.table, self.layer, e, no_slot)
+        pooled = regrouped(plan, slot_L, no_slot)
         y_TD = apply(x_TD, weights_TK, pooled, self.cache.pool)
         if not overflows:
             return Computed(y_TD, pooled.rows)
-        away_L = (plan.group_sizes_L > 0) & ~here_L
-        order_L = jnp.argsort(~away_L, stable=True).astype(jnp.int32)
+        absent_L = (plan.group_sizes_L > 0) & ~self._resident_L
+        order_L = jnp.argsort(~absent_L, stable=True).astype(jnp.int32)
         turn_L = jnp.zeros(e, jnp.int32).at[order_L].set(jnp.arange(e, dtype=jnp.int32))
-        streamed = regrouped(plan, jnp.where(away_L, turn_L, e), e)
+        streamed = regrouped(plan, jnp.where(absent_L, turn_L, e), e)
         y_TD = stream(
-            self.store, self.layer * e + order_L, streamed, jnp.sum(away_L, dtype=jnp.int32),
-            lambda plan, one: apply(x_TD, weights_TK, plan, one), y_TD,
+            self.store, self.layer * e + order_L, streamed, jnp.sum(absent_L, dtype=jnp.int32),
+            lambda plan, weights: apply(x_TD, weights_TK, plan, weights), y_TD,
         )  # fmt: skip
         return Computed(y_TD, pooled.rows + streamed.rows)
 

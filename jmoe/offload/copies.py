@@ -11,7 +11,7 @@ from jax import Array, lax
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.moe.types import DispatchPlan
-from jmoe.offload.table import Moves
+from jmoe.offload.table import Copies
 
 
 def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
@@ -20,26 +20,26 @@ def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
     layers, experts = store.gate_up_E2FD.shape[:2]
     flat = jnp.minimum(flat, layers * experts - 1)
 
-    def one(stack: Array) -> Array:
+    def copy(stack: Array) -> Array:
         # One axis of experts: the TPU compiler overlaps copies of slices along a single axis with compute.
         each_X = stack.reshape(layers * experts, *stack.shape[2:])
         return jax.device_put(lax.dynamic_slice_in_dim(each_X, flat, 1), jax.memory.Space.Device)
 
-    return jax.tree.map(one, store)
+    return jax.tree.map(copy, store)
 
 
-def install(pool: ExpertWeights, one: ExpertWeights, slot: Array) -> ExpertWeights:
-    """The pool with ``one`` in ``slot``; in place if the pool is donated."""
-    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, slot, 0), pool, one)
+def install(pool: ExpertWeights, weights: ExpertWeights, slot: Array) -> ExpertWeights:
+    """The pool with the expert ``weights`` in ``slot``; in place if the pool is donated."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, slot, 0), pool, weights)
 
 
-def copy_in(pool: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:
-    """The pool with every expert of ``moves`` in its slot, one after another."""
+def copy_in(pool: ExpertWeights, store: ExpertWeights, copies: Copies) -> ExpertWeights:
+    """The pool with every expert of ``copies`` in its slot, one after another."""
 
     def body(i: Array, pool: ExpertWeights) -> ExpertWeights:
-        return install(pool, fetch(store, moves.experts_M[i]), moves.slots_M[i])
+        return install(pool, fetch(store, copies.experts_M[i]), copies.slots_M[i])
 
-    return lax.fori_loop(0, moves.count, body, pool)
+    return lax.fori_loop(0, copies.num_copies, body, pool)
 
 
 def stream(

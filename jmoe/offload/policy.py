@@ -29,7 +29,7 @@ LEAST = 1e-6  # stands for a forecast of 0, so that visits still rank
 MEMORY = 0.9  # share of the heat kept from one step to the next: a memory of ten steps
 
 
-class Usage(NamedTuple):
+class UseHistory(NamedTuple):
     """How the experts were used.
 
     visits_X: number of uses since the expert came in, float32.
@@ -60,18 +60,18 @@ class Outlook(NamedTuple):
     due_LE: Any = None
 
 
-def unused(experts: int, xp: Any) -> Usage:
+def unused(experts: int, xp: Any) -> UseHistory:
     zeros_X = xp.zeros(experts, dtype=xp.int32)
     none_X = xp.zeros(experts, dtype=bool)
-    return Usage(xp.zeros(experts, dtype=xp.float32), zeros_X, xp.zeros((), dtype=xp.int32), none_X)
+    return UseHistory(xp.zeros(experts, dtype=xp.float32), zeros_X, xp.zeros((), dtype=xp.int32), none_X)
 
 
-def arrive(usage: Usage, held_before_X: Any, held_now_X: Any, *, prefetched: bool) -> Usage:
+def arrive(usage: UseHistory, had_slot_X: Any, has_slot_X: Any, *, is_prefetch: bool) -> UseHistory:
     """The usage after a claim: a new expert has no visits, and its last use is now."""
-    xp = held_now_X.__array_namespace__()
-    new_X = held_now_X & ~held_before_X
-    fetched_X = (usage.fetched_X & held_now_X) | new_X if prefetched else usage.fetched_X & held_now_X
-    return Usage(
+    xp = has_slot_X.__array_namespace__()
+    new_X = has_slot_X & ~had_slot_X
+    fetched_X = (usage.fetched_X & has_slot_X) | new_X if is_prefetch else usage.fetched_X & has_slot_X
+    return UseHistory(
         xp.where(new_X, 0.0, usage.visits_X).astype(xp.float32),
         xp.where(new_X, usage.clock, usage.last_X).astype(xp.int32),
         usage.clock,
@@ -79,10 +79,10 @@ def arrive(usage: Usage, held_before_X: Any, held_now_X: Any, *, prefetched: boo
     )
 
 
-def use(usage: Usage, needed_X: Any) -> Usage:
+def use(usage: UseHistory, needed_X: Any) -> UseHistory:
     """The usage after a layer: its experts were visited."""
     xp = needed_X.__array_namespace__()
-    return Usage(
+    return UseHistory(
         usage.visits_X + needed_X.astype(xp.float32),
         xp.where(needed_X, usage.clock, usage.last_X).astype(xp.int32),
         (usage.clock + 1).astype(xp.int32),
@@ -90,17 +90,17 @@ def use(usage: Usage, needed_X: Any) -> Usage:
     )
 
 
-def look_ahead(outlook: Outlook, first: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
-    """The outlook with a forecast of the layers from ``first`` on. Rows past the last layer are dropped;
-    numbers that are not finite count as 0."""
+def look_ahead(outlook: Outlook, first_layer: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
+    """The outlook with a forecast of the layers from ``first_layer`` on. Rows past the last layer are
+    dropped; numbers that are not finite count as 0."""
     xp = p_AE.__array_namespace__()
-    p_AE, wanted_AE = told(p_AE), wanted_AE & xp.isfinite(p_AE)
+    p_AE, wanted_AE = finite(p_AE), wanted_AE & xp.isfinite(p_AE)
     a = p_AE.shape[0]
-    row_L = xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - first
-    told_L1 = ((row_L >= 0) & (row_L < a))[:, None]
+    row_L = xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - first_layer
+    covered_L1 = ((row_L >= 0) & (row_L < a))[:, None]
     row_L = xp.clip(row_L, 0, a - 1)
-    p_LE = xp.where(told_L1, p_AE[row_L], outlook.p_LE)
-    return outlook._replace(p_LE=p_LE, wanted_LE=xp.where(told_L1, wanted_AE[row_L], outlook.wanted_LE))
+    p_LE = xp.where(covered_L1, p_AE[row_L], outlook.p_LE)
+    return outlook._replace(p_LE=p_LE, wanted_LE=xp.where(covered_L1, wanted_AE[row_L], outlook.wanted_LE))
 
 
 def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
@@ -108,22 +108,22 @@ def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
     that are not finite count as 0."""
     xp = scores_E.__array_namespace__()
     at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
-    heat_LE, scores_E = told(outlook.heat_LE), told(scores_E)
+    heat_LE, scores_E = finite(outlook.heat_LE), finite(scores_E)
     heat_LE = xp.where(at_L1, MEMORY * heat_LE + (1 - MEMORY) * scores_E[None], heat_LE)
     return outlook._replace(heat_LE=heat_LE.astype(xp.float32))
 
 
-def told(p_Z: Any) -> Any:
+def finite(p_Z: Any) -> Any:
     """Scores or forecasts with 0 for numbers that are not finite, and for numbers so small that some hardware
     would make them 0 and other would not."""
     xp = p_Z.__array_namespace__()
     return xp.where(xp.isfinite(p_Z) & (xp.abs(p_Z) >= FAINT), p_Z, xp.zeros((), dtype=p_Z.dtype))
 
 
-def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead: int) -> Any:
+def worth(eviction: Eviction, usage: UseHistory, outlook: Outlook, layer: Any, distance: int) -> Any:
     """``[X]``, float32: the worth of every expert while ``layer`` runs (-1: before the first layer).
 
-    ahead: how many layers have a forecast from this step.
+    distance: how many layers have a forecast from this step.
     """
     xp = usage.visits_X.__array_namespace__()
     until_L1 = (xp.arange(outlook.p_LE.shape[0], dtype=xp.int32) - layer)[:, None]
@@ -131,11 +131,11 @@ def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead:
         later_LE = until_L1 + outlook.due_LE * outlook.p_LE.shape[0]
         until_LE = xp.where((until_L1 > 0) & (outlook.p_LE > 0), until_L1, later_LE)
         return (1.0 / until_LE.astype(xp.float32)).reshape(-1)
-    soon_L1 = (until_L1 > 0) & (until_L1 <= ahead)
+    soon_L1 = (until_L1 > 0) & (until_L1 <= distance)
     if eviction == "expected_use":
-        told_LE = xp.where(soon_L1, outlook.p_LE, xp.zeros((), dtype=xp.float32))
+        forecast_LE = xp.where(soon_L1, outlook.p_LE, xp.zeros((), dtype=xp.float32))
         comes_L1 = xp.where(until_L1 > 0, until_L1, until_L1 + outlook.p_LE.shape[0]).astype(xp.float32)
-        return (xp.maximum(told_LE, outlook.heat_LE) / comes_L1).reshape(-1)
+        return (xp.maximum(forecast_LE, outlook.heat_LE) / comes_L1).reshape(-1)
     until_L1 = xp.clip(until_L1, 1, None).astype(xp.float32)
     wish_LE = outlook.p_LE / until_L1
     visits_X = xp.clip(usage.visits_X, 1.0, None)
@@ -149,14 +149,14 @@ def worth(eviction: Eviction, usage: Usage, outlook: Outlook, layer: Any, ahead:
     return xp.where(wanted_X, wish_LE.reshape(-1), rest_X)
 
 
-def next_wishes(
-    worth_X: Any, outlook: Outlook, layer: Any, present_X: Any, *, ahead: int, count: int
+def best_prefetches(
+    worth_X: Any, outlook: Outlook, layer: Any, present_X: Any, *, distance: int, count: int
 ) -> tuple[Any, Any]:
-    """The ``count`` experts of the next ``ahead`` layers that are most worth fetching (X for none), and their
-    worth."""
+    """The ``count`` experts of the next ``distance`` layers that are most worth fetching (X for none), and
+    their worth."""
     xp = worth_X.__array_namespace__()
     x, experts = worth_X.shape[0], outlook.p_LE.shape[1]
-    row_A1 = (layer + 1 + xp.arange(ahead, dtype=xp.int32))[:, None]
+    row_A1 = (layer + 1 + xp.arange(distance, dtype=xp.int32))[:, None]
     flat_W = (row_A1 * experts + xp.arange(experts, dtype=xp.int32)[None]).reshape(-1)
     within_W = flat_W < x
     flat_W = xp.where(within_W, flat_W, 0)
@@ -166,11 +166,11 @@ def next_wishes(
     return xp.where(may_W[best_M], flat_W[best_M], x).astype(xp.int32), wish_W[best_M]
 
 
-def misses(needed_E: Any, present_E: Any, first: Any, most: int, none: int) -> tuple[Any, Any]:
-    """The flat ids of a layer's experts that are needed and not present, padded at the end with ``none``; and
-    their gain. first: flat id of the layer's first expert."""
+def misses(needed_E: Any, present_E: Any, first_id: Any, max_experts: int, no_id: int) -> tuple[Any, Any]:
+    """The flat ids of a layer's experts that are needed and not present, padded at the end with ``no_id``;
+    and their gain. first_id: flat id of the layer's first expert."""
     xp = needed_E.__array_namespace__()
     missing_E = needed_E & ~present_E
-    first_M = xp.argsort(~missing_E, stable=True)[:most].astype(xp.int32)
-    experts_M = xp.where(missing_E[first_M], first + first_M, none).astype(xp.int32)
+    first_M = xp.argsort(~missing_E, stable=True)[:max_experts].astype(xp.int32)
+    experts_M = xp.where(missing_E[first_M], first_id + first_M, no_id).astype(xp.int32)
     return experts_M, xp.full(experts_M.shape[0], NEEDED, dtype=xp.float32)

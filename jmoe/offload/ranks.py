@@ -21,13 +21,13 @@ from jaxtyping import Bool, Float, Int
 from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import DispatchPlan, Routing
-from jmoe.offload.policy import Usage
-from jmoe.offload.table import Moves, Table
+from jmoe.offload.policy import UseHistory
+from jmoe.offload.table import Copies, Table
 from jmoe.offload.types import Forecast
 
 EACH, SAME = PartitionSpec(TOKENS), PartitionSpec()
-TABLE = Table(EACH, Usage(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
-MOVES = Moves(EACH, EACH, SAME, EACH)
+TABLE = Table(EACH, UseHistory(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
+COPIES = Copies(EACH, EACH, SAME, EACH)
 
 
 def assigned(routing: Routing, valid_T: Bool[Array, " T"]) -> Int[Array, "T K"]:
@@ -44,10 +44,10 @@ def highest(scores_TE: Float[Array, "T E"], valid_T: Bool[Array, " T"]) -> Float
     return jnp.max(jnp.where(valid_T[:, None] & jnp.isfinite(scores_TE), scores_TE, 0.0), axis=0)
 
 
-def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], nowhere: int) -> DispatchPlan:
-    """The assignments in the order of their experts' slots, 0 to ``nowhere - 1``; ``nowhere`` means none."""
-    slot_TK = jnp.append(slot_E, jnp.int32(nowhere))[ids_TK]
-    return plan_dispatch(slot_TK, jnp.ones(len(ids_TK), bool), 0, nowhere)
+def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], no_slot: int) -> DispatchPlan:
+    """The assignments in the order of their experts' slots, 0 to ``no_slot - 1``; ``no_slot`` means none."""
+    slot_TK = jnp.append(slot_E, jnp.int32(no_slot))[ids_TK]
+    return plan_dispatch(slot_TK, jnp.ones(len(ids_TK), bool), 0, no_slot)
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Ranks:
 
     mesh: Mesh | None = None
 
-    def over(self, run: Callable, ins: Any, outs: Any) -> Callable:
-        """``run`` on every rank, with arguments and results sharded as ``ins`` and ``outs`` say."""
+    def over(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """``run`` on every rank, with arguments and results sharded by ``in_specs`` and ``out_specs``."""
         if self.mesh is None:
             return run
-        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def kept(self, tree: Any, specs: Any) -> Any:
-        """``tree`` sharded as ``specs``, a prefix of it, say; under jit."""
+    def constrain(self, tree: Any, specs: Any) -> Any:
+        """``tree`` constrained to the shardings ``specs``, which may be a prefix of it; under jit."""
         if self.mesh is None:
             return tree
         mesh = self.mesh
@@ -71,21 +71,23 @@ class Ranks:
 
     # Inside shard_map:
 
-    def own(self, values_ZE: Array, held: int) -> Array:
-        """The values of this rank's ``held`` experts."""
+    def local_part(self, values_ZE: Array, num_local: int) -> Array:
+        """The values of this rank's ``num_local`` experts."""
         if self.mesh is None:
             return values_ZE
-        return lax.dynamic_slice_in_dim(values_ZE, lax.axis_index(EXPERT) * held, held, values_ZE.ndim - 1)
+        return lax.dynamic_slice_in_dim(
+            values_ZE, lax.axis_index(EXPERT) * num_local, num_local, values_ZE.ndim - 1
+        )
 
-    def own_forecast(self, forecast: Forecast, held: int) -> Forecast:
-        return Forecast(*(self.own(each_AE, held) for each_AE in forecast))
+    def local_forecast(self, forecast: Forecast, num_local: int) -> Forecast:
+        return Forecast(*(self.local_part(each_AE, num_local) for each_AE in forecast))
 
-    def of_group(self, values_E: Float[Array, " E"], held: int) -> Float[Array, " L"]:
+    def group_max(self, values_E: Float[Array, " E"], num_local: int) -> Float[Array, " L"]:
         """The highest value of each of this rank's experts, over the ranks whose tokens they serve."""
-        return values_E if self.mesh is None else self.own(lax.pmax(values_E, EXPERT), held)
+        return values_E if self.mesh is None else self.local_part(lax.pmax(values_E, EXPERT), num_local)
 
-    def all_experts(self, own_L: Bool[Array, " L"]) -> Bool[Array, " E"]:
-        return own_L if self.mesh is None else lax.all_gather(own_L, EXPERT, tiled=True)
+    def all_experts(self, local_L: Bool[Array, " L"]) -> Bool[Array, " E"]:
+        return local_L if self.mesh is None else lax.all_gather(local_L, EXPERT, tiled=True)
 
     def all_rows(self, rows: Any, row_N: Int[Array, " N"] | None) -> Any:
         """Gathers the rows of all ranks, in the order of their sequences. row_N: the row of each token of the
@@ -102,18 +104,20 @@ class Ranks:
     def total(self, counts: Any) -> Any:
         return counts if self.mesh is None else lax.psum(counts, TOKENS)
 
-    def tokens(self, own: int) -> int:
-        """The number of tokens of a data group if each rank has ``own``."""
-        return own if self.mesh is None else own * self.mesh.shape[EXPERT]
+    def group_tokens(self, tokens_per_rank: int) -> int:
+        """The number of tokens of a data group if each rank has ``tokens_per_rank``."""
+        return tokens_per_rank if self.mesh is None else tokens_per_rank * self.mesh.shape[EXPERT]
 
 
-def most_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, held: int) -> int:
-    """The maximum number of a rank's ``held`` experts that its group's tokens can need."""
+def max_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, num_local: int) -> int:
+    """The maximum number of a rank's ``num_local`` experts that its group's tokens can need."""
     t, k = ids_TK.shape
-    return min(held, ranks.tokens(t) * k)
+    return min(num_local, ranks.group_tokens(t) * k)
 
 
-def needed_here(ids_TK: Int[Array, "T K"], ranks: Ranks, experts: int, held: int) -> Bool[Array, " L"]:
+def needed_on_rank(
+    ids_TK: Int[Array, "T K"], ranks: Ranks, experts: int, num_local: int
+) -> Bool[Array, " L"]:
     """Whether any token of the group goes to each of this rank's experts."""
     used_E = jnp.zeros(experts, jnp.float32).at[ids_TK.reshape(-1)].set(1.0, mode="drop")
-    return ranks.of_group(used_E, held) > 0
+    return ranks.group_max(used_E, num_local) > 0

@@ -42,12 +42,12 @@ def present(slots: Slots) -> Any:
 
 def resident(slots: Slots) -> Any:
     """``[X]``: whether each expert can run."""
-    return ~_with(slots.flying_S, True)[slots.slot_X]
+    return ~_append(slots.flying_S, True)[slots.slot_X]
 
 
 def pin(slots: Slots, experts_X: Any) -> Slots:
     """Pins the slots of the experts marked, and no others."""
-    return slots._replace(pinned_S=_with(experts_X, False)[slots.held_S])
+    return slots._replace(pinned_S=_append(experts_X, False)[slots.held_S])
 
 
 def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slots, Any]:
@@ -62,7 +62,7 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
     xp = slots.held_S.__array_namespace__()
     (s,), (x,), (m,) = slots.held_S.shape, slots.slot_X.shape, experts_M.shape
     # Ascending: empty slots at -inf, held ones at finite worths, slots that must not be taken at inf.
-    worth_S = _with(_finite(worth_X), -xp.inf)[slots.held_S]
+    worth_S = _append(_finite(worth_X), -xp.inf)[slots.held_S]
     worth_S = xp.where(slots.pinned_S | slots.flying_S, xp.asarray(xp.inf, dtype=worth_S.dtype), worth_S)
     cheapest_S = xp.argsort(worth_S, stable=True).astype(xp.int32)
     cheapest_M, worth_M = _padded(cheapest_S, m, s), _padded(worth_S[cheapest_S], m, xp.inf)
@@ -74,7 +74,7 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
     new_S = xp.any(new_MS, axis=0)
     incoming_S = xp.max(xp.where(new_MS, experts_M[:, None], -1), axis=0)
     held_S = xp.where(new_S, incoming_S, slots.held_S).astype(xp.int32)
-    gone_X = _with(new_S, False)[slots.slot_X]
+    gone_X = _append(new_S, False)[slots.slot_X]
     comes_MX = takes_M[:, None] & (experts_M[:, None] == xp.arange(x, dtype=xp.int32)[None])
     slot_X = xp.where(gone_X, s, slots.slot_X)
     slot_X = xp.where(
@@ -102,10 +102,10 @@ def _normal(values_N: Any) -> Any:
     return xp.where(xp.abs(values_N) < least, xp.zeros((), dtype=values_N.dtype), values_N)
 
 
-def _with(values_N: Any, last: Any) -> Any:
+def _append(values_N: Any, last_value: Any) -> Any:
     """The values and one more, for the index that means none."""
     xp = values_N.__array_namespace__()
-    return xp.concat([values_N, xp.full(1, last, dtype=values_N.dtype)])
+    return xp.concat([values_N, xp.full(1, last_value, dtype=values_N.dtype)])
 
 
 def _padded(values_S: Any, count: int, value: Any) -> Any:

@@ -7,43 +7,43 @@ inside the jitted step they move weights (``cache``), in the simulator they only
 from typing import Any, NamedTuple
 
 from jmoe.offload import policy
-from jmoe.offload.policy import Eviction, Outlook, Usage
+from jmoe.offload.policy import Eviction, Outlook, UseHistory
 from jmoe.offload.slots import Slots, claim, empty, land, pin, present, resident
 from jmoe.offload.types import Forecast
 
 
-class Rule(NamedTuple):
+class CachePolicy(NamedTuple):
     """Settings of the decisions.
 
     eviction: eviction rule, see ``policy``.
-    copies: maximum number of prefetches in one layer, the byte budget.
-    ahead: number of layers that a forecast covers.
+    max_prefetches: maximum number of prefetches in one layer, the byte budget.
+    distance: number of layers that a forecast covers.
     """
 
     eviction: Eviction
-    copies: int
-    ahead: int
+    max_prefetches: int
+    distance: int
 
 
 class Table(NamedTuple):
     slots: Slots
-    usage: Usage
+    usage: UseHistory
     outlook: Outlook
 
 
-class Moves(NamedTuple):
+class Copies(NamedTuple):
     """Experts to copy, and their slots.
 
     experts_M: flat ids of the experts. The first ``count`` are copied; the others have no slot.
     slots_M: slot of each expert, S for none.
-    count: number of copies.
-    evicted: number of experts evicted for them.
+    num_copies: number of copies.
+    num_evictions: number of experts evicted for them.
     """
 
     experts_M: Any
     slots_M: Any
-    count: Any
-    evicted: Any
+    num_copies: Any
+    num_evictions: Any
 
 
 def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
@@ -53,46 +53,48 @@ def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
     return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
 
 
-def fill(table: Table, often_LE: Any) -> tuple[Table, Moves]:
+def fill(table: Table, loads_LE: Any) -> tuple[Table, Copies]:
     """Fills a new table with the most often used experts, as many as it has slots."""
-    xp = often_LE.__array_namespace__()
-    (s,), often_X = table.slots.held_S.shape, often_LE.reshape(-1)
-    first_M = xp.argsort(-often_X, stable=True)[:s].astype(xp.int32)
-    table, moves = _claim(
+    xp = loads_LE.__array_namespace__()
+    (s,), loads_X = table.slots.held_S.shape, loads_LE.reshape(-1)
+    first_M = xp.argsort(-loads_X, stable=True)[:s].astype(xp.int32)
+    table, copies = _claim(
         table,
         first_M,
         xp.ones(first_M.shape[0], dtype=xp.float32),
-        xp.zeros(often_X.shape[0], dtype=xp.float32),
+        xp.zeros(loads_X.shape[0], dtype=xp.float32),
         False,
     )
-    return table._replace(slots=land(table.slots)), moves
+    return table._replace(slots=land(table.slots)), copies
 
 
-def foresee(table: Table, first: Any, forecast: Forecast) -> Table:
-    """The table with a forecast of the layers from ``first`` on."""
-    return table._replace(outlook=policy.look_ahead(table.outlook, first, *forecast))
+def foresee(table: Table, first_layer: Any, forecast: Forecast) -> Table:
+    """The table with a forecast of the layers from ``first_layer`` on."""
+    return table._replace(outlook=policy.look_ahead(table.outlook, first_layer, *forecast))
 
 
-def demand(table: Table, rule: Rule, needed_E: Any, layer: Any, most: int) -> tuple[Table, Moves]:
-    """Claims slots for the experts that ``layer`` needs and the pool lacks, at most ``most``, and pins all
-    that it needs. If slots run out, some experts get none."""
+def demand(
+    table: Table, rule: CachePolicy, needed_E: Any, layer: Any, max_experts: int
+) -> tuple[Table, Copies]:
+    """Claims slots for the experts that ``layer`` needs and the pool lacks, at most ``max_experts``, and pins
+    all that it needs. If slots run out, some experts get none."""
     xp = needed_E.__array_namespace__()
     slots, (x,), e = table.slots, table.slots.slot_X.shape, needed_E.shape[0]
     layers = x // e
     at_L1 = (xp.arange(layers, dtype=xp.int32) == layer)[:, None]
     needed_X = (at_L1 & needed_E[None]).reshape(-1)
     slots = pin(slots, needed_X)
-    experts_M, gain_M = policy.misses(needed_E, at(present(slots), layer, e), layer * e, most, x)
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
-    table, moves = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
-    return table._replace(slots=pin(land(table.slots), needed_X)), moves
+    experts_M, gain_M = policy.misses(needed_E, at_layer(present(slots), layer, e), layer * e, max_experts, x)
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.distance)
+    table, copies = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
+    return table._replace(slots=pin(land(table.slots), needed_X)), copies
 
 
-def prefetch(table: Table, rule: Rule, layer: Any) -> tuple[Table, Moves]:
+def prefetch(table: Table, rule: CachePolicy, layer: Any) -> tuple[Table, Copies]:
     """Claims slots, in flight, for the most worthwhile experts of the layers ahead."""
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.ahead)
-    wishes = policy.next_wishes(
-        worth_X, table.outlook, layer, present(table.slots), ahead=rule.ahead, count=rule.copies
+    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.distance)
+    wishes = policy.best_prefetches(
+        worth_X, table.outlook, layer, present(table.slots), distance=rule.distance, count=rule.max_prefetches
     )
     return _claim(table, *wishes, worth_X, True)
 
@@ -110,30 +112,32 @@ def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Tabl
     return Table(pin(land(table.slots), used_X & False), usage, outlook)
 
 
-def places(table: Table, layer: Any, experts: int, nowhere: int) -> Any:
-    """``[E]``, int32: the slot from which each of a layer's experts can run; ``nowhere`` if there is none.
+def slots_of_layer(table: Table, layer: Any, experts: int, no_slot: int) -> Any:
+    """``[E]``, int32: the slot from which each of a layer's experts can run; ``no_slot`` if there is none.
 
     Both halves of the table must agree: if not, the expert counts as absent, so that no other runs for it.
     """
     slots, xp = table.slots, table.slots.held_S.__array_namespace__()
-    slot_E = at(slots.slot_X, layer, experts)
+    slot_E = at_layer(slots.slot_X, layer, experts)
     held_E = slots.held_S[xp.clip(slot_E, 0, slots.held_S.shape[0] - 1)]
     own_E = layer * experts + xp.arange(experts, dtype=xp.int32)
-    ready_E = at(resident(slots), layer, experts) & (held_E == own_E)
-    return xp.where(ready_E, slot_E, nowhere).astype(xp.int32)
+    ready_E = at_layer(resident(slots), layer, experts) & (held_E == own_E)
+    return xp.where(ready_E, slot_E, no_slot).astype(xp.int32)
 
 
-def at(values_X: Any, layer: Any, experts: int) -> Any:
+def at_layer(values_X: Any, layer: Any, experts: int) -> Any:
     """The values of one layer: ``[E]``."""
     return values_X.reshape(-1, experts)[layer]
 
 
-def _claim(table: Table, experts_M: Any, gain_M: Any, worth_X: Any, prefetched: bool) -> tuple[Table, Moves]:
+def _claim(
+    table: Table, experts_M: Any, gain_M: Any, worth_X: Any, is_prefetch: bool
+) -> tuple[Table, Copies]:
     xp = experts_M.__array_namespace__()
-    (s,), before_X = table.slots.held_S.shape, present(table.slots)
+    (s,), had_slot_X = table.slots.held_S.shape, present(table.slots)
     slots, slots_M = claim(table.slots, experts_M, gain_M, worth_X)
-    now_X = present(slots)
-    usage = policy.arrive(table.usage, before_X, now_X, prefetched=prefetched)
+    has_slot_X = present(slots)
+    usage = policy.arrive(table.usage, had_slot_X, has_slot_X, is_prefetch=is_prefetch)
     count = xp.sum(slots_M < s, dtype=xp.int32)
-    evicted = xp.sum(before_X & ~now_X, dtype=xp.int32)
-    return table._replace(slots=slots, usage=usage), Moves(experts_M, slots_M, count, evicted)
+    evicted = xp.sum(had_slot_X & ~has_slot_X, dtype=xp.int32)
+    return table._replace(slots=slots, usage=usage), Copies(experts_M, slots_M, count, evicted)

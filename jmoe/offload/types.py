@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 
-class StepSeen(NamedTuple):
+class StepView(NamedTuple):
     """What is known of a decode step before its first layer.
 
     tokens_B: input token of each row.
@@ -32,18 +32,18 @@ class StepSeen(NamedTuple):
     seats_B: Int[Array, " B"]
 
 
-class LayerSeen(NamedTuple):
+class LayerView(NamedTuple):
     """Output of a layer's gate.
 
     scores_BE: router scores of each token.
     ids_BK: chosen experts, E for none.
-    ahead_BAE: scores that the routers of the next A layers give to this layer's input; None if the predictor
-        does not use them.
+    next_scores_BAE: scores that the routers of the next A layers give to this layer's input; None if the
+        predictor does not use them.
     """
 
     scores_BE: Float[Array, "B E"]
     ids_BK: Int[Array, "B K"]
-    ahead_BAE: Float[Array, "B A E"] | None = None
+    next_scores_BAE: Float[Array, "B A E"] | None = None
 
 
 class Forecast(NamedTuple):
@@ -64,11 +64,11 @@ class Predictor(Protocol):
     under jit; ``layer`` may be traced. Rows of a forecast that lie past the last layer are ignored.
     """
 
-    def start(self, seen: StepSeen) -> tuple[Any, Forecast]:
+    def start(self, view: StepView) -> tuple[Any, Forecast]:
         """Returns the walk and the forecast of layers 0 .. A - 1."""
         ...
 
-    def observe(self, walk: Any, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Any, Forecast]:
+    def observe(self, walk: Any, layer: Int[Array, ""], view: LayerView) -> tuple[Any, Forecast]:
         """After the gate of ``layer``: returns the walk and the forecast of ``layer + 1 .. layer + A``."""
         ...
 

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 
 from jmoe.offload.copies import copy_in, fetch, install
-from jmoe.offload.table import Moves
+from jmoe.offload.table import Copies
 from jmoe.param import HOST
 
 LAYERS = 8  # of a chain
@@ -66,7 +66,7 @@ class Bench:
         """Of one copy by the jitted step, of as many as there are slots in a row."""
         step = jax.jit(copy_in, donate_argnums=0)
         index = jnp.arange(self.slots, dtype=jnp.int32)
-        moves = Moves(index % self.dims[0], index, jnp.int32(self.slots), jnp.int32(0))
+        moves = Copies(index % self.dims[0], index, jnp.int32(self.slots), jnp.int32(0))
 
         def run() -> ExpertWeights:
             self.pool = step(self.pool, self.store, moves)

@@ -25,8 +25,8 @@ from jmoe.moe.types import Phase, TokenFlags
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors.make import NoPredictor
-from jmoe.offload.table import Rule, fill, new_table
-from jmoe.offload.types import StepSeen
+from jmoe.offload.table import CachePolicy, fill, new_table
+from jmoe.offload.types import StepView
 from jmoe.param import ParamMaker
 from jmoe.placement.placement import Placement
 
@@ -154,13 +154,13 @@ def cache_over(store: ExpertWeights) -> ExpertCache:
     table, moves = fill(new_table(SLOTS, 1, EXPERTS, np), often_LE)
     pool = jax.tree.map(lambda a: jnp.zeros((SLOTS + 1, *a.shape[2:]), a.dtype), store)
     pool = jax.jit(copy_in)(pool, store, jax.tree.map(jnp.asarray, moves))
-    rule = Rule("lru", 1, 1)
+    rule = CachePolicy("lru", 1, 1)
     return ExpertCache(jax.tree.map(jnp.asarray, table), NoPredictor(1, EXPERTS), pool, rule, False)
 
 
 def first_visit(store: ExpertWeights, cache: ExpertCache, x_TD: jax.Array, phase: Phase) -> Visit:
     none = jnp.zeros(ROWS, jnp.int32)
-    return Visit.begin(store, cache, StepSeen(none, x_TD, VALID, none) if phase == "decode" else None)
+    return Visit.begin(store, cache, StepView(none, x_TD, VALID, none) if phase == "decode" else None)
 
 
 @lru_cache

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from jmoe.offload import policy
 from jmoe.offload import table as decide
-from jmoe.offload.policy import LEAST, Outlook, Usage
-from jmoe.offload.table import Moves, Rule, Table
+from jmoe.offload.policy import LEAST, Outlook, UseHistory
+from jmoe.offload.table import CachePolicy, Copies, Table
 from jmoe.offload.types import Forecast
 
 L, E, A = 3, 4, 2
@@ -28,15 +28,15 @@ def random_outlook(rng: np.random.Generator) -> Outlook:
     return Outlook(p_LE, rng.random((L, E)) < 0.5, heat_LE)
 
 
-def random_usage(rng: np.random.Generator) -> Usage:
+def random_usage(rng: np.random.Generator) -> UseHistory:
     clock = int(rng.integers(5, 40))
     last_X = rng.integers(0, clock, X).astype(np.int32)
-    return Usage(
+    return UseHistory(
         rng.integers(0, 4, X).astype(np.float32), last_X, np.array(clock, np.int32), rng.random(X) < 0.3
     )
 
 
-def naive_worth(eviction: str, usage: Usage, outlook: Outlook, layer: int) -> list[float]:
+def naive_worth(eviction: str, usage: UseHistory, outlook: Outlook, layer: int) -> list[float]:
     """Computes worth as the module's text states it, expert by expert."""
     worth = []
     for flat in range(X):
@@ -93,7 +93,9 @@ def test_the_next_wishes_are_the_most_worth_of_the_layers_ahead(seed: int, layer
     rng = np.random.default_rng(seed)
     usage, outlook, present_X = random_usage(rng), random_outlook(rng), rng.random(X) < 0.4
     worth_X = policy.worth(eviction, usage, outlook, np.int32(layer), A)
-    experts_M, gain_M = policy.next_wishes(worth_X, outlook, np.int32(layer), present_X, ahead=A, count=count)
+    experts_M, gain_M = policy.best_prefetches(
+        worth_X, outlook, np.int32(layer), present_X, distance=A, count=count
+    )
     ahead = range((layer + 1) * E, min(layer + 1 + A, L) * E)
     may = [x for x in ahead if outlook.wanted_LE.reshape(-1)[x] and not present_X[x] and worth_X[x] > 0]
     want = sorted(may, key=lambda x: (-worth_X[x], x))[:count]
@@ -129,16 +131,16 @@ def test_heat_is_a_running_mean_of_its_layer_alone():
 def test_visits_count_from_arrival_and_a_prefetch_is_useful_once():
     usage = policy.unused(X, np)
     nobody_X, one_X = np.zeros(X, bool), np.arange(X) == 1
-    usage = policy.arrive(usage, nobody_X, one_X, prefetched=True)
+    usage = policy.arrive(usage, nobody_X, one_X, is_prefetch=True)
     assert np.flatnonzero(usage.fetched_X).tolist() == [1]
     for _ in range(3):
         usage = policy.use(usage, one_X)
     assert usage.visits_X[1] == 3 and usage.last_X[1] == 2 and usage.clock == 3 and not usage.fetched_X.any()
-    usage = policy.arrive(usage, one_X, nobody_X, prefetched=False)
-    usage = policy.arrive(usage, nobody_X, one_X, prefetched=False)
+    usage = policy.arrive(usage, one_X, nobody_X, is_prefetch=False)
+    usage = policy.arrive(usage, nobody_X, one_X, is_prefetch=False)
     assert usage.visits_X[1] == 0 and usage.last_X[1] == 3 and not usage.fetched_X.any()
-    fetched = policy.arrive(usage, one_X, one_X | (np.arange(X) == 2), prefetched=True)
-    gone = policy.arrive(fetched, np.arange(X) == 2, nobody_X, prefetched=False)
+    fetched = policy.arrive(usage, one_X, one_X | (np.arange(X) == 2), is_prefetch=True)
+    gone = policy.arrive(fetched, np.arange(X) == 2, nobody_X, is_prefetch=False)
     assert fetched.fetched_X[2] and not gone.fetched_X.any(), "evicted before its use: never useful"
 
 
@@ -146,8 +148,10 @@ def held(table: Table) -> set[int]:
     return {int(x) for x in table.slots.held_S if x < X}
 
 
-def moved(moves: Moves) -> dict[int, int]:
-    pairs = zip(moves.experts_M[: moves.count].tolist(), moves.slots_M[: moves.count].tolist(), strict=True)
+def moved(moves: Copies) -> dict[int, int]:
+    pairs = zip(
+        moves.experts_M[: moves.num_copies].tolist(), moves.slots_M[: moves.num_copies].tolist(), strict=True
+    )
     return dict(pairs)
 
 
@@ -157,14 +161,14 @@ def test_a_pool_is_filled_with_what_is_used_most():
         table, moves = decide.fill(decide.new_table(slots, L, E, np), often_LE)
         best = sorted(range(X), key=lambda x: (-often_LE.reshape(-1)[x], x))[:slots]
         assert moved(moves) == {x: i for i, x in enumerate(best)}
-        assert held(table) == set(best) and not table.slots.flying_S.any() and moves.evicted == 0
+        assert held(table) == set(best) and not table.slots.flying_S.any() and moves.num_evictions == 0
 
 
 ODD = np.array([np.nan, np.inf, -np.inf, 2.0, -1.0, 1e-42, 2e-38], np.float32)  # no sane scores
 
 
 def one_step(
-    rng: np.random.Generator, rule: Rule, slots: int, xp=np, steps: int = 3, *, odd: bool = False
+    rng: np.random.Generator, rule: CachePolicy, slots: int, xp=np, steps: int = 3, *, odd: bool = False
 ) -> list:
     """Returns every state and move of some steps of decode decisions on random needs and forecasts.
 
@@ -177,7 +181,7 @@ def one_step(
 
     jitted = jax.jit if xp is jnp else (lambda f, **_: f)
     foresee, prefetch = jitted(decide.foresee), jitted(partial(decide.prefetch, rule=rule))
-    demand = jitted(partial(decide.demand, rule=rule, most=E))
+    demand = jitted(partial(decide.demand, rule=rule, max_experts=E))
     finish = jitted(decide.finish_layer)
     table, seen = decide.fill(
         decide.new_table(slots, L, E, xp), xp.asarray(rng.random((L, E)), dtype="float32")
@@ -209,7 +213,7 @@ def one_step(
 def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
     """After its demand a layer has what it needs, as far as slots suffice; a prefetch takes none of it."""
     for seed in range(10):
-        trail = one_step(np.random.default_rng(seed), Rule(eviction, 2, A), slots, odd=odd)
+        trail = one_step(np.random.default_rng(seed), CachePolicy(eviction, 2, A), slots, odd=odd)
         assert all(
             np.isfinite(t.outlook.heat_LE).all() and np.isfinite(t.outlook.p_LE).all() for t, *_ in trail
         )
@@ -219,7 +223,7 @@ def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
                 continue
             new = moved(moves)
             assert new.keys() == held(after) - held(before)
-            assert moves.evicted == len(held(before) - held(after))
+            assert moves.num_evictions == len(held(before) - held(after))
             assert all(after.slots.held_S[slot] == x for x, slot in new.items())
             if needs is None:  # a prefetch
                 assert all(after.slots.flying_S[slot] for slot in new.values()) and len(new) <= 2
@@ -242,7 +246,8 @@ def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
 def test_jax_decides_as_numpy_does_bit_for_bit(eviction, odd: bool):
     for seed in range(3):
         ours, theirs = (
-            one_step(np.random.default_rng(seed), Rule(eviction, 2, A), 5, xp, odd=odd) for xp in (np, jnp)
+            one_step(np.random.default_rng(seed), CachePolicy(eviction, 2, A), 5, xp, odd=odd)
+            for xp in (np, jnp)
         )
         for (a, moves, _), (b, same_moves, _) in zip(ours, theirs, strict=True):
             for want, got in zip(jax.tree.leaves((a, moves)), jax.tree.leaves((b, same_moves)), strict=True):

@@ -15,7 +15,7 @@ from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, si
 from jmoe.offload.predictors.make import NAMES, Oracle, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
-from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
+from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
 
 # ---- the other predictors
 
@@ -110,11 +110,11 @@ def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
     _, forecasts = walked(make_predictor("next_gate", sizes()), seen, layers)
     assert not forecasts[0].wanted_AE.any() and not forecasts[0].p_AE.any(), "no gate input before layer 0"
     for layer, found in zip(layers, forecasts[1:], strict=True):
-        p_AE, wanted_AE = np_top(np.asarray(layer.ahead_BAE), valid)
+        p_AE, wanted_AE = np_top(np.asarray(layer.next_scores_BAE), valid)
         np.testing.assert_array_equal(found.p_AE, p_AE)
         np.testing.assert_array_equal(found.wanted_AE, wanted_AE)
     with pytest.raises(ValueError, match="next_gate needs the scores"):
-        walked(make_predictor("next_gate", sizes()), seen, [layers[0]._replace(ahead_BAE=None)])
+        walked(make_predictor("next_gate", sizes()), seen, [layers[0]._replace(next_scores_BAE=None)])
     needs_LE = rng.random((LAYERS, E)) < 0.4
     oracle = replace(Oracle(jnp.zeros((LAYERS, E), bool), A), needs_LE=jnp.asarray(needs_LE))
     check_plan(walked(oracle, seen, layers)[1], needs_LE.astype(float), needs_LE)
@@ -155,7 +155,7 @@ def described(tree: object) -> object:
 
 
 @partial(jax.jit, donate_argnums=0)
-def scanned(predictor: Predictor, seen: StepSeen, layers: LayerSeen) -> tuple[Predictor, Forecast, Forecast]:
+def scanned(predictor: Predictor, seen: StepView, layers: LayerView) -> tuple[Predictor, Forecast, Forecast]:
     """Runs a step with its layers in a scan, as a compiled step does."""
     walk, first = predictor.start(seen)
 
@@ -205,9 +205,9 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
     made, _ = walked(made, seen, layers)
     bad = [
-        LayerSeen(each.scores_BE.at[0].set(value), each.ids_BK, each.ahead_BAE.at[0].set(value))
+        LayerView(each.scores_BE.at[0].set(value), each.ids_BK, each.next_scores_BAE.at[0].set(value))
         for each in layers
-        if each.ahead_BAE is not None
+        if each.next_scores_BAE is not None
     ]
     alone = seen._replace(valid_B=jnp.asarray([False, True, True]))
     after, forecasts = walked(made, seen, bad)

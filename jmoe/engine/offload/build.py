@@ -21,8 +21,8 @@ from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors.history import History, Renumbered
 from jmoe.offload.predictors.make import PredictorSizes, make_predictor
-from jmoe.offload.ranks import MOVES, SAME, TABLE, Ranks
-from jmoe.offload.table import Moves, Rule, Table, fill, new_table
+from jmoe.offload.ranks import COPIES, SAME, TABLE, Ranks
+from jmoe.offload.table import CachePolicy, Copies, Table, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
@@ -41,19 +41,19 @@ def make_cache(
     """
     cfg, offload = model.cfg, model.moe.offload
     assert offload is not None
-    history = _by_our_numbers(profile, model, placement)
-    shape, held = (len(cfg.moe_layers), cfg.num_experts), _held(cfg, mesh)
-    often_LE = (
-        np.broadcast_to(-np.arange(cfg.num_experts) % held, shape) if history is None else history.loads_LE
-    )
+    history = _renumbered(profile, model, placement)
+    shape, num_local = (len(cfg.moe_layers), cfg.num_experts), _local_experts(cfg, mesh)
+    first_LE = np.broadcast_to(-np.arange(cfg.num_experts) % num_local, shape)
+    loads_LE = first_LE if history is None else history.loads_LE
     embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
     with jax.set_mesh(mesh):
         predictor = _predictor(cfg, model.moe, mesh, seats, embeddings_VD, history)
     slots, ranks, store = count_slots(cfg, offload, mesh), _ranks(mesh), model.store.weights
-    table, moves = _full(slots, often_LE.astype(np.float32), mesh)
-    pool = _empty(cfg, slots, mesh)
-    start = ranks.over(partial(_fill_pool, pool), (weight_specs(store, None, EXPERT), MOVES), _split(pool))
-    cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, moves))
+    table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
+    pool = _empty_pool(cfg, slots, mesh)
+    specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
+    start = ranks.over(partial(_fill_pool, pool), *specs)
+    cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
     return jax.device_put(cache, _shardings(cache, mesh))
 
 
@@ -64,23 +64,26 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
         return None
     slots = count_slots(cfg, offload, mesh)
 
-    def made() -> ExpertCache:
-        any_VD = np.zeros((1, cfg.hidden_size), np.float32)
-        predictor = _predictor(cfg, moe, mesh, seats, any_VD, None)
-        table, _ = _full(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
-        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), _empty(cfg, slots, mesh, whole=True))
+    def make() -> ExpertCache:
+        embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
+        predictor = _predictor(cfg, moe, mesh, seats, embeddings_VD, None)
+        table, _ = _full_tables(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
+        shapes = _empty_pool(cfg, slots, mesh, is_global=True)
+        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
-    cache = jax.eval_shape(made)
-    placed = jax.tree.broadcast(_shardings(cache, mesh), cache)
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), cache, placed)
+    cache = jax.eval_shape(make)
+    shardings = jax.tree.broadcast(_shardings(cache, mesh), cache)
+    return jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), cache, shardings
+    )
 
 
 def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
     """Number of slots of each device's pool."""
-    held = _held(cfg, mesh)
+    num_local = _local_experts(cfg, mesh)
     return offload.slots(
-        layers=len(cfg.moe_layers), experts=held, k=min(cfg.num_experts_per_tok, held),
+        layers=len(cfg.moe_layers), experts=num_local, k=min(cfg.num_experts_per_tok, num_local),
         expert_bytes=expert_bytes(cfg, mesh.shape[TENSOR]),
     )  # fmt: skip
 
@@ -91,8 +94,8 @@ def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> 
         return 0
     slots = count_slots(cfg, offload, mesh) + offload.aside
     entry = len(cfg.moe_layers) * cfg.num_experts + cfg.hidden_size  # float32 numbers per iteration
-    kept = 4 * offload.store_size * entry if offload.predictor == "expert_map" else 0
-    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + kept
+    map_bytes = 4 * offload.store_size * entry if offload.predictor == "expert_map" else 0
+    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + map_bytes
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
@@ -110,7 +113,7 @@ def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
     return backend.executor, backend.why_executor
 
 
-def _by_our_numbers(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:
+def _renumbered(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:
     """The profile with this model's expert numbers; ValueError if it is of another model."""
     if profile is None:
         return None
@@ -121,7 +124,7 @@ def _by_our_numbers(profile: Profile | None, model: Decoder, placement: Placemen
     return profile if placement is None else Renumbered(profile, placement.experts_LP)
 
 
-def _held(cfg: ModelConfig, mesh: Mesh) -> int:
+def _local_experts(cfg: ModelConfig, mesh: Mesh) -> int:
     """Experts of a layer on each rank."""
     return cfg.num_experts // mesh.shape[EXPERT]
 
@@ -134,26 +137,26 @@ def _shardings(cache: ExpertCache, mesh: Mesh) -> Any:
     return jax.tree.map(partial(NamedSharding, mesh), cache.specs)
 
 
-def _split(pool: ExpertWeights) -> ExpertWeights:
+def _pool_specs(pool: ExpertWeights) -> ExpertWeights:
     return weight_specs(pool, TOKENS)
 
 
-def _full(slots: int, often_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Moves]:
+def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Copies]:
     """The tables of all ranks, each with the rank's most often used experts, and the copies to make."""
-    layers, ranks = len(often_LE), mesh.shape[EXPERT]
-    own = np.split(often_LE, ranks, axis=1)
-    tables = [fill(new_table(slots, layers, each.shape[1], np), each) for each in own] * mesh.shape[DATA]
+    layers, ranks = len(loads_LE), mesh.shape[EXPERT]
+    shares = np.split(loads_LE, ranks, axis=1)
+    tables = [fill(new_table(slots, layers, each.shape[1], np), each) for each in shares] * mesh.shape[DATA]
 
     def joined(spec: PartitionSpec, *parts: np.ndarray) -> np.ndarray:
         return parts[0] if spec == SAME else np.concatenate([np.atleast_1d(part) for part in parts])
 
-    return jax.tree.map(joined, jax.tree.broadcast((TABLE, MOVES), tables[0]), *tables)
+    return jax.tree.map(joined, jax.tree.broadcast((TABLE, COPIES), tables[0]), *tables)
 
 
-def _empty(cfg: ModelConfig, slots: int, mesh: Mesh, *, whole: bool = False) -> ExpertWeights:
+def _empty_pool(cfg: ModelConfig, slots: int, mesh: Mesh, *, is_global: bool = False) -> ExpertWeights:
     """Shapes of a rank's pool, or of all ranks' pools together if ``whole``."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
-    parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if whole else (mesh.shape[TENSOR], 1)
+    parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 
     def stack(leaf: ExpertLeaf) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((ranks * (slots + 1), *leaf.shape(cfg, parts)), dtype)
@@ -182,15 +185,15 @@ def _predictor(
     )
 
 
-def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, moves: Moves) -> ExpertWeights:
+def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, copies: Copies) -> ExpertWeights:
     pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return copy_in(pool, store, moves)
+    return copy_in(pool, store, copies)
 
 
 def _cache(
     cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table: Table, predictor: Predictor, pool: ExpertWeights
 ) -> ExpertCache:
     assert moe.offload is not None
-    ahead = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
-    rule = Rule(moe.offload.eviction, moe.offload.prefetch_per_layer, ahead)
+    distance = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
+    rule = CachePolicy(moe.offload.eviction, moe.offload.prefetch_per_layer, distance)
     return ExpertCache(table, predictor, pool, rule, has_parallel_copies(mesh), _ranks(mesh))

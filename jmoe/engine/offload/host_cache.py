@@ -14,9 +14,9 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.config.counters import CACHE, names
 from jmoe.offload import table as decide
-from jmoe.offload.cache import BEFORE, ExpertCache
+from jmoe.offload.cache import BEFORE_FIRST, ExpertCache
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import Moves, Table
+from jmoe.offload.table import Copies, Table
 from jmoe.offload.types import Forecast
 
 ROWS = {name: row for row, name in enumerate(names(CACHE))}
@@ -27,50 +27,50 @@ class HostCache:
 
     store: experts of all layers as numpy arrays ``[L, E, ...]``.
     install: (pool, one expert, slot) -> pool, jitted, with the pool donated.
-    where: sharding of the copies.
+    sharding: sharding of the copies.
     counts_CL: counters of ``CACHE``, by layer.
     """
 
     def __init__(
-        self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, where: Sharding
+        self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, sharding: Sharding
     ):
         self.table: Table = cache.table
         self.pool, self.rule = cache.pool, cache.rule
-        self._store, self._install, self._where = store, install, where
+        self._store, self._install, self._sharding = store, install, sharding
         layers, self._experts = store.gate_up_E2FD.shape[:2]
         self._slots = len(self.table.slots.held_S)
-        self._unsettled: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._last_demand: tuple[int, np.ndarray, np.ndarray] | None = None
         self.counts_CL = np.zeros((len(CACHE), layers), np.int32)
 
     def begin(self, forecast: Forecast) -> None:
-        """Starts prefetches before the first layer of a decode step; forecast: of the first layers."""
+        """Starts prefetches before the first layer of a decode step. forecast: of the first layers."""
         self.table = decide.foresee(self.table, 0, forecast)
-        self.table, wishes = decide.prefetch(self.table, self.rule, BEFORE)
+        self.table, prefetches = decide.prefetch(self.table, self.rule, BEFORE_FIRST)
         self.table = self.table._replace(slots=land(self.table.slots))
-        self._wish(0, wishes)
+        self._start_prefetches(0, prefetches)
 
     def demand(
-        self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray, forecast: Forecast, most: int
+        self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray, forecast: Forecast, max_experts: int
     ) -> None:
         """Starts to copy the experts that the layer needs and the pool lacks, as far as there are slots.
 
         needed_E: experts that the layer needs.
         scores_E: each expert's highest gate score.
         forecast: forecast of the layers after it.
-        most: largest number of experts that the step's rows can need.
+        max_experts: largest number of experts that the step's rows can need.
         """
-        hits = self._meet(layer, needed_E)
+        hits = self._count_hits(layer, needed_E)
         self.table = decide.foresee(self.table, layer + 1, forecast)
-        useful = np.sum(decide.at(self.table.usage.fetched_X, layer, self._experts) & needed_E)
-        self.table, missing = decide.demand(self.table, self.rule, needed_E, layer, most)
+        useful = np.sum(decide.at_layer(self.table.usage.fetched_X, layer, self._experts) & needed_E)
+        self.table, missing = decide.demand(self.table, self.rule, needed_E, layer, max_experts)
         self._count(
             layer,
-            expert_cache_evictions=missing.evicted,
+            expert_cache_evictions=missing.num_evictions,
             bytes_host_to_device=needed_E.sum() - hits,
             prefetch_useful_bytes=useful,
         )
-        self._copy(missing)
-        self._unsettled = layer, needed_E, scores_E
+        self._copy_all(missing)
+        self._last_demand = layer, needed_E, scores_E
 
     def settle(self) -> None:
         """Starts the prefetches for the layers ahead; called after a layer's ``demand`` and before the next.
@@ -78,78 +78,79 @@ class HostCache:
         Neither this layer nor the next layer's attention waits for them, so that the device gets that work
         first.
         """
-        if self._unsettled is None:
+        if self._last_demand is None:
             return
-        layer, needed_E, scores_E = self._unsettled
-        self._unsettled = None
-        self.table, wishes = decide.prefetch(self.table, self.rule, layer)
+        layer, needed_E, scores_E = self._last_demand
+        self._last_demand = None
+        self.table, prefetches = decide.prefetch(self.table, self.rule, layer)
         self.table = decide.finish_layer(self.table, needed_E, scores_E, layer)
-        self._wish(layer, wishes)
+        self._start_prefetches(layer, prefetches)
 
-    def pass_by(self, layer: int, needed_E: np.ndarray) -> None:
+    def count_prefill(self, layer: int, needed_E: np.ndarray) -> None:
         """Counts the hits and copies of a prefill step's layer, which does not change the pool."""
-        self._count(layer, bytes_host_to_device=needed_E.sum() - self._meet(layer, needed_E))
+        self._count(layer, bytes_host_to_device=needed_E.sum() - self._count_hits(layer, needed_E))
 
     def resident_E(self, layer: int) -> np.ndarray:
-        return decide.at(resident(self.table.slots), layer, self._experts)
+        return decide.at_layer(resident(self.table.slots), layer, self._experts)
 
     def slot_E(self, layer: int) -> np.ndarray:
         """The slot of each of the layer's experts; for experts without a slot, one past the spare slot."""
-        return decide.places(self.table, layer, self._experts, self._slots + 1)
+        return decide.slots_of_layer(self.table, layer, self._experts, self._slots + 1)
 
-    def away(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
+    def absent(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
         """Experts that the layer needs and the pool does not have."""
         return np.flatnonzero(needed_E & ~self.resident_E(layer))
 
     def stream(
-        self, layer: int, experts_M: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]
+        self, layer: int, experts_M: Sequence[int] | np.ndarray, run: Callable[[int, ExpertWeights], Array]
     ) -> None:
-        """Runs ``work(expert, weights)`` for experts of the layer, and meanwhile copies the next expert."""
-        flats = [layer * self._experts + expert for expert in experts_M]
-        self._each(flats, lambda i, one: work(experts_M[i], one))
+        """Runs ``run(expert, weights)`` for experts of the layer, and meanwhile copies the next expert."""
+        ids = [layer * self._experts + expert for expert in experts_M]
+        self._for_each(ids, lambda i, weights: run(experts_M[i], weights))
 
-    def _each(self, flats: Sequence[int] | np.ndarray, work: Callable[[int, ExpertWeights], Array]) -> None:
-        """Runs ``work(i, weights)`` for each expert, ``[1, ...]``; at most two are on the device at once."""
-        following = [self._fetch(flat) for flat in flats[:1]]
-        for i in range(len(flats)):
-            one = following.pop()
-            following = [self._fetch(flat) for flat in flats[i + 1 : i + 2]]
-            done = work(i, one)
-            del one
-            if i + 2 < len(flats):
-                jax.block_until_ready(done)
+    def _for_each(self, ids: Sequence[int] | np.ndarray, run: Callable[[int, ExpertWeights], Array]) -> None:
+        """Runs ``run(i, weights)`` for each expert, ``[1, ...]``; at most two are on the device at once."""
+        following = [self._fetch(flat) for flat in ids[:1]]
+        for i in range(len(ids)):
+            weights = following.pop()
+            following = [self._fetch(flat) for flat in ids[i + 1 : i + 2]]
+            result = run(i, weights)
+            del weights
+            if i + 2 < len(ids):
+                jax.block_until_ready(result)
 
     def rehearse(self) -> None:
         """Copies an expert into the spare slot, which no expert has, to compile that copy."""
-        self._copy(Moves(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
+        self._copy_all(Copies(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
-    def _wish(self, layer: int, wishes: Moves) -> None:
+    def _start_prefetches(self, layer: int, prefetches: Copies) -> None:
         """Starts prefetches, all at once, at most as many as the rule allows; they count for ``layer``."""
         self._count(
             layer,
-            expert_cache_evictions=wishes.evicted,
-            bytes_host_to_device=wishes.count,
-            prefetch_bytes=wishes.count,
+            expert_cache_evictions=prefetches.num_evictions,
+            bytes_host_to_device=prefetches.num_copies,
+            prefetch_bytes=prefetches.num_copies,
         )
-        begun = [self._fetch(flat) for flat in wishes.experts_M[: wishes.count]]
-        for one, slot in zip(begun, wishes.slots_M[: wishes.count], strict=True):
-            self._put(one, slot)
+        fetched = [self._fetch(flat) for flat in prefetches.experts_M[: prefetches.num_copies]]
+        for weights, slot in zip(fetched, prefetches.slots_M[: prefetches.num_copies], strict=True):
+            self._install_at(weights, slot)
 
-    def _copy(self, moves: Moves) -> None:
-        self._each(moves.experts_M[: moves.count], lambda i, one: self._put(one, moves.slots_M[i]))
+    def _copy_all(self, copies: Copies) -> None:
+        experts_M = copies.experts_M[: copies.num_copies]
+        self._for_each(experts_M, lambda i, weights: self._install_at(weights, copies.slots_M[i]))
 
-    def _put(self, one: ExpertWeights, slot: np.int32) -> Array:
-        """Installs ``one`` in the slot; the pool has it as soon as its copy has landed."""
-        self.pool = self._install(self.pool, one, slot)
+    def _install_at(self, weights: ExpertWeights, slot: np.int32) -> Array:
+        """Installs an expert in the slot; the pool has it as soon as its copy has landed."""
+        self.pool = self._install(self.pool, weights, slot)
         return self.pool.down_EDF
 
     def _fetch(self, flat: int) -> ExpertWeights:
         """Starts a copy of one expert; on a CPU it is the store's own memory."""
         layer, expert = divmod(int(flat), self._experts)
-        one = jax.tree.map(lambda stack: stack[layer, expert : expert + 1], self._store)
-        return jax.device_put(one, self._where, may_alias=True)
+        weights = jax.tree.map(lambda stack: stack[layer, expert : expert + 1], self._store)
+        return jax.device_put(weights, self._sharding, may_alias=True)
 
-    def _meet(self, layer: int, needed_E: np.ndarray) -> int:
+    def _count_hits(self, layer: int, needed_E: np.ndarray) -> int:
         """Counts the needed experts that are in the pool, and those that are not; returns the hits."""
         hits = int(np.sum(needed_E & self.resident_E(layer)))
         self._count(layer, expert_cache_hits=hits, expert_cache_misses=needed_E.sum() - hits)

@@ -1,6 +1,6 @@
 """The jitted parts of a step that the host drives layer by layer.
 
-    begin -> (attend -> pooled [-> streamed ...]) x layers -> finish
+    begin -> (attend -> run_pooled [-> add_streamed ...]) x layers -> finish
 
 Layers are alike: a part takes a layer's weights and its number as arguments and compiles once per shape. The
 outputs of a layer's experts stay separate from its rows until the next part adds them, so that experts which
@@ -22,14 +22,14 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.config.counters import CACHE, names
 from jmoe.engine.offload.host_types import (
-    Attended,
-    Begun,
+    AttentionResult,
+    ExpertInput,
     HostJourney,
     HostState,
-    Passed,
-    Rows,
-    Seen,
-    Work,
+    LayerRecord,
+    LayerRows,
+    StepEnd,
+    StepStart,
     stack_rows,
 )
 from jmoe.engine.step.counters import add_step
@@ -37,7 +37,7 @@ from jmoe.engine.step.functions import WindowRouting, draw, sequences_of, summar
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
-from jmoe.models.decoder import Decoder, step_seen, sum_changes
+from jmoe.models.decoder import Decoder, step_view, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
 from jmoe.moe.decide import count_alone
 from jmoe.moe.experts import ExpertMath
@@ -47,7 +47,7 @@ from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
 from jmoe.offload.ranks import assigned, by_slot, highest, needed
-from jmoe.offload.types import LayerSeen, Predictor
+from jmoe.offload.types import LayerView, Predictor
 
 PAGES = 4  # the argument of a layer's functions that holds its pages
 
@@ -65,12 +65,12 @@ class LayerFunctions:
     def attend(
         self,
         weights: list[Array],
-        rows: Rows,
+        rows: LayerRows,
         rotation: Rotation,
         seqs: Sequences,
         pages: LayerPages | None,
         journey: HostJourney,
-    ) -> tuple[Attended, LayerPages | None]:
+    ) -> tuple[AttentionResult, LayerPages | None]:
         """Runs one layer up to its experts."""
         layer, predictor, walk = self.merge(weights), journey.predictor, journey.walk
         x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
@@ -78,26 +78,32 @@ class LayerFunctions:
         normed_ND, routed = layer.decide(x_ND, seqs, knobs, journey.resident_E)
         flags = token_flags(seqs)
         ids_TK = assigned(routed.final, flags.valid_T)
-        news = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        report = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
         if predictor is not None:
-            ahead_NAE = None if journey.ahead is None else layer.score_ahead(x_ND, journey.ahead)
-            chosen_TK = assigned(routed.plain, flags.valid_T)
-            seen = LayerSeen(routed.plain.scores_TE, chosen_TK, ahead_NAE)
-            walk, forecast = predictor.observe(walk, journey.layer, seen)
-            news += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
-        work = Work(normed_ND, ids_TK, routed.final.weights_TK)
+            routers, chosen_TK = journey.next_routers, assigned(routed.plain, flags.valid_T)
+            next_scores_NAE = None if routers is None else layer.score_ahead(x_ND, routers)
+            view = LayerView(routed.plain.scores_TE, chosen_TK, next_scores_NAE)
+            walk, forecast = predictor.observe(walk, journey.layer, view)
+            report += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
+        expert_input = ExpertInput(normed_ND, ids_TK, routed.final.weights_TK)
         plain = replace(routed.plain, plan=None) if predictor is None else None
-        kept = Seen(plain, count_alone(routed, flags), routed.changes)
-        return Attended(layer.pass_shared(x_ND, normed_ND), work, kept, walk, stack_rows(*news)), pages
+        record = LayerRecord(plain, count_alone(routed, flags), routed.changes)
+        x_ND = layer.pass_shared(x_ND, normed_ND)
+        return AttentionResult(x_ND, expert_input, record, walk, stack_rows(*report)), pages
 
     def dense(
-        self, weights: list[Array], rows: Rows, rotation: Rotation, seqs: Sequences, pages: LayerPages | None
-    ) -> tuple[Rows, LayerPages | None]:
+        self,
+        weights: list[Array],
+        rows: LayerRows,
+        rotation: Rotation,
+        seqs: Sequences,
+        pages: LayerPages | None,
+    ) -> tuple[LayerRows, LayerPages | None]:
         """Runs a whole layer without experts."""
         layer = self.merge(weights)
         x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
         x_ND = layer.pass_mlp(x_ND)
-        return Rows(x_ND, jnp.zeros_like(x_ND)), pages
+        return LayerRows(x_ND, jnp.zeros_like(x_ND)), pages
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,8 @@ class PartFunctions:
     """The parts as functions of flat lists of weights; structures are closed over, see ``ModelFunctions``."""
 
     merge: Callable[[list[Array]], Decoder]
-    apply: ExpertMath
-    slots: int
+    expert_math: ExpertMath
+    num_slots: int
 
     def begin(
         self,
@@ -115,8 +121,8 @@ class PartFunctions:
         latest_S: Array,
         knobs: Knobs | None,
         predictor: Predictor | None,
-    ) -> Begun:
-        """Runs what comes before the first layer. predictor: None if nothing is predicted."""
+    ) -> StepStart:
+        """Runs the part before the first layer. predictor: None if nothing is predicted."""
         model = self.merge(weights)
         if isinstance(inputs, Sequences):
             seqs = inputs
@@ -124,51 +130,54 @@ class PartFunctions:
             ranks = model.split.sequence_ranks
             seqs = sequences_of(inputs, latest_S, ranks, lossy=knobs is not None, cached=True)
         x_ND, rotation = model.begin(seqs)
-        rows, walk, forecast_RE = Rows(x_ND, jnp.zeros_like(x_ND)), None, None
+        rows, walk, forecast_RE = LayerRows(x_ND, jnp.zeros_like(x_ND)), None, None
         if predictor is not None:
-            seen = step_seen(seqs, x_ND)
-            assert seen is not None, "prompts are not predicted"
-            walk, forecast = predictor.start(seen)
+            view = step_view(seqs, x_ND)
+            assert view is not None, "prompts are not predicted"
+            walk, forecast = predictor.start(view)
             forecast_RE = stack_rows(*forecast)
-        return Begun(rows, rotation, seqs, walk, forecast_RE)
+        return StepStart(rows, rotation, seqs, walk, forecast_RE)
 
-    def pooled(self, work: Work, slot_E: Array, pool: ExpertWeights) -> Computed:
-        """Runs the experts that have a slot; slot ``slots + 1`` means none."""
-        plan = by_slot(work.ids_TK, slot_E, self.slots + 1)
-        return Computed(self.apply(work.x_TD, work.weights_TK, plan, pool), plan.rows)
+    def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> Computed:
+        """Runs the experts that have a slot; slot ``num_slots + 1`` means none."""
+        plan = by_slot(expert_input.ids_TK, slot_E, self.num_slots + 1)
+        return Computed(self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, pool), plan.rows)
 
-    def streamed(self, before: Computed, work: Work, expert: Array, one: ExpertWeights) -> Computed:
+    def add_streamed(
+        self, total: Computed, expert_input: ExpertInput, expert: Array, weights: ExpertWeights
+    ) -> Computed:
         """Adds the output of one more expert."""
-        plan = plan_dispatch(work.ids_TK, jnp.ones(len(work.ids_TK), bool), expert, 1)
-        y_ND = before.y_ND + self.apply(work.x_TD, work.weights_TK, plan, one)
-        return Computed(y_ND, before.rows + plan.rows)
+        plan = plan_dispatch(expert_input.ids_TK, jnp.ones(len(expert_input.ids_TK), bool), expert, 1)
+        y_ND = total.y_ND + self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, weights)
+        return Computed(y_ND, total.rows + plan.rows)
 
     def finish(
-        self, weights: list[Array], state: HostState, inputs: StepInput, passed: Passed, counts_CL: Array
+        self, weights: list[Array], state: HostState, inputs: StepInput, end: StepEnd, counts_CL: Array
     ) -> tuple[HostState, StepOutput]:
-        """Runs what comes after the last layer: sampling, counting, and the predictor's update.
+        """Runs the part after the last layer: sampling, counting, and the predictor's update.
 
         counts_CL: counters of ``CACHE``, by layer.
         """
-        model, seqs, layers = self.merge(weights), passed.seqs, passed.layers
-        hidden_RND = model.finish(model.layers[-1].add(*passed.rows), seqs)
-        counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(layers))]
-        stats = [each.done(counts) for each, counts in zip(layers, counted, strict=True)]
+        model, seqs, records = self.merge(weights), end.seqs, end.records
+        hidden_RND = model.finish(model.layers[-1].add(*end.rows), seqs)
+        counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(records))]
+        stats = [each.final_stats(counts) for each, counts in zip(records, counted, strict=True)]
         sampled, latest_S = draw(model, hidden_RND, inputs, state.latest_S, stats)
-        changes_B = sum_changes([each.changes for each in layers if each.changes is not None], seqs)
-        predictor = state.predictor.finish(passed.walk) if seqs.phase == "decode" else state.predictor
-        predictor = model.absorb(predictor, seqs, [each.plain for each in layers if each.plain is not None])
+        changes_B = sum_changes([each.changes for each in records if each.changes is not None], seqs)
+        predictor = state.predictor.finish(end.walk) if seqs.phase == "decode" else state.predictor
+        routings = [each.plain_routing for each in records if each.plain_routing is not None]
+        predictor = model.absorb(predictor, seqs, routings)
         state = HostState(add_step(state.totals, stats), latest_S, predictor)
         return state, StepOutput(sampled, hidden_RND, changes_B)
 
-    def window_logits(self, weights: list[Array], rows: Rows, seqs: Sequences) -> Array:
+    def window_logits(self, weights: list[Array], rows: LayerRows, seqs: Sequences) -> Array:
         model = self.merge(weights)
         return model.logits(model.finish(model.layers[-1].add(*rows), seqs))
 
     def window_routing(
-        self, weights: list[Array], seqs: Sequences, picks_BM: Array, plain: list[Routing]
+        self, weights: list[Array], seqs: Sequences, picks_BM: Array, plain_routings: list[Routing]
     ) -> WindowRouting:
-        return summarize(self.merge(weights), seqs, picks_BM, plain)
+        return summarize(self.merge(weights), seqs, picks_BM, plain_routings)
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,8 @@ class Parts:
 
     begin: jax.stages.Wrapped
     layers: tuple[jax.stages.Wrapped, ...]
-    pooled: jax.stages.Wrapped
-    streamed: jax.stages.Wrapped
+    run_pooled: jax.stages.Wrapped
+    add_streamed: jax.stages.Wrapped
     install: jax.stages.Wrapped
     finish: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
@@ -191,43 +200,43 @@ class Parts:
 
 
 @lru_cache(maxsize=8)
-def parts(
+def jitted_parts(
     merge: Callable[[list[Array]], Decoder],
-    kinds: tuple[tuple[LayerFunctions, bool, NamedSharding], ...],
-    apply: ExpertMath,
-    slots: int,
-    whole: NamedSharding,
+    layers: tuple[tuple[LayerFunctions, bool, NamedSharding], ...],
+    expert_math: ExpertMath,
+    num_slots: int,
+    default_sharding: NamedSharding,
 ) -> Parts:
     """One set that runners of equal models share, like ``jitted``.
 
-    kinds: the kind of each layer, whether it has experts, and the sharding of its pages.
-    whole: sharding of all other arrays.
+    layers: the kind of each layer, whether it has experts, and the sharding of its pages.
+    default_sharding: sharding of all other arrays.
     """
-    functions = PartFunctions(merge, apply, slots)
+    functions = PartFunctions(merge, expert_math, num_slots)
 
     def of(layer: LayerFunctions, sparse: bool, paged: NamedSharding) -> jax.stages.Wrapped:
         run = layer.attend if sparse else layer.dense
-        return jax.jit(run, donate_argnums=PAGES, out_shardings=(whole, paged))
+        return jax.jit(run, donate_argnums=PAGES, out_shardings=(default_sharding, paged))
 
-    of_kind = {kind: of(*kind) for kind in set(kinds)}
+    by_kind = {layer: of(*layer) for layer in set(layers)}
     return Parts(
-        begin=jax.jit(functions.begin, out_shardings=whole),
-        layers=tuple(of_kind[kind] for kind in kinds),
-        pooled=jax.jit(functions.pooled, out_shardings=whole),
-        streamed=jax.jit(functions.streamed, donate_argnums=0, out_shardings=whole),
-        install=jax.jit(install, donate_argnums=0, out_shardings=whole),
-        finish=jax.jit(functions.finish, donate_argnums=1, out_shardings=whole),
+        begin=jax.jit(functions.begin, out_shardings=default_sharding),
+        layers=tuple(by_kind[layer] for layer in layers),
+        run_pooled=jax.jit(functions.run_pooled, out_shardings=default_sharding),
+        add_streamed=jax.jit(functions.add_streamed, donate_argnums=0, out_shardings=default_sharding),
+        install=jax.jit(install, donate_argnums=0, out_shardings=default_sharding),
+        finish=jax.jit(functions.finish, donate_argnums=1, out_shardings=default_sharding),
         window_logits=jax.jit(functions.window_logits),
         window_routing=jax.jit(functions.window_routing),
     )
 
 
-def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], slots: int) -> Parts:
-    kinds, apply = [], None
+def parts_of(model: Decoder, merge: Callable[[list[Array]], Decoder], num_slots: int) -> Parts:
+    kinds, expert_math = [], None
     for layer in model.layers:
         graph, state = nnx.split(layer)
         paged = NamedSharding(model.mesh, layer.attention.state_spec)
         kinds.append((LayerFunctions(graph, jax.tree.structure(state)), layer.moe is not None, paged))
-        apply = apply if layer.moe is None else layer.moe.math
-    assert apply is not None
-    return parts(merge, tuple(kinds), apply, slots, sharding(model.mesh))
+        expert_math = expert_math if layer.moe is None else layer.moe.math
+    assert expert_math is not None
+    return jitted_parts(merge, tuple(kinds), expert_math, num_slots, sharding(model.mesh))

@@ -17,7 +17,17 @@ from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.engine.offload.host_cache import HostCache
 from jmoe.engine.offload.host_parts import parts_of
-from jmoe.engine.offload.host_types import HostJourney, HostState, Passed, Rows, Seen, Work, forecast_of
+from jmoe.engine.offload.host_types import (
+    AttentionResult,
+    ExpertInput,
+    HostJourney,
+    HostState,
+    LayerRecord,
+    LayerRows,
+    StepEnd,
+    StepStart,
+    forecast_of,
+)
 from jmoe.engine.step.functions import WindowRouting
 from jmoe.engine.step.inputs import Sizes, StepInput
 from jmoe.engine.step.runner import Runner
@@ -49,14 +59,14 @@ class HostDrivenRunner(Runner):
         slots = len(cache.table.slots.held_S)
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._parts = parts_of(model, self._jitted.merge, slots)
-        self._layers = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
-        self._ahead = [model.routers_after(i) for i in range(len(model.layers))]
+        self._layer_weights = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
+        self._next_routers = [model.routers_after(i) for i in range(len(model.layers))]
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
-        self._where = SingleDeviceSharding(mesh.devices.item())
+        self._sharding = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
-        self._numbers = jax.device_put(numbers, sharding(mesh))  # on the device before a part needs one
-        self._asks_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
-        self._rehearsing = False
+        self._device_numbers = jax.device_put(numbers, sharding(mesh))  # there before a part needs one
+        self._routes_by_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
+        self._is_rehearsal = False
 
     @property
     def _cache(self) -> ExpertCache:
@@ -65,104 +75,115 @@ class HostDrivenRunner(Runner):
 
     def _step(self, inputs: StepInput, settings: StepSettings) -> StepOutput:
         cache, phase = self._host_cache(), inputs.phase
-        passed = self._through(inputs, cache, settings.knobs, predicts=phase == "decode")
+        end = self._run_layers(inputs, cache, settings.knobs, is_decode=phase == "decode")
         state = HostState(self.state.totals[phase], self.state.latest_S, self._cache.predictor)
-        state, output = self._parts.finish(self.weights, state, inputs, passed, cache.counts_CL)
+        state, output = self._parts.finish(self.weights, state, inputs, end, cache.counts_CL)
         kept = replace(self._cache, table=cache.table, predictor=state.predictor, pool=cache.pool)
         totals = self.state.totals | {phase: state.totals}
         self.state = replace(self.state, totals=totals, latest_S=state.latest_S, cache=kept)
         return output
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-        passed = self._through_window(tokens_BT, positions_BT)
-        return np.asarray(self._parts.window_logits(self.weights, passed.rows, passed.seqs))
+        end = self._run_window(tokens_BT, positions_BT)
+        return np.asarray(self._parts.window_logits(self.weights, end.rows, end.seqs))
 
     def window_routing(
         self, tokens_BT: np.ndarray, positions_BT: np.ndarray, picks_BM: np.ndarray
     ) -> WindowRouting:
-        passed = self._through_window(tokens_BT, positions_BT)
-        plain = [each.plain for each in passed.layers if each.plain is not None]
-        return jax.device_get(self._parts.window_routing(self.weights, passed.seqs, picks_BM, plain))
+        end = self._run_window(tokens_BT, positions_BT)
+        plain = [each.plain_routing for each in end.records if each.plain_routing is not None]
+        return jax.device_get(self._parts.window_routing(self.weights, end.seqs, picks_BM, plain))
 
     def close(self) -> None:
         super().close()
-        self._layers, self._ahead, self._store = [], [], None
+        self._layer_weights, self._next_routers, self._store = [], [], None
 
-    def _through_window(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> Passed:
+    def _run_window(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> StepEnd:
         seqs = Sequences(*jax.device_put((tokens_BT, positions_BT)))
-        return self._through(seqs, self._host_cache(), None, predicts=False)
+        return self._run_layers(seqs, self._host_cache(), None, is_decode=False)
 
-    def _through(
-        self, inputs: StepInput | Sequences, cache: HostCache, knobs: Knobs | None, *, predicts: bool
-    ) -> Passed:
+    def _run_layers(
+        self, inputs: StepInput | Sequences, cache: HostCache, knobs: Knobs | None, *, is_decode: bool
+    ) -> StepEnd:
         """Runs all layers.
 
         inputs: ``Sequences`` for windows without page tables; the pages do not change.
-        predicts: whether this is a decode step, which fills the pool; else the pool does not change.
+        is_decode: whether this is a decode step, which fills the pool; else the pool does not change.
         """
-        predictor = self._cache.predictor if predicts else None
+        predictor = self._cache.predictor if is_decode else None
         knobs = jax.device_put(knobs, sharding(self.mesh))
-        begun = self._parts.begin(self.weights, inputs, self.state.latest_S, knobs, predictor)
-        if predicts:
-            cache.begin(forecast_of(np.asarray(begun.forecast_RE)))
-        rows, seqs, walk = begun.rows, begun.seqs, begun.walk
-        layers: list[Seen] = []
-        for i, (weights, run) in enumerate(zip(self._layers, self._parts.layers, strict=True)):
-            layer = len(layers)  # index among the layers with experts
+        start: StepStart = self._parts.begin(self.weights, inputs, self.state.latest_S, knobs, predictor)
+        if is_decode:
+            cache.begin(forecast_of(np.asarray(start.forecast_RE)))
+        rows, seqs, walk = start.rows, start.seqs, start.walk
+        records: list[LayerRecord] = []
+        for i, (weights, run) in enumerate(zip(self._layer_weights, self._parts.layers, strict=True)):
+            layer = len(records)  # index among the layers with experts
             pages = None if seqs.table_BM is None else self.state.pages[i]
-            args = weights, rows, begun.rotation, seqs, pages
+            args = weights, rows, start.rotation, seqs, pages
             if i in self.cfg.mlp_only_layers:
                 rows, pages = run(*args)
             else:
-                ahead = self._ahead[i] if predicts else None
+                routers = self._next_routers[i] if is_decode else None
                 resident_E = self._resident(cache, layer)
-                journey = HostJourney(self._numbers[layer], knobs, resident_E, predictor, walk, ahead)
-                attended, pages = run(*args, journey)
+                journey = HostJourney(
+                    self._device_numbers[layer], knobs, resident_E, predictor, walk, routers
+                )
+                result: AttentionResult
+                result, pages = run(*args, journey)
                 cache.settle()
-                walk, news_RE = attended.walk, np.asarray(attended.news_RE)
-                y_ND, computed = self._experts(layer, attended.work, news_RE, cache, predicts=predicts)
-                rows = Rows(attended.x_ND, y_ND)
-                layers.append(attended.seen._replace(computed=computed))
+                walk, report_RE = result.walk, np.asarray(result.report_RE)
+                y_ND, num_computed = self._run_experts(
+                    layer, result.expert_input, report_RE, cache, is_decode=is_decode
+                )
+                rows = LayerRows(result.x_ND, y_ND)
+                records.append(result.record._replace(num_computed=num_computed))
             if pages is not None:
                 self.state.pages[i] = pages
         cache.settle()
-        return Passed(rows, seqs, layers, walk)
+        return StepEnd(rows, seqs, records, walk)
 
-    def _experts(
-        self, layer: int, work: Work, news_RE: np.ndarray, cache: HostCache, *, predicts: bool
+    def _run_experts(
+        self,
+        layer: int,
+        expert_input: ExpertInput,
+        report_RE: np.ndarray,
+        cache: HostCache,
+        *,
+        is_decode: bool,
     ) -> Computed:
         """Runs a layer's experts: those in the pool, and those that are streamed because it lacks them."""
-        needed_E = news_RE[0] > 0
-        if predicts:
-            most = min(self.cfg.num_experts, work.ids_TK.size)
-            cache.demand(layer, needed_E, news_RE[1], forecast_of(news_RE[2:]), most)
+        needed_E = report_RE[0] > 0
+        if is_decode:
+            most = min(self.cfg.num_experts, expert_input.ids_TK.size)
+            cache.demand(layer, needed_E, report_RE[1], forecast_of(report_RE[2:]), most)
         else:
-            cache.pass_by(layer, needed_E)
-        done: Computed = self._parts.pooled(work, cache.slot_E(layer), cache.pool)
+            cache.count_prefill(layer, needed_E)
+        total: Computed = self._parts.run_pooled(expert_input, cache.slot_E(layer), cache.pool)
 
-        def add(expert: int, one: ExpertWeights) -> Array:
-            nonlocal done
-            done = self._parts.streamed(done, work, self._numbers[expert], one)
-            return done.y_ND
+        def add(expert: int, weights: ExpertWeights) -> Array:
+            nonlocal total
+            total = self._parts.add_streamed(total, expert_input, self._device_numbers[expert], weights)
+            return total.y_ND
 
-        cache.stream(layer, [0] if self._rehearsing else cache.away(layer, needed_E), add)
-        return done
+        cache.stream(layer, [0] if self._is_rehearsal else cache.absent(layer, needed_E), add)
+        return total
 
     def _resident(self, cache: HostCache, layer: int) -> Any:
         """Which of the layer's experts are in the pool; None unless routing depends on that."""
-        if not self._asks_pool:
+        if not self._routes_by_pool:
             return None
         cache.settle()
         return cache.resident_E(layer)
 
     def _host_cache(self) -> HostCache:
-        return HostCache(self._cache, self._store, self._parts.install, self._where)
+        return HostCache(self._cache, self._store, self._parts.install, self._sharding)
 
     def _rehearse(self, inputs: StepInput) -> Array:
         """Also copies one expert to the spare slot and streams one, because padding needs no experts."""
-        self._rehearsing = True
+        self._is_rehearsal = True
         hidden = super()._rehearse(inputs)
-        self._rehearsing = False
+        self._is_rehearsal = False
         cache = self._host_cache()
         cache.rehearse()
         self.cache = replace(self._cache, pool=cache.pool)

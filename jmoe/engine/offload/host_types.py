@@ -15,7 +15,7 @@ from jmoe.nn.sequences import Sequences
 from jmoe.offload.types import Forecast, Predictor
 
 
-class Rows(NamedTuple):
+class LayerRows(NamedTuple):
     """Rows between two layers. x_ND: rows after the last layer's attention; y_ND: outputs of its experts,
     still to be added."""
 
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     y_ND: Array
 
 
-class Work(NamedTuple):
+class ExpertInput(NamedTuple):
     """The input of a layer's experts: normed rows, expert ids (E for none) and combine weights."""
 
     x_TD: Array
@@ -31,25 +31,25 @@ class Work(NamedTuple):
     weights_TK: Array
 
 
-class Seen(NamedTuple):
+class LayerRecord(NamedTuple):
     """What a layer keeps for the end of the step.
 
-    plain: the router's own choice; None in a decode step, where the predictor has seen it already.
+    plain_routing: the router's own choice; None in a decode step, where the predictor has seen it already.
     stats: statistics of the layer's dispatch.
     changes: what lossy techniques did to each token.
-    computed: number of assignments that its experts computed; None before they ran.
+    num_computed: number of assignments that its experts computed; None before they ran.
     """
 
-    plain: Routing | None
+    plain_routing: Routing | None
     stats: DispatchStats
     changes: Changes | None
-    computed: Array | None = None
+    num_computed: Array | None = None
 
-    def done(self, cache: Counts) -> DispatchStats:
+    def final_stats(self, cache_counts: Counts) -> DispatchStats:
         """The layer's statistics, with the counts of the cache for it."""
-        assert self.computed is not None, "the layer's experts did not run"
-        traffic = replace(self.stats.traffic, computed=self.computed)
-        return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache)
+        assert self.num_computed is not None, "the layer's experts did not run"
+        traffic = replace(self.stats.traffic, computed=self.num_computed)
+        return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache_counts)
 
 
 class HostJourney(NamedTuple):
@@ -60,7 +60,7 @@ class HostJourney(NamedTuple):
     resident_E: which experts are in the pool; None unless routing depends on it.
     predictor: predictor of a decode step; None if nothing is predicted.
     walk: the predictor's state in this step.
-    ahead: routers of the next layers, if the predictor needs them.
+    next_routers: routers of the next layers, if the predictor needs them.
     """
 
     layer: Array
@@ -68,10 +68,10 @@ class HostJourney(NamedTuple):
     resident_E: Array | None
     predictor: Predictor | None = None
     walk: Any = None
-    ahead: list[Foresight] | None = None
+    next_routers: list[Foresight] | None = None
 
 
-class Begun(NamedTuple):
+class StepStart(NamedTuple):
     """A step before its first layer.
 
     rows: rows of the first layer.
@@ -82,43 +82,43 @@ class Begun(NamedTuple):
         predicted.
     """
 
-    rows: Rows
+    rows: LayerRows
     rotation: Rotation
     seqs: Sequences
     walk: Any
     forecast_RE: Array | None
 
 
-class Attended(NamedTuple):
+class AttentionResult(NamedTuple):
     """A layer before its experts run.
 
     x_ND: rows after attention and the shared expert.
-    work: input of the experts.
-    seen: what the layer keeps for the end of the step.
+    expert_input: input of the experts.
+    record: what the layer keeps for the end of the step.
     walk: the predictor's state in this step.
-    news_RE: array for the host, made by ``stack_rows``: which experts are needed; then, if experts are
+    report_RE: array for the host, made by ``stack_rows``: which experts are needed; then, if experts are
         predicted, each expert's highest gate score, and p and wanted of the layers ahead.
     """
 
     x_ND: Array
-    work: Work
-    seen: Seen
+    expert_input: ExpertInput
+    record: LayerRecord
     walk: Any
-    news_RE: Array
+    report_RE: Array
 
 
-class Passed(NamedTuple):
+class StepEnd(NamedTuple):
     """A step after its last layer.
 
     rows: rows after the last layer.
     seqs: sequences of the step.
-    layers: what each layer with experts keeps for the end of the step.
+    records: what each layer with experts keeps for the end of the step.
     walk: the predictor's state in this step.
     """
 
-    rows: Rows
+    rows: LayerRows
     seqs: Sequences
-    layers: list[Seen]
+    records: list[LayerRecord]
     walk: Any
 
 
@@ -135,9 +135,9 @@ class HostState(NamedTuple):
     predictor: Predictor
 
 
-def stack_rows(*parts: Array) -> Array:
+def stack_rows(*arrays: Array) -> Array:
     """Stacks rows ``[E]`` and ``[A, E]`` into ``[R, E]`` float32, one array for the host to wait for."""
-    rows = [part if part.ndim == 2 else part[None] for part in parts]
+    rows = [each if each.ndim == 2 else each[None] for each in arrays]
     return jnp.concatenate([each.astype(jnp.float32) for each in rows])
 
 

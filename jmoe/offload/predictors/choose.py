@@ -12,7 +12,7 @@ from jmoe.offload.types import Forecast
 def top(p_ZE: Float[Array, "*Z E"], k: int) -> Bool[Array, "*Z E"]:
     """The k experts of highest p, of equals the lower id; never an expert with p = 0."""
     _, ids_ZK = lax.top_k(p_ZE, min(k, p_ZE.shape[-1]))
-    each_E = _like(jnp.arange(p_ZE.shape[-1], dtype=ids_ZK.dtype), p_ZE.ndim + 1)
+    each_E = _with_rank(jnp.arange(p_ZE.shape[-1], dtype=ids_ZK.dtype), p_ZE.ndim + 1)
     return jnp.any(ids_ZK[..., None] == each_E, -2) & (p_ZE > 0)
 
 
@@ -22,7 +22,7 @@ def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Boo
     It compares all pairs: for a hundred experts that takes a third of the time of a sort.
     """
     id_E = jnp.arange(p_ZE.shape[-1])
-    earlier_EE = _like(id_E[:, None] < id_E[None], p_ZE.ndim + 1)
+    earlier_EE = _with_rank(id_E[:, None] < id_E[None], p_ZE.ndim + 1)
     this_ZE1, other_Z1E = p_ZE[..., :, None], p_ZE[..., None, :]
     before_ZEE = (this_ZE1 > other_Z1E) | ((this_ZE1 == other_Z1E) & earlier_EE)
     mass_before_ZE = jnp.sum(jnp.where(before_ZEE, this_ZE1, 0), -2)
@@ -42,7 +42,7 @@ def over_batch(
     return Forecast(jnp.max(jnp.where(says_BA1, p_BAE, 0), 0), jnp.any(wanted_BAE & says_BA1, 0))
 
 
-class Plan(NamedTuple):
+class FullForecast(NamedTuple):
     """A forecast of all L layers, made at once, with A empty rows after the last layer."""
 
     p_XE: Float[Array, "L+A E"]
@@ -52,11 +52,11 @@ class Plan(NamedTuple):
     def make(cls, all_layers: Forecast, distance: int) -> Self:
         return cls(*(jnp.pad(each_LE, ((0, distance), (0, 0))) for each_LE in all_layers))
 
-    def ahead(self, first: int | Int[Array, ""], distance: int) -> Forecast:
+    def window(self, first_layer: int | Int[Array, ""], distance: int) -> Forecast:
         """The forecast of layers ``first .. first + distance - 1``."""
-        return Forecast(*(lax.dynamic_slice_in_dim(each_XE, first, distance) for each_XE in self))
+        return Forecast(*(lax.dynamic_slice_in_dim(each_XE, first_layer, distance) for each_XE in self))
 
 
-def _like(a_X: Array, rank: int) -> Array:
+def _with_rank(a_X: Array, rank: int) -> Array:
     """The array with axes of length 1 before its own, ``rank`` in all."""
     return a_X.reshape((1,) * (rank - a_X.ndim) + a_X.shape)

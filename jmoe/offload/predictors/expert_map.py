@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from jmoe.offload.predictors.choose import over_batch, until
 from jmoe.offload.predictors.map_store import EXACT, MapStore, cosine, put, redundancy, unit
-from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+from jmoe.offload.types import Forecast, LayerView, StepView
 
 
 class Learning(NamedTuple):
@@ -74,10 +74,10 @@ class ExpertMaps:
     def make(cls, store: MapStore, *, distance: int, k: int, online: bool) -> Self:
         return cls(store, jnp.zeros((), jnp.int32), distance, k, online)
 
-    def start(self, seen: StepSeen) -> tuple[Trail, Forecast]:
-        (b, _), capacity = seen.embeddings_BD.shape, self.store.used_C.shape[0]
-        sane_B = jnp.all(jnp.isfinite(seen.embeddings_BD), 1)
-        valid_B, keys_BD = seen.valid_B & sane_B, jnp.where(sane_B[:, None], unit(seen.embeddings_BD), 0)
+    def start(self, view: StepView) -> tuple[Trail, Forecast]:
+        (b, _), capacity = view.embeddings_BD.shape, self.store.used_C.shape[0]
+        sane_B = jnp.all(jnp.isfinite(view.embeddings_BD), 1)
+        valid_B, keys_BD = view.valid_B & sane_B, jnp.where(sane_B[:, None], unit(view.embeddings_BD), 0)
         cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
         trail = Trail(
             valid_B,
@@ -88,7 +88,7 @@ class ExpertMaps:
         )
         return trail, self._forecast(cos_BC, 0, valid_B)
 
-    def observe(self, walk: Trail, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Trail, Forecast]:
+    def observe(self, walk: Trail, layer: Int[Array, ""], view: LayerView) -> tuple[Trail, Forecast]:
         """Adds the layer's part to every cosine: the same work at every depth, O(B * C * E).
 
         The paper forecasts only layer ``layer + A`` here; our rows of the nearer layers refresh the forecasts
@@ -96,10 +96,10 @@ class ExpertMaps:
         """
         maps_CE = lax.dynamic_index_in_dim(self.store.maps_CLE, layer, 1, keepdims=False)
         squares_C = lax.dynamic_index_in_dim(self.store.squares_CL, layer, 1, keepdims=False)
-        learning, sane_B = walk.learning, jnp.all(jnp.isfinite(seen.scores_BE), 1)
+        learning, sane_B = walk.learning, jnp.all(jnp.isfinite(view.scores_BE), 1)
         if learning is not None:  # scores unchanged: the store takes no map with numbers that are not finite
-            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(seen.scores_BE[learning.row]))
-        scores_BE = jnp.where(sane_B[:, None], seen.scores_BE, 0)
+            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(view.scores_BE[learning.row]))
+        scores_BE = jnp.where(sane_B[:, None], view.scores_BE, 0)
         walk = walk._replace(
             valid_B=walk.valid_B & sane_B,
             dots_BC=walk.dots_BC + jnp.matmul(scores_BE, maps_CE.T, precision=EXACT),
@@ -135,7 +135,7 @@ class ExpertMaps:
         return Learning(row, count > 0, keys_BD[row], cos_BC[row], map_LE)
 
     def _forecast(
-        self, cos_BC: Float[Array, "B C"], first: int | Int[Array, ""], valid_B: Bool[Array, " B"]
+        self, cos_BC: Float[Array, "B C"], first_layer: int | Int[Array, ""], valid_B: Bool[Array, " B"]
     ) -> Forecast:
         """Layers from ``first`` on of each token's most similar entry; the less similar it is, the more
         experts are wanted (section 2.4). An empty store forecasts nothing."""
@@ -143,7 +143,7 @@ class ExpertMaps:
         layers = maps_CLE.shape[1]
         cos_BC = jnp.where(used_C[None], cos_BC, -jnp.inf)
         score_B1, best_B1 = lax.top_k(cos_BC, 1)
-        layer_A = first + jnp.arange(self.distance)
+        layer_A = first_layer + jnp.arange(self.distance)
         p_BAE = maps_CLE[best_B1, jnp.minimum(layer_A, layers - 1)[None]]
         mass_BA = jnp.broadcast_to(jnp.clip(1 - score_B1, 0, 1), p_BAE.shape[:2])
         known_1A1 = ((layer_A < layers) & jnp.any(used_C))[None, :, None]

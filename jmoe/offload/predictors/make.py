@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jmoe.offload.predictors.choose import Plan, over_batch, top
+from jmoe.offload.predictors.choose import FullForecast, over_batch, top
 from jmoe.offload.predictors.expert_map import ExpertMaps
 from jmoe.offload.predictors.history import History
 from jmoe.offload.predictors.map_store import MapStore
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
-from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
+from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
 
 NAMES = ("expert_map", "next_gate", "token_table", "counts", "none")
 
@@ -38,11 +38,11 @@ class NoPredictor(_Fixed):
     distance: int = field(metadata={"static": True})
     experts: int = field(metadata={"static": True})
 
-    def start(self, seen: StepSeen) -> tuple[None, Forecast]:
-        return None, _nothing(self.distance, self.experts)
+    def start(self, view: StepView) -> tuple[None, Forecast]:
+        return None, _no_forecast(self.distance, self.experts)
 
-    def observe(self, walk: None, layer: Int[Array, ""], seen: LayerSeen) -> tuple[None, Forecast]:
-        return None, _nothing(self.distance, self.experts)
+    def observe(self, walk: None, layer: Int[Array, ""], view: LayerView) -> tuple[None, Forecast]:
+        return None, _no_forecast(self.distance, self.experts)
 
 
 @jax.tree_util.register_dataclass
@@ -59,18 +59,18 @@ class NextGate(_Fixed):
     experts: int = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
 
-    def start(self, seen: StepSeen) -> tuple[Bool[Array, " B"], Forecast]:
+    def start(self, view: StepView) -> tuple[Bool[Array, " B"], Forecast]:
         if self.table is None:
-            return seen.valid_B, _nothing(self.distance, self.experts)
-        return seen.valid_B, self.table.start(seen)[1]
+            return view.valid_B, _no_forecast(self.distance, self.experts)
+        return view.valid_B, self.table.start(view)[1]
 
     def observe(
-        self, walk: Bool[Array, " B"], layer: Int[Array, ""], seen: LayerSeen
+        self, walk: Bool[Array, " B"], layer: Int[Array, ""], view: LayerView
     ) -> tuple[Bool[Array, " B"], Forecast]:
         """walk: whether each row is a token, not padding."""
-        if seen.ahead_BAE is None:
+        if view.next_scores_BAE is None:
             raise ValueError("next_gate needs the scores of the next layers' routers")
-        return walk, over_batch(seen.ahead_BAE, top(seen.ahead_BAE, self.k), walk)
+        return walk, over_batch(view.next_scores_BAE, top(view.next_scores_BAE, self.k), walk)
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +82,14 @@ class Oracle(_Fixed):
     needs_LE: Bool[Array, "L E"]
     distance: int = field(metadata={"static": True})
 
-    def start(self, seen: StepSeen) -> tuple[Plan, Forecast]:
-        plan = Plan.make(Forecast(self.needs_LE.astype(jnp.float32), self.needs_LE), self.distance)
-        return plan, plan.ahead(0, self.distance)
+    def start(self, view: StepView) -> tuple[FullForecast, Forecast]:
+        plan = FullForecast.make(Forecast(self.needs_LE.astype(jnp.float32), self.needs_LE), self.distance)
+        return plan, plan.window(0, self.distance)
 
-    def observe(self, walk: Plan, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Plan, Forecast]:
-        return walk, walk.ahead(layer + 1, self.distance)
+    def observe(
+        self, walk: FullForecast, layer: Int[Array, ""], view: LayerView
+    ) -> tuple[FullForecast, Forecast]:
+        return walk, walk.window(layer + 1, self.distance)
 
 
 class PredictorSizes(NamedTuple):
@@ -138,7 +140,9 @@ def make_predictor(
             raise ValueError("expert_map needs the model's input embeddings")
         shape = (capacity, layers, experts, embeddings_VD.shape[1])
         store = (
-            MapStore.empty(*shape) if profile is None else _stored(profile, embeddings_VD, capacity, distance)
+            MapStore.empty(*shape)
+            if profile is None
+            else _filled_store(profile, embeddings_VD, capacity, distance)
         )
         return ExpertMaps.make(
             store, distance=distance, k=k, online=profile is None if online is None else online
@@ -154,7 +158,9 @@ def make_predictor(
     return NextGate(by_token, distance, experts, k) if name == "next_gate" else NoPredictor(distance, experts)
 
 
-def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int) -> MapStore:
+def _filled_store(
+    profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int
+) -> MapStore:
     """A store of the profile's single iterations, in random order: they are in the order of the text, and if
     there are more than the store holds, the last domain would fill most of it."""
     tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
@@ -165,5 +171,5 @@ def _stored(profile: History, embeddings_VD: Array | np.ndarray, capacity: int, 
     return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)
 
 
-def _nothing(distance: int, experts: int) -> Forecast:
+def _no_forecast(distance: int, experts: int) -> Forecast:
     return Forecast(jnp.zeros((distance, experts), jnp.float32), jnp.zeros((distance, experts), bool))

@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jmoe.offload.predictors.choose import Plan, over_batch, top
+from jmoe.offload.predictors.choose import FullForecast, over_batch, top
 from jmoe.offload.predictors.map_store import EXACT
-from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+from jmoe.offload.types import Forecast, LayerView, StepView
 
 
 class Chosen(NamedTuple):
@@ -27,7 +27,7 @@ class Chosen(NamedTuple):
     chosen_BLE: experts that each token has chosen so far.
     """
 
-    plan: Plan
+    plan: FullForecast
     seats_B: Int[Array, " B"]
     valid_B: Bool[Array, " B"]
     chosen_BLE: Float[Array, "B L E"]
@@ -56,18 +56,18 @@ class RequestCounts:
         stored_QLE = _shares(jnp.asarray(experts_QLE, jnp.float32))
         return cls(stored_QLE, jnp.zeros((seats, *stored_QLE.shape[1:]), jnp.float32), distance, k)
 
-    def start(self, seen: StepSeen) -> tuple[Chosen, Forecast]:
-        share_BLE = _shares(self.counts_ZLE[seen.seats_B])
+    def start(self, view: StepView) -> tuple[Chosen, Forecast]:
+        share_BLE = _shares(self.counts_ZLE[view.seats_B])
         p_BLE = self._matches(share_BLE) if len(self.stored_QLE) else share_BLE
-        plan = Plan.make(over_batch(p_BLE, top(p_BLE, self.k), seen.valid_B), self.distance)
-        walk = Chosen(plan, seen.seats_B, seen.valid_B, jnp.zeros_like(p_BLE))
-        return walk, plan.ahead(0, self.distance)
+        plan = FullForecast.make(over_batch(p_BLE, top(p_BLE, self.k), view.valid_B), self.distance)
+        walk = Chosen(plan, view.seats_B, view.valid_B, jnp.zeros_like(p_BLE))
+        return walk, plan.window(0, self.distance)
 
-    def observe(self, walk: Chosen, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Chosen, Forecast]:
-        experts_11E = jnp.arange(walk.chosen_BLE.shape[2], dtype=seen.ids_BK.dtype)[None, None]
-        chosen_BE = jnp.any(seen.ids_BK[:, :, None] == experts_11E, 1).astype(jnp.float32)
+    def observe(self, walk: Chosen, layer: Int[Array, ""], view: LayerView) -> tuple[Chosen, Forecast]:
+        experts_11E = jnp.arange(walk.chosen_BLE.shape[2], dtype=view.ids_BK.dtype)[None, None]
+        chosen_BE = jnp.any(view.ids_BK[:, :, None] == experts_11E, 1).astype(jnp.float32)
         walk = walk._replace(chosen_BLE=walk.chosen_BLE.at[:, layer].set(chosen_BE))
-        return walk, walk.plan.ahead(layer + 1, self.distance)
+        return walk, walk.plan.window(layer + 1, self.distance)
 
     def finish(self, walk: Chosen) -> Self:
         return self._add(walk.seats_B, walk.chosen_BLE * walk.valid_B.astype(jnp.float32)[:, None, None])

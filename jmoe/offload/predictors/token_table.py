@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int, UInt8
 
-from jmoe.offload.predictors.choose import Plan, over_batch, top
+from jmoe.offload.predictors.choose import FullForecast, over_batch, top
 from jmoe.offload.predictors.history import History
-from jmoe.offload.types import Forecast, LayerSeen, StepSeen
+from jmoe.offload.types import Forecast, LayerView, StepView
 
 
 @jax.tree_util.register_dataclass
@@ -52,15 +52,17 @@ class TokenTable:
         table_RLE = np.rint(table_RLE * 255).astype(np.uint8)
         return cls(jnp.asarray(table_RLE), jnp.asarray(row_V[history.nearest_V]), distance, k)
 
-    def start(self, seen: StepSeen) -> tuple[Plan, Forecast]:
-        p_BLE = self.table_RLE[self.row_V[seen.tokens_B]].astype(jnp.float32) / 255
-        plan = Plan.make(over_batch(p_BLE, top(p_BLE, self.k), seen.valid_B), self.distance)
-        return plan, plan.ahead(0, self.distance)
+    def start(self, view: StepView) -> tuple[FullForecast, Forecast]:
+        p_BLE = self.table_RLE[self.row_V[view.tokens_B]].astype(jnp.float32) / 255
+        plan = FullForecast.make(over_batch(p_BLE, top(p_BLE, self.k), view.valid_B), self.distance)
+        return plan, plan.window(0, self.distance)
 
-    def observe(self, walk: Plan, layer: Int[Array, ""], seen: LayerSeen) -> tuple[Plan, Forecast]:
-        return walk, walk.ahead(layer + 1, self.distance)
+    def observe(
+        self, walk: FullForecast, layer: Int[Array, ""], view: LayerView
+    ) -> tuple[FullForecast, Forecast]:
+        return walk, walk.window(layer + 1, self.distance)
 
-    def finish(self, walk: Plan) -> Self:
+    def finish(self, walk: FullForecast) -> Self:
         return self
 
     def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:

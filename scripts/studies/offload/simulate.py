@@ -16,7 +16,7 @@ from studies.offload.traces import AHEAD
 
 from jmoe.config.model import ModelConfig
 from jmoe.offload.predictors.make import NextGate, Oracle, PredictorSizes, make_predictor
-from jmoe.offload.table import Rule, fill, new_table
+from jmoe.offload.table import CachePolicy, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile
 
@@ -72,7 +72,7 @@ def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
     due_NLE = None if known_NLE is None else next_uses(known_NLE)
     often_LE = subject.profile.loads_LE.astype(np.float32)
     state = begin(fill(new_table(setting.slots, layers, experts, np), often_LE)[0], predictor)
-    rule = Rule(eviction, setting.copies, setting.ahead)  # pyright: ignore[reportArgumentType]
+    rule = CachePolicy(eviction, setting.copies, setting.ahead)  # pyright: ignore[reportArgumentType]
     found, step = [], 0
     for trace in traces:
         n = len(trace.tokens_NB)

@@ -28,14 +28,14 @@ from jmoe.offload.policy import Outlook
 from jmoe.offload.predictors.make import Oracle
 from jmoe.offload.ranks import needed
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import Moves, Rule, Table
-from jmoe.offload.types import LayerSeen, Predictor, StepSeen
+from jmoe.offload.table import CachePolicy, Copies, Table
+from jmoe.offload.types import LayerView, Predictor, StepView
 
 
 class Trace(NamedTuple):
     """The decode steps of B requests that run together, N of them.
 
-    counts_BLE: how often their prompts chose each expert. ahead_NLBAE: see ``LayerSeen``.
+    counts_BLE: how often their prompts chose each expert. ahead_NLBAE: see ``LayerView``.
     """
 
     tokens_NB: Int[Array | np.ndarray, "N B"]
@@ -116,7 +116,7 @@ def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
 
 @partial(jax.jit, static_argnames=("rule",))
 def run(
-    state: State, trace: Trace, known: tuple[Array, Array] | None, rule: Rule, times: Link
+    state: State, trace: Trace, known: tuple[Array, Array] | None, rule: CachePolicy, times: Link
 ) -> tuple[State, Prompt, Figures]:
     """The prompts and all steps of ``trace``; figures ``[N]``.
 
@@ -137,7 +137,7 @@ def run(
             table, predictor = foretold(state.table, state.predictor, *known)
             state = state._replace(table=table, predictor=predictor)
         state, walk, figures = _before(
-            state, StepSeen(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
+            state, StepView(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
         )
         table, predictor, clock = state
 
@@ -163,41 +163,41 @@ def foretold(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tu
     return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
 
 
-def _before(state: State, seen: StepSeen, rule: Rule, times: Link) -> tuple[State, Any, Figures]:
+def _before(state: State, seen: StepView, rule: CachePolicy, times: Link) -> tuple[State, Any, Figures]:
     """What happens before the first layer."""
     walk, forecast = state.predictor.start(seen)
     table, moves = decide.prefetch(decide.foresee(state.table, 0, forecast), rule, -1)
     table = table._replace(slots=land(table.slots))
     none, instant = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    figures = Figures(none, none, none, none, moves.evicted, moves.count, none, instant, instant)
+    figures = Figures(none, none, none, none, moves.num_evictions, moves.num_copies, none, instant, instant)
     return State(table, state.predictor, _copied(state.clock, moves, times)), walk, figures
 
 
 def _layer(
     table: Table, walk: Any, clock: Clock, layer: Array, scores_BE: Array, ids_BK: Array, ahead_BAE: Array,
-    *, predictor: Predictor, rule: Rule, times: Link,
+    *, predictor: Predictor, rule: CachePolicy, times: Link,
 ) -> tuple[tuple[Table, Any, Clock], Figures]:  # fmt: skip
     """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
-    walk, forecast = predictor.observe(walk, layer, LayerSeen(scores_BE, ids_BK, ahead_BAE))
+    walk, forecast = predictor.observe(walk, layer, LayerView(scores_BE, ids_BK, ahead_BAE))
     table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
     needed_E = needed(ids_BK, e)
-    held_E = decide.at(resident(table.slots), layer, e) & needed_E
-    hits = _count(held_E & (decide.at(clock.there_X, layer, e) <= clock.now))
-    useful = _count(decide.at(table.usage.fetched_X, layer, e) & needed_E)
+    held_E = decide.at_layer(resident(table.slots), layer, e) & needed_E
+    hits = _count(held_E & (decide.at_layer(clock.there_X, layer, e) <= clock.now))
+    useful = _count(decide.at_layer(table.usage.fetched_X, layer, e) & needed_E)
     table, missing = decide.demand(table, rule, needed_E, layer, min(e, ids_BK.size))
     num_needed, held = _count(needed_E), _count(held_E)
     clock = _copied(clock, missing, times)
-    streamed = num_needed - held - missing.count
+    streamed = num_needed - held - missing.num_copies
     clock = clock._replace(link=clock.link + times.copy_time * streamed.astype(jnp.float32))
-    came = jnp.max(jnp.where(needed_E, decide.at(clock.there_X, layer, e), 0.0))
+    came = jnp.max(jnp.where(needed_E, decide.at_layer(clock.there_X, layer, e), 0.0))
     wait = jnp.maximum(jnp.where(streamed > 0, clock.link, came) - clock.now, 0)
     table, wishes = decide.prefetch(table, rule, layer)
     clock = _copied(clock, wishes, times)
     clock = clock._replace(now=clock.now + wait + 1)
     table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
-    evicted = missing.evicted + wishes.evicted
+    evicted = missing.num_evictions + wishes.num_evictions
     figures = Figures(
-        num_needed, hits, held - hits, num_needed - held, evicted, wishes.count, useful, wait, wait + 1
+        num_needed, hits, held - hits, num_needed - held, evicted, wishes.num_copies, useful, wait, wait + 1
     )
     return (table, walk, clock), figures
 
@@ -214,11 +214,13 @@ def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> Prompt
     return Prompt(jnp.sum(needed_LE, dtype=jnp.int32), jnp.sum(hits_LE, dtype=jnp.int32), time)
 
 
-def _copied(clock: Clock, moves: Moves, times: Link) -> Clock:
+def _copied(clock: Clock, moves: Copies, times: Link) -> Clock:
     """With ``moves`` in the link's queue, one after another."""
     m, copy_time = moves.experts_M.shape[0], times.copy_time
     start = jnp.maximum(clock.link, clock.now)
     ends_M = start + copy_time * jnp.arange(1, m + 1, dtype=jnp.float32)
     there_X = clock.there_X.at[moves.experts_M].set(ends_M, mode="drop")
-    link = jnp.where(moves.count > 0, start + copy_time * moves.count.astype(jnp.float32), clock.link)
+    link = jnp.where(
+        moves.num_copies > 0, start + copy_time * moves.num_copies.astype(jnp.float32), clock.link
+    )
     return clock._replace(link=link, there_X=there_X)

@@ -6,7 +6,7 @@ from support.models.routed import LAYERS, VOCAB, K, planted
 
 from jmoe.offload.predictors.make import PredictorSizes
 from jmoe.offload.predictors.map_store import MapStore
-from jmoe.offload.types import Forecast, LayerSeen, Predictor, StepSeen
+from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
 
 L, E, D, A = 5, 8, 6, 2
 PROFILE, _ = planted()
@@ -29,10 +29,10 @@ def store_of(
     return MapStore.build(embeddings_CD, maps_CLE, capacity, A), embeddings_CD, maps_CLE
 
 
-def step_of(rng: np.random.Generator, valid: list[int], tokens: list[int] | None = None) -> StepSeen:
+def step_of(rng: np.random.Generator, valid: list[int], tokens: list[int] | None = None) -> StepView:
     b = len(valid)
     tokens_B = rng.integers(0, VOCAB, b) if tokens is None else np.array(tokens)
-    return StepSeen(
+    return StepView(
         jnp.asarray(tokens_B, jnp.int32),
         jnp.asarray(rng.standard_normal((b, D)), jnp.float32),
         jnp.asarray(valid, bool),
@@ -40,16 +40,16 @@ def step_of(rng: np.random.Generator, valid: list[int], tokens: list[int] | None
     )
 
 
-def layers_of(rng: np.random.Generator, b: int, layers: int = L, k: int = K) -> list[LayerSeen]:
+def layers_of(rng: np.random.Generator, b: int, layers: int = L, k: int = K) -> list[LayerView]:
     scores_LBE = distributions(rng, layers, b)
     ids_LBK = np.argsort(-scores_LBE, axis=2)[:, :, :k].astype(np.int32)
     ahead_LBAE = distributions(rng, layers, b, A)
     return [
-        LayerSeen(*map(jnp.asarray, layer)) for layer in zip(scores_LBE, ids_LBK, ahead_LBAE, strict=True)
+        LayerView(*map(jnp.asarray, layer)) for layer in zip(scores_LBE, ids_LBK, ahead_LBAE, strict=True)
     ]
 
 
-def walked(predictor: Predictor, seen: StepSeen, layers: list[LayerSeen]) -> tuple[Predictor, list[Forecast]]:
+def walked(predictor: Predictor, seen: StepView, layers: list[LayerView]) -> tuple[Predictor, list[Forecast]]:
     """Runs one step, layer by layer; returns the predictor and its forecasts."""
     walk, forecast = predictor.start(seen)
     forecasts = [forecast]
