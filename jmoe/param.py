@@ -17,7 +17,7 @@ class ParamMaker:
     std: the standard deviation; 0 makes zeros, which is fast if only shapes are needed.
     platform: platform of the devices that will hold the parameters; None is jax's default.
 
-    A ``stored`` parameter is one that XLA:CPU must not see as bfloat16, because it slices single experts out
+    ``in_storage_dtype`` makes a parameter that XLA:CPU must not see as bfloat16, because it slices single experts out
     of it in a loop: on a CPU it is kept as uint16 and reinterpreted when it is used.
     """
 
@@ -29,15 +29,16 @@ class ParamMaker:
             return jnp.zeros(shape, self.dtype)
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
-    def __call__(self, shape: tuple[int, ...], axes: Axes, keeps: bool = False) -> nnx.Param:
+    def __call__(self, shape: tuple[int, ...], axes: Axes, has_own_dtype: bool = False) -> nnx.Param:
         """A parameter of the maker's dtype.
 
-        keeps: it stays float32 if a checkpoint stores it in more than the model's dtype, as all vectors do.
-        Such parameters take part in float32 arithmetic, and a rounded router would choose other experts.
+        has_own_dtype: whether it stays float32 if a checkpoint stores it in more than the model's dtype, as
+            all vectors do. Such parameters take part in float32 arithmetic, and a rounded router would choose
+            other experts.
         """
-        return nnx.Param(self._normal(shape), axes=axes, keeps=keeps)
+        return nnx.Param(self._normal(shape), axes=axes, has_own_dtype=has_own_dtype)
 
-    def stored(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
+    def in_storage_dtype(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
         """A parameter in the storage dtype (see the class). memory: kind of memory that holds it; None is the
         device's own."""
         values = self._normal(shape).view(storage_dtype(self.dtype, self.platform))

@@ -66,10 +66,10 @@ class Recorder:
         self.run, self.batch, self.last = runner.run, batch, None
         runner.run = self
 
-    def __call__(self, given: Any) -> Any:
-        if given.phase == "decode" and (given.own.positions_BT >= 0).sum() == self.batch:
-            self.last = given
-        return self.run(given)
+    def __call__(self, inputs: Any) -> Any:
+        if inputs.phase == "decode" and (inputs.main_rows.positions_BT >= 0).sum() == self.batch:
+            self.last = inputs
+        return self.run(inputs)
 
     def alone(self, steps: int) -> float:
         """Seconds a step of the last one's programs, back to back."""

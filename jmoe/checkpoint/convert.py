@@ -98,7 +98,7 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
 
     cfg = read_config(hf_dir, dtype)
     with HFCheckpoint(hf_dir) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh(), keep=dtype == "auto")
+        model, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh(), own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():
@@ -112,7 +112,7 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress |
         target = working / path.relative_to(hf_dir)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    kept = tuple(path for path, spec in specs.items() if spec == spec.kept() and spec.keeps)
+    kept = tuple(path for path, spec in specs.items() if spec == spec.in_float32() and spec.has_own_dtype)
     write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()}, kept)
 
 

@@ -14,7 +14,7 @@ from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.config.model import ModelConfig
 from jmoe.models import get_family
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     return "bfloat16" if found == "bfloat16" else "float32"
 
 
-def is_wider(dtype: str, than: np.dtype) -> bool:
+def is_wider(dtype: str, target: np.dtype) -> bool:
     """Whether a tensor's dtype (by its name in the file) has numbers that ``than`` cannot hold."""
     stored = DTYPES.get(dtype)
-    return stored is not None and stored != than and than.itemsize < 4
+    return stored is not None and stored != target and target.itemsize < 4
 
 
 def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
@@ -87,7 +87,7 @@ def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
     return paths["embed"], paths["lm_head"]
 
 
-def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Stored]:
+def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[StoredTensor]:
     """Every tensor of the model, as this checkpoint names it: a matrix shared by embedding and head may be
     stored under either name."""
     embed, head = embedding_names(cfg)
@@ -97,14 +97,14 @@ def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Store
         yield replace(stored, name=head) if as_head and stored.name == embed else stored
 
 
-def _are_equal(checkpoint: HFCheckpoint, one: str, other: str, dtype: str) -> bool:
+def _are_equal(checkpoint: HFCheckpoint, first: str, second: str, dtype: str) -> bool:
     """Whether two tensors of the same shape hold the same numbers when read in ``dtype``."""
-    size = int(np.prod(checkpoint.tensors[one].shape, dtype=np.int64))
+    size = int(np.prod(checkpoint.tensors[first].shape, dtype=np.int64))
     a, b = (np.empty(min(size, CHUNK), dtype) for _ in range(2))
     for at in range(0, size, CHUNK):
         count = min(CHUNK, size - at)
-        checkpoint.read_run(one, at, a[:count])
-        checkpoint.read_run(other, at, b[:count])
+        checkpoint.read_run(first, at, a[:count])
+        checkpoint.read_run(second, at, b[:count])
         if not np.array_equal(a[:count].view(np.uint8), b[:count].view(np.uint8)):
             return False
     return True

@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 
 from jmoe.checkpoint.hf_reader import all_finite
-from jmoe.checkpoint.params import abstract_decoder, dotted, sources
+from jmoe.checkpoint.params import abstract_decoder, dotted, tensors_by_path
 from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.models import get_family, model_config
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import PLAIN, Stored
+from jmoe.models.weights import PLAIN, StoredTensor
 
 
 def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) -> None:
@@ -33,7 +33,7 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     cfg = model_config(hf_config)
     _check_same(cfg, model.cfg)
     params = {dotted(keys): param for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    table = sources(get_family(cfg.architecture).names(cfg))
+    table = tensors_by_path(get_family(cfg.architecture).names(cfg))
     _check_plain(cfg, table)
     dtypes = {path: spec.dtype for path, spec in abstract_decoder(cfg, MoEConfig(), model.mesh)[1].items()}
     if cfg.dtype == model.cfg.dtype:
@@ -79,19 +79,21 @@ def _dtype_of(param: nnx.Param) -> np.dtype:
     return canonical(np.empty(0, param.get_value().dtype)).dtype
 
 
-def _write_param(file: BinaryIO, path: str, value: np.ndarray, parts: list[Stored], dtype: np.dtype) -> None:
+def _write_param(
+    file: BinaryIO, path: str, value: np.ndarray, tensors: list[StoredTensor], dtype: np.dtype
+) -> None:
     values = canonical(value)
-    for stored in parts:
+    for stored in tensors:
         tensor = np.ascontiguousarray(values[stored.index], dtype).reshape(-1)
         if not all_finite(tensor):
             raise ValueError(f"parameter {path!r} has NaN or Inf (as {dtype}); the file was not written")
         file.write(tensor.view(np.uint8).data)
 
 
-def _check_plain(cfg: ModelConfig, table: dict[str, list[Stored]]) -> None:
+def _check_plain(cfg: ModelConfig, table: dict[str, list[StoredTensor]]) -> None:
     for parts in table.values():
         for stored in parts:
-            if stored.form != PLAIN or stored.part is not None:
+            if stored.form != PLAIN or stored.expert is not None:
                 raise ValueError(
                     f"{cfg.architecture} has {stored.name!r} in a form (stacked, transposed or quantised) "
                     "that is read and not written; convert the checkpoint that the model came from"

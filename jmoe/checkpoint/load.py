@@ -19,7 +19,7 @@ from jmoe.checkpoint.facts import (
 from jmoe.checkpoint.forms import tensor_names
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, made_up, place, sources
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, entry_numbers, fill, place, tensors_by_path
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
@@ -31,7 +31,7 @@ from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.placement.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
@@ -86,7 +86,9 @@ def load_model(
     cfg = read_config(directory, dtype)
     cfg = cfg.for_context(context or cfg.longest_context)
     report = (lambda done, total: None) if progress is None else progress
-    return load_decoder(directory, cfg, moe or MoEConfig(), mesh, report, placement, keep=dtype == "auto")
+    return load_decoder(
+        directory, cfg, moe or MoEConfig(), mesh, report, placement, own_dtypes=dtype == "auto"
+    )
 
 
 def load_decoder(
@@ -97,17 +99,17 @@ def load_decoder(
     report: Progress,
     placement: Placement | None,
     *,
-    keep: bool,
+    own_dtypes: bool,
 ) -> Decoder:
-    """``load_model`` with a configuration that was read before. keep: see ``match``."""
+    """``load_model`` with a configuration that was read before. own_dtypes: see ``match``."""
     if placement is not None:
         check_fits(placement, cfg)
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
 
-        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, keep=keep)
+        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, own_dtypes=own_dtypes)
     else:
-        model = read_model(directory, cfg, moe, mesh, report, placement, keep=keep)
+        model = read_model(directory, cfg, moe, mesh, report, placement, own_dtypes=own_dtypes)
     if placement is not None:
         check_model(placement, model)
     return model
@@ -121,11 +123,11 @@ def read_model(
     report: Progress,
     placement: Placement | None,
     *,
-    keep: bool,
+    own_dtypes: bool,
 ) -> Decoder:
-    """The model of a Hugging Face directory, one parameter at a time. keep: see ``match``."""
+    """The model of a Hugging Face directory, one parameter at a time. own_dtypes: see ``match``."""
     with HFCheckpoint(directory) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, moe, mesh, placement, keep=keep)
+        model, specs, table = match(checkpoint, cfg, moe, mesh, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
@@ -145,28 +147,29 @@ def match(
     mesh: Mesh,
     placement: Placement | None = None,
     *,
-    keep: bool,
-) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[Stored]]]:
+    own_dtypes: bool,
+) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredTensor]]]:
     """The abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
-    keep: whether a router or vector that is stored in a wider dtype than the model's stays float32. If the
-    checkpoint has a head of its own, the model has too, whatever ``cfg`` says.
+    own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
+
+    If the checkpoint has a head of its own, the model has too, whatever ``cfg`` says.
     """
     cfg = with_own_head(checkpoint, cfg)
     check_names(checkpoint, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
-    table = sources(stored_tensors(checkpoint, cfg))
-    if keep:
+    table = tensors_by_path(stored_tensors(checkpoint, cfg))
+    if own_dtypes:
         wide = {
             path
             for path, spec in specs.items()
             if any(
                 is_wider(checkpoint.tensors[s.name].dtype, spec.dtype)
                 for s in table.get(path, ())
-                if spec.keeps
+                if spec.has_own_dtype
             )
         }
-        specs = {path: spec.kept() if path in wide else spec for path, spec in specs.items()}
+        specs = {path: spec.in_float32() if path in wide else spec for path, spec in specs.items()}
     if placement is not None:
         table = into_slots(table, placement, cfg.moe_layers)
     if moe.offload is not None:
@@ -177,12 +180,12 @@ def match(
     return model, specs, table
 
 
-def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, parts: list[Stored]) -> np.ndarray:
+def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredTensor]) -> np.ndarray:
     """One parameter in the checkpoint's dtype, each tensor read straight into its slice of one buffer."""
-    if not parts:
-        return made_up(spec)
+    if not tensors:
+        return entry_numbers(spec)
     buffer = aligned_empty(spec.shape, spec.dtype)
-    for stored in parts:
+    for stored in tensors:
         read_slice(checkpoint, stored, buffer[stored.index])
     return buffer
 
@@ -202,9 +205,9 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
                 )
             info = checkpoint.tensors[name]
-            if stored.part is not None and stored.part >= (*info.shape, 0)[0]:  # an absurd num_experts
+            if stored.expert is not None and stored.expert >= (*info.shape, 0)[0]:  # an absurd num_experts
                 raise ValueError(
-                    f"{info.file}: tensor {brief(name)} has no entry {stored.part}, which config.json asks "
+                    f"{info.file}: tensor {brief(name)} has no entry {stored.expert}, which config.json asks "
                     f"for: it is {list(info.shape)}"
                 )
             expected.add(name)
@@ -225,7 +228,7 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
 def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name: str) -> bool:
     """Whether the family ignores that tensor, and the checkpoint has the tensor that shows that it may."""
     witness = family.witness(name)
-    return family.ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
+    return family.is_ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
 
 
 def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice) -> dict[str, ParamSpec]:
@@ -233,10 +236,12 @@ def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice)
     no weights. Raises ValueError for weights that ``load_model`` would reject without reading them."""
     directory, mesh, moe = Path(directory), make_mesh(), MoEConfig()
     if is_converted(directory):
-        from jmoe.checkpoint.orbax_io import described  # heavy, as above
+        from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above
 
-        return described(directory, read_manifest(directory), cfg, moe, mesh, keep=dtype == "auto")[1]
+        return expected_model(
+            directory, read_manifest(directory), cfg, moe, mesh, own_dtypes=dtype == "auto"
+        )[1]
     if not has_weights(directory):
         return abstract_decoder(cfg, moe, mesh)[1]
     with HFCheckpoint(directory) as checkpoint:
-        return match(checkpoint, cfg, moe, mesh, keep=dtype == "auto")[1]
+        return match(checkpoint, cfg, moe, mesh, own_dtypes=dtype == "auto")[1]

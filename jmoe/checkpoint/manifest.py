@@ -44,11 +44,11 @@ def write_manifest(
     architecture: str,
     dtype: str,
     parameters: dict[str, tuple[int, ...]],
-    kept: tuple[str, ...],
+    kept_files: tuple[str, ...],
 ) -> None:
     """Flushes every file of ``directory`` to disk, then lists it. Call it last, before the rename."""
     files = _digests(directory, _listed(directory), flush=True)
-    manifest = Manifest(architecture, dtype, parameters, files, kept)
+    manifest = Manifest(architecture, dtype, parameters, files, kept_files)
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -65,24 +65,22 @@ def restore_model(
     report: Callable[[int, int], None],
     placement: Placement | None = None,
     *,
-    keep: bool,
+    own_dtypes: bool,
 ) -> Decoder:
     """The model with each parameter read straight onto its devices, one layer at a time.
 
     report: called with (bytes done, bytes in all) after each layer.
     placement: placement by which the experts are renumbered, on their devices; while a parameter is
         renumbered it takes its memory twice.
-    keep: see ``match``.
+    own_dtypes: see ``match``.
 
     Raises ValueError naming the file that is missing or changed, or the parameter that is not as
     ``config.json`` has it.
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
-    resident = replace(moe, offload=None, binning=None)  # as they were written
-    model, specs = described(
-        directory, manifest, cfg, moe if moe.offload is None else resident, mesh, keep=keep
-    )
+    written = moe if moe.offload is None else replace(moe, offload=None, binning=None)
+    model, specs = expected_model(directory, manifest, cfg, written, mesh, own_dtypes=own_dtypes)
     stacks = None
     if moe.offload is not None:
         model, wanted = abstract_decoder(cfg, moe, mesh)
@@ -98,19 +96,19 @@ def restore_model(
                 arrays[path] = as_stored(array, specs[path])
         report(done, total)
     if stacks is not None:
-        arrays |= {spec.path: place(buffer, spec) for spec, buffer in stacks.finished()}
+        arrays |= {spec.path: place(buffer, spec) for spec, buffer in stacks.items()}
     return fill(model, arrays)
 
 
-def described(
-    directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, keep: bool
+def expected_model(
+    directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, own_dtypes: bool
 ) -> tuple[Decoder, dict[str, ParamSpec]]:
     """The abstract model without expert offload, and its parameters as the manifest lists them."""
     check_count(directory, manifest, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
     check_parameters(directory, manifest, specs)
-    kept = set(manifest.kept) if keep and cfg.dtype == manifest.dtype else set()
-    return model, {p: s.kept() if p in kept and s.keeps else s for p, s in specs.items()}
+    kept = set(manifest.kept) if own_dtypes and cfg.dtype == manifest.dtype else set()
+    return model, {p: s.in_float32() if p in kept and s.has_own_dtype else s for p, s in specs.items()}
 
 
 def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import is_single, platform_of
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.param import ParamMaker
 
 
@@ -29,7 +29,7 @@ class ParamSpec:
     dtype: dtype in a checkpoint.
     storage: dtype in memory, of the same width (uint16 for some bfloat16).
     sharding: how it is sharded over the devices.
-    keeps: whether it stays float32 if the checkpoint stores it in a wider dtype than the model's.
+    has_own_dtype: whether it stays float32 if the checkpoint stores it in a wider dtype than the model's.
     """
 
     path: str
@@ -37,9 +37,9 @@ class ParamSpec:
     dtype: np.dtype
     storage: np.dtype
     sharding: Sharding
-    keeps: bool = False
+    has_own_dtype: bool = False
 
-    def kept(self) -> "ParamSpec":
+    def in_float32(self) -> "ParamSpec":
         """The same parameter in float32."""
         return replace(self, dtype=np.dtype(np.float32), storage=np.dtype(np.float32))
 
@@ -64,8 +64,8 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
             sharding = NamedSharding(mesh, axes, memory_kind=memory)
         # a parameter may be float32 in a bfloat16 model
         dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value.dtype
-        keeps = value.ndim == 1 or bool(param.get_metadata("keeps", False))
-        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding, keeps)
+        has_own_dtype = value.ndim == 1 or bool(param.get_metadata("has_own_dtype", False))
+        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding, has_own_dtype)
     return model, specs
 
 
@@ -80,16 +80,16 @@ def dotted(keys: Iterable[Any]) -> str:
     return ".".join(map(str, keys))
 
 
-def sources(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
+def tensors_by_path(tensors: Iterable[StoredTensor]) -> dict[str, list[StoredTensor]]:
     """The tensors of a checkpoint that fill each parameter, by the parameter's path; without the parameters
-    that ``made_up`` makes."""
-    table: dict[str, list[Stored]] = {}
+    that ``entry_numbers`` makes."""
+    table: dict[str, list[StoredTensor]] = {}
     for stored in tensors:
         table.setdefault(stored.path, []).append(stored)
     return table
 
 
-def made_up(spec: ParamSpec) -> np.ndarray:
+def entry_numbers(spec: ParamSpec) -> np.ndarray:
     """A parameter that published checkpoints do not have: the numbers of its entries."""
     assert spec.dtype == np.int32, f"{spec.path} has no tensor"
     return np.arange(spec.shape[0], dtype=np.int32)

@@ -16,7 +16,7 @@ from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import in_layer
 from jmoe.config.model import ModelConfig
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.moe.expert_leaves import LEAVES
 from jmoe.placement.placement import Placement
 
@@ -44,8 +44,8 @@ def check_model(placement: Placement, model: Decoder) -> None:
 
 
 def into_slots(
-    table: Mapping[str, list[Stored]], placement: Placement, moe_layers: Sequence[int]
-) -> dict[str, list[Stored]]:
+    table: Mapping[str, list[StoredTensor]], placement: Placement, moe_layers: Sequence[int]
+) -> dict[str, list[StoredTensor]]:
     """The tensors that fill each parameter; an expert's tensors fill the slice of its slot."""
     moved = {}
     for path, parts in table.items():

@@ -119,14 +119,14 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return parse_json(raw, str(path))
 
 
-def parse_json(raw: bytes | bytearray, what: str) -> dict[str, Any]:
+def parse_json(raw: bytes | bytearray, name: str) -> dict[str, Any]:
     """A JSON object in which no key is repeated; else a ValueError whose message begins with ``what``."""
     try:
         value = unique_json(raw.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{what} is damaged JSON: {error}") from None
+        raise ValueError(f"{name} is damaged JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, it is {type(value).__name__}")
+        raise ValueError(f"{name} must be a JSON object, it is {type(value).__name__}")
     return value
 
 

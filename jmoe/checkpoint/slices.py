@@ -15,22 +15,22 @@ from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
-from jmoe.models.weights import PLAIN, Stored
+from jmoe.models.weights import PLAIN, StoredTensor
 
 
-def read_slice(checkpoint: HFCheckpoint, stored: Stored, out: np.ndarray) -> None:
+def read_slice(checkpoint: HFCheckpoint, tensor: StoredTensor, out: np.ndarray) -> None:
     """Fills ``out``, a C-order slice in float32 or bfloat16.
 
     Raises ValueError naming the tensor for NaN or Inf, or a dtype that is not one of its form's.
     """
-    if stored.form == PLAIN:
-        return checkpoint.read_into(stored.name, out, stored.part)
-    ordered, read = in_stored_order(out, stored.form), FORMATS[stored.form.format].read
-    first = (stored.part or 0) * ordered.size
+    if tensor.form == PLAIN:
+        return checkpoint.read_into(tensor.name, out, tensor.expert)
+    ordered, read = in_stored_order(out, tensor.form), FORMATS[tensor.form.number_format].read
+    first = (tensor.expert or 0) * ordered.size
     for start, rows in _chunks(ordered):
         straight = rows.flags.c_contiguous
         values = rows if straight else np.empty(rows.shape, rows.dtype)
-        read(checkpoint, stored.name, first + start, values.reshape(-1))
+        read(checkpoint, tensor.name, first + start, values.reshape(-1))
         if not straight:
             rows[...] = values
 
@@ -44,7 +44,7 @@ def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def check_shapes(
-    tensors: Mapping[str, TensorInfo], table: Mapping[str, list[Stored]], specs: Mapping[str, ParamSpec]
+    tensors: Mapping[str, TensorInfo], table: Mapping[str, list[StoredTensor]], specs: Mapping[str, ParamSpec]
 ) -> None:
     """Raises ValueError for a tensor whose shape or dtype does not match the slice that it fills."""
     stacks = _stacked(stored for path in specs for stored in table[path])
@@ -69,10 +69,10 @@ def check_shapes(
                     )
 
 
-def _stacked(all_stored: Iterable[Stored]) -> dict[str, tuple[int]]:
+def _stacked(all_stored: Iterable[StoredTensor]) -> dict[str, tuple[int]]:
     """How many entries each stacked tensor has, as a shape's first axis."""
     count: dict[str, int] = {}
     for stored in all_stored:
-        if stored.part is not None:
-            count[stored.name] = max(count.get(stored.name, 0), stored.part + 1)
+        if stored.expert is not None:
+            count[stored.name] = max(count.get(stored.name, 0), stored.expert + 1)
     return {name: (entries,) for name, entries in count.items()}

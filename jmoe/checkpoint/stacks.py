@@ -11,15 +11,17 @@ import numpy as np
 
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, in_layer
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.moe.expert_leaves import LEAVES
 
 STACKS = {f"moe.experts.{leaf.name}": f"store.{leaf.store_name}" for leaf in LEAVES}
 
 
-def into_stacks(table: Mapping[str, list[Stored]], moe_layers: Sequence[int]) -> dict[str, list[Stored]]:
+def into_stacks(
+    table: Mapping[str, list[StoredTensor]], moe_layers: Sequence[int]
+) -> dict[str, list[StoredTensor]]:
     """The tensors that fill each parameter; an expert's tensors fill its slice of the stacks."""
-    moved: dict[str, list[Stored]] = {}
+    moved: dict[str, list[StoredTensor]] = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
         if name in STACKS:
@@ -49,6 +51,6 @@ class Stacks:
         buffer[self._moe_layers.index(layer)] = np.asarray(array).view(buffer.dtype)
         return True
 
-    def finished(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    def items(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
         for path, buffer in self._buffers.items():
             yield self._specs[path], buffer

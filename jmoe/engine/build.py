@@ -102,7 +102,7 @@ def load_runner(
     moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
     decoder = load_decoder(
         deployment.directory, deployment.cfg, moe, mesh, partial(progress, "load"), placement,
-        keep=deployment.settings.dtype == "auto",
+        own_dtypes=deployment.settings.dtype == "auto",
     )  # fmt: skip
     tables = cache = None
     if moe.shuffle is not None and moe.shuffle.tokens and placement is not None and placement.tables:

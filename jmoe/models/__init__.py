@@ -36,7 +36,7 @@ FAMILIES = {
         llama4.WITH_IMAGES, phimoe.FAMILY, phimoe.PUBLISHED,
     )
 }  # fmt: skip
-QUANTIZATIONS = tuple(dict.fromkeys(method for family in FAMILIES.values() for method in family.quantization))
+QUANTIZATIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.quant_methods))
 
 
 def get_family(architecture: str) -> Family:
@@ -69,7 +69,7 @@ def _check_quantization(family: Family, method: Any) -> None:
             f"quantization_config: method {shown(method)} is not read, {read} is; "
             "use the unquantised checkpoint"
         )
-    if method not in family.quantization:
+    if method not in family.quant_methods:
         raise ValueError(f"quantization_config: method {method!r} is not read of {family.architecture}")
 
 

@@ -22,8 +22,8 @@ from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
-from jmoe.models.journey import Foresight, StepSettings, Techniques
-from jmoe.models.layer import DecoderLayer, foresight
+from jmoe.models.journey import RouterAhead, StepSettings, Techniques
+from jmoe.models.layer import DecoderLayer, router_ahead
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
@@ -95,7 +95,7 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     cached = kind_of(cfg, 0).cached_heads(cfg)
-    q, kv = cfg.num_attention_heads // split.head_ranks, cached.stored(split) // split.head_ranks
+    q, kv = cfg.num_attention_heads // split.head_ranks, cached.heads_per_array(split) // split.head_ranks
     spans = [span for span in map(cfg.span, range(cfg.num_hidden_layers)) if span != Span()]
     span = spans[0] if spans else Span()
     heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
@@ -194,7 +194,7 @@ class Decoder(nnx.Module):
         fresh_B = seqs.positions_BT[:, 0] == 0 if seqs.fresh_B is None else seqs.fresh_B
         return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
 
-    def routers_after(self, i: int) -> list[Foresight] | None:
+    def routers_after(self, i: int) -> list[RouterAhead] | None:
         """The routers of the next layers with experts, as many as the predictor looks ahead; after the last
         such layer, that layer repeats. None if the predictor does not use them."""
         offload = self.moe.offload
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
             return None
         later = [j for j in self.cfg.moe_layers if j > i] or [self.cfg.moe_layers[-1]]
         following = [later[min(a, len(later) - 1)] for a in range(offload.prefetch_distance)]
-        return [foresight(self.layers[j]) for j in following]
+        return [router_ahead(self.layers[j]) for j in following]
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Next-token logits in float32."""

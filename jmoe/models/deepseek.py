@@ -13,12 +13,12 @@ from jmoe.models.family import (
     HFConfig,
     common_fields,
     is_past_the_last_layer,
-    prediction_of,
+    prediction_witness,
     refuse,
     require,
 )
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.nn.rope import yarn_mscale
 
 # defaults of transformers' DeepseekV2Config and DeepseekV3Config for absent fields of config.json
@@ -48,7 +48,7 @@ DEFAULTS_V3 = {
 
 
 def config_v2(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS_V2)
+    hf = hf.with_defaults(DEFAULTS_V2)
     method = hf.get("topk_method") or "greedy"
     refuse(hf, "topk_method", method not in ("greedy", "group_limited_greedy"))
     refuse(hf, "scoring_func", hf.get("scoring_func", "softmax") != "softmax")
@@ -61,7 +61,7 @@ def config_v2(hf: HFConfig) -> ModelConfig:
 
 
 def config_v3(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS_V3)
+    hf = hf.with_defaults(DEFAULTS_V3)
     refuse(hf, "topk_method", hf.get("topk_method", "noaux_tc") != "noaux_tc")
     refuse(hf, "scoring_func", hf.get("scoring_func", "sigmoid") != "sigmoid")
     interleaved = bool(hf.get("rope_interleave", True))
@@ -91,7 +91,10 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
         "partial_rotary_factor": 1.0,
     }
     common = common_fields(
-        hf.under(own), experts=("n_routed_experts",), inner="moe_intermediate_size", interleaved=interleaved
+        hf.with_values(own),
+        experts=("n_routed_experts",),
+        inner_dim="moe_intermediate_size",
+        interleaved=interleaved,
     )
     return ModelConfig(
         architecture=name,
@@ -120,15 +123,15 @@ def _score_scale(latent: LatentConfig, rope: RopeConfig) -> float:
     return latent.qk_head_dim**-0.5 * by * by
 
 
-def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    yield from qwen_experts(cfg, theirs, ours)
+def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
+    yield from qwen_experts(cfg, hf_prefix, prefix)
     if cfg.router.correction_bias:
-        name = f"{theirs}.mlp.gate.e_score_correction_bias"
-        yield Stored(name, f"{ours}.moe.router.correction_E")
+        name = f"{hf_prefix}.mlp.gate.e_score_correction_bias"
+        yield StoredTensor(name, f"{prefix}.moe.router.correction_E")
     if cfg.shared_expert_intermediate_size:
-        yield from mlp_names(f"{theirs}.mlp.shared_experts", f"{ours}.shared")
+        yield from mlp_names(f"{hf_prefix}.mlp.shared_experts", f"{prefix}.shared")
 
 
 names = partial(decoder_names, experts=experts)
 V2 = Family("DeepseekV2ForCausalLM", config_v2, names)
-V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer, witness=prediction_of)
+V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer, witness=prediction_witness)

@@ -21,8 +21,8 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
-    common = common_fields(hf, experts=("n_routed_experts",), inner="moe_intermediate_size")
+    hf = hf.with_defaults(DEFAULTS)
+    common = common_fields(hf, experts=("n_routed_experts",), inner_dim="moe_intermediate_size")
     full = require(hf, "max_window_layers") if hf["sliding_window"] else common["num_hidden_layers"]
     kinds: tuple[LayerType, ...] = "full_attention", "sliding_attention"
     own: list[LayerType] = [kinds[i >= full] for i in range(common["num_hidden_layers"])]

@@ -9,7 +9,7 @@ from jmoe.config.anatomy import RopeConfig, RopeType
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import hints, shown, typed
 from jmoe.models.fields import HFConfig
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 
 Read = HFConfig | Mapping[str, Any]
 
@@ -21,17 +21,17 @@ class Family:
     architecture: the Hugging Face class name.
     config: reads a ``config.json``.
     names: yields every checkpoint tensor that the model uses, or every entry of a stacked tensor, once.
-    ignored: whether a checkpoint may have a further tensor of that name, which is then not read.
-    quantization: quantization methods (``quant_method``) that can be read, in addition to plain checkpoints.
+    is_ignored: whether a checkpoint may have a further tensor of that name, which is then not read.
+    quant_methods: quantization methods (``quant_method``) that can be read, in addition to plain checkpoints.
     witness: the tensor that must also be present for a tensor to be ignored, as proof that the ignored tensor
         is what it is assumed to be.
     """
 
     architecture: str
     config: Callable[[HFConfig], ModelConfig]
-    names: Callable[[ModelConfig], Iterator[Stored]]
-    ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
-    quantization: tuple[str, ...] = ()
+    names: Callable[[ModelConfig], Iterator[StoredTensor]]
+    is_ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
+    quant_methods: tuple[str, ...] = ()
     witness: Callable[[str], str | None] = lambda name: None
 
 
@@ -42,13 +42,13 @@ def quant_method(hf: HFConfig) -> Any:
 
 
 def common_fields(
-    hf: HFConfig, *, experts: tuple[str, ...], inner: str, interleaved: bool = False
+    hf: HFConfig, *, experts: tuple[str, ...], inner_dim: str, interleaved: bool = False
 ) -> dict[str, Any]:
     """The fields that every family spells in the same way, in the spellings of transformers 4 and 5.
 
     hf: the config, with the family's defaults for absent fields.
     experts: possible names of the field with the number of experts.
-    inner: name of the field with the experts' inner dimension.
+    inner_dim: name of the field with the experts' inner dimension.
     interleaved: whether the rotary embedding pairs neighbouring dimensions.
 
     Raises ValueError that names a missing or unsupported field.
@@ -68,7 +68,7 @@ def common_fields(
         "head_dim": hf.get("head_dim") or hidden // heads,
         "num_experts": require(hf, *experts),
         "num_experts_per_tok": require(hf, "num_experts_per_tok"),
-        "moe_intermediate_size": require(hf, inner),
+        "moe_intermediate_size": require(hf, inner_dim),
         "max_position_embeddings": require(hf, "max_position_embeddings"),
         "rms_norm_eps": require(hf, "rms_norm_eps"),
         "rope": rope_config(hf, interleaved=interleaved),
@@ -97,17 +97,17 @@ def rope_config(hf: Read, *, interleaved: bool = False) -> RopeConfig:
     """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta``
     (4)."""
     table = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    given = hf.get(table) or {}
-    kind = given.get("rope_type") or given.get("type") or "default"
+    table_values = hf.get(table) or {}
+    kind = table_values.get("rope_type") or table_values.get("type") or "default"
     if kind not in get_args(RopeType):
         raise ValueError(
             f"rope type {shown(kind)} is not supported; supported: {', '.join(get_args(RopeType))}"
         )
     most, original = hf.get("max_position_embeddings"), "original_max_position_embeddings"
     values: dict[str, Any] = {
-        name: typed(f"{table}.{name}", given[name], declared)
+        name: typed(f"{table}.{name}", table_values[name], declared)
         for name, declared in _ROPE_FIELDS.items()
-        if given.get(name) is not None
+        if table_values.get(name) is not None
     }
     if "rope_theta" not in values:
         values["rope_theta"] = require(hf, "rope_theta")
@@ -139,7 +139,7 @@ def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
     return number is not None and int(number[1]) >= cfg.num_hidden_layers
 
 
-def prediction_of(name: str) -> str:
+def prediction_witness(name: str) -> str:
     """The projection that only a layer for multi-token prediction has (arXiv 2412.19437, section 2.2). If it
     is missing, the layer is an ordinary one that ``num_hidden_layers`` leaves out by mistake."""
     return ".".join([*name.split(".")[:3], "eh_proj", "weight"])

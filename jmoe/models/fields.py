@@ -77,13 +77,13 @@ class HFConfig(Mapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def over(self, defaults: Mapping[str, Any]) -> Self:
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """A copy with ``defaults`` for fields that the file does not have."""
         return type(self)({**defaults, **self._values}, self._prefix)
 
-    def under(self, own: Mapping[str, Any]) -> Self:
+    def with_values(self, values: Mapping[str, Any]) -> Self:
         """A copy in which ``own`` values replace those of the file."""
-        return type(self)({**self._values, **own}, self._prefix)
+        return type(self)({**self._values, **values}, self._prefix)
 
     def table(self, name: str) -> Self:
         """The fields of a table."""

@@ -2,7 +2,7 @@
 
 from jmoe.config.model import ModelConfig
 from jmoe.models.deepseek import balanced_router, dense_and_shared, names
-from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_of
+from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_witness
 
 # defaults of transformers' Glm4MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -22,8 +22,8 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
-    common = common_fields(hf, experts=("n_routed_experts",), inner="moe_intermediate_size")
+    hf = hf.with_defaults(DEFAULTS)
+    common = common_fields(hf, experts=("n_routed_experts",), inner_dim="moe_intermediate_size")
     return ModelConfig(
         architecture="Glm4MoeForCausalLM",
         **common,
@@ -34,4 +34,4 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family("Glm4MoeForCausalLM", config, names, is_past_the_last_layer, witness=prediction_of)
+FAMILY = Family("Glm4MoeForCausalLM", config, names, is_past_the_last_layer, witness=prediction_witness)

@@ -9,7 +9,7 @@ from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, quant_method, refuse
 from jmoe.models.names import decoder_names, stacked_names
-from jmoe.models.weights import Form, Stored
+from jmoe.models.weights import Form, StoredTensor
 
 # defaults of transformers' GptOssConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -34,10 +34,10 @@ DEFAULTS = {
 
 def config(hf: HFConfig) -> ModelConfig:
     scaled = hf.get("rope_parameters") or hf.get("rope_scaling")
-    hf = hf.over(DEFAULTS | ({"rope_parameters": None, "rope_scaling": scaled} if scaled else {}))
+    hf = hf.with_defaults(DEFAULTS | ({"rope_parameters": None, "rope_scaling": scaled} if scaled else {}))
     refuse(hf, "swiglu_limit", hf.get("swiglu_limit", 7.0) != 7.0)
     refuse(hf, "swiglu_alpha", hf.get("swiglu_alpha", 1.702) != 1.702)
-    common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size")
+    common = common_fields(hf, experts=("num_local_experts", "num_experts"), inner_dim="intermediate_size")
     kinds: tuple[LayerType, ...] = "sliding_attention", "full_attention"
     alternate: list[LayerType] = [kinds[i % 2] for i in range(common["num_hidden_layers"])]
     return ModelConfig(
@@ -54,18 +54,18 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
+def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
     for name, path in (("weight", "gate_ED"), ("bias", "bias_E")):
-        yield Stored(f"{theirs}.mlp.router.{name}", f"{ours}.moe.router.{path}")
-    name, path = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
-    down = Form(transposed=True) if cfg.quant_method is None else Form(format=cfg.quant_method)
+        yield StoredTensor(f"{hf_prefix}.mlp.router.{name}", f"{prefix}.moe.router.{path}")
+    name, path = f"{hf_prefix}.mlp.experts", f"{prefix}.moe.experts"
+    down = Form(is_transposed=True) if cfg.quant_method is None else Form(number_format=cfg.quant_method)
     gate_up = replace(down, rows="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
     yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", down)
-    bias = Form(rows="alternate")
+    bias = Form(row_layout="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj_bias", f"{path}.gate_up_bias_E2F", bias)
     yield from stacked_names(cfg, f"{name}.down_proj_bias", f"{path}.down_bias_ED")
 
 
 names = partial(decoder_names, experts=experts)
-FAMILY = Family("GptOssForCausalLM", config, names, quantization=("mxfp4",))
+FAMILY = Family("GptOssForCausalLM", config, names, quant_methods=("mxfp4",))

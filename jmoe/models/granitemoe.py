@@ -8,7 +8,7 @@ from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, stacked_names
-from jmoe.models.weights import Form, Stored
+from jmoe.models.weights import Form, StoredTensor
 
 # defaults of transformers' GraniteMoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -28,21 +28,21 @@ MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multipl
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     multipliers: dict[str, Any] = {name: require(hf, name) for name in MULTIPLIERS}
     return ModelConfig(
         architecture="GraniteMoeForCausalLM",
-        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
+        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner_dim="intermediate_size"),
         router=RouterConfig(norm_topk_prob=True),
         attention_bias=bool(hf.get("attention_bias", False)),
         **multipliers,
     )
 
 
-def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    block, path = f"{theirs}.block_sparse_moe", f"{ours}.moe.experts"
-    yield Stored(f"{block}.router.layer.weight", f"{ours}.moe.router.gate_ED")
-    halves = Form(rows="halves")
+def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
+    block, path = f"{hf_prefix}.block_sparse_moe", f"{prefix}.moe.experts"
+    yield StoredTensor(f"{block}.router.layer.weight", f"{prefix}.moe.router.gate_ED")
+    halves = Form(row_layout="halves")
     yield from stacked_names(cfg, f"{block}.input_linear.weight", f"{path}.gate_up_E2FD", halves)
     yield from stacked_names(cfg, f"{block}.output_linear.weight", f"{path}.down_EDF")
 

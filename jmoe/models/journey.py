@@ -34,7 +34,7 @@ class StepSettings:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Foresight:
+class RouterAhead:
     """What is needed to run a later layer's router on rows of this layer: the norm before that layer's
     experts, and the router."""
 
@@ -58,7 +58,7 @@ class Journey:
     order: Order | None = None
     hints: Hints | None = None
     visit: Visit | None = None
-    next_routers: list[Foresight] | None = None
+    next_routers: list[RouterAhead] | None = None
 
 
 class Techniques:
@@ -72,14 +72,14 @@ class Techniques:
         self.outputs: list[MoEOutput] = []
         self.visit = visit
         self._settings, self._shuffle = settings, shuffle
-        self._start = self._order = shuffle.own_order(num_tokens) if settings.tables else None
+        self._start = self._order = shuffle.original_order(num_tokens) if settings.tables else None
         self._history: list[Array] = []  # rank of each token's experts, by layer, if a table needs it
 
-    def journey(self, *, has_experts: bool, next_routers: list[Foresight] | None) -> Journey:
+    def journey(self, *, has_experts: bool, next_routers: list[RouterAhead] | None) -> Journey:
         """The journey of the next layer. next_routers: routers of the layers after it, see ``Journey``."""
         knobs, tables, layer = self._settings.knobs, self._settings.tables, len(self.outputs)
         return Journey(
-            knobs=None if knobs is None else knobs.of(layer),
+            knobs=None if knobs is None else knobs.for_part(layer),
             order=self._order,
             hints=Hints.make(tables[layer], self._history) if tables and has_experts else None,
             visit=self.visit if has_experts else None,
@@ -96,11 +96,12 @@ class Techniques:
         tables = self._settings.tables
         if tables and order is not None:
             following = len(self.outputs) + 1
-            needs = following < len(tables) and tables[following].by_history_HR is not None
+            needs = following < len(tables) and tables[following].history_shares_HR is not None
             out, rank_N = self._shuffle.report(out, order, history=needs)
             self._history += [] if rank_N is None else [rank_N]
             if self.visit is not None:
-                out = replace(out, routing=self._shuffle.home(replace(out.routing, plan=None), order))
+                routing = self._shuffle.gather_original(replace(out.routing, plan=None), order)
+                out = replace(out, routing=routing)
         self.outputs.append(out)
 
     def to_original_order(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:

@@ -13,7 +13,7 @@ from jmoe_kernels.paged_attention import LayerPages
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import Split
-from jmoe.models.journey import Foresight, Journey
+from jmoe.models.journey import Journey, RouterAhead
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
@@ -60,17 +60,17 @@ class DecoderLayer(nnx.Module):
         if journey.order is not None:
             with jax.named_scope("shuffle"):
                 move = self.predict_move(seqs, flags, journey.order, journey.hints)
-                flags = self.shuffle.deal(flags, move.after)
+                flags = self.shuffle.deal(flags, move.new_order)
         x_ND, pages = self.attend(x_ND, rotation, seqs, pages, move)
         if self.moe is None:
-            return self.pass_mlp(x_ND), pages, None, move and move.after
+            return self.pass_mlp(x_ND), pages, None, move and move.new_order
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
             visit, routers = journey.visit, journey.next_routers
             source = None if visit is None else self.prepare(visit, x_ND, routers, move)
             out = self.moe(normed_ND, flags, seqs.phase, journey.knobs, source)
             x_ND = self.add(self.pass_shared(x_ND, normed_ND), out.y_TD)
-        return x_ND, pages, out, move and move.after
+        return x_ND, pages, out, move and move.new_order
 
     def predict_move(self, seqs: Sequences, flags: TokenFlags, order: Order, hints: Hints | None) -> Move:
         """The move of the rows to the ranks that likely hold their experts; without hints they stay."""
@@ -79,12 +79,12 @@ class DecoderLayer(nnx.Module):
         return Move(order, self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T))
 
     def prepare(
-        self, visit: Visit, x_ND: Array, next_routers: list[Foresight] | None, move: Move | None
+        self, visit: Visit, x_ND: Array, next_routers: list[RouterAhead] | None, move: Move | None
     ) -> Visit:
         """The visit with what this layer knows: the scores of later routers, and the rows' order."""
         if next_routers is not None:
             visit = replace(visit, next_scores_TAE=self.score_ahead(x_ND, next_routers))
-        return visit if move is None else replace(visit, row_N=move.after.row_N)
+        return visit if move is None else replace(visit, row_N=move.new_order.row_N)
 
     def add(self, x_ND: Array, y_ND: Array) -> Array:
         """The sum of the residual and a block's output."""
@@ -131,13 +131,13 @@ class DecoderLayer(nnx.Module):
             normed_ND = self.normed(x_ND)
             return normed_ND, self.moe.decide(normed_ND, token_flags(seqs), knobs, seqs.phase, resident_E)
 
-    def score_ahead(self, x_ND: Array, routers: list[Foresight]) -> Float[Array, "N A E"]:
+    def score_ahead(self, x_ND: Array, routers: list[RouterAhead]) -> Float[Array, "N A E"]:
         """Runs other layers' routers on these rows and returns each expert's share in their choice (see
         ``likely``)."""
         assert self.moe is not None
         dense, eps = self.moe.kernels.dense, self.cfg.rms_norm_eps
 
-        def scores(router: Foresight) -> Array:
+        def scores(router: RouterAhead) -> Array:
             logits_NE = router_logits(normalize(x_ND, router.norm, eps), router.router, dense)
             return likely(choose(logits_NE, router.router, self.cfg))
 
@@ -160,6 +160,6 @@ def token_flags(seqs: Sequences) -> TokenFlags:
     return TokenFlags(valid_T, each_T(exact) if exact else None, decoded_T=decoded_T)
 
 
-def foresight(layer: DecoderLayer) -> Foresight:
+def router_ahead(layer: DecoderLayer) -> RouterAhead:
     assert layer.moe is not None, "a dense layer has no router"
-    return Foresight(layer.post_attention_norm.weights, layer.moe.router.weights)
+    return RouterAhead(layer.post_attention_norm.weights, layer.moe.router.weights)

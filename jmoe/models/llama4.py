@@ -9,7 +9,7 @@ from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, mlp_names, stacked_names
-from jmoe.models.weights import Form, Stored
+from jmoe.models.weights import Form, StoredTensor
 
 TEXT, WHOLE = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
 
@@ -35,9 +35,9 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     experts = "num_local_experts", "num_experts"
-    common = common_fields(hf, experts=experts, inner="intermediate_size", interleaved=True)
+    common = common_fields(hf, experts=experts, inner_dim="intermediate_size", interleaved=True)
     layers, step = range(common["num_hidden_layers"]), require(hf, "interleave_moe_layer_step")
     sparse = hf.get("moe_layers")
     sparse = range(step - 1, len(layers), step) if sparse is None else sparse
@@ -64,13 +64,13 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    block, path = f"{theirs}.feed_forward", f"{ours}.moe.experts"
-    yield Stored(f"{block}.router.weight", f"{ours}.moe.router.gate_ED")
-    gate_up, down = Form(rows="halves", transposed=True), Form(transposed=True)
+def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
+    block, path = f"{hf_prefix}.feed_forward", f"{prefix}.moe.experts"
+    yield StoredTensor(f"{block}.router.weight", f"{prefix}.moe.router.gate_ED")
+    gate_up, down = Form(row_layout="halves", is_transposed=True), Form(is_transposed=True)
     yield from stacked_names(cfg, f"{block}.experts.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
     yield from stacked_names(cfg, f"{block}.experts.down_proj", f"{path}.down_EDF", down)
-    yield from mlp_names(f"{block}.shared_expert", f"{ours}.shared")
+    yield from mlp_names(f"{block}.shared_expert", f"{prefix}.shared")
 
 
 names = partial(decoder_names, experts=experts, dense="feed_forward")
@@ -81,10 +81,10 @@ def whole_config(hf: HFConfig) -> ModelConfig:
     """The config of the text model of a checkpoint that also reads images."""
     require(hf, "text_config")
     own = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
-    return replace(config(hf.table("text_config").under(own)), architecture=WHOLE)
+    return replace(config(hf.table("text_config").with_values(own)), architecture=WHOLE)
 
 
-def whole_names(cfg: ModelConfig) -> Iterator[Stored]:
+def whole_names(cfg: ModelConfig) -> Iterator[StoredTensor]:
     for each in names(cfg):
         yield replace(each, name=f"language_model.{each.name}")
 

@@ -20,10 +20,10 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     return ModelConfig(
         architecture="MixtralForCausalLM",
-        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
+        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner_dim="intermediate_size"),
         router=RouterConfig(norm_topk_prob=True),
         sliding_window=hf.get("sliding_window"),
     )

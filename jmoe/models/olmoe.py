@@ -18,10 +18,10 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     return ModelConfig(
         architecture="OlmoeForCausalLM",
-        **common_fields(hf, experts=("num_experts", "num_local_experts"), inner="intermediate_size"),
+        **common_fields(hf, experts=("num_experts", "num_local_experts"), inner_dim="intermediate_size"),
         router=RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
         qk_norm="full",
         attention_bias=bool(hf.get("attention_bias", False)),

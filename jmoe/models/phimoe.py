@@ -21,11 +21,11 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     jitter = require(hf, "router_jitter_noise")
     return ModelConfig(
         architecture="PhimoeForCausalLM",
-        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner="intermediate_size"),
+        **common_fields(hf, experts=("num_local_experts", "num_experts"), inner_dim="intermediate_size"),
         router=RouterConfig(scoring_func="sparsemixer", norm_topk_prob=False, router_jitter_noise=jitter),
         norm="layer",
         attention_bias=bool(hf.get("attention_bias", False)),

@@ -7,7 +7,7 @@ from jmoe.config.model import LayerType, ModelConfig
 from jmoe.models.family import Family, HFConfig, require
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
 from jmoe.models.qwen3_moe import qwen_fields
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 
 # defaults of transformers' Qwen2MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -25,7 +25,7 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     fields = qwen_fields(hf)
     windowed = fields["sliding_window"] is not None
     return ModelConfig(
@@ -46,10 +46,10 @@ def _layer_types(hf: HFConfig, layers: int) -> tuple[LayerType, ...]:
     return tuple(hf.get("layer_types") or own)
 
 
-def experts(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Stored]:
-    yield from qwen_experts(cfg, theirs, ours)
-    yield from mlp_names(f"{theirs}.mlp.shared_expert", f"{ours}.shared")
-    yield Stored(f"{theirs}.mlp.shared_expert_gate.weight", f"{ours}.shared.share_1D")
+def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
+    yield from qwen_experts(cfg, hf_prefix, prefix)
+    yield from mlp_names(f"{hf_prefix}.mlp.shared_expert", f"{prefix}.shared")
+    yield StoredTensor(f"{hf_prefix}.mlp.shared_expert_gate.weight", f"{prefix}.shared.share_1D")
 
 
 FAMILY = Family("Qwen2MoeForCausalLM", config, partial(decoder_names, experts=experts))

@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 def config(hf: HFConfig) -> ModelConfig:
-    hf = hf.over(DEFAULTS)
+    hf = hf.with_defaults(DEFAULTS)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig("Qwen3MoeForCausalLM", **qwen_fields(hf), qk_norm="head", attention_bias=bias)
 
@@ -29,7 +29,9 @@ def config(hf: HFConfig) -> ModelConfig:
 def qwen_fields(hf: HFConfig) -> dict[str, Any]:
     """The fields that all Qwen generations share. hf: the config, with the family's defaults for absent
     fields."""
-    common = common_fields(hf, experts=("num_experts", "num_local_experts"), inner="moe_intermediate_size")
+    common = common_fields(
+        hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"
+    )
     dense = dense_layers(hf)
     return common | {
         "router": RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),

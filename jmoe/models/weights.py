@@ -7,39 +7,39 @@ from typing import Literal
 #   plain        the same layout
 #   halves       [2 F, D] for a gate-and-up slice [2, F, D]: all gate rows, then all up rows
 #   alternate    [2 F, D] too, with gate and up rows in turn (gpt-oss)
-Rows = Literal["plain", "halves", "alternate"]
+RowLayout = Literal["plain", "halves", "alternate"]
 
 
 @dataclass(frozen=True)
 class Form:
     """The form in which a tensor is stored.
 
-    rows: row layout of a gate-and-up tensor.
-    transposed: whether it is stored as ``[in, out]``.
-    format: name of the number format, one of ``jmoe.checkpoint.formats``.
+    row_layout: row layout of a gate-and-up tensor.
+    is_transposed: whether it is stored as ``[in, out]``.
+    number_format: name of the number format, one of ``jmoe.checkpoint.formats``.
     """
 
-    rows: Rows = "plain"
-    transposed: bool = False
-    format: str = "plain"
+    row_layout: RowLayout = "plain"
+    is_transposed: bool = False
+    number_format: str = "plain"
 
 
 PLAIN = Form()
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a checkpoint and the slice of a parameter that it fills.
 
     name: the tensor's name in the checkpoint, without what the format adds to it.
     path: the parameter's path in the decoder.
     index: index into the parameter's leading axes.
-    part: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
+    expert: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
     form: layout and number format of the values.
     """
 
     name: str
     path: str
     index: tuple[int, ...] = ()
-    part: int | None = None
+    expert: int | None = None
     form: Form = PLAIN

@@ -65,13 +65,13 @@ class Binning:
         return phase == "decode"
 
     def __call__(
-        self, plain: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
+        self, plain_routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
     ) -> tuple[Routing, Changes]:
-        """The routing on the active set. here_E: which experts are on a device; None if all are."""
+        """The routing on the active set. resident_E: which experts are on a device; None if all are."""
         with jax.named_scope("route/bin"):  # within "route", where a fused kernel is counted too
             routing, remapped_T = bin_assignments(
-                plain, tokens, self._rule,
-                seed=knobs.seed, total=self._sum_votes(), bonus_E=self._bonus(here_E),
+                plain_routing, tokens, self._rule,
+                seed=knobs.seed, total=self._sum_votes(), bonus_E=self._bonus(resident_E),
             )  # fmt: skip
         return routing, {"remapped": remapped_T}
 
@@ -104,11 +104,11 @@ class Binning:
         """A sum over the ranks that read the same experts' weights; None if one rank has all experts."""
         return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
 
-    def _bonus(self, here_E: Array | None) -> Float[Array, " E"] | None:
+    def _bonus(self, resident_E: Array | None) -> Float[Array, " E"] | None:
         """The bonus in nats that is added to each expert's logit; None if no expert has one."""
         experts, bonus_E = self.layer.cfg.num_experts, None
-        if self.table.resident_bonus and here_E is not None:
-            bonus_E = jnp.where(here_E, jnp.float32(self.table.resident_bonus), 0.0)
+        if self.table.resident_bonus and resident_E is not None:
+            bonus_E = jnp.where(resident_E, jnp.float32(self.table.resident_bonus), 0.0)
         if not self.table.local_bonus:
             return bonus_E
         held = experts // self.layer.mesh.shape[EXPERT]
@@ -132,7 +132,7 @@ def prefer(routing: Routing, lossy_T: Array, bonus_E: Float[Array, " E"]) -> Rou
 
 
 def bin_assignments(
-    plain: Routing,
+    plain_routing: Routing,
     tokens: TokenFlags,
     rule: binning.Rule,
     *,
@@ -147,7 +147,7 @@ def bin_assignments(
     bonus_E: nats added to each expert's logit; None prefers no expert.
     """
     lossy_T = tokens.lossy_T
-    routing = plain if bonus_E is None else prefer(plain, lossy_T, bonus_E)
+    routing = plain_routing if bonus_E is None else prefer(plain_routing, lossy_T, bonus_E)
     logits_TE = routing.logits_TE
     votes_VE = binning.cast_votes(routing.ids_TK, logits_TE, tokens.valid_T, lossy_T, rule)
     draw_E = None
@@ -155,8 +155,8 @@ def bin_assignments(
         draw_E = jax.random.uniform(jax.random.key(seed), logits_TE.shape[1:])
     active_E = binning.choose_active(votes_VE if total is None else total(votes_VE), rule, draw_E)
     moved = binning.remap(routing.ids_TK, routing.weights_TK, logits_TE, routing.scores_TE, active_E, lossy_T)
-    result = Routing(*moved, _of_active(plain.scores_TE, active_E), plain.logits_TE)
-    return result, _remapped(plain, result)
+    result = Routing(*moved, _mask_inactive(plain_routing.scores_TE, active_E), plain_routing.logits_TE)
+    return result, _count_remapped(plain_routing, result)
 
 
 def route_binned(
@@ -178,14 +178,14 @@ def route_binned(
     )  # fmt: skip
     plain = Routing(b.plain_ids_TK, b.plain_weights_TK, b.scores_TE, logits_TE)
     plan = DispatchPlan(b.order_N, b.group_sizes_E)
-    result = Routing(b.ids_TK, b.weights_TK, _of_active(b.scores_TE, b.active_E), logits_TE, plan)
-    return plain, result, _remapped(plain, result)
+    result = Routing(b.ids_TK, b.weights_TK, _mask_inactive(b.scores_TE, b.active_E), logits_TE, plan)
+    return plain, result, _count_remapped(plain, result)
 
 
-def _of_active(scores_TE: Float[Array, "T E"], active_E: Bool[Array, " E"]) -> Float[Array, "T E"]:
+def _mask_inactive(scores_TE: Float[Array, "T E"], active_E: Bool[Array, " E"]) -> Float[Array, "T E"]:
     """The scores, 0 for experts outside the set."""
     return jnp.where(active_E[None], scores_TE, 0.0)
 
 
-def _remapped(before: Routing, after: Routing) -> Int[Array, " T"]:
-    return jnp.sum(before.ids_TK != after.ids_TK, axis=1, dtype=jnp.int32)
+def _count_remapped(old: Routing, new: Routing) -> Int[Array, " T"]:
+    return jnp.sum(old.ids_TK != new.ids_TK, axis=1, dtype=jnp.int32)

@@ -63,10 +63,10 @@ class Capacity:
         return self.table.phase in (phase, "both")
 
     def __call__(
-        self, routing: Routing, tokens: TokenFlags, knobs: Knobs, here_E: Array | None
+        self, routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
     ) -> tuple[Routing, Changes]:
         """The routing within the limit for this shard's tokens, and the changes."""
-        limited = tokens if self.table.phase == "both" else tokens.sparing_decoded()
+        limited = tokens if self.table.phase == "both" else tokens.without_decode()
         with jax.named_scope("capacity"):
             result, counts = self._limit(routing, limited, knobs)
         return result, {"dropped": counts.dropped_T, "rerouted": counts.rerouted_T}
@@ -80,7 +80,7 @@ class Capacity:
             routing, tokens, cfg,
             factor=factor,
             local=(lax.axis_index(EXPERT) * held, held),
-            seed=knobs.of(lax.axis_index(TOKENS)).seed,
+            seed=knobs.for_part(lax.axis_index(TOKENS)).seed,
             total=partial(lax.psum, axis_name=TOKENS),
         )  # fmt: skip
 
@@ -104,10 +104,10 @@ def limit(
     """
     k, experts = routing.ids_TK.shape[1], routing.scores_TE.shape[1]
     capped_T = tokens.lossy_T
-    asked_TK = _present(routing) & capped_T[:, None]
+    requested_TK = _present(routing) & capped_T[:, None]
     if cfg.policy == "expert_drop":
-        kept_TJ = asked_TK & ~_least_loaded(routing.ids_TK, asked_TK, experts, total)
-        result = _without(routing, asked_TK & ~kept_TJ)
+        kept_TJ = requested_TK & ~_least_loaded(routing.ids_TK, requested_TK, experts, total)
+        result = _without(routing, requested_TK & ~kept_TJ)
     else:
         width = local[1] if cfg.scope == "device" else 1  # experts that share a limit
         places = width * capacity(factor, jnp.sum(tokens.valid_T, dtype=jnp.int32), k, experts)
@@ -118,10 +118,10 @@ def limit(
         kept_TJ = admit(offered.ids_TK, offered.weights_TK, offered_TJ, room_G)
         result = _without(offered, offered_TJ & ~kept_TJ)
         if cfg.policy == "reroute":
-            result = _reroute(result, asked_TK, _scale_T(routing), room_G, admit, cfg.rounds)
+            result = _reroute(result, requested_TK, _scale_T(routing), room_G, admit, cfg.rounds)
     if cfg.renormalize:
         result = _rescaled(result, routing, capped_T)
-    return result, _counts(routing, result, asked_TK, kept_TJ, tokens)
+    return result, _counts(routing, result, requested_TK, kept_TJ, tokens)
 
 
 def capacity(
@@ -191,27 +191,27 @@ def _rank_key(
 
 
 def _reroute(
-    kept: Routing, asked_TK: Array, scale_T: Array, room_G: Array, admit: Admission, rounds: int
+    routing: Routing, requested_TK: Array, scale_T: Array, room_G: Array, admit: Admission, rounds: int
 ) -> Routing:
     """Fills lost choices with the best-scored experts that have room.
 
     A group that rejected an offer stays full, so the condition "has room and is not used by the token"
     excludes every expert that was already tried.
     """
-    t, k = asked_TK.shape
-    experts = kept.scores_TE.shape[1]
+    t, k = requested_TK.shape
+    experts = routing.scores_TE.shape[1]
 
     def lost_TK(ids_TK: Array) -> Array:
-        return asked_TK & (ids_TK == experts)
+        return requested_TK & (ids_TK == experts)
 
     def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         turn, ids_TK, weights_TK = state
         lost = lost_TK(ids_TK)
-        taken_TK = jnp.where(asked_TK & ~lost, ids_TK // admit.width, room_G.shape[0])
+        taken_TK = jnp.where(requested_TK & ~lost, ids_TK // admit.width, room_G.shape[0])
         left_G = room_G - jnp.bincount(taken_TK.reshape(-1), length=room_G.shape[0]).astype(jnp.int32)
         held_TE = jnp.zeros((t, experts), bool).at[jnp.arange(t)[:, None], ids_TK].set(True, mode="drop")
         open_TE = jnp.repeat(left_G > 0, admit.width)[None] & ~held_TE
-        best_TK, next_TK = lax.top_k(jnp.where(open_TE, kept.scores_TE, 0.0), k)
+        best_TK, next_TK = lax.top_k(jnp.where(open_TE, routing.scores_TE, 0.0), k)
         nth_TK = jnp.cumsum(lost.astype(jnp.int32), axis=1) - 1  # the nth lost choice takes the nth best
         score_TK = jnp.take_along_axis(best_TK, nth_TK, axis=1, mode="clip")
         offer_TK = jnp.take_along_axis(next_TK, nth_TK, axis=1, mode="clip").astype(jnp.int32)
@@ -223,15 +223,15 @@ def _reroute(
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         return (state[0] < rounds) & jnp.any(lost_TK(state[1]))
 
-    start = jnp.zeros((), jnp.int32), kept.ids_TK, kept.weights_TK
+    start = jnp.zeros((), jnp.int32), routing.ids_TK, routing.weights_TK
     _, ids_TK, weights_TK = lax.while_loop(unfinished, attempt, start)
-    return kept.with_assignments(ids_TK, weights_TK)
+    return routing.with_assignments(ids_TK, weights_TK)
 
 
-def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, held: int) -> Routing:
+def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, num_local: int) -> Routing:
     """The routing with the shard's own experts as further choices, unless they are already chosen."""
     experts = routing.scores_TE.shape[1]
-    local_L = jnp.asarray(first, jnp.int32) + jnp.arange(held, dtype=jnp.int32)
+    local_L = jnp.asarray(first, jnp.int32) + jnp.arange(num_local, dtype=jnp.int32)
     score_TL = routing.scores_TE[:, local_L]
     chosen_TL = jnp.any(routing.ids_TK[:, :, None] == local_L[None, None], axis=1)
     weights_TL = score_TL * _scale_T(routing)[:, None]
@@ -244,11 +244,11 @@ def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, h
 
 
 def _least_loaded(
-    ids_TK: Array, asked_TK: Array, experts: int, total: Callable[[Array], Array]
+    ids_TK: Array, requested_TK: Array, experts: int, total: Callable[[Array], Array]
 ) -> Bool[Array, "T K"]:
     """Which choices went to the least loaded tenth of the experts, at least one expert; ties go to the lower
     id."""
-    keys = jnp.where(asked_TK, ids_TK, experts).reshape(-1)
+    keys = jnp.where(requested_TK, ids_TK, experts).reshape(-1)
     load_E = total(jnp.bincount(keys, length=experts).astype(jnp.int32))
     quiet = jnp.argsort(load_E, stable=True)[: max(1, experts // 10)]
     skipped_E = jnp.zeros(experts, bool).at[quiet].set(True)
@@ -259,9 +259,9 @@ def _present(routing: Routing) -> Bool[Array, "T J"]:
     return routing.ids_TK < routing.scores_TE.shape[1]
 
 
-def _without(routing: Routing, gone_TJ: Array) -> Routing:
-    ids_TJ = jnp.where(gone_TJ, routing.scores_TE.shape[1], routing.ids_TK)
-    return routing.with_assignments(ids_TJ, jnp.where(gone_TJ, 0.0, routing.weights_TK))
+def _without(routing: Routing, dropped_TJ: Array) -> Routing:
+    ids_TJ = jnp.where(dropped_TJ, routing.scores_TE.shape[1], routing.ids_TK)
+    return routing.with_assignments(ids_TJ, jnp.where(dropped_TJ, 0.0, routing.weights_TK))
 
 
 def _scale_T(routing: Routing) -> Float[Array, " T"]:
@@ -277,18 +277,18 @@ def _rescaled(result: Routing, routing: Routing, capped_T: Array) -> Routing:
     return result.with_assignments(result.ids_TK, result.weights_TK * scale_T[:, None])
 
 
-def _ratio(above: Array, below: Array) -> Array:
-    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1.0), 0.0)
 
 
 def _counts(
-    routing: Routing, result: Routing, asked_TK: Array, kept_TJ: Array, tokens: TokenFlags
+    routing: Routing, result: Routing, requested_TK: Array, kept_TJ: Array, tokens: TokenFlags
 ) -> CapacityCounts:
     def count(chosen: Array) -> Array:
         return jnp.sum(chosen, axis=1, dtype=jnp.int32)
 
-    k = asked_TK.shape[1]
+    k = requested_TK.shape[1]
     kept_T, extra_T = count(kept_TJ[:, :k]), count(kept_TJ[:, k:])
     rerouted_T = count(_present(result) & tokens.lossy_T[:, None]) - kept_T - extra_T
     exact_T = count(_present(routing) & (tokens.valid_T & ~tokens.lossy_T)[:, None])
-    return CapacityCounts(kept_T, rerouted_T, count(asked_TK) - kept_T - rerouted_T, extra_T, exact_T)
+    return CapacityCounts(kept_T, rerouted_T, count(requested_TK) - kept_T - rerouted_T, extra_T, exact_T)

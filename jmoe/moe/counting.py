@@ -17,16 +17,16 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
-def count_changes(found: Changes) -> Changes | None:
+def count_changes(changes: Changes) -> Changes | None:
     """What the lossy stages did to each token, with zeros for stages that are off; None if none acted."""
-    if not found:
+    if not changes:
         return None
-    none_T = jnp.zeros_like(next(iter(found.values())))
-    return dict.fromkeys(names(LOSSY), none_T) | found
+    none_T = jnp.zeros_like(next(iter(changes.values())))
+    return dict.fromkeys(names(LOSSY), none_T) | changes
 
 
 def count_dispatch(
-    plain: Routing,
+    plain_routing: Routing,
     routing: Routing,
     valid_T: Bool[Array, " T"],
     changes: Changes | None,
@@ -35,35 +35,37 @@ def count_dispatch(
 ) -> DispatchStats:
     """The counts of one shard.
 
-    plain: the router's own choice.
+    plain_routing: the router's own choice.
     routing: the routing that was dispatched; the same object as ``plain`` if nothing lossy was on.
     changes: what lossy stages changed for each token.
     traffic: the rows that the shard moved.
     train_capacity: the most rows that an expert of the training form computes.
     """
-    experts = plain.scores_TE.shape[1]
+    experts = plain_routing.scores_TE.shape[1]
     counts_E = expert_counts(routing.ids_TK, valid_T, experts)
-    plain_E = counts_E if routing is plain else expert_counts(plain.ids_TK, valid_T, experts)
+    plain_counts_E = counts_E
+    if routing is not plain_routing:
+        plain_counts_E = expert_counts(plain_routing.ids_TK, valid_T, experts)
     tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1)
-    mean_score_E = jnp.sum(jnp.where(valid_T[:, None], plain.scores_TE, 0.0), axis=0) / tokens
+    mean_score_E = jnp.sum(jnp.where(valid_T[:, None], plain_routing.scores_TE, 0.0), axis=0) / tokens
     counts = dict.fromkeys((*names(LOSSY), "remote_assignments"), jnp.zeros((), jnp.int32))
     if changes is not None:
         counts |= {name: jnp.sum(changed_T) for name, changed_T in changes.items()}
     if train_capacity is not None:
         counts["dropped"] += jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
-    return DispatchStats(counts_E, plain_E, mean_score_E, traffic, counts)
+    return DispatchStats(counts_E, plain_counts_E, mean_score_E, traffic, counts)
 
 
-def over_shards(mine: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
+def sum_over_shards(stats: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
     """The sum over the shards that hold tokens, inside ``shard_map``; every shard gets it."""
-    local_experts = mine.counts_E.shape[0] // lax.axis_size(EXPERT)
+    local_experts = stats.counts_E.shape[0] // lax.axis_size(EXPERT)
     rank_TJ = routing.ids_TK // local_experts  # R, which is no rank, for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
     total = partial(lax.psum, axis_name=TOKENS)
     tokens = jnp.sum(valid_T, dtype=jnp.float32)
     share = tokens / jnp.maximum(total(tokens), 1)
-    counts = mine.counts | {"remote_assignments": jnp.sum(away_TJ, dtype=jnp.int32)}
+    counts = stats.counts | {"remote_assignments": jnp.sum(away_TJ, dtype=jnp.int32)}
     return DispatchStats(
-        total(mine.counts_E), total(mine.plain_E), total(mine.mean_score_E * share),
-        total(mine.traffic), total(counts),
+        total(stats.counts_E), total(stats.plain_counts_E), total(stats.mean_score_E * share),
+        total(stats.traffic), total(counts),
     )  # fmt: skip

@@ -37,21 +37,26 @@ def check_stages(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
 class Decision(NamedTuple):
     """The routing of one layer, before and after the lossy stages.
 
-    plain: the router's own choice.
-    final: the routing that is computed; the same object as ``plain`` if nothing lossy is on.
+    plain_routing: the router's own choice.
+    final_routing: the routing that is computed; the same object as ``plain`` if nothing lossy is on.
     changes: what the stages changed for each token; None if no stage acts.
     """
 
-    plain: Routing
-    final: Routing
+    plain_routing: Routing
+    final_routing: Routing
     changes: Changes | None
 
 
-def count_alone(routed: Decision, tokens: TokenFlags) -> DispatchStats:
+def count_on_device(decision: Decision, tokens: TokenFlags) -> DispatchStats:
     """The counts of what a layer on one device will do with its tokens; nothing is computed yet."""
     none = jnp.zeros((), jnp.int32)
     return count_dispatch(
-        routed.plain, routed.final, tokens.valid_T, routed.changes, Traffic(none, none, none), None
+        decision.plain_routing,
+        decision.final_routing,
+        tokens.valid_T,
+        decision.changes,
+        Traffic(none, none, none),
+        None,
     )
 
 
@@ -69,9 +74,9 @@ class Decider:
         phase: Phase,
         knobs: Knobs | None,
         router: RouterWeights,
-        here_E: Array | None,
+        resident_E: Array | None,
     ) -> Decision:
-        """Decides where tokens go. here_E: which experts are on a device; None if all are."""
+        """Decides where tokens go. resident_E: which experts are on a device; None if all are."""
         stages = () if knobs is None else self._stages(phase)
         with jax.named_scope("route"):
             logits_TE = router_logits(x_TD, router, self.layer.kernels.dense)
@@ -84,7 +89,7 @@ class Decider:
                 changes = {}
         for stage in stages:
             assert knobs is not None, "no stage acts without knobs"
-            final, changed = stage(final, tokens, knobs, here_E)
+            final, changed = stage(final, tokens, knobs, resident_E)
             changes |= changed
         return Decision(plain, final, count_changes(changes))
 

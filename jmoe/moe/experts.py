@@ -12,7 +12,7 @@ from jmoe_kernels.rows import take_rows
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.expert_leaves import LEAVES, leaves_of, weight_specs
-from jmoe.moe.types import Computed, DispatchPlan, LocalExperts
+from jmoe.moe.types import DispatchPlan, ExpertOutput, LocalExperts
 from jmoe.param import HOST, ParamMaker
 
 
@@ -23,7 +23,7 @@ class Experts(nnx.Module):
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         for leaf in LEAVES:
             shape, axes = (cfg.num_experts, *leaf.shape(cfg)), (EXPERT, *leaf.axes)
-            make_leaf = make if leaf.is_bias else make.stored
+            make_leaf = make if leaf.is_bias else make.in_storage_dtype
             setattr(self, leaf.name, make_leaf(shape, axes) if leaf in leaves_of(cfg) else None)
 
     @property
@@ -44,7 +44,8 @@ class HostExperts(nnx.Module):
         for leaf in LEAVES:
             shape, axes = (*both, *leaf.shape(cfg)), (None, EXPERT, *leaf.axes)
             present = leaf in leaves_of(cfg)
-            setattr(self, leaf.store_name, make.stored(shape, axes, memory=HOST) if present else None)
+            param = make.in_storage_dtype(shape, axes, memory=HOST) if present else None
+            setattr(self, leaf.store_name, param)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -64,7 +65,7 @@ class ExpertMath:
     platform: platform that the kernel is compiled for; None is jax's default.
     activation: activation of the gate.
     weigh_input: whether a weight multiplies an expert's input, not its output.
-    parts: number of tensor ranks that share an expert.
+    tensor_ranks: number of tensor ranks that share an expert.
     capacity: rows of one expert in the training form; None computes all rows.
     """
 
@@ -72,7 +73,7 @@ class ExpertMath:
     platform: str | None = None
     activation: Activation = "silu"
     weigh_input: bool = False
-    parts: int = 1
+    tensor_ranks: int = 1
     capacity: int | None = None
 
     def __call__(
@@ -83,7 +84,7 @@ class ExpertMath:
         experts: ExpertWeights,
     ) -> Float[Array, "T D"]:
         """The weighted sum of each token's planned experts, float32; zero for a token without any."""
-        experts = biased_once(experts, self.parts)
+        experts = biased_once(experts, self.tensor_ranks)
         if (combined := COMBINED.get(self.implementation)) and not self.weigh_input:
             return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
         t, k = weights_TK.shape
@@ -92,34 +93,34 @@ class ExpertMath:
         if self.weigh_input:
             input_ND = input_ND.astype(jnp.float32) * weights_TK.reshape(-1)[order_N][:, None]
             weights_TK = jnp.ones_like(weights_TK)
-        rows_ND = self._by_row(input_ND, plan.group_sizes_L, experts)
+        rows_ND = self._run_rows(input_ND, plan.group_sizes_L, experts)
         chosen_ND = take_rows(rows_ND, inverse_N, order_N[:, None])
         return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)
 
     def local_experts(self, experts: ExpertWeights) -> LocalExperts:
         """The experts of one rank as a transport takes them."""
-        biased = biased_once(experts, self.parts)
+        biased = biased_once(experts, self.tensor_ranks)
 
-        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
-            return Computed(self(x_TD, weights_TJ, plan, experts), plan.rows)
+        def run_tokens(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> ExpertOutput:
+            return ExpertOutput(self(x_TD, weights_TJ, plan, experts), plan.num_rows)
 
-        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
-            y_ND = self._by_row(rows_ND, group_sizes_L, biased)
-            return Computed(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
+        def run_rows(rows_ND: Array, group_sizes_L: Array) -> ExpertOutput:
+            y_ND = self._run_rows(rows_ND, group_sizes_L, biased)
+            return ExpertOutput(y_ND, jnp.sum(group_sizes_L, dtype=jnp.int32))
 
-        return LocalExperts(experts.dims[0], experts.dtype, combined, by_row, self.weigh_input)
+        return LocalExperts(experts.dims[0], experts.dtype, run_tokens, run_rows, self.weigh_input)
 
-    def _by_row(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
+    def _run_rows(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
         return grouped_mlp(
             rows_ND, biased, group_sizes_L, activation=self.activation, capacity=self.capacity,
             implementation=self.implementation, platform=self.platform,
         )  # fmt: skip
 
 
-def biased_once(experts: ExpertWeights, parts: int) -> ExpertWeights:
+def biased_once(experts: ExpertWeights, tensor_ranks: int) -> ExpertWeights:
     """The weights with which this one of ``parts`` tensor ranks computes. The ranks' outputs are summed, so
     only the first rank keeps the bias of the down projection."""
-    if experts.down_bias_ED is None or parts == 1:
+    if experts.down_bias_ED is None or tensor_ranks == 1:
         return experts
     first = lax.axis_index(TENSOR) == 0
     return replace(experts, down_bias_ED=jnp.where(first, experts.down_bias_ED, 0))

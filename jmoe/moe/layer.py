@@ -19,7 +19,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
-from jmoe.moe.counting import count_dispatch, over_shards
+from jmoe.moe.counting import count_dispatch, sum_over_shards
 from jmoe.moe.decide import Decider, Decision, check_stages
 from jmoe.moe.experts import ExpertMath, Experts
 from jmoe.moe.routing import Router, RouterWeights
@@ -74,15 +74,15 @@ class MoELayer(nnx.Module):
         source: source of the experts if they are offloaded.
         """
         if self.experts is not None:
-            held, specs = self.experts.weights, self.experts.specs
+            weights_or_source, specs = self.experts.weights, self.experts.specs
         else:
             assert source is not None, "experts that are not here come from a source"
-            held, specs = source, source.specs
+            weights_or_source, specs = source, source.specs
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
         run = partial(self._shard, phase=phase)
-        given = x_TD, tokens, knobs, self.router.weights, held
+        args = x_TD, tokens, knobs, self.router.weights, weights_or_source
         if is_single(self.mesh):
-            return run(*given, send=transport.local)
+            return run(*args, send=transport.local)
         run = jax.shard_map(
             partial(run, send=transport.get_transport(self.moe.transport, self.kernels.platform)),
             mesh=self.mesh,
@@ -90,7 +90,7 @@ class MoELayer(nnx.Module):
             out_specs=MoEOutput(split, split, whole, split, None if source is None else specs),  # pyright: ignore[reportArgumentType]
             check_vma=False,
         )
-        return run(*given)
+        return run(*args)
 
     def _shard(
         self,
@@ -98,42 +98,47 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         knobs: Knobs | None,
         router: RouterWeights,
-        held: ExpertWeights | ExpertSource,
+        weights_or_source: ExpertWeights | ExpertSource,
         *,
         phase: Phase,
         send: Send,
     ) -> MoEOutput:
         """Runs one rank's tokens through the experts of all ranks.
 
-        held: this rank's expert weights, or the source that they come from.
+        weights_or_source: this rank's expert weights, or the source that they come from.
         """
-        source = None if isinstance(held, ExpertWeights) else held
-        here_E = None if source is None else source.resident_E
-        routed = self.decider(x_TD, tokens, phase, knobs, router, here_E)
+        source = None if isinstance(weights_or_source, ExpertWeights) else weights_or_source
+        resident_E = None if source is None else source.resident_E
+        decision = self.decider(x_TD, tokens, phase, knobs, router, resident_E)
         train_capacity, cached = self._train_capacity(x_TD.shape[0]), {}
         with jax.named_scope("experts"):
-            if isinstance(held, ExpertWeights):
-                experts = replace(self.math, capacity=train_capacity).local_experts(held)
-                y_TD, traffic = send(x_TD, routed.final, tokens.valid_T, experts)
+            if isinstance(weights_or_source, ExpertWeights):
+                experts = replace(self.math, capacity=train_capacity).local_experts(weights_or_source)
+                y_TD, traffic = send(x_TD, decision.final_routing, tokens.valid_T, experts)
             else:
-                y_TD, traffic, cached, source = held.run(
-                    x_TD, routed.plain, routed.final, tokens.valid_T, phase, self.math, send
+                y_TD, traffic, cached, source = weights_or_source.run(
+                    x_TD,
+                    decision.plain_routing,
+                    decision.final_routing,
+                    tokens.valid_T,
+                    phase,
+                    self.math,
+                    send,
                 )
-        stats = count_dispatch(
-            routed.plain, routed.final, tokens.valid_T, routed.changes, traffic, train_capacity
-        )
+        plain, final = decision.plain_routing, decision.final_routing
+        stats = count_dispatch(plain, final, tokens.valid_T, decision.changes, traffic, train_capacity)
         if not is_single(self.mesh):
             with jax.named_scope("combine"):
                 y_TD = lax.psum(y_TD, TENSOR)
-            stats = over_shards(stats, routed.final, tokens.valid_T)
+            stats = sum_over_shards(stats, final, tokens.valid_T)
         stats = replace(stats, counts=stats.counts | cached)
-        return MoEOutput(y_TD, routed.plain, stats, routed.changes, source)
+        return MoEOutput(y_TD, plain, stats, decision.changes, source)
 
     def decide(
-        self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, here_E: Array | None
+        self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, resident_E: Array | None
     ) -> Decision:
-        """Decides where tokens go, on one device. here_E: the experts that are on it; None if not known."""
-        return self.decider(x_TD, tokens, phase, knobs, self.router.weights, here_E)
+        """Decides where tokens go, on one device. resident_E: the experts on it; None if not known."""
+        return self.decider(x_TD, tokens, phase, knobs, self.router.weights, resident_E)
 
     def _train_capacity(self, tokens: int) -> int | None:
         """Rows of one expert in the training form: its even share of the batch times the factor, rounded up

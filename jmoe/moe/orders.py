@@ -33,13 +33,13 @@ LOOK_BACK = 2  # number of previous layers whose ranks predict where a token goe
 class ShuffleTables:
     """One layer's predictions: the share of a token's assignments expected on each of R ranks, in 255ths.
 
-    by_token_VR: shares by token id.
-    by_history_HR: shares by the ranks of the previous two layers, at index ``older * R + newer``. None uses
-        the token id alone, as the first two layers always do.
+    token_shares_VR: shares by token id.
+    history_shares_HR: shares by the ranks of the previous two layers, at index ``older * R + newer``. None
+        uses the token id alone, as the first two layers always do.
     """
 
-    by_token_VR: UInt8[Array | np.ndarray, "V R"]
-    by_history_HR: UInt8[Array | np.ndarray, "H R"] | None = None
+    token_shares_VR: UInt8[Array | np.ndarray, "V R"]
+    history_shares_HR: UInt8[Array | np.ndarray, "H R"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +57,8 @@ class Hints:
 
     @classmethod
     def make(cls, tables: ShuffleTables, history: list[Array]) -> "Hints":
-        """The hints of the next layer. been: the tokens' ranks ``[N]`` in every layer so far."""
-        knows = tables.by_history_HR is not None and len(history) >= LOOK_BACK
+        """The hints of the next layer. history: the tokens' ranks ``[N]`` in every layer so far."""
+        knows = tables.history_shares_HR is not None and len(history) >= LOOK_BACK
         return cls(tables, jnp.stack(history[-LOOK_BACK:], axis=1) if knows else None)
 
 
@@ -80,18 +80,18 @@ class Order:
 class Move:
     """The rows' order before a move and after it."""
 
-    before: Order
-    after: Order
+    old_order: Order
+    new_order: Order
 
 
 def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
     """The tables of a placement in the form that the step reads, one per layer."""
-    by_token = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
-    by_history: Any = [None] * len(by_token)
+    token_shares = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
+    history_shares: Any = [None] * len(token_shares)
     if history:
-        following = tables.next_shares_LHR, tables.next_ranks_LH, tables.next_confidence_LH
-        by_history = _shares(*following, tables.count)
-    return [ShuffleTables(*both) for both in zip(by_token, by_history, strict=True)]
+        arrays = tables.next_shares_LHR, tables.next_ranks_LH, tables.next_confidence_LH
+        history_shares = _shares(*arrays, tables.count)
+    return [ShuffleTables(*pair) for pair in zip(token_shares, history_shares, strict=True)]
 
 
 def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[float]]:
@@ -115,13 +115,13 @@ def _shares(
     return np.rint(255 * np.asarray(shares_LXR, np.float32)).astype(np.uint8)
 
 
-def guess(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
+def expected_shares(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
     """The share of each token expected on each rank, from the table that is surer for that token."""
-    share_NR = jnp.asarray(hints.tables.by_token_VR)[ids_N].astype(jnp.int32)
-    if hints.history_N2 is None or hints.tables.by_history_HR is None:
+    share_NR = jnp.asarray(hints.tables.token_shares_VR)[ids_N].astype(jnp.int32)
+    if hints.history_N2 is None or hints.tables.history_shares_HR is None:
         return share_NR
     key_N = hints.history_N2[:, 0] * share_NR.shape[1] + hints.history_N2[:, 1]
-    other_NR = jnp.asarray(hints.tables.by_history_HR)[key_N].astype(jnp.int32)
+    other_NR = jnp.asarray(hints.tables.history_shares_HR)[key_N].astype(jnp.int32)
     surer_N1 = jnp.max(other_NR, axis=1, keepdims=True) > jnp.max(share_NR, axis=1, keepdims=True)
     return jnp.where(surer_N1, other_NR, share_NR)
 
@@ -132,7 +132,7 @@ def align(share_NR: Int[Array, "N R"], valid_N: Bool[Array, " N"]) -> Order:
     n, ranks = share_NR.shape
     share_NR = jnp.where(valid_N[:, None], share_NR, -1)
 
-    def ask(rank_N: Array) -> Array:
+    def request_ranks(rank_N: Array) -> Array:
         waiting_N = rank_N == ranks
         room_R = n // ranks - jnp.bincount(rank_N, length=ranks).astype(jnp.int32)
         open_NR = jnp.where(room_R[None] > 0, share_NR, -2)
@@ -145,7 +145,7 @@ def align(share_NR: Int[Array, "N R"], valid_N: Bool[Array, " N"]) -> Order:
         return rank_N.at[token_N].set(jnp.where(admitted_N, asked_N, rank_N[token_N]))
 
     nowhere_N = jnp.full(n, ranks, jnp.int32)
-    rank_N = lax.while_loop(lambda rank_N: jnp.any(rank_N == ranks), ask, nowhere_N)
+    rank_N = lax.while_loop(lambda rank_N: jnp.any(rank_N == ranks), request_ranks, nowhere_N)
     token_N = lax.sort(rank_N * n + jnp.arange(n, dtype=jnp.int32), is_stable=False) % n
     row_N = jnp.zeros(n, jnp.int32).at[token_N].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
     return Order(token_N, row_N)
@@ -155,8 +155,8 @@ def _at(values_R: Array, index_N: Array) -> Array:
     return jnp.take(values_R, index_N, mode="fill", fill_value=0)
 
 
-def label(ids_TK: Int[Array, "T K"], held: int, ranks: int) -> Int[Array, " T"]:
-    """The rank that holds most of each token's experts, with ``held`` experts per rank; the lower rank in a
-    tie."""
-    votes_TKR = (ids_TK // held)[:, :, None] == jnp.arange(ranks)[None, None]
+def majority_rank(ids_TK: Int[Array, "T K"], num_local: int, ranks: int) -> Int[Array, " T"]:
+    """The rank that holds most of each token's experts, with ``num_local`` experts per rank; the lower rank
+    in a tie."""
+    votes_TKR = (ids_TK // num_local)[:, :, None] == jnp.arange(ranks)[None, None]
     return jnp.argmax(jnp.sum(votes_TKR, axis=1), axis=1).astype(jnp.int32)

@@ -129,14 +129,14 @@ def sparse_mixer(
 
 
 def plan_dispatch(
-    ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], first: int | Array, experts: int
+    ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], first_expert: int | Array, experts: int
 ) -> DispatchPlan:
     """Sorts the assignments to experts ``first .. first + experts`` by expert.
 
     Assignments of padding tokens and to other experts get the id one past the last expert, so a stable sort
     puts them at the end and the counts ignore them.
     """
-    local_TK = ids_TK - first
+    local_TK = ids_TK - first_expert
     here_TK = (local_TK >= 0) & (local_TK < experts) & valid_T[:, None]
     keys_N = jnp.where(here_TK, local_TK, experts).reshape(-1)
     n = keys_N.size
@@ -147,15 +147,15 @@ def plan_dispatch(
     return DispatchPlan(sorted_N % n, jnp.bincount(keys_N, length=experts).astype(jnp.int32))
 
 
-def regrouped(plan: DispatchPlan, place_L: Int[Array, " L"], groups: int) -> DispatchPlan:
+def regrouped(plan: DispatchPlan, group_L: Int[Array, " L"], groups: int) -> DispatchPlan:
     """The plan with its groups moved to new positions, 0 to ``groups - 1``.
 
-    place_L: the new position of each group; no two groups share one, and a group at ``groups`` is left out.
+    group_L: the new position of each group; no two groups share one, and a group at ``groups`` is left out.
     Rows move as blocks: only the groups are sorted.
     """
     sizes_L, n = plan.group_sizes_L, plan.order_N.shape[0]
     ends_L = jnp.cumsum(sizes_L, dtype=jnp.int32)
-    order_L = jnp.argsort(place_L, stable=True)
+    order_L = jnp.argsort(group_L, stable=True)
     sorted_L = sizes_L[order_L]
     starts_L = jnp.zeros_like(ends_L).at[order_L].set(jnp.cumsum(sorted_L, dtype=jnp.int32) - sorted_L)
     shift_L = starts_L - (ends_L - sizes_L)
@@ -163,7 +163,7 @@ def regrouped(plan: DispatchPlan, place_L: Int[Array, " L"], groups: int) -> Dis
     group_N = jnp.searchsorted(ends_L, row_N, side="right")  # L for the rows after the last group
     to_N = row_N + jnp.append(shift_L, jnp.zeros(1, jnp.int32))[group_N]
     order_N = jnp.zeros_like(plan.order_N).at[to_N].set(plan.order_N, unique_indices=True)
-    return DispatchPlan(order_N, jnp.zeros(groups, jnp.int32).at[place_L].add(sizes_L, mode="drop"))
+    return DispatchPlan(order_N, jnp.zeros(groups, jnp.int32).at[group_L].add(sizes_L, mode="drop"))
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +187,7 @@ class RouterWeights:
 class Router(nnx.Module):
     def __init__(self, cfg: ModelConfig, make: ParamMaker):
         experts = cfg.num_experts
-        self.gate_ED = make((experts, cfg.hidden_size), (None, None), keeps=True)
+        self.gate_ED = make((experts, cfg.hidden_size), (None, None), has_own_dtype=True)
         self.bias_E = make((experts,), (None,)) if cfg.router.bias else None
         self.correction_E = make.exact((experts,), (None,)) if cfg.router.correction_bias else None
         self.expert_E = make.numbers(experts) if cfg.router.n_group > 1 else None

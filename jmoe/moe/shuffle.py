@@ -35,7 +35,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jmoe.mesh import DATA, EXPERT, TOKENS, platform_of
-from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
+from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, expected_shares, majority_rank
 from jmoe.moe.transport import Exchange, get_exchange, starts
 from jmoe.moe.types import MoEOutput
 
@@ -47,9 +47,9 @@ class Shuffle:
     """Distributes a data group's N tokens over the R ranks that hold its ``experts``, T = N / R each."""
 
     mesh: Mesh
-    experts: int
+    num_experts: int
 
-    def own_order(self, tokens: int) -> Order:
+    def original_order(self, tokens: int) -> Order:
         """The tokens' original order; ``tokens`` is their number in all data groups."""
         groups = self.mesh.shape[DATA]
         token_N = jnp.tile(jnp.arange(tokens // groups, dtype=jnp.int32), groups)
@@ -59,34 +59,34 @@ class Shuffle:
         """The predicted order of every data group."""
 
         def of_group(tables: ShuffleTables, history_N2: Array | None, ids_N: Array, valid_N: Array) -> Order:
-            return align(guess(Hints(tables, history_N2), ids_N), valid_N)
+            return align(expected_shares(Hints(tables, history_N2), ids_N), valid_N)
 
-        run = self._over(of_group, (PartitionSpec(), GROUP, GROUP, GROUP), GROUP)
+        run = self._sharded(of_group, (PartitionSpec(), GROUP, GROUP, GROUP), GROUP)
         return run(hints.tables, hints.history_N2, ids_N, valid_N)
 
-    def deal(self, whole: Any, order: Order) -> Any:
+    def deal(self, arrays: Any, order: Order) -> Any:
         """Each rank's rows of arrays ``[N, ...]`` that every rank of the group has completely; sends
         nothing."""
 
         def mine(whole: Any, order: Order) -> Any:
-            token_T = _own(order.token_N)
+            token_T = _local_rows(order.token_N)
             return jax.tree.map(lambda a: a[token_T], whole)
 
-        return self._over(mine, (GROUP, GROUP), ROWS)(whole, order)
+        return self._sharded(mine, (GROUP, GROUP), ROWS)(arrays, order)
 
     def move(self, rows_ND: Float[Array, "N D"], move: Move) -> Float[Array, "N D"]:
-        """Each rank's rows in the order ``move.after``, bit for bit; only rows whose rank changes are
+        """Each rank's rows in the order ``move.new_order``, bit for bit; only rows whose rank changes are
         sent."""
         exchange = get_exchange(platform_of(self.mesh), EXPERT)
-        return self._over(partial(_moved, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
+        return self._sharded(partial(_exchange_rows, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
 
-    def home(self, rows: Any, order: Order) -> Any:
+    def gather_original(self, rows: Any, order: Order) -> Any:
         """Arrays of rows gathered to every rank of the group, in the tokens' original order."""
 
         def of_group(rows: Any, order: Order) -> Any:
             return jax.tree.map(lambda a: lax.all_gather(a, EXPERT, tiled=True)[order.row_N], rows)
 
-        return self._over(of_group, (ROWS, GROUP), GROUP)(rows, order)
+        return self._sharded(of_group, (ROWS, GROUP), GROUP)(rows, order)
 
     def report(
         self, out: MoEOutput, order: Order, *, history: bool
@@ -95,7 +95,7 @@ class Shuffle:
         the tokens' original order. It takes one collective of a few integers per token, or none if there is
         nothing to report."""
         ranks = self.mesh.shape[EXPERT]
-        rank_N = label(out.routing.ids_TK, self.experts // ranks, ranks) if history else None
+        rank_N = majority_rank(out.routing.ids_TK, self.num_experts // ranks, ranks) if history else None
         reported, structure = jax.tree.flatten((rank_N, out.changes))
         if not reported:
             return out, None
@@ -104,30 +104,30 @@ class Shuffle:
             whole_NC = lax.all_gather(jnp.stack(reported, axis=1), EXPERT, tiled=True)[order.row_N]
             return [whole_NC[:, i] for i in range(len(reported))]
 
-        reported = self._over(of_group, (ROWS, GROUP), GROUP)(reported, order)
+        reported = self._sharded(of_group, (ROWS, GROUP), GROUP)(reported, order)
         rank_N, changes = jax.tree.unflatten(structure, reported)
         return replace(out, changes=changes), rank_N
 
-    def _over(self, run: Callable, ins: tuple, outs: PartitionSpec) -> Callable:
-        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    def _sharded(self, run: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
+        return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _own(whole_N: Int[Array, " N"]) -> Int[Array, " T"]:
+def _local_rows(array_N: Int[Array, " N"]) -> Int[Array, " T"]:
     """This rank's rows of an array that every rank of the group has completely."""
-    each = whole_N.shape[0] // lax.axis_size(EXPERT)
-    return lax.dynamic_slice_in_dim(whole_N, lax.axis_index(EXPERT) * each, each)
+    each = array_N.shape[0] // lax.axis_size(EXPERT)
+    return lax.dynamic_slice_in_dim(array_N, lax.axis_index(EXPERT) * each, each)
 
 
-def _moved(rows_TD: Float[Array, "T D"], move: Move, *, exchange: Exchange) -> Float[Array, "T D"]:
+def _exchange_rows(rows_TD: Float[Array, "T D"], move: Move, *, exchange: Exchange) -> Float[Array, "T D"]:
     """Moves rows between ranks. Rows leave sorted by their new row number, so that the rows of one sender
     also arrive in order."""
     each, ranks, me = rows_TD.shape[0], lax.axis_size(EXPERT), lax.axis_index(EXPERT)
-    from_N, to_N = move.before.row_N // each, move.after.row_N // each
+    from_N, to_N = move.old_order.row_N // each, move.new_order.row_N // each
     sizes_RR = jnp.bincount(from_N * ranks + to_N, length=ranks**2).reshape(ranks, ranks)
-    leaving_T = jnp.argsort(move.after.row_N[_own(move.before.token_N)])
+    leaving_T = jnp.argsort(move.new_order.row_N[_local_rows(move.old_order.token_N)])
     got_TD = exchange(
         rows_TD[leaving_T], jnp.zeros_like(rows_TD),
         starts(sizes_RR, 1)[me], sizes_RR[me], starts(sizes_RR, 0)[me], sizes_RR[:, me],
     )  # fmt: skip
-    arrived_T = jnp.argsort(from_N[_own(move.after.token_N)])  # stable: sender after sender
+    arrived_T = jnp.argsort(from_N[_local_rows(move.new_order.token_N)])  # stable: sender after sender
     return got_TD[jnp.argsort(arrived_T)]

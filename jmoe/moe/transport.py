@@ -87,9 +87,9 @@ def local(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """All experts are on this rank; nothing is sent."""
-    plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.count)
+    plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.num_experts)
     none = jnp.zeros((), jnp.int32)
-    y_TD, computed = experts.combined(x_TD, routing.weights_TK, plan)
+    y_TD, computed = experts.run_tokens(x_TD, routing.weights_TK, plan)
     return y_TD, Traffic(none, none, computed)
 
 
@@ -99,9 +99,9 @@ def replicated(
     """Every rank sees every token of its data group and computes its own experts' share."""
     gather = partial(lax.all_gather, axis_name=EXPERT, axis=0, tiled=True)
     ids, weights, valid = gather(routing.ids_TK), gather(routing.weights_TK), gather(valid_T)
-    first = lax.axis_index(EXPERT) * experts.count
-    plan = plan_dispatch(ids, valid, first, experts.count)
-    y, computed = experts.combined(gather(x_TD.astype(experts.dtype)), weights, plan)
+    first = lax.axis_index(EXPERT) * experts.num_experts
+    plan = plan_dispatch(ids, valid, first, experts.num_experts)
+    y, computed = experts.run_tokens(gather(x_TD.astype(experts.dtype)), weights, plan)
     traffic = _padded_traffic(routing, valid_T, experts, x_TD.shape[0], computed)
     return lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), traffic
 
@@ -111,7 +111,7 @@ def all_to_all(
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """Rows travel to their expert's rank and back; ranks receive R * C rows, with empty slots masked."""
     t, j = routing.ids_TK.shape
-    ranks, local_experts = lax.axis_size(EXPERT), experts.count
+    ranks, local_experts = lax.axis_size(EXPERT), experts.num_experts
     c = t * min(j, local_experts)
     by_rank = plan_dispatch(routing.ids_TK // local_experts, valid_T, 0, ranks)
     row_RC = jnp.arange(c)[None]
@@ -130,7 +130,7 @@ def all_to_all(
     got_ND = exchange(rows_ND)
 
     plan = plan_dispatch(got_ids_N[:, None], jnp.ones(ranks * c, bool), 0, local_experts)
-    y_ND, computed = experts.combined(got_ND, jnp.ones((ranks * c, 1)), plan)
+    y_ND, computed = experts.run_tokens(got_ND, jnp.ones((ranks * c, 1)), plan)
     y_TD = _combine(exchange(y_ND), slot_N, assignment_N, weights_TJ)
     return y_TD, _padded_traffic(routing, valid_T, experts, c, computed)
 
@@ -146,13 +146,13 @@ def ragged_all_to_all(
     """Each expert's rows travel as one slice. They land expert by expert, after the rows from lower ranks."""
     t, j = routing.ids_TK.shape
     ranks, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
-    plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.count)
+    plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.num_experts)
     inverse_N = plan.inverse_N
     rows_ND, weights_TJ = _outgoing(x_TD, routing, plan.order_N, inverse_N, experts)
 
     # From the matrix of sent sizes [from, to, expert], every rank computes all offsets in the same way.
     sizes_E = plan.group_sizes_L
-    sizes_RRL = lax.all_gather(sizes_E, EXPERT).reshape(ranks, ranks, experts.count)
+    sizes_RRL = lax.all_gather(sizes_E, EXPERT).reshape(ranks, ranks, experts.num_experts)
     starts_RRL = starts(sizes_RRL.reshape(ranks, -1), 1).reshape(sizes_RRL.shape)  # in the sender's rows
     group_sizes_RL = jnp.sum(sizes_RRL, axis=0)
     lands_RRL = starts(group_sizes_RL, 1)[None] + starts(sizes_RRL, 0)  # in the receiver's rows
@@ -163,11 +163,11 @@ def ragged_all_to_all(
     def incoming(a_RRL: Int[Array, "R R L"]) -> Int[Array, " E"]:
         return a_RRL[:, me].reshape(-1)
 
-    room_MD = jnp.zeros((ranks * t * min(j, experts.count), x_TD.shape[1]), rows_ND.dtype)
+    room_MD = jnp.zeros((ranks * t * min(j, experts.num_experts), x_TD.shape[1]), rows_ND.dtype)
     got_MD = exchange(
         rows_ND, room_MD, outgoing(starts_RRL), sizes_E, outgoing(lands_RRL), incoming(sizes_RRL)
     )
-    y_MD, computed = experts.by_row(got_MD, group_sizes_RL[me])
+    y_MD, computed = experts.run_rows(got_MD, group_sizes_RL[me])
     y_ND = exchange(
         y_MD, jnp.zeros(rows_ND.shape, y_MD.dtype),
         incoming(lands_RRL), incoming(sizes_RRL), incoming(starts_RRL), sizes_E,
@@ -207,7 +207,7 @@ def _combine(
 
 def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int[Array, ""]:
     """The number of distinct pairs of an own token and another rank that holds one of its experts."""
-    rank_TJ = routing.ids_TK // experts.count  # R for an absent assignment
+    rank_TJ = routing.ids_TK // experts.num_experts  # R for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
     earlier_JJ = np.tri(rank_TJ.shape[1], k=-1, dtype=bool)
     again_TJ = jnp.any((rank_TJ[:, :, None] == rank_TJ[:, None]) & earlier_JJ[None], axis=-1)

@@ -91,7 +91,7 @@ class TokenFlags:
         """Which tokens a lossy technique may touch."""
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
 
-    def sparing_decoded(self) -> "TokenFlags":
+    def without_decode(self) -> "TokenFlags":
         """A copy in which a technique for prompts may not touch decode tokens of the same step."""
         if self.decoded_T is None:
             return self
@@ -110,7 +110,7 @@ class Knobs:
     factor: Float[Array | np.ndarray, ""]
     seed: Int[Array | np.ndarray, ""]
 
-    def of(self, part: Array | int) -> "Knobs":
+    def for_part(self, part: Array | int) -> "Knobs":
         """A copy with a separate seed for one of several layers or shards."""
         return Knobs(self.factor, self.seed * 1_000_003 + part)
 
@@ -156,7 +156,7 @@ class DispatchPlan:
     group_sizes_L: Int[Array, " L"]
 
     @property
-    def rows(self) -> Int[Array, ""]:
+    def num_rows(self) -> Int[Array, ""]:
         """The number of assignments to experts of the plan."""
         return jnp.sum(self.group_sizes_L, dtype=jnp.int32)
 
@@ -168,30 +168,30 @@ class DispatchPlan:
         return jnp.zeros(n, jnp.int32).at[self.order_N].set(rows_N, unique_indices=True)
 
 
-class Computed(NamedTuple):
+class ExpertOutput(NamedTuple):
     """The experts' output, float32, and the number of assignments that they computed (rows in their
     groups)."""
 
     y_ND: Float[Array, "N D"]
-    rows: Int[Array, ""]
+    num_rows: Int[Array, ""]
 
 
 @dataclass(frozen=True)
 class LocalExperts:
     """The L experts of one rank as functions.
 
-    count: L, the number of experts.
+    num_experts: L, the number of experts.
     dtype: the weights' dtype; both functions round their input to it.
-    combined: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
-    by_row: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
+    run_tokens: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
+    run_rows: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
         group come out zero.
     weigh_input: the weight multiplies the expert's input row, not its output row.
     """
 
-    count: int
+    num_experts: int
     dtype: jnp.dtype
-    combined: Callable[[Array, Array, DispatchPlan], Computed]
-    by_row: Callable[[Array, Array], Computed]
+    run_tokens: Callable[[Array, Array, DispatchPlan], ExpertOutput]
+    run_rows: Callable[[Array, Array], ExpertOutput]
     weigh_input: bool = False
 
 
@@ -202,18 +202,18 @@ class Traffic:
 
     Rows are counted one way: in every transport as many come back as went out.
 
-    useful: distinct pairs of a valid token and another rank that holds one of its experts. This is the
+    useful_rows: distinct pairs of a valid token and another rank that holds one of its experts. This is the
         minimum that any transport must move, so the three transports can be compared by it.
-    sent: rows sent over the network, padding included; rows that stay on their rank are not counted.
-    computed: assignments that the rank's experts received, from any rank.
+    sent_rows: rows sent over the network, padding included; rows that stay on their rank are not counted.
+    num_received: assignments that the rank's experts received, from any rank.
 
     A tensor axis multiplies ``useful`` and ``sent``: every tensor rank moves its own copy, which neither
     counts. The few bytes of ids and sizes that travel with the rows are not counted either.
     """
 
-    useful: Int[Array, ""]
-    sent: Int[Array, ""]
-    computed: Int[Array, ""]
+    useful_rows: Int[Array, ""]
+    sent_rows: Int[Array, ""]
+    num_received: Int[Array, ""]
 
 
 # (x_TD, routing, valid_T, one rank's experts) -> (y_TD, the rank's traffic), see ``jmoe.moe.transport``
@@ -272,29 +272,32 @@ class DispatchStats:
     """What one layer did with one batch, summed over shards.
 
     counts_E: assignments of valid tokens that each expert received.
-    plain_E: assignments that the router gave each expert, before any lossy technique.
+    plain_counts_E: assignments that the router gave each expert, before any lossy technique.
     mean_score_E: the router's mean score of each expert over valid tokens.
     traffic: rows that were moved.
     counts: all other counters; those of an expert cache are absent if all experts are on the device.
     """
 
     counts_E: Int[Array, " E"]
-    plain_E: Int[Array, " E"]
+    plain_counts_E: Int[Array, " E"]
     mean_score_E: Float[Array, " E"]
     traffic: Traffic
     counts: Counts
 
     @property
-    def lost(self) -> Int[Array, ""]:
+    def num_lost(self) -> Int[Array, ""]:
         """The number of assignments that no expert received, or that were computed in excess. Any value but 0
         means a wrong output."""
-        return jnp.abs(jnp.sum(self.counts_E, dtype=jnp.int32) - self.traffic.computed)
+        return jnp.abs(jnp.sum(self.counts_E, dtype=jnp.int32) - self.traffic.num_received)
 
     @property
     def sums(self) -> Counts:
         """``counts``, and the counters that follow from the other fields."""
-        moved = {"transport_bytes": self.traffic.sent, "transport_useful_bytes": self.traffic.useful}
-        return self.counts | moved | {"lost_assignments": self.lost}
+        moved = {
+            "transport_bytes": self.traffic.sent_rows,
+            "transport_useful_bytes": self.traffic.useful_rows,
+        }
+        return self.counts | moved | {"lost_assignments": self.num_lost}
 
 
 @jax.tree_util.register_dataclass

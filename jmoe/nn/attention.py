@@ -70,13 +70,13 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)
-        cached = self.cached_heads(cfg).count
+        cached = self.cached_heads(cfg).num_heads
         if cached < ranks:
             check_divides(over + " parallel size", ranks, "kv heads", cached)
         else:
             check_divides("kv heads", cached, over, ranks)
         self.cfg, self.split, self.kernels = cfg, split, kernels
-        self.span, self.rotates = cfg.span(layer), cfg.rotates(layer)
+        self.span, self.has_rotation = cfg.span(layer), cfg.rotates(layer)
 
     @property
     def state_spec(self) -> PartitionSpec:
@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         move: Move | None,
     ) -> tuple[Array, LayerPages | None]:
         x_ND = self._gather(x_ND, w["o_proj"].dtype)
-        x_ND = x_ND if move is None else x_ND[move.before.row_N]
+        x_ND = x_ND if move is None else x_ND[move.old_order.row_N]
         positions_RN = seqs.positions_RN
         with jax.named_scope("qkv"):
             q, k, v = self.project(w, x_ND.reshape(*positions_RN.shape, -1), rotation, positions_RN)
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         with jax.named_scope("out"):
             out = self.read_out(w, out).reshape(-1, w["o_proj"].shape[1])
             y_ND = linear(out, w["o_proj"], self.kernels.dense)
-        y_ND = y_ND if move is None else y_ND[move.after.token_N]
+        y_ND = y_ND if move is None else y_ND[move.new_order.token_N]
         return self._scatter(y_ND) + bias_of(w, "o_bias", 2), pages
 
     def _attend(

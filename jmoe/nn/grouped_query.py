@@ -83,7 +83,7 @@ class GroupedQueryAttention(Attention):
         if cfg.qk_norm == "head":
             q, k = (rms_norm(a, w[n], cfg.rms_norm_eps) for a, n in ((q, "q_norm"), (k, "k_norm")))
         k, v = self._own_kv_head(k), self._own_kv_head(v)
-        if not self.rotates:
+        if not self.has_rotation:
             return self._tempered(q, positions_BT), k, v
         q, k = (rotate(a, rotation, interleaved=cfg.rope.interleaved) for a in (q, k))
         if cfg.qk_norm == "l2":
@@ -92,7 +92,7 @@ class GroupedQueryAttention(Attention):
 
     def _has_fused_rotation(self) -> bool:
         cfg = self.cfg
-        whole = cfg.rope.partial_rotary_factor == 1 and not cfg.rope.interleaved and self.rotates
+        whole = cfg.rope.partial_rotary_factor == 1 and not cfg.rope.interleaved and self.has_rotation
         known = whole and cfg.clip_qkv is None and cfg.qk_norm != "l2"
         return known and self.kernels.has_fused_rotation and is_single(self.split.mesh)
 

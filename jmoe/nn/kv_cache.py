@@ -22,38 +22,38 @@ from jmoe.mesh import Split, platform_of
 class StateSizes(NamedTuple):
     """How much state a layer keeps on each rank.
 
-    pages: pages of the KV cache.
+    num_pages: pages of the KV cache.
     page_size: tokens of a page.
-    seats: requests that run at once.
+    num_seats: requests that run at once.
     """
 
-    pages: int
+    num_pages: int
     page_size: int
-    seats: int
+    num_seats: int
 
 
 @dataclass(frozen=True)
 class CachedHeads:
     """What a layer caches of one token.
 
-    count: heads in the cache.
+    num_heads: heads in the cache.
     dim: values of one cached head's key.
     value_dim: leading values of the key that are the head's value too; None if values are cached apart.
     """
 
-    count: int
+    num_heads: int
     dim: int
     value_dim: int | None = None
 
-    def stored(self, split: Split) -> int:
+    def heads_per_array(self, split: Split) -> int:
         """Heads in the cache: if more ranks share the heads, one on each rank."""
-        return max(self.count, split.head_ranks)
+        return max(self.num_heads, split.head_ranks)
 
     def page_bytes(self, dtype: str, split: Split, page_size: int) -> int:
         """Bytes of one page of one layer: keys and values, or one array that serves as both."""
         arrays = 2 if self.value_dim is None else 1
         item = kv_dtype(jnp.dtype(dtype), split.mesh).itemsize
-        return arrays * page_size * self.stored(split) * self.dim * item
+        return arrays * page_size * self.heads_per_array(split) * self.dim * item
 
 
 def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
@@ -74,19 +74,20 @@ def page_layout(
     heads: CachedHeads, dtype: str, split: Split, attention: Attention, sizes: StateSizes
 ) -> LayerPages:
     """The arrays of one layer's pages, as shapes with dtypes and shardings."""
-    count, is_value = sizes.pages * split.sequence_ranks, heads.value_dim is not None
+    count, is_value = sizes.num_pages * split.sequence_ranks, heads.value_dim is not None
     stored = kv_dtype(jnp.dtype(dtype), split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))
-    shapes = page_shapes(attention, count, heads.stored(split), sizes.page_size, heads.dim, latent=is_value)
+    num_heads = heads.heads_per_array(split)
+    shapes = page_shapes(attention, count, num_heads, sizes.page_size, heads.dim, latent=is_value)
     return LayerPages(tuple(jax.ShapeDtypeStruct(s, stored, sharding=where) for s in shapes))  # pyright: ignore
 
 
-def zeros(like: jax.ShapeDtypeStruct) -> Array:
+def zeros(layout: jax.ShapeDtypeStruct) -> Array:
     """Zeros committed to their devices (an uncommitted array would compile a step twice)."""
-    return _maker(like.shape, like.dtype, like.sharding)()
+    return _maker(layout.shape, layout.dtype, layout.sharding)()
 
 
 @lru_cache(maxsize=8)
-def _maker(shape: tuple[int, ...], dtype: jnp.dtype, where: NamedSharding) -> Callable[[], Array]:
+def _maker(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], Array]:
     """A compiled maker of zeros, kept so that a second cache of the same shape does not compile it again."""
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

@@ -91,13 +91,13 @@ class LatentAttention(Attention):
         kv = linear(x_BTD, w["kv_a_proj"], dense) + bias_of(w, "kv_a_bias", 3)
         latent_BTl = rms_norm(kv[..., : size.kv_lora_rank], w["kv_norm"], EPS)
         k_rope = rotate(kv[:, :, None, size.kv_lora_rank :], rotation, interleaved=interleaved)
-        absorbed = dot("bthn,hnl->bthl", q_nope, self._of_heads(w)[:, : size.qk_nope_head_dim])
+        absorbed = dot("bthn,hnl->bthl", q_nope, self._split_heads(w)[:, : size.qk_nope_head_dim])
         q = jnp.concatenate([absorbed, rotate(q_rope, rotation, interleaved=interleaved)], axis=-1)
         return q, jnp.concatenate([latent_BTl[:, :, None], k_rope], axis=-1), None
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:
         latents = out_BTHd[..., : self.latent.kv_lora_rank]
-        return dot("bthl,hvl->bthv", latents, self._of_heads(w)[:, self.latent.qk_nope_head_dim :])
+        return dot("bthl,hvl->bthv", latents, self._split_heads(w)[:, self.latent.qk_nope_head_dim :])
 
     def _queries(self, w: Weights, x_BTD: Array) -> Float[Array, "B T Hd"]:
         dense = self.kernels.dense
@@ -106,7 +106,7 @@ class LatentAttention(Attention):
         compressed = linear(x_BTD, w["q_a_proj"], dense) + bias_of(w, "q_a_bias", 3)
         return linear(rms_norm(compressed, w["q_norm"], EPS), w["q_b_proj"], dense)
 
-    def _of_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
+    def _split_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
         size = self.latent
         heads = w["kv_b_proj"].reshape(-1, size.qk_nope_head_dim + size.v_head_dim, size.kv_lora_rank)
         has_product = get_backend(self.kernels.platform).has_batched_bfloat16

@@ -37,7 +37,7 @@ class DenseMLP(nnx.Module):
         check_divides("dense MLP inner size", inner, TENSOR, mesh.shape[TENSOR])
         self.gate_up_2FD = make((2, inner, cfg.hidden_size), (None, TENSOR, None))
         self.down_DF = make((cfg.hidden_size, inner), (None, TENSOR))
-        self.share_1D = make((1, cfg.hidden_size), (None, None), keeps=True) if shares else None
+        self.share_1D = make((1, cfg.hidden_size), (None, None), has_own_dtype=True) if shares else None
         self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -37,20 +37,20 @@ def rotate(x_BTHd: Float[Array, "B T H d"], angles: Rotation, *, interleaved: bo
 def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], float]:
     """Radians per position of each pair of a head's ``dim`` dimensions, and the factor of cos and sin."""
     rotated = int(dim * rope.partial_rotary_factor)
-    plain = (1.0 / rope.rope_theta ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
+    base_freq = (1.0 / rope.rope_theta ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
         np.float32
     )
     match rope.rope_type:
         case "default":
-            return plain, 1.0
+            return base_freq, 1.0
         case "linear":
-            return plain / np.float32(rope.factor), 1.0
+            return base_freq / np.float32(rope.factor), 1.0
         case "yarn":
-            return _yarn(plain, rotated, rope)
+            return _yarn(base_freq, rotated, rope)
         case "longrope":
-            return _longrope(plain, rope)
+            return _longrope(base_freq, rope)
         case "llama3":
-            return _llama3(plain, rope), 1.0
+            return _llama3(base_freq, rope), 1.0
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -58,7 +58,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _yarn(plain: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
+def _yarn(base_freq: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
     """Keeps fast pairs, slows slow pairs down by ``factor``, with a ramp between them (YaRN, section 3.2)."""
     factor, original = rope.factor, rope.original_max_position_embeddings
     assert factor is not None and original is not None
@@ -73,14 +73,14 @@ def _yarn(plain: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.ndarray
     low, high = max(low, 0), min(high, rotated - 1)
     high = high + 0.001 if low == high else high
     slow = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    inv_freq = (plain / factor) * slow + plain * (1 - slow)
+    inv_freq = (base_freq / factor) * slow + base_freq * (1 - slow)
     scale = rope.attention_factor
     if scale is None and rope.mscale and rope.mscale_all_dim:
         scale = yarn_mscale(factor, rope.mscale) / yarn_mscale(factor, rope.mscale_all_dim)
     return inv_freq.astype(np.float32), yarn_mscale(factor) if scale is None else scale
 
 
-def _longrope(plain: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
+def _longrope(base_freq: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
     """Slows each pair down by its own factor, from one of two lists, by the length of contexts served."""
     factors, scale = (
         (rope.long_factor, rope.long_mscale) if rope.long else (rope.short_factor, rope.short_mscale)
@@ -90,15 +90,15 @@ def _longrope(plain: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
         assert original is not None
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         scale = scale if rope.attention_factor is None else rope.attention_factor
-    return (plain / np.asarray(factors, np.float32)).astype(np.float32), scale
+    return (base_freq / np.asarray(factors, np.float32)).astype(np.float32), scale
 
 
-def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
+def _llama3(base_freq: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Makes wavelengths beyond the original context ``factor`` times longer, keeps short ones, and blends
     between them."""
     factor, original = rope.factor, rope.original_max_position_embeddings
     assert factor is not None and original is not None
-    turns = original * plain / (2 * np.float32(np.pi))  # within the original context
+    turns = original * base_freq / (2 * np.float32(np.pi))  # within the original context
     low, high = rope.low_freq_factor, rope.high_freq_factor
     blend = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns > low
-    return ((1 - blend) * plain / factor + blend * plain).astype(np.float32)
+    return ((1 - blend) * base_freq / factor + blend * base_freq).astype(np.float32)

@@ -38,9 +38,9 @@ from jmoe.moe.expert_leaves import weight_specs
 from jmoe.moe.routing import regrouped
 from jmoe.moe.types import (
     Apply,
-    Computed,
     Counts,
     DispatchPlan,
+    ExpertOutput,
     LocalExperts,
     Phase,
     Routing,
@@ -244,26 +244,26 @@ class Visit:
     def _local_experts(self, apply: Apply, *, overflows: bool) -> LocalExperts:
         """This layer's experts as a transport takes them. overflows: whether the pool may lack some."""
 
-        def combined(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> Computed:
+        def run_tokens(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> ExpertOutput:
             return self._compute(x_TD, weights_TJ, plan, apply, overflows=overflows)
 
-        def by_row(rows_ND: Array, group_sizes_L: Array) -> Computed:
+        def run_rows(rows_ND: Array, group_sizes_L: Array) -> ExpertOutput:
             n = len(rows_ND)
             plan = DispatchPlan(jnp.arange(n, dtype=jnp.int32), group_sizes_L)
-            return combined(rows_ND, jnp.ones((n, 1)), plan)
+            return run_tokens(rows_ND, jnp.ones((n, 1)), plan)
 
-        return LocalExperts(self._experts, self.store.dtype, combined, by_row, apply.weigh_input)
+        return LocalExperts(self._experts, self.store.dtype, run_tokens, run_rows, apply.weigh_input)
 
     def _compute(
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
-    ) -> Computed:
+    ) -> ExpertOutput:
         """Runs experts from the pool and, if ``overflows``, streams the experts that are not in it."""
         e, no_slot = self._experts, self._slots + 1
         slot_L = decide.slots_of_layer(self.cache.table, self.layer, e, no_slot)
         pooled = regrouped(plan, slot_L, no_slot)
         y_TD = apply(x_TD, weights_TK, pooled, self.cache.pool)
         if not overflows:
-            return Computed(y_TD, pooled.rows)
+            return ExpertOutput(y_TD, pooled.num_rows)
         absent_L = (plan.group_sizes_L > 0) & ~self._resident_L
         order_L = jnp.argsort(~absent_L, stable=True).astype(jnp.int32)
         turn_L = jnp.zeros(e, jnp.int32).at[order_L].set(jnp.arange(e, dtype=jnp.int32))
@@ -272,7 +272,7 @@ class Visit:
             self.store, self.layer * e + order_L, streamed, jnp.sum(absent_L, dtype=jnp.int32),
             lambda plan, weights: apply(x_TD, weights_TK, plan, weights), y_TD,
         )  # fmt: skip
-        return Computed(y_TD, pooled.rows + streamed.rows)
+        return ExpertOutput(y_TD, pooled.num_rows + streamed.num_rows)
 
 
 def _counts(**found: Array) -> Counts:

@@ -23,7 +23,7 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.models import FAMILIES
-from jmoe.models.weights import PLAIN, Form, Stored
+from jmoe.models.weights import PLAIN, Form, StoredTensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), BFLOAT16)
@@ -36,7 +36,9 @@ def checkpoint_of(directory: Path, tensors: dict[str, np.ndarray]):
         yield checkpoint
 
 
-def read(checkpoint: HFCheckpoint, stored: Stored, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+def read(
+    checkpoint: HFCheckpoint, stored: StoredTensor, shape: tuple[int, ...], dtype=np.float32
+) -> np.ndarray:
     out = np.full(shape, 77, dtype)
     read_slice(checkpoint, stored, out)
     return out
@@ -48,7 +50,7 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_every_method_of_a_family_has_a_format():
-    assert {method for family in FAMILIES.values() for method in family.quantization} <= FORMATS.keys()
+    assert {method for family in FAMILIES.values() for method in family.quant_methods} <= FORMATS.keys()
 
 
 UNQUANTISED = (
@@ -67,20 +69,22 @@ UNQUANTISED = (
 )
 @settings(max_examples=150, deadline=None)
 def test_every_entry_in_every_form(tmp_path_factory, form, sizes, bias, count, dtypes, chunk, seed):
-    bias = bias and not form.transposed
+    bias = bias and not form.is_transposed
     shape = sizes[:1] if bias else sizes
-    shape = shape if form.rows == "plain" else (2, *shape)
+    shape = shape if form.row_layout == "plain" else (2, *shape)
     values = [numbers(np.random.default_rng(seed + e), shape) for e in range(max(1, count))]
     stored = [forms.as_stored(v, form).astype(dtypes[0]) for v in values]
     tensor = np.stack(stored) if count else stored[0]
     directory = tmp_path_factory.mktemp("forms")
-    [entry] = entries(Stored("t", "p", form=form), shape)
+    [entry] = entries(StoredTensor("t", "p", form=form), shape)
     assert entry.shape == stored[0].shape
     whole, slices.CHUNK = slices.CHUNK, chunk
     try:
         with checkpoint_of(directory, {"t": tensor, "behind": np.full(99, 88, np.float32)}) as checkpoint:
             for e, want in enumerate(values):
-                got = read(checkpoint, Stored("t", "p", (), e if count else None, form), shape, dtypes[1])
+                got = read(
+                    checkpoint, StoredTensor("t", "p", (), e if count else None, form), shape, dtypes[1]
+                )
                 np.testing.assert_array_equal(got.astype(np.float32), want)
     finally:
         slices.CHUNK = whole
@@ -102,7 +106,7 @@ def test_four_bits_are_what_their_format_says(tmp_path_factory, gate_up, sizes, 
     want = forms.decoded(blocks, scales)[1].astype(dtype)
     if gate_up:
         want = np.stack([want[0::2], want[1::2]])
-    stored = Stored("w", "p", (), 1, forms.MXFP4_TURNS if gate_up else forms.MXFP4)
+    stored = StoredTensor("w", "p", (), 1, forms.MXFP4_TURNS if gate_up else forms.MXFP4)
     assert [e.shape for e in entries(stored, want.shape)] == [blocks.shape[1:], scales.shape[1:]]
     whole, slices.CHUNK = slices.CHUNK, chunk
     try:
@@ -137,25 +141,25 @@ def test_bytes_beside_the_entry_are_not_read(tmp_path):
     values[2, 3, 1] = np.nan
     path = tmp_path / "model.safetensors"
     for form in (PLAIN, forms.TURNED, forms.TURNED_TURNS, forms.HALVES):
-        shape = {"plain": (4, 2)}.get(form.rows, (2, 1, 4) if form.transposed else (2, 2, 2))
+        shape = {"plain": (4, 2)}.get(form.row_layout, (2, 1, 4) if form.is_transposed else (2, 2, 2))
         shape = (2, 4) if form == forms.TURNED else shape
         with checkpoint_of(tmp_path, {"t": values}) as checkpoint:
-            assert (read(checkpoint, Stored("t", "p", (), 1, form), shape) == 1).all()
+            assert (read(checkpoint, StoredTensor("t", "p", (), 1, form), shape) == 1).all()
             with pytest.raises(ValueError, match=r"'t' has NaN or Inf \(as float32\)"):
-                read(checkpoint, Stored("t", "p", (), 2, form), shape)
+                read(checkpoint, StoredTensor("t", "p", (), 2, form), shape)
             os.truncate(path, path.stat().st_size - 9 * 4)  # all of the last entry and a number before
-            assert (read(checkpoint, Stored("t", "p", (), 0, form), shape) == 1).all()
+            assert (read(checkpoint, StoredTensor("t", "p", (), 0, form), shape) == 1).all()
             with pytest.raises(ValueError, match="truncated"):
-                read(checkpoint, Stored("t", "p", (), 1, form), shape)
+                read(checkpoint, StoredTensor("t", "p", (), 1, form), shape)
             with pytest.raises(ValueError, match="'t' has 24 values, asked for those to 32"):
-                read(checkpoint, Stored("t", "p", (), 3, form), shape)
+                read(checkpoint, StoredTensor("t", "p", (), 3, form), shape)
 
 
 @pytest.mark.parametrize("form", [forms.TURNED_TURNS, forms.TURNS, forms.MXFP4_TURNS])
 def test_an_entry_takes_the_memory_of_a_chunk(tmp_path, form):
     shape = (2, 2048, 1024)  # 16 MiB
-    stored = Stored("t", "p", (), 1, form)
-    dtype = np.uint8 if form.format == "mxfp4" else np.float32
+    stored = StoredTensor("t", "p", (), 1, form)
+    dtype = np.uint8 if form.number_format == "mxfp4" else np.float32
     tensors = {e.name: np.zeros((2, *e.shape), dtype) for e in entries(stored, shape)}
     with checkpoint_of(tmp_path, tensors) as checkpoint:
         out = np.ones(shape, np.float32)
@@ -172,18 +176,18 @@ def test_a_scale_that_is_no_number_and_numbers_beyond_the_dtype(tmp_path):
     blocks, scales = np.full((2, 4, 1, 16), 0x22, np.uint8), np.full((2, 4, 1), 127, np.uint8)
     scales[1, 2] = 255
     with checkpoint_of(tmp_path, {"w_blocks": blocks, "w_scales": scales}) as checkpoint:
-        assert (read(checkpoint, Stored("w", "p", (), 0, forms.MXFP4), (4, 32)) == 1).all()
+        assert (read(checkpoint, StoredTensor("w", "p", (), 0, forms.MXFP4), (4, 32)) == 1).all()
         with pytest.raises(
             ValueError, match=r"model\.safetensors: tensor 'w_scales' has the scale 255, .*NaN"
         ):
-            read(checkpoint, Stored("w", "p", (), 1, forms.MXFP4), (4, 32))
+            read(checkpoint, StoredTensor("w", "p", (), 1, forms.MXFP4), (4, 32))
     scales[1, 2], blocks[1, 2, 0, 3] = 254, 0x42  # 1 and 2 times 2^127
     for dtype in FLOATS:
         with (
             checkpoint_of(tmp_path, {"w_blocks": blocks, "w_scales": scales}) as checkpoint,
             pytest.raises(ValueError, match=rf"'w_blocks' has NaN or Inf \(as {dtype}\)"),
         ):
-            read(checkpoint, Stored("w", "p", (), 1, forms.MXFP4), (4, 32), dtype)
+            read(checkpoint, StoredTensor("w", "p", (), 1, forms.MXFP4), (4, 32), dtype)
 
 
 def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
@@ -192,9 +196,9 @@ def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
         last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
         assert last == checkpoint.tensors["w_scales"]
         os.truncate(last.file, last.offset + 6)
-        read(checkpoint, Stored("w", "p", (), 0, forms.MXFP4), (4, 32))
+        read(checkpoint, StoredTensor("w", "p", (), 0, forms.MXFP4), (4, 32))
         with pytest.raises(ValueError, match="truncated"):
-            read(checkpoint, Stored("w", "p", (), 1, forms.MXFP4), (4, 32))
+            read(checkpoint, StoredTensor("w", "p", (), 1, forms.MXFP4), (4, 32))
 
 
 @pytest.mark.parametrize(
@@ -230,9 +234,9 @@ def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
     ],
 )
 def test_shapes_and_dtypes_are_checked_as_they_are_stored(tmp_path, tensors, form, message):
-    dtype = tensors.pop("dtype", np.uint8 if form.format == "mxfp4" else np.float32)
+    dtype = tensors.pop("dtype", np.uint8 if form.number_format == "mxfp4" else np.float32)
     spec = ParamSpec("p", (3, 2, 4, 32), *FLOATS[:1] * 2, SingleDeviceSharding(jax.devices()[0]))
-    table = {"p": [Stored("w", "p", (e,), e, form) for e in range(3)]}
+    table = {"p": [StoredTensor("w", "p", (e,), e, form) for e in range(3)]}
     with checkpoint_of(tmp_path, {n: np.zeros(s, dtype) for n, s in tensors.items()}) as checkpoint:
         if message is None:
             check_shapes(checkpoint.tensors, table, {"p": spec})

@@ -24,7 +24,7 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
 from jmoe.models import FAMILIES
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import Stored
+from jmoe.models.weights import StoredTensor
 from jmoe.param import ParamMaker
 from jmoe.placement.placement import Placement
 
@@ -164,15 +164,15 @@ def test_layers_without_experts_have_no_row_in_a_placement():
     names = {name: f"moe.experts.{name}" for name in EXPERTS}
     routers = [f"moe.{name}" for name in ROUTERS]
     table = {
-        f"layers.{i}.{path}": [Stored(f"{i}.{name}", f"layers.{i}.{path}", (e,), e) for e in range(3)]
+        f"layers.{i}.{path}": [StoredTensor(f"{i}.{name}", f"layers.{i}.{path}", (e,), e) for e in range(3)]
         for i in DENSE_BETWEEN
         for name, path in names.items()
-    } | {"layers.0.mlp.down_DF": [Stored("0", "layers.0.mlp.down_DF")]}
+    } | {"layers.0.mlp.down_DF": [StoredTensor("0", "layers.0.mlp.down_DF")]}
     moved = into_slots(table, placement, DENSE_BETWEEN)
     assert moved["layers.0.mlp.down_DF"] == table["layers.0.mlp.down_DF"]
     for row_P, layer in zip(rows, DENSE_BETWEEN, strict=True):
         for path in names.values():
-            by_slot = {s.index: s.part for s in moved[f"layers.{layer}.{path}"]}
+            by_slot = {s.index: s.expert for s in moved[f"layers.{layer}.{path}"]}
             assert by_slot == {(slot,): expert for slot, expert in enumerate(row_P)}
         for name in (*routers, *names.values()):
             path, values = f"layers.{layer}.{name}", np.arange(6.0).reshape(3, 2)
@@ -189,11 +189,13 @@ def test_layers_without_experts_have_no_row_in_a_placement():
 
 def test_layers_without_experts_have_no_row_in_the_stacks():
     device, dtype = SingleDeviceSharding(jax.devices()[0]), np.dtype(np.float32)
-    stacked = into_stacks({f"layers.3.moe.experts.{name}": [Stored("t", "p")] for name in EXPERTS}, (3,))
+    stacked = into_stacks(
+        {f"layers.3.moe.experts.{name}": [StoredTensor("t", "p")] for name in EXPERTS}, (3,)
+    )
     assert list(stacked) == [f"store.{name.replace('_E', '_LE')}" for name in EXPERTS]
     name, stack = "moe.experts.down_bias_ED", "store.down_bias_LED"
     table = {
-        f"layers.{i}.{name}": [Stored("b", f"layers.{i}.{name}", (e,), e) for e in range(3)]
+        f"layers.{i}.{name}": [StoredTensor("b", f"layers.{i}.{name}", (e,), e) for e in range(3)]
         for i in DENSE_BETWEEN
     }
     [(path, parts)] = into_stacks(table, DENSE_BETWEEN).items()
@@ -203,6 +205,6 @@ def test_layers_without_experts_have_no_row_in_the_stacks():
     for layer in DENSE_BETWEEN:
         assert stacks.take(f"layers.{layer}.{name}", np.full((3, 4), layer, dtype))
     assert not stacks.take("layers.0.mlp.down_DF", np.zeros(1))
-    [(spec, buffer)] = stacks.finished()
+    [(spec, buffer)] = stacks.take_finished()
     assert spec.path == stack
     np.testing.assert_array_equal(buffer[:, 0, 0], DENSE_BETWEEN)

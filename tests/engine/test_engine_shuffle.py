@@ -148,12 +148,12 @@ def test_shuffling_goes_with_binning_and_tells_every_request(model: Path, placed
 def test_tables_become_shares_of_255():
     tables = tables_of(4)
     by_token = step_tables(tables, history=False)
-    assert all(t.by_history_HR is None and t.by_token_VR.dtype == np.uint8 for t in by_token)
-    np.testing.assert_allclose(by_token[1].by_token_VR / 255, tables.shares_LVR[1], atol=1 / 255)
+    assert all(t.history_shares_HR is None and t.token_shares_VR.dtype == np.uint8 for t in by_token)
+    np.testing.assert_allclose(by_token[1].token_shares_VR / 255, tables.shares_LVR[1], atol=1 / 255)
     both = step_tables(tables, history=True)
-    np.testing.assert_allclose(both[2].by_history_HR / 255, tables.next_shares_LHR[2], atol=1 / 255)
+    np.testing.assert_allclose(both[2].history_shares_HR / 255, tables.next_shares_LHR[2], atol=1 / 255)
     [only, *_] = step_tables(tables_of(4, whole=False), history=True)
-    best = np.sort(only.by_token_VR, axis=1)
+    best = np.sort(only.token_shares_VR, axis=1)
     assert (best[:, :-1] == 0).all() and (best[:, -1] > 0).all()
 
 

@@ -92,7 +92,7 @@ def weights(tmp: Path) -> Reader:
 
     def read(folder: Path) -> None:
         with HFCheckpoint(folder) as checkpoint:
-            _, specs, table = match(checkpoint, cfg, MoEConfig(), one_device(), keep=True)
+            _, specs, table = match(checkpoint, cfg, MoEConfig(), one_device(), own_dtypes=True)
             for path, spec in specs.items():
                 read_param(checkpoint, spec, table[path])
 

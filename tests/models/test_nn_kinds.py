@@ -16,7 +16,7 @@ from jmoe.nn.grouped_query import GroupedQueryAttention
 from jmoe.nn.kinds import make_state, page_bytes
 from jmoe.nn.kv_cache import StateSizes, zeros
 
-SIZES = StateSizes(pages=6, page_size=8, seats=3)
+SIZES = StateSizes(num_pages=6, page_size=8, num_seats=3)
 
 
 class BySeat(GroupedQueryAttention):
@@ -27,7 +27,7 @@ class BySeat(GroupedQueryAttention):
     @classmethod
     def state_layout(cls, cfg, split, kernel, sizes) -> LayerPages:
         where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shape = split.sequence_ranks * sizes.seats, cfg.hidden_size
+        shape = split.sequence_ranks * sizes.num_seats, cfg.hidden_size
         return LayerPages((jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where),))  # pyright: ignore
 
 
@@ -43,8 +43,8 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
 def test_each_layer_has_the_state_of_its_kind(mixed: ModelConfig):
     mesh = make_mesh()
     by_page, by_seat = make_state(mixed, split_attention(mesh, "dp"), "cpu", SIZES)
-    assert {a.shape[0] for a in by_page.kv} == {SIZES.pages}
-    assert [a.shape for a in by_seat.kv] == [(SIZES.seats, mixed.hidden_size)]
+    assert {a.shape[0] for a in by_page.kv} == {SIZES.num_pages}
+    assert [a.shape for a in by_seat.kv] == [(SIZES.num_seats, mixed.hidden_size)]
 
 
 def test_only_layers_by_page_count_as_pages(mixed: ModelConfig, monkeypatch: pytest.MonkeyPatch):

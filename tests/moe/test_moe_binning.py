@@ -318,7 +318,7 @@ def test_the_layer_bins_decode_steps_only():
     np.testing.assert_array_equal(y, plain_y)
     y, stats, changes = through(layer, x, flags, "decode")
     assert stats.counts["remapped"] == changes["remapped"].sum() > 0
-    np.testing.assert_array_equal(stats.plain_E, plain.counts_E)
+    np.testing.assert_array_equal(stats.plain_counts_E, plain.counts_E)
     assert (
         stats.counts_E.sum() == plain.counts_E.sum()
         and (stats.counts_E > 0).sum() < (plain.counts_E > 0).sum()
@@ -363,7 +363,7 @@ def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shap
     assert calls == [kernel]
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_array_equal(fused.counts_E, stats.counts_E)
-    np.testing.assert_array_equal(fused.plain_E, stats.plain_E)
+    np.testing.assert_array_equal(fused.plain_counts_E, stats.plain_counts_E)
     np.testing.assert_array_equal(moved["remapped"], changes["remapped"])
 
 

@@ -66,8 +66,8 @@ def test_every_mesh_equals_the_oracle(shape, transport: str, kernel: str | None)
     np.testing.assert_array_equal(stats.counts_E, single.counts_E)
     np.testing.assert_allclose(stats.mean_score_E, single.mean_score_E, atol=1e-6)
     ranks, traffic, remote = shape[1], stats.traffic, stats.counts["remote_assignments"]
-    assert (remote > 0) == (traffic.useful > 0) == (traffic.sent > 0) == (ranks > 1)
-    assert traffic.useful <= remote <= traffic.useful * 4
+    assert (remote > 0) == (traffic.useful_rows > 0) == (traffic.sent_rows > 0) == (ranks > 1)
+    assert traffic.useful_rows <= remote <= traffic.useful_rows * 4
 
 
 @pytest.mark.parametrize("transport", ["replicated", "all_to_all", "ragged_all_to_all"])
@@ -87,7 +87,7 @@ def test_skewed_routing_loses_nothing(transport: str):
     assert remote == 2 * (TOKENS - per_rank), "all but the owning rank's own tokens travel"
     everywhere = 7 * TOKENS
     sent = {"replicated": everywhere, "all_to_all": 2 * everywhere, "ragged_all_to_all": remote}
-    assert stats.traffic.useful == TOKENS - per_rank and stats.traffic.sent == sent[transport]
+    assert stats.traffic.useful_rows == TOKENS - per_rank and stats.traffic.sent_rows == sent[transport]
 
 
 def test_padding_changes_nothing():

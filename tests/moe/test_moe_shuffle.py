@@ -14,7 +14,7 @@ from support.models.small import config, decoder, mesh_of, tokens
 from jmoe.config.counters import LOSSY, names
 from jmoe.config.moe import MoEConfig
 from jmoe.models.journey import StepSettings
-from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, guess, label
+from jmoe.moe.orders import Hints, Move, Order, ShuffleTables, align, expected_shares, majority_rank
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import MoEOutput, Routing
 from jmoe.nn.sequences import Sequences
@@ -70,12 +70,22 @@ def test_the_surer_table_is_believed():
     by_history = np.array([[0, 0], [5, 250], [0, 0], [100, 155]], np.uint8)
     ids, history = jnp.array([0, 1, 0, 1]), jnp.array([[0, 1], [0, 1], [1, 1], [1, 1]])
     tables = ShuffleTables(by_token, by_history)
-    assert guess(Hints(tables, None), ids).tolist() == by_token[ids].tolist()
-    assert guess(Hints(tables, history), ids).tolist() == [[5, 250], [5, 250], [200, 55], [100, 155]]
+    assert expected_shares(Hints(tables, None), ids).tolist() == by_token[ids].tolist()
+    assert expected_shares(Hints(tables, history), ids).tolist() == [
+        [5, 250],
+        [5, 250],
+        [200, 55],
+        [100, 155],
+    ]
 
 
 def test_a_tokens_rank_is_that_of_most_of_its_experts():
-    assert label(jnp.array([[0, 1, 7], [7, 6, 0], [0, 2, 4], [4, 2, 2]]), 2, 4).tolist() == [0, 3, 0, 1]
+    assert majority_rank(jnp.array([[0, 1, 7], [7, 6, 0], [0, 2, 4], [4, 2, 2]]), 2, 4).tolist() == [
+        0,
+        3,
+        0,
+        1,
+    ]
 
 
 # ---- rows and what is reported of them
@@ -114,7 +124,9 @@ def test_rows_move_from_one_order_to_the_other_bit_for_bit(shape: tuple[int, int
         )
         got = np.asarray(move(by_a.reshape(-1, 5).view(np.float32), a, b)).view(np.uint32)
         np.testing.assert_array_equal(got, by_b.reshape(-1, 5), err_msg=f"{before} to {after}")
-    jax.tree.map(np.testing.assert_array_equal, shuffle.own_order(groups * n), order_of("own", groups, ranks))
+    jax.tree.map(
+        np.testing.assert_array_equal, shuffle.original_order(groups * n), order_of("own", groups, ranks)
+    )
 
 
 @pytest.mark.parametrize("history", [True, False])
@@ -137,7 +149,7 @@ def test_what_a_layer_reports_is_in_the_tokens_own_order(history: bool, lossy: b
     told, rank_N = report(out, order)
     expected = dict(zip(names(LOSSY), counts.tolist(), strict=True)) if lossy else None
     assert jax.tree.map(lambda a: a.tolist(), told.changes) == expected
-    want = label(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
+    want = majority_rank(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
     assert (rank_N if rank_N is None else rank_N.tolist()) == want
     assert ("all_gather" in str(jax.make_jaxpr(report)(out, order))) == (history or lossy)
 

@@ -127,8 +127,8 @@ def check(name: str, shape: tuple[int, int, int], dtype: str, columns: int = 4, 
         nobody = ~(valid & (ids < EXPERTS).any(1))
         assert not np.any(np.asarray(y)[nobody]), case
         want = (0, 0) if name == "local" else counted(name, ids, valid, shape)
-        assert (int(traffic.useful), int(traffic.sent)) == want, case
-        assert int(traffic.computed) == np.sum(valid[:, None] & (ids < EXPERTS)), case
+        assert (int(traffic.useful_rows), int(traffic.sent_rows)) == want, case
+        assert int(traffic.num_received) == np.sum(valid[:, None] & (ids < EXPERTS)), case
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,5 +255,5 @@ def test_a_decoder_gives_the_same_and_says_what_it_moved():
     one = states(decoder(cfg, make_mesh()))
     np.testing.assert_allclose(out.hidden_RND, one.hidden_RND, atol=1e-4)
     moved, remote = out.stats[0].traffic, out.stats[0].counts["remote_assignments"]
-    assert 0 < moved.useful <= moved.sent == remote
-    assert one.stats[0].traffic.sent == one.stats[0].traffic.useful == 0
+    assert 0 < moved.useful_rows <= moved.sent_rows == remote
+    assert one.stats[0].traffic.sent_rows == one.stats[0].traffic.useful_rows == 0

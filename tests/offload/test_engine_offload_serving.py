@@ -167,9 +167,9 @@ def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Pa
 
     def recorded(step):
         """Records whether the step only decodes, and the seats and last positions of its rows in use."""
-        live_B = step.own.positions_BT[:, 0] >= 0
-        last_B = step.own.positions_BT[live_B].max(axis=1)
-        rows.append((step.phase == "decode", step.own.seats_B[live_B], last_B))
+        live_B = step.main_rows.positions_BT[:, 0] >= 0
+        last_B = step.main_rows.positions_BT[live_B].max(axis=1)
+        rows.append((step.phase == "decode", step.main_rows.seats_B[live_B], last_B))
         return run(step)
 
     engine.runner.run = recorded

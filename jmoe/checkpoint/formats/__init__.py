@@ -1,6 +1,6 @@
 """The formats in which checkpoints store numbers: each has one short file, and one entry here.
 
-The model side names a tensor's format (``Form.format``), and a family the methods in which it is read.
+The model side names a tensor's format (``Form.number_format``), and a family the methods in which it is read.
 """
 
 from jmoe.checkpoint.formats import mxfp4, plain

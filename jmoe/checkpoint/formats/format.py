@@ -24,9 +24,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store numbers; ``Form`` and ``Stored`` say which slice of a parameter they are.
+    """One way to store numbers; ``Form`` and ``StoredTensor`` say which slice of a parameter they are.
 
-    name: name of the format in ``Form.format``.
+    name: name of the format in ``Form.number_format``.
     suffixes: what follows a stored name in the names of the tensors that store its values.
     entries: function of the stored name and the shape of the values; returns what is read from each of these
         tensors. It raises ValueError naming the tensor if the format cannot store such a shape.

@@ -39,10 +39,10 @@ from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, step_view, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
-from jmoe.moe.decide import count_alone
+from jmoe.moe.decide import count_on_device
 from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import Computed, Knobs, Routing
+from jmoe.moe.types import ExpertOutput, Knobs, Routing
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
@@ -74,20 +74,20 @@ class LayerFunctions:
         """Runs one layer up to its experts."""
         layer, predictor, walk = self.merge(weights), journey.predictor, journey.walk
         x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
-        knobs = None if journey.knobs is None else journey.knobs.of(journey.layer)
-        normed_ND, routed = layer.decide(x_ND, seqs, knobs, journey.resident_E)
+        knobs = None if journey.knobs is None else journey.knobs.for_part(journey.layer)
+        normed_ND, decision = layer.decide(x_ND, seqs, knobs, journey.resident_E)
         flags = token_flags(seqs)
-        ids_TK = assigned(routed.final, flags.valid_T)
-        report = [needed(ids_TK, routed.plain.scores_TE.shape[1])]
+        ids_TK = assigned(decision.final_routing, flags.valid_T)
+        report = [needed(ids_TK, decision.plain_routing.scores_TE.shape[1])]
         if predictor is not None:
-            routers, chosen_TK = journey.next_routers, assigned(routed.plain, flags.valid_T)
+            routers, chosen_TK = journey.next_routers, assigned(decision.plain_routing, flags.valid_T)
             next_scores_NAE = None if routers is None else layer.score_ahead(x_ND, routers)
-            view = LayerView(routed.plain.scores_TE, chosen_TK, next_scores_NAE)
+            view = LayerView(decision.plain_routing.scores_TE, chosen_TK, next_scores_NAE)
             walk, forecast = predictor.observe(walk, journey.layer, view)
-            report += [highest(routed.plain.scores_TE, flags.valid_T), *forecast]
-        expert_input = ExpertInput(normed_ND, ids_TK, routed.final.weights_TK)
-        plain = replace(routed.plain, plan=None) if predictor is None else None
-        record = LayerRecord(plain, count_alone(routed, flags), routed.changes)
+            report += [highest(decision.plain_routing.scores_TE, flags.valid_T), *forecast]
+        expert_input = ExpertInput(normed_ND, ids_TK, decision.final_routing.weights_TK)
+        plain = replace(decision.plain_routing, plan=None) if predictor is None else None
+        record = LayerRecord(plain, count_on_device(decision, flags), decision.changes)
         x_ND = layer.pass_shared(x_ND, normed_ND)
         return AttentionResult(x_ND, expert_input, record, walk, stack_rows(*report)), pages
 
@@ -138,18 +138,19 @@ class PartFunctions:
             forecast_RE = stack_rows(*forecast)
         return StepStart(rows, rotation, seqs, walk, forecast_RE)
 
-    def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> Computed:
+    def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> ExpertOutput:
         """Runs the experts that have a slot; slot ``num_slots + 1`` means none."""
         plan = by_slot(expert_input.ids_TK, slot_E, self.num_slots + 1)
-        return Computed(self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, pool), plan.rows)
+        y_ND = self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, pool)
+        return ExpertOutput(y_ND, plan.num_rows)
 
     def add_streamed(
-        self, total: Computed, expert_input: ExpertInput, expert: Array, weights: ExpertWeights
-    ) -> Computed:
+        self, total: ExpertOutput, expert_input: ExpertInput, expert: Array, weights: ExpertWeights
+    ) -> ExpertOutput:
         """Adds the output of one more expert."""
         plan = plan_dispatch(expert_input.ids_TK, jnp.ones(len(expert_input.ids_TK), bool), expert, 1)
         y_ND = total.y_ND + self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, weights)
-        return Computed(y_ND, total.rows + plan.rows)
+        return ExpertOutput(y_ND, total.num_rows + plan.num_rows)
 
     def finish(
         self, weights: list[Array], state: HostState, inputs: StepInput, end: StepEnd, counts_CL: Array

@@ -36,7 +36,7 @@ from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Computed, Knobs
+from jmoe.moe.types import ExpertOutput, Knobs
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
@@ -151,7 +151,7 @@ class HostDrivenRunner(Runner):
         cache: HostCache,
         *,
         is_decode: bool,
-    ) -> Computed:
+    ) -> ExpertOutput:
         """Runs a layer's experts: those in the pool, and those that are streamed because it lacks them."""
         needed_E = report_RE[0] > 0
         if is_decode:
@@ -159,7 +159,7 @@ class HostDrivenRunner(Runner):
             cache.demand(layer, needed_E, report_RE[1], forecast_of(report_RE[2:]), most)
         else:
             cache.count_prefill(layer, needed_E)
-        total: Computed = self._parts.run_pooled(expert_input, cache.slot_E(layer), cache.pool)
+        total: ExpertOutput = self._parts.run_pooled(expert_input, cache.slot_E(layer), cache.pool)
 
         def add(expert: int, weights: ExpertWeights) -> Array:
             nonlocal total

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.engine.step.counters import MoETotals
-from jmoe.models.journey import Foresight
+from jmoe.models.journey import RouterAhead
 from jmoe.moe.types import Changes, Counts, DispatchStats, Knobs, Routing
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
@@ -48,7 +48,7 @@ class LayerRecord(NamedTuple):
     def final_stats(self, cache_counts: Counts) -> DispatchStats:
         """The layer's statistics, with the counts of the cache for it."""
         assert self.num_computed is not None, "the layer's experts did not run"
-        traffic = replace(self.stats.traffic, computed=self.num_computed)
+        traffic = replace(self.stats.traffic, num_received=self.num_computed)
         return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache_counts)
 
 
@@ -68,7 +68,7 @@ class HostJourney(NamedTuple):
     resident_E: Array | None
     predictor: Predictor | None = None
     walk: Any = None
-    next_routers: list[Foresight] | None = None
+    next_routers: list[RouterAhead] | None = None
 
 
 class StepStart(NamedTuple):

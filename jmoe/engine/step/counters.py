@@ -86,7 +86,7 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
 def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
     """The totals with one step's layers added; a step without a valid token (in warm-up) is not counted."""
     counts_LE = jnp.stack([layer.counts_E for layer in layers])
-    plain_LE = jnp.stack([layer.plain_E for layer in layers])
+    plain_LE = jnp.stack([layer.plain_counts_E for layer in layers])
     step_L: dict[str, Array] = jax.tree.map(lambda *each: jnp.stack(each), *[layer.sums for layer in layers])
     has_tokens = jnp.any(counts_LE > 0)
     padded = [counter.name for counter in SUMS if counter.is_padded and counter.name in step_L]

@@ -72,7 +72,7 @@ def draw(
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.sampling_rows)
-    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.lost for layer in layers]), dtype=jnp.int32))
+    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.num_lost for layer in layers]), dtype=jnp.int32))
     return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
 
 

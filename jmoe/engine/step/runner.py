@@ -109,7 +109,7 @@ class Runner:
     def _first_state(self, model: Decoder, cache: ExpertCache | None) -> DeviceState:
         sizes = self.sizes.state
         pages = make_state(model.cfg, model.split, model.kernels.attention, sizes)
-        latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.seats, jnp.int32)()
+        latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.num_seats, jnp.int32)()
         return DeviceState(pages, self._zero_totals(), latest_S, cache)
 
     def _zero_totals(self) -> dict[Phase, MoETotals]:

@@ -22,7 +22,7 @@ from studies.speculative.routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
 from jmoe.models.decoder import Decoder
-from jmoe.models.layer import foresight, token_flags
+from jmoe.models.layer import router_ahead, token_flags
 from jmoe.nn.sequences import Sequences
 
 AHEAD = 3  # layers that a predictor may ask
@@ -60,7 +60,7 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
     for i, layer in enumerate(model.layers):
         x_ND, _ = layer.attend(x_ND, by, seqs, None)
         following = [model.layers[min(i + 1 + a, last)] for a in range(AHEAD)]
-        ahead_NAE = layer.score_ahead(x_ND, [foresight(f) for f in following])
+        ahead_NAE = layer.score_ahead(x_ND, [router_ahead(f) for f in following])
         assert layer.moe is not None
         out = layer.moe(layer.normed(x_ND), token_flags(seqs))
         x_ND = x_ND + out.y_TD

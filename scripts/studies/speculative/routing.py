@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import EngineSettings, build_engine
-from jmoe.moe.orders import Hints, ShuffleTables, align, guess, label, step_tables
+from jmoe.moe.orders import Hints, ShuffleTables, align, expected_shares, majority_rank, step_tables
 from jmoe.placement.profile import Profile
 from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen
 from jmoe.placement.tabulate import tabulate
@@ -108,12 +108,12 @@ def _ranks(
     """The rank each token is put on at every layer, ``[L, N]``, in steps of ``size``."""
     valid_T, been, found = jnp.ones(size, bool), [], []
     for table, rank_NK in zip(tables, rank_LNK, strict=True):
-        share_NR = guess(Hints.make(table, been), ids_N)
+        share_NR = expected_shares(Hints.make(table, been), ids_N)
         order = jax.lax.map(
             lambda share_TR: align(share_TR, valid_T).row_N, share_NR.reshape(-1, size, ranks)
         )
         found.append(order.reshape(-1) // (size // ranks))
-        been.append(label(rank_NK, 1, ranks))
+        been.append(majority_rank(rank_NK, 1, ranks))
     return jnp.stack(found)
 
 

@@ -8,12 +8,12 @@ from support.models import hf_tiny
 
 from jmoe.config.model import ModelConfig
 from jmoe.models import FAMILIES, Family
-from jmoe.models.weights import Form, Stored
+from jmoe.models.weights import Form, StoredTensor
 
 HALVES = Form("halves")
 TURNED, TURNED_HALVES, TURNED_TURNS = (Form(rows, True) for rows in ("plain", "halves", "alternate"))
 TURNS = Form("alternate")
-MXFP4, MXFP4_TURNS = Form(format="mxfp4"), Form("alternate", format="mxfp4")
+MXFP4, MXFP4_TURNS = Form(number_format="mxfp4"), Form("alternate", number_format="mxfp4")
 # of gate-and-up and of down
 LAYOUTS = {
     "granite": (HALVES, Form()),
@@ -25,12 +25,12 @@ LAYOUTS = {
 
 def as_stored(values: np.ndarray, form: Form) -> np.ndarray:
     """Returns what a checkpoint holds of a slice, unquantised."""
-    if form.rows == "halves":
+    if form.row_layout == "halves":
         values = np.concatenate([values[0], values[1]])
-    elif form.rows == "alternate":
+    elif form.row_layout == "alternate":
         gate, up = values
         values = np.stack([row for pair in zip(gate, up, strict=True) for row in pair])
-    return np.ascontiguousarray(values.T if form.transposed else values)
+    return np.ascontiguousarray(values.T if form.is_transposed else values)
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -49,20 +49,20 @@ def stacking(layout: str) -> Family:
     """Returns Qwen3-MoE as if its makers stored all experts of a layer in one tensor, in one of LAYOUTS."""
     plain, (gate_up, down) = FAMILIES[hf_tiny.QWEN3], LAYOUTS[layout]
 
-    def names(cfg: ModelConfig) -> Iterator[Stored]:
+    def names(cfg: ModelConfig) -> Iterator[StoredTensor]:
         without = replace(cfg, num_experts=1, num_experts_per_tok=1)
         yield from (s for s in plain.names(without) if ".experts." not in s.path)
         for i in range(cfg.num_hidden_layers):
             theirs, ours = f"model.layers.{i}.mlp.experts", f"layers.{i}.moe.experts"
             for e in range(cfg.num_experts):
-                yield Stored(f"{theirs}.gate_up_proj", f"{ours}.gate_up_E2FD", (e,), e, gate_up)
-                yield Stored(f"{theirs}.down_proj", f"{ours}.down_EDF", (e,), e, down)
+                yield StoredTensor(f"{theirs}.gate_up_proj", f"{ours}.gate_up_E2FD", (e,), e, gate_up)
+                yield StoredTensor(f"{theirs}.down_proj", f"{ours}.down_EDF", (e,), e, down)
 
     return replace(
         plain,
         names=names,
-        ignored=lambda cfg, name: name.startswith(f"model.layers.{cfg.num_hidden_layers}."),
-        quantization=("mxfp4",),
+        is_ignored=lambda cfg, name: name.startswith(f"model.layers.{cfg.num_hidden_layers}."),
+        quant_methods=("mxfp4",),
     )
 
 
@@ -77,7 +77,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
     for i in range(config["num_hidden_layers"]):
         theirs = f"model.layers.{i}.mlp.experts"
         for name, form in zip(("gate_up_proj", "down_proj"), LAYOUTS[layout], strict=True):
-            if form.format == "mxfp4":
+            if form.number_format == "mxfp4":
                 rows = 64 if name == "gate_up_proj" else 32
                 blocks = rng.integers(0, 256, (8, rows, 1, 16), np.uint8)
                 scales = rng.integers(118, 126, (8, rows, 1), np.uint8)
@@ -96,7 +96,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
                     zip(("gate", "up"), values[e], strict=True) if values.ndim == 4 else [("down", values[e])]
                 )
                 plain |= {f"{theirs}.{e}.{n}_proj.weight": np.ascontiguousarray(part) for n, part in parts}
-            if form.format == "plain":
+            if form.number_format == "plain":
                 stacked[f"{theirs}.{name}"] = np.stack([as_stored(values[e], form) for e in range(8)])
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if layout == "mxfp4" else {}
     hf_tiny.write_checkpoint(root / "plain", config, tensors=plain)
