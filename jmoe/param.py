@@ -17,8 +17,8 @@ class ParamMaker:
     std: the standard deviation; 0 makes zeros, which is fast if only shapes are needed.
     platform: platform of the devices that will hold the parameters; None is jax's default.
 
-    ``in_storage_dtype`` makes a parameter that XLA:CPU must not see as bfloat16, because it slices single experts out
-    of it in a loop: on a CPU it is kept as uint16 and reinterpreted when it is used.
+    ``in_storage_dtype`` makes a parameter that XLA:CPU must not see as bfloat16, because it slices single
+    experts out of it in a loop: on a CPU it is kept as uint16 and reinterpreted when it is used.
     """
 
     def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 0.02, platform: str | None = None):

@@ -205,6 +205,6 @@ def test_layers_without_experts_have_no_row_in_the_stacks():
     for layer in DENSE_BETWEEN:
         assert stacks.take(f"layers.{layer}.{name}", np.full((3, 4), layer, dtype))
     assert not stacks.take("layers.0.mlp.down_DF", np.zeros(1))
-    [(spec, buffer)] = stacks.take_finished()
+    [(spec, buffer)] = stacks.items()
     assert spec.path == stack
     np.testing.assert_array_equal(buffer[:, 0, 0], DENSE_BETWEEN)
