@@ -19,11 +19,11 @@ class Panic(Exception):
     """Something raised a BaseException that is not an Exception; that is the cause of this one."""
 
 
-def contained(function: Callable[..., Result], *given: Any) -> Result:
+def contained(function: Callable[..., Result], *args: Any) -> Result:
     """Returns what ``function`` returns, and raises only Exceptions. It is for threads, whose futures raise
     the error in an event loop, which survives only Exceptions."""
     try:
-        return function(*given)
+        return function(*args)
     except Exception:
         raise
     except BaseException as error:
@@ -36,14 +36,14 @@ def ends_program(error: BaseException) -> bool:
     return is_main and isinstance(error, KeyboardInterrupt | SystemExit)
 
 
-def tell(hear: Callable[..., object], *told: Any) -> None:
+def tell(listener: Callable[..., object], *args: Any) -> None:
     """Calls a listener. Its failure is logged and does not affect the caller."""
     try:
-        hear(*told)
+        listener(*args)
     except BaseException as error:
         if ends_program(error):
             raise
-        log.exception("%s failed", getattr(hear, "__qualname__", hear))
+        log.exception("%s failed", getattr(listener, "__qualname__", listener))
 
 
 @contextlib.contextmanager

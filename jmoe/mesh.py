@@ -97,13 +97,13 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def check_divides(what: str, size: int, axis: str, parts: int) -> None:
+def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:
     """Raises ValueError that lists the divisors, unless ``size`` splits evenly over ``parts``."""
-    if size % parts:
+    if size % num_parts:
         small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
         divisors = sorted({*small, *(size // d for d in small)})
         raise ValueError(
-            f"{axis} parallel size {parts} does not divide {what} {size}; it can be one of {divisors}"
+            f"{axis} parallel size {num_parts} does not divide {name} {size}; it can be one of {divisors}"
         )
 
 

@@ -108,7 +108,7 @@ class Bench:
             self.engine.abort(request.id)
         while self.engine.busy:
             self.engine.step()
-        return [(request.first_token - start) * 1e3 for request in asked]
+        return [(request.first_token_time - start) * 1e3 for request in asked]
 
 
 def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
         return 1
     kernels = engine.runner.kernels
     log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
-    if engine.runner.lossy:
+    if engine.runner.is_lossy:
         log.info("lossy techniques are on: %s", ", then ".join(map(str, settings.moe.stages)))
     log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)
     worker = EngineWorker(engine)
@@ -82,7 +82,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     finally:
         if tracer:
             tracer.close()
-        if engine.runner.alive:  # else a step may never end
+        if engine.runner.is_alive:  # else a step may never end
             worker.close()
 
 

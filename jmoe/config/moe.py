@@ -73,7 +73,7 @@ class MoEConfig:
         """Makes the config from the JSON form or the TOML form, which has one more level, ``moe``."""
         if isinstance(values, Mapping) and set(values) == {"moe"}:
             values = values["moe"]
-        return from_table(cls, values, "moe config", "moe.", without=("attention",))
+        return from_table(cls, values, "moe config", "moe.", excluded=("attention",))
 
     @classmethod
     def from_text(cls, text: str) -> Self:

@@ -75,36 +75,39 @@ def check_fields(instance: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name} must be {what}, got {shown(value)}")
 
 
-def from_table(cls: type[Table], values: Any, what: str, prefix: str, without: tuple[str, ...] = ()) -> Table:
+def from_table(
+    cls: type[Table], values: Any, table_name: str, prefix: str, excluded: tuple[str, ...] = ()
+) -> Table:
     """The dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
 
-    what: the table's name in messages. prefix: prefix of its keys in messages. without: fields that are not
-    keys.
+    table_name: the table's name in messages.
+    prefix: prefix of its keys in messages.
+    excluded: fields that are not keys.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a table of keys, got {type(values).__name__}")
-    kinds = {name: kind for name, kind in hints(cls).items() if name not in without}
-    check_keys(what, values, kinds)
+        raise ValueError(f"{table_name} must be a table of keys, got {type(values).__name__}")
+    kinds = {name: kind for name, kind in hints(cls).items() if name not in excluded}
+    check_keys(table_name, values, kinds)
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]  # pyright: ignore[reportArgumentType]
     for name in required:
         if name not in values:
-            raise ValueError(f"{what} has no {name!r}")
-    given = {}
+            raise ValueError(f"{table_name} has no {name!r}")
+    fields_by_name = {}
     for name, value in values.items():
         table = _table(kinds[name])
         if table is not None and value is not None:
             value = from_table(table, value, prefix + name, f"{prefix}{name}.")
-        given[name] = value
-    return cls(**given)
+        fields_by_name[name] = value
+    return cls(**fields_by_name)
 
 
-def check_keys(what: str, values: Iterable[Any], known: Iterable[str]) -> None:
+def check_keys(name: str, values: Iterable[Any], known_keys: Iterable[str]) -> None:
     """Raises ValueError that names the first unknown key and the nearest known one."""
-    known = list(known)
+    known_keys = list(known_keys)
     for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.0)
-            raise ValueError(f"{what}: unknown key {shown(key)}; nearest known key: {near[0]!r}")
+        if key not in known_keys:
+            near = difflib.get_close_matches(str(key)[:100], known_keys, n=1, cutoff=0.0)
+            raise ValueError(f"{name}: unknown key {shown(key)}; nearest known key: {near[0]!r}")
 
 
 @lru_cache
@@ -153,10 +156,10 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 3
 
 
-def _refusal(name: str, value: Any, kind: Any, why: str) -> str:
-    """The message of a refused value. ``why`` is msgspec's message, which ends with the position of the wrong
-    list entry."""
-    for index in re.findall(r"\[(\d+)\]", why.rpartition(" - at `$")[2]):
+def _refusal(name: str, value: Any, kind: Any, cause: str) -> str:
+    """The message of a refused value. ``cause`` is msgspec's message, which ends with the position of the
+    wrong list entry."""
+    for index in re.findall(r"\[(\d+)\]", cause.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):
             name, value, kind = f"{name}[{index}]", value[int(index)], _entry(kind)
     limit = next((meta.le for meta in _metas(kind) if meta.description and meta.le is not None), None)
@@ -232,9 +235,9 @@ def unique_json(text: str) -> Any:
 
 
 @contextmanager
-def named(where: object) -> Iterator[None]:
-    """Makes ValueErrors that are raised within the context begin with ``where``."""
+def named(name: object) -> Iterator[None]:
+    """Makes ValueErrors that are raised within the context begin with ``name``."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None

@@ -260,13 +260,13 @@ _OFFLOAD_READS = {
 }
 
 
-def _check_read(table: str, config: Any, by: str, readers: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for a key that is set but not read by the chosen method or policy (field ``by``)."""
-    chosen = getattr(config, by)
+def _check_read(table: str, config: Any, key: str, readers: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for a key that is set but not read by the chosen method or policy (field ``key``)."""
+    chosen = getattr(config, key)
     for name, methods in readers.items():
         value, default = getattr(config, name), getattr(type(config), name)
         if value != default and chosen not in methods:
             raise ValueError(
-                f"{table}.{name} = {value!r} has no effect with {by} {chosen!r}; "
+                f"{table}.{name} = {value!r} has no effect with {key} {chosen!r}; "
                 f"it needs one of {', '.join(methods)}"
             )

@@ -141,7 +141,7 @@ def page_kind(request: Request, runner: Runner) -> str:
     opted out has the pages of a lossless engine.
     """
     lossy = None
-    if runner.lossy and not request.params.exact:
+    if runner.is_lossy and not request.params.exact:
         lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.capacity_factor]
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 

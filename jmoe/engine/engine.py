@@ -29,7 +29,7 @@ from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import Placed, constrain, fill, place
 from jmoe.engine.step.inputs import StepInput
-from jmoe.engine.step.results import PromptScores, Started, count_assignments
+from jmoe.engine.step.results import PromptScores, RunningStep, count_assignments
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import ENDS
 from jmoe.engine.text.codec import TextCodec
@@ -70,17 +70,17 @@ class Engine:
         self.max_model_len, self.vocab_size = scheduler.limits.max_model_len, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._answers = Answers(PromptScores(runner), self.end_ids, self.max_model_len)
-        self._started: Started | None = None  # the step that is started and not delivered yet
-        self._closed = False
+        self._running_step: RunningStep | None = None  # the step that is started and not delivered yet
+        self._is_closed = False
 
     def close(self) -> None:
         """Frees the weights and the cache and takes no more requests; safe to call again."""
-        self._closed = True
+        self._is_closed = True
         self.runner.close()
 
     def check_open(self) -> None:
         """Raises EngineDead after ``close``."""
-        if self._closed:
+        if self._is_closed:
             raise EngineDead("the engine is closed")
 
     # ---- requests in -------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Engine:
             raise ValueError(
                 f"the request needs {need} KV pages and there are {have}: shorten it or raise --kv-memory"
             )
-        if params.min_tokens and len(self._ends(params)) > ENDS:
+        if params.min_tokens and len(self._end_tokens(params)) > ENDS:
             raise ValueError(f"min_tokens with more than {ENDS} end tokens is not supported")
         outside = next((t for t, _ in params.logit_bias if not 0 <= t < self.vocab_size), None)
         if outside is not None:
@@ -136,16 +136,16 @@ class Engine:
         """Ends a request, waiting or running; an unknown id is that of a finished one and changes nothing."""
         request = self.scheduler.abort(request_id)
         if request is not None:
-            self._ended(request, Output(request_id, finish_reason="abort"))
+            self._report_end(request, Output(request_id, finish_reason="abort"))
 
     def run(self, requests: list[Request]) -> None:
         """Serves ``requests`` to their ends, feeding the queue as it has room."""
         for request in requests:
             self.check([request])
-        left, scheduler = requests[::-1], self.scheduler
-        while left or self.busy:
-            while left and len(scheduler.waiting) < scheduler.limits.max_queue:
-                self.enqueue([left.pop()])
+        remaining, scheduler = requests[::-1], self.scheduler
+        while remaining or self.busy:
+            while remaining and len(scheduler.waiting) < scheduler.limits.max_queue:
+                self.enqueue([remaining.pop()])
             self.step()
 
     # ---- one step ----------------------------------------------------------------------------------
@@ -153,23 +153,23 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request runs or waits, or a step is to be delivered."""
-        return bool(self._started or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._running_step or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
         """Starts a step and delivers the previous one; False if there was neither."""
-        if self._started is not None and self._started.must_be_seen:
+        if self._running_step is not None and self._running_step.blocks_next_step:
             self._deliver()
-        began = time.monotonic()
+        start_time = time.monotonic()
         step = self.scheduler.next_step()
-        started = None if step is None else self._start(step, began)
-        if started is None and self._started is None:
+        running_step = None if step is None else self._start(step, start_time)
+        if running_step is None and self._running_step is None:
             return False
-        if self._started is not None:
+        if self._running_step is not None:
             self._deliver()
-        self._started = started
+        self._running_step = running_step
         return True
 
-    def _start(self, step: Step, began: float) -> Started:
+    def _start(self, step: Step, start_time: float) -> RunningStep:
         runner = self.runner
         for copies in step.copy_rounds():
             from_R, to_R = np.zeros((2, runner.ranks), np.int32)
@@ -178,21 +178,21 @@ class Engine:
             runner.copy_pages(from_R, to_R)
         placed, inputs = place(step, runner)
         for each in placed:
-            each.run.request.started = each.run.request.started or began
-            self._alone(each.run.request, self._fill, each, inputs)
-        planned = time.monotonic() - began
+            each.run.request.start_time = each.run.request.start_time or start_time
+            self._isolate(each.run.request, self._fill, each, inputs)
+        planning_seconds = time.monotonic() - start_time
         output = runner.run(inputs)
         scores = self._answers.scores.start(placed, output.hidden_RND)
-        changes_B = output.changes_B if runner.lossy else None
-        return Started(placed, output.sampled, changes_B, scores, began, planned)
+        changes_B = output.changes_B if runner.is_lossy else None
+        return RunningStep(placed, output.sampled, changes_B, scores, start_time, planning_seconds)
 
     def _fill(self, placed: Placed, inputs: StepInput) -> None:
         request = placed.run.request
-        fill(placed, inputs, self._ends(request.params))
+        fill(placed, inputs, self._end_tokens(request.params))
         if (failure := constrain(placed, inputs)) is not None:
             self._fail(request, failure, invalid=True)
 
-    def _ends(self, params: SamplingParams) -> list[int]:
+    def _end_tokens(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.end_ids
         return sorted({*ends, *params.stop_token_ids})
 
@@ -200,39 +200,41 @@ class Engine:
 
     def _deliver(self) -> None:
         """Waits for the step's end, appends each row's token to its request and emits what became certain."""
-        started, self._started = self._started, None
-        assert started is not None
-        ids, *scores, finite, lost = started.fetch()
-        if lost:
-            self._lose(started, int(lost))
+        step, self._running_step = self._running_step, None
+        assert step is not None
+        ids, *scores, finite, num_lost = step.fetch()
+        if num_lost:
+            self._fail_step(step, int(num_lost))
         now = time.monotonic()
-        scored, changes = jax.device_get((started.scores, started.changes_B))
-        for placed in started.placed:
+        prompt_scores, changes = jax.device_get((step.prompt_scores, step.changes_B))
+        for placed in step.placed:
             run, row = placed.run, placed.sample_row
             run.request.place.num_in_flight -= run.is_sampled
-            if self.runner.lossy:
+            if self.runner.is_lossy:
                 count_assignments(placed, changes, self.runner.cfg)
-            drawn = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
-            self._alone(run.request, self._deliver_run, placed, scored, drawn, now)
-        report = started.report(now, time.monotonic())
+            sample = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
+            self._isolate(run.request, self._deliver_run, placed, prompt_scores, sample, now)
+        report = step.report(now, time.monotonic())
         for listener in self.listeners:
             tell(listener.stepped, report)
 
-    def _deliver_run(self, placed: Placed, scored: Any, drawn: tuple[int, tuple, bool], now: float) -> None:
+    def _deliver_run(
+        self, placed: Placed, prompt_scores: Any, sample: tuple[int, tuple, bool], now: float
+    ) -> None:
         """Delivers a step's result to one request.
 
-        drawn: its sampled token, the token's scores, and whether its logits are finite.
+        sample: its sampled token, the token's scores, and whether its logits are finite.
         """
         run, request = placed.run, placed.run.request
-        token, scores, finite = drawn
-        self._answers.scores.keep(placed, scored)
+        token, scores, finite = sample
+        self._answers.scores.keep(placed, prompt_scores)
         if request.place.is_ended or not run.is_sampled:
             return
         if not finite:
             self.scheduler.spoil(request)
             self._fail(request, "the model produced NaN logits")
         elif request.params.max_tokens == 0:
-            self._end(request, self._answers.without_tokens(request))
+            self._end(request, self._answers.scores_only(request))
         else:
             self._deliver_token(request, token, scores, now)
 
@@ -240,11 +242,11 @@ class Engine:
         request.token_ids.append(token)
         if request.place.rank >= 0:
             self.scheduler.name_pages(request)
-        request.first_token = request.first_token or now
+        request.first_token_time = request.first_token_time or now
         for listener in self.listeners:
             listener.token(request, now)
         try:
-            output = self._answers.grown(request, token, scores)
+            output = self._answers.next_output(request, token, scores)
         except ValueError as error:
             self._fail(request, str(error))
             return
@@ -255,23 +257,24 @@ class Engine:
         else:
             request.emit(output)
 
-    def _lose(self, started: Started, lost: int) -> None:
-        """Ends the requests of a step of which ``lost`` assignments to experts were not computed: its tokens,
-        and what it wrote to the pages, are wrong."""
-        cause = f"{lost} of the step's assignments to experts were not computed: its answers would be wrong"
+    def _fail_step(self, step: RunningStep, num_lost: int) -> None:
+        """Ends the requests of a step of which ``num_lost`` assignments to experts were not computed: its
+        tokens, and what it wrote to the pages, are wrong."""
+        what = f"{num_lost} of the step's assignments to experts"
+        cause = f"{what} were not computed: its answers would be wrong"
         log.error("%s. This is a fault of the engine; restart it and report it", cause)
-        for placed in started.placed:
+        for placed in step.placed:
             self.scheduler.spoil(placed.run.request)
             if not placed.run.request.place.is_ended:
                 self._fail(placed.run.request, cause)
 
     def _fail(self, request: Request, cause: str, *, invalid: bool = False) -> None:
-        self._end(request, Output(request.id, finish_reason="error", error=cause, invalid=invalid))
+        self._end(request, Output(request.id, finish_reason="error", error=cause, is_invalid=invalid))
 
-    def _alone(self, request: Request, work: Callable[..., None], *given: Any) -> None:
-        """Runs the host's ``work`` for one request; if it fails, only that request ends."""
+    def _isolate(self, request: Request, function: Callable[..., None], *args: Any) -> None:
+        """Runs the host's ``function`` for one request; if it fails, only that request ends."""
         try:
-            work(*given)
+            function(*args)
         except BaseException as error:  # a panic of a Rust library is no Exception
             if ends_program(error):
                 raise
@@ -282,12 +285,12 @@ class Engine:
 
     def _end(self, request: Request, output: Output) -> None:
         self.scheduler.finish(request)
-        self._ended(request, output)
+        self._report_end(request, output)
 
-    def _ended(self, request: Request, output: Output) -> None:
+    def _report_end(self, request: Request, output: Output) -> None:
         self._answers.forget(request)
         reason: FinishReason = output.finish_reason or "error"
-        if self.runner.lossy:
+        if self.runner.is_lossy:
             output = replace(output, moe=request.moe)
         for listener in self.listeners:
             tell(listener.finished, request, reason)
@@ -295,18 +298,19 @@ class Engine:
 
     def give_up(self, reason: FinishReason, cause: str) -> None:
         """Ends every request, once no step can run any more."""
-        self._started = None
+        self._running_step = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists
-            tell(self._ended, request, Output(request.id, finish_reason=reason, error=cause))
+            tell(self._report_end, request, Output(request.id, finish_reason=reason, error=cause))
 
     # ---- looking in --------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
-        after = self.runner.compilations.after_warm_up
-        told = s.preemptions, s.prefix.queries, s.prefix.hits
-        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, self.runner.alive, after, *told)
+        after = self.runner.compilations.num_after_warmup
+        counts = s.preemptions, s.prefix.queries, s.prefix.hits
+        is_alive = self.runner.is_alive
+        return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, is_alive, after, *counts)
 
     def moe_stats(self) -> dict[str, Any]:
         """Statistics of the experts since the start, by phase: totals, means a step, counts layer x expert

@@ -109,7 +109,7 @@ class LLM:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")
         compiled = None if grammar is None else self._grammars.compile(grammar)
-        arrived = time.monotonic()
+        arrival_time = time.monotonic()
         collected: list[list[Output]] = [[] for _ in prompts]
         requests = [
             Request(
@@ -117,7 +117,7 @@ class LLM:
                 prompt_token_ids=self.encode(prompt),
                 params=with_seed(params),
                 emit=collected[i].append,
-                arrived=arrived,
+                arrival_time=arrival_time,
                 constraint=None if compiled is None else compiled.constraint(),
             )
             for i, prompt in enumerate(prompts)
@@ -162,7 +162,7 @@ class LLM:
     @staticmethod
     def _result(request: Request, parts: list[Output]) -> RequestOutput:
         if parts[-1].error is not None:
-            raise (ValueError if parts[-1].invalid else RuntimeError)(parts[-1].error)
+            raise (ValueError if parts[-1].is_invalid else RuntimeError)(parts[-1].error)
         completion = Completion(
             text="".join(p.text for p in parts),
             token_ids=list(request.token_ids),

@@ -102,7 +102,7 @@ class Output:
     thoughts: the same for the channels other than the final one, if the model answers in channels.
     prompt_logprobs: one entry a prompt token, None for the first; sent once, with the first increment.
     error: the one-line cause if ``finish_reason`` is "error".
-    invalid: whether the request itself is that cause, so that sending it again cannot help.
+    is_invalid: whether the request itself is that cause, so that sending it again cannot help.
     moe: sent with the last increment, if anything lossy is configured.
     """
 
@@ -115,7 +115,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
-    invalid: bool = False
+    is_invalid: bool = False
     moe: MoEUsage | None = None
 
 
@@ -141,21 +141,21 @@ class Request:
     constraint: the answer's grammar; None allows every token.
     token_ids: generated tokens that the host has seen.
     place: the scheduler's state of the request.
-    cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
+    num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
     """
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     emit: Callable[[Output], None]
-    arrived: float
+    arrival_time: float
     constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list)
     place: "Place" = field(default_factory=lambda: Place())
-    started: float | None = None
-    first_token: float | None = None
+    start_time: float | None = None
+    first_token_time: float | None = None
     moe: MoEUsage = field(default_factory=MoEUsage)
-    cached_tokens: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def length(self) -> int:
@@ -217,10 +217,10 @@ class EngineSnapshot:
     prefix_hits: prompt tokens that were found there.
     """
 
-    running: int
-    waiting: int
+    num_running: int
+    num_waiting: int
     kv_usage: float
-    alive: bool
+    is_alive: bool
     compilations_after_warmup: int
     preemptions: int = 0
     prefix_queries: int = 0

@@ -25,9 +25,9 @@ class EngineWorker:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._calls: list[tuple[Any, Future]] = []
-        self._wake = threading.Condition()
-        self._closing = False
-        self._dead: str | None = None
+        self._condition = threading.Condition()
+        self._is_closing = False
+        self._death_cause: str | None = None
         self._thread = threading.Thread(target=self._loop, name="jmoe-engine", daemon=True)
 
     def start(self) -> None:
@@ -56,13 +56,13 @@ class EngineWorker:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         ids = list(request_ids)
-        if self._dead is None:
+        if self._death_cause is None:
             self._post(lambda: [tell(self._engine.abort, i) for i in ids])
 
     def snapshot(self) -> EngineSnapshot:
         """Does not wait for a step to end: each number is right, but they may be one step apart."""
         s = self._engine.snapshot()
-        return replace(s, alive=s.alive and self._dead is None and self._thread.is_alive())
+        return replace(s, is_alive=s.is_alive and self._death_cause is None and self._thread.is_alive())
 
     def moe_stats(self) -> dict[str, Any]:
         return self._call(self._engine.moe_stats)
@@ -72,19 +72,19 @@ class EngineWorker:
 
     def close(self) -> None:
         """Stops the thread after the current step, aborts what still runs and closes the engine."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
         self._thread.join()
         self._engine.close()
 
     def _post(self, call: Any) -> Future:
         future: Future = Future()
-        with self._wake:
-            if self._dead is not None or self._closing:
-                raise EngineDead(self._dead or "the engine is shutting down")
+        with self._condition:
+            if self._death_cause is not None or self._is_closing:
+                raise EngineDead(self._death_cause or "the engine is shutting down")
             self._calls.append((call, future))
-            self._wake.notify()
+            self._condition.notify()
         return future
 
     def _call(self, call: Any) -> Any:
@@ -97,18 +97,18 @@ class EngineWorker:
                 self._engine.step()
             cause, reason = "the engine is shutting down", "abort"
         except BaseException as error:  # a panic of a Rust library is no Exception
-            self._dead = cause  # first, because logging takes memory and may fail too
+            self._death_cause = cause  # first, because logging takes memory and may fail too
             log.critical("the engine's thread ended: %s", type(error).__name__, exc_info=error)
         finally:
             self._stop(cause, reason)
 
     def _run_calls(self) -> bool:
         """Runs the posted calls; waits for one if the engine has nothing to do. False when closing."""
-        with self._wake:
-            while not (self._calls or self._closing or self._engine.busy):
-                self._wake.wait()
+        with self._condition:
+            while not (self._calls or self._is_closing or self._engine.busy):
+                self._condition.wait()
             calls, self._calls = self._calls, []
-            closing = self._closing
+            closing = self._is_closing
         for call, future in calls:
             try:
                 future.set_result(contained(call))
@@ -117,8 +117,8 @@ class EngineWorker:
         return not closing
 
     def _stop(self, cause: str, reason: FinishReason) -> None:
-        with self._wake:
-            self._dead = cause
+        with self._condition:
+            self._death_cause = cause
             calls, self._calls = self._calls, []
         for _, future in calls:
             future.set_exception(EngineDead(cause))

@@ -237,7 +237,7 @@ class Server(uvicorn.Server):
         """Ends the server when the engine is dead, or when it drains and no answer runs any more."""
         service, waited = self.service, 0.0
         while True:
-            if not service.engine.snapshot().alive:
+            if not service.engine.snapshot().is_alive:
                 log.error("the engine has stopped; the server ends")
                 self.exit_code = 1
                 break

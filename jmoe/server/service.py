@@ -94,7 +94,7 @@ class Service:
             raise draining()
 
     def check_alive(self) -> None:
-        if not self.engine.snapshot().alive:
+        if not self.engine.snapshot().is_alive:
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:

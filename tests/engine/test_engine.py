@@ -103,7 +103,7 @@ def test_a_mesh_generates_the_same_tokens(engine: Engine, shape, attention: str,
     on_mesh = engine_on(mesh_of(shape), moe, slots=slots, first=shape[1], warm_up=True)
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
-    assert on_mesh.runner.compilations.after_warm_up == 0
+    assert on_mesh.runner.compilations.num_after_warmup == 0
     on_mesh.close()
 
 
@@ -115,15 +115,15 @@ def test_nothing_compiles_after_warm_up(engine: Engine):
         SamplingParams(max_tokens=3, temperature=0.0, logprobs=4, prompt_logprobs=2),
         SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(3,), seed=5),
     ]
-    before = engine.runner.compilations.after_warm_up
+    before = engine.runner.compilations.num_after_warmup
     serve(engine, prompts(5, seed=7), mixed)
     engine.moe_stats()
-    assert engine.runner.compilations.after_warm_up == before
+    assert engine.runner.compilations.num_after_warmup == before
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))
     window_logits(engine, range(11))
-    assert engine.runner.compilations.after_warm_up == before, "only the engine's own steps count"
+    assert engine.runner.compilations.num_after_warmup == before, "only the engine's own steps count"
     engine.runner.run(engine.runner.blank("decode", 3, 1))
-    assert engine.runner.compilations.after_warm_up > before, "the counter hears a shape that was not warm"
+    assert engine.runner.compilations.num_after_warmup > before, "the counter hears a shape that was not warm"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)

@@ -89,7 +89,7 @@ def test_other_methods_serve(binning: BinningConfig):
     answers(engine)
     decode = engine.moe_stats()["decode"]
     assert decode["active_experts"] < decode["active_experts_baseline"] and decode["remapped"] > 0
-    assert engine.runner.compilations.after_warm_up == 0
+    assert engine.runner.compilations.num_after_warmup == 0
 
 
 @pytest.mark.matrix

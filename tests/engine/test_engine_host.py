@@ -311,9 +311,9 @@ def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
     assert even.place.num_cached_tokens == 7 and even.place.block_table[0] == first.place.block_table[0], (
         "the last page is copied"
     )
-    assert [r.cached_tokens for r in (first, same, longer, even)] == [0, 9, 8, 7]
+    assert [r.num_cached_tokens for r in (first, same, longer, even)] == [0, 9, 8, 7]
     for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
-        assert other.place.num_cached_tokens == other.cached_tokens == 0
+        assert other.place.num_cached_tokens == other.num_cached_tokens == 0
         assert not set(other.place.block_table) & set(first.place.block_table)
     assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
@@ -356,17 +356,17 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(codec: TextCodec, text: 
         piece = detokenizer.push(token)
         assert "\ufffd" not in piece
         got += piece
-        if detokenizer.stopped_by is not None:
+        if detokenizer.stop_match is not None:
             break
     else:
         got += detokenizer.flush()
     ends = [text.find(s) + len(s) for s in stop if s in text]
     if not ends:
-        assert got == text and detokenizer.stopped_by is None
+        assert got == text and detokenizer.stop_match is None
     else:
         first = min(ends)  # the stop string that is complete first
         cut = min(text[:first].find(s) for s in stop if s in text[:first])
-        assert got == text[:cut] and detokenizer.stopped_by in stop
+        assert got == text[:cut] and detokenizer.stop_match in stop
 
 
 def test_half_a_character_is_held_back_and_flushed(codec: TextCodec):

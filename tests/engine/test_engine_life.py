@@ -34,19 +34,19 @@ def test_the_counter_hears_its_own_thread_inside_watch_and_after_warm_up():
     counter = CompilationCounter()
     with counter.watch():
         compile_something()
-    assert counter.after_warm_up == 0, "warm-up itself does not count"
-    counter.warm_up_done()
+    assert counter.num_after_warmup == 0, "warm-up itself does not count"
+    counter.start()
     compile_something()
-    assert counter.after_warm_up == 0, "outside watch nothing counts"
+    assert counter.num_after_warmup == 0, "outside watch nothing counts"
     with counter.watch():
         compile_something()
-    heard = counter.after_warm_up
+    heard = counter.num_after_warmup
     assert heard > 0
     counter.close()
     counter.close()
     with counter.watch():
         compile_something()
-    assert counter.after_warm_up == heard, "a closed counter hears nothing"
+    assert counter.num_after_warmup == heard, "a closed counter hears nothing"
 
 
 def test_a_second_llm_and_logits_are_not_compilations_of_the_first(model):
@@ -77,10 +77,10 @@ def test_closing_the_worker_closes_its_engine(model):
     worker.close()
     with pytest.raises(EngineDead, match="the engine is closed"):
         engine.run([Request("late", [1], GREEDY, lambda output: None, 0.0)])
-    heard = engine.runner.compilations.after_warm_up
+    heard = engine.runner.compilations.num_after_warmup
     with engine.runner.compilations.watch():
         compile_something()
-    assert engine.runner.compilations.after_warm_up == heard
+    assert engine.runner.compilations.num_after_warmup == heard
 
 
 def test_without_warm_up_only_what_runs_is_compiled(model):

@@ -113,11 +113,11 @@ def test_requests_that_give_way_end_with_the_same_tokens(engine: Engine, shape):
     many = prompts(8, seed=51)
     want = [answer(engine, p) for p in many]
     tight = engine_on(mesh_of(shape), pages=9, warm_up=True)
-    before = tight.runner.compilations.after_warm_up
+    before = tight.runner.compilations.num_after_warmup
     assert [r.token_ids for r in serve(tight, many)[0]] == want
     seen = tight.snapshot()
-    assert seen.preemptions > 0 and seen.kv_usage == 0 and seen.running == seen.waiting == 0
-    assert tight.runner.compilations.after_warm_up == before
+    assert seen.preemptions > 0 and seen.kv_usage == 0 and seen.num_running == seen.num_waiting == 0
+    assert tight.runner.compilations.num_after_warmup == before
 
 
 def test_scores_of_a_prompt_are_told_once_also_where_it_runs_again():
@@ -173,7 +173,7 @@ def test_an_abort_frees_pages_and_place_at_once_wherever_it_comes(engine: Engine
     engine.abort("gone")
     told = len(ends)
     snapshot = engine.snapshot()
-    assert (snapshot.kv_usage, snapshot.running, snapshot.waiting) == (0, 0, 0)
+    assert (snapshot.kv_usage, snapshot.num_running, snapshot.num_waiting) == (0, 0, 0)
     while engine.busy:
         engine.step()
     assert len(ends) == told and ends[-1].finish_reason == "abort", "nothing is told behind the end"
@@ -219,7 +219,7 @@ def test_a_broken_constraint_ends_its_request_alone(engine: Engine):
     broken = Request("broken", [1, 2], GREEDY, got.append, 0.0, constraint=Only([5] * 12, fails=3))
     fine = Request("fine", [1, 2], GREEDY, lambda output: None, 0.0)
     engine.run([broken, fine])
-    assert got[-1].finish_reason == "error" and "grammar is broken" in got[-1].error and got[-1].invalid
+    assert got[-1].finish_reason == "error" and "grammar is broken" in got[-1].error and got[-1].is_invalid
     assert broken.token_ids == [5, 5, 5] and len(fine.token_ids) == 12
     assert engine.snapshot().kv_usage == 0
 

@@ -204,11 +204,11 @@ def check_idle(worker: EngineWorker, server: Any) -> None:
 
     def idle() -> bool:
         s = worker.snapshot()
-        return (s.running, s.waiting, s.kv_usage) == (0, 0, 0.0) and not server.service.generations
+        return (s.num_running, s.num_waiting, s.kv_usage) == (0, 0, 0.0) and not server.service.generations
 
     assert eventually(idle), (worker.snapshot(), server.service.generations)
     assert eventually(lambda: not tasks(server) and not server.server_state.connections)
-    assert worker.snapshot().alive and worker.snapshot().compilations_after_warmup == 0
+    assert worker.snapshot().is_alive and worker.snapshot().compilations_after_warmup == 0
 
 
 def storm(served, quiet, count: int, seed: int) -> int:
@@ -269,11 +269,11 @@ def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypa
                 reader, writer = await seats.enter_async_context(connected(port))
                 writer.write(post(PATH, long))
                 await reader.readuntil(b"data: ")
-            assert worker.snapshot().running == 8
+            assert worker.snapshot().num_running == 8
             waiting = [
                 asyncio.create_task(ask(port, post(PATH, long | {"max_tokens": 2}))) for _ in range(12)
             ]
-            while sum(task.done() for task in waiting) < 8 or worker.snapshot().waiting < 4:
+            while sum(task.done() for task in waiting) < 8 or worker.snapshot().num_waiting < 4:
                 await asyncio.sleep(0.02)
             pair = await ask(port, post(PATH, long | {"n": 2}))
             assert pair[0] == 503, "two find no room for one either"

@@ -106,9 +106,9 @@ def running(engine):
     worker.start()
     yield worker
     engine.codec = None
-    with worker._wake:
-        worker._closing = True
-        worker._wake.notify()
+    with worker._condition:
+        worker._is_closing = True
+        worker._condition.notify()
     worker._thread.join(60)
     assert not worker._thread.is_alive() and not engine.busy
     engine.__dict__.pop("step", None)
@@ -159,7 +159,7 @@ def test_who_causes_a_panic_fails_alone(engine, running, culprit):
     assert fine[0].token_ids == [FINE] * 5 and "".join(o.text for o in fine[1]) == "xxxxx"
     again = request(engine, "again")
     running.submit([again[0]])
-    assert again[2].wait(60) and again[0].token_ids == [FINE] * 5 and running.snapshot().alive
+    assert again[2].wait(60) and again[0].token_ids == [FINE] * 5 and running.snapshot().is_alive
 
 
 @pytest.mark.parametrize("failing", [panic, boom, leave])
@@ -176,7 +176,7 @@ def test_who_is_told_and_fails_harms_nobody_else(engine, running, failing):
     deaf, fine = request(engine, "deaf"), request(engine, "fine")
     deaf[0].emit = lambda output: failing()
     running.submit([deaf[0], fine[0]])
-    assert fine[2].wait(60) and fine[0].token_ids == [FINE] * 5 and running.snapshot().alive
+    assert fine[2].wait(60) and fine[0].token_ids == [FINE] * 5 and running.snapshot().is_alive
     running.abort(["deaf"])
     late = request(engine, "late")
     running.submit([late[0]])
@@ -200,7 +200,7 @@ def test_whatever_ends_the_thread_nobody_waits_for_it(engine, running, kind):
     running.submit([first[0], second[0]])
     assert second[2].wait(60), "the first's fault in being told so is not the second's"
     assert second[1][-1].finish_reason == "error" and second[1][-1].error.startswith("the engine failed")
-    assert not running.snapshot().alive
+    assert not running.snapshot().is_alive
     for ask in (lambda: running.submit([request(engine, "late")[0]]), running.moe_stats):
         with pytest.raises(EngineDead):
             ask()
@@ -211,7 +211,7 @@ def test_a_call_that_panics_is_its_callers(engine, running, monkeypatch):
     monkeypatch.setattr(engine, "moe_stats", panic)
     with pytest.raises(Exception, match="Panic"):
         running.moe_stats()
-    assert running.snapshot().alive
+    assert running.snapshot().is_alive
 
 
 # ---- in the server -----------------------------------------------------------------------------------

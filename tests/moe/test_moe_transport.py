@@ -234,13 +234,13 @@ def test_totals_of_many_large_steps_do_not_overflow():
 def test_a_step_without_a_valid_token_moves_nothing_that_counts():
     """Warm-up runs padding: the padded transports send it, but no request did."""
     totals = add_step(zero_totals(1, 2), [step(0, 7)])
-    assert totals.steps == 0 and totals.sums_L["transport_bytes"].fetched().tolist() == [0]
+    assert totals.steps == 0 and totals.sums_L["transport_bytes"].to_host().tolist() == [0]
 
 
 def test_counts_carry_beyond_32_bits():
     count = Count64(jnp.full(2, 2**32 - 1, jnp.uint32), jnp.asarray([0, 5], jnp.uint32))
     want = [2**32 - 1 + 2, (5 << 32) + 2**32 - 1]
-    assert count.plus(jnp.asarray([2, 0], jnp.int32)).fetched().tolist() == want
+    assert count.plus(jnp.asarray([2, 0], jnp.int32)).to_host().tolist() == want
 
 
 def test_a_decoder_gives_the_same_and_says_what_it_moved():

@@ -145,7 +145,7 @@ def test_pools_that_hold_all_experts_copy_none_and_nothing_compiles_after_warm_u
     with closing(engine):
         assert serve(engine, prompts(6)) == resident
         stats = engine.moe_stats()
-        assert engine.runner.compilations.after_warm_up == 0
+        assert engine.runner.compilations.num_after_warmup == 0
     for phase in ("prefill", "decode"):
         assert stats[phase]["bytes_host_to_device"] == stats[phase]["expert_cache_evictions"] == 0
         assert stats[phase]["expert_cache_hits"] > stats[phase]["expert_cache_misses"] == 0

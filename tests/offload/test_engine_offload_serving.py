@@ -97,7 +97,7 @@ def test_nothing_compiles_after_warm_up(model: Path, resident):
     with closing(engine):
         assert serve(engine, prompts(4)) == resident[4]
         engine.moe_stats()
-        assert engine.runner.compilations.after_warm_up == 0
+        assert engine.runner.compilations.num_after_warmup == 0
 
 
 @pytest.mark.matrix
@@ -216,7 +216,7 @@ def test_the_pool_is_changed_in_place(model: Path):
     engine = offloaded(model, slots_per_layer=EXPERTS, seqs=1)
     with closing(engine):
         runner, given = engine.runner, engine.runner.blank("decode", 1, 1)
-        state = runner.state.of_phase("decode")
+        state = runner.state.for_phase("decode")
         lowered = runner._jitted.step.lower(runner.weights, state, given, StepSettings())
         pool = sum(a.nbytes for a in jax.tree.leaves(runner.cache.pool))
         assert lowered.compile().memory_analysis().temp_size_in_bytes < pool / 4

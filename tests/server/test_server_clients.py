@@ -358,7 +358,7 @@ def test_cached_tokens_are_those_that_no_answer_computed(client):
 
     def with_pages(requests):
         for request in requests:
-            request.cached_tokens = next(found)
+            request.num_cached_tokens = next(found)
         submit(requests)
 
     engine.submit = with_pages

@@ -17,11 +17,11 @@ DEFAULT_KV_BYTES = 2 << 30
 
 
 def fit_pages(
-    cfg: ModelConfig, settings: EngineSettings, split: Split, length: int, left: int | None
+    cfg: ModelConfig, settings: EngineSettings, split: Split, length: int, free_bytes: int | None
 ) -> tuple[int, int, list[str]]:
     """(Tokens of a context, pages of a rank, notes); ValueError if the context must shrink and may not.
 
-    left: bytes that all but the pages leave of a device's memory; None if unknown.
+    free_bytes: bytes that all but the pages leave of a device's memory; None if unknown.
     """
     one_page, table = page_bytes(cfg, split, PAGE_SIZE), -(-length // PAGE_SIZE)
     if settings.kv_memory is not None:
@@ -33,8 +33,8 @@ def fit_pages(
     else:
         pages, source = rank_slots(settings, split)[0] * table, "half of what the rest leaves of the memory"
         pages = max(table, min(pages, DEFAULT_KV_BYTES // one_page))
-        if left is not None and jax.process_count() == 1:
-            pages = min(pages, left // 2 * split.head_ranks // one_page)
+        if free_bytes is not None and jax.process_count() == 1:
+            pages = min(pages, free_bytes // 2 * split.head_ranks // one_page)
     if pages >= table:
         return length, pages, []
     lack = (

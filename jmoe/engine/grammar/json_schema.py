@@ -30,57 +30,58 @@ def closed(schema: Any) -> Any:
     made, opened = schema, set[Path]()
     while True:  # schemas that stay open may require others to stay open
         walk = _Walk(schema, frozenset(opened))
-        made = walk.close(schema, (), alone=walk.plain)
-        if walk.opened <= opened:
+        made = walk.close(schema, (), is_alone=walk.has_plain_references)
+        if walk.found_paths <= opened:
             return made
-        opened |= walk.opened
+        opened |= walk.found_paths
 
 
 class _Walk:
     """One walk over a document.
 
     root: the document.
-    known: paths of schemas that are kept open.
-    opened: found targets of references that do not stand alone at the place of the reference.
-    plain: whether every reference is a path from the root.
+    open_paths: paths of schemas that are kept open.
+    found_paths: found targets of references that do not stand alone at the place of the reference.
+    has_plain_references: whether every reference is a path from the root.
     """
 
-    def __init__(self, root: Any, known: frozenset[Path]):
-        self.root, self.known, self.opened = root, known, set[Path]()
-        self.plain = all(_path(ref) is not None for ref in _references(root, ()))
+    def __init__(self, root: Any, open_paths: frozenset[Path]):
+        self.root, self.open_paths, self.found_paths = root, open_paths, set[Path]()
+        self.has_plain_references = all(_path(ref) is not None for ref in _references(root, ()))
 
-    def close(self, schema: Any, path: Path, alone: bool) -> Any:
+    def close(self, schema: Any, path: Path, is_alone: bool) -> Any:
         if not isinstance(schema, dict):
             return schema
-        alone = alone and path not in self.known
-        schema = self._exclusive(schema, alone)
+        is_alone = is_alone and path not in self.open_paths
+        schema = self._exclusive(schema, is_alone)
         rules = schema.keys() & ASSERTIONS
         in_place = rules & set(IN_PLACE)
         # A single schema inside another that itself says nothing (but the type) stands alone too.
-        wraps = alone and len(in_place) == 1 and rules <= in_place | {"type"}
+        wraps = is_alone and len(in_place) == 1 and rules <= in_place | {"type"}
         if "$ref" in schema and not wraps:
-            self.opened.update({target} if (target := _path(schema["$ref"])) is not None else ())
+            self.found_paths.update({target} if (target := _path(schema["$ref"])) is not None else ())
         both = {"properties", "patternProperties"} <= schema.keys()
 
         def part(value: Any, at: Path) -> Any:
             if at[0] in ("$defs", "definitions"):
-                return self.close(value, path + at, self.plain)
+                return self.close(value, path + at, self.has_plain_references)
             if at[0] in IN_PLACE:
                 inner = wraps and (at[0] == "anyOf" or (at[0] == "allOf" and len(schema["allOf"]) == 1))
             else:
-                inner = alone and not in_place and not (both and at[0] in ("properties", "patternProperties"))
+                shares = both and at[0] in ("properties", "patternProperties")
+                inner = is_alone and not in_place and not shares
             return self.close(value, path + at, inner)
 
         made = each_part(schema, part)
-        if alone and self._closes(schema):
+        if is_alone and self._closes(schema):
             needed = [n for n in schema.get("required", []) if n not in schema["properties"]]
             made["properties"] = made["properties"] | dict.fromkeys(needed, True)
             made["additionalProperties"] = False
-        if self._counts_for_nothing(made):
+        if self._has_no_effect(made):
             del made["maxProperties"]
         return made
 
-    def _counts_for_nothing(self, schema: dict[str, Any]) -> bool:
+    def _has_no_effect(self, schema: dict[str, Any]) -> bool:
         """Whether maxProperties has no effect. llguidance supports it only if all properties are required."""
         most, names = schema.get("maxProperties"), schema.get("properties", {})
         ends = schema.get("additionalProperties") is False and "patternProperties" not in schema
@@ -96,17 +97,18 @@ class _Walk:
 
     # ---- oneOf -------------------------------------------------------------------------------------
 
-    def _exclusive(self, schema: dict[str, Any], alone: bool) -> dict[str, Any]:
+    def _exclusive(self, schema: dict[str, Any], is_alone: bool) -> dict[str, Any]:
         """The schema with ``anyOf`` instead of ``oneOf`` if no value that one branch, as it is followed,
         admits satisfies another branch. llguidance supports only a ``oneOf`` that it finds to be so."""
         branches = schema.get("oneOf")
         if not isinstance(branches, list) or "anyOf" in schema:
             return schema
         targets = [self._target(branch) for branch in branches]
-        wraps = alone and schema.keys() & ASSERTIONS <= {"oneOf", "type"}
+        wraps = is_alone and schema.keys() & ASSERTIONS <= {"oneOf", "type"}
         for i, (one, path) in enumerate(targets):
-            placed = path is None or (path[0] in ("$defs", "definitions") and len(path) == 2 and self.plain)
-            closes = wraps and placed and path not in self.known and self._closes(one)
+            is_definition = path is not None and path[0] in ("$defs", "definitions") and len(path) == 2
+            is_placed = path is None or (is_definition and self.has_plain_references)
+            closes = wraps and is_placed and path not in self.open_paths and self._closes(one)
             for j, (other, _) in enumerate(targets):
                 if i != j and not self._excludes(one, other, schema, closes):
                     return schema
@@ -120,36 +122,38 @@ class _Walk:
                 return {}, path
             if schema.keys() & ASSERTIONS != {"$ref"} or (path := _path(schema["$ref"])) is None:
                 break
-            schema = _at(self.root, path)
+            schema = _resolve(self.root, path)
         return schema if isinstance(schema, dict) else {}, path
 
-    def _excludes(self, one: dict, other: dict, around: dict, closes: bool) -> bool:
-        """Whether no value that ``one`` admits satisfies ``other``. closes: ``one`` allows only its own
-        properties."""
-        if _apart(one, other):
+    def _excludes(self, first: dict, second: dict, context: dict, is_closed: bool) -> bool:
+        """Whether no value that ``first`` admits satisfies ``second``. is_closed: ``first`` allows only its
+        own properties."""
+        if _are_disjoint(first, second):
             return True
-        if "object" not in (one.get("type"), other.get("type"), around.get("type")):
+        if "object" not in (first.get("type"), second.get("type"), context.get("type")):
             return False
-        mine, theirs = one.get("properties", {}), other.get("properties", {})
-        required = [schema.get("required", []) for schema in (around, other, one)]
+        mine, theirs = first.get("properties", {}), second.get("properties", {})
+        required = [schema.get("required", []) for schema in (context, second, first)]
         if not (isinstance(mine, dict) and isinstance(theirs, dict) and all(map(texts, required))):
             return False
-        closes = closes or (one.get("additionalProperties") is False and "patternProperties" not in one)
+        is_closed = is_closed or (
+            first.get("additionalProperties") is False and "patternProperties" not in first
+        )
         for name in required[0] + required[1]:
             if name not in mine:
-                if closes and name not in required[2]:
+                if is_closed and name not in required[2]:
                     return True
-            elif name in theirs and _apart(self._target(mine[name])[0], self._target(theirs[name])[0]):
+            elif name in theirs and _are_disjoint(self._target(mine[name])[0], self._target(theirs[name])[0]):
                 return True
         return False
 
 
-def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _are_disjoint(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether clearly no value satisfies both: their constants or types differ."""
-    values = _values(one), _values(other)
+    values = _values(first), _values(second)
     if values[0] is not None and values[1] is not None:
         return not {json.dumps(v) for v in values[0]} & {json.dumps(v) for v in values[1]}
-    types = _types(one), _types(other)
+    types = _types(first), _types(second)
     return types[0] is not None and types[1] is not None and not types[0] & types[1]
 
 
@@ -204,7 +208,7 @@ def _path(reference: Any) -> Path | None:
     return tuple(step.replace("~1", "/").replace("~0", "~") for step in reference[1:].split("/")[1:])
 
 
-def _at(root: Any, path: Path) -> Any:
+def _resolve(root: Any, path: Path) -> Any:
     for step in path:
         if isinstance(root, list) and step.isdecimal() and int(step) < len(root):
             root = root[int(step)]

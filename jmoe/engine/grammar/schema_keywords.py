@@ -92,133 +92,134 @@ def simplified(schema: Any) -> Any:
     return made
 
 
-def anything(schema: Any) -> bool:
+def accepts_anything(schema: Any) -> bool:
     """Whether a simplified schema clearly holds for every value."""
     return schema is True or (isinstance(schema, dict) and not schema.keys() & ASSERTIONS)
 
 
-def _numbers(made: dict[str, Any]) -> None:
+def _numbers(schema: dict[str, Any]) -> None:
     for name in COUNTS:
-        if isinstance(made.get(name), float) and made[name].is_integer():
-            made[name] = int(made[name])
+        if isinstance(schema.get(name), float) and schema[name].is_integer():
+            schema[name] = int(schema[name])
     for name, inward in (("minimum", math.inf), ("exclusiveMinimum", math.inf), ("maximum", -math.inf),
                          ("exclusiveMaximum", -math.inf)):  # fmt: skip
-        bound = made.get(name)
+        bound = schema.get(name)
         if isinstance(bound, int) and abs(bound) > EXACT:
             near = _float(bound)
             outside = near < bound if inward > 0 else near > bound
-            made[name] = int(math.nextafter(near, inward) if outside else near)
-    listed = made.get("enum")
-    for value in [made.get("const"), *(listed if isinstance(listed, list) else [])]:
+            schema[name] = int(math.nextafter(near, inward) if outside else near)
+    listed = schema.get("enum")
+    for value in [schema.get("const"), *(listed if isinstance(listed, list) else [])]:
         if isinstance(value, int) and abs(value) > EXACT:
             raise ValueError(f"const and enum: {value} is beyond 2**53, up to which numbers are exact")
 
 
-def _names(made: dict[str, Any]) -> None:
+def _names(schema: dict[str, Any]) -> None:
     """Expresses propertyNames by the properties themselves, if that is possible."""
-    names = made.get("propertyNames")
+    names = schema.get("propertyNames")
     if names is None:
         return
-    rules = {} if anything(names) else dict(names) if isinstance(names, dict) else {"": names}
+    rules = {} if accepts_anything(names) else dict(names) if isinstance(names, dict) else {"": names}
     rules = {name: rule for name, rule in rules.items() if name in ASSERTIONS or not name}
     if rules.get("type") == "string":
         del rules["type"]
-    others = made.get("additionalProperties", True)
-    known = made.get("properties", {})
+    others = schema.get("additionalProperties", True)
+    known = schema.get("properties", {})
     if not rules:
-        del made["propertyNames"]
-    elif rules.keys() <= {"enum"} and "patternProperties" not in made and isinstance(known, dict):
+        del schema["propertyNames"]
+    elif rules.keys() <= {"enum"} and "patternProperties" not in schema and isinstance(known, dict):
         allowed = rules["enum"] if isinstance(rules["enum"], list) else []
-        made["properties"] = {n: known.get(n, others) for n in allowed if isinstance(n, str)}
-        made["additionalProperties"] = False
-        del made["propertyNames"]
-    elif rules.keys() <= {"pattern"} and not known and "patternProperties" not in made:
+        schema["properties"] = {n: known.get(n, others) for n in allowed if isinstance(n, str)}
+        schema["additionalProperties"] = False
+        del schema["propertyNames"]
+    elif rules.keys() <= {"pattern"} and not known and "patternProperties" not in schema:
         # The expression is in llguidance's dialect already: it comes from a simplified schema.
-        made["patternProperties"] = {rules["pattern"]: others}
-        made["additionalProperties"] = False
-        del made["propertyNames"]
+        schema["patternProperties"] = {rules["pattern"]: others}
+        schema["additionalProperties"] = False
+        del schema["propertyNames"]
 
 
-def _objects(made: dict[str, Any]) -> None:
-    needed = made.get("dependentRequired")
-    if isinstance(needed, dict) and all(map(texts, [*needed.values(), made.get("required", [])])):
-        required = list(made.get("required", []))
+def _objects(schema: dict[str, Any]) -> None:
+    needed = schema.get("dependentRequired")
+    if isinstance(needed, dict) and all(map(texts, [*needed.values(), schema.get("required", [])])):
+        required = list(schema.get("required", []))
         for name in required:  # grows during the loop: a required property may require others
             required += [n for n in needed.get(name, []) if n not in required]
         left = {name: names for name, names in needed.items() if set(names) - set(required)}
         if required:
-            made["required"] = required
-        _keep(made, "dependentRequired", left)
+            schema["required"] = required
+        _set_or_delete(schema, "dependentRequired", left)
     for name in ("dependentSchemas", "dependencies"):
-        if isinstance(made.get(name), dict):
-            _keep(made, name, {k: v for k, v in made[name].items() if v != [] and not anything(v)})
-    least = made.get("minProperties")
-    required = made.get("required", [])
+        if isinstance(schema.get(name), dict):
+            effective = {k: v for k, v in schema[name].items() if v != [] and not accepts_anything(v)}
+            _set_or_delete(schema, name, effective)
+    least = schema.get("minProperties")
+    required = schema.get("required", [])
     if isinstance(least, int) and texts(required) and least <= len(set(required)):
-        del made["minProperties"]
-    rest = made.get("unevaluatedProperties")
-    if rest is not None and (anything(rest) or not made.keys() & set(IN_PLACE)):
-        made.setdefault("additionalProperties", rest)
-        del made["unevaluatedProperties"]
+        del schema["minProperties"]
+    rest = schema.get("unevaluatedProperties")
+    if rest is not None and (accepts_anything(rest) or not schema.keys() & set(IN_PLACE)):
+        schema.setdefault("additionalProperties", rest)
+        del schema["unevaluatedProperties"]
 
 
-def _arrays(made: dict[str, Any]) -> None:
-    few = isinstance(made.get("maxItems"), int) and made["maxItems"] < 2
-    if made.get("uniqueItems") is False or (made.get("uniqueItems") is True and few):
-        del made["uniqueItems"]
-    if not isinstance(made.get("items"), list):
-        made.pop("additionalItems", None)
-    if "contains" not in made or (made.get("minContains") == 0 and "maxContains" not in made):
+def _arrays(schema: dict[str, Any]) -> None:
+    few = isinstance(schema.get("maxItems"), int) and schema["maxItems"] < 2
+    if schema.get("uniqueItems") is False or (schema.get("uniqueItems") is True and few):
+        del schema["uniqueItems"]
+    if not isinstance(schema.get("items"), list):
+        schema.pop("additionalItems", None)
+    if "contains" not in schema or (schema.get("minContains") == 0 and "maxContains" not in schema):
         for name in ("contains", "minContains", "maxContains"):
-            made.pop(name, None)
-    rest = made.get("unevaluatedItems")
-    if rest is not None and (anything(rest) or not made.keys() & {*IN_PLACE, "contains"}):
-        made.setdefault("items", rest)
-        del made["unevaluatedItems"]
+            schema.pop(name, None)
+    rest = schema.get("unevaluatedItems")
+    if rest is not None and (accepts_anything(rest) or not schema.keys() & {*IN_PLACE, "contains"}):
+        schema.setdefault("items", rest)
+        del schema["unevaluatedItems"]
 
 
-def _conditions(made: dict[str, Any]) -> None:
-    if made.get("not") is False:
-        del made["not"]
+def _conditions(schema: dict[str, Any]) -> None:
+    if schema.get("not") is False:
+        del schema["not"]
     for name in ("then", "else"):
-        if "if" not in made or anything(made.get(name)):
-            made.pop(name, None)
-    if "then" not in made and "else" not in made:
-        made.pop("if", None)
+        if "if" not in schema or accepts_anything(schema.get(name)):
+            schema.pop(name, None)
+    if "then" not in schema and "else" not in schema:
+        schema.pop("if", None)
 
 
-def _strings(made: dict[str, Any]) -> None:
-    if isinstance(made.get("pattern"), str):
-        made["pattern"] = ecma(made["pattern"])
-    if isinstance(made.get("patternProperties"), dict):
-        made["patternProperties"] = {ecma(key): value for key, value in made["patternProperties"].items()}
-    form = made.get("format")
+def _strings(schema: dict[str, Any]) -> None:
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = ecma(schema["pattern"])
+    if isinstance(schema.get("patternProperties"), dict):
+        schema["patternProperties"] = {ecma(key): value for key, value in schema["patternProperties"].items()}
+    form = schema.get("format")
     if isinstance(form, str) and form not in FORMATS:  # an annotation, or one of ``EXPRESSIONS``
-        del made["format"]
-        if form in EXPRESSIONS and "pattern" not in made:
-            made["pattern"] = EXPRESSIONS[form]
-        elif form in EXPRESSIONS and isinstance(made.get("allOf", []), list):
-            made["allOf"] = [*made.get("allOf", []), {"pattern": EXPRESSIONS[form]}]
-    if form == "hostname" and isinstance(made.get("maxLength", 253), int):
-        made["maxLength"] = min(made.get("maxLength", 253), 253)
+        del schema["format"]
+        if form in EXPRESSIONS and "pattern" not in schema:
+            schema["pattern"] = EXPRESSIONS[form]
+        elif form in EXPRESSIONS and isinstance(schema.get("allOf", []), list):
+            schema["allOf"] = [*schema.get("allOf", []), {"pattern": EXPRESSIONS[form]}]
+    if form == "hostname" and isinstance(schema.get("maxLength", 253), int):
+        schema["maxLength"] = min(schema.get("maxLength", 253), 253)
 
 
 def texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _float(whole: int) -> float:
+def _float(number: int) -> float:
     try:
-        return float(whole)
+        return float(number)
     except OverflowError:
         raise ValueError("a bound is beyond the numbers that JSON schemas are followed for") from None
 
 
-def _keep(made: dict[str, Any], name: str, left: dict[str, Any]) -> None:
-    if left:
-        made[name] = left
+def _set_or_delete(schema: dict[str, Any], name: str, value: dict[str, Any]) -> None:
+    if value:
+        schema[name] = value
     else:
-        del made[name]
+        del schema[name]
 
 
 TOKEN = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\c[A-Za-z]|\\.|\[\^\]|\[\]|.", re.S)

@@ -51,25 +51,25 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     return {"tokenizer": json.dumps(made), "vocab_size": vocab_size, "end_ids": ends, "named": named}
 
 
-def _hide(token: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """An added token, special if its name is hidden; it strips no spaces around it and also matches inside
-    words."""
+def _hide(token: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """An added token, special if ``names`` has a hidden name for it; it strips no spaces around it and also
+    matches inside words."""
     name = token["content"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token["id"], "content": hidden.get(name, name), **flags, "special": name in hidden}
+    return {"id": token["id"], "content": names.get(name, name), **flags, "special": name in names}
 
 
-def _rename(model: dict[str, Any], hidden: dict[str, str]) -> None:
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
-        model["vocab"] = {hidden.get(name, name): i for name, i in vocabulary.items()}
+        model["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
     else:  # Unigram: pieces with scores, in the order of ids
-        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
     if model.get("unk_token") is not None:
-        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if model.get("merges"):
         pairs = [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
-        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & hidden.keys()]
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
 
 
 def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -83,14 +83,15 @@ def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": kept} if kept else None
 
 
-def _splits_only(given: Any) -> Any:
+def _splits_only(pre_tokenizer: Any) -> Any:
     """The pre-tokenizer changed so that it adds no space in front and keeps the text at which it splits."""
-    if isinstance(given, list):
-        return [_splits_only(part) for part in given]
-    if not isinstance(given, dict):
-        return given
-    made = {key: _splits_only(value) for key, value in given.items()}
-    made |= {"add_prefix_space": False} if "add_prefix_space" in made and given["type"] == "ByteLevel" else {}
+    if isinstance(pre_tokenizer, list):
+        return [_splits_only(part) for part in pre_tokenizer]
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    made = {key: _splits_only(value) for key, value in pre_tokenizer.items()}
+    if "add_prefix_space" in made and pre_tokenizer["type"] == "ByteLevel":
+        made["add_prefix_space"] = False
     return made | ({"behavior": "Isolated"} if made.get("behavior") == "Removed" else {})
 
 

@@ -33,7 +33,7 @@ from jmoe.engine.offload.host_types import (
     stack_rows,
 )
 from jmoe.engine.step.counters import add_step
-from jmoe.engine.step.functions import WindowRouting, draw, sequences_of, summarize
+from jmoe.engine.step.functions import WindowRouting, sample_tokens, sequences_of, summarize
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
@@ -128,7 +128,7 @@ class PartFunctions:
             seqs = inputs
         else:
             ranks = model.split.sequence_ranks
-            seqs = sequences_of(inputs, latest_S, ranks, lossy=knobs is not None, cached=True)
+            seqs = sequences_of(inputs, latest_S, ranks, has_lossy=knobs is not None, has_cache=True)
         x_ND, rotation = model.begin(seqs)
         rows, walk, forecast_RE = LayerRows(x_ND, jnp.zeros_like(x_ND)), None, None
         if predictor is not None:
@@ -163,7 +163,7 @@ class PartFunctions:
         hidden_RND = model.finish(model.layers[-1].add(*end.rows), seqs)
         counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(records))]
         stats = [each.final_stats(counts) for each, counts in zip(records, counted, strict=True)]
-        sampled, latest_S = draw(model, hidden_RND, inputs, state.latest_S, stats)
+        sampled, latest_S = sample_tokens(model, hidden_RND, inputs, state.latest_S, stats)
         changes_B = sum_changes([each.changes for each in records if each.changes is not None], seqs)
         predictor = state.predictor.finish(end.walk) if seqs.phase == "decode" else state.predictor
         routings = [each.plain_routing for each in records if each.plain_routing is not None]

@@ -47,41 +47,41 @@ class Gate:
     coordinator: the port of jax's coordination service on the loopback address.
     """
 
-    def __init__(self, listening: socket.socket, nnodes: int, coordinator: int):
-        self._listening, self._nnodes, self._coordinator = listening, nnodes, coordinator
-        self._joined: dict[int, tuple[socket.socket, bytes]] = {}  # number -> connection, token
-        self._changed = threading.Condition()
-        self._met = False
-        self._visitors = threading.BoundedSemaphore(VISITORS)
+    def __init__(self, listener: socket.socket, nnodes: int, coordinator: int):
+        self._listener, self._nnodes, self._coordinator = listener, nnodes, coordinator
+        self._members: dict[int, tuple[socket.socket, bytes]] = {}  # number -> connection, token
+        self._condition = threading.Condition()
+        self._is_complete = False
+        self._visitor_slots = threading.BoundedSemaphore(VISITORS)
         threading.Thread(target=self._accept, name="jmoe-gate", daemon=True).start()
 
     def meet(self, limit: float = JOINING) -> dict[int, socket.socket]:
         """The connection of every other process, by number. ValueError if one does not join within ``limit``
         seconds. Afterwards no process can join any more."""
         others = range(1, self._nnodes)
-        with self._changed:
-            self._changed.wait_for(lambda: all(rank in self._joined for rank in others), limit)
-            self._met = True
-            missing = [rank for rank in others if rank not in self._joined]
+        with self._condition:
+            self._condition.wait_for(lambda: all(rank in self._members for rank in others), limit)
+            self._is_complete = True
+            missing = [rank for rank in others if rank not in self._members]
             if missing:
                 raise ValueError(f"process {missing[0]} did not join within {limit:.0f} s")
-            return {rank: connection for rank, (connection, _) in self._joined.items()}
+            return {rank: connection for rank, (connection, _) in self._members.items()}
 
     def close(self) -> None:
         with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._listening.close()
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
 
     def _accept(self) -> None:
         while True:
             try:
-                connection, _ = self._listening.accept()
+                connection, _ = self._listener.accept()
             except OSError:
-                if self._listening.fileno() < 0:
+                if self._listener.fileno() < 0:
                     return
                 time.sleep(RETRY)  # no file descriptor is left, or the caller is gone already
                 continue
-            if self._visitors.acquire(blocking=False):
+            if self._visitor_slots.acquire(blocking=False):
                 threading.Thread(target=self._visit, args=(connection,), daemon=True).start()
             else:
                 connection.close()
@@ -99,29 +99,29 @@ class Gate:
             log.warning("a stranger's connection is refused: %s", error)
             connection.close()
         finally:
-            self._visitors.release()
+            self._visitor_slots.release()
 
     def _join(self, connection: socket.socket, rank: int) -> None:
         token = secrets.token_bytes(TOKEN)
-        with self._changed:
-            held = self._joined.get(rank)
+        with self._condition:
+            held = self._members.get(rank)
             if not 0 < rank < self._nnodes:
                 verdict = Verdict.UNKNOWN
-            elif self._met or (held and is_open(held[0])):
+            elif self._is_complete or (held and is_open(held[0])):
                 verdict = Verdict.TAKEN
             else:
                 verdict = Verdict.WELCOME
-                self._joined[rank] = connection, token
+                self._members[rank] = connection, token
             given = token if verdict == Verdict.WELCOME else bytes(TOKEN)
             connection.sendall(ANSWER.pack(MAGIC, verdict, given))
-            self._changed.notify_all()
+            self._condition.notify_all()
         if verdict != Verdict.WELCOME:
             log.warning("a connection that says it is process %d is refused", rank)
             connection.close()
 
     def _open_tunnel(self, connection: socket.socket, rank: int, token: bytes) -> None:
-        with self._changed:
-            held = self._joined.get(rank)
+        with self._condition:
+            held = self._members.get(rank)
         if held is None or not hmac.compare_digest(held[1], token):
             raise EngineDead(f"it says it is process {rank} and does not know that one's token")
         coordinator = socket.create_connection(("127.0.0.1", self._coordinator), timeout=GREETING)
@@ -160,19 +160,19 @@ class Tunnel:
     """A follower's end: a port on the loopback address that leads to jax's coordinator in process 0."""
 
     def __init__(self, host: str, port: int, rank: int, token: bytes):
-        self._far, self._hello = (host, port), HELLO.pack(MAGIC, Purpose.TUNNEL, rank, token)
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._address, self._hello = (host, port), HELLO.pack(MAGIC, Purpose.TUNNEL, rank, token)
+        self._listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._accept, name="jmoe-tunnel", daemon=True).start()
 
     @property
     def port(self) -> int:
-        return self._listening.getsockname()[1]
+        return self._listener.getsockname()[1]
 
     def _accept(self) -> None:
         while True:
-            near, _ = self._listening.accept()
+            near, _ = self._listener.accept()
             try:
-                far = socket.create_connection(self._far, timeout=GREETING)
+                far = socket.create_connection(self._address, timeout=GREETING)
                 far.sendall(self._hello)
             except OSError:
                 near.close()

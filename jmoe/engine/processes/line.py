@@ -32,12 +32,12 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(JOINING)  # the other end may wait for further processes to join
         self.connection = connection
-        self._sending = threading.Lock()
-        self._closed = threading.Event()
+        self._send_lock = threading.Lock()
+        self._close_event = threading.Event()
 
     def send(self, data: bytes) -> None:
         """Sends all of ``data``, never between the bytes of another message; OSError if nobody reads."""
-        with self._sending:
+        with self._send_lock:
             self.connection.sendall(data)
 
     def read_into(self, buffer: Any) -> None:
@@ -58,41 +58,41 @@ class Line:
         self.read_into(buffer := bytearray(count))
         return bytes(buffer)
 
-    def agree(self, facts: dict[str, Any], other: int) -> None:
+    def agree(self, facts: dict[str, Any], rank: int) -> None:
         """Raises ValueError naming the first of ``facts`` that differs in the other process."""
         text = json.dumps(facts, default=str).encode()
         self.send(LENGTH.pack(len(text)) + text)
         (length,) = LENGTH.unpack(self.read(LENGTH.size))
         if length > FACTS:
-            raise EngineDead(f"process {other} sent {length} bytes of settings; the limit is {FACTS}")
+            raise EngineDead(f"process {rank} sent {length} bytes of settings; the limit is {FACTS}")
         mine, theirs = json.loads(text), json.loads(self.read(length))
         for key in mine | theirs:
             if mine.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"{key} is {mine.get(key)} here and {theirs.get(key)} in process {other}: "
+                    f"{key} is {mine.get(key)} here and {theirs.get(key)} in process {rank}: "
                     "all processes take the same model and flags"
                 )
 
-    def live(self, sign: bytes) -> None:
+    def keep_alive(self, sign: bytes) -> None:
         """From now on sends ``sign`` every ``BEAT`` seconds, and treats ``SILENCE`` seconds without anything
         from the other end as its loss."""
         self.connection.settimeout(SILENCE)
 
         def beat() -> None:
             with suppress(OSError):
-                while not self._closed.wait(BEAT):
+                while not self._close_event.wait(BEAT):
                     self.send(sign)
 
         threading.Thread(target=beat, name="jmoe-beat", daemon=True).start()
 
     def close(self) -> None:
-        self._closed.set()
+        self._close_event.set()
         with self.connection, suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)  # close alone waits for a thread that reads
 
 
 class Followers:
-    """Process 0's lines to all other processes. ``lost`` says which one is gone, as soon as one is.
+    """Process 0's lines to all other processes. ``loss`` says which one is gone, as soon as one is.
 
     gate: where they join; it is closed with the lines.
     facts: what must be equal in all processes; ValueError names what is not.
@@ -100,9 +100,9 @@ class Followers:
     """
 
     def __init__(self, gate: Gate, facts: dict[str, Any], sign: bytes):
-        self.lost: str | None = None
-        self._closing = False
-        self._losing = threading.Lock()
+        self.loss: str | None = None
+        self._is_closing = False
+        self._loss_lock = threading.Lock()
         self._gate, self._lines = gate, {}
         try:
             self._lines = {rank: Line(connection) for rank, connection in gate.meet().items()}
@@ -112,27 +112,27 @@ class Followers:
             self.close()
             raise
         for rank, line in self._lines.items():
-            line.live(sign)
+            line.keep_alive(sign)
             threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
 
-    def send(self, parts: Sequence[bytes]) -> None:
+    def send(self, buffers: Sequence[bytes]) -> None:
         """Sends every follower a message; EngineDead if one is gone."""
-        message = b"".join(parts)
+        message = b"".join(buffers)
         for rank, line in self._lines.items():
-            if self.lost is None:
+            if self.loss is None:
                 try:
                     line.send(message)
                 except OSError as error:
-                    self._lose(rank, str(error.strerror or error))
-        if self.lost is not None:
-            raise EngineDead(self.lost)
+                    self._report_loss(rank, str(error.strerror or error))
+        if self.loss is not None:
+            raise EngineDead(self.loss)
 
-    def close(self, last: bytes = b"") -> None:
+    def close(self, last_message: bytes = b"") -> None:
         """Sends ``last`` and closes the lines; a follower that gets no last message assumes a failure."""
-        self._closing = True  # from here on, followers may go
+        self._is_closing = True  # from here on, followers may go
         for line in self._lines.values():
             with suppress(OSError):
-                line.send(last)
+                line.send(last_message)
             line.close()
         self._lines = {}
         self._gate.close()
@@ -149,10 +149,10 @@ class Followers:
             while True:
                 line.read(1)
         except EngineDead as error:
-            self._lose(rank, str(error))
+            self._report_loss(rank, str(error))
 
-    def _lose(self, rank: int, why: str) -> None:
-        with self._losing:
-            if self.lost is None and not self._closing:
-                self.lost = f"process {rank} is gone ({why})"
-                log.error("%s: nothing more can run on this mesh", self.lost)
+    def _report_loss(self, rank: int, cause: str) -> None:
+        with self._loss_lock:
+            if self.loss is None and not self._is_closing:
+                self.loss = f"process {rank} is gone ({cause})"
+                log.error("%s: nothing more can run on this mesh", self.loss)

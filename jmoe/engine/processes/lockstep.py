@@ -65,8 +65,8 @@ class Leader(Runner):
         self._hidden_RND: Array | None = None
 
     @property
-    def alive(self) -> bool:
-        return self._followers.lost is None
+    def is_alive(self) -> bool:
+        return self._followers.loss is None
 
     def run(self, inputs: StepInput) -> StepOutput:
         decoding = 0 if inputs.decode_rows is None else len(inputs.decode_rows.tokens_BT)
@@ -152,9 +152,9 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Pr
         return build(resolve(model, settings), progress, make_runner=partial(Leader, followers))
     except Exception as error:
         followers.close()
-        if followers.lost is None:
+        if followers.loss is None:
             raise
-        raise EngineDead(followers.lost) from error
+        raise EngineDead(followers.loss) from error
 
 
 def follow(
@@ -162,21 +162,21 @@ def follow(
     model: str | Path,
     settings: EngineSettings,
     progress: Progress,
-    ready: Callable[[Runner], None] = lambda runner: None,
+    on_ready: Callable[[Runner], None] = lambda runner: None,
 ) -> None:
     """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
 
-    ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
+    on_ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
     EngineDead if process 0 is gone.
     """
     facts = facts_of(nodes, model, settings)
     connection, token = knock(nodes.host, nodes.port, nodes.rank)
     with closing(Line(connection)) as line:
         line.agree(facts, 0)
-        line.live(b"\0")
+        line.keep_alive(b"\0")
         join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
         with closing(build(resolve(model, settings), progress, warm_up=False)) as engine:
-            ready(engine.runner)
+            on_ready(engine.runner)
             log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
             repeat(engine.runner, line)
     log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)

@@ -283,8 +283,8 @@ class Scheduler:
         place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
         place.rank, place.num_prefill_tokens = entry.rank, request.length
         place.num_cached_tokens = place.num_computed_tokens = entry.num_cached_tokens
-        if request.started is None:  # otherwise it was preempted and finds its own pages
-            request.cached_tokens = entry.num_cached_tokens
+        if request.start_time is None:  # otherwise it was preempted and finds its own pages
+            request.num_cached_tokens = entry.num_cached_tokens
         place.num_named_pages = len(entry.full_pages)
         if place.page_names is not None:
             self.prefix.queries += place.num_prefill_tokens

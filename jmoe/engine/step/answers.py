@@ -36,11 +36,11 @@ class Answers:
 
     scores: scores of their prompts.
     end_ids: end tokens of the model.
-    longest: most tokens of a request, with its prompt.
+    max_model_len: most tokens of a request, with its prompt.
     """
 
-    def __init__(self, scores: PromptScores, end_ids: Collection[int], longest: int):
-        self.scores, self.end_ids, self.longest = scores, end_ids, longest
+    def __init__(self, scores: PromptScores, end_ids: Collection[int], max_model_len: int):
+        self.scores, self.end_ids, self.max_model_len = scores, end_ids, max_model_len
         self._texts: dict[str, Detokenizer] = {}
 
     def begin(self, requests: Sequence[Request], texts: dict[str, Detokenizer]) -> None:
@@ -53,16 +53,16 @@ class Answers:
         self._texts.pop(request.id, None)
         self.scores.take(request)
 
-    def without_tokens(self, request: Request) -> Output:
+    def scores_only(self, request: Request) -> Output:
         """The whole answer to a request that wants only its prompt's scores."""
         return Output(request.id, prompt_logprobs=self.scores.take(request), finish_reason="length")
 
-    def grown(self, request: Request, token: int, scores: tuple) -> Output:
+    def next_output(self, request: Request, token: int, scores: tuple) -> Output:
         """The increment that the request's newest token gives to its client.
 
         scores: see ``token_logprob``. Raises ValueError if the tokenizer fails.
         """
-        params, finish, stopped_by = request.params, self._ended_by(request, token), None
+        params, finish, stopped_by = request.params, self._end_reason(request, token), None
         text = thoughts = ""
         detokenizer = self._texts.get(request.id)
         if finish is not None:
@@ -70,11 +70,12 @@ class Answers:
         elif detokenizer is not None:
             text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
             thoughts = detokenizer.thoughts
-            if detokenizer.stopped_by is not None:
-                finish, stopped_by = "stop", detokenizer.stopped_by
-        if finish is None and (len(request.token_ids) == params.max_tokens or request.length == self.longest):
+            if detokenizer.stop_match is not None:
+                finish, stopped_by = "stop", detokenizer.stop_match
+        is_full = len(request.token_ids) == params.max_tokens or request.length == self.max_model_len
+        if finish is None and is_full:
             finish = "length"
-        if finish is not None and detokenizer is not None and detokenizer.stopped_by is None:
+        if finish is not None and detokenizer is not None and detokenizer.stop_match is None:
             text += detokenizer.flush()
             thoughts += detokenizer.thoughts
         logprobs = ()
@@ -91,7 +92,7 @@ class Answers:
             stop_reason=stopped_by,
         )
 
-    def _ended_by(self, request: Request, token: int) -> FinishReason | None:
+    def _end_reason(self, request: Request, token: int) -> FinishReason | None:
         """``"stop"`` if the token itself ends the answer, else None."""
         params = request.params
         is_end = token in self.end_ids and not params.ignore_eos

@@ -44,7 +44,7 @@ class Count64:
         low = self.low + amount.astype(jnp.uint32)  # if it wraps, it is below the old value
         return Count64(low, self.high + (low < self.low).astype(jnp.uint32))
 
-    def fetched(self) -> np.ndarray:
+    def to_host(self) -> np.ndarray:
         """int64, on the host."""
         low, high = jax.device_get((self.low, self.high))
         return low.astype(np.int64) + (high.astype(np.int64) << 32)
@@ -113,11 +113,11 @@ class MoECounters:
     """Host-side sums of drained device totals: 64 bits, so that a long run cannot overflow.
 
     row_bytes: bytes to send one row between ranks, see ``transported_bytes``.
-    one_expert: bytes to copy one expert.
+    expert_bytes: bytes to copy one expert.
     """
 
-    def __init__(self, layers: int, experts: int, row_bytes: int, one_expert: int):
-        self.units = {"one": 1, "row": row_bytes, "expert": one_expert}
+    def __init__(self, layers: int, experts: int, row_bytes: int, expert_bytes: int):
+        self.units = {"one": 1, "row": row_bytes, "expert": expert_bytes}
         self.counts_LE = np.zeros((layers, experts), np.int64)
         self.active_L, self.plain_active_L, self.load_L = (np.zeros(layers) for _ in range(3))
         self.sums_L = {name: np.zeros(layers, np.int64) for name in names(SUMS)}
@@ -125,12 +125,12 @@ class MoECounters:
 
     def drain(self, totals: MoETotals) -> None:
         host = jax.device_get(totals)
-        self.counts_LE += host.counts_LE.fetched()
+        self.counts_LE += host.counts_LE.to_host()
         self.active_L += host.active_L
         self.plain_active_L += host.plain_active_L
         self.load_L += host.load_L
         for name, sum_L in self.sums_L.items():
-            sum_L += host.sums_L[name].fetched()
+            sum_L += host.sums_L[name].to_host()
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position
     rows.top_k_B[row] = min(max(params.top_k, 0), LARGEST_COUNT)
     rows.seed_B[row], rows.position_B[row] = _fold(params.seed or 0), position
     if params.logprobs is not None:
-        rows.logprobs[...] = True
+        rows.has_logprobs[...] = True
 
 
 def fill_biases(
@@ -117,8 +117,8 @@ def fill_biases(
     if generated < params.min_tokens:
         biases += [(token, -np.inf) for token in ends]
     if biases:
-        rows.biased_BX[row, : len(biases)], rows.bias_BX[row, : len(biases)] = zip(*biases, strict=True)
-        rows.shaped[...] = True
+        rows.bias_ids_BX[row, : len(biases)], rows.bias_BX[row, : len(biases)] = zip(*biases, strict=True)
+        rows.has_biases[...] = True
 
 
 def constrain(placed: Placed, inputs: StepInput) -> str | None:
@@ -130,7 +130,7 @@ def constrain(placed: Placed, inputs: StepInput) -> str | None:
         inputs.sampling_rows.allowed_BW[placed.sample_row] = constraint.allowed()
     except ValueError as error:
         return str(error)
-    inputs.sampling_rows.shaped[...] = True
+    inputs.sampling_rows.has_biases[...] = True
     return None
 
 

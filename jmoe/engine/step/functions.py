@@ -29,50 +29,52 @@ from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache
 
 
-def sequences_of(inputs: StepInput, latest_S: Array, ranks: int, *, lossy: bool, cached: bool) -> Sequences:
+def sequences_of(
+    inputs: StepInput, latest_S: Array, ranks: int, *, has_lossy: bool, has_cache: bool
+) -> Sequences:
     """The step's sequences; for use under jit.
 
-    lossy: whether a lossy technique needs ``exact_B``.
-    cached: whether an expert cache needs ``seats_B`` and ``fresh_B``.
+    has_lossy: whether a lossy technique needs ``exact_B``.
+    has_cache: whether an expert cache needs ``seats_B`` and ``fresh_B``.
     """
 
-    def made(rows: HostRows) -> Sequences:
+    def from_rows(rows: HostRows) -> Sequences:
         tokens_BT, positions_BT, table_BM, exact_B, seats_B, fresh_B = map(jnp.asarray, rows)
         if tokens_BT.shape[1] == 1:
-            drawn_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
-            tokens_BT = jnp.where(tokens_BT < 0, drawn_B1, tokens_BT)
-        requests = (seats_B, fresh_B) if cached else (None, None)
-        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if lossy else None, *requests)
+            latest_B1 = latest_S.at[seats_B].get(mode="fill", fill_value=0)[:, None]
+            tokens_BT = jnp.where(tokens_BT < 0, latest_B1, tokens_BT)
+        requests = (seats_B, fresh_B) if has_cache else (None, None)
+        return Sequences(tokens_BT, positions_BT, table_BM, exact_B if has_lossy else None, *requests)
 
-    main = replace(made(inputs.main_rows), phase=inputs.phase)
+    main = replace(from_rows(inputs.main_rows), phase=inputs.phase)
     if inputs.decode_rows is None:
         return main
     num_rows = len(inputs.main_rows.tokens_BT) // ranks
-    return replace(main, decoding=made(inputs.decode_rows), num_rows=num_rows)
+    return replace(main, decoding=from_rows(inputs.decode_rows), num_rows=num_rows)
 
 
 def make_knobs(capacity_factor: float, step: int) -> Knobs:
     return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
 
 
-def readable(outputs: Any, mesh: Mesh) -> Any:
+def replicated(outputs: Any, mesh: Mesh) -> Any:
     """``outputs`` replicated on every device, so that every host can read them; for use under jit."""
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
-def draw(
-    model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, layers: list[DispatchStats]
+def sample_tokens(
+    model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, stats: list[DispatchStats]
 ) -> tuple[Sampled, Array]:
     """The step's sampled tokens, and the token sampled last for every seat; for use under jit.
 
-    layers: statistics of the step's layers; the assignments lost in them make the tokens wrong.
+    stats: statistics of the step's layers; the assignments lost in them make the tokens wrong.
     """
     ranks, dim = model.split.sequence_ranks, hidden_RND.shape[-1]
-    behind_RS1 = inputs.logit_columns_B.reshape(ranks, -1, 1)
-    last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), behind_RS1, axis=1)
+    column_RS1 = inputs.logit_columns_B.reshape(ranks, -1, 1)
+    last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), column_RS1, axis=1)
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.sampling_rows)
-    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.num_lost for layer in layers]), dtype=jnp.int32))
+    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32))
     return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
 
 
@@ -137,18 +139,18 @@ class ModelFunctions:
     ) -> tuple[DeviceState, StepOutput]:
         """Runs one step: the decoder on the rows, then sampling. state: the part of the step's phase."""
         model, phase = self.merge(weights), inputs.phase
-        needs = {"lossy": settings.knobs is not None, "cached": state.cache is not None}
+        needs = {"has_lossy": settings.knobs is not None, "has_cache": state.cache is not None}
         seqs = sequences_of(inputs, state.latest_S, model.split.sequence_ranks, **needs)
         out = model(seqs, state.pages, settings, state.cache)
         assert out.pages is not None
-        sampled, latest_S = draw(model, out.hidden_RND, inputs, state.latest_S, out.stats)
+        sampled, latest_S = sample_tokens(model, out.hidden_RND, inputs, state.latest_S, out.stats)
         # The compiler cannot see the sharding of pages that come out of a kernel, and pages with another
         # sharding would make the next step compile again.
-        kept = [NamedSharding(model.mesh, layer.attention.state_spec) for layer in model.layers]
-        pages = lax.with_sharding_constraint(out.pages, kept)
+        shardings = [NamedSharding(model.mesh, layer.attention.state_spec) for layer in model.layers]
+        pages = lax.with_sharding_constraint(out.pages, shardings)
         totals = add_step(state.totals[phase], out.stats)
-        whole = readable((sampled, totals, latest_S, out.changes_B), model.mesh)
-        sampled, totals, latest_S, changes_B = whole
+        outputs = replicated((sampled, totals, latest_S, out.changes_B), model.mesh)
+        sampled, totals, latest_S, changes_B = outputs
         state = DeviceState(pages, {phase: totals}, latest_S, out.cache)
         return state, StepOutput(sampled, out.hidden_RND, changes_B)
 
@@ -179,16 +181,20 @@ class ModelFunctions:
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
         """Log-probabilities of ``targets_BT``, and the likeliest tokens with theirs."""
-        return self._by_chunks(score, weights, hidden_BTD, targets_BT)
+        return self._in_chunks(score, weights, hidden_BTD, targets_BT)
 
     def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
         """Log-probabilities of ``targets_BT``."""
-        return self._by_chunks(logprobs, weights, hidden_BTD, targets_BT)
+        return self._in_chunks(logprobs, weights, hidden_BTD, targets_BT)
 
-    def _by_chunks(
-        self, of: Callable[[Array, Array], Any], weights: list[Array], hidden_BTD: Array, targets_BT: Array
+    def _in_chunks(
+        self,
+        function: Callable[[Array, Array], Any],
+        weights: list[Array],
+        hidden_BTD: Array,
+        targets_BT: Array,
     ) -> Any:
-        """``of(logits, targets)``, computed about 128 positions at a time.
+        """``function(logits, targets)``, computed about 128 positions at a time.
 
         Each chunk takes a few positions of every sequence, so that each rank of a mesh has work of its own.
         """
@@ -204,8 +210,8 @@ class ModelFunctions:
             return a_NBC.swapaxes(0, 1).reshape(b, -1, *a_NBC.shape[3:])[:, :t]
 
         args = chunks(hidden_BTD), chunks(targets_BT)
-        scored = lax.map(lambda each: of(model.logits(each[0]), each[1]), args)
-        return readable(jax.tree.map(joined, scored), model.mesh)
+        scored = lax.map(lambda each: function(model.logits(each[0]), each[1]), args)
+        return replicated(jax.tree.map(joined, scored), model.mesh)
 
     def window_logits(
         self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
@@ -213,7 +219,7 @@ class ModelFunctions:
         """``[B, T, V]`` logits of whole windows, without KV pages."""
         model = self.merge(weights)
         out = model(Sequences(tokens_BT, positions_BT), cache=cache)
-        return readable(model.logits(out.hidden_RND), model.mesh)
+        return replicated(model.logits(out.hidden_RND), model.mesh)
 
     def window_routing(
         self,
@@ -229,7 +235,7 @@ class ModelFunctions:
         times as large as everything else.
         """
         model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
-        return readable(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
+        return replicated(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
 
 
 @dataclass(frozen=True)
@@ -266,6 +272,6 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
 
 
 @lru_cache(maxsize=32)
-def maker(where: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+def maker(out_sharding: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """``make(*args)``, compiled: ``device_put`` on a mesh of several processes would compare values first."""
-    return jax.jit(partial(make, *args), out_shardings=where)
+    return jax.jit(partial(make, *args), out_shardings=out_sharding)

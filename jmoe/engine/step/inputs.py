@@ -67,22 +67,22 @@ class Sizes:
         """The smallest compiled decode batch that holds ``sequences`` per rank."""
         return next(s for s in self.decode if s >= sequences)
 
-    def prefill_size(self, left: int) -> int:
-        """The prefill size for ``left`` prompt tokens: the smallest that holds them if they fill more than
+    def prefill_size(self, tokens: int) -> int:
+        """The prefill size for ``tokens`` prompt tokens: the smallest that holds them if they fill more than
         half of it, else the largest that they fill; so padding never doubles the work."""
-        holds = next((s for s in self.prefill if s >= left), self.prefill[-1])
-        filled = [s for s in self.prefill if s <= left]
-        return holds if not filled or left > holds / 2 else filled[-1]
+        holds = next((s for s in self.prefill if s >= tokens), self.prefill[-1])
+        filled = [s for s in self.prefill if s <= tokens]
+        return holds if not filled or tokens > holds / 2 else filled[-1]
 
 
-def window_length(tokens: int, sharing: int, least: int = 1) -> int:
+def window_length(tokens: int, ranks: int, min_length: int = 1) -> int:
     """The length to which a window of ``tokens`` is padded.
 
-    It is the next power of two, so that few shapes compile, at least ``least``, and a multiple of
-    ``sharing``, the number of ranks that split a sequence's tokens.
+    It is the next power of two, so that few shapes compile, at least ``min_length``, and a multiple of
+    ``ranks``, the number of ranks that split a sequence's tokens.
     """
-    length = max(least, 1 << (tokens - 1).bit_length())
-    return -(-length // sharing) * sharing
+    length = max(min_length, 1 << (tokens - 1).bit_length())
+    return -(-length // ranks) * ranks
 
 
 class HostRows(NamedTuple):
@@ -146,12 +146,12 @@ def blank_input(
             fresh_B=np.zeros(b, bool),
         )
 
-    drawn = ranks * (decode_rows or sequences)
+    samples = ranks * (decode_rows or sequences)
     return StepInput(
         blank(ranks * sequences, tokens),
         blank(ranks * decode_rows, 1) if decode_rows else None,
-        np.zeros(drawn, np.int32),
-        np.full(drawn, nobody, np.int32),
-        blank_rows(drawn, vocab_size),
+        np.zeros(samples, np.int32),
+        np.full(samples, nobody, np.int32),
+        blank_rows(samples, vocab_size),
         phase,
     )

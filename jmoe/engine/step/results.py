@@ -17,17 +17,17 @@ from jmoe.engine.step.sampling import Sampled
 from jmoe.moe.types import Changes
 
 # scores of every token of the grid, still being computed: see ``sampling.score``
-StartedScores = tuple[Array, Array, Array]
+DeviceScores = tuple[Array, Array, Array]
 
 
 @dataclass(frozen=True)
-class Started:
-    """A step that was started.
+class RunningStep:
+    """A step that was started and is not delivered yet.
 
     placed: runs of the step.
     sampled: sampled tokens, on the device.
     changes_B: what lossy techniques did to each row; None if nothing lossy is configured for the phase.
-    scores: log-probabilities of prompt tokens, if any are requested.
+    prompt_scores: log-probabilities of prompt tokens, if any are requested.
     start_time: ``time.monotonic`` when the host began to plan the step.
     planning_seconds: seconds that planning took.
     """
@@ -35,12 +35,12 @@ class Started:
     placed: list[Placed]
     sampled: Sampled
     changes_B: Changes | None
-    scores: StartedScores | None
+    prompt_scores: DeviceScores | None
     start_time: float
     planning_seconds: float
 
     @property
-    def must_be_seen(self) -> bool:
+    def blocks_next_step(self) -> bool:
         """Whether the host must see this step's tokens before the next step: some row has a grammar."""
         return any(run.is_sampled and run.request.constraint is not None for run, *_ in self.placed)
 
@@ -50,13 +50,16 @@ class Started:
         s = self.sampled
         return jax.device_get([s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.lost])
 
-    def report(self, fetched: float, delivered: float) -> StepReport:
-        """fetched, delivered: ``time.monotonic`` when the results were on the host and when they were
-        delivered."""
+    def report(self, fetch_time: float, delivery_time: float) -> StepReport:
+        """The report of the step.
+
+        fetch_time: ``time.monotonic`` when the results were on the host.
+        delivery_time: ``time.monotonic`` when they were delivered.
+        """
         decoded = sum(placed.run.is_decode for placed in self.placed)
         prompts = sum(placed.run.count for placed in self.placed if not placed.run.is_decode)
-        host = self.planning_seconds + delivered - fetched
-        return StepReport(prompts, decoded, fetched - self.start_time, host)
+        host = self.planning_seconds + delivery_time - fetch_time
+        return StepReport(prompts, decoded, fetch_time - self.start_time, host)
 
 
 def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig) -> None:
@@ -76,40 +79,40 @@ class PromptScores:
 
     def __init__(self, runner: Runner):
         self.runner = runner
-        self._kept: dict[str, list[TokenLogprob | None]] = {}
+        self._scores: dict[str, list[TokenLogprob | None]] = {}
 
     def want(self, request: Request) -> None:
         if request.params.prompt_logprobs is not None:
-            self._kept[request.id] = [None]  # nothing predicts the first token
+            self._scores[request.id] = [None]  # nothing predicts the first token
 
-    def start(self, placed: list[Placed], hidden_RND: Array) -> StartedScores | None:
+    def start(self, placed: list[Placed], hidden_RND: Array) -> DeviceScores | None:
         """Starts to score the prompt tokens that a step's positions predict; None if nobody wants them."""
-        asked = [p for p in placed if not p.run.is_decode and p.run.request.id in self._kept]
-        if not asked:
+        scored = [p for p in placed if not p.run.is_decode and p.run.request.id in self._scores]
+        if not scored:
             return None
         targets_RN = np.zeros(hidden_RND.shape[:2], np.int32)
-        for each in asked:
+        for each in scored:
             following = _following(each)
             targets_RN[each.rank, each.column : each.column + len(following)] = following
         return self.runner.score(hidden_RND, targets_RN)
 
-    def keep(self, placed: Placed, scored: tuple[np.ndarray, ...] | None) -> None:
-        """Keeps the scores of a run's prompt tokens. scored: result of ``start``, on the host."""
+    def keep(self, placed: Placed, scores: tuple[np.ndarray, ...] | None) -> None:
+        """Keeps the scores of a run's prompt tokens. scores: result of ``start``, on the host."""
         request = placed.run.request
-        kept = self._kept.get(request.id)
-        if scored is None or kept is None or placed.run.is_decode:
+        kept = self._scores.get(request.id)
+        if scores is None or kept is None or placed.run.is_decode:
             return
         if placed.run.start == 0:  # the request may have been preempted
             del kept[1:]
-        asked = request.params.prompt_logprobs or 0
+        alternatives = request.params.prompt_logprobs or 0
         kept.extend(
-            token_logprob(token, tuple(s[placed.rank, placed.column + i] for s in scored), asked)
+            token_logprob(token, tuple(s[placed.rank, placed.column + i] for s in scores), alternatives)
             for i, token in enumerate(_following(placed))
         )
 
     def take(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
         """Removes and returns a request's scores, one entry per prompt token; None if none are kept."""
-        kept = self._kept.pop(request.id, None)
+        kept = self._scores.pop(request.id, None)
         return None if kept is None else tuple(kept)
 
 

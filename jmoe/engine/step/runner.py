@@ -45,33 +45,33 @@ class CompilationCounter:
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
-        self.after_warm_up = 0
-        self._warm, self._open = False, True
-        self._watched: int | None = None  # the thread that is in ``watch``
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        self.num_after_warmup = 0
+        self._is_warm, self._is_open = False, True
+        self._watched_thread: int | None = None  # the thread that is in ``watch``
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def warm_up_done(self) -> None:
+    def start(self) -> None:
         """Starts to count."""
-        self._warm = True
+        self._is_warm = True
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Counts what this thread compiles inside."""
-        self._watched = threading.get_ident()
+        self._watched_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._watched = None
+            self._watched_thread = None
 
-    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if self._warm and event == self.EVENT and threading.get_ident() == self._watched:
-            self.after_warm_up += 1
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if self._is_warm and event == self.EVENT and threading.get_ident() == self._watched_thread:
+            self.num_after_warmup += 1
 
     def close(self) -> None:
         """Stops listening; safe to call again."""
-        if self._open:
-            jax.monitoring.unregister_event_duration_listener(self._heard)
-        self._open = False
+        if self._is_open:
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
+        self._is_open = False
 
 
 class Runner:
@@ -95,10 +95,10 @@ class Runner:
         self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
         self.ranks = model.split.sequence_ranks
         capacity = model.moe.capacity
-        self.moe, self.lossy = model.moe, bool(model.moe.stages)
+        self.moe, self.is_lossy = model.moe, bool(model.moe.stages)
         self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
-        self._steps = self._undrained = 0
+        self._steps = self._undrained_steps = 0
         self.state = self._first_state(model, cache)
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         row_bytes = transported_bytes(model.cfg, mesh)
@@ -126,7 +126,7 @@ class Runner:
         self.state = replace(self.state, cache=cache)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """False if the runner can no longer run anything."""
         return True
 
@@ -136,20 +136,20 @@ class Runner:
 
     def run(self, inputs: StepInput) -> StepOutput:
         """Starts a step. It does not wait for the step, and all results stay on the device."""
-        knobs = make_knobs(self.capacity_factor, self._steps) if self.lossy else None
+        knobs = make_knobs(self.capacity_factor, self._steps) if self.is_lossy else None
         self._steps += 1
         with self.compilations.watch():
             output = self._step(inputs, StepSettings(knobs, self.tables))
-            self._undrained += 1
-            if self._undrained >= DRAIN_STEPS:
+            self._undrained_steps += 1
+            if self._undrained_steps >= DRAIN_STEPS:
                 self._drain()
         return output
 
     def _step(self, inputs: StepInput, settings: StepSettings) -> StepOutput:
         """Starts one step; ``state`` is then the state after the step."""
-        state = self.state.of_phase(inputs.phase)
+        state = self.state.for_phase(inputs.phase)
         state, output = self._jitted.step(self.weights, state, inputs, settings)
-        self.state = self.state.followed_by(state)
+        self.state = self.state.with_phase(state)
         return output
 
     def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
@@ -193,7 +193,7 @@ class Runner:
         for phase, totals in self.state.totals.items():
             self.counters[phase].drain(totals)
         self.state = replace(self.state, totals=self._zero_totals())
-        self._undrained = 0
+        self._undrained_steps = 0
 
     def warm_up(
         self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
@@ -213,7 +213,7 @@ class Runner:
         self.drain()
         jax.block_until_ready(self.state.pages)
         progress(len(shapes), len(shapes))
-        self.compilations.warm_up_done()
+        self.compilations.start()
 
     def _rehearse(self, inputs: StepInput) -> Array:
         """Runs padding, so that everything a step of this shape may need is compiled; returns the hidden

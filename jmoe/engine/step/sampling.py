@@ -30,11 +30,11 @@ class SamplingRows:
     min_p_B: 0 is off.
     seed_B: 32-bit word.
     position_B: position of the token to be sampled.
-    biased_BX: ids of the tokens with a bias; an id past the vocabulary for none.
+    bias_ids_BX: ids of the tokens with a bias; an id past the vocabulary for none.
     bias_BX: numbers added to the logits of these tokens.
     allowed_BW: bit t % 32 of word t // 32 says whether token t may be sampled.
-    shaped: whether any row of the batch has a bias or a forbidden token.
-    logprobs: whether any row of the batch reports log-probabilities.
+    has_biases: whether any row of the batch has a bias or a forbidden token.
+    has_logprobs: whether any row of the batch reports log-probabilities.
     """
 
     temperature_B: Float[HostOrDevice, " B"]
@@ -43,11 +43,11 @@ class SamplingRows:
     min_p_B: Float[HostOrDevice, " B"]
     seed_B: Int[HostOrDevice, " B"]
     position_B: Int[HostOrDevice, " B"]
-    biased_BX: Int[HostOrDevice, "B X"]
+    bias_ids_BX: Int[HostOrDevice, "B X"]
     bias_BX: Float[HostOrDevice, "B X"]
     allowed_BW: UInt32[HostOrDevice, "B W"]
-    shaped: Bool[HostOrDevice, ""]
-    logprobs: Bool[HostOrDevice, ""]
+    has_biases: Bool[HostOrDevice, ""]
+    has_logprobs: Bool[HostOrDevice, ""]
 
 
 def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
@@ -59,11 +59,11 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
         min_p_B=np.zeros(rows, np.float32),
         seed_B=np.zeros(rows, np.int32),
         position_B=np.zeros(rows, np.int32),
-        biased_BX=np.full((rows, BIASES), vocab_size, np.int32),
+        bias_ids_BX=np.full((rows, BIASES), vocab_size, np.int32),
         bias_BX=np.zeros((rows, BIASES), np.float32),
         allowed_BW=np.full((rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
-        shaped=np.zeros((), bool),
-        logprobs=np.zeros((), bool),
+        has_biases=np.zeros((), bool),
+        has_logprobs=np.zeros((), bool),
     )
 
 
@@ -90,14 +90,14 @@ class Sampled:
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
     """Samples one token per row. Truncating and scoring are done only if some row requests them."""
-    shaped_BV = lax.cond(rows.shaped, lambda: _shape(logits_BV, rows), lambda: logits_BV)
+    shaped_BV = lax.cond(rows.has_biases, lambda: _shape(logits_BV, rows), lambda: logits_BV)
     greedy_B = _argmax(shaped_BV)
     random = jnp.any(rows.temperature_B > 0)
     ids_B = lax.cond(random, lambda: _draw(shaped_BV, rows, greedy_B), lambda: greedy_B)
     b = logits_BV.shape[0]
     a = min(MAX_LOGPROBS, logits_BV.shape[1])
     nothing = (jnp.zeros(b), jnp.zeros((b, a), jnp.int32), jnp.zeros((b, a)))
-    scored = lax.cond(rows.logprobs, lambda: score(logits_BV, ids_B), lambda: nothing)
+    scored = lax.cond(rows.has_logprobs, lambda: score(logits_BV, ids_B), lambda: nothing)
     chosen_B, top_ids_BA, top_BA = scored
     return Sampled(ids_B, chosen_B, top_ids_BA, top_BA, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
 
@@ -105,7 +105,7 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
 def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
     """The logits with each row's biases added, and -inf at its forbidden tokens."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
-    biased_BV = logits_BV.at[row_B1, rows.biased_BX].add(rows.bias_BX, mode="drop")
+    biased_BV = logits_BV.at[row_B1, rows.bias_ids_BX].add(rows.bias_BX, mode="drop")
     token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     words_BV = jnp.asarray(rows.allowed_BW)[:, token_V // 32]
     allowed_BV = (words_BV >> (token_V % 32).astype(jnp.uint32)[None]) & 1
@@ -154,11 +154,11 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
     return jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
 
 
-def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
-    """Keeps each row's values at or above the highest threshold for which ``enough(kept_BV)`` is true; the
+def _at_least(x_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
+    """Keeps each row's values at or above the highest threshold for which ``is_enough(kept_BV)`` is true; the
     others become -inf.
 
-    ``enough`` must stay true as more is kept; if it is never true, all values are kept. The threshold is
+    ``is_enough`` must stay true as more is kept; if it is never true, all values are kept. The threshold is
     found bit by bit in 32 passes: a sort of 150,000 tokens takes a TPU's compiler 45 s, and on a CPU it runs
     ten times as long.
     """
@@ -168,7 +168,7 @@ def _at_least(x_BV: Array, enough: Callable[[Array], Array]) -> Array:
 
     def narrow(i: Array, threshold_B: Array) -> Array:
         higher_B = threshold_B | (sign >> i.astype(jnp.uint32))
-        return jnp.where(enough(ordered_BV >= higher_B[:, None]), higher_B, threshold_B)
+        return jnp.where(is_enough(ordered_BV >= higher_B[:, None]), higher_B, threshold_B)
 
     threshold_B = lax.fori_loop(0, 32, narrow, jnp.zeros(x_BV.shape[0], jnp.uint32))
     return jnp.where(ordered_BV >= threshold_B[:, None], x_BV, -jnp.inf)

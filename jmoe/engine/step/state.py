@@ -29,11 +29,11 @@ class DeviceState:
     latest_S: Int[Array, " S"]
     cache: ExpertCache | None = None
 
-    def of_phase(self, phase: Phase) -> "DeviceState":
+    def for_phase(self, phase: Phase) -> "DeviceState":
         """The part that a step of the phase takes."""
         return replace(self, totals={phase: self.totals[phase]})
 
-    def followed_by(self, part: "DeviceState") -> "DeviceState":
+    def with_phase(self, part: "DeviceState") -> "DeviceState":
         """The state after a step that returned ``part``."""
         return replace(part, totals=self.totals | part.totals)
 

@@ -25,20 +25,20 @@ class Marks(NamedTuple):
 def harmony_marks(token_bytes: TokenBytes) -> Marks | None:
     """The ids of harmony's special tokens; None if the tokenizer does not have all of them as special."""
     found = [token_bytes.tokenizer.token_to_id(f"<|{name}|>") for name in Marks._fields]
-    ids = [id for id in found if id is not None and id in token_bytes.special]
+    ids = [id for id in found if id is not None and id in token_bytes.special_ids]
     return Marks(*ids) if len(ids) == len(found) else None
 
 
 class Channels:
     """Follows an answer's tokens. A message without a channel, and text outside of messages, are final.
 
-    final: whether the next tokens are text for the reader.
+    is_final: whether the next tokens are text for the reader.
     header: text so far of a message's header, None outside of a header. It is neither answer nor thoughts.
     """
 
     def __init__(self, marks: Marks, token_bytes: TokenBytes, prompt: Sequence[int]):
         self.marks, self.token_bytes = marks, token_bytes
-        self.final, self.header = True, None
+        self.is_final, self.header = True, None
         for id in self._open_message(prompt):
             self.take(id)
 
@@ -50,13 +50,13 @@ class Channels:
 
     def take(self, id: int) -> None:
         if id in (self.marks.start, self.marks.channel):
-            self.header, self.final = "", id == self.marks.start
+            self.header, self.is_final = "", id == self.marks.start
         elif id == self.marks.message:
-            self.final = self.final or (self.header or "").split()[:1] == [FINAL]
+            self.is_final = self.is_final or (self.header or "").split()[:1] == [FINAL]
             self.header = None
         elif id == self.marks.end:
-            self.header, self.final = None, True
-        elif self.header is not None and id not in self.token_bytes.special:
+            self.header, self.is_final = None, True
+        elif self.header is not None and id not in self.token_bytes.special_ids:
             self.header += self.token_bytes(id).decode(errors="replace")
 
 
@@ -71,7 +71,7 @@ class AnswerText:
         self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
         self.text = GrowingText(token_bytes, prompt)
         self.thoughts = GrowingText(token_bytes)
-        self._between = ""  # separates two messages of thoughts
+        self._separator = ""  # separates two messages of thoughts
 
     def push(self, id: int) -> tuple[str, str]:
         """The characters of the text, and of the thoughts, that the token completes."""
@@ -80,12 +80,12 @@ class AnswerText:
         self.channels.take(id)
         if self.channels.header is not None:
             return "", ""
-        if self.channels.final:
+        if self.channels.is_final:
             return self.text.push(id), ""
         if id != self.channels.marks.message:
-            self._between = "\n"
+            self._separator = "\n"
             return "", self.thoughts.push(id)
-        return "", self._between
+        return "", self._separator
 
     def flush(self) -> tuple[str, str]:
         """What is left of incomplete characters: of the text, and of the thoughts."""

@@ -31,7 +31,7 @@ class TextCodec:
         self.tokenizer = load_tokenizer(directory, vocab_size)
         self.vocab_size = vocab_size
         self.token_bytes = TokenBytes(self.tokenizer)
-        self._one_long_text = threading.Lock()
+        self._long_text_lock = threading.Lock()
 
     def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
         """The token ids of a text.
@@ -42,7 +42,7 @@ class TextCodec:
         if limit is not None:
             self._check_characters(text, limit)
         if len(text) > LONG:
-            with self._one_long_text:
+            with self._long_text_lock:
                 ids = self._ids(text, special, limit)
         else:
             ids = self._ids(text, special, limit)
@@ -67,17 +67,17 @@ class TextCodec:
         return encoding.ids
 
     @cached_property
-    def _fewest(self) -> FewestTokens:
+    def _fewest_tokens(self) -> FewestTokens:
         return FewestTokens(self.tokenizer)
 
     def _check_characters(self, text: str, limit: int) -> None:
-        least = self._fewest(text, limit) if len(text) > limit else 0
+        least = self._fewest_tokens(text, limit) if len(text) > limit else 0
         if least > limit:
             raise ValueError(
                 too_long(limit, f"your prompt has {len(text)} characters, which are at least {least} tokens")
             )
 
-    def starts(self, text: str, *, special: bool = True) -> list[int]:
+    def token_starts(self, text: str, *, special: bool = True) -> list[int]:
         """The index of the character of ``text`` at which each of its tokens begins."""
         with guarded("encode this text"):
             encoding = self.tokenizer.encode_batch([text], add_special_tokens=special)[0]
@@ -96,8 +96,8 @@ class TextCodec:
         return self.token_bytes(token_id).decode(errors="replace")
 
 
-def too_long(limit: int, has: str) -> str:
-    return f"This model's maximum context length is {limit} tokens. However, {has}."
+def too_long(limit: int, cause: str) -> str:
+    return f"This model's maximum context length is {limit} tokens. However, {cause}."
 
 
 class Detokenizer:
@@ -115,38 +115,39 @@ class Detokenizer:
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):
         self.stop = tuple(stop)
         self.text, self.thoughts = AnswerText(codec.token_bytes, prompt), ""
-        self.cut_end = 0 if prompt is None else codec.token_bytes.pieces.cut_end
-        self.held = ""
-        self.stopped_by: str | None = None
+        self.num_end_spaces = 0 if prompt is None else codec.token_bytes.pieces.num_end_spaces
+        self.pending_text = ""
+        self.stop_match: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Returns the text released by this token; sets ``stopped_by`` if a stop string is complete.
+        """Returns the text released by this token; sets ``stop_match`` if a stop string is complete.
 
         ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError if the
         tokenizer fails.
         """
         text, self.thoughts = self.text.push(token_id)
-        self.held += text
-        found = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0] if may_stop else []
+        self.pending_text += text
+        found = [(at, s) for s in self.stop if (at := self.pending_text.find(s)) >= 0] if may_stop else []
         if found:
-            at, self.stopped_by = min(found)
-            text, self.held = self.held[:at], ""
+            at, self.stop_match = min(found)
+            text, self.pending_text = self.pending_text[:at], ""
             return text
         stops = self.stop if may_stop else ()
-        return self._release(max((_overlap(self.held, s) for s in stops), default=0))
+        return self._release(max((_overlap(self.pending_text, s) for s in stops), default=0))
 
     def flush(self) -> str:
         """Returns all text that is still held; call it after the last token."""
         text, self.thoughts = self.text.flush()
-        self.held += text
+        self.pending_text += text
         text = self._release(0)
-        self.held = ""
+        self.pending_text = ""
         return text
 
-    def _release(self, keep: int) -> str:
-        spaces = len(self.held) - len(self.held.rstrip(" "))
-        keep = max(keep, min(spaces, self.cut_end))
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+    def _release(self, num_pending: int) -> str:
+        spaces = len(self.pending_text) - len(self.pending_text.rstrip(" "))
+        num_pending = max(num_pending, min(spaces, self.num_end_spaces))
+        end = len(self.pending_text) - num_pending
+        text, self.pending_text = self.pending_text[:end], self.pending_text[end:]
         return text
 
 

@@ -39,7 +39,7 @@ class FewestTokens:
             ]
             self._model = _model_of(tokenizer)
             self._vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-            self._added = list(tokenizer.get_added_tokens_decoder().values())
+            self._added_tokens = list(tokenizer.get_added_tokens_decoder().values())
         self._spaces_count = True
         try:
             self._characters = self._longest()
@@ -62,7 +62,7 @@ class FewestTokens:
         shrinks = self._shrinks(normalizer)
         self._check_pre_tokenizer(pre_tokenizer)
         self._check_unknown(pre_tokenizer, normalizer)
-        if any(token.lstrip or token.rstrip for token in self._added):
+        if any(token.lstrip or token.rstrip for token in self._added_tokens):
             self._spaces_count = False
         return shrinks * max(map(len, self._vocabulary))
 
@@ -108,10 +108,10 @@ class FewestTokens:
             raise _Unbounded
 
 
-def _flat(part: dict[str, Any] | None, within: str) -> list[dict[str, Any]]:
+def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if part is None:
         return []
-    return [p for each in part[within] for p in _flat(each, within)] if part["type"] == "Sequence" else [part]
+    return [p for each in part[key] for p in _flat(each, key)] if part["type"] == "Sequence" else [part]
 
 
 def _model_of(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -32,44 +32,46 @@ ALPHABET = _byte_alphabet()
 class Pieces:
     """How a decoder turns single tokens into bytes.
 
-    known: False if the decoder has a part that is not understood here.
-    cut: number of spaces that the beginning of a text loses.
-    cut_end: number of spaces that the end of a text loses.
-    bare_start: whether the first token loses all its spaces instead.
+    is_known: False if the decoder has a part that is not understood here.
+    num_start_spaces: number of spaces that the beginning of a text loses.
+    num_end_spaces: number of spaces that the end of a text loses.
+    is_start_bare: whether the first token loses all its spaces instead.
     """
 
     def __init__(self, decoder: dict[str, Any] | None):
-        self.known, self.cut, self.cut_end, self.bare_start = decoder is not None, 0, 0, False
-        self._byte_level = self._fallback = False
-        self._replaced: list[tuple[str, str]] = []
+        self.is_known, self.is_start_bare = decoder is not None, False
+        self.num_start_spaces = self.num_end_spaces = 0
+        self._is_byte_level = self._has_byte_fallback = False
+        self._replacements: list[tuple[str, str]] = []
         for part in _flat(decoder or {}):
-            self._take(part)
+            self._add_part(part)
 
-    def _take(self, part: dict[str, Any]) -> None:
+    def _add_part(self, part: dict[str, Any]) -> None:
         kind, pattern = part.get("type"), part.get("pattern")
         if kind == "ByteLevel":
-            self._byte_level = True
+            self._is_byte_level = True
         elif kind == "ByteFallback":
-            self._fallback = True
+            self._has_byte_fallback = True
         elif kind == "Replace" and isinstance(pattern, dict) and "String" in pattern:
-            self._replaced.append((pattern["String"], part["content"]))
+            self._replacements.append((pattern["String"], part["content"]))
         elif kind == "Metaspace":
-            self._replaced.append((part["replacement"], " "))
-            self.bare_start = part.get("prepend_scheme", "always") != "never"
+            self._replacements.append((part["replacement"], " "))
+            self.is_start_bare = part.get("prepend_scheme", "always") != "never"
         elif kind == "Strip" and part.get("content") == " ":
-            self.cut, self.cut_end = self.cut + part["start"], self.cut_end + part["stop"]
+            self.num_start_spaces += part["start"]
+            self.num_end_spaces += part["stop"]
         elif kind != "Fuse":
-            self.known = False
+            self.is_known = False
 
     def bytes_of(self, token: str) -> bytes:
-        if self._byte_level:
+        if self._is_byte_level:
             try:
                 return bytes(map(ALPHABET.__getitem__, token))
             except KeyError:  # an added token is spelled as plain text
                 return token.encode()
-        for old, new in self._replaced:
+        for old, new in self._replacements:
             token = token.replace(old, new)
-        found = BYTE_PIECE.fullmatch(token) if self._fallback else None
+        found = BYTE_PIECE.fullmatch(token) if self._has_byte_fallback else None
         return bytes([int(found[1], 16)]) if found else token.encode()
 
 
@@ -88,14 +90,14 @@ class TokenBytes:
             decoder = tokenizer.decoder
             self.pieces = Pieces(None if decoder is None else json.loads(decoder.__getstate__()))
             added = tokenizer.get_added_tokens_decoder()
-        self.special = frozenset(id for id, token in added.items() if token.special)
-        self._known: dict[int, bytes] = {}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._cache: dict[int, bytes] = {}
         self._anchor: tuple[int, str] | None = None
 
     def __call__(self, id: int) -> bytes:
         """The bytes of a token. Raises ValueError if the library fails on the token."""
-        if (known := self._known.get(id)) is None:
-            known = self._known[id] = self._bytes(id)
+        if (known := self._cache.get(id)) is None:
+            known = self._cache[id] = self._bytes(id)
         return known
 
     def _bytes(self, id: int) -> bytes:
@@ -103,12 +105,12 @@ class TokenBytes:
             token = self.tokenizer.id_to_token(id)
             if token is None:
                 return b""
-            return self.pieces.bytes_of(token) if self.pieces.known else self._difference(id)
+            return self.pieces.bytes_of(token) if self.pieces.is_known else self._difference(id)
 
     def _difference(self, id: int) -> bytes:
         """For decoders that are not known: the bytes that the token adds after a word."""
         if self._anchor is None:
-            words = (i for i in self.tokenizer.get_vocab().values() if i not in self.special)
+            words = (i for i in self.tokenizer.get_vocab().values() if i not in self.special_ids)
             word = next((i for i in words if self.tokenizer.decode([i]).isalnum()), -1)
             self._anchor = word, "" if word < 0 else self.tokenizer.decode([word])
         word, text = self._anchor
@@ -117,8 +119,8 @@ class TokenBytes:
 
     def first(self, id: int) -> bytes:
         """The bytes of a token that is the first of a text."""
-        if self.pieces.known:
-            return self(id).replace(b" ", b"") if self.pieces.bare_start else self(id)
+        if self.pieces.is_known:
+            return self(id).replace(b" ", b"") if self.pieces.is_start_bare else self(id)
         with guarded("decode a token"):
             return self.tokenizer.decode([id], skip_special_tokens=False).encode()
 
@@ -126,46 +128,47 @@ class TokenBytes:
 class GrowingText:
     """Text that grows token by token, in whole characters; a broken character becomes U+FFFD.
 
-    before: tokens that the text continues; None means unknown text, so that all bytes of every token count.
+    context: tokens that the text continues; None means unknown text, so that all bytes of every token count.
     shows_special: whether special tokens are spelled out.
     """
 
     def __init__(
         self,
         token_bytes: TokenBytes,
-        before: Sequence[int] | None = None,
+        context: Sequence[int] | None = None,
         *,
         shows_special: bool = False,
     ):
-        self._bytes = token_bytes
-        self._hidden: frozenset[int] = frozenset() if shows_special else token_bytes.special
+        self._token_bytes = token_bytes
+        self._hidden_ids: frozenset[int] = frozenset() if shows_special else token_bytes.special_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first, self._cut = before is not None, 0 if before is None else token_bytes.pieces.cut
-        for id in self._context(before or ()):
+        self._is_first = context is not None
+        self._num_start_spaces = 0 if context is None else token_bytes.pieces.num_start_spaces
+        for id in self._relevant_tokens(context or ()):
             self.push(id)
 
-    def _context(self, before: Sequence[int]) -> Sequence[int]:
-        """The last tokens of ``before`` that matter: they show whether the text is at its beginning, and hold
-        an unfinished character."""
+    def _relevant_tokens(self, context: Sequence[int]) -> Sequence[int]:
+        """The last tokens of ``context`` that matter: they show whether the text is at its beginning, and
+        hold an unfinished character."""
         taken, size = 0, 0
-        for id in reversed(before):
+        for id in reversed(context):
             taken += 1
-            size += 0 if id in self._hidden else len(self._bytes(id))
-            if size > 4 + self._cut:  # longer than a character and the spaces that a beginning loses
+            size += 0 if id in self._hidden_ids else len(self._token_bytes(id))
+            if size > 4 + self._num_start_spaces:  # a character and the spaces that a beginning loses
                 break
-        return before[len(before) - taken :]
+        return context[len(context) - taken :]
 
     def push(self, id: int) -> str:
         """The characters that the token completes."""
-        if id in self._hidden:
+        if id in self._hidden_ids:
             return ""
-        chunk = self._bytes.first(id) if self._first else self._bytes(id)
-        if not self._bytes(id):
+        chunk = self._token_bytes.first(id) if self._is_first else self._token_bytes(id)
+        if not self._token_bytes(id):
             return ""
-        self._first = False
-        while self._cut and chunk.startswith(b" "):
-            chunk, self._cut = chunk[1:], self._cut - 1
-        self._cut = 0 if chunk else self._cut
+        self._is_first = False
+        while self._num_start_spaces and chunk.startswith(b" "):
+            chunk, self._num_start_spaces = chunk[1:], self._num_start_spaces - 1
+        self._num_start_spaces = 0 if chunk else self._num_start_spaces
         return self._utf8.decode(chunk)
 
     def flush(self) -> str:

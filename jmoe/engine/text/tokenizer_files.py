@@ -61,7 +61,7 @@ CLASS_OF = {
 
 
 @contextmanager
-def guarded(doing: str) -> Iterator[None]:
+def guarded(action: str) -> Iterator[None]:
     """Wraps every call of the tokenizers library and turns its errors into ValueError.
 
     The library raises bare Exceptions, and a panic in its Rust code is a BaseException that no
@@ -73,7 +73,7 @@ def guarded(doing: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         line = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(f"the tokenizer cannot {doing}: {line}") from None
+        raise ValueError(f"the tokenizer cannot {action}: {line}") from None
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -91,28 +91,28 @@ def json_object(path: Path) -> dict[str, Any]:
 class TokenizerConfig:
     """The contents of the tokenizer files other than ``tokenizer.json``.
 
-    config: contents of ``tokenizer_config.json``.
-    kind: class of the tokenizer without "Fast"; "" if no file names it.
-    special: special tokens by name.
-    more: special tokens without a name of their own.
-    added: further tokens, in the order of their ids.
+    values: contents of ``tokenizer_config.json``.
+    class_name: class of the tokenizer without "Fast"; "" if no file names it.
+    special_tokens: special tokens by name.
+    extra_tokens: special tokens without a name of their own.
+    added_tokens: further tokens, in the order of their ids.
     """
 
-    config: dict[str, Any]
-    kind: str
-    special: dict[str, AddedToken]
-    more: list[AddedToken] = field(default_factory=list)
-    added: list[AddedToken] = field(default_factory=list)
+    values: dict[str, Any]
+    class_name: str
+    special_tokens: dict[str, AddedToken]
+    extra_tokens: list[AddedToken] = field(default_factory=list)
+    added_tokens: list[AddedToken] = field(default_factory=list)
 
     @property
-    def saved_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether transformers 5 saved it; then ``tokenizer.json`` has what the other files say."""
-        return "backend" in self.config
+        return "backend" in self.values
 
     def names(self) -> dict[str, Any]:
         """The special tokens' texts, by the names that chat templates use."""
-        more = [token.content for token in self.more]
-        return {name: t.content for name, t in self.special.items()} | ({MORE: more} if more else {})
+        more = [token.content for token in self.extra_tokens]
+        return {name: t.content for name, t in self.special_tokens.items()} | ({MORE: more} if more else {})
 
 
 def read_config(directory: Path) -> TokenizerConfig:
@@ -157,13 +157,13 @@ def _kind(config: dict[str, Any], directory: Path) -> str:
     return str(named).removesuffix("Fast")
 
 
-def _special(found: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+def _special(values: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """The special tokens with a name, and the others, which transformers 5 calls extra_special_tokens."""
-    named = {name: found[name] for name in NAMES if found.get(name) is not None}
-    extra = found.get("extra_special_tokens") or []
+    named = {name: values[name] for name in NAMES if values.get(name) is not None}
+    extra = values.get("extra_special_tokens") or []
     if isinstance(extra, dict):
         named, extra = named | extra, []
-    more = {t.content: t for t in map(_special_token, [*(found.get(MORE) or []), *extra])}
+    more = {t.content: t for t in map(_special_token, [*(values.get(MORE) or []), *extra])}
     return {name: _special_token(value) for name, value in named.items()}, list(more.values())
 
 
@@ -171,14 +171,14 @@ def _special_token(value: Any) -> AddedToken:
     return _token(value | {"special": True}) if isinstance(value, dict) else AddedToken(value, special=True)
 
 
-def _added(decoder: Any, older: dict[str, Any], chosen: set[str]) -> list[AddedToken]:
-    """The added tokens, in the order of their ids. chosen: texts of the special tokens."""
+def _added(decoder: Any, added_ids: dict[str, Any], special_texts: set[str]) -> list[AddedToken]:
+    """The added tokens, in the order of their ids. special_texts: texts of the special tokens."""
     tokens = {int(id): _token(value) for id, value in (decoder or {}).items()}
-    for text, id in older.items():
-        special = text in chosen
+    for text, id in added_ids.items():
+        special = text in special_texts
         tokens[int(id)] = AddedToken(text, normalized=not special, special=special)
     for token in tokens.values():
-        token.special = token.special or token.content in chosen
+        token.special = token.special or token.content in special_texts
     return [tokens[id] for id in sorted(tokens)]
 
 
@@ -202,12 +202,12 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             tokenizer = Tokenizer.from_file(str(path))
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    told = read_config(directory)
+    config = read_config(directory)
     with guarded("take its added tokens"):
         tokenizer.no_truncation()  # every trainer stores the settings of its last call
         tokenizer.no_padding()
-        _add_tokens(tokenizer, told)
-        _apply(tokenizer, told)
+        _add_tokens(tokenizer, config)
+        _apply(tokenizer, config)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder().keys()
     check_ids(vocabulary, added, vocab_size, path)
@@ -229,15 +229,15 @@ def missing(directory: Path) -> str | None:
     )
 
 
-def _add_tokens(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+def _add_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     """Adds tokens that the vocabulary lacks or has with other flags, as transformers does."""
     have = {_identity(token) for token in tokenizer.get_added_tokens_decoder().values()}
-    tokens = [token for token in told.added if _identity(token) not in have]
+    tokens = [token for token in config.added_tokens if _identity(token) not in have]
     known = {content for content, *_ in have} | {token.content for token in tokens}
-    defaults = CLASS_TOKENS.get(told.kind, {})
-    for name, token in (*told.special.items(), *((MORE, token) for token in told.more)):
+    defaults = CLASS_TOKENS.get(config.class_name, {})
+    for name, token in (*config.special_tokens.items(), *((MORE, token) for token in config.extra_tokens)):
         # A class's default names a token; it does not promise that the vocabulary has it.
-        is_default = name not in told.config and defaults.get(name) == token.content
+        is_default = name not in config.values and defaults.get(name) == token.content
         if token.content not in known and not (is_default and tokenizer.token_to_id(token.content) is None):
             known.add(token.content)
             tokens.append(token)
@@ -248,30 +248,30 @@ def _identity(token: AddedToken) -> tuple:
     return token.content, *(getattr(token, flag) for flag in FLAGS)
 
 
-def _apply(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+def _apply(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     """Applies the configuration's changes to the tokenizer's rules."""
-    config = told.config
-    if config.get("split_special_tokens"):
+    values = config.values
+    if values.get("split_special_tokens"):
         tokenizer.encode_special_tokens = True
-    if told.saved_whole or not (config or told.kind):
+    if config.is_complete or not (values or config.class_name):
         return
-    prefix = config.get("add_prefix_space", None if told.kind in ADDS_BOS else False)
-    before = tokenizer.pre_tokenizer
-    if isinstance(before, pre_tokenizers.ByteLevel) and isinstance(prefix, bool):
-        before.add_prefix_space = prefix
-        tokenizer.pre_tokenizer = before
-    if told.kind in ADDS_BOS:
-        _set_ends(tokenizer, told)
+    prefix = values.get("add_prefix_space", None if config.class_name in ADDS_BOS else False)
+    pre_tokenizer = tokenizer.pre_tokenizer
+    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel) and isinstance(prefix, bool):
+        pre_tokenizer.add_prefix_space = prefix
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if config.class_name in ADDS_BOS:
+        _set_ends(tokenizer, config)
 
 
-def _set_ends(tokenizer: Tokenizer, told: TokenizerConfig) -> None:
+def _set_ends(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     """Sets a post-processor that adds BOS and EOS as configured, whatever ``tokenizer.json`` says."""
     wanted = {
-        "bos_token": told.config.get("add_bos_token", ADDS_BOS[told.kind]),
-        "eos_token": told.config.get("add_eos_token", False),
+        "bos_token": config.values.get("add_bos_token", ADDS_BOS[config.class_name]),
+        "eos_token": config.values.get("add_eos_token", False),
     }
     ends = {}
-    for name, token in told.special.items():
+    for name, token in config.special_tokens.items():
         id = tokenizer.token_to_id(token.content)
         if wanted.get(name) and id is not None:
             ends[name] = (token.content, id)

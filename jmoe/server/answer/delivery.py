@@ -57,7 +57,7 @@ class UsageCounter:
 
     def _cached_tokens(self) -> int:
         """Counts each prompt's minimum: of n answers one computes the prompt and the others then find it."""
-        return sum(min(request.cached_tokens for request in answers) for answers in self.requests)
+        return sum(min(request.num_cached_tokens for request in answers) for answers in self.requests)
 
 
 @dataclass(frozen=True)

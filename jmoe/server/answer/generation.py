@@ -120,11 +120,11 @@ class Generation:
                 self.engine.abort(sorted(self.unfinished_ids))
 
     def _failure(self, output: Output) -> ApiError:
-        if not self.engine.snapshot().alive:
+        if not self.engine.snapshot().is_alive:
             return engine_dead()
         if output.finish_reason == "abort":  # not by ``close``, after which nobody reads
             return draining()
-        if output.invalid:
+        if output.is_invalid:
             return invalid(f"{self.grammar_param} cannot be used: {output.error}", self.grammar_param)
         return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
 

@@ -31,13 +31,13 @@ class Prompt:
         text, offsets, at = GrowingText(codec.token_bytes, (), shows_special=True), [], 0
         for token in self.token_ids:
             offsets.append(at)
-            is_special = token in codec.token_bytes.special
+            is_special = token in codec.token_bytes.special_ids
             if not is_special or self.shows_special or self.text.startswith(codec.token_text(token), at):
                 at += len(text.push(token))
         if self.shows_special or at == len(self.text):
             return offsets
-        starts = codec.starts(self.text)  # the tokenizer does not keep every character of a text
-        return starts if len(starts) == len(offsets) else codec.starts(self.text, special=False)
+        starts = codec.token_starts(self.text)  # the tokenizer does not keep every character of a text
+        return starts if len(starts) == len(offsets) else codec.token_starts(self.text, special=False)
 
 
 @dataclass(frozen=True)

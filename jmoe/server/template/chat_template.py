@@ -126,7 +126,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
     """
     try:
         files = read_config(directory)
-        sources = _from_files(directory) or _named_sources(files.config.get("chat_template"))
+        sources = _from_files(directory) or _named_sources(files.values.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
             sources = _named_sources(json_object(directory / "chat_template.json").get("chat_template"))
         if not sources:

@@ -74,7 +74,7 @@ class Metrics:
         before = self.last_token.get(request.id)
         if before is None:
             self._prompt_done(request)
-            waited = now - request.arrived
+            waited = now - request.arrival_time
             self.first_token.observe(waited)
             self.totals.first_token.add(waited)
         else:
@@ -97,11 +97,11 @@ class Metrics:
         if last is None:  # max_tokens 0: a prompt was scored, no token came
             self._prompt_done(request)
             return
-        self.latency.observe(last - request.arrived)
+        self.latency.observe(last - request.arrival_time)
         tokens = len(request.token_ids)
         self.answer_sizes.observe(tokens)
-        if request.first_token is not None:
-            took = last - request.first_token
+        if request.first_token_time is not None:
+            took = last - request.first_token_time
             self.decode_time.observe(took)
             if tokens > 1:
                 self.mean_token_gap.observe(took / (tokens - 1))
@@ -109,10 +109,10 @@ class Metrics:
     def _prompt_done(self, request: Request) -> None:
         self.prompt_tokens.inc(len(request.prompt_token_ids))
         self.prompt_sizes.observe(len(request.prompt_token_ids))
-        if request.started is not None:
-            self.queue_time.observe(request.started - request.arrived)
-            if request.first_token is not None:
-                self.prefill_time.observe(request.first_token - request.started)
+        if request.start_time is not None:
+            self.queue_time.observe(request.start_time - request.arrival_time)
+            if request.first_token_time is not None:
+                self.prefill_time.observe(request.first_token_time - request.start_time)
 
     # ---- from the server -----------------------------------------------------------------------------
 
@@ -141,8 +141,8 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         s = self.engine.snapshot()
-        yield GaugeMetricFamily("jmoe_num_requests_running", "Requests in the batch", s.running)
-        yield GaugeMetricFamily("jmoe_num_requests_waiting", "Requests in the queue", s.waiting)
+        yield GaugeMetricFamily("jmoe_num_requests_running", "Requests in the batch", s.num_running)
+        yield GaugeMetricFamily("jmoe_num_requests_waiting", "Requests in the queue", s.num_waiting)
         yield GaugeMetricFamily("jmoe_kv_cache_usage_perc", "KV pages in use, 0 to 1", s.kv_usage)
         late = s.compilations_after_warmup
         yield CounterMetricFamily("jmoe_compilations_after_warmup", "Compilations while serving: 0", late)

@@ -150,8 +150,8 @@ def _serve_report(old: Snapshot, new: Snapshot) -> dict[str, Any]:
     snapshot, was = new.snapshot, old.snapshot
     looked_up = snapshot.prefix_queries - was.prefix_queries
     return {
-        "running": snapshot.running,
-        "waiting": snapshot.waiting,
+        "running": snapshot.num_running,
+        "waiting": snapshot.num_waiting,
         "kv_usage": round(snapshot.kv_usage, 4),
         "prefix_queries": looked_up,
         "prefix_hits": snapshot.prefix_hits - was.prefix_hits,

@@ -65,11 +65,11 @@ async def log_traffic(engine: EngineProtocol, totals: Totals, every: float = EVE
         await asyncio.sleep(every)
         snapshot = engine.snapshot()
         now = _counts(snapshot, totals)
-        if now != before or snapshot.running or snapshot.waiting:
+        if now != before or snapshot.num_running or snapshot.num_waiting:
             prompt, generated, looked_up, found = (n - b for n, b in zip(now, before, strict=True))
             hits = f"{100 * found / looked_up:.1f} %" if looked_up else "-"
             speeds = f"prompt {prompt / every:.1f} tok/s, generation {generated / every:.1f} tok/s"
-            requests = f"running {snapshot.running}, waiting {snapshot.waiting}"
+            requests = f"running {snapshot.num_running}, waiting {snapshot.num_waiting}"
             log.info("%s, %s, KV %.1f %%, prefix hits %s", speeds, requests, 100 * snapshot.kv_usage, hits)
         before = now
 

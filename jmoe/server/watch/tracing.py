@@ -104,10 +104,10 @@ def _request_attributes(request: Request, choices: int) -> dict[str, Attribute]:
 
 def _times(request: Request) -> dict[str, Attribute]:
     """Times of the first choice in seconds, as far as it got."""
-    if request.started is None:
+    if request.start_time is None:
         return {}
-    times: dict[str, Attribute] = {"gen_ai.latency.time_in_queue": request.started - request.arrived}
-    if request.first_token is not None:
-        times["gen_ai.latency.time_in_model_prefill"] = request.first_token - request.started
-        times["gen_ai.server.time_to_first_token"] = request.first_token - request.arrived
+    times: dict[str, Attribute] = {"gen_ai.latency.time_in_queue": request.start_time - request.arrival_time}
+    if request.first_token_time is not None:
+        times["gen_ai.latency.time_in_model_prefill"] = request.first_token_time - request.start_time
+        times["gen_ai.server.time_to_first_token"] = request.first_token_time - request.arrival_time
     return times

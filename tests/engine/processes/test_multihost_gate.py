@@ -33,7 +33,7 @@ def meet():
             line = Line(knock("127.0.0.1", port, 1)[0])
             ends.append(line)
             line.agree(far, 0)
-            line.live(b"s")
+            line.keep_alive(b"s")
             return line
 
         with ThreadPoolExecutor(2) as pool:
@@ -73,7 +73,7 @@ def test_strangers_are_refused_and_the_processes_meet_all_the_same(meet, caplog)
 
     followers, line = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers)
     followers.send([b"ab", b"c"])
-    assert line.read(3) == b"abc" and followers.lost is None
+    assert line.read(3) == b"abc" and followers.loss is None
     assert "it does not speak jmoe's protocol" in caplog.text
     assert "it says it is process 1 and does not know that one's token" in caplog.text
 
@@ -147,7 +147,7 @@ def test_a_tunnel_leads_to_the_coordinator_and_stays_open_where_it_ends():
 def test_a_lost_follower_is_noticed(meet, caplog):
     followers, line = meet({}, {})
     line.close()
-    assert eventually(lambda: followers.lost)
+    assert eventually(lambda: followers.loss)
     said = "process 1 is gone (the connection was closed): nothing more can run on this mesh"
     assert eventually(lambda: said in caplog.text)
     with pytest.raises(EngineDead, match="process 1 is gone"):
@@ -158,8 +158,8 @@ def test_a_process_that_says_nothing_any_more_is_lost_to_both_ends(monkeypatch, 
     monkeypatch.setattr(line_module, "SILENCE", 0.5)
     monkeypatch.setattr(line_module, "BEAT", 60)  # as a stopped process
     followers, line = meet({}, {})
-    assert eventually(lambda: followers.lost)
-    assert "process 1 is gone (it was silent for" in str(followers.lost)
+    assert eventually(lambda: followers.loss)
+    assert "process 1 is gone (it was silent for" in str(followers.loss)
     with pytest.raises(EngineDead, match="it was silent for"):
         line.read(1)
 
@@ -168,13 +168,13 @@ def test_signs_of_life_keep_a_line(monkeypatch, meet):
     monkeypatch.setattr(line_module, "SILENCE", 4)
     monkeypatch.setattr(line_module, "BEAT", 0.05)
     followers, line = meet({}, {})
-    assert line.read(90) == b"S" * 90 and followers.lost is None
+    assert line.read(90) == b"S" * 90 and followers.loss is None
 
 
 def test_process_0_may_end_with_a_last_word_or_without(meet):
     followers, line = meet({}, {})
     followers.close(b"bye")
-    assert line.read(3) == b"bye" and followers.lost is None
+    assert line.read(3) == b"bye" and followers.loss is None
     with pytest.raises(EngineDead, match="the connection was closed"):
         line.read(1)
 

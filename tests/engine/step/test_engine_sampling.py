@@ -77,7 +77,7 @@ def drawn(shift: float, masked: bool) -> tuple[np.ndarray, np.ndarray, np.ndarra
             fill_sampling(rows, row, params, position=row)
             fill_biases(rows, row, params, [0], generated=0)
     bits = np.packbits(np.pad(allowed, (0, -VOCAB % 32)), bitorder="little").view(np.uint32)
-    rows.shaped[...] = True
+    rows.has_biases[...] = True
     rows = dataclasses.replace(rows, allowed_BW=np.tile(bits, (len(CASES) * DRAWS, 1)))
     ids = jax.jit(sample)(jnp.tile(logits, (len(CASES) * DRAWS, 1)), rows).ids_B
     return logits, allowed, np.asarray(ids).reshape(len(CASES), DRAWS)

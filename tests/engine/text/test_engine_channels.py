@@ -30,7 +30,7 @@ def read(
     for push in [lambda id=id: detokenizer.push(id) for id in ids] + [detokenizer.flush]:
         texts.append(push())
         thoughts.append(detokenizer.thoughts)
-        if detokenizer.stopped_by:
+        if detokenizer.stop_match:
             break
     return "".join(texts), "".join(thoughts)
 

@@ -175,7 +175,7 @@ class FakeEngine:
         params, done = request.params, len(request.token_ids)
         if done == self.holds_at and not self.going.is_set():
             return None
-        request.started = request.started or time.monotonic()
+        request.start_time = request.start_time or time.monotonic()
         scores = None
         if done == 0 and params.prompt_logprobs is not None:
             rest = (self._score(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:])
@@ -190,11 +190,11 @@ class FakeEngine:
                 token = self._allowed(request, token)
             except ValueError as error:
                 return self._end(
-                    request, Output(request.id, finish_reason="error", error=str(error), invalid=True)
+                    request, Output(request.id, finish_reason="error", error=str(error), is_invalid=True)
                 )
         request.token_ids.append(token)
         now = time.monotonic()
-        request.first_token = request.first_token or now
+        request.first_token_time = request.first_token_time or now
         for listener in self.listeners:
             listener.token(request, now)
         texts = self.texts.get(request.id)
@@ -202,11 +202,11 @@ class FakeEngine:
         thoughts = texts.thoughts if texts else ""
         if token == EOS and not params.ignore_eos:
             finish = "stop"
-        elif texts and texts.stopped_by:
-            finish, why = "stop", texts.stopped_by
+        elif texts and texts.stop_match:
+            finish, why = "stop", texts.stop_match
         elif done + 1 == params.max_tokens or request.length >= self.max_model_len:
             finish = "length"
-        if finish and texts and not texts.stopped_by:
+        if finish and texts and not texts.stop_match:
             text += texts.flush()
             thoughts += texts.thoughts
         logprobs = () if params.logprobs is None else (self._score(token, params.logprobs),)
