@@ -59,7 +59,7 @@ def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTen
         yield StoredTensor(f"{hf_prefix}.mlp.router.{name}", f"{prefix}.moe.router.{path}")
     name, path = f"{hf_prefix}.mlp.experts", f"{prefix}.moe.experts"
     down = Form(is_transposed=True) if cfg.quant_method is None else Form(number_format=cfg.quant_method)
-    gate_up = replace(down, rows="alternate")
+    gate_up = replace(down, row_layout="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
     yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", down)
     bias = Form(row_layout="alternate")

@@ -249,7 +249,7 @@ def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypa
     """Eight hold the seats, four may wait: of twelve more eight are sent away, at once and with a time."""
     port, worker, server = served
     scheduler = worker._engine.scheduler
-    monkeypatch.setattr(scheduler, "limits", dataclasses.replace(scheduler.limits, queue=4))
+    monkeypatch.setattr(scheduler, "limits", dataclasses.replace(scheduler.limits, max_queue=4))
     step, going = worker._engine.step, threading.Event()
 
     def stepping() -> bool:
