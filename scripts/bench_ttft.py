@@ -77,19 +77,20 @@ class Bench:
             warm_up=False,
         ).engine
         self.engine.codec = None  # token ids only
-        self.asked = 0
+        self.num_requests = 0
 
     def _requests(self, count: int, new: int) -> list[Any]:
         import numpy as np
 
         from jmoe.engine.request import Request, SamplingParams
 
-        prompts = np.random.default_rng(self.asked).integers(0, self.vocab, (count, self.prompt)).tolist()
+        rng = np.random.default_rng(self.num_requests)
+        prompts = rng.integers(0, self.vocab, (count, self.prompt)).tolist()
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, seed=0)
-        self.asked += count
+        self.num_requests += count
         now = time.monotonic()
         return [
-            Request(f"{self.asked}-{i}", prompt, params, lambda output: None, now)
+            Request(f"{self.num_requests}-{i}", prompt, params, lambda output: None, now)
             for i, prompt in enumerate(prompts)
         ]
 

@@ -80,7 +80,7 @@ class Check:
     dry: bool
     start: float
     budget: float
-    peers_until: float = 1.0  # share of the budget after which peers are skipped, kernels not yet
+    peer_share: float = 1.0  # share of the budget after which peers are skipped, kernels not yet
     rows: list[Row] = field(default_factory=list)
     copy_bandwidth: float = 0.0  # bytes/s, read and written
     dense_rate: float = 0.0  # flop/s
@@ -219,7 +219,7 @@ def measure(
     contenders["torch grouped_mm"] = functools.partial(torch_seconds, sizes, dims, check.dry)
     took = {}
     for name, seconds in contenders.items():
-        if name != "jmoe" and check.late(check.peers_until):
+        if name != "jmoe" and check.late(check.peer_share):
             check.add(section, case, name, verdict="skipped: out of time")
         elif name == "ragged_dot" and 6.0 * x.size * dims[1] * dims[0] > DENSE_LIMIT:
             check.add(section, case, name, verdict="skipped: where it is dense over all experts, too long")
@@ -234,11 +234,18 @@ def measure(
 
 
 def report(
-    check: Check, section: str, case: str, took: dict[str, float], floor: float, target: float | None
+    check: Check,
+    section: str,
+    case: str,
+    seconds_by_name: dict[str, float],
+    floor: float,
+    target: float | None,
 ) -> None:
     """Rows of one shape: each contender's share of the ``floor`` (s), and jmoe's verdict."""
-    peers = {name: t for name, t in took.items() if name != "jmoe" and not name.startswith("bound")}
-    for name, seconds in took.items():
+    peers = {
+        name: t for name, t in seconds_by_name.items() if name != "jmoe" and not name.startswith("bound")
+    }
+    for name, seconds in seconds_by_name.items():
         verdict = ""
         if name == "jmoe":
             best = min(peers.values(), default=float("inf"))
@@ -253,7 +260,7 @@ def report(
 
 def decode(check: Check) -> None:
     """1, 2 and 4 rows an expert, all experts active; then 8 tokens as they route. The floor is the copy's."""
-    check.peers_until = 0.6
+    check.peer_share = 0.6
     for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
         dims = experts, inner, model
         stacks = weight_stacks(dims, check.dry)
@@ -273,7 +280,7 @@ def decode(check: Check) -> None:
 
 def prefill(check: Check) -> None:
     """4096 and 8192 tokens as they route. The floor is the dense product's rate."""
-    check.peers_until = 0.95
+    check.peer_share = 0.95
     for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
         stacks = weight_stacks((experts, inner, model), check.dry)
         for tokens in (4,) if check.dry else (4096, 8192):

@@ -75,25 +75,25 @@ class Recorder:
         """Seconds a step of the last one's programs, back to back."""
         import jax
 
-        sampled = self.run(self.last)[0]
+        sampled = self.run(self.last).sampled
         jax.block_until_ready(sampled)
         start = time.perf_counter()
         for _ in range(steps):
-            sampled = self.run(self.last)[0]
+            sampled = self.run(self.last).sampled
         jax.block_until_ready(sampled)
         return (time.perf_counter() - start) / steps
 
 
-def one_round(ours: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float]:
+def one_round(bench: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float]:
     """Milliseconds a step. Raises SystemExit where the engine reported too few steps of the whole batch."""
     clock = Clock(len(prompts))
-    ours.engine.listeners.append(clock)
-    recorder = Recorder(ours.engine.runner, len(prompts))
+    bench.engine.listeners.append(clock)
+    recorder = Recorder(bench.engine.runner, len(prompts))
     try:
-        ours.decode(prompts, new)
+        bench.decode(prompts, new)
     finally:
-        ours.engine.listeners.remove(clock)
-        ours.engine.runner.run = recorder.run
+        bench.engine.listeners.remove(clock)
+        bench.engine.runner.run = recorder.run
     if len(clock.ends) < 3:
         raise SystemExit(f"the engine reported {len(clock.ends)} steps of {len(prompts)} decoding requests")
     steps = [b - a for a, b in itertools.pairwise(clock.ends)]

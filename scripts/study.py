@@ -33,7 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
     ways = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
     for study in STUDIES.values():
         one = ways.add_parser(
-            study.name, help=study.about.partition("\n")[0], description=study.about, formatter_class=RAW
+            study.name,
+            help=study.description.partition("\n")[0],
+            description=study.description,
+            formatter_class=RAW,
         )
         add_common(one, study)
         study.add_options(one)

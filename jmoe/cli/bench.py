@@ -142,7 +142,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
-    from jmoe.tools.bench.loads import Limits
+    from jmoe.tools.bench.loads import LengthLimits
     from jmoe.tools.bench.offline import bench_throughput
 
     options = _options(args)
@@ -151,7 +151,7 @@ def run_throughput(args: argparse.Namespace) -> int:
             getattr(args, "model", "tiny"),
             settings_from(vars(args)),
             options.load(),
-            Limits(options.max_input_len, options.max_output_len),
+            LengthLimits(options.max_input_len, options.max_output_len),
             args.num_iters,
             options.seed,
             bars,

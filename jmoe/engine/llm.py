@@ -160,16 +160,16 @@ class LLM:
         return runner.window_logits(ids, positions)[0, : len(tokens)]
 
     @staticmethod
-    def _result(request: Request, parts: list[Output]) -> RequestOutput:
-        if parts[-1].error is not None:
-            raise (ValueError if parts[-1].is_invalid else RuntimeError)(parts[-1].error)
+    def _result(request: Request, outputs: list[Output]) -> RequestOutput:
+        if outputs[-1].error is not None:
+            raise (ValueError if outputs[-1].is_invalid else RuntimeError)(outputs[-1].error)
         completion = Completion(
-            text="".join(p.text for p in parts),
+            text="".join(p.text for p in outputs),
             token_ids=list(request.token_ids),
-            finish_reason=parts[-1].finish_reason,
-            logprobs=[entry for p in parts for entry in p.logprobs],
-            thoughts="".join(p.thoughts for p in parts),
+            finish_reason=outputs[-1].finish_reason,
+            logprobs=[entry for p in outputs for entry in p.logprobs],
+            thoughts="".join(p.thoughts for p in outputs),
         )
-        scored = next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None)
+        scored = next((p.prompt_logprobs for p in outputs if p.prompt_logprobs is not None), None)
         scores = None if scored is None else list(scored)
-        return RequestOutput(request.prompt_token_ids, [completion], scores, parts[-1].moe)
+        return RequestOutput(request.prompt_token_ids, [completion], scores, outputs[-1].moe)

@@ -54,7 +54,7 @@ def alternating(problem: Problem, rng: np.random.Generator, progress: Progress) 
 
 def cluster_requests(problem: Problem, rng: np.random.Generator) -> Int[np.ndarray, " Q"]:
     """Balanced k-means on each request's share of choices by layer and expert."""
-    want_QX = _wants(problem)
+    want_QX = _choice_shares(problem)
     requests, ranks = len(want_QX), problem.ranks
     center_RX = want_QX[rng.choice(requests, ranks, replace=requests < ranks)]
     cluster_Q = np.zeros(requests, np.int64)
@@ -93,7 +93,7 @@ def schedule_requests(
     """Assigns requests, longest first, to the open rank that suits best: where most of their activations are
     local and the former requests are similar."""
     home_RX = np.eye(problem.ranks)[home_LE.ravel()].T
-    want_QX = _wants(problem)
+    want_QX = _choice_shares(problem)
     unit_QX = want_QX / np.linalg.norm(want_QX, axis=1, keepdims=True)
     center_RX = np.eye(problem.ranks)[cluster_Q].T @ unit_QX
     center_RX /= np.maximum(np.linalg.norm(center_RX, axis=1, keepdims=True), 1e-9)
@@ -113,24 +113,24 @@ def name_groups(
 
 
 def fill_evenly(
-    score_QR: Float[np.ndarray, "Q R"], first_Q: Float[np.ndarray, " Q"] | None = None
+    score_QR: Float[np.ndarray, "Q R"], priority_Q: Float[np.ndarray, " Q"] | None = None
 ) -> Int[np.ndarray, " Q"]:
     """Gives each row the open rank of its best score; a rank is full at ceil(Q / R) rows.
 
-    first_Q: rows with higher values choose first; by default those that lose most by their second choice.
+    priority_Q: rows with higher values choose first; by default those that lose most by their second choice.
     """
     requests, ranks = score_QR.shape
-    if first_Q is None:
+    if priority_Q is None:
         best = np.sort(score_QR, axis=1)
-        first_Q = best[:, -1] - best[:, -min(2, ranks)]
+        priority_Q = best[:, -1] - best[:, -min(2, ranks)]
     room_R, rank_Q = np.full(ranks, -(-requests // ranks)), np.empty(requests, np.int64)
-    for row in np.argsort(-first_Q, kind="stable"):
+    for row in np.argsort(-priority_Q, kind="stable"):
         rank_Q[row] = rank = int(np.argmax(np.where(room_R > 0, score_QR[row], -np.inf)))
         room_R[rank] -= 1
     return rank_Q
 
 
-def _wants(problem: Problem) -> Float[np.ndarray, "Q X"]:
+def _choice_shares(problem: Problem) -> Float[np.ndarray, "Q X"]:
     """Each request's share of choices by layer and expert, all layers weighted alike; it sums to 1."""
     share = problem.requests_QLE / np.maximum(problem.requests_QLE.sum((1, 2), keepdims=True), 1)
     return share.reshape(len(share), -1)

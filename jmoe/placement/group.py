@@ -55,12 +55,12 @@ def group(
             f"the profile counts {profile.tokens} tokens; {needed} are needed, {NEEDED} for each of "
             f"{profile.experts} experts"
         )
-    home_LE = METHODS[method](Problem.of(profile, ranks), np.random.default_rng(seed), progress)
-    placement = placed(home_LE, ranks, profile.model)
+    home_LE = METHODS[method](Problem.from_profile(profile, ranks), np.random.default_rng(seed), progress)
+    placement = make_placement(home_LE, ranks, profile.model)
     return Placement(placement.experts_LP, ranks, profile.model, tabulate(profile, home_LE, ranks))
 
 
-def placed(home_LE: Int[np.ndarray, "L E"], ranks: int, model: str) -> Placement:
+def make_placement(home_LE: Int[np.ndarray, "L E"], ranks: int, model: str) -> Placement:
     """The placement with each expert on its rank, in ascending order there. Raises ValueError if the ranks
     do not hold equally many experts."""
     counts_LR = np.stack([np.bincount(home_E, minlength=ranks) for home_E in home_LE])

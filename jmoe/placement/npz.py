@@ -32,7 +32,7 @@ def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
     found = {"format": np.asarray(form)} | {k: np.asarray(v) for k, v in arrays.items()}
     with replacing(path) as file:  # given a path instead, numpy would add an ending
         np.savez_compressed(file, allow_pickle=False, **found)
-        if sum(a.nbytes + HEADER for a in found.values()) > _largest(file.tell()):  # nearly all zeros
+        if sum(a.nbytes + HEADER for a in found.values()) > _size_limit(file.tell()):  # nearly all zeros
             file.seek(0)
             file.truncate()
             np.savez(file, allow_pickle=False, **found)
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def saved_arrays(path: Path, what: str, form: str) -> Iterator[Mapping[str, np.ndarray]]:
+def saved_arrays(path: Path, kind: str, form: str) -> Iterator[Mapping[str, np.ndarray]]:
     """The arrays, read-only, of a file that ``save_arrays`` wrote.
 
     A file that is absent, malformed or of another kind raises a ValueError that names the file. So does a
@@ -68,13 +68,13 @@ def saved_arrays(path: Path, what: str, form: str) -> Iterator[Mapping[str, np.n
             raise ValueError(f"format {str(arrays['format'])[:100]!r}, this release reads {form!r}")
         yield arrays
     except KeyError as error:
-        raise ValueError(f"{path} is not a {what}: {error.args[0]}") from None
+        raise ValueError(f"{path} is not a {kind}: {error.args[0]}") from None
     except OSError as error:
-        raise ValueError(f"cannot read the {what} {path}: {error.strerror or error}") from None
+        raise ValueError(f"cannot read the {kind} {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise ValueError(f"cannot read the {what} {path}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"cannot read the {kind} {path}: {' '.join(str(error).split())[:300]}") from None
     except Exception as error:
-        raise ValueError(f"cannot read the {what} {path}: {cause(error)}") from None
+        raise ValueError(f"cannot read the {kind} {path}: {cause(error)}") from None
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("it is no file" if path.exists() else "there is no such file")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        total, most = sum(m.file_size for m in members), _largest(path.stat().st_size)
+        total, most = sum(m.file_size for m in members), _size_limit(path.stat().st_size)
         if total > most:
             raise ValueError(f"its arrays would take {total} bytes, more than {most}")
         if any(m.compress_type not in COMPRESSIONS for m in members):  # others take memory by their settings
@@ -93,9 +93,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         return {m.filename.removesuffix(".npy"): _array(archive, m) for m in members}
 
 
-def _largest(stored: int) -> int:
+def _size_limit(file_size: int) -> int:
     """The most bytes that the arrays of a file of ``stored`` bytes may take."""
-    return max(ANY_SIZE, EXPANSION * stored)
+    return max(ANY_SIZE, EXPANSION * file_size)
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -100,7 +100,7 @@ class Problem:
     ranks: int
 
     @classmethod
-    def of(cls, profile: Profile, ranks: int, theta: float = THETA) -> "Problem":
+    def from_profile(cls, profile: Profile, ranks: int, theta: float = THETA) -> "Problem":
         """The problem of a profile. Raises ValueError, naming the divisors, if ``ranks`` does not divide the
         number of experts."""
         experts, often_V = profile.experts, profile.frequency_V
@@ -166,26 +166,26 @@ class Swapper:
     def reprice(self) -> None:
         share_RT, weight_T = self.problem.shares(self.home_E), self.problem.weight_T
         self._value_RT = share_RT - prices(share_RT, weight_T)[:, None] * weight_T
-        self._local = float(self._value_RT.max(0).sum())
+        self._local_share = float(self._value_RT.max(0).sum())
         self._excess_RG = self.problem.excess(self.home_E)
 
-    def swap(self, one: int, other: int) -> bool:
+    def swap(self, first: int, second: int) -> bool:
         """Exchanges two experts if that lowers the cost at these prices; returns whether it did."""
-        both = [self.home_E[one], self.home_E[other]]
+        both = [self.home_E[first], self.home_E[second]]
         if both[0] == both[1]:
             return False
         problem, sign = self.problem, np.array([[1], [-1]], np.float32)
         before_2T = self._value_RT[both]
-        self._value_RT[both] += sign * (problem.chosen_ET[other] - problem.chosen_ET[one])
+        self._value_RT[both] += sign * (problem.chosen_ET[second] - problem.chosen_ET[first])
         local = float(self._value_RT.max(0).sum())
         before_2G = self._excess_RG[both]
-        after_2G = before_2G + sign * (problem.load_EG[other] - problem.load_EG[one])
+        after_2G = before_2G + sign * (problem.load_EG[second] - problem.load_EG[first])
         more_uneven = float(np.abs(after_2G).sum() - np.abs(before_2G).sum())
-        if (1 - problem.theta) * (local - self._local) <= problem.theta * more_uneven + 1e-7:
+        if (1 - problem.theta) * (local - self._local_share) <= problem.theta * more_uneven + 1e-7:
             self._value_RT[both] = before_2T
             return False
-        self._local, self._excess_RG[both] = local, after_2G
-        self.home_E[one], self.home_E[other] = both[::-1]
+        self._local_share, self._excess_RG[both] = local, after_2G
+        self.home_E[first], self.home_E[second] = both[::-1]
         return True
 
 

@@ -129,7 +129,7 @@ class Placement:
     def load(cls, path: Path) -> Self:
         """What ``save`` wrote; ValueError naming the file if it is absent, malformed or of another kind."""
         with saved_arrays(path, "placement", FORMAT) as arrays:
-            tables = Tables.of(arrays)
+            tables = Tables.from_arrays(arrays)
             return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]), tables)
 
 
@@ -171,9 +171,9 @@ def balance(
     return Placement(np.stack(rows), ranks, model)
 
 
-def _check_parts(what: str, size: int, parts_of: str, parts: int) -> None:
-    if parts < 1 or size % parts:
-        raise ValueError(f"{size} {what} do not split evenly over {parts} {parts_of}")
+def _check_parts(name: str, size: int, part_name: str, num_parts: int) -> None:
+    if num_parts < 1 or size % num_parts:
+        raise ValueError(f"{size} {name} do not split evenly over {num_parts} {part_name}")
 
 
 def _balance_layer(

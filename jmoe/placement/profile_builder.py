@@ -48,38 +48,38 @@ class RoutedRequest:
 class ProfileBuilder:
     """Takes routed requests and makes their ``Profile``.
 
-    requests: number of requests kept as the sample.
-    trace: number of tokens kept of each.
-    overflown: number of requests left out because the model's activations overflowed, which makes their
+    sample_size: number of requests kept as the sample.
+    trace_length: number of tokens kept of each.
+    num_overflows: number of requests left out because the model's activations overflowed, which makes their
         routers' choices meaningless.
     """
 
     def __init__(
         self, *, layers: int, experts: int, k: int, vocab: int,
-        requests: int = 1024, trace: int = 32, seed: int = 0,
+        sample_size: int = 1024, trace_length: int = 32, seed: int = 0,
     ):  # fmt: skip
-        self.experts, self.k, self.trace = experts, k, trace
-        self.tokens = self.overflown = 0
+        self.experts, self.k, self.trace_length = experts, k, trace_length
+        self.tokens = self.num_overflows = 0
         self._rng = np.random.default_rng(seed)
-        self._size, self._seen = requests, 0
-        self._kept: list[dict[str, np.ndarray]] = []
+        self._sample_size, self._num_requests = sample_size, 0
+        self._sample_rows: list[dict[str, np.ndarray]] = []
         self._frequency_V = np.zeros(vocab, np.int64)
         self._together_LEE = np.zeros((layers, experts, experts), np.int64)
         self._following_LEE = np.zeros((layers - 1, experts, experts), np.int64)
         self._pairs_X, self._counts_X = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._waiting: list[np.ndarray] = []
-        self._waiting_size = 0
+        self._pending: list[np.ndarray] = []
+        self._pending_size = 0
 
     def add(self, request: RoutedRequest) -> None:
         if not request.is_finite:
-            self.overflown += 1
+            self.num_overflows += 1
             return
         tokens_N, ids_LNK = request.tokens_N, request.ids_LNK.astype(np.int64)
         layers, n, _ = ids_LNK.shape
         vocab = len(self._frequency_V)
         self.tokens += n
         self._frequency_V += np.bincount(tokens_N, minlength=vocab)
-        self._wait(
+        self._add_pairs(
             (((np.arange(layers)[:, None] * vocab + tokens_N) * self.experts)[..., None] + ids_LNK).ravel()
         )
         chosen_LNE = np.zeros((layers, n, self.experts), np.float32)  # sums of ones stay exact below 2^24
@@ -91,11 +91,11 @@ class ProfileBuilder:
 
     def finish(self, model: str, nearest_V: Int[np.ndarray, " V"]) -> Profile:
         """The profile of ``model``. nearest_V: see ``nearest_seen``. ValueError if nothing was added."""
-        if not self._kept:
+        if not self._sample_rows:
             raise ValueError("a profile needs at least one request")
         self._merge()
         sample = RequestSample(
-            **{name: np.stack([kept[name] for kept in self._kept]) for name in self._kept[0]}
+            **{name: np.stack([kept[name] for kept in self._sample_rows]) for name in self._sample_rows[0]}
         )
         return Profile(
             model, self.tokens, self.k, self._frequency_V, self._pairs_X, self._counts_X,
@@ -107,30 +107,32 @@ class ProfileBuilder:
         """Whether each token id occurred."""
         return self._frequency_V > 0
 
-    def _wait(self, pairs: Int[np.ndarray, " pairs"]) -> None:
-        self._waiting.append(pairs)
-        self._waiting_size += len(pairs)
-        if self._waiting_size >= BUFFERED:
+    def _add_pairs(self, pairs: Int[np.ndarray, " pairs"]) -> None:
+        self._pending.append(pairs)
+        self._pending_size += len(pairs)
+        if self._pending_size >= BUFFERED:
             self._merge()
 
     def _merge(self) -> None:
         new_X, new_counts_X = np.unique(
-            np.concatenate([*self._waiting, self._pairs_X[:0]]), return_counts=True
+            np.concatenate([*self._pending, self._pairs_X[:0]]), return_counts=True
         )
         pairs_X, place = np.unique(np.concatenate([self._pairs_X, new_X]), return_inverse=True)
         counts = np.concatenate([self._counts_X, new_counts_X])
         self._pairs_X, self._counts_X = pairs_X, np.zeros(len(pairs_X), np.int64)
         np.add.at(self._counts_X, place, counts)
-        self._waiting, self._waiting_size = [], 0
+        self._pending, self._pending_size = [], 0
 
     def _sample(self, request: RoutedRequest, experts_LE: np.ndarray) -> None:
-        place = len(self._kept) if len(self._kept) < self._size else int(self._rng.integers(self._seen + 1))
-        self._seen += 1
-        if place >= self._size:
+        place = len(self._sample_rows)
+        if place == self._sample_size:
+            place = int(self._rng.integers(self._num_requests + 1))
+        self._num_requests += 1
+        if place >= self._sample_size:
             return
-        start = int(self._rng.integers(max(1, len(request.tokens_N) - self.trace + 1)))
-        piece = slice(start, start + self.trace)
-        tokens_P = np.full(self.trace, -1, np.int32)
+        start = int(self._rng.integers(max(1, len(request.tokens_N) - self.trace_length + 1)))
+        piece = slice(start, start + self.trace_length)
+        tokens_P = np.full(self.trace_length, -1, np.int32)
         tokens_P[: len(request.tokens_N[piece])] = request.tokens_N[piece]
         kept = {
             "experts_QLE": experts_LE.astype(np.int32),
@@ -142,12 +144,12 @@ class ProfileBuilder:
             "maps_QMLE": _half(np.where((request.map_tokens_M >= 0)[:, None, None], request.maps_MLE, 0)),
             "map_tokens_QM": request.map_tokens_M.astype(np.int32),
         }
-        self._kept[place : place + 1] = [kept]
+        self._sample_rows[place : place + 1] = [kept]
 
     def _piece(self, values_LNK: np.ndarray, dtype: type) -> np.ndarray:
         """The values as ``[P, L, K]``, zero after the end of the request."""
         layers, n, k = values_LNK.shape
-        piece_PLK = np.zeros((self.trace, layers, k), dtype)
+        piece_PLK = np.zeros((self.trace_length, layers, k), dtype)
         piece_PLK[:n] = values_LNK.transpose(1, 0, 2)
         return piece_PLK
 

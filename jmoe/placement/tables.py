@@ -69,7 +69,7 @@ class Tables:
         return {name: array for name, array in found.items() if array is not None}
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
         """The tables from the arrays of a file; None if it has no tables."""
         found = {f.name: arrays[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in arrays}
         if not found:

@@ -26,14 +26,14 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
 
     Raises ValueError if the model or the settings would be refused.
     """
-    found = resolve(model, settings)
-    directory, cfg, sizes, memory = found.directory, found.cfg, found.sizes, found.memory
+    deployment = resolve(model, settings)
+    directory, cfg, sizes, memory = deployment.directory, deployment.cfg, deployment.sizes, deployment.memory
     specs = parameter_specs(directory, cfg, settings.dtype)
     return {
         "versions": {"jmoe": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
         "devices": [_device(d) for d in jax.devices()],
-        "mesh": dict(found.mesh.shape),
+        "mesh": dict(deployment.mesh.shape),
         "model": {
             "directory": str(directory),
             "architecture": cfg.architecture,
@@ -42,12 +42,12 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "experts": cfg.num_experts,
             "experts_per_token": cfg.num_experts_per_tok,
             "weight_bytes": sum(spec.nbytes for spec in specs.values()),
-            "max_model_len": found.max_model_len,
+            "max_model_len": deployment.max_model_len,
         },
         "kv_cache": {
             "page_size": sizes.page_size,
             "pages_per_rank": sizes.pages_per_rank,
-            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, found.split, sizes.page_size),
+            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, deployment.split, sizes.page_size),
         },
         "memory_per_device": {
             "weight_bytes": memory.weights,
@@ -58,10 +58,10 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
             "room_source": memory.room and memory.room.source,
             "verdict": f"fits: {memory}",
         },
-        "notes": list(found.notes),
+        "notes": list(deployment.notes),
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
-        "choices": _choices(found),
-        "offload": _offload(found),
+        "choices": _choices(deployment),
+        "offload": _offload(deployment),
     }
 
 
@@ -72,14 +72,14 @@ def _device(device: Any) -> dict[str, Any]:
     )
 
 
-def _offload(found: Deployment) -> dict[str, Any] | None:
+def _offload(deployment: Deployment) -> dict[str, Any] | None:
     """Where the experts are kept; None if all are on the device."""
-    cfg, mesh, offload = found.cfg, found.mesh, found.settings.moe.offload
-    if offload is None or found.executor is None:
+    cfg, mesh, offload = deployment.cfg, deployment.mesh, deployment.settings.moe.offload
+    if offload is None or deployment.executor is None:
         return None
     whole, slots = expert_bytes(cfg), count_slots(cfg, offload, mesh)
     one = expert_bytes(cfg, mesh.shape[TENSOR])
-    executor, why = found.executor
+    executor, why = deployment.executor
     return {
         "expert_bytes": whole,
         "host_bytes": len(cfg.moe_layers) * cfg.num_experts * whole,
@@ -96,9 +96,9 @@ def _offload(found: Deployment) -> dict[str, Any] | None:
     }
 
 
-def _choices(found: Deployment) -> list[dict[str, str]]:
-    mesh, moe, kernels = found.mesh, found.settings.moe, found.kernels
-    dtype = jnp.dtype(found.cfg.dtype)
+def _choices(deployment: Deployment) -> list[dict[str, str]]:
+    mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.kernels
+    dtype = jnp.dtype(deployment.cfg.dtype)
     storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
     rows = [
         ("grouped experts", kernels.experts, kernels.why),
@@ -132,15 +132,15 @@ def _choices(found: Deployment) -> list[dict[str, str]]:
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
 
 
-def _offload_lines(found: dict[str, Any]) -> list[str]:
+def _offload_lines(offload: dict[str, Any]) -> list[str]:
     return [
-        f"offload: {found['host_bytes'] / 2**20:.1f} MiB of experts in host memory, "
-        f"{found['expert_bytes'] / 2**20:.3f} MiB each; on the device {found['slots']} slots "
-        f"({found['slots_per_layer']:.1f} a layer), {found['pool_bytes'] / 2**20:.1f} MiB, and "
-        f"{found['aside_bytes'] / 2**20:.1f} MiB set aside for copies",
-        f"offload predictor: {found['predictor']}, {'warm' if found['warm'] else 'cold'}; "
-        f"eviction {found['eviction']}",
-        f"offload executor: {found['executor']} ({found['why']})",
+        f"offload: {offload['host_bytes'] / 2**20:.1f} MiB of experts in host memory, "
+        f"{offload['expert_bytes'] / 2**20:.3f} MiB each; on the device {offload['slots']} slots "
+        f"({offload['slots_per_layer']:.1f} a layer), {offload['pool_bytes'] / 2**20:.1f} MiB, and "
+        f"{offload['aside_bytes'] / 2**20:.1f} MiB set aside for copies",
+        f"offload predictor: {offload['predictor']}, {'warm' if offload['warm'] else 'cold'}; "
+        f"eviction {offload['eviction']}",
+        f"offload executor: {offload['executor']} ({offload['why']})",
     ]
 
 

@@ -44,22 +44,22 @@ class Score:
 
     nll: float = 0.0
     tokens: int = 0
-    _begun: tuple[Array, np.ndarray] | None = None
+    _pending: tuple[Array, np.ndarray] | None = None
 
     def begin(self, logprobs: Array, scored: np.ndarray) -> int:
         """Takes log-probabilities that the device may still compute; those marked in ``scored`` are scored.
         Returns their number."""
         self.settle()
-        self._begun, count = (logprobs, scored), int(scored.sum())
+        self._pending, count = (logprobs, scored), int(scored.sum())
         self.tokens += count
         return count
 
     def settle(self) -> None:
         """Waits for the begun log-probabilities. Raises ValueError if one of them is not finite."""
-        if self._begun is None:
+        if self._pending is None:
             return
-        logprobs, scored = np.asarray(self._begun[0]), self._begun[1]
-        self._begun, found = None, logprobs[scored]
+        logprobs, scored = np.asarray(self._pending[0]), self._pending[1]
+        self._pending, found = None, logprobs[scored]
         if not np.isfinite(found).all():
             bad = int(np.sum(~np.isfinite(found)))
             raise ValueError(f"the model gave NaN logits for {bad} of {len(found)} tokens: nothing to score")
@@ -129,13 +129,13 @@ def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
 def score_prefill(engine: Engine, source: Iterator[list[int]], batch_size: int, count: Count) -> Score:
     """Scores ``batch_size`` windows per pass, padded to the prefill size of the longest."""
     runner, score = engine.runner, Score()
-    per_rank = rows_a_rank(runner, batch_size)
-    pool = PageRows(engine, per_rank)
+    num_rows = rows_per_rank(runner, batch_size)
+    pool = PageRows(engine, num_rows)
     while batch := list(itertools.islice(source, batch_size)):
         done = [0] * len(batch)
         while max(left := [len(w) - d for w, d in zip(batch, done, strict=True)]) > 0:
             size = runner.sizes.prefill_size(max(left))
-            inputs = runner.blank("prefill", per_rank, size)
+            inputs = runner.blank("prefill", num_rows, size)
             targets, scored = (
                 np.zeros_like(inputs.main_rows.tokens_BT),
                 np.zeros(inputs.main_rows.tokens_BT.shape, bool),
@@ -162,8 +162,8 @@ def score_decode(
     are still missing.
     """
     runner, score = engine.runner, Score()
-    per_rank = rows_a_rank(runner, batch_size)
-    pool = PageRows(engine, per_rank)
+    num_rows = rows_per_rank(runner, batch_size)
+    pool = PageRows(engine, num_rows)
     places: list[tuple[list[int], int] | None] = [None] * batch_size
     while True:
         for i, place in enumerate(places):
@@ -175,7 +175,7 @@ def score_decode(
         if not active:
             score.settle()
             return score
-        inputs = runner.blank("decode", per_rank, 1)
+        inputs = runner.blank("decode", num_rows, 1)
         targets, scored = (
             np.zeros_like(inputs.main_rows.tokens_BT),
             np.zeros(inputs.main_rows.tokens_BT.shape, bool),
@@ -188,7 +188,7 @@ def score_decode(
         count(score.begin(runner.logprobs(hidden_RND, targets), scored))
 
 
-def rows_a_rank(runner: Runner, batch_size: int) -> int:
+def rows_per_rank(runner: Runner, batch_size: int) -> int:
     """Rows per rank of a batch of ``batch_size`` windows, the most that the engine runs together."""
     return runner.sizes.decode_size(-(-batch_size // runner.ranks))
 
@@ -196,15 +196,15 @@ def rows_a_rank(runner: Runner, batch_size: int) -> int:
 class PageRows:
     """The page tables of a batch: every row has a fixed set of pages, enough for the longest window."""
 
-    def __init__(self, engine: Engine, per_rank: int):
+    def __init__(self, engine: Engine, num_rows: int):
         sizes = engine.runner.sizes
-        need = per_rank * sizes.table_width
+        need = num_rows * sizes.table_width
         if need > sizes.pages_per_rank:
             raise ValueError(
-                f"a batch of {per_rank} windows a rank needs {need} KV pages and there are "
+                f"a batch of {num_rows} windows a rank needs {need} KV pages and there are "
                 f"{sizes.pages_per_rank}: lower --batch-size or raise --kv-memory"
             )
-        one_rank = np.arange(need, dtype=np.int32).reshape(per_rank, sizes.table_width)
+        one_rank = np.arange(need, dtype=np.int32).reshape(num_rows, sizes.table_width)
         self.table = np.tile(one_rank, (engine.runner.ranks, 1))
 
 

@@ -55,15 +55,15 @@ def generate(
     return {"outputs": outputs, "seconds": seconds, "moe": moe}
 
 
-def _report(request: Request, parts: list[Output]) -> dict[str, Any]:
+def _report(request: Request, outputs: list[Output]) -> dict[str, Any]:
     """One completion of the report; "thoughts" only for a model that answers in channels."""
-    thoughts = "".join(part.thoughts for part in parts)
+    thoughts = "".join(part.thoughts for part in outputs)
     return {
         "prompt_token_ids": request.prompt_token_ids,
-        "text": "".join(part.text for part in parts),
+        "text": "".join(part.text for part in outputs),
         **({"thoughts": thoughts} if thoughts else {}),
         "token_ids": request.token_ids,
-        "finish_reason": parts[-1].finish_reason,
+        "finish_reason": outputs[-1].finish_reason,
     }
 
 

@@ -32,7 +32,7 @@ def place(path: Path, devices: int, out: Path, method: str, seed: int, progress:
 
     placement = group(profile, ranks=devices, method=method, seed=seed, progress=step)
     placement.save(out)
-    cost = Problem.of(profile, devices).cost(placement.home_LE)
+    cost = Problem.from_profile(profile, devices).cost(placement.home_LE)
     load_LR = placement.rank_loads(profile.loads_LE.astype(np.float64))
     return {
         "path": str(out),

@@ -60,7 +60,7 @@ def profile(
             count(len(request.tokens_N))
         if not windows:
             raise ValueError("the data holds no window of two tokens or more: nothing to profile")
-        if windows == builder.overflown:
+        if windows == builder.num_overflows:
             raise ValueError("the activations of every window overflow: nothing to profile")
         embeddings_VD = np.asarray(runner.model.embed[...]).astype(np.float32)
         made = builder.finish(model_identity(runner.model), nearest_seen(embeddings_VD, builder.seen_V))
@@ -70,7 +70,7 @@ def profile(
         "model": made.model,
         "tokens": made.tokens,
         "windows": windows,
-        "overflown_windows": builder.overflown,
+        "overflown_windows": builder.num_overflows,
         "seconds": time.perf_counter() - start,
         "bytes": out.stat().st_size,
     }

@@ -66,12 +66,13 @@ class Bars:
 
 
 class Tenths:
-    """Prints a line at every tenth of ``what``, for logs; called with (done, total)."""
+    """Prints a line at every tenth, for logs; called with (done, total). unit_name: what is counted."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.tenth = what, 0
+    def __init__(self, unit_name: str) -> None:
+        self.unit_name, self.tenth = unit_name, 0
 
     def __call__(self, done: int, total: int) -> None:
         if (tenth := 10 * done // total) > self.tenth:
             self.tenth = tenth
-            print(f"{done} of {total} {self.what} ({100 * done // total} %)", file=sys.stderr, flush=True)
+            line = f"{done} of {total} {self.unit_name} ({100 * done // total} %)"
+            print(line, file=sys.stderr, flush=True)

@@ -96,20 +96,20 @@ class DecodeBench:
         blank = runner.blank("decode", batch, 1)
         table = np.arange(batch * runner.sizes.table_width, dtype=np.int32).reshape(batch, -1)
 
-        def given(i: int):
+        def inputs_at(i: int):
             tokens = rng.integers(0, self.cfg.vocab_size, (batch, 1)).astype(np.int32)
             positions = np.full((batch, 1), CONTEXT + i, np.int32)
             own = blank.main_rows._replace(tokens_BT=tokens, positions_BT=positions, table_BM=table)
             return replace(blank, main_rows=own)
 
-        jax.block_until_ready(runner.run(given(0)))
+        jax.block_until_ready(runner.run(inputs_at(0)))
         runner.drain()
         counters = runner.counters["decode"]
         before_steps, before_active = counters.steps, counters.active_L.copy()
         times = []
         for i in range(steps):
             start = time.perf_counter()
-            jax.block_until_ready(runner.run(given(i)))
+            jax.block_until_ready(runner.run(inputs_at(i)))
             times.append(time.perf_counter() - start)
         runner.drain()
         active = (counters.active_L - before_active).mean() / (counters.steps - before_steps)

@@ -69,10 +69,10 @@ def random_rows(rows: int, model: int, seed: int = 0) -> Array:
     return jax.random.normal(jax.random.key(seed), (rows, model), jnp.bfloat16)
 
 
-def routed_sizes(tokens: int, experts: int, routed: int, seed: int = 0) -> np.ndarray:
+def routed_sizes(tokens: int, experts: int, top_k: int, seed: int = 0) -> np.ndarray:
     """Rows of each expert when every token draws ``routed`` distinct experts uniformly."""
     rng = np.random.default_rng(seed)
-    picks = np.argsort(rng.random((tokens, experts)), axis=1)[:, :routed]
+    picks = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
     return np.bincount(picks.ravel(), minlength=experts).astype(np.int32)
 
 

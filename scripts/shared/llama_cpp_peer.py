@@ -22,7 +22,7 @@ Entry = tuple[int, int, int, bool]  # token, position, sequence, whether its log
 Answer = tuple[float, list[list[int]]]  # tokens/s, and the tokens that llama.cpp would have chosen
 
 
-class Place(NamedTuple):
+class ContextPlace(NamedTuple):
     """llama.cpp's context and the batch that its inputs are written to."""
 
     context: Any
@@ -38,7 +38,7 @@ class Peer:
         self.log = self.lib.llama_log_callback(print_errors)  # llama.cpp calls it as long as it runs
         self.lib.llama_log_set(self.log, ctypes.c_void_p(0))
         self.lib.llama_backend_init()
-        self.places: dict[tuple[int, int], Place] = {}
+        self.places: dict[tuple[int, int], ContextPlace] = {}
 
     # ---- calls
 
@@ -88,7 +88,7 @@ class Peer:
 
     # ---- llama.cpp
 
-    def _empty_place(self, sequences: int, length: int) -> Place:
+    def _empty_place(self, sequences: int, length: int) -> ContextPlace:
         cells = -(-length // CELLS) * CELLS
         if (sequences, cells) not in self.places:
             params = self.lib.llama_context_default_params()
@@ -99,12 +99,12 @@ class Peer:
             if not context:
                 raise RuntimeError(f"llama.cpp has no context for {sequences} sequences of {cells} tokens")
             batch = self.lib.llama_batch_init(params.n_batch, 0, 1)
-            self.places[sequences, cells] = Place(context, batch)
+            self.places[sequences, cells] = ContextPlace(context, batch)
         place = self.places[sequences, cells]
         self.lib.llama_memory_clear(self.lib.llama_get_memory(place.context), False)
         return place
 
-    def _feed(self, place: Place, entries: list[Entry]) -> float:
+    def _feed(self, place: ContextPlace, entries: list[Entry]) -> float:
         """The seconds of one ``llama_decode`` until its logits are there."""
         batch = place.batch
         batch.n_tokens = len(entries)
@@ -119,10 +119,10 @@ class Peer:
             raise RuntimeError(f"llama_decode returned {status}")
         return seconds
 
-    def _logits(self, place: Place, i: int) -> np.ndarray:
+    def _logits(self, place: ContextPlace, i: int) -> np.ndarray:
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(place.context, i), (self.vocab,))
 
-    def _likeliest(self, place: Place, i: int) -> int:
+    def _likeliest(self, place: ContextPlace, i: int) -> int:
         return int(self._logits(place, i).argmax())
 
 

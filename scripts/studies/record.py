@@ -41,7 +41,7 @@ class Study:
     """A measured technique with its JSON, its document and its plots.
 
     name: names its folder here, its template there, and its JSON and document among the results.
-    about: its help.
+    description: its help.
     parts: the JSON has the figures of each under its name; those of an only part are the whole JSON.
     add_options: adds its own options. An option belongs to a part where its help begins with the part's name,
         or several names, and a colon.
@@ -51,7 +51,7 @@ class Study:
     """
 
     name: str
-    about: str
+    description: str
     parts: tuple[Part, ...]
     add_options: Callable[[argparse.ArgumentParser], None]
     tables: Callable[[], Iterable[ModuleType]]

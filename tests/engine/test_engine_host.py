@@ -122,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             chosen = data.draw(st.sampled_from(self.order))
             here = chosen in self.scheduler.running or chosen in self.scheduler.waiting
             assert (self.scheduler.abort(chosen.id) is chosen) == here
-            assert not chosen.place.pages, "its pages are free at once"
+            assert not chosen.place.block_table, "its pages are free at once"
 
     @invariant()
     def pages_are_conserved(self):

@@ -58,7 +58,7 @@ class Codec:
 class Letters:
     """As ``TokenBytes``."""
 
-    pieces, special = Pieces({"type": "Fuse"}), frozenset()
+    pieces, special_ids = Pieces({"type": "Fuse"}), frozenset()
     tokenizer = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 
     def __init__(self, failing):

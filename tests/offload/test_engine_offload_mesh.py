@@ -33,7 +33,7 @@ from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh
 from jmoe.offload.predictors.expert_map import ExpertMaps
-from jmoe.offload.predictors.history import Renumbered
+from jmoe.offload.predictors.history import RenumberedHistory
 from jmoe.offload.predictors.make import NAMES, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.placement.placement import Placement
@@ -215,7 +215,7 @@ def test_experts_that_were_moved_are_predicted_by_a_profile_of_the_checkpoint(
 def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
     profile = Profile.load(Path(store))
     rows_LE = np.random.default_rng(5).permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1)
-    moved = Renumbered(profile, rows_LE)
+    moved = RenumberedHistory(profile, rows_LE)
     for layer, row_E in enumerate(rows_LE):
         tokens_T = np.arange(VOCAB)
         was_TE = profile.chosen(layer, tokens_T)

@@ -11,7 +11,7 @@ import jmoe.placement.baselines
 import jmoe.placement.objective
 from jmoe.placement.baselines import balanced_splits, partitions
 from jmoe.placement.coclustering import assign
-from jmoe.placement.group import METHODS, group, placed
+from jmoe.placement.group import METHODS, group, make_placement
 from jmoe.placement.objective import Problem
 from jmoe.placement.placement import Placement
 from jmoe.placement.tables import SHARES
@@ -44,13 +44,15 @@ def test_every_method_is_balanced_repeats_itself_and_tells_its_progress(method: 
         assert (home_E[one.experts_LP[i]] == np.arange(8) // 2).all()
     assert not seen or seen[-1][0] == seen[-1][1]
     if method in HEURISTICS:
-        assert seen[-1][2] == pytest.approx(Problem.of(profile, 4).cost(one.home_LE).total, abs=1e-3)
+        assert seen[-1][2] == pytest.approx(
+            Problem.from_profile(profile, 4).cost(one.home_LE).total, abs=1e-3
+        )
 
 
 @pytest.mark.parametrize("method", HEURISTICS)
 def test_planted_groups_are_found(method: str):
     profile, home_LE = planted(16, 4, requests=30)
-    problem = Problem.of(profile, 4)
+    problem = Problem.from_profile(profile, 4)
     found = group(profile, ranks=4, method=method).home_LE
     for mine, theirs in zip(found, home_LE, strict=True):
         assert len(set(zip(mine, theirs, strict=True))) == 4, "not the same groups"
@@ -62,7 +64,7 @@ def test_planted_groups_are_found(method: str):
 def test_the_exact_method_is_never_beaten_and_the_others_come_close(experts: int, ranks: int):
     for seed in range(2):
         profile, _ = planted(experts, ranks, requests=8, seed=seed)
-        problem = Problem.of(profile, ranks)
+        problem = Problem.from_profile(profile, ranks)
         best = problem.cost(METHODS["moetuner"](problem, np.random.default_rng(0), nothing)).total
         for method, solve in METHODS.items():
             total = problem.cost(solve(problem, np.random.default_rng(0), nothing)).total
@@ -81,7 +83,7 @@ def test_even_partitions_come_once_each():
 
 def test_clusters_go_to_the_ranks_of_most_transitions():
     profile, _ = planted(8, 4)
-    problem = Problem.of(profile, 4)
+    problem = Problem.from_profile(profile, 4)
     home_LE = METHODS["moetuner"](problem, np.random.default_rng(0), nothing)
     for layer in range(1, LAYERS):
 
@@ -110,7 +112,7 @@ def test_remote_is_what_the_best_equal_chunks_leave(monkeypatch):
     """
     monkeypatch.setattr(jmoe.placement.objective, "STEPS", 3000)
     profile, home_LE = planted(8, 4, requests=8)
-    layer = Problem.of(profile, 4).layers[0]
+    layer = Problem.from_profile(profile, 4).layers[0]
     for home_E in (home_LE[0], np.arange(8) // 2):
         share_TR = layer.shares(home_E).T / layer.weight_T[:, None]
         each_NR = np.repeat(share_TR, profile.frequency_V[profile.frequency_V > 0], axis=0)
@@ -134,9 +136,9 @@ def test_what_cannot_be_grouped_is_refused():
         group(small, ranks=4)
     large, _ = planted(32, 8)
     with pytest.raises(ValueError, match=r"moetuner goes through every partition: 32 experts on 8 devices"):
-        METHODS["moetuner"](Problem.of(large, 8), np.random.default_rng(0), nothing)
+        METHODS["moetuner"](Problem.from_profile(large, 8), np.random.default_rng(0), nothing)
     with pytest.raises(ValueError, match="equally many"):
-        placed(np.array([[0, 0, 0, 1]]), 2, "m")
+        make_placement(np.array([[0, 0, 0, 1]]), 2, "m")
 
 
 def test_token_tables_are_those_of_plain_loops():

@@ -13,9 +13,9 @@ from support.server.fake_engine import ByteCodec, FakeEngine, listening
 
 from jmoe.cli.main import main
 from jmoe.tools.bench.answers import events, read_stream
-from jmoe.tools.bench.http import Answer, Client, Failure
+from jmoe.tools.bench.http import Client, Failure, HttpAnswer
 from jmoe.tools.bench.load import replay
-from jmoe.tools.bench.loads import Call, Load
+from jmoe.tools.bench.loads import Load, LoadCall
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -116,13 +116,13 @@ def chunk(text, finish=None, **more):
 
 def streamed(*items: str, status: int = 200, asked: int = 10):
     parts = [(1.0 + i, f"data: {item}\n\n".encode()) for i, item in enumerate(items)]
-    return read_stream(Answer(status, 0.5, parts), asked)
+    return read_stream(HttpAnswer(status, 0.5, parts), asked)
 
 
 def test_half_a_character_is_a_token_and_an_empty_end_is_none():
     result = streamed(chunk("a"), chunk(""), chunk("é"), chunk("", "length"))
-    assert (result.first, result.gaps, result.end) == (1.0, [1.0, 1.0], 4.0)
-    assert result.output_tokens == 3 and not result.counted and result.cause is None
+    assert (result.first_token_time, result.gaps, result.end_time) == (1.0, [1.0, 1.0], 4.0)
+    assert result.output_tokens == 3 and not result.has_usage and result.cause is None
 
 
 def test_a_chats_opening_is_not_its_first_token():
@@ -131,13 +131,13 @@ def test_a_chats_opening_is_not_its_first_token():
 
     end = json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]})
     result = streamed(said(role="assistant", content=""), said(content="a"), said(content="b"), end)
-    assert (result.first, result.gaps) == (2.0, [1.0])
+    assert (result.first_token_time, result.gaps) == (2.0, [1.0])
 
 
 def test_usage_counts_before_events_do():
     usage = {"usage": {"prompt_tokens": 7, "completion_tokens": 4, "moe": {"assignments": 8, "remapped": 2}}}
     result = streamed(chunk("ab"), chunk("cd", "length"), json.dumps({"choices": [], **usage}))
-    assert (result.input_tokens, result.output_tokens, result.counted) == (7, 4, True)
+    assert (result.input_tokens, result.output_tokens, result.has_usage) == (7, 4, True)
     assert result.moe == {"assignments": 8, "remapped": 2}
 
 
@@ -311,7 +311,7 @@ def test_a_closed_connection_is_not_a_failure(server):
     async def twice():
         client = Client(server.url)
         await client.send("GET", "/v1/models")
-        client.idle[0].transport.close()  # as if the server had; nothing has told us yet
+        client.idle_connections[0].transport.close()  # as if the server had; nothing has told us yet
         answer = await client.send("GET", "/v1/models")
         client.close()
         return answer.status
@@ -337,7 +337,7 @@ def test_an_answer_that_does_not_come_times_out():
 def test_requests_go_out_when_they_are_due(server):
     """Open loop: whatever the answers take, and with the wait for room not counted as lag."""
     times = [0.0, 0.05, 0.05, 0.2]
-    load = Load([Call(at, 1, 1) for at in times], timed=True)
+    load = Load([LoadCall(at, 1, 1) for at in times], is_timed=True)
     bodies = [json.dumps({"prompt": [1], "max_tokens": 1}).encode()] * 4
 
     async def send(most):
@@ -349,7 +349,7 @@ def test_requests_go_out_when_they_are_due(server):
     begin = time.perf_counter()
     ran = asyncio.run(send(None))
     assert all(result.cause is None for result in ran.results)
-    begins = [result.sent - result.lag - at for at, result in zip(times, ran.results, strict=True)]
+    begins = [result.send_time - result.lag - at for at, result in zip(times, ran.results, strict=True)]
     assert min(begins) >= begin and ran.seconds >= 0.2
 
 

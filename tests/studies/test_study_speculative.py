@@ -6,7 +6,7 @@ from studies.speculative import bytes as sent
 from studies.speculative import published
 from studies.speculative.moves import moved
 from studies.speculative.routing import Test as Tokens
-from studies.speculative.routing import dealt, on_ranks, oracle_tables, peak, put, rates
+from studies.speculative.routing import dealt_ranks, on_ranks, oracle_tables, peak, rates, shuffled_ranks
 from studies.speculative.study import STUDY
 
 from jmoe.moe.orders import ShuffleTables
@@ -26,15 +26,15 @@ def test_rates_of_tokens_on_ranks():
     where = on_ranks(TOKENS, HOME)
     assert where.tolist() == [[[0, 0], [1, 1], [0, 1], [1, 0]]]
     # dealt 0 0 1 1: local 2, 0, 1, 1 of 8; other ranks needed 0, 1, 1, 1
-    assert dealt(1, 4, 2, 4).tolist() == [[0, 0, 1, 1]]
-    assert rates(where, dealt(1, 4, 2, 4)) == {"local": 0.5, "pairs": 0.75}
+    assert dealt_ranks(1, 4, 2, 4).tolist() == [[0, 0, 1, 1]]
+    assert rates(where, dealt_ranks(1, 4, 2, 4)) == {"local": 0.5, "pairs": 0.75}
     assert peak(where, 2) == 1.0
     assert oracle_tables(where, 4, 2) == {"equal": 0.75, "free": 0.75}
 
 
 def test_tables_put_tokens_as_serving_does():
     table = ShuffleTables(np.array([[255, 0], [0, 255], [100, 90], [90, 100]], np.uint8))
-    assert put([table], TOKENS, HOME, 2, 4).tolist() == [[0, 1, 0, 1]]
+    assert shuffled_ranks([table], TOKENS, HOME, 2, 4).tolist() == [[0, 1, 0, 1]]
     assert rates(on_ranks(TOKENS, HOME), np.array([[0, 1, 0, 1]])) == {"local": 0.75, "pairs": 0.5}
 
 

@@ -19,7 +19,7 @@ from jmoe.models.decoder import Decoder
 from jmoe.moe.expert_leaves import ExpertLeaf, expert_bytes, leaves_of, weight_specs
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
-from jmoe.offload.predictors.history import History, Renumbered
+from jmoe.offload.predictors.history import History, RenumberedHistory
 from jmoe.offload.predictors.make import PredictorSizes, make_predictor
 from jmoe.offload.ranks import COPIES, SAME, TABLE, Ranks
 from jmoe.offload.table import CachePolicy, Copies, Table, fill, new_table
@@ -121,7 +121,7 @@ def _renumbered(profile: Profile | None, model: Decoder, placement: Placement | 
         offload = model.moe.offload
         assert offload is not None
         raise ValueError(f"{offload.store} was made from {profile.model}, this is {own}: profile it anew")
-    return profile if placement is None else Renumbered(profile, placement.experts_LP)
+    return profile if placement is None else RenumberedHistory(profile, placement.experts_LP)
 
 
 def _local_experts(cfg: ModelConfig, mesh: Mesh) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-class Sampled(Protocol):
+class HistorySample(Protocol):
     """A sample of Q requests.
 
     experts_QLE: how often each expert was chosen.
@@ -46,7 +46,7 @@ class History(Protocol):
     @property
     def loads_LE(self) -> Int[np.ndarray, "L E"]: ...
     @property
-    def sample(self) -> Sampled: ...
+    def sample(self) -> HistorySample: ...
     def chosen(self, layer: int, tokens_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T E"]: ...
 
 
@@ -57,7 +57,7 @@ class _Sample(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Renumbered:
+class RenumberedHistory:
     """A history in the numbering of experts that were renumbered: ``experts_LE`` gives each new expert's
     number in the history."""
 
@@ -81,7 +81,7 @@ class Renumbered:
         return np.take_along_axis(self.history.loads_LE, self.experts_LE, 1)
 
     @property
-    def sample(self) -> Sampled:
+    def sample(self) -> HistorySample:
         was, each_LE = self.history.sample, self.experts_LE
         return _Sample(
             np.take_along_axis(was.experts_QLE, each_LE[None], 2),

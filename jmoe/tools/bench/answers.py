@@ -7,38 +7,38 @@ from typing import Any
 
 import msgspec
 
-from jmoe.tools.bench.http import Answer, Failure
+from jmoe.tools.bench.http import Failure, HttpAnswer
 
 DONE = b"[DONE]"
 
 
-class Delta(msgspec.Struct):
+class StreamDelta(msgspec.Struct):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
 
 
-class Choice(msgspec.Struct):
+class StreamChoice(msgspec.Struct):
     text: str | None = None
-    delta: Delta | None = None
+    delta: StreamDelta | None = None
     finish_reason: str | None = None
 
     @property
-    def written(self) -> str:
+    def new_text(self) -> str:
         if self.delta is None:
             return self.text or ""
         return (self.delta.content or "") + (self.delta.reasoning_content or "")
 
 
-class Usage(msgspec.Struct):
+class ServerUsage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     moe: dict[str, int] | None = None
 
 
-class Chunk(msgspec.Struct):
-    choices: list[Choice] = []
-    usage: Usage | None = None
+class StreamChunk(msgspec.Struct):
+    choices: list[StreamChoice] = []
+    usage: ServerUsage | None = None
     error: Any = None
 
 
@@ -46,41 +46,41 @@ class Chunk(msgspec.Struct):
 class Result:
     """The result of one request. Times are ``time.perf_counter`` seconds.
 
-    sent: time at which the request was sent.
-    first: time of the first token.
-    end: time of the last event with a choice, or at which the request failed without an answer.
+    send_time: time at which the request was sent.
+    first_token_time: time of the first token.
+    end_time: time of the last event with a choice, or at which the request failed without an answer.
     gaps: seconds between the events of its tokens.
     input_tokens: prompt tokens that the server reported.
     output_tokens: generated tokens.
-    counted: whether the server reported the tokens; else ``output_tokens`` counts events.
+    has_usage: whether the server reported the tokens; else ``output_tokens`` counts events.
     moe: what lossy techniques did to it, if the server reports it.
     cause: reason of the failure; None = it did not fail.
     lag: seconds by which it was sent late.
     """
 
-    sent: float = 0.0
-    first: float = 0.0
-    end: float = 0.0
+    send_time: float = 0.0
+    first_token_time: float = 0.0
+    end_time: float = 0.0
     gaps: list[float] = field(default_factory=list)
     input_tokens: int = 0
     output_tokens: int = 0
-    counted: bool = False
+    has_usage: bool = False
     moe: dict[str, int] | None = None
     cause: str | None = None
     lag: float = 0.0
 
     @property
     def token_times(self) -> list[float]:
-        times = [self.first]
+        times = [self.first_token_time]
         for gap in self.gaps:
             times.append(times[-1] + gap)
         return times
 
 
-def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
     """Yields (completion time, data) of each server-sent event, however the bytes were split."""
     rest, now = b"", 0.0
-    for now, part in parts:
+    for now, part in pieces:
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):  # OpenAI's events are one line each
@@ -89,14 +89,14 @@ def events(parts: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]
         yield now, rest[5:].strip()
 
 
-def read_stream(answer: Answer, asked: int) -> Result:
-    """The result of a streamed answer. asked: the most tokens that it may have."""
-    result = Result(sent=answer.sent)
+def read_stream(answer: HttpAnswer, max_tokens: int) -> Result:
+    """The result of a streamed answer. max_tokens: the most tokens that it may have."""
+    result = Result(send_time=answer.send_time)
     if answer.status != 200:
         result.cause = f"HTTP {answer.status}: {error_text(answer.body)}"
         return result
-    decoder, finished, times = msgspec.json.Decoder(Chunk), False, []
-    for now, data in events(answer.parts):
+    decoder, finished, times = msgspec.json.Decoder(StreamChunk), False, []
+    for now, data in events(answer.pieces):
         if data == DONE:
             break
         try:
@@ -110,38 +110,39 @@ def read_stream(answer: Answer, asked: int) -> Result:
         if chunk.usage is not None:
             _count(result, chunk.usage)
         for choice in chunk.choices:
-            result.end = now
+            result.end_time = now
             finished = finished or choice.finish_reason is not None
             opening = choice.delta is not None and choice.delta.role is not None
             # a token may be half a character and so add no text; a chat's opening and an end are no tokens
-            if choice.written or not (opening or choice.finish_reason):
+            if choice.new_text or not (opening or choice.finish_reason):
                 times.append(now)
     if not finished:
         result.cause = "the stream ended before its answer"
     elif not times:
         result.cause = "the answer holds no token"
     else:
-        result.first, result.gaps = times[0], [b - a for a, b in pairwise(times)]
-        if not result.counted:
+        result.first_token_time, result.gaps = times[0], [b - a for a, b in pairwise(times)]
+        if not result.has_usage:
             result.output_tokens = len(times)
-        if result.output_tokens > asked:
-            result.cause = f"the answer is longer than asked ({result.output_tokens} tokens for {asked})"
+        if result.output_tokens > max_tokens:
+            count = result.output_tokens
+            result.cause = f"the answer is longer than asked ({count} tokens for {max_tokens})"
     return result
 
 
-def _count(result: Result, usage: Usage) -> None:
+def _count(result: Result, usage: ServerUsage) -> None:
     result.input_tokens, result.output_tokens = usage.prompt_tokens, usage.completion_tokens
-    result.counted, result.moe = True, usage.moe
+    result.has_usage, result.moe = True, usage.moe
 
 
-def read_json(answer: Answer, what: str) -> Any:
-    """The answer's JSON. Raises Failure with ``what`` if the answer is an error or not JSON."""
+def read_json(answer: HttpAnswer, name: str) -> Any:
+    """The answer's JSON. Raises Failure with ``name`` if the answer is an error or not JSON."""
     if answer.status != 200:
-        raise Failure(f"{what}: HTTP {answer.status}: {error_text(answer.body)}")
+        raise Failure(f"{name}: HTTP {answer.status}: {error_text(answer.body)}")
     try:
         return msgspec.json.decode(answer.body)
     except msgspec.MsgspecError:
-        raise Failure(f"{what}: the answer is not JSON") from None
+        raise Failure(f"{name}: the answer is not JSON") from None
 
 
 def error_text(body: bytes) -> str:

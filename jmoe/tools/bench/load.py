@@ -44,7 +44,7 @@ async def replay(
     async def one(index: int) -> Result:
         nonlocal done
         call = load.calls[index]
-        lag = max(0.0, time.perf_counter() - start - call.at) if load.timed else 0.0
+        lag = max(0.0, time.perf_counter() - start - call.due_time) if load.is_timed else 0.0
         async with room:
             result = await generate(client, path, bodies[index], call.output_length)
         result.lag = lag
@@ -54,17 +54,17 @@ async def replay(
 
     tasks = []
     for index, call in enumerate(load.calls):
-        if load.timed and (wait := start + call.at - time.perf_counter()) > 0:
+        if load.is_timed and (wait := start + call.due_time - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
         tasks.append(asyncio.create_task(one(index)))
     results = list(await asyncio.gather(*tasks))
     return Replay(results, time.perf_counter() - start, time.process_time() - cpu)
 
 
-async def generate(client: Client, path: str, body: bytes, asked: int) -> Result:
+async def generate(client: Client, path: str, body: bytes, max_tokens: int) -> Result:
     """Sends one request and returns its result, also if it fails."""
-    sent = time.perf_counter()
+    send_time = time.perf_counter()
     try:
-        return read_stream(await client.send("POST", path, body), asked)
+        return read_stream(await client.send("POST", path, body), max_tokens)
     except Failure as failure:
-        return Result(sent=sent, end=time.perf_counter(), cause=str(failure))
+        return Result(send_time=send_time, end_time=time.perf_counter(), cause=str(failure))

@@ -15,17 +15,17 @@ BLOCK = 512  # tokens for which one of a trace's hash_ids stands
 
 
 @dataclass(frozen=True)
-class Call:
+class LoadCall:
     """One request.
 
-    at: seconds after the start at which it is due.
+    due_time: seconds after the start at which it is due.
     input_length: tokens of the prompt.
     output_length: tokens of the answer.
     blocks: numbers of the blocks of which the prompt consists, each whole but the last; empty = the prompt
         shares no blocks.
     """
 
-    at: float
+    due_time: float
     input_length: int
     output_length: int
     blocks: tuple[int, ...] = ()
@@ -36,17 +36,17 @@ class Load:
     """The calls of a benchmark.
 
     calls: calls in the order of their times.
-    timed: False = all are due at once.
-    block: tokens of a block of ``Call.blocks``.
+    is_timed: False = all are due at once.
+    block_size: tokens of a block of ``LoadCall.blocks``.
     """
 
-    calls: list[Call]
-    timed: bool
-    block: int = BLOCK
+    calls: list[LoadCall]
+    is_timed: bool
+    block_size: int = BLOCK
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """Limits in tokens; None = no limit.
 
     max_input: limit on the prompt.
@@ -91,7 +91,7 @@ def read_trace(
     if time_scale < 0 or length_scale <= 0:
         raise ValueError("time-scale must be at least 0 and length-scale above 0")
     block = max(1, round(BLOCK * length_scale))
-    calls = []
+    calls: list[LoadCall] = []
     for number, item in _lines(path):
         if max_requests is not None and len(calls) == max_requests:
             break
@@ -107,12 +107,13 @@ def read_trace(
             raise ValueError(f"{path} line {number}: timestamp must be at least 0")
         if blocks:
             lengths[0] = min(lengths[0], len(blocks) * block)  # rounding may add a token
-        calls.append(Call(at, lengths[0], lengths[1], blocks))
+        calls.append(LoadCall(at, lengths[0], lengths[1], blocks))
     if not calls:
         raise ValueError(f"{path} holds no request")
-    calls.sort(key=lambda call: call.at)
-    first = calls[0].at
-    return Load([dataclasses.replace(c, at=c.at - first) for c in calls], timed=time_scale > 0, block=block)
+    calls.sort(key=lambda call: call.due_time)
+    first = calls[0].due_time
+    calls = [dataclasses.replace(call, due_time=call.due_time - first) for call in calls]
+    return Load(calls, is_timed=time_scale > 0, block_size=block)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -139,13 +140,13 @@ def synthetic(
     if not rate > 0 or not burstiness > 0:
         raise ValueError("request-rate and burstiness must be above 0")
     if math.isinf(rate):
-        return Load([Call(0.0, input_length, output_length)] * requests, timed=False)
+        return Load([LoadCall(0.0, input_length, output_length)] * requests, is_timed=False)
     gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), requests - 1)
     times = np.concatenate([[0.0], np.cumsum(gaps)]).tolist()
-    return Load([Call(at, input_length, output_length) for at in times], timed=True)
+    return Load([LoadCall(at, input_length, output_length) for at in times], is_timed=True)
 
 
-def clip(load: Load, limits: Limits) -> tuple[Load, Clipped]:
+def clip(load: Load, limits: LengthLimits) -> tuple[Load, Clipped]:
     """Cuts the load to ``limits``: a prompt loses its end. Tokens beyond the context are removed from the
     prompt while it has more than one token, then from the answer."""
     calls, counts = [], {"input": 0, "output": 0, "context": 0}
@@ -164,5 +165,5 @@ def clip(load: Load, limits: Limits) -> tuple[Load, Clipped]:
     return dataclasses.replace(load, calls=calls), Clipped(**counts)
 
 
-def _tokens(calls: list[Call]) -> tuple[int, int]:
+def _tokens(calls: list[LoadCall]) -> tuple[int, int]:
     return sum(c.input_length for c in calls), sum(c.output_length for c in calls)

@@ -18,17 +18,17 @@ def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
     requests."""
     found: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for r in results:
-        found["ttft"].append((r.first - r.sent) * 1e3)
+        found["ttft"].append((r.first_token_time - r.send_time) * 1e3)
         if (each := per_token(r)) is not None:
             found["tpot"].append(each)
         found["itl"] += [gap * 1e3 for gap in r.gaps]
-        found["e2el"].append((r.end - r.sent) * 1e3)
+        found["e2el"].append((r.end_time - r.send_time) * 1e3)
     return found
 
 
 def per_token(r: Result) -> float | None:
     """Milliseconds per token after the first; None if there is no second token."""
-    return (r.end - r.first) * 1e3 / (r.output_tokens - 1) if r.output_tokens > 1 else None
+    return (r.end_time - r.first_token_time) * 1e3 / (r.output_tokens - 1) if r.output_tokens > 1 else None
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -45,7 +45,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def peak_concurrency(results: Iterable[Result]) -> int:
     """The largest number of requests that were in flight together."""
-    changes = [(r.sent, 1) for r in results] + [(r.end, -1) for r in results]
+    changes = [(r.send_time, 1) for r in results] + [(r.end_time, -1) for r in results]
     now = most = 0
     for _, change in sorted(changes):
         now += change
@@ -65,8 +65,8 @@ def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float)
     """Requests per second within every limit. limits: milliseconds by name of ``LATENCIES``, except itl."""
     good = 0
     for r in results:
-        measured = {"ttft": (r.first - r.sent) * 1e3, "tpot": per_token(r) or 0.0}
-        measured["e2el"] = (r.end - r.sent) * 1e3
+        measured = {"ttft": (r.first_token_time - r.send_time) * 1e3, "tpot": per_token(r) or 0.0}
+        measured["e2el"] = (r.end_time - r.send_time) * 1e3
         good += all(measured[name] <= most for name, most in limits.items())
     return good / seconds
 
@@ -104,7 +104,7 @@ def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str,
         "failures": dict(failed.most_common()),
         "total_input_tokens": given,
         "total_output_tokens": written,
-        "tokens_counted_by": "usage" if all(r.counted for r in good) else "events",
+        "tokens_counted_by": "usage" if all(r.has_usage for r in good) else "events",
         "request_throughput": len(good) / seconds,
         "request_goodput": goodput(good, limits, seconds) if limits else None,
         "output_throughput": written / seconds,
@@ -120,15 +120,15 @@ def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str,
 
 def details(results: Sequence[Result]) -> dict[str, list[Any]]:
     """One entry per request, in the order in which they were due; times in seconds from the first request."""
-    start = min(r.sent for r in results)
+    start = min(r.send_time for r in results)
     return {
-        "start_times": [r.sent - start for r in results],
+        "start_times": [r.send_time - start for r in results],
         "lags": [r.lag for r in results],
         "input_lens": [r.input_tokens for r in results],
         "output_lens": [r.output_tokens for r in results],
-        "ttfts": [r.first - r.sent if r.cause is None else None for r in results],
+        "ttfts": [r.first_token_time - r.send_time if r.cause is None else None for r in results],
         "itls": [r.gaps for r in results],
-        "e2els": [r.end - r.sent for r in results],
+        "e2els": [r.end_time - r.send_time for r in results],
         "moe": [r.moe for r in results],
         "errors": [r.cause for r in results],
     }

@@ -31,11 +31,11 @@ class Point:
     """A row of the report.
 
     tokens: tokens of a step.
-    allowed: number of experts that they may choose from.
+    num_experts: number of experts that they may choose from.
     """
 
     tokens: int
-    allowed: int
+    num_experts: int
 
 
 def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
@@ -127,10 +127,10 @@ def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
     return run
 
 
-def routed(point: Point, k: int) -> np.ndarray:
+def random_routing(point: Point, k: int) -> np.ndarray:
     """``k`` distinct experts for each token, drawn uniformly from the allowed ones, ``[T, K]``."""
     rng = np.random.default_rng(0)
-    return np.stack([rng.permutation(point.allowed)[:k] for _ in range(point.tokens)]).astype(np.int32)
+    return np.stack([rng.permutation(point.num_experts)[:k] for _ in range(point.tokens)]).astype(np.int32)
 
 
 def measure(
@@ -138,7 +138,7 @@ def measure(
 ) -> dict[str, float]:
     """Measures one row: milliseconds per layer, bytes read and operations computed per second."""
     k, f, d = cfg.num_experts_per_tok, cfg.moe_intermediate_size, cfg.hidden_size
-    ids_TK = routed(point, k)
+    ids_TK = random_routing(point, k)
     x_TD = np.random.default_rng(1).standard_normal((point.tokens, d), np.float32)
     jax.block_until_ready(run(x_TD, ids_TK, layers))  # compiles
     taken = []

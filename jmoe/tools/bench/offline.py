@@ -15,32 +15,32 @@ from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
-from jmoe.tools.bench.loads import Clipped, Limits, Load, clip
-from jmoe.tools.bench.prompts import Source
+from jmoe.tools.bench.loads import Clipped, LengthLimits, Load, clip
+from jmoe.tools.bench.prompts import PromptSource
 from jmoe.tools.progress import Progress, counter, silent
 
 
 @dataclass(frozen=True)
-class Run:
+class Round:
     """One round.
 
     seconds: time from its start to its last token.
-    first: time from its start until every request has its first token, in seconds.
+    prefill_seconds: time from its start until every request has its first token, in seconds.
     gaps: seconds between the tokens of each request.
     input_tokens: prompt tokens of all requests.
     output_tokens: generated tokens of all requests.
     """
 
     seconds: float
-    first: float
+    prefill_seconds: float
     gaps: list[float]
     input_tokens: int
     output_tokens: int
 
 
-def run_round(engine: Engine, load: Load, seed: int) -> Run:
+def run_round(engine: Engine, load: Load, seed: int) -> Round:
     """Serves the load's calls as fast as possible, greedily and to their full lengths, with new prompts."""
-    source = Source(range(engine.vocab_size), running=False, seed=seed)
+    source = PromptSource(range(engine.vocab_size), is_text=False, seed=seed)
     times: list[list[float]] = [[] for _ in load.calls]
     failed: list[str] = []
 
@@ -55,7 +55,7 @@ def run_round(engine: Engine, load: Load, seed: int) -> Run:
     requests, now = [], time.monotonic()
     for i, call in enumerate(load.calls):
         params = SamplingParams(max_tokens=call.output_length, temperature=0.0, ignore_eos=True, seed=0)
-        requests.append(Request(str(i), source.prompt(i, call, load.block), params, listener(i), now))
+        requests.append(Request(str(i), source.prompt(i, call, load.block_size), params, listener(i), now))
     start = time.monotonic()
     engine.run(requests)
     seconds = time.monotonic() - start
@@ -63,14 +63,14 @@ def run_round(engine: Engine, load: Load, seed: int) -> Run:
         raise ValueError(f"{len(failed)} requests failed: {failed[0]}")
     gaps = [b - a for each in times for a, b in pairwise(each)]
     given = sum(len(r.prompt_token_ids) for r in requests)
-    return Run(seconds, max(t[0] for t in times) - start, gaps, given, sum(map(len, times)))
+    return Round(seconds, max(t[0] for t in times) - start, gaps, given, sum(map(len, times)))
 
 
 def bench_throughput(
     model: str,
     settings: EngineSettings,
     load: Load,
-    limits: Limits,
+    limits: LengthLimits,
     iterations: int,
     seed: int = 0,
     progress: Progress = silent,
@@ -81,7 +81,7 @@ def bench_throughput(
     limits = dataclasses.replace(limits, context=_context(model, settings))
     load, clipped = clip(load, limits)
     with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
-        run_round(engine, Load(load.calls[:2], False, load.block), seed)
+        run_round(engine, Load(load.calls[:2], False, load.block_size), seed)
         count = counter(progress, "bench")
         runs = [_counted(engine, load, seed + 1 + i, count) for i in range(iterations)]
     seconds = statistics.median(run.seconds for run in runs)
@@ -112,7 +112,7 @@ def bench_latency(
     between tokens."""
     _check(iterations)
     context = _context(model, settings)
-    load, clipped = clip(load, Limits(context=context))
+    load, clipped = clip(load, LengthLimits(context=context))
     if clipped != Clipped():
         first = load.calls[0]
         raise ValueError(
@@ -127,7 +127,7 @@ def bench_latency(
         "batch_size": len(load.calls),
         "iterations": iterations,
         **_spread("latency", [run.seconds for run in runs]),
-        **_spread("prefill", [run.first for run in runs]),
+        **_spread("prefill", [run.prefill_seconds for run in runs]),
         **_spread("per_token", [gap for run in runs for gap in run.gaps]),
     }
 
@@ -142,7 +142,7 @@ def _context(model: str, settings: EngineSettings) -> int:
     return resolve(model, settings).max_model_len
 
 
-def _counted(engine: Engine, load: Load, seed: int, count: Callable[[int], None]) -> Run:
+def _counted(engine: Engine, load: Load, seed: int, count: Callable[[int], None]) -> Round:
     run = run_round(engine, load, seed)
     count(1)
     return run

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jmoe.tools.bench.loads import Call
+from jmoe.tools.bench.loads import LoadCall
 
 COMMON = (
     "the of and to in is that it was for on are as with his they at be this from have or by one had not but "
@@ -15,27 +15,27 @@ SHARED, OWN = 0, 1  # streams of random numbers: blocks by number, prompts by re
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptSource:
     """What prompts are made of.
 
     units: token ids or words.
-    running: whether prompts are consecutive units, because these are a text; else units are drawn one by one.
+    is_text: whether prompts are consecutive units, because these are a text; else units are drawn one by one.
     seed: seed of the random draws.
     """
 
     units: Sequence[int] | Sequence[str]
-    running: bool
+    is_text: bool
     seed: int
 
     def draw(self, stream: int, number: int, length: int) -> list:
         """Draws ``length`` units, the same ones for the same ``stream`` and ``number``."""
         rng, units = np.random.default_rng([self.seed, stream, number]), self.units
-        if self.running:
+        if self.is_text:
             start = int(rng.integers(len(units)))
             return [units[(start + i) % len(units)] for i in range(length)]
         return [units[i] for i in rng.integers(len(units), size=length)]
 
-    def prompt(self, number: int, call: Call, block: int) -> list:
+    def prompt(self, number: int, call: LoadCall, block: int) -> list:
         """The prompt of request ``number``; calls with the same first blocks share their units."""
         if not call.blocks:
             return self.draw(OWN, number, call.input_length)

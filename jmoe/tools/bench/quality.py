@@ -21,7 +21,7 @@ PATH = "/v1/completions"
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ServerScorer:
     """Scores and continues token ids on a server.
 
     client: connection to the server.
@@ -60,7 +60,7 @@ class Scorer:
         return list(await asyncio.gather(*(one(item) for item in items)))
 
 
-async def prompt_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, float]:
+async def prompt_quality(scorer: ServerScorer, windows: list[list[int]]) -> dict[str, float]:
     """Perplexity of the windows as served and exact; a window's first token is not scored."""
     nll = {}
     for exact in (False, True):
@@ -75,7 +75,7 @@ async def prompt_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, 
     }
 
 
-async def decode_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, float]:
+async def decode_quality(scorer: ServerScorer, windows: list[list[int]]) -> dict[str, float]:
     """Continues the first half of each window by as many tokens, as served and exactly, and compares both."""
     halves = [ids[: len(ids) // 2] for ids in windows]
     answers, nll = {}, {}
@@ -103,7 +103,7 @@ async def decode_quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, 
     }
 
 
-async def quality(scorer: Scorer, windows: list[list[int]]) -> dict[str, dict[str, float]]:
+async def quality(scorer: ServerScorer, windows: list[list[int]]) -> dict[str, dict[str, float]]:
     """Both qualities; the windows have at least two tokens. Failure if the server refuses a request."""
     return {
         "prompt": await prompt_quality(scorer, windows),

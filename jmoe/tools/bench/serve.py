@@ -13,10 +13,10 @@ import msgspec
 
 from jmoe.tools.bench.http import Client, Failure
 from jmoe.tools.bench.load import generate, replay
-from jmoe.tools.bench.loads import Limits, Load, clip, read_trace, synthetic
+from jmoe.tools.bench.loads import LengthLimits, Load, clip, read_trace, synthetic
 from jmoe.tools.bench.measures import details, summary
-from jmoe.tools.bench.prompts import COMMON, Source
-from jmoe.tools.bench.quality import Scorer, quality
+from jmoe.tools.bench.prompts import COMMON, PromptSource
+from jmoe.tools.bench.quality import ServerScorer, quality
 from jmoe.tools.bench.server_info import ServedModel, hit_rate, prefix_counts, served_model, tokenize
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
@@ -128,10 +128,10 @@ async def _bench(options: ServeOptions, progress: Callable[[int, int], None]) ->
         context = model.context
         if context is not None and options.endpoint == "chat":
             context = max(2, context - TEMPLATE_ROOM)
-        load, clipped = clip(wanted, Limits(options.max_input_len, options.max_output_len, context))
+        load, clipped = clip(wanted, LengthLimits(options.max_input_len, options.max_output_len, context))
         source = await prompt_source(client, model.name, options, text)
         bodies = [
-            request_body(options, model.name, source.prompt(i, call, load.block), call.output_length)
+            request_body(options, model.name, source.prompt(i, call, load.block_size), call.output_length)
             for i, call in enumerate(load.calls)
         ]
         await _warm_up(client, options, model, source)
@@ -144,7 +144,7 @@ async def _bench(options: ServeOptions, progress: Callable[[int, int], None]) ->
         report = {
             "model": model.name,
             "settings": options.described(),
-            "timed": load.timed,
+            "timed": load.is_timed,
             "clipped": dataclasses.asdict(clipped),
             **summary(ran, options.goodput),
             "prefix_hit_rate": hit_rate(before, after),
@@ -169,19 +169,19 @@ def read_text(paths: Sequence[Path]) -> str:
     return text[:POOL]
 
 
-async def prompt_source(client: Client, model: str, options: ServeOptions, text: str) -> Source:
+async def prompt_source(client: Client, model: str, options: ServeOptions, text: str) -> PromptSource:
     """The source of prompts: ``text`` in its order. Without a text: common words, or token ids drawn
     uniformly from --vocab-size or from the ids of common words. ValueError if ids are wanted and unknown."""
     if options.form == "text":
-        return Source((text or COMMON).split(), running=bool(text), seed=options.seed)
+        return PromptSource((text or COMMON).split(), is_text=bool(text), seed=options.seed)
     if options.vocab_size is not None and not text:
-        return Source(range(options.vocab_size), running=False, seed=options.seed)
+        return PromptSource(range(options.vocab_size), is_text=False, seed=options.seed)
     try:
         pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)] or [COMMON]
         ids = [token for piece in pieces for token in await tokenize(client, model, piece)]
     except Failure as failure:
         raise ValueError(f"{failure}: give --vocab-size, or --prompt-form text") from None
-    return Source(ids if text else sorted(set(ids)), running=bool(text), seed=options.seed)
+    return PromptSource(ids if text else sorted(set(ids)), is_text=bool(text), seed=options.seed)
 
 
 def request_body(options: ServeOptions, model: str, units: list, output_length: int) -> bytes:
@@ -203,7 +203,7 @@ def request_body(options: ServeOptions, model: str, units: list, output_length: 
     return msgspec.json.encode({k: v for k, v in body.items() if v is not None})
 
 
-async def _warm_up(client: Client, options: ServeOptions, model: ServedModel, source: Source) -> None:
+async def _warm_up(client: Client, options: ServeOptions, model: ServedModel, source: PromptSource) -> None:
     """Sends short requests that are not measured; Failure if one fails, since the others would fail too."""
     for number in range(options.num_warmups):
         body = request_body(options, model.name, source.draw(2, number, 8), 2)
@@ -225,4 +225,4 @@ async def _quality(client: Client, options: ServeOptions, model: ServedModel) ->
     found = [ids for ids in bounded(found, options.quality_tokens) if len(ids) > 1]
     if not found:
         raise ValueError(f"{options.quality_data[0]} holds no window of two tokens: nothing to score")
-    return await quality(Scorer(client, model.name, options.quality_concurrency), found)
+    return await quality(ServerScorer(client, model.name, options.quality_concurrency), found)

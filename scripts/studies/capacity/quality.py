@@ -77,18 +77,18 @@ class Meter:
         self.runner, self.scorer, self.rows = engine.runner, scorer, rows
         self.table_BM, self.length = PageRows(engine, rows).table, engine.max_model_len
 
-    def _steps(self, given: list[Piece]) -> Iterator[list[Piece]]:
+    def _steps(self, domain_pieces: list[Piece]) -> Iterator[list[Piece]]:
         size = self.runner.ranks * self.rows
-        return (given[at : at + size] for at in range(0, len(given), size))
+        return (domain_pieces[at : at + size] for at in range(0, len(domain_pieces), size))
 
-    def domain(self, given: list[Piece]) -> dict[str, Any]:
+    def domain(self, domain_pieces: list[Piece]) -> dict[str, Any]:
         """nll and tokens by document, and by part of the window; each step's (assignments of plain top-k,
         and by layer: computed by expert, dropped, rerouted)."""
-        documents = 1 + max(i for i, _ in given)
+        documents = 1 + max(i for i, _ in domain_pieces)
         nll, tokens, steps = np.zeros(documents), np.zeros(documents, int), []
         by_part = np.zeros((2, PARTS))
         before = self._counts()
-        for batch in self._steps(given):
+        for batch in self._steps(domain_pieces):
             for (document, _), logprobs in zip(batch, self._step(batch), strict=True):
                 nll[document] -= logprobs.sum(dtype=np.float64)
                 tokens[document] += len(logprobs)
@@ -171,7 +171,7 @@ class Bench:
         self.model, self.rows = model, rows
         self.scorer = build_engine(model, alone, warm_up=False)
         self.settings = dataclasses.replace(alone, expert_parallel_size=RANKS)
-        self.given = {
+        self.pieces_by_domain = {
             path.name.split(".")[0]: pieces(self.scorer, path, budget, length)
             for path in sorted(valid.glob("*.txt.xz"))
         }
@@ -186,7 +186,7 @@ class Bench:
             for factor in factors if cfg and cfg.policy != "expert_drop" else (1.0,):
                 start, name = time.perf_counter(), setting_name(cfg, factor) if cfg else LOSSLESS
                 engine.runner.capacity_factor = factor
-                found = {domain: meter.domain(given) for domain, given in self.given.items()}
+                found = {domain: meter.domain(given) for domain, given in self.pieces_by_domain.items()}
                 mean = sum(d["nll"].sum() for d in found.values()) / sum(
                     d["tokens"].sum() for d in found.values()
                 )

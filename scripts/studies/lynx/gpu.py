@@ -75,10 +75,17 @@ def gate_logits(x_TD: Array, gate_ED: Array) -> Array:
 
 
 def run_layer(
-    x_TD: Array, given: Any, *, k: int, kernel: Any, platform: str, rule: binning.Rule | None, stage: Any
+    x_TD: Array,
+    weights_and_gate: Any,
+    *,
+    k: int,
+    kernel: Any,
+    platform: str,
+    rule: binning.Rule | None,
+    stage: Any,
 ) -> Array:
     """One layer's output. given: (weights, gate). rule None: plain top-k."""
-    weights, gate_ED = given
+    weights, gate_ED = weights_and_gate
     logits_TE, flags = gate_logits(x_TD, gate_ED), TokenFlags(jnp.ones(x_TD.shape[0], bool))
     if rule is None:
         routing = route(logits_TE, k, RouterConfig())

@@ -55,14 +55,14 @@ def hit(phase: dict[str, Any], resident: bool) -> str:
     return "-" if resident else f"{phase['hit']:.1%}"
 
 
-def arrivals(found: dict[str, Any]) -> str:
+def arrivals(figures: dict[str, Any]) -> str:
     """Returns the table of requests as they come, a row for each predictor and eviction."""
     rows = (
         [
             f"`{name}`" if name != "resident" else name, f"{run['ttft_ms']:.1f}", f"{run['tpot_ms']:.2f}",
             hit(run["decode"], name == "resident"), f"{run['decode']['bytes_step'] / 2**20:.2f}",
-            f"{run['same']} of {found['requests']}",
+            f"{run['same']} of {figures['requests']}",
         ]
-        for name, run in found["runs"].items()
+        for name, run in figures["runs"].items()
     )  # fmt: skip
     return table(["predictor, eviction", "TTFT", "TPOT", "hit, decode", "MiB a decode step", "alike"], rows)

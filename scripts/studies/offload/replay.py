@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 from numpy import ndarray
-from studies.offload.simulator import foretold
+from studies.offload.simulator import with_future
 
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
@@ -27,7 +27,7 @@ def replay(runner: Runner, oracle: Oracle, known: Known) -> Runner:
         if inputs.phase == "decode":
             cache = runner.cache
             assert cache is not None
-            table, predictor = foretold(cache.table, oracle, *map(jnp.asarray, next(known)))
+            table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(known)))
             apart = jax.tree.map(jnp.copy, predictor)  # the step is given the same array twice else
             runner.cache = replace(cache, table=table, predictor=apart)
         return step(inputs, settings)

@@ -46,8 +46,8 @@ STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode 
 
 class Setting(NamedTuple):
     slots: int
-    copies: int = 1
-    ahead: int = AHEAD
+    max_prefetches: int = 1
+    distance: int = AHEAD
     store: int = 1000
     link: Link = STATED
 
@@ -72,15 +72,15 @@ def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
     due_NLE = None if known_NLE is None else next_uses(known_NLE)
     often_LE = subject.profile.loads_LE.astype(np.float32)
     state = begin(fill(new_table(setting.slots, layers, experts, np), often_LE)[0], predictor)
-    rule = CachePolicy(eviction, setting.copies, setting.ahead)  # pyright: ignore[reportArgumentType]
+    rule = CachePolicy(eviction, setting.max_prefetches, setting.distance)  # pyright: ignore[reportArgumentType]
     found, step = [], 0
     for trace in traces:
         n = len(trace.tokens_NB)
         known = None
         if known_NLE is not None and due_NLE is not None:
             known = known_NLE[step : step + n], due_NLE[step : step + n]
-        ahead = trace._replace(ahead_NLBAE=trace.ahead_NLBAE[:, :, :, : setting.ahead])
-        state, prompt, figures = run(state, ahead, known, rule, setting.link)
+        trace = trace._replace(next_scores_NLBAE=trace.next_scores_NLBAE[:, :, :, : setting.distance])
+        state, prompt, figures = run(state, trace, known, rule, setting.link)
         found.append((prompt, jax.tree.map(jnp.sum, figures)))
         step += n
     prompts, sums = jax.tree.map(lambda *each: float(sum(map(float, each))), *found)
@@ -101,23 +101,26 @@ def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
     cfg = subject.cfg
     layers, experts, k = cfg.num_hidden_layers, cfg.num_experts, cfg.num_experts_per_tok
     if name == "oracle":
-        return Oracle(jnp.zeros((layers, experts), bool), setting.ahead)
+        return Oracle(jnp.zeros((layers, experts), bool), setting.distance)
     if name == "next_gate alone":
-        return NextGate(None, setting.ahead, experts, k)
+        return NextGate(None, setting.distance, experts, k)
     base, _, online = name.partition(" ")
-    sizes = PredictorSizes(setting.ahead, k, layers, experts, seats=subject.traces[0].tokens_NB.shape[1])
+    sizes = PredictorSizes(setting.distance, k, layers, experts, seats=subject.traces[0].tokens_NB.shape[1])
     return make_predictor(
         base, sizes, subject.profile, subject.embeddings_VD, setting.store, online=True if online else None
     )
 
 
 def sweep(
-    subject: Subject, by_batch: dict[int, list[Trace]], shares: tuple[float, ...], names: tuple[str, ...]
+    subject: Subject,
+    traces_by_batch: dict[int, list[Trace]],
+    shares: tuple[float, ...],
+    names: tuple[str, ...],
 ) -> dict[str, Any]:
     """batch/share of experts -> comparator -> figures."""
     every = subject.cfg.num_hidden_layers * subject.cfg.num_experts
     found: dict[str, Any] = {}
-    for batch, traces in by_batch.items():
+    for batch, traces in traces_by_batch.items():
         mine = subject._replace(traces=traces)
         for share in shares:
             start = time.perf_counter()
@@ -135,8 +138,8 @@ def sensitivity(subject: Subject, slots: int, names: tuple[str, ...]) -> dict[st
             f"copy time {c:g}": Setting(slots, link=STATED._replace(copy_time=c))
             for c in (0.25, 0.5, 2.0, 4.0)
         },
-        **{f"{n} prefetches a layer": Setting(slots, copies=n) for n in (1, 2, 4)},
-        **{f"{a} layers ahead": Setting(slots, ahead=a) for a in (1, 2)},
+        **{f"{n} prefetches a layer": Setting(slots, max_prefetches=n) for n in (1, 2, 4)},
+        **{f"{a} layers ahead": Setting(slots, distance=a) for a in (1, 2)},
         **{f"store of {c}": Setting(slots, store=c) for c in (250, 4000)},
     }
     found = {}

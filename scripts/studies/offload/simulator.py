@@ -35,14 +35,14 @@ from jmoe.offload.types import LayerView, Predictor, StepView
 class Trace(NamedTuple):
     """The decode steps of B requests that run together, N of them.
 
-    counts_BLE: how often their prompts chose each expert. ahead_NLBAE: see ``LayerView``.
+    counts_BLE: how often their prompts chose each expert. next_scores_NLBAE: see ``LayerView``.
     """
 
     tokens_NB: Int[Array | np.ndarray, "N B"]
     embeddings_NBD: Float[Array | np.ndarray, "N B D"]
     scores_NLBE: Float[Array | np.ndarray, "N L B E"]
     ids_NLBK: Int[Array | np.ndarray, "N L B K"]
-    ahead_NLBAE: Float[Array | np.ndarray, "N L B A E"]
+    next_scores_NLBAE: Float[Array | np.ndarray, "N L B A E"]
     counts_BLE: Float[Array | np.ndarray, "B L E"]
 
     @property
@@ -59,7 +59,7 @@ class Clock(NamedTuple):
 
     now: Float[Array, ""]
     link: Float[Array, ""]
-    there_X: Float[Array, " X"]
+    copy_end_X: Float[Array, " X"]
 
 
 class Figures(NamedTuple):
@@ -76,7 +76,7 @@ class Figures(NamedTuple):
     time: Array
 
 
-class Prompt(NamedTuple):
+class PromptFigures(NamedTuple):
     """Of the prompts' one run together: experts needed and there, over all layers, and its time."""
 
     needed: Array
@@ -116,12 +116,12 @@ def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
 
 @partial(jax.jit, static_argnames=("rule",))
 def run(
-    state: State, trace: Trace, known: tuple[Array, Array] | None, rule: CachePolicy, times: Link
-) -> tuple[State, Prompt, Figures]:
+    state: State, trace: Trace, oracle_tables: tuple[Array, Array] | None, rule: CachePolicy, times: Link
+) -> tuple[State, PromptFigures, Figures]:
     """The prompts and all steps of ``trace``; figures ``[N]``.
 
-    known: for the oracle, whose predictor is ``Given``: what each step needs and when each expert is needed
-    next (``next_uses``), ``[N, L, E]``.
+    oracle_tables: for the oracle: what each step needs and when each expert is needed next (``next_uses``),
+        ``[N, L, E]``.
     """
     b = trace.tokens_NB.shape[1]
     seats_B, everyone_B = jnp.arange(b, dtype=jnp.int32), jnp.ones(b, bool)
@@ -130,19 +130,19 @@ def run(
     idle = jnp.maximum(state.clock.now, state.clock.link)
     state = State(state.table, predictor, state.clock._replace(now=idle + prompt.time))
 
-    def step(state: State, given: tuple) -> tuple[State, Figures]:
-        tokens_B, embeddings_BD, layers, known = given
-        if known is not None:
+    def step(state: State, inputs: tuple) -> tuple[State, Figures]:
+        tokens_B, embeddings_BD, layers, future = inputs
+        if future is not None:
             assert isinstance(state.predictor, Oracle)
-            table, predictor = foretold(state.table, state.predictor, *known)
+            table, predictor = with_future(state.table, state.predictor, *future)
             state = state._replace(table=table, predictor=predictor)
-        state, walk, figures = _before(
+        state, walk, figures = _start_step(
             state, StepView(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
         )
         table, predictor, clock = state
 
-        def layer(carry: tuple, seen: tuple) -> tuple[tuple, Figures]:
-            return _layer(*carry, *seen, predictor=predictor, rule=rule, times=times)
+        def layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Figures]:
+            return _layer(*carry, *layer_inputs, predictor=predictor, rule=rule, times=times)
 
         (table, walk, after), each_L = lax.scan(layer, (table, walk, clock), layers)
         figures = jax.tree.map(lambda before, each_L: before + jnp.sum(each_L, axis=0), figures, each_L)
@@ -152,47 +152,48 @@ def run(
     index_NL = jnp.broadcast_to(
         jnp.arange(trace.ids_NLBK.shape[1], dtype=jnp.int32), trace.ids_NLBK.shape[:2]
     )
-    layers = index_NL, trace.scores_NLBE, trace.ids_NLBK, trace.ahead_NLBAE
-    state, figures = lax.scan(step, state, (trace.tokens_NB, trace.embeddings_NBD, layers, known))
+    layers = index_NL, trace.scores_NLBE, trace.ids_NLBK, trace.next_scores_NLBAE
+    state, figures = lax.scan(step, state, (trace.tokens_NB, trace.embeddings_NBD, layers, oracle_tables))
     return state, prompt, figures
 
 
-def foretold(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[Table, Oracle]:
+def with_future(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[Table, Oracle]:
     """Before a step: the oracle, which knows that step and all that come (``next_uses``)."""
     outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
     return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
 
 
-def _before(state: State, seen: StepView, rule: CachePolicy, times: Link) -> tuple[State, Any, Figures]:
+def _start_step(state: State, view: StepView, rule: CachePolicy, times: Link) -> tuple[State, Any, Figures]:
     """What happens before the first layer."""
-    walk, forecast = state.predictor.start(seen)
+    walk, forecast = state.predictor.start(view)
     table, moves = decide.prefetch(decide.foresee(state.table, 0, forecast), rule, -1)
     table = table._replace(slots=land(table.slots))
     none, instant = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     figures = Figures(none, none, none, none, moves.num_evictions, moves.num_copies, none, instant, instant)
-    return State(table, state.predictor, _copied(state.clock, moves, times)), walk, figures
+    return State(table, state.predictor, _queue_copies(state.clock, moves, times)), walk, figures
 
 
 def _layer(
-    table: Table, walk: Any, clock: Clock, layer: Array, scores_BE: Array, ids_BK: Array, ahead_BAE: Array,
+    table: Table, walk: Any, clock: Clock, layer: Array,
+    scores_BE: Array, ids_BK: Array, next_scores_BAE: Array,
     *, predictor: Predictor, rule: CachePolicy, times: Link,
 ) -> tuple[tuple[Table, Any, Clock], Figures]:  # fmt: skip
     """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
-    walk, forecast = predictor.observe(walk, layer, LayerView(scores_BE, ids_BK, ahead_BAE))
+    walk, forecast = predictor.observe(walk, layer, LayerView(scores_BE, ids_BK, next_scores_BAE))
     table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
     needed_E = needed(ids_BK, e)
     held_E = decide.at_layer(resident(table.slots), layer, e) & needed_E
-    hits = _count(held_E & (decide.at_layer(clock.there_X, layer, e) <= clock.now))
+    hits = _count(held_E & (decide.at_layer(clock.copy_end_X, layer, e) <= clock.now))
     useful = _count(decide.at_layer(table.usage.fetched_X, layer, e) & needed_E)
     table, missing = decide.demand(table, rule, needed_E, layer, min(e, ids_BK.size))
     num_needed, held = _count(needed_E), _count(held_E)
-    clock = _copied(clock, missing, times)
+    clock = _queue_copies(clock, missing, times)
     streamed = num_needed - held - missing.num_copies
     clock = clock._replace(link=clock.link + times.copy_time * streamed.astype(jnp.float32))
-    came = jnp.max(jnp.where(needed_E, decide.at_layer(clock.there_X, layer, e), 0.0))
+    came = jnp.max(jnp.where(needed_E, decide.at_layer(clock.copy_end_X, layer, e), 0.0))
     wait = jnp.maximum(jnp.where(streamed > 0, clock.link, came) - clock.now, 0)
     table, wishes = decide.prefetch(table, rule, layer)
-    clock = _copied(clock, wishes, times)
+    clock = _queue_copies(clock, wishes, times)
     clock = clock._replace(now=clock.now + wait + 1)
     table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
     evicted = missing.num_evictions + wishes.num_evictions
@@ -206,21 +207,21 @@ def _count(marked_E: Bool[Array, " E"]) -> Int[Array, ""]:
     return jnp.sum(marked_E, dtype=jnp.int32)
 
 
-def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> Prompt:
+def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> PromptFigures:
     needed_LE = jnp.any(jnp.asarray(counts_BLE) > 0, axis=0)
     hits_LE = needed_LE & resident(table.slots).reshape(needed_LE.shape)
     missing_L = jnp.sum(needed_LE & ~hits_LE, axis=1).astype(jnp.float32)
     time = jnp.sum(jnp.maximum(times.prompt_time, times.copy_time * missing_L))
-    return Prompt(jnp.sum(needed_LE, dtype=jnp.int32), jnp.sum(hits_LE, dtype=jnp.int32), time)
+    return PromptFigures(jnp.sum(needed_LE, dtype=jnp.int32), jnp.sum(hits_LE, dtype=jnp.int32), time)
 
 
-def _copied(clock: Clock, moves: Copies, times: Link) -> Clock:
-    """With ``moves`` in the link's queue, one after another."""
-    m, copy_time = moves.experts_M.shape[0], times.copy_time
+def _queue_copies(clock: Clock, copies: Copies, times: Link) -> Clock:
+    """The clock with ``copies`` in the link's queue, one after another."""
+    m, copy_time = copies.experts_M.shape[0], times.copy_time
     start = jnp.maximum(clock.link, clock.now)
     ends_M = start + copy_time * jnp.arange(1, m + 1, dtype=jnp.float32)
-    there_X = clock.there_X.at[moves.experts_M].set(ends_M, mode="drop")
+    copy_end_X = clock.copy_end_X.at[copies.experts_M].set(ends_M, mode="drop")
     link = jnp.where(
-        moves.num_copies > 0, start + copy_time * moves.num_copies.astype(jnp.float32), clock.link
+        copies.num_copies > 0, start + copy_time * copies.num_copies.astype(jnp.float32), clock.link
     )
-    return clock._replace(link=link, there_X=there_X)
+    return clock._replace(link=link, copy_end_X=copy_end_X)

@@ -29,18 +29,18 @@ AHEAD = 3  # layers that a predictor may ask
 CHUNK = 8  # windows routed at once
 
 
-class Routed(NamedTuple):
+class RoutedWindows(NamedTuple):
     """Of W windows of T tokens: the routers' scores and choices, what the routers of the next layers say of
     each layer's input, and the input embeddings."""
 
     tokens_WT: Int[np.ndarray, "W T"]
     scores_WTLE: Float[np.ndarray, "W T L E"]
     ids_WTLK: Int[np.ndarray, "W T L K"]
-    ahead_WTLAE: Float[np.ndarray, "W T L A E"]
+    next_scores_WTLAE: Float[np.ndarray, "W T L A E"]
     embeddings_WTD: Float[np.ndarray, "W T D"]
 
 
-def route_windows(model: Decoder, tokens_WT: Int[np.ndarray, "W T"]) -> Routed:
+def route_windows(model: Decoder, tokens_WT: Int[np.ndarray, "W T"]) -> RoutedWindows:
     """The routing of whole windows, without a cache of keys and values."""
     graph, state = nnx.split(model)
     run = jax.jit(partial(_route, graph))
@@ -48,7 +48,7 @@ def route_windows(model: Decoder, tokens_WT: Int[np.ndarray, "W T"]) -> Routed:
         jax.device_get(run(state, tokens_WT[i : i + CHUNK].astype(np.int32)))
         for i in range(0, len(tokens_WT), CHUNK)
     ]
-    return Routed(tokens_WT, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+    return RoutedWindows(tokens_WT, *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Array, ...]:
@@ -69,7 +69,7 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
     return tuple(each.reshape(b, t, *each.shape[1:]) for each in (*stacked, embeddings_ND))
 
 
-def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
+def make_traces(routed: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
     """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
     w, _, _, experts = routed.scores_WTLE.shape
     traces = []
@@ -85,15 +85,15 @@ def make_traces(routed: Routed, prompt: int, batch: int) -> list[Trace]:
         traces.append(
             Trace(
                 steps(routed.tokens_WT), steps(routed.embeddings_WTD), steps(routed.scores_WTLE),
-                steps(routed.ids_WTLK), steps(routed.ahead_WTLAE), counts_BLE,
+                steps(routed.ids_WTLK), steps(routed.next_scores_WTLAE), counts_BLE,
             )
         )  # fmt: skip
     return traces
 
 
-def valid_windows(llm: LLM, valid: Path, of_each: int, length: int) -> Int[np.ndarray, "W T"]:
+def valid_windows(llm: LLM, valid: Path, num_per_domain: int, length: int) -> Int[np.ndarray, "W T"]:
     """Windows of every domain's held-out text, domains in turn, so that neighbours differ."""
-    texts = [pieces(valid / f"{domain}.txt.xz", of_each) for domain in domains_of(valid)]
+    texts = [pieces(valid / f"{domain}.txt.xz", num_per_domain) for domain in domains_of(valid)]
     windows = [beginning(llm, text, length) for turn in zip(*texts, strict=True) for text in turn]
     return np.array([window for window in windows if len(window) == length], np.int32)
 

@@ -29,26 +29,28 @@ class Pipeline:
     of a token that changes ranks. reduces: all-reduces, one collective and two entries of ``whole`` each.
     """
 
-    whole: tuple[int, ...]
+    row_bytes: tuple[int, ...]
     exchange: str | None = None
-    pairs: bool = False
-    there: int = HALF
-    back: int = FULL
-    moves: int = 0
-    reduces: int = 0
+    has_pair_rows: bool = False
+    request_bytes: int = HALF
+    reply_bytes: int = FULL
+    move_bytes: int = 0
+    num_reduces: int = 0
 
     @property
     def collectives(self) -> int:
-        return len(self.whole) - self.reduces + (2 if self.exchange else 0) + (1 if self.moves else 0)
+        num_exchanges = 2 if self.exchange else 0
+        num_moves = 1 if self.move_bytes else 0
+        return len(self.row_bytes) - self.num_reduces + num_exchanges + num_moves
 
     def sent(self, rates: dict[str, dict[str, float]], width: int, k: int, ranks: int) -> float:
         """Bytes a rank sends for each token of the step."""
-        total = sum(self.whole) * width * (ranks - 1) / ranks
+        total = sum(self.row_bytes) * width * (ranks - 1) / ranks
         if self.exchange:
             rate = rates[self.exchange]
-            rows = rate["pairs"] if self.pairs else k * (1 - rate["local"])
-            total += rows / ranks * width * (self.there + self.back)
-            total += rate["moved"] / ranks * width * self.moves if self.moves else 0
+            rows = rate["pairs"] if self.has_pair_rows else k * (1 - rate["local"])
+            total += rows / ranks * width * (self.request_bytes + self.reply_bytes)
+            total += rate["moved"] / ranks * width * self.move_bytes if self.move_bytes else 0
         return total
 
 
@@ -56,24 +58,26 @@ PLAIN = (HALF, FULL)  # all-gather of normed rows, reduce-scatter of partial sum
 PIPELINES = {
     "plain": Pipeline(PLAIN, "random"),
     "grouped": Pipeline(PLAIN, "grouped"),
-    "shuffled": Pipeline(PLAIN, "shuffled", moves=FULL),
-    "plain, one row a pair": Pipeline(PLAIN, "random", pairs=True),
-    "grouped, one row a pair": Pipeline(PLAIN, "grouped", pairs=True),
-    "shuffled, one row a pair": Pipeline(PLAIN, "shuffled", pairs=True, moves=FULL),
+    "shuffled": Pipeline(PLAIN, "shuffled", move_bytes=FULL),
+    "plain, one row a pair": Pipeline(PLAIN, "random", has_pair_rows=True),
+    "grouped, one row a pair": Pipeline(PLAIN, "grouped", has_pair_rows=True),
+    "shuffled, one row a pair": Pipeline(PLAIN, "shuffled", has_pair_rows=True, move_bytes=FULL),
     "replicated transport": Pipeline((*PLAIN, *PLAIN)),
-    "all-reduce, slice": Pipeline((FULL, FULL, FULL), "random", reduces=1),
-    "all-reduce, replicated tokens": Pipeline((FULL, FULL, FULL, FULL), reduces=2),
-    "all-reduce, slice, all in 2 bytes": Pipeline((HALF, HALF, HALF), "random", back=HALF, reduces=1),
-    "shuffled, all in 2 bytes": Pipeline((HALF, HALF), "shuffled", back=HALF),
-    "unpredicted, all in 2 bytes": Pipeline((HALF, HALF), "random", back=HALF),
-    "shuffled, pairs in 2 bytes": Pipeline((HALF, HALF), "shuffled", pairs=True, back=HALF),
-    "unpredicted, pairs in 2 bytes": Pipeline((HALF, HALF), "random", pairs=True, back=HALF),
+    "all-reduce, slice": Pipeline((FULL, FULL, FULL), "random", num_reduces=1),
+    "all-reduce, replicated tokens": Pipeline((FULL, FULL, FULL, FULL), num_reduces=2),
+    "all-reduce, slice, all in 2 bytes": Pipeline(
+        (HALF, HALF, HALF), "random", reply_bytes=HALF, num_reduces=1
+    ),
+    "shuffled, all in 2 bytes": Pipeline((HALF, HALF), "shuffled", reply_bytes=HALF),
+    "unpredicted, all in 2 bytes": Pipeline((HALF, HALF), "random", reply_bytes=HALF),
+    "shuffled, pairs in 2 bytes": Pipeline((HALF, HALF), "shuffled", has_pair_rows=True, reply_bytes=HALF),
+    "unpredicted, pairs in 2 bytes": Pipeline((HALF, HALF), "random", has_pair_rows=True, reply_bytes=HALF),
 }
 
 
-def seconds(sent: float, count: int, tokens: int, link: str) -> float:
+def seconds(num_bytes: float, num_collectives: int, tokens: int, link: str) -> float:
     bandwidth, latency = LINKS[link]
-    return count * latency + tokens * sent / bandwidth
+    return num_collectives * latency + tokens * num_bytes / bandwidth
 
 
 def rates_of(

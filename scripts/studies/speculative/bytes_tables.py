@@ -17,19 +17,19 @@ ABLATIONS = (
 )  # fmt: skip
 
 
-def moves(found: dict[str, Any]) -> str:
+def moves(figures: dict[str, Any]) -> str:
     """Returns the table, a row for each number of devices and of tokens."""
     rows = [
         [f"{ranks}, {size}", *map(percent, (row["first"], row["between"], row["home"])), f"{row['rows']:.2f}"]
-        for ranks, sizes in found["devices"].items()
+        for ranks, sizes in figures["devices"].items()
         for size, row in sizes.items()
     ]
     return table(["devices, tokens", "into the first", "between layers", "home", "rows a layer"], rows)
 
 
-def shapes_of(found: dict[str, Any], model: str) -> dict[str, Any]:
+def shapes_of(figures: dict[str, Any], model: str) -> dict[str, Any]:
     """Returns the model's shapes by number of devices."""
-    return {n.split("/")[1]: shape for n, shape in found["shapes"].items() if n.startswith(model)}
+    return {n.split("/")[1]: shape for n, shape in figures["shapes"].items() if n.startswith(model)}
 
 
 def pipelines(shapes: dict[str, Any]) -> str:
@@ -64,13 +64,13 @@ def ablations(shapes: dict[str, Any]) -> str:
     return table(["step", *(name.replace("/", ", ") for name in shapes)], rows)
 
 
-def links(found: dict[str, Any]) -> str:
-    return "; ".join(f"{n} {b / 1e9:g} GB/s, {1e6 * s:g} us" for n, (b, s) in found["links"].items())
+def links(figures: dict[str, Any]) -> str:
+    return "; ".join(f"{n} {b / 1e9:g} GB/s, {1e6 * s:g} us" for n, (b, s) in figures["links"].items())
 
 
-def times(found: dict[str, Any], shape: dict[str, Any]) -> str:
+def times(figures: dict[str, Any], shape: dict[str, Any]) -> str:
     """Returns the table of microseconds by link and tokens, a row for each pipeline."""
-    columns = [(link, tokens) for link in found["links"] for tokens in found["steps"]]
+    columns = [(link, tokens) for link in figures["links"] for tokens in figures["steps"]]
     rows = [
         [key, *(f"{row['us'][str(tokens)][link]:.0f}" for link, tokens in columns)]
         for key, row in shape["rows"].items()
@@ -78,19 +78,19 @@ def times(found: dict[str, Any], shape: dict[str, Any]) -> str:
     return table(["us, large shape, 8 devices", *(f"{link}, {tokens}" for link, tokens in columns)], rows)
 
 
-def shortest(found: dict[str, Any], shape: dict[str, Any]) -> str:
+def shortest(figures: dict[str, Any], shape: dict[str, Any]) -> str:
     """Returns the quickest pipelines at the least and the most tokens, by link."""
 
     def best(link: str, tokens: str) -> str:
         return min(shape["rows"], key=lambda key: shape["rows"][key]["us"][tokens][link])
 
-    return "; ".join(f"{link}: {best(link, '64')} / {best(link, '4096')}" for link in found["links"])
+    return "; ".join(f"{link}: {best(link, '64')} / {best(link, '4096')}" for link in figures["links"])
 
 
-def against_plain(found: dict[str, Any], shape: dict[str, Any]) -> str:
+def against_plain(figures: dict[str, Any], shape: dict[str, Any]) -> str:
     """Returns by how much the time of "shuffled" differs from plain's, by link."""
     own, plain = shape["rows"]["shuffled"]["us"], shape["rows"]["plain"]["us"]
     return ", ".join(
         f"{link} {' / '.join(f'{own[size][link] / plain[size][link] - 1:+.0%}' for size in own)}"
-        for link in found["links"]
+        for link in figures["links"]
     )

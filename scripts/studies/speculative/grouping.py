@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import few
-from studies.speculative.routing import Source, Test, collect, figures
+from studies.speculative.routing import RoutingSource, Test, collect, figures
 
 from jmoe.placement.group import METHODS
 from jmoe.placement.objective import Problem
@@ -27,7 +27,7 @@ ACROSS_SEEDS = 3
 
 
 def homes(profile: Profile, ranks: int, method: str, seed: int = 0) -> np.ndarray:
-    problem = Problem.of(profile, ranks)
+    problem = Problem.from_profile(profile, ranks)
     return METHODS[method](problem, np.random.default_rng(seed), lambda done, total, cost: None)
 
 
@@ -38,7 +38,7 @@ def mean(rows: list[Any]) -> Any:
     return round(float(np.mean(rows)), 5)
 
 
-def in_domain(train: Source, valid: Source, ranks: int, dry: bool = False) -> dict[str, Any]:
+def in_domain(train: RoutingSource, valid: RoutingSource, ranks: int, dry: bool = False) -> dict[str, Any]:
     """method -> figures."""
     domains = list(valid.domains)[few(dry)]
     profile, test = train.profile(train.domains), valid.test(domains)
@@ -56,7 +56,7 @@ def in_domain(train: Source, valid: Source, ranks: int, dry: bool = False) -> di
     return found | {"unseen": round(test.unseen(profile), 5)}
 
 
-def across(train: Source, valid: Source, ranks: int, dry: bool = False) -> dict[str, Any]:
+def across(train: RoutingSource, valid: RoutingSource, ranks: int, dry: bool = False) -> dict[str, Any]:
     """domain left out -> its share of unseen ids and method -> figures."""
     found = {}
     for domain in list(valid.domains)[few(dry)]:

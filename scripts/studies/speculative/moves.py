@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from studies.speculative.grouping import RANKS, SIZES, homes, log
-from studies.speculative.routing import collect, dealt, put
+from studies.speculative.routing import collect, dealt_ranks, shuffled_ranks
 
 from jmoe.moe.orders import step_tables
 from jmoe.placement.tabulate import tabulate
@@ -22,7 +22,7 @@ def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, f
     """Shares of tokens on another device than before: into the first layer, between layers, home behind the
     last; rows: what all of that is for each layer and token."""
     layers, tokens = rank_LN.shape
-    home_1N = dealt(1, tokens, ranks, size)
+    home_1N = dealt_ranks(1, tokens, ranks, size)
     share = (np.diff(np.concatenate([home_1N, rank_LN, home_1N]), axis=0) != 0).mean(1)
     found = {"first": share[0], "between": share[1:-1].mean(), "home": share[-1]}
     found["rows"] = share.sum() / layers
@@ -39,7 +39,8 @@ def measure(model: str, data: Path, train_windows: int, windows: int) -> dict[st
         home_LE = homes(profile, ranks, "alternating")
         tables = step_tables(tabulate(profile, home_LE, ranks), history=False)
         found[str(ranks)] = {
-            str(size): moved(put(tables, test, home_LE, ranks, size), ranks, size) for size in SIZES
+            str(size): moved(shuffled_ranks(tables, test, home_LE, ranks, size), ranks, size)
+            for size in SIZES
         }
         log(f"{ranks} devices, between layers", found[str(ranks)]["256"]["between"])
     return {"devices": found, "seconds": round(time.perf_counter() - start)}

@@ -13,7 +13,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
     if "grouping" in results:
         found["speculative_local"] = partial(draw_local, grouping=results["grouping"])
     if "bytes" in results:
-        found["speculative_bytes"] = partial(draw_bytes, found=results["bytes"])
+        found["speculative_bytes"] = partial(draw_bytes, figures=results["bytes"])
     return found
 
 
@@ -41,10 +41,10 @@ def draw_local(pyplot: Any, grouping: dict[str, Any]) -> Any:
     return figure
 
 
-def draw_bytes(pyplot: Any, found: dict[str, Any]) -> Any:
+def draw_bytes(pyplot: Any, figures: dict[str, Any]) -> Any:
     """Bytes a token on every pipeline, as a share of plain's."""
     figure, axis = pyplot.subplots(figsize=(8, 4))
-    shapes = {name: shape for name, shape in found["shapes"].items() if name.endswith("/8")}
+    shapes = {name: shape for name, shape in figures["shapes"].items() if name.endswith("/8")}
     for i, shape in enumerate(shapes.values()):
         rows = shape["rows"]
         values = [row["bytes"] / rows["plain"]["bytes"] for row in rows.values()]

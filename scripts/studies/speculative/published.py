@@ -79,14 +79,14 @@ def _rows(share_STR: jax.Array) -> jax.Array:
 
 
 def rates(
-    seen_LVE: np.ndarray, test_LVE: np.ndarray, home_LE: np.ndarray, ranks: int, k: int, seed: int = 0
+    train_LVE: np.ndarray, test_LVE: np.ndarray, home_LE: np.ndarray, ranks: int, k: int, seed: int = 0
 ) -> dict[str, float]:
     """local: of drawn tokens put by the tables; dealt: in batch order; peak: load max/mean."""
     rng = np.random.default_rng(seed)
     often_V = test_LVE[0].sum(1)
     ids_N = rng.choice(len(often_V), STEPS * SIZE, p=often_V / often_V.sum())
     rows = []
-    for seen_VE, test_VE, home_E in zip(seen_LVE, test_LVE, home_LE, strict=True):
+    for seen_VE, test_VE, home_E in zip(train_LVE, test_LVE, home_LE, strict=True):
         guess_VR = np.rint(255 * rank_table(seen_VE, home_E, ranks, k)).astype(np.int32)
         truth_VR = test_VE @ np.eye(ranks)[home_E]
         share_NR = truth_VR[ids_N] / np.maximum(test_VE[ids_N].sum(1, keepdims=True), 1)
@@ -98,7 +98,7 @@ def rates(
             "dealt": share_NR[n, dealt_N].mean(),
             "peak": loads_R.max() / loads_R.mean(),
         })  # fmt: skip
-    unseen = float((seen_LVE[0].sum(1)[ids_N] == 0).mean())
+    unseen = float((train_LVE[0].sum(1)[ids_N] == 0).mean())
     return mean(rows) | {"unseen": unseen}
 
 

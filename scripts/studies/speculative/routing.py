@@ -32,7 +32,7 @@ Routed = dict[str, list[RoutedRequest]]  # by domain
 
 
 @dataclass(frozen=True)
-class Source:
+class RoutingSource:
     """The routing of a model on some texts, and what a profile of it needs."""
 
     domains: Routed
@@ -67,7 +67,7 @@ def pieces(path: Path, count: int) -> list[str]:
     return [text[start : start + CHARACTERS] for start in starts]
 
 
-def collect(model: str, folder: Path, windows: int) -> Source:
+def collect(model: str, folder: Path, windows: int) -> RoutingSource:
     """The routing of ``windows`` windows of every domain in ``folder``."""
     how = EngineSettings(max_num_seqs=8, max_model_len=WINDOW, dtype="float32")
     with closing(build_engine(model, how, warm_up=False)) as engine:
@@ -83,7 +83,7 @@ def collect(model: str, folder: Path, windows: int) -> Source:
             "k": cfg.num_experts_per_tok, "vocab": cfg.vocab_size,
         }  # fmt: skip
         embeddings_VD = np.asarray(runner.model.embed[...]).astype(np.float32)
-        return Source(found, model_identity(runner.model), sizes, embeddings_VD)
+        return RoutingSource(found, model_identity(runner.model), sizes, embeddings_VD)
 
 
 # ---- a placement on test tokens
@@ -117,11 +117,13 @@ def _ranks(
     return jnp.stack(found)
 
 
-def put(tables: list[ShuffleTables], test: Test, home_LE: np.ndarray, ranks: int, size: int) -> np.ndarray:
+def shuffled_ranks(
+    tables: list[ShuffleTables], test: Test, home_LE: np.ndarray, ranks: int, size: int
+) -> np.ndarray:
     """``[L, N]``; N is cut to whole steps."""
     n = len(test.ids_N) // size * size
-    where_LNK = on_ranks(test, home_LE)[:, :n].astype(np.int32)
-    return np.asarray(_ranks(tables, test.ids_N[:n], where_LNK, ranks=ranks, size=size))
+    expert_rank_LNK = on_ranks(test, home_LE)[:, :n].astype(np.int32)
+    return np.asarray(_ranks(tables, test.ids_N[:n], expert_rank_LNK, ranks=ranks, size=size))
 
 
 def on_ranks(test: Test, home_LE: np.ndarray) -> Int[np.ndarray, "L N K"]:
@@ -129,37 +131,37 @@ def on_ranks(test: Test, home_LE: np.ndarray) -> Int[np.ndarray, "L N K"]:
     return np.stack([home_E[ids_NK] for home_E, ids_NK in zip(home_LE, test.chosen_LNK, strict=True)])
 
 
-def dealt(layers: int, tokens: int, ranks: int, size: int) -> Int[np.ndarray, "L N"]:
+def dealt_ranks(layers: int, tokens: int, ranks: int, size: int) -> Int[np.ndarray, "L N"]:
     """Without tables: each rank the next chunk of the step, as a plain reduce-scatter deals them."""
     step_T = np.repeat(np.arange(ranks), size // ranks)
     return np.tile(np.tile(step_T, tokens // size), (layers, 1))
 
 
-def rates(where_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"]) -> dict[str, float]:
+def rates(expert_rank_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"]) -> dict[str, float]:
     """local: share of activations on their token's rank. pairs: other ranks a token needs, distinct."""
-    where_LNK = where_LNK[:, : rank_LN.shape[1]]
-    own_LNK = where_LNK == rank_LN[..., None]
-    ordered_LNK = np.sort(where_LNK, axis=2)
+    expert_rank_LNK = expert_rank_LNK[:, : rank_LN.shape[1]]
+    own_LNK = expert_rank_LNK == rank_LN[..., None]
+    ordered_LNK = np.sort(expert_rank_LNK, axis=2)
     distinct_LN = 1 + (np.diff(ordered_LNK, axis=2) != 0).sum(2)
     return {"local": float(own_LNK.mean()), "pairs": float((distinct_LN - own_LNK.any(2)).mean())}
 
 
-def oracle_tables(where_LNK: np.ndarray, size: int, ranks: int) -> dict[str, float]:
+def oracle_tables(expert_rank_LNK: np.ndarray, size: int, ranks: int) -> dict[str, float]:
     """Local shares where every token's experts are known: equal chunks by ``align``, and each at its best."""
-    counts_LNR = (where_LNK[..., None] == np.arange(ranks)).sum(2)
+    counts_LNR = (expert_rank_LNK[..., None] == np.arange(ranks)).sum(2)
     n = counts_LNR.shape[1] // size * size
     align_all = jax.jit(lambda s: jax.lax.map(lambda x: align(x, jnp.ones(size, bool)).row_N, s))
     chunks = counts_LNR[:, :n].reshape(-1, size, ranks).astype(np.int32)
-    rank_LN = np.asarray(align_all(chunks)).reshape(len(where_LNK), n) // (size // ranks)
+    rank_LN = np.asarray(align_all(chunks)).reshape(len(expert_rank_LNK), n) // (size // ranks)
     return {
-        "equal": rates(where_LNK, rank_LN)["local"],
-        "free": float(counts_LNR.max(2).mean() / where_LNK.shape[2]),
+        "equal": rates(expert_rank_LNK, rank_LN)["local"],
+        "free": float(counts_LNR.max(2).mean() / expert_rank_LNK.shape[2]),
     }
 
 
-def peak(where_LNK: np.ndarray, ranks: int) -> float:
+def peak(expert_rank_LNK: np.ndarray, ranks: int) -> float:
     """Load max/mean over ranks, the mean over layers."""
-    loads = np.stack([np.bincount(where.ravel(), minlength=ranks) for where in where_LNK])
+    loads = np.stack([np.bincount(where.ravel(), minlength=ranks) for where in expert_rank_LNK])
     return float((loads.max(1) / loads.mean(1)).mean())
 
 
@@ -169,21 +171,21 @@ def figures(
 ) -> dict[str, Any]:  # fmt: skip
     """What the placement with the profile's tables does to ``test``; ``singles``: its domains."""
     tables = tabulate(profile, home_LE, ranks)
-    where_LNK = on_ranks(test, home_LE)
-    layers, tokens, _ = where_LNK.shape
+    expert_rank_LNK = on_ranks(test, home_LE)
+    layers, tokens, _ = expert_rank_LNK.shape
     steps = {}
     for size in sizes:
-        rank_LN = put(step_tables(tables, history=False), test, home_LE, ranks, size)
+        rank_LN = shuffled_ranks(step_tables(tables, history=False), test, home_LE, ranks, size)
         steps[str(size)] = {
-            "tables": rates(where_LNK, rank_LN),
-            "dealt": rates(where_LNK, dealt(layers, tokens, ranks, size)),
+            "tables": rates(expert_rank_LNK, rank_LN),
+            "dealt": rates(expert_rank_LNK, dealt_ranks(layers, tokens, ranks, size)),
         }
         if history:
-            rank_LN = put(step_tables(tables, history=True), test, home_LE, ranks, size)
-            steps[str(size)]["history"] = rates(where_LNK, rank_LN)
-            steps[str(size)]["oracle"] = oracle_tables(where_LNK, size, ranks)
+            rank_LN = shuffled_ranks(step_tables(tables, history=True), test, home_LE, ranks, size)
+            steps[str(size)]["history"] = rates(expert_rank_LNK, rank_LN)
+            steps[str(size)]["oracle"] = oracle_tables(expert_rank_LNK, size, ranks)
     return {
         "steps": steps,
-        "peak": peak(where_LNK, ranks),
+        "peak": peak(expert_rank_LNK, ranks),
         "peak_single": float(np.mean([peak(on_ranks(one, home_LE), ranks) for one in singles])),
     }

@@ -16,17 +16,17 @@ def met(value: float, target: float) -> str:
     return "met" if value >= target else "**missed**"
 
 
-def published(found: dict[str, Any]) -> str:
+def published(figures: dict[str, Any]) -> str:
     """Returns a model's table, a row for each pair of domains of the statistics and of the test."""
     rows = []
-    for name in found["domains"]:
-        for other in found["domains"]:
+    for name in figures["domains"]:
+        for other in figures["domains"]:
             own, load, random = (
-                found["methods"][method][f"{name}>{other}"] for method in ("alternating", "load", "random")
+                figures["methods"][method][f"{name}>{other}"] for method in ("alternating", "load", "random")
             )
             rows.append([
                 name, other, percent(own["unseen"]), percent(own["local"]),
-                percent(load["local"]), percent(random["local"]), percent(saved(found, name, other)),
+                percent(load["local"]), percent(random["local"]), percent(saved(figures, name, other)),
                 percent(fewer(1 - own["local"], 1 - random["local"])),
                 f"{own['peak']:.2f}", f"{load['peak']:.2f}", f"{random['peak']:.2f}",
             ])  # fmt: skip
@@ -35,17 +35,17 @@ def published(found: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def saved(found: dict[str, Any], name: str, other: str) -> float:
+def saved(figures: dict[str, Any], name: str, other: str) -> float:
     """Returns the share by which remote activations are fewer than by chance."""
-    own = found["methods"]["alternating"][f"{name}>{other}"]
-    return fewer(1 - own["local"], 1 - 1 / found["ranks"])
+    own = figures["methods"]["alternating"][f"{name}>{other}"]
+    return fewer(1 - own["local"], 1 - 1 / figures["ranks"])
 
 
-def published_means(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def published_means(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the mean savings in-domain and across, each with its target, where there are such domains."""
-    domains, means = found["domains"], {}
+    domains, means = figures["domains"], {}
     for kind, target in (("in-domain", INSIDE), ("across", ACROSS)):
-        values = [saved(found, a, b) for a in domains for b in domains if (a == b) == (kind == "in-domain")]
+        values = [saved(figures, a, b) for a in domains for b in domains if (a == b) == (kind == "in-domain")]
         if values:
             means[kind] = {"mean": sum(values) / len(values), "target": target}
     return means

@@ -26,7 +26,7 @@ ROWS = ("plain", "binning", "capacity", "shuffle", "offload", BOTH, "all four", 
 LENGTH = 256  # tokens of a window
 
 
-class Sizes(NamedTuple):
+class ScoreSizes(NamedTuple):
     """The sizes of a run.
 
     tokens: tokens that are scored with each set of techniques.
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     ranks: int
 
 
-def measure(data: Path, sizes: Sizes) -> dict[str, Any]:
+def measure(data: Path, sizes: ScoreSizes) -> dict[str, Any]:
     """Returns the figures of the study."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Bars() as bars:
@@ -76,7 +76,7 @@ def techniques(row: str, placement: Path, profile: Path) -> MoEConfig:
     return MoEConfig(attention="tp", transport="ragged_all_to_all", **on)
 
 
-def score(data: Path, sizes: Sizes, moe: MoEConfig) -> dict[str, Any]:
+def score(data: Path, sizes: ScoreSizes, moe: MoEConfig) -> dict[str, Any]:
     """Returns the report of one set of techniques with their settings. A first short run compiles."""
     settings = EngineSettings(
         max_model_len=LENGTH, dtype="float32", attention="tp", moe=moe, expert_parallel_size=sizes.ranks

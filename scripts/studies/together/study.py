@@ -22,13 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def scores(args: argparse.Namespace, results: Results) -> Results:
     import jax
-    from studies.together.scores import Sizes, measure
+    from studies.together.scores import ScoreSizes, measure
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.ranks)
     if args.dry:
-        return measure(args.data, Sizes(args.batch, 512, args.batch, args.ranks))
-    return measure(args.data, Sizes(args.tokens, args.profile_tokens, args.batch, args.ranks))
+        return measure(args.data, ScoreSizes(args.batch, 512, args.batch, args.ranks))
+    return measure(args.data, ScoreSizes(args.tokens, args.profile_tokens, args.batch, args.ranks))
 
 
 def tables() -> Iterable[ModuleType]:
