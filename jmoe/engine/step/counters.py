@@ -136,7 +136,7 @@ class MoECounters:
     def report(self) -> dict[str, Any]:
         """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
 
-        lost_assignments: anything but 0 means wrong answers.
+        Any ``lost_assignments`` but 0 means wrong answers.
         """
         means_LM = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
         sums_L = self.sums_L | {ASSIGNMENTS.name: self.counts_LE.sum(1)}

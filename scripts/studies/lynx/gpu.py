@@ -84,7 +84,7 @@ def run_layer(
     rule: binning.Rule | None,
     stage: Any,
 ) -> Array:
-    """One layer's output. given: (weights, gate). rule None: plain top-k."""
+    """One layer's output. weights_and_gate: the experts' weights and the gate. rule: None is plain top-k."""
     weights, gate_ED = weights_and_gate
     logits_TE, flags = gate_logits(x_TD, gate_ED), TokenFlags(jnp.ones(x_TD.shape[0], bool))
     if rule is None:

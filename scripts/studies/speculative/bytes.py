@@ -22,11 +22,15 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A layer's collectives as lists of bytes a number: whole rows gathered or scattered, and the exchange.
+    """A layer's collectives: whole rows that are gathered or scattered, and the exchange.
 
-    exchange: None where no token is exchanged, or the measured case whose rate it has. pairs: one row for
-    each remote (token, rank) pair instead of each remote activation. moves: bytes a number of the residual
-    of a token that changes ranks. reduces: all-reduces, one collective and two entries of ``whole`` each.
+    row_bytes: bytes of a number in each gather or scatter of whole rows.
+    exchange: the measured case whose rate the exchange has; None if no token is exchanged.
+    has_pair_rows: whether one row is sent for each remote (token, rank) pair, not for each remote activation.
+    request_bytes: bytes of a number that is sent to an expert.
+    reply_bytes: bytes of a number that comes back.
+    move_bytes: bytes of a number of the residual of a token that changes ranks; 0 if none does.
+    num_reduces: all-reduces, of one collective and two entries of ``row_bytes`` each.
     """
 
     row_bytes: tuple[int, ...]
