@@ -136,7 +136,7 @@ assert counters.report()["split"] == counters.report()["per_layer"][0]["split"] 
 changes = count_changes({"remapped": jnp.ones(2, jnp.int32)})
 assert changes["split"].tolist() == [0, 0]
 request = SimpleNamespace(moe=MoEUsage())
-placed = SimpleNamespace(run=SimpleNamespace(count=1, request=request), changed=[1])
+placed = SimpleNamespace(run=SimpleNamespace(count=1, request=request), change_rows=[1])
 cfg = SimpleNamespace(moe_layers=[0], num_experts_per_tok=2)
 count_assignments(placed, {"split": np.array([3, 4])}, cfg)
 assert request.moe.split == 4 and msgspec.convert(asdict(request.moe), MoEUse).split == 4
