@@ -96,7 +96,7 @@ class Spelled:
 def test_formats_write_the_events_of_any_dialect(monkeypatch):
     """Of one that serves the choice "auto", with text around several calls."""
     free = Dialect("free", {"auto": None}, lambda choice, functions: Spelled())
-    monkeypatch.setitem(DIALECTS, "free", free)
+    monkeypatch.setattr("jmoe.server.request.tools.DIALECTS", {"free": free})
     chat = checked(tools=TOOLS, response_format={"type": "json_object"})
     assert chat.tools is not None and chat.tools.dialect is free
     assert chat.grammar is not None and chat.grammar.param == "response_format", "the dialect has no grammar"
