@@ -36,7 +36,8 @@ def call_id() -> str:
 class CallsAnswer:
     """One choice's answer, as its dialect's reader finds it.
 
-    has_called: whether the answer ends, so far, in a call whose arguments are whole, or in text after it.
+    num_calls: calls that began so far.
+    has_called: whether there is one and the arguments of the last are whole.
     """
 
     def __init__(self, tools: ToolUse):
