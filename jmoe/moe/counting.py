@@ -17,6 +17,11 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
+def add_changes(before: Changes, more: Changes) -> Changes:
+    """The sum of what two stages changed; both may count by the same name."""
+    return before | {name: n_T + before[name] if name in before else n_T for name, n_T in more.items()}
+
+
 def count_changes(found: Changes) -> Changes | None:
     """What the lossy stages did to each token, with zeros for stages that are off; None if none acted."""
     if not found:

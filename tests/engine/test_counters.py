@@ -11,6 +11,7 @@ from support.server.fake_engine import FakeEngine
 from jmoe.config.counters import ASSIGNMENTS, COUNTERS, MEANS, Counter, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.engine.step.counters import FIRST, MoECounters, add_step, zero_totals
+from jmoe.moe.counting import add_changes
 from jmoe.moe.types import DispatchStats, Traffic
 from jmoe.server.watch.metrics import EngineCollector
 from jmoe.server.watch.snapshots import take_snapshot, window_report
@@ -102,6 +103,12 @@ def test_what_was_not_declared_is_refused():
         add_step(zero_totals(1, 2), [stats])
 
 
+def test_two_stages_may_count_by_one_name():
+    one = {"dropped": jnp.array([1, 2])}
+    both = add_changes(one, {"dropped": jnp.array([3, 0]), "remapped": jnp.array([1, 1])})
+    assert {name: n_T.tolist() for name, n_T in both.items()} == {"dropped": [4, 2], "remapped": [1, 1]}
+
+
 NEW = """
 import jmoe.config.counters as table
 
@@ -136,7 +143,7 @@ assert counters.report()["split"] == counters.report()["per_layer"][0]["split"] 
 changes = count_changes({"remapped": jnp.ones(2, jnp.int32)})
 assert changes["split"].tolist() == [0, 0]
 request = SimpleNamespace(moe=MoEUsage())
-placed = SimpleNamespace(run=SimpleNamespace(count=1, request=request), changed=[1])
+placed = SimpleNamespace(run=SimpleNamespace(count=1, request=request), change_rows=[1])
 cfg = SimpleNamespace(moe_layers=[0], num_experts_per_tok=2)
 count_assignments(placed, {"split": np.array([3, 4])}, cfg)
 assert request.moe.split == 4 and msgspec.convert(asdict(request.moe), MoEUse).split == 4
