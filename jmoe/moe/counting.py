@@ -17,6 +17,11 @@ def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
+def add_changes(first: Changes, second: Changes) -> Changes:
+    """The sum of what two stages changed; both may count by the same name."""
+    return first | {name: n_T + first[name] if name in first else n_T for name, n_T in second.items()}
+
+
 def count_changes(changes: Changes) -> Changes | None:
     """What the lossy stages did to each token, with zeros for stages that are off; None if none acted."""
     if not changes:

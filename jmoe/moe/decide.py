@@ -18,7 +18,7 @@ from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
-from jmoe.moe.counting import count_changes, count_dispatch
+from jmoe.moe.counting import add_changes, count_changes, count_dispatch
 from jmoe.moe.routing import RouterWeights, choose, router_logits
 from jmoe.moe.types import Changes, DispatchStats, Knobs, LayerSetup, Phase, Routing, TokenFlags, Traffic
 
@@ -90,7 +90,7 @@ class Decider:
         for stage in stages:
             assert knobs is not None, "no stage acts without knobs"
             final, changed = stage(final, tokens, knobs, resident_E)
-            changes |= changed
+            changes = add_changes(changes, changed)
         return Decision(plain, final, count_changes(changes))
 
     def _stages(self, phase: Phase) -> list[Stage]:

@@ -21,6 +21,10 @@ FLOORS = {  # a room, or a module, imports from those before it in its list
         "errors", "settings", "engine_api", "template", "wire", "request", "answer", "watch", "service",
         "routes", "app", "run",
     ),
+    "jmoe.server.request": (
+        "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
+        "messages", "prompts", "params",
+    ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -11,6 +11,7 @@ from support.server.fake_engine import FakeEngine
 from jmoe.config.counters import ASSIGNMENTS, COUNTERS, MEANS, Counter, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.engine.step.counters import FIRST, MoECounters, add_step, zero_totals
+from jmoe.moe.counting import add_changes
 from jmoe.moe.types import DispatchStats, Traffic
 from jmoe.server.watch.metrics import EngineCollector
 from jmoe.server.watch.snapshots import take_snapshot, window_report
@@ -100,6 +101,12 @@ def test_what_was_not_declared_is_refused():
     stats.counts["split"] = jnp.int32(1)
     with pytest.raises(KeyError, match="split"):
         add_step(zero_totals(1, 2), [stats])
+
+
+def test_two_stages_may_count_by_one_name():
+    one = {"dropped": jnp.array([1, 2])}
+    both = add_changes(one, {"dropped": jnp.array([3, 0]), "remapped": jnp.array([1, 1])})
+    assert {name: n_T.tolist() for name, n_T in both.items()} == {"dropped": [4, 2], "remapped": [1, 1]}
 
 
 NEW = """

@@ -131,9 +131,13 @@ def test_offload_is_lossless_and_exact_requests_are_left_alone(family: str):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3", "llama4", "granitemoe"])
 def test_offloading_on_a_mesh_of_renumbered_experts_gives_the_same(tmp_path: Path, family: str):
-    """Biases are added once, though an expert is split over two tensor ranks."""
+    """Biases are added once, though an expert is split over two tensor ranks.
+
+    The families differ in what renumbering and offloading touch: a shared expert, biases, groups of experts,
+    weighed inputs, stacked tensors.
+    """
     shuffle = ShuffleConfig(random_placement(tmp_path, family, 2), tokens=False)
     moe = MoEConfig(shuffle=shuffle, offload=OffloadConfig(slots_per_layer=EXPERTS // 4))
     with build(family, moe, (1, 2, 2)) as llm:

@@ -3,8 +3,6 @@
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -179,10 +177,3 @@ def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_h
     page = bench_ttft.document(figures)
     assert "Worst ratio to the smallest engine that holds the case: 1.25 (target 1.1)." in page
     assert "| 1 | 64 | 1 | 0 | 4.00 | 3.00 | 1.25 |" in page
-
-
-@pytest.mark.matrix
-def test_the_small_form_of_the_time_to_the_first_token_runs():
-    script = [sys.executable, str(ROOT / "scripts/bench_ttft.py"), "--dry", "--threads", "1"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.count("\n| ") >= 8, done.stderr

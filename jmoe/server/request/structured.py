@@ -13,7 +13,7 @@ from jmoe.server.request.schema import (
     JsonSchemaFormat,
     StructuredOutputs,
 )
-from jmoe.server.request.tools import ToolUse, tools_grammar
+from jmoe.server.request.tools import ToolUse
 
 ANY_OBJECT = {"type": "object"}
 
@@ -38,8 +38,8 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
         makers["response_format"] = partial(_format_grammar, form)
     if outputs is not None:
         makers["structured_outputs"] = partial(_outputs_grammar, outputs)
-    if tools is not None:
-        makers["tools"] = partial(tools_grammar, tools)
+    if tools is not None and tools.grammar_maker is not None:
+        makers["tools"] = tools.grammar_maker
     if not makers:
         return None
     param, *others = makers
