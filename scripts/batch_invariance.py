@@ -40,10 +40,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
-def compare(alone: list[Any], together: list[Any]) -> dict[str, Any]:
+def compare(singles: list[Any], batched: list[Any]) -> dict[str, Any]:
     """How many answers differ, and by how much log-probabilities do before they do."""
     changed, worst = 0, 0.0
-    for a, b in zip(alone, together, strict=True):
+    for a, b in zip(singles, batched, strict=True):
         same = next(
             (i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y),
             len(a.token_ids),
@@ -53,7 +53,7 @@ def compare(alone: list[Any], together: list[Any]) -> dict[str, Any]:
             abs(x.logprob - y.logprob) for x, y in zip(a.logprobs[:same], b.logprobs[:same], strict=True)
         )
         worst = max(worst, *apart, 0.0)
-    return {"answers": len(alone), "changed": changed, "logprob": worst}
+    return {"answers": len(singles), "changed": changed, "logprob": worst}
 
 
 def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:

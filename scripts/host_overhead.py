@@ -47,7 +47,7 @@ class Clock:
     def __init__(self, batch: int):
         self.batch = batch
         self.ends: list[float] = []
-        self.busy: list[float] = []
+        self.host_seconds: list[float] = []
 
     def token(self, request: Any, now: float) -> None: ...
 
@@ -56,30 +56,30 @@ class Clock:
     def stepped(self, report: Any) -> None:
         if report.decode_tokens == self.batch and not report.prompt_tokens:
             self.ends.append(time.perf_counter())
-            self.busy.append(report.host_seconds)
+            self.host_seconds.append(report.host_seconds)
 
 
 class Recorder:
     """A runner's ``run`` that keeps the last input in which ``batch`` requests decoded."""
 
     def __init__(self, runner: Any, batch: int):
-        self.run, self.batch, self.last = runner.run, batch, None
+        self.run, self.batch, self.last_inputs = runner.run, batch, None
         runner.run = self
 
     def __call__(self, inputs: Any) -> Any:
         if inputs.phase == "decode" and (inputs.main_rows.positions_BT >= 0).sum() == self.batch:
-            self.last = inputs
+            self.last_inputs = inputs
         return self.run(inputs)
 
-    def alone(self, steps: int) -> float:
+    def device_seconds(self, steps: int) -> float:
         """Seconds a step of the last one's programs, back to back."""
         import jax
 
-        sampled = self.run(self.last).sampled
+        sampled = self.run(self.last_inputs).sampled
         jax.block_until_ready(sampled)
         start = time.perf_counter()
         for _ in range(steps):
-            sampled = self.run(self.last).sampled
+            sampled = self.run(self.last_inputs).sampled
         jax.block_until_ready(sampled)
         return (time.perf_counter() - start) / steps
 
@@ -99,8 +99,8 @@ def one_round(bench: Jmoe, prompts: list[list[int]], new: int) -> dict[str, floa
     steps = [b - a for a, b in itertools.pairwise(clock.ends)]
     return {
         "step_ms": statistics.median(steps) * 1e3,
-        "host_ms": statistics.median(clock.busy) * 1e3,
-        "device_ms": recorder.alone(len(steps)) * 1e3,
+        "host_ms": statistics.median(clock.host_seconds) * 1e3,
+        "device_ms": recorder.device_seconds(len(steps)) * 1e3,
     }
 
 

@@ -58,7 +58,7 @@ def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
     parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
 
 
-def asked(study: Study, args: argparse.Namespace) -> list[Part]:
+def requested_parts(study: Study, args: argparse.Namespace) -> list[Part]:
     """Returns the parts to measure, in the order of the options."""
     if study.is_whole:
         return [] if args.document else [*study.parts]
@@ -108,7 +108,7 @@ def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -
     """Puts the part's figures into the JSON in place of its last ones."""
     figures = {"command": command(study, part, args)} | figures
     if not study.is_whole:
-        key = f"{part.name}_gpu" if part.on_gpu and args.gpu else part.name
+        key = f"{part.name}_gpu" if part.has_gpu_form and args.gpu else part.name
         figures = stored(study, args) | {key: figures}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{study.name}.json").write_text(dumps(figures, study.depth))
@@ -133,7 +133,7 @@ def take_each(parts: list[Part]) -> None:
 def main() -> None:
     args = make_parser().parse_args()
     study = STUDIES[args.study]
-    parts = asked(study, args)
+    parts = requested_parts(study, args)
     if len(parts) > 1:
         return take_each(parts)
     if not getattr(args, "gpu", False):

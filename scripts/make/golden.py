@@ -141,10 +141,10 @@ def write(name: str, config: transformers.PretrainedConfig) -> None:
     print(name, json.dumps({"bytes": sum(f.stat().st_size for f in directory.iterdir())}))
 
 
-def _check_telling(name: str, chosen: torch.Tensor, logits: torch.Tensor) -> None:
+def _check_telling(name: str, greedy_tokens: torch.Tensor, logits: torch.Tensor) -> None:
     """Raises ValueError where the greedy tokens are nearly all one, or one of them a matter of rounding."""
     best = logits.topk(2).values
-    different, margin = len(set(chosen.tolist())), float((best[:, 0] - best[:, 1]).min())
+    different, margin = len(set(greedy_tokens.tolist())), float((best[:, 0] - best[:, 1]).min())
     if different < 8 or margin < 5e-4:
         raise ValueError(f"{name}: {different} different tokens, margin {margin:.2g}; give it another seed")
 

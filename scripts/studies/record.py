@@ -27,13 +27,13 @@ class Part:
     measure: turns the options and the figures that there are into the part's own, as JSON holds them; returns
         None after a line that says why, where the part cannot be measured.
     data: the folder of ``--data`` that the part needs, or "".
-    on_gpu: whether ``--gpu`` measures it on an accelerator, as ``<name>_gpu``.
+    has_gpu_form: whether ``--gpu`` measures it on an accelerator, as ``<name>_gpu``.
     """
 
     name: str
     measure: Callable[[argparse.Namespace, Results], Results | None]
     data: str = ""
-    on_gpu: bool = False
+    has_gpu_form: bool = False
 
 
 @dataclass(frozen=True)

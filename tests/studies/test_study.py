@@ -17,7 +17,7 @@ def asked(*words: str) -> tuple[Study, list[Part], str]:
     """The study that the words name, its parts, and the command of the last one."""
     args = study.make_parser().parse_args(words)
     mine = study.STUDIES[args.study]
-    parts = study.asked(mine, args)
+    parts = study.requested_parts(mine, args)
     return mine, parts, study.command(mine, parts[-1], args)
 
 
@@ -42,7 +42,7 @@ def test_parts_are_measured_in_the_order_of_the_options_and_an_only_part_without
     ]
     assert [part.name for part in asked("together")[1]] == ["scores"]
     args = study.make_parser().parse_args(["together", "--document"])
-    assert study.asked(study.STUDIES["together"], args) == []
+    assert study.requested_parts(study.STUDIES["together"], args) == []
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
@@ -73,7 +73,7 @@ def test_a_parts_figures_replace_its_last_ones(tmp_path: Path):
     args = study.make_parser().parse_args(["capacity", "--parts", "speed", "--gpu", "--out", str(tmp_path)])
     mine = study.STUDIES["capacity"]
     for speed in (1, 2):
-        study.keep(mine, study.asked(mine, args)[0], args, {"speed": speed})
+        study.keep(mine, study.requested_parts(mine, args)[0], args, {"speed": speed})
     found = json.loads((tmp_path / "capacity.json").read_text())
     assert list(found) == ["speed_gpu"] and found["speed_gpu"]["speed"] == 2
     assert dumps({"a": {"b": [1, 2]}}) == '{\n "a": {\n  "b": [1, 2]\n }\n}\n'

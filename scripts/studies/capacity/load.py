@@ -33,10 +33,10 @@ EPLB_EXTRA = (0, RANKS)  # redundant experts: none, and one a rank
 DRAWS = 4
 
 
-def peaks(counts_E: np.ndarray, plain: float) -> list[float]:
+def peaks(counts_E: np.ndarray, num_plain: float) -> list[float]:
     """[expert peak, device peak, assignments over plain's]."""
-    device = device_peak(rank_loads(counts_E), plain)
-    return [expert_peak(counts_E, plain), device, float(counts_E.sum() / plain)]
+    device = device_peak(rank_loads(counts_E), num_plain)
+    return [expert_peak(counts_E, num_plain), device, float(counts_E.sum() / num_plain)]
 
 
 def layer_loads(layer: Published, history: dict[str, np.ndarray], tokens: int) -> dict[str, Any]:

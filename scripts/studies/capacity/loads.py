@@ -29,14 +29,14 @@ MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # name in th
 # ---- peaks
 
 
-def expert_peak(counts_E: np.ndarray, plain: float) -> float:
+def expert_peak(counts_E: np.ndarray, num_plain: float) -> float:
     """The most loaded expert's assignments over the even share of ``plain`` assignments."""
-    return float(counts_E.max() * counts_E.size / plain)
+    return float(counts_E.max() * counts_E.size / num_plain)
 
 
-def device_peak(loads_R: np.ndarray, plain: float) -> float:
+def device_peak(loads_R: np.ndarray, num_plain: float) -> float:
     """The same of the most loaded rank."""
-    return float(loads_R.max() * loads_R.size / plain)
+    return float(loads_R.max() * loads_R.size / num_plain)
 
 
 def rank_loads(counts_E: np.ndarray, ranks: int = RANKS) -> np.ndarray:

@@ -58,13 +58,13 @@ def lossless(quality: dict[str, Any]) -> float:
     return total(quality, LOSSLESS)
 
 
-def by_gamma(quality: dict[str, Any], cell: Callable[[str], str], alone: str) -> str:
+def by_gamma(quality: dict[str, Any], cell: Callable[[str], str], row_name: str) -> str:
     """Returns a table with a row for each policy, metric and scope: the cells of its settings at every gamma.
 
-    alone: the name of expert_drop's row, which has no gamma.
+    row_name: the name of expert_drop's row, which has no gamma.
     """
     rows = [[name, *(cell(at(kind, f)) for f in FACTORS)] for name, kind in KINDS.items()]
-    rows.append([alone, cell("expert_drop"), *[""] * (len(FACTORS) - 1)])
+    rows.append([row_name, cell("expert_drop"), *[""] * (len(FACTORS) - 1)])
     return table(["policy, metric, scope", *GAMMAS], rows)
 
 

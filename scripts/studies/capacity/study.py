@@ -63,7 +63,7 @@ STUDY = Study(
     (
         Part("quality", quality, "valid"),
         Part("load", load, "routing"),
-        Part("speed", speed, "routing", on_gpu=True),
+        Part("speed", speed, "routing", has_gpu_form=True),
     ),
     add_options,
     tables,

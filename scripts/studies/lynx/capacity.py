@@ -88,7 +88,7 @@ def loads_and_loss(meter: Meter, engine: Engine, batches_SB: np.ndarray) -> dict
             peaks.append((expert_peak(counts_E, plain), device_peak(rank_loads(counts_E), plain)))
         last_LE = now_LE
 
-    nll_NP = meter.run(batches_SB, each_step=look)
+    nll_NP = meter.run(batches_SB, on_step=look)
     active, _, _, remapped, steps = counted(runner) - before
     each = steps * runner.cfg.num_hidden_layers
     dropped = counters.sums_L["dropped"].sum() - lost[0]

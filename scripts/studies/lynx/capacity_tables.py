@@ -23,10 +23,10 @@ def settings(capacity: dict[str, Any], batch: str) -> str:
     return table([*head, "remapped, %", "dropped, %", "rerouted, %", "perplexity, %"], rows)
 
 
-def distinct(by: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def distinct(row_by_name: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The settings by name, those of one policy that gave the same figures as one: "drop/1, 1.5"."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for name, row in by.items():
+    for name, row in row_by_name.items():
         policy, _, factor = name.partition("/")
         if found and found[-1][0].startswith(f"{policy}/") and found[-1][1] == row:
             found[-1] = f"{found[-1][0]}, {factor}", row

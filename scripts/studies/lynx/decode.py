@@ -74,26 +74,26 @@ class Meter:
     def run(
         self,
         batches_SB: Int[np.ndarray, "S B"],
-        prefilled: int = 0,
-        each_step: Callable[[], None] = lambda: None,
+        num_prefilled: int = 0,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Float[np.ndarray, "N P"]:
         """Loss of every decoded position of every window, nats; ``prefilled`` tokens are not decoded."""
         length = self.windows_NL.shape[1]
-        nll_NP = np.full((len(self.windows_NL), length - 1 - prefilled), np.nan)
+        nll_NP = np.full((len(self.windows_NL), length - 1 - num_prefilled), np.nan)
         for rows_B in batches_SB:
             tokens_BL = self.windows_NL[rows_B]
-            hidden_BPD = self._decode(tokens_BL, prefilled, each_step)
-            nll_NP[rows_B] = self.scorer.nll(hidden_BPD, tokens_BL[:, prefilled + 1 :])
+            hidden_BPD = self._decode(tokens_BL, num_prefilled, on_step)
+            nll_NP[rows_B] = self.scorer.nll(hidden_BPD, tokens_BL[:, num_prefilled + 1 :])
         return nll_NP
 
-    def _decode(self, tokens_BL: np.ndarray, prefilled: int, each_step: Callable[[], None]) -> np.ndarray:
+    def _decode(self, tokens_BL: np.ndarray, num_prefilled: int, on_step: Callable[[], None]) -> np.ndarray:
         runner, (batch, length) = self.engine.runner, tokens_BL.shape
         table_BM, hidden = PageRows(self.engine, batch // runner.ranks).table, []
-        if prefilled:
-            self._step(tokens_BL[:, :prefilled], 0, table_BM)
-        for at in range(prefilled, length - 1):
+        if num_prefilled:
+            self._step(tokens_BL[:, :num_prefilled], 0, table_BM)
+        for at in range(num_prefilled, length - 1):
             hidden.append(self._step(tokens_BL[:, at : at + 1], at, table_BM))
-            each_step()
+            on_step()
         return np.concatenate(jax.device_get(hidden), axis=1)
 
     def _step(self, tokens_BT: np.ndarray, start: int, table_BM: np.ndarray) -> Any:

@@ -66,23 +66,29 @@ class Bench:
     """Runs of one model over ``count`` windows of every domain."""
 
     def __init__(
-        self, model: str, valid: Path, domains: Sequence[str], count: int, length: int, ways: list[Protocol]
+        self,
+        model: str,
+        valid: Path,
+        domains: Sequence[str],
+        count: int,
+        length: int,
+        protocols: list[Protocol],
     ):
-        self.model, self.domains, self.count, self.ways = model, domains, count, ways
+        self.model, self.domains, self.count, self.protocols = model, domains, count, protocols
         self.windows_NL = read_windows(model, valid, domains, count, length)
         self.scorer = Scorer(model)
         self.settings = EngineSettings(max_num_seqs=max(BATCHES), max_model_len=length)
 
-    def runs(self, cfg: BinningConfig | None, alone: bool) -> dict[str, Any]:
+    def runs(self, cfg: BinningConfig | None, has_singles: bool) -> dict[str, Any]:
         """By protocol, (loss of each window and position, counts); by "alone" the loss of a few batches of
-        one, if ``alone``."""
+        one, if ``has_singles``."""
         how, found = dataclasses.replace(self.settings, moe=MoEConfig(binning=cfg)), {}
         with closing(build_engine(self.model, how, warm_up=False)) as engine:
             meter = Meter(engine, self.scorer, self.windows_NL)
-            if alone:
+            if has_singles:
                 found["alone"] = meter.run(np.arange(len(self.domains))[:, None] * self.count)
                 assert counted(engine.runner)[3] == 0, f"{cfg} remapped in a batch of one"
-            for way in self.ways:
+            for way in self.protocols:
                 before, half = counted(engine.runner), self.windows_NL.shape[1] // 2
                 batches_SB = batches(len(self.domains), self.count, way.batch, way.mix)
                 nll_NP = meter.run(batches_SB, half if way.half else 0)
@@ -100,14 +106,14 @@ def measure(
     the same protocol, in centinats; ``late`` the same of its second half."""
     start, ways = time.perf_counter(), protocols(dry)
     bench = Bench(model, valid, domains, count, length, ways)
-    lossless = bench.runs(None, alone=True)
+    lossless = bench.runs(None, has_singles=True)
     runs: dict[str, Any] = {}
     for way in ways:
         nll_NP, counts = lossless[way.name]
         runs[way.name] = {"lossless": {"nll": nll_NP.sum(1).round(2).tolist()} | counts}
     checked: set[str] = set()
     for name, cfg in settings(dry).items():
-        found = bench.runs(cfg, alone=cfg.method not in checked)
+        found = bench.runs(cfg, has_singles=cfg.method not in checked)
         if cfg.method not in checked:
             same = np.array_equal(found["alone"], lossless["alone"], equal_nan=True)
             assert same, f"{name} changed a batch of one"

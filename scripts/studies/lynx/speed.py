@@ -154,8 +154,8 @@ def time_engine(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def time_row(directory: Path, args: argparse.Namespace, plain: Jmoe, row: Row) -> dict[str, Any]:
-    with_width = partial(binned_engine, directory, args, plain)
+def time_row(directory: Path, args: argparse.Namespace, plain_engine: Jmoe, row: Row) -> dict[str, Any]:
+    with_width = partial(binned_engine, directory, args, plain_engine)
 
     def share(width: float) -> float:
         with with_width(width) as engine:
@@ -163,7 +163,7 @@ def time_row(directory: Path, args: argparse.Namespace, plain: Jmoe, row: Row) -
 
     width, _ = bisect(share, HALF, 0.0, 4.0)
     with with_width(width) as engine:
-        contenders: Any = {"decode": [(JMOE, plain.decode), (BINNED, engine.decode)]}
+        contenders: Any = {"decode": [(JMOE, plain_engine.decode), (BINNED, engine.decode)]}
         samples, equal = take_turns({"decode": row}, contenders, args.rounds)
         reached, active, union = active_share(engine, row, row.new)
     speeds = samples["decode"]
@@ -179,11 +179,13 @@ def time_row(directory: Path, args: argparse.Namespace, plain: Jmoe, row: Row) -
 
 
 @contextmanager
-def binned_engine(directory: Path, args: argparse.Namespace, plain: Jmoe, width: float) -> Iterator[Jmoe]:
+def binned_engine(
+    directory: Path, args: argparse.Namespace, plain_engine: Jmoe, width: float
+) -> Iterator[Jmoe]:
     """An engine with affinity binning on the weights of ``plain``."""
     moe = MoEConfig(binning=BinningConfig(bin_width=width))
     engine = Jmoe(directory, args, moe=moe, warm_up=False)
-    engine.engine.runner.weights = plain.engine.runner.weights
+    engine.engine.runner.weights = plain_engine.engine.runner.weights
     try:
         yield engine
     finally:

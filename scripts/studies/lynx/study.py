@@ -73,7 +73,7 @@ STUDY = Study(
     (
         Part("quality", quality, "valid"),
         Part("capacity", capacity, "valid"),
-        Part("speed", speed, on_gpu=True),
+        Part("speed", speed, has_gpu_form=True),
     ),
     add_options,
     tables,

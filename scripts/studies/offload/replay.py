@@ -19,17 +19,17 @@ from jmoe.offload.predictors.make import Oracle
 Known = Iterator[tuple[Bool[ndarray, "L E"], Int[ndarray, "L E"]]]
 
 
-def replay(runner: Runner, oracle: Oracle, known: Known) -> Runner:
-    """``runner``, which takes its forecasts and victims from ``known`` from now on."""
+def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
+    """``runner``, which takes its forecasts and victims from ``future`` from now on."""
     step = runner._step
 
     def step_with_known(inputs: StepInput, settings: StepSettings) -> StepOutput:
         if inputs.phase == "decode":
             cache = runner.cache
             assert cache is not None
-            table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(known)))
-            apart = jax.tree.map(jnp.copy, predictor)  # else the step would get the same array twice
-            runner.cache = replace(cache, table=table, predictor=apart)
+            table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(future)))
+            predictor = jax.tree.map(jnp.copy, predictor)  # else the step would get the same array twice
+            runner.cache = replace(cache, table=table, predictor=predictor)
         return step(inputs, settings)
 
     runner._step = step_with_known

@@ -69,13 +69,13 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
     return tuple(each.reshape(b, t, *each.shape[1:]) for each in (*stacked, embeddings_ND))
 
 
-def make_traces(routed: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
+def make_traces(windows: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
     """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
-    w, _, _, experts = routed.scores_WTLE.shape
+    w, _, _, experts = windows.scores_WTLE.shape
     traces = []
     for start in range(0, w - w % batch, batch):
         rows = slice(start, start + batch)
-        ids_BPLK = routed.ids_WTLK[rows, :prompt]
+        ids_BPLK = windows.ids_WTLK[rows, :prompt]
         counts_BLE = (ids_BPLK[..., None] == np.arange(experts)).sum((1, 3)).astype(np.float32)
 
         def steps(values_WT: np.ndarray, rows: slice = rows) -> np.ndarray:
@@ -84,8 +84,8 @@ def make_traces(routed: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
 
         traces.append(
             Trace(
-                steps(routed.tokens_WT), steps(routed.embeddings_WTD), steps(routed.scores_WTLE),
-                steps(routed.ids_WTLK), steps(routed.next_scores_WTLAE), counts_BLE,
+                steps(windows.tokens_WT), steps(windows.embeddings_WTD), steps(windows.scores_WTLE),
+                steps(windows.ids_WTLK), steps(windows.next_scores_WTLAE), counts_BLE,
             )
         )  # fmt: skip
     return traces

@@ -46,8 +46,8 @@ def pipelines(shapes: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def change(shape: dict[str, Any], before: str, after: str) -> float:
-    return shape["rows"][after]["bytes"] / shape["rows"][before]["bytes"] - 1
+def change(shape: dict[str, Any], first: str, second: str) -> float:
+    return shape["rows"][second]["bytes"] / shape["rows"][first]["bytes"] - 1
 
 
 def predicted(shape: dict[str, Any]) -> float:

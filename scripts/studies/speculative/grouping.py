@@ -99,5 +99,5 @@ def measure(model: str, data: Path, train_windows: int, windows: int, dry: bool 
     }
 
 
-def log(what: str, value: float) -> None:
-    print(f"{what}: {value:.4f}", file=sys.stderr, flush=True)
+def log(name: str, value: float) -> None:
+    print(f"{name}: {value:.4f}", file=sys.stderr, flush=True)
