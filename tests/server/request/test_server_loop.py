@@ -32,7 +32,7 @@ class QuickCodec(ByteCodec):
     def encode(self, text, *, special=True, limit=None):
         return [97] * (len(text) // 4 + 1)
 
-    def starts(self, text, *, special=True):
+    def token_starts(self, text, *, special=True):
         return [4 * i for i in range(len(text) // 4 + 1)]
 
     def decode(self, ids, *, skip_special=True):

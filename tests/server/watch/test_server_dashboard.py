@@ -21,7 +21,7 @@ from jmoe.server.watch.totals import Seconds, Totals, percentile
 
 
 def sample(stats: dict, live: Totals | None = None, **snapshot):
-    numbers = {"running": 1, "waiting": 2, "kv_usage": 0.5, "alive": True, "compilations_after_warmup": 0}
+    numbers = {"num_running": 1, "num_waiting": 2, "kv_usage": 0.5, "is_alive": True, "compilations_after_warmup": 0}
     return take_snapshot(EngineSnapshot(**numbers | snapshot), stats, live or Totals())
 
 
