@@ -21,8 +21,9 @@ from jmoe.server.watch.totals import Seconds, Totals, percentile
 
 
 def sample(stats: dict, live: Totals | None = None, **snapshot):
-    numbers = {"num_running": 1, "num_waiting": 2, "kv_usage": 0.5, "is_alive": True, "compilations_after_warmup": 0}
-    return take_snapshot(EngineSnapshot(**numbers | snapshot), stats, live or Totals())
+    numbers = {"num_running": 1, "num_waiting": 2, "kv_usage": 0.5, "is_alive": True}
+    numbers |= {"compilations_after_warmup": 0, **snapshot}
+    return take_snapshot(EngineSnapshot(**numbers), stats, live or Totals())
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------
