@@ -16,8 +16,8 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
-from jmoe.checkpoint.forms import tensor_names
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
+from jmoe.checkpoint.layouts import tensor_names
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, entry_numbers, fill, place, tensors_by_path
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,15 +19,15 @@ from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
     FinishReason,
+    Listener,
     Output,
     Request,
     SamplingParams,
-    StepReport,
 )
 from jmoe.engine.schedule.plan import Step
 from jmoe.engine.schedule.scheduler import Scheduler
-from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import Placed, constrain, fill, place
+from jmoe.engine.step.increments import Answers, accept, detokenizers
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.results import PromptScores, RunningStep, count_assignments
 from jmoe.engine.step.runner import Runner
@@ -37,14 +37,6 @@ from jmoe.faults import ends_program, tell
 from jmoe.placement.placement import Placement
 
 log = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """Called with every token, end of a request and step, from the engine's thread (metrics)."""
-
-    def token(self, request: Request, now: float) -> None: ...
-    def stepped(self, report: StepReport) -> None: ...
-    def finished(self, request: Request, reason: str) -> None: ...
 
 
 class Engine:

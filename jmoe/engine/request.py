@@ -243,6 +243,14 @@ class StepReport:
     host_seconds: float
 
 
+class Listener(Protocol):
+    """Is notified of every token, step and finished request, on the engine's thread."""
+
+    def token(self, request: Request, now: float) -> None: ...
+    def stepped(self, report: StepReport) -> None: ...
+    def finished(self, request: Request, reason: str) -> None: ...
+
+
 class QueueFull(Exception):
     """The queue holds as many requests as it may; try again later."""
 

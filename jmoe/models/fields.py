@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self
 
 from msgspec import Meta
 
-from jmoe.config.anatomy import SIZE_LIMIT, Count, NotNegative
 from jmoe.config.model import Layers, LayerType, TokenId
+from jmoe.config.parts import SIZE_LIMIT, Count, NotNegative
 from jmoe.config.reading import Natural, Positive, typed
 
 _NAMES: tuple[tuple[Any, str], ...] = (

@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float, Int
 from jmoe_kernels.matmul import Dense, linear
 from jmoe_kernels.topk import route_softmax
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.moe.types import DispatchPlan, Routing
 from jmoe.param import ParamMaker
 

@@ -26,7 +26,7 @@ from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import CachedHeads, StateSizes, page_layout, page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
-from jmoe.nn.window import attend_window
+from jmoe.nn.uncached import attend_uncached
 from jmoe.param import specs_of
 
 Weights = dict[str, Array]
@@ -133,7 +133,7 @@ class Attention(nnx.Module):
         sinks_H = w["sinks_H"].astype(jnp.float32) if "sinks_H" in w else None
         with jax.named_scope("attend"):
             if pages is None or seqs.table_BM is None:
-                out = attend_window(q, k, k if v is None else v, positions_RN, self.span, sinks_H)
+                out = attend_uncached(q, k, k if v is None else v, positions_RN, self.span, sinks_H)
             else:
                 out, pages = self._attend(seqs, q, k, v, pages, sinks_H)
         with jax.named_scope("out"):
