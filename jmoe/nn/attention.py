@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
-from jmoe_kernels.paged_attention import Attention as AttentionKernel
-from jmoe_kernels.paged_attention import LayerPages, NewTokens, attend_all
+from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, NewTokens, attend_all
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single

@@ -76,7 +76,7 @@ def decode_behind_all_prompts(engine: Engine) -> None:
     continues = scheduler._continues
 
     def waits(request: Request) -> bool:
-        prompts = any(r.place.num_computed_tokens < r.place.num_prefill_tokens for r in scheduler.running)
+        prompts = any(r.state.num_computed_tokens < r.state.num_prefill_tokens for r in scheduler.running)
         return not (scheduler.waiting or prompts) and continues(request)
 
     scheduler._continues = waits
