@@ -4,6 +4,7 @@ The log-probabilities of a prompt are collected over its runs and sent with the 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,29 @@ from jmoe.moe.types import Changes
 
 # scores of every token of the grid, still being computed: see ``sampling.score``
 DeviceScores = tuple[Array, Array, Array]
+
+
+class FetchedStep(NamedTuple):
+    """The results of a step on the host, one entry per sampled token.
+
+    ids_B: the sampled tokens.
+    logprob_B: their log-probabilities.
+    top_ids_BA: the likeliest tokens.
+    top_logprobs_BA: log-probabilities of the likeliest tokens.
+    finite_B: whether the logits are finite.
+    num_lost: assignments that no expert computed; unless 0, the tokens are wrong.
+    """
+
+    ids_B: np.ndarray
+    logprob_B: np.ndarray
+    top_ids_BA: np.ndarray
+    top_logprobs_BA: np.ndarray
+    finite_B: np.ndarray
+    num_lost: int
+
+    def scores(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-probability of the row's token, the likeliest tokens and their log-probabilities."""
+        return self.logprob_B[row], self.top_ids_BA[row], self.top_logprobs_BA[row]
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,7 @@ class RunningStep:
         """Whether the host must see this step's tokens before the next step: some row has a grammar."""
         return any(run.is_sampled and run.request.constraint is not None for run, *_ in self.placed)
 
-    def fetch(self) -> "FetchedStep":
+    def fetch(self) -> FetchedStep:
         """Waits for the end of the step and brings its results to the host."""
         s = self.sampled
         arrays = s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.num_lost
