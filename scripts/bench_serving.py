@@ -1,4 +1,4 @@
-"""Measures ``jmoe serve`` beside another server on the same CPU: one checkpoint, one load.
+"""Compares ``jmoe serve`` with another server on the same CPU: one checkpoint, one load.
 
     python scripts/bench_serving.py --model tiny --concurrency 32 --rounds 5
     python scripts/bench_serving.py --peer vllm --peer-command VENV/bin/vllm --concurrency 1 8 32
@@ -215,8 +215,8 @@ def main() -> None:
     parser, args = arguments()
     peer: Peer = PEERS[args.peer]
     wanted = args.peer_command or peer.command
-    beside = Path(sys.executable).parent  # programs of this environment, whether it is activated or not
-    command = shutil.which(wanted) or shutil.which(wanted, path=beside)
+    folder = Path(sys.executable).parent  # programs of this environment, whether it is activated or not
+    command = shutil.which(wanted) or shutil.which(wanted, path=folder)
     if command is None:
         raise SystemExit(f"no command {wanted}: {peer.install}, or --peer-command PATH")
     os.environ["JAX_PLATFORMS"] = "cpu"  # as the other

@@ -4,7 +4,7 @@
 
 Open loop: a request is sent when the trace says, however many run. Lengths and times are scaled to the
 bundled model's context and to a small machine, as the page tells. Each trace runs on a server with the
-defaults, without prefix caching, and with lossy binning, whose quality is measured beside.
+defaults, without prefix caching, and with lossy binning, whose quality is measured too.
 
 Writes the part "traces" of docs/results/serving.json, and serving.md; run it on an otherwise idle machine.
 """

@@ -95,21 +95,21 @@ class Bench:
         ]
 
     def first_tokens(self, count: int, busy: int) -> list[float]:
-        """Milliseconds to the first token of each of ``count`` requests beside ``busy`` that decode."""
+        """Milliseconds to the first token of each of ``count`` requests while ``busy`` others decode."""
         others = self._requests(busy, self.room)
         self.engine.add(others)
         while not all(request.token_ids for request in others):
             self.engine.step()
-        asked = self._requests(count, 1)
+        requests = self._requests(count, 1)
         start = time.monotonic()
-        self.engine.add(asked)
-        while not all(request.token_ids for request in asked):
+        self.engine.add(requests)
+        while not all(request.token_ids for request in requests):
             self.engine.step()
         for request in others:
             self.engine.abort(request.id)
         while self.engine.busy:
             self.engine.step()
-        return [(request.first_token_time - start) * 1e3 for request in asked]
+        return [(request.first_token_time - start) * 1e3 for request in requests]
 
 
 def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Prints jmoe's speed beside llama.cpp's on an OLMoE model: same CPU, weights (bfloat16), prompts and tokens.
+"""Compares jmoe's speed with llama.cpp's on an OLMoE model: same CPU, weights (bfloat16), prompts and tokens.
 
     python3 -m venv PEER
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \\

@@ -1,4 +1,4 @@
-"""Prints jmoe's speed beside that of transformers on torch: same CPU, checkpoint, dtype and prompts, greedy.
+"""Compares jmoe's speed with that of transformers on torch: same CPU, checkpoint, dtype and prompts, greedy.
 
     python scripts/bench_vs_transformers.py --model configs/model/olmoe-0.9b.toml --threads 2 --json OUT
 
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Clock:
-    """A streamer for ``generate`` that notes when it is given tokens: the prompt, then each step's."""
+    """A streamer for ``generate`` that notes when tokens arrive: the prompt's, then each step's."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -5,11 +5,10 @@
 Each section runs on its own: one that fails is a line of the table, and the others go on. Sections not begun
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
 bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
-decode and prefill of the layer sizes below, binning beside its XLA form and beside the decode layer, experts
-copied from host memory alone and beside a layer, decode steps of a whole random model. Peers at each
-size: two bounds that no grouped product can be expected to beat
-(all rows through one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch where
-they are importable.
+decode and prefill of the layer sizes below, binning compared with its XLA form and with the decode layer,
+experts copied from host memory alone and during a layer, decode steps of a whole random model. Peers at each
+size: two bounds that no grouped product can be expected to beat (all rows through one expert; an even batched
+product), ``jax.lax.ragged_dot``, and tokamax and torch if they can be imported.
 
 Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
 50 MB cache does not hold them. ``--dry`` runs the whole flow on CPU at toy sizes with the interpreter.
@@ -234,18 +233,11 @@ def measure(
 
 
 def report(
-    check: Check,
-    section: str,
-    case: str,
-    seconds_by_name: dict[str, float],
-    floor: float,
-    target: float | None,
+    check: Check, section: str, case: str, times: dict[str, float], floor: float, target: float | None
 ) -> None:
     """Rows of one shape: each contender's share of the ``floor`` (s), and jmoe's verdict."""
-    peers = {
-        name: t for name, t in seconds_by_name.items() if name != "jmoe" and not name.startswith("bound")
-    }
-    for name, seconds in seconds_by_name.items():
+    peers = {name: t for name, t in times.items() if name != "jmoe" and not name.startswith("bound")}
+    for name, seconds in times.items():
         verdict = ""
         if name == "jmoe":
             best = min(peers.values(), default=float("inf"))
@@ -294,7 +286,7 @@ def prefill(check: Check) -> None:
 
 
 def binning(check: Check) -> None:
-    """The kernel's batches that equal the reference's; then its time beside XLA's and the decode layer's."""
+    """The kernel's batches that equal the reference's; then its time, XLA's and the decode layer's."""
     for method in METHODS[:1] if check.dry else METHODS:
         cases = batches(method, check.dry)
         wrong = {case.name: names for case in cases if (names := differing(case, method, check.dry))}

@@ -1,4 +1,4 @@
-"""What the host takes of a decode step, beside the programs that compute it.
+"""The host's share of a decode step, apart from the programs that compute it.
 
     python scripts/host_overhead.py --model configs/model/olmoe-0.9b.toml --batch 32 --threads 2
 
@@ -113,7 +113,7 @@ def main() -> None:
     from jmoe.checkpoint import read_config
 
     with checkpoint(args.model) as directory:
-        # Prompts enter one a step, beside the ones before: the first answer must outlast the last prompt.
+        # One prompt enters a step, the earlier ones decode: the first answer must outlast the last prompt.
         args.prompt, args.batches, args.new = args.context + args.batch, [args.batch], args.new + args.batch
         ours = Jmoe(directory, args)
         rng, vocab = np.random.default_rng(0), read_config(directory).vocab_size

@@ -101,19 +101,19 @@ def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         names = {"model": args.model, "data": args.data, "devices": args.devices, "work": work}
-        asked = filled(tomllib.loads(path.read_text(encoding="utf-8")), names)
-        tasks = asked["tasks"] if args.tasks is None else dict.fromkeys(args.tasks, 0)
-        settings = {k: v for k, v in asked["settings"].items() if args.settings is None or k in args.settings}
+        paper = filled(tomllib.loads(path.read_text(encoding="utf-8")), names)
+        tasks = paper["tasks"] if args.tasks is None else dict.fromkeys(args.tasks, 0)
+        settings = {k: v for k, v in paper["settings"].items() if args.settings is None or k in args.settings}
         if unknown := set(args.settings or ()) - set(settings):
             raise SystemExit(f"{path.name} has no setting {min(unknown)!r}")
-        for words in asked.get("prepare", []):
+        for words in paper.get("prepare", []):
             run([*JMOE, *words])
         for name, moe in settings.items():
             port = free_port()
-            words = [*JMOE, "serve", args.model, "--port", str(port), *asked["serve"], *args.serve_options]
+            words = [*JMOE, "serve", args.model, "--port", str(port), *paper["serve"], *args.serve_options]
             words += ["--moe-config", json.dumps(moe)] if moe else []
             with serving(words, port, Path(work) / "server.log", model=args.model, extra={}) as server:
-                load = [*JMOE, "bench", "serve", "--base-url", server.url, *asked["bench"], "--json"]
+                load = [*JMOE, "bench", "serve", "--base-url", server.url, *paper["bench"], "--json"]
                 load += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
                 rows[name] = {"load": json.loads(run(load)), "moe": moe}
                 rows[name]["scores"] = evaluate(server.url, args, directory.resolve(), tasks)

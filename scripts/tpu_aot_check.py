@@ -102,7 +102,7 @@ def group_size(line: str, devices: int) -> int:
         return int(compact[1])
     if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        # An axis, or a part of one: 'axis_0':(2)4 is the 4 behind the first 2.
+        # An axis, or a part of one: 'axis_0':(2)4 is the 4 after the first 2.
         return prod(
             int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         )
@@ -125,7 +125,7 @@ def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
         if (match := opened.search(line)) is None:
             continue
         result, kind, started, operands = match.groups()
-        # One that goes on beside other work stands in each of the fusions that it runs along.
+        # One that runs during other work stands in each of the fusions that it runs along.
         if chain := re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', line):
             if (kind, *chain.groups()) in seen:
                 continue
@@ -224,8 +224,8 @@ def check(case: Case) -> dict:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    asked = [(args.model, args.slice, args.mesh, args.sequences, args.tokens)] if args.model else CASES
-    for model, where, mesh, sequences, tokens in asked:
+    shapes = [(args.model, args.slice, args.mesh, args.sequences, args.tokens)] if args.model else CASES
+    for model, where, mesh, sequences, tokens in shapes:
         path = model if isinstance(model, Path) else ROOT / f"configs/model/{model}.toml"
         a, b, c = map(int, mesh.split("x"))
         for step in {"both": (1, tokens), "decode": (1,), "prefill": (tokens,)}[args.step]:

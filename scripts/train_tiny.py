@@ -294,7 +294,7 @@ def restore(manager: ocp.CheckpointManager, state):
 
 
 def export(args: argparse.Namespace) -> None:
-    """The best checkpoint as a Hugging Face directory in bfloat16, tokenizer and chat template beside it."""
+    """The best checkpoint as a Hugging Face directory in bfloat16, with its tokenizer and chat template."""
     out, to = Path(args.out).resolve(), Path(args.to)
     graph, state = fresh_state(0, make_optimizer())
     best = ocp.CheckpointManager(out / args.which)

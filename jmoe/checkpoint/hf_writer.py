@@ -102,6 +102,6 @@ def _check_plain(cfg: ModelConfig, table: dict[str, list[StoredTensor]]) -> None
 
 def _check_same(cfg: ModelConfig, have: ModelConfig) -> None:
     for field in dataclasses.fields(cfg):
-        asked, is_now = getattr(cfg, field.name), getattr(have, field.name)
-        if field.name != "dtype" and asked != is_now:
-            raise ValueError(f"hf_config gives {field.name} = {asked!r}, the model has {is_now!r}")
+        value, model_value = getattr(cfg, field.name), getattr(have, field.name)
+        if field.name != "dtype" and value != model_value:
+            raise ValueError(f"hf_config gives {field.name} = {value!r}, the model has {model_value!r}")

@@ -139,7 +139,7 @@ def quiet_reads() -> Iterator[None]:
 
     def make_quiet() -> asyncio.AbstractEventLoop:
         loop = make()
-        loop.set_exception_handler(lambda *told: None)  # errors of reads that nobody waits for
+        loop.set_exception_handler(lambda *args: None)  # errors of reads that nobody waits for
         return loop
 
     policy.new_event_loop = make_quiet  # Orbax makes a loop for each call

@@ -120,10 +120,10 @@ def _options(args: argparse.Namespace) -> Any:
     from jmoe.tools.bench.serve import ServeOptions
 
     known = {f.name for f in dataclasses.fields(ServeOptions)}
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in known
     }
-    return ServeOptions(**given)
+    return ServeOptions(**fields)
 
 
 def run_serve(args: argparse.Namespace) -> int:

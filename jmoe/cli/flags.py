@@ -167,13 +167,13 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     check_start()
     use_compilation_cache(usable(user_cache() / "xla"))
     known = {f.name for f in dataclasses.fields(EngineSettings)}
-    given = {key: value for key, value in values.items() if key in known}
+    fields = {key: value for key, value in values.items() if key in known}
     moe = values.get("moe_config")
     if isinstance(moe, str):
-        given["moe"] = MoEConfig.from_text(moe)
+        fields["moe"] = MoEConfig.from_text(moe)
     elif moe is not None:
-        given["moe"] = MoEConfig.from_dict(moe)
-    return EngineSettings(**given)
+        fields["moe"] = MoEConfig.from_dict(moe)
+    return EngineSettings(**fields)
 
 
 def given_settings(values: dict[str, Any]) -> str:

@@ -127,9 +127,9 @@ class ModelConfig:
     def _check_layers(self) -> None:
         """Raises ValueError if a field about single layers does not fit the number or kinds of layers."""
         for name in ("layer_types", "no_rope_layers"):
-            given = len(getattr(self, name))
-            if given not in (0, self.num_hidden_layers):
-                raise ValueError(f"{name} must have {self.num_hidden_layers} entries, got {given}")
+            count = len(getattr(self, name))
+            if count not in (0, self.num_hidden_layers):
+                raise ValueError(f"{name} must have {self.num_hidden_layers} entries, got {count}")
         for name, kind in (
             ("sliding_window", "sliding_attention"),
             ("attention_chunk_size", "chunked_attention"),

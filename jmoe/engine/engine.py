@@ -94,11 +94,11 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
-        asked = 1 if params.max_tokens is None else params.max_tokens
-        if len(prompt) + asked > self.max_model_len:
+        max_tokens = 1 if params.max_tokens is None else params.max_tokens
+        if len(prompt) + max_tokens > self.max_model_len:
             raise ValueError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
-                f"{len(prompt) + asked} tokens ({len(prompt)} in the prompt, {asked} to generate)."
+                f"{len(prompt) + max_tokens} tokens ({len(prompt)} in the prompt, {max_tokens} to generate)."
             )
         need, have = self.scheduler.pages_needed(request), self.scheduler.pool.pages_per_rank
         if need > have:

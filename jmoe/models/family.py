@@ -37,8 +37,8 @@ class Family:
 
 def quant_method(hf: HFConfig) -> Any:
     """The method that ``quantization_config`` names, of any type; None without a method."""
-    given = hf.get("quantization_config") or None
-    return given.get("quant_method") if isinstance(given, Mapping) else given
+    config = hf.get("quantization_config") or None
+    return config.get("quant_method") if isinstance(config, Mapping) else config
 
 
 def common_fields(

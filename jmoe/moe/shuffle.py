@@ -68,9 +68,9 @@ class Shuffle:
         """Each rank's rows of arrays ``[N, ...]`` that every rank of the group has completely; sends
         nothing."""
 
-        def mine(whole: Any, order: Order) -> Any:
+        def mine(arrays: Any, order: Order) -> Any:
             token_T = _local_rows(order.token_N)
-            return jax.tree.map(lambda a: a[token_T], whole)
+            return jax.tree.map(lambda a: a[token_T], arrays)
 
         return self._sharded(mine, (GROUP, GROUP), ROWS)(arrays, order)
 

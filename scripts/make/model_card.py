@@ -2,9 +2,9 @@
 
     python scripts/make/model_card.py --data ../shared/data [--model jmoe/assets/tiny] [--json OUT]
 
-For every domain: perplexity (the protocol of ``jmoe eval``), bits per byte beside gzip -9 and xz -9 of the
-same file, and the busiest experts. Bits per byte count every byte of every document: a window's first token,
-which the protocol does not score, is charged log2(vocabulary) bits.
+For every domain: perplexity (the protocol of ``jmoe eval``), bits per byte compared with gzip -9 and xz -9 of
+the same file, and the busiest experts. Bits per byte count every byte of every document: a window's first
+token, which the protocol does not score, is charged log2(vocabulary) bits.
 """
 
 import argparse

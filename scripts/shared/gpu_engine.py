@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "configs/model/qwen3-30b-a3b.toml"
 TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "vocab_size": 256, "head_dim": 16}
 TOY |= {"num_attention_heads": 4, "moe_intermediate_size": 64, "max_position_embeddings": 1024}
-CONTEXT = 512  # tokens behind each sequence
+CONTEXT = 512  # tokens before the decoded one
 PAGE = 32
 
 

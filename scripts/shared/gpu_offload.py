@@ -27,11 +27,11 @@ LAYERS = 8  # of a chain
 SLOTS = 5
 MODELS = {"Qwen1.5-MoE": (60, 1408, 2048), "Mixtral-8x7B": (8, 14336, 4096)}  # experts, inner, model
 TOY = {"toy": (3, 64, 64)}
-TARGET = 1.10  # of a layer's time, with a prefetch beside it
+TARGET = 1.10  # of a layer's time, with a prefetch at the same time
 
 
 def offload(check: Any) -> None:
-    """The section of ``gpu_check.py``: copies alone, then one beside a layer. check: ``gpu_check.Check``."""
+    """The section of ``gpu_check.py``: copies alone, then one during a layer. check: ``gpu_check.Check``."""
     for name, dims in (TOY if check.dry else MODELS).items():
         bench = Bench(dims, SLOTS, dry=check.dry)
         copy = {"in the step": bench.graph_seconds(), "by the host": bench.host_seconds()}
@@ -39,12 +39,12 @@ def offload(check: Any) -> None:
             rate = f"{bench.one_bytes / took / 1e9:.1f} GB/s"
             check.add("offload", f"{name}, one expert", how, took, verdict=rate)
         rows = bench.rows_for(copy["in the step"])
-        alone, beside = (bench.chain_seconds(rows, prefetch=p) for p in (False, True))
-        verdict = f"resident x{beside / alone:.2f}, target x{TARGET:.2f} "
-        verdict += "pass" if beside <= TARGET * alone else "MISS"
+        alone, overlapped = (bench.chain_seconds(rows, prefetch=p) for p in (False, True))
+        verdict = f"resident x{overlapped / alone:.2f}, target x{TARGET:.2f} "
+        verdict += "pass" if overlapped <= TARGET * alone else "MISS"
         if alone < copy["in the step"]:
             verdict += "; the copy is longer than the layer"
-        check.add("offload", f"{name}, {rows} rows", "layer, a prefetch", beside, verdict=verdict)
+        check.add("offload", f"{name}, {rows} rows", "layer, a prefetch", overlapped, verdict=verdict)
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""What ``gpu_check.py`` times and how: inputs, jmoe's layer beside its bounds and peers, seconds a call."""
+"""What ``gpu_check.py`` times and how: inputs, jmoe's layer, its bounds and its peers, seconds a call."""
 
 import functools
 import importlib

@@ -30,7 +30,7 @@ class ContextPlace(NamedTuple):
 
 
 class Peer:
-    """One model in memory, and a place for every shape of batch asked for, no larger than it needs."""
+    """One model in memory, and a place for every requested shape of batch, no larger than it needs."""
 
     def __init__(self) -> None:
         self.lib: Any = importlib.import_module("llama_cpp")

@@ -167,7 +167,7 @@ class Jmoe:
             **options,
         )
         self.engine = self.llm.engine
-        self.engine.codec = None  # token ids only, as the others are asked for
+        self.engine.codec = None  # token ids only, as for the others
         self.active: dict[int, float] = {}
 
     def _requests(self, prompts: list[list[int]], new: int) -> list[Any]:
@@ -186,7 +186,7 @@ class Jmoe:
     def decode(self, prompts: list[list[int]], new: int) -> Run:
         requests = self._requests(prompts, new)
         self.engine.add(requests)
-        while not all(r.token_ids for r in requests):  # the first ones decode beside the last ones' prompts
+        while not all(r.token_ids for r in requests):  # the first ones decode while others prefill
             self.engine.step()
         before, start = sum(len(r.token_ids) for r in requests), time.perf_counter()
         while self.engine.step():

@@ -21,10 +21,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server beside jmoe's.
+    """A server that jmoe's is compared with.
 
     command: its program. install: how one gets it. words: (model, port, load) -> what follows the program.
-    prompt_form: what it takes, "text" or "ids". extra: fields of a request's body beside those of
+    prompt_form: what it takes, "text" or "ids". extra: fields of a request's body in addition to those of
     ``jmoe bench serve``; None leaves one of these out. environment: variables it is started with. packages:
     whose versions are reported.
     """
@@ -43,7 +43,7 @@ class Peer:
 
 
 def transformers_words(model: Path, port: int, load: Load) -> list[str]:
-    """Its cache is given room for twice what the load needs; by itself it takes most of the memory."""
+    """Its cache gets room for twice what the load needs; by itself it takes most of the memory."""
     pages = -(-(4 * load.input_len + load.output_len) // TRANSFORMERS_PAGE) * load.concurrency * 2
     words = ["serve", str(model), "--continuous-batching", "--device", "cpu", "--host", "127.0.0.1"]
     return [*words, "--port", str(port), "--dtype", load.dtype, "--cb-num-blocks", str(pages)]

@@ -31,14 +31,14 @@ TARGETS = {
 
 
 def client_share(part: dict[str, Any]) -> float:
-    """Returns the largest share of one core that the load generator took beside jmoe, over the rows."""
+    """Returns the largest share of one core that the load generator took with jmoe, over the rows."""
     return max(statistics.median(row["jmoe"]["client_cpu_share"]) for row in part["rows"].values())
 
 
 def tokens(row: dict[str, Any]) -> dict[str, float]:
-    """Returns a round's median tokens: those given as prompts, and those written."""
-    given, written = map(statistics.median, zip(*row["jmoe"]["tokens"], strict=True))
-    return {"given": given, "written": written}
+    """Returns a round's median tokens: those of prompts, and those of answers."""
+    num_input, num_output = map(statistics.median, zip(*row["jmoe"]["tokens"], strict=True))
+    return {"given": num_input, "written": num_output}
 
 
 def compared(peer: str, row: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def test_counts_are_those_of_plain_loops(monkeypatch):
 
 def test_the_sample_is_requests_with_a_piece_of_each():
     requests = planted_requests(planted_homes(EXPERTS, 4))
-    builder = builder_for(planted_homes(EXPERTS, 4), trace=24)
+    builder = builder_for(planted_homes(EXPERTS, 4), trace_length=24)
     for request in requests:
         builder.add(request)
     sample = builder.finish("m", np.arange(VOCAB)).sample
@@ -96,7 +96,7 @@ def test_the_sample_is_requests_with_a_piece_of_each():
 def test_memory_and_file_do_not_grow_with_the_text(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(profile_builder, "BUFFERED", 2000)
     requests = planted_requests(planted_homes(EXPERTS, 4), 40)
-    builder = builder_for(planted_homes(EXPERTS, 4), requests=16)
+    builder = builder_for(planted_homes(EXPERTS, 4), sample_size=16)
     tracemalloc.start()
     held = []
     for rounds in (5, 45):
@@ -115,7 +115,7 @@ def test_every_request_is_as_likely_to_be_kept_and_the_seed_decides():
     requests = planted_requests(planted_homes(EXPERTS, 4), 30)
     kept = np.zeros(30, int)
     for seed in range(80):
-        builder = builder_for(planted_homes(EXPERTS, 4), requests=10, seed=seed)
+        builder = builder_for(planted_homes(EXPERTS, 4), sample_size=10, seed=seed)
         for i, request in enumerate(requests):
             builder.add(replace(request, embedding_D=np.full(4, i)))
         kept[builder.finish("m", np.arange(VOCAB)).sample.embeddings_QD[:, 0].astype(int)] += 1

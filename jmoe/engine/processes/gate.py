@@ -104,16 +104,16 @@ class Gate:
     def _join(self, connection: socket.socket, rank: int) -> None:
         token = secrets.token_bytes(TOKEN)
         with self._condition:
-            held = self._members.get(rank)
+            member = self._members.get(rank)
             if not 0 < rank < self._nnodes:
                 verdict = Verdict.UNKNOWN
-            elif self._is_complete or (held and is_open(held[0])):
+            elif self._is_complete or (member and is_open(member[0])):
                 verdict = Verdict.TAKEN
             else:
                 verdict = Verdict.WELCOME
                 self._members[rank] = connection, token
-            given = token if verdict == Verdict.WELCOME else bytes(TOKEN)
-            connection.sendall(ANSWER.pack(MAGIC, verdict, given))
+            answer_token = token if verdict == Verdict.WELCOME else bytes(TOKEN)
+            connection.sendall(ANSWER.pack(MAGIC, verdict, answer_token))
             self._condition.notify_all()
         if verdict != Verdict.WELCOME:
             log.warning("a connection that says it is process %d is refused", rank)
@@ -121,8 +121,8 @@ class Gate:
 
     def _open_tunnel(self, connection: socket.socket, rank: int, token: bytes) -> None:
         with self._condition:
-            held = self._members.get(rank)
-        if held is None or not hmac.compare_digest(held[1], token):
+            member = self._members.get(rank)
+        if member is None or not hmac.compare_digest(member[1], token):
             raise EngineDead(f"it says it is process {rank} and does not know that one's token")
         coordinator = socket.create_connection(("127.0.0.1", self._coordinator), timeout=GREETING)
         carry(connection, coordinator)

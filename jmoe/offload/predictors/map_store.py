@@ -53,8 +53,8 @@ class MapStore:
         """A store of I iterations, inserted one after another, so that the rule decides every replacement."""
         layers, experts = maps_ILE.shape[1:]
         store = cls.empty(capacity, layers, experts, embeddings_ID.shape[1])
-        given = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
-        return _insert_all(store, *given, distance)
+        arrays = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
+        return _insert_all(store, *arrays, distance)
 
 
 def unit(x_ZD: Float[Array, "*Z D"]) -> Float[Array, "*Z D"]:

@@ -151,15 +151,15 @@ def clip(load: Load, limits: LengthLimits) -> tuple[Load, Clipped]:
     prompt while it has more than one token, then from the answer."""
     calls, counts = [], {"input": 0, "output": 0, "context": 0}
     for call in load.calls:
-        given = min(call.input_length, limits.max_input or call.input_length)
-        asked = min(call.output_length, limits.max_output or call.output_length)
-        counts["input"] += given < call.input_length
-        counts["output"] += asked < call.output_length
-        if limits.context is not None and given + asked > limits.context:
+        input_length = min(call.input_length, limits.max_input or call.input_length)
+        output_length = min(call.output_length, limits.max_output or call.output_length)
+        counts["input"] += input_length < call.input_length
+        counts["output"] += output_length < call.output_length
+        if limits.context is not None and input_length + output_length > limits.context:
             counts["context"] += 1
-            asked = min(asked, limits.context - 1)
-            given = min(given, limits.context - asked)
-        calls.append(dataclasses.replace(call, input_length=given, output_length=asked))
+            output_length = min(output_length, limits.context - 1)
+            input_length = min(input_length, limits.context - output_length)
+        calls.append(dataclasses.replace(call, input_length=input_length, output_length=output_length))
     before, after = _tokens(load.calls), _tokens(calls)
     counts |= {"input_tokens": before[0] - after[0], "output_tokens": before[1] - after[1]}
     return dataclasses.replace(load, calls=calls), Clipped(**counts)

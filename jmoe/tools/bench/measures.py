@@ -74,10 +74,10 @@ def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float)
 def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
     """Assignments of tokens to experts and what lossy techniques did to them, in total and as shares; None
     if the server reports none."""
-    told = [r.moe for r in results if r.moe is not None]
-    if not told:
+    counts = [r.moe for r in results if r.moe is not None]
+    if not counts:
         return None
-    total = {name: sum(moe.get(name, 0) for moe in told) for name in names(USAGE)}
+    total = {name: sum(moe.get(name, 0) for moe in counts) for name in names(USAGE)}
     shares = {f"{name}_share": total[name] / max(total["assignments"], 1) for name in names(LOSSY)}
     return {**total, **shares}
 
@@ -95,20 +95,21 @@ def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str,
     good = [r for r in replay.results if r.cause is None]
     failed = collections.Counter(r.cause for r in replay.results if r.cause is not None)
     seconds = replay.seconds
-    given, written = sum(r.input_tokens for r in good), sum(r.output_tokens for r in good)
+    num_input_tokens = sum(r.input_tokens for r in good)
+    num_output_tokens = sum(r.output_tokens for r in good)
     measured = latencies(good)
     return {
         "duration": seconds,
         "completed": len(good),
         "failed": sum(failed.values()),
         "failures": dict(failed.most_common()),
-        "total_input_tokens": given,
-        "total_output_tokens": written,
+        "total_input_tokens": num_input_tokens,
+        "total_output_tokens": num_output_tokens,
         "tokens_counted_by": "usage" if all(r.has_usage for r in good) else "events",
         "request_throughput": len(good) / seconds,
         "request_goodput": goodput(good, limits, seconds) if limits else None,
-        "output_throughput": written / seconds,
-        "total_token_throughput": (given + written) / seconds,
+        "output_throughput": num_output_tokens / seconds,
+        "total_token_throughput": (num_input_tokens + num_output_tokens) / seconds,
         "max_output_tokens_per_s": peak_tokens(good),
         "max_concurrent_requests": peak_concurrency(replay.results),
         **{k: v for name in LATENCIES for k, v in spread(name, measured[name]).items()},

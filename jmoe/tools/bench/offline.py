@@ -62,8 +62,8 @@ def run_round(engine: Engine, load: Load, seed: int) -> Round:
     if failed:
         raise ValueError(f"{len(failed)} requests failed: {failed[0]}")
     gaps = [b - a for each in times for a, b in pairwise(each)]
-    given = sum(len(r.prompt_token_ids) for r in requests)
-    return Round(seconds, max(t[0] for t in times) - start, gaps, given, sum(map(len, times)))
+    num_input_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    return Round(seconds, max(t[0] for t in times) - start, gaps, num_input_tokens, sum(map(len, times)))
 
 
 def bench_throughput(
@@ -85,17 +85,17 @@ def bench_throughput(
         count = counter(progress, "bench")
         runs = [_counted(engine, load, seed + 1 + i, count) for i in range(iterations)]
     seconds = statistics.median(run.seconds for run in runs)
-    given, written = runs[0].input_tokens, runs[0].output_tokens
+    num_input_tokens, num_output_tokens = runs[0].input_tokens, runs[0].output_tokens
     return {
         "requests": len(load.calls),
         "iterations": iterations,
         "elapsed_time": seconds,
         "rounds": [run.seconds for run in runs],
-        "input_tokens": given,
-        "output_tokens": written,
+        "input_tokens": num_input_tokens,
+        "output_tokens": num_output_tokens,
         "requests_per_second": len(load.calls) / seconds,
-        "tokens_per_second": (given + written) / seconds,
-        "output_tokens_per_second": written / seconds,
+        "tokens_per_second": (num_input_tokens + num_output_tokens) / seconds,
+        "output_tokens_per_second": num_output_tokens / seconds,
         "clipped": vars(clipped) | {},
     }
 

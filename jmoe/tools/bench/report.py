@@ -22,16 +22,16 @@ def line(name: str, value: float | str | None) -> str:
 
 def block(report: dict[str, Any]) -> list[str]:
     """The lines of ``============ Serving Benchmark Result ============``."""
-    asked = report["settings"]
+    settings = report["settings"]
     lines = [
         f"{' Serving Benchmark Result ':=^{WIDTH}}",
         line("Successful requests:", report["completed"]),
         line("Failed requests:", report["failed"]),
     ]
-    if asked["max_concurrency"]:
-        lines.append(line("Maximum request concurrency:", asked["max_concurrency"]))
-    if asked["request_rate"] is not None and not math.isinf(float(asked["request_rate"])):
-        lines.append(line("Request rate configured (RPS):", float(asked["request_rate"])))
+    if settings["max_concurrency"]:
+        lines.append(line("Maximum request concurrency:", settings["max_concurrency"]))
+    if settings["request_rate"] is not None and not math.isinf(float(settings["request_rate"])):
+        lines.append(line("Request rate configured (RPS):", float(settings["request_rate"])))
     lines += [
         line("Benchmark duration (s):", report["duration"]),
         line("Total input tokens:", report["total_input_tokens"]),

@@ -186,10 +186,10 @@ async def prompt_source(client: Client, model: str, options: ServeOptions, text:
 
 def request_body(options: ServeOptions, model: str, units: list, output_length: int) -> bytes:
     """The body of a streamed generation; a null in --extra-body removes a field."""
-    given: Any = " ".join(units) if options.form == "text" else units
-    prompt: dict[str, Any] = {"prompt": given}
+    content: Any = " ".join(units) if options.form == "text" else units
+    prompt: dict[str, Any] = {"prompt": content}
     if options.endpoint == "chat":
-        prompt = {"messages": [{"role": "user", "content": given}]}
+        prompt = {"messages": [{"role": "user", "content": content}]}
     body = {
         "model": model,
         **prompt,

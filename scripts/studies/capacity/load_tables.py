@@ -69,7 +69,7 @@ def eplb_cells(layer: dict[str, Any]) -> list[str]:
 
 
 def bounds(model: str, domains: dict[str, Any]) -> str:
-    """Returns the table of what the peaks alone allow a layer to gain, beside the paper's speed-ups."""
+    """Returns the table of what the peaks alone allow a layer to gain, and the paper's speed-ups."""
     layers = [layer for layers in domains.values() for layer in layers]
 
     def spread(key: str) -> str:

@@ -73,7 +73,7 @@ def draw_load(pyplot: Any, results: dict[str, Any]) -> Any:
 
 
 def draw_speed(pyplot: Any, results: dict[str, Any]) -> Any:
-    """Speed-ups of every routing against gamma, beside the paper's."""
+    """Speed-ups of every routing against gamma, and the paper's."""
     cases = results["speed"]["cases"]
     gammas = (2.0, 1.5, 1.0)
     figure, axes = pyplot.subplots(1, len(cases), figsize=(9, 3.4), squeeze=False)

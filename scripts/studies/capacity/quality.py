@@ -111,16 +111,16 @@ class Meter:
         """The log-probabilities of each window's tokens but its first."""
         longest = max(len(w) for _, w in batch)
         size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
-        given = self.runner.blank("prefill", self.rows, size)
-        targets = np.zeros_like(given.main_rows.tokens_BT)
+        inputs = self.runner.blank("prefill", self.rows, size)
+        targets = np.zeros_like(inputs.main_rows.tokens_BT)
         # Neighbours go to different ranks, so that a short batch leaves no rank empty.
-        row_of = np.arange(len(given.main_rows.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
+        row_of = np.arange(len(inputs.main_rows.tokens_BT)).reshape(-1, self.rows).T.ravel()[: len(batch)]
         for row, (_, window) in zip(row_of, batch, strict=True):
-            given.main_rows.tokens_BT[row, : len(window)] = window
-            given.main_rows.positions_BT[row, : len(window)] = np.arange(len(window))
-            given.main_rows.table_BM[row] = self.table_BM[row]
+            inputs.main_rows.tokens_BT[row, : len(window)] = window
+            inputs.main_rows.positions_BT[row, : len(window)] = np.arange(len(window))
+            inputs.main_rows.table_BM[row] = self.table_BM[row]
             targets[row, : len(window) - 1] = window[1:]
-        hidden_RND = np.asarray(self.runner.run(given).hidden_RND)
+        hidden_RND = np.asarray(self.runner.run(inputs).hidden_RND)
         logprobs = np.asarray(self.scorer.runner.logprobs(hidden_RND, targets))  # pyright: ignore
         return [logprobs[row, : len(window) - 1] for row, (_, window) in zip(row_of, batch, strict=True)]
 
@@ -186,7 +186,7 @@ class Bench:
             for factor in factors if cfg and cfg.policy != "expert_drop" else (1.0,):
                 start, name = time.perf_counter(), setting_name(cfg, factor) if cfg else LOSSLESS
                 engine.runner.capacity_factor = factor
-                found = {domain: meter.domain(given) for domain, given in self.pieces_by_domain.items()}
+                found = {domain: meter.domain(each) for domain, each in self.pieces_by_domain.items()}
                 mean = sum(d["nll"].sum() for d in found.values()) / sum(
                     d["tokens"].sum() for d in found.values()
                 )

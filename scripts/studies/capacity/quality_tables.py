@@ -97,7 +97,7 @@ def positions(quality: dict[str, Any]) -> str:
 
 
 def control(quality: dict[str, Any]) -> str:
-    """Returns the table of the loss beside that with other windows on a rank."""
+    """Returns the table of the loss, and of that with other windows on a rank."""
     other = quality["control"]
     rows = [[m, *(signed(*difference(of, n)) for of in (quality, other))] for m, n in ORDERED.items()]
     first = f"{quality['rows']} window(s) of {quality['length']} tokens a rank"

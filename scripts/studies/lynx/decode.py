@@ -66,7 +66,7 @@ class Scorer:
 
 
 class Meter:
-    """Decodes given windows in batches on ``engine``."""
+    """Decodes windows in batches on ``engine``."""
 
     def __init__(self, engine: Engine, scorer: Scorer, windows_NL: Int[np.ndarray, "N L"]):
         self.engine, self.scorer, self.windows_NL = engine, scorer, windows_NL
@@ -99,13 +99,13 @@ class Meter:
     def _step(self, tokens_BT: np.ndarray, start: int, table_BM: np.ndarray) -> Any:
         runner, (batch, count) = self.engine.runner, tokens_BT.shape
         if count == 1:
-            given = runner.blank("decode", batch // runner.ranks, 1)
+            inputs = runner.blank("decode", batch // runner.ranks, 1)
         else:
-            given = runner.blank("prefill", batch // runner.ranks, runner.sizes.prefill_size(count))
-        given.main_rows.tokens_BT[:, :count] = tokens_BT
-        given.main_rows.positions_BT[:, :count] = np.arange(start, start + count)
-        given.main_rows.table_BM[:] = table_BM
-        return runner.run(given).hidden_RND
+            inputs = runner.blank("prefill", batch // runner.ranks, runner.sizes.prefill_size(count))
+        inputs.main_rows.tokens_BT[:, :count] = tokens_BT
+        inputs.main_rows.positions_BT[:, :count] = np.arange(start, start + count)
+        inputs.main_rows.table_BM[:] = table_BM
+        return runner.run(inputs).hidden_RND
 
 
 def counted(runner: Runner) -> np.ndarray:

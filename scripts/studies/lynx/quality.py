@@ -75,7 +75,7 @@ class Bench:
 
     def runs(self, cfg: BinningConfig | None, alone: bool) -> dict[str, Any]:
         """By protocol, (loss of each window and position, counts); by "alone" the loss of a few batches of
-        one, if asked for."""
+        one, if ``alone``."""
         how, found = dataclasses.replace(self.settings, moe=MoEConfig(binning=cfg)), {}
         with closing(build_engine(self.model, how, warm_up=False)) as engine:
             meter = Meter(engine, self.scorer, self.windows_NL)

@@ -129,7 +129,7 @@ def settings(quality: dict[str, Any], mix: str) -> str:
 
 
 def prefilled(quality: dict[str, Any]) -> str:
-    """Returns the table of windows whose first half was prefilled, beside the same tokens of whole ones."""
+    """Returns the table of windows whose first half was prefilled, and of the same tokens of whole ones."""
     runs, rows = quality["runs"], []
     scored = quality["length"] - 1 - quality["length"] // 2
     kinds = [n.split("/")[0] for n in runs if n.endswith("/half")]

@@ -2,8 +2,8 @@
 
 **Requests**: the bundled model, MT-bench's questions, all at once, at every budget and batch. **Arrivals**:
 the first requests of the Azure conversation trace, lengths and times scaled down, under continuous batching.
-On a CPU a copy is as fast as memory and nothing runs beside it: times say what the copies and the bookkeeping
-cost, not what overlap saves.
+On a CPU a copy is as fast as memory and nothing runs at the same time: times say what the copies and the
+bookkeeping cost, not what overlap saves.
 """
 
 import gzip
@@ -44,7 +44,10 @@ PAIRS = (
     ("token_table", "expected_use"),
     ("next_gate", "expected_use"),
 )
-ORACLE = ("oracle", "belady")  # told what the resident engine needed; its seconds include compiling once more
+ORACLE = (
+    "oracle",
+    "belady",
+)  # knows what the resident engine needed; its seconds include another compilation
 ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds of ours for one of the trace
 
 
@@ -97,8 +100,8 @@ def _all_at_once(bench: Bench, questions: list[str]) -> dict[str, Any]:
         for share, pair in [(None, ("", "")), *itertools.product(shares[few(bench.dry)], pairs)]:
             offload = _offload(share, pair, bench.store)
             with closing(_llm(bench.model, batch, PROMPT + NEW, offload)) as llm:
-                asked = questions[: 2 if bench.dry else REQUESTS]
-                prompts = [beginning(llm, text, PROMPT) for text in asked]
+                subset = questions[: 2 if bench.dry else REQUESTS]
+                prompts = [beginning(llm, text, PROMPT) for text in subset]
                 if pair == ORACLE:
                     llm.engine.runner = replay(llm.engine.runner, *_known(llm, needs_NLE))
                 seconds, tokens = _timed(llm, prompts, greedy)

@@ -1,4 +1,4 @@
-"""An oracle in the engine's own executor: a run that is told, step by step, what an earlier one needed."""
+"""An oracle in the engine's own executor: a run that learns, step by step, what an earlier one needed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ def replay(runner: Runner, oracle: Oracle, known: Known) -> Runner:
             cache = runner.cache
             assert cache is not None
             table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(known)))
-            apart = jax.tree.map(jnp.copy, predictor)  # the step is given the same array twice else
+            apart = jax.tree.map(jnp.copy, predictor)  # else the step would get the same array twice
             runner.cache = replace(cache, table=table, predictor=apart)
         return step(inputs, settings)
 

@@ -2,7 +2,7 @@
 
 Predictor, table and rule are those of the step (``jmoe.offload.cache``), so hits, copies and evictions are
 the executor's, expert for expert. Time is a model: a decode layer computes for 1, the link copies one expert
-in ``copy_time`` and takes copies in the order in which they were asked for; none can be called back.
+in ``copy_time`` and takes copies in the order in which they were requested; none can be cancelled.
 
     prompt    every layer computes for ``prompt_time``, or as long as what it lacks streams
     layer l   its gate says what is needed -> copies of what is missing join the link's queue, then prefetches

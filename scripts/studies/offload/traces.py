@@ -79,7 +79,7 @@ def make_traces(routed: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
         counts_BLE = (ids_BPLK[..., None] == np.arange(experts)).sum((1, 3)).astype(np.float32)
 
         def steps(values_WT: np.ndarray, rows: slice = rows) -> np.ndarray:
-            """[N, L, B, ...] of the tokens behind the prompts, or [N, B, ...] of what has no layers."""
+            """[N, L, B, ...] of the tokens after the prompts, or [N, B, ...] if there are no layers."""
             return np.moveaxis(values_WT[rows, prompt:], 0, 2 if values_WT.ndim > 3 else 1)
 
         traces.append(

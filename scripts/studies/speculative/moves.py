@@ -19,7 +19,7 @@ from jmoe.placement.tabulate import tabulate
 
 
 def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, float]:
-    """Shares of tokens on another device than before: into the first layer, between layers, home behind the
+    """Shares of tokens on another device than before: into the first layer, between layers, home after the
     last; rows: what all of that is for each layer and token."""
     layers, tokens = rank_LN.shape
     home_1N = dealt_ranks(1, tokens, ranks, size)

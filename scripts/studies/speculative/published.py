@@ -42,7 +42,7 @@ def read(path: Path, experts: int) -> Int[np.ndarray, "L V E"]:
 
 
 def problem_of(counts_LVE: np.ndarray, ranks: int, rng: np.random.Generator) -> Problem:
-    """Experts are taken to be chosen independently of each other given the token id."""
+    """Experts are taken to be chosen independently of each other for each token id."""
     often_V = counts_LVE[0].sum(1)
     requests_QV = rng.multinomial(LENGTH, often_V / often_V.sum(), REQUESTS).astype(np.float32)
     top = np.sort(np.argsort(-often_V, kind="stable")[: min(TOKENS, np.count_nonzero(often_V))])

@@ -106,15 +106,15 @@ def _ranks(
     tables: list[ShuffleTables], ids_N: jax.Array, rank_LNK: jax.Array, *, ranks: int, size: int
 ) -> jax.Array:
     """The rank each token is put on at every layer, ``[L, N]``, in steps of ``size``."""
-    valid_T, been, found = jnp.ones(size, bool), [], []
+    valid_T, history, ranks_by_layer = jnp.ones(size, bool), [], []
     for table, rank_NK in zip(tables, rank_LNK, strict=True):
-        share_NR = expected_shares(Hints.make(table, been), ids_N)
+        share_NR = expected_shares(Hints.make(table, history), ids_N)
         order = jax.lax.map(
             lambda share_TR: align(share_TR, valid_T).row_N, share_NR.reshape(-1, size, ranks)
         )
-        found.append(order.reshape(-1) // (size // ranks))
-        been.append(majority_rank(rank_NK, 1, ranks))
-    return jnp.stack(found)
+        ranks_by_layer.append(order.reshape(-1) // (size // ranks))
+        history.append(majority_rank(rank_NK, 1, ranks))
+    return jnp.stack(ranks_by_layer)
 
 
 def shuffled_ranks(
