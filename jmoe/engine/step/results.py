@@ -72,8 +72,8 @@ class RunningStep:
         """Waits for the end of the step and brings its results to the host."""
         s = self.sampled
         arrays = s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.num_lost
-        *of_tokens, num_lost = jax.device_get(arrays)
-        return FetchedStep(*of_tokens, int(num_lost))
+        ids_B, logprob_B, top_ids_BA, top_logprobs_BA, finite_B, num_lost = jax.device_get(arrays)
+        return FetchedStep(ids_B, logprob_B, top_ids_BA, top_logprobs_BA, finite_B, int(num_lost))
 
     def report(self, fetch_time: float, delivery_time: float) -> StepReport:
         """The report of the step.
