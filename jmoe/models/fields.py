@@ -82,7 +82,7 @@ class HFConfig(Mapping[str, Any]):
         return type(self)({**defaults, **self._values}, self._prefix)
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """A copy in which ``own`` values replace those of the file."""
+        """A copy in which ``values`` replace those of the file."""
         return type(self)({**self._values, **values}, self._prefix)
 
     def table(self, name: str) -> Self:

@@ -97,8 +97,8 @@ class Attention(nnx.Module):
         """Attention output in float32 and the pages with this step's keys and values.
 
         Tokens enter and leave sequence after sequence, N = B * T, split over data and expert. move: if given,
-        the tokens of the ranks that share their heads enter in its ``before`` order and leave in its
-        ``after`` order.
+        the tokens of the ranks that share their heads enter in its ``old_order`` and leave in its
+        ``new_order``.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):

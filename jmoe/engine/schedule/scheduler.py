@@ -52,7 +52,7 @@ class Scheduler:
     pool: KV pages of all ranks.
     sizes: compiled numbers of prompt tokens a rank; the first is that of one row.
     kind: names what a request's pages depend on other than its tokens; with None no pages are shared.
-    dispatch: chooses ranks; None = the default ``Dispatch``.
+    dispatch: chooses ranks; None = the default ``RankChooser``.
     """
 
     def __init__(
