@@ -98,7 +98,7 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
 
 
 def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:
-    """Raises ValueError that lists the divisors, unless ``size`` splits evenly over ``parts``."""
+    """Raises ValueError that lists the divisors, unless ``size`` splits evenly over ``num_parts``."""
     if size % num_parts:
         small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
         divisors = sorted({*small, *(size // d for d in small)})

@@ -50,7 +50,7 @@ class ParamMaker:
     def zeros(self, size: int, axes: Axes = (None,)) -> nnx.Param:
         return nnx.Param(jnp.zeros((size,), self.dtype), axes=axes)
 
-    def exact(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    def float32(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
         """A parameter that is float32 for every dtype of the model."""
         return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.checkpoint.load import DTypeChoice, Progress, check_directory, match, read_config, read_param
+from jmoe.checkpoint.load import DTypeChoice, LoadProgress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.model import ModelConfig
@@ -37,7 +37,7 @@ SPARE = 64 << 20  # bytes of disk beyond the weights, for the tokenizer's files
 
 
 def convert(
-    hf_dir: Path | str, out_dir: Path | str, dtype: DTypeChoice = "auto", progress: Progress | None = None
+    hf_dir: Path | str, out_dir: Path | str, dtype: DTypeChoice = "auto", progress: LoadProgress | None = None
 ) -> None:
     """Writes ``out_dir``: Orbax parameters, ``config.json``, the tokenizer's files, a manifest of them all.
 
@@ -93,7 +93,7 @@ def _locked(directory: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: Progress | None) -> None:
+def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgress | None) -> None:
     from jmoe.checkpoint.orbax_io import grouped, save_group  # heavy: seconds to import
 
     cfg = read_config(hf_dir, dtype)

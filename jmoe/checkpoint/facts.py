@@ -55,7 +55,7 @@ def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def is_wider(dtype: str, target: np.dtype) -> bool:
-    """Whether a tensor's dtype (by its name in the file) has numbers that ``than`` cannot hold."""
+    """Whether a tensor's dtype (by its name in the file) has numbers that ``target`` cannot hold."""
     stored = DTYPES.get(dtype)
     return stored is not None and stored != target and target.itemsize < 4
 

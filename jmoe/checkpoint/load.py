@@ -16,10 +16,17 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
-from jmoe.checkpoint.forms import tensor_names
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
+from jmoe.checkpoint.layouts import tensor_names
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, entry_numbers, fill, place, tensors_by_path
+from jmoe.checkpoint.params import (
+    ParamSpec,
+    abstract_decoder,
+    entry_numbers,
+    fill,
+    put_on_mesh,
+    tensors_by_path,
+)
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import check_shapes, read_slice
@@ -35,7 +42,7 @@ from jmoe.models.weights import StoredTensor
 from jmoe.placement.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
-Progress = Callable[[int, int], None]
+LoadProgress = Callable[[int, int], None]
 LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
 
@@ -69,7 +76,7 @@ def load_model(
     mesh: Mesh,
     moe: MoEConfig | None = None,
     dtype: DTypeChoice = "auto",
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     placement: Placement | None = None,
     context: int | None = None,
 ) -> Decoder:
@@ -96,7 +103,7 @@ def load_decoder(
     cfg: ModelConfig,
     moe: MoEConfig,
     mesh: Mesh,
-    report: Progress,
+    report: LoadProgress,
     placement: Placement | None,
     *,
     own_dtypes: bool,
@@ -120,7 +127,7 @@ def read_model(
     cfg: ModelConfig,
     moe: MoEConfig,
     mesh: Mesh,
-    report: Progress,
+    report: LoadProgress,
     placement: Placement | None,
     *,
     own_dtypes: bool,
@@ -134,7 +141,7 @@ def read_model(
             if placement is not None:
                 permute_gate(path, buffer, placement, cfg.moe_layers)
             # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
-            arrays[path] = jax.block_until_ready(place(buffer, spec))
+            arrays[path] = jax.block_until_ready(put_on_mesh(buffer, spec))
             done += spec.nbytes
             report(done, total)
     return fill(model, arrays)

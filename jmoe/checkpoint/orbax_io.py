@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, place
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, put_on_mesh
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks
 from jmoe.config.model import ModelConfig
@@ -96,7 +96,7 @@ def restore_model(
                 arrays[path] = as_stored(array, specs[path])
         report(done, total)
     if stacks is not None:
-        arrays |= {spec.path: place(buffer, spec) for spec, buffer in stacks.items()}
+        arrays |= {spec.path: put_on_mesh(buffer, spec) for spec, buffer in stacks.items()}
     return fill(model, arrays)
 
 

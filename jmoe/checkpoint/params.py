@@ -104,7 +104,7 @@ def in_layer(path: str) -> tuple[int, str]:
     return int(layer), name
 
 
-def place(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
+def put_on_mesh(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
     """``buffer`` (in the checkpoint's dtype) on the mesh, in the storage dtype.
 
     On one CPU device the array is the buffer itself if that is 64-byte aligned, so the caller must not write

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from jmoe.checkpoint.formats import FORMATS
-from jmoe.checkpoint.forms import entries, in_stored_order, tensor_names
 from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint
+from jmoe.checkpoint.layouts import entries, in_stored_order, tensor_names
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief

@@ -54,7 +54,8 @@ def add_place(commands: Any) -> None:
         "--method",
         metavar="M",
         default="alternating",
-        help="alternating (the default), cross_entropy, exflow, moetuner, load, uniform or random",
+        help="alternating (the default), or a baseline: cross_entropy, exflow, moetuner, load, uniform, "
+        "random",
     )
     p.add_argument("--seed", type=integer, metavar="N", default=0)
     p.add_argument("--json", action="store_true", help="print one JSON object")

@@ -14,7 +14,7 @@ from jmoe_kernels.grouped_mlp import Activation
 from jmoe_kernels.paged_attention import Span
 from msgspec import Meta
 
-from jmoe.config.anatomy import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
+from jmoe.config.parts import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
 from jmoe.config.reading import (
     Natural,
     Positive,

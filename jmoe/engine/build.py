@@ -18,7 +18,7 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.offload.build import make_cache
 from jmoe.engine.offload.host_runner import HostDrivenRunner
 from jmoe.engine.request import Request, SamplingParams
-from jmoe.engine.schedule.admission import Dispatch, Share
+from jmoe.engine.schedule.admission import RankChooser, Share
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.scheduler import Limits, Scheduler
 from jmoe.engine.step.runner import Runner
@@ -29,7 +29,7 @@ from jmoe.moe.orders import prompt_share, step_tables
 
 __all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
+BuildProgress = Callable[[str, int, int], None]
 
 
 def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
@@ -52,7 +52,7 @@ def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
 def build_engine(
     model: str | Path,
     settings: EngineSettings = EngineSettings(),
-    progress: Progress = lambda stage, done, total: None,
+    progress: BuildProgress = lambda stage, done, total: None,
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
@@ -69,7 +69,7 @@ def build_engine(
 
 def build(
     deployment: Deployment,
-    progress: Progress,
+    progress: BuildProgress,
     *,
     warm_up: bool = True,
     scores_prompts: bool = True,
@@ -96,7 +96,7 @@ def build(
 
 
 def load_runner(
-    deployment: Deployment, progress: Progress, make_runner: Callable[..., Runner] | None
+    deployment: Deployment, progress: BuildProgress, make_runner: Callable[..., Runner] | None
 ) -> Runner:
     """The runner of a deployment, with the model's weights."""
     moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
@@ -130,7 +130,7 @@ def schedule(
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
-    dispatch = Dispatch(runner.ranks, limits.max_num_seqs, settings.dispatch, share)
+    dispatch = RankChooser(runner.ranks, limits.max_num_seqs, settings.dispatch, share)
     return Scheduler(pool, limits, sizes.prefill, kind, dispatch)
 
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,17 +19,17 @@ from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
     FinishReason,
+    Listener,
     Output,
     Request,
     SamplingParams,
-    StepReport,
 )
 from jmoe.engine.schedule.plan import Step
 from jmoe.engine.schedule.scheduler import Scheduler
-from jmoe.engine.step.answers import Answers, accept, detokenizers
-from jmoe.engine.step.fill import Placed, constrain, fill, place
+from jmoe.engine.step.fill import PlacedRun, constrain, fill, place_runs
+from jmoe.engine.step.increments import Answers, accept, detokenizers
 from jmoe.engine.step.inputs import StepInput
-from jmoe.engine.step.results import PromptScores, RunningStep, count_assignments
+from jmoe.engine.step.results import FetchedStep, PromptScores, RunningStep, count_assignments
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import ENDS
 from jmoe.engine.text.codec import TextCodec
@@ -37,14 +37,6 @@ from jmoe.faults import ends_program, tell
 from jmoe.placement.placement import Placement
 
 log = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """Called with every token, end of a request and step, from the engine's thread (metrics)."""
-
-    def token(self, request: Request, now: float) -> None: ...
-    def stepped(self, report: StepReport) -> None: ...
-    def finished(self, request: Request, reason: str) -> None: ...
 
 
 class Engine:
@@ -176,7 +168,7 @@ class Engine:
             for rank, source, target in copies:
                 from_R[rank], to_R[rank] = source, target
             runner.copy_pages(from_R, to_R)
-        placed, inputs = place(step, runner)
+        placed, inputs = place_runs(step, runner)
         for each in placed:
             each.run.request.start_time = each.run.request.start_time or start_time
             self._isolate(each.run.request, self._fill, each, inputs)
@@ -186,7 +178,7 @@ class Engine:
         changes_B = output.changes_B if runner.is_lossy else None
         return RunningStep(placed, output.sampled, changes_B, scores, start_time, planning_seconds)
 
-    def _fill(self, placed: Placed, inputs: StepInput) -> None:
+    def _fill(self, placed: PlacedRun, inputs: StepInput) -> None:
         request = placed.run.request
         fill(placed, inputs, self._end_tokens(request.params))
         if (failure := constrain(placed, inputs)) is not None:
@@ -202,45 +194,38 @@ class Engine:
         """Waits for the step's end, appends each row's token to its request and emits what became certain."""
         step, self._running_step = self._running_step, None
         assert step is not None
-        ids, *scores, finite, num_lost = step.fetch()
-        if num_lost:
-            self._fail_step(step, int(num_lost))
+        fetched = step.fetch()
+        if fetched.num_lost:
+            self._fail_step(step, fetched.num_lost)
         now = time.monotonic()
         prompt_scores, changes = jax.device_get((step.prompt_scores, step.changes_B))
         for placed in step.placed:
-            run, row = placed.run, placed.sample_row
-            run.request.place.num_in_flight -= run.is_sampled
+            run = placed.run
+            run.request.state.num_in_flight -= run.is_sampled
             if self.runner.is_lossy:
                 count_assignments(placed, changes, self.runner.cfg)
-            sample = (int(ids[row]), tuple(s[row] for s in scores), bool(finite[row]))
-            self._isolate(run.request, self._deliver_run, placed, prompt_scores, sample, now)
+            self._isolate(run.request, self._deliver_run, placed, prompt_scores, fetched, now)
         report = step.report(now, time.monotonic())
         for listener in self.listeners:
             tell(listener.stepped, report)
 
-    def _deliver_run(
-        self, placed: Placed, prompt_scores: Any, sample: tuple[int, tuple, bool], now: float
-    ) -> None:
-        """Delivers a step's result to one request.
-
-        sample: its sampled token, the token's scores, and whether its logits are finite.
-        """
-        run, request = placed.run, placed.run.request
-        token, scores, finite = sample
+    def _deliver_run(self, placed: PlacedRun, prompt_scores: Any, fetched: FetchedStep, now: float) -> None:
+        """Delivers a step's result to one request."""
+        run, request, row = placed.run, placed.run.request, placed.sample_row
         self._answers.scores.keep(placed, prompt_scores)
-        if request.place.is_ended or not run.is_sampled:
+        if request.state.is_ended or not run.is_sampled:
             return
-        if not finite:
+        if not fetched.finite_B[row]:
             self.scheduler.spoil(request)
             self._fail(request, "the model produced NaN logits")
         elif request.params.max_tokens == 0:
             self._end(request, self._answers.scores_only(request))
         else:
-            self._deliver_token(request, token, scores, now)
+            self._deliver_token(request, int(fetched.ids_B[row]), fetched.scores(row), now)
 
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)
-        if request.place.rank >= 0:
+        if request.state.rank >= 0:
             self.scheduler.name_pages(request)
         request.first_token_time = request.first_token_time or now
         for listener in self.listeners:
@@ -265,7 +250,7 @@ class Engine:
         log.error("%s. This is a fault of the engine; restart it and report it", cause)
         for placed in step.placed:
             self.scheduler.spoil(placed.run.request)
-            if not placed.run.request.place.is_ended:
+            if not placed.run.request.state.is_ended:
                 self._fail(placed.run.request, cause)
 
     def _fail(self, request: Request, cause: str, *, invalid: bool = False) -> None:
@@ -280,7 +265,7 @@ class Engine:
                 raise
             log.exception("request %s failed on the host", request.id)
             self.scheduler.spoil(request)  # its pages may hold anything
-            if not request.place.is_ended:
+            if not request.state.is_ended:
                 self._fail(request, "the request failed on the host; the log has the cause")
 
     def _end(self, request: Request, output: Output) -> None:

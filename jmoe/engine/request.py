@@ -140,7 +140,7 @@ class Request:
     emit: called from the engine's thread with every increment; it must not block.
     constraint: the answer's grammar; None allows every token.
     token_ids: generated tokens that the host has seen.
-    place: the scheduler's state of the request.
+    state: the scheduler's state of the request.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
     """
 
@@ -151,7 +151,7 @@ class Request:
     arrival_time: float
     constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list)
-    place: "Place" = field(default_factory=lambda: Place())
+    state: "RequestState" = field(default_factory=lambda: RequestState())
     start_time: float | None = None
     first_token_time: float | None = None
     moe: MoEUsage = field(default_factory=MoEUsage)
@@ -173,7 +173,7 @@ class Request:
 
 
 @dataclass
-class Place:
+class RequestState:
     """A request's state in the scheduler. Token counts include those of steps that were already started.
 
     arrival: order of arrival.
@@ -241,6 +241,14 @@ class StepReport:
     decode_tokens: int
     seconds: float
     host_seconds: float
+
+
+class Listener(Protocol):
+    """Is notified of every token, step and finished request, on the engine's thread."""
+
+    def token(self, request: Request, now: float) -> None: ...
+    def stepped(self, report: StepReport) -> None: ...
+    def finished(self, request: Request, reason: str) -> None: ...
 
 
 class QueueFull(Exception):

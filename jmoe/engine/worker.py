@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from jmoe.engine.engine import Engine, Listener
-from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Request
+from jmoe.engine.engine import Engine
+from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, Request
 from jmoe.engine.text.codec import TextCodec
 from jmoe.faults import contained, tell
 

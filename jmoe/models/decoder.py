@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.choice import choose as choose_kernels
-from jmoe_kernels.matmul import Dense, linear
+from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
 from jmoe.config.model import ModelConfig
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
         self.shuffle = Shuffle(mesh, cfg.num_experts)
         self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
         # If the head is split over the mesh, the compiler partitions its product; no kernel can do that.
-        self.dense: Dense = kernels.dense if is_single(mesh) else "xla"
+        self.dense: DenseKernel = kernels.dense if is_single(mesh) else "xla"
 
     def __call__(
         self,

@@ -2,23 +2,20 @@
 experts, dense first layers, experts chosen within a token's best groups. V3 scores by a sigmoid and balances
 the load by a bias."""
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
-from jmoe.config.anatomy import LatentConfig, RopeConfig, RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import LatentConfig, RopeConfig, RouterConfig
 from jmoe.models.family import (
     Family,
     HFConfig,
+    balanced_router,
     common_fields,
+    dense_and_shared,
     is_past_the_last_layer,
     prediction_witness,
     refuse,
     require,
 )
-from jmoe.models.names import decoder_names, mlp_names, qwen_experts
-from jmoe.models.weights import StoredTensor
+from jmoe.models.names import deepseek_names
 from jmoe.nn.rope import yarn_mscale
 
 # defaults of transformers' DeepseekV2Config and DeepseekV3Config for absent fields of config.json
@@ -68,19 +65,6 @@ def config_v3(hf: HFConfig) -> ModelConfig:
     return _config("DeepseekV3ForCausalLM", hf, balanced_router(hf), interleaved=interleaved)
 
 
-def balanced_router(hf: HFConfig) -> RouterConfig:
-    """Sigmoid scores, balanced by a bias that only affects the choice (arXiv 2412.19437, section 2.1.2)."""
-    return RouterConfig(
-        scoring_func="sigmoid",
-        norm_topk_prob=bool(hf["norm_topk_prob"]),
-        n_group=hf["n_group"] or 1,  # null: all experts are one group
-        topk_group=hf["topk_group"] or 1,
-        group_score="top2",
-        correction_bias=True,
-        routed_scaling_factor=require(hf, "routed_scaling_factor"),
-    )
-
-
 def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool) -> ModelConfig:
     refuse(hf, "moe_layer_freq", hf.get("moe_layer_freq", 1) != 1)
     sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -107,31 +91,13 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
     )
 
 
-def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
-    """The fields for dense first layers and for shared experts, each of inner size ``inner``."""
-    dense = range(min(require(hf, "first_k_dense_replace"), require(hf, "num_hidden_layers")))
-    return {
-        "mlp_only_layers": tuple(dense),
-        "intermediate_size": require(hf, "intermediate_size") if dense else None,
-        "shared_expert_intermediate_size": inner * (hf.get("n_shared_experts") or 0),
-    }
-
-
 def _score_scale(latent: LatentConfig, rope: RopeConfig) -> float:
     """The multiplier of attention scores; it is larger if YaRN extends the context."""
     by = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.factor and rope.mscale_all_dim else 1.0
     return latent.qk_head_dim**-0.5 * by * by
 
 
-def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
-    yield from qwen_experts(cfg, hf_prefix, prefix)
-    if cfg.router.correction_bias:
-        name = f"{hf_prefix}.mlp.gate.e_score_correction_bias"
-        yield StoredTensor(name, f"{prefix}.moe.router.correction_E")
-    if cfg.shared_expert_intermediate_size:
-        yield from mlp_names(f"{hf_prefix}.mlp.shared_experts", f"{prefix}.shared")
-
-
-names = partial(decoder_names, experts=experts)
-V2 = Family("DeepseekV2ForCausalLM", config_v2, names)
-V3 = Family("DeepseekV3ForCausalLM", config_v3, names, is_past_the_last_layer, witness=prediction_witness)
+V2 = Family("DeepseekV2ForCausalLM", config_v2, deepseek_names)
+V3 = Family(
+    "DeepseekV3ForCausalLM", config_v3, deepseek_names, is_past_the_last_layer, witness=prediction_witness
+)

@@ -1,8 +1,8 @@
 """dots.llm1 (142B-A14B): DeepSeek-V3's router over Qwen3's attention."""
 
 from jmoe.config.model import LayerType, ModelConfig
-from jmoe.models.deepseek import balanced_router, dense_and_shared, names
-from jmoe.models.family import Family, HFConfig, common_fields, require
+from jmoe.models.family import Family, HFConfig, balanced_router, common_fields, dense_and_shared, require
+from jmoe.models.names import deepseek_names
 
 # defaults of transformers' Dots1Config for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -38,4 +38,4 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family("Dots1ForCausalLM", config, names)
+FAMILY = Family("Dots1ForCausalLM", config, deepseek_names)

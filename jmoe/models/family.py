@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from jmoe.config.anatomy import RopeConfig, RopeType
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RopeConfig, RopeType, RouterConfig
 from jmoe.config.reading import hints, shown, typed
 from jmoe.models.fields import HFConfig
 from jmoe.models.weights import StoredTensor
@@ -143,3 +143,26 @@ def prediction_witness(name: str) -> str:
     """The projection that only a layer for multi-token prediction has (arXiv 2412.19437, section 2.2). If it
     is missing, the layer is an ordinary one that ``num_hidden_layers`` leaves out by mistake."""
     return ".".join([*name.split(".")[:3], "eh_proj", "weight"])
+
+
+def balanced_router(hf: HFConfig) -> RouterConfig:
+    """Sigmoid scores, balanced by a bias that only affects the choice (arXiv 2412.19437, section 2.1.2)."""
+    return RouterConfig(
+        scoring_func="sigmoid",
+        norm_topk_prob=bool(hf["norm_topk_prob"]),
+        n_group=hf["n_group"] or 1,  # null: all experts are one group
+        topk_group=hf["topk_group"] or 1,
+        group_score="top2",
+        correction_bias=True,
+        routed_scaling_factor=require(hf, "routed_scaling_factor"),
+    )
+
+
+def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
+    """The fields for dense first layers and for shared experts, each of inner size ``inner``."""
+    dense = range(min(require(hf, "first_k_dense_replace"), require(hf, "num_hidden_layers")))
+    return {
+        "mlp_only_layers": tuple(dense),
+        "intermediate_size": require(hf, "intermediate_size") if dense else None,
+        "shared_expert_intermediate_size": inner * (hf.get("n_shared_experts") or 0),
+    }

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self
 
 from msgspec import Meta
 
-from jmoe.config.anatomy import SIZE_LIMIT, Count, NotNegative
 from jmoe.config.model import Layers, LayerType, TokenId
+from jmoe.config.parts import SIZE_LIMIT, Count, NotNegative
 from jmoe.config.reading import Natural, Positive, typed
 
 _NAMES: tuple[tuple[Any, str], ...] = (
@@ -82,7 +82,7 @@ class HFConfig(Mapping[str, Any]):
         return type(self)({**defaults, **self._values}, self._prefix)
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """A copy in which ``own`` values replace those of the file."""
+        """A copy in which ``values`` replace those of the file."""
         return type(self)({**self._values, **values}, self._prefix)
 
     def table(self, name: str) -> Self:

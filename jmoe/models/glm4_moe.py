@@ -1,8 +1,16 @@
 """GLM-4.5 (355B-A32B, Air): DeepSeek-V3's router over grouped-query attention, half of each head rotated."""
 
 from jmoe.config.model import ModelConfig
-from jmoe.models.deepseek import balanced_router, dense_and_shared, names
-from jmoe.models.family import Family, HFConfig, common_fields, is_past_the_last_layer, prediction_witness
+from jmoe.models.family import (
+    Family,
+    HFConfig,
+    balanced_router,
+    common_fields,
+    dense_and_shared,
+    is_past_the_last_layer,
+    prediction_witness,
+)
+from jmoe.models.names import deepseek_names
 
 # defaults of transformers' Glm4MoeConfig for absent fields of config.json (sizes of weights are required)
 DEFAULTS = {
@@ -34,4 +42,6 @@ def config(hf: HFConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family("Glm4MoeForCausalLM", config, names, is_past_the_last_layer, witness=prediction_witness)
+FAMILY = Family(
+    "Glm4MoeForCausalLM", config, deepseek_names, is_past_the_last_layer, witness=prediction_witness
+)

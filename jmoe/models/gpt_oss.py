@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import LayerType, ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.models.family import Family, HFConfig, common_fields, quant_method, refuse
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, StoredTensor

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.models.family import Family, HFConfig, common_fields, require
 from jmoe.models.names import decoder_names, stacked_names
 from jmoe.models.weights import Form, StoredTensor

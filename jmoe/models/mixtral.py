@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.models.family import Family, HFConfig, common_fields
 from jmoe.models.names import decoder_names, mixtral_experts
 

@@ -77,6 +77,19 @@ mixtral_experts = partial(
 )
 
 
+def deepseek_experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
+    """Qwen's names, with the router's correction and the shared expert, if the model has them."""
+    yield from qwen_experts(cfg, hf_prefix, prefix)
+    if cfg.router.correction_bias:
+        name = f"{hf_prefix}.mlp.gate.e_score_correction_bias"
+        yield StoredTensor(name, f"{prefix}.moe.router.correction_E")
+    if cfg.shared_expert_intermediate_size:
+        yield from mlp_names(f"{hf_prefix}.mlp.shared_experts", f"{prefix}.shared")
+
+
+deepseek_names = partial(decoder_names, experts=deepseek_experts)
+
+
 def _norm(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
     yield StoredTensor(f"{hf_prefix}.weight", f"{prefix}.scale_D")
     if cfg.norm == "layer":

@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
 from jmoe.models.names import decoder_names, qwen_experts
 

@@ -1,6 +1,6 @@
 """One MoE layer, inside one ``shard_map``.
 
-The router (``router``, of the pieces in ``routing``) gives each token its experts, and gives the techniques
+The router (``routing``) gives each token its experts, and gives the techniques
 a distribution over all experts and an order of preference (``Routing``). In a decode step with binning,
 ``bin_assignments`` moves the assignments that a batch wants least to experts that other tokens want. With a
 capacity, ``limit`` cuts or moves what is over it. ``decide`` runs the router and these stages in order. A

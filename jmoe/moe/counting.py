@@ -41,7 +41,7 @@ def count_dispatch(
     """The counts of one shard.
 
     plain_routing: the router's own choice.
-    routing: the routing that was dispatched; the same object as ``plain`` if nothing lossy was on.
+    routing: the routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
     changes: what lossy stages changed for each token.
     traffic: the rows that the shard moved.
     train_capacity: the most rows that an expert of the training form computes.

@@ -38,7 +38,7 @@ class Decision(NamedTuple):
     """The routing of one layer, before and after the lossy stages.
 
     plain_routing: the router's own choice.
-    final_routing: the routing that is computed; the same object as ``plain`` if nothing lossy is on.
+    final_routing: the routing that is computed; the same object as ``plain_routing`` if nothing lossy is on.
     changes: what the stages changed for each token; None if no stage acts.
     """
 

@@ -118,7 +118,7 @@ class ExpertMath:
 
 
 def biased_once(experts: ExpertWeights, tensor_ranks: int) -> ExpertWeights:
-    """The weights with which this one of ``parts`` tensor ranks computes. The ranks' outputs are summed, so
+    """The weights with which one of ``tensor_ranks`` ranks computes. The ranks' outputs are summed, so
     only the first rank keeps the bias of the down projection."""
     if experts.down_bias_ED is None or tensor_ranks == 1:
         return experts

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
-from jmoe_kernels.matmul import Dense, linear
+from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.topk import route_softmax
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.moe.types import DispatchPlan, Routing
 from jmoe.param import ParamMaker
 
@@ -189,7 +189,7 @@ class Router(nnx.Module):
         experts = cfg.num_experts
         self.gate_ED = make((experts, cfg.hidden_size), (None, None), has_own_dtype=True)
         self.bias_E = make((experts,), (None,)) if cfg.router.bias else None
-        self.correction_E = make.exact((experts,), (None,)) if cfg.router.correction_bias else None
+        self.correction_E = make.float32((experts,), (None,)) if cfg.router.correction_bias else None
         self.expert_E = make.numbers(experts) if cfg.router.n_group > 1 else None
 
     @property
@@ -198,7 +198,9 @@ class Router(nnx.Module):
         return RouterWeights(self.gate_ED[...], *(None if p is None else p[...] for p in rest))
 
 
-def router_logits(x_TD: Float[Array, "T D"], weights: RouterWeights, dense: Dense) -> Float[Array, "T E"]:
+def router_logits(
+    x_TD: Float[Array, "T D"], weights: RouterWeights, dense: DenseKernel
+) -> Float[Array, "T E"]:
     logits_TE = linear(x_TD, weights.gate_ED, dense)
     if weights.bias_E is None:
         return logits_TE

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
-from jmoe_kernels.paged_attention import Attention as AttentionKernel
-from jmoe_kernels.paged_attention import LayerPages, NewTokens, attend_all
+from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, NewTokens, attend_all
 
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
@@ -26,7 +25,7 @@ from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import CachedHeads, StateSizes, page_layout, page_spec
 from jmoe.nn.rope import Rotation
 from jmoe.nn.sequences import Sequences
-from jmoe.nn.window import attend_window
+from jmoe.nn.uncached import attend_uncached
 from jmoe.param import specs_of
 
 Weights = dict[str, Array]
@@ -98,8 +97,8 @@ class Attention(nnx.Module):
         """Attention output in float32 and the pages with this step's keys and values.
 
         Tokens enter and leave sequence after sequence, N = B * T, split over data and expert. move: if given,
-        the tokens of the ranks that share their heads enter in its ``before`` order and leave in its
-        ``after`` order.
+        the tokens of the ranks that share their heads enter in its ``old_order`` and leave in its
+        ``new_order``.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
@@ -133,7 +132,7 @@ class Attention(nnx.Module):
         sinks_H = w["sinks_H"].astype(jnp.float32) if "sinks_H" in w else None
         with jax.named_scope("attend"):
             if pages is None or seqs.table_BM is None:
-                out = attend_window(q, k, k if v is None else v, positions_RN, self.span, sinks_H)
+                out = attend_uncached(q, k, k if v is None else v, positions_RN, self.span, sinks_H)
             else:
                 out, pages = self._attend(seqs, q, k, v, pages, sinks_H)
         with jax.named_scope("out"):

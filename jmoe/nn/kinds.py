@@ -5,8 +5,7 @@ layout of its state; everything else here asks the kinds of a model's layers.
 """
 
 import jax
-from jmoe_kernels.paged_attention import Attention as AttentionKernel
-from jmoe_kernels.paged_attention import LayerPages
+from jmoe_kernels.paged_attention import AttentionKernel, LayerPages
 
 from jmoe.config.model import AttentionKind, ModelConfig
 from jmoe.mesh import Split

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
-from jmoe_kernels.paged_attention import Attention, LayerPages, heads_axis, page_shapes
+from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, heads_axis, page_shapes
 
 from jmoe.mesh import Split, platform_of
 
@@ -65,13 +65,13 @@ def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
     return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
 
 
-def page_spec(attention: Attention, split: Split) -> PartitionSpec:
+def page_spec(attention: AttentionKernel, split: Split) -> PartitionSpec:
     """The pages axis is split like sequences, the heads axis like heads."""
     return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
 def page_layout(
-    heads: CachedHeads, dtype: str, split: Split, attention: Attention, sizes: StateSizes
+    heads: CachedHeads, dtype: str, split: Split, attention: AttentionKernel, sizes: StateSizes
 ) -> LayerPages:
     """The arrays of one layer's pages, as shapes with dtypes and shardings."""
     count, is_value = sizes.num_pages * split.sequence_ranks, heads.value_dim is not None

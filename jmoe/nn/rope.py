@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jmoe.config.anatomy import RopeConfig
+from jmoe.config.parts import RopeConfig
 
 Rotation = tuple[Array, Array]
 

@@ -19,7 +19,7 @@ class Sequences:
     positions_BT: position of each token; -1 marks padding.
     table_BM: page table of each row; None without a cache.
     exact_B: rows that opted out of lossy techniques; None if none did.
-    seats_B: seat of each row's request, a number that it keeps while it runs (see ``Place.seat``).
+    seats_B: seat of each row's request, a number that it keeps while it runs (see ``RequestState.seat``).
     fresh_B: rows that begin with the first token of their sequence that is computed; None means the rows that
         begin at position 0.
     decoding: rows of one token each, of sequences that decode in the same step; every rank has equally many.

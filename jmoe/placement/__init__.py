@@ -1,7 +1,7 @@
 """Which device holds which expert: Speculative MoE's offline half, in numpy alone.
 
 ``profile_builder`` counts which tokens choose which experts. ``group`` places experts by a ``profile`` so
-that few activations leave their token's device (``objective``; ``coclustering`` is the solver, ``baselines``
-and ``cross_entropy`` are compared with it). ``tabulate`` makes the ``tables`` that say where a token's
+that few activations leave their token's device (``objective``; ``coclustering`` is the solver, the methods
+in ``baselines`` are compared with it). ``tabulate`` makes the ``tables`` that say where a token's
 experts will be.
 """

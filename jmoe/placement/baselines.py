@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jmoe.placement.coclustering import assign
-from jmoe.placement.objective import LayerProblem, Problem, Progress, prices
+from jmoe.placement.objective import LayerProblem, Problem, SolverProgress, prices
 from jmoe.placement.placement import balance
 
 ENUMERATED = 20_000  # partitions of a layer's experts; 16 experts on 2 ranks have 6435, 12 on 4 15400
@@ -32,24 +32,24 @@ ELITE = 0.1
 KEEP = 0.3  # weight of the last round's probabilities
 
 
-def uniform(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def uniform(problem: Problem, rng: np.random.Generator, progress: SolverProgress) -> Int[np.ndarray, "L E"]:
     """Places experts on ranks in order."""
     home_E = np.arange(problem.experts) // (problem.experts // problem.ranks)
     return np.tile(home_E, (len(problem.layers), 1))
 
 
-def random(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def random(problem: Problem, rng: np.random.Generator, progress: SolverProgress) -> Int[np.ndarray, "L E"]:
     return rng.permuted(uniform(problem, rng, progress), axis=1)
 
 
-def load(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def load(problem: Problem, rng: np.random.Generator, progress: SolverProgress) -> Int[np.ndarray, "L E"]:
     """Places experts, heaviest first, on the lightest rank with room, as EPLB does, without replicas."""
     loads_LE = np.stack([layer.chosen_ET.sum(1) for layer in problem.layers])
     dealt = balance(loads_LE, slots=problem.experts, ranks=problem.ranks, model="")
     return np.argsort(dealt.experts_LP, axis=1) // (problem.experts // problem.ranks)
 
 
-def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def exflow(problem: Problem, rng: np.random.Generator, progress: SolverProgress) -> Int[np.ndarray, "L E"]:
     """Maximises the number of transitions that stay on a rank."""
     home_LE = load(problem, rng, progress)
     layers = len(home_LE)
@@ -64,7 +64,7 @@ def exflow(problem: Problem, rng: np.random.Generator, progress: Progress) -> In
     return home_LE
 
 
-def moetuner(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def moetuner(problem: Problem, rng: np.random.Generator, progress: SolverProgress) -> Int[np.ndarray, "L E"]:
     """Enumerates all partitions; raises ValueError if there are too many."""
     count = partitions(problem.experts, problem.ranks)
     if count > ENUMERATED:
@@ -123,7 +123,9 @@ def _pull(problem: Problem, home_LE: np.ndarray, layer: int) -> Float[np.ndarray
     return pull_ER
 
 
-def cross_entropy(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def cross_entropy(
+    problem: Problem, rng: np.random.Generator, progress: SolverProgress
+) -> Int[np.ndarray, "L E"]:
     """The rank of each layer's experts."""
     home, costs = [], []
     for layer, statistics in enumerate(problem.layers):

@@ -27,14 +27,16 @@ What the paper leaves open, decided here:
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmoe.placement.objective import Problem, Progress, improve
+from jmoe.placement.objective import Problem, SolverProgress, improve
 
 STEPS = 6
 PASSES = 20
 CLUSTERINGS = 10  # rounds of k-means
 
 
-def alternating(problem: Problem, rng: np.random.Generator, progress: Progress) -> Int[np.ndarray, "L E"]:
+def alternating(
+    problem: Problem, rng: np.random.Generator, progress: SolverProgress
+) -> Int[np.ndarray, "L E"]:
     """The rank of each layer's experts."""
     layers, steps = len(problem.layers), STEPS
     cluster_Q = cluster_requests(problem, rng)

@@ -16,12 +16,12 @@ from jaxtyping import Int
 
 from jmoe.placement.baselines import cross_entropy, exflow, load, moetuner, random, uniform
 from jmoe.placement.coclustering import alternating
-from jmoe.placement.objective import Problem, Progress
+from jmoe.placement.objective import Problem, SolverProgress
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tabulate import tabulate
 
-Solver = Callable[[Problem, np.random.Generator, Progress], Int[np.ndarray, "L E"]]
+Solver = Callable[[Problem, np.random.Generator, SolverProgress], Int[np.ndarray, "L E"]]
 METHODS: dict[str, Solver] = {
     "alternating": alternating,
     "cross_entropy": cross_entropy,
@@ -40,7 +40,7 @@ def group(
     ranks: int,
     method: str = "alternating",
     seed: int = 0,
-    progress: Progress = lambda done, total, cost: None,
+    progress: SolverProgress = lambda done, total, cost: None,
 ) -> Placement:
     """The placement on ``ranks`` devices, with its tables; the result is the same for the same seed.
 

@@ -34,7 +34,7 @@ from jmoe.placement.profile import Profile
 TOKENS = 4096
 THETA = 0.4
 STEPS = 60  # steps of the price search; with 4096 ids 2000 steps change the remote share by 0.0001
-Progress = Callable[[int, int, float], None]  # steps done, steps, mean cost of the layers placed so far
+SolverProgress = Callable[[int, int, float], None]  # steps done, steps, mean cost of the layers placed so far
 
 
 class Cost(NamedTuple):

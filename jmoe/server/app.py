@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Scope
 from jmoe.server.errors import ApiError, unavailable
 from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service
-from jmoe.server.watch.answered import Access, Watched
+from jmoe.server.watch.answered import AnswerReports, Watched
 from jmoe.server.wire.crowd import LACKING
 from jmoe.server.wire.middleware import ApiKey, Contained, Origins, RequestId
 
@@ -52,7 +52,7 @@ def make_app(service: Service) -> ASGIApp:
     if service.settings.allowed_origins:
         app = Origins(app, service.settings.allowed_origins)
     watched = {e: Watched(route.pattern, route.is_quiet, route.operation) for e, route in endpoints}
-    return RequestId(Access(app, watched, service.observers))
+    return RequestId(AnswerReports(app, watched, service.observers))
 
 
 async def _api_error(service: Service, request: Request, error: ApiError) -> Response:

@@ -3,16 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.request import EngineSnapshot, Request, StepReport
+from jmoe.engine.request import EngineSnapshot, Listener, Request
 from jmoe.engine.text.codec import TextCodec
-
-
-class Listener(Protocol):
-    """Is notified of every token, step and finished request, on the engine's thread."""
-
-    def token(self, request: Request, now: float) -> None: ...
-    def stepped(self, report: StepReport) -> None: ...
-    def finished(self, request: Request, reason: str) -> None: ...
 
 
 class EngineProtocol(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, TextIO
 
-from jmoe.engine.build import EngineSettings, Progress, build_engine, with_seed
+from jmoe.engine.build import BuildProgress, EngineSettings, build_engine, with_seed
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 
@@ -18,7 +18,7 @@ def print_streamed(
     settings: EngineSettings,
     prompts: list[str],
     params: SamplingParams,
-    progress: Progress,
+    progress: BuildProgress,
     out: TextIO,
 ) -> None:
     """Prints the completions on ``out``, each with a line end: a single one while it is generated, several
@@ -41,7 +41,7 @@ def print_streamed(
 
 
 def generate(
-    model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: Progress
+    model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: BuildProgress
 ) -> dict[str, Any]:
     """The report that ``jmoe generate --json`` prints."""
     made: list[list[Output]] = [[] for _ in prompts]

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-Experts = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "reference"]
-Dense = Literal["xla", "cpu"]
-Attention = Literal["xla", "cpu", "tpu", "gpu"]
-Binning = Literal["xla", "pallas_tpu", "pallas_gpu"]
+ExpertKernel = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "reference"]
+DenseKernel = Literal["xla", "cpu"]
+AttentionKernel = Literal["xla", "cpu", "tpu", "gpu"]
+BinningKernel = Literal["xla", "pallas_tpu", "pallas_gpu"]
 Executor = Literal["graph", "host"]
 Name = TypeVar("Name", bound=str)
 
@@ -40,10 +40,10 @@ class Backend:
     """
 
     name: str
-    experts: tuple[Experts, ...] = ("xla",)
-    attention: tuple[Attention, ...] = ("xla",)
-    binning: tuple[Binning, ...] = ("xla",)
-    dense: Dense = "xla"
+    experts: tuple[ExpertKernel, ...] = ("xla",)
+    attention: tuple[AttentionKernel, ...] = ("xla",)
+    binning: tuple[BinningKernel, ...] = ("xla",)
+    dense: DenseKernel = "xla"
     bfloat16_storage: Literal["bfloat16", "uint16"] = "bfloat16"
     num_row_tokens: int = 64
     executor: Executor = "graph"

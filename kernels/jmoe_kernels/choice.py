@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe_kernels import binning, grouped_mlp, paged_attention
-from jmoe_kernels.backends import Attention, Dense, get_backend
+from jmoe_kernels.backends import AttentionKernel, DenseKernel, get_backend
 from jmoe_kernels.paged_attention import Heads
 
 
@@ -25,8 +25,8 @@ class Kernels:
 
     platform: str
     experts: grouped_mlp.Implementation
-    dense: Dense
-    attention: Attention
+    dense: DenseKernel
+    attention: AttentionKernel
     why: str
     why_attention: str
     binning: binning.Implementation
@@ -58,7 +58,7 @@ def choose(
         why = "named in the moe config"
     backend = get_backend(platform)
     is_own = experts == backend.experts[0]
-    dense: Dense = backend.dense if is_own else "xla"
+    dense: DenseKernel = backend.dense if is_own else "xla"
     if backend.has_one_library:  # with portable experts, attention is portable too
         attention, why_attention = backend.attention[0 if is_own else -1], "goes with the experts' kernel"
     else:

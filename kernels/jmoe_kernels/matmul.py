@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jmoe_kernels import cpu
-from jmoe_kernels.backends import Dense
+from jmoe_kernels.backends import DenseKernel
 
 
 def as_float(w: Array) -> Array:
@@ -52,17 +52,17 @@ def dot_nt(a: Array, b: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: Array, w: Array, implementation: Dense) -> Array:
+def _linear(x: Array, w: Array, implementation: DenseKernel) -> Array:
     if implementation == "cpu" and w.ndim == 2:
         return cpu.linear(x, w)
     return dot_nt(x.astype(w.dtype), w)
 
 
-def _linear_fwd(x: Array, w: Array, implementation: Dense) -> tuple[Array, tuple[Array, Array]]:
+def _linear_fwd(x: Array, w: Array, implementation: DenseKernel) -> tuple[Array, tuple[Array, Array]]:
     return _linear(x, w, implementation), (x, w)
 
 
-def _linear_bwd(implementation: Dense, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _linear_bwd(implementation: DenseKernel, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
     g, x = lax.optimization_barrier((g, x))
     batch = tuple(range(w.ndim - 2))
@@ -77,7 +77,7 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def linear(
-    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"], implementation: Dense = "xla"
+    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"], implementation: DenseKernel = "xla"
 ) -> Float[Array, "*B M N"]:
     """Returns ``x @ w.T`` in float32, computed in the dtype of ``w``.
 

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 def take_rows(
     x_ND: Float[Array, "N D"], index_M: Int[Array, " M"], uses_NU: Int[Array, "N U"]
 ) -> Float[Array, "M D"]:
-    """Returns ``x[index]``, with zeros where ``index`` is N or more.
+    """Returns ``x_ND[index_M]``, with zeros where ``index_M`` is N or more.
 
-    uses_NU: for each row of ``x``, the rows of the result to which it is copied; M or more marks an unused
-        entry. It must be the exact inverse of ``index``, because the gradient is read through it.
+    uses_NU: for each row of ``x_ND``, the rows of the result to which it is copied; M or more marks an unused
+        entry. It must be the exact inverse of ``index_M``, because the gradient is read through it.
     """
     return x_ND.at[index_M].get(mode="fill", fill_value=0)
 

@@ -18,8 +18,8 @@ from support.models import stored_forms as forms
 from jmoe.checkpoint import slices
 from jmoe.checkpoint.formats import FORMATS
 from jmoe.checkpoint.formats.mxfp4 import dequantise
-from jmoe.checkpoint.forms import entries
 from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.layouts import entries
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.models import FAMILIES

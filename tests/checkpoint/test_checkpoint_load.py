@@ -15,7 +15,7 @@ from support.models.small import config as small_config
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, place
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, put_on_mesh
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
 from jmoe.models.decoder import Decoder
@@ -179,7 +179,7 @@ def test_one_device_aliases_the_buffer():
         buffer = aligned_empty((3, 5), dtype)
         buffer[...] = 1
         spec = ParamSpec("p", (3, 5), np.dtype(dtype), np.dtype(storage), SingleDeviceSharding(device))
-        array = place(buffer, spec)
+        array = put_on_mesh(buffer, spec)
         assert array.dtype == storage
         assert not buffer.flags.writeable
         if device.platform == "cpu":

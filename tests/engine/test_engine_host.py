@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.request import QueueFull, Request, SamplingParams
-from jmoe.engine.schedule.admission import REASONS, Dispatch
+from jmoe.engine.schedule.admission import REASONS, RankChooser
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.plan import Run, Step
 from jmoe.engine.schedule.scheduler import MAX_OVERTAKEN, Limits, Scheduler
@@ -23,7 +23,7 @@ def request(name: str, prompt: int, max_tokens: int | None, token: int = 0) -> R
 def scheduler_of(
     pool: PagePool, slots=4, budget=64, longest=20, queue=10, dispatch=REASONS, share=None
 ) -> Scheduler:
-    by = Dispatch(len(pool.ranks), slots, dispatch, share)
+    by = RankChooser(len(pool.ranks), slots, dispatch, share)
     run = pool.page_size
     limits = Limits(slots, budget, longest, queue)
     sizes = range(run, budget + run, run)
@@ -33,7 +33,7 @@ def scheduler_of(
 def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
     """Does what the engine does once a step has ended, for requests that need more than it gave."""
     for run in step.decodes + step.prompts:
-        place = run.request.place
+        place = run.request.state
         place.num_in_flight -= run.is_sampled
         if run.is_sampled and not place.is_ended:
             run.request.token_ids.append(token)
@@ -89,7 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         A layer of the model writes and reads what is decoded, then writes all prompts and reads them.
         """
         for rank in range(self.RANKS):
-            counts = [-(-run.count // self.SIZE) for run in step.prompts if run.request.place.rank == rank]
+            counts = [-(-run.count // self.SIZE) for run in step.prompts if run.request.state.rank == rank]
             assert sum(counts) * self.SIZE <= step.prompt_size
         for rank, source, target in step.copies:
             self.held[rank, target] = self.held[rank, source]
@@ -101,7 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self._read(run)
 
     def _write(self, run: Run) -> None:
-        place, tokens = run.request.place, [*run.request.tokens, 0]
+        place, tokens = run.request.state, [*run.request.tokens, 0]
         assert run.is_decode or run.start % self.SIZE == 0
         for at in range(run.start, run.start + run.count):
             page = place.rank, place.block_table[at // self.SIZE]
@@ -111,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.held[page] = (*before, tokens[at])
 
     def _read(self, run: Run) -> None:
-        place, tokens = run.request.place, [*run.request.tokens, 0]
+        place, tokens = run.request.state, [*run.request.tokens, 0]
         for index in range((run.start + run.count) // self.SIZE):
             want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
             assert self.held[place.rank, place.block_table[index]] == want
@@ -122,29 +122,29 @@ class SchedulerMachine(RuleBasedStateMachine):
             chosen = data.draw(st.sampled_from(self.order))
             here = chosen in self.scheduler.running or chosen in self.scheduler.waiting
             assert (self.scheduler.abort(chosen.id) is chosen) == here
-            assert not chosen.place.block_table, "its pages are free at once"
+            assert not chosen.state.block_table, "its pages are free at once"
 
     @invariant()
     def pages_are_conserved(self):
         for number, rank in enumerate(self.pool.ranks):
             users = [0] * self.PAGES
             for r in self.scheduler.running:
-                for page in r.place.block_table if r.place.rank == number else ():
+                for page in r.state.block_table if r.state.rank == number else ():
                     users[page] += 1
             assert rank.num_users == users
             used = [page for page, n in enumerate(users) if n]
             assert sorted([*rank.blank, *rank.cached, *used]) == list(range(6))
             assert all(rank.page_of[name] == p for p in range(self.PAGES) for name in rank.names[p])
-            assert sum(r.place.rank == number for r in self.scheduler.running) <= 2
+            assert sum(r.state.rank == number for r in self.scheduler.running) <= 2
 
     @invariant()
     def seats_are_their_own(self):
-        seats = [r.place.seat for r in self.scheduler.running]
+        seats = [r.state.seat for r in self.scheduler.running]
         assert len(set(seats)) == len(seats) and all(0 <= seat < 4 for seat in seats)
 
     @invariant()
     def nobody_is_passed_without_end(self):
-        assert all(r.place.times_overtaken <= MAX_OVERTAKEN for r in self.order)
+        assert all(r.state.times_overtaken <= MAX_OVERTAKEN for r in self.order)
 
     def teardown(self):
         """Checks that without new requests everything ends and all pages are free."""
@@ -163,7 +163,7 @@ def admitted(scheduler: Scheduler, count: int) -> list[int]:
     while len(ranks) < count:
         before = set(map(id, scheduler.running))
         scheduler.next_step()
-        ranks += [r.place.rank for r in scheduler.running if id(r) not in before]
+        ranks += [r.state.rank for r in scheduler.running if id(r) not in before]
     return ranks
 
 
@@ -244,7 +244,7 @@ def test_prompts_of_one_step_read_the_pages_that_it_writes_and_copy_none():
         ("0", 0, 10), ("same", 8, 2), ("even", 4, 4),
     ]  # fmt: skip
     assert not step.copies and not step.decodes
-    first, same, even = (run.request.place.block_table for run in step.prompts)
+    first, same, even = (run.request.state.block_table for run in step.prompts)
     assert first[:2] == same[:2] and first[0] == even[0] and first[1] != even[1]
 
 
@@ -271,12 +271,12 @@ def test_the_latest_gives_way_and_runs_again_from_its_tokens():
     scheduler.add([old, young])
     while not scheduler.preemptions:
         deliver(scheduler, scheduler.next_step())
-    assert old in scheduler.running and list(scheduler.waiting) == [young] and young.place.rank == -1
+    assert old in scheduler.running and list(scheduler.waiting) == [young] and young.state.rank == -1
     told = list(young.token_ids)
-    while young.place.rank < 0:
+    while young.state.rank < 0:
         deliver(scheduler, scheduler.next_step())
-    assert old.place.is_ended and len(old.token_ids) == 12, "the oldest went on to its end"
-    assert young.token_ids[: len(told)] == told and young.place.num_prefill_tokens == 4 + len(told)
+    assert old.state.is_ended and len(old.token_ids) == 12, "the oldest went on to its end"
+    assert young.token_ids[: len(told)] == told and young.state.num_prefill_tokens == 4 + len(told)
 
 
 def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
@@ -289,32 +289,32 @@ def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
         made = Request(name, tokens, params, lambda output: None, 0.0)
         scheduler.add([made])
         step = scheduler.next_step()
-        assert made.place.num_prefill_tokens == len(tokens)
+        assert made.state.num_prefill_tokens == len(tokens)
         return made, step
 
     prompt = list(range(10))
     first, _ = enter("first", prompt)
     same, step = enter("same", prompt)
     assert (
-        same.place.block_table[:2] == first.place.block_table[:2]
-        and same.place.block_table[2] != first.place.block_table[2]
+        same.state.block_table[:2] == first.state.block_table[:2]
+        and same.state.block_table[2] != first.state.block_table[2]
     )
-    assert step.copies == [(0, first.place.block_table[2], same.place.block_table[2])]
+    assert step.copies == [(0, first.state.block_table[2], same.state.block_table[2])]
     assert [(r.request.id, r.start, r.count) for r in step.decodes if r.request is same] == [("same", 9, 1)]
     longer, step = enter("longer", [*prompt, 10, 11, 12])
     assert (
-        longer.place.block_table[:2] == first.place.block_table[:2]
+        longer.state.block_table[:2] == first.state.block_table[:2]
         and step.prompts[0].start == 8
         and not step.copies
     )
     even, _ = enter("even", prompt[:8])
-    assert even.place.num_cached_tokens == 7 and even.place.block_table[0] == first.place.block_table[0], (
+    assert even.state.num_cached_tokens == 7 and even.state.block_table[0] == first.state.block_table[0], (
         "the last page is copied"
     )
     assert [r.num_cached_tokens for r in (first, same, longer, even)] == [0, 9, 8, 7]
     for other, _ in (enter("salted", prompt, salt="x"), enter("scored", prompt, scores=0)):
-        assert other.place.num_cached_tokens == other.num_cached_tokens == 0
-        assert not set(other.place.block_table) & set(first.place.block_table)
+        assert other.state.num_cached_tokens == other.num_cached_tokens == 0
+        assert not set(other.state.block_table) & set(first.state.block_table)
     assert (scheduler.prefix.queries, scheduler.prefix.hits) == (10 + 10 + 13 + 8 + 10, 9 + 8 + 7)
 
 

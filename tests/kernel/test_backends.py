@@ -16,7 +16,7 @@ from jmoe_kernels import binning, cpu, grouped_mlp, paged_attention
 from jmoe_kernels.backends import BACKENDS, Backend, first_supported, get_backend, home_of
 from jmoe_kernels.binning import Rule
 from jmoe_kernels.choice import choose
-from jmoe_kernels.matmul import Dense
+from jmoe_kernels.matmul import DenseKernel
 from jmoe_kernels.paged_attention import Heads, Span
 
 from jmoe.config.techniques import OffloadConfig
@@ -36,10 +36,10 @@ def mesh_on(platform: str) -> SimpleNamespace:
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_record_names_only_what_there_is_and_what_runs_there(platform: str):
     backend, heads = BACKENDS[platform], Heads(8, 2, 128)
-    assert backend.name == platform and backend.dense in get_args(Dense)
+    assert backend.name == platform and backend.dense in get_args(DenseKernel)
     for names, known in (
         (backend.experts, grouped_mlp.Implementation),
-        (backend.attention, paged_attention.Attention),
+        (backend.attention, paged_attention.AttentionKernel),
         (backend.binning, binning.Implementation),
     ):
         assert set(names) <= set(get_args(known)) and len(set(names)) == len(names) and names[-1] == "xla"
@@ -54,7 +54,7 @@ def test_a_record_names_only_what_there_is_and_what_runs_there(platform: str):
 def test_every_kernel_has_one_home_and_is_refused_elsewhere():
     homes = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
     portable = {"xla", "batched", "reference"}
-    named = {*get_args(grouped_mlp.Implementation), *get_args(paged_attention.Attention)}
+    named = {*get_args(grouped_mlp.Implementation), *get_args(paged_attention.AttentionKernel)}
     assert named == homes.keys() | portable
     assert {name: home_of(name) for name in named} == homes | dict.fromkeys(portable)
     for platform in PLATFORMS:

@@ -15,7 +15,7 @@ from jmoe_kernels import cpu
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, Span, attend_all
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
 
-from jmoe.nn.window import attend_window
+from jmoe.nn.uncached import attend_uncached
 
 SIZE, PAGES, TABLE, RUN = 8, 32, 12, 16  # rows of a page, pages, pages of a table, tokens of a prompt's row
 OWN, MATE = [3, 9, 7, 12, 5, 14], [2, 20, 4, 21, 6, 22, 8, 23, 10, 24]  # pages of both; 0 pads the tables
@@ -227,7 +227,7 @@ def test_windows_without_a_cache_keep_it_to_themselves(span: Span):
     q, k, v = (rng.standard_normal((2, 20, h, 8)).astype(np.float32) for h in (4, 2, 2))
     positions = np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)).copy()
     positions[0, 15:] = -1
-    run = jax.jit(lambda q, k, v: attend_window(q, k, v, positions, span, jnp.ones(4)))
+    run = jax.jit(lambda q, k, v: attend_uncached(q, k, v, positions, span, jnp.ones(4)))
     want = np.asarray(run(q, k, v))
     for at in ((0, slice(15, None)), (1, slice(None)), (0, slice(14, 15))):
         for bad in (np.nan, np.inf):

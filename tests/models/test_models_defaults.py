@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jmoe.config.anatomy import LatentConfig, RopeConfig, RouterConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.parts import LatentConfig, RopeConfig, RouterConfig
 from jmoe.models import model_config
 
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")

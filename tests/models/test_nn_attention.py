@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from support.models.small import config, decoder, mesh_of, tokens
 
-from jmoe.config.anatomy import RopeConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.parts import RopeConfig
 from jmoe.nn.kinds import make_state
 from jmoe.nn.kv_cache import StateSizes
 from jmoe.nn.norm import rms_norm

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 from support.models.small import config, decoder, tokens
 
-from jmoe.config.anatomy import LatentConfig
+from jmoe.config.parts import LatentConfig
 from jmoe.mesh import make_mesh
 from jmoe.nn.sequences import Sequences
 

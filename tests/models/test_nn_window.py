@@ -7,7 +7,7 @@ import pytest
 from jmoe_kernels.paged_attention import Span
 from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
 
-from jmoe.nn.window import attend_window
+from jmoe.nn.uncached import attend_uncached
 
 SPANS = (Span(), Span(window=5), Span(chunk=3), Span(chunk=64), Span(chunk=100))
 
@@ -22,7 +22,7 @@ def qkv(t: int, h: int = 4, g: int = 2, d: int = 8, e: int = 8):
 def test_a_window_equals_numpy(t: int, span: Span):
     q, k, v = qkv(t)
     positions = jnp.broadcast_to(jnp.arange(t), (2, t))
-    out = attend_window(q, k, v, positions, span)
+    out = attend_uncached(q, k, v, positions, span)
     for b in range(2):
         np.testing.assert_allclose(out[b], by_numpy(q[b], k[b], v[b], span), atol=2e-5)
 
@@ -35,7 +35,7 @@ def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):
     q, k, v = qkv(140, *heads, e=5)
     sinks = (sink * np.linspace(0.5, 1, heads[0])).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(140), (2, 140))
-    out = attend_window(q, k, v, positions, Span(window=9), jnp.asarray(sinks))
+    out = attend_uncached(q, k, v, positions, Span(window=9), jnp.asarray(sinks))
     assert out.shape == (2, 140, heads[0], 5)
     for b in range(2):
         want = by_numpy(q[b], k[b], v[b], Span(window=9), sinks)
@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_one_softmax(span: Span):
     sinks = jnp.array([0.3, -2.0, 5.0, 1.0])
     positions = jnp.broadcast_to(jnp.arange(135), (2, 135))
     probe = jnp.asarray(np.random.default_rng(0).standard_normal((2, 135, 4, 6), np.float32))
-    ours = jax.grad(lambda *a: (attend_window(*a[:3], positions, span, a[3]) * probe).sum(), (0, 1, 2, 3))
+    ours = jax.grad(lambda *a: (attend_uncached(*a[:3], positions, span, a[3]) * probe).sum(), (0, 1, 2, 3))
     want = jax.grad(lambda *a: (dense(*a[:3], span, a[3]) * probe).sum(), (0, 1, 2, 3))
     for got, expected in zip(ours(q, k, v, sinks), want(q, k, v, sinks), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_gradients_equal_those_of_one_softmax(span: Span):
 def test_padding_stays_finite_forward_and_backward():
     q, k, v = map(jnp.asarray, qkv(6))
     positions = jnp.array([[0, 1, 2, -1, -1, -1], [-1] * 6])
-    loss = lambda q, sinks: jnp.sum(attend_window(q, k, v, positions, Span(chunk=2), sinks)[0, :3] ** 2)  # noqa: E731
+    loss = lambda q, sinks: jnp.sum(attend_uncached(q, k, v, positions, Span(chunk=2), sinks)[0, :3] ** 2)  # noqa: E731
     for sinks in (jnp.zeros(4), jnp.full(4, 1e4), jnp.full(4, -1e4)):
-        assert np.isfinite(attend_window(q, k, v, positions, Span(chunk=2), sinks)).all()
+        assert np.isfinite(attend_uncached(q, k, v, positions, Span(chunk=2), sinks)).all()
         assert all(np.isfinite(grad).all() for grad in jax.grad(loss, (0, 1))(q, sinks))

@@ -18,8 +18,8 @@ from support.models.small import config, mesh_of
 from support.oracles.routers import EXPERTS, GROUPED, VARIANTS, Variant
 from support.oracles.routers import compiled as router
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule

@@ -9,8 +9,8 @@ from support.models.layers import layer_on, run
 from support.models.small import MESHES, config, mesh_of
 from support.oracles.dense_moe import moe_reference
 
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.mesh import make_mesh
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.routing import plan_dispatch, route

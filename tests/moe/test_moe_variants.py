@@ -24,7 +24,7 @@ from jmoe.moe.transport import local
 from jmoe.moe.types import Phase, TokenFlags
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.copies import copy_in
-from jmoe.offload.predictors.make import NoPredictor
+from jmoe.offload.predictors.none import NoPredictor
 from jmoe.offload.table import CachePolicy, fill, new_table
 from jmoe.offload.types import StepView
 from jmoe.param import ParamMaker

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from studies.offload.oracle import Oracle
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
-from jmoe.offload.predictors.make import NAMES, Oracle, PredictorSizes, make_predictor
+from jmoe.offload.predictors.make import NAMES, PredictorSizes, make_predictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerView, Predictor, StepView

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from studies.offload import simulator
+from studies.offload.oracle import Oracle
 from studies.offload.replay import replay
 from studies.offload.simulator import Link, Trace, begin, next_uses
 from studies.offload.traces import make_traces, route_windows
@@ -27,7 +28,7 @@ from support.models.offloaded import (
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
-from jmoe.offload.predictors.make import NoPredictor, Oracle
+from jmoe.offload.predictors.none import NoPredictor
 from jmoe.offload.table import CachePolicy, fill, new_table
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
@@ -75,7 +76,7 @@ def decode_behind_all_prompts(engine: Engine) -> None:
     continues = scheduler._continues
 
     def waits(request: Request) -> bool:
-        prompts = any(r.place.num_computed_tokens < r.place.num_prefill_tokens for r in scheduler.running)
+        prompts = any(r.state.num_computed_tokens < r.state.num_prefill_tokens for r in scheduler.running)
         return not (scheduler.waiting or prompts) and continues(request)
 
     scheduler._continues = waits

@@ -4,8 +4,8 @@ The model side names a tensor's format (``Form.number_format``), and a family th
 """
 
 from jmoe.checkpoint.formats import mxfp4, plain
-from jmoe.checkpoint.formats.format import Entry, Format
+from jmoe.checkpoint.formats.format import Format, StoredEntry
 
 FORMATS = {format.name: format for format in (plain.FORMAT, mxfp4.FORMAT)}
 
-__all__ = ["FORMATS", "Entry", "Format"]
+__all__ = ["FORMATS", "Format", "StoredEntry"]

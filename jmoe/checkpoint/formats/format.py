@@ -9,7 +9,7 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredEntry:
     """What is read from one tensor.
 
     name: name of the tensor.
@@ -37,5 +37,5 @@ class Format:
 
     name: str
     suffixes: tuple[str, ...]
-    entries: Callable[[str, tuple[int, ...]], tuple[Entry, ...]]
+    entries: Callable[[str, tuple[int, ...]], tuple[StoredEntry, ...]]
     read: Callable[[HFCheckpoint, str, int, np.ndarray], None]

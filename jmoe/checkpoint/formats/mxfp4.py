@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from jmoe.checkpoint.formats.format import Entry, Format
+from jmoe.checkpoint.formats.format import Format, StoredEntry
 from jmoe.checkpoint.hf_reader import HFCheckpoint, all_finite
 from jmoe.config.units import brief
 
@@ -17,11 +17,13 @@ BLOCKS, SCALES = "_blocks", "_scales"
 DTYPE = "U8"  # of both tensors
 
 
-def entries(name: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
+def entries(name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
     if shape[-1] % BLOCK:
         raise ValueError(f"tensor {name!r}: rows of {shape[-1]} do not split into blocks of {BLOCK}")
     per_row = (*shape[:-1], shape[-1] // BLOCK)
-    return Entry(name + BLOCKS, (*per_row, PAIRS), (DTYPE,)), Entry(name + SCALES, per_row, (DTYPE,))
+    return StoredEntry(name + BLOCKS, (*per_row, PAIRS), (DTYPE,)), StoredEntry(
+        name + SCALES, per_row, (DTYPE,)
+    )
 
 
 def read(checkpoint: HFCheckpoint, name: str, start: int, out: np.ndarray) -> None:

@@ -1,12 +1,12 @@
 """Unquantised numbers, in one tensor of any floating-point dtype."""
 
-from jmoe.checkpoint.formats.format import Entry, Format
+from jmoe.checkpoint.formats.format import Format, StoredEntry
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.safetensors_file import DTYPES
 
 
-def entries(name: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
-    return (Entry(name, shape, tuple(DTYPES)),)
+def entries(name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
+    return (StoredEntry(name, shape, tuple(DTYPES)),)
 
 
 FORMAT = Format("plain", ("",), entries, HFCheckpoint.read_run)

@@ -43,6 +43,7 @@ def make_cache(
     assert offload is not None
     history = _renumbered(profile, model, placement)
     shape, num_local = (len(cfg.moe_layers), cfg.num_experts), _local_experts(cfg, mesh)
+    # without a profile: the first experts of each rank, in every layer alike
     first_LE = np.broadcast_to(-np.arange(cfg.num_experts) % num_local, shape)
     loads_LE = first_LE if history is None else history.loads_LE
     embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
@@ -154,7 +155,7 @@ def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[Table, C
 
 
 def _empty_pool(cfg: ModelConfig, slots: int, mesh: Mesh, *, is_global: bool = False) -> ExpertWeights:
-    """Shapes of a rank's pool, or of all ranks' pools together if ``whole``."""
+    """Shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 

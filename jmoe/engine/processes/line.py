@@ -128,7 +128,7 @@ class Followers:
             raise EngineDead(self.loss)
 
     def close(self, last_message: bytes = b"") -> None:
-        """Sends ``last`` and closes the lines; a follower that gets no last message assumes a failure."""
+        """Sends ``last_message`` and closes the lines; a follower that gets none assumes a failure."""
         self._is_closing = True  # from here on, followers may go
         for line in self._lines.values():
             with suppress(OSError):

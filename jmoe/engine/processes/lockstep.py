@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
-from jmoe.engine.build import Progress, build
+from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
 from jmoe.engine.engine import Engine
@@ -138,7 +138,7 @@ def repeat(runner: Runner, line: Line) -> None:
             runner.window_logits(*both)
 
 
-def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Progress) -> Engine:
+def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: BuildProgress) -> Engine:
     """Process 0's engine on the mesh of all processes, warmed up. Closing it ends the followers.
 
     Raises ValueError as ``build_engine`` does, and EngineDead if a follower is gone.
@@ -161,7 +161,7 @@ def follow(
     nodes: Nodes,
     model: str | Path,
     settings: EngineSettings,
-    progress: Progress,
+    progress: BuildProgress,
     on_ready: Callable[[Runner], None] = lambda runner: None,
 ) -> None:
     """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.

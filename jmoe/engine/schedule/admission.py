@@ -26,7 +26,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Admission:
     """How a request could be admitted to a rank.
 
     full_pages: full pages that already hold the beginning of its tokens.
@@ -45,9 +45,9 @@ class Entry:
     num_free_pages: int
 
 
-def entry_at(
+def admission_at(
     rank: int, pages: RankPages, tokens: list[int], names: PageNames | None, size: int, running: int
-) -> Entry | None:
+) -> Admission | None:
     """How ``tokens`` could be admitted to ``rank``; None if the rank has too few free pages.
 
     It needs enough for ``tokens`` and one more for each request that already runs there. Full pages that the
@@ -69,13 +69,13 @@ def entry_at(
     reused = sum(not pages.num_users[page] for page in full_pages)
     need = -(-len(tokens) // size) - len(full_pages) + reused + running
     if partial_page is not None and need + (not pages.num_users[partial_page]) <= pages.num_free:
-        return Entry(rank, full_pages, partial_page, len(tokens) - 1, running, pages.num_free)
+        return Admission(rank, full_pages, partial_page, len(tokens) - 1, running, pages.num_free)
     if need <= pages.num_free:
-        return Entry(rank, full_pages, None, len(full_pages) * size, running, pages.num_free)
+        return Admission(rank, full_pages, None, len(full_pages) * size, running, pages.num_free)
     return None
 
 
-class Dispatch:
+class RankChooser:
     """Chooses the rank for each request.
 
     ranks: number of ranks.
@@ -91,7 +91,7 @@ class Dispatch:
         self.round: set[int] = set()  # ranks that got a request for its experts in this round
         self._turn = 0
 
-    def choose(self, tokens: list[int], entries: list[Entry], least: int) -> Entry:
+    def choose(self, tokens: list[int], entries: list[Admission], least: int) -> Admission:
         """Chooses one of the entries for a prompt. least: requests on the rank that runs the fewest."""
         for reason in self.reasons:
             if reason == "prefix":
@@ -107,7 +107,7 @@ class Dispatch:
         self._turn += 1
         return entries[self._turn % len(entries)]
 
-    def _likeliest(self, share: Sequence[float], entries: list[Entry]) -> Entry:
+    def _likeliest(self, share: Sequence[float], entries: list[Admission]) -> Admission:
         """Chooses the entry with the largest expected share and marks its rank in this round."""
         fresh = [e for e in entries if e.rank not in self.round] or entries
         best = max(fresh, key=lambda e: (share[e.rank], e.num_free_pages, -e.rank))

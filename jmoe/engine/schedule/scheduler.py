@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jmoe.engine.page_names import PageNames
-from jmoe.engine.request import Place, QueueFull, Request
-from jmoe.engine.schedule.admission import Dispatch, Entry, entry_at
+from jmoe.engine.request import QueueFull, Request, RequestState
+from jmoe.engine.schedule.admission import Admission, RankChooser, admission_at
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.plan import Room, Run, Step
 
@@ -52,7 +52,7 @@ class Scheduler:
     pool: KV pages of all ranks.
     sizes: compiled numbers of prompt tokens a rank; the first is that of one row.
     kind: names what a request's pages depend on other than its tokens; with None no pages are shared.
-    dispatch: chooses ranks; None = the default ``Dispatch``.
+    dispatch: chooses ranks; None = the default ``RankChooser``.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Scheduler:
         limits: Limits,
         sizes: Sequence[int],
         kind: Callable[[Request], str] | None = None,
-        dispatch: Dispatch | None = None,
+        dispatch: RankChooser | None = None,
     ):
         self.pool, self.limits, self.sizes, self.kind = pool, limits, tuple(sizes), kind
-        self.dispatch = dispatch or Dispatch(len(pool.ranks), limits.max_num_seqs)
+        self.dispatch = dispatch or RankChooser(len(pool.ranks), limits.max_num_seqs)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.prefix, self.preemptions = PrefixCounts(), 0
@@ -84,14 +84,14 @@ class Scheduler:
                 f"the queue is full: {len(self.waiting)} of {self.limits.max_queue} requests are waiting"
             )
         for request in requests:
-            request.place = Place(arrival=self._num_arrivals)
+            request.state = RequestState(arrival=self._num_arrivals)
             self._num_arrivals += 1
         self.waiting.extend(requests)
 
     # ---- a step --------------------------------------------------------------------------------------
 
     def next_step(self) -> Step | None:
-        """Plans the next step and advances each request's place as if it had run; None if nothing can run."""
+        """Plans the next step and advances each request's state as if it had run; None if nothing can run."""
         step = Step()
         for rank in self.pool.ranks:
             rank.unwritten.clear()
@@ -100,7 +100,7 @@ class Scheduler:
                 self._decode(request, step)
         rooms = self._rooms(step)
         for request in self._by_age():
-            if request.place.num_computed_tokens < request.place.num_prefill_tokens:
+            if request.state.num_computed_tokens < request.state.num_prefill_tokens:
                 self._prefill(request, step, rooms)
         self._admit(step, rooms)
         most = max(room.num_used_rows for room in rooms) * self.sizes[0]
@@ -108,87 +108,87 @@ class Scheduler:
         return step if step.decodes or step.prompts else None
 
     def _by_age(self) -> list[Request]:
-        return sorted(self.running, key=lambda r: r.place.arrival)
+        return sorted(self.running, key=lambda r: r.state.arrival)
 
     def _rooms(self, step: Step) -> list[Room]:
         """The room for prompts on each rank, without what its decoded tokens take."""
         run, page = self.sizes[0], self.pool.page_size
         left = [self.limits.max_num_batched_tokens] * len(self.pool.ranks)
         for decoded in step.decodes:
-            left[decoded.request.place.rank] -= 1
+            left[decoded.request.state.rank] -= 1
         return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
 
     def _continues(self, request: Request) -> bool:
         """Whether to decode a token: all but the last sampled one are computed, and no limit is met."""
-        place, limit = request.place, request.params.max_tokens
-        reach = request.length + place.num_in_flight
+        state, limit = request.state, request.params.max_tokens
+        reach = request.length + state.num_in_flight
         new = reach - len(request.prompt_token_ids)
-        if place.num_computed_tokens != reach - 1:
+        if state.num_computed_tokens != reach - 1:
             return False
         return reach < self.limits.max_model_len and (limit is None or new < limit)
 
     def _decode(self, request: Request, step: Step) -> None:
-        place, rank = request.place, self.pool.ranks[request.place.rank]
-        while self.pool.pages_for(place.num_computed_tokens + 1) > len(place.block_table):
+        state, rank = request.state, self.pool.ranks[request.state.rank]
+        while self.pool.pages_for(state.num_computed_tokens + 1) > len(state.block_table):
             if rank.num_free:
-                place.block_table += rank.allocate(1)
-            elif self._preempt(place.rank) is request:
+                state.block_table += rank.allocate(1)
+            elif self._preempt(state.rank) is request:
                 return
-        step.decodes.append(Run(request, place.num_computed_tokens, 1, is_decode=True, is_sampled=True))
+        step.decodes.append(Run(request, state.num_computed_tokens, 1, is_decode=True, is_sampled=True))
         self._advance(request, 1, is_sampled=True)
 
     def _preempt(self, rank: int) -> Request:
         """Preempts the running request of ``rank`` that came last: frees its pages and queues it; it runs
         again from its tokens."""
-        last = max((r for r in self.running if r.place.rank == rank), key=lambda r: r.place.arrival)
+        last = max((r for r in self.running if r.state.rank == rank), key=lambda r: r.state.arrival)
         self._leave(last)
-        place = last.place
-        last.place = Place(place.arrival, place.times_overtaken, num_in_flight=place.num_in_flight)
-        after = next((i for i, r in enumerate(self.waiting) if r.place.arrival > place.arrival), None)
+        state = last.state
+        last.state = RequestState(state.arrival, state.times_overtaken, num_in_flight=state.num_in_flight)
+        after = next((i for i, r in enumerate(self.waiting) if r.state.arrival > state.arrival), None)
         self.waiting.insert(len(self.waiting) if after is None else after, last)
         self.preemptions += 1
         return last
 
     def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
         """Adds the next tokens of a prompt to the step: whole pages, or up to its end; perhaps none."""
-        place = request.place
-        start, end = place.num_computed_tokens, place.num_prefill_tokens
-        count = rooms[place.rank].take(end - start, self.pool.page_size)
+        state = request.state
+        start, end = state.num_computed_tokens, state.num_prefill_tokens
+        count = rooms[state.rank].take(end - start, self.pool.page_size)
         if count:
             is_last = start + count == end
             step.prompts.append(Run(request, start, count, is_decode=False, is_sampled=is_last))
             self._advance(request, count, is_sampled=is_last)
 
     def _advance(self, request: Request, count: int, *, is_sampled: bool) -> None:
-        request.place.num_computed_tokens += count
-        request.place.num_in_flight += is_sampled
+        request.state.num_computed_tokens += count
+        request.state.num_in_flight += is_sampled
         self.name_pages(request)
 
     # ---- in and out ----------------------------------------------------------------------------------
 
     def name_pages(self, request: Request) -> None:
         """Names those of its pages whose content is known by now."""
-        place, size = request.place, self.pool.page_size
-        done = min(place.num_computed_tokens, request.length)
-        is_prompt_end = done == place.num_prefill_tokens
-        if place.page_names is None or (place.num_named_pages * size > done - size and not is_prompt_end):
+        state, size = request.state, self.pool.page_size
+        done = min(state.num_computed_tokens, request.length)
+        is_prompt_end = done == state.num_prefill_tokens
+        if state.page_names is None or (state.num_named_pages * size > done - size and not is_prompt_end):
             return
-        rank, tokens = self.pool.ranks[place.rank], request.tokens[:done]
-        names = place.page_names.full(tokens)
-        for page in range(place.num_named_pages, len(names)):
-            rank.name(place.block_table[page], names[page])
-        place.num_named_pages = len(names)
-        rest = place.page_names.rest(tokens)
+        rank, tokens = self.pool.ranks[state.rank], request.tokens[:done]
+        names = state.page_names.full(tokens)
+        for page in range(state.num_named_pages, len(names)):
+            rank.name(state.block_table[page], names[page])
+        state.num_named_pages = len(names)
+        rest = state.page_names.rest(tokens)
         if rest is not None and is_prompt_end:
-            rank.name(place.block_table[place.num_named_pages], rest)
+            rank.name(state.block_table[state.num_named_pages], rest)
 
     def finish(self, request: Request) -> None:
         """Removes the request; nothing of it is wanted any more, not even from steps already started."""
-        if request.place.rank < 0:
+        if request.state.rank < 0:
             self.waiting.remove(request)
         else:
             self._leave(request)
-        request.place.is_ended = True
+        request.state.is_ended = True
 
     def spoil(self, request: Request) -> None:
         """Removes the names of its pages, because what they hold may be wrong (not finite). The pages that it
@@ -200,9 +200,9 @@ class Scheduler:
         known = [*names.full(request.tokens), *([] if rest is None else [rest])]
         for rank in self.pool.ranks:
             rank.forget([rank.page_of[name] for name in known if name in rank.page_of])
-        if request.place.rank >= 0:
-            self.pool.ranks[request.place.rank].forget(request.place.block_table)
-        request.place.page_names = None
+        if request.state.rank >= 0:
+            self.pool.ranks[request.state.rank].forget(request.state.block_table)
+        request.state.page_names = None
 
     def abort(self, request_id: str) -> Request | None:
         """Removes a request, waiting or running; None if it is not here (any more)."""
@@ -212,11 +212,11 @@ class Scheduler:
         return found
 
     def _leave(self, request: Request) -> None:
-        place = request.place
+        state = request.state
         self.name_pages(request)
         self.running.remove(request)
-        self.pool.ranks[place.rank].free(place.block_table)
-        place.block_table, place.rank = [], -1
+        self.pool.ranks[state.rank].free(state.block_table)
+        state.block_table, state.rank = [], -1
 
     # ---- who enters, and where -----------------------------------------------------------------------
 
@@ -224,17 +224,17 @@ class Scheduler:
         passed: list[Request] = []  # requests that keep waiting, in order
         while self.waiting and len(passed) < MAX_OVERTAKEN and (ranks := self._open_ranks(rooms)):
             request = self.waiting.popleft()
-            entry = None if request.place.num_in_flight else self._entry(request, ranks)
+            entry = None if request.state.num_in_flight else self._entry(request, ranks)
             if entry is not None:
                 self._enter(request, entry, step)
-                if request.place.num_computed_tokens < request.place.num_prefill_tokens:
+                if request.state.num_computed_tokens < request.state.num_prefill_tokens:
                     self._prefill(request, step, rooms)
                 for other in passed:
-                    other.place.times_overtaken += 1
+                    other.state.times_overtaken += 1
             else:
                 passed.append(request)
-            places = [other.place for other in passed]
-            if any(place.times_overtaken >= MAX_OVERTAKEN or place.num_in_flight for place in places):
+            places = [other.state for other in passed]
+            if any(state.times_overtaken >= MAX_OVERTAKEN or state.num_in_flight for state in places):
                 break
         self.waiting.extendleft(reversed(passed))
 
@@ -247,10 +247,10 @@ class Scheduler:
     def _counts(self) -> list[int]:
         counts = [0] * len(self.pool.ranks)
         for request in self.running:
-            counts[request.place.rank] += 1
+            counts[request.state.rank] += 1
         return counts
 
-    def _entry(self, request: Request, ranks: list[int]) -> Entry | None:
+    def _entry(self, request: Request, ranks: list[int]) -> Admission | None:
         """Where and how the request is admitted; None if no rank has enough pages."""
         tokens, names, counts, size = (
             request.tokens,
@@ -258,7 +258,7 @@ class Scheduler:
             self._counts(),
             self.pool.page_size,
         )
-        each = (entry_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
+        each = (admission_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
         entries = [entry for entry in each if entry is not None]
         return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
 
@@ -266,31 +266,31 @@ class Scheduler:
         """Names of its pages; None if they are not shared, or if all of the prompt must run to be scored."""
         if self.kind is None or request.params.prompt_logprobs is not None:
             return None
-        if request.place.page_names is None:
-            request.place.page_names = PageNames(self.pool.page_size, self.kind(request))
-        return request.place.page_names
+        if request.state.page_names is None:
+            request.state.page_names = PageNames(self.pool.page_size, self.kind(request))
+        return request.state.page_names
 
-    def _enter(self, request: Request, entry: Entry, step: Step) -> None:
-        place, rank = request.place, self.pool.ranks[entry.rank]
+    def _enter(self, request: Request, entry: Admission, step: Step) -> None:
+        state, rank = request.state, self.pool.ranks[entry.rank]
         shared = [*entry.full_pages, *([] if entry.partial_page is None else [entry.partial_page])]
         rank.share(shared)
         need = self.pool.pages_for(request.length) - len(entry.full_pages)
-        place.block_table = [*entry.full_pages, *rank.allocate(need)]
+        state.block_table = [*entry.full_pages, *rank.allocate(need)]
         if entry.partial_page is not None:  # others may still write into it: this request gets a copy
-            step.copies.append((entry.rank, entry.partial_page, place.block_table[-1]))
+            step.copies.append((entry.rank, entry.partial_page, state.block_table[-1]))
             rank.free([entry.partial_page])
-        seats = {r.place.seat for r in self.running}
-        place.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
-        place.rank, place.num_prefill_tokens = entry.rank, request.length
-        place.num_cached_tokens = place.num_computed_tokens = entry.num_cached_tokens
+        seats = {r.state.seat for r in self.running}
+        state.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
+        state.rank, state.num_prefill_tokens = entry.rank, request.length
+        state.num_cached_tokens = state.num_computed_tokens = entry.num_cached_tokens
         if request.start_time is None:  # otherwise it was preempted and finds its own pages
             request.num_cached_tokens = entry.num_cached_tokens
-        place.num_named_pages = len(entry.full_pages)
-        if place.page_names is not None:
-            self.prefix.queries += place.num_prefill_tokens
+        state.num_named_pages = len(entry.full_pages)
+        if state.page_names is not None:
+            self.prefix.queries += state.num_prefill_tokens
             self.prefix.hits += entry.num_cached_tokens
         self.running.append(request)
         written = rank.unwritten.isdisjoint(entry.full_pages)
-        is_last = place.num_prefill_tokens - place.num_computed_tokens == 1
+        is_last = state.num_prefill_tokens - state.num_computed_tokens == 1
         if is_last and entry.num_cached_tokens and written:  # the last token is decoded
             self._decode(request, step)

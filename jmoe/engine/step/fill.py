@@ -15,7 +15,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # some devices treat smaller number
 LARGEST_COUNT = np.iinfo(np.int32).max
 
 
-class Placed(NamedTuple):
+class PlacedRun(NamedTuple):
     """A run and its place in a step's arrays.
 
     sample_row: index of the run's sampled token in the arrays ``[B]`` of ``StepInput``.
@@ -35,7 +35,7 @@ class Placed(NamedTuple):
     column: int
 
 
-def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
+def place_runs(step: Step, runner: Runner) -> tuple[list[PlacedRun], StepInput]:
     """Returns where each run goes, and the step's host arrays, which hold only padding so far.
 
     Each run of a rank takes one row of the sampled tokens, so a rank has no more runs than such rows.
@@ -55,14 +55,14 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
             row = rank * b + i
             own_row = slice(row, row + 1)
             arrays = inputs.decode_rows or inputs.main_rows
-            placed.append(Placed(run, row, arrays, own_row, own_row, rank, i))
+            placed.append(PlacedRun(run, row, arrays, own_row, own_row, rank, i))
         first = 0  # of the rank's rows
         for i, run in enumerate(prompts[rank], len(decodes[rank])):
             count = -(-run.count // length)
             own_rows = slice(rank * rows + first, rank * rows + first + count)
             change_rows = slice(runner.ranks * b + own_rows.start, runner.ranks * b + own_rows.stop)
             where = inputs.main_rows, own_rows, change_rows, rank, b + first * length
-            placed.append(Placed(run, rank * b + i, *where))
+            placed.append(PlacedRun(run, rank * b + i, *where))
             first += count
     return placed, inputs
 
@@ -70,23 +70,23 @@ def place(step: Step, runner: Runner) -> tuple[list[Placed], StepInput]:
 def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
     found: list[list[Run]] = [[] for _ in range(ranks)]
     for run in runs:
-        found[run.request.place.rank].append(run)
+        found[run.request.state.rank].append(run)
     return found
 
 
-def fill(placed: Placed, inputs: StepInput, ends: Sequence[int]) -> None:
+def fill(placed: PlacedRun, inputs: StepInput, ends: Sequence[int]) -> None:
     """Writes the rows of one run. A token that only the device knows is -1. ends: tokens that end an
     answer."""
-    run, row, arrays, rows, _, _, column = placed
-    request, start, count, place = run.request, run.start, run.count, run.request.place
+    run, row, arrays, rows = placed.run, placed.sample_row, placed.arrays, placed.rows
+    request, start, count, state = run.request, run.start, run.count, run.request.state
     arrays.tokens_BT[rows].reshape(-1)[:count] = request.part(start, count) or [
         -1
     ]  # its rows follow one another
     arrays.positions_BT[rows].reshape(-1)[:count] = np.arange(start, start + count)
-    arrays.table_BM[rows, : len(place.block_table)] = place.block_table
-    arrays.exact_B[rows], arrays.seats_B[rows] = request.params.exact, place.seat
-    arrays.fresh_B[rows.start] = start == place.num_cached_tokens
-    inputs.logit_columns_B[row], inputs.seats_B[row] = column + count - 1, place.seat
+    arrays.table_BM[rows, : len(state.block_table)] = state.block_table
+    arrays.exact_B[rows], arrays.seats_B[rows] = request.params.exact, state.seat
+    arrays.fresh_B[rows.start] = start == state.num_cached_tokens
+    inputs.logit_columns_B[row], inputs.seats_B[row] = placed.column + count - 1, state.seat
     fill_sampling(inputs.sampling_rows, row, request.params, start + count)
     generated = start + count - len(request.prompt_token_ids)
     fill_biases(inputs.sampling_rows, row, request.params, ends, generated)
@@ -121,7 +121,7 @@ def fill_biases(
         rows.has_biases[...] = True
 
 
-def constrain(placed: Placed, inputs: StepInput) -> str | None:
+def constrain(placed: PlacedRun, inputs: StepInput) -> str | None:
     """Lets the row sample only the tokens that its grammar allows; returns why that failed, or None."""
     constraint = placed.run.request.constraint
     if constraint is None or not placed.run.is_sampled:

@@ -74,7 +74,9 @@ def sample_tokens(
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), column_RS1, axis=1)
     with jax.named_scope("sample"):
         sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.sampling_rows)
-    sampled = replace(sampled, lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32))
+    sampled = replace(
+        sampled, num_lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32)
+    )
     return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
 
 

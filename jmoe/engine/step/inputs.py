@@ -1,9 +1,9 @@
 """What the host passes to a step: its shapes, and the arrays of one step.
 
-A decode step has rows ``[B, 1]``, one token of each sequence. A prefill step has rows of ``Sizes.run`` prompt
-tokens, several rows for a long prompt, and a second array with one token of each sequence that decodes in the
-same step. B comes from short lists of sizes, so that all shapes compile at warm-up. With several ranks, rows
-are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``, and likewise in the second array.
+A decode step has rows ``[B, 1]``, one token of each sequence. A prefill step has rows of ``Sizes.row_tokens``
+prompt tokens, several rows for a long prompt, and a second array with one token of each sequence that decodes
+in the same step. B comes from short lists of sizes, so that all shapes compile at warm-up. With several
+ranks, rows are rank-major: rank r owns rows ``r * B/R .. (r + 1) * B/R``, and likewise in the second array.
 """
 
 from dataclasses import dataclass, field

@@ -4,6 +4,7 @@ The log-probabilities of a prompt are collected over its runs and sent with the 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,13 +12,36 @@ from jax import Array
 
 from jmoe.config.model import ModelConfig
 from jmoe.engine.request import Request, StepReport, TokenLogprob
-from jmoe.engine.step.fill import Placed
+from jmoe.engine.step.fill import PlacedRun
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled
 from jmoe.moe.types import Changes
 
 # scores of every token of the grid, still being computed: see ``sampling.score``
 DeviceScores = tuple[Array, Array, Array]
+
+
+class FetchedStep(NamedTuple):
+    """The results of a step on the host, one entry per sampled token.
+
+    ids_B: the sampled tokens.
+    logprob_B: their log-probabilities.
+    top_ids_BA: the likeliest tokens.
+    top_logprobs_BA: log-probabilities of the likeliest tokens.
+    finite_B: whether the logits are finite.
+    num_lost: assignments that no expert computed; unless 0, the tokens are wrong.
+    """
+
+    ids_B: np.ndarray
+    logprob_B: np.ndarray
+    top_ids_BA: np.ndarray
+    top_logprobs_BA: np.ndarray
+    finite_B: np.ndarray
+    num_lost: int
+
+    def scores(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-probability of the row's token, the likeliest tokens and their log-probabilities."""
+        return self.logprob_B[row], self.top_ids_BA[row], self.top_logprobs_BA[row]
 
 
 @dataclass(frozen=True)
@@ -32,7 +56,7 @@ class RunningStep:
     planning_seconds: seconds that planning took.
     """
 
-    placed: list[Placed]
+    placed: list[PlacedRun]
     sampled: Sampled
     changes_B: Changes | None
     prompt_scores: DeviceScores | None
@@ -44,11 +68,12 @@ class RunningStep:
         """Whether the host must see this step's tokens before the next step: some row has a grammar."""
         return any(run.is_sampled and run.request.constraint is not None for run, *_ in self.placed)
 
-    def fetch(self) -> list[np.ndarray]:
-        """Waits for the end of the step; returns the sampled tokens, their scores, whether their logits are
-        finite, and the number of lost assignments to experts."""
+    def fetch(self) -> FetchedStep:
+        """Waits for the end of the step and brings its results to the host."""
         s = self.sampled
-        return jax.device_get([s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.lost])
+        arrays = s.ids_B, s.logprob_B, s.top_ids_BA, s.top_logprobs_BA, s.finite_B, s.num_lost
+        ids_B, logprob_B, top_ids_BA, top_logprobs_BA, finite_B, num_lost = jax.device_get(arrays)
+        return FetchedStep(ids_B, logprob_B, top_ids_BA, top_logprobs_BA, finite_B, int(num_lost))
 
     def report(self, fetch_time: float, delivery_time: float) -> StepReport:
         """The report of the step.
@@ -62,7 +87,7 @@ class RunningStep:
         return StepReport(prompts, decoded, fetch_time - self.start_time, host)
 
 
-def count_assignments(placed: Placed, changes: Changes | None, cfg: ModelConfig) -> None:
+def count_assignments(placed: PlacedRun, changes: Changes | None, cfg: ModelConfig) -> None:
     """Adds a step's assignments, and the changes to them, to the request's counts.
 
     changes: the step's changes, on the host; None if there are none.
@@ -85,7 +110,7 @@ class PromptScores:
         if request.params.prompt_logprobs is not None:
             self._scores[request.id] = [None]  # nothing predicts the first token
 
-    def start(self, placed: list[Placed], hidden_RND: Array) -> DeviceScores | None:
+    def start(self, placed: list[PlacedRun], hidden_RND: Array) -> DeviceScores | None:
         """Starts to score the prompt tokens that a step's positions predict; None if nobody wants them."""
         scored = [p for p in placed if not p.run.is_decode and p.run.request.id in self._scores]
         if not scored:
@@ -96,7 +121,7 @@ class PromptScores:
             targets_RN[each.rank, each.column : each.column + len(following)] = following
         return self.runner.score(hidden_RND, targets_RN)
 
-    def keep(self, placed: Placed, scores: tuple[np.ndarray, ...] | None) -> None:
+    def keep(self, placed: PlacedRun, scores: tuple[np.ndarray, ...] | None) -> None:
         """Keeps the scores of a run's prompt tokens. scores: result of ``start``, on the host."""
         request = placed.run.request
         kept = self._scores.get(request.id)
@@ -116,7 +141,7 @@ class PromptScores:
         return None if kept is None else tuple(kept)
 
 
-def _following(placed: Placed) -> list[int]:
+def _following(placed: PlacedRun) -> list[int]:
     """The prompt token after each token of the run."""
     run = placed.run
     return run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]

@@ -186,7 +186,11 @@ class Runner:
         return self._jitted.merge(self.weights)
 
     def drain(self) -> None:
-        """Adds the device's counts to ``counters`` and sets them to zero."""
+        """Adds the device's counts to ``counters`` and sets them to zero.
+
+        ``Leader`` overrides it to tell the followers; a step drains by ``_drain``, as every process does it
+        by itself.
+        """
         self._drain()
 
     def _drain(self) -> None:

@@ -77,7 +77,8 @@ class Sampled:
     top_ids_BA: ids of the likeliest tokens.
     top_logprobs_BA: log-probabilities of the likeliest tokens.
     finite_B: whether the logits are finite.
-    lost: the step's assignments, over all layers, that no expert computed; unless 0, the tokens are wrong.
+    num_lost: assignments of the step, over all layers, that no expert computed; unless 0, the tokens are
+        wrong.
     """
 
     ids_B: Int[Array, " B"]
@@ -85,7 +86,7 @@ class Sampled:
     top_ids_BA: Int[Array, "B A"]
     top_logprobs_BA: Float[Array, "B A"]
     finite_B: Bool[Array, " B"]
-    lost: Int[Array, ""] | None = None
+    num_lost: Int[Array, ""] | None = None
 
 
 def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:

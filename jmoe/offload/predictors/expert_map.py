@@ -137,7 +137,7 @@ class ExpertMaps:
     def _forecast(
         self, cos_BC: Float[Array, "B C"], first_layer: int | Int[Array, ""], valid_B: Bool[Array, " B"]
     ) -> Forecast:
-        """Layers from ``first`` on of each token's most similar entry; the less similar it is, the more
+        """Layers from ``first_layer`` on of each token's most similar entry; the less similar it is, the more
         experts are wanted (section 2.4). An empty store forecasts nothing."""
         used_C, maps_CLE = self.store.used_C, self.store.maps_CLE
         layers = maps_CLE.shape[1]

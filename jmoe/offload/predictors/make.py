@@ -1,95 +1,22 @@
-"""Predictors that keep no state between steps, and the choice of any predictor by name."""
+"""The choice of a predictor by name."""
 
-from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from jmoe.offload.predictors.choose import FullForecast, over_batch, top
+from jmoe.config.techniques import PredictorName
 from jmoe.offload.predictors.expert_map import ExpertMaps
 from jmoe.offload.predictors.history import History
 from jmoe.offload.predictors.map_store import MapStore
+from jmoe.offload.predictors.next_gate import NextGate
+from jmoe.offload.predictors.none import NoPredictor
 from jmoe.offload.predictors.request_counts import RequestCounts
 from jmoe.offload.predictors.token_table import TokenTable
-from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
+from jmoe.offload.types import Predictor
 
-NAMES = ("expert_map", "next_gate", "token_table", "counts", "none")
-
-
-class _Fixed:
-    """A predictor that learns nothing."""
-
-    def finish(self, walk: object) -> Self:
-        return self
-
-    def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
-        return self
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class NoPredictor(_Fixed):
-    """Expects nothing: experts come when they are needed."""
-
-    distance: int = field(metadata={"static": True})
-    experts: int = field(metadata={"static": True})
-
-    def start(self, view: StepView) -> tuple[None, Forecast]:
-        return None, _no_forecast(self.distance, self.experts)
-
-    def observe(self, walk: None, layer: Int[Array, ""], view: LayerView) -> tuple[None, Forecast]:
-        return None, _no_forecast(self.distance, self.experts)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class NextGate(_Fixed):
-    """Applies the next layers' own routers to this layer's input (Mixtral-Offloading, cross-layer gate).
-
-    Before the first layer there is no router input: then the forecast comes from the token table if a profile
-    gave one (ours); if not, nothing is expected.
-    """
-
-    table: TokenTable | None
-    distance: int = field(metadata={"static": True})
-    experts: int = field(metadata={"static": True})
-    k: int = field(metadata={"static": True})
-
-    def start(self, view: StepView) -> tuple[Bool[Array, " B"], Forecast]:
-        if self.table is None:
-            return view.valid_B, _no_forecast(self.distance, self.experts)
-        return view.valid_B, self.table.start(view)[1]
-
-    def observe(
-        self, walk: Bool[Array, " B"], layer: Int[Array, ""], view: LayerView
-    ) -> tuple[Bool[Array, " B"], Forecast]:
-        """walk: whether each row is a token, not padding."""
-        if view.next_scores_BAE is None:
-            raise ValueError("next_gate needs the scores of the next layers' routers")
-        return walk, over_batch(view.next_scores_BAE, top(view.next_scores_BAE, self.k), walk)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Oracle(_Fixed):
-    """The oracle's predictor. needs_LE: which experts the step will need; ``dataclasses.replace`` sets it
-    for each step."""
-
-    needs_LE: Bool[Array, "L E"]
-    distance: int = field(metadata={"static": True})
-
-    def start(self, view: StepView) -> tuple[FullForecast, Forecast]:
-        plan = FullForecast.make(Forecast(self.needs_LE.astype(jnp.float32), self.needs_LE), self.distance)
-        return plan, plan.window(0, self.distance)
-
-    def observe(
-        self, walk: FullForecast, layer: Int[Array, ""], view: LayerView
-    ) -> tuple[FullForecast, Forecast]:
-        return walk, walk.window(layer + 1, self.distance)
+NAMES = get_args(PredictorName)
 
 
 class PredictorSizes(NamedTuple):
@@ -169,7 +96,3 @@ def _filled_store(
     embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM][order_I]].astype(np.float32)
     maps_ILE = maps_QMLE[there_QM][order_I].astype(np.float32)
     return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)
-
-
-def _no_forecast(distance: int, experts: int) -> Forecast:
-    return Forecast(jnp.zeros((distance, experts), jnp.float32), jnp.zeros((distance, experts), bool))

@@ -23,7 +23,6 @@ StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_le
 # In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-Scalar = str | int | float | bool | None
 GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 

@@ -16,7 +16,7 @@ from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
 from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.service import Service
 from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
-from jmoe.server.watch.snapshots import Phase
+from jmoe.server.watch.snapshots import ReportPhase
 
 WINDOW = 10  # seconds of a report if the listener requests no window
 LISTENERS = 64  # at the same time
@@ -65,7 +65,7 @@ async def events(service: Service, request: Request) -> Response:
     return ReportStream(service.poll, window, phase)
 
 
-def _window_and_phase(request: Request) -> tuple[int, Phase]:
+def _window_and_phase(request: Request) -> tuple[int, ReportPhase]:
     query = request.query_params
     unknown = next((name for name in query if name not in ("window", "phase")), None)
     if unknown is not None:
@@ -80,17 +80,17 @@ def _window(text: str) -> int:
     return seconds
 
 
-def _phase(text: str) -> Phase:
-    found = next((phase for phase in get_args(Phase) if phase == text), None)
+def _phase(text: str) -> ReportPhase:
+    found = next((phase for phase in get_args(ReportPhase) if phase == text), None)
     if found is None:
-        raise invalid(f"phase must be one of {', '.join(get_args(Phase))}", "phase")
+        raise invalid(f"phase must be one of {', '.join(get_args(ReportPhase))}", "phase")
     return found
 
 
 class ReportStream(Response):
     """A stream of reports. It ends when the client leaves or does not read, or when the server ends."""
 
-    def __init__(self, poll: Poll, window: int, phase: Phase):
+    def __init__(self, poll: Poll, window: int, phase: ReportPhase):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]  # unknown; the server sends chunks
         self.reports = poll.reports(window, phase)

@@ -65,7 +65,7 @@ class Answered:
 Observer = Callable[[Answered], None]
 
 
-class Access:
+class AnswerReports:
     """Reports each answer to ``observers``. routes: the route of each endpoint.
 
     A handler that begins a generation stores it in the request's state.

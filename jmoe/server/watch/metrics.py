@@ -27,7 +27,7 @@ class Metrics:
     """An engine listener that counts, and makes the text of ``GET /metrics``.
 
     ``token``, ``stepped`` and ``finished`` are called only on the engine's thread, so the times of the last
-    tokens need no lock; ``answered`` and ``rejected`` are called on the event loop.
+    tokens need no lock; ``count_answer`` and ``count_rejection`` are called on the event loop.
     totals: the same counts in a form that can be subtracted, for the dashboard and the log.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from jmoe.engine.request import EngineDead
-from jmoe.server.watch.snapshots import Phase, Snapshot, window_report
+from jmoe.server.watch.snapshots import ReportPhase, Snapshot, window_report
 
 log = logging.getLogger(__name__)
 PERIOD = 1.0  # seconds between two samples
@@ -49,9 +49,9 @@ class Poll:
         self._task: asyncio.Task | None = None
         self._next = asyncio.Event()  # set and replaced at each sample and at the end
         # Reports of the newest sample, as tasks: equal reports are made only once.
-        self._reports: dict[tuple[int, Phase], asyncio.Task[bytes]] = {}
+        self._reports: dict[tuple[int, ReportPhase], asyncio.Task[bytes]] = {}
 
-    async def reports(self, window: int, phase: Phase) -> AsyncGenerator[bytes]:
+    async def reports(self, window: int, phase: ReportPhase) -> AsyncGenerator[bytes]:
         """Yields a JSON report per sample until the engine or the server ends; the first may cover no time.
         Raises SamplingFailed if no sample can be taken."""
         self.num_listeners += 1
@@ -70,7 +70,7 @@ class Poll:
             self.num_listeners -= 1
             self.last_read = time.monotonic()
 
-    async def report(self, window: int, phase: Phase) -> bytes:
+    async def report(self, window: int, phase: ReportPhase) -> bytes:
         """One report of the part of the window that was sampled: one second if there was no reader before.
         Raises EngineDead if the engine has stopped."""
         async with contextlib.aclosing(self.reports(window, phase)) as reports:
@@ -111,7 +111,7 @@ class Poll:
         except Exception:
             log.exception("the dashboard's sampling failed")
 
-    def _report(self, window: int, phase: Phase) -> "asyncio.Task[bytes]":
+    def _report(self, window: int, phase: ReportPhase) -> "asyncio.Task[bytes]":
         found = self._reports.get((window, phase))
         if found is None:
             new = self.samples[-1]
@@ -123,6 +123,6 @@ class Poll:
         return found
 
     async def _encoded_report(
-        self, head: dict[str, Any], old: Snapshot, new: Snapshot, phase: Phase
+        self, head: dict[str, Any], old: Snapshot, new: Snapshot, phase: ReportPhase
     ) -> bytes:
         return await self.in_thread(lambda: msgspec.json.encode({**head, **window_report(old, new, phase)}))

@@ -10,8 +10,8 @@ from jmoe.config.counters import COUNTERS, MEANS, names
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.totals import Seconds, Totals, percentile
 
-Phase = Literal["all", "prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
+ReportPhase = Literal["all", "prefill", "decode"]
+PHASES: tuple[ReportPhase, ...] = ("all", "prefill", "decode")
 SUMS = names(COUNTERS)
 
 
@@ -65,12 +65,16 @@ class Snapshot:
     model: dict[str, Any]
     mesh: dict[str, int]
     rank_LE: np.ndarray
-    phases: dict[Phase, PhaseCounts]
+    phases: dict[ReportPhase, PhaseCounts]
 
 
 def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Totals) -> Snapshot:
     prefill, decode = PhaseCounts.from_stats(stats["prefill"]), PhaseCounts.from_stats(stats["decode"])
-    phases: dict[Phase, PhaseCounts] = {"all": prefill.plus(decode), "prefill": prefill, "decode": decode}
+    phases: dict[ReportPhase, PhaseCounts] = {
+        "all": prefill.plus(decode),
+        "prefill": prefill,
+        "decode": decode,
+    }
     model, mesh = stats["model"], stats["mesh"]
     return Snapshot(time.monotonic(), totals.copy(), snapshot, model, mesh, rank_of_expert(stats), phases)
 
@@ -93,7 +97,7 @@ def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
     return sums.astype(np.int64).reshape(layers, ranks)
 
 
-def window_report(old: Snapshot, new: Snapshot, phase: Phase) -> dict[str, Any]:
+def window_report(old: Snapshot, new: Snapshot, phase: ReportPhase) -> dict[str, Any]:
     """JSON-able report of what happened from ``old`` to ``new``. A ratio or percentile of nothing is None."""
     return {
         "window_s": round(new.time - old.time, 3),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jmoe_kernels.backends import Binning as Implementation
+from jmoe_kernels.backends import BinningKernel as Implementation
 from jmoe_kernels.backends import first_supported, get_backend, home_of
 from jmoe_kernels.binning.reference import bin_experts_reference
 from jmoe_kernels.binning.types import Binned, Rule

@@ -65,7 +65,7 @@ class Platform:
     order: function (ref, first, slot_TE, place_TE, k) that does ``ref[0, slot] = (first + t) * k + place``
         for every choice.
 
-    In both, ``slot`` and ``value`` mean nothing where ``place`` is k.
+    In both, slots and values mean nothing where the place is k.
     """
 
     call: Callable

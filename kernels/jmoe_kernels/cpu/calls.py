@@ -85,7 +85,7 @@ def rotate(
     scale: Float[Array, " S"] | None = None,
     eps: float = 0.0,
 ) -> Float[Array, "B T H d"]:
-    """Rotates ``x`` by its positions' angles (h = d / 2), and normalises it first if there is a ``scale``.
+    """Rotates ``x_BTHd`` by its positions' angles (h = d / 2); normalises it first if there is a ``scale``.
 
     scale: ``[d]`` for an RMS norm over each head, ``[H * d]`` for one over all heads of a token.
     eps: number that the norm adds to the mean square.

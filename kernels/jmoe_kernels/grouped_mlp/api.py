@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jmoe_kernels import cpu
-from jmoe_kernels.backends import Experts as Implementation
+from jmoe_kernels.backends import ExpertKernel as Implementation
 from jmoe_kernels.backends import first_supported, get_backend, home_of
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, grouped_mlp_cpu

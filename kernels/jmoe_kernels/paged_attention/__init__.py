@@ -7,7 +7,7 @@ page (of all keys, after pages are read), M pages of a table; N rows or pages on
 """
 
 from jmoe_kernels.paged_attention.api import (
-    Attention,
+    AttentionKernel,
     attend_all,
     heads_axis,
     page_shapes,
@@ -18,7 +18,7 @@ from jmoe_kernels.paged_attention.api import (
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
 
 __all__ = [
-    "Attention",
+    "AttentionKernel",
     "Heads",
     "LayerPages",
     "NewTokens",

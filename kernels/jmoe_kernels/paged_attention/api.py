@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jmoe_kernels import cpu
-from jmoe_kernels.backends import Attention, first_supported, get_backend, home_of
+from jmoe_kernels.backends import AttentionKernel, first_supported, get_backend, home_of
 from jmoe_kernels.paged_attention import gpu, tpu
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
 from jmoe_kernels.paged_attention.write import write
@@ -28,8 +28,8 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     dtype: dtype of the keys and values.
     heads: heads of one rank.
     """
-    if implementation not in get_args(Attention):
-        return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(Attention))}"
+    if implementation not in get_args(AttentionKernel):
+        return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(AttentionKernel))}"
     if (home := home_of(implementation)) is None:
         return None
     if home != platform:
@@ -42,7 +42,7 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     return reason and f"paged attention {implementation!r}: {reason}; 'xla' can run"
 
 
-def pick(platform: str, dtype: Any, heads: Heads) -> tuple[Attention, str]:
+def pick(platform: str, dtype: Any, heads: Heads) -> tuple[AttentionKernel, str]:
     """Returns the implementation for ``platform``, and the reason."""
     return first_supported(
         get_backend(platform).attention,
@@ -52,7 +52,7 @@ def pick(platform: str, dtype: Any, heads: Heads) -> tuple[Attention, str]:
 
 
 def page_shapes(
-    implementation: Attention, pages: int, kv_heads: int, size: int, dim: int, latent: bool = False
+    implementation: AttentionKernel, pages: int, kv_heads: int, size: int, dim: int, latent: bool = False
 ) -> tuple[tuple[int, ...], ...]:
     """Returns the shapes of the arrays of a layer's ``LayerPages``.
 
@@ -69,13 +69,13 @@ def page_shapes(
     return ((pages, kv_heads, size, dim),) * 2
 
 
-def heads_axis(implementation: Attention) -> int:
+def heads_axis(implementation: AttentionKernel) -> int:
     """Returns the axis of those arrays on which the heads lie; pages are always the first axis."""
     return 2 if implementation == "tpu" else 1
 
 
 def paged_attention(
-    implementation: Attention,
+    implementation: AttentionKernel,
     new: NewTokens,
     pages: LayerPages,
     span: Span = Span(),
@@ -87,7 +87,7 @@ def paged_attention(
 
 
 def attend_all(
-    implementation: Attention,
+    implementation: AttentionKernel,
     pieces: Sequence[NewTokens],
     pages: LayerPages,
     span: Span = Span(),
@@ -116,7 +116,7 @@ def attend_all(
     return [_attend(implementation, new, pages, span, sinks_H) for new in pieces], pages
 
 
-def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
+def _check(implementation: AttentionKernel, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
     """Raises ValueError if a named kernel lacks what the layer needs."""
     if implementation not in LIMITED:
         return
@@ -126,7 +126,7 @@ def _check(implementation: Attention, new: NewTokens, span: Span, sinks_H: Array
         raise ValueError(f"paged attention {implementation!r}: {reason}; 'xla' can run")
 
 
-def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> LayerPages:
+def _write(implementation: AttentionKernel, new: NewTokens, pages: LayerPages) -> LayerPages:
     address = new.positions_BT, new.table_BM
     if implementation in LIMITED:
         return LIMITED[implementation].write_tokens(new, pages)
@@ -141,7 +141,7 @@ def _write(implementation: Attention, new: NewTokens, pages: LayerPages) -> Laye
 
 
 def _attend(
-    implementation: Attention, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
+    implementation: AttentionKernel, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
 ) -> Array:
     kv, address = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
     if implementation == "tpu":

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe_kernels.backends import Attention
+from jmoe_kernels.backends import AttentionKernel
 from jmoe_kernels.paged_attention.api import page_shapes
 from jmoe_kernels.paged_attention.types import Heads, LayerPages
 
@@ -31,7 +31,7 @@ def make_inputs(tokens: int, heads: Heads, dtype: Any, seed: int = 0) -> tuple[n
     return q, k, k if heads.latent else v, table
 
 
-def make_pages(implementation: Attention, heads: Heads, dtype: Any) -> LayerPages:
+def make_pages(implementation: AttentionKernel, heads: Heads, dtype: Any) -> LayerPages:
     """Returns pages in the implementation's layout that are full of what earlier sequences left: 7s."""
     shapes = page_shapes(implementation, PAGES, heads.kv, SIZE, heads.dim, heads.latent is not None)
     assert len(shapes) == (1 if implementation == "tpu" or heads.latent else 2)

@@ -15,7 +15,7 @@ from jmoe_kernels.grouped_mlp import pick
 from shared.gpu_peers import random_rows, seconds_per_call, weight_bytes, weight_stacks
 from studies.lynx.speed import HALF, TOKENS, bisect
 
-from jmoe.config.anatomy import RouterConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.config.techniques import BinningConfig
 from jmoe.moe.binning import get_rule, route_binned
 from jmoe.moe.experts import ExpertMath

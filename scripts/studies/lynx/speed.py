@@ -29,8 +29,8 @@ from jmoe_kernels.grouped_mlp import pick
 from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_rows, take_turns
 
 from jmoe.checkpoint import load_model, read_config
-from jmoe.config.anatomy import RouterConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.config.reading import read_toml
 from jmoe.config.techniques import BinningConfig
 from jmoe.mesh import make_mesh

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool
 from shared.protocol import beginning
 from shared.results import few
+from studies.offload.oracle import Oracle
 from studies.offload.replay import Known, replay
 from studies.offload.simulator import next_uses
 from studies.offload.traces import make_traces, route_windows
@@ -30,7 +31,6 @@ from studies.speculative.routing import collect
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.request import Output, Request
-from jmoe.offload.predictors.make import Oracle
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
 SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # of the experts, by batch

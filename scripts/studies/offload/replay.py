@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 from numpy import ndarray
+from studies.offload.oracle import Oracle
 from studies.offload.simulator import with_future
 
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.journey import StepSettings
-from jmoe.offload.predictors.make import Oracle
 
 # of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
 Known = Iterator[tuple[Bool[ndarray, "L E"], Int[ndarray, "L E"]]]

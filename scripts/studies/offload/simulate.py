@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from studies.offload.oracle import Oracle
 from studies.offload.simulator import Link, Trace, begin, next_uses, run
 from studies.offload.traces import AHEAD
 
 from jmoe.config.model import ModelConfig
-from jmoe.offload.predictors.make import NextGate, Oracle, PredictorSizes, make_predictor
+from jmoe.offload.predictors.make import PredictorSizes, make_predictor
+from jmoe.offload.predictors.next_gate import NextGate
 from jmoe.offload.table import CachePolicy, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
+from studies.offload.oracle import Oracle
 
 from jmoe.offload import table as decide
 from jmoe.offload.policy import Outlook
-from jmoe.offload.predictors.make import Oracle
 from jmoe.offload.ranks import needed
 from jmoe.offload.slots import land, resident
 from jmoe.offload.table import CachePolicy, Copies, Table

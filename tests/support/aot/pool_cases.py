@@ -6,9 +6,9 @@ from typing import Any
 from support.aot.pool_text import walks
 from support.models.small import config
 
-from jmoe.config.anatomy import LatentConfig
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.parts import LatentConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.config.anatomy import RouterConfig
+from jmoe.config.parts import RouterConfig
 from jmoe.moe.routing import route
 
 EXPERTS = 16

@@ -2,8 +2,8 @@
 
 All rows and the float32 result stay in VMEM. One flattened loop runs over (active expert x chunk of F); the
 chunks' DMAs are started ``buffers - 1`` steps ahead, across expert boundaries, so that the stream never waits
-for a product. The list of active experts is made by the kernel's own scalar loop over ``group_sizes``, which
-is shorter than the launch of the few XLA operations that it would take.
+for a product. The list of active experts is made by the kernel's own scalar loop over
+``group_sizes_E``, which is shorter than the launch of the few XLA operations that it would take.
 
 A chunk is gate and up rows ``[2, inner, D]`` (two contiguous pieces) and down columns ``[D, inner]`` (pieces
 of 16 rows x inner), straight from the checkpoint's layout. Both products contract the minor axes (NT), and

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jmoe.checkpoint.formats import FORMATS, Entry
+from jmoe.checkpoint.formats import FORMATS, StoredEntry
 from jmoe.models.weights import Form, StoredTensor
 
 
@@ -11,7 +11,7 @@ def tensor_names(tensor: StoredTensor) -> tuple[str, ...]:
     return tuple(tensor.name + suffix for suffix in FORMATS[tensor.form.number_format].suffixes)
 
 
-def entries(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[Entry, ...]:
+def entries(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
     """The entries that a slice of that shape is read from.
 
     Raises ValueError naming the tensor if its form cannot hold such a slice.

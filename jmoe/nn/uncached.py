@@ -11,7 +11,7 @@ from jmoe_kernels.paged_attention.xla import NEVER, finite_rows, taint, visible
 BLOCK = 128  # queries that attend together to a window's keys
 
 
-def attend_window(
+def attend_uncached(
     q_BTHd: Float[Array, "B T H d"],
     k_BTGd: Float[Array, "B T G d"],
     v_BTGd: Float[Array, "B T G e"],
