@@ -258,13 +258,13 @@ class Visit:
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, apply: Apply, *, overflows: bool
     ) -> ExpertOutput:
         """Runs experts from the pool and, if ``overflows``, streams the experts that are not in it."""
-        e, no_slot = self._experts, self._slots + 1
+        e, resident_L, no_slot = self._experts, self._resident_L, self._slots + 1
         slot_L = decide.slots_of_layer(self.cache.table, self.layer, e, no_slot)
         pooled = regrouped(plan, slot_L, no_slot)
         y_TD = apply(x_TD, weights_TK, pooled, self.cache.pool)
         if not overflows:
             return ExpertOutput(y_TD, pooled.num_rows)
-        absent_L = (plan.group_sizes_L > 0) & ~self._resident_L
+        absent_L = (plan.group_sizes_L > 0) & ~resident_L
         order_L = jnp.argsort(~absent_L, stable=True).astype(jnp.int32)
         turn_L = jnp.zeros(e, jnp.int32).at[order_L].set(jnp.arange(e, dtype=jnp.int32))
         streamed = regrouped(plan, jnp.where(absent_L, turn_L, e), e)
