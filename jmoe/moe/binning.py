@@ -89,11 +89,13 @@ class Binning:
         """The router's own choice, the binned routing and its changes, by the fused kernel; only if ``fuses``
         says so."""
         plain, routing, remapped_T = route_binned(
-            logits_TE, tokens, self._rule,
+            logits_TE,
+            tokens,
+            self._rule,
             renormalize=self.layer.cfg.router.norm_topk_prob,
-            implementation=self.layer.kernels.binning, platform=self.layer.kernels.platform,
+            choice=binning.KernelChoice(self.layer.kernels.binning, self.layer.kernels.platform),
             total=self._sum_votes(),
-        )  # fmt: skip
+        )
         return plain, routing, {"remapped": remapped_T}
 
     @property
@@ -165,17 +167,15 @@ def route_binned(
     rule: binning.Rule,
     *,
     renormalize: bool,
-    implementation: binning.Implementation,
-    platform: str,
+    choice: binning.KernelChoice,
     total: Callable[[Array], Array] | None = None,
 ) -> tuple[Routing, Routing, Int[Array, " T"]]:
     """(a softmax router's own choice, its binned and sorted form, the number of moved assignments of each
     token)."""
     logits_TE = logits_TE.astype(jnp.float32)
     b = binning.bin_experts(
-        logits_TE, tokens.valid_T, tokens.lossy_T, rule,
-        renormalize=renormalize, implementation=implementation, platform=platform, total=total,
-    )  # fmt: skip
+        logits_TE, tokens.valid_T, tokens.lossy_T, rule, choice, renormalize=renormalize, total=total
+    )
     plain = Routing(b.plain_ids_TK, b.plain_weights_TK, b.scores_TE, logits_TE)
     plan = DispatchPlan(b.order_N, b.group_sizes_E)
     result = Routing(b.ids_TK, b.weights_TK, _mask_inactive(b.scores_TE, b.active_E), logits_TE, plan)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jmoe_kernels.binning import Binned, Implementation, Rule, bin_experts
+from jmoe_kernels.binning import Binned, Implementation, KernelChoice, Rule, bin_experts
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from shared.gpu_peers import seconds_per_call
 
@@ -25,10 +25,8 @@ def compiled(implementation: Implementation, rule: Rule, dry: bool):
             valid_T,
             lossy_T,
             rule,
+            KernelChoice(implementation, "cpu" if dry else "gpu", interpret=dry and implementation != "xla"),
             renormalize=True,
-            implementation=implementation,
-            platform="cpu" if dry else "gpu",
-            interpret=dry and implementation != "xla",
         )
 
     return jax.jit(run)

@@ -6,14 +6,14 @@ rounding.
 
 import re
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from jmoe_kernels.binning import Binned, Rule, bin_experts, pick, supports
+from jmoe_kernels.binning import Binned, KernelChoice, Rule, bin_experts, pick, supports
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from jmoe_kernels.binning.reference import cast_votes
 from jmoe_kernels.topk import route_softmax
@@ -47,10 +47,8 @@ def binning(implementation: str, rule: Rule, renormalize: bool = True, others: b
             valid,
             lossy,
             rule,
+            KernelChoice(implementation, "cpu", interpret=implementation != "xla"),
             renormalize=renormalize,
-            implementation=implementation,
-            platform="cpu",
-            interpret=implementation != "xla",
             total=(lambda own: own + votes) if others else None,
         )
 
@@ -191,15 +189,15 @@ def test_lowers_where_no_plugin_is_installed(platform: str, device: AbstractDevi
     kind = device.platform
     rule, tokens, experts = rule_of(method, 8), 100, 128
 
-    def run(logits, valid, lossy):
-        options = {"renormalize": True, "implementation": f"pallas_{kind}", "platform": kind}
-        alone = bin_experts(logits, valid, lossy, rule, **options)
-        return alone, bin_experts(logits, valid, lossy, rule, **options, total=lambda votes: 2 * votes)
+    def both(logits, valid, lossy):
+        choice = KernelChoice(f"pallas_{kind}", kind)
+        run = partial(bin_experts, logits, valid, lossy, rule, choice, renormalize=True)
+        return run(), run(total=lambda votes: 2 * votes)
 
     mask = jax.ShapeDtypeStruct((tokens,), jnp.bool)
     logits = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        lowered = jax.jit(run).trace(logits, mask, mask).lower(lowering_platforms=(platform,))
+        lowered = jax.jit(both).trace(logits, mask, mask).lower(lowering_platforms=(platform,))
     assert len(re.findall(r"custom_call @(tpu_custom_call|__gpu\$xla.gpu.triton)", lowered.as_text())) == 3
 
 

@@ -352,9 +352,9 @@ def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shap
     expected, stats, changes = through(layer, x, flags, "decode")
     calls, entry = [], binning.bin_experts
 
-    def interpreted(*args, **options):
-        calls.append(options["implementation"])
-        return entry(*args, **options, interpret=True)
+    def interpreted(logits, valid, lossy, rule, choice, **options):
+        calls.append(choice.implementation)
+        return entry(logits, valid, lossy, rule, choice._replace(interpret=True), **options)
 
     monkeypatch.setattr(binning, "bin_experts", interpreted)
     kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)

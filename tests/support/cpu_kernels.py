@@ -189,7 +189,7 @@ def check_attention():
             )
             np.testing.assert_array_equal(as_float(got_k), want_k)
             np.testing.assert_array_equal(as_float(got_v), want_v)
-            got = cpu.attend(q, got_k, got_v, positions, table, window, chunk, sinks)
+            got = cpu.attend(q, got_k, got_v, positions, table, (window, chunk), sinks)
             want = attention(q, want_k, want_v, positions, table, window, chunk, sinks)
             where = f"{b} {t} {heads} {groups} {d} {window} {chunk} {sink}"
             np.testing.assert_allclose(got, want, atol=tolerance, err_msg=where)

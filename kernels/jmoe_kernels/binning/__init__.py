@@ -6,11 +6,12 @@ in kernels also R a block of experts, 1 an axis of length one. T, E and N there 
 
 from jmoe_kernels.binning.api import Implementation, bin_experts, pick, supports
 from jmoe_kernels.binning.reference import cast_votes, choose_active, remap
-from jmoe_kernels.binning.types import Binned, Method, Rule
+from jmoe_kernels.binning.types import Binned, KernelChoice, Method, Rule
 
 __all__ = [
     "Binned",
     "Implementation",
+    "KernelChoice",
     "Method",
     "Rule",
     "bin_experts",

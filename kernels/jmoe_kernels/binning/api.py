@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from jmoe_kernels.backends import BinningKernel as Implementation
 from jmoe_kernels.backends import first_supported, get_backend, home_of
 from jmoe_kernels.binning.reference import bin_experts_reference
-from jmoe_kernels.binning.types import Binned, Rule
+from jmoe_kernels.binning.types import Binned, KernelChoice, Rule
 
 
 def _pallas(name: str) -> ModuleType:
@@ -67,11 +67,9 @@ def bin_experts(
     valid_T: Bool[Array, " T"],
     lossy_T: Bool[Array, " T"],
     rule: Rule,
+    choice: KernelChoice,
     *,
     renormalize: bool,
-    implementation: Implementation,
-    platform: str,
-    interpret: bool = False,
     total: Callable[[Array], Array] | None = None,
 ) -> Binned:
     """Routes by softmax, chooses the active set, remaps the assignments to it and orders them by expert.
@@ -80,13 +78,13 @@ def bin_experts(
     lossy_T: mask of those valid tokens that vote and may be remapped; experts of the others are always
         active.
     rule: how the set is chosen; its method may not be "random", for whose draws there is no argument.
+    choice: what bins, and where.
     renormalize: whether a token's weights are scaled to sum to 1.
-    interpret: whether a Pallas kernel runs in its interpreter.
     total: function that sums the votes of the ranks that share the experts' weights, each of which bins its
         own tokens; None on a single rank.
     Raises ValueError with the reason if the named implementation cannot run.
     """
-    tokens, experts = logits_TE.shape
+    (tokens, experts), (implementation, platform, interpret) = logits_TE.shape, choice
     reason = supports(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)
     if reason is not None:
         raise ValueError(f"bin_experts: {reason}")

@@ -1,11 +1,13 @@
 """The rule that binning follows, and the result that it returns."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from jmoe_kernels.backends import BinningKernel
 
 Method = Literal["affinity", "oea", "budget", "popularity", "random"]
 BINS = 6  # the last bin takes all larger gaps
@@ -29,6 +31,19 @@ class Rule:
     bin_width: float = 0.5
     k0: int = 3
     keep: float = 0.5
+
+
+class KernelChoice(NamedTuple):
+    """What bins, and where.
+
+    implementation: name of the implementation.
+    platform: platform of the devices.
+    interpret: whether a Pallas kernel runs in its interpreter, on any platform.
+    """
+
+    implementation: BinningKernel
+    platform: str
+    interpret: bool = False
 
 
 @jax.tree_util.register_dataclass

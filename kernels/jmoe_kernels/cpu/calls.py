@@ -31,15 +31,15 @@ def attend(
     v_PGSd: Shaped[Array, "P G S d"],
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
-    window: int | None = None,
-    chunk: int | None = None,
+    span: tuple[int | None, int | None] = (None, None),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Returns each query's float32 attention to the paged keys up to its position, in its window or chunk.
 
     Pages are float32, or bfloat16 (also stored as uint16). A padding query (position -1) gives zeros. Latent
-    pages are keys and values at once, and are passed as both.
+    pages are keys and values at once, and are passed as both. span: the window and the chunk.
     """
+    window, chunk = span
     sinks = jnp.zeros((0,), jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
     args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM, sinks)
     return call("jmoe_attend", q_BTHd.shape, *args, window=window or 0, chunk=chunk or 0)

@@ -105,7 +105,6 @@ def grouped_mlp(
     *,
     activation: Activation = "silu",
     implementation: Implementation | None = None,
-    interpret: bool = False,
     platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
@@ -113,7 +112,6 @@ def grouped_mlp(
 
     group_sizes_E: number of rows of each expert, summing to at most N; rows past their sum come out zero.
     implementation: name of the implementation; None picks one (see ``pick``).
-    interpret: whether a Pallas kernel runs in its interpreter, on any platform.
     platform: platform of the devices that it will run on; None is jax's default.
     capacity: largest number of rows of an expert, for "batched" alone.
 
@@ -123,7 +121,7 @@ def grouped_mlp(
     platform = platform or jax.default_backend()
     name = implementation or pick(platform, weights.dtype, weights.dims)[0]
     reason = (
-        supports(name, platform, weights.dtype, interpret=interpret)
+        supports(name, platform, weights.dtype)
         or _mismatch(x_ND, weights, group_sizes_E, activation)
         or _shape_limit(name, weights, x_ND.shape[0], activation)
     )
@@ -133,7 +131,7 @@ def grouped_mlp(
         raise ValueError(f"grouped_mlp: {reason}")
     if name == "batched":
         return grouped_mlp_batched(x_ND, weights, group_sizes_E, activation, capacity=capacity)
-    return _forward(name, activation, interpret, x_ND, weights, group_sizes_E)
+    return _forward(name, activation, x_ND, weights, group_sizes_E)
 
 
 def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activation: str) -> str | None:
@@ -155,19 +153,18 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward(
     name: Implementation,
     activation: Activation,
-    interpret: bool,
     x_ND: Array,
     weights: ExpertWeights,
     group_sizes_E: Array,
 ) -> Array:
     if name == "pallas_tpu":
-        run = partial(_pallas(name).grouped_mlp_pallas_tpu, interpret=interpret)
+        run = _pallas(name).grouped_mlp_pallas_tpu
     elif name == "pallas_gpu":
-        run = partial(_pallas(name).grouped_mlp_pallas_gpu, interpret=interpret)
+        run = _pallas(name).grouped_mlp_pallas_gpu
         x_ND = x_ND.astype(jnp.bfloat16)
     else:
         run = {"xla": grouped_mlp_xla, "reference": grouped_mlp_reference, "cpu": grouped_mlp_cpu}[name]
@@ -175,12 +172,10 @@ def _forward(
 
 
 def _forward_with_residuals(*args: Any) -> tuple[Array, tuple]:
-    return _forward(*args), args[3:]
+    return _forward(*args), args[2:]
 
 
-def _backward(
-    name: Implementation, activation: Activation, interpret: bool, residuals: tuple, g_ND: Array
-) -> tuple:
+def _backward(name: Implementation, activation: Activation, residuals: tuple, g_ND: Array) -> tuple:
     x_ND, weights, group_sizes_E = residuals
     _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
     return (*pull(g_ND), None)

@@ -149,5 +149,5 @@ def _attend(
     if implementation == "gpu":
         return gpu.attend(new, pages)
     if implementation == "cpu":
-        return cpu.attend(new.q_BTHd, *kv, *address, span.window, span.chunk, sinks_H)
+        return cpu.attend(new.q_BTHd, *kv, *address, (span.window, span.chunk), sinks_H)
     return attend(new.q_BTHd, *kv, *address, span, sinks_H)

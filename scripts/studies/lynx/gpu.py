@@ -90,7 +90,7 @@ def run_layer(
     if rule is None:
         routing = route(logits_TE, k, RouterConfig())
     else:
-        how = {"renormalize": True, "implementation": stage, "platform": platform}
-        _, routing, _ = route_binned(logits_TE, flags, rule, **how)
+        choice = binning.KernelChoice(stage, platform)
+        _, routing, _ = route_binned(logits_TE, flags, rule, renormalize=True, choice=choice)
     plan = routing.plan or plan_dispatch(routing.ids_TK, flags.valid_T, 0, weights.dims[0])
     return ExpertMath(kernel, platform)(x_TD, routing.weights_TK, plan, weights)

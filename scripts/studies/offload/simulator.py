@@ -142,7 +142,8 @@ def run(
         table, predictor, clock = state
 
         def layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Figures]:
-            return _layer(*carry, *layer_inputs, predictor=predictor, rule=rule, times=times)
+            number, *view = layer_inputs
+            return _layer(carry, number, LayerView(*view), predictor=predictor, rule=rule, times=times)
 
         (table, walk, after), each_L = lax.scan(layer, (table, walk, clock), layers)
         figures = jax.tree.map(lambda before, each_L: before + jnp.sum(each_L, axis=0), figures, each_L)
@@ -174,12 +175,17 @@ def _start_step(state: State, view: StepView, rule: CachePolicy, times: Link) ->
 
 
 def _layer(
-    table: Table, walk: Any, clock: Clock, layer: Array,
-    scores_BE: Array, ids_BK: Array, next_scores_BAE: Array,
-    *, predictor: Predictor, rule: CachePolicy, times: Link,
-) -> tuple[tuple[Table, Any, Clock], Figures]:  # fmt: skip
+    carry: tuple[Table, Any, Clock],
+    layer: Array,
+    view: LayerView,
+    *,
+    predictor: Predictor,
+    rule: CachePolicy,
+    times: Link,
+) -> tuple[tuple[Table, Any, Clock], Figures]:
     """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
-    walk, forecast = predictor.observe(walk, layer, LayerView(scores_BE, ids_BK, next_scores_BAE))
+    (table, walk, clock), scores_BE, ids_BK = carry, view.scores_BE, view.ids_BK
+    walk, forecast = predictor.observe(walk, layer, view)
     table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
     needed_E = needed(ids_BK, e)
     held_E = decide.at_layer(resident(table.slots), layer, e) & needed_E

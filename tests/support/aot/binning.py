@@ -46,7 +46,7 @@ def _compile(case: dict) -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from jmoe_kernels.binning import Rule, bin_experts
+    from jmoe_kernels.binning import KernelChoice, Rule, bin_experts
 
     device, shards = case["device"], case["shards"]
     platform = "tpu" if device in TOPOLOGIES else "gpu"
@@ -64,9 +64,8 @@ def _compile(case: dict) -> None:
             valid,
             lossy,
             Rule("affinity", case["k"]),
+            KernelChoice(f"pallas_{platform}", platform),
             renormalize=True,
-            implementation=f"pallas_{platform}",
-            platform=platform,
             total=total,
         )
 

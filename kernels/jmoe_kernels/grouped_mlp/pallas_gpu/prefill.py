@@ -9,7 +9,7 @@ windows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,24 @@ class _Stage:
     combine: Callable
     store: Callable
     zeros_past_end: bool
+    interpret: bool
+
+
+class _Target(NamedTuple):
+    """Where a tile of results goes.
+
+    windows: the table of windows.
+    window: the tile's window.
+    first: first row of the tile within the window.
+    column: first column of the tile.
+    num_columns: number of columns of the tile.
+    """
+
+    windows: Any
+    window: Any
+    first: Any
+    column: Any
+    num_columns: int
 
 
 def gate_up(
@@ -80,11 +98,10 @@ def gate_up(
         combine=lambda parts: gated(activation, *parts).astype(x_ND.dtype),
         store=_store_all,
         zeros_past_end=False,
+        interpret=interpret,
     )
     out_type = jax.ShapeDtypeStruct((windows_W4.shape[0], blocks.rows, weights.dims[1]), x_ND.dtype)
-    return _run(
-        stage, x_ND, weights.gate_up_E2FD, windows_W4, weights.gate_up_bias_E2F, out_type, blocks, interpret
-    )
+    return _run(stage, x_ND, weights.gate_up_E2FD, windows_W4, weights.gate_up_bias_E2F, out_type, blocks)
 
 
 def down(
@@ -105,14 +122,15 @@ def down(
         combine=lambda parts: parts[0],
         store=_store_own_rows,
         zeros_past_end=True,
+        interpret=interpret,
     )
     bias = weights.down_bias_ED
     bias_E1D = None if bias is None else bias[:, None]
     out_type = jax.ShapeDtypeStruct((rows_out, weights.dims[2]), jnp.float32)
-    return _run(stage, h_WRF, weights.down_EDF[:, None], windows_W4, bias_E1D, out_type, blocks, interpret)
+    return _run(stage, h_WRF, weights.down_EDF[:, None], windows_W4, bias_E1D, out_type, blocks)
 
 
-def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks, interpret: bool) -> Array:
+def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks) -> Array:
     """Runs the persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined."""
     experts, products, out, depth = w_EPOI.shape
     half, tile, has_bias = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
@@ -131,7 +149,8 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
                 e, columns = windows[window, EXPERT], pl.ds(t * tile, tile)
 
                 def store(chunk):
-                    stage.store(chunk, out_ref, tile_s.at[wg], windows, window, wg * half, t * tile, tile)
+                    target = _Target(windows, window, wg * half, t * tile, tile)
+                    stage.store(chunk, out_ref, tile_s.at[wg], target)
 
                 def context(run):
                     def scope(*accs):
@@ -167,14 +186,13 @@ def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Block
         pl.run_scoped(
             with_memory,
             allocations=pipeline.get_allocations(*examples),
-            **_scratch(stage, half, out_ref.dtype, products, has_bias, interpret),
+            **_scratch(stage, half, out_ref.dtype, products, has_bias),
             collective_axes="wg",
         )
 
     threads = {"num_threads": WARPGROUPS + 1, "thread_name": "wg"}
-    call = launch(
-        kernel, out_type, interpret, grid=(blocks.sms,), grid_names=("sm",), kernel_name=stage.name, **threads
-    )
+    grid = {"grid": (blocks.sms,), "grid_names": ("sm",)}
+    call = launch(kernel, out_type, stage.interpret, kernel_name=stage.name, **grid, **threads)
     return call(a, w_EPOI, windows_W4, *((bias_EPO.astype(jnp.float32),) if has_bias else ()))
 
 
@@ -217,7 +235,7 @@ def _nothing(*_, **__):
     pass
 
 
-def _scratch(stage: _Stage, half: int, dtype, products: int, has_bias: bool, interpret: bool) -> dict:
+def _scratch(stage: _Stage, half: int, dtype, products: int, has_bias: bool) -> dict:
     """Returns the shared memory of each computing warpgroup.
 
     It holds a tile to store, biases, and the spare of ``wgmma_nt``.
@@ -227,7 +245,7 @@ def _scratch(stage: _Stage, half: int, dtype, products: int, has_bias: bool, int
     if has_bias:
         scratch["bias_s"] = plgpu.SMEM((WARPGROUPS, products, stage.tile), jnp.float32)
         scratch["bias_barrier"] = plgpu.Barrier(num_arrivals=products, num_barriers=WARPGROUPS)
-    if interpret:
+    if stage.interpret:
         scratch["transpose"] = plgpu.SMEM((WARPGROUPS, stage.step, stage.tile), jnp.bfloat16)
     return scratch
 
@@ -241,17 +259,19 @@ def _columns(values, bias_s, wg, start: int, width: int) -> list:
     return [v + lax.broadcast_in_dim(b[...], v.shape, (1,)) for v, b in zip(parts, vectors, strict=True)]
 
 
-def _store_all(chunk, h, tile_s, windows, window, first, column, columns) -> None:
+def _store_all(chunk, h, tile_s, target: _Target) -> None:
     """Stores ``chunk(start, width)`` of every column to the window's rows of h, from ``first`` on."""
     half, width = tile_s.shape
-    for c in range(0, columns, width):
+    for c in range(0, target.num_columns, width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         tile_s[...] = chunk(c, width)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile_s, h.at[window, pl.ds(first, half), pl.ds(column + c, width)])
+        plgpu.copy_smem_to_gmem(
+            tile_s, h.at[target.window, pl.ds(target.first, half), pl.ds(target.column + c, width)]
+        )
 
 
-def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -> None:
+def _store_own_rows(chunk, y, tile_s, target: _Target) -> None:
     """Stores ``chunk(start, width)`` of every column to those rows of y that the window owns.
 
     The rows are those of the chunk, which begins at the window's row ``first``. If the window owns all of
@@ -259,6 +279,7 @@ def _store_own_rows(chunk, y, tile_s, windows, window, first, column, columns) -
     shared memory.
     """
     half, width = tile_s.shape
+    windows, window, first, column, columns = target
     low = jnp.clip(windows[window, SKIP] - first, 0, half)
     high = jnp.clip(windows[window, SKIP] + windows[window, ROWS] - first, 0, half)
     count, row = jnp.maximum(high - low, 0), windows[window, ROW] + first
