@@ -33,7 +33,7 @@ BuildProgress = Callable[[str, int, int], None]
 
 
 def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
-    """End-of-text ids from config.json and generation_config.json."""
+    """Returns the end-of-text ids of config.json and generation_config.json."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return frozenset(cfg.eos_token_ids)
@@ -59,8 +59,9 @@ def build_engine(
 ) -> Engine:
     """Loads ``model`` (a bundled name or a directory), compiles every shape and returns its engine.
 
-    progress: see ``build``. warm_up: if False, each shape compiles when it first runs. scores_prompts: if
-    False, the warm-up skips what only ``prompt_logprobs`` needs.
+    progress: see ``build``.
+    warm_up: whether shapes compile now; if not, each shape compiles when it first runs.
+    scores_prompts: whether the warm-up also compiles what only ``prompt_logprobs`` needs.
     """
     progress("kernels", 0, 1)  # the C++ kernels compile on their first use on a machine
     deployment = resolve(model, settings)
@@ -75,11 +76,11 @@ def build(
     scores_prompts: bool = True,
     make_runner: Callable[..., Runner] | None = None,
 ) -> Engine:
-    """The engine of a deployment, with every shape compiled if ``warm_up``.
+    """Returns the engine of a deployment, with every shape compiled if ``warm_up``.
 
-    progress: called with ("kernels", builds done, builds), ("load", bytes done, bytes) and ("compile", shapes
-        done, shapes).
-    make_runner: None = the runner that the deployment requires.
+    progress: function that is called with ("kernels", builds done, builds), ("load", bytes done, bytes) and
+        ("compile", shapes done, shapes).
+    make_runner: function that makes the runner; None = the runner that the deployment requires.
     """
     progress("kernels", 1, 1)
     for note in deployment.notes:
@@ -98,7 +99,7 @@ def build(
 def load_runner(
     deployment: Deployment, progress: BuildProgress, make_runner: Callable[..., Runner] | None
 ) -> Runner:
-    """The runner of a deployment, with the model's weights."""
+    """Returns the runner of a deployment, with the model's weights."""
     moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
     decoder = load_decoder(
         deployment.directory, deployment.cfg, moe, mesh, partial(progress, "load"), placement,
@@ -115,7 +116,8 @@ def load_runner(
 
 
 def request_share(deployment: Deployment) -> Share | None:
-    """The share of a prompt's assignments on each rank, if requests are distributed by it."""
+    """Returns the share of a prompt's assignments on each rank, or None if requests are not distributed by
+    it."""
     shuffle, placement = deployment.settings.moe.shuffle, deployment.placement
     if shuffle is None or not shuffle.requests or placement is None or placement.tables is None:
         return None
@@ -125,7 +127,7 @@ def request_share(deployment: Deployment) -> Share | None:
 def schedule(
     runner: Runner, settings: EngineSettings, max_model_len: int, share: Share | None = None
 ) -> Scheduler:
-    """A scheduler for ``runner``'s shapes."""
+    """Returns a scheduler for ``runner``'s shapes."""
     sizes = runner.sizes
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
@@ -135,10 +137,10 @@ def schedule(
 
 
 def page_kind(request: Request, runner: Runner) -> str:
-    """What the pages of a request depend on other than its tokens.
+    """Names what the pages of a request depend on other than its tokens.
 
-    If anything lossy is on, it touches the request's tokens with the settings of the moment. A request that
-    opted out has the pages of a lossless engine.
+    If a lossy technique is on, the pages depend on its settings of the moment. The pages of a request that
+    opted out are those of a lossless engine.
     """
     lossy = None
     if runner.is_lossy and not request.params.exact:
@@ -147,5 +149,5 @@ def page_kind(request: Request, runner: Runner) -> str:
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:
-    """``params``, with a random seed if it has none."""
+    """Returns ``params``, with a random seed if it has none."""
     return params if params.seed is not None else dataclasses.replace(params, seed=random.getrandbits(31))

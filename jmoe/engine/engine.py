@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 class Engine:
     """Continuous batching over a warmed-up runner.
 
-    runner: runs the steps on the devices.
-    scheduler: plans the steps.
-    codec: the tokenizer; None = token ids only, texts stay empty.
+    runner: object that runs the steps on the devices.
+    scheduler: object that plans the steps.
+    codec: tokenizer; with None there are only token ids, and texts stay empty.
     end_ids: the model's end tokens.
-    placement: the placement by which the runner's experts were renumbered; None = they were not.
+    placement: placement by which the runner's experts were renumbered; None = they were not.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         self._is_closed = False
 
     def close(self) -> None:
-        """Frees the weights and the cache and takes no more requests; safe to call again."""
+        """Frees the weights and the cache and takes no more requests. It may be called again."""
         self._is_closed = True
         self.runner.close()
 
@@ -78,7 +78,8 @@ class Engine:
     # ---- requests in -------------------------------------------------------------------------------
 
     def check(self, requests: Sequence[Request]) -> None:
-        """One-line ValueError if one can never be served; EngineDead after ``close``. For any thread."""
+        """Raises a one-line ValueError if a request can never be served, and EngineDead after ``close``. Any
+        thread may call it."""
         self.check_open()
         if len(requests) > (most := self.scheduler.limits.max_queue):
             raise ValueError(f"{len(requests)} requests at once exceed the queue of {most}")
@@ -114,18 +115,20 @@ class Engine:
             raise ValueError("stop strings need a tokenizer, which this model directory does not have")
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queues all or none. Raises ValueError for a bad request, QueueFull if there is no room."""
+        """Queues all or none of the requests; raises ValueError for a bad one, and QueueFull if there is no
+        room."""
         self.check(requests)
         self.enqueue(requests)
 
     def enqueue(self, requests: Sequence[Request]) -> None:
-        """Queues all or none of the requests, which ``check`` has accepted; QueueFull if there is no room."""
+        """Queues all or none of the requests, which ``check`` has accepted; raises QueueFull if there is no
+        room."""
         texts = detokenizers(requests, self.codec)
         self.scheduler.add(list(requests))
         self._answers.begin(requests, texts)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, waiting or running; an unknown id is that of a finished one and changes nothing."""
+        """Ends a request, waiting or running. An unknown id is that of a finished one and changes nothing."""
         request = self.scheduler.abort(request_id)
         if request is not None:
             self._report_end(request, Output(request_id, finish_reason="abort"))
@@ -148,7 +151,7 @@ class Engine:
         return bool(self._running_step or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
-        """Starts a step and delivers the previous one; False if there was neither."""
+        """Starts a step and delivers the previous one; returns False if there was neither."""
         if self._running_step is not None and self._running_step.blocks_next_step:
             self._deliver()
         start_time = time.monotonic()
@@ -243,7 +246,7 @@ class Engine:
             request.emit(output)
 
     def _fail_step(self, step: RunningStep, num_lost: int) -> None:
-        """Ends the requests of a step of which ``num_lost`` assignments to experts were not computed: its
+        """Ends the requests of a step in which ``num_lost`` assignments to experts were not computed. Its
         tokens, and what it wrote to the pages, are wrong."""
         what = f"{num_lost} of the step's assignments to experts"
         cause = f"{what} were not computed: its answers would be wrong"
@@ -282,7 +285,7 @@ class Engine:
         tell(request.emit, output)
 
     def give_up(self, reason: FinishReason, cause: str) -> None:
-        """Ends every request, once no step can run any more."""
+        """Ends every request, after it has become impossible to run a step."""
         self._running_step = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists
@@ -298,8 +301,8 @@ class Engine:
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, is_alive, after, *counts)
 
     def moe_stats(self) -> dict[str, Any]:
-        """Statistics of the experts since the start, by phase: totals, means a step, counts layer x expert
-        (experts as the checkpoint numbers them)."""
+        """Returns statistics of the experts since the start, by phase: totals, means a step, counts layer x
+        expert (experts as the checkpoint numbers them)."""
         self.runner.drain()
         cfg = self.runner.cfg
         phases = {

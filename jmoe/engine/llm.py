@@ -26,9 +26,9 @@ Prompt = str | Sequence[int]
 class Completion:
     """One continuation.
 
-    text: the generated text.
-    token_ids: the generated tokens.
-    finish_reason: why it ended.
+    text: generated text.
+    token_ids: generated tokens.
+    finish_reason: reason why it ended.
     logprobs: one entry a generated token, if requested.
     thoughts: see ``Output``.
     """
@@ -44,9 +44,9 @@ class Completion:
 class RequestOutput:
     """A prompt and its continuation.
 
-    prompt_token_ids: the prompt's tokens.
-    outputs: its completions (one).
-    prompt_logprobs: if requested, one entry a prompt token, None for the first.
+    prompt_token_ids: tokens of the prompt.
+    outputs: completions of the prompt (one).
+    prompt_logprobs: one entry a prompt token, None for the first, if requested.
     moe: what lossy techniques did, if any is configured.
     """
 
@@ -64,7 +64,7 @@ class LLM:
 
     model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``.
     moe: configuration of the MoE layers; None = the default.
-    warm_up: with False each shape compiles when it first runs.
+    warm_up: whether shapes compile now; if not, each shape compiles when it first runs.
     settings: the other fields of ``EngineSettings``.
 
     ``close`` frees its memory; a ``with`` statement does so at its end. Raises ValueError naming what is
@@ -85,7 +85,7 @@ class LLM:
         self.engine = build_engine(model, self.settings, warm_up=warm_up)
 
     def close(self) -> None:
-        """Frees the weights and the cache; afterwards ``generate`` and ``logits`` raise EngineDead."""
+        """Frees the weights and the cache. Afterwards ``generate`` and ``logits`` raise EngineDead."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -101,10 +101,10 @@ class LLM:
         *,
         grammar: Grammar | None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad prompt.
-
-        grammar: every answer follows it, as far as ``max_tokens`` lets the answer come; ValueError for a bad
+        """Continues every prompt (text or token ids), in order. Raises ValueError for a bad prompt, for a bad
         grammar, and for one that becomes too costly to follow.
+
+        grammar: grammar that every answer follows, as far as ``max_tokens`` lets the answer come.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")
@@ -132,7 +132,8 @@ class LLM:
         return GrammarCompiler(self.engine.codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; ValueError if it is text and the model has no tokenizer."""
+        """Returns the token ids of a prompt; raises ValueError if it is text and the model has no
+        tokenizer."""
         if not isinstance(prompt, str):
             try:
                 return [operator.index(t) for t in prompt]
@@ -143,10 +144,10 @@ class LLM:
         return self.engine.codec.encode(prompt, limit=self.engine.max_model_len)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.
+        """Returns ``[sequence, vocab]`` float32 logits of one window of tokens, for parity checks.
 
-        They are those of the model as it is: no lossy technique is applied. Compiles once for every power of
-        two of the length.
+        They are those of the model as it is: no lossy technique is applied. The method compiles once for
+        every power of two of the length.
         """
         self.engine.check_open()
         tokens = list(token_ids)

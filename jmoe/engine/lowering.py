@@ -63,7 +63,7 @@ def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> ja
 
 
 def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, Jitted, list]:
-    """The model with shapes only, its jitted functions and the shapes of its weights."""
+    """Returns the model with shapes only, its jitted functions and the shapes of its weights."""
     model, specs = abstract_decoder(cfg, moe, mesh)
     arrays = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.storage, sharding=spec.sharding)
@@ -75,7 +75,7 @@ def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decod
 
 
 def _abstract_tables(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> list[ShuffleTables] | None:
-    """Shapes of the tables by which tokens are shuffled; the placement's file is not read."""
+    """Returns the shapes of the tables by which tokens are shuffled; the placement's file is not read."""
     if moe.shuffle is None or not moe.shuffle.tokens:
         return None
     ranks = mesh.shape[EXPERT]

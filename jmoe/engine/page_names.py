@@ -21,14 +21,15 @@ class PageNames:
         self._full: list[bytes] = []
 
     def full(self, tokens: Sequence[int]) -> list[bytes]:
-        """Names of the full pages of ``tokens``, which begin with the tokens of earlier calls."""
+        """Returns the names of the full pages of ``tokens``, which begin with the tokens of earlier calls."""
         size = self.page_size
         for page in range(len(self._full), len(tokens) // size):
             self._full.append(self._name(page, tokens[page * size : (page + 1) * size]))
         return self._full[: len(tokens) // size]
 
     def rest(self, tokens: Sequence[int]) -> bytes | None:
-        """Name of the last page of ``tokens`` if it is only partly full; None if they fill it."""
+        """Returns the name of the last page of ``tokens`` if it is only partly full, or None if they fill
+        it."""
         pages = len(self.full(tokens))
         rest = tokens[pages * self.page_size :]
         return self._name(pages, rest) if rest else None

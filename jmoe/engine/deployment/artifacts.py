@@ -12,7 +12,7 @@ from jmoe.placement.profile import Profile
 
 
 def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) -> Placement | None:
-    """The configured placement; ValueError if it is for another mesh or number of experts.
+    """Returns the configured placement; raises ValueError if it is for another mesh or number of experts.
 
     ``load_model`` checks that it is for this model.
     """
@@ -35,5 +35,6 @@ def read_placement(shuffle: ShuffleConfig | None, cfg: ModelConfig, mesh: Mesh) 
 
 
 def read_profile(offload: OffloadConfig | None) -> Profile | None:
-    """The configured profile; ValueError if it cannot be read. ``make_cache`` checks which model it is of."""
+    """Returns the configured profile; raises ValueError if it cannot be read. ``make_cache`` checks its
+    model."""
     return None if offload is None or offload.store is None else Profile.load(Path(offload.store))

@@ -68,7 +68,8 @@ class Deployment:
 
 
 def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
-    """Raises ValueError if the model or the settings would be refused, or do not fit the machine."""
+    """Resolves a model and its settings; raises ValueError if either is refused or does not fit the
+    machine."""
     directory, moe = model_directory(model), settings.moe
     cfg = read_config(directory, settings.dtype)
     split = settings_split(settings)
@@ -96,6 +97,6 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
 
 
 def settings_split(settings: EngineSettings) -> Split:
-    """The mesh of the settings' sizes, and how attention is split over it."""
+    """Returns the mesh of the settings' sizes, and how attention is split over it."""
     sizes = settings.data_parallel_size, settings.expert_parallel_size, settings.tensor_parallel_size
     return split_attention(make_mesh(*sizes), settings.attention)

@@ -37,7 +37,10 @@ class Room:
 
 
 def device_room(device: Any, sharing: int = 1) -> Room | None:
-    """What a device has left; None if unknown. sharing: devices of this process that share one memory."""
+    """Returns what a device has left, or None if this is unknown.
+
+    sharing: number of devices of this process that share one memory.
+    """
     if get_backend(device.platform).has_host_memory:
         room = host_room()
         return room and Room(room.bytes // sharing, room.source)
@@ -48,7 +51,7 @@ def device_room(device: Any, sharing: int = 1) -> Room | None:
 
 
 def host_room() -> Room | None:
-    """What this process may still allocate of the host's memory; None if unknown."""
+    """Returns what this process may still allocate of the host's memory, or None if this is unknown."""
     return min((*_machine(), *_cgroups(), *_limits()), key=lambda room: room.bytes, default=None)
 
 
@@ -63,7 +66,7 @@ def _machine() -> Iterator[Room]:
 
 
 def _cgroups() -> Iterator[Room]:
-    """What is left in each control group of this process, and in the groups above it."""
+    """Returns what is left in each control group of this process, and in the groups above it."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -84,7 +87,8 @@ def _cgroups() -> Iterator[Room]:
 
 
 def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Bytes left up to the limit, without cached files that the kernel may drop; None without a limit."""
+    """Returns the bytes left up to the limit, without cached files that the kernel may drop, or None if there
+    is no limit."""
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -45,7 +45,7 @@ class Memory:
 
     @property
     def left(self) -> int | None:
-        """What all but the pages leave of the room; None if unknown."""
+        """What all but the pages leave of the room, or None if the room is unknown."""
         return None if self.room is None else self.room.bytes - self.total + self.pages
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Memory:
 
 
 def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> Memory:
-    """The memory needed without pages, whose number depends on what is left."""
+    """Returns the memory needed without pages, whose number depends on what is left."""
     mesh = split.mesh
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     shared = len(own) if get_backend(platform_of(mesh)).has_host_memory else 1
@@ -99,7 +99,7 @@ def within(memory: Memory) -> Iterator[None]:
 
 
 def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
-    """Bytes of weights on a device, with pools of offloaded experts.
+    """Returns the bytes of weights on a device, with pools of offloaded experts.
 
     Their host copies count only if the device's memory is the host's. One layer of each kind is described:
     describing hundreds takes seconds.
@@ -121,7 +121,8 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
 
 
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:
-    """About what the largest step takes besides weights and pages: rows of a layer, logits, page tables."""
+    """Estimates what the largest step takes besides weights and pages: rows of a layer, logits, page
+    tables."""
     slots, _ = rank_slots(settings, split)
     tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
     heads = cfg.num_attention_heads * (cfg.latent.qk_head_dim if cfg.latent else cfg.head_dim)

@@ -18,8 +18,8 @@ MAX_STEP = 1 << 20  # tokens
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How to run a model. None means the model's own value, or as much as the other settings need and the
-    machine has (see ``jmoe.engine.deployment.deployment``).
+    """The settings with which a model runs. None means the model's own value, or as much as the other
+    settings need and the machine has (see ``jmoe.engine.deployment.deployment``).
 
     max_model_len: tokens of a context.
     max_num_seqs: sequences that run at once, on all ranks together.
@@ -56,7 +56,7 @@ class EngineSettings:
         self._check_dispatch()
 
     def _check_dispatch(self) -> None:
-        """Raises ValueError for a reason that is named twice, and for a named one that has no effect."""
+        """Raises ValueError if a reason is named twice, or if a named one has no effect."""
         if len(set(self.dispatch)) < len(self.dispatch):
             raise ValueError(f"dispatch names some of {', '.join(REASONS)}, each once; got {self.dispatch}")
         if set(self.dispatch) == set(REASONS):
@@ -67,7 +67,8 @@ class EngineSettings:
             raise ValueError("dispatch 'experts' has no effect without moe.shuffle.requests = true")
 
     def without_effect(self, data: int, expert: int, tensor: int) -> list[str]:
-        """Settings that have no effect on a mesh of these sizes but would on others, a line each."""
+        """Returns the settings that have no effect on a mesh of these sizes but would on others, a line
+        each."""
         lines = []
         if self.moe.transport != MoEConfig.transport and data * expert * tensor == 1:
             lines.append(
@@ -84,7 +85,8 @@ class EngineSettings:
 
 
 def model_directory(model: str | Path) -> Path:
-    """The directory of a bundled model's name or of a path; ValueError if ``model`` is neither."""
+    """Returns the directory of a bundled model's name or of a path; raises ValueError if ``model`` is
+    neither."""
     if not isinstance(model, str | Path):
         raise ValueError(f"a model is a name or a directory, got {model!r}")
     return BUNDLED.get(str(model), Path(model))

@@ -19,7 +19,8 @@ DEFAULT_KV_BYTES = 2 << 30
 def fit_pages(
     cfg: ModelConfig, settings: EngineSettings, split: Split, length: int, free_bytes: int | None
 ) -> tuple[int, int, list[str]]:
-    """(Tokens of a context, pages of a rank, notes); ValueError if the context must shrink and may not.
+    """Returns (tokens of a context, pages of a rank, notes); raises ValueError if the context must shrink and
+    may not.
 
     free_bytes: bytes that all but the pages leave of a device's memory; None if unknown.
     """
@@ -51,7 +52,7 @@ def fit_pages(
 
 
 def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages: int) -> Sizes:
-    """Shapes to compile: 1, 4, 8, 16 ... sequences; 1, 2, 4, 8 ... rows of prompts' tokens.
+    """Returns the shapes to compile: 1, 4, 8, 16 ... sequences; 1, 2, 4, 8 ... rows of prompts' tokens.
 
     Both are multiples of the number of ranks that share the heads of a sequence and split its tokens.
     """
@@ -69,13 +70,15 @@ def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages:
 
 
 def rank_slots(settings: EngineSettings, split: Split) -> tuple[int, int]:
-    """Sequences that run on a rank at once, and the ranks that share the tokens of each."""
+    """Returns the number of sequences that run on a rank at once, and of the ranks that share the tokens of
+    each."""
     sharing = split.mesh.shape[EXPERT] if EXPERT in split.heads else 1
     return round_up(-(-settings.max_num_seqs // split.sequence_ranks), sharing), sharing
 
 
 def context_length(cfg: ModelConfig, requested: int | None) -> int:
-    """``requested``, or the model's own; ValueError if it is less than 1 or more than the model's."""
+    """Returns ``requested``, or the model's own; raises ValueError if it is less than 1 or more than the
+    model's."""
     limit = cfg.longest_context
     if requested is not None and not 1 <= requested <= limit:
         raise ValueError(f"max_model_len must be between 1 and the model's {limit}, got {requested}")

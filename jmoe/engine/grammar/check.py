@@ -34,7 +34,7 @@ class GrammarChecker:
     """The server's side of the child. Several threads may call it at once; a child that ended or was stopped
     is replaced.
 
-    spec: from ``engine.grammar.tokens.tokenizer_spec``.
+    spec: result of ``engine.grammar.tokens.tokenizer_spec``.
     """
 
     def __init__(self, spec: dict[str, Any]):
@@ -63,8 +63,8 @@ class GrammarChecker:
             self._end()
 
     def _ask(self, message: bytes) -> dict[str, Any] | None:
-        """The answer of a fork; it has no "error" if the fork ended before it answered. None if no fork began
-        or it was stopped: the process that does not answer is killed."""
+        """Returns the answer of a fork, which has no "error" if the fork ended before it answered. It returns
+        None if no fork began or the fork was stopped: the process that does not answer is killed."""
         try:
             mine, theirs = socket.socketpair()
             with theirs, self._lock:
@@ -92,7 +92,7 @@ class GrammarChecker:
             socket.send_fds(self._control, [b"."], [end.fileno()])
 
     def _running(self) -> "subprocess.Popen[bytes]":
-        """The child; a new one if it has ended."""
+        """Returns the child, or a new one if it has ended."""
         if self.child is not None and self.child.poll() is None:
             return self.child
         self._end()
@@ -132,8 +132,8 @@ def _talk(fork: socket.socket, message: bytes, pid: int) -> dict[str, Any] | Non
 
 
 def _line(end: socket.socket, pid: int) -> bytes:
-    """Reads a line from process ``pid``; empty if it closed its end. TimeoutError if it gets no processor
-    time any more or takes longer than ``WALL_SECONDS``."""
+    """Reads a line from process ``pid``, which is empty if the process closed its end. Raises TimeoutError if
+    the process gets no processor time any more or takes longer than ``WALL_SECONDS``."""
     line, used, deadline = b"", _ticks(pid), time.monotonic() + WALL_SECONDS
     end.settimeout(STALL_SECONDS)
     while not line.endswith(b"\n"):
@@ -153,7 +153,7 @@ def _line(end: socket.socket, pid: int) -> bytes:
 
 
 def _ticks(pid: int) -> float:
-    """A number that grows with the processor time of ``pid``."""
+    """Returns a number that grows with the processor time of ``pid``."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:  # not Linux: only WALL_SECONDS ends it there

@@ -51,8 +51,8 @@ def _fork() -> int:
 def _answer(
     server: socket.socket, tokenizer: llguidance.LLTokenizer, ends: list[int], memory: int | None
 ) -> None:
-    """The work of a fork: sends its process id, reads a grammar and its time limit in seconds, and sends what
-    is wrong with the grammar."""
+    """Does the work of a fork: sends its process id, reads a grammar and its time limit in seconds, and sends
+    what is wrong with the grammar."""
     try:
         server.sendall(f"{os.getpid()}\n".encode())
         request = json.loads(server.makefile().readline())

@@ -26,12 +26,12 @@ WHITESPACE = r"[ \n\t]{0,16}"
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a whole answer must follow.
+    """What a whole answer must follow. Raises ValueError if the text exceeds the limit.
 
-    kind: "json_schema" for JSON that a JSON schema describes, "regex" for text that a regular expression
-        matches, "lark" for text that a Lark grammar in llguidance's dialect derives from ``start``.
+    kind: form of the text: "json_schema" for JSON that a JSON schema describes, "regex" for text that a
+        regular expression matches, "lark" for text that a Lark grammar in llguidance's dialect derives from
+        ``start``.
     text: the schema, expression or grammar.
-    Raises ValueError if the text exceeds the limit.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -43,7 +43,8 @@ class Grammar:
             raise ValueError(f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
 
     def source(self) -> str:
-        """The grammar in llguidance's own form; ValueError for a schema that is not JSON or not supported.
+        """Returns the grammar in llguidance's own form; raises ValueError for a schema that is not JSON or
+        not supported.
 
         If a schema does not say it, objects with named properties have no other ones (``json_schema``).
         """
@@ -56,12 +57,13 @@ class Grammar:
 
 
 def one_of(texts: Iterable[str]) -> Grammar:
-    """The grammar of exactly these answers."""
+    """Returns the grammar of exactly these answers."""
     return Grammar("regex", "|".join("".join(map(_literal, text)) for text in texts))
 
 
 def schema_grammar(schema: dict[str, Any]) -> Grammar:
-    """The grammar of the JSON that ``schema`` describes; ValueError if the schema itself is not JSON."""
+    """Returns the grammar of the JSON that ``schema`` describes; raises ValueError if ``schema`` itself is
+    not JSON."""
     try:
         return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except RecursionError:
@@ -84,7 +86,8 @@ class GrammarConstraint:
         self.matcher, self.words = matcher, words
 
     def allowed(self) -> np.ndarray:
-        """uint32 ``[words]``: bit mask of the allowed next tokens, with end of text if the answer may end."""
+        """Returns uint32 ``[words]``: a bit mask of the allowed next tokens, with end of text if the answer
+        may end."""
         with panics_as_errors():
             mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
             self._check()
@@ -101,7 +104,7 @@ class GrammarConstraint:
 
 
 class CompiledGrammar:
-    """A compiled grammar; each answer's constraint is a copy of its state."""
+    """A compiled grammar; the constraint of each answer is a copy of its state."""
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int):
         self.matcher, self.words = matcher, words
@@ -112,12 +115,11 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars over one tokenizer's tokens.
+    """Compiles grammars over one tokenizer's tokens. Making a compiler takes about a second for a large
+    vocabulary, and raises ValueError if there are no end ids or llguidance cannot read the tokenizer.
 
     vocab_size: vocabulary size of the model.
     end_ids: tokens that end an answer.
-    Making one takes about a second for a large vocabulary. Raises ValueError if there are no end ids or
-    llguidance cannot read the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]):
@@ -127,15 +129,15 @@ class GrammarCompiler:
         self.tokenizer = make_tokenizer(self.spec)
 
     def source(self, grammar: Grammar) -> str:
-        """The text that llguidance compiles for ``grammar`` over this tokenizer; ValueError for a schema that
-        is not JSON or not supported."""
+        """Returns the text that llguidance compiles for ``grammar`` over this tokenizer; raises ValueError
+        for a schema that is not JSON or not supported."""
         return by_id(grammar.source(), self.spec["named"]) if grammar.kind == "lark" else grammar.source()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Compiles a grammar; ValueError with one line that says what is wrong with it.
+        """Compiles a grammar; raises ValueError with one line that says what is wrong with it.
 
-        Only for trusted grammars: a hostile one can crash the process or never return. ``check`` tries it in
-        a process that may crash.
+        It is only for trusted grammars: a hostile one can crash the process or never return. ``check`` tries
+        it in a process that may crash.
         """
         matcher, error = try_grammar(self.tokenizer, self.source(grammar))
         if matcher is None:

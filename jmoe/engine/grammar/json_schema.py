@@ -17,7 +17,8 @@ KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", type(Non
 
 
 def prepared(text: str) -> str:
-    """The schema in ``text`` as JSON text that llguidance can follow; ValueError if ``text`` is not JSON."""
+    """Returns the schema in ``text`` as JSON text that llguidance can follow; raises ValueError if ``text``
+    is not JSON."""
     try:
         schema = simplified(json.loads(text))
         return json.dumps(closed(schema), ensure_ascii=False, allow_nan=False)
@@ -82,13 +83,14 @@ class _Walk:
         return made
 
     def _has_no_effect(self, schema: dict[str, Any]) -> bool:
-        """Whether maxProperties has no effect. llguidance supports it only if all properties are required."""
+        """Returns whether maxProperties has no effect. llguidance supports it only if all properties are
+        required."""
         most, names = schema.get("maxProperties"), schema.get("properties", {})
         ends = schema.get("additionalProperties") is False and "patternProperties" not in schema
         return ends and isinstance(most, int) and isinstance(names, dict) and most >= len(names)
 
     def _closes(self, schema: dict[str, Any]) -> bool:
-        """Whether an object of this schema, which stands alone, may be closed."""
+        """Returns whether an object of this schema, which stands alone, may be closed."""
         names, required = schema.get("properties"), schema.get("required", [])
         if not isinstance(names, dict) or not texts(required) or schema.keys() & {*OPEN, *IN_PLACE}:
             return False
@@ -98,8 +100,9 @@ class _Walk:
     # ---- oneOf -------------------------------------------------------------------------------------
 
     def _exclusive(self, schema: dict[str, Any], is_alone: bool) -> dict[str, Any]:
-        """The schema with ``anyOf`` instead of ``oneOf`` if no value that one branch, as it is followed,
-        admits satisfies another branch. llguidance supports only a ``oneOf`` that it finds to be so."""
+        """Returns the schema with ``anyOf`` instead of ``oneOf`` if no value that one branch, as it is
+        followed, admits satisfies another branch. llguidance supports only a ``oneOf`` that it finds to be
+        so."""
         branches = schema.get("oneOf")
         if not isinstance(branches, list) or "anyOf" in schema:
             return schema
@@ -126,8 +129,10 @@ class _Walk:
         return schema if isinstance(schema, dict) else {}, path
 
     def _excludes(self, first: dict, second: dict, context: dict, is_closed: bool) -> bool:
-        """Whether no value that ``first`` admits satisfies ``second``. is_closed: ``first`` allows only its
-        own properties."""
+        """Returns whether no value that ``first`` admits satisfies ``second``.
+
+        is_closed: whether ``first`` allows only its own properties.
+        """
         if _are_disjoint(first, second):
             return True
         if "object" not in (first.get("type"), second.get("type"), context.get("type")):
@@ -149,7 +154,7 @@ class _Walk:
 
 
 def _are_disjoint(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether clearly no value satisfies both: their constants or types differ."""
+    """Returns whether clearly no value satisfies both: their constants or types differ."""
     values = _values(first), _values(second)
     if values[0] is not None and values[1] is not None:
         return not {json.dumps(v) for v in values[0]} & {json.dumps(v) for v in values[1]}
@@ -158,8 +163,8 @@ def _are_disjoint(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def _values(schema: dict[str, Any]) -> list[Any] | None:
-    """The constants that the schema allows; None if there are none, or for numbers, which have many
-    spellings."""
+    """Returns the constants that the schema allows. It returns None if the schema has none, or for numbers,
+    which have many spellings."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(values, list) or any(
         type(v) not in KINDS or isinstance(v, dict | list) for v in values
@@ -183,7 +188,7 @@ def _types(schema: dict[str, Any]) -> set[str] | None:
 
 
 def _references(schema: Any, path: Path) -> list[Any]:
-    """The references of a schema, and None for each name that would change the base of references."""
+    """Returns the references of a schema, and None for each name that would change the base of references."""
     if not isinstance(schema, dict):
         return []
     found = [schema[name] for name in ("$ref", "$dynamicRef", "$recursiveRef") if name in schema]
@@ -198,7 +203,7 @@ def _references(schema: Any, path: Path) -> list[Any]:
 
 
 def _path(reference: Any) -> Path | None:
-    """The path of a reference from the root; None for other references."""
+    """Returns the path of a reference from the root, or None for other references."""
     if (
         not isinstance(reference, str)
         or not (reference == "#" or reference.startswith("#/"))

@@ -66,7 +66,8 @@ ANY_BUT_LINE_ENDS = r"[^\n\r\x{2028}\x{2029}]"
 
 
 def each_part(schema: dict[str, Any], change: Callable[[Any, tuple[str, ...]], Any]) -> dict[str, Any]:
-    """The schema with ``change(subschema, path to it)`` in place of each schema that is directly in it."""
+    """Returns the schema with ``change(subschema, path to it)`` in place of each schema that is directly in
+    it."""
     made = dict(schema)
     for name, value in schema.items():
         if name in MAPS and isinstance(value, dict):
@@ -79,7 +80,7 @@ def each_part(schema: dict[str, Any], change: Callable[[Any, tuple[str, ...]], A
 
 
 def simplified(schema: Any) -> Any:
-    """The same schema without keywords that have no effect; the others are in llguidance's form."""
+    """Returns the same schema without keywords that have no effect; the others are in llguidance's form."""
     if not isinstance(schema, dict):
         return schema
     made = each_part(schema, lambda part, _: simplified(part))
@@ -93,7 +94,7 @@ def simplified(schema: Any) -> Any:
 
 
 def accepts_anything(schema: Any) -> bool:
-    """Whether a simplified schema clearly holds for every value."""
+    """Returns whether a simplified schema clearly holds for every value."""
     return schema is True or (isinstance(schema, dict) and not schema.keys() & ASSERTIONS)
 
 
@@ -226,7 +227,7 @@ TOKEN = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\c[A-Za-z]|\\.|\[\^\]|\
 
 
 def ecma(pattern: str) -> str:
-    """An expression of ECMA-262 in the dialect of Rust's ``regex``, which llguidance takes."""
+    """Returns an expression of ECMA-262 in the dialect of Rust's ``regex``, which llguidance takes."""
     made, inside = "", False
     for token in TOKEN.findall(pattern):
         if token.startswith("\\u") and len(token) == 12:  # a pair of surrogates

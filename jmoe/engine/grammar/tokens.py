@@ -20,12 +20,13 @@ LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(<[^<>\s"]+
 
 
 def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> dict[str, Any]:
-    """The JSON-able argument of ``make_tokenizer``, from which another process can make the same tokenizer.
+    """Returns the JSON-able argument of ``make_tokenizer``, from which another process can make the same
+    tokenizer.
 
     llguidance tokenizes the text that a grammar forces. That text must not match the name of a token that
     stands for no text of its own, and nothing may change the text. So such tokens get names that nobody can
-    guess, and all normalizer rules except those for spaces are left out. ``named``: token ids by their real
-    names.
+    guess, and all normalizer rules except those for spaces are left out. ``named`` has the token ids by their
+    real names.
     """
     ends = sorted(i for i in end_ids if 0 <= i < vocab_size)
     if not ends:
@@ -52,8 +53,8 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
 
 
 def _hide(token: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """An added token, special if ``names`` has a hidden name for it; it strips no spaces around it and also
-    matches inside words."""
+    """Returns an added token, special if ``names`` has a hidden name for it; it strips no spaces around it
+    and also matches inside words."""
     name = token["content"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token["id"], "content": names.get(name, name), **flags, "special": name in names}
@@ -73,8 +74,8 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
 
 
 def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The normalizer with only the rules for spaces (which tokens spell in their own way): others may change
-    the text."""
+    """Returns the normalizer with only the rules for spaces (which tokens spell in their own way): others may
+    change the text."""
     if normalizer is None or normalizer["type"] != "Sequence":
         parts = [normalizer]
     else:
@@ -84,7 +85,8 @@ def _spaces_only(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _splits_only(pre_tokenizer: Any) -> Any:
-    """The pre-tokenizer changed so that it adds no space in front and keeps the text at which it splits."""
+    """Returns the pre-tokenizer changed so that it adds no space in front and keeps the text at which it
+    splits."""
     if isinstance(pre_tokenizer, list):
         return [_splits_only(part) for part in pre_tokenizer]
     if not isinstance(pre_tokenizer, dict):
@@ -96,7 +98,7 @@ def _splits_only(pre_tokenizer: Any) -> Any:
 
 
 def by_id(lark: str, named: dict[str, int]) -> str:
-    """The Lark grammar with special tokens written by id instead of by name."""
+    """Returns the Lark grammar with special tokens written by id instead of by name."""
 
     def number(found: re.Match[str]) -> str:
         name = found[1]
@@ -106,7 +108,7 @@ def by_id(lark: str, named: dict[str, int]) -> str:
 
 
 def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
-    """Makes the tokenizer; ValueError with one line if llguidance cannot use it."""
+    """Makes the tokenizer; raises ValueError with one line if llguidance cannot use it."""
     try:
         with panics_as_errors():
             return llguidance.LLTokenizer(
@@ -117,7 +119,7 @@ def make_tokenizer(spec: dict[str, Any]) -> llguidance.LLTokenizer:
 
 
 def try_grammar(tokenizer: llguidance.LLTokenizer, source: str) -> tuple[llguidance.LLMatcher | None, str]:
-    """A matcher that has made its first mask, or None and the reason why it failed."""
+    """Returns a matcher that has made its first mask, or None and the reason why it failed."""
     try:
         with panics_as_errors():
             matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
@@ -128,8 +130,8 @@ def try_grammar(tokenizer: llguidance.LLTokenizer, source: str) -> tuple[llguida
 
 
 def follow(matcher: llguidance.LLMatcher, ends: Iterable[int]) -> str:
-    """The reason why the matcher fails within a few tokens, or "": many grammars become too large only after
-    some tokens.
+    """Returns the reason why the matcher fails within a few tokens, or "". It is needed because many grammars
+    become too large only after some tokens.
 
     At each step it takes one allowed token by a fixed rule, and stops if only end tokens are allowed.
     """
@@ -148,7 +150,8 @@ def follow(matcher: llguidance.LLMatcher, ends: Iterable[int]) -> str:
 
 
 def _bit(bits: int, step: int) -> int:
-    """The index of a set bit: the lowest above a fraction of the length that changes with the step."""
+    """Returns the index of a set bit: the lowest above a fraction of the length that changes with the
+    step."""
     above = bits.bit_length() * (step * 5 % STEPS) // STEPS
     rest = bits >> above
     return above + (rest & -rest).bit_length() - 1
@@ -168,7 +171,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """llguidance's message without its excerpt of the grammar."""
+    """Returns llguidance's message without its excerpt of the grammar."""
     if text.startswith("NoExtension"):
         return "no answer can follow it"
     message = re.split(r"\n +\d+ \| |<non-verbose/>", text)[0]
