@@ -19,26 +19,25 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt.
+    """Parameters by which a prompt is continued. Raises ValueError naming the field and its limit.
 
     max_tokens: maximum number of tokens to generate; None = up to the end of the context; 0 only scores the
         prompt.
-    temperature: 0 is greedy.
-    top_p: 0 keeps only the likeliest token.
-    top_k: 0 or -1 is off.
-    min_p: tokens less likely than this share of the likeliest token's probability are never sampled.
-    seed: None draws a random seed.
+    temperature: temperature of the sampling; 0 is greedy.
+    top_p: probability that the kept tokens must reach together; 0 keeps only the likeliest token.
+    top_k: number of likeliest tokens that are kept; 0 or -1 is off.
+    min_p: share of the likeliest token's probability; tokens less likely than this are never sampled.
+    seed: seed of the sampling; None draws a random one.
     logit_bias: (token id, addend) pairs.
     stop: strings that end the text (and are cut from it).
     stop_token_ids: token ids that end the text.
-    ignore_eos: the model's own end tokens do not end the text.
-    min_tokens: tokens to generate before an end token or a stop string may end the text.
-    logprobs: number of alternatives reported for each generated token; None = none.
+    ignore_eos: whether the text goes on after the model's own end tokens.
+    min_tokens: number of tokens to generate before an end token or a stop string may end the text.
+    logprobs: number of alternatives reported for each generated token; None reports no log-probabilities.
     prompt_logprobs: the same for the prompt's tokens.
-    exact: opts out of every lossy technique of the MoE layers.
-    cache_salt: the prompt's cached pages are shared only with requests that pass the same salt.
-
-    Raises ValueError naming the field and its limit.
+    exact: whether the request opts out of every lossy technique of the MoE layers.
+    cache_salt: text that the prompt's cached pages depend on: they are shared only with requests that pass
+        the same.
     """
 
     max_tokens: int | None = 16
@@ -98,12 +97,13 @@ class MoEUsage(make_dataclass("Counts", [(name, int, 0) for name in names(USAGE)
 class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
-    text: what became certain; it never holds half a character nor the beginning of a stop string.
+    text: text that became certain; it never holds half a character nor the beginning of a stop string.
     thoughts: the same for the channels other than the final one, if the model answers in channels.
-    prompt_logprobs: one entry a prompt token, None for the first; sent once, with the first increment.
-    error: the one-line cause if ``finish_reason`` is "error".
+    prompt_logprobs: one entry a prompt token, None for the first; they are sent once, with the first
+        increment.
+    error: one-line cause if ``finish_reason`` is "error".
     is_invalid: whether the request itself is that cause, so that sending it again cannot help.
-    moe: sent with the last increment, if anything lossy is configured.
+    moe: counts that are sent with the last increment, if anything lossy is configured.
     """
 
     request_id: str
@@ -122,9 +122,9 @@ class Output:
 class Constraint(Protocol):
     """The tokens that one answer may have: a grammar, and the answer's current state in it.
 
-    allowed: returns uint32 ``[ceil(vocabulary / 32)]``; bit t % 32 of word t // 32 says whether token t may
-        come next. At least one token may; the end-of-text token may if the answer may end here.
-    accept: advances the state by the sampled token.
+    allowed: method that returns uint32 ``[ceil(vocabulary / 32)]``; bit t % 32 of word t // 32 says whether
+        token t may come next. At least one token may; the end-of-text token may if the answer may end here.
+    accept: method that advances the state by the sampled token.
 
     Both are called from the engine's thread.
     """
@@ -137,8 +137,8 @@ class Constraint(Protocol):
 class Request:
     """A request in the engine. Times are ``time.monotonic`` seconds.
 
-    emit: called from the engine's thread with every increment; it must not block.
-    constraint: the answer's grammar; None allows every token.
+    emit: function that is called from the engine's thread with every increment; it must not block.
+    constraint: grammar of the answer; None allows every token.
     token_ids: generated tokens that the host has seen.
     state: the scheduler's state of the request.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
@@ -166,7 +166,7 @@ class Request:
         return [*self.prompt_token_ids, *self.token_ids]
 
     def part(self, start: int, count: int) -> list[int]:
-        """The request's tokens from position ``start`` on: ``count``, or fewer if fewer are known."""
+        """Returns the request's tokens from position ``start`` on: ``count``, or fewer if fewer are known."""
         n = len(self.prompt_token_ids)
         generated = self.token_ids[max(start - n, 0) : max(start + count - n, 0)]
         return [*self.prompt_token_ids[start : start + count], *generated]
@@ -177,9 +177,9 @@ class RequestState:
     """A request's state in the scheduler. Token counts include those of steps that were already started.
 
     arrival: order of arrival.
-    times_overtaken: how many later requests were admitted first.
+    times_overtaken: number of later requests that were admitted first.
     rank: rank on which the request runs; -1 while it waits.
-    seat: a number that no other running request has, below the maximum of running requests.
+    seat: number that no other running request has, below the maximum of running requests.
     block_table: KV pages that the request holds while it runs.
     page_names: names of its pages; None if they are not shared.
     num_named_pages: number of its full pages that the rank already knows by name.
@@ -206,11 +206,9 @@ class RequestState:
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """The engine at one moment.
+    """The engine at one moment. The last four fields are counted since the start.
 
     kv_usage: share of KV pages in use, 0 to 1.
-
-    Counted since the start:
     compilations_after_warmup: compilations after the warm-up.
     preemptions: times that a request lost its pages to an older one.
     prefix_queries: prompt tokens that were looked up in cached pages.

@@ -31,13 +31,13 @@ from jmoe.placement.profile import Profile
 def make_cache(
     model: Decoder, mesh: Mesh, seats: int, profile: Profile | None, placement: Placement | None = None
 ) -> ExpertCache:
-    """Makes a cache with full pools.
+    """Makes a cache with full pools; raises ValueError for the profile of another model.
 
     Each rank's pool has those of its experts that the profile saw most often or, without a profile, the first
     experts of every layer.
 
-    seats: the most requests that run at once on a rank. placement: the placement by which the experts were
-    renumbered. Raises ValueError for the profile of another model.
+    seats: largest number of requests that run at once on a rank.
+    placement: placement by which the experts were renumbered.
     """
     cfg, offload = model.cfg, model.moe.offload
     assert offload is not None
@@ -59,7 +59,8 @@ def make_cache(
 
 
 def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> ExpertCache | None:
-    """Shapes of a cache without a profile, for compiling a step; None if nothing is offloaded."""
+    """Returns the shapes of a cache without a profile, for compiling a step, or None if nothing is
+    offloaded."""
     offload = moe.offload
     if offload is None:
         return None
@@ -81,7 +82,7 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
 
 
 def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
-    """Number of slots of each device's pool."""
+    """Returns the number of slots of each device's pool."""
     num_local = _local_experts(cfg, mesh)
     return offload.slots(
         layers=len(cfg.moe_layers), experts=num_local, k=min(cfg.num_experts_per_tok, num_local),
@@ -90,7 +91,8 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> int:
-    """Device bytes that offloaded experts take: the pool, experts on their way, the predictor's table."""
+    """Returns the device bytes that offloaded experts take: the pool, experts on their way, the predictor's
+    table."""
     if offload is None:
         return 0
     slots = count_slots(cfg, offload, mesh) + offload.aside
@@ -100,12 +102,12 @@ def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> 
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
-    """Whether a copy inside the step runs while the device computes."""
+    """Returns whether a copy inside the step runs while the device computes."""
     return get_backend(platform_of(mesh)).has_parallel_copies
 
 
 def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
-    """The executor of the steps, and why it was chosen."""
+    """Returns the executor of the steps, and why it was chosen."""
     if offload.executor is not None:
         return offload.executor, "named in the moe config"
     if not is_single(mesh):
@@ -115,7 +117,7 @@ def pick_executor(offload: OffloadConfig, mesh: Mesh) -> tuple[Executor, str]:
 
 
 def _renumbered(profile: Profile | None, model: Decoder, placement: Placement | None) -> History | None:
-    """The profile with this model's expert numbers; ValueError if it is of another model."""
+    """Returns the profile with this model's expert numbers; raises ValueError if it is of another model."""
     if profile is None:
         return None
     if profile.model != (own := model_identity(model, placement)):
@@ -126,7 +128,7 @@ def _renumbered(profile: Profile | None, model: Decoder, placement: Placement | 
 
 
 def _local_experts(cfg: ModelConfig, mesh: Mesh) -> int:
-    """Experts of a layer on each rank."""
+    """Returns the number of experts of a layer on each rank."""
     return cfg.num_experts // mesh.shape[EXPERT]
 
 
@@ -143,7 +145,8 @@ def _pool_specs(pool: ExpertWeights) -> ExpertWeights:
 
 
 def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Copies]:
-    """The tables of all ranks, each with the rank's most often used experts, and the copies to make."""
+    """Returns the tables of all ranks, each with the rank's most often used experts, and the copies to
+    make."""
     layers, ranks = len(loads_LE), mesh.shape[EXPERT]
     shares = np.split(loads_LE, ranks, axis=1)
     tables = [fill(new_table(slots, layers, each.shape[1], np), each) for each in shares] * mesh.shape[DATA]
@@ -155,7 +158,7 @@ def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[Table, C
 
 
 def _empty_pool(cfg: ModelConfig, slots: int, mesh: Mesh, *, is_global: bool = False) -> ExpertWeights:
-    """Shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
+    """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
     dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 

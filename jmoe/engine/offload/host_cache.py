@@ -26,7 +26,7 @@ class HostCache:
     """The slot table and the pool during one step.
 
     store: experts of all layers as numpy arrays ``[L, E, ...]``.
-    install: (pool, one expert, slot) -> pool, jitted, with the pool donated.
+    install: jitted function (pool, one expert, slot) -> pool, with the pool donated.
     sharding: sharding of the copies.
     counts_CL: counters of ``CACHE``, by layer.
     """
@@ -43,7 +43,10 @@ class HostCache:
         self.counts_CL = np.zeros((len(CACHE), layers), np.int32)
 
     def begin(self, forecast: Forecast) -> None:
-        """Starts prefetches before the first layer of a decode step. forecast: of the first layers."""
+        """Starts prefetches before the first layer of a decode step.
+
+        forecast: forecast of the first layers.
+        """
         self.table = decide.foresee(self.table, 0, forecast)
         self.table, prefetches = decide.prefetch(self.table, self.rule, BEFORE_FIRST)
         self.table = self.table._replace(slots=land(self.table.slots))
@@ -73,7 +76,8 @@ class HostCache:
         self._last_demand = layer, needed_E, scores_E
 
     def settle(self) -> None:
-        """Starts the prefetches for the layers ahead; called after a layer's ``demand`` and before the next.
+        """Starts the prefetches for the layers ahead. It is called after a layer's ``demand`` and before the
+        next.
 
         Neither this layer nor the next layer's attention waits for them, so that the device gets that work
         first.
@@ -94,11 +98,12 @@ class HostCache:
         return decide.at_layer(resident(self.table.slots), layer, self._experts)
 
     def slot_E(self, layer: int) -> np.ndarray:
-        """The slot of each of the layer's experts; for experts without a slot, one past the spare slot."""
+        """Returns the slot of each of the layer's experts; for experts without a slot it is one past the
+        spare slot."""
         return decide.slots_of_layer(self.table, layer, self._experts, self._slots + 1)
 
     def absent(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
-        """Experts that the layer needs and the pool does not have."""
+        """Returns the experts that the layer needs and the pool does not have."""
         return np.flatnonzero(needed_E & ~self.resident_E(layer))
 
     def stream(
@@ -124,7 +129,7 @@ class HostCache:
         self._copy_all(Copies(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
     def _start_prefetches(self, layer: int, prefetches: Copies) -> None:
-        """Starts prefetches, all at once, at most as many as the rule allows; they count for ``layer``."""
+        """Starts prefetches, all at once, at most as many as the rule allows. They count for ``layer``."""
         self._count(
             layer,
             expert_cache_evictions=prefetches.num_evictions,
@@ -140,12 +145,12 @@ class HostCache:
         self._for_each(experts_M, lambda i, weights: self._install_at(weights, copies.slots_M[i]))
 
     def _install_at(self, weights: ExpertWeights, slot: np.int32) -> Array:
-        """Installs an expert in the slot; the pool has it as soon as its copy has landed."""
+        """Installs an expert in the slot. The pool has it as soon as its copy has landed."""
         self.pool = self._install(self.pool, weights, slot)
         return self.pool.down_EDF
 
     def _fetch(self, flat: int) -> ExpertWeights:
-        """Starts a copy of one expert; on a CPU it is the store's own memory."""
+        """Starts a copy of one expert. On a CPU the result is the store's own memory."""
         layer, expert = divmod(int(flat), self._experts)
         weights = jax.tree.map(lambda stack: stack[layer, expert : expert + 1], self._store)
         return jax.device_put(weights, self._sharding, may_alias=True)

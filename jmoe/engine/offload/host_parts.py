@@ -122,7 +122,10 @@ class PartFunctions:
         knobs: Knobs | None,
         predictor: Predictor | None,
     ) -> StepStart:
-        """Runs the part before the first layer. predictor: None if nothing is predicted."""
+        """Runs the part before the first layer.
+
+        predictor: predictor of the experts; None if nothing is predicted.
+        """
         model = self.merge(weights)
         if isinstance(inputs, Sequences):
             seqs = inputs
@@ -139,7 +142,7 @@ class PartFunctions:
         return StepStart(rows, rotation, seqs, walk, forecast_RE)
 
     def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> ExpertOutput:
-        """Runs the experts that have a slot; slot ``num_slots + 1`` means none."""
+        """Runs the experts that have a slot. The slot ``num_slots + 1`` means that an expert has none."""
         plan = by_slot(expert_input.ids_TK, slot_E, self.num_slots + 1)
         y_ND = self.expert_math(expert_input.x_TD, expert_input.weights_TK, plan, pool)
         return ExpertOutput(y_ND, plan.num_rows)
@@ -183,11 +186,12 @@ class PartFunctions:
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of ``PartFunctions`` and ``install``, jitted. layers: for each layer ``attend``, or
-    ``dense`` if it has no experts.
+    """The functions of ``PartFunctions`` and ``install``, jitted.
 
     All their results have the shardings of the runner's own arrays: an argument with another sharding would
     compile again.
+
+    layers: for each layer ``attend``, or ``dense`` if it has no experts.
     """
 
     begin: jax.stages.Wrapped
@@ -208,7 +212,7 @@ def jitted_parts(
     num_slots: int,
     default_sharding: NamedSharding,
 ) -> Parts:
-    """One set that runners of equal models share, like ``jitted``.
+    """Returns one set that runners of equal models share, like ``jitted``.
 
     layers: the kind of each layer, whether it has experts, and the sharding of its pages.
     default_sharding: sharding of all other arrays.

@@ -107,7 +107,8 @@ class HostDrivenRunner(Runner):
     ) -> StepEnd:
         """Runs all layers.
 
-        inputs: ``Sequences`` for windows without page tables; the pages do not change.
+        inputs: input of the step, or ``Sequences`` for windows without page tables, which leave the pages
+            unchanged.
         is_decode: whether this is a decode step, which fills the pool; else the pool does not change.
         """
         predictor = self._cache.predictor if is_decode else None
@@ -170,7 +171,8 @@ class HostDrivenRunner(Runner):
         return total
 
     def _resident(self, cache: HostCache, layer: int) -> Any:
-        """Which of the layer's experts are in the pool; None unless routing depends on that."""
+        """Returns which of the layer's experts are in the pool, or None if routing does not depend on
+        that."""
         if not self._routes_by_pool:
             return None
         cache.settle()
@@ -180,7 +182,8 @@ class HostDrivenRunner(Runner):
         return HostCache(self._cache, self._store, self._parts.install, self._sharding)
 
     def _rehearse(self, inputs: StepInput) -> Array:
-        """Also copies one expert to the spare slot and streams one, because padding needs no experts."""
+        """Runs padding, and also copies one expert to the spare slot and streams one, because padding needs
+        no experts."""
         self._is_rehearsal = True
         hidden = super()._rehearse(inputs)
         self._is_rehearsal = False

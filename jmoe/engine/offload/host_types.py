@@ -16,8 +16,11 @@ from jmoe.offload.types import Forecast, Predictor
 
 
 class LayerRows(NamedTuple):
-    """Rows between two layers. x_ND: rows after the last layer's attention; y_ND: outputs of its experts,
-    still to be added."""
+    """Rows between two layers.
+
+    x_ND: rows after the last layer's attention.
+    y_ND: outputs of the last layer's experts, which are still to be added.
+    """
 
     x_ND: Array
     y_ND: Array
@@ -46,7 +49,7 @@ class LayerRecord(NamedTuple):
     num_computed: Array | None = None
 
     def final_stats(self, cache_counts: Counts) -> DispatchStats:
-        """The layer's statistics, with the counts of the cache for it."""
+        """Returns the layer's statistics, with the counts of the cache for it."""
         assert self.num_computed is not None, "the layer's experts did not run"
         traffic = replace(self.stats.traffic, num_received=self.num_computed)
         return replace(self.stats, traffic=traffic, counts=self.stats.counts | cache_counts)
@@ -57,7 +60,7 @@ class HostJourney(NamedTuple):
 
     layer: index among the layers with experts.
     knobs: settings of the lossy techniques; None switches them off.
-    resident_E: which experts are in the pool; None unless routing depends on it.
+    resident_E: which experts are in the pool; None if routing does not depend on it.
     predictor: predictor of a decode step; None if nothing is predicted.
     walk: the predictor's state in this step.
     next_routers: routers of the next layers, if the predictor needs them.
@@ -142,6 +145,6 @@ def stack_rows(*arrays: Array) -> Array:
 
 
 def forecast_of(rows_RE: np.ndarray) -> Forecast:
-    """The forecast on the host, from the 2 * A rows of ``stack_rows``'s array that hold it."""
+    """Returns the forecast on the host, from the 2 * A rows of ``stack_rows``'s array that hold it."""
     p_AE, wanted_AE = np.split(rows_RE, 2)
     return Forecast(p_AE, wanted_AE > 0)  # pyright: ignore[reportArgumentType]

@@ -44,7 +44,7 @@ class Verdict(IntEnum):
 class Gate:
     """Process 0's end. ``meet`` returns the connections of the processes that joined.
 
-    coordinator: the port of jax's coordination service on the loopback address.
+    coordinator: port of jax's coordination service on the loopback address.
     """
 
     def __init__(self, listener: socket.socket, nnodes: int, coordinator: int):
@@ -56,8 +56,8 @@ class Gate:
         threading.Thread(target=self._accept, name="jmoe-gate", daemon=True).start()
 
     def meet(self, limit: float = JOINING) -> dict[int, socket.socket]:
-        """The connection of every other process, by number. ValueError if one does not join within ``limit``
-        seconds. Afterwards no process can join any more."""
+        """Returns the connection of every other process, by number. Raises ValueError if one does not join
+        within ``limit`` seconds. Afterwards no process can join any more."""
         others = range(1, self._nnodes)
         with self._condition:
             self._condition.wait_for(lambda: all(rank in self._members for rank in others), limit)
@@ -129,7 +129,7 @@ class Gate:
 
 
 def knock(host: str, port: int, rank: int, limit: float = JOINING) -> tuple[socket.socket, bytes]:
-    """Process ``rank``'s connection to process 0, and its token. Retries until process 0 has started.
+    """Returns process ``rank``'s connection to process 0, and its token. Retries until process 0 has started.
 
     Raises ValueError if process 0 does not answer within ``limit`` seconds, or refuses process ``rank``.
     """
@@ -184,7 +184,7 @@ class Tunnel:
 def carry(near: socket.socket, far: socket.socket, *, keep_near: bool = False) -> None:
     """Copies what arrives at either end to the other until one ends, on two new threads.
 
-    keep_near: ``near`` stays open when ``far`` ends.
+    keep_near: whether ``near`` stays open when ``far`` ends.
     """
     for end in (near, far):
         end.settimeout(None)
@@ -205,7 +205,7 @@ def carry(near: socket.socket, far: socket.socket, *, keep_near: bool = False) -
 
 
 def read_within(connection: socket.socket, count: int, seconds: float) -> bytes:
-    """``count`` bytes that arrive within ``seconds`` in all; EngineDead if they do not."""
+    """Returns ``count`` bytes that arrive within ``seconds`` in all; raises EngineDead if they do not."""
     end, data = time.monotonic() + seconds, b""
     while len(data) < count:
         connection.settimeout(max(0.01, end - time.monotonic()))
@@ -220,7 +220,7 @@ def read_within(connection: socket.socket, count: int, seconds: float) -> bytes:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the other end has not closed the connection."""
+    """Returns whether the other end has not closed the connection."""
     try:
         readable, _, _ = select([connection], [], [], 0)
         return not readable or connection.recv(1, socket.MSG_PEEK) != b""

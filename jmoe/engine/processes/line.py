@@ -36,12 +36,13 @@ class Line:
         self._close_event = threading.Event()
 
     def send(self, data: bytes) -> None:
-        """Sends all of ``data``, never between the bytes of another message; OSError if nobody reads."""
+        """Sends all of ``data``, never between the bytes of another message; raises OSError if nobody
+        reads."""
         with self._send_lock:
             self.connection.sendall(data)
 
     def read_into(self, buffer: Any) -> None:
-        """Fills ``buffer``; EngineDead if the other end is gone or silent."""
+        """Fills ``buffer``; raises EngineDead if the other end is gone or silent."""
         view = memoryview(buffer).cast("B")
         while view:
             try:
@@ -74,7 +75,7 @@ class Line:
                 )
 
     def keep_alive(self, sign: bytes) -> None:
-        """From now on sends ``sign`` every ``BEAT`` seconds, and treats ``SILENCE`` seconds without anything
+        """Sends ``sign`` every ``BEAT`` seconds from now on, and treats ``SILENCE`` seconds without anything
         from the other end as its loss."""
         self.connection.settimeout(SILENCE)
 
@@ -94,9 +95,9 @@ class Line:
 class Followers:
     """Process 0's lines to all other processes. ``loss`` says which one is gone, as soon as one is.
 
-    gate: where they join; it is closed with the lines.
-    facts: what must be equal in all processes; ValueError names what is not.
-    sign: the message that only says that process 0 lives.
+    gate: gate where the processes join; it is closed with the lines.
+    facts: what must be equal in all processes; a ValueError names what is not.
+    sign: message that only says that process 0 lives.
     """
 
     def __init__(self, gate: Gate, facts: dict[str, Any], sign: bytes):
@@ -116,7 +117,7 @@ class Followers:
             threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
 
     def send(self, buffers: Sequence[bytes]) -> None:
-        """Sends every follower a message; EngineDead if one is gone."""
+        """Sends every follower a message; raises EngineDead if one is gone."""
         message = b"".join(buffers)
         for rank, line in self._lines.items():
             if self.loss is None:
@@ -128,7 +129,8 @@ class Followers:
             raise EngineDead(self.loss)
 
     def close(self, last_message: bytes = b"") -> None:
-        """Sends ``last_message`` and closes the lines; a follower that gets none assumes a failure."""
+        """Sends ``last_message`` and closes the lines. A follower that gets no last message assumes a
+        failure."""
         self._is_closing = True  # from here on, followers may go
         for line in self._lines.values():
             with suppress(OSError):

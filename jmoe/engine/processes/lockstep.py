@@ -94,7 +94,7 @@ class Leader(Runner):
         super().drain()
 
     def close(self) -> None:
-        """Frees weights and cache here and in the followers, which end; safe to call again."""
+        """Frees weights and cache here and in the followers, which end. It may be called again."""
         self._followers.close(self._header(Operation.STOP))
         self._hidden_RND = None
         super().close()
@@ -109,7 +109,8 @@ class Leader(Runner):
 
 
 def repeat(runner: Runner, line: Line) -> None:
-    """Runs what the leader runs until it sends stop; EngineDead if it ends without sending it."""
+    """Runs what the leader runs until it sends stop; raises EngineDead if the leader ends without sending
+    it."""
     hidden_RND = None
     while True:
         operation, rows, tokens, decoding, capacity_factor = HEADER.unpack(line.read(HEADER.size))
@@ -139,7 +140,7 @@ def repeat(runner: Runner, line: Line) -> None:
 
 
 def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: BuildProgress) -> Engine:
-    """Process 0's engine on the mesh of all processes, warmed up. Closing it ends the followers.
+    """Returns process 0's engine, warmed up, on the mesh of all processes. Closing it ends the followers.
 
     Raises ValueError as ``build_engine`` does, and EngineDead if a follower is gone.
     """
@@ -164,10 +165,10 @@ def follow(
     progress: BuildProgress,
     on_ready: Callable[[Runner], None] = lambda runner: None,
 ) -> None:
-    """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine.
+    """Loads this process's part of ``model`` and runs what process 0 runs, until it closes its engine. Raises
+    ValueError as ``build_engine`` does, and EngineDead if process 0 is gone.
 
-    on_ready: called with the runner before its first step. Raises ValueError as ``build_engine`` does, and
-    EngineDead if process 0 is gone.
+    on_ready: function that is called with the runner before its first step.
     """
     facts = facts_of(nodes, model, settings)
     connection, token = knock(nodes.host, nodes.port, nodes.rank)
@@ -183,7 +184,7 @@ def follow(
 
 
 def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
-    """What all processes must have in common: their number, settings and the model's configuration. Its
-    ValueErrors are raised before the processes connect, so that none waits for one that failed."""
+    """Returns what all processes must have in common: their number, settings and the model's configuration.
+    Its ValueErrors are raised before the processes connect, so that none waits for one that failed."""
     cfg = read_config(model_directory(model), settings.dtype)
     return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)

@@ -26,7 +26,10 @@ LEAVING = 10  # seconds that an ending process waits for the others to end too
 
 @dataclass(frozen=True)
 class Nodes:
-    """``nnodes`` processes, of which this is number ``node_rank``. dist_init_addr: HOST:PORT of number 0."""
+    """``nnodes`` processes, of which this is number ``node_rank``.
+
+    dist_init_addr: address HOST:PORT of number 0.
+    """
 
     nnodes: Whole = 1
     node_rank: Whole | None = None
@@ -65,12 +68,11 @@ class Nodes:
 
 
 def join(nodes: Nodes, coordinator: int) -> None:
-    """Makes jax's devices those of all processes. Call it before anything touches a device.
+    """Makes jax's devices those of all processes. Raises ValueError if the processes cannot be one mesh. It
+    must be called before anything touches a device.
 
-    coordinator: a port on the loopback address, where process 0 starts jax's coordination service and where
-        the others reach it (see ``gate``).
-
-    Raises ValueError if the processes cannot be one mesh.
+    coordinator: port on the loopback address, where process 0 starts jax's coordination service and where the
+        others reach it (see ``gate``).
     """
     log.info("process %d of %d: joining at %s", nodes.rank, nodes.nnodes, nodes.dist_init_addr)
     # The service would take SIGTERM for a notice that the machine goes away, and the process would live on.
@@ -107,7 +109,8 @@ def leave(code: int) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket of process 0; port 0 takes any free port. ValueError says why it cannot listen."""
+    """Returns a listening socket of process 0. Port 0 takes any free port. A ValueError says why it cannot
+    listen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
@@ -117,6 +120,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A port that is free on the loopback address at the moment."""
+    """Returns a port that is free on the loopback address at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
