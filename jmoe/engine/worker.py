@@ -50,7 +50,7 @@ class EngineWorker:
         return self._engine.end_ids
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues all or none; raises ValueError (bad request), QueueFull or EngineDead."""
+        """Queues all or none of the requests; raises ValueError (bad request), QueueFull or EngineDead."""
         self._engine.check(requests)  # on the caller's thread, so that long prompts delay no step
         self._call(lambda: self._engine.enqueue(requests))
 
@@ -60,7 +60,8 @@ class EngineWorker:
             self._post(lambda: [tell(self._engine.abort, i) for i in ids])
 
     def snapshot(self) -> EngineSnapshot:
-        """Does not wait for a step to end: each number is right, but they may be one step apart."""
+        """Returns a snapshot without waiting for a step to end: each number is right, but they may be one
+        step apart."""
         s = self._engine.snapshot()
         return replace(s, is_alive=s.is_alive and self._death_cause is None and self._thread.is_alive())
 
@@ -103,7 +104,8 @@ class EngineWorker:
             self._stop(cause, reason)
 
     def _run_calls(self) -> bool:
-        """Runs the posted calls; waits for one if the engine has nothing to do. False when closing."""
+        """Runs the posted calls, and waits for one if the engine has nothing to do. Returns False when
+        closing."""
         with self._condition:
             while not (self._calls or self._is_closing or self._engine.busy):
                 self._condition.wait()

@@ -30,8 +30,8 @@ class Admission:
     """How a request could be admitted to a rank.
 
     full_pages: full pages that already hold the beginning of its tokens.
-    partial_page: a page that holds all its remaining tokens, which other requests may still write into; None
-        if there is none.
+    partial_page: page that holds all its remaining tokens and that other requests may still write into; None
+        if no page does.
     num_cached_tokens: tokens in both that need not run; the last token always runs.
     num_running: requests that run on the rank.
     num_free_pages: free pages of the rank.
@@ -48,7 +48,7 @@ class Admission:
 def admission_at(
     rank: int, pages: RankPages, tokens: list[int], names: PageNames | None, size: int, running: int
 ) -> Admission | None:
-    """How ``tokens`` could be admitted to ``rank``; None if the rank has too few free pages.
+    """Returns how ``tokens`` could be admitted to ``rank``, or None if the rank has too few free pages.
 
     It needs enough for ``tokens`` and one more for each request that already runs there. Full pages that the
     planned step writes may be read in the same step by tokens of prompts; they may not be copied or decoded
@@ -80,8 +80,9 @@ class RankChooser:
 
     ranks: number of ranks.
     slots: maximum of requests that run together on a rank.
-    reasons: what chooses the rank, in this order.
-    share: gives the share of a prompt's expected assignments on each rank; None if it is not known.
+    reasons: reasons that choose the rank, in this order.
+    share: function that returns the share of a prompt's expected assignments on each rank; None if it is not
+        known.
     """
 
     def __init__(
@@ -92,7 +93,10 @@ class RankChooser:
         self._turn = 0
 
     def choose(self, tokens: list[int], entries: list[Admission], least: int) -> Admission:
-        """Chooses one of the entries for a prompt. least: requests on the rank that runs the fewest."""
+        """Chooses one of the entries for a prompt.
+
+        least: number of requests on the rank that runs the fewest.
+        """
         for reason in self.reasons:
             if reason == "prefix":
                 calm = least + max(self.slots // 2, 1)

@@ -35,7 +35,8 @@ class RankPages:
         return len(self.blank) + len(self.cached)
 
     def allocate(self, count: int) -> list[int]:
-        """Allocates ``count`` pages for one user and forgets their content; ValueError if fewer are free."""
+        """Allocates ``count`` pages for one user and forgets their content; raises ValueError if fewer are
+        free."""
         if count > self.num_free:
             raise ValueError(f"{self.num_free} pages are free, {count} are asked for")
         return [self._allocate_one() for _ in range(count)]
@@ -86,7 +87,7 @@ class RankPages:
             self.unwritten.add(page)
 
     def find_cached(self, names: Iterable[bytes]) -> list[int]:
-        """The pages with these names, up to the first name that no page has."""
+        """Returns the pages with these names, up to the first name that no page has."""
         found = []
         for name in names:
             page = self.page_of.get(name)

@@ -36,7 +36,7 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
 
     def copy_rounds(self) -> list[list[tuple[int, int, int]]]:
-        """The copies in rounds; a round has at most one copy of each rank."""
+        """Returns the copies in rounds; a round has at most one copy of each rank."""
         rounds: list[list[tuple[int, int, int]]] = []
         for copy in self.copies:
             free = next((r for r in rounds if all(copy[0] != other[0] for other in r)), None)
@@ -62,7 +62,8 @@ class Room:
     num_used_rows: int = 0
 
     def take(self, wanted: int, page: int) -> int:
-        """Takes room for a prompt with ``wanted`` tokens left: all of them, or as many whole pages as fit."""
+        """Takes room for a prompt with ``wanted`` tokens left: for all of them, or for as many whole pages as
+        fit."""
         most = min(self.num_tokens, (self.num_rows - self.num_used_rows) * self.row_tokens)
         count = wanted if wanted <= most else most // page * page
         self.num_tokens -= count

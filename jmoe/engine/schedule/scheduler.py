@@ -51,8 +51,9 @@ class Scheduler:
 
     pool: KV pages of all ranks.
     sizes: compiled numbers of prompt tokens a rank; the first is that of one row.
-    kind: names what a request's pages depend on other than its tokens; with None no pages are shared.
-    dispatch: chooses ranks; None = the default ``RankChooser``.
+    kind: function that names what a request's pages depend on other than its tokens; with None no pages are
+        shared.
+    dispatch: object that chooses ranks; None = the default ``RankChooser``.
     """
 
     def __init__(
@@ -71,14 +72,15 @@ class Scheduler:
         self._num_arrivals = 0
 
     def pages_needed(self, request: Request) -> int:
-        """Pages for the prompt and everything it may generate (the last token's keys are never stored)."""
+        """Returns the number of pages for the prompt and everything it may generate (the last token's keys
+        are never stored)."""
         prompt, limit = len(request.prompt_token_ids), request.params.max_tokens
         room = self.limits.max_model_len - prompt
         new = room if limit is None else min(limit, room)
         return self.pool.pages_for(prompt + max(new - 1, 0))
 
     def add(self, requests: list[Request]) -> None:
-        """Queues all or none; QueueFull if they do not fit."""
+        """Queues all or none of the requests; raises QueueFull if they do not fit."""
         if len(self.waiting) + len(requests) > self.limits.max_queue:
             raise QueueFull(
                 f"the queue is full: {len(self.waiting)} of {self.limits.max_queue} requests are waiting"
@@ -91,7 +93,8 @@ class Scheduler:
     # ---- a step --------------------------------------------------------------------------------------
 
     def next_step(self) -> Step | None:
-        """Plans the next step and advances each request's state as if it had run; None if nothing can run."""
+        """Plans the next step and advances each request's state as if it had run; returns None if nothing can
+        run."""
         step = Step()
         for rank in self.pool.ranks:
             rank.unwritten.clear()
@@ -111,7 +114,7 @@ class Scheduler:
         return sorted(self.running, key=lambda r: r.state.arrival)
 
     def _rooms(self, step: Step) -> list[Room]:
-        """The room for prompts on each rank, without what its decoded tokens take."""
+        """Returns the room for prompts on each rank, without what its decoded tokens take."""
         run, page = self.sizes[0], self.pool.page_size
         left = [self.limits.max_num_batched_tokens] * len(self.pool.ranks)
         for decoded in step.decodes:
@@ -119,7 +122,8 @@ class Scheduler:
         return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
 
     def _continues(self, request: Request) -> bool:
-        """Whether to decode a token: all but the last sampled one are computed, and no limit is met."""
+        """Returns whether to decode a token: all but the last sampled one are computed, and no limit is
+        met."""
         state, limit = request.state, request.params.max_tokens
         reach = request.length + state.num_in_flight
         new = reach - len(request.prompt_token_ids)
@@ -138,8 +142,8 @@ class Scheduler:
         self._advance(request, 1, is_sampled=True)
 
     def _preempt(self, rank: int) -> Request:
-        """Preempts the running request of ``rank`` that came last: frees its pages and queues it; it runs
-        again from its tokens."""
+        """Preempts the running request of ``rank`` that came last: frees its pages and queues it. The request
+        runs again from its tokens."""
         last = max((r for r in self.running if r.state.rank == rank), key=lambda r: r.state.arrival)
         self._leave(last)
         state = last.state
@@ -150,7 +154,7 @@ class Scheduler:
         return last
 
     def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
-        """Adds the next tokens of a prompt to the step: whole pages, or up to its end; perhaps none."""
+        """Adds the next tokens of a prompt to the step: whole pages, or up to its end. It may add none."""
         state = request.state
         start, end = state.num_computed_tokens, state.num_prefill_tokens
         count = rooms[state.rank].take(end - start, self.pool.page_size)
@@ -167,7 +171,7 @@ class Scheduler:
     # ---- in and out ----------------------------------------------------------------------------------
 
     def name_pages(self, request: Request) -> None:
-        """Names those of its pages whose content is known by now."""
+        """Names those of the request's pages whose content is known by now."""
         state, size = request.state, self.pool.page_size
         done = min(state.num_computed_tokens, request.length)
         is_prompt_end = done == state.num_prefill_tokens
@@ -183,7 +187,7 @@ class Scheduler:
             rank.name(state.block_table[state.num_named_pages], rest)
 
     def finish(self, request: Request) -> None:
-        """Removes the request; nothing of it is wanted any more, not even from steps already started."""
+        """Removes the request. Nothing of it is wanted any more, not even from steps already started."""
         if request.state.rank < 0:
             self.waiting.remove(request)
         else:
@@ -191,9 +195,9 @@ class Scheduler:
         request.state.is_ended = True
 
     def spoil(self, request: Request) -> None:
-        """Removes the names of its pages, because what they hold may be wrong (not finite). The pages that it
-        found in the cache lose theirs too: the request that wrote them may have ended before this was seen.
-        """
+        """Removes the names of the request's pages, because what they hold may be wrong (not finite). The
+        pages that it found in the cache lose theirs too: the request that wrote them may have ended before
+        this was seen."""
         if (names := self._names(request)) is None:
             return
         rest = names.rest(request.prompt_token_ids)
@@ -205,7 +209,7 @@ class Scheduler:
         request.state.page_names = None
 
     def abort(self, request_id: str) -> Request | None:
-        """Removes a request, waiting or running; None if it is not here (any more)."""
+        """Removes and returns a request, waiting or running; returns None if it is not here (any more)."""
         found = next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
         if found is not None:
             self.finish(found)
@@ -239,7 +243,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
 
     def _open_ranks(self, rooms: list[Room]) -> list[int]:
-        """The ranks with a free slot and room for a page of a prompt."""
+        """Returns the ranks with a free slot and room for a page of a prompt."""
         counts, page = self._counts(), self.pool.page_size
         roomy = [room.num_tokens >= page and room.num_used_rows < room.num_rows for room in rooms]
         return [r for r, count in enumerate(counts) if count < self.limits.max_num_seqs and roomy[r]]
@@ -251,7 +255,7 @@ class Scheduler:
         return counts
 
     def _entry(self, request: Request, ranks: list[int]) -> Admission | None:
-        """Where and how the request is admitted; None if no rank has enough pages."""
+        """Returns where and how the request is admitted, or None if no rank has enough pages."""
         tokens, names, counts, size = (
             request.tokens,
             self._names(request),
@@ -263,7 +267,8 @@ class Scheduler:
         return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
 
     def _names(self, request: Request) -> PageNames | None:
-        """Names of its pages; None if they are not shared, or if all of the prompt must run to be scored."""
+        """Returns the names of the request's pages, or None if they are not shared or all of the prompt must
+        run to be scored."""
         if self.kind is None or request.params.prompt_logprobs is not None:
             return None
         if request.state.page_names is None:

@@ -29,7 +29,8 @@ Known = tuple[int, int, str]
 
 
 def use_compilation_cache(directory: Path) -> None:
-    """Keeps compiled programs in ``directory`` across processes, also small ones that compile quickly."""
+    """Keeps compiled programs in ``directory`` across processes. It also keeps small ones that compile
+    quickly."""
     drop_damaged(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -72,7 +73,7 @@ def drop_damaged(directory: Path) -> list[str]:
 
 
 def is_whole(raw: bytes) -> bool:
-    """Whether an entry can be decompressed to its end."""
+    """Returns whether an entry can be decompressed to its end."""
     try:
         if raw.startswith(ZSTD):
             decompress = _zstd()
@@ -90,7 +91,8 @@ def is_whole(raw: bytes) -> bool:
 
 
 def _zstd() -> Callable[[bytes], bytes] | None:
-    """The zstd decompressor that jax would choose; None if jax could not read such an entry either."""
+    """Returns the zstd decompressor that jax would choose, or None if jax could not read such an entry
+    either."""
     try:
         from compression import zstd  # pyright: ignore[reportMissingImports]
 
@@ -106,7 +108,8 @@ def _zstd() -> Callable[[bytes], bytes] | None:
 
 
 def _read_index(path: Path) -> dict[str, Known]:
-    """The index; empty if it is absent or damaged, so that all entries are read again."""
+    """Returns the index, which is empty if the file is absent or damaged, so that all entries are read
+    again."""
     try:
         entries: dict[str, Any] = json.loads(path.read_bytes())
         return {name: (int(size), int(time), str(digest)) for name, (size, time, digest) in entries.items()}

@@ -40,12 +40,15 @@ class Count64:
         return cls(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
 
     def plus(self, amount: Array) -> "Count64":
-        """amount: int32, not negative."""
+        """Returns the counts with an amount added.
+
+        amount: int32 numbers that are not negative.
+        """
         low = self.low + amount.astype(jnp.uint32)  # if it wraps, it is below the old value
         return Count64(low, self.high + (low < self.low).astype(jnp.uint32))
 
     def to_host(self) -> np.ndarray:
-        """int64, on the host."""
+        """Returns the counts as int64, on the host."""
         low, high = jax.device_get((self.low, self.high))
         return low.astype(np.int64) + (high.astype(np.int64) << 32)
 
@@ -84,7 +87,8 @@ def zero_totals(layers: int, experts: int) -> MoETotals:
 
 
 def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
-    """The totals with one step's layers added; a step without a valid token (in warm-up) is not counted."""
+    """Returns the totals with one step's layers added; a step without a valid token (in warm-up) is not
+    counted."""
     counts_LE = jnp.stack([layer.counts_E for layer in layers])
     plain_LE = jnp.stack([layer.plain_counts_E for layer in layers])
     step_L: dict[str, Array] = jax.tree.map(lambda *each: jnp.stack(each), *[layer.sums for layer in layers])
@@ -104,8 +108,8 @@ def add_step(totals: MoETotals, layers: list[DispatchStats]) -> MoETotals:
 
 
 def transported_bytes(cfg: ModelConfig, mesh: Mesh) -> int:
-    """Bytes to send one row to another rank, in the weights' dtype, and back, in float32; summed over its
-    copies, one per tensor rank."""
+    """Returns the bytes to send one row to another rank, in the weights' dtype, and back, in float32, summed
+    over its copies, one per tensor rank."""
     return cfg.hidden_size * (jnp.dtype(cfg.dtype).itemsize + 4) * mesh.shape[TENSOR]
 
 
@@ -134,7 +138,8 @@ class MoECounters:
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:
-        """Per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval --json``).
+        """Returns per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval
+        --json``).
 
         Any ``lost_assignments`` but 0 means wrong answers.
         """

@@ -75,8 +75,10 @@ def by_rank(runs: list[Run], ranks: int) -> list[list[Run]]:
 
 
 def fill(placed: PlacedRun, inputs: StepInput, ends: Sequence[int]) -> None:
-    """Writes the rows of one run. A token that only the device knows is -1. ends: tokens that end an
-    answer."""
+    """Writes the rows of one run. A token that only the device knows is -1.
+
+    ends: tokens that end an answer.
+    """
     run, row, arrays, rows = placed.run, placed.sample_row, placed.arrays, placed.rows
     request, start, count, state = run.request, run.start, run.count, run.request.state
     arrays.tokens_BT[rows].reshape(-1)[:count] = request.part(start, count) or [

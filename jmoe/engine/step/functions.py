@@ -32,7 +32,7 @@ from jmoe.offload.cache import ExpertCache
 def sequences_of(
     inputs: StepInput, latest_S: Array, ranks: int, *, has_lossy: bool, has_cache: bool
 ) -> Sequences:
-    """The step's sequences; for use under jit.
+    """Returns the step's sequences. The function is for use under jit.
 
     has_lossy: whether a lossy technique needs ``exact_B``.
     has_cache: whether an expert cache needs ``seats_B`` and ``fresh_B``.
@@ -58,14 +58,16 @@ def make_knobs(capacity_factor: float, step: int) -> Knobs:
 
 
 def replicated(outputs: Any, mesh: Mesh) -> Any:
-    """``outputs`` replicated on every device, so that every host can read them; for use under jit."""
+    """Replicates ``outputs`` on every device, so that every host can read them. The function is for use under
+    jit."""
     return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
 def sample_tokens(
     model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, stats: list[DispatchStats]
 ) -> tuple[Sampled, Array]:
-    """The step's sampled tokens, and the token sampled last for every seat; for use under jit.
+    """Returns the step's sampled tokens, and the token sampled last for every seat. The function is for use
+    under jit.
 
     stats: statistics of the step's layers; the assignments lost in them make the tokens wrong.
     """
@@ -86,7 +88,7 @@ class WindowRouting:
     """The routing of B windows of T positions in L layers. Values at padding, and at picks of -1, mean
     nothing.
 
-    ids_LBTK: experts chosen.
+    ids_LBTK: ids of the chosen experts.
     weights_LBTK: combine weights of these experts.
     gates_LBE: mean of each window's router scores.
     embeddings_BD: mean of each window's input embeddings.
@@ -101,12 +103,12 @@ class WindowRouting:
 
 
 def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
-    """Summarizes ``routing``, one per layer, over whole windows; for use under jit."""
+    """Summarizes ``routing``, one per layer, over whole windows. The function is for use under jit."""
     b, t = seqs.tokens_BT.shape
     valid_BT1 = (seqs.positions_BT >= 0)[:, :, None]
 
     def mean(values_BTX: Array) -> Array:
-        """The mean over each window's valid tokens."""
+        """Returns the mean over each window's valid tokens."""
         count_B1 = jnp.maximum(jnp.sum(valid_BT1, 1, dtype=jnp.float32), 1.0)
         return jnp.sum(jnp.where(valid_BT1, values_BTX, 0.0), 1) / count_B1
 
@@ -139,7 +141,10 @@ class ModelFunctions:
     def step(
         self, weights: list[Array], state: DeviceState, inputs: StepInput, settings: StepSettings
     ) -> tuple[DeviceState, StepOutput]:
-        """Runs one step: the decoder on the rows, then sampling. state: the part of the step's phase."""
+        """Runs one step: the decoder on the rows, then sampling.
+
+        state: part of the device's state that belongs to the step's phase.
+        """
         model, phase = self.merge(weights), inputs.phase
         needs = {"has_lossy": settings.knobs is not None, "has_cache": state.cache is not None}
         seqs = sequences_of(inputs, state.latest_S, model.split.sequence_ranks, **needs)
@@ -159,7 +164,8 @@ class ModelFunctions:
     def copy_pages(
         self, weights: list[Array], pages: list[LayerPages], from_R: Array, to_R: Array
     ) -> list[LayerPages]:
-        """Copies each rank's page ``from_R`` over its page ``to_R``; both are 0 if it has none to copy."""
+        """Copies each rank's page ``from_R`` over its page ``to_R``; both are 0 if the rank has none to
+        copy."""
 
         def copy(a_P: Array, from_1: Array, to_1: Array) -> Array:
             one = lax.dynamic_index_in_dim(a_P, from_1[0], keepdims=True)
@@ -182,11 +188,11 @@ class ModelFunctions:
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
     def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Log-probabilities of ``targets_BT``, and the likeliest tokens with theirs."""
+        """Returns the log-probabilities of ``targets_BT``, and the likeliest tokens with theirs."""
         return self._in_chunks(score, weights, hidden_BTD, targets_BT)
 
     def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
-        """Log-probabilities of ``targets_BT``."""
+        """Returns the log-probabilities of ``targets_BT``."""
         return self._in_chunks(logprobs, weights, hidden_BTD, targets_BT)
 
     def _in_chunks(
@@ -196,7 +202,7 @@ class ModelFunctions:
         hidden_BTD: Array,
         targets_BT: Array,
     ) -> Any:
-        """``function(logits, targets)``, computed about 128 positions at a time.
+        """Returns ``function(logits, targets)``, computed about 128 positions at a time.
 
         Each chunk takes a few positions of every sequence, so that each rank of a mesh has work of its own.
         """
@@ -218,7 +224,7 @@ class ModelFunctions:
     def window_logits(
         self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
     ) -> Array:
-        """``[B, T, V]`` logits of whole windows, without KV pages."""
+        """Returns the ``[B, T, V]`` logits of whole windows, without KV pages."""
         model = self.merge(weights)
         out = model(Sequences(tokens_BT, positions_BT), cache=cache)
         return replicated(model.logits(out.hidden_RND), model.mesh)
@@ -231,10 +237,10 @@ class ModelFunctions:
         picks_BM: Array,
         cache: ExpertCache | None,
     ) -> WindowRouting:
-        """The choices of all layers' routers in whole windows, without KV pages.
+        """Returns the choices of all layers' routers in whole windows, without KV pages.
 
-        picks_BM: positions whose scores are returned, -1 for none. The scores of all positions would be many
-        times as large as everything else.
+        picks_BM: positions whose scores are returned; -1 for none. The scores of all positions would be many
+            times as large as everything else.
         """
         model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
         return replicated(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
@@ -256,7 +262,8 @@ class Jitted:
 
 @lru_cache(maxsize=8)
 def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
-    """The jitted functions of one structure. Runners of equal models share them and their compiled programs.
+    """Returns the jitted functions of one structure. Runners of equal models share them and their compiled
+    programs.
 
     The graph, which holds the configuration and the mesh, is hashed once per runner. ``maxsize`` frees the
     programs of models that no longer run.
@@ -275,5 +282,6 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
 
 @lru_cache(maxsize=32)
 def maker(out_sharding: NamedSharding, make: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """``make(*args)``, compiled: ``device_put`` on a mesh of several processes would compare values first."""
+    """Returns ``make(*args)``, compiled: ``device_put`` on a mesh of several processes would compare values
+    first."""
     return jax.jit(partial(make, *args), out_shardings=out_sharding)

@@ -8,8 +8,8 @@ from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 
 def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[str, Detokenizer]:
-    """Detokenizers by request id; empty without a codec. Raises ValueError for a prompt that the codec cannot
-    decode."""
+    """Returns detokenizers by request id, none without a codec. Raises ValueError for a prompt that the codec
+    cannot decode."""
     if codec is None:
         return {}
     return {request.id: _detokenizer(request, codec) for request in requests}
@@ -44,7 +44,10 @@ class Answers:
         self._texts: dict[str, Detokenizer] = {}
 
     def begin(self, requests: Sequence[Request], texts: dict[str, Detokenizer]) -> None:
-        """texts: detokenizers of these requests, by request id."""
+        """Begins the answers to these requests.
+
+        texts: detokenizers of these requests, by request id.
+        """
         self._texts |= texts
         for request in requests:
             self.scores.want(request)
@@ -54,13 +57,14 @@ class Answers:
         self.scores.take(request)
 
     def scores_only(self, request: Request) -> Output:
-        """The whole answer to a request that wants only its prompt's scores."""
+        """Returns the whole answer to a request that wants only its prompt's scores."""
         return Output(request.id, prompt_logprobs=self.scores.take(request), finish_reason="length")
 
     def next_output(self, request: Request, token: int, scores: tuple) -> Output:
-        """The increment that the request's newest token gives to its client.
+        """Returns the increment that the request's newest token gives to its client. Raises ValueError if the
+        tokenizer fails.
 
-        scores: see ``token_logprob``. Raises ValueError if the tokenizer fails.
+        scores: see ``token_logprob``.
         """
         params, finish, stopped_by = request.params, self._end_reason(request, token), None
         text = thoughts = ""
@@ -93,7 +97,7 @@ class Answers:
         )
 
     def _end_reason(self, request: Request, token: int) -> FinishReason | None:
-        """``"stop"`` if the token itself ends the answer, else None."""
+        """Returns ``"stop"`` if the token itself ends the answer, else None."""
         params = request.params
         is_end = token in self.end_ids and not params.ignore_eos
         return "stop" if is_end or token in params.stop_token_ids else None

@@ -60,23 +60,24 @@ class Sizes:
         return tuple(reversed(picked))
 
     def mixed_decode_size(self, runs: int) -> int:
-        """The smallest size of ``mixed_decode`` that has a row for each of ``runs``, prompts and decodes."""
+        """Returns the smallest size of ``mixed_decode`` that has a row for each of ``runs``, prompts and
+        decodes."""
         return next(s for s in self.mixed_decode if s >= runs)
 
     def decode_size(self, sequences: int) -> int:
-        """The smallest compiled decode batch that holds ``sequences`` per rank."""
+        """Returns the smallest compiled decode batch that holds ``sequences`` per rank."""
         return next(s for s in self.decode if s >= sequences)
 
     def prefill_size(self, tokens: int) -> int:
-        """The prefill size for ``tokens`` prompt tokens: the smallest that holds them if they fill more than
-        half of it, else the largest that they fill; so padding never doubles the work."""
+        """Returns the prefill size for ``tokens`` prompt tokens: the smallest that holds them if they fill
+        more than half of it, else the largest that they fill. So padding never doubles the work."""
         holds = next((s for s in self.prefill if s >= tokens), self.prefill[-1])
         filled = [s for s in self.prefill if s <= tokens]
         return holds if not filled or tokens > holds / 2 else filled[-1]
 
 
 def window_length(tokens: int, ranks: int, min_length: int = 1) -> int:
-    """The length to which a window of ``tokens`` is padded.
+    """Returns the length to which a window of ``tokens`` is padded.
 
     It is the next power of two, so that few shapes compile, at least ``min_length``, and a multiple of
     ``ranks``, the number of ranks that split a sequence's tokens.
@@ -129,7 +130,7 @@ class StepInput:
 def blank_input(
     vocab_size: int, sizes: Sizes, ranks: int, phase: Phase, sequences: int, tokens: int, decode_rows: int = 0
 ) -> StepInput:
-    """An input in which every token is padding.
+    """Returns an input in which every token is padding.
 
     Each of ``ranks`` has ``sequences`` rows of ``tokens``, and ``decode_rows`` rows of one token. Each
     rank samples ``decode_rows`` tokens, or ``sequences`` if ``decode_rows`` is 0.

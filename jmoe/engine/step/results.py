@@ -40,7 +40,8 @@ class FetchedStep(NamedTuple):
     num_lost: int
 
     def scores(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log-probability of the row's token, the likeliest tokens and their log-probabilities."""
+        """Returns the log-probability of the row's token, the likeliest tokens and their
+        log-probabilities."""
         return self.logprob_B[row], self.top_ids_BA[row], self.top_logprobs_BA[row]
 
 
@@ -76,7 +77,7 @@ class RunningStep:
         return FetchedStep(ids_B, logprob_B, top_ids_BA, top_logprobs_BA, finite_B, int(num_lost))
 
     def report(self, fetch_time: float, delivery_time: float) -> StepReport:
-        """The report of the step.
+        """Returns the report of the step.
 
         fetch_time: ``time.monotonic`` when the results were on the host.
         delivery_time: ``time.monotonic`` when they were delivered.
@@ -111,7 +112,8 @@ class PromptScores:
             self._scores[request.id] = [None]  # nothing predicts the first token
 
     def start(self, placed: list[PlacedRun], hidden_RND: Array) -> DeviceScores | None:
-        """Starts to score the prompt tokens that a step's positions predict; None if nobody wants them."""
+        """Starts to score the prompt tokens that a step's positions predict; returns None if nobody wants
+        them."""
         scored = [p for p in placed if not p.run.is_decode and p.run.request.id in self._scores]
         if not scored:
             return None
@@ -122,7 +124,10 @@ class PromptScores:
         return self.runner.score(hidden_RND, targets_RN)
 
     def keep(self, placed: PlacedRun, scores: tuple[np.ndarray, ...] | None) -> None:
-        """Keeps the scores of a run's prompt tokens. scores: result of ``start``, on the host."""
+        """Keeps the scores of a run's prompt tokens.
+
+        scores: result of ``start``, on the host.
+        """
         request = placed.run.request
         kept = self._scores.get(request.id)
         if scores is None or kept is None or placed.run.is_decode:
@@ -136,19 +141,21 @@ class PromptScores:
         )
 
     def take(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
-        """Removes and returns a request's scores, one entry per prompt token; None if none are kept."""
+        """Removes and returns a request's scores, one entry per prompt token, or returns None if none are
+        kept."""
         kept = self._scores.pop(request.id, None)
         return None if kept is None else tuple(kept)
 
 
 def _following(placed: PlacedRun) -> list[int]:
-    """The prompt token after each token of the run."""
+    """Returns the prompt token after each token of the run."""
     run = placed.run
     return run.request.prompt_token_ids[run.start + 1 : run.start + run.count + 1]
 
 
 def token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:
-    """The token's log-probability and the ``alternatives`` likeliest tokens; the token is always listed."""
+    """Returns the token's log-probability and the ``alternatives`` likeliest tokens; the token is always
+    listed."""
     logprob, top_ids, top = scores
     pairs = [(int(i), float(p)) for i, p in zip(top_ids[:alternatives], top[:alternatives], strict=True)]
     if token not in (i for i, _ in pairs):

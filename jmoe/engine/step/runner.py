@@ -68,14 +68,14 @@ class CompilationCounter:
             self.num_after_warmup += 1
 
     def close(self) -> None:
-        """Stops listening; safe to call again."""
+        """Stops listening. It may be called again."""
         if self._is_open:
             jax.monitoring.unregister_event_duration_listener(self._on_event)
         self._is_open = False
 
 
 class Runner:
-    """Runs steps of ``model``; not thread-safe: use it from one thread at a time.
+    """Runs steps of ``model``. It is not thread-safe: use it from one thread at a time.
 
     tables: shuffle tables, one per layer; None leaves every token on its rank.
     cache: expert cache, if experts are offloaded.
@@ -127,11 +127,11 @@ class Runner:
 
     @property
     def is_alive(self) -> bool:
-        """False if the runner can no longer run anything."""
+        """Whether the runner can still run anything."""
         return True
 
     def blank(self, phase: Phase, sequences: int, tokens: int, decode_rows: int = 0) -> StepInput:
-        """An input of padding, see ``blank_input``."""
+        """Returns an input of padding, see ``blank_input``."""
         return blank_input(self.cfg.vocab_size, self.sizes, self.ranks, phase, sequences, tokens, decode_rows)
 
     def run(self, inputs: StepInput) -> StepOutput:
@@ -146,37 +146,40 @@ class Runner:
         return output
 
     def _step(self, inputs: StepInput, settings: StepSettings) -> StepOutput:
-        """Starts one step; ``state`` is then the state after the step."""
+        """Starts one step. Afterwards ``state`` is the state after the step."""
         state = self.state.for_phase(inputs.phase)
         state, output = self._jitted.step(self.weights, state, inputs, settings)
         self.state = self.state.with_phase(state)
         return output
 
     def copy_pages(self, from_R: np.ndarray, to_R: np.ndarray) -> None:
-        """Copies each rank's page ``from_R`` over its page ``to_R``, before the next step; 0 and 0: none."""
+        """Copies each rank's page ``from_R`` over its page ``to_R``, before the next step; 0 and 0 mean no
+        copy."""
         with self.compilations.watch():
             pages = self._jitted.copy_pages(self.weights, self.state.pages, from_R, to_R)
         self.state = replace(self.state, pages=pages)
 
     def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
-        """Log-probability of each target, likeliest ids and their log-probabilities; it does not wait for
-        them."""
+        """Returns the log-probability of each target, the likeliest ids and their log-probabilities; it does
+        not wait for them."""
         with self.compilations.watch():
             return self._jitted.score(self.weights, hidden_RND, targets_RN)
 
     def logprobs(self, hidden_RND: Array, targets_RN: np.ndarray) -> Array:
-        """Log-probability of each target alone; it does not wait, and ``warm_up`` does not compile it."""
+        """Returns the log-probability of each target alone; it does not wait, and ``warm_up`` does not
+        compile it."""
         return self._jitted.logprobs(self.weights, hidden_RND, targets_RN)
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-        """``[B, T, V]`` float32 logits of windows, on the host; compiles for every new shape."""
+        """Returns the ``[B, T, V]`` float32 logits of windows, on the host; it compiles for every new
+        shape."""
         return np.asarray(self._jitted.window_logits(self.weights, tokens_BT, positions_BT, self.cache))
 
     def window_routing(
         self, tokens_BT: np.ndarray, positions_BT: np.ndarray, picks_BM: np.ndarray
     ) -> WindowRouting:
-        """The routers' choices in windows, and their scores at ``picks_BM`` (-1 for none), on the host;
-        compiles for every new shape."""
+        """Returns the routers' choices in windows, and their scores at ``picks_BM`` (-1 for none), on the
+        host; it compiles for every new shape."""
         arrays = tokens_BT, positions_BT, picks_BM
         return jax.device_get(self._jitted.window_routing(self.weights, *arrays, self.cache))
 
@@ -188,8 +191,8 @@ class Runner:
     def drain(self) -> None:
         """Adds the device's counts to ``counters`` and sets them to zero.
 
-        ``Leader`` overrides it to tell the followers; a step drains by ``_drain``, as every process does it
-        by itself.
+        ``Leader`` overrides it so that the followers drain too; a step drains by ``_drain``, as every process
+        does it by itself.
         """
         self._drain()
 
@@ -202,7 +205,7 @@ class Runner:
     def warm_up(
         self, progress: Callable[[int, int], None] = lambda done, total: None, *, scores_prompts: bool = True
     ) -> None:
-        """Compiles every shape by running it on padding; afterwards nothing compiles."""
+        """Compiles every shape by running it on padding. Afterwards nothing compiles."""
         sizes = self.sizes
         shapes: list[tuple[Phase, int, int, int]] = [("decode", b, 1, 0) for b in sizes.decode]
         for tokens, decoding in itertools.product(sizes.prefill, sizes.mixed_decode):
@@ -225,7 +228,7 @@ class Runner:
         return self.run(inputs).hidden_RND
 
     def close(self) -> None:
-        """Releases the weights and the caches; nothing can run afterwards."""
+        """Releases the weights and the caches. Nothing can run afterwards."""
         self.weights, self.tables = [], None
         self.state = DeviceState([], {}, self.state.latest_S)
         self.compilations.close()

@@ -24,15 +24,15 @@ BIASES = MAX_BIASES + ENDS
 class SamplingRows:
     """Sampling parameters of a batch, one row per sequence.
 
-    temperature_B: 0 is greedy.
-    top_p_B: 1 is off; 0 keeps the likeliest token.
-    top_k_B: 0 is off.
-    min_p_B: 0 is off.
-    seed_B: 32-bit word.
+    temperature_B: temperature; 0 is greedy.
+    top_p_B: probability that the kept tokens must reach together; 1 is off; 0 keeps the likeliest token.
+    top_k_B: number of likeliest tokens that are kept; 0 is off.
+    min_p_B: share of the likeliest token's probability that a kept token needs; 0 is off.
+    seed_B: seed, a 32-bit word.
     position_B: position of the token to be sampled.
     bias_ids_BX: ids of the tokens with a bias; an id past the vocabulary for none.
     bias_BX: numbers added to the logits of these tokens.
-    allowed_BW: bit t % 32 of word t // 32 says whether token t may be sampled.
+    allowed_BW: bit mask: bit t % 32 of word t // 32 says whether token t may be sampled.
     has_biases: whether any row of the batch has a bias or a forbidden token.
     has_logprobs: whether any row of the batch reports log-probabilities.
     """
@@ -51,7 +51,7 @@ class SamplingRows:
 
 
 def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
-    """Greedy rows on the host in which every token is allowed."""
+    """Returns greedy rows on the host in which every token is allowed."""
     return SamplingRows(
         temperature_B=np.zeros(rows, np.float32),
         top_p_B=np.ones(rows, np.float32),
@@ -104,7 +104,7 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
 
 
 def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
-    """The logits with each row's biases added, and -inf at its forbidden tokens."""
+    """Returns the logits with each row's biases added, and -inf at its forbidden tokens."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     biased_BV = logits_BV.at[row_B1, rows.bias_ids_BX].add(rows.bias_BX, mode="drop")
     token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
@@ -114,7 +114,8 @@ def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
 
 
 def _argmax(x_BV: Array) -> Array:
-    """``jnp.argmax`` as two plain reductions, eight times as fast on XLA:CPU; the last id among NaNs."""
+    """Computes ``jnp.argmax`` as two plain reductions, eight times as fast on XLA:CPU; it returns the last id
+    among NaNs."""
     v = x_BV.shape[-1]
     highest_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x_BV >= highest_B1, jnp.arange(v, dtype=jnp.int32)[None], v - 1), axis=-1)
@@ -176,7 +177,8 @@ def _at_least(x_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
 
 
 def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """The log-probability of each of ``ids_N``, as ``jax.nn.log_softmax`` gives it, for them alone."""
+    """Returns the log-probability of each of ``ids_N``, as ``jax.nn.log_softmax`` gives it, for them
+    alone."""
     highest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     sum_N = jnp.sum(jnp.exp(logits_NV - highest_N1), axis=-1)
     chosen_N1 = jnp.take_along_axis(logits_NV, ids_N[..., None], axis=-1)
@@ -184,7 +186,7 @@ def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[
 
 
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:
-    """(log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32.
+    """Returns (log-probability of ``ids_N``, the likeliest tokens' ids, their log-probabilities), float32.
 
     Finding the likeliest tokens takes a CPU many times as long as the rest; call ``logprobs`` without them.
     """

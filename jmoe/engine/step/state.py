@@ -30,11 +30,11 @@ class DeviceState:
     cache: ExpertCache | None = None
 
     def for_phase(self, phase: Phase) -> "DeviceState":
-        """The part that a step of the phase takes."""
+        """Returns the part that a step of the phase takes."""
         return replace(self, totals={phase: self.totals[phase]})
 
     def with_phase(self, part: "DeviceState") -> "DeviceState":
-        """The state after a step that returned ``part``."""
+        """Returns the state after a step that returned ``part``."""
         return replace(part, totals=self.totals | part.totals)
 
 

@@ -23,7 +23,8 @@ class Marks(NamedTuple):
 
 
 def harmony_marks(token_bytes: TokenBytes) -> Marks | None:
-    """The ids of harmony's special tokens; None if the tokenizer does not have all of them as special."""
+    """Returns the ids of harmony's special tokens, or None if the tokenizer does not have all of them as
+    special."""
     found = [token_bytes.tokenizer.token_to_id(f"<|{name}|>") for name in Marks._fields]
     ids = [id for id in found if id is not None and id in token_bytes.special_ids]
     return Marks(*ids) if len(ids) == len(found) else None
@@ -33,7 +34,7 @@ class Channels:
     """Follows an answer's tokens. A message without a channel, and text outside of messages, are final.
 
     is_final: whether the next tokens are text for the reader.
-    header: text so far of a message's header, None outside of a header. It is neither answer nor thoughts.
+    header: text so far of a message's header, which is neither answer nor thoughts; None outside of a header.
     """
 
     def __init__(self, marks: Marks, token_bytes: TokenBytes, prompt: Sequence[int]):
@@ -43,7 +44,8 @@ class Channels:
             self.take(id)
 
     def _open_message(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The header of the message within which ``prompt`` ends; empty if it ends outside of a message."""
+        """Returns the header of the message within which ``prompt`` ends; it is empty if the prompt ends
+        outside of a message."""
         backwards = (at for at in reversed(range(len(prompt))) if prompt[at] in self.marks)
         last, before = [*islice(backwards, 2), -1, -1][:2]
         return prompt[before : last + 1] if before >= 0 and prompt[last] == self.marks.message else ()
@@ -74,7 +76,7 @@ class AnswerText:
         self._separator = ""  # separates two messages of thoughts
 
     def push(self, id: int) -> tuple[str, str]:
-        """The characters of the text, and of the thoughts, that the token completes."""
+        """Returns the characters of the text, and of the thoughts, that the token completes."""
         if self.channels is None:
             return self.text.push(id), ""
         self.channels.take(id)
@@ -88,5 +90,5 @@ class AnswerText:
         return "", self._separator
 
     def flush(self) -> tuple[str, str]:
-        """What is left of incomplete characters: of the text, and of the thoughts."""
+        """Returns what is left of incomplete characters: of the text, and of the thoughts."""
         return self.text.flush(), self.thoughts.flush()

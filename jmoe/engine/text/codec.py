@@ -14,7 +14,8 @@ LONG = 1 << 18  # characters; longer texts are tokenized one at a time: each tak
 
 
 def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
-    """None if the directory has no tokenizer in any format; ValueError if it has one that cannot be read."""
+    """Returns the codec, or None if the directory has no tokenizer in any format; raises ValueError if it has
+    one that cannot be read."""
     if not (directory / "tokenizer.json").is_file() and missing(directory) is None:
         return None
     return TextCodec(directory, vocab_size)
@@ -34,10 +35,10 @@ class TextCodec:
         self._long_text_lock = threading.Lock()
 
     def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
-        """The token ids of a text.
+        """Returns the token ids of a text. Raises ValueError for a text that is not valid Unicode or needs an
+        id outside the model's vocabulary.
 
         limit: the model's context length; a text that cannot fit in it is refused before it is tokenized.
-        Raises ValueError for a text that is not valid Unicode or needs an id outside the model's vocabulary.
         """
         if limit is not None:
             self._check_characters(text, limit)
@@ -78,7 +79,7 @@ class TextCodec:
             )
 
     def token_starts(self, text: str, *, special: bool = True) -> list[int]:
-        """The index of the character of ``text`` at which each of its tokens begins."""
+        """Returns the index of the character of ``text`` at which each of its tokens begins."""
         with guarded("encode this text"):
             encoding = self.tokenizer.encode_batch([text], add_special_tokens=special)[0]
         starts, at = [], 0
@@ -92,7 +93,8 @@ class TextCodec:
             return self.tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
 
     def token_text(self, token_id: int) -> str:
-        """One token as text for a caller: special tokens are spelled out, part of a character is U+FFFD."""
+        """Returns one token as text for a caller: special tokens are spelled out, part of a character is
+        U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
 
@@ -120,10 +122,10 @@ class Detokenizer:
         self.stop_match: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Returns the text released by this token; sets ``stop_match`` if a stop string is complete.
+        """Returns the text released by this token; sets ``stop_match`` if a stop string is complete. Raises
+        ValueError if the tokenizer fails.
 
-        ``may_stop`` False releases everything: a stop string in it no longer counts. Raises ValueError if the
-        tokenizer fails.
+        may_stop: whether a stop string still counts; if not, everything is released.
         """
         text, self.thoughts = self.text.push(token_id)
         self.pending_text += text
@@ -136,7 +138,7 @@ class Detokenizer:
         return self._release(max((_overlap(self.pending_text, s) for s in stops), default=0))
 
     def flush(self) -> str:
-        """Returns all text that is still held; call it after the last token."""
+        """Returns all text that is still held. It is called after the last token."""
         text, self.thoughts = self.text.flush()
         self.pending_text += text
         text = self._release(0)
@@ -152,5 +154,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
+    """Returns the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -48,7 +48,7 @@ class FewestTokens:
         del self._vocabulary
 
     def __call__(self, text: str, limit: int) -> int:
-        """A lower bound for ``text``; a bound that is not above ``limit`` may be returned as 0."""
+        """Returns a lower bound for ``text``; a bound that is not above ``limit`` may be returned as 0."""
         each = self._characters
         if each is None or len(text) <= limit * each:
             return 0
@@ -57,7 +57,7 @@ class FewestTokens:
         return -(-count // each)
 
     def _longest(self) -> Fraction:
-        """The largest number of a text's characters that one token can stand for."""
+        """Returns the largest number of a text's characters that one token can stand for."""
         normalizer, pre_tokenizer = self._parts
         shrinks = self._shrinks(normalizer)
         self._check_pre_tokenizer(pre_tokenizer)
@@ -67,7 +67,7 @@ class FewestTokens:
         return shrinks * max(map(len, self._vocabulary))
 
     def _shrinks(self, part: dict[str, Any] | None) -> Fraction:
-        """How many characters the normalizer at most turns into one."""
+        """Returns how many characters the normalizer at most turns into one."""
         kind = None if part is None else part["type"]
         if part is None or kind in LENGTHENS:
             return Fraction(1)

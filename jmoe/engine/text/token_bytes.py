@@ -19,8 +19,8 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters with which byte-level tokens spell bytes: printable bytes as themselves, others from U+0100
-    on."""
+    """Returns the letters with which byte-level tokens spell bytes: printable bytes as themselves, others
+    from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -95,7 +95,7 @@ class TokenBytes:
         self._anchor: tuple[int, str] | None = None
 
     def __call__(self, id: int) -> bytes:
-        """The bytes of a token. Raises ValueError if the library fails on the token."""
+        """Returns the bytes of a token. Raises ValueError if the library fails on the token."""
         if (known := self._cache.get(id)) is None:
             known = self._cache[id] = self._bytes(id)
         return known
@@ -108,7 +108,7 @@ class TokenBytes:
             return self.pieces.bytes_of(token) if self.pieces.is_known else self._difference(id)
 
     def _difference(self, id: int) -> bytes:
-        """For decoders that are not known: the bytes that the token adds after a word."""
+        """Returns the bytes that the token adds after a word, for decoders that are not known."""
         if self._anchor is None:
             words = (i for i in self.tokenizer.get_vocab().values() if i not in self.special_ids)
             word = next((i for i in words if self.tokenizer.decode([i]).isalnum()), -1)
@@ -118,7 +118,7 @@ class TokenBytes:
         return both.removeprefix(text).encode()
 
     def first(self, id: int) -> bytes:
-        """The bytes of a token that is the first of a text."""
+        """Returns the bytes of a token that is the first of a text."""
         if self.pieces.is_known:
             return self(id).replace(b" ", b"") if self.pieces.is_start_bare else self(id)
         with guarded("decode a token"):
@@ -148,8 +148,8 @@ class GrowingText:
             self.push(id)
 
     def _relevant_tokens(self, context: Sequence[int]) -> Sequence[int]:
-        """The last tokens of ``context`` that matter: they show whether the text is at its beginning, and
-        hold an unfinished character."""
+        """Returns the last tokens of ``context`` that matter: they show whether the text is at its beginning,
+        and hold an unfinished character."""
         taken, size = 0, 0
         for id in reversed(context):
             taken += 1
@@ -159,7 +159,7 @@ class GrowingText:
         return context[len(context) - taken :]
 
     def push(self, id: int) -> str:
-        """The characters that the token completes."""
+        """Returns the characters that the token completes."""
         if id in self._hidden_ids:
             return ""
         chunk = self._token_bytes.first(id) if self._is_first else self._token_bytes(id)
@@ -172,5 +172,5 @@ class GrowingText:
         return self._utf8.decode(chunk)
 
     def flush(self) -> str:
-        """What is left of a character that was not completed."""
+        """Returns what is left of a character that was not completed."""
         return self._utf8.decode(b"", final=True)

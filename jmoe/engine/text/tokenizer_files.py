@@ -77,7 +77,7 @@ def guarded(action: str) -> Iterator[None]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError if the file holds something else."""
+    """Returns the JSON object in a file; raises ValueError if the file holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -110,13 +110,13 @@ class TokenizerConfig:
         return "backend" in self.values
 
     def names(self) -> dict[str, Any]:
-        """The special tokens' texts, by the names that chat templates use."""
+        """Returns the special tokens' texts, by the names that chat templates use."""
         more = [token.content for token in self.extra_tokens]
         return {name: t.content for name, t in self.special_tokens.items()} | ({MORE: more} if more else {})
 
 
 def read_config(directory: Path) -> TokenizerConfig:
-    """Reads the files other than ``tokenizer.json``; a ValueError names the file that cannot be read."""
+    """Reads the files other than ``tokenizer.json``. A ValueError names the file that cannot be read."""
     config = _optional(directory / "tokenizer_config.json")
     kind = _kind(config, directory)
     found = dict(config)
@@ -158,7 +158,8 @@ def _kind(config: dict[str, Any], directory: Path) -> str:
 
 
 def _special(values: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens with a name, and the others, which transformers 5 calls extra_special_tokens."""
+    """Returns the special tokens with a name, and the others, which transformers 5 calls
+    extra_special_tokens."""
     named = {name: values[name] for name in NAMES if values.get(name) is not None}
     extra = values.get("extra_special_tokens") or []
     if isinstance(extra, dict):
@@ -172,7 +173,10 @@ def _special_token(value: Any) -> AddedToken:
 
 
 def _added(decoder: Any, added_ids: dict[str, Any], special_texts: set[str]) -> list[AddedToken]:
-    """The added tokens, in the order of their ids. special_texts: texts of the special tokens."""
+    """Returns the added tokens, in the order of their ids.
+
+    special_texts: texts of the special tokens.
+    """
     tokens = {int(id): _token(value) for id, value in (decoder or {}).items()}
     for text, id in added_ids.items():
         special = text in special_texts
@@ -188,7 +192,7 @@ def _token(value: dict[str, Any]) -> AddedToken:
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint; a one-line ValueError if there is none that can be read.
+    """Returns the tokenizer of a checkpoint; raises a one-line ValueError if it has none that can be read.
 
     vocab_size: vocabulary size of the model, which limits the ids.
     """
@@ -215,7 +219,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def missing(directory: Path) -> str | None:
-    """Why a directory without ``tokenizer.json`` is refused; None if it has no tokenizer at all."""
+    """Returns why a directory without ``tokenizer.json`` is refused, or None if it has no tokenizer at
+    all."""
     has = next((name for name in FOREIGN if (directory / name).is_file()), None)
     if has is None:
         return None
