@@ -285,7 +285,7 @@ class Engine:
         tell(request.emit, output)
 
     def give_up(self, reason: FinishReason, cause: str) -> None:
-        """Ends every request, after it has become impossible to run a step."""
+        """Ends every request, when no step can run any more."""
         self._running_step = None
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists

@@ -36,9 +36,9 @@ class Deployment:
     """What a model and settings result in on this machine.
 
     directory: directory of the model.
-    settings: the user's settings.
-    cfg: the model, for contexts of ``max_model_len`` tokens.
-    split: the mesh, and how attention is split over it.
+    settings: settings of the user.
+    cfg: configuration of the model, for contexts of ``max_model_len`` tokens.
+    split: mesh, and how attention is split over it.
     max_model_len: tokens of a context.
     sizes: shapes that compile.
     memory: memory needed and available.

@@ -25,8 +25,8 @@ RESERVED = 256 << 20  # bytes of it that allocators and threads reserve and do n
 class Room:
     """Memory that can still be allocated.
 
-    bytes: how many bytes.
-    source: where this number comes from.
+    bytes: number of bytes.
+    source: place from which this number comes.
     """
 
     bytes: int

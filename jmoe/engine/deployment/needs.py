@@ -26,10 +26,10 @@ PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process g
 class Memory:
     """Bytes on each device.
 
-    weights: the weights, with the pool of offloaded experts.
-    step: the largest step's activations.
+    weights: bytes of the weights, with the pool of offloaded experts.
+    step: bytes of the largest step's activations.
     programs: code of the compiled steps, and whatever else a process grows by.
-    pages: the KV cache.
+    pages: bytes of the KV cache.
     room: memory that is available before anything is loaded; None if unknown.
     """
 
@@ -73,7 +73,7 @@ def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int
 
 
 def check_memory(memory: Memory) -> None:
-    """Raises ValueError with the sizes if they exceed the memory there is."""
+    """Raises ValueError with the sizes if they exceed the available memory."""
     if memory.room is None or memory.total <= memory.room.bytes:
         return
     advice = "lower kv_memory, max_model_len, max_num_seqs or max_num_batched_tokens"
@@ -86,7 +86,7 @@ def check_memory(memory: Memory) -> None:
 
 @contextmanager
 def within(memory: Memory) -> Iterator[None]:
-    """Turns memory that runs out all the same into a ValueError with the sizes."""
+    """Raises a ValueError with the expected sizes if memory runs out inside."""
     try:
         yield
     except MemoryError:

@@ -191,7 +191,7 @@ class Parts:
     All their results have the shardings of the runner's own arrays: an argument with another sharding would
     compile again.
 
-    layers: for each layer ``attend``, or ``dense`` if it has no experts.
+    layers: function of each layer: ``attend``, or ``dense`` if it has no experts.
     """
 
     begin: jax.stages.Wrapped

@@ -27,7 +27,7 @@ class LayerRows(NamedTuple):
 
 
 class ExpertInput(NamedTuple):
-    """The input of a layer's experts: normed rows, expert ids (E for none) and combine weights."""
+    """The input of a layer's experts: normed rows, expert ids (E means none) and combine weights."""
 
     x_TD: Array
     ids_TK: Array

@@ -50,9 +50,9 @@ def admission_at(
 ) -> Admission | None:
     """Returns how ``tokens`` could be admitted to ``rank``, or None if the rank has too few free pages.
 
-    It needs enough for ``tokens`` and one more for each request that already runs there. Full pages that the
-    planned step writes may be read in the same step by tokens of prompts; they may not be copied or decoded
-    from.
+    The rank needs enough free pages for ``tokens`` and one more for each request that already runs there.
+    Full pages that the planned step writes may be read in the same step by tokens of prompts; they may not be
+    copied or decoded from.
 
     names: names of the tokens' pages; None if no cached page may be used.
     size: tokens of a page.

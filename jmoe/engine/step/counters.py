@@ -138,10 +138,9 @@ class MoECounters:
         self.steps += int(host.steps)
 
     def report(self) -> dict[str, Any]:
-        """Returns per-step means and totals, overall and by layer, JSON-able (interface: ``jmoe eval
-        --json``).
+        """Returns JSON-able per-step means and totals, overall and by layer.
 
-        Any ``lost_assignments`` but 0 means wrong answers.
+        They are an interface (``jmoe eval --json``). Any ``lost_assignments`` but 0 means wrong answers.
         """
         means_LM = np.stack([self.active_L, self.plain_active_L, self.load_L], 1)
         sums_L = self.sums_L | {ASSIGNMENTS.name: self.counts_LE.sum(1)}

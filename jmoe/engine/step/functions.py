@@ -126,7 +126,7 @@ def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Ro
 
 @dataclass(frozen=True)
 class ModelFunctions:
-    """The jitted functions of one model, over its flat list of weights.
+    """The functions of one model that are jitted, over its flat list of weights.
 
     The model's structure is closed over: as a static argument it would be hashed at every call (0.8 ms for
     six layers, a third of a decode step).

@@ -8,8 +8,8 @@ from jmoe.engine.text.codec import Detokenizer, TextCodec
 
 
 def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[str, Detokenizer]:
-    """Returns detokenizers by request id, none without a codec. Raises ValueError for a prompt that the codec
-    cannot decode."""
+    """Returns detokenizers by request id, or an empty dictionary without a codec. Raises ValueError for a
+    prompt that the codec cannot decode."""
     if codec is None:
         return {}
     return {request.id: _detokenizer(request, codec) for request in requests}

@@ -22,7 +22,7 @@ def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
 
 
 class TextCodec:
-    """A checkpoint's tokenizer. Raises ValueError if there is none or if it does not fit the model.
+    """A checkpoint's tokenizer. Raises ValueError if the checkpoint has none or if it does not fit the model.
 
     Encoding adds what the tokenizer's own post-processor adds (for some families a BOS token). Encoding and
     decoding both release the interpreter's lock.

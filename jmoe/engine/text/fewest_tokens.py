@@ -115,7 +115,7 @@ def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _model_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model's options, without its vocabulary."""
+    """Returns the model's options, without its vocabulary."""
     model = tokenizer.model
     kind, names = type(model).__name__, ("byte_fallback", "fuse_unk", "unk_token")
     state = json.loads(model.__getstate__()) if kind == "Unigram" else {}

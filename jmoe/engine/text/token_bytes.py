@@ -32,7 +32,7 @@ ALPHABET = _byte_alphabet()
 class Pieces:
     """How a decoder turns single tokens into bytes.
 
-    is_known: False if the decoder has a part that is not understood here.
+    is_known: whether the tokenizer has a decoder all of whose parts are understood here.
     num_start_spaces: number of spaces that the beginning of a text loses.
     num_end_spaces: number of spaces that the end of a text loses.
     is_start_bare: whether the first token loses all its spaces instead.
