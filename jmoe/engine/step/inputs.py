@@ -79,8 +79,8 @@ class Sizes:
 def window_length(tokens: int, ranks: int, min_length: int = 1) -> int:
     """Returns the length to which a window of ``tokens`` is padded.
 
-    It is the next power of two, so that few shapes compile, at least ``min_length``, and a multiple of
-    ``ranks``, the number of ranks that split a sequence's tokens.
+    It is the next power of two, so that few shapes compile, or ``min_length`` if that is more, rounded up to
+    a multiple of ``ranks``, the number of ranks that split a sequence's tokens.
     """
     length = max(min_length, 1 << (tokens - 1).bit_length())
     return -(-length // ranks) * ranks
