@@ -69,8 +69,8 @@ class Predictor(Protocol):
         ...
 
     def observe(self, walk: Any, layer: Int[Array, ""], view: LayerView) -> tuple[Any, Forecast]:
-        """Takes the gate's output at ``layer``; returns the walk and the forecast of ``layer + 1 .. layer +
-        A``."""
+        """Takes the gate's output at ``layer``; returns the walk and the forecast of the A layers after
+        it."""
         ...
 
     def finish(self, walk: Any) -> Self:
