@@ -44,7 +44,7 @@ GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Distributes a data group's N tokens over the R ranks that hold its ``experts``, T = N / R each."""
+    """Distributes a data group's N tokens over the R ranks that hold its experts, T = N / R each."""
 
     mesh: Mesh
     num_experts: int

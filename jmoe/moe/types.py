@@ -76,8 +76,9 @@ class TokenFlags:
     """Flags of each token of the shard.
 
     valid_T: whether the token is real and not padding.
-    exact_T: whether the token's request opted out of all lossy techniques; None = no request did.
-    priority_T: under a limit, tokens of higher priority keep their experts first; None = all are equal.
+    exact_T: whether the token's request opted out of all lossy techniques; None if no request did.
+    priority_T: priority of each token; under a limit, tokens of higher priority keep their experts
+        first. None if all are equal.
     decoded_T: decode tokens of a step that has prompt tokens too; None if the step holds only one kind.
     """
 
@@ -186,7 +187,7 @@ class LocalExperts:
     run_tokens: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
     run_rows: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
         group come out zero.
-    weigh_input: the weight multiplies the expert's input row, not its output row.
+    weigh_input: whether the weight multiplies the expert's input row, not its output row.
     """
 
     num_experts: int

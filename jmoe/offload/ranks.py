@@ -68,7 +68,8 @@ class Ranks:
         return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, tree: Any, specs: Any) -> Any:
-        """Constrains ``tree`` to the shardings ``specs``, which may be a prefix of it; for use under jit."""
+        """Constrains ``tree`` to the shardings ``specs``, which may be a prefix of it; it is for use under
+        jit."""
         if self.mesh is None:
             return tree
         mesh = self.mesh

@@ -1,6 +1,6 @@
 """Grouping by alternation: place experts for fixed clusters of requests, cluster requests for fixed experts.
 
-Speculative MoE's solver, final version (Algorithm 1). From the paper:
+This is Speculative MoE's solver, final version (Algorithm 1). From the paper:
 * experts are visited by descending load; each goes to the open rank with the best alpha * affinity to the
   experts there + beta * affinity to the requests there - gamma * load there;
 * then pairs are exchanged at random, and an exchange is kept if it gains;
@@ -105,7 +105,7 @@ def schedule_requests(
 def name_groups(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, "L E"]:
-    """Moves the same groups to the ranks whose requests choose them most."""
+    """Returns the same groups, moved to the ranks whose requests choose them most."""
     rank_QR = np.eye(problem.ranks)[cluster_Q]
     named = []
     for layer, home_E in enumerate(home_LE):
@@ -140,8 +140,7 @@ def _choice_shares(problem: Problem) -> Float[np.ndarray, "Q X"]:
 
 
 def assign(gain_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
-    """Returns the place of each row, every place used once, that maximises the sum of ``gain_NN[row,
-    place]``.
+    """Returns the place of each row, every place used once, that maximises the sum of the gains ``gain_NN``.
 
     It uses shortest augmenting paths with potentials, O(N^3).
     """

@@ -1,9 +1,9 @@
 """Expert grouping: a profile -> the placement that keeps activations on their token's rank, evenly loaded.
 
-Speculative MoE, offline model scheduling. The input is a ``jmoe.placement.profile.Profile``; the output is a
-``Placement`` with E / R experts per rank in every layer and the token tables (``jmoe.placement.tabulate``).
-It is exact, as experts are only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then
-``[moe.shuffle] placement``.
+Source: Speculative MoE, offline model scheduling. The input is a ``jmoe.placement.profile.Profile``; the
+output is a ``Placement`` with E / R experts per rank in every layer and the token tables
+(``jmoe.placement.tabulate``). It is exact, as experts are only renumbered. Command:
+``jmoe place PROFILE --devices N --out FILE``, then ``[moe.shuffle] placement``.
 
 ``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the others are baselines; all
 are judged by the cost of ``objective``.

@@ -22,8 +22,8 @@ EXPANSION, ANY_SIZE = 64, 16 << 20
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError if there is no folder for ``path``. A caller uses it so that this fails before the
-    work."""
+    """Raises ValueError if there is no folder for ``path`` or if ``path`` is a folder. A caller uses it so
+    that this fails before the work."""
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
 
@@ -31,7 +31,7 @@ def check_writable(path: Path) -> None:
 def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
     """Writes ``arrays`` (numbers and strings are allowed too) under the format name ``form``."""
     found = {"format": np.asarray(form)} | {k: np.asarray(v) for k, v in arrays.items()}
-    with replacing(path) as file:  # given a path instead, numpy would add an ending
+    with replacing(path) as file:  # with a path instead, numpy would add an ending
         np.savez_compressed(file, allow_pickle=False, **found)
         if sum(a.nbytes + HEADER for a in found.values()) > _size_limit(file.tell()):  # nearly all zeros
             file.seek(0)

@@ -194,8 +194,8 @@ class Swapper:
 def improve(
     problem: LayerProblem, home_E: Int[np.ndarray, " E"], rng: np.random.Generator, passes: int
 ) -> Int[np.ndarray, " E"]:
-    """Improves ``home_E`` by ``passes`` over all pairs of experts in random order; exchanges that gain are
-    kept.
+    """Returns ``home_E`` after at most ``passes`` passes over all pairs of experts in random order; exchanges
+    that gain are kept.
 
     Prices are computed again before each pass; a pass that gains nothing is the last.
     """

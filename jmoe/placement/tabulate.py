@@ -40,7 +40,7 @@ def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
 def token_shares(
     profile: Profile, layer: int, home_E: Int[np.ndarray, " E"], ranks: int
 ) -> Float[np.ndarray, "V R"]:
-    """Returns the share of each token id's activations expected on each rank; for an unseen id, the average
+    """Returns the share of each token id's activations expected on each rank; an unseen id has the average
     share."""
     seen = np.flatnonzero(profile.frequency_V)
     on_rank_ER = np.eye(ranks)[home_E]
@@ -62,7 +62,8 @@ def labels(
 def rank_shares(
     ids_NK: Int[np.ndarray, "N K"], home_E: np.ndarray, ranks: int, weights_NK: np.ndarray | None = None
 ) -> Float[np.ndarray, "N R"]:
-    """Returns the sum of ``weights_NK`` on each rank; by default the share of each token's activations."""
+    """Returns the sum of ``weights_NK`` on each rank; by default it is the share of each token's
+    activations."""
     tokens, k = ids_NK.shape
     where = np.arange(tokens)[:, None] * ranks + home_E[ids_NK]
     weights = np.full(where.shape, 1 / k) if weights_NK is None else weights_NK
