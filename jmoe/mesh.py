@@ -25,7 +25,7 @@ TOKENS = (DATA, EXPERT)  # the axes over which tokens are split between the bloc
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data * expert * tensor`` devices; raises ValueError if there are not enough devices.
+    """Makes a mesh of ``data * expert * tensor`` devices; raises ValueError if there are not enough devices.
 
     devices: None takes the devices of all processes in jax's order, and raises if a process would have none.
     """
@@ -52,7 +52,8 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
 
 
 def give_threads() -> None:
-    """Gives emulated CPU devices the threads that their collectives need. Call it before jax makes them.
+    """Gives emulated CPU devices the threads that their collectives need. It must be called before jax makes
+    them.
 
     XLA's CPU client has as many threads as there are cores or devices, whichever is more, and a collective
     blocks one thread per device. A step has collectives that do not wait for one another: some of them can
@@ -88,8 +89,11 @@ class Split:
 
 
 def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
-    """The split of attention. "dp": each rank of the expert axis has its own sequences. "tp": the ranks of
-    the expert axis share the heads of the same sequences."""
+    """Returns the split of attention.
+
+    attention: "dp": each rank of the expert axis has its own sequences. "tp": the ranks of the expert axis
+        share the heads of the same sequences.
+    """
     return Split(mesh, TOKENS, (TENSOR,)) if attention == "dp" else Split(mesh, (DATA,), (EXPERT, TENSOR))
 
 
@@ -98,7 +102,7 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
 
 
 def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:
-    """Raises ValueError that lists the divisors, unless ``size`` splits evenly over ``num_parts``."""
+    """Raises a ValueError that lists the divisors, unless ``size`` splits evenly over ``num_parts``."""
     if size % num_parts:
         small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
         divisors = sorted({*small, *(size // d for d in small)})
@@ -108,7 +112,8 @@ def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """The kind of the mesh's devices ("cpu", "gpu", "tpu"), which need not be jax's default backend."""
+    """Returns the kind of the mesh's devices ("cpu", "gpu", "tpu"), which need not be jax's default
+    backend."""
     return mesh.devices.flat[0].platform
 
 

@@ -30,7 +30,7 @@ class ParamMaker:
         return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
 
     def __call__(self, shape: tuple[int, ...], axes: Axes, has_own_dtype: bool = False) -> nnx.Param:
-        """A parameter of the maker's dtype.
+        """Makes a parameter of the maker's dtype.
 
         has_own_dtype: whether it stays float32 if a checkpoint stores it in more than the model's dtype, as
             all vectors do. Such parameters take part in float32 arithmetic, and a rounded router would choose
@@ -39,8 +39,10 @@ class ParamMaker:
         return nnx.Param(self._normal(shape), axes=axes, has_own_dtype=has_own_dtype)
 
     def in_storage_dtype(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
-        """A parameter in the storage dtype (see the class). memory: kind of memory that holds it; None is the
-        device's own."""
+        """Makes a parameter in the storage dtype (see the class).
+
+        memory: kind of memory that holds it; None is the device's own.
+        """
         values = self._normal(shape).view(storage_dtype(self.dtype, self.platform))
         return nnx.Param(values, axes=axes, memory=memory)
 
@@ -51,14 +53,14 @@ class ParamMaker:
         return nnx.Param(jnp.zeros((size,), self.dtype), axes=axes)
 
     def float32(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
-        """A parameter that is float32 for every dtype of the model."""
+        """Makes a parameter of zeros that is float32 for every dtype of the model."""
         return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
     def numbers(self, size: int) -> nnx.Param:
-        """A parameter 0, 1, 2 ...; checkpoints that jmoe did not write do not have it."""
+        """Makes a parameter 0, 1, 2 ...; checkpoints that jmoe did not write do not have it."""
         return nnx.Param(jnp.arange(size, dtype=jnp.int32), axes=(None,))
 
 
 def specs_of(module: nnx.Module) -> dict[str, PartitionSpec]:
-    """The declared split of each parameter of a module that has no submodules."""
+    """Returns the declared split of each parameter of a module that has no submodules."""
     return {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(module, nnx.Param).items()}

@@ -40,7 +40,8 @@ QUANTIZATIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for nam
 
 
 def get_family(architecture: str) -> Family:
-    """The family of a Hugging Face class name; ValueError lists the supported ones and the nearest."""
+    """Returns the family of a Hugging Face class name; a ValueError lists the supported ones and the
+    nearest."""
     if architecture not in FAMILIES:
         near = difflib.get_close_matches(architecture[:100], FAMILIES, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -51,7 +52,8 @@ def get_family(architecture: str) -> Family:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A ``config.json``'s contents as a ModelConfig; a ValueError names what is missing or unsupported."""
+    """Returns a ``config.json``'s contents as a ModelConfig; a ValueError names what is missing or
+    unsupported."""
     hf = HFConfig(values)
     architectures = hf.get("architectures") or ()
     if len(architectures) != 1:

@@ -61,7 +61,7 @@ class DecoderOutput:
 
 
 def step_view(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepView | None:
-    """What a predictor sees of a decode step before the first layer; None for a prefill."""
+    """Returns what a predictor sees of a decode step before the first layer, or None for a prefill."""
     if seqs.phase != "decode":
         return None
     seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
@@ -69,8 +69,8 @@ def step_view(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepView | None:
 
 
 def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
-    """The changes of each row of ``seqs``, summed over its tokens and all layers; None if no layer has
-    any."""
+    """Returns the changes of each row of ``seqs``, summed over its tokens and all layers, or None if no layer
+    has any."""
     if not layers:
         return None
     shape = seqs.positions_RN.shape
@@ -90,8 +90,8 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
 
 
 def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
-    """The kernels with which one rank of ``mesh`` computes the model; raises ValueError for a kernel that
-    cannot run."""
+    """Chooses the kernels with which one rank of ``mesh`` computes the model; raises ValueError for a kernel
+    that cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     cached = kind_of(cfg, 0).cached_heads(cfg)
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
         settings: StepSettings = StepSettings(),
         cache: ExpertCache | None = None,
     ) -> DecoderOutput:
-        """One pass over ``seqs``: a window without a cache, or prefill / decode with ``pages``.
+        """Runs one pass over ``seqs``: a window without a cache, or prefill / decode with ``pages``.
 
         cache: cache of the experts, if they are offloaded.
         """
@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
-        """The rows before the first layer, and their rotation in attention."""
+        """Returns the rows before the first layer, and their rotation in attention."""
         cfg = self.cfg
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
@@ -172,12 +172,13 @@ class Decoder(nnx.Module):
         return x_ND, rotation(seqs.positions_RN, cfg.rotary_dim, cfg.rope)
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
-        """The final states, from the rows after the last layer."""
+        """Normalises the rows after the last layer and puts them back into the grid."""
         hidden_ND = normalize(x_ND, self.norm.weights, self.cfg.rms_norm_eps)
         return hidden_ND.reshape(*seqs.positions_RN.shape, -1)
 
     def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
-        """The predictor after it has learned what prompts chose; from decode steps it learns elsewhere."""
+        """Returns the predictor after it has learned what prompts chose; from decode steps it learns
+        elsewhere."""
         if seqs.phase == "decode" or seqs.seats_B is None:
             return predictor
         (b, _), grid = seqs.tokens_BT.shape, seqs.positions_RN.shape
@@ -195,8 +196,8 @@ class Decoder(nnx.Module):
         return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
 
     def routers_after(self, i: int) -> list[RouterAhead] | None:
-        """The routers of the next layers with experts, as many as the predictor looks ahead; after the last
-        such layer, that layer repeats. None if the predictor does not use them."""
+        """Returns the routers of the next layers with experts, as many as the predictor looks ahead; after
+        the last such layer, that layer repeats. It returns None if the predictor does not use them."""
         offload = self.moe.offload
         if offload is None or offload.predictor != "next_gate":
             return None
@@ -205,7 +206,7 @@ class Decoder(nnx.Module):
         return [router_ahead(self.layers[j]) for j in following]
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Next-token logits in float32."""
+        """Returns next-token logits in float32."""
         with jax.named_scope("logits"):
             head = (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...]
             logits_NV = linear(hidden_ND, head, self.dense)

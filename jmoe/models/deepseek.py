@@ -92,7 +92,7 @@ def _config(name: str, hf: HFConfig, router: RouterConfig, *, interleaved: bool)
 
 
 def _score_scale(latent: LatentConfig, rope: RopeConfig) -> float:
-    """The multiplier of attention scores; it is larger if YaRN extends the context."""
+    """Returns the multiplier of attention scores; it is larger if YaRN extends the context."""
     by = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.factor and rope.mscale_all_dim else 1.0
     return latent.qk_head_dim**-0.5 * by * by
 

@@ -18,13 +18,14 @@ Read = HFConfig | Mapping[str, Any]
 class Family:
     """One architecture.
 
-    architecture: the Hugging Face class name.
-    config: reads a ``config.json``.
-    names: yields every checkpoint tensor that the model uses, or every entry of a stacked tensor, once.
+    architecture: Hugging Face class name.
+    config: function that reads a ``config.json``.
+    names: function that yields every checkpoint tensor that the model uses, or every entry of a stacked
+        tensor, once.
     is_ignored: whether a checkpoint may have a further tensor of that name, which is then not read.
     quant_methods: quantization methods (``quant_method``) that can be read, in addition to plain checkpoints.
-    witness: the tensor that must also be present for a tensor to be ignored, as proof that the ignored tensor
-        is what it is assumed to be.
+    witness: function that names the tensor that must also be present for a tensor to be ignored, as proof
+        that the ignored tensor is what it is assumed to be.
     """
 
     architecture: str
@@ -36,7 +37,7 @@ class Family:
 
 
 def quant_method(hf: HFConfig) -> Any:
-    """The method that ``quantization_config`` names, of any type; None without a method."""
+    """Returns the method that ``quantization_config`` names, of any type, or None without a method."""
     config = hf.get("quantization_config") or None
     return config.get("quant_method") if isinstance(config, Mapping) else config
 
@@ -44,14 +45,14 @@ def quant_method(hf: HFConfig) -> Any:
 def common_fields(
     hf: HFConfig, *, experts: tuple[str, ...], inner_dim: str, interleaved: bool = False
 ) -> dict[str, Any]:
-    """The fields that every family spells in the same way, in the spellings of transformers 4 and 5.
+    """Returns the fields that every family spells in the same way, in the spellings of transformers 4 and 5.
 
     hf: the config, with the family's defaults for absent fields.
     experts: possible names of the field with the number of experts.
     inner_dim: name of the field with the experts' inner dimension.
     interleaved: whether the rotary embedding pairs neighbouring dimensions.
 
-    Raises ValueError that names a missing or unsupported field.
+    Raises a ValueError that names a missing or unsupported field.
     """
     act = hf.get("hidden_act", "silu")
     if act != "silu":
@@ -80,7 +81,8 @@ def common_fields(
 
 
 def require(hf: Read, *names: str) -> Any:
-    """The value of the first field that the file has; a ValueError names the fields if it has none."""
+    """Returns the value of the first field that the file has; a ValueError names the fields if it has
+    none."""
     for name in names:
         if hf.get(name) is not None:
             return hf[name]
@@ -94,8 +96,8 @@ def refuse(hf: HFConfig, field: str, unsupported: Any) -> None:
 
 
 def rope_config(hf: Read, *, interleaved: bool = False) -> RopeConfig:
-    """The rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta``
-    (4)."""
+    """Reads the rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and
+    ``rope_theta`` (4)."""
     table = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     table_values = hf.get(table) or {}
     kind = table_values.get("rope_type") or table_values.get("type") or "default"
@@ -127,26 +129,29 @@ _ROPE_FIELDS = {
 
 
 def dense_layers(hf: HFConfig) -> tuple[int, ...]:
-    """The layers without experts, from Qwen's fields."""
+    """Returns the layers without experts, from Qwen's fields."""
     named, step = frozenset(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
     layers = range(require(hf, "num_hidden_layers"))
     return tuple(i for i in layers if i in named or (i + 1) % step)
 
 
 def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
-    """Whether a tensor belongs to a layer for multi-token prediction; the decoder has no such layers."""
+    """Returns whether a tensor belongs to a layer for multi-token prediction; the decoder has no such
+    layers."""
     number = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return number is not None and int(number[1]) >= cfg.num_hidden_layers
 
 
 def prediction_witness(name: str) -> str:
-    """The projection that only a layer for multi-token prediction has (arXiv 2412.19437, section 2.2). If it
-    is missing, the layer is an ordinary one that ``num_hidden_layers`` leaves out by mistake."""
+    """Returns the name of the projection that only a layer for multi-token prediction has (arXiv 2412.19437,
+    section 2.2). If it is missing, the layer is an ordinary one that ``num_hidden_layers`` leaves out by
+    mistake."""
     return ".".join([*name.split(".")[:3], "eh_proj", "weight"])
 
 
 def balanced_router(hf: HFConfig) -> RouterConfig:
-    """Sigmoid scores, balanced by a bias that only affects the choice (arXiv 2412.19437, section 2.1.2)."""
+    """Reads a router with sigmoid scores, balanced by a bias that only affects the choice (arXiv 2412.19437,
+    section 2.1.2)."""
     return RouterConfig(
         scoring_func="sigmoid",
         norm_topk_prob=bool(hf["norm_topk_prob"]),
@@ -159,7 +164,7 @@ def balanced_router(hf: HFConfig) -> RouterConfig:
 
 
 def dense_and_shared(hf: HFConfig, inner: int) -> dict[str, Any]:
-    """The fields for dense first layers and for shared experts, each of inner size ``inner``."""
+    """Returns the fields for dense first layers and for shared experts, each of inner size ``inner``."""
     dense = range(min(require(hf, "first_k_dense_replace"), require(hf, "num_hidden_layers")))
     return {
         "mlp_only_layers": tuple(dense),

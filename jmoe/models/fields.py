@@ -55,7 +55,9 @@ FIELDS: dict[str, Any] = {name: kind for kind, names in _NAMES for name in names
 
 
 class HFConfig(Mapping[str, Any]):
-    """A ``config.json``, or a table in it. prefix: prefix of the fields' names in messages.
+    """A ``config.json``, or a table in it.
+
+    prefix: prefix of the fields' names in messages.
 
     Reading a field raises ValueError if its value is not of the declared type, and KeyError if the file has
     no such field.
@@ -78,13 +80,13 @@ class HFConfig(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """A copy with ``defaults`` for fields that the file does not have."""
+        """Returns a copy with ``defaults`` for fields that the file does not have."""
         return type(self)({**defaults, **self._values}, self._prefix)
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """A copy in which ``values`` replace those of the file."""
+        """Returns a copy in which ``values`` replace those of the file."""
         return type(self)({**self._values, **values}, self._prefix)
 
     def table(self, name: str) -> Self:
-        """The fields of a table."""
+        """Returns the fields of a table."""
         return type(self)(self[name], f"{self._prefix}{name}.")

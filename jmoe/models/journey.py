@@ -25,7 +25,8 @@ class StepSettings:
     """The settings of the techniques in one step.
 
     knobs: settings of the lossy techniques; None switches all of them off.
-    tables: one per layer with experts, by which tokens are shuffled; None leaves every token on its rank.
+    tables: tables by which tokens are shuffled, one per layer with experts; None leaves every token on its
+        rank.
     """
 
     knobs: Knobs | None = None
@@ -35,8 +36,8 @@ class StepSettings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RouterAhead:
-    """What is needed to run a later layer's router on rows of this layer: the norm before that layer's
-    experts, and the router."""
+    """The parts that run a later layer's router on rows of this layer: the norm before that layer's experts,
+    and the router."""
 
     norm: NormWeights
     router: RouterWeights
@@ -76,7 +77,10 @@ class Techniques:
         self._history: list[Array] = []  # rank of each token's experts, by layer, if a table needs it
 
     def journey(self, *, has_experts: bool, next_routers: list[RouterAhead] | None) -> Journey:
-        """The journey of the next layer. next_routers: routers of the layers after it, see ``Journey``."""
+        """Makes the journey of the next layer.
+
+        next_routers: routers of the layers after it, see ``Journey``.
+        """
         knobs, tables, layer = self._settings.knobs, self._settings.tables, len(self.outputs)
         return Journey(
             knobs=None if knobs is None else knobs.for_part(layer),
@@ -87,7 +91,11 @@ class Techniques:
         )
 
     def collect(self, out: MoEOutput | None, order: Order | None) -> None:
-        """Takes what a layer did. out: None for a layer without experts. order: order of its rows."""
+        """Takes what a layer did.
+
+        out: output of the layer's experts; None for a layer without experts.
+        order: order of its rows.
+        """
         self._order = order
         if out is None:
             return
@@ -105,7 +113,7 @@ class Techniques:
         self.outputs.append(out)
 
     def to_original_order(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """The rows after the last layer, in their original order."""
+        """Returns the rows after the last layer in their original order."""
         if self._order is None or self._start is None:
             return x_ND
         return self._shuffle.move(x_ND, Move(self._order, self._start))

@@ -51,11 +51,8 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_ND: Array, rotation: Rotation, seqs: Sequences, pages: LayerPages | None, journey: Journey
     ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
-        """Runs the layer.
-
-        Returns its output rows, its pages, what its experts did (None for a dense layer) and the order of the
-        rows (None if every token stays on its rank).
-        """
+        """Runs the layer; returns its output rows, its pages, what its experts did (None for a dense layer)
+        and the order of the rows (None if every token stays on its rank)."""
         flags, move = token_flags(seqs), None
         if journey.order is not None:
             with jax.named_scope("shuffle"):
@@ -73,7 +70,8 @@ class DecoderLayer(nnx.Module):
         return x_ND, pages, out, move and move.new_order
 
     def predict_move(self, seqs: Sequences, flags: TokenFlags, order: Order, hints: Hints | None) -> Move:
-        """The move of the rows to the ranks that likely hold their experts; without hints they stay."""
+        """Predicts the move of the rows to the ranks that likely hold their experts; without hints they
+        stay."""
         if hints is None:
             return Move(order, order)
         return Move(order, self.shuffle.order(hints, seqs.tokens_RN.reshape(-1), flags.valid_T))
@@ -81,18 +79,18 @@ class DecoderLayer(nnx.Module):
     def prepare(
         self, visit: Visit, x_ND: Array, next_routers: list[RouterAhead] | None, move: Move | None
     ) -> Visit:
-        """The visit with what this layer knows: the scores of later routers, and the rows' order."""
+        """Returns the visit with what this layer knows: the scores of later routers, and the rows' order."""
         if next_routers is not None:
             visit = replace(visit, next_scores_TAE=self.score_ahead(x_ND, next_routers))
         return visit if move is None else replace(visit, row_N=move.new_order.row_N)
 
     def add(self, x_ND: Array, y_ND: Array) -> Array:
-        """The sum of the residual and a block's output."""
+        """Returns the sum of the residual and a block's output."""
         factor = self.cfg.residual_multiplier
         return x_ND + (y_ND if factor == 1 else y_ND * factor)
 
     def normed(self, x_ND: Array) -> Array:
-        """The input of the experts or the MLP."""
+        """Returns the input of the experts or the MLP: the rows, normalised."""
         return normalize(x_ND, self.post_attention_norm.weights, self.cfg.rms_norm_eps)
 
     def attend(
@@ -103,20 +101,20 @@ class DecoderLayer(nnx.Module):
         pages: LayerPages | None,
         move: Move | None = None,
     ) -> tuple[Array, LayerPages | None]:
-        """The rows after attention, and the pages."""
+        """Returns the rows with attention's output added, and the pages."""
         with jax.named_scope("attention"):
             normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
             y_ND, pages = self.attention(normed_ND, rotation, seqs, pages, move)
             return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
 
     def pass_mlp(self, x_ND: Array) -> Array:
-        """The rows after a dense MLP."""
+        """Returns the rows with the dense MLP's output added."""
         assert self.mlp is not None
         with jax.named_scope("mlp"):
             return self.add(x_ND, self.mlp(self.normed(x_ND)))
 
     def pass_shared(self, x_ND: Array, normed_ND: Array) -> Array:
-        """The rows with the shared expert's output added, if there is a shared expert."""
+        """Returns the rows with the shared expert's output added, if there is a shared expert."""
         if self.shared is None:
             return x_ND
         with jax.named_scope("shared"):
@@ -125,7 +123,8 @@ class DecoderLayer(nnx.Module):
     def decide(
         self, x_ND: Array, seqs: Sequences, knobs: Knobs | None, resident_E: Array | None
     ) -> tuple[Array, Decision]:
-        """The experts' input from the rows after attention, and where its tokens go; on one device."""
+        """Returns the experts' input, from the rows after attention, and where its tokens go, on one
+        device."""
         assert self.moe is not None
         with jax.named_scope("moe"):
             normed_ND = self.normed(x_ND)
@@ -145,7 +144,7 @@ class DecoderLayer(nnx.Module):
 
 
 def token_flags(seqs: Sequences) -> TokenFlags:
-    """The flags of each of the N tokens."""
+    """Returns the flags of each of the N tokens."""
 
     def each_T(of_B: list[Array]) -> Array:
         """Spreads a value of each row of a piece to the row's tokens."""

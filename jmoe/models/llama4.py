@@ -78,7 +78,7 @@ FAMILY = Family(TEXT, config, names)
 
 
 def whole_config(hf: HFConfig) -> ModelConfig:
-    """The config of the text model of a checkpoint that also reads images."""
+    """Reads the config of the text model of a checkpoint that also reads images."""
     require(hf, "text_config")
     own = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id") if hf.get(key) is not None}
     return replace(config(hf.table("text_config").with_values(own)), architecture=WHOLE)

@@ -14,8 +14,8 @@ BlockNames = Callable[[ModelConfig, str, str], Iterator[StoredTensor]]
 def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") -> Iterator[StoredTensor]:
     """Yields every tensor of a decoder once, under the names that most families share.
 
-    experts: yields the tensors of a layer's experts, router and shared expert. dense: the name of a dense MLP
-    within a layer.
+    experts: function that yields the tensors of a layer's experts, router and shared expert.
+    dense: name of a dense MLP within a layer.
     """
     yield StoredTensor("model.embed_tokens.weight", "embed")
     yield from _norm(cfg, "model.norm", "norm")
@@ -36,7 +36,7 @@ def decoder_names(cfg: ModelConfig, *, experts: BlockNames, dense: str = "mlp") 
 
 
 def mlp_names(hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
-    """The tensors of a dense gated MLP."""
+    """Yields the tensors of a dense gated MLP."""
     for half, name in enumerate(("gate_proj", "up_proj")):
         yield StoredTensor(f"{hf_prefix}.{name}.weight", f"{prefix}.gate_up_2FD", (half,))
     yield StoredTensor(f"{hf_prefix}.down_proj.weight", f"{prefix}.down_DF")
@@ -51,8 +51,8 @@ def expert_names(
     router: str,
     block: str,
 ) -> Iterator[StoredTensor]:
-    """The tensors of a router and of experts that are stored separately. ``block`` is a name within the
-    layer, the other names are within the block."""
+    """Yields the tensors of a router and of experts that are stored separately. ``block`` is a name within
+    the layer, the other names are within the block."""
     yield StoredTensor(f"{hf_prefix}.{block}.{router}.weight", f"{prefix}.moe.router.gate_ED")
     gate, up, down = gate_up_down
     for e in range(cfg.num_experts):
@@ -63,7 +63,7 @@ def expert_names(
 
 
 def stacked_names(cfg: ModelConfig, name: str, path: str, form: Form = PLAIN) -> Iterator[StoredTensor]:
-    """The entries of one tensor that holds all experts."""
+    """Yields the entries of one tensor that holds all experts."""
     for e in range(cfg.num_experts):
         yield StoredTensor(name, path, (e,), expert=e, form=form)
 
@@ -78,7 +78,7 @@ mixtral_experts = partial(
 
 
 def deepseek_experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTensor]:
-    """Qwen's names, with the router's correction and the shared expert, if the model has them."""
+    """Yields Qwen's names, with the router's correction and the shared expert, if the model has them."""
     yield from qwen_experts(cfg, hf_prefix, prefix)
     if cfg.router.correction_bias:
         name = f"{hf_prefix}.mlp.gate.e_score_correction_bias"

@@ -39,7 +39,8 @@ def config(hf: HFConfig) -> ModelConfig:
 
 
 def _layer_types(hf: HFConfig, layers: int) -> tuple[LayerType, ...]:
-    """By default every other layer of the first ``max_window_layers`` has a window, as in transformers."""
+    """Returns the type of each layer. By default every other layer of the first ``max_window_layers`` has a
+    window, as in transformers."""
     kinds: tuple[LayerType, ...] = "full_attention", "sliding_attention"
     full = require(hf, "max_window_layers")
     own: list[LayerType] = [kinds[i % 2 == 0 and i < full] for i in range(layers)]

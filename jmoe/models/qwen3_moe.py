@@ -27,8 +27,10 @@ def config(hf: HFConfig) -> ModelConfig:
 
 
 def qwen_fields(hf: HFConfig) -> dict[str, Any]:
-    """The fields that all Qwen generations share. hf: the config, with the family's defaults for absent
-    fields."""
+    """Returns the fields that all Qwen generations share.
+
+    hf: the config, with the family's defaults for absent fields.
+    """
     common = common_fields(
         hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"
     )

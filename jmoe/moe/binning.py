@@ -67,7 +67,10 @@ class Binning:
     def __call__(
         self, plain_routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
     ) -> tuple[Routing, Changes]:
-        """The routing on the active set. resident_E: which experts are on a device; None if all are."""
+        """Returns the routing on the active set, and the changes.
+
+        resident_E: which experts are on a device; None if all are.
+        """
         with jax.named_scope("route/bin"):  # within "route", where a fused kernel is counted too
             routing, remapped_T = bin_assignments(
                 plain_routing, tokens, self._rule,
@@ -76,7 +79,8 @@ class Binning:
         return routing, {"remapped": remapped_T}
 
     def fuses(self, tokens: int) -> bool:
-        """Whether one kernel both routes and bins; not if a rank has more tokens than the kernel takes."""
+        """Returns whether one kernel both routes and bins; it does not if a rank has more tokens than the
+        kernel takes."""
         cfg, kernels = self.layer.cfg, self.layer.kernels
         if kernels.binning == "xla" or not cfg.router.is_plain:
             return False
@@ -86,8 +90,8 @@ class Binning:
         return refusal is None
 
     def route(self, logits_TE: Float[Array, "T E"], tokens: TokenFlags) -> tuple[Routing, Routing, Changes]:
-        """The router's own choice, the binned routing and its changes, by the fused kernel; only if ``fuses``
-        says so."""
+        """Returns the router's own choice, the binned routing and its changes, all by the fused kernel. It
+        may be called only if ``fuses`` returns true."""
         plain, routing, remapped_T = route_binned(
             logits_TE,
             tokens,
@@ -103,11 +107,12 @@ class Binning:
         return get_rule(self.table, self.layer.cfg.num_experts_per_tok)
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
-        """A sum over the ranks that read the same experts' weights; None if one rank has all experts."""
+        """Returns a sum over the ranks that read the same experts' weights, or None if one rank has all
+        experts."""
         return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
 
     def _bonus(self, resident_E: Array | None) -> Float[Array, " E"] | None:
-        """The bonus in nats that is added to each expert's logit; None if no expert has one."""
+        """Returns the bonus in nats that is added to each expert's logit, or None if no expert has one."""
         experts, bonus_E = self.layer.cfg.num_experts, None
         if self.table.resident_bonus and resident_E is not None:
             bonus_E = jnp.where(resident_E, jnp.float32(self.table.resident_bonus), 0.0)
@@ -124,7 +129,8 @@ def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
 
 
 def prefer(routing: Routing, lossy_T: Array, bonus_E: Float[Array, " E"]) -> Routing:
-    """The routing with ``bonus_E`` nats added to the experts' logits; only lossy tokens are remapped."""
+    """Returns the routing with ``bonus_E`` nats added to the experts' logits; only lossy tokens are
+    remapped."""
     liked_TE = routing.logits_TE + bonus_E[None]
     rows_T1 = jnp.arange(lossy_T.shape[0])[:, None]
     _, wanted_TK = lax.top_k(liked_TE, routing.ids_TK.shape[1])
@@ -142,7 +148,7 @@ def bin_assignments(
     total: Callable[[Array], Array] | None = None,
     bonus_E: Float[Array, " E"] | None = None,
 ) -> tuple[Routing, Int[Array, " T"]]:
-    """Any router's choice on the active set, and how many assignments of each token moved.
+    """Returns any router's choice on the active set, and how many assignments of each token moved.
 
     seed: seed of the method "random"; the same on ranks that share weights.
     total: sums votes over those ranks.
@@ -170,8 +176,8 @@ def route_binned(
     choice: binning.KernelChoice,
     total: Callable[[Array], Array] | None = None,
 ) -> tuple[Routing, Routing, Int[Array, " T"]]:
-    """(a softmax router's own choice, its binned and sorted form, the number of moved assignments of each
-    token)."""
+    """Returns a softmax router's own choice, its binned and sorted form, and the number of moved assignments
+    of each token."""
     logits_TE = logits_TE.astype(jnp.float32)
     b = binning.bin_experts(
         logits_TE, tokens.valid_T, tokens.lossy_T, rule, choice, renormalize=renormalize, total=total
@@ -183,7 +189,7 @@ def route_binned(
 
 
 def _mask_inactive(scores_TE: Float[Array, "T E"], active_E: Bool[Array, " E"]) -> Float[Array, "T E"]:
-    """The scores, 0 for experts outside the set."""
+    """Returns the scores, with 0 for experts outside the set."""
     return jnp.where(active_E[None], scores_TE, 0.0)
 
 

@@ -65,7 +65,7 @@ class Capacity:
     def __call__(
         self, routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
     ) -> tuple[Routing, Changes]:
-        """The routing within the limit for this shard's tokens, and the changes."""
+        """Returns the routing within the limit for this shard's tokens, and the changes."""
         limited = tokens if self.table.phase == "both" else tokens.without_decode()
         with jax.named_scope("capacity"):
             result, counts = self._limit(routing, limited, knobs)
@@ -95,7 +95,7 @@ def limit(
     seed: Int[Array | np.ndarray, ""],
     total: Callable[[Array], Array] = lambda load_E: load_E,
 ) -> tuple[Routing, CapacityCounts]:
-    """The routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
+    """Returns the routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
 
     factor: gamma, float32; ``cfg.factor`` is not read.
     local: the shard's first expert and its number of experts L, which divides E.
@@ -127,7 +127,7 @@ def limit(
 def capacity(
     factor: Float[Array | np.ndarray, ""], tokens: Int[Array, ""], k: int, experts: int
 ) -> Int[Array, ""]:
-    """Places of one expert: ceil(factor * tokens * k / experts), from 1 up to ``tokens``.
+    """Returns the places of one expert: ceil(factor * tokens * k / experts), from 1 up to ``tokens``.
 
     The float32 computation rounds at most four times, by 2**-24 each. Subtracting a relative 2**-22 before
     the ceil keeps a product that is whole in exact arithmetic (1.1 * 80 / 8) from becoming the next integer.
@@ -139,7 +139,7 @@ def capacity(
 
 @dataclass(frozen=True)
 class Admission:
-    """Who gets a place under the limit, by ``CapacityConfig.metric``.
+    """The rule that decides who gets a place under the limit, by ``CapacityConfig.metric``.
 
     tokens: flags of the tokens.
     metric: what candidates are ordered by.
@@ -155,7 +155,8 @@ class Admission:
     def __call__(
         self, ids_TJ: Array, weights_TJ: Array, candidate_TJ: Array, room_G: Array
     ) -> Bool[Array, "T J"]:
-        """Which candidates get a place: the first ``room_G`` ones of each group of ``width`` experts."""
+        """Returns which candidates get a place: the first ``room_G`` ones of each group of ``width``
+        experts."""
         (t, j), groups = ids_TJ.shape, room_G.shape[0]
         n = t * j
         group_N = jnp.where(candidate_TJ, ids_TJ // self.width, groups).reshape(n)
@@ -178,8 +179,8 @@ class Admission:
 def _rank_key(
     weights_TJ: Array, valid_T: Array, metric: str, seed: Array | np.ndarray
 ) -> Float[Array, "T J"]:
-    """The key that candidates are sorted by, lowest first. A token's place counts the valid tokens before
-    it."""
+    """Returns the key that candidates are sorted by, lowest first. A token's place counts the valid tokens
+    before it."""
     place_T = jnp.cumsum(valid_T.astype(jnp.int32)) - 1
     match metric:
         case "score":
@@ -229,7 +230,7 @@ def _reroute(
 
 
 def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, num_local: int) -> Routing:
-    """The routing with the shard's own experts as further choices, unless they are already chosen."""
+    """Returns the routing with the shard's own experts as further choices, unless they are already chosen."""
     experts = routing.scores_TE.shape[1]
     local_L = jnp.asarray(first, jnp.int32) + jnp.arange(num_local, dtype=jnp.int32)
     score_TL = routing.scores_TE[:, local_L]
@@ -246,8 +247,8 @@ def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, n
 def _least_loaded(
     ids_TK: Array, requested_TK: Array, experts: int, total: Callable[[Array], Array]
 ) -> Bool[Array, "T K"]:
-    """Which choices went to the least loaded tenth of the experts, at least one expert; ties go to the lower
-    id."""
+    """Returns which choices went to the least loaded tenth of the experts, at least one expert; ties go to
+    the lower id."""
     keys = jnp.where(requested_TK, ids_TK, experts).reshape(-1)
     load_E = total(jnp.bincount(keys, length=experts).astype(jnp.int32))
     quiet = jnp.argsort(load_E, stable=True)[: max(1, experts // 10)]
@@ -265,13 +266,13 @@ def _without(routing: Routing, dropped_TJ: Array) -> Routing:
 
 
 def _scale_T(routing: Routing) -> Float[Array, " T"]:
-    """The factor from a token's scores to its weights; 0 for a token without choices."""
+    """Returns the factor from a token's scores to its weights; it is 0 for a token without choices."""
     score_TK = jnp.take_along_axis(routing.scores_TE, routing.ids_TK, axis=1, mode="fill", fill_value=0)
     return _ratio(jnp.sum(routing.weights_TK, axis=1), jnp.sum(score_TK, axis=1))
 
 
 def _rescaled(result: Routing, routing: Routing, capped_T: Array) -> Routing:
-    """The result with each limited token's weights scaled to their sum in ``routing``."""
+    """Returns the result with each limited token's weights scaled to their sum in ``routing``."""
     before_T, after_T = jnp.sum(routing.weights_TK, axis=1), jnp.sum(result.weights_TK, axis=1)
     scale_T = jnp.where(capped_T & (before_T != after_T), _ratio(before_T, after_T), 1.0)
     return result.with_assignments(result.ids_TK, result.weights_TK * scale_T[:, None])

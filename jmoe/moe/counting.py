@@ -12,18 +12,19 @@ from jmoe.moe.types import Changes, DispatchStats, Routing, Traffic
 
 
 def expert_counts(ids_TJ: Int[Array, "T J"], valid_T: Bool[Array, " T"], experts: int) -> Int[Array, " E"]:
-    """The number of assignments of valid tokens to each expert."""
+    """Returns the number of assignments of valid tokens to each expert."""
     keys = jnp.where(valid_T[:, None], ids_TJ, experts)
     return jnp.bincount(keys.reshape(-1), length=experts).astype(jnp.int32)
 
 
 def add_changes(first: Changes, second: Changes) -> Changes:
-    """The sum of what two stages changed; both may count by the same name."""
+    """Returns the sum of what two stages changed; both may count by the same name."""
     return first | {name: n_T + first[name] if name in first else n_T for name, n_T in second.items()}
 
 
 def count_changes(changes: Changes) -> Changes | None:
-    """What the lossy stages did to each token, with zeros for stages that are off; None if none acted."""
+    """Returns what the lossy stages did to each token, with zeros for stages that are off, or None if none
+    acted."""
     if not changes:
         return None
     none_T = jnp.zeros_like(next(iter(changes.values())))
@@ -38,7 +39,7 @@ def count_dispatch(
     traffic: Traffic,
     train_capacity: int | None,
 ) -> DispatchStats:
-    """The counts of one shard.
+    """Counts what one shard did.
 
     plain_routing: the router's own choice.
     routing: the routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
@@ -62,7 +63,8 @@ def count_dispatch(
 
 
 def sum_over_shards(stats: DispatchStats, routing: Routing, valid_T: Bool[Array, " T"]) -> DispatchStats:
-    """The sum over the shards that hold tokens, inside ``shard_map``; every shard gets it."""
+    """Returns the sum over the shards that hold tokens. It runs inside ``shard_map``, and every shard gets
+    the sum."""
     local_experts = stats.counts_E.shape[0] // lax.axis_size(EXPERT)
     rank_TJ = routing.ids_TK // local_experts  # R, which is no rank, for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]

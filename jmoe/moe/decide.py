@@ -48,7 +48,7 @@ class Decision(NamedTuple):
 
 
 def count_on_device(decision: Decision, tokens: TokenFlags) -> DispatchStats:
-    """The counts of what a layer on one device will do with its tokens; nothing is computed yet."""
+    """Counts what a layer on one device will do with its tokens; nothing is computed yet."""
     none = jnp.zeros((), jnp.int32)
     return count_dispatch(
         decision.plain_routing,
@@ -76,7 +76,10 @@ class Decider:
         router: RouterWeights,
         resident_E: Array | None,
     ) -> Decision:
-        """Decides where tokens go. resident_E: which experts are on a device; None if all are."""
+        """Decides where tokens go.
+
+        resident_E: which experts are on a device; None if all are.
+        """
         stages = () if knobs is None else self._stages(phase)
         with jax.named_scope("route"):
             logits_TE = router_logits(x_TD, router, self.layer.kernels.dense)
@@ -94,6 +97,6 @@ class Decider:
         return Decision(plain, final, count_changes(changes))
 
     def _stages(self, phase: Phase) -> list[Stage]:
-        """The stages that act in the phase."""
+        """Returns the stages that act in the phase."""
         stages: list[Stage] = [STAGES[type(table)](table, self.layer) for table in self.moe.stages]
         return [stage for stage in stages if stage.acts_in(phase)]

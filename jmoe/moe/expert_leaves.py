@@ -44,7 +44,8 @@ class ExpertLeaf:
         return tuple(TENSOR if letter == "F" else None for letter in self.dims)
 
     def shape(self, cfg: ModelConfig, num_parts: int = 1) -> tuple[int, ...]:
-        """Its shape in one expert, or in one of ``num_parts`` devices that split the inner dimension."""
+        """Returns its shape in one expert, or in one of ``num_parts`` devices that split the inner
+        dimension."""
         sizes = {"2": 2, "F": cfg.moe_intermediate_size // num_parts, "D": cfg.hidden_size}
         return tuple(sizes[letter] for letter in self.dims)
 
@@ -59,19 +60,22 @@ LEAVES = (
 
 
 def leaves_of(cfg: ModelConfig) -> tuple[ExpertLeaf, ...]:
-    """The leaves that the model's experts have."""
+    """Returns the leaves that the model's experts have."""
     return tuple(leaf for leaf in LEAVES if cfg.expert_bias or not leaf.is_bias)
 
 
 def expert_bytes(cfg: ModelConfig, num_parts: int = 1) -> int:
-    """Bytes of one routed expert, or of a device's part of it if it is split over ``num_parts`` devices."""
+    """Returns the bytes of one routed expert, or of a device's part of it if it is split over ``num_parts``
+    devices."""
     numbers = sum(math.prod(leaf.shape(cfg, num_parts)) for leaf in leaves_of(cfg))
     return numbers * jnp.dtype(cfg.dtype).itemsize
 
 
 def weight_specs(weights: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
-    """How stacks of experts are split. ``front`` gives the mesh axes of the dimensions before an expert's own
-    dimensions. The result is None for a weight that is None in ``weights``."""
+    """Returns how stacks of experts are split. The result is None for a weight that is None in ``weights``.
+
+    front: mesh axes of the dimensions before an expert's own dimensions.
+    """
     specs = {leaf.name: PartitionSpec(*front, *leaf.axes) for leaf in LEAVES}
     present = {name: spec if getattr(weights, name) is not None else None for name, spec in specs.items()}
     return ExpertWeights(**present)  # pyright: ignore[reportArgumentType]

@@ -83,7 +83,8 @@ class ExpertMath:
         plan: DispatchPlan,
         experts: ExpertWeights,
     ) -> Float[Array, "T D"]:
-        """The weighted sum of each token's planned experts, float32; zero for a token without any."""
+        """Returns the weighted sum of each token's planned experts, float32; it is zero for a token without
+        any."""
         experts = biased_once(experts, self.tensor_ranks)
         if (combined := COMBINED.get(self.implementation)) and not self.weigh_input:
             return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
@@ -98,7 +99,7 @@ class ExpertMath:
         return jnp.einsum("tkd,tk->td", chosen_ND.reshape(t, k, -1), weights_TK)
 
     def local_experts(self, experts: ExpertWeights) -> LocalExperts:
-        """The experts of one rank as a transport takes them."""
+        """Returns the experts of one rank as a transport takes them."""
         biased = biased_once(experts, self.tensor_ranks)
 
         def run_tokens(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> ExpertOutput:
@@ -118,8 +119,8 @@ class ExpertMath:
 
 
 def biased_once(experts: ExpertWeights, tensor_ranks: int) -> ExpertWeights:
-    """The weights with which one of ``tensor_ranks`` ranks computes. The ranks' outputs are summed, so
-    only the first rank keeps the bias of the down projection."""
+    """Returns the weights with which one of ``tensor_ranks`` ranks computes. The ranks' outputs are summed,
+    so only the first rank keeps the bias of the down projection."""
     if experts.down_bias_ED is None or tensor_ranks == 1:
         return experts
     first = lax.axis_index(TENSOR) == 0

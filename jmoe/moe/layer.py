@@ -137,12 +137,15 @@ class MoELayer(nnx.Module):
     def decide(
         self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, resident_E: Array | None
     ) -> Decision:
-        """Decides where tokens go, on one device. resident_E: the experts on it; None if not known."""
+        """Decides where tokens go, on one device.
+
+        resident_E: the experts on the device; None if they are not known.
+        """
         return self.decider(x_TD, tokens, phase, knobs, self.router.weights, resident_E)
 
     def _train_capacity(self, tokens: int) -> int | None:
-        """Rows of one expert in the training form: its even share of the batch times the factor, rounded up
-        to a multiple of 32."""
+        """Returns the rows of one expert in the training form: its even share of the batch times the factor,
+        rounded up to a multiple of 32. Without a factor it returns None."""
         if self.moe.train_capacity_factor is None:
             return None
         even = tokens * self.cfg.num_experts_per_tok / self.cfg.num_experts

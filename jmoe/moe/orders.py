@@ -57,7 +57,10 @@ class Hints:
 
     @classmethod
     def make(cls, tables: ShuffleTables, history: list[Array]) -> "Hints":
-        """The hints of the next layer. history: the tokens' ranks ``[N]`` in every layer so far."""
+        """Makes the hints of the next layer.
+
+        history: the tokens' ranks ``[N]`` in every layer so far.
+        """
         knows = tables.history_shares_HR is not None and len(history) >= LOOK_BACK
         return cls(tables, jnp.stack(history[-LOOK_BACK:], axis=1) if knows else None)
 
@@ -85,7 +88,7 @@ class Move:
 
 
 def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
-    """The tables of a placement in the form that the step reads, one per layer."""
+    """Returns the tables of a placement in the form that the step reads, one per layer."""
     token_shares = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
     history_shares: Any = [None] * len(token_shares)
     if history:
@@ -95,8 +98,8 @@ def step_tables(tables: Tables, *, history: bool) -> list[ShuffleTables]:
 
 
 def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[float]]:
-    """A function that gives the share of a prompt's assignments expected on each rank, for the R ranks of
-    each of ``groups`` data groups."""
+    """Returns a function from a prompt to the share of its assignments expected on each rank, for the R ranks
+    of each of ``groups`` data groups."""
     shares_LVR = _shares(tables.shares_LVR, tables.ranks_LV, tables.confidence_LV, tables.count)
     share_VR = np.asarray(np.mean(shares_LVR, axis=0, dtype=np.float32) / 255)
 
@@ -109,14 +112,14 @@ def prompt_share(tables: Tables, *, groups: int) -> Callable[[list[int]], list[f
 def _shares(
     shares_LXR: np.ndarray | None, ranks_LX: np.ndarray, confidence_LX: np.ndarray, ranks: int
 ) -> UInt8[np.ndarray, "L X R"]:
-    """The shares in 255ths. If only the best rank is known, the other ranks have a share of 0."""
+    """Returns the shares in 255ths. If only the best rank is known, the other ranks have a share of 0."""
     if shares_LXR is None:
         shares_LXR = np.eye(ranks, dtype=np.float32)[ranks_LX] * confidence_LX[..., None]
     return np.rint(255 * np.asarray(shares_LXR, np.float32)).astype(np.uint8)
 
 
 def expected_shares(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
-    """The share of each token expected on each rank, from the table that is surer for that token."""
+    """Returns the share of each token expected on each rank, from the table that is surer for that token."""
     share_NR = jnp.asarray(hints.tables.token_shares_VR)[ids_N].astype(jnp.int32)
     if hints.history_N2 is None or hints.tables.history_shares_HR is None:
         return share_NR
@@ -127,8 +130,8 @@ def expected_shares(hints: Hints, ids_N: Int[Array, " N"]) -> Int[Array, "N R"]:
 
 
 def align(share_NR: Int[Array, "N R"], valid_N: Bool[Array, " N"]) -> Order:
-    """The order in which each rank has N / R rows and tokens lie on the ranks with their largest shares, as
-    far as there is room."""
+    """Returns the order in which each rank has N / R rows and tokens lie on the ranks with their largest
+    shares, as far as there is room."""
     n, ranks = share_NR.shape
     share_NR = jnp.where(valid_N[:, None], share_NR, -1)
 
@@ -156,7 +159,7 @@ def _at(values_R: Array, index_N: Array) -> Array:
 
 
 def majority_rank(ids_TK: Int[Array, "T K"], num_local: int, ranks: int) -> Int[Array, " T"]:
-    """The rank that holds most of each token's experts, with ``num_local`` experts per rank; the lower rank
-    in a tie."""
+    """Returns the rank that holds most of each token's experts, with ``num_local`` experts per rank; in a tie
+    it is the lower rank."""
     votes_TKR = (ids_TK // num_local)[:, :, None] == jnp.arange(ranks)[None, None]
     return jnp.argmax(jnp.sum(votes_TKR, axis=1), axis=1).astype(jnp.int32)

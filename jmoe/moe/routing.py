@@ -41,7 +41,7 @@ def route(
     correction_E: Float[Array, " E"] | None = None,
     expert_E: Int[Array, " E"] | None = None,
 ) -> Routing:
-    """Each token's ``k`` experts, best first; ties go to the lower expert id.
+    """Chooses each token's ``k`` experts, best first; ties go to the lower expert id.
 
     correction_E: added to the scores for the choice only.
     expert_E: each expert's original id, by which consecutive experts form the groups; None if experts were
@@ -72,7 +72,7 @@ def route(
 
 
 def likely(routing: Routing) -> Float[Array, "T E"]:
-    """Each expert's share in the value that a token chooses by; forecasts of its choices use it."""
+    """Returns each expert's share in the value that a token chooses by; forecasts of its choices use it."""
     return jax.nn.softmax(routing.logits_TE, axis=-1)
 
 
@@ -83,7 +83,7 @@ def score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, 
 
 
 def log_score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Array, "T E"]:
-    """The log of ``score``, computed without its rounding."""
+    """Returns the log of ``score``, computed without its rounding."""
     if router.scoring_func == "sigmoid":
         return jax.nn.log_sigmoid(logits_TE)
     return jax.nn.log_softmax(logits_TE, axis=-1)
@@ -92,7 +92,8 @@ def log_score(logits_TE: Float[Array, "T E"], router: RouterConfig) -> Float[Arr
 def open_experts(
     choice_TE: Float[Array, "T E"], router: RouterConfig, expert_E: Int[Array, " E"] | None = None
 ) -> Bool[Array, "T E"]:
-    """The experts of each token's best groups (device-limited routing, arXiv 2405.04434, section 2.2.2)."""
+    """Returns which experts are in each token's best groups (device-limited routing, arXiv 2405.04434,
+    section 2.2.2)."""
     t, experts = choice_TE.shape
     grouped_TE = choice_TE if expert_E is None else choice_TE[:, jnp.argsort(expert_E)]
     groups_TGX = grouped_TE.reshape(t, router.n_group, -1)
@@ -104,7 +105,7 @@ def open_experts(
 
 
 def weigh(weights_TK: Float[Array, "T K"], router: RouterConfig) -> Float[Array, "T K"]:
-    """The combine weights from the scores of the chosen experts."""
+    """Returns the combine weights from the scores of the chosen experts."""
     if router.norm_topk_prob:
         weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
     return weights_TK * router.routed_scaling_factor
@@ -113,8 +114,9 @@ def weigh(weights_TK: Float[Array, "T K"], router: RouterConfig) -> Float[Array,
 def sparse_mixer(
     logits_TE: Float[Array, "T E"], k: int, jitter: float
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """(ids, weights): takes the best remaining expert, ``k`` times. Its weight comes from a softmax over the
-    remaining experts near it, that is, with a relative distance from the best of at most ``2 * jitter``."""
+    """Takes the best remaining expert, ``k`` times; returns the ids and the weights. A weight comes from a
+    softmax over the remaining experts near the taken one, that is, with a relative distance from the best of
+    at most ``2 * jitter``."""
     rows_T = jnp.arange(logits_TE.shape[0])
     left_TE, ids, weights = logits_TE, [], []
     for _ in range(k):
@@ -131,7 +133,7 @@ def sparse_mixer(
 def plan_dispatch(
     ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], first_expert: int | Array, experts: int
 ) -> DispatchPlan:
-    """Sorts the assignments to experts ``first .. first + experts`` by expert.
+    """Sorts the assignments to ``experts`` consecutive experts, from ``first_expert`` on, by expert.
 
     Assignments of padding tokens and to other experts get the id one past the last expert, so a stable sort
     puts them at the end and the counts ignore them.
@@ -148,7 +150,7 @@ def plan_dispatch(
 
 
 def regrouped(plan: DispatchPlan, group_L: Int[Array, " L"], groups: int) -> DispatchPlan:
-    """The plan with its groups moved to new positions, 0 to ``groups - 1``.
+    """Returns the plan with its groups moved to new positions, 0 to ``groups - 1``.
 
     group_L: the new position of each group; no two groups share one, and a group at ``groups`` is left out.
     Rows move as blocks: only the groups are sorted.
@@ -208,6 +210,6 @@ def router_logits(
 
 
 def choose(logits_TE: Float[Array, "T E"], weights: RouterWeights, cfg: ModelConfig) -> Routing:
-    """The router's own choice."""
+    """Returns the router's own choice."""
     k, by = cfg.num_experts_per_tok, (weights.correction_E, weights.expert_E)
     return route(logits_TE, k, cfg.router, *by)

@@ -44,19 +44,22 @@ GROUP, ROWS = PartitionSpec(DATA), PartitionSpec(TOKENS)
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Distributes a data group's N tokens over the R ranks that hold its ``experts``, T = N / R each."""
+    """Distributes a data group's N tokens over the R ranks that hold its experts, T = N / R each."""
 
     mesh: Mesh
     num_experts: int
 
     def original_order(self, tokens: int) -> Order:
-        """The tokens' original order; ``tokens`` is their number in all data groups."""
+        """Returns the tokens' original order.
+
+        tokens: number of tokens in all data groups.
+        """
         groups = self.mesh.shape[DATA]
         token_N = jnp.tile(jnp.arange(tokens // groups, dtype=jnp.int32), groups)
         return Order(token_N, token_N)
 
     def order(self, hints: Hints, ids_N: Int[Array, " N"], valid_N: Bool[Array, " N"]) -> Order:
-        """The predicted order of every data group."""
+        """Predicts the order of every data group."""
 
         def of_group(tables: ShuffleTables, history_N2: Array | None, ids_N: Array, valid_N: Array) -> Order:
             return align(expected_shares(Hints(tables, history_N2), ids_N), valid_N)
@@ -65,8 +68,8 @@ class Shuffle:
         return run(hints.tables, hints.history_N2, ids_N, valid_N)
 
     def deal(self, arrays: Any, order: Order) -> Any:
-        """Each rank's rows of arrays ``[N, ...]`` that every rank of the group has completely; sends
-        nothing."""
+        """Returns each rank's rows of arrays ``[N, ...]`` that every rank of the group has completely;
+        nothing is sent."""
 
         def mine(arrays: Any, order: Order) -> Any:
             token_T = _local_rows(order.token_N)
@@ -75,13 +78,13 @@ class Shuffle:
         return self._sharded(mine, (GROUP, GROUP), ROWS)(arrays, order)
 
     def move(self, rows_ND: Float[Array, "N D"], move: Move) -> Float[Array, "N D"]:
-        """Each rank's rows in the order ``move.new_order``, bit for bit; only rows whose rank changes are
-        sent."""
+        """Returns each rank's rows in the order ``move.new_order``, bit for bit; only rows whose rank changes
+        are sent."""
         exchange = get_exchange(platform_of(self.mesh), EXPERT)
         return self._sharded(partial(_exchange_rows, exchange=exchange), (ROWS, GROUP), ROWS)(rows_ND, move)
 
     def gather_original(self, rows: Any, order: Order) -> Any:
-        """Arrays of rows gathered to every rank of the group, in the tokens' original order."""
+        """Gathers arrays of rows to every rank of the group, in the tokens' original order."""
 
         def of_group(rows: Any, order: Order) -> Any:
             return jax.tree.map(lambda a: lax.all_gather(a, EXPERT, tiled=True)[order.row_N], rows)
@@ -113,7 +116,7 @@ class Shuffle:
 
 
 def _local_rows(array_N: Int[Array, " N"]) -> Int[Array, " T"]:
-    """This rank's rows of an array that every rank of the group has completely."""
+    """Returns this rank's rows of an array that every rank of the group has completely."""
     each = array_N.shape[0] // lax.axis_size(EXPERT)
     return lax.dynamic_slice_in_dim(array_N, lax.axis_index(EXPERT) * each, each)
 

@@ -40,14 +40,15 @@ Exchange = Callable[[Array, Array, Array, Array, Array, Array], Array]
 
 
 def get_exchange(platform: str, axis_name: str) -> Exchange:
-    """The exchange along ``axis_name`` for devices of ``platform``; inside ``shard_map`` only."""
+    """Returns the exchange along ``axis_name`` for devices of ``platform``; it works inside ``shard_map``
+    only."""
     has_own = get_backend(platform).has_ragged_exchange
     run = lax.ragged_all_to_all if has_own else emulated_ragged_all_to_all
     return partial(run, axis_name=axis_name)
 
 
 def starts(sizes: Int[Array, "*N"], axis: int) -> Int[Array, "*N"]:
-    """The start of each of the consecutive groups of ``sizes`` along ``axis``."""
+    """Returns the start of each of the consecutive groups of ``sizes`` along ``axis``."""
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
@@ -61,11 +62,14 @@ def emulated_ragged_all_to_all(
     *,
     axis_name: str,
 ) -> Shaped[Array, "M *D"]:
-    """``output`` with the received slices written into it: ``lax.ragged_all_to_all`` on any platform.
+    """Returns ``output`` with the received slices written into it, as ``lax.ragged_all_to_all`` does, on any
+    platform.
 
     The I slices of a rank are I / R for each rank in turn: slice i is ``send_sizes[i]`` rows of ``operand``
-    from ``input_offsets[i]``, and lands at row ``output_offsets[i]`` of its receiver's ``output``.
-    ``recv_sizes``: sizes in rows of the arriving slices, by sender. If slices overlap, the last slice wins.
+    from ``input_offsets[i]``, and lands at row ``output_offsets[i]`` of its receiver's ``output``. If slices
+    overlap, the last slice wins.
+
+    recv_sizes: sizes in rows of the arriving slices, by sender.
     """
     del send_sizes  # the receivers' sizes say the same
     arriving = partial(lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
@@ -86,7 +90,7 @@ def emulated_ragged_all_to_all(
 def local(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """All experts are on this rank; nothing is sent."""
+    """Runs the experts, all of which are on this rank; nothing is sent."""
     plan = routing.plan or plan_dispatch(routing.ids_TK, valid_T, 0, experts.num_experts)
     none = jnp.zeros((), jnp.int32)
     y_TD, computed = experts.run_tokens(x_TD, routing.weights_TK, plan)
@@ -96,7 +100,7 @@ def local(
 def replicated(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """Every rank sees every token of its data group and computes its own experts' share."""
+    """Gathers the tokens of a data group to all its ranks; each rank computes its own experts' share."""
     gather = partial(lax.all_gather, axis_name=EXPERT, axis=0, tiled=True)
     ids, weights, valid = gather(routing.ids_TK), gather(routing.weights_TK), gather(valid_T)
     first = lax.axis_index(EXPERT) * experts.num_experts
@@ -109,7 +113,7 @@ def replicated(
 def all_to_all(
     x_TD: Float[Array, "T D"], routing: Routing, valid_T: Bool[Array, " T"], experts: LocalExperts
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """Rows travel to their expert's rank and back; ranks receive R * C rows, with empty slots masked."""
+    """Sends rows to their expert's rank and back; ranks receive R * C rows, with empty slots masked."""
     t, j = routing.ids_TK.shape
     ranks, local_experts = lax.axis_size(EXPERT), experts.num_experts
     c = t * min(j, local_experts)
@@ -143,7 +147,7 @@ def ragged_all_to_all(
     *,
     exchange: Exchange,
 ) -> tuple[Float[Array, "T D"], Traffic]:
-    """Each expert's rows travel as one slice. They land expert by expert, after the rows from lower ranks."""
+    """Sends each expert's rows as one slice. They land expert by expert, after the rows from lower ranks."""
     t, j = routing.ids_TK.shape
     ranks, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
     plan = plan_dispatch(routing.ids_TK, valid_T, 0, ranks * experts.num_experts)
@@ -180,7 +184,8 @@ def ragged_all_to_all(
 def _outgoing(
     x_TD: Array, routing: Routing, assignment_N: Array, row_A: Array, experts: LocalExperts
 ) -> tuple[Array, Array]:
-    """The rows of assignments ``assignment_N`` in the experts' dtype, and the weights of the returned rows.
+    """Returns the rows of assignments ``assignment_N`` in the experts' dtype, and the weights of the returned
+    rows.
 
     row_A: the row of each assignment, the inverse of ``assignment_N``.
     """
@@ -196,7 +201,7 @@ def _outgoing(
 def _combine(
     y_ND: Float[Array, "N D"], row_A: Int[Array, " A"], assignment_N: Int[Array, " N"], weights_TJ: Array
 ) -> Float[Array, "T D"]:
-    """Each token's weighted sum of its assignments' rows, in the order in which ``local`` sums them.
+    """Returns each token's weighted sum of its assignments' rows, in the order in which ``local`` sums them.
 
     row_A: the row of each of the T * J assignments; past the end if it has none.
     assignment_N: the inverse of ``row_A``.
@@ -206,7 +211,7 @@ def _combine(
 
 
 def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int[Array, ""]:
-    """The number of distinct pairs of an own token and another rank that holds one of its experts."""
+    """Returns the number of distinct pairs of an own token and another rank that holds one of its experts."""
     rank_TJ = routing.ids_TK // experts.num_experts  # R for an absent assignment
     away_TJ = (rank_TJ != lax.axis_index(EXPERT)) & (rank_TJ < lax.axis_size(EXPERT)) & valid_T[:, None]
     earlier_JJ = np.tri(rank_TJ.shape[1], k=-1, dtype=bool)
@@ -217,7 +222,8 @@ def _useful_rows(routing: Routing, valid_T: Array, experts: LocalExperts) -> Int
 def _padded_traffic(
     routing: Routing, valid_T: Array, experts: LocalExperts, rows: int, computed: Array
 ) -> Traffic:
-    """The traffic of ``rows`` rows from each rank to each other rank, for any routing."""
+    """Returns the traffic of ``rows`` rows from each rank to each other rank, for any routing. Raises
+    ValueError if the rows in one layer do not fit a 32-bit count."""
     ranks = lax.axis_size(EXPERT)
     sent = (ranks - 1) * rows
     everywhere = sent * ranks * lax.axis_size(DATA)
@@ -227,7 +233,8 @@ def _padded_traffic(
 
 
 def get_transport(name: TransportName, platform: str) -> Send:
-    """The transport called ``name`` for devices of ``platform`` ("cpu", "gpu", "tpu")."""
+    """Returns the transport called ``name`` for devices of ``platform`` ("cpu", "gpu", "tpu"). Raises
+    ValueError for an unknown name."""
     if name not in get_args(TransportName):
         raise ValueError(f"transport {name!r} is unknown; known: {', '.join(get_args(TransportName))}")
     ragged = partial(ragged_all_to_all, exchange=get_exchange(platform, EXPERT))

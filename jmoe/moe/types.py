@@ -65,8 +65,8 @@ class Routing:
     plan: "DispatchPlan | None" = None
 
     def with_assignments(self, ids_TJ: Int[Array, "T J"], weights_TJ: Float[Array, "T J"]) -> "Routing":
-        """A copy with new assignments and weights; scores and logits are kept, ``plan`` is dropped because it
-        no longer matches."""
+        """Returns a copy with new assignments and weights; scores and logits are kept, ``plan`` is dropped
+        because it no longer matches."""
         return Routing(ids_TJ, weights_TJ, self.scores_TE, self.logits_TE)
 
 
@@ -76,8 +76,9 @@ class TokenFlags:
     """Flags of each token of the shard.
 
     valid_T: whether the token is real and not padding.
-    exact_T: whether the token's request opted out of all lossy techniques; None = no request did.
-    priority_T: under a limit, tokens of higher priority keep their experts first; None = all are equal.
+    exact_T: whether the token's request opted out of all lossy techniques; None if no request did.
+    priority_T: priority of each token; under a limit, tokens of higher priority keep their experts
+        first. None if all are equal.
     decoded_T: decode tokens of a step that has prompt tokens too; None if the step holds only one kind.
     """
 
@@ -92,7 +93,7 @@ class TokenFlags:
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
 
     def without_decode(self) -> "TokenFlags":
-        """A copy in which a technique for prompts may not touch decode tokens of the same step."""
+        """Returns a copy in which a technique for prompts may not touch decode tokens of the same step."""
         if self.decoded_T is None:
             return self
         spared_T = self.decoded_T if self.exact_T is None else self.decoded_T | self.exact_T
@@ -104,14 +105,15 @@ class TokenFlags:
 class Knobs:
     """Settings of the lossy techniques that can change without recompilation.
 
-    factor: gamma of the capacity. seed: the seed of random choices; it differs in each step.
+    factor: gamma of the capacity.
+    seed: seed of random choices; it differs in each step.
     """
 
     factor: Float[Array | np.ndarray, ""]
     seed: Int[Array | np.ndarray, ""]
 
     def for_part(self, part: Array | int) -> "Knobs":
-        """A copy with a separate seed for one of several layers or shards."""
+        """Returns a copy with a separate seed for one of several layers or shards."""
         return Knobs(self.factor, self.seed * 1_000_003 + part)
 
 
@@ -185,7 +187,7 @@ class LocalExperts:
     run_tokens: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
     run_rows: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
         group come out zero.
-    weigh_input: the weight multiplies the expert's input row, not its output row.
+    weigh_input: whether the weight multiplies the expert's input row, not its output row.
     """
 
     num_experts: int
@@ -221,7 +223,10 @@ Send = Callable[[Array, Routing, Array, LocalExperts], tuple[Array, Traffic]]
 
 
 class Apply(Protocol):
-    """A function that computes some of the experts. weigh_input: see ``LocalExperts``."""
+    """A function that computes some of the experts.
+
+    weigh_input: see ``LocalExperts``.
+    """
 
     @property
     def weigh_input(self) -> bool: ...
@@ -229,7 +234,7 @@ class Apply(Protocol):
     def __call__(
         self, x_TD: Array, weights_TK: Array, plan: DispatchPlan, experts: ExpertWeights
     ) -> Float[Array, "T D"]:
-        """Each token's weighted sum of its planned experts, float32."""
+        """Returns each token's weighted sum of its planned experts, float32."""
         ...
 
 
@@ -257,7 +262,7 @@ class ExpertSource(Protocol):
         apply: Apply,
         send: Send,
     ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
-        """Runs the experts of ``routing`` on this layer's tokens. Returns their output, the traffic, the
+        """Runs the experts of ``routing`` on this layer's tokens; returns their output, the traffic, the
         counts over all ranks and the source for the next layer.
 
         plain_routing: the router's own choice, from which the source may learn.

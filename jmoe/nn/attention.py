@@ -42,7 +42,8 @@ class Attention(nnx.Module):
     (``read_out``). Its state lies in pages unless it says otherwise (``state_axis``, ``state_layout``).
 
     scale: factor of the scores; None is one over the root of a query's dimension.
-    state_axis: what the first axis of the state counts. Pages are shared and copied, a seat is one request's.
+    state_axis: what the first axis of the state counts. Pages are shared and copied, a seat belongs to one
+        request.
     """
 
     scale: float | None
@@ -51,19 +52,20 @@ class Attention(nnx.Module):
 
     @classmethod
     def names(cls, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
-        """Pairs of a tensor's name in the checkpoint's attention block and the parameter that it fills."""
+        """Yields pairs of a tensor's name in the checkpoint's attention block and the parameter that it
+        fills."""
         raise NotImplementedError
 
     @classmethod
     def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
-        """What the layer caches of each token."""
+        """Returns what the layer caches of each token."""
         raise NotImplementedError
 
     @classmethod
     def state_layout(
         cls, cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
     ) -> LayerPages:
-        """The layer's state, as shapes with dtypes and shardings."""
+        """Returns the layer's state, as shapes with dtypes and shardings."""
         return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
@@ -94,11 +96,12 @@ class Attention(nnx.Module):
         pages: LayerPages | None,
         move: Move | None = None,
     ) -> tuple[Float[Array, "N D"], LayerPages | None]:
-        """Attention output in float32 and the pages with this step's keys and values.
+        """Returns the attention's output in float32 and the pages with this step's keys and values.
 
-        Tokens enter and leave sequence after sequence, N = B * T, split over data and expert. move: if given,
-        the tokens of the ranks that share their heads enter in its ``old_order`` and leave in its
-        ``new_order``.
+        Tokens enter and leave sequence after sequence, N = B * T, split over data and expert.
+
+        move: change of the order of the tokens of the ranks that share their heads: they enter in its
+            ``old_order`` and leave in its ``new_order``. None keeps the order.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
         if is_single(self.split.mesh):
@@ -144,7 +147,7 @@ class Attention(nnx.Module):
     def _attend(
         self, seqs: Sequences, q: Array, k: Array, v: Array | None, pages: LayerPages, sinks_H: Array | None
     ) -> tuple[Array, LayerPages]:
-        """Attention over the cache; decode rows in the same step as prompts come before the prompts."""
+        """Attends over the cache; decode rows in the same step as prompts come before the prompts."""
         values = [None] * len(seqs.pieces) if v is None else seqs.cut(v)
         new = []
         for own, q_own, k_own, v_own in zip(seqs.pieces, seqs.cut(q), seqs.cut(k), values, strict=True):

@@ -25,7 +25,7 @@ def kind_of(cfg: ModelConfig, layer: int) -> Kind:
 
 
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
-    """Bytes of one page over all layers whose state is in pages."""
+    """Returns the bytes of one page over all layers whose state is in pages."""
     kinds = [kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)]
     heads = [kind.cached_heads(cfg) for kind in kinds if kind.state_axis == "page"]
     return sum(each.page_bytes(cfg.dtype, split, page_size) for each in heads)
@@ -34,7 +34,7 @@ def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
 def state_layout(
     cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
 ) -> list[LayerPages]:
-    """The state of every layer, as shapes with dtypes and shardings."""
+    """Returns the state of every layer, as shapes with dtypes and shardings."""
     layers = range(cfg.num_hidden_layers)
     return [kind_of(cfg, layer).state_layout(cfg, split, kernel, sizes) for layer in layers]
 
@@ -42,5 +42,5 @@ def state_layout(
 def make_state(
     cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
 ) -> list[LayerPages]:
-    """The state of every layer before the first step: zeros, committed to the mesh."""
+    """Makes the state of every layer before the first step: zeros, committed to the mesh."""
     return jax.tree.map(zeros, state_layout(cfg, split, kernel, sizes))

@@ -46,18 +46,18 @@ class CachedHeads:
     value_dim: int | None = None
 
     def heads_per_array(self, split: Split) -> int:
-        """Heads in the cache: if more ranks share the heads, one on each rank."""
+        """Returns the number of heads in the cache; if more ranks share the heads, each rank has one."""
         return max(self.num_heads, split.head_ranks)
 
     def page_bytes(self, dtype: str, split: Split, page_size: int) -> int:
-        """Bytes of one page of one layer: keys and values, or one array that serves as both."""
+        """Returns the bytes of one page of one layer: keys and values, or one array that serves as both."""
         arrays = 2 if self.value_dim is None else 1
         item = kv_dtype(jnp.dtype(dtype), split.mesh).itemsize
         return arrays * page_size * self.heads_per_array(split) * self.dim * item
 
 
 def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
-    """The dtype in which keys and values of a ``dtype`` model are stored on ``mesh``.
+    """Returns the dtype in which keys and values of a ``dtype`` model are stored on ``mesh``.
 
     On CPU bfloat16 is stored as uint16 (``storage_dtype``), because an update of a bfloat16 array copies the
     whole array there (21.8 ms against 0.013).
@@ -66,14 +66,14 @@ def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
 
 
 def page_spec(attention: AttentionKernel, split: Split) -> PartitionSpec:
-    """The pages axis is split like sequences, the heads axis like heads."""
+    """Returns the split of pages: the pages axis is split like sequences, the heads axis like heads."""
     return PartitionSpec(split.sequences, *[None] * (heads_axis(attention) - 1), split.heads)
 
 
 def page_layout(
     heads: CachedHeads, dtype: str, split: Split, attention: AttentionKernel, sizes: StateSizes
 ) -> LayerPages:
-    """The arrays of one layer's pages, as shapes with dtypes and shardings."""
+    """Returns the arrays of one layer's pages, as shapes with dtypes and shardings."""
     count, is_value = sizes.num_pages * split.sequence_ranks, heads.value_dim is not None
     stored = kv_dtype(jnp.dtype(dtype), split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))
@@ -83,11 +83,12 @@ def page_layout(
 
 
 def zeros(layout: jax.ShapeDtypeStruct) -> Array:
-    """Zeros committed to their devices (an uncommitted array would compile a step twice)."""
+    """Makes zeros committed to their devices (an uncommitted array would compile a step twice)."""
     return _maker(layout.shape, layout.dtype, layout.sharding)()
 
 
 @lru_cache(maxsize=8)
 def _maker(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], Array]:
-    """A compiled maker of zeros, kept so that a second cache of the same shape does not compile it again."""
+    """Compiles a maker of zeros; it is kept so that a second cache of the same shape does not compile it
+    again."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

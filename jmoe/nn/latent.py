@@ -30,10 +30,10 @@ EPS = 1e-6  # of the norms of latents, independent of the model's rms_norm_eps
 class LatentAttention(Attention):
     """Latent attention of one layer. Every rank caches the whole row of a token.
 
-    q_proj: makes queries that are not compressed.
-    q_a_proj, q_norm, q_b_proj: make compressed queries.
-    kv_a_proj: makes the latent and the shared key.
-    kv_b_proj: makes each head's keys and values from the latent.
+    q_proj: projection to queries that are not compressed.
+    q_a_proj, q_norm, q_b_proj: projections and norm that make compressed queries.
+    kv_a_proj: projection to the latent and the shared key.
+    kv_b_proj: projection from the latent to each head's keys and values.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):

@@ -17,12 +17,12 @@ from jmoe.param import ParamMaker, specs_of
 
 
 class DenseMLP(nnx.Module):
-    """Weights are ``[out, in]``; the inner dimension is split over ``tensor``.
+    """A dense gated MLP. Weights are ``[out, in]``; the inner dimension is split over ``tensor``.
 
     gate_up_2FD: ``[(gate, up), inner, model]``.
     down_DF: ``[model, inner]``.
-    share_1D: if ``shares``, weights of a sigmoid of the token by which the whole output is multiplied
-        (Qwen2-MoE).
+    share_1D: weights of a sigmoid of the token by which the whole output is multiplied (Qwen2-MoE); None
+        unless ``shares``.
     """
 
     def __init__(

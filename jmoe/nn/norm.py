@@ -15,7 +15,10 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NormWeights:
-    """The weights of a norm. bias_D: bias of a layer norm; None means an RMS norm."""
+    """The weights of a norm.
+
+    bias_D: bias of a layer norm; None means an RMS norm.
+    """
 
     scale_D: Float[Array, " D"]
     bias_D: Float[Array, " D"] | None = None
@@ -47,14 +50,15 @@ def rms_norm(
     *,
     axis_name: tuple[str, ...] | None = None,
 ) -> Float[Array, "*B D"]:
-    """``x / rms(x) * scale``; with ``axis_name``, ``x`` holds one shard's part of the normalised axis."""
+    """Returns ``x / rms(x) * scale``; with ``axis_name``, ``x`` holds one shard's part of the normalised
+    axis."""
     return unit_rms(x, eps, axis_name=axis_name) * _along_last(scale_D, x.ndim)
 
 
 def unit_rms(
     x: Float[Array, "*B D"], eps: float, *, axis_name: tuple[str, ...] | None = None
 ) -> Float[Array, "*B D"]:
-    """``x / rms(x)``."""
+    """Returns ``x / rms(x)``."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     if axis_name is not None:
         mean_square = lax.pmean(mean_square, axis_name)

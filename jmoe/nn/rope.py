@@ -19,7 +19,7 @@ Rotation = tuple[Array, Array]
 
 
 def rotation(positions_BT: Int[Array, "B T"], dim: int, rope: RopeConfig) -> Rotation:
-    """(cos, sin) of each position's angles, both ``[B, T, rotated dimensions / 2]`` float32."""
+    """Returns the cos and sin of each position's angles, both ``[B, T, rotated dimensions / 2]`` float32."""
     inv_freq, scale = frequencies(dim, rope)
     angle = positions_BT.astype(jnp.float32)[..., None] * inv_freq[None, None]
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
@@ -35,7 +35,8 @@ def rotate(x_BTHd: Float[Array, "B T H d"], angles: Rotation, *, interleaved: bo
 
 
 def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], float]:
-    """Radians per position of each pair of a head's ``dim`` dimensions, and the factor of cos and sin."""
+    """Returns the radians per position of each pair of a head's ``dim`` dimensions, and the factor of cos and
+    sin."""
     rotated = int(dim * rope.partial_rotary_factor)
     base_freq = (1.0 / rope.rope_theta ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
         np.float32
@@ -54,7 +55,7 @@ def frequencies(dim: int, rope: RopeConfig) -> tuple[Float[np.ndarray, " H"], fl
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much attention is sharpened for contexts ``factor`` times as long (YaRN, section 3.4)."""
+    """Returns how much attention is sharpened for contexts ``factor`` times as long (YaRN, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -64,7 +65,7 @@ def _yarn(base_freq: np.ndarray, rotated: int, rope: RopeConfig) -> tuple[np.nda
     assert factor is not None and original is not None
 
     def pair_with(turns: float) -> float:
-        """The pair that makes ``turns`` full turns within the original context."""
+        """Returns the pair that makes ``turns`` full turns within the original context."""
         return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)

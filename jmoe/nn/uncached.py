@@ -19,11 +19,13 @@ def attend_uncached(
     span: Span = Span(),
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H e"]:
-    """Causal attention of a run of tokens to itself; differentiable. Positions rise along T.
+    """Computes causal attention of a run of tokens to itself; it is differentiable. Positions rise along T.
 
-    Values may have another dimension than keys. sinks_H: see ``paged_attention``. Queries attend in blocks to
-    the keys up to their block's end, so that about half of the square is never computed (2.5 times faster
-    forward and backward at 512 tokens on CPU).
+    Values may have another dimension than keys. Queries attend in blocks to the keys up to their block's end,
+    so that about half of the square is never computed (2.5 times faster forward and backward at 512 tokens on
+    CPU).
+
+    sinks_H: see ``paged_attention``.
     """
     (b, t, h, d), (_, _, g, e) = q_BTHd.shape, v_BTGd.shape
     per = h // g
@@ -49,5 +51,6 @@ def attend_uncached(
 
 
 def _kept(scores: Float[Array, "B G P T S"], sinks: Float[Array, "1 G P 1"]) -> Float[Array, "B G P T"]:
-    """Each query's share of softmax that a sink leaves: sum(exp(scores)) / (sum(exp(scores)) + exp(sink))."""
+    """Returns each query's share of softmax that a sink leaves: sum(exp(scores)) / (sum(exp(scores)) +
+    exp(sink))."""
     return jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - sinks.astype(jnp.float32))

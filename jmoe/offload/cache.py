@@ -108,15 +108,17 @@ class Visit:
 
     @classmethod
     def begin(cls, store: ExpertWeights, cache: ExpertCache, view: StepView | None) -> Self:
-        """The visit before the first layer. view: tokens of a decode step; None in prefill, where nothing is
-        predicted."""
+        """Begins the visit before the first layer.
+
+        view: tokens of a decode step; None in prefill, where nothing is predicted.
+        """
         visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _counts())
         if view is None:
             return visit
         return cache.ranks.over(cls._foresee, (visit.specs, SAME), visit.specs)(visit, view)
 
     def _foresee(self, view: StepView) -> Self:
-        """The visit with the experts that the first layers are expected to need."""
+        """Returns the visit with the experts that the first layers are expected to need."""
         cache = self.cache
         walk, forecast = cache.predictor.start(view)
         table = decide.foresee(cache.table, 0, cache.ranks.local_forecast(forecast, self._experts))
@@ -127,7 +129,7 @@ class Visit:
         return visit._land_copies(copies, weights)
 
     def end(self) -> ExpertCache:
-        """The cache after the last layer."""
+        """Returns the cache after the last layer."""
         if self.walk is None:
             return self.cache
         return replace(self.cache, predictor=self.cache.predictor.finish(self.walk))
@@ -227,7 +229,7 @@ class Visit:
         return self._with_pool(copy_in(self.cache.pool, self.store, copies)), []
 
     def _land_copies(self, copies: Copies, weights: list[ExpertWeights]) -> Self:
-        """The visit with the copied ``weights`` installed in the pool."""
+        """Returns the visit with the copied ``weights`` installed in the pool."""
         pool = self.cache.pool
         for i, one in enumerate(weights):
             pool = install(pool, one, copies.slots_M[i])
@@ -242,7 +244,10 @@ class Visit:
         )
 
     def _local_experts(self, apply: Apply, *, overflows: bool) -> LocalExperts:
-        """This layer's experts as a transport takes them. overflows: whether the pool may lack some."""
+        """Returns this layer's experts as a transport takes them.
+
+        overflows: whether the pool may lack some.
+        """
 
         def run_tokens(x_TD: Array, weights_TJ: Array, plan: DispatchPlan) -> ExpertOutput:
             return self._compute(x_TD, weights_TJ, plan, apply, overflows=overflows)
@@ -276,5 +281,5 @@ class Visit:
 
 
 def _counts(**found: Array) -> Counts:
-    """All counters of a cache; those not passed are zero."""
+    """Returns all counters of a cache; those not passed are zero."""
     return dict.fromkeys(names(CACHE), jnp.zeros((), jnp.int32)) | found

@@ -29,12 +29,14 @@ def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:
 
 
 def install(pool: ExpertWeights, weights: ExpertWeights, slot: Array) -> ExpertWeights:
-    """The pool with the expert ``weights`` in ``slot``; in place if the pool is donated."""
+    """Puts the expert ``weights`` into ``slot`` of the pool and returns the pool; this happens in place if
+    the pool is donated."""
     return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, slot, 0), pool, weights)
 
 
 def copy_in(pool: ExpertWeights, store: ExpertWeights, copies: Copies) -> ExpertWeights:
-    """The pool with every expert of ``copies`` in its slot, one after another."""
+    """Copies every expert of ``copies`` into its slot of the pool, one after another, and returns the
+    pool."""
 
     def body(i: Array, pool: ExpertWeights) -> ExpertWeights:
         return install(pool, fetch(store, copies.experts_M[i]), copies.slots_M[i])
@@ -50,8 +52,8 @@ def stream(
     apply: Callable[[DispatchPlan, ExpertWeights], Array],
     y_TD: Array,
 ) -> Array:
-    """``y_TD`` plus the output of the first ``count`` groups of ``plan``, whose experts ``flat_E`` come one
-    by one through a buffer.
+    """Returns ``y_TD`` plus the output of the first ``count`` groups of ``plan``, whose experts ``flat_E``
+    come one by one through a buffer.
 
     Copy and compute take turns: a copy takes many times as long as the expert's compute, so little is lost.
     If each turn of the loop began the copy of the next expert, one copy would be useless, and the TPU

@@ -50,7 +50,7 @@ class Outlook(NamedTuple):
     p_LE: latest forecast of every layer.
     wanted_LE: whether that forecast found the expert worth fetching.
     heat_LE: running mean of the gate's scores, the highest of each batch.
-    due_LE: for the oracle only: in how many steps each expert is needed next, after this step; p_LE then
+    due_LE: in how many steps each expert is needed next, after this step; only for the oracle. p_LE then
         holds which experts this step needs.
     """
 
@@ -67,7 +67,7 @@ def unused(experts: int, xp: Any) -> UseHistory:
 
 
 def arrive(usage: UseHistory, had_slot_X: Any, has_slot_X: Any, *, is_prefetch: bool) -> UseHistory:
-    """The usage after a claim: a new expert has no visits, and its last use is now."""
+    """Returns the usage after a claim: a new expert has no visits, and its last use is now."""
     xp = has_slot_X.__array_namespace__()
     new_X = has_slot_X & ~had_slot_X
     fetched_X = (usage.fetched_X & has_slot_X) | new_X if is_prefetch else usage.fetched_X & has_slot_X
@@ -80,7 +80,7 @@ def arrive(usage: UseHistory, had_slot_X: Any, has_slot_X: Any, *, is_prefetch: 
 
 
 def use(usage: UseHistory, needed_X: Any) -> UseHistory:
-    """The usage after a layer: its experts were visited."""
+    """Returns the usage after a layer: its experts were visited."""
     xp = needed_X.__array_namespace__()
     return UseHistory(
         usage.visits_X + needed_X.astype(xp.float32),
@@ -91,7 +91,7 @@ def use(usage: UseHistory, needed_X: Any) -> UseHistory:
 
 
 def look_ahead(outlook: Outlook, first_layer: Any, p_AE: Any, wanted_AE: Any) -> Outlook:
-    """The outlook with a forecast of the layers from ``first_layer`` on. Rows past the last layer are
+    """Returns the outlook with a forecast of the layers from ``first_layer`` on. Rows past the last layer are
     dropped; numbers that are not finite count as 0."""
     xp = p_AE.__array_namespace__()
     p_AE, wanted_AE = finite(p_AE), wanted_AE & xp.isfinite(p_AE)
@@ -104,8 +104,8 @@ def look_ahead(outlook: Outlook, first_layer: Any, p_AE: Any, wanted_AE: Any) ->
 
 
 def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
-    """The outlook with a layer's gate scores in the running mean. The mean outlives the request, so numbers
-    that are not finite count as 0."""
+    """Returns the outlook with a layer's gate scores in the running mean. The mean outlives the request, so
+    numbers that are not finite count as 0."""
     xp = scores_E.__array_namespace__()
     at_L1 = (xp.arange(outlook.heat_LE.shape[0], dtype=xp.int32) == layer)[:, None]
     heat_LE, scores_E = finite(outlook.heat_LE), finite(scores_E)
@@ -114,14 +114,14 @@ def warm(outlook: Outlook, layer: Any, scores_E: Any) -> Outlook:
 
 
 def finite(p_Z: Any) -> Any:
-    """Scores or forecasts with 0 for numbers that are not finite, and for numbers so small that some hardware
-    would make them 0 and other would not."""
+    """Returns scores or forecasts with 0 for numbers that are not finite, and for numbers so small that some
+    hardware would make them 0 and other would not."""
     xp = p_Z.__array_namespace__()
     return xp.where(xp.isfinite(p_Z) & (xp.abs(p_Z) >= FAINT), p_Z, xp.zeros((), dtype=p_Z.dtype))
 
 
 def worth(eviction: Eviction, usage: UseHistory, outlook: Outlook, layer: Any, distance: int) -> Any:
-    """``[X]``, float32: the worth of every expert while ``layer`` runs (-1: before the first layer).
+    """Returns the worth of every expert while ``layer`` runs (-1: before the first layer), ``[X]``, float32.
 
     distance: how many layers have a forecast from this step.
     """
@@ -152,8 +152,8 @@ def worth(eviction: Eviction, usage: UseHistory, outlook: Outlook, layer: Any, d
 def best_prefetches(
     worth_X: Any, outlook: Outlook, layer: Any, present_X: Any, *, distance: int, count: int
 ) -> tuple[Any, Any]:
-    """The ``count`` experts of the next ``distance`` layers that are most worth fetching (X for none), and
-    their worth."""
+    """Returns the ``count`` experts of the next ``distance`` layers that are most worth fetching (X for
+    none), and their worth."""
     xp = worth_X.__array_namespace__()
     x, experts = worth_X.shape[0], outlook.p_LE.shape[1]
     row_A1 = (layer + 1 + xp.arange(distance, dtype=xp.int32))[:, None]
@@ -167,8 +167,11 @@ def best_prefetches(
 
 
 def misses(needed_E: Any, present_E: Any, first_id: Any, max_experts: int, no_id: int) -> tuple[Any, Any]:
-    """The flat ids of a layer's experts that are needed and not present, padded at the end with ``no_id``;
-    and their gain. first_id: flat id of the layer's first expert."""
+    """Returns the flat ids of a layer's experts that are needed and not present, padded at the end with
+    ``no_id``, and their gain.
+
+    first_id: flat id of the layer's first expert.
+    """
     xp = needed_E.__array_namespace__()
     missing_E = needed_E & ~present_E
     first_M = xp.argsort(~missing_E, stable=True)[:max_experts].astype(xp.int32)

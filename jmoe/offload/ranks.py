@@ -31,7 +31,7 @@ COPIES = Copies(EACH, EACH, SAME, EACH)
 
 
 def assigned(routing: Routing, valid_T: Bool[Array, " T"]) -> Int[Array, "T K"]:
-    """The experts of valid tokens; E, which means none, for the others."""
+    """Returns the experts of valid tokens; the others have E, which means none."""
     return jnp.where(valid_T[:, None], routing.ids_TK, routing.scores_TE.shape[1])
 
 
@@ -40,30 +40,36 @@ def needed(ids_TK: Int[Array, "T K"], experts: int) -> Bool[Array, " E"]:
 
 
 def highest(scores_TE: Float[Array, "T E"], valid_T: Bool[Array, " T"]) -> Float[Array, " E"]:
-    """The highest score of each expert over the valid tokens with a finite score; 0 if there are none."""
+    """Returns the highest score of each expert over the valid tokens with a finite score, or 0 if there are
+    none."""
     return jnp.max(jnp.where(valid_T[:, None] & jnp.isfinite(scores_TE), scores_TE, 0.0), axis=0)
 
 
 def by_slot(ids_TK: Int[Array, "T K"], slot_E: Int[Array, " E"], no_slot: int) -> DispatchPlan:
-    """The assignments in the order of their experts' slots, 0 to ``no_slot - 1``; ``no_slot`` means none."""
+    """Sorts the assignments by their experts' slots, 0 to ``no_slot - 1``; ``no_slot`` means none."""
     slot_TK = jnp.append(slot_E, jnp.int32(no_slot))[ids_TK]
     return plan_dispatch(slot_TK, jnp.ones(len(ids_TK), bool), 0, no_slot)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a cache. mesh: None for a single device, which has all tokens and all experts."""
+    """The ranks that share a cache.
+
+    mesh: None for a single device, which has all tokens and all experts.
+    """
 
     mesh: Mesh | None = None
 
     def over(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """``run`` on every rank, with arguments and results sharded by ``in_specs`` and ``out_specs``."""
+        """Makes ``run`` a function that runs on every rank, with arguments and results sharded by
+        ``in_specs`` and ``out_specs``."""
         if self.mesh is None:
             return run
         return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, tree: Any, specs: Any) -> Any:
-        """``tree`` constrained to the shardings ``specs``, which may be a prefix of it; under jit."""
+        """Constrains ``tree`` to the shardings ``specs``, which may be a prefix of it; it is for use under
+        jit."""
         if self.mesh is None:
             return tree
         mesh = self.mesh
@@ -72,7 +78,7 @@ class Ranks:
     # Inside shard_map:
 
     def local_part(self, values_ZE: Array, num_local: int) -> Array:
-        """The values of this rank's ``num_local`` experts."""
+        """Returns the values of this rank's ``num_local`` experts."""
         if self.mesh is None:
             return values_ZE
         return lax.dynamic_slice_in_dim(
@@ -83,15 +89,18 @@ class Ranks:
         return Forecast(*(self.local_part(each_AE, num_local) for each_AE in forecast))
 
     def group_max(self, values_E: Float[Array, " E"], num_local: int) -> Float[Array, " L"]:
-        """The highest value of each of this rank's experts, over the ranks whose tokens they serve."""
+        """Returns the highest value of each of this rank's experts, over the ranks whose tokens they
+        serve."""
         return values_E if self.mesh is None else self.local_part(lax.pmax(values_E, EXPERT), num_local)
 
     def all_experts(self, local_L: Bool[Array, " L"]) -> Bool[Array, " E"]:
         return local_L if self.mesh is None else lax.all_gather(local_L, EXPERT, tiled=True)
 
     def all_rows(self, rows: Any, row_N: Int[Array, " N"] | None) -> Any:
-        """Gathers the rows of all ranks, in the order of their sequences. row_N: the row of each token of the
-        data group, if tokens were shuffled."""
+        """Gathers the rows of all ranks, in the order of their sequences.
+
+        row_N: the row of each token of the data group, if tokens were shuffled.
+        """
         if self.mesh is None:
             return rows
 
@@ -105,12 +114,12 @@ class Ranks:
         return counts if self.mesh is None else lax.psum(counts, TOKENS)
 
     def group_tokens(self, tokens_per_rank: int) -> int:
-        """The number of tokens of a data group if each rank has ``tokens_per_rank``."""
+        """Returns the number of tokens of a data group if each rank has ``tokens_per_rank``."""
         return tokens_per_rank if self.mesh is None else tokens_per_rank * self.mesh.shape[EXPERT]
 
 
 def max_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, num_local: int) -> int:
-    """The maximum number of a rank's ``num_local`` experts that its group's tokens can need."""
+    """Returns the maximum number of a rank's ``num_local`` experts that its group's tokens can need."""
     t, k = ids_TK.shape
     return min(num_local, ranks.group_tokens(t) * k)
 
@@ -118,6 +127,6 @@ def max_needed(ids_TK: Int[Array, "T K"], ranks: Ranks, num_local: int) -> int:
 def needed_on_rank(
     ids_TK: Int[Array, "T K"], ranks: Ranks, experts: int, num_local: int
 ) -> Bool[Array, " L"]:
-    """Whether any token of the group goes to each of this rank's experts."""
+    """Returns whether any token of the group goes to each of this rank's experts."""
     used_E = jnp.zeros(experts, jnp.float32).at[ids_TK.reshape(-1)].set(1.0, mode="drop")
     return ranks.group_max(used_E, num_local) > 0

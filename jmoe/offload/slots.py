@@ -29,19 +29,19 @@ class Slots(NamedTuple):
 
 
 def empty(slots: int, experts: int, xp: Any) -> Slots:
-    """``slots`` empty slots for ``experts`` experts, as arrays of the namespace ``xp``."""
+    """Makes ``slots`` empty slots for ``experts`` experts, as arrays of the namespace ``xp``."""
     held_S = xp.full(slots, experts, dtype=xp.int32)
     slot_X = xp.full(experts, slots, dtype=xp.int32)
     return Slots(held_S, slot_X, xp.zeros(slots, dtype=bool), xp.zeros(slots, dtype=bool))
 
 
 def present(slots: Slots) -> Any:
-    """``[X]``: whether each expert has a slot, in flight or not."""
+    """Returns whether each expert has a slot, in flight or not: ``[X]``."""
     return slots.slot_X < slots.held_S.shape[0]
 
 
 def resident(slots: Slots) -> Any:
-    """``[X]``: whether each expert can run."""
+    """Returns whether each expert can run: ``[X]``."""
     return ~_append(slots.flying_S, True)[slots.slot_X]
 
 
@@ -53,7 +53,7 @@ def pin(slots: Slots, experts_X: Any) -> Slots:
 def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slots, Any]:
     """Claims slots for experts that have none; returns the table and the slot of each, S for those without.
 
-    experts_M: flat ids, the most needed first; X for none, these last.
+    experts_M: flat ids, the most needed first; X means none and comes last.
     gain_M: what each is worth, in descending order. An expert takes only the slot of one that is worth less;
         if its gain is ``NEEDED``, it takes any slot that may be taken.
     worth_X: worth of every expert, any numbers. NaN is worth least; no expert is worth less than an empty
@@ -84,32 +84,33 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
 
 
 def land(slots: Slots) -> Slots:
-    """The table after every copy has arrived."""
+    """Returns the table after every copy has arrived."""
     return slots._replace(flying_S=slots.flying_S & False)
 
 
 def _finite(worth_X: Any) -> Any:
-    """Finite numbers in the same order, so that the sort and the comparisons after it are total."""
+    """Returns finite numbers in the same order, so that the sort and the comparisons after it are total."""
     xp = worth_X.__array_namespace__()
     most = xp.finfo(worth_X.dtype).max
     return xp.clip(xp.where(xp.isnan(worth_X), -most, _normal(worth_X)), -most, most)
 
 
 def _normal(values_N: Any) -> Any:
-    """The values with 0 for denormal numbers, which some hardware compares as 0 and other does not."""
+    """Returns the values with 0 for denormal numbers, which some hardware compares as 0 and other does
+    not."""
     xp = values_N.__array_namespace__()
     least = xp.finfo(values_N.dtype).tiny
     return xp.where(xp.abs(values_N) < least, xp.zeros((), dtype=values_N.dtype), values_N)
 
 
 def _append(values_N: Any, last_value: Any) -> Any:
-    """The values and one more, for the index that means none."""
+    """Returns the values and one more, for the index that means none."""
     xp = values_N.__array_namespace__()
     return xp.concat([values_N, xp.full(1, last_value, dtype=values_N.dtype)])
 
 
 def _padded(values_S: Any, count: int, value: Any) -> Any:
-    """The first ``count`` values, padded with ``value``."""
+    """Returns the first ``count`` values, padded with ``value``."""
     xp = values_S.__array_namespace__()
     short = max(0, count - values_S.shape[0])
     return xp.concat([values_S[:count], xp.full(short, value, dtype=values_S.dtype)])

@@ -34,7 +34,7 @@ class Table(NamedTuple):
 class Copies(NamedTuple):
     """Experts to copy, and their slots.
 
-    experts_M: flat ids of the experts. The first ``count`` are copied; the others have no slot.
+    experts_M: flat ids of the experts. The first ``num_copies`` are copied; the others have no slot.
     slots_M: slot of each expert, S for none.
     num_copies: number of copies.
     num_evictions: number of experts evicted for them.
@@ -47,7 +47,7 @@ class Copies(NamedTuple):
 
 
 def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
-    """A table of ``slots`` empty slots."""
+    """Makes a table of ``slots`` empty slots."""
     nothing = xp.zeros((layers, experts), dtype=xp.float32)
     outlook = Outlook(nothing, xp.zeros((layers, experts), dtype=bool), nothing)
     return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
@@ -69,7 +69,7 @@ def fill(table: Table, loads_LE: Any) -> tuple[Table, Copies]:
 
 
 def foresee(table: Table, first_layer: Any, forecast: Forecast) -> Table:
-    """The table with a forecast of the layers from ``first_layer`` on."""
+    """Returns the table with a forecast of the layers from ``first_layer`` on."""
     return table._replace(outlook=policy.look_ahead(table.outlook, first_layer, *forecast))
 
 
@@ -100,7 +100,8 @@ def prefetch(table: Table, rule: CachePolicy, layer: Any) -> tuple[Table, Copies
 
 
 def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
-    """The table after ``layer``: all copies have landed, the layer's experts were used, nothing is pinned.
+    """Returns the table after ``layer``: all copies have landed, the layer's experts were used, nothing is
+    pinned.
 
     scores_E: the gate's score of each expert, the highest of the batch.
     """
@@ -113,7 +114,8 @@ def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Tabl
 
 
 def slots_of_layer(table: Table, layer: Any, experts: int, no_slot: int) -> Any:
-    """``[E]``, int32: the slot from which each of a layer's experts can run; ``no_slot`` if there is none.
+    """Returns the slot from which each of a layer's experts can run, or ``no_slot`` if there is none:
+    ``[E]``, int32.
 
     Both halves of the table must agree: if not, the expert counts as absent, so that no other runs for it.
     """
@@ -126,7 +128,7 @@ def slots_of_layer(table: Table, layer: Any, experts: int, no_slot: int) -> Any:
 
 
 def at_layer(values_X: Any, layer: Any, experts: int) -> Any:
-    """The values of one layer: ``[E]``."""
+    """Returns the values of one layer: ``[E]``."""
     return values_X.reshape(-1, experts)[layer]
 
 

@@ -69,11 +69,12 @@ class Predictor(Protocol):
         ...
 
     def observe(self, walk: Any, layer: Int[Array, ""], view: LayerView) -> tuple[Any, Forecast]:
-        """After the gate of ``layer``: returns the walk and the forecast of ``layer + 1 .. layer + A``."""
+        """Takes the gate's output at ``layer``; returns the walk and the forecast of the A layers after
+        it."""
         ...
 
     def finish(self, walk: Any) -> Self:
-        """After the last layer: returns the predictor with what it has learned from the step."""
+        """Returns the predictor with what it has learned from the step, after the last layer."""
         ...
 
     def absorb(self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Array) -> Self:

@@ -88,7 +88,7 @@ def moetuner(problem: Problem, rng: np.random.Generator, progress: SolverProgres
 
 
 def partitions(experts: int, ranks: int) -> int:
-    """The number of ways to split the experts evenly; ranks are interchangeable."""
+    """Returns the number of ways to split the experts evenly; ranks are interchangeable."""
     size = experts // ranks
     return math.factorial(experts) // (math.factorial(size) ** ranks * math.factorial(ranks))
 
@@ -114,7 +114,8 @@ def balanced_splits(experts: int, ranks: int) -> Iterator[Int[np.ndarray, " E"]]
 
 
 def _pull(problem: Problem, home_LE: np.ndarray, layer: int) -> Float[np.ndarray, "E R"]:
-    """How many of each expert's transitions to and from the neighbouring layers each rank would keep."""
+    """Returns how many of each expert's transitions to and from the neighbouring layers each rank would
+    keep."""
     pull_ER = np.zeros((problem.experts, problem.ranks))
     if layer > 0:
         pull_ER += problem.following_LEE[layer - 1].T @ np.eye(problem.ranks)[home_LE[layer - 1]]
@@ -126,7 +127,7 @@ def _pull(problem: Problem, home_LE: np.ndarray, layer: int) -> Float[np.ndarray
 def cross_entropy(
     problem: Problem, rng: np.random.Generator, progress: SolverProgress
 ) -> Int[np.ndarray, "L E"]:
-    """The rank of each layer's experts."""
+    """Chooses the rank of each layer's experts by sampling."""
     home, costs = [], []
     for layer, statistics in enumerate(problem.layers):
         home.append(_layer(statistics, problem.experts, rng))
@@ -164,8 +165,8 @@ def sample_balanced(chance_ER: Float[np.ndarray, "E R"], rng: np.random.Generato
 
 
 def _like(model_E: np.ndarray, home_E: np.ndarray, ranks: int) -> np.ndarray:
-    """The same groups, each numbered as ``model_E`` numbers most of its experts: ranks are interchangeable,
-    and a mean over samples with other numbers would blur."""
+    """Returns the same groups, each numbered as ``model_E`` numbers most of its experts: ranks are
+    interchangeable, and a mean over samples with other numbers would blur."""
     common_RR = np.zeros((ranks, ranks))
     np.add.at(common_RR, (home_E, model_E), 1)
     return assign(common_RR)[home_E]

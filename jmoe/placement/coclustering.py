@@ -1,6 +1,6 @@
 """Grouping by alternation: place experts for fixed clusters of requests, cluster requests for fixed experts.
 
-Speculative MoE's solver, final version (Algorithm 1). From the paper:
+This is Speculative MoE's solver, final version (Algorithm 1). From the paper:
 * experts are visited by descending load; each goes to the open rank with the best alpha * affinity to the
   experts there + beta * affinity to the requests there - gamma * load there;
 * then pairs are exchanged at random, and an exchange is kept if it gains;
@@ -37,7 +37,7 @@ CLUSTERINGS = 10  # rounds of k-means
 def alternating(
     problem: Problem, rng: np.random.Generator, progress: SolverProgress
 ) -> Int[np.ndarray, "L E"]:
-    """The rank of each layer's experts."""
+    """Chooses the rank of each layer's experts by alternation."""
     layers, steps = len(problem.layers), STEPS
     cluster_Q = cluster_requests(problem, rng)
     best_LE, best_L = np.zeros((layers, problem.experts), np.int64), np.full(layers, np.inf)
@@ -55,7 +55,7 @@ def alternating(
 
 
 def cluster_requests(problem: Problem, rng: np.random.Generator) -> Int[np.ndarray, " Q"]:
-    """Balanced k-means on each request's share of choices by layer and expert."""
+    """Clusters requests by balanced k-means on each request's share of choices by layer and expert."""
     want_QX = _choice_shares(problem)
     requests, ranks = len(want_QX), problem.ranks
     center_RX = want_QX[rng.choice(requests, ranks, replace=requests < ranks)]
@@ -105,7 +105,7 @@ def schedule_requests(
 def name_groups(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, "L E"]:
-    """The same groups, moved to the ranks whose requests choose them most."""
+    """Returns the same groups, moved to the ranks whose requests choose them most."""
     rank_QR = np.eye(problem.ranks)[cluster_Q]
     named = []
     for layer, home_E in enumerate(home_LE):
@@ -133,13 +133,14 @@ def fill_evenly(
 
 
 def _choice_shares(problem: Problem) -> Float[np.ndarray, "Q X"]:
-    """Each request's share of choices by layer and expert, all layers weighted alike; it sums to 1."""
+    """Returns each request's share of choices by layer and expert, all layers weighted alike; it sums to
+    1."""
     share = problem.requests_QLE / np.maximum(problem.requests_QLE.sum((1, 2), keepdims=True), 1)
     return share.reshape(len(share), -1)
 
 
 def assign(gain_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
-    """The place of each row, every place used once, that maximises the sum of ``gain_NN[row, place]``.
+    """Returns the place of each row, every place used once, that maximises the sum of the gains ``gain_NN``.
 
     It uses shortest augmenting paths with potentials, O(N^3).
     """

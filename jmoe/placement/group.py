@@ -1,9 +1,9 @@
 """Expert grouping: a profile -> the placement that keeps activations on their token's rank, evenly loaded.
 
-Speculative MoE, offline model scheduling. The input is a ``jmoe.placement.profile.Profile``; the output is a
-``Placement`` with E / R experts per rank in every layer and the token tables (``jmoe.placement.tabulate``).
-It is exact, as experts are only renumbered. Command: ``jmoe place PROFILE --devices N --out FILE``, then
-``[moe.shuffle] placement``.
+Source: Speculative MoE, offline model scheduling. The input is a ``jmoe.placement.profile.Profile``; the
+output is a ``Placement`` with E / R experts per rank in every layer and the token tables
+(``jmoe.placement.tabulate``). It is exact, as experts are only renumbered. Command:
+``jmoe place PROFILE --devices N --out FILE``, then ``[moe.shuffle] placement``.
 
 ``alternating`` and ``cross_entropy`` are the paper's final and early solvers, the others are baselines; all
 are judged by the cost of ``objective``.
@@ -42,10 +42,11 @@ def group(
     seed: int = 0,
     progress: SolverProgress = lambda done, total, cost: None,
 ) -> Placement:
-    """The placement on ``ranks`` devices, with its tables; the result is the same for the same seed.
+    """Places experts on ``ranks`` devices and makes the placement's tables; the result is the same for the
+    same seed. Raises ValueError for an unknown method, ranks that do not divide the experts, and a profile of
+    too few tokens.
 
-    progress: see ``objective``. Raises ValueError for an unknown method, ranks that do not divide the
-    experts, and a profile of too few tokens.
+    progress: see ``objective``.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; it can be one of {', '.join(METHODS)}")
@@ -61,8 +62,8 @@ def group(
 
 
 def make_placement(home_LE: Int[np.ndarray, "L E"], ranks: int, model: str) -> Placement:
-    """The placement with each expert on its rank, in ascending order there. Raises ValueError if the ranks
-    do not hold equally many experts."""
+    """Makes the placement with each expert on its rank, in ascending order there. Raises ValueError if the
+    ranks do not hold equally many experts."""
     counts_LR = np.stack([np.bincount(home_E, minlength=ranks) for home_E in home_LE])
     if (counts_LR != home_LE.shape[1] // ranks).any():
         raise ValueError("every rank must hold equally many experts")

@@ -22,7 +22,8 @@ EXPANSION, ANY_SIZE = 64, 16 << 20
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError if there is no folder for ``path``: call it so that this fails before the work."""
+    """Raises ValueError if there is no folder for ``path`` or if ``path`` is a folder. A caller uses it so
+    that this fails before the work."""
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
 
@@ -30,7 +31,7 @@ def check_writable(path: Path) -> None:
 def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
     """Writes ``arrays`` (numbers and strings are allowed too) under the format name ``form``."""
     found = {"format": np.asarray(form)} | {k: np.asarray(v) for k, v in arrays.items()}
-    with replacing(path) as file:  # given a path instead, numpy would add an ending
+    with replacing(path) as file:  # with a path instead, numpy would add an ending
         np.savez_compressed(file, allow_pickle=False, **found)
         if sum(a.nbytes + HEADER for a in found.values()) > _size_limit(file.tell()):  # nearly all zeros
             file.seek(0)
@@ -40,8 +41,8 @@ def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file next to ``path`` that replaces it once it is whole on the disk. If anything ends the writing
-    earlier, even a kill, the former file at ``path`` stays."""
+    """Yields a file next to ``path`` that replaces it once it is whole on the disk. If anything ends the
+    writing earlier, even a kill, the former file at ``path`` stays."""
     path = path.resolve()  # a link stays a link
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -56,7 +57,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def saved_arrays(path: Path, kind: str, form: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays, read-only, of a file that ``save_arrays`` wrote.
+    """Yields the arrays, read-only, of a file that ``save_arrays`` wrote.
 
     A file that is absent, malformed or of another kind raises a ValueError that names the file. So does a
     missing array or any other exception inside the ``with``: which exception a damaged file raises depends on
@@ -78,7 +79,8 @@ def saved_arrays(path: Path, kind: str, form: str) -> Iterator[Mapping[str, np.n
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Every array by name. No memory is allocated before the arrays' size is checked against the file's."""
+    """Reads every array by name. No memory is allocated before the arrays' size is checked against the
+    file's."""
     if not path.is_file():
         raise ValueError("it is no file" if path.exists() else "there is no such file")
     with zipfile.ZipFile(path) as archive:
@@ -94,7 +96,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _size_limit(file_size: int) -> int:
-    """The most bytes that the arrays of a file of ``stored`` bytes may take."""
+    """Returns the most bytes that the arrays of a file of ``file_size`` bytes may take."""
     return max(ANY_SIZE, EXPANSION * file_size)
 
 

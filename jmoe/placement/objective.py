@@ -64,15 +64,16 @@ class LayerProblem:
     theta: float = THETA
 
     def shares(self, home_E: Int[np.ndarray, " E"]) -> Float[np.ndarray, "R T"]:
-        """Each token id's activations on each rank."""
+        """Returns each token id's activations on each rank."""
         return self._on_ranks(home_E) @ self.chosen_ET
 
     def excess(self, home_E: Int[np.ndarray, " E"]) -> Float[np.ndarray, "R G"]:
-        """Load of each rank in each group, minus its even share."""
+        """Returns the load of each rank in each group, minus its even share."""
         return self._on_ranks(home_E) @ self.load_EG - self.load_EG.sum(0) / self.ranks
 
     def cost(self, home_E: Int[np.ndarray, " E"], price_R: Float[np.ndarray, " R"] | None = None) -> Cost:
-        """The cost at the best prices; at prices passed in it is cheaper to compute and never higher."""
+        """Returns the cost at the best prices; at prices passed in it is cheaper to compute and never
+        higher."""
         share_RT = self.shares(home_E)
         price_R = prices(share_RT, self.weight_T) if price_R is None else price_R
         # an upper bound, at any prices, of what stays local under equal chunks; exact at the best prices
@@ -101,8 +102,8 @@ class Problem:
 
     @classmethod
     def from_profile(cls, profile: Profile, ranks: int, theta: float = THETA) -> "Problem":
-        """The problem of a profile. Raises ValueError, naming the divisors, if ``ranks`` does not divide the
-        number of experts."""
+        """Makes the problem of a profile. Raises a ValueError that names the divisors if ``ranks`` does not
+        divide the number of experts."""
         experts, often_V = profile.experts, profile.frequency_V
         if ranks < 1 or experts % ranks:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
@@ -125,7 +126,7 @@ class Problem:
         return self.requests_QLE.shape[2]
 
     def cost(self, home_LE: Int[np.ndarray, "L E"]) -> Cost:
-        """The mean cost over layers."""
+        """Returns the mean cost over layers."""
         each = [layer.cost(home_E) for layer, home_E in zip(self.layers, home_LE, strict=True)]
         return Cost(*np.mean(each, axis=0).tolist())
 
@@ -135,7 +136,8 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def prices(share_RT: Float[np.ndarray, "R T"], weight_T: Float[np.ndarray, " T"]) -> Float[np.ndarray, " R"]:
-    """The price of a place on each rank if every rank is to get equally many tokens, near the optimum.
+    """Returns the price of a place on each rank if every rank is to get equally many tokens, near the
+    optimum.
 
     It solves the dual of the linear program by subgradient steps: the price of an overfull rank rises. The
     unit is the share of its activations that a token must gain there.
@@ -192,7 +194,8 @@ class Swapper:
 def improve(
     problem: LayerProblem, home_E: Int[np.ndarray, " E"], rng: np.random.Generator, passes: int
 ) -> Int[np.ndarray, " E"]:
-    """``home_E`` after ``passes`` over all pairs of experts in random order; exchanges that gain are kept.
+    """Returns ``home_E`` after at most ``passes`` passes over all pairs of experts in random order; exchanges
+    that gain are kept.
 
     Prices are computed again before each pass; a pass that gains nothing is the last.
     """

@@ -101,13 +101,13 @@ class Placement:
         return self.experts_LP.shape[1] == self.experts
 
     def by_expert(self, counts_LP: Int[np.ndarray, "L P"]) -> Int[np.ndarray, "L E"]:
-        """The sum of the counts over each expert's slots."""
+        """Returns the sum of the counts over each expert's slots."""
         counts_LE = np.zeros((self.layers, self.experts), counts_LP.dtype)
         np.add.at(counts_LE, (np.arange(self.layers)[:, None], self.experts_LP), counts_LP)
         return counts_LE
 
     def rank_loads(self, loads_LE: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "L R"]:
-        """The load of each rank, if an expert's load is split evenly over its replicas."""
+        """Returns the load of each rank, if an expert's load is split evenly over its replicas."""
         share_LP = np.take_along_axis(loads_LE / self.replicas_LE, self.experts_LP, axis=1)
         return share_LP.reshape(self.layers, self.ranks, -1).sum(axis=2)
 
@@ -127,7 +127,8 @@ class Placement:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What ``save`` wrote; ValueError naming the file if it is absent, malformed or of another kind."""
+        """Loads what ``save`` wrote; raises a ValueError that names the file if it is absent, malformed or of
+        another kind."""
         with saved_arrays(path, "placement", FORMAT) as arrays:
             tables = Tables.from_arrays(arrays)
             return cls(arrays["experts"], int(arrays["ranks"]), str(arrays["model"]), tables)
@@ -142,7 +143,7 @@ def balance(
     groups: int = 1,
     model: str,
 ) -> Placement:
-    """The placement of E experts in ``slots`` slots that keeps the highest load of a rank low.
+    """Places E experts in ``slots`` slots so that the highest load of a rank is low.
 
     loads_LE: load of each expert.
     slots: number of slots on all ranks.
@@ -192,7 +193,8 @@ def _balance_layer(
 
 
 def _deal(weights: np.ndarray, packs: int) -> Int[np.ndarray, "packs size"]:
-    """The items of each pack, equally many: items go, heaviest first, to the lightest pack with room."""
+    """Deals items to packs, equally many to each: they go, heaviest first, to the lightest pack with room.
+    Returns the items of each pack."""
     size = len(weights) // packs
     contents: list[list[int]] = [[] for _ in range(packs)]
     total = np.zeros(packs)
@@ -204,7 +206,8 @@ def _deal(weights: np.ndarray, packs: int) -> Int[np.ndarray, "packs size"]:
 
 
 def _with_replicas(load: np.ndarray, slots: int) -> list[int]:
-    """Every expert once, then one replica at a time of the expert with the highest load per replica."""
+    """Returns every expert once, then one replica at a time of the expert with the highest load per
+    replica."""
     copies, count = list(range(len(load))), [1] * len(load)
     while len(copies) < slots:
         hottest = max(range(len(load)), key=lambda e: (load[e] / count[e], -count[e], -e))

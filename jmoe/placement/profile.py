@@ -133,7 +133,8 @@ class Profile:
         return np.diagonal(self.together_LEE, axis1=1, axis2=2)
 
     def chosen(self, layer: int, tokens_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T E"]:
-        """How often each of ``tokens_T``, distinct ascending token ids, chose each expert at ``layer``."""
+        """Returns how often each of ``tokens_T``, distinct ascending token ids, chose each expert at
+        ``layer``."""
         width = self.vocab * self.experts
         first, last = np.searchsorted(self.pairs_X, [layer * width, (layer + 1) * width])
         token_X, expert_X = np.divmod(self.pairs_X[first:last] - layer * width, self.experts)
@@ -150,7 +151,8 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What ``save`` wrote; ValueError naming the file if it is absent, malformed or of another kind."""
+        """Loads what ``save`` wrote; raises a ValueError that names the file if it is absent, malformed or of
+        another kind."""
         with saved_arrays(path, "profile", FORMAT) as arrays:
             sample = RequestSample(**{f.name: arrays[f"sample_{f.name}"] for f in fields(RequestSample)})
             own: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls) if f.name != "sample"}

@@ -90,7 +90,10 @@ class ProfileBuilder:
         self._sample(request, chosen_LNE.sum(1))
 
     def finish(self, model: str, nearest_V: Int[np.ndarray, " V"]) -> Profile:
-        """The profile of ``model``. nearest_V: see ``nearest_seen``. ValueError if nothing was added."""
+        """Makes the profile of ``model``; raises ValueError if nothing was added.
+
+        nearest_V: see ``nearest_seen``.
+        """
         if not self._sample_rows:
             raise ValueError("a profile needs at least one request")
         self._merge()
@@ -147,7 +150,7 @@ class ProfileBuilder:
         self._sample_rows[place : place + 1] = [kept]
 
     def _piece(self, values_LNK: np.ndarray, dtype: type) -> np.ndarray:
-        """The values as ``[P, L, K]``, zero after the end of the request."""
+        """Returns the values as ``[P, L, K]``, zero after the end of the request."""
         layers, n, k = values_LNK.shape
         piece_PLK = np.zeros((self.trace_length, layers, k), dtype)
         piece_PLK[:n] = values_LNK.transpose(1, 0, 2)
@@ -155,13 +158,14 @@ class ProfileBuilder:
 
 
 def _half(values_Z: Float[np.ndarray, "*Z"]) -> Float[np.ndarray, "*Z"]:
-    """The values in float16; larger ones are clipped to its largest number."""
+    """Returns the values in float16; larger ones are clipped to its largest number."""
     most = np.finfo(np.float16).max
     return np.clip(values_Z, -most, most).astype(np.float16)
 
 
 def nearest_seen(embeddings_VD: Float[np.ndarray, "V D"], seen_V: np.ndarray) -> Int[np.ndarray, " V"]:
-    """For each token id, the seen id with the highest cosine of input embeddings; itself if seen.
+    """Returns for each token id the seen id with the highest cosine of input embeddings; a seen id has
+    itself.
 
     Paper: an unseen token copies the row of its nearest neighbour in embedding space. The cosine as the
     measure is our choice.

@@ -64,13 +64,13 @@ class Tables:
                 )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays to save in a file; a table that is None is left out."""
+        """Returns the arrays to save in a file; a table that is None is left out."""
         found = {PREFIX + f.name: getattr(self, f.name) for f in fields(self)}
         return {name: array for name, array in found.items() if array is not None}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
-        """The tables from the arrays of a file; None if it has no tables."""
+        """Returns the tables from the arrays of a file, or None if it has no tables."""
         found = {f.name: arrays[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in arrays}
         if not found:
             return None

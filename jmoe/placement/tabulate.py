@@ -22,7 +22,8 @@ LARGEST = 64 << 20  # bytes of the shares of all ranks; a larger array is left o
 
 
 def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> Tables:
-    """The tables for experts on the ranks of ``home_LE``. An unseen id has the row of its nearest seen id."""
+    """Makes the tables for experts on the ranks of ``home_LE``. An unseen id has the row of its nearest seen
+    id."""
     share_LVR = np.stack(
         [token_shares(profile, layer, home_E, ranks) for layer, home_E in enumerate(home_LE)]
     )
@@ -31,7 +32,7 @@ def tabulate(profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int) -> T
 
 
 def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The best rank of each row, its share, and all shares unless they are large."""
+    """Returns the best rank of each row, its share, and all shares unless they are large."""
     whole = share_LXR.astype(np.float16) if 2 * share_LXR.size <= LARGEST else None
     return share_LXR.argmax(2).astype(np.int16), share_LXR.max(2).astype(np.float16), whole
 
@@ -39,7 +40,8 @@ def _table(share_LXR: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
 def token_shares(
     profile: Profile, layer: int, home_E: Int[np.ndarray, " E"], ranks: int
 ) -> Float[np.ndarray, "V R"]:
-    """The share of each token id's activations expected on each rank; for an unseen id, the average share."""
+    """Returns the share of each token id's activations expected on each rank; an unseen id has the average
+    share."""
     seen = np.flatnonzero(profile.frequency_V)
     on_rank_ER = np.eye(ranks)[home_E]
     average_R = on_rank_ER.T @ (profile.loads_LE[layer] / profile.loads_LE[layer].sum())
@@ -53,14 +55,15 @@ def token_shares(
 def labels(
     ids_NK: Int[np.ndarray, "N K"], weights_NK: Float[np.ndarray, "N K"], home_E: np.ndarray, ranks: int
 ) -> Int[np.ndarray, " N"]:
-    """The rank with most of each token's experts, ties by their summed weight."""
+    """Returns the rank with most of each token's experts; ties are decided by their summed weight."""
     return rank_shares(ids_NK, home_E, ranks, 1 + 1e-3 * weights_NK.astype(np.float64)).argmax(1)
 
 
 def rank_shares(
     ids_NK: Int[np.ndarray, "N K"], home_E: np.ndarray, ranks: int, weights_NK: np.ndarray | None = None
 ) -> Float[np.ndarray, "N R"]:
-    """The sum of ``weights_NK`` on each rank; by default the share of each token's activations."""
+    """Returns the sum of ``weights_NK`` on each rank; by default it is the share of each token's
+    activations."""
     tokens, k = ids_NK.shape
     where = np.arange(tokens)[:, None] * ranks + home_E[ids_NK]
     weights = np.full(where.shape, 1 / k) if weights_NK is None else weights_NK
@@ -70,8 +73,8 @@ def rank_shares(
 def history_shares(
     profile: Profile, home_LE: Int[np.ndarray, "L E"], ranks: int
 ) -> Float[np.ndarray, "L H R"]:
-    """The shares of a token's activations on each rank by its labels at the two layers before, from the
-    sample's traces.
+    """Returns the shares of a token's activations on each rank by its labels at the two layers before, from
+    the sample's traces.
 
     They are zero for a history that did not occur, as at the first two layers.
     """
@@ -91,7 +94,7 @@ def history_shares(
 
 
 def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
-    """A rank for each of N tokens by deferred acceptance, at most ceil(N / R) on each."""
+    """Chooses a rank for each of N tokens by deferred acceptance, at most ceil(N / R) on each."""
     tokens, ranks = score_NR.shape
     room, rows = -(-tokens // ranks), np.arange(tokens)
     order_NR = np.argsort(-score_NR, axis=1, kind="stable")
@@ -109,6 +112,6 @@ def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
 def local_share(
     ids_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"], home_LE: Int[np.ndarray, "L E"]
 ) -> float:
-    """The local activation rate: the share of activations whose expert is on their token's rank."""
+    """Returns the local activation rate: the share of activations whose expert is on their token's rank."""
     pairs = zip(ids_LNK, rank_LN, home_LE, strict=True)
     return float(np.mean([home_E[ids_NK] == rank_N[:, None] for ids_NK, rank_N, home_E in pairs]))

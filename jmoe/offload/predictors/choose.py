@@ -10,17 +10,16 @@ from jmoe.offload.types import Forecast
 
 
 def top(p_ZE: Float[Array, "*Z E"], k: int) -> Bool[Array, "*Z E"]:
-    """The k experts of highest p, of equals the lower id; never an expert with p = 0."""
+    """Returns the k experts of highest p, of equals the lower id; it never takes an expert with p = 0."""
     _, ids_ZK = lax.top_k(p_ZE, min(k, p_ZE.shape[-1]))
     each_E = _with_rank(jnp.arange(p_ZE.shape[-1], dtype=ids_ZK.dtype), p_ZE.ndim + 1)
     return jnp.any(ids_ZK[..., None] == each_E, -2) & (p_ZE > 0)
 
 
 def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Bool[Array, "*Z E"]:
-    """Takes experts in descending p until they sum to ``mass_Z``, the expert that reaches it included; never
-    fewer than k (fMoE's selection, with the mass delta = 1 - similarity). Of equals the lower id comes first.
-    It compares all pairs: for a hundred experts that takes a third of the time of a sort.
-    """
+    """Takes experts in descending p until they sum to ``mass_Z``, the expert that reaches it included, and
+    never fewer than k (fMoE's selection, with the mass delta = 1 - similarity). Of equals the lower id comes
+    first. It compares all pairs: for a hundred experts that takes a third of the time of a sort."""
     id_E = jnp.arange(p_ZE.shape[-1])
     earlier_EE = _with_rank(id_E[:, None] < id_E[None], p_ZE.ndim + 1)
     this_ZE1, other_Z1E = p_ZE[..., :, None], p_ZE[..., None, :]
@@ -33,7 +32,8 @@ def until(p_ZE: Float[Array, "*Z E"], mass_Z: Float[Array, "*Z"], k: int) -> Boo
 def over_batch(
     p_BAE: Float[Array, "B A E"], wanted_BAE: Bool[Array, "B A E"], valid_B: Bool[Array, " B"]
 ) -> Forecast:
-    """Forecast of the batch: an expert is wanted if any valid token wants it; its p is the highest of them.
+    """Combines the tokens' forecasts into one of the batch: an expert is wanted if any valid token wants it;
+    its p is the highest of them.
 
     The paper leaves the combination open; union and maximum are ours. A token with a p that is not finite is
     left out for that layer; the other tokens count as they would without it.
@@ -53,10 +53,10 @@ class FullForecast(NamedTuple):
         return cls(*(jnp.pad(each_LE, ((0, distance), (0, 0))) for each_LE in all_layers))
 
     def window(self, first_layer: int | Int[Array, ""], distance: int) -> Forecast:
-        """The forecast of layers ``first .. first + distance - 1``."""
+        """Returns the forecast of layers ``first_layer .. first_layer + distance - 1``."""
         return Forecast(*(lax.dynamic_slice_in_dim(each_XE, first_layer, distance) for each_XE in self))
 
 
 def _with_rank(a_X: Array, rank: int) -> Array:
-    """The array with axes of length 1 before its own, ``rank`` in all."""
+    """Returns the array with axes of length 1 before its own, ``rank`` in all."""
     return a_X.reshape((1,) * (rank - a_X.ndim) + a_X.shape)

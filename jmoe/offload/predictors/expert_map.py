@@ -137,8 +137,8 @@ class ExpertMaps:
     def _forecast(
         self, cos_BC: Float[Array, "B C"], first_layer: int | Int[Array, ""], valid_B: Bool[Array, " B"]
     ) -> Forecast:
-        """Layers from ``first_layer`` on of each token's most similar entry; the less similar it is, the more
-        experts are wanted (section 2.4). An empty store forecasts nothing."""
+        """Forecasts the layers from ``first_layer`` on by each token's most similar entry; the less similar
+        it is, the more experts are wanted (section 2.4). An empty store forecasts nothing."""
         used_C, maps_CLE = self.store.used_C, self.store.maps_CLE
         layers = maps_CLE.shape[1]
         cos_BC = jnp.where(used_C[None], cos_BC, -jnp.inf)

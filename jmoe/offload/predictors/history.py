@@ -34,7 +34,7 @@ class History(Protocol):
     nearest_V: the seen token id that is most similar to each token id.
     loads_LE: how often each expert was chosen.
     sample: a sample of the requests.
-    chosen: how often each of the given token ids chose each expert at one layer.
+    chosen: how often each token id that is passed chose each expert at one layer.
     """
 
     @property

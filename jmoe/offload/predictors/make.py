@@ -44,13 +44,14 @@ def make_predictor(
     capacity: int = 1000,
     online: bool | None = None,
 ) -> Predictor:
-    """The predictor called ``name``, one of NAMES; ValueError for another name or a missing input.
+    """Makes the predictor called ``name``, one of NAMES; raises ValueError for another name or a missing
+    input.
 
     profile: the model's routing on some text; without it expert_map begins empty, and counts knows only a
         request's own past.
-    embeddings_VD: for expert_map: the model's input embeddings.
-    capacity: for expert_map: number of iterations that it keeps.
-    online: for expert_map: whether it learns from every step; by default it does if it has no profile.
+    embeddings_VD: the model's input embeddings, for expert_map.
+    capacity: number of iterations that expert_map keeps.
+    online: whether expert_map learns from every step; by default it does if it has no profile.
     """
     distance, k, layers, experts, seats = sizes
     if name not in NAMES:
@@ -88,8 +89,8 @@ def make_predictor(
 def _filled_store(
     profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int
 ) -> MapStore:
-    """A store of the profile's single iterations, in random order: they are in the order of the text, and if
-    there are more than the store holds, the last domain would fill most of it."""
+    """Fills a store with the profile's single iterations, in random order: they are in the order of the text,
+    and if there are more than the store holds, the last domain would fill most of it."""
     tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
     there_QM = tokens_QM >= 0
     order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))

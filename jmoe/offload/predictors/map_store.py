@@ -50,7 +50,8 @@ class MapStore:
         capacity: int,
         distance: int,
     ) -> Self:
-        """A store of I iterations, inserted one after another, so that the rule decides every replacement."""
+        """Makes a store of I iterations, inserted one after another, so that the rule decides every
+        replacement."""
         layers, experts = maps_ILE.shape[1:]
         store = cls.empty(capacity, layers, experts, embeddings_ID.shape[1])
         arrays = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
@@ -58,18 +59,18 @@ class MapStore:
 
 
 def unit(x_ZD: Float[Array, "*Z D"]) -> Float[Array, "*Z D"]:
-    """The vectors scaled to length 1; zeros stay zeros."""
+    """Returns the vectors scaled to length 1; zeros stay zeros."""
     return x_ZD / jnp.maximum(jnp.linalg.norm(x_ZD, axis=-1, keepdims=True), 1e-30)
 
 
 def cosine(dots_Z: Array, squares_Z: Array, other_squares_Z: Array) -> Array:
-    """The cosine from the dot product and the squared lengths; 0 if either length is 0."""
+    """Returns the cosine from the dot product and the squared lengths; it is 0 if either length is 0."""
     return dots_Z / jnp.sqrt(jnp.maximum(squares_Z * other_squares_Z, 1e-30))
 
 
 def redundancy(semantic_C: Array, trajectory_C: Array, distance: int, layers: int) -> Float[Array, " C"]:
-    """RDY = (d/L) cos of the embeddings + ((L-d)/L) cos of the whole maps: layers below the distance are
-    forecast by embedding, those above it by trajectory."""
+    """Returns RDY = (d/L) cos of the embeddings + ((L-d)/L) cos of the whole maps: layers below the distance
+    are forecast by embedding, those above it by trajectory."""
     share = min(distance, layers) / layers
     return share * semantic_C + (1 - share) * trajectory_C
 
@@ -81,13 +82,14 @@ def put(
     redundancy_C: Float[Array, " C"],
     keep: Bool[Array, ""] | bool = True,
 ) -> MapStore:
-    """The store with one more iteration, in the first free place or in that of the most redundant entry.
+    """Returns the store with one more iteration, in the first free place or in that of the most redundant
+    entry.
 
     key_D: input embedding, of length 1.
-    map_LE: its gate distributions.
+    map_LE: gate distributions of the iteration.
     redundancy_C: how redundant the new iteration makes each entry.
-    keep: if false, the store stays as it is. It also does if the embedding or the map has a number that is
-        not finite: one such entry would be the nearest of every later step.
+    keep: whether to add it; if not, the store stays as it is. The store also stays if the embedding or the
+        map has a number that is not finite: one such entry would be the nearest of every later step.
     """
     keep = keep & jnp.all(jnp.isfinite(key_D)) & jnp.all(jnp.isfinite(map_LE))
     place = jnp.where(jnp.all(store.used_C), jnp.argmax(redundancy_C), jnp.argmin(store.used_C))
@@ -99,7 +101,8 @@ def put(
 def insert(
     store: MapStore, embedding_D: Float[Array, " D"], map_LE: Float[Array, "L E"], distance: int
 ) -> MapStore:
-    """The store with an iteration of which only the embedding and the map are known, not the redundancy."""
+    """Returns the store with an iteration of which only the embedding and the map are known, not the
+    redundancy."""
     key_D = unit(embedding_D)
     semantic_C = jnp.matmul(store.keys_CD, key_D, precision=EXACT)
     dots_C = jnp.einsum("cle,le->c", store.maps_CLE, map_LE, precision=EXACT)

@@ -34,7 +34,10 @@ class NextGate(FixedPredictor):
     def observe(
         self, walk: Bool[Array, " B"], layer: Int[Array, ""], view: LayerView
     ) -> tuple[Bool[Array, " B"], Forecast]:
-        """walk: whether each row is a token, not padding."""
+        """Forecasts the next layers by their own routers.
+
+        walk: whether each row is a token, not padding.
+        """
         if view.next_scores_BAE is None:
             raise ValueError("next_gate needs the scores of the next layers' routers")
         return walk, over_batch(view.next_scores_BAE, top(view.next_scores_BAE, self.k), walk)

@@ -1,4 +1,6 @@
-"""No prediction: experts come when they are needed. Also the base of predictors that learn nothing."""
+"""No prediction: experts come when they are needed. The module also has the base of predictors
+that learn nothing.
+"""
 
 from dataclasses import dataclass, field
 from typing import Self

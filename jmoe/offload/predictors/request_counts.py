@@ -52,7 +52,10 @@ class RequestCounts:
 
     @classmethod
     def make(cls, experts_QLE: Int[np.ndarray, "Q L E"], *, seats: int, distance: int, k: int) -> Self:
-        """experts_QLE: how often each of Q requests chose each expert."""
+        """Makes the predictor from Q past requests.
+
+        experts_QLE: how often each of Q requests chose each expert.
+        """
         stored_QLE = _shares(jnp.asarray(experts_QLE, jnp.float32))
         return cls(stored_QLE, jnp.zeros((seats, *stored_QLE.shape[1:]), jnp.float32), distance, k)
 
@@ -85,7 +88,8 @@ class RequestCounts:
         return replace(self, counts_ZLE=self.counts_ZLE.at[seats_B].add(counts_BLE, mode="drop"))
 
     def _matches(self, share_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-        """The stored request of the highest cosine over all layers; their mean if nothing is known yet."""
+        """Returns the stored request of the highest cosine over all layers, or their mean if nothing is known
+        yet."""
         squares_Q = jnp.sum(self.stored_QLE * self.stored_QLE, (1, 2))
         dots_BQ = jnp.einsum("ble,qle->bq", share_BLE, self.stored_QLE, precision=EXACT)
         best_B = jnp.argmax(dots_BQ / jnp.sqrt(jnp.maximum(squares_Q, 1e-30))[None], 1)
@@ -94,5 +98,5 @@ class RequestCounts:
 
 
 def _shares(counts_ZLE: Float[Array, "Z L E"]) -> Float[Array, "Z L E"]:
-    """Each expert's share of its layer's choices; 0 if there are none."""
+    """Returns each expert's share of its layer's choices, or 0 if there are none."""
     return counts_ZLE / jnp.maximum(jnp.sum(counts_ZLE, 2, keepdims=True), 1)
