@@ -51,8 +51,8 @@ class Grammars:
         self._pair: tuple[GrammarCompiler, GrammarChecker] | None = None
 
     async def compile(self, request: GrammarRequest) -> AnswerGrammar:
-        """Compiles a grammar. A 400 says why it cannot be compiled; 503 if too many wait or the check cannot
-        run."""
+        """Compiles a grammar. A 400 says why it cannot be compiled; a 503 is raised if too many wait or the
+        check cannot run."""
         grammar, param = request.grammar, request.param
         cached = self.cache.get(grammar)
         if cached is not None:

@@ -66,9 +66,10 @@ Observer = Callable[[Answered], None]
 
 
 class AnswerReports:
-    """Reports each answer to ``observers``. routes: the route of each endpoint.
+    """Reports each answer to ``observers``.
 
     A handler that begins a generation stores it in the request's state.
+    routes: the route of each endpoint.
     """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, Watched], observers: Sequence[Observer]):

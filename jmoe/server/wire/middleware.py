@@ -54,7 +54,7 @@ class Origins(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """A refusal in the usual envelope."""
+        """Returns a refusal in the usual envelope."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
