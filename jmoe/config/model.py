@@ -145,7 +145,7 @@ class ModelConfig:
             raise ValueError("dense layers need intermediate_size")
 
     def first(self, layers: int) -> Self:
-        """The same model with only its first ``layers`` layers."""
+        """Returns the same model with only its first ``layers`` layers."""
         return dataclasses.replace(
             self,
             num_hidden_layers=layers,
@@ -155,7 +155,7 @@ class ModelConfig:
         )
 
     def for_context(self, tokens: int) -> Self:
-        """The same model for sequences of at most ``tokens``, by which some rotations are chosen."""
+        """Returns the same model for sequences of at most ``tokens``, by which some rotations are chosen."""
         return dataclasses.replace(self, rope=self.rope.for_context(tokens))
 
     @property
@@ -174,7 +174,7 @@ class ModelConfig:
         return max(trained, int(rope.factor * rope.original_max_position_embeddings))
 
     def attention_kind(self, layer: int) -> AttentionKind:
-        """The layer's kind of attention, one of ``jmoe.nn.kinds``."""
+        """Returns the layer's kind of attention, one of ``jmoe.nn.kinds``."""
         return "grouped_query" if self.latent is None else "latent"
 
     @property
@@ -183,7 +183,7 @@ class ModelConfig:
         return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     def span(self, layer: int) -> Span:
-        """What a query of the layer attends to."""
+        """Returns what a query of the layer attends to."""
         kind = self.layer_types[layer] if self.layer_types else "sliding_attention"
         return Span(
             window=self.sliding_window if kind == "sliding_attention" else None,

@@ -51,7 +51,8 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
 
 @lru_cache(maxsize=2)
 def _pairs(dtype: np.dtype) -> np.ndarray:
-    """The two numbers of each byte at each scale, as one unsigned integer, indexed by ``scale * 256 + byte``.
+    """Returns the two numbers of each byte at each scale, as one unsigned integer, indexed by ``scale * 256 +
+    byte``.
 
     One look-up gives both numbers in their dtype: bfloat16 products in numpy take ten times as long.
     """
