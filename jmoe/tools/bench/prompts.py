@@ -36,7 +36,7 @@ class PromptSource:
         return [units[i] for i in rng.integers(len(units), size=length)]
 
     def prompt(self, number: int, call: LoadCall, block: int) -> list:
-        """The prompt of request ``number``; calls with the same first blocks share their units."""
+        """Returns the prompt of request ``number``; calls with the same first blocks share their units."""
         if not call.blocks:
             return self.draw(OWN, number, call.input_length)
         units: list = []
