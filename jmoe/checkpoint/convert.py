@@ -65,7 +65,8 @@ def convert(
 def _working(out_dir: Path) -> Iterator[Path]:
     """Yields a new directory next to ``out_dir``, removed if an exception ends the ``with``.
 
-    It is locked while its process lives, so that one in use can be told from one that a killed process left.
+    It is locked while its process lives, so that a directory in use can be distinguished from one that a
+    killed process left.
     """
     parent = out_dir.absolute().parent
     for old in parent.glob(f".{glob.escape(out_dir.name)}.????????.tmp"):

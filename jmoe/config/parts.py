@@ -24,7 +24,7 @@ class RouterConfig:
 
     scoring_func: function from logits to scores.
     norm_topk_prob: whether a token's weights are normalised to sum to 1 before scaling.
-    n_group, topk_group: only experts of a token's ``topk_group`` best groups of ``n_group`` may be chosen.
+    n_group, topk_group: number of groups, and of a token's best groups: only their experts may be chosen.
     group_score: a group's score: that of its best expert ("max") or the sum of its best two ("top2").
     bias: whether a bias is added to the logits.
     correction_bias: whether a bias is added to the scores for the choice only, not for the weights.

@@ -22,7 +22,7 @@ from jmoe.server.request.prompts import Prompt
 
 
 class Offsets:
-    """Counts the characters of one choice's text, to find at which of them each token begins."""
+    """Counts the characters of one choice's text, to find where in them each token begins."""
 
     def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
         self.prompt, self.codec = prompt, codec

@@ -62,13 +62,13 @@ class UsageCounter:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generation and how it is sent.
+    """A generation and the way in which it is sent.
 
     generation: the engine requests of the answer and their outputs.
     form: format of the answer.
     counter: token counts of the answer.
     head: first fields of the answer and of each chunk.
-    in_thread: runs a slow function on a thread.
+    in_thread: function that runs a slow function on a thread.
     """
 
     generation: Generation

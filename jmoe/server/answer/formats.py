@@ -30,7 +30,7 @@ class ChoiceFields:
     n: number of choices for each prompt.
     alternatives: number of alternatives for each token; None = no log-probabilities.
     has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a
-        tokenizer can answer nothing else.
+        tokenizer can answer only with this field.
     """
 
     codec: TextCodec | None
@@ -40,7 +40,7 @@ class ChoiceFields:
 
 
 class AnswerFormat(Protocol):
-    """How an answer is written.
+    """The way in which an answer is written.
 
     opening: returns the chunks to stream before any token.
     chunk: returns a stream's chunk with one increment of choice ``index``.

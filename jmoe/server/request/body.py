@@ -15,7 +15,8 @@ MIN_RATE = 16 * 1024  # bytes per second at which a body must arrive after ``bod
 
 
 class BodyBytes:
-    """Counts the bytes of all bodies being read or worked on. Beyond ``limit`` only small bodies may grow."""
+    """Counts the bytes of all bodies that are being read or worked on. Beyond ``limit`` only small bodies may
+    grow."""
 
     def __init__(self, limit: int):
         self.limit, self.num_bytes = limit, 0

@@ -35,7 +35,7 @@ class AnswerGrammar:
 
 
 class Grammars:
-    """Compiled grammars; one per server. The compiler is made at the first grammar.
+    """Compiled grammars; there is one such object per server. The compiler is made at the first grammar.
 
     A grammar is first tried on the quick threads. If it turns out to be costly, it is tried again on a thread
     for costly grammars only, one after another: they delay only one another.

@@ -47,7 +47,7 @@ class Bounds:
             raise TooLong(f"it takes longer than {self._local.seconds:g} s")
 
     def in_time(self, values: Iterable[Any] | None) -> Iterator[Any]:
-        """Yields the values and checks the clock at each. None counts as empty: templates loop over tools
+        """Yields the values and checks the clock at each. A None counts as empty: templates loop over tools
         that a request does not have."""
         for value in () if values is None else values:
             self.check_clock()

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def configure(form: str, level: str) -> None:
-    """Sends every logger's lines to standard error. Raises ValueError for an unknown format or level."""
+    """Sends every logger's lines to standard error. It raises ValueError for an unknown format or level."""
     form, level = typed("log_format", form, Format), typed("log_level", level, Level)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())

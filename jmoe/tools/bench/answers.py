@@ -52,7 +52,7 @@ class Result:
     gaps: seconds between the events of its tokens.
     input_tokens: prompt tokens that the server reported.
     output_tokens: generated tokens.
-    has_usage: whether the server reported the tokens; else ``output_tokens`` counts events.
+    has_usage: whether the server reported the tokens; otherwise ``output_tokens`` counts events.
     moe: what lossy techniques did to it, if the server reports it.
     cause: reason of the failure; None = it did not fail.
     lag: seconds by which it was sent late.

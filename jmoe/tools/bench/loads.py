@@ -36,7 +36,7 @@ class Load:
     """The calls of a benchmark.
 
     calls: calls in the order of their times.
-    is_timed: False = all are due at once.
+    is_timed: whether calls are due at their times; otherwise all are due at once.
     block_size: tokens of a block of ``LoadCall.blocks``.
     """
 

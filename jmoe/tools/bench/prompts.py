@@ -19,7 +19,8 @@ class PromptSource:
     """What prompts are made of.
 
     units: token ids or words.
-    is_text: whether prompts are consecutive units, because these are a text; else units are drawn one by one.
+    is_text: whether prompts are consecutive units, because these are a text; otherwise units are drawn one by
+        one.
     seed: seed of the random draws.
     """
 
