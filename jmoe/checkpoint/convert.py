@@ -42,10 +42,11 @@ def convert(
     """Writes ``out_dir``: Orbax parameters, ``config.json``, the tokenizer's files, a manifest of them all.
 
     It writes under a temporary name next to ``out_dir`` and renames when everything is written, so
-    ``out_dir`` exists only complete. Files that a killed conversion to ``out_dir`` left there are removed.
-    Host memory: about four times the size of one layer (Orbax copies what it writes). progress: called with
-    (bytes done, bytes in all). Raises ValueError if ``out_dir`` exists, the disk is too small, or ``hf_dir``
-    is not a checkpoint that ``load_model`` would accept.
+    ``out_dir`` exists only complete. Files that a killed conversion to ``out_dir`` left there are removed. It
+    needs host memory of about four times the size of one layer (Orbax copies what it writes). It raises
+    ValueError if ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
+    ``load_model`` would accept.
+    progress: function called with (bytes done, bytes in all).
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
     if is_converted(hf_dir):
@@ -62,9 +63,10 @@ def convert(
 
 @contextmanager
 def _working(out_dir: Path) -> Iterator[Path]:
-    """A new directory next to ``out_dir``, removed if an exception ends the ``with``.
+    """Yields a new directory next to ``out_dir``, removed if an exception ends the ``with``.
 
-    It is locked while its process lives, so that one in use can be told from one that a killed process left.
+    It is locked while its process lives, so that a directory in use can be distinguished from one that a
+    killed process left.
     """
     parent = out_dir.absolute().parent
     for old in parent.glob(f".{glob.escape(out_dir.name)}.????????.tmp"):
@@ -117,7 +119,8 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgre
 
 
 def _as_written(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """``config.json`` of the written weights: not quantised, of one dtype, tied only if the tensors were."""
+    """Returns ``config.json`` of the written weights: not quantised, of one dtype, tied only if the tensors
+    were."""
     for stale in ("torch_dtype", "quantization_config"):
         config.pop(stale, None)
     config["dtype"] = cfg.dtype

@@ -24,8 +24,8 @@ COMPUTED = {"float16": "float32"}
 
 
 def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
-    """The dtype that a model is computed in by its own files: the one that ``config.json``, or the text
-    model's config in it, states; if neither states one, the dtype of most of the tensors' bytes."""
+    """Returns the dtype that a model is computed in by its own files: the one that ``config.json``, or the
+    text model's config in it, states; if neither states one, the dtype of most of the tensors' bytes."""
     text = hf.get("text_config")
     for config in (hf, text if isinstance(text, Mapping) else {}):
         for name in ("dtype", "torch_dtype"):
@@ -45,7 +45,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype to compute in, by the floating-point tensors alone: quantised ones are bytes."""
+    """Returns the dtype to compute in, by the floating-point tensors alone: quantised ones are bytes."""
     sizes: Counter[str] = Counter()
     for info in tensors.values():
         if info.dtype in NAMES:
@@ -55,14 +55,14 @@ def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def is_wider(dtype: str, target: np.dtype) -> bool:
-    """Whether a tensor's dtype (by its name in the file) has numbers that ``target`` cannot hold."""
+    """Returns whether a tensor's dtype (by its name in the file) has numbers that ``target`` cannot hold."""
     stored = DTYPES.get(dtype)
     return stored is not None and stored != target and target.itemsize < 4
 
 
 def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
-    """``cfg``, untied if the checkpoint has a head that differs from the embedding, whatever ``config.json``
-    says; transformers reads such a head too."""
+    """Returns ``cfg``, untied if the checkpoint has a head that differs from the embedding, whatever
+    ``config.json`` says; transformers reads such a head too."""
     embed, head = embedding_names(cfg)
     tensors = checkpoint.tensors
     if not cfg.tie_word_embeddings or embed not in tensors or head not in tensors:
@@ -77,7 +77,8 @@ def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
 
 
 def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
-    """Names of the tensors of the embedding and of the head (if the head is tied: the name it would have)."""
+    """Returns the names of the tensors of the embedding and of the head (if the head is tied: the name it
+    would have)."""
     paths = {"embed": "", "lm_head": ""}
     for stored in get_family(cfg.architecture).names(replace(cfg, tie_word_embeddings=False)):
         if stored.path in paths:
@@ -88,8 +89,8 @@ def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
 
 
 def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[StoredTensor]:
-    """Every tensor of the model, as this checkpoint names it: a matrix shared by embedding and head may be
-    stored under either name."""
+    """Yields every tensor of the model, as this checkpoint names it: a matrix shared by embedding and head
+    may be stored under either name."""
     embed, head = embedding_names(cfg)
     names = checkpoint.tensors
     as_head = cfg.tie_word_embeddings and embed not in names and head in names
@@ -98,7 +99,7 @@ def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Store
 
 
 def _are_equal(checkpoint: HFCheckpoint, first: str, second: str, dtype: str) -> bool:
-    """Whether two tensors of the same shape hold the same numbers when read in ``dtype``."""
+    """Returns whether two tensors of the same shape hold the same numbers when read in ``dtype``."""
     size = int(np.prod(checkpoint.tensors[first].shape, dtype=np.int64))
     a, b = (np.empty(min(size, CHUNK), dtype) for _ in range(2))
     for at in range(0, size, CHUNK):

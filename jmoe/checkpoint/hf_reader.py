@@ -35,7 +35,8 @@ _BITS = {
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised C-order array that starts at a multiple of 64 bytes, as zero-copy placement needs.
+    """Returns an uninitialised C-order array that starts at a multiple of 64 bytes, as zero-copy placement
+    needs.
 
     Large arrays use huge pages if the system has them: two cores then read weights a quarter faster.
     """
@@ -53,7 +54,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether a flat float32 or bfloat16 array has no NaN or Inf: two integer maxima, no temporary array.
+    """Returns whether a flat float32 or bfloat16 array has no NaN or Inf. It uses two integer maxima and no
+    temporary array.
 
     As signed integers, positive NaN and Inf are the largest values; as unsigned integers, the negative ones.
     """
@@ -65,9 +67,10 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 class HFCheckpoint:
-    """The safetensors of a directory, opened; use it in a ``with`` statement.
+    """The safetensors of a directory, opened; use it in a ``with`` statement. The constructor raises
+    ValueError naming the file or tensor that is wrong.
 
-    tensors: every tensor by its name. Raises ValueError naming the file or tensor that is wrong.
+    tensors: every tensor by its name.
     """
 
     def __init__(self, directory: Path | str):
@@ -126,8 +129,9 @@ class HFCheckpoint:
     def read_run(self, name: str, start: int, out: np.ndarray) -> None:
         """Reads the values of a tensor from the ``start``-th on, in C order, as many as ``out`` holds.
 
-        out: flat, float32 or bfloat16; values are converted if the dtypes differ. Raises ValueError for NaN
-        or Inf (in the file, or from overflow in the conversion), a truncated file or an unsupported dtype.
+        Values are converted if the dtypes differ. It raises ValueError for NaN or Inf (in the file, or from
+        overflow in the conversion), a truncated file or an unsupported dtype.
+        out: flat array, float32 or bfloat16.
         """
         info = self.tensors[name]
         source = DTYPES.get(info.dtype)
@@ -148,7 +152,8 @@ class HFCheckpoint:
                 raise ValueError(f"{info.file}: tensor {brief(name)} has NaN or Inf (as {out.dtype})")
 
     def read_bytes(self, name: str, dtype: str, start: int, count: int) -> np.ndarray:
-        """The bytes of ``count`` values of a tensor as they are stored, from the ``start``-th value on.
+        """Returns the bytes of ``count`` values of a tensor as they are stored, from the ``start``-th value
+        on.
 
         dtype: name of their dtype in the file; ValueError if the tensor has another.
         """
@@ -161,7 +166,8 @@ class HFCheckpoint:
 
     @staticmethod
     def _offset(info: TensorInfo, name: str, start: int, count: int, itemsize: int) -> int:
-        """Offset of an element from the file's start; ValueError if the tensor has too few elements."""
+        """Returns the offset of an element from the file's start; raises ValueError if the tensor has too few
+        elements."""
         if start < 0 or (start + count) * itemsize > info.nbytes:
             values = info.nbytes // itemsize
             raise ValueError(
@@ -187,7 +193,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _shards(directory: Path) -> list[str]:
-    """The one safetensors file of a directory without an index."""
+    """Returns the one safetensors file of a directory without an index."""
     try:
         names = sorted(p.name for p in directory.iterdir())
     except OSError as error:

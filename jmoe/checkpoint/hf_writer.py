@@ -26,8 +26,9 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     ``hf_config`` has the model's dtype, in each parameter's own dtype.
 
     The data starts 64-byte aligned. Each file is written under another name, then renamed, so it is never
-    partial; it replaces a file of the same name. Raises ValueError if ``hf_config`` is not this model's, a
-    weight is NaN or Inf, or the family's checkpoints keep experts in another form than one tensor each.
+    partial; it replaces a file of the same name. The function raises ValueError if ``hf_config`` is not this
+    model's, a weight is NaN or Inf, or the family's checkpoints keep experts in another form than one tensor
+    each.
     """
     directory = Path(directory)
     cfg = model_config(hf_config)
@@ -70,12 +71,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def canonical(values: np.ndarray) -> np.ndarray:
-    """A parameter's stored value in the checkpoint's dtype: uint16 is how some bfloat16 is stored."""
+    """Returns a parameter's stored value in the checkpoint's dtype: uint16 is how some bfloat16 is stored."""
     return values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
 
 
 def _dtype_of(param: nnx.Param) -> np.dtype:
-    """The parameter's dtype in a checkpoint."""
+    """Returns the parameter's dtype in a checkpoint."""
     return canonical(np.empty(0, param.get_value().dtype)).dtype
 
 

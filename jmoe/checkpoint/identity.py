@@ -12,11 +12,12 @@ from jmoe.placement.placement import Placement
 
 
 def model_identity(model: Decoder, placement: Placement | None = None) -> str:
-    """``architecture:digest``, a digest of the configuration and of all gates in the checkpoint's order.
+    """Returns ``architecture:digest``, a digest of the configuration and of all gates in the checkpoint's
+    order.
 
     It is cheap (gates are a thousandth of a model) and the same for a Hugging Face directory and its
-    conversion, in either dtype: gates are rounded to bfloat16 first. placement: the placement by which the
-    experts were renumbered.
+    conversion, in either dtype: gates are rounded to bfloat16 first.
+    placement: the placement by which the experts were renumbered.
     """
     config = dataclasses.asdict(model.cfg)
     del config["dtype"], config["quant_method"], config["rope"]["long"]  # as it is kept and served

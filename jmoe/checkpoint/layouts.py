@@ -7,27 +7,28 @@ from jmoe.models.weights import Form, StoredTensor
 
 
 def tensor_names(tensor: StoredTensor) -> tuple[str, ...]:
-    """The names of the tensors in the checkpoint."""
+    """Returns the names of the tensors in the checkpoint."""
     return tuple(tensor.name + suffix for suffix in FORMATS[tensor.form.number_format].suffixes)
 
 
 def entries(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
-    """The entries that a slice of that shape is read from.
+    """Returns the entries that a slice of that shape is read from.
 
-    Raises ValueError naming the tensor if its form cannot hold such a slice.
+    It raises ValueError naming the tensor if its form cannot hold such a slice.
     """
     return FORMATS[tensor.form.number_format].entries(tensor.name, stored_shape(tensor.form, shape))
 
 
 def stored_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which the values of a slice of ``shape`` are stored, before any quantisation."""
+    """Returns the shape in which the values of a slice of ``shape`` are stored, before any quantisation."""
     if form.row_layout != "plain":
         shape = (shape[0] * shape[1], *shape[2:])
     return (*shape[:-2], shape[-1], shape[-2]) if form.is_transposed else shape
 
 
 def in_stored_order(out: np.ndarray, form: Form) -> np.ndarray:
-    """A view of a slice whose elements in C order are the values in the order in which they are stored.
+    """Returns a view of a slice whose elements in C order are the values in the order in which they are
+    stored.
 
     Its axes may be finer than the stored ones. Values assigned to it, part by part along its first axis, go
     into the slice.

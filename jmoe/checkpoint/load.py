@@ -47,9 +47,10 @@ LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
 
 def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
-    """The model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the requested one.
+    """Returns the model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the requested
+    one.
 
-    Raises ValueError, naming the file, if it is absent, malformed or of an unsupported model.
+    It raises ValueError, naming the file, if the file is absent, malformed or of an unsupported model.
     """
     directory = check_directory(directory)
     path = directory / "config.json"
@@ -80,15 +81,16 @@ def load_model(
     placement: Placement | None = None,
     context: int | None = None,
 ) -> Decoder:
-    """The model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
+    """Returns the model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
-    dtype: "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's own.
-    progress: called with (bytes done, bytes in all) after each parameter.
+    It needs host memory for the whole model on CPU, otherwise for one parameter. It raises ValueError, before
+    any memory is allocated, for a name or shape that is not exactly the model's; also for the placement of
+    another model.
+    dtype: the requested dtype; "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's
+        own.
+    progress: function called with (bytes done, bytes in all) after each parameter.
     placement: placement by which the experts are renumbered.
     context: tokens of the longest sequence; by default the model's longest context.
-
-    Host memory: the whole model on CPU, otherwise one parameter. Raises ValueError, before any memory is
-    allocated, for a name or shape that is not exactly the model's; also for the placement of another model.
     """
     cfg = read_config(directory, dtype)
     cfg = cfg.for_context(context or cfg.longest_context)
@@ -108,7 +110,10 @@ def load_decoder(
     *,
     own_dtypes: bool,
 ) -> Decoder:
-    """``load_model`` with a configuration that was read before. own_dtypes: see ``match``."""
+    """Returns what ``load_model`` returns, with a configuration that was read before.
+
+    own_dtypes: see ``match``.
+    """
     if placement is not None:
         check_fits(placement, cfg)
     if is_converted(directory):
@@ -132,7 +137,10 @@ def read_model(
     *,
     own_dtypes: bool,
 ) -> Decoder:
-    """The model of a Hugging Face directory, one parameter at a time. own_dtypes: see ``match``."""
+    """Returns the model of a Hugging Face directory, read one parameter at a time.
+
+    own_dtypes: see ``match``.
+    """
     with HFCheckpoint(directory) as checkpoint:
         model, specs, table = match(checkpoint, cfg, moe, mesh, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
@@ -156,11 +164,10 @@ def match(
     *,
     own_dtypes: bool,
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredTensor]]]:
-    """The abstract model, its parameters and the tensors that fill each; checks every name and shape.
+    """Returns the abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
+    If the checkpoint has a head of its own, the model has one too, whatever ``cfg`` says.
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
-
-    If the checkpoint has a head of its own, the model has too, whatever ``cfg`` says.
     """
     cfg = with_own_head(checkpoint, cfg)
     check_names(checkpoint, cfg)
@@ -188,7 +195,8 @@ def match(
 
 
 def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredTensor]) -> np.ndarray:
-    """One parameter in the checkpoint's dtype, each tensor read straight into its slice of one buffer."""
+    """Returns one parameter in the checkpoint's dtype, each tensor read straight into its slice of one
+    buffer."""
     if not tensors:
         return entry_numbers(spec)
     buffer = aligned_empty(spec.shape, spec.dtype)
@@ -233,14 +241,16 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
 
 
 def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name: str) -> bool:
-    """Whether the family ignores that tensor, and the checkpoint has the tensor that shows that it may."""
+    """Returns whether the family ignores that tensor, and the checkpoint has the tensor that shows that it
+    may."""
     witness = family.witness(name)
     return family.is_ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
 
 
 def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice) -> dict[str, ParamSpec]:
-    """The parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the directory has
-    no weights. Raises ValueError for weights that ``load_model`` would reject without reading them."""
+    """Returns the parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the
+    directory has no weights. It raises ValueError for weights that ``load_model`` would reject without
+    reading them."""
     directory, mesh, moe = Path(directory), make_mesh(), MoEConfig()
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above

@@ -46,7 +46,7 @@ def write_manifest(
     parameters: dict[str, tuple[int, ...]],
     kept_files: tuple[str, ...],
 ) -> None:
-    """Flushes every file of ``directory`` to disk, then lists it. Call it last, before the rename."""
+    """Flushes every file of ``directory`` to disk, then lists it. It is called last, before the rename."""
     files = _digests(directory, _listed(directory), flush=True)
     manifest = Manifest(architecture, dtype, parameters, files, kept_files)
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
@@ -57,7 +57,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest; ValueError if it is malformed or of another version."""
+    """Returns the manifest; raises ValueError if it is malformed or of another version."""
     path = directory / MANIFEST
     raw = read_json(path, HEADER_LIMIT)
     if raw.pop("format", None) != FORMAT or type(raw.get("version")) is not int:

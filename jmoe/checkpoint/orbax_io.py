@@ -34,7 +34,7 @@ READERS = ("orbax", "tensorstore", "array_serialization")  # modules whose corou
 
 
 def group_of(path: str) -> str:
-    """The Orbax checkpoint that holds a parameter."""
+    """Returns the name of the Orbax checkpoint that holds a parameter."""
     parts = path.split(".")
     return ".".join(parts[:2]) if parts[0] == "layers" else "top"
 
@@ -67,15 +67,14 @@ def restore_model(
     *,
     own_dtypes: bool,
 ) -> Decoder:
-    """The model with each parameter read straight onto its devices, one layer at a time.
+    """Returns the model with each parameter read straight onto its devices, one layer at a time.
 
-    report: called with (bytes done, bytes in all) after each layer.
+    It raises ValueError naming the file that is missing or changed, or the parameter that is not as
+    ``config.json`` has it.
+    report: function called with (bytes done, bytes in all) after each layer.
     placement: placement by which the experts are renumbered, on their devices; while a parameter is
         renumbered it takes its memory twice.
     own_dtypes: see ``match``.
-
-    Raises ValueError naming the file that is missing or changed, or the parameter that is not as
-    ``config.json`` has it.
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
@@ -103,7 +102,7 @@ def restore_model(
 def expected_model(
     directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, own_dtypes: bool
 ) -> tuple[Decoder, dict[str, ParamSpec]]:
-    """The abstract model without expert offload, and its parameters as the manifest lists them."""
+    """Returns the abstract model without expert offload, and its parameters as the manifest lists them."""
     check_count(directory, manifest, cfg)
     model, specs = abstract_decoder(cfg, moe, mesh)
     check_parameters(directory, manifest, specs)
@@ -112,7 +111,7 @@ def expected_model(
 
 
 def restore_group(directory: Path, group: str, specs: dict[str, ParamSpec]) -> dict[str, jax.Array]:
-    """The arrays of one group in the checkpoint's dtype, on their devices."""
+    """Returns the arrays of one group in the checkpoint's dtype, on their devices."""
     abstract = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for p, s in specs.items()}
     how = {
         path: ocp.ArrayRestoreArgs(dtype=s.dtype, sharding=s.sharding, global_shape=s.shape)
@@ -162,7 +161,7 @@ class _LateReads:
 
 
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
-    """``array`` viewed in the storage dtype; on CPU its memory is reused, not copied."""
+    """Returns ``array`` viewed in the storage dtype; on CPU its memory is reused, not copied."""
     if array.dtype == spec.storage:
         return array
     shards = [

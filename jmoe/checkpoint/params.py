@@ -40,7 +40,7 @@ class ParamSpec:
     has_own_dtype: bool = False
 
     def in_float32(self) -> "ParamSpec":
-        """The same parameter in float32."""
+        """Returns the same parameter in float32."""
         return replace(self, dtype=np.dtype(np.float32), storage=np.dtype(np.float32))
 
     @property
@@ -49,7 +49,7 @@ class ParamSpec:
 
 
 def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
-    """A Decoder of shapes without values, and its parameters by dotted path."""
+    """Returns a Decoder of shapes without values, and its parameters by dotted path."""
     make_dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
     make = ParamMaker(make_dtype, nnx.Rngs(0), std=0.0, platform=where)
     model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, make))
@@ -70,7 +70,8 @@ def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Deco
 
 
 def fill(model: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
-    """``model`` with the value of every parameter replaced; KeyError if one is not in ``arrays``."""
+    """Returns ``model`` with the value of every parameter replaced; raises KeyError if one is not in
+    ``arrays``."""
     graph, state = nnx.split(model)
     flat = [(keys, param.replace(arrays[dotted(keys)])) for keys, param in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -81,8 +82,8 @@ def dotted(keys: Iterable[Any]) -> str:
 
 
 def tensors_by_path(tensors: Iterable[StoredTensor]) -> dict[str, list[StoredTensor]]:
-    """The tensors of a checkpoint that fill each parameter, by the parameter's path; without the parameters
-    that ``entry_numbers`` makes."""
+    """Returns the tensors of a checkpoint that fill each parameter, by the parameter's path; without the
+    parameters that ``entry_numbers`` makes."""
     table: dict[str, list[StoredTensor]] = {}
     for stored in tensors:
         table.setdefault(stored.path, []).append(stored)
@@ -90,13 +91,13 @@ def tensors_by_path(tensors: Iterable[StoredTensor]) -> dict[str, list[StoredTen
 
 
 def entry_numbers(spec: ParamSpec) -> np.ndarray:
-    """A parameter that published checkpoints do not have: the numbers of its entries."""
+    """Returns a parameter that published checkpoints do not have: the numbers of its entries."""
     assert spec.dtype == np.int32, f"{spec.path} has no tensor"
     return np.arange(spec.shape[0], dtype=np.int32)
 
 
 def in_layer(path: str) -> tuple[int, str]:
-    """(3, "moe.gate_ED") for "layers.3.moe.gate_ED"; -1 and the path if it is in no layer."""
+    """Returns (3, "moe.gate_ED") for "layers.3.moe.gate_ED"; -1 and the path if it is in no layer."""
     top, _, rest = path.partition(".")
     if top != "layers":
         return -1, path
@@ -105,7 +106,7 @@ def in_layer(path: str) -> tuple[int, str]:
 
 
 def put_on_mesh(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
-    """``buffer`` (in the checkpoint's dtype) on the mesh, in the storage dtype.
+    """Puts ``buffer`` (in the checkpoint's dtype) on the mesh, in the storage dtype.
 
     On one CPU device the array is the buffer itself if that is 64-byte aligned, so the caller must not write
     to it any more; it is made read-only.

@@ -46,7 +46,7 @@ def check_model(placement: Placement, model: Decoder) -> None:
 def into_slots(
     table: Mapping[str, list[StoredTensor]], placement: Placement, moe_layers: Sequence[int]
 ) -> dict[str, list[StoredTensor]]:
-    """The tensors that fill each parameter; an expert's tensors fill the slice of its slot."""
+    """Returns the tensors that fill each parameter; an expert's tensors fill the slice of its slot."""
     moved = {}
     for path, parts in table.items():
         layer, name = in_layer(path)

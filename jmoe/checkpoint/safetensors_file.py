@@ -67,7 +67,7 @@ class TensorInfo:
 
 
 def open_regular(path: Path) -> FileIO:
-    """Opens the file unbuffered; ValueError if it is absent or not a regular file."""
+    """Opens the file unbuffered; raises ValueError if it is absent or not a regular file."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -78,8 +78,8 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_exactly(file: FileIO, offset: int, out: memoryview) -> None:
-    """Fills ``out`` from ``offset``; ValueError if the file ends before. It never maps the file: truncating a
-    mapped file would kill the process with SIGBUS."""
+    """Fills ``out`` from ``offset``; raises ValueError if the file ends before. It never maps the file:
+    truncating a mapped file would kill the process with SIGBUS."""
     file.seek(offset)
     got = 0
     while got < len(out):
@@ -92,7 +92,8 @@ def read_exactly(file: FileIO, offset: int, out: memoryview) -> None:
 
 
 def read_header(file: FileIO) -> dict[str, TensorInfo]:
-    """Every tensor of the file by name; ValueError, naming the file, for anything out of order."""
+    """Returns every tensor of the file by name; raises ValueError, naming the file, for anything out of
+    order."""
     path, size = Path(file.name), os.fstat(file.fileno()).st_size
     head = bytearray(min(size, 64))
     read_exactly(file, 0, memoryview(head))
@@ -109,7 +110,8 @@ def read_header(file: FileIO) -> dict[str, TensorInfo]:
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The JSON object of a file; ValueError if it is absent, longer than ``limit`` or damaged."""
+    """Returns the JSON object of a file; raises ValueError if it is absent, longer than ``limit`` or
+    damaged."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -120,7 +122,8 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes | bytearray, name: str) -> dict[str, Any]:
-    """A JSON object in which no key is repeated; else a ValueError whose message begins with ``what``."""
+    """Returns a JSON object in which no key is repeated; otherwise raises a ValueError whose message begins
+    with ``name``."""
     try:
         value = unique_json(raw.decode("utf-8"))
     except ValueError as error:
@@ -166,7 +169,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
-    """Tensors must follow one another without gap or overlap and end where the file ends."""
+    """Raises ValueError unless tensors follow one another without gap or overlap and end where the file
+    ends."""
     at, before = data_start, "the header"
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != at:
@@ -179,7 +183,8 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
 
 
 def encode_header(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The length and header for (name, dtype, shape) in data order, padded so that data starts 64-aligned."""
+    """Returns the length and header for (name, dtype, shape) in data order, padded so that data starts
+    64-aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in entries:

@@ -21,7 +21,7 @@ from jmoe.models.weights import PLAIN, StoredTensor
 def read_slice(checkpoint: HFCheckpoint, tensor: StoredTensor, out: np.ndarray) -> None:
     """Fills ``out``, a C-order slice in float32 or bfloat16.
 
-    Raises ValueError naming the tensor for NaN or Inf, or a dtype that is not one of its form's.
+    It raises ValueError naming the tensor for NaN or Inf, or a dtype that is not one of its form's.
     """
     if tensor.form == PLAIN:
         return checkpoint.read_into(tensor.name, out, tensor.expert)
@@ -36,7 +36,8 @@ def read_slice(checkpoint: HFCheckpoint, tensor: StoredTensor, out: np.ndarray) 
 
 
 def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Parts of ``ordered`` along its first axis, of about CHUNK bytes, each with its start in elements."""
+    """Yields parts of ``ordered`` along its first axis, of about CHUNK bytes, each with its start in
+    elements."""
     row = math.prod(ordered.shape[1:])
     step = max(1, CHUNK // max(1, row * ordered.itemsize))
     for at in range(0, len(ordered), step):
@@ -70,7 +71,7 @@ def check_shapes(
 
 
 def _stacked(all_stored: Iterable[StoredTensor]) -> dict[str, tuple[int]]:
-    """How many entries each stacked tensor has, as a shape's first axis."""
+    """Returns how many entries each stacked tensor has, as a shape's first axis."""
     count: dict[str, int] = {}
     for stored in all_stored:
         if stored.expert is not None:

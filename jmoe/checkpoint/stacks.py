@@ -20,7 +20,7 @@ STACKS = {f"moe.experts.{leaf.name}": f"store.{leaf.store_name}" for leaf in LEA
 def into_stacks(
     table: Mapping[str, list[StoredTensor]], moe_layers: Sequence[int]
 ) -> dict[str, list[StoredTensor]]:
-    """The tensors that fill each parameter; an expert's tensors fill its slice of the stacks."""
+    """Returns the tensors that fill each parameter; an expert's tensors fill its slice of the stacks."""
     moved: dict[str, list[StoredTensor]] = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
@@ -37,7 +37,10 @@ class Stacks:
     """The stacks as buffers that are filled layer by layer."""
 
     def __init__(self, specs: Mapping[str, ParamSpec], moe_layers: Sequence[int]):
-        """specs: parameters of the model with offloaded experts."""
+        """Makes the buffers, which are not filled yet.
+
+        specs: parameters of the model with offloaded experts.
+        """
         self._moe_layers = moe_layers
         self._specs = {path: specs[path] for path in STACKS.values() if path in specs}
         self._buffers = {path: aligned_empty(s.shape, s.dtype) for path, s in self._specs.items()}

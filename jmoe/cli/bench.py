@@ -13,7 +13,7 @@ from jmoe.tools.progress import Bars, Tenths
 
 
 def add_bench(commands: Any) -> None:
-    """``jmoe bench`` and its own commands."""
+    """Adds ``jmoe bench`` and its own commands."""
     text = "speed of a server (serve), or of a model in this process"
     kinds = commands.add_parser("bench", help=text, description=text).add_subparsers(
         dest="kind", required=True, metavar="KIND", parser_class=Parser
@@ -127,7 +127,7 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Returns 1 if a request failed."""
+    """Runs the benchmark; returns 1 if a request failed."""
     from jmoe.tools.bench.report import block, notes
     from jmoe.tools.bench.serve import bench_serve
 

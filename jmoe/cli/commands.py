@@ -100,7 +100,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts from the flag, the lines of the file, or standard input as one prompt."""
+    """Returns prompts from the flag, the lines of the file, or standard input as one prompt."""
     if hasattr(args, "prompt"):
         return [args.prompt]
     try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """An argparse parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def size(text: str) -> int:
-    """A flag's type: the number of bytes of a text such as "2GiB"."""
+    """Returns the number of bytes of a text such as "2GiB"; it is a flag's type."""
     try:
         return parse_size("size", text)
     except ValueError as error:
@@ -30,14 +30,15 @@ def size(text: str) -> int:
 
 
 def integer(text: str) -> int:
-    """A flag's type, with the error text of ``jmoe.config.reading``; the setting checks the bounds."""
+    """Returns the integer of a text; it is a flag's type, with the error text of ``jmoe.config.reading``. The
+    setting checks the bounds."""
     if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
         raise argparse.ArgumentTypeError(f"must be an integer, got {text[:80]!r}")
     return int(text)
 
 
 def number(text: str) -> float:
-    """A flag's type; the setting refuses a number that is not finite."""
+    """Returns the number of a text; it is a flag's type. The setting refuses a number that is not finite."""
     try:
         if "_" not in text:
             return float(text)
@@ -64,7 +65,8 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:
 
 
 def add_model_flags(p: Parser) -> None:
-    """Flags of every command that runs a model; absent ones keep the defaults of ``EngineSettings``."""
+    """Adds the flags of every command that runs a model; absent ones keep the defaults of
+    ``EngineSettings``."""
     p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
@@ -81,12 +83,12 @@ def add_json_flag(p: Parser) -> None:
 
 
 def reasons_of(text: str) -> tuple[str, ...]:
-    """A flag's type: a comma-separated list; "none" is an empty one."""
+    """Returns a comma-separated list of a text; it is a flag's type. "none" is an empty list."""
     return () if text == "none" else tuple(text.split(","))
 
 
 def add_serve_flags(p: Parser) -> None:
-    """Flags that only ``serve`` has."""
+    """Adds the flags that only ``serve`` has."""
     p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
     p.add_argument("--host")
     p.add_argument("--port", type=integer)
@@ -177,7 +179,8 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
 
 
 def given_settings(values: dict[str, Any]) -> str:
-    """The settings from the command line and the file as text for the log, with the API key hidden."""
+    """Returns the settings from the command line and the file as text for the log, with the API key
+    hidden."""
     shown = {k: v for k, v in values.items() if k not in ("command", "run", "config")}
     if "api_key" in shown:
         shown["api_key"] = "***"

@@ -48,7 +48,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
-    """Serves over HTTP, with the devices of all of ``nodes``. Returns the exit code."""
+    """Serves over HTTP, with the devices of all of ``nodes``. It returns the exit code."""
     import logging
 
     from jmoe.engine.build import build_engine
@@ -87,7 +87,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
 
 
 def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
-    """The observer that sends spans; None if no endpoint is set."""
+    """Returns the observer that sends spans; None if no endpoint is set."""
     if "otlp_traces_endpoint" not in values:
         return None
     try:
@@ -99,7 +99,8 @@ def make_tracer(values: dict[str, Any], served_model_name: str | None) -> Any:
 
 
 def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
-    """Follows process 0, without HTTP, until it ends. Returns 0, or 1 if process 0 ends without saying so."""
+    """Follows process 0, without HTTP, until it ends. It returns 0, or 1 if process 0 ends without saying
+    so."""
     import logging
 
     from jmoe.engine.processes.lockstep import follow

@@ -29,7 +29,7 @@ class Counter:
 
 
 def cached(name: str, text: str, metric: str | None, unit: Literal["one", "expert"] = "one") -> Counter:
-    """A counter of an expert cache, which acts before it knows a step's tokens."""
+    """Returns a counter of an expert cache, which acts before it knows a step's tokens."""
     return Counter(name, text, metric, unit, is_padded=True)
 
 

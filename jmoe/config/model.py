@@ -43,24 +43,26 @@ class ModelConfig:
     mlp_only_layers: layers with a dense MLP of ``intermediate_size`` instead of experts.
     layer_types: attention type of each layer, "full_attention", "sliding_attention" or "chunked_attention";
         if empty, all layers are sliding if there is a window.
-    sliding_window: a token attends to itself and to the ``sliding_window - 1`` tokens before it.
-    attention_chunk_size: a token attends to the tokens of its own chunk, up to itself.
-    no_rope_layers: 1 for a layer with rotation, 0 for one without, as in Hugging Face; empty: all rotate.
+    sliding_window: number of tokens that a token attends to: itself and the ``sliding_window - 1`` tokens
+        before it.
+    attention_chunk_size: number of tokens of a chunk; a token attends to the tokens of its own chunk, up to
+        itself.
+    no_rope_layers: 1 for a layer with rotation, 0 for one without, as in Hugging Face; if empty, all rotate.
 
     Attention:
-    attention_bias: biases in all projections.
-    qkv_bias: biases in the query, key and value projections only.
+    attention_bias: whether all projections have biases.
+    qkv_bias: whether only the query, key and value projections have biases.
     qk_norm: norm of queries and keys; "l2" has no weights, comes after the rotation and applies only in
         layers with rotation.
     attention_multiplier: factor of the scores; None is ``head_dim ** -0.5``.
     clip_qkv: largest magnitude of queries, keys and values.
-    attn_scale, floor_scale: in layers without rotation, queries at position p are multiplied by
-        ``1 + attn_scale * log(1 + floor((p + 1) / floor_scale))``; an attn_scale of 0 is off.
+    attn_scale, floor_scale: numbers of the scaling in layers without rotation: queries at position p are
+        multiplied by ``1 + attn_scale * log(1 + floor((p + 1) / floor_scale))``; an attn_scale of 0 is off.
     latent: multi-head latent attention instead of grouped-query attention.
 
     Experts:
     shared_expert_intermediate_size: inner size of the MLP that all tokens pass in addition; 0 means no MLP.
-    shared_expert_gate: the shared expert's output is weighted by a sigmoid of the token.
+    shared_expert_gate: whether the shared expert's output is weighted by a sigmoid of the token.
     hidden_act: activation of all MLPs.
     quant_method: format in which the checkpoint stores experts; they are computed in ``dtype``.
     """
@@ -145,7 +147,7 @@ class ModelConfig:
             raise ValueError("dense layers need intermediate_size")
 
     def first(self, layers: int) -> Self:
-        """The same model with only its first ``layers`` layers."""
+        """Returns the same model with only its first ``layers`` layers."""
         return dataclasses.replace(
             self,
             num_hidden_layers=layers,
@@ -155,7 +157,7 @@ class ModelConfig:
         )
 
     def for_context(self, tokens: int) -> Self:
-        """The same model for sequences of at most ``tokens``, by which some rotations are chosen."""
+        """Returns the same model for sequences of at most ``tokens``, by which some rotations are chosen."""
         return dataclasses.replace(self, rope=self.rope.for_context(tokens))
 
     @property
@@ -174,7 +176,7 @@ class ModelConfig:
         return max(trained, int(rope.factor * rope.original_max_position_embeddings))
 
     def attention_kind(self, layer: int) -> AttentionKind:
-        """The layer's kind of attention, one of ``jmoe.nn.kinds``."""
+        """Returns the layer's kind of attention, one of ``jmoe.nn.kinds``."""
         return "grouped_query" if self.latent is None else "latent"
 
     @property
@@ -183,7 +185,7 @@ class ModelConfig:
         return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     def span(self, layer: int) -> Span:
-        """What a query of the layer attends to."""
+        """Returns what a query of the layer attends to."""
         kind = self.layer_types[layer] if self.layer_types else "sliding_attention"
         return Span(
             window=self.sliding_window if kind == "sliding_attention" else None,

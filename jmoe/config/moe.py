@@ -20,17 +20,18 @@ TRAINING = {"mode": "training"}  # marks a field that no engine accepts
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """How the MoE layers run. The default is lossless: the result equals plain top-k bit for bit.
+    """The settings by which the MoE layers run. The default is lossless: the result equals plain top-k bit
+    for bit.
 
     attention: split of attention: each rank has its own sequences ("dp"), or the experts' ranks share heads
         ("tp", see ``jmoe.mesh.Split``). It is a separate flag, not a key of the config file.
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
     kernel: the grouped-expert implementation; None chooses one, which ``jmoe doctor`` reports.
-    binning: decode batches use fewer experts, lossy; None is off.
+    binning: a table by which decode batches use fewer experts, lossy; None is off.
     capacity: a limit on an expert's load, lossy; None is off. It applies to the result of binning.
-    shuffle: experts are renumbered by a placement, and tokens or requests go where their experts are;
-        lossless; None is off.
-    offload: experts are in host memory, some also on the device; lossless; None is off.
+    shuffle: a table by which experts are renumbered by a placement, and tokens or requests go where their
+        experts are; lossless; None is off.
+    offload: a table by which experts are in host memory, some also on the device; lossless; None is off.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a multiple
         of its even share.
     """

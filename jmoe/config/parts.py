@@ -20,17 +20,17 @@ RopeType = Literal["default", "linear", "yarn", "longrope", "llama3"]
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How a layer's router turns logits into experts and weights (see ``jmoe.moe.routing``).
+    """The way in which a layer's router turns logits into experts and weights (see ``jmoe.moe.routing``).
 
     scoring_func: function from logits to scores.
-    norm_topk_prob: a token's weights are normalised to sum to 1 before scaling.
-    n_group, topk_group: only experts of a token's ``topk_group`` best groups of ``n_group`` may be chosen.
-    group_score: a group's score is that of its best expert ("max") or the sum of its best two ("top2").
-    bias: a bias is added to the logits.
-    correction_bias: a bias is added to the scores for the choice only, not for the weights.
+    norm_topk_prob: whether a token's weights are normalised to sum to 1 before scaling.
+    n_group, topk_group: number of groups, and of a token's best groups: only their experts may be chosen.
+    group_score: a group's score: that of its best expert ("max") or the sum of its best two ("top2").
+    bias: whether a bias is added to the logits.
+    correction_bias: whether a bias is added to the scores for the choice only, not for the weights.
     routed_scaling_factor: factor of all weights.
     router_jitter_noise: for "sparsemixer", half the relative distance within which experts share a softmax.
-    weigh_input: a weight multiplies its expert's input, not its output.
+    weigh_input: whether a weight multiplies its expert's input, not its output.
     """
 
     scoring_func: ScoringFunc = "softmax"
@@ -77,7 +77,7 @@ class RopeConfig:
     only.
 
     partial_rotary_factor: the share of a head that is rotated.
-    interleaved: pairs are neighbouring dimensions, not the two halves.
+    interleaved: whether pairs are neighbouring dimensions, not the two halves.
     long: for "longrope", whether the engine serves contexts longer than the original ones; then all positions
         are rotated by the long factors, because cached keys cannot change.
     """
@@ -106,7 +106,7 @@ class RopeConfig:
         check_fields(self)
 
     def for_context(self, tokens: int) -> "RopeConfig":
-        """The config for an engine that serves contexts of ``tokens`` tokens."""
+        """Returns the config for an engine that serves contexts of ``tokens`` tokens."""
         original = self.original_max_position_embeddings
         long = self.rope_type == "longrope" and original is not None and tokens > original
         return dataclasses.replace(self, long=long)

@@ -42,7 +42,8 @@ Size = Annotated[int, Meta(ge=1, extra={"size": True})]  # bytes, or text such a
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the declared type; if it does not fit, a ValueError that begins with ``name``.
+    """Returns ``value`` as the declared type; if it does not fit, raises a ValueError that begins with
+    ``name``.
 
     Numbers must be finite. Lists become tuples, text of a ``Size`` becomes a number of bytes, and numpy
     numbers become Python numbers.
@@ -78,7 +79,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
 def from_table(
     cls: type[Table], values: Any, table_name: str, prefix: str, excluded: tuple[str, ...] = ()
 ) -> Table:
-    """The dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
+    """Returns the dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
 
     table_name: the table's name in messages.
     prefix: prefix of its keys in messages.
@@ -112,7 +113,7 @@ def check_keys(name: str, values: Iterable[Any], known_keys: Iterable[str]) -> N
 
 @lru_cache
 def hints(cls: type) -> dict[str, Any]:
-    """The declared type of each field of a dataclass."""
+    """Returns the declared type of each field of a dataclass."""
     declared = get_type_hints(cls, include_extras=True)
     return {field.name: declared[field.name] for field in fields(cls)}  # pyright: ignore[reportArgumentType]
 
@@ -121,7 +122,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def words(kind: Any) -> str:
-    """The declared type in words that can follow "must be"."""
+    """Returns the declared type in words that can follow "must be"."""
     if get_origin(kind) is Annotated:
         meta = next(iter(_metas(kind)), Meta())
         return meta.description or words(kind.__origin__) + _bounds(meta)
@@ -140,7 +141,7 @@ def words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text for a message: one short line, even if the value is long or deep."""
+    """Returns a value as text for a message: one short line, even if the value is long or deep."""
     return _SHORT.repr(value).replace("\n", " ")
 
 
@@ -157,8 +158,10 @@ _SHORT.maxlevel = 3
 
 
 def _refusal(name: str, value: Any, kind: Any, cause: str) -> str:
-    """The message of a refused value. ``cause`` is msgspec's message, which ends with the position of the
-    wrong list entry."""
+    """Returns the message of a refused value.
+
+    cause: msgspec's message, which ends with the position of the wrong list entry.
+    """
     for index in re.findall(r"\[(\d+)\]", cause.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):
             name, value, kind = f"{name}[{index}]", value[int(index)], _entry(kind)
@@ -171,7 +174,7 @@ def _refusal(name: str, value: Any, kind: Any, cause: str) -> str:
 
 
 def _entry(kind: Any) -> Any:
-    """The declared type of a list's entries."""
+    """Returns the declared type of a list's entries."""
     lists = [each for each in (kind, *get_args(kind)) if get_origin(each) is tuple]
     return get_args(lists[0])[0]
 
@@ -188,13 +191,13 @@ def _is_marked(kind: Any, mark: str) -> bool:
 
 
 def _metas(kind: Any) -> Iterator[Meta]:
-    """The bounds of a declared type, and of its alternatives."""
+    """Yields the bounds of a declared type, and of its alternatives."""
     for each in (kind, *get_args(kind)):
         yield from (meta for meta in getattr(each, "__metadata__", ()) if isinstance(meta, Meta))
 
 
 def _table(kind: Any) -> type | None:
-    """The dataclass in a declared type, alone or as an alternative; None if there is none."""
+    """Returns the dataclass in a declared type, alone or as an alternative; None if there is none."""
     return next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)  # pyright: ignore
 
 
@@ -202,7 +205,7 @@ def _table(kind: Any) -> type | None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; a ValueError names the file if it is absent or malformed."""
+    """Returns the tables of a TOML file; a ValueError names the file if it is absent or malformed."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")

@@ -96,7 +96,7 @@ class CapacityConfig:
     scope: whether the limit is per expert or per device.
     phase: the steps in which the limit applies.
     rounds: number of attempts of "reroute".
-    renormalize: the remaining assignments take over the weight of the dropped ones.
+    renormalize: whether the remaining assignments take over the weight of the dropped ones.
     """
 
     name: ClassVar[str] = "capacity"
@@ -131,10 +131,10 @@ class ShuffleConfig:
     """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.placement.group``).
 
     placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it.
-    tokens: shuffled reduce-scatter and all-gather.
-    requests: a request goes to the rank that owns most of its experts.
-    history: tokens are also placed by the ranks of their last two layers, as in the paper; token ids alone
-        did better on the bundled model.
+    tokens: whether the reduce-scatter and the all-gather are shuffled.
+    requests: whether a request goes to the rank that owns most of its experts.
+    history: whether tokens are also placed by the ranks of their last two layers, as in the paper; token ids
+        alone did better on the bundled model.
     """
 
     placement: str = ""
@@ -222,10 +222,11 @@ class OffloadConfig:
         return max(2, self.prefetch_per_layer) + 1
 
     def slots(self, *, layers: int, experts: int, k: int, expert_bytes: int) -> int:
-        """The number of slots of a device's pool; ValueError if one token's experts do not fit or if there
-        are more slots per layer than experts.
+        """Returns the number of slots of a device's pool; raises ValueError if one token's experts do not fit
+        or if there are more slots per layer than experts.
 
-        experts: experts of a layer on this device. k: the number of them that one token may use.
+        experts: number of experts of a layer on this device.
+        k: number of them that one token may use.
         """
         self.check_model(layers, experts)
         aside = self.aside

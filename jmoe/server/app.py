@@ -75,7 +75,7 @@ async def _client_left(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    """Starlette's own 404 and 405, in the envelope; 405 keeps its ``Allow``."""
+    """Answers Starlette's own 404 and 405 in the envelope; a 405 keeps its ``Allow``."""
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
     path = request.scope["path"]
     message = f"{error.detail}: {request.method} {path[:200]}"
@@ -85,13 +85,14 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _near(path: str) -> str | None:
-    """A route that the client may have meant: its base URL lacks /v1 or has too long a path."""
+    """Returns a route that the client may have meant: its base URL lacks /v1 or has too long a path."""
     paths = (route.path for route in ROUTES if "{" not in route.path)
     return next((p for p in paths if path and (p.endswith(path) or path.endswith(p))), None)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """A 500 without the exception's text, which may reveal too much; the request id finds it in the log."""
+    """Answers 500 without the exception's text, which may reveal too much; the request id finds it in the
+    log."""
     id = request.scope.get("state", {}).get("request_id")
     log.error("request %s failed; its traceback follows", id)  # the server raises and logs it again
     return ApiError(500, f"internal error (request {id})", code="internal_error").response()

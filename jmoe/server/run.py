@@ -36,7 +36,8 @@ LAST_WORDS = 2  # seconds for answers and errors already written to reach their 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a bound socket, not yet listening. A ValueError says in one line why it cannot be bound.
 
-    It is bound before the model is loaded, so that a taken port costs no time. Port 0 picks a free one.
+    The socket is bound before the model is loaded, so that a taken port costs no time. Port 0 picks a free
+    one.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -66,15 +67,15 @@ def serve(
     model: str = "model",
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Serves until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0, or 1 if the engine died.
+    """Serves until SIGTERM, SIGINT or SIGHUP. It returns the exit code: 0, or 1 if the engine died.
 
+    It raises ValueError for a bad template or a taken port. The first signal ends new work, lets running
+    answers finish for ``shutdown_timeout`` seconds and then ends them with an error; the second ends the
+    server at once.
     server_socket: socket from ``bind``; None binds one now.
     directory: model directory, which may hold a chat template.
-    model: served model name if the settings give none.
+    model: served model name if the settings have none.
     observers: functions that are called with every ended answer.
-    Raises ValueError for a bad template or a taken port.
-    The first signal ends new work, lets running answers finish for ``shutdown_timeout`` seconds and then ends
-    them with an error; the second ends the server at once.
     """
     service = Service(engine, settings, directory, model)
     service.observers += observers
@@ -169,7 +170,8 @@ class Server(uvicorn.Server):
         self.exit_code = 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Called by uvicorn's signal handlers. Not passed on: the signal would be raised again at the end."""
+        """Handles a signal; uvicorn's signal handlers call it. It does not pass the signal on: it would be
+        raised again at the end."""
         self.ask_to_stop()
 
     def ask_to_stop(self) -> None:

@@ -40,11 +40,11 @@ LANES = ((256 * 1024, 2), (None, 1))
 
 
 class Service:
-    """The shared state; one per server.
+    """The shared state; there is one per server. The constructor raises ValueError for a chat template that
+    cannot be read.
 
     directory: model directory, which may hold a chat template; None = there is none.
-    model: the model's name if the settings give none.
-    Raises ValueError for a chat template that cannot be read.
+    model: the model's name if the settings have none.
     """
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
@@ -65,7 +65,8 @@ class Service:
         self.poll = Poll(self._sample, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
-        """Reads the request's body and returns ``make(body)``, run on a thread. 503 if no work is taken."""
+        """Reads the request's body and returns ``make(body)``, run on a thread. It raises a 503 if no work is
+        accepted."""
         self.check_ready()
         with self.bodies.one_body() as counter:
             raw = await read_body(request, self.settings, counter)
@@ -73,7 +74,7 @@ class Service:
                 return await self.in_thread(make, raw)
 
     def decode(self, raw: bytes, kind: type[Body]) -> Body:
-        """Decodes the body; 404 if it names a model that the server does not have."""
+        """Decodes the body; raises a 404 if it names a model that the server does not have."""
         body = decode(raw, kind)
         self.check_model(getattr(body, "model", None))
         return body
@@ -133,7 +134,8 @@ class Service:
         return generation
 
     def head(self, prefix: str) -> Head:
-        """The first fields of every answer. The server makes the id, so no two live requests share one."""
+        """Returns the first fields of every answer. The server makes the id, so no two live requests share
+        one."""
         return Head(
             id=f"{prefix}-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -149,7 +151,7 @@ class Service:
         return take_snapshot(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.totals)
 
     def _state(self) -> dict[str, Any]:
-        """What the dashboard shows of the server itself."""
+        """Returns what the dashboard shows of the server itself."""
         uptime = int(time.monotonic() - self.start_clock)
         return {"name": self.model, "state": "draining" if self.is_draining else "ready", "uptime_s": uptime}
 

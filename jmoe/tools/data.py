@@ -13,7 +13,7 @@ _OPENERS: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}
 
 def read_documents(path: Path) -> Iterator[str]:
     """Yields the documents of a ``.txt``, ``.txt.xz``, ``.txt.gz`` or of a ``.jsonl(.gz)`` with ``prompt`` or
-    ``text``. Raises ValueError that names the file (and line) that cannot be read."""
+    ``text``. It raises ValueError that names the file (and line) that cannot be read."""
     name = path.name.removesuffix(path.suffix) if path.suffix in _OPENERS else path.name
     kind = Path(name).suffix
     if kind not in (".txt", ".jsonl"):
@@ -69,7 +69,8 @@ def windows(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 def bounded(source: Iterable[list[int]], max_tokens: int | None, *, free: int = 1) -> Iterator[list[int]]:
     """Yields windows until ``max_tokens`` tokens are counted; the last window is cut.
 
-    free: tokens at the start of each window that do not count: scoring makes no prediction of the first.
+    free: number of tokens at the start of each window that do not count: scoring makes no prediction of the
+        first.
     """
     left = max_tokens
     for window in source:

@@ -22,9 +22,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokeniz
 
 
 def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
-    """The report: versions, devices, and for ``model`` its sizes and every choice with its reason.
+    """Returns the report: versions, devices, and for ``model`` its sizes and every choice with its reason.
 
-    Raises ValueError if the model or the settings would be refused.
+    It raises ValueError if the model or the settings would be refused.
     """
     deployment = resolve(model, settings)
     directory, cfg, sizes, memory = deployment.directory, deployment.cfg, deployment.sizes, deployment.memory
@@ -73,7 +73,7 @@ def _device(device: Any) -> dict[str, Any]:
 
 
 def _offload(deployment: Deployment) -> dict[str, Any] | None:
-    """Where the experts are kept; None if all are on the device."""
+    """Returns where the experts are kept; None if all are on the device."""
     cfg, mesh, offload = deployment.cfg, deployment.mesh, deployment.settings.moe.offload
     if offload is None or deployment.executor is None:
         return None
@@ -145,7 +145,7 @@ def _offload_lines(offload: dict[str, Any]) -> list[str]:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report as text."""
+    """Returns the report as text."""
     model, kv = report["model"], report["kv_cache"]
     kinds = sorted({d["kind"] for d in report["devices"]})
     return [

@@ -48,14 +48,14 @@ class Score:
 
     def begin(self, logprobs: Array, scored: np.ndarray) -> int:
         """Takes log-probabilities that the device may still compute; those marked in ``scored`` are scored.
-        Returns their number."""
+        It returns their number."""
         self.settle()
         self._pending, count = (logprobs, scored), int(scored.sum())
         self.tokens += count
         return count
 
     def settle(self) -> None:
-        """Waits for the begun log-probabilities. Raises ValueError if one of them is not finite."""
+        """Waits for the begun log-probabilities. It raises ValueError if one of them is not finite."""
         if self._pending is None:
             return
         logprobs, scored = np.asarray(self._pending[0]), self._pending[1]
@@ -76,7 +76,7 @@ def evaluate(
     settings: EngineSettings = EngineSettings(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """The report that ``jmoe eval --json`` prints. Raises ValueError for bad data or settings."""
+    """Returns the report that ``jmoe eval --json`` prints. It raises ValueError for bad data or settings."""
     check_run(data, batch_size, max_tokens)
     settings = dataclasses.replace(settings, max_num_seqs=batch_size)
     with closing(build_engine(model, settings, progress, warm_up=False)) as engine:  # eval has its own shapes
@@ -118,7 +118,7 @@ def check_run(data: Sequence[Path], batch_size: int, max_tokens: int | None) -> 
 
 
 def token_windows(engine: Engine, data: Sequence[Path]) -> Iterator[list[int]]:
-    """The data's windows in evaluation order."""
+    """Returns the data's windows in evaluation order."""
     codec = engine.codec
     if codec is None:
         raise ValueError("this model directory has no tokenizer.json; eval needs one to read text")
@@ -158,8 +158,8 @@ def score_decode(
     """Scores windows in decode. The next window at once takes the place of a finished one, so that the batch
     stays full.
 
-    It ends with the step in which ``max_tokens`` is reached; that step runs and scores only as many tokens as
-    are still missing.
+    The function ends with the step in which ``max_tokens`` is reached; that step runs and scores only as many
+    tokens as are still missing.
     """
     runner, score = engine.runner, Score()
     num_rows = rows_per_rank(runner, batch_size)
@@ -189,7 +189,8 @@ def score_decode(
 
 
 def rows_per_rank(runner: Runner, batch_size: int) -> int:
-    """Rows per rank of a batch of ``batch_size`` windows, the most that the engine runs together."""
+    """Returns the rows per rank of a batch of ``batch_size`` windows, the most that the engine runs
+    together."""
     return runner.sizes.decode_size(-(-batch_size // runner.ranks))
 
 

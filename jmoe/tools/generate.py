@@ -43,7 +43,7 @@ def print_streamed(
 def generate(
     model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: BuildProgress
 ) -> dict[str, Any]:
-    """The report that ``jmoe generate --json`` prints."""
+    """Returns the report that ``jmoe generate --json`` prints."""
     made: list[list[Output]] = [[] for _ in prompts]
 
     with closing(build_engine(model, settings, progress, scores_prompts=False)) as engine:
@@ -56,7 +56,7 @@ def generate(
 
 
 def _report(request: Request, outputs: list[Output]) -> dict[str, Any]:
-    """One completion of the report; "thoughts" only for a model that answers in channels."""
+    """Returns one completion of the report; "thoughts" only for a model that answers in channels."""
     thoughts = "".join(part.thoughts for part in outputs)
     return {
         "prompt_token_ids": request.prompt_token_ids,
@@ -70,10 +70,8 @@ def _report(request: Request, outputs: list[Output]) -> dict[str, Any]:
 def run_all(
     engine: Engine, prompts: list[str], params: SamplingParams, receive: Callable[[int, Output], None]
 ) -> list[Request]:
-    """Runs every prompt to its end; ``receive`` gets (prompt index, increment).
-
-    max_tokens None: 128, or as many as the context holds after the prompt.
-    """
+    """Runs every prompt to its end; ``receive`` gets (prompt index, increment). If max_tokens is None, it is
+    128, or as many as the context holds after the prompt."""
     if engine.codec is None:
         raise ValueError("this model directory has no tokenizer.json; text prompts need one")
     arrived = time.monotonic()
@@ -91,8 +89,8 @@ def run_all(
 
 
 def _fitted(params: SamplingParams, room: int) -> SamplingParams:
-    """``params`` with the default max_tokens, as far as there is room; without room the engine reports the
-    limit."""
+    """Returns ``params`` with the default max_tokens, as far as there is room; without room the engine
+    reports the limit."""
     if params.max_tokens is not None or room < 1:
         return params
     return dataclasses.replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))

@@ -14,11 +14,11 @@ from jmoe.tools.progress import Bars
 
 
 def place(path: Path, devices: int, out: Path, method: str, seed: int, progress: Bars) -> dict[str, Any]:
-    """Writes the placement and returns the report that ``--json`` prints. ValueError for inputs that do not
-    fit together.
+    """Writes the placement and returns the report that ``--json`` prints. It raises ValueError for inputs
+    that do not fit together.
 
-    remote, max_over_mean_load: of the profile's own tokens, placed by their ids under equal chunks of a large
-    batch; other text has more remote activations.
+    remote, max_over_mean_load: measures of the profile's own tokens, placed by their ids under equal chunks
+        of a large batch; other text has more remote activations.
     trace: the objective after every step of the solver; empty if it takes no steps.
     """
     start = time.perf_counter()

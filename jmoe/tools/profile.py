@@ -40,7 +40,8 @@ def profile(
     settings: EngineSettings = EngineSettings(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Writes the profile and returns the report for ``--json``. ValueError for bad data or settings."""
+    """Writes the profile and returns the report for ``--json``. It raises ValueError for bad data or
+    settings."""
     check_run(data, batch_size, max_tokens)
     check_writable(out)
     if settings.moe.shuffle is not None:
@@ -81,7 +82,7 @@ def routed(
 ) -> Iterator[RoutedRequest]:
     """Yields the windows with their routing, ``batch_size`` windows per pass, padded to a power of two.
 
-    seed: draws the positions at which whole gate distributions are taken.
+    seed: seed by which the positions are drawn at which whole gate distributions are taken.
     """
     rng = np.random.default_rng(seed)
     rows = round_up(batch_size, runner.ranks)

@@ -22,11 +22,11 @@ Progress = Callable[[str, int, int | None], None]
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """A ``Progress`` that shows nothing."""
+    """Shows nothing; it is a ``Progress``."""
 
 
 def counter(progress: Progress, stage: str) -> Callable[[int], None]:
-    """A callback that adds to a stage without a known total."""
+    """Returns a callback that adds to a stage without a known total."""
     done = 0
 
     def add(amount: int) -> None:
@@ -38,7 +38,8 @@ def counter(progress: Progress, stage: str) -> Callable[[int], None]:
 
 
 class Bars:
-    """One bar per stage; called with (stage, done, total). It closes its bars at the end of the ``with``."""
+    """Bars, one per stage; they are called with (stage, done, total). The bars are closed at the end of the
+    ``with``."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
@@ -66,7 +67,10 @@ class Bars:
 
 
 class Tenths:
-    """Prints a line at every tenth, for logs; called with (done, total). unit_name: what is counted."""
+    """Prints a line at every tenth, for logs; it is called with (done, total).
+
+    unit_name: what is counted.
+    """
 
     def __init__(self, unit_name: str) -> None:
         self.unit_name, self.tenth = unit_name, 0

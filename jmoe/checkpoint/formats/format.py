@@ -24,15 +24,15 @@ class StoredEntry:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store numbers; ``Form`` and ``StoredTensor`` say which slice of a parameter they are.
+    """One way to store numbers; ``Form`` and ``StoredTensor`` describe which slice of a parameter they are.
 
     name: name of the format in ``Form.number_format``.
     suffixes: what follows a stored name in the names of the tensors that store its values.
     entries: function of the stored name and the shape of the values; returns what is read from each of these
         tensors. It raises ValueError naming the tensor if the format cannot store such a shape.
-    read: function that fills a flat array, float32 or bfloat16, with the values of a stored name from a
-        given position on, in C order. They are whole rows, about as many as fit in the cache. It raises
-        ValueError naming the tensor for NaN or Inf.
+    read: function that fills a flat array, float32 or bfloat16, with the values of a stored name from a start
+        position on, in C order. They are whole rows, about as many as fit in the cache. It raises ValueError
+        naming the tensor for NaN or Inf.
     """
 
     name: str

@@ -51,9 +51,10 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
 
 @lru_cache(maxsize=2)
 def _pairs(dtype: np.dtype) -> np.ndarray:
-    """The two numbers of each byte at each scale, as one unsigned integer, indexed by ``scale * 256 + byte``.
+    """Returns the two numbers of each byte at each scale, as one unsigned integer.
 
-    One look-up gives both numbers in their dtype: bfloat16 products in numpy take ten times as long.
+    The index is ``scale * 256 + byte``. One look-up gives both numbers in their dtype: bfloat16 products in
+    numpy take ten times as long.
     """
     byte = np.arange(256)
     pair = np.array(E2M1, np.float32)[np.stack([byte & 15, byte >> 4], axis=-1)]

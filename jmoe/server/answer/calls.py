@@ -29,15 +29,16 @@ ALPHABET = string.ascii_letters + string.digits
 
 
 def call_id() -> str:
-    """Nine letters and digits: some models' templates demand exactly this of the ids in a conversation."""
+    """Returns nine letters and digits: some models' templates demand exactly this of the ids in a
+    conversation."""
     return "".join(secrets.choice(ALPHABET) for _ in range(9))
 
 
 class CallsAnswer:
     """One choice's answer, as its dialect's reader finds it.
 
-    num_calls: calls that began so far.
-    has_called: whether there is one and the arguments of the last are whole.
+    num_calls: number of calls that began so far.
+    has_called: whether there is a call and the arguments of the last one are whole.
     """
 
     def __init__(self, tools: ToolUse):
@@ -45,7 +46,7 @@ class CallsAnswer:
         self.num_calls, self.has_called = 0, False
 
     def delta(self, output: Output) -> Delta:
-        """What an increment adds. Pieces of one call that come together are one piece."""
+        """Returns what an increment adds. Pieces of one call that come together are one piece."""
         text, calls = "", list[CallPiece]()
         for event in self._events(output.text, is_last=output.finish_reason is not None):
             match event:
@@ -66,7 +67,7 @@ class CallsAnswer:
         )
 
     def message(self, outputs: Outputs) -> AnswerMessage:
-        """The whole answer. Its content is null if it has no text."""
+        """Returns the whole answer. Its content is null if it has no text."""
         text, calls = "", list[Call]()
         for event in self._events(answer_text(outputs), is_last=True):
             match event:

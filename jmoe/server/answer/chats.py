@@ -60,7 +60,7 @@ class ChatFormat:
         )
 
     def piece(self, index: int, output: Output) -> ChatPiece:
-        """One increment of a choice."""
+        """Returns one increment of a choice."""
         outputs = (output,)
         return ChatPiece(
             index=index,
@@ -72,7 +72,7 @@ class ChatFormat:
         )
 
     def choice(self, index: int, outputs: Outputs) -> ChatChoice:
-        """All increments of a choice."""
+        """Returns all increments of a choice."""
         return ChatChoice(
             index=index,
             message=AnswerMessage(

@@ -22,7 +22,7 @@ from jmoe.server.request.prompts import Prompt
 
 
 class Offsets:
-    """Counts the characters of one choice's text, to find at which of them each token begins."""
+    """Counts the characters of one choice's text, to find where in them each token begins."""
 
     def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
         self.prompt, self.codec = prompt, codec
@@ -33,7 +33,8 @@ class Offsets:
         return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
 
     def next_offset(self, token_id: int) -> int:
-        """The offset of the answer's next token; for a part of a character, where the character begins."""
+        """Returns the offset of the answer's next token; for a part of a character, where the character
+        begins."""
         offset = self.position
         self.position += 0 if self.text is None else len(self.text.push(token_id)[0])
         return offset
@@ -62,7 +63,7 @@ class CompletionFormat:
         return _completion(head, [self._choice(i, outputs) for i, outputs in enumerate(choices)], usage)
 
     def _choice(self, index: int, outputs: Outputs) -> CompletionChoice:
-        """The next increments of a choice, or all of them."""
+        """Returns the next increments of a choice, or all of them."""
         echoes, offsets = self.echo and self.offsets[index] is None, self._offsets(index)
         return CompletionChoice(
             index=index,

@@ -45,8 +45,8 @@ class UsageCounter:
                 self.moe[name] = self.moe.get(name, 0) + count
 
     def usage(self) -> Usage:
-        """The counts so far. If lossy techniques are possible, they include what these did to the assignments
-        of the answers that have ended."""
+        """Returns the counts so far. If lossy techniques are possible, the counts include what these did to
+        the assignments of the answers that have ended."""
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -56,19 +56,19 @@ class UsageCounter:
         )
 
     def _cached_tokens(self) -> int:
-        """Counts each prompt's minimum: of n answers one computes the prompt and the others then find it."""
+        """Counts each prompt's minimum: of n answers, one computes the prompt and the others then find it."""
         return sum(min(request.num_cached_tokens for request in answers) for answers in self.requests)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generation and how it is sent.
+    """A generation and the way in which it is sent.
 
     generation: the engine requests of the answer and their outputs.
     form: format of the answer.
     counter: token counts of the answer.
     head: first fields of the answer and of each chunk.
-    in_thread: runs a slow function on a thread.
+    in_thread: function that runs a slow function on a thread.
     """
 
     generation: Generation
@@ -78,7 +78,7 @@ class Answer:
     in_thread: Callable[..., Awaitable[Any]]
 
     def is_heavy(self, tokens: int, prompt_tokens: int) -> bool:
-        """Whether formatting this many tokens takes long: each may have alternatives, all as text."""
+        """Returns whether formatting this many tokens takes long: each may have alternatives, all as text."""
         params = self.generation.requests[0].params
         entries = tokens * (1 + (params.logprobs or 0)) + prompt_tokens * (1 + (params.prompt_logprobs or 0))
         return entries > HEAVY
@@ -114,13 +114,15 @@ async def whole_answer(request: HttpRequest, answer: Answer) -> Response:
 
 
 async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncIterator[bytes]:
-    """The events of a streamed answer, ``[DONE]`` last. A failure is an event: the status is already sent."""
+    """Yields the events of a streamed answer, ``[DONE]`` last. A failure is an event: the status is already
+    sent."""
     form, counter, head = answer.form, answer.counter, answer.head
     with_usage = bool(options and options.include_usage)
     in_each = bool(with_usage and options and options.continuous_usage_stats)
 
     def counted(chunk: Chunk, is_counted: bool = in_each) -> Chunk:
-        """If usage was requested, it is null in a chunk that does not count it."""
+        """Returns the chunk with its usage. If usage was requested, it is null in a chunk that does not count
+        it."""
         if with_usage:
             chunk.usage = counter.usage() if is_counted else None
         return chunk

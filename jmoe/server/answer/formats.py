@@ -30,7 +30,7 @@ class ChoiceFields:
     n: number of choices for each prompt.
     alternatives: number of alternatives for each token; None = no log-probabilities.
     has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a
-        tokenizer can answer nothing else.
+        tokenizer can answer only with this field.
     """
 
     codec: TextCodec | None
@@ -40,7 +40,7 @@ class ChoiceFields:
 
 
 class AnswerFormat(Protocol):
-    """How an answer is written.
+    """The way in which an answer is written.
 
     opening: returns the chunks to stream before any token.
     chunk: returns a stream's chunk with one increment of choice ``index``.
@@ -59,7 +59,7 @@ def answer_text(outputs: Outputs) -> str:
 
 
 def answer_thoughts(outputs: Outputs) -> str | UnsetType:
-    """What a model thought before it answered; UNSET if it did not think."""
+    """Returns what a model thought before it answered; UNSET if it did not think."""
     return "".join(output.thoughts for output in outputs) or UNSET
 
 
@@ -70,7 +70,8 @@ def finish_reason(outputs: Outputs) -> FinishReason | None:
 
 
 def stop_reason(outputs: Outputs) -> str | int | UnsetType:
-    """UNSET if no stop string or id ended the choice: absent optional fields are left out, as OpenAI does."""
+    """Returns the stop string or id that ended the choice, or UNSET: absent optional fields are left out, as
+    OpenAI does."""
     reason = outputs[-1].stop_reason
     return UNSET if reason is None else reason
 

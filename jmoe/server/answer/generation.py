@@ -15,11 +15,12 @@ BREATH = 0.005  # seconds after which a generation with many outputs lets other 
 
 
 class Generation:
-    """Running answers, numbered as the choices will be. It is created on the event loop that reads them.
+    """Running answers, with the numbers that the choices will have. It is created on the event loop that
+    reads them.
 
     The caller that starts a generation closes it: ``close`` aborts the answers that still run.
     work: token ids and sampling parameters of each answer.
-    on_close: called by ``close`` with this generation.
+    on_close: function that ``close`` calls with this generation.
     timeout: seconds from now that all answers together may take; None = no limit.
     grammar_param: request field named in the error if an answer cannot go on in its grammar.
     """
@@ -58,8 +59,8 @@ class Generation:
     async def start(self, param: str) -> None:
         """Queues all requests or raises an ApiError.
 
-        param: request field named in the error if a prompt is refused.
         The engine takes requests between two steps, so a thread waits for it.
+        param: request field named in the error if a prompt is refused.
         """
         future = self.executor.submit(contained, self.engine.submit, self.requests)
         try:
@@ -130,7 +131,7 @@ class Generation:
 
 
 class ClientLeft(Exception):
-    """The client closed its connection; nobody reads the answer."""
+    """A sign that the client closed its connection; nobody reads the answer."""
 
 
 async def unless_client_leaves(receive: Callable[[], Awaitable], work: Awaitable) -> object:

@@ -16,10 +16,10 @@ def token_name(token_id: int, codec: TextCodec | None) -> str:
 def completion_logprobs(
     entries: Iterable[tuple[int, TokenLogprob | None]], codec: TextCodec | None, offsets: list[int]
 ) -> CompletionLogprobs:
-    """The ``logprobs`` object of (token id, entry) pairs.
+    """Returns the ``logprobs`` object of (token id, entry) pairs.
 
-    offsets: character position in the text at which each token begins.
     A prompt's first token has no entry: its values are null.
+    offsets: character position in the text at which each token begins.
     """
     answer = CompletionLogprobs([], [], [], offsets)
     for token_id, entry in entries:
@@ -30,7 +30,8 @@ def completion_logprobs(
 
 
 def _top_logprobs(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, float]:
-    """Log-probabilities of the alternatives by text, including the token itself with the same float.
+    """Returns the log-probabilities of the alternatives by text, including the token itself with the same
+    float.
 
     Two tokens may have the same text (halves of characters do). Evaluation harnesses compare the token with
     the largest value, so none may be lost: later tokens with the same text are named by their id.
@@ -46,8 +47,8 @@ def _top_logprobs(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, flo
 def chat_logprobs(
     entries: Sequence[TokenLogprob], codec: TextCodec | None, alternatives: int
 ) -> ChatLogprobs:
-    """The ``logprobs`` object. "bytes" are a token's own, also for a part of a character: joined they are the
-    text's."""
+    """Returns the ``logprobs`` object. "bytes" are a token's own, also for a part of a character: joined they
+    are the text's."""
     content = []
     for entry in entries:
         tops = [TopLogprob(*_token(token_id, p, codec)) for token_id, p in entry.top[:alternatives]]
@@ -56,7 +57,7 @@ def chat_logprobs(
 
 
 def _token(token_id: int, logprob: float, codec: TextCodec | None) -> tuple[str, float, list[int] | None]:
-    """The token's text, its log-probability and its bytes."""
+    """Returns the token's text, its log-probability and its bytes."""
     token_bytes = None if codec is None else list(codec.token_bytes(token_id))
     return token_name(token_id, codec), _finite(logprob), token_bytes
 

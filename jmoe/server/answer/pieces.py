@@ -37,14 +37,14 @@ def encoded(value: Any, depth: int = 4) -> Iterator[bytes]:
 
 
 def _fields(struct: msgspec.Struct) -> Iterator[tuple[str, Any]]:
-    """The struct's keys and values in JSON, without those that are UNSET."""
+    """Returns the struct's keys and values in JSON, without those that are UNSET."""
     for name, key in zip(struct.__struct_fields__, struct.__struct_encode_fields__, strict=True):
         if (value := getattr(struct, name)) is not msgspec.UNSET:
             yield key, value
 
 
 def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, ``PIECE_BYTES`` or a little more at a time."""
+    """Yields the same bytes, ``PIECE_BYTES`` or a little more at a time."""
     part = bytearray()
     for piece in pieces:
         part += piece

@@ -15,7 +15,8 @@ MIN_RATE = 16 * 1024  # bytes per second at which a body must arrive after ``bod
 
 
 class BodyBytes:
-    """Counts the bytes of all bodies being read or worked on. Beyond ``limit`` only small bodies may grow."""
+    """Counts the bytes of all bodies that are being read or worked on. Beyond ``limit`` only small bodies may
+    grow."""
 
     def __init__(self, limit: int):
         self.limit, self.num_bytes = limit, 0
@@ -36,7 +37,7 @@ class OneBody:
         self.total, self.num_bytes = total, 0
 
     def add(self, count: int) -> None:
-        """Counts more bytes of this body; 503 if there is no room. A small body always has room."""
+        """Counts more bytes of this body; raises a 503 if there is no room. A small body always has room."""
         if self.num_bytes + count > LIGHT and self.total.num_bytes + count > self.total.limit:
             message = f"request bodies of {self.total.limit} bytes are being worked on"
             error = unavailable(message, "bodies_full")
@@ -49,8 +50,8 @@ class OneBody:
 async def read_body(request: Request, settings: ServerSettings, counter: OneBody) -> bytes:
     """Reads the whole body of a JSON request.
 
-    415 for another content type or encoding, 413 beyond the size limit, 408 if it arrives too slowly: nothing
-    for ``body_timeout`` seconds, or after these a mean rate below ``MIN_RATE``.
+    It raises a 415 for another content type or encoding, a 413 beyond the size limit, and a 408 if the body
+    arrives too slowly: nothing for ``body_timeout`` seconds, or after these a mean rate below ``MIN_RATE``.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -94,7 +95,7 @@ async def read_body(request: Request, settings: ServerSettings, counter: OneBody
 
 
 def inflated(raw: bytes, limit: int) -> bytes:
-    """Returns the content of a gzip body, or its first ``limit`` + 1 bytes; 400 if it is not gzip.
+    """Returns the content of a gzip body, or its first ``limit`` + 1 bytes; raises a 400 if it is not gzip.
 
     The number of gzip members is limited: each costs time, and may hold nothing.
     """

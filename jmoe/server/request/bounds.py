@@ -26,9 +26,11 @@ Item = TypeVar("Item")
 
 
 def check_json(text: bytes, what: str = "the request body", param: str | None = None) -> None:
-    """400 if the JSON text holds more than may be decoded at once. The decoder checks whether it is JSON.
+    """Raises a 400 if the JSON text holds more than may be decoded at once. The decoder checks whether it is
+    JSON.
 
-    The decoder decodes everything in one call, during which no other thread runs, so this counts before it.
+    The decoder decodes everything in one call, during which no other thread runs, so this function counts
+    first.
     """
     if len(text) <= LIGHT:
         return
@@ -59,7 +61,8 @@ def _count(bytes_N: np.ndarray, outside_N: np.ndarray, symbols: bytes) -> int:
 
 
 def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:
-    """A mask of the quotes that begin or end a string, and whether the byte after the piece is escaped.
+    """Returns a mask of the quotes that begin or end a string, and whether the byte after the piece is
+    escaped.
 
     A quote is escaped by an odd number of backslashes before it.
     """
@@ -75,7 +78,7 @@ def _quotes(bytes_N: np.ndarray, odd: bool) -> tuple[np.ndarray, bool]:
 
 
 def exceeds(value: Any, limit: int) -> bool:
-    """Whether the JSON text of ``value`` certainly has more than ``limit`` characters.
+    """Returns whether the JSON text of ``value`` certainly has more than ``limit`` characters.
 
     It looks at no more of the value than needed. Near the limit, only the text itself can decide.
     """
@@ -94,8 +97,8 @@ def exceeds(value: Any, limit: int) -> bool:
 
 
 def bounded(of_grammar: Item) -> Item:
-    """Returns its argument; ValueError if a grammar of it is certainly too long. It is called before the
-    argument is copied and written."""
+    """Returns its argument; raises ValueError if a grammar of it is certainly too long. It is called before
+    the argument is copied and written."""
     if exceeds(of_grammar, MAX_GRAMMAR_BYTES):
         raise ValueError(f"the grammar is too long; the limit is {MAX_GRAMMAR_BYTES}")
     return of_grammar

@@ -18,8 +18,8 @@ _SURROGATES = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-f
 
 
 def decode(raw: bytes, kind: type[Body]) -> Body:
-    """Decodes the body as ``kind``. A 400 has the code invalid_json if it is no JSON object, else it names
-    the field."""
+    """Decodes the body as ``kind``. A 400 has the code invalid_json if the body is no JSON object; otherwise
+    it names the field."""
     check_json(raw)
     try:
         body = _decoded(raw, kind)
@@ -35,8 +35,8 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
 
 
 def _decoded(raw: bytes, kind: type[Body]) -> Body:
-    """A null field that ``kind`` does not have counts as absent; only a body with an unknown field is decoded
-    twice."""
+    """Decodes the body; a null field that ``kind`` does not have counts as absent. Only a body with an
+    unknown field is decoded twice."""
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:

@@ -35,7 +35,7 @@ class AnswerGrammar:
 
 
 class Grammars:
-    """Compiled grammars; one per server. The compiler is made at the first grammar.
+    """Compiled grammars; there is one such object per server. The compiler is made at the first grammar.
 
     A grammar is first tried on the quick threads. If it turns out to be costly, it is tried again on a thread
     for costly grammars only, one after another: they delay only one another.
@@ -51,8 +51,8 @@ class Grammars:
         self._pair: tuple[GrammarCompiler, GrammarChecker] | None = None
 
     async def compile(self, request: GrammarRequest) -> AnswerGrammar:
-        """Compiles a grammar. A 400 says why it cannot be compiled; 503 if too many wait or the check cannot
-        run."""
+        """Compiles a grammar. A 400 says why it cannot be compiled; a 503 is raised if too many wait or the
+        check cannot run."""
         grammar, param = request.grammar, request.param
         cached = self.cache.get(grammar)
         if cached is not None:

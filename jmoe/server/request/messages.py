@@ -18,12 +18,13 @@ TEXT_KEYS = ("type", "text", "cache_control")
 
 
 def needs_forms(messages: Sequence[Message]) -> bool:
-    """Whether a message has a form that not every template takes."""
+    """Returns whether a message has a form that not every template takes."""
     return any(m.tool_calls or m.content is None or isinstance(m.content, list) for m in messages)
 
 
 def template_message(i: int, message: Message, forms: Forms | None) -> dict[str, Any]:
-    """Message ``i`` for a template that takes ``forms``; they are None only if no message ``needs_forms``.
+    """Returns message ``i`` for a template that takes ``forms``; these are None only if no message
+    ``needs_forms``.
 
     A key whose value is null counts as absent, except content: an assistant's content is null if it calls a
     tool.
@@ -54,7 +55,7 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
 
 
 def _call(source: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
-    """A call with its arguments in a form that the template takes: as sent, if it takes both."""
+    """Returns a call with its arguments in a form that the template takes: as sent, if it takes both."""
     call = {key: value for key, value in source.items() if value is not None} | {"type": "function"}
     function: dict[str, Any] = source["function"]
     arguments = function["arguments"]
@@ -67,7 +68,7 @@ def _call(source: dict[str, Any], forms: Forms, where: str) -> dict[str, Any]:
 
 
 def _parsed(text: str, field: str) -> dict[str, Any]:
-    """Parses ``text`` as a JSON object. A call that was cut off is no JSON: its text becomes one argument."""
+    """Parses ``text`` as a JSON object. A call that was cut off is not JSON; its text becomes an argument."""
     raw = text.encode(errors="replace") or b"{}"
     check_json(raw, field, field)
     try:
@@ -83,7 +84,7 @@ def _plain_part(part: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _part_text(part: dict[str, Any], role: str, where: str) -> str:
-    """The text of a text part, or of an assistant's refusal."""
+    """Returns the text of a text part, or of an assistant's refusal."""
     kind = part.get("type")
     if kind != "text" and not (kind == "refusal" and role == "assistant"):
         raise unsupported(where, f"{where} has type {str(kind)[:50]!r}; only 'text' is supported")

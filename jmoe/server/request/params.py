@@ -17,7 +17,7 @@ def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParam
 
 
 def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
-    """Sampling parameters of a chat.
+    """Returns the sampling parameters of a chat.
 
     turn_ends: the model's strings that end a turn. They are added to ``stop`` unless the answer follows a
         grammar, which defines where it ends: such a string may occur inside it.
@@ -31,7 +31,8 @@ def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) 
 
 
 def _limit(max_tokens: int | None) -> int | None:
-    """The limit on the answer; None = the rest of the context, for which llama-server's API has -1."""
+    """Returns the limit on the answer; None = the rest of the context, which llama-server's API writes as
+    -1."""
     return None if max_tokens == -1 else max_tokens
 
 
@@ -71,7 +72,7 @@ def _params(
 
 
 def _biases(logit_bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    """(token id, addend) pairs. JSON keys are strings, so the ids arrive as decimal digits."""
+    """Returns (token id, addend) pairs. JSON keys are strings, so the ids arrive as decimal digits."""
     for key in logit_bias:
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
             raise invalid(
@@ -84,12 +85,13 @@ def _biases(logit_bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
 
 
 def fan_out(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
-    """Parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None = random."""
+    """Returns the parameters of every answer, prompt-major. Answer i of a prompt uses ``seed + i``; None is a
+    random seed."""
     if prompts * n > MAX_CHOICES:
         raise invalid(f"{prompts} prompts with n = {n}: at most {MAX_CHOICES} answers a request", "n")
     return [dataclasses.replace(params, seed=_seed(params.seed, i)) for _ in range(prompts) for i in range(n)]
 
 
 def _seed(base: int | None, i: int) -> int:
-    """The sum wraps around 64 bits."""
+    """Returns the sum, which wraps around 64 bits."""
     return secrets.randbits(31) if base is None else (base + i + 2**63) % 2**64 - 2**63

@@ -27,7 +27,8 @@ class Prompt:
     shows_special: bool = False
 
     def offsets(self, codec: TextCodec) -> list[int]:
-        """The character of the text at which each token begins; a token not in the text has no length."""
+        """Returns the character of the text at which each token begins; a token not in the text has no
+        length."""
         text, offsets, at = GrowingText(codec.token_bytes, (), shows_special=True), [], 0
         for token in self.token_ids:
             offsets.append(at)
@@ -42,12 +43,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """How the text of prompts becomes tokens.
+    """The way in which the text of prompts becomes tokens.
 
     codec: the model's text codec; None = the model has no tokenizer.
     adds_special: whether the tokenizer's special tokens are added.
-    limit: the model's context length in tokens, so that a text that cannot fit is refused by its length;
-        None = any length.
+    limit: the model's context length in tokens, so that a text that cannot fit is refused by its length; None
+        = any length.
     """
 
     codec: TextCodec | None
@@ -55,7 +56,10 @@ class TextEncoder:
     limit: int | None = None
 
     def encode(self, text: str, param: str) -> list[int]:
-        """The text's token ids. param: request field named in the error if the text is refused."""
+        """Returns the text's token ids.
+
+        param: request field named in the error if the text is refused.
+        """
         if self.codec is None:
             message = "this model has no tokenizer: give the prompt as token ids to /v1/completions"
             raise invalid(message, param)
@@ -94,7 +98,7 @@ def _from_text(text: str, encoder: TextEncoder) -> Prompt:
 
 
 def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
-    """Token ids as they are: no BOS is added (evaluation harnesses send their own)."""
+    """Returns token ids as they are: no BOS is added (evaluation harnesses send their own)."""
     if not ids:
         raise invalid("prompt must not be empty", "prompt")
     small = all(0 <= t < 2**31 for t in ids)  # the engine names the bad id; the tokenizer cannot take it
@@ -112,8 +116,8 @@ def chat_prompt(
     tools: list[dict[str, Any]] | None = None,
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
-    """The rendered conversation. The template writes the special tokens itself, so ``encoder`` usually adds
-    none.
+    """Returns the rendered conversation. The template writes the special tokens itself, so ``encoder``
+    usually adds none.
 
     tools: the tools that the template writes.
     variables: other variables of the template.

@@ -27,8 +27,8 @@ class GrammarRequest:
 
 
 def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> GrammarRequest | None:
-    """The requested grammar; None if the answer is free text. 400 if two fields request one, or if another
-    field contradicts it.
+    """Returns the requested grammar; None if the answer is free text. It raises a 400 if two fields request
+    one, or if another field contradicts it.
 
     tools: how the answer uses tools.
     """

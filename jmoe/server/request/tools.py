@@ -18,7 +18,7 @@ AUTO = (
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How an answer uses tools.
+    """The way in which an answer uses tools.
 
     functions: the functions that it may call.
     choice: what the request demands of it.
@@ -33,18 +33,18 @@ class ToolUse:
 
     @property
     def grammar_maker(self) -> Callable[[], Grammar] | None:
-        """Makes the grammar of the answer; None if it is free text."""
+        """The function that makes the grammar of the answer; None if it is free text."""
         make = self.dialect.grammars[self.choice]
         return None if make is None else partial(make, self.functions)
 
     def reader(self) -> Reader:
-        """A reader of one answer."""
+        """Returns a reader of one answer."""
         return self.dialect.reader(self.choice, self.functions)
 
 
 def tool_use(body: ChatRequest) -> ToolUse | None:
-    """How the answer uses tools; None if it must not call one. 400 if tools and tool_choice do not fit
-    together or request something that is not supported."""
+    """Returns how the answer uses tools; None if it must not call one. It raises a 400 if tools and
+    tool_choice do not fit together or request something that is not supported."""
     choice = body.tool_choice
     if not body.tools:
         if choice not in (None, "none", "auto"):

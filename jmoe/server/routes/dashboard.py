@@ -28,7 +28,8 @@ POLICY = (
 
 
 async def page(service: Service, request: Request) -> Response:
-    """The page holds no data and needs no API key: it asks the user for one, which its events need."""
+    """Returns the page. It holds no data and needs no API key: the page requests one from the user, because
+    its events need one."""
     file = resources.files("jmoe.server").joinpath("pages/dashboard.html")
     text = await service.in_thread(lambda: file.read_text(encoding="utf-8"))
     nonce = secrets.token_urlsafe(16)
@@ -42,7 +43,8 @@ async def page(service: Service, request: Request) -> Response:
 
 
 async def stats(service: Service, request: Request) -> Response:
-    """Expert statistics since the start; with ``window`` or ``phase`` one report of the last seconds."""
+    """Returns expert statistics since the start; with ``window`` or ``phase`` one report of the last
+    seconds."""
     try:
         if not request.query_params:
             stats = service.engine.moe_stats

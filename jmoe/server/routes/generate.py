@@ -26,7 +26,7 @@ from jmoe.server.service import Service
 
 @dataclass(frozen=True)
 class Work:
-    """What a request asks of the engine.
+    """What a request wants from the engine.
 
     body: the checked request body.
     prompts: the request's prompts.

@@ -19,13 +19,13 @@ from jmoe.server.service import Service
 
 
 async def live(service: Service, request: Request) -> Response:
-    """200 while the engine is alive, also under load and while draining."""
+    """Answers 200 while the engine is alive, also under load and while draining."""
     service.check_alive()
     return json_response(Status("ok"))
 
 
 async def ready(service: Service, request: Request) -> Response:
-    """200 while new work is accepted. Load generators request it as /health, SageMaker as /ping."""
+    """Answers 200 while new work is accepted. Load generators request it as /health, SageMaker as /ping."""
     service.check_ready()
     return json_response(Status("ok"))
 

@@ -22,7 +22,10 @@ ERRORS = {
 
 
 def openapi_document(routes: Sequence[Route], version: str, model: str, *, with_key: bool) -> dict[str, Any]:
-    """A JSON-able OpenAPI 3.1 document of the routes that have a summary. model: the served model's name."""
+    """Returns a JSON-able OpenAPI 3.1 document of the routes that have a summary.
+
+    model: the served model's name.
+    """
     described = [route for route in routes if route.summary is not None]
     bodies = {route.body for route in described if route.body is not None}
     kinds = {kind for route in described for kind in route.answers.values()} | bodies | {Error}
@@ -68,7 +71,7 @@ def _content(route: Route, schemas: dict[type, Any]) -> dict[str, Any]:
 
 
 def _event(chunk: Any, error: Any) -> dict[str, Any]:
-    """One server-sent event of a stream."""
+    """Returns one server-sent event of a stream."""
     json = {
         "type": "string",
         "description": "A chunk, or an error where the answer fails",

@@ -16,7 +16,7 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Route:
-    """All that is known of one route.
+    """All that is known about one route.
 
     method: HTTP method; a GET route answers HEAD too.
     path: path pattern of Starlette, such as "/v1/models/{id:path}".

@@ -23,7 +23,8 @@ GENERATES = (400, 404, 408, 413, 415, 503)
 
 
 async def openapi(service: Service, request: Request) -> Response:
-    """It stands in this file because it describes the routes, of which it is one."""
+    """Returns the OpenAPI document. It stands in this file because it describes the routes, of which it is
+    one."""
     with_key = service.settings.api_key is not None
     make = partial(openapi_document, ROUTES, __version__, service.model, with_key=with_key)
     return json_response(await service.in_thread(make))

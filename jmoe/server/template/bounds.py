@@ -21,11 +21,11 @@ WIDTHS = {
 
 
 class TooLong(jinja2.TemplateRuntimeError):
-    """The time for one rendering is over."""
+    """A sign that the time for one rendering is over."""
 
 
 class TooLarge(jinja2.TemplateRuntimeError):
-    """A value would exceed the limit."""
+    """A sign that a value would exceed the limit."""
 
     def __init__(self) -> None:
         super().__init__(f"it makes a value of more than {MAX_SIZE} characters")
@@ -47,7 +47,7 @@ class Bounds:
             raise TooLong(f"it takes longer than {self._local.seconds:g} s")
 
     def in_time(self, values: Iterable[Any] | None) -> Iterator[Any]:
-        """Yields the values and checks the clock at each. None counts as empty: templates loop over tools
+        """Yields the values and checks the clock at each. A None counts as empty: templates loop over tools
         that a request does not have."""
         for value in () if values is None else values:
             self.check_clock()
@@ -64,7 +64,8 @@ class Bounds:
         return text
 
     def measured(self, value: Any) -> Any:
-        """Returns the value; TooLarge if its text would exceed the limit. Shared parts count each time."""
+        """Returns the value; raises TooLarge if its text would exceed the limit. Shared parts count each
+        time."""
         if value is None or isinstance(value, int | float):
             return value
         left, todo, visited = MAX_SIZE, [value], 0

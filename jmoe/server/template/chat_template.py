@@ -34,7 +34,7 @@ RESERVED = frozenset({
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises ValueError if it does not compile.
+    """A compiled chat template. The constructor raises ValueError if it does not compile.
 
     source: Jinja text.
     tokens: special tokens by name.
@@ -63,7 +63,7 @@ class ChatTemplate:
         self.tool_use = None if tool_use is None else ChatTemplate(tool_use, tokens, seconds)
 
     def chosen(self, tools: list[dict[str, Any]] | None) -> "ChatTemplate":
-        """The template for a conversation with these tools, or without any."""
+        """Returns the template for a conversation with these tools, or without any."""
         return self if tools is None or self.tool_use is None else self.tool_use
 
     @cached_property
@@ -119,7 +119,8 @@ class ChatTemplate:
 
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
-    """The template of a Hugging Face model directory; None if it has none. ValueError for a bad file.
+    """Returns the template of a Hugging Face model directory; None if it has none. A bad file raises
+    ValueError.
 
     Separate template files take precedence over ``tokenizer_config.json``, as in transformers;
     ``chat_template.json``, which processors have, is read last.
@@ -140,7 +141,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
 
 
 def load_turn_ends(directory: Path) -> tuple[str, ...]:
-    """Strings that end an assistant's turn: ``stop_strings`` of ``generation_config.json``."""
+    """Returns the strings that end an assistant's turn: ``stop_strings`` of ``generation_config.json``."""
     path = directory / "generation_config.json"
     try:
         config = json_object(path) if path.is_file() else {}
@@ -156,7 +157,8 @@ def load_turn_ends(directory: Path) -> tuple[str, ...]:
 
 
 def _from_files(directory: Path) -> dict[str, str]:
-    """Templates by name: ``chat_template.jinja`` is the default, the others are named after their files."""
+    """Returns templates by name: ``chat_template.jinja`` is the default, the others are named after their
+    files."""
     paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         paths[DEFAULT] = directory / "chat_template.jinja"
@@ -167,7 +169,7 @@ def _from_files(directory: Path) -> dict[str, str]:
 
 
 def _named_sources(template: Any) -> dict[str, str]:
-    """Templates by name. A config may hold one text, or named texts as a list or an object."""
+    """Returns templates by name. A config may hold one text, or named texts as a list or an object."""
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]
         template = {str(entry.get("name")): entry.get("template") for entry in named}
@@ -187,7 +189,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | str | None = None, **options: Any) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML characters, which would reach the model."""
+    """Returns plain JSON: Jinja's own filter escapes HTML characters, which would reach the model."""
     if indent is None:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
     parts, size = [], 0

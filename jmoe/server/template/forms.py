@@ -40,7 +40,10 @@ class Forms:
 
 
 def find_forms(render: Render) -> Forms:
-    """Finds the forms by rendering sample messages. render: raises any Exception if the template fails."""
+    """Finds the forms by rendering sample messages.
+
+    render: function that raises any Exception if the template fails.
+    """
     text = _try(render, _with_call(TEXT))
     made = _try(render, _with_call({KEY: WORD}))
     arguments_text = text is not None and TEXT in text
@@ -69,7 +72,8 @@ def _with_call(arguments: Any, content: Any = "") -> list[dict[str, Any]]:
 
 
 def _takes_list(render: Render, role: str) -> bool:
-    """Whether both words of a list of two text parts are written, but not Python's text of the list."""
+    """Returns whether both words of a list of two text parts are written, but not Python's text of the
+    list."""
     parts = [{"type": "text", "text": WORD}, {"type": "text", "text": OTHER}]
     messages = {
         "system": [{"role": "system", "content": parts}, {"role": "user", "content": "a question"}],

@@ -30,7 +30,8 @@ BUILTIN = (str, bytes, int, float, list, tuple, dict)
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what an assistant wrote, for training: it is rendered as if unmarked."""
+    """The tag ``{% generation %}``. It marks what an assistant wrote, for training: it is rendered as if
+    unmarked."""
 
     tags = {"generation"}  # noqa: RUF012
 

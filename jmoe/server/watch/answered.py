@@ -28,11 +28,11 @@ UNKNOWN = Watched("unknown")  # the route of unknown paths and of requests refus
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer, once it has ended.
+    """One answer that has ended.
 
     method: HTTP method of the request.
     route: route that answered, or UNKNOWN.
-    status: HTTP status; 499 if the client left before there was one.
+    status: HTTP status; it is 499 if the client left before there was one.
     seconds: time from the request to the answer's last byte.
     end_time: end time in seconds since 1970.
     request_id: id from the client or made by the server.
@@ -66,9 +66,10 @@ Observer = Callable[[Answered], None]
 
 
 class AnswerReports:
-    """Reports each answer to ``observers``. routes: the route of each endpoint.
+    """Reports each answer to ``observers``.
 
     A handler that begins a generation stores it in the request's state.
+    routes: the route of each endpoint.
     """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, Watched], observers: Sequence[Observer]):

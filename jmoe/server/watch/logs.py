@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def configure(form: str, level: str) -> None:
-    """Sends every logger's lines to standard error. Raises ValueError for an unknown format or level."""
+    """Sends every logger's lines to standard error. It raises ValueError for an unknown format or level."""
     form, level = typed("log_format", form, Format), typed("log_level", level, Level)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
@@ -43,12 +43,13 @@ def _log_unraisable(hook: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """``text`` with its control characters, line ends of every kind and marks of direction escaped."""
+    """Returns ``text`` with its control characters, line ends of every kind and marks of direction
+    escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class TextLines(logging.Formatter):
-    """``time level message key=value ...``; the lines of a traceback are indented."""
+    """Lines of the form ``time level message key=value ...``; the lines of a traceback are indented."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -63,7 +64,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """``{"time", "level", "logger", "message", ...}``, and "exception" if there is one."""
+    """Lines of the form ``{"time", "level", "logger", "message", ...}``, with "exception" if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -79,5 +80,5 @@ class JsonLines(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """The fields that were logged with ``extra={"fields": {...}}``."""
+    """Returns the fields that were logged with ``extra={"fields": {...}}``."""
     return getattr(record, "fields", {})

@@ -117,13 +117,18 @@ class Metrics:
     # ---- from the server -----------------------------------------------------------------------------
 
     def count_rejection(self, reason: str) -> None:
-        """Counts a refused request. reason: the 503's code, which the server defines."""
+        """Counts a refused request.
+
+        reason: the 503's code, which the server defines.
+        """
         self.rejections.labels(reason).inc()
         self.totals.rejected += 1
 
     def count_answer(self, method: str, status: int, route: str) -> None:
-        """Counts an answer. route: the route's pattern, never the requested path: clients could make any
-        number of paths."""
+        """Counts an answer.
+
+        route: the route's pattern, never the requested path: clients could make any number of paths.
+        """
         self.answers.labels(method if method in METHODS else "other", str(status), route).inc()
 
     def text(self) -> bytes:
@@ -159,7 +164,8 @@ class EngineCollector(Collector):
 
 
 def _moe_metrics(stats: dict[str, Any]) -> Iterator[Metric]:
-    """Metrics by layer over both phases: sums, mean active experts per step, and the balance of the ranks."""
+    """Yields metrics by layer over both phases: sums, mean active experts per step, and the balance of the
+    ranks."""
     active = GaugeMetricFamily(
         "jmoe_moe_active_experts", "Experts with a token, mean a step", labels=["layer"]
     )

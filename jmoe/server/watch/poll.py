@@ -20,18 +20,17 @@ STAYS = 30.0  # seconds of sampling after the last reader: a client that polls o
 
 
 class SamplingFailed(Exception):
-    """No new sample can be taken; the next reader tries again."""
+    """A sign that no new sample can be taken; the next reader tries again."""
 
 
 class Poll:
     """The poll, which runs on the event loop.
 
-    take: takes a new sample; it may wait for a step.
-    state: returns the fields of each report that are not in a sample.
-    in_thread: runs ``take`` and makes the reports on a thread.
-
     A reader waits for the newest sample and never queues older ones, so a slow reader costs only its own
     connection.
+    take: function that takes a new sample; it may wait for a step.
+    state: function that returns the fields of each report that are not in a sample.
+    in_thread: function that runs ``take`` and makes the reports on a thread.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Poll:
 
     async def reports(self, window: int, phase: ReportPhase) -> AsyncGenerator[bytes]:
         """Yields a JSON report per sample until the engine or the server ends; the first may cover no time.
-        Raises SamplingFailed if no sample can be taken."""
+        It raises SamplingFailed if no sample can be taken."""
         self.num_listeners += 1
         num_shown = 0  # number of the sample that was reported last
         try:
@@ -71,8 +70,8 @@ class Poll:
             self.last_read = time.monotonic()
 
     async def report(self, window: int, phase: ReportPhase) -> bytes:
-        """One report of the part of the window that was sampled: one second if there was no reader before.
-        Raises EngineDead if the engine has stopped."""
+        """Returns one report of the part of the window that was sampled: one second if there was no reader
+        before. It raises EngineDead if the engine has stopped."""
         async with contextlib.aclosing(self.reports(window, phase)) as reports:
             async for report in reports:
                 if len(self.samples) > 1:

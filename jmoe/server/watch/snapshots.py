@@ -80,8 +80,8 @@ def take_snapshot(snapshot: EngineSnapshot, stats: dict[str, Any], totals: Total
 
 
 def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
-    """int ``[layers, experts]``: the rank of each expert, from ``placement`` in the engine's statistics. If
-    that is absent, the ranks hold the experts in order and in equal shares."""
+    """Returns the rank of each expert, int ``[layers, experts]``, from ``placement`` in the engine's
+    statistics. If that is absent, the ranks hold the experts in order and in equal shares."""
     layers, experts = len(stats["model"]["moe_layers"]), stats["model"]["experts"]
     ranks = stats["mesh"]["expert"]
     if stats.get("placement") is not None:
@@ -90,7 +90,7 @@ def rank_of_expert(stats: dict[str, Any]) -> np.ndarray:
 
 
 def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
-    """int ``[layers, ranks]``: the number of assignments to each rank's experts."""
+    """Returns the number of assignments to each rank's experts, int ``[layers, ranks]``."""
     layers, ranks = len(rank_LE), int(rank_LE.max(initial=0)) + 1
     places = np.arange(layers)[:, None] * ranks + rank_LE
     sums = np.bincount(places.ravel(), counts_LE.ravel(), layers * ranks)  # exact up to 2^53
@@ -98,7 +98,8 @@ def load_by_rank(counts_LE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
 
 
 def window_report(old: Snapshot, new: Snapshot, phase: ReportPhase) -> dict[str, Any]:
-    """JSON-able report of what happened from ``old`` to ``new``. A ratio or percentile of nothing is None."""
+    """Returns a JSON-able report of what happened from ``old`` to ``new``. A ratio or percentile of nothing
+    is None."""
     return {
         "window_s": round(new.time - old.time, 3),
         "phase": phase,
@@ -138,7 +139,8 @@ def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
 
 
 def _placement(sample: Snapshot) -> list[list[int]] | None:
-    """The rank of each expert; None if the ranks hold every layer's experts in order, in equal shares."""
+    """Returns the rank of each expert; None if the ranks hold every layer's experts in order, in equal
+    shares."""
     rank_LE = sample.rank_LE
     ranks, experts = sample.mesh["expert"], rank_LE.shape[1]
     in_order = (rank_LE == np.arange(experts) * ranks // experts).all()

@@ -34,7 +34,8 @@ class Seconds:
 
 
 def percentile(counts: np.ndarray, share: float) -> float | None:
-    """The time that ``share`` of the counted times do not exceed, in seconds; None if nothing was counted."""
+    """Returns the time that ``share`` of the counted times do not exceed, in seconds; None if nothing was
+    counted."""
     total = int(counts.sum())
     if total == 0:
         return None

@@ -20,15 +20,18 @@ Attribute = str | int | float | list[str]
 
 
 def span_exporter(endpoint: str) -> SpanProcessor:
-    """A processor that sends spans in batches from its own thread. ValueError if ``endpoint`` is no http(s)
-    URL."""
+    """Returns a processor that sends spans in batches from its own thread. It raises ValueError if
+    ``endpoint`` is no http(s) URL."""
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"--otlp-traces-endpoint takes a URL, http://host:4318/v1/traces, got {endpoint!r}")
     return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
 
 
 class Tracer:
-    """An observer of answers. model: the served model's name."""
+    """An observer of answers.
+
+    model: the served model's name.
+    """
 
     def __init__(self, processor: SpanProcessor, model: str):
         self.model = model
@@ -103,7 +106,7 @@ def _request_attributes(request: Request, choices: int) -> dict[str, Attribute]:
 
 
 def _times(request: Request) -> dict[str, Attribute]:
-    """Times of the first choice in seconds, as far as it got."""
+    """Returns the times of the first choice in seconds, as far as it got."""
     if request.start_time is None:
         return {}
     times: dict[str, Attribute] = {"gen_ai.latency.time_in_queue": request.start_time - request.arrival_time}

@@ -37,7 +37,7 @@ def raise_descriptors() -> int:
 
 
 def open_descriptors() -> int:
-    """The number of open descriptors below 1024: new ones get the lowest numbers."""
+    """Returns the number of open descriptors below 1024: new ones get the lowest numbers."""
     return sum(map(_is_open, range(1024)))
 
 
@@ -65,13 +65,16 @@ class Crowd:
 
     @classmethod
     def from_descriptors(cls) -> "Crowd":
-        """A crowd limited by the descriptors that are neither open now nor reserved."""
+        """Returns a crowd limited by the descriptors that are neither open now nor reserved."""
         most = raise_descriptors()
         kept = min(max(most // 8, 24), 512)
         return cls(max(1, min(MAX_CONNECTIONS, most - open_descriptors() - kept)), kept // 6)
 
     def enter(self, connection: Any, count: int) -> Entry:
-        """Decides how a new connection is handled. count: number of connections including it."""
+        """Decides how a new connection is handled.
+
+        count: number of connections including it.
+        """
         if count <= self.limit:
             self.is_full = self.is_full and count > self.limit // 2  # then it may be logged again
             return "served"
@@ -87,7 +90,7 @@ class Crowd:
         return "probes" if count <= self.limit + self.num_spare else "refused"
 
     def only_probes(self, app: ASGIApp) -> ASGIApp:
-        """The application for a spare connection, which is closed after its first answer."""
+        """Returns the application for a spare connection, which is closed after its first answer."""
 
         async def probe(scope: Scope, receive: Receive, send: Send) -> None:
             async def send_and_close(message: Message) -> None:

@@ -54,7 +54,7 @@ class Origins(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """A refusal in the usual envelope."""
+        """Returns a refusal in the usual envelope."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
@@ -78,7 +78,7 @@ class Contained:
 
 
 class ApiKey:
-    """Admits requests with the key and requests of ``open_paths``, and denies everything else.
+    """Admits requests with the key and requests of ``open_paths``, and denies all others.
 
     It reads only ``scope["path"]``: headers could manipulate a URL rebuilt from them. It compares digests, in
     constant time, so that neither the key's length nor its beginning leaks.

@@ -29,7 +29,8 @@ MIN_CHUNK = 16  # least mean bytes per chunk if a body has more chunks
 
 
 class TinyChunks(h11.RemoteProtocolError):
-    """A body has too many tiny chunks: each costs the event loop as much as a whole request's head."""
+    """A sign that a body has too many tiny chunks: each costs the event loop as much as a whole request's
+    head."""
 
 
 class Connection(h11.Connection):

@@ -52,7 +52,7 @@ class Result:
     gaps: seconds between the events of its tokens.
     input_tokens: prompt tokens that the server reported.
     output_tokens: generated tokens.
-    has_usage: whether the server reported the tokens; else ``output_tokens`` counts events.
+    has_usage: whether the server reported the tokens; otherwise ``output_tokens`` counts events.
     moe: what lossy techniques did to it, if the server reports it.
     cause: reason of the failure; None = it did not fail.
     lag: seconds by which it was sent late.
@@ -90,7 +90,10 @@ def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes
 
 
 def read_stream(answer: HttpAnswer, max_tokens: int) -> Result:
-    """The result of a streamed answer. max_tokens: the most tokens that it may have."""
+    """Returns the result of a streamed answer.
+
+    max_tokens: the most tokens that it may have.
+    """
     result = Result(send_time=answer.send_time)
     if answer.status != 200:
         result.cause = f"HTTP {answer.status}: {error_text(answer.body)}"
@@ -136,7 +139,7 @@ def _count(result: Result, usage: ServerUsage) -> None:
 
 
 def read_json(answer: HttpAnswer, name: str) -> Any:
-    """The answer's JSON. Raises Failure with ``name`` if the answer is an error or not JSON."""
+    """Returns the answer's JSON. It raises Failure with ``name`` if the answer is an error or not JSON."""
     if answer.status != 200:
         raise Failure(f"{name}: HTTP {answer.status}: {error_text(answer.body)}")
     try:
@@ -146,7 +149,7 @@ def read_json(answer: HttpAnswer, name: str) -> Any:
 
 
 def error_text(body: bytes) -> str:
-    """The message in an error's body, on one line."""
+    """Returns the message in an error's body, on one line."""
     try:
         said = msgspec.json.decode(body)
     except msgspec.MsgspecError:

@@ -48,7 +48,7 @@ class HttpConnection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]
 
     def ask(self, request: h11.Request, body: bytes) -> asyncio.Future:
-        """Sends a request; the future's result is the whole ``Answer``."""
+        """Sends a request; the future's result is the whole ``HttpAnswer``."""
         assert self.transport is not None
         self.answer = HttpAnswer(send_time=time.perf_counter())
         self.answer_future = asyncio.get_running_loop().create_future()
@@ -125,7 +125,7 @@ class Client:
         self.idle_connections: list[HttpConnection] = []
 
     async def send(self, method: str, path: str, body: bytes = b"") -> HttpAnswer:
-        """Sends a request and returns its answer with any status. Raises Failure if there is no answer."""
+        """Sends a request and returns its answer with any status. It raises Failure if there is no answer."""
         headers = [*self.headers, ("Content-Length", str(len(body)))]
         request = h11.Request(method=method, target=self.prefix + path, headers=headers)
         try:

@@ -36,7 +36,7 @@ class Load:
     """The calls of a benchmark.
 
     calls: calls in the order of their times.
-    is_timed: False = all are due at once.
+    is_timed: whether calls are due at their times; otherwise all are due at once.
     block_size: tokens of a block of ``LoadCall.blocks``.
     """
 
@@ -83,10 +83,10 @@ def read_trace(
     """Reads the calls of a ``.jsonl(.gz)`` with ``timestamp`` (ms), ``input_length``, ``output_length`` and,
     as in Mooncake's traces, ``hash_ids``.
 
+    It raises ValueError that names a line without these fields.
     time_scale: factor of the times.
     length_scale: factor of the lengths, also of a block's.
     max_requests: the most calls to read; None = all.
-    Raises ValueError that names a line without these fields.
     """
     if time_scale < 0 or length_scale <= 0:
         raise ValueError("time-scale must be at least 0 and length-scale above 0")

@@ -14,8 +14,8 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
 def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
-    """Latencies in milliseconds: to the first token; per later token, by request; between tokens; of whole
-    requests."""
+    """Returns latencies in milliseconds: to the first token; per later token, by request; between tokens; of
+    whole requests."""
     found: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for r in results:
         found["ttft"].append((r.first_token_time - r.send_time) * 1e3)
@@ -27,12 +27,12 @@ def latencies(results: Iterable[Result]) -> dict[str, list[float]]:
 
 
 def per_token(r: Result) -> float | None:
-    """Milliseconds per token after the first; None if there is no second token."""
+    """Returns the milliseconds per token after the first; None if there is no second token."""
     return (r.end_time - r.first_token_time) * 1e3 / (r.output_tokens - 1) if r.output_tokens > 1 else None
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Statistics of ``values``; zeros if nothing was measured, as in vLLM."""
+    """Returns statistics of ``values``; zeros if nothing was measured, as in vLLM."""
     some = values or [0.0]
     return {
         f"mean_{name}_ms": float(np.mean(some)),
@@ -44,7 +44,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def peak_concurrency(results: Iterable[Result]) -> int:
-    """The largest number of requests that were in flight together."""
+    """Returns the largest number of requests that were in flight together."""
     changes = [(r.send_time, 1) for r in results] + [(r.end_time, -1) for r in results]
     now = most = 0
     for _, change in sorted(changes):
@@ -54,7 +54,7 @@ def peak_concurrency(results: Iterable[Result]) -> int:
 
 
 def peak_tokens(results: Iterable[Result]) -> int:
-    """The number of token events in the busiest second."""
+    """Returns the number of token events in the busiest second."""
     times = [t for r in results for t in r.token_times]
     start = min(times, default=0.0)
     seconds = collections.Counter(int(t - start) for t in times)
@@ -62,7 +62,10 @@ def peak_tokens(results: Iterable[Result]) -> int:
 
 
 def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float) -> float:
-    """Requests per second within every limit. limits: milliseconds by name of ``LATENCIES``, except itl."""
+    """Returns the requests per second within every limit.
+
+    limits: milliseconds by name of ``LATENCIES``, except itl.
+    """
     good = 0
     for r in results:
         measured = {"ttft": (r.first_token_time - r.send_time) * 1e3, "tpot": per_token(r) or 0.0}
@@ -72,8 +75,8 @@ def goodput(results: Sequence[Result], limits: dict[str, float], seconds: float)
 
 
 def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
-    """Assignments of tokens to experts and what lossy techniques did to them, in total and as shares; None
-    if the server reports none."""
+    """Returns the assignments of tokens to experts and what lossy techniques did to them, in total and as
+    shares; None if the server reports none."""
     counts = [r.moe for r in results if r.moe is not None]
     if not counts:
         return None
@@ -83,15 +86,15 @@ def lossy_counts(results: Iterable[Result]) -> dict[str, float] | None:
 
 
 def lag(results: Iterable[Result]) -> dict[str, float]:
-    """Milliseconds by which requests were sent after they were due."""
+    """Returns the milliseconds by which requests were sent after they were due."""
     late = [r.lag * 1e3 for r in results] or [0.0]
     median, p99 = np.percentile(late, [50, 99]).tolist()
     return {"median_ms": median, "p99_ms": p99, "max_ms": max(late)}
 
 
 def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str, Any]:
-    """All measures of a run. Failed requests are counted by cause; among the other measures they affect only
-    the duration, the peak concurrency, the lag and the client's CPU time."""
+    """Returns all measures of a run. Failed requests are counted by cause; among the other measures they
+    affect only the duration, the peak concurrency, the lag and the client's CPU time."""
     good = [r for r in replay.results if r.cause is None]
     failed = collections.Counter(r.cause for r in replay.results if r.cause is not None)
     seconds = replay.seconds
@@ -120,7 +123,8 @@ def summary(replay: Replay, limits: dict[str, float] | None = None) -> dict[str,
 
 
 def details(results: Sequence[Result]) -> dict[str, list[Any]]:
-    """One entry per request, in the order in which they were due; times in seconds from the first request."""
+    """Returns one entry per request, in the order in which they were due; times are in seconds from the first
+    request."""
     start = min(r.send_time for r in results)
     return {
         "start_times": [r.send_time - start for r in results],

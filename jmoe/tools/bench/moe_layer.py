@@ -39,7 +39,7 @@ class Point:
 
 
 def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
-    """The model config from a TOML of sizes, or from a model's directory."""
+    """Returns the model config from a TOML of sizes, or from a model's directory."""
     if model.endswith(".toml"):
         cfg = ModelConfig.from_file(Path(model))
         return cfg if dtype == "auto" else dataclasses.replace(cfg, dtype=dtype)
@@ -59,8 +59,8 @@ def bench_moe_layer(
     """Measures medians over ``iterations`` of a run through ``layers`` layers of random weights, one after
     another, so that caches do not hold them.
 
+    The GB/s count each active expert's weights once.
     active: numbers of experts to which the largest batch is confined in more rows.
-    GB/s counts each active expert's weights once.
     """
     cfg = layer_config(model, dtype)
     if not cfg.num_experts:
@@ -113,7 +113,7 @@ def make_layers(cfg: ModelConfig, count: int, dtype: jnp.dtype) -> Layers:
 
 
 def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
-    """A jitted run through all layers: (x, ids, layers) -> x plus the outputs of the layers."""
+    """Returns a jitted run through all layers: (x, ids, layers) -> x plus the outputs of the layers."""
 
     @jax.jit
     def run(x_TD: Array, ids_TK: Array, layers: Layers) -> Array:
@@ -128,7 +128,7 @@ def layer_step(kernel: Any) -> Callable[[Array, Array, Layers], Array]:
 
 
 def random_routing(point: Point, k: int) -> np.ndarray:
-    """``k`` distinct experts for each token, drawn uniformly from the allowed ones, ``[T, K]``."""
+    """Returns ``k`` distinct experts for each token, drawn uniformly from the allowed ones, ``[T, K]``."""
     rng = np.random.default_rng(0)
     return np.stack([rng.permutation(point.num_experts)[:k] for _ in range(point.tokens)]).astype(np.int32)
 

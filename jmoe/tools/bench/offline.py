@@ -75,8 +75,8 @@ def bench_throughput(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Medians over ``iterations`` rounds of the whole load, after a round of its first two requests to warm
-    up."""
+    """Returns medians over ``iterations`` rounds of the whole load, after a round of its first two requests
+    to warm up."""
     _check(iterations)
     limits = dataclasses.replace(limits, context=_context(model, settings))
     load, clipped = clip(load, limits)
@@ -138,7 +138,7 @@ def _check(iterations: int) -> None:
 
 
 def _context(model: str, settings: EngineSettings) -> int:
-    """The context length, which is known before anything is loaded."""
+    """Returns the context length, which is known before anything is loaded."""
     return resolve(model, settings).max_model_len
 
 
@@ -149,7 +149,7 @@ def _counted(engine: Engine, load: Load, seed: int, count: Callable[[int], None]
 
 
 def _spread(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median and P99; None if nothing was measured: answers of one token have no gaps."""
+    """Returns the median and P99; None if nothing was measured: answers of one token have no gaps."""
     if not seconds:
         return {f"{name}_median_ms": None, f"{name}_p99_ms": None}
     return {

@@ -19,7 +19,8 @@ class PromptSource:
     """What prompts are made of.
 
     units: token ids or words.
-    is_text: whether prompts are consecutive units, because these are a text; else units are drawn one by one.
+    is_text: whether prompts are consecutive units, because these are a text; otherwise units are drawn one by
+        one.
     seed: seed of the random draws.
     """
 
@@ -36,7 +37,7 @@ class PromptSource:
         return [units[i] for i in rng.integers(len(units), size=length)]
 
     def prompt(self, number: int, call: LoadCall, block: int) -> list:
-        """The prompt of request ``number``; calls with the same first blocks share their units."""
+        """Returns the prompt of request ``number``; calls with the same first blocks share their units."""
         if not call.blocks:
             return self.draw(OWN, number, call.input_length)
         units: list = []

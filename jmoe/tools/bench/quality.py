@@ -26,7 +26,8 @@ class ServerScorer:
 
     client: connection to the server.
     model: served model name.
-    concurrency: requests at a time; lossy techniques act on batches, so several should run together.
+    concurrency: number of requests at a time; lossy techniques act on batches, so several should run
+        together.
     """
 
     client: Client
@@ -34,7 +35,8 @@ class ServerScorer:
     concurrency: int = 8
 
     async def score(self, ids: list[int], start: int, *, exact: bool) -> list[float]:
-        """Log-probabilities of ``ids[start:]``, each given all ids before it; start is at least 1."""
+        """Returns the log-probabilities of ``ids[start:]``, each conditional on all ids before it; start is
+        at least 1."""
         ask = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
         choice = await self._ask(ask, exact)
         return choice["logprobs"]["token_logprobs"][start : len(ids)]
@@ -61,7 +63,7 @@ class ServerScorer:
 
 
 async def prompt_quality(scorer: ServerScorer, windows: list[list[int]]) -> dict[str, float]:
-    """Perplexity of the windows as served and exact; a window's first token is not scored."""
+    """Returns the perplexity of the windows as served and exact; a window's first token is not scored."""
     nll = {}
     for exact in (False, True):
         scored = await scorer.each(lambda ids, exact=exact: scorer.score(ids, 1, exact=exact), windows)
@@ -104,7 +106,8 @@ async def decode_quality(scorer: ServerScorer, windows: list[list[int]]) -> dict
 
 
 async def quality(scorer: ServerScorer, windows: list[list[int]]) -> dict[str, dict[str, float]]:
-    """Both qualities; the windows have at least two tokens. Failure if the server refuses a request."""
+    """Returns both qualities; the windows have at least two tokens. It raises Failure if the server refuses a
+    request."""
     return {
         "prompt": await prompt_quality(scorer, windows),
         "decode": await decode_quality(scorer, windows),

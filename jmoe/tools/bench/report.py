@@ -21,7 +21,7 @@ def line(name: str, value: float | str | None) -> str:
 
 
 def block(report: dict[str, Any]) -> list[str]:
-    """The lines of ``============ Serving Benchmark Result ============``."""
+    """Returns the lines of ``============ Serving Benchmark Result ============``."""
     settings = report["settings"]
     lines = [
         f"{' Serving Benchmark Result ':=^{WIDTH}}",
@@ -55,7 +55,8 @@ def block(report: dict[str, Any]) -> list[str]:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """Other facts that a reader must know: failures, clipping, lateness, caching, lossy techniques."""
+    """Returns other facts that a reader must know: failures, clipping, lateness, caching, lossy
+    techniques."""
     lines = [f"failed, {count} times: {cause}" for cause, count in report["failures"].items()]
     clipped = report["clipped"]
     if any(clipped.values()):
@@ -83,7 +84,8 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def quality_lines(quality: dict[str, Any]) -> list[str]:
-    """Lines that compare exact answers with answers as served, by prompt scoring and by generation."""
+    """Returns lines that compare exact answers with answers as served, by prompt scoring and by
+    generation."""
     prompt, decode = quality["prompt"], quality["decode"]
     return [
         f"{' Quality ':-^{WIDTH}}",

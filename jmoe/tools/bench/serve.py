@@ -29,7 +29,8 @@ GOODPUT = ("ttft", "tpot", "e2el")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The flags of ``jmoe bench serve``, under their names. Raises ValueError for a bad value."""
+    """The flags of ``jmoe bench serve``, under their names. The constructor raises ValueError for a bad
+    value."""
 
     base_url: str = "http://127.0.0.1:8000"
     served_model: str | None = None
@@ -83,7 +84,7 @@ class ServeOptions:
         return self.prompt_form or ("text" if self.endpoint == "chat" else "ids")
 
     def load(self) -> Load:
-        """The load to send, before clipping."""
+        """Returns the load to send, before clipping."""
         if self.trace is None:
             lengths = self.num_prompts, self.input_len, self.output_len
             return synthetic(*lengths, self.request_rate, self.burstiness, self.seed)
@@ -91,8 +92,8 @@ class ServeOptions:
         return read_trace(self.trace, **scales, max_requests=self.max_requests)
 
     def described(self) -> dict[str, Any]:
-        """The options as JSON-able values, without the API key; request_rate is None with a trace or if all
-        requests are due at once."""
+        """Returns the options as JSON-able values, without the API key; request_rate is None with a trace or
+        if all requests are due at once."""
         values = dataclasses.asdict(self) | {"prompt_form": self.form}
         del values["api_key"]
         values["request_rate"] = (
@@ -110,9 +111,9 @@ def _plain(value: Any) -> Any:
 def bench_serve(
     options: ServeOptions, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Runs the benchmark and returns the report. ValueError if nothing can be measured.
+    """Runs the benchmark and returns the report. It raises ValueError if nothing can be measured.
 
-    progress: called with (ended requests, all requests).
+    progress: function called with (ended requests, all requests).
     """
     try:
         return asyncio.run(_bench(options, progress))
@@ -158,7 +159,7 @@ async def _bench(options: ServeOptions, progress: Callable[[int, int], None]) ->
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """The beginning of the files' text; ValueError if they hold no text."""
+    """Returns the beginning of the files' text; raises ValueError if they hold no text."""
     text = ""
     for document in round_robin([read_documents(path) for path in paths]):
         text += document + "\n"
@@ -170,8 +171,9 @@ def read_text(paths: Sequence[Path]) -> str:
 
 
 async def prompt_source(client: Client, model: str, options: ServeOptions, text: str) -> PromptSource:
-    """The source of prompts: ``text`` in its order. Without a text: common words, or token ids drawn
-    uniformly from --vocab-size or from the ids of common words. ValueError if ids are wanted and unknown."""
+    """Returns the source of prompts: ``text`` in its order. Without a text, it is common words, or token ids
+    drawn uniformly from --vocab-size or from the ids of common words. It raises ValueError if ids are wanted
+    and unknown."""
     if options.form == "text":
         return PromptSource((text or COMMON).split(), is_text=bool(text), seed=options.seed)
     if options.vocab_size is not None and not text:
@@ -185,7 +187,7 @@ async def prompt_source(client: Client, model: str, options: ServeOptions, text:
 
 
 def request_body(options: ServeOptions, model: str, units: list, output_length: int) -> bytes:
-    """The body of a streamed generation; a null in --extra-body removes a field."""
+    """Returns the body of a streamed generation; a null in --extra-body removes a field."""
     content: Any = " ".join(units) if options.form == "text" else units
     prompt: dict[str, Any] = {"prompt": content}
     if options.endpoint == "chat":
@@ -204,7 +206,8 @@ def request_body(options: ServeOptions, model: str, units: list, output_length: 
 
 
 async def _warm_up(client: Client, options: ServeOptions, model: ServedModel, source: PromptSource) -> None:
-    """Sends short requests that are not measured; Failure if one fails, since the others would fail too."""
+    """Sends short requests that are not measured; raises Failure if one fails, since the others would fail
+    too."""
     for number in range(options.num_warmups):
         body = request_body(options, model.name, source.draw(2, number, 8), 2)
         result = await generate(client, PATHS[options.endpoint], body, 2)

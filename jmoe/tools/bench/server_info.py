@@ -13,15 +13,18 @@ PREFIX = re.compile(r"^(?:jmoe_|vllm:)prefix_cache_(queries|hits)_total(?:\{[^}]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A served model. context: limit on the tokens of prompt and answer; None = not reported."""
+    """A served model.
+
+    context: limit on the tokens of prompt and answer; None = not reported.
+    """
 
     name: str
     context: int | None
 
 
 async def served_model(client: Client, name: str | None) -> ServedModel:
-    """The model called ``name``, or without a name the only one. ValueError if there is not exactly one. With
-    a name, a server that lists no models is accepted too."""
+    """Returns the model called ``name``, or without a name the only one; it raises ValueError if there is not
+    exactly one. With a name, the server need not list the model."""
     answer = await client.send("GET", "/v1/models")
     if name is not None and answer.status != 200:
         return ServedModel(name, None)
@@ -36,13 +39,15 @@ async def served_model(client: Client, name: str | None) -> ServedModel:
 
 
 async def tokenize(client: Client, model: str, text: str) -> list[int]:
-    """Token ids of ``text`` from the server's /tokenize. Raises Failure if the server has no /tokenize."""
+    """Returns the token ids of ``text`` from the server's /tokenize. It raises Failure if the server has no
+    /tokenize."""
     body = msgspec.json.encode({"model": model, "prompt": text, "add_special_tokens": False})
     return read_json(await client.send("POST", "/tokenize", body), "/tokenize")["tokens"]
 
 
 async def prefix_counts(client: Client) -> dict[str, float] | None:
-    """Prompt tokens looked up and found in the prefix cache so far; None if /metrics does not report them."""
+    """Returns the prompt tokens looked up and found in the prefix cache so far; None if /metrics does not
+    report them."""
     try:
         answer = await client.send("GET", "/metrics")
     except Failure:
@@ -56,7 +61,7 @@ async def prefix_counts(client: Client) -> dict[str, float] | None:
 
 
 def hit_rate(before: dict[str, float] | None, after: dict[str, float] | None) -> float | None:
-    """The share of found tokens among those looked up in between; None if none were."""
+    """Returns the share of found tokens among those looked up in between; None if none were looked up."""
     if before is None or after is None or after["queries"] <= before["queries"]:
         return None
     return (after["hits"] - before["hits"]) / (after["queries"] - before["queries"])

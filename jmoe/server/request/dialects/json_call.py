@@ -19,14 +19,14 @@ NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fals
 
 
 def arguments_grammar(functions: Sequence[Function]) -> Grammar:
-    """The grammar of the arguments of the only function."""
+    """Returns the grammar of the arguments of the only function."""
     [function] = functions
     bounded(function.parameters)
     return schema_grammar(_parameters(function))
 
 
 def call_grammar(functions: Sequence[Function]) -> Grammar:
-    """The grammar of a call of one of the functions."""
+    """Returns the grammar of a call of one of the functions."""
     bounded([function.parameters for function in functions])
     calls, rules, spaced = [], [], {"x-guidance": {"whitespace_pattern": WHITESPACE}}
     for i, function in enumerate(functions):
@@ -36,7 +36,7 @@ def call_grammar(functions: Sequence[Function]) -> Grammar:
 
 
 def _opening(name: str) -> str:
-    """The text of a call before its arguments, if the model chooses the function."""
+    """Returns the text of a call before its arguments, if the model chooses the function."""
     return f'{{"name": "{name}", "arguments": '
 
 
@@ -78,7 +78,7 @@ class CallReader:
         return []
 
     def _inside(self, c: str) -> bool:
-        """Whether ``c`` belongs to the arguments; what follows their last brace closes the call."""
+        """Returns whether ``c`` belongs to the arguments; what follows their last brace closes the call."""
         inside = not self.is_complete
         if self.in_string:
             self.in_string = self.is_escaped or c != '"'
