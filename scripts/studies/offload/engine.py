@@ -65,7 +65,7 @@ class Bench(NamedTuple):
 
 
 def measure(data: Path, model: str, dry: bool = False) -> dict[str, Any]:
-    """The ``engine`` part."""
+    """Returns the figures of the ``engine`` part."""
     start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "profile.npz")
