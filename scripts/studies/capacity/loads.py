@@ -99,7 +99,7 @@ class Published:
 
 
 def read_published(routing: Path) -> dict[tuple[str, str], list[Published]]:
-    """(model, domain) -> its layers, of every ``token_expert`` file there is."""
+    """Returns the layers by (model, domain), from all ``token_expert`` files in the folder."""
     found = {}
     for model, (name, experts, k) in MODELS.items():
         for path in sorted(routing.glob(f"token_expert_{name}_*.csv.xz")):
