@@ -82,7 +82,7 @@ def random_model(dry: bool) -> tuple[ModelConfig, nnx.Module]:
 
 
 class DecodeBench:
-    """Runs decode steps of a random model at a context of ``CONTEXT`` tokens."""
+    """Runs decode steps of a random model at a context of ``CONTEXT`` tokens, the largest batch first."""
 
     def __init__(self, batches: tuple[int, ...], dry: bool):
         self.cfg, model = random_model(dry)

@@ -118,7 +118,7 @@ class Bench:
         return self._median(lambda: chain(x_ND, self.pool, self.store)) / LAYERS
 
     def rows_for(self, seconds: float) -> int:
-        """Returns a number of rows with which a layer takes ``seconds`` or more, at most about 8192."""
+        """Returns a number of rows with which a layer takes ``seconds`` or more, or 8192."""
         rows = self.slots - 1
         while rows < 8192 and not self.dry and self.chain_seconds(rows, prefetch=False) < seconds:
             rows *= 2

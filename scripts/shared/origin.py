@@ -29,7 +29,8 @@ def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, 
     """Returns the date, the processor, the cores and the packages' versions.
 
     packages: the packages whose versions are returned.
-    python: the interpreter that may have other versions than this one, if there is one.
+    python: the interpreter whose versions are returned, except those of jmoe and jax; without it, all
+        versions are those of this one.
     """
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Hostile and broken clients on a real socket meet every limit; memory stays flat, the engine gets free."""
+"""Hostile and broken clients on a real socket meet every limit. Memory stays flat, the engine gets free."""
 
 import asyncio
 import contextlib

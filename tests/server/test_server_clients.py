@@ -354,7 +354,7 @@ def test_usage_is_null_until_the_last_chunk_where_it_was_requested(client):
 
 
 def test_cached_tokens_are_those_that_no_answer_computed(client):
-    """If a prompt has several answers, the first computes tokens that the others find in the cache."""
+    """Cached tokens are those that no answer computed. One of a prompt's answers computes, others find."""
     engine, found = client.service.engine, iter([0, 3, 3, 2])
     submit = engine.submit
 
