@@ -41,7 +41,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def compare(singles: list[Any], batched: list[Any]) -> dict[str, Any]:
-    """How many answers differ, and by how much log-probabilities do before they do."""
+    """Returns how many answers differ, and the largest difference of log-probabilities before they differ."""
     changed, worst = 0, 0.0
     for a, b in zip(singles, batched, strict=True):
         same = next(
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def answers(results: dict[str, Any]) -> str:
-    """Returns the table, a row for each dtype and case."""
+    """Returns the table, which has a row for each dtype and case."""
     rows = [
         [
             dtype,

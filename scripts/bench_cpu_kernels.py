@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
 
 
 def read_bandwidth(arrays: list[Any], threads: int, passes: int = 5) -> float:
-    """Bytes a second that ``threads`` threads read of the arrays."""
+    """Measures the bytes a second that ``threads`` threads read from the arrays."""
     import numpy as np
 
     flat = [part for a in arrays for part in np.array_split(a.reshape(-1).view(np.uint64), 2 * threads)]
@@ -45,7 +45,7 @@ def read_bandwidth(arrays: list[Any], threads: int, passes: int = 5) -> float:
 
 
 def make_layers(cfg: Any, count: int) -> list[Any]:
-    """Weights of ``count`` layers, random, kept as the loader keeps them."""
+    """Returns random weights of ``count`` layers, kept in memory in the same way as by the loader."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -66,7 +66,7 @@ def make_layers(cfg: Any, count: int) -> list[Any]:
 
 
 def step(implementation: Any, k: int) -> Any:
-    """A jitted run through all layers: (x, ids, layers) -> y."""
+    """Returns a jitted run through all layers: (x, ids, layers) -> y."""
     import jax
     import jax.numpy as jnp
 
@@ -85,7 +85,7 @@ def step(implementation: Any, k: int) -> Any:
 
 
 def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
-    """Each token's ``k`` distinct experts of the first ``allowed``."""
+    """Returns for each token ``k`` distinct experts among the first ``allowed`` ones."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
 
 
 def measure(runs: dict[str, Any], x: Any, ids: Any, layers: list[Any], rounds: int) -> dict[str, float]:
-    """The median seconds a layer of each run, taken in turn."""
+    """Measures the median seconds a layer of each run. The runs take turns."""
     import jax
 
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -108,7 +108,7 @@ def measure(runs: dict[str, Any], x: Any, ids: Any, layers: list[Any], rounds: i
 
 
 def linearity(active: list[int], seconds: list[float]) -> tuple[float, float, float]:
-    """(seconds fixed, seconds an active expert, R squared) of a straight line through the points."""
+    """Returns (fixed seconds, seconds an active expert, R squared) of a straight line through the points."""
     slope, fixed = statistics.linear_regression(active, seconds)
     return fixed, slope, statistics.correlation(active, seconds) ** 2
 

@@ -75,7 +75,14 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 @dataclass
 class Served:
-    """A server's process group, its URL and what a load must say to it."""
+    """A running server.
+
+    process: the leader of the server's process group.
+    url: its URL.
+    model: the model's name in a request.
+    extra: more fields of a request's body.
+    prompt_form: the form of a prompt that it takes.
+    """
 
     process: subprocess.Popen
     url: str
@@ -88,7 +95,7 @@ class Served:
 
 
 def copy_without_ends(directory: Path, folder: Path) -> None:
-    """The checkpoint under ``folder``, its weights linked, with no token that ends a text."""
+    """Copies the checkpoint to ``folder`` without a token that ends a text. Its weights are links."""
     for path in directory.iterdir():
         if path.name not in ("config.json", "generation_config.json"):
             (folder / path.name).symlink_to(path.resolve())
@@ -115,7 +122,7 @@ def serving(
     prompt_form: Literal["ids", "text"] = "text",
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Served]:
-    """The server once it answers /health; raises SystemExit with the end of its log where it does not."""
+    """Yields the server once it answers /health. Otherwise raises SystemExit with the end of its log."""
     url = f"http://127.0.0.1:{port}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with this process
     with log.open("wb") as file:
@@ -161,7 +168,7 @@ def jmoe_words(args: argparse.Namespace, directory: Path, port: int) -> list[str
 def measured(
     served: Served, args: argparse.Namespace, seed: int, concurrency: int, requests: int, output_len: int
 ) -> dict:
-    """The report of one round; raises SystemExit where a request failed."""
+    """Returns the report of one round. Raises SystemExit if a request failed."""
     report = bench_serve(
         ServeOptions(
             base_url=served.url,
@@ -182,13 +189,13 @@ def measured(
 
 
 def take_turns(servers: dict[str, Served], args: argparse.Namespace, concurrency: int) -> dict[str, dict]:
-    """Every figure's samples by server; raises SystemExit where their token counts differ.
+    """Returns the samples of every figure by server. Raises SystemExit if their token counts differ.
 
-    The servers are stopped before and afterwards.
+    The servers are stopped before and after this.
     """
     requests = args.requests or 4 * concurrency
     samples: dict[str, dict[str, list[Any]]] = {name: {key: [] for key in KEPT} for name in servers}
-    for turn in range(-1, args.rounds):  # the first warms up
+    for turn in range(-1, args.rounds):  # the first round warms up
         counts = {}
         for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
             servers[name].signal(signal.SIGCONT)
@@ -215,7 +222,7 @@ def main() -> None:
     parser, args = arguments()
     peer: Peer = PEERS[args.peer]
     wanted = args.peer_command or peer.command
-    folder = Path(sys.executable).parent  # programs of this environment, whether it is activated or not
+    folder = Path(sys.executable).parent  # the programs of this environment, even if it is not activated
     command = shutil.which(wanted) or shutil.which(wanted, path=folder)
     if command is None:
         raise SystemExit(f"no command {wanted}: {peer.install}, or --peer-command PATH")

@@ -22,7 +22,7 @@ from shared.serving_report import write_part
 
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 
-# File, length scale, time scale: prompts of about 300 and 700 tokens, about 8 arrivals a second.
+# the file, the length scale, the time scale: prompts have about 300 and 700 tokens, 8 or so arrive a second
 TRACES = {
     "azure": ("azure_llm_2023_conv.jsonl.gz", 1 / 4, 1 / 2),
     "mooncake": ("mooncake_conversation.jsonl.gz", 1 / 16, 1 / 3),
@@ -52,7 +52,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def replayed(args: argparse.Namespace, name: str, setting: str) -> dict[str, Any]:
-    """What a fresh server's clients saw of one trace."""
+    """Replays one trace on a fresh server and returns what its clients saw."""
     file, length, time = TRACES[name]
     port, flags = free_port(), SETTINGS[setting]
     words = [sys.executable, "-m", "jmoe.cli", "serve", args.model, "--port", str(port)]

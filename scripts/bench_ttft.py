@@ -53,7 +53,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 class Bench:
-    """An engine of ``slots`` slots with ``pool`` times the pages that the largest case needs."""
+    """An engine with ``slots`` slots and ``pool`` times the pages that the largest case needs."""
 
     def __init__(self, directory: Path, args: argparse.Namespace, slots: int, pool: int):
         from jmoe import LLM
@@ -76,7 +76,7 @@ class Bench:
             enable_prefix_caching=False,
             warm_up=False,
         ).engine
-        self.engine.codec = None  # token ids only
+        self.engine.codec = None  # only token ids
         self.num_requests = 0
 
     def _requests(self, count: int, new: int) -> list[Any]:
@@ -95,7 +95,7 @@ class Bench:
         ]
 
     def first_tokens(self, count: int, busy: int) -> list[float]:
-        """Milliseconds to the first token of each of ``count`` requests while ``busy`` others decode."""
+        """Measures the milliseconds to the first token of ``count`` requests while ``busy`` others decode."""
         others = self._requests(busy, self.room)
         self.engine.add(others)
         while not all(request.token_ids for request in others):
@@ -113,7 +113,7 @@ class Bench:
 
 
 def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry a case: slots, pool, requests, busy, ttft_ms, best_ms, ratio."""
+    """Returns one entry a case: slots, pool, requests, busy, ttft_ms, best_ms, ratio."""
     sizes = [(slots, pool) for slots in sorted(args.slots) for pool in sorted(args.pools)]
     benches = {size: Bench(directory, args, *size) for size in sizes}
     found = []
@@ -131,10 +131,12 @@ def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def in_turn(benches: list[Bench], count: int, busy: int, rounds: int) -> list[list[float]]:
-    """A list of each engine's rounds, which take turns: what slows the machine down for a while slows them
-    all down."""
+    """Returns a list of rounds for each engine.
+
+    The engines take turns, so that all of them are slower when the machine is slower for a while.
+    """
     for bench in benches:
-        for _ in range(2):  # to compile, and to warm up
+        for _ in range(2):  # one run compiles, one warms up
             bench.first_tokens(count, busy)
     times = [[statistics.median(bench.first_tokens(count, busy)) for bench in benches] for _ in range(rounds)]
     return [list(of_one) for of_one in zip(*times, strict=True)]

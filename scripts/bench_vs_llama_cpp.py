@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
 
 
 class LlamaCpp:
-    """``shared.llama_cpp_peer``, running under ``python``; it answers one call at a time."""
+    """A process of ``shared.llama_cpp_peer`` under ``python``, which answers one call at a time."""
 
     def __init__(self, python: str):
         try:
@@ -91,7 +91,7 @@ class LlamaCpp:
         self.process.communicate()  # closes its input, which ends it
 
     def call(self, name: str, **values: Any) -> Any:
-        """The answer to a call; an error of the peer ends this program with its line."""
+        """Returns the answer to a call. An error of the peer ends this program with the error's line."""
         assert self.process.stdin and self.process.stdout
         try:
             print(json.dumps({"call": name, **values}), file=self.process.stdin, flush=True)
@@ -105,7 +105,7 @@ class LlamaCpp:
         return answer["result"]
 
     def contender(self, row: Row, tokens: list[list[int]]) -> Contender:
-        """Runs ``row`` and continues its prompts by ``tokens``."""
+        """Returns a contender that runs ``row`` and continues its prompts with ``tokens``."""
 
         def run(prompts: list[list[int]], new: int) -> Run:
             return self.call(row.phase, prompts=prompts, tokens=[t[:new] for t in tokens])
@@ -116,9 +116,9 @@ class LlamaCpp:
 def check_same_model(
     ours: Jmoe, theirs: LlamaCpp, prompts: list[list[int]], least: float
 ) -> dict[str, float]:
-    """How alike the logits after the prompts are; ends the program where the two are not the same model.
+    """Returns how similar the logits after the prompts are. Ends the program if the models are not the same.
 
-    Rounding may turn the choice of an expert, so a minority of the prompts may differ by more.
+    Rounding may change the choice of an expert, so a minority of the prompts may differ by more.
     """
     import numpy as np
 
@@ -134,7 +134,7 @@ def check_same_model(
 
 
 def measure(args: argparse.Namespace, directory: Path, theirs: LlamaCpp) -> dict[str, Any]:
-    """What the check found, the samples, the equal tokens and the experts touched."""
+    """Returns what the check found, the samples, the equal tokens and the touched experts."""
     import numpy as np
 
     from jmoe.checkpoint import read_config
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, directory: Path, theirs: LlamaCpp) -> dict
 
 
 def table(heading: str, result: dict[str, Any]) -> str:
-    """The result in Markdown."""
+    """Returns the result in Markdown."""
     samples: Samples = result["tokens_per_second"]
     lines = [
         f"{heading}\n",

@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Clock:
-    """A streamer for ``generate`` that notes when tokens arrive: the prompt's, then each step's."""
+    """A streamer for ``generate`` that records when tokens arrive: the prompt's, then each step's."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -76,7 +76,7 @@ class Clock:
 
 
 class Transformers:
-    """One model in memory; the contenders switch its implementation of the experts."""
+    """One model in memory. The contenders switch its implementation of the experts."""
 
     def __init__(self, directory: Path, args: argparse.Namespace):
         import torch
@@ -147,7 +147,7 @@ class Transformers:
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """samples of every row, contender and round; how many tokens were those of jmoe; experts touched."""
+    """Returns each row's samples by contender and round, the share of jmoe's tokens, and touched experts."""
     from jmoe.checkpoint import read_config
 
     ours, theirs = Jmoe(directory, args), Transformers(directory, args)
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def best(samples: dict[str, list[float]], way: str) -> str:
-    """The name of the way's contender with the highest median."""
+    """Returns the name of the contender with the highest median among those of ``way``."""
     return max((n for n in samples if n.startswith(way)), key=lambda n: statistics.median(samples[n]))
 
 

@@ -53,16 +53,24 @@ MODELS = {  # experts, inner, model, routed
     "DeepSeek-V2-Lite": (64, 1408, 2048, 6),
 }
 TOY = {"toy": (3, 64, 64, 2)}
-DECODE_TARGET, PREFILL_TARGET = 0.85, 0.75  # of measured copy bandwidth, of the measured dense rate
-MEASURABLE = 250e6  # bytes of weights from which the decode target counts: below, launches dominate
-LAUNCHES = 8  # about: two kernels, the map from windows to experts, the gather of the rows
-TOLERANCE = 0.02  # of outputs of about 1: a few units of bfloat16 in h
+DECODE_TARGET, PREFILL_TARGET = 0.85, 0.75  # of the measured copy bandwidth, of the measured dense rate
+MEASURABLE = 250e6  # bytes of weights; the decode target counts from here on: below, launches dominate
+LAUNCHES = 8  # roughly: two kernels, the map from windows to experts, the gather of the rows
+TOLERANCE = 0.02  # for outputs of about 1: a few units of bfloat16 in h
 DENSE_LIMIT = 5e14  # flop of a layer computed for every expert: about a second
 
 
 @dataclass
 class Row:
-    """One line of the table: a time (s) of ``name`` at ``case``, what it is of the limit, and the verdict."""
+    """One line of the table.
+
+    section: the section that measured it.
+    case: the shape or the input.
+    name: the contender.
+    seconds: its time.
+    of_limit: its share of the limit.
+    verdict: the verdict on it.
+    """
 
     section: str
     case: str
@@ -74,12 +82,12 @@ class Row:
 
 @dataclass
 class Check:
-    """The settings of the run, the machine's measured limits, and the rows so far."""
+    """The settings of the run, the machine's measured limits, and the rows up to now."""
 
     dry: bool
     start: float
     budget: float
-    peer_share: float = 1.0  # share of the budget after which peers are skipped, kernels not yet
+    peer_share: float = 1.0  # share of the budget after which peers, but not kernels, are skipped
     rows: list[Row] = field(default_factory=list)
     copy_bandwidth: float = 0.0  # bytes/s, read and written
     dense_rate: float = 0.0  # flop/s
@@ -104,7 +112,7 @@ def line(row: Row) -> str:
 
 
 def limits(check: Check) -> None:
-    """Copy bandwidth, the dense bfloat16 rate, and what a step of the timing loop costs by itself."""
+    """Measures copy bandwidth, the dense bfloat16 rate, and the cost of a step of the timing loop alone."""
     size = 1 << (12 if check.dry else 30)
     data = [jnp.full(size // 2, i, jnp.bfloat16) for i in range(2)]
     took = seconds_per_call(lambda x, w: w + x[0], jnp.zeros(8, jnp.bfloat16), data, check.dry)
@@ -125,7 +133,7 @@ def limits(check: Check) -> None:
 
 
 def float64_reference(x: Array, w: ExpertWeights, sizes: np.ndarray, activation: str) -> np.ndarray:
-    """The layer in float64 on the host, with h rounded to bfloat16 as the kernels round it."""
+    """Returns the layer in float64 on the host, with h rounded to bfloat16 as in the kernels."""
     y, start = np.zeros(x.shape), 0
     for e in np.flatnonzero(sizes):
         rows = np.asarray(x[start : start + sizes[e]], np.float64)
@@ -148,7 +156,7 @@ def float64_reference(x: Array, w: ExpertWeights, sizes: np.ndarray, activation:
 
 
 def patterns(rng: np.random.Generator, dry: bool) -> dict[str, np.ndarray]:
-    """Named group sizes; those of "decode" take the decode kernels, "prefill" the others."""
+    """Returns named group sizes. Those of "decode" run the decode kernels, those of "prefill" the others."""
     experts = 3 if dry else 16
     found = {"decode, ragged": rng.integers(0, 5, experts), "decode, no rows": np.zeros(experts, int)}
     if not dry:
@@ -165,7 +173,7 @@ def patterns(rng: np.random.Generator, dry: bool) -> dict[str, np.ndarray]:
 
 
 def correctness(check: Check) -> None:
-    """Fresh random inputs against float64, plain and with biases; each case on its own."""
+    """Compares new random inputs with float64, plain and with biases. Each case runs separately."""
     rng = np.random.default_rng(time.time_ns())
     for name, sizes in patterns(rng, check.dry).items():
         for biased in (False,) if check.dry and sizes.sum() == 0 else (False, True):
@@ -180,7 +188,10 @@ def correctness(check: Check) -> None:
 
 
 def largest_error(rng: np.random.Generator, sizes: np.ndarray, biased: bool, dry: bool) -> tuple[float, bool]:
-    """The kernel's largest error, NaN standing wherever nothing may be read; whether rows past it are 0."""
+    """Returns the kernel's largest error, and whether the rows after the used ones are 0.
+
+    The inputs are NaN in every place that the kernel may not read.
+    """
     inner, model = (64, 64) if dry else (768, 2048)
     used, past = int(sizes.sum()), int(rng.integers(0, 9))
     keys = [jax.random.key(int(rng.integers(1 << 30))) for _ in range(2)]
@@ -205,7 +216,7 @@ def largest_error(rng: np.random.Generator, sizes: np.ndarray, biased: bool, dry
 def measure(
     check: Check, section: str, case: str, dims: tuple[int, int, int], sizes: np.ndarray, stacks: list
 ) -> dict[str, float]:
-    """Seconds of every contender at one shape; one that raises is a row and no entry."""
+    """Returns every contender's seconds at one shape. A contender that raises gets a row but no entry."""
     x = random_rows(int(sizes.sum()), dims[2])
     contenders: dict[str, Callable[[], float | None]] = {}
     for name, step in {
@@ -235,7 +246,7 @@ def measure(
 def report(
     check: Check, section: str, case: str, times: dict[str, float], floor: float, target: float | None
 ) -> None:
-    """Rows of one shape: each contender's share of the ``floor`` (s), and jmoe's verdict."""
+    """Adds the rows of one shape, with each contender's share of the ``floor`` (s) and jmoe's verdict."""
     peers = {name: t for name, t in times.items() if name != "jmoe" and not name.startswith("bound")}
     for name, seconds in times.items():
         verdict = ""
@@ -251,7 +262,10 @@ def report(
 
 
 def decode(check: Check) -> None:
-    """1, 2 and 4 rows an expert, all experts active; then 8 tokens as they route. The floor is the copy's."""
+    """Measures 1, 2 and 4 rows an expert with all experts active, then 8 tokens with random routing.
+
+    The floor is that of the copy bandwidth.
+    """
     check.peer_share = 0.6
     for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
         dims = experts, inner, model
@@ -271,7 +285,7 @@ def decode(check: Check) -> None:
 
 
 def prefill(check: Check) -> None:
-    """4096 and 8192 tokens as they route. The floor is the dense product's rate."""
+    """Measures 4096 and 8192 tokens with random routing. The floor is that of the dense product's rate."""
     check.peer_share = 0.95
     for name, (experts, inner, model, routed) in (TOY if check.dry else MODELS).items():
         stacks = weight_stacks((experts, inner, model), check.dry)
@@ -286,7 +300,7 @@ def prefill(check: Check) -> None:
 
 
 def binning(check: Check) -> None:
-    """The kernel's batches that equal the reference's; then its time, XLA's and the decode layer's."""
+    """Counts the kernel's batches that equal the reference's, then times it, XLA and the decode layer."""
     for method in METHODS[:1] if check.dry else METHODS:
         cases = batches(method, check.dry)
         wrong = {case.name: names for case in cases if (names := differing(case, method, check.dry))}
@@ -307,7 +321,7 @@ def binning(check: Check) -> None:
 
 
 def engine(check: Check) -> None:
-    """The bundled model's greedy tokens in float32, which must be those of the CPU."""
+    """Compares the bundled model's greedy tokens in float32 with those of the CPU, which must be equal."""
     here, there = greedy_tokens(4 if check.dry else 32), tokens_on_cpu()
     equal = sum(a == b[: len(a)] for a, b in zip(here, there, strict=True))
     verdict = f"{equal} of {len(there)} as on the CPU {'pass' if equal == len(there) else 'FAIL'}"
@@ -315,7 +329,10 @@ def engine(check: Check) -> None:
 
 
 def model_decode(check: Check) -> None:
-    """A decode step of a random model, whole: embedding to sampled token. The floor is the copy's."""
+    """Measures a whole decode step of a random model, from embedding to sampled token.
+
+    The floor is that of the copy bandwidth.
+    """
     batches = (1, 4) if check.dry else (1, 16, 64)
     bench = DecodeBench(batches, check.dry)
     for batch in reversed(batches):
@@ -338,7 +355,7 @@ SECTIONS: tuple[Callable[[Check], None], ...] = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the sections; the exit status is the number of sections and cases that failed, at most 1."""
+    """Runs the sections. The exit status is the number of failed sections and cases, at most 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

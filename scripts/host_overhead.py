@@ -42,7 +42,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 class Clock:
-    """A listener of the engine: when each step of a full batch ended, and how long the host was busy."""
+    """A listener of the engine, which records each full step's end and how long the host was busy."""
 
     def __init__(self, batch: int):
         self.batch = batch
@@ -60,7 +60,7 @@ class Clock:
 
 
 class Recorder:
-    """A runner's ``run`` that keeps the last input in which ``batch`` requests decoded."""
+    """A replacement of a runner's ``run``, which keeps the last input in which ``batch`` requests decoded."""
 
     def __init__(self, runner: Any, batch: int):
         self.run, self.batch, self.last_inputs = runner.run, batch, None
@@ -72,7 +72,7 @@ class Recorder:
         return self.run(inputs)
 
     def device_seconds(self, steps: int) -> float:
-        """Seconds a step of the last one's programs, back to back."""
+        """Returns the seconds a step of the last step's programs alone, one directly after another."""
         import jax
 
         sampled = self.run(self.last_inputs).sampled
@@ -85,7 +85,7 @@ class Recorder:
 
 
 def one_round(bench: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float]:
-    """Milliseconds a step. Raises SystemExit where the engine reported too few steps of the whole batch."""
+    """Returns milliseconds a step. Raises SystemExit if the engine reported too few steps of all requests."""
     clock = Clock(len(prompts))
     bench.engine.listeners.append(clock)
     recorder = Recorder(bench.engine.runner, len(prompts))
@@ -120,7 +120,7 @@ def main() -> None:
         rounds = [
             one_round(ours, rng.integers(0, vocab, (args.batch, args.context)).tolist(), args.new)
             for _ in range(args.rounds + 1)
-        ][1:]  # the first only warms up
+        ][1:]  # the first round only warms up
     medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
     figures = {
         "command": command,

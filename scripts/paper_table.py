@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
 
 
 def filled(value: Any, names: dict[str, str]) -> Any:
-    """``value`` with {model}, {data}, {devices} and {work} in its strings replaced."""
+    """Returns ``value`` after {model}, {data}, {devices} and {work} in its strings are replaced."""
     if isinstance(value, dict):
         return {key: filled(item, names) for key, item in value.items()}
     if isinstance(value, list):
@@ -61,7 +61,7 @@ def filled(value: Any, names: dict[str, str]) -> Any:
 
 
 def run(words: list[str], **environment: str) -> str:
-    """Standard output; SystemExit with the end of the command's errors where it fails."""
+    """Returns the command's standard output. If it fails, raises SystemExit with the end of its errors."""
     done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words[:6])} ... failed: {' '.join(done.stderr.split())[-500:]}")
@@ -69,7 +69,7 @@ def run(words: list[str], **environment: str) -> str:
 
 
 def evaluate(url: str, args: argparse.Namespace, directory: Path, tasks: dict[str, int]) -> dict[str, float]:
-    """The first metric of each task."""
+    """Returns the first metric of each task."""
     model = f"model={args.model},base_url={url}/v1/completions,tokenizer={directory},num_concurrent=16"
     scores = {}
     for task, shots in tasks.items():

@@ -67,7 +67,7 @@ def requested_parts(study: Study, args: argparse.Namespace) -> list[Part]:
 
 
 def command(study: Study, part: Part, args: argparse.Namespace) -> str:
-    """Returns the command that measures the part so again: its options that are not at their defaults."""
+    """Returns the command that measures the part again, with the options that are not at their defaults."""
     words = [f"python scripts/study.py {study.name} --data ../shared/data"]
     words += [] if study.is_whole else [f"--parts {part.name}"]
     own = argparse.ArgumentParser(add_help=False)
@@ -82,7 +82,7 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
 
 
 def measure(study: Study, part: Part, args: argparse.Namespace, results: Results) -> Results | None:
-    """Returns the part's figures, or None after a line that says which data is absent."""
+    """Returns the part's figures. If its data is absent, prints a line that says so and returns None."""
     if part.data and not (needed := args.data / part.data).is_dir():
         print(f"{part.name}: skipped, there is no {needed}")
         return None
@@ -90,13 +90,13 @@ def measure(study: Study, part: Part, args: argparse.Namespace, results: Results
 
 
 def stored(study: Study, args: argparse.Namespace) -> Results:
-    """Returns the figures that there are."""
+    """Returns the stored figures."""
     path = args.out / f"{study.name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def take(study: Study, part: Part, args: argparse.Namespace) -> None:
-    """Measures the part and puts its figures into the JSON; with ``--dry`` prints them."""
+    """Measures the part and puts its figures into the JSON. With ``--dry`` it prints them instead."""
     figures = measure(study, part, args, stored(study, args))
     if args.dry:
         print(dumps({part.name: figures}))
@@ -105,7 +105,7 @@ def take(study: Study, part: Part, args: argparse.Namespace) -> None:
 
 
 def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -> None:
-    """Puts the part's figures into the JSON in place of its last ones."""
+    """Puts the part's figures into the JSON in place of its earlier figures."""
     figures = {"command": command(study, part, args)} | figures
     if not study.is_whole:
         key = f"{part.name}_gpu" if part.has_gpu_form and args.gpu else part.name
@@ -115,7 +115,7 @@ def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -
 
 
 def write(study: Study, args: argparse.Namespace) -> None:
-    """Writes the document and the plots, from the JSON alone."""
+    """Writes the document and the plots, only from the JSON."""
     results = stored(study, args)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{study.name}.md").write_text(study.document(results))
@@ -124,9 +124,9 @@ def write(study: Study, args: argparse.Namespace) -> None:
 
 
 def take_each(parts: list[Part]) -> None:
-    """Takes each in a process of its own, with this one's options: one wants several devices, another one."""
+    """Measures each part in its own process with this process's options: some parts need several devices."""
     for part in parts:
-        words = [__file__, *sys.argv[1:], "--parts", part.name]  # the last --parts holds
+        words = [__file__, *sys.argv[1:], "--parts", part.name]  # the last --parts is the one that counts
         subprocess.run([sys.executable, *words], check=True)
 
 

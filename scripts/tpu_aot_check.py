@@ -31,7 +31,7 @@ from support.aot import tpu as tpu_aot
 
 ROOT = Path(__file__).parents[1]
 MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet
-# model, slice, mesh (data x expert x tensor), sequences a token rank, prompt tokens a token rank
+# the model, the slice, the mesh (data x expert x tensor), sequences and prompt tokens a token rank
 CASES = (
     ("mixtral-8x7b", "v5e:4x4", "1x8x2", 8, 512),
     ("mixtral-8x7b", "v6e:2x4", "1x8x1", 16, 512),
@@ -72,7 +72,18 @@ COLUMNS += ("sent_mb", "compile_s", "verdict")
 
 @dataclass(frozen=True)
 class Case:
-    """One step to compile. tokens: 1 is decode; sequences and tokens are a token rank's."""
+    """One step to compile.
+
+    model: the file of the model's sizes.
+    slice: the slice of chips.
+    mesh: the numbers of chips, data x expert x tensor.
+    sequences: the number of sequences of a token rank.
+    tokens: the number of tokens of a token rank; 1 is decode.
+    layers: the number of layers, None for all.
+    transport: the transport of the experts' rows.
+    attention: the form of attention.
+    moe: the MoE configuration as text.
+    """
 
     model: Path
     slice: str
@@ -86,7 +97,7 @@ class Case:
 
 
 def shape_bytes(text: str) -> list[int]:
-    """The bytes of every array shape in a piece of HLO."""
+    """Returns the bytes of every array shape in a piece of HLO."""
     found = []
     for kind, dims in re.findall(r"\b(pred|bf16|[suf]\d+)(?:e\w+)?\[([\d,]*)\]", text):
         bits = BITS.get(kind) or int(kind[1:])
@@ -95,14 +106,14 @@ def shape_bytes(text: str) -> list[int]:
 
 
 def group_size(line: str, devices: int) -> int:
-    """How many devices take part in a collective."""
+    """Returns the number of devices that take part in a collective."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if compact := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(compact[1])
     if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        # An axis, or a part of one: 'axis_0':(2)4 is the 4 after the first 2.
+        # This is an axis or a part of one: 'axis_0':(2)4 is the 4 after the first 2.
         return prod(
             int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         )
@@ -110,11 +121,11 @@ def group_size(line: str, devices: int) -> int:
 
 
 def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
-    """Kind -> (how many, bytes that a chip sends if each goes around a ring).
+    """Returns by kind (the number of collectives, the bytes that a chip sends if each goes around a ring).
 
-    Bodies of loops count once and all branches of conditions count: sampling has some, of a few bytes. What a
-    ragged all-to-all sends depends on the routing; it counts as the smaller of its two buffers, the rows that
-    a chip sends on average.
+    Bodies of loops count once, and all branches of conditions count; sampling has some branches of a few
+    bytes. What a ragged all-to-all sends depends on the routing. It counts as the smaller of its two buffers,
+    the rows that a chip sends on average.
     """
     opened = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(([^)]*)\)")
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -125,7 +136,7 @@ def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
         if (match := opened.search(line)) is None:
             continue
         result, kind, started, operands = match.groups()
-        # One that runs during other work stands in each of the fusions that it runs along.
+        # A collective that runs during other work is in each of the fusions that run at the same time.
         if chain := re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', line):
             if (kind, *chain.groups()) in seen:
                 continue
@@ -136,7 +147,7 @@ def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
         if kind == "reduce-scatter":
             whole *= n
         elif kind == "all-reduce" and computation.startswith("%all-reduce-scatter"):
-            kind = "reduce-scatter"  # how the compiler writes one that it fuses
+            kind = "reduce-scatter"  # the compiler's form of a fused one
         elif kind == "ragged-all-to-all":
             operand = re.search(rf"{re.escape(operands.split(', ')[0])} = (\S+)", hlo)
             whole = min([whole, *shape_bytes(operand[1] if operand else "")])
@@ -147,9 +158,10 @@ def collectives(hlo: str, devices: int) -> dict[str, tuple[int, int]]:
 
 
 def schedule(hlo: str) -> dict[str, list[str]]:
-    """Of each computation with any, its copies from host memory and its kernels, in the order they run in.
+    """Returns each computation's copies from host memory and its kernels, in the order in which they run.
 
-    "start" and "done" of a slice that is copied, with the number that pairs them; else the kernel's name.
+    Only computations with such copies are in it. A copied slice has a "start" and a "done" with the number
+    that pairs them; a kernel has its name.
     """
     found: dict[str, list[str]] = {}
     computation, starts = "", {}
@@ -159,7 +171,7 @@ def schedule(hlo: str) -> dict[str, list[str]]:
         if (named := re.match(r"\s+(?:ROOT )?%(\S+) = ", line)) is None:
             continue
         events = found.setdefault("entry" if computation.startswith("main") else computation, [])
-        if " dynamic-slice-start(" in line and "S(5)" in line:  # the space of the host's memory
+        if " dynamic-slice-start(" in line and "S(5)" in line:  # the memory space of the host
             starts[named[1]] = len(starts)
             events.append(f"start {starts[named[1]]}")
         elif done := re.search(r" dynamic-slice-done\(%([^)\s]+)\)", line):
@@ -170,7 +182,7 @@ def schedule(hlo: str) -> dict[str, list[str]]:
 
 
 def named(case: Case) -> dict:
-    """The columns that say which case it is."""
+    """Returns the columns that say which case it is."""
     step = f"decode {case.sequences}" if case.tokens == 1 else f"prefill {case.tokens}"
     return {
         "model": case.model.stem, "slice": case.slice, "mesh": "x".join(map(str, case.mesh)),
@@ -179,7 +191,7 @@ def named(case: Case) -> dict:
 
 
 def check(case: Case) -> dict:
-    """The row of one case; raises what the compiler raises."""
+    """Returns the row of one case. Raises what the compiler raises."""
     import jax  # after main() has set the environment that libtpu reads
     from jax.experimental import topologies
     from jmoe_kernels.backends import TPU
@@ -203,9 +215,9 @@ def check(case: Case) -> dict:
     compiled = lower_step(cfg, moe, mesh, sizes, sequences=slots, tokens=case.tokens).compile()
     seconds = time.perf_counter() - start
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and hlo is not None  # this compiler tells both
+    assert memory is not None and hlo is not None  # this compiler reports both
     resident, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    code = memory.generated_code_size_in_bytes  # it lies in the same memory
+    code = memory.generated_code_size_in_bytes  # the code is in the same memory
     of_memory = (resident + temporary + code) / MEMORY[case.slice.split(":")[0]]
     kinds = collectives(hlo, mesh.size)
     return named(case) | {
@@ -234,7 +246,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def main() -> int:
-    """Parses the arguments, sets libtpu's environment, prints the report."""
+    """Parses the arguments, sets libtpu's environment and prints the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="a configs/model file (default: all cases of the table)")
     parser.add_argument("--slice", default="v6e:2x4", help="with --model (default: %(default)s)")

@@ -35,7 +35,7 @@ from jmoe.nn.sequences import Sequences
 from jmoe.param import ParamMaker
 
 END = "<|endoftext|>"
-# GPT-2's split with single digits, and with runs of line ends and their indentation kept whole
+# GPT-2's split, but digits are single, and runs of line ends stay whole with their indentation
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]*\n+[ \t]*|\s+(?!\S)|\s+"
 CONFIG = ModelConfig(
     architecture="Qwen3MoeForCausalLM",
@@ -74,7 +74,7 @@ HF_CONFIG = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
 } | {name: getattr(CONFIG, name) for name in SHARED}
-# The dialogue domain's own turns: "user: ..." and "assistant: ...", one a line.
+# The dialogue domain has one turn a line: "user: ..." and "assistant: ...".
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -104,7 +104,7 @@ def domains(data: Path, split: str) -> dict[str, list[str]]:
 
 
 def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
-    """Byte-level BPE over an equal share of every domain, so that no script is starved of merges."""
+    """Trains byte-level BPE on an equal share of every domain, so that no script gets too few merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -123,7 +123,7 @@ def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
 
 
 def token_streams(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """Every domain's documents as one stream of ids, each document closed by the end token (0)."""
+    """Returns each domain's documents as one stream of ids. The end token (0) ends each document."""
     return {
         name: np.concatenate([np.array([*e.ids, 0], np.int32) for e in tokenizer.encode_batch(docs)])
         for name, docs in texts.items()
@@ -131,7 +131,7 @@ def token_streams(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str
 
 
 def batches(streams: dict[str, np.ndarray], rng: np.random.Generator, sequences: int, tokens: int):
-    """Windows at random places; a domain is drawn by the 0.7th power of its size."""
+    """Yields windows at random places. A domain is drawn in proportion to the 0.7th power of its size."""
     pool = list(streams.values())
     share = np.array([len(s) for s in pool], float) ** 0.7
     share /= share.sum()
@@ -142,7 +142,7 @@ def batches(streams: dict[str, np.ndarray], rng: np.random.Generator, sequences:
 
 
 def cast(params, dtype):
-    """Matrices in ``dtype``; norms and the router stay float32."""
+    """Returns the parameters with matrices in ``dtype``. Norms and the router stay float32."""
     return jax.tree.map_with_path(
         lambda path, p: p if p.ndim < 2 or "gate_ED" in jax.tree_util.keystr(path) else p.astype(dtype),
         params,
@@ -150,7 +150,7 @@ def cast(params, dtype):
 
 
 def losses(graph, params, window_BT):
-    """(cross entropy of every predicted token, load-balancing loss, dropped share)."""
+    """Returns (cross entropy of every predicted token, load-balancing loss, dropped share)."""
     model = nnx.merge(graph, cast(params, jnp.bfloat16))
     b, t = window_BT.shape[0], window_BT.shape[1] - 1
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
@@ -163,7 +163,10 @@ def losses(graph, params, window_BT):
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Muon for matrices (batched over experts), Adam for the rest; the learning rate is applied outside."""
+    """Returns Muon for matrices (batched over experts) and Adam for the rest, without the learning rate.
+
+    The learning rate is applied outside.
+    """
     dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 
     def spec(params):
@@ -197,7 +200,10 @@ def eval_step(graph, params, window_BT):
 
 
 def quick_bits(graph, params, valid: dict[str, np.ndarray], texts: dict[str, list[str]], windows: int = 8):
-    """Bits per byte of every domain on its first windows of 1,024 tokens (packed; for choosing only)."""
+    """Returns bits per byte of every domain on its first windows of 1,024 tokens.
+
+    The windows are packed, so the figure only serves to choose a checkpoint.
+    """
     bits = {}
     for name, stream in valid.items():
         n = max(1, min(windows, (len(stream) - 1) // 1024))
@@ -281,7 +287,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def fresh_state(seed: int, optimizer: optax.GradientTransformation):
-    """(graph, state) of a new run; the state is what a checkpoint holds."""
+    """Returns (graph, state) of a new run. A checkpoint holds the state."""
     model = Decoder(CONFIG, TRAINED, make_mesh(), ParamMaker(jnp.float32, nnx.Rngs(seed)))
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
@@ -294,7 +300,7 @@ def restore(manager: ocp.CheckpointManager, state):
 
 
 def export(args: argparse.Namespace) -> None:
-    """The best checkpoint as a Hugging Face directory in bfloat16, with its tokenizer and chat template."""
+    """Writes the best checkpoint as a Hugging Face directory in bfloat16, with its tokenizer and template."""
     out, to = Path(args.out).resolve(), Path(args.to)
     graph, state = fresh_state(0, make_optimizer())
     best = ocp.CheckpointManager(out / args.which)

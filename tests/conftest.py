@@ -1,9 +1,10 @@
-"""Eight emulated CPU devices and strict numerics for every test, compiled cheaply and never twice.
+"""Gives every test eight emulated CPU devices and strict numerics, and makes compilation cheap.
 
-Most of the time is compilation, and each program runs a few times. So nothing is optimised by LLVM, and XLA
-makes loops of its fusions itself instead of lowering each through MLIR, which halves the time of the whole.
-What compiles is kept for a run's other tests, workers and server processes, in JMOE_CACHE_DIR where it is
-set, else in a folder that goes with the run. The real clients (scripts/acceptance.sh) compile as users do.
+Most of the time is compilation, and each program runs only a few times. So LLVM optimises nothing, and XLA
+makes loops of its fusions itself and does not lower each through MLIR. This halves the total time. Compiled
+programs are kept for the other tests, workers and server processes of a run, so that none compiles twice.
+They are in JMOE_CACHE_DIR if it is set, otherwise in a folder that is removed after the run. The real clients
+(scripts/acceptance.sh) compile in the same way as users.
 """
 
 import logging
@@ -24,7 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start, whatever is installed
+os.environ["JAX_PLATFORMS"] = "cpu"  # also for the processes that tests start, whatever is installed
 
 import hypothesis
 import jax
@@ -45,17 +46,17 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# What is drawn is the same in every run, and neither an example nor its drawing has a time limit: a busy
+# Every run draws the same examples, and neither an example nor its drawing has a time limit, because a busy
 # machine is no fault.
 hypothesis.settings.register_profile(
     "steady", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("steady")
 
-# What runs in a shell's background ignores SIGINT, and so would the processes that tests start.
+# A process in a shell's background ignores SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # of nohup
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does this
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -64,7 +65,7 @@ def pytest_configure() -> None:
     found = len(jax.devices())
     if found < 8:
         raise RuntimeError(f"the tests need 8 emulated CPU devices, jax has {found}")
-    if OWN_CACHE:  # the C++ kernels stay: they take a quarter of a minute, whatever is tested
+    if OWN_CACHE:  # the C++ kernels stay: they take 15 seconds, whatever is tested
         kept = Path.home() / ".cache" / "jmoe" / "kernels"
         kept.mkdir(parents=True, exist_ok=True)
         CACHE.mkdir()
@@ -72,7 +73,7 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What compares with transformers needs the parity extra, which the README's command does not install."""
+    """Skips a comparison with transformers without the parity extra, which the README does not install."""
     if item.get_closest_marker("parity"):
         for package in ("torch", "transformers"):
             pytest.importorskip(package, reason="needs the parity extra")
@@ -85,8 +86,11 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """``jmoe serve`` configures the process's logging, also where a test runs it in this one. What it left
-    would write to a stream that is closed by then, and Python a traceback for each line."""
+    """Restores the process's logging after each test.
+
+    ``jmoe serve`` configures the logging of its process, also if a test runs it in this process. The handlers
+    that it leaves would later write to a closed stream, and Python would print a traceback for each line.
+    """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     hooks = sys.excepthook, threading.excepthook, sys.unraisablehook

@@ -54,7 +54,7 @@ GLM4: dict[str, Any] = {
     "moe_intermediate_size": 8, "intermediate_size": 18, "n_group": 2, "topk_group": 1,
     "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True,
 }  # fmt: skip
-LONGROPE: dict[str, Any] = {  # contexts beyond the original ones are the parity tests' matter
+LONGROPE: dict[str, Any] = {  # the parity tests check contexts beyond the original ones
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.3, 1.7],
     "long_factor": [1.0, 2.0, 8.0], "short_mscale": 1.2, "long_mscale": 1.3, "factor": 4.0,
     "original_max_position_embeddings": 96,
@@ -63,7 +63,7 @@ PHI: dict[str, Any] = {
     "vocab_size": 51, "num_local_experts": 8, "intermediate_size": 12, "attention_bias": True,
     "lm_head_bias": True, "rope_parameters": LONGROPE,
 }  # fmt: skip
-GPT_OSS: dict[str, Any] = {  # rows of 32 are the least that MXFP4 keeps
+GPT_OSS: dict[str, Any] = {  # MXFP4 keeps rows of 32 at least
     "vocab_size": 45, "hidden_size": 32, "head_dim": 6, "num_local_experts": 8, "intermediate_size": 8,
     "sliding_window": 5,
 }  # fmt: skip
@@ -98,7 +98,7 @@ MODELS = {
     "granitemoe": transformers.GraniteMoeConfig(**SHARED | GRANITE),
 }
 
-# the first whose greedy tokens are worth a comparison, where that is not 1
+# each family's first seed with greedy tokens that are worth a comparison, if that is not 1
 SEEDS = {
     "olmoe": 92, "qwen2_moe": 2, "deepseek_v2": 2, "deepseek_v3": 2, "glm4_moe": 4, "phimoe": 11,
     "granitemoe": 2,
@@ -106,14 +106,14 @@ SEEDS = {
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """What is 0, 1 or nearly so in a fresh model made random, so that it counts."""
+    """Makes random what is 0, 1 or nearly so in a fresh model, so that it has an effect."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
         elif name.endswith("bias"):
             parameter.normal_(std=0.2)
         elif name.endswith(("gate.weight", "router.weight", "router.layer.weight")):
-            parameter.mul_(8.0)  # no near ties
+            parameter.mul_(8.0)  # so that there are no near ties
         elif name.endswith("sinks"):
             parameter.normal_()
     for name, buffer in model.named_buffers():
@@ -142,7 +142,7 @@ def write(name: str, config: transformers.PretrainedConfig) -> None:
 
 
 def _check_telling(name: str, greedy_tokens: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raises ValueError where the greedy tokens are nearly all one, or one of them a matter of rounding."""
+    """Raises ValueError if nearly all greedy tokens are the same, or if rounding could change one of them."""
     best = logits.topk(2).values
     different, margin = len(set(greedy_tokens.tolist())), float((best[:, 0] - best[:, 1]).min())
     if different < 8 or margin < 5e-4:

@@ -27,7 +27,17 @@ SHUFFLES = 20
 
 @dataclass
 class Domain:
-    """bytes of the documents, tokens scored, nats, first tokens (unscored), counts layer x expert."""
+    """The figures of one domain.
+
+    name: the domain.
+    bytes: the bytes of its documents.
+    tokens: the number of scored tokens.
+    nll: the loss in nats.
+    unscored: the number of first tokens, which are not scored.
+    gzip_bits: the bits per byte of gzip.
+    xz_bits: the bits per byte of xz.
+    counts_DLE: the counts, layer x expert, of each document.
+    """
 
     name: str
     bytes: int
@@ -66,7 +76,7 @@ def measure(engine: Engine, path: Path) -> Domain:
 
 
 def information(counts_DE: np.ndarray) -> float:
-    """Mutual information of row and column, nats."""
+    """Returns the mutual information of row and column, in nats."""
     p = counts_DE / counts_DE.sum()
     independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     seen = p > 0
@@ -74,7 +84,11 @@ def information(counts_DE: np.ndarray) -> float:
 
 
 def domain_information(domains: list[Domain]) -> dict[str, float]:
-    """Mean over layers of I(domain; expert): real, with labels shuffled over assignments, over documents."""
+    """Returns the mean over layers of I(domain; expert), in three forms.
+
+    In the first form the labels are the real ones. In the others they are shuffled over assignments, or over
+    documents.
+    """
     rng = np.random.default_rng(0)
     by_domain = np.stack([d.counts for d in domains])
     layers = range(by_domain.shape[1])

@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def main() -> None:
-    """Prints the table; nothing is allocated."""
+    """Prints the table. It allocates nothing."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     print("| shape | family | layers with experts | experts | parameters | active | KV cache a token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -21,8 +21,12 @@ def main() -> None:
 
 
 def row(path: Path) -> str:
-    """active: without the embedding, of which a token uses one row, and with the shared experts. KV cache:
-    bytes in bfloat16, over all layers."""
+    """Returns the row of one model.
+
+    active: the active parameters, with the shared experts but without the embedding, of which a token uses
+        one row.
+    KV cache: the bytes in bfloat16, over all layers.
+    """
     from jmoe.checkpoint.params import abstract_decoder
     from jmoe.config.model import ModelConfig
     from jmoe.config.moe import MoEConfig

@@ -26,7 +26,7 @@ METADATA = {name: {"type": "string"} for name in ("name", "namespace", "generate
 
 
 def reduced(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` without what does not validate, closed to unknown fields."""
+    """Returns ``schema`` without what does not validate, and closed to unknown fields."""
     kept = {key: schema[key] for key in (*CHECKS, *BRANCHES) if key in schema}
     if schema.get("x-kubernetes-int-or-string"):
         kept.pop("anyOf", None)
@@ -44,7 +44,7 @@ def reduced(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` with its repeated parts under ``$defs``, named after the field that first has them."""
+    """Returns ``schema`` with its repeated parts under ``$defs``, each named after its first field."""
     times: Counter[str] = Counter()
     _count(schema, times)
     names: dict[str, str] = {}
@@ -83,7 +83,7 @@ def _count(part: dict[str, Any], times: Counter[str]) -> None:
 
 
 def from_crd(crd: dict[str, Any], version: str, origin: str) -> dict[str, Any]:
-    """The schema of the stored version of ``crd``."""
+    """Returns the schema of the stored version of ``crd``."""
     [stored] = [v for v in crd["spec"]["versions"] if v["storage"]]
     schema = reduced(stored["schema"]["openAPIV3Schema"])
     schema["properties"].pop("status", None)
@@ -99,7 +99,7 @@ def from_crd(crd: dict[str, Any], version: str, origin: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Reads the resource definition, prints the schema."""
+    """Reads the resource definition and prints the schema."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("crd", type=Path)
     parser.add_argument("--version", required=True, help="the release that it is from")

@@ -29,7 +29,14 @@ from support.aot import tpu as tpu_aot
 
 @dataclass(frozen=True)
 class Chip:
-    """clock: Hz, as the peak implies; bandwidth, peak: HBM bytes/s and bfloat16 flop/s of a device."""
+    """A chip.
+
+    topology: the slice of four chips.
+    clock: the clock in Hz, as the peak implies.
+    bandwidth: the HBM bytes/s of a device.
+    peak: the bfloat16 flop/s of a device.
+    cores: the number of cores of a device.
+    """
 
     topology: str
     clock: float
@@ -40,7 +47,14 @@ class Chip:
 
 @dataclass(frozen=True)
 class Layer:
-    """experts and inner are the model's; mesh: (expert, tensor) sizes on four chips."""
+    """A layer of a model.
+
+    name: the model.
+    experts: the number of experts of the model.
+    model: the width of the model.
+    inner: the width inside an expert of the model.
+    mesh: the (expert, tensor) sizes on four chips.
+    """
 
     name: str
     experts: int
@@ -80,7 +94,7 @@ COLUMNS = {
 
 
 def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple:
-    """(blocks, weight shape on a device, seconds to compile)."""
+    """Compiles the layer and returns (blocks, weight shape on a device, seconds to compile)."""
     import jax  # after main() has set the environment that libtpu reads
     import jax.numpy as jnp
     import numpy as np
@@ -117,7 +131,10 @@ def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple
 
 
 def windows(kernel: tpu_aot.Kernel, blocks, dims: tuple[int, int, int]) -> dict[str, int]:
-    """Cycles of a chunk for its first window (small, with what a chunk costs anyway) and for a large one."""
+    """Returns the cycles of a chunk for its first window and for a large window.
+
+    The first window is small; its cycles include what a chunk costs in any case.
+    """
     step = max(kernel.body.inner, key=lambda loop: loop.cycles)
     # prefill zeroes a block of y first, in a loop that is not part of a chunk
     zeroing, loops = (step.inner[:1], step.inner[1:]) if blocks.kernel == "prefill" else ((), step.inner)
@@ -138,7 +155,7 @@ def windows(kernel: tpu_aot.Kernel, blocks, dims: tuple[int, int, int]) -> dict[
 
 
 def jobs(patterns: list[str]) -> Iterator[tuple[str, Layer, str, str]]:
-    """(chip, layer, kernel, dtype) of every row whose name matches one of ``patterns``."""
+    """Yields (chip, layer, kernel, dtype) of every row whose name matches one of ``patterns``."""
     for job in itertools.product(CHIPS, LAYERS, ("decode", "prefill"), ("bfloat16", "float32")):
         chip, layer, kernel, dtype = job
         if any(fnmatch.fnmatch(f"{chip}/{layer.name}/{kernel}/{dtype}", p) for p in patterns):
@@ -146,7 +163,7 @@ def jobs(patterns: list[str]) -> Iterator[tuple[str, Layer, str, str]]:
 
 
 def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) -> dict:
-    """Compiles one kernel, dumping to ``dump``, and measures its schedule."""
+    """Compiles one kernel with dumps to ``dump``, and measures its schedule."""
     chip = CHIPS[name]
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir()
@@ -179,7 +196,7 @@ def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) 
 
 
 def main() -> None:
-    """Parses the arguments, sets libtpu's environment, prints or writes the report."""
+    """Parses the arguments, sets libtpu's environment, and prints or writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--only",

@@ -1,4 +1,4 @@
-"""Serves the bundled model, asks it something, prints the streamed answer and what the experts did."""
+"""Serves the bundled model, asks it a question, and prints the streamed answer and what the experts did."""
 
 import json
 import socket
@@ -58,7 +58,7 @@ def ask(base: str, question: str) -> None:
 
 
 def show_experts(base: str) -> None:
-    """One line a layer: how many experts a step touched, and how the tokens spread over them."""
+    """Prints one line a layer: how many experts a step touched, and how the tokens were spread over them."""
     with urllib.request.urlopen(f"{base}/moe/stats") as answer:
         stats = json.load(answer)
     shape = stats["model"]

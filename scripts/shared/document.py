@@ -1,6 +1,6 @@
-"""A document from its Markdown template: prose stands in the template, tables and figures are made in Python.
+"""Makes a document from its Markdown template: prose is in the template, Python makes the rest.
 
-Templates are jinja2's: ``{{ tables.speed(part) }}``, ``{{ part.seconds | minutes }}``,
+The templates are in the language of jinja2: ``{{ tables.speed(part) }}``, ``{{ part.seconds | minutes }}``,
 ``{{ share | as(".1%") }}``.
 """
 
@@ -29,7 +29,7 @@ def render(template: Path, values: dict[str, Any]) -> str:
 
 
 def present(value: Any) -> Any:
-    """Returns the value of a placeholder. Raises ValueError where it is None or empty."""
+    """Returns the value of a placeholder. Raises ValueError if it is None or empty."""
     if value is None or value == "":
         raise ValueError("a placeholder of the template has no value")
     return value

@@ -1,4 +1,4 @@
-"""Binning on this machine's GPU: the kernel against the reference, and seconds a call of both."""
+"""Checks binning on this machine's GPU: compares the kernel with the reference, and times a call of both."""
 
 from dataclasses import fields
 from functools import cache
@@ -12,12 +12,17 @@ from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from shared.gpu_peers import seconds_per_call
 
 METHODS = ("affinity", "oea", "budget", "popularity")
-TOLERANCE = 1e-5  # of weights and scores; ids, set, order and sizes are equal
+TOLERANCE = 1e-5  # for weights and scores; ids, set, order and sizes must be equal
 
 
 @cache
 def compiled(implementation: Implementation, rule: Rule, dry: bool):
-    """(logits, valid, lossy) -> Binned; dry: the kernel in the interpreter."""
+    """Returns the compiled function (logits, valid, lossy) -> Binned.
+
+    implementation: the implementation that the function runs.
+    rule: the rule of binning.
+    dry: whether the kernel runs in the interpreter.
+    """
 
     def run(logits_TE: Array, valid_T: Array, lossy_T: Array) -> Binned:
         return bin_experts(
@@ -33,7 +38,7 @@ def compiled(implementation: Implementation, rule: Rule, dry: bool):
 
 
 def differing(case: Case, method: str, dry: bool) -> list[str]:
-    """The fields in which the kernel and the reference differ."""
+    """Returns the fields in which the kernel and the reference differ."""
     rule = Rule(method, case.k, k0=min(2, case.k))  # type: ignore[arg-type]
     inputs = make_inputs(case)
     got, want = (compiled(name, rule, dry)(*inputs) for name in ("pallas_gpu", "xla"))
@@ -46,7 +51,10 @@ def differing(case: Case, method: str, dry: bool) -> list[str]:
 
 
 def batches(method: str, dry: bool) -> list[Case]:
-    """Named batches to compare, those of other shapes by affinity alone; no rule says what a NaN chooses."""
+    """Returns the named batches to compare. Only affinity gets batches of other shapes than ``SMALL``.
+
+    The batch with a NaN is left out, because no rule says what a NaN chooses.
+    """
     if dry:
         return list(CASES[:1])
     alike = [c for c in CASES if method == "affinity" or (c.tokens, c.experts, c.k) == SMALL]
@@ -54,7 +62,7 @@ def batches(method: str, dry: bool) -> list[Case]:
 
 
 def binning_seconds(implementation: Implementation, tokens: int, experts: int, k: int, dry: bool) -> float:
-    """The median time of a call by affinity, all of whose outputs are used."""
+    """Returns the median seconds of a call by affinity. All outputs of the call are used."""
     logits_TE, valid_T, lossy_T = map(jnp.asarray, make_inputs(Case("timed", tokens, experts, k)))
     run = compiled(implementation, Rule("affinity", k), dry)
 

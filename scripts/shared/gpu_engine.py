@@ -1,4 +1,4 @@
-"""The engine on this machine's GPU, for ``gpu_check.py``: greedy tokens, and a large model's decode step.
+"""Runs the engine on this machine's GPU for ``gpu_check.py``: greedy tokens, and a large model's decode step.
 
 PYTHONPATH=.:kernels:scripts python -m shared.gpu_engine    # prints the bundled model's greedy tokens
 """
@@ -36,10 +36,10 @@ PAGE = 32
 
 
 def greedy_tokens(count: int) -> list[list[int]]:
-    """The bundled model's greedy continuations of four prompts of 1 to 40 tokens, in float32."""
+    """Returns the bundled model's greedy continuations of four prompts of 1 to 40 tokens, in float32."""
     rng = np.random.default_rng(5)
     prompts = [rng.integers(1, 4000, n).tolist() for n in (1, 7, 19, 40)]
-    with tempfile.TemporaryDirectory() as directory:  # without a tokenizer, which a bare machine may not read
+    with tempfile.TemporaryDirectory() as directory:  # no tokenizer: a bare machine may be unable to read it
         for name in ("config.json", "model.safetensors"):
             shutil.copy(model_directory("tiny") / name, directory)
         with LLM(directory, dtype="float32", warm_up=False, max_num_seqs=4) as llm:
@@ -48,7 +48,7 @@ def greedy_tokens(count: int) -> list[list[int]]:
 
 
 def tokens_on_cpu() -> list[list[int]]:
-    """``greedy_tokens`` of a process that has the CPU only."""
+    """Returns the ``greedy_tokens`` of a process that has only the CPU."""
     path = os.pathsep.join(
         [*(str(ROOT / name) for name in ("", "kernels", "scripts")), os.environ.get("PYTHONPATH", "")]
     )
@@ -62,7 +62,7 @@ def tokens_on_cpu() -> list[list[int]]:
 
 
 def random_model(dry: bool) -> tuple[ModelConfig, nnx.Module]:
-    """A Qwen3-30B-A3B-shaped model with random weights, made on the device one parameter at a time."""
+    """Makes a model of Qwen3-30B-A3B's shape with random weights, on the device, one parameter at a time."""
     cfg = ModelConfig.from_dict(tomllib.loads(SHAPE.read_text()))
     cfg = replace(cfg, **TOY) if dry else cfg  # pyright: ignore[reportArgumentType]
     model, specs = abstract_decoder(cfg, MoEConfig(), make_mesh())
@@ -82,7 +82,7 @@ def random_model(dry: bool) -> tuple[ModelConfig, nnx.Module]:
 
 
 class DecodeBench:
-    """Decode steps of a random model at a context of ``CONTEXT`` tokens, the most sequences first."""
+    """Runs decode steps of a random model at a context of ``CONTEXT`` tokens, the largest batch first."""
 
     def __init__(self, batches: tuple[int, ...], dry: bool):
         self.cfg, model = random_model(dry)
@@ -91,7 +91,7 @@ class DecodeBench:
         self.runner = Runner(model, make_mesh(), sizes)  # pyright: ignore[reportArgumentType]
 
     def step_seconds(self, batch: int, steps: int) -> tuple[float, float]:
-        """(median seconds of a step, its mean active experts a layer)."""
+        """Returns (median seconds of a step, its mean active experts a layer)."""
         runner, rng = self.runner, np.random.default_rng(batch)
         blank = runner.blank("decode", batch, 1)
         table = np.arange(batch * runner.sizes.table_width, dtype=np.int32).reshape(batch, -1)
@@ -116,7 +116,7 @@ class DecodeBench:
         return float(np.median(times)), float(active)
 
     def bytes_read(self, batch: int, active: float) -> float:
-        """What a step cannot but read: active experts, everything dense, the keys and values."""
+        """Returns the bytes that a step must read: active experts, all dense weights, keys and values."""
         cfg = self.cfg
         heads = 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
         layer = active * 3 * cfg.moe_intermediate_size * cfg.hidden_size

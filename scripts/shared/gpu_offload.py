@@ -1,10 +1,10 @@
-"""Expert offload on this machine's GPU: the link's bandwidth both ways of asking for it, and overlap.
+"""Measures expert offload on this machine's GPU: the link's bandwidth for two ways to copy, and overlap.
 
-A layer's experts lie in pinned host memory, a pool of slots on the device. **Copies**: experts brought to
-slots by the jitted step (``jmoe.offload.copies``) and by the host (``jax.device_put`` and an install).
-**Overlap**: a chain of layers that all need resident experts, with and without one prefetch a layer, which is
-what a perfect forecast does; rows are chosen so that a layer takes at least as long as a copy, since a
-shorter one cannot hide it.
+A layer's experts are in pinned host memory, and a pool of slots is on the device. **Copies**: the jitted step
+(``jmoe.offload.copies``) and the host (``jax.device_put`` and an install) each copy experts to slots.
+**Overlap**: a chain of layers runs, all of which need resident experts, with and without one prefetch a
+layer; a perfect forecast makes exactly these prefetches. The number of rows is chosen so that a layer takes
+at least as long as a copy, because a shorter layer cannot hide the copy.
 """
 
 import statistics
@@ -23,15 +23,18 @@ from jmoe.offload.copies import copy_in, fetch, install
 from jmoe.offload.table import Copies
 from jmoe.param import HOST
 
-LAYERS = 8  # of a chain
+LAYERS = 8  # layers of a chain
 SLOTS = 5
 MODELS = {"Qwen1.5-MoE": (60, 1408, 2048), "Mixtral-8x7B": (8, 14336, 4096)}  # experts, inner, model
 TOY = {"toy": (3, 64, 64)}
-TARGET = 1.10  # of a layer's time, with a prefetch at the same time
+TARGET = 1.10  # a layer's time with a prefetch at the same time, over its time alone
 
 
 def offload(check: Any) -> None:
-    """The section of ``gpu_check.py``: copies alone, then one during a layer. check: ``gpu_check.Check``."""
+    """Runs this section of ``gpu_check.py``: copies alone, then one copy during a layer.
+
+    check: a ``gpu_check.Check``, which gets the rows.
+    """
     for name, dims in (TOY if check.dry else MODELS).items():
         bench = Bench(dims, SLOTS, dry=check.dry)
         copy = {"in the step": bench.graph_seconds(), "by the host": bench.host_seconds()}
@@ -48,7 +51,12 @@ def offload(check: Any) -> None:
 
 
 class Bench:
-    """One layer's experts on both sides. dims: experts, inner, model."""
+    """The experts of one layer on the host and on the device.
+
+    dims: the number of experts, the inner width and the model's width.
+    slots: the number of slots of the pool.
+    dry: whether the measurement runs only once, in float32.
+    """
 
     def __init__(self, dims: tuple[int, int, int], slots: int, *, dry: bool):
         experts, inner, model = dims
@@ -63,7 +71,7 @@ class Bench:
         self.one_bytes = sum(a[0].nbytes for a in self.numpy)
 
     def graph_seconds(self) -> float:
-        """Of one copy by the jitted step, of as many as there are slots in a row."""
+        """Returns the seconds of one copy by the jitted step, which makes one for each slot in a row."""
         step = jax.jit(copy_in, donate_argnums=0)
         index = jnp.arange(self.slots, dtype=jnp.int32)
         moves = Copies(index % self.dims[0], index, jnp.int32(self.slots), jnp.int32(0))
@@ -75,7 +83,7 @@ class Bench:
         return self._median(run) / self.slots
 
     def host_seconds(self) -> float:
-        """The same by the host."""
+        """Returns the seconds of one copy by the host, which makes one for each slot in a row."""
         put = jax.jit(install, donate_argnums=0)
 
         def run() -> ExpertWeights:
@@ -89,7 +97,11 @@ class Bench:
         return self._median(run) / self.slots
 
     def chain_seconds(self, rows: int, *, prefetch: bool) -> float:
-        """Of one layer of a chain; with ``prefetch`` each brings an expert into the last slot meanwhile."""
+        """Returns the seconds of one layer of a chain.
+
+        rows: the number of rows.
+        prefetch: whether each layer also copies an expert into the last slot at the same time.
+        """
         sizes = jnp.full(self.slots + 1, 0, jnp.int32).at[: self.slots - 1].set(rows // (self.slots - 1))
 
         @jax.jit
@@ -106,7 +118,7 @@ class Bench:
         return self._median(lambda: chain(x_ND, self.pool, self.store)) / LAYERS
 
     def rows_for(self, seconds: float) -> int:
-        """Rows with which a layer takes ``seconds`` or more, or 8192."""
+        """Returns a number of rows with which a layer takes ``seconds`` or more, or 8192."""
         rows = self.slots - 1
         while rows < 8192 and not self.dry and self.chain_seconds(rows, prefetch=False) < seconds:
             rows *= 2

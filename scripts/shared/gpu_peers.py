@@ -1,4 +1,4 @@
-"""What ``gpu_check.py`` times and how: inputs, jmoe's layer, its bounds and its peers, seconds a call."""
+"""Makes what ``gpu_check.py`` times and times it: inputs, jmoe's layer, its bounds and its peers."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ from jax import Array, lax
 from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu
 from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
 
-CACHE = 64e6  # bytes of weights that a rotation must exceed, several times over
+CACHE = 64e6  # bytes; the weights of a rotation must be several times as large
 
 
 # ---- timing
@@ -22,9 +22,14 @@ CACHE = 64e6  # bytes of weights that a rotation must exceed, several times over
 def seconds_per_call(
     step: Callable, x: Array, stacks: list, dry: bool, calls: int = 24, rounds: int = 5
 ) -> float:
-    """The median time of ``step(x, weights) -> array``, calls chained in one compiled loop.
+    """Returns the median seconds of ``step(x, weights) -> array``. One compiled loop chains the calls.
 
-    stacks: equal pytrees of weights, taken in turn.
+    step: the function that is timed.
+    x: its first argument.
+    stacks: equal pytrees of weights, which are used in turn.
+    dry: whether there is only one call of each and one round.
+    calls: the number of calls in a round.
+    rounds: the number of rounds.
     """
     turns = max(1, (1 if dry else calls) // len(stacks))
 
@@ -50,7 +55,7 @@ def seconds_per_call(
 
 
 def stack_count(bytes_each: float) -> int:
-    """Weight stacks that together hold four times the cache; two at least."""
+    """Returns the number of weight stacks that together exceed four times the cache, 2 to 8."""
     return int(min(8, max(2, 4 * CACHE // bytes_each + 1)))
 
 
@@ -70,7 +75,7 @@ def random_rows(rows: int, model: int, seed: int = 0) -> Array:
 
 
 def routed_sizes(tokens: int, experts: int, top_k: int, seed: int = 0) -> np.ndarray:
-    """Rows of each expert when every token draws ``routed`` distinct experts uniformly."""
+    """Returns the rows of each expert when every token draws ``top_k`` distinct experts uniformly."""
     rng = np.random.default_rng(seed)
     picks = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
     return np.bincount(picks.ravel(), minlength=experts).astype(np.int32)
@@ -85,7 +90,7 @@ def weight_bytes(dims: tuple[int, int, int], active: int) -> float:
     return 2.0 * 3 * dims[1] * dims[2] * active
 
 
-# ---- the contenders: each (x, weights) -> y at fixed group sizes
+# ---- the contenders: each is a function (x, weights) -> y at fixed group sizes
 
 
 def ours(sizes: np.ndarray, dry: bool, activation: Activation = "silu") -> Callable:
@@ -95,7 +100,7 @@ def ours(sizes: np.ndarray, dry: bool, activation: Activation = "silu") -> Calla
 
 
 def by_ragged_dot(sizes: np.ndarray, product: Callable = lax.ragged_dot) -> Callable:
-    """gate, up and down as ragged products [rows, K] x [experts, K, out], the activation in between."""
+    """Returns the layer as ragged products [rows, K] x [experts, K, out], with the activation between."""
 
     def mlp(x, w):
         experts, inner, model = w.dims
@@ -108,14 +113,17 @@ def by_ragged_dot(sizes: np.ndarray, product: Callable = lax.ragged_dot) -> Call
 
 
 def one_group(x: Array, w: ExpertWeights) -> Array:
-    """All rows through the first expert: the dense bound."""
+    """Returns all rows after the first expert. This is the dense bound."""
     _, inner, model = w.dims
     gu = x @ w.gate_up_E2FD[0].reshape(2 * inner, model).T
     return gated("silu", gu[:, :inner], gu[:, inner:]) @ w.down_EDF[0].T
 
 
 def even_batch(x: Array, w: ExpertWeights) -> Array:
-    """The rows split evenly over all experts, as one batched product: the bound of every weight read once."""
+    """Returns the rows after an even split over all experts, as one batched product.
+
+    This is the bound that reads every weight once.
+    """
     experts, inner, model = w.dims
     rows = -(-x.shape[0] // experts)
     x_ECD = jnp.pad(x, ((0, rows * experts - x.shape[0]), (0, 0))).reshape(experts, rows, model)
@@ -127,14 +135,14 @@ def jax_peers(sizes: np.ndarray) -> dict[str, Callable]:
     peers = {"ragged_dot": by_ragged_dot(sizes)}
     try:
         tokamax = importlib.import_module("tokamax")
-    except Exception:  # an optional peer, whatever stops its import
+    except Exception:  # the peer is optional, whatever the reason why its import fails
         return peers
     peers["tokamax ragged_dot"] = by_ragged_dot(sizes, tokamax.ragged_dot)
     return peers
 
 
 def torch_seconds(sizes: np.ndarray, dims: tuple[int, int, int], dry: bool) -> float | None:
-    """torch._grouped_mm of the same layer under a CUDA graph, or None where torch has no CUDA."""
+    """Returns the seconds of torch._grouped_mm for the layer in a CUDA graph, None if torch has no CUDA."""
     if dry:
         return None
     try:

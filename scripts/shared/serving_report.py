@@ -1,4 +1,4 @@
-"""docs/results/serving.json, a part at a time, and the page that is made from it alone."""
+"""Writes docs/results/serving.json, one part at a time, and the page that is made only from it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from shared.results import dumps
 
 
 def write_part(folder: Path, part: str, figures: dict[str, Any]) -> None:
-    """Replaces the part in ``serving.json`` and writes ``serving.md`` anew."""
+    """Replaces the part in ``serving.json`` and writes ``serving.md`` again."""
     path = folder / "serving.json"
     folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -21,6 +21,6 @@ def write_part(folder: Path, part: str, figures: dict[str, Any]) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Returns the text of transformers, vllm, traces and host. One without results is left out."""
+    """Returns the page of transformers, vllm, traces and host. A part without results is left out."""
     text = render(Path(__file__).with_name("serving.md"), {"tables": serving_tables, **results})
     return text.rstrip() + "\n"

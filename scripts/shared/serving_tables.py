@@ -1,4 +1,4 @@
-"""Tables and single figures of docs/results/serving.md."""
+"""Makes the tables and the single figures of docs/results/serving.md."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ ROWS = {
     "median_e2el_ms": ("whole request, median, ms", 1),
 }
 SERVERS = {"transformers": "transformers serve --continuous-batching", "vllm": "vllm serve"}
-# Of each peer: a figure, requests at a time, and between what the ratio jmoe / peer shall lie.
+# The targets of each peer: a figure, the requests at a time, the least and the greatest ratio jmoe / peer.
 TARGETS = {
     "transformers": [
         ("output_throughput", 32, 3.0, math.inf),
@@ -31,18 +31,18 @@ TARGETS = {
 
 
 def client_share(part: dict[str, Any]) -> float:
-    """Returns the largest share of one core that the load generator took with jmoe, over the rows."""
+    """Returns the largest share of one core that the load generator used with jmoe, over all rows."""
     return max(statistics.median(row["jmoe"]["client_cpu_share"]) for row in part["rows"].values())
 
 
 def tokens(row: dict[str, Any]) -> dict[str, float]:
-    """Returns a round's median tokens: those of prompts, and those of answers."""
+    """Returns the median tokens of a round, for prompts and for answers."""
     num_input, num_output = map(statistics.median, zip(*row["jmoe"]["tokens"], strict=True))
     return {"given": num_input, "written": num_output}
 
 
 def compared(peer: str, row: dict[str, Any]) -> str:
-    """Returns the table, a row for each figure: the medians of both sides, and their ratio."""
+    """Returns the table with the medians of both sides and their ratio. A row is a figure."""
     ours, theirs = row["jmoe"], row[peer]
     rows = []
     for key, (title, digits) in ROWS.items():
@@ -52,7 +52,7 @@ def compared(peer: str, row: dict[str, Any]) -> str:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Returns the ratio ours / theirs. There is none where no time passed: an answer came in one piece."""
+    """Returns the ratio ours / theirs. It has none if no time passed, because an answer came in one piece."""
     if 0 in theirs:
         return f"- (none in {theirs.count(0)} rounds, where its answers came in one piece)"
     ratio, least, most = paired_ratio(ours, theirs)
@@ -60,7 +60,7 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 
 def targets(peer: str, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a record for each of the peer's targets that was measured, with the verdict on it."""
+    """Returns a record for each of the peer's targets that was measured, with its verdict."""
     found = []
     for key, concurrency, least, most in TARGETS[peer]:
         if (row := rows.get(str(concurrency))) is not None:
@@ -82,7 +82,7 @@ def scales(traces: dict[str, Any]) -> str:
 
 
 def replayed(traces: dict[str, Any]) -> str:
-    """Returns the table, a row for each trace and server."""
+    """Returns the table, which has a row for each trace and server."""
     rows = [
         [
             run["trace"],

@@ -1,6 +1,7 @@
-"""What a study is: one record, which ``scripts/study.py`` iterates over.
+"""The record that describes a study. ``scripts/study.py`` iterates over these records.
 
-Its functions import what measures inside themselves: cores and devices must be set before jax is imported.
+A record's functions import the measuring code inside themselves, because the cores and devices must be set
+before jax is imported.
 """
 
 import argparse
@@ -22,12 +23,13 @@ def no_plots(results: Results) -> dict[str, Plot]:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured at once.
+    """One measurement of a study, which one command runs.
 
-    measure: turns the options and the figures that there are into the part's own, as JSON holds them; returns
-        None after a line that says why, where the part cannot be measured.
+    name: the key of the part's figures in the JSON.
+    measure: the function that takes the options and the existing figures and returns the part's figures in
+        their JSON form. If the part cannot be measured, it prints a line that says why and returns None.
     data: the folder of ``--data`` that the part needs, or "".
-    has_gpu_form: whether ``--gpu`` measures it on an accelerator, as ``<name>_gpu``.
+    has_gpu_form: whether ``--gpu`` measures the part on an accelerator, as ``<name>_gpu``.
     """
 
     name: str
@@ -40,14 +42,17 @@ class Part:
 class Study:
     """A measured technique with its JSON, its document and its plots.
 
-    name: names its folder here, its template there, and its JSON and document among the results.
-    description: its help.
-    parts: the JSON has the figures of each under its name; those of an only part are the whole JSON.
-    add_options: adds its own options. An option belongs to a part where its help begins with the part's name,
-        or several names, and a colon.
-    tables: returns modules, whose functions the template calls by the modules' last names.
-    plots: returns the plots of the parts that have results, by name.
-    depth: how many levels of the JSON have a line for each value.
+    name: the name of the study's folder here, of its template there, and of its JSON and document among the
+        results.
+    description: the study's help text.
+    parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
+        its figures are the whole JSON.
+    add_options: the function that adds the study's own options. An option belongs to a part if its help
+        begins with the part's name, or several names, and a colon.
+    tables: the function that returns the modules whose functions the template calls, each module by its last
+        name.
+    plots: the function that returns the plots of the parts that have results, by name.
+    depth: the number of JSON levels in which every value has its own line.
     """
 
     name: str
@@ -60,10 +65,10 @@ class Study:
 
     @property
     def is_whole(self) -> bool:
-        """Returns whether the study has one part alone."""
+        """Returns whether the study has only one part."""
         return len(self.parts) == 1
 
     def document(self, results: Results) -> str:
-        """Returns the text of ``docs/results/<name>.md``; the template says what of an absent part."""
+        """Returns the text of ``docs/results/<name>.md``. The template decides what an absent part shows."""
         modules = {module.__name__.rpartition(".")[2]: module for module in self.tables()}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)

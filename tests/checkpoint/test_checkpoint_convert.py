@@ -1,4 +1,4 @@
-"""Converted checkpoints and exports: the same weights come back, and nothing half-written is ever left."""
+"""Converted checkpoints and exports give back the same weights, and nothing half-written is ever left."""
 
 import json
 import subprocess

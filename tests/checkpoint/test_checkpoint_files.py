@@ -1,4 +1,4 @@
-"""Damaged checkpoint files: each is refused in one line that names the file and what is wrong."""
+"""Each damaged checkpoint file is refused in one line that names the file and the fault."""
 
 import json
 import os
@@ -248,7 +248,7 @@ def test_helper_writes_every_name_once(tmp_path):
 
 
 def test_long_names_and_many_of_them_take_no_longer(tmp_path):
-    """A name given twice among many, numbers of thousands of digits, long names."""
+    """A repeated name among many, numbers of thousands of digits and long names take no longer."""
     once = {f"{i:x}": 1 for i in range(200_000)}
     twice = json.dumps(once)[:-1] + ', "7": 2}'
 

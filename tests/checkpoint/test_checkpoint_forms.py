@@ -1,4 +1,4 @@
-"""The forms in which checkpoints keep a slice of a parameter: each is read exactly, and no byte beside it."""
+"""Each form in which checkpoints keep a slice of a parameter is read exactly, without any other byte."""
 
 import os
 import tracemalloc
@@ -45,7 +45,7 @@ def read(
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """All different, and whole, so that bfloat16 has them too; as many as 256."""
+    """Returns different whole numbers, 256 at most, so that bfloat16 has them too."""
     return rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.float32)
 
 
@@ -102,7 +102,7 @@ def test_four_bits_are_what_their_format_says(tmp_path_factory, gate_up, sizes, 
     rng, (rows, blocks_a_row) = np.random.default_rng(seed), sizes
     lies = (3, 2 * rows if gate_up else rows, blocks_a_row)
     blocks = rng.integers(0, 256, (*lies, 16), np.uint8)
-    scales = rng.integers(0, 253, lies, np.uint8)  # 6 * 2^126 is not finite any more
+    scales = rng.integers(0, 253, lies, np.uint8)  # 6 * 2^126 is no longer finite
     want = forms.decoded(blocks, scales)[1].astype(dtype)
     if gate_up:
         want = np.stack([want[0::2], want[1::2]])
@@ -120,7 +120,7 @@ def test_four_bits_are_what_their_format_says(tmp_path_factory, gate_up, sizes, 
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_four_bits_are_what_transformers_makes_of_them(dtype):
-    """Every byte under every scale that is finite, the smallest and largest among them."""
+    """Every byte with every finite scale, from the smallest to the largest, has transformers' value."""
     torch = pytest.importorskip("torch")
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     blocks = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(255, axis=1)
@@ -128,7 +128,7 @@ def test_four_bits_are_what_transformers_makes_of_them(dtype):
     theirs = mxfp4.convert_moe_packed_tensors(
         torch.from_numpy(blocks), torch.from_numpy(scales), dtype=getattr(torch, dtype)
     )
-    want = theirs.transpose(1, 2).to(torch.float64).numpy()[0]  # theirs are [in, out]
+    want = theirs.transpose(1, 2).to(torch.float64).numpy()[0]  # those of transformers are [in, out]
     got = np.empty((255, 16 * 32), dtype if dtype == "float32" else BFLOAT16)
     dequantise(blocks, scales, got.reshape(-1))
     np.testing.assert_array_equal(got.astype(np.float64), want)
@@ -147,7 +147,7 @@ def test_bytes_beside_the_entry_are_not_read(tmp_path):
             assert (read(checkpoint, StoredTensor("t", "p", (), 1, form), shape) == 1).all()
             with pytest.raises(ValueError, match=r"'t' has NaN or Inf \(as float32\)"):
                 read(checkpoint, StoredTensor("t", "p", (), 2, form), shape)
-            os.truncate(path, path.stat().st_size - 9 * 4)  # all of the last entry and a number before
+            os.truncate(path, path.stat().st_size - 9 * 4)  # without the last entry and one number before it
             assert (read(checkpoint, StoredTensor("t", "p", (), 0, form), shape) == 1).all()
             with pytest.raises(ValueError, match="truncated"):
                 read(checkpoint, StoredTensor("t", "p", (), 1, form), shape)
@@ -163,7 +163,7 @@ def test_an_entry_takes_the_memory_of_a_chunk(tmp_path, form):
     tensors = {e.name: np.zeros((2, *e.shape), dtype) for e in entries(stored, shape)}
     with checkpoint_of(tmp_path, tensors) as checkpoint:
         out = np.ones(shape, np.float32)
-        # the format's table stays
+        # the table of the format stays
         dequantise(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), np.empty(32, out.dtype))
         tracemalloc.start()
         read_slice(checkpoint, stored, out)

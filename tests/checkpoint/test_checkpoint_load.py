@@ -1,4 +1,4 @@
-"""Loading: what a Hugging Face directory holds is what the decoder computes with, on any mesh."""
+"""On any mesh, the decoder computes with the weights that a Hugging Face directory holds."""
 
 import json
 import tracemalloc
@@ -34,7 +34,7 @@ def eight_devices():
 
 
 def values(model: Decoder) -> dict[str, np.ndarray]:
-    """Every parameter in the checkpoint's dtype."""
+    """Returns every parameter in the checkpoint's dtype."""
     out = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         value = np.asarray(param.get_value())
@@ -50,7 +50,7 @@ def logits(model: Decoder) -> jax.Array:
 
 
 def stacked(tensors: dict[str, np.ndarray], architecture: str, layer: int) -> dict[str, np.ndarray]:
-    """A layer's expert stacks, written down apart from the loader."""
+    """Returns a layer's expert stacks, made without the loader."""
     mixtral = architecture == hf_tiny.MIXTRAL
     block = f"model.layers.{layer}." + ("block_sparse_moe" if mixtral else "mlp") + ".experts"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -187,7 +187,7 @@ def test_one_device_aliases_the_buffer():
 
 
 def test_storage_follows_the_devices_of_the_mesh(monkeypatch):
-    """A mesh of CPU devices on a machine whose default devices are others."""
+    """Storage follows the devices of the mesh: here CPU devices on a machine with other default devices."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cfg = small_config(dtype="bfloat16")
     _, specs = abstract_decoder(cfg, MoEConfig(), one_device())
@@ -253,7 +253,7 @@ def test_wrong_tensors_are_refused_by_name(damage, message, tmp_path):
 def test_a_value_beyond_the_asked_dtype_is_refused(tmp_path):
     config = hf_tiny.hf_config()
     tensors = hf_tiny.random_tensors(config)
-    tensors["model.norm.weight"][3] = np.finfo(np.float32).max  # rounds up to Inf in bfloat16
+    tensors["model.norm.weight"][3] = np.finfo(np.float32).max  # it rounds up to Inf in bfloat16
     hf_tiny.write_checkpoint(tmp_path, config, tensors=tensors)
     load_model(tmp_path, one_device())
     with pytest.raises(ValueError, match=r"'model\.norm\.weight' has NaN or Inf \(as bfloat16\)"):

@@ -1,4 +1,4 @@
-"""Models whose checkpoints stack, turn or quantise their experts, or mix dtypes, are loaded and converted."""
+"""Tests that models whose checkpoints stack, turn or quantise experts, or mix dtypes, load and convert."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ from jmoe.param import ParamMaker
 from jmoe.placement.placement import Placement
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DENSE_BETWEEN = (1, 3)  # the layers with experts of four
+DENSE_BETWEEN = (1, 3)  # the layers with experts, of four layers
 ROUTERS = ("router.gate_ED", "router.bias_E", "router.correction_E", "router.expert_E")
 EXPERTS = ("gate_up_E2FD", "down_EDF", "gate_up_bias_E2F", "down_bias_ED")
 

@@ -1,4 +1,4 @@
-"""Where compiled things are kept: no home, or one that cannot be written to, costs a warning and no speed."""
+"""Without a home folder that can be written to, compiled programs are kept elsewhere, with only a warning."""
 
 import os
 import pwd
@@ -14,7 +14,7 @@ from jmoe_kernels.cpu import build
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """The temporary folder of a user whose home is a device."""
+    """Returns the temporary folder of a user whose home is a device."""
     for name in ("JMOE_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", os.devnull)
@@ -88,7 +88,7 @@ def test_nothing_can_be_written_anywhere(nowhere, monkeypatch, caplog):
 
 
 def test_kernels_are_built_where_they_can_be(nowhere, monkeypatch):
-    """They lie beside the compiled programs, which may be where only those can be read."""
+    """Kernels are built next to the compiled programs, or elsewhere if that folder cannot be written to."""
     tried = []
 
     def into(folder):

@@ -1,4 +1,4 @@
-"""The command line end to end on a tiny checkpoint: outputs, JSON, one-line refusals, exit codes."""
+"""Tests the command line end to end on a tiny checkpoint: outputs, JSON, one-line refusals, exit codes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from jmoe.tools.data import bounded, read_documents, round_robin, windows
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """4 experts top-2, 64 tokens of context, one token a byte."""
+    """Returns a model of 4 experts, top 2, with 64 tokens of context and one token a byte."""
     directory = tmp_path_factory.mktemp("model")
     changes = {"vocab_size": 256, "max_position_embeddings": 64, "num_local_experts": 4, "eos_token_id": None}
     write_checkpoint(directory, hf_config(**changes))
@@ -92,7 +92,7 @@ def test_eval_modes_agree_and_report_the_experts(capsys, model, text):
     assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)
     for report in (one, two):
         moe = report["moe"]
-        # every token of a window but (in decode) its last, which predicts nothing, runs through k experts
+        # every token of a window runs through k experts, except (in decode) the last, which predicts nothing
         assert moe["assignments"] == sum(layer["assignments"] for layer in moe["per_layer"])
         assert 1 <= moe["active_experts"] <= 4 and moe["active_experts"] == moe["active_experts_baseline"]
         assert moe["dropped"] == moe["rerouted"] == moe["remapped"] == 0
@@ -119,7 +119,7 @@ def test_doctor_and_convert(capsys, model, tmp_path):
 
 
 def test_doctor_tells_where_offloaded_experts_lie(capsys, model):
-    """Two layers of 4 experts, 3 x 16 x 32 numbers each."""
+    """The doctor reports where offloaded experts are: here two layers of 4 experts of 3 x 16 x 32 numbers."""
     assert json.loads(run(capsys, "doctor", model, "--json")[1])["offload"] is None
     moe = '{"offload": {"slots_per_layer": 3, "prefetch_per_layer": 4, "eviction": "lru"}}'
     args = ("doctor", model, "--dtype", "float32", "--moe-config", moe)

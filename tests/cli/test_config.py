@@ -1,4 +1,4 @@
-"""The MoE configuration: what it accepts from Python, JSON and TOML, and what it says when it refuses."""
+"""Tests what the MoE configuration accepts from Python, JSON and TOML, and its messages when it refuses."""
 
 from pathlib import Path
 

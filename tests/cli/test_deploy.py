@@ -1,4 +1,4 @@
-"""The manifests in configs/deploy: valid, consistent in their sizes, and their commands and probes work."""
+"""The manifests in configs/deploy are valid and have consistent sizes, and their commands and probes work."""
 
 import copy
 import importlib.util
@@ -35,12 +35,20 @@ GIVEN = {  # the variables that Kubernetes or the controller puts into every con
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says, whichever its kind. rank: the variable with a pod's rank."""
+    """What a manifest of any kind says.
+
+    workload: the resource that makes the pods.
+    service: the service.
+    pods: the number of pods.
+    devices: the number of devices of a pod.
+    pod: the specification of a pod.
+    rank: the variable with a pod's rank.
+    """
 
     workload: dict[str, Any]
     service: dict[str, Any]
     pods: int
-    devices: int  # a pod's
+    devices: int
     pod: dict[str, Any]
     rank: str
 
@@ -200,7 +208,7 @@ def test_ranks_find_the_leader(manifest: Manifest):
 def test_the_job_set_names_its_leader():
     spec = on_tpu().workload["spec"]
     [leader] = [v for v in on_tpu().container["env"] if v["name"] == "LEADER"]
-    path = "metadata.annotations['jobset.sigs.k8s.io/coordinator']"  # set where spec.coordinator is
+    path = "metadata.annotations['jobset.sigs.k8s.io/coordinator']"  # it is set if spec.coordinator is set
     assert leader["valueFrom"]["fieldRef"]["fieldPath"] == path
     assert spec["coordinator"] == {
         "replicatedJob": spec["replicatedJobs"][0]["name"],
@@ -230,7 +238,7 @@ def test_clients_reach_the_leader_only(manifest: Manifest):
 
 @pytest.fixture
 def server() -> Iterator[tuple[int, dict[str, int]]]:
-    """A port, and the status of each path that is asked there."""
+    """Yields a port, and the status with which each path is answered there."""
     answers: dict[str, int] = {}
 
     class Handler(BaseHTTPRequestHandler):

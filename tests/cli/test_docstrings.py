@@ -1,4 +1,4 @@
-"""Docstrings quote names that exist."""
+"""Tests that docstrings quote names that exist."""
 
 import ast
 import builtins
@@ -30,13 +30,13 @@ FOREIGN = {
         "tensor",
         "traffic",
         "remote_assignments",
-    ),  # their values
+    ),  # values of settings
     *("_s", "_hbm"),  # ends of names
 }
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """Returns every name that the file defines, imports or has in a text of one line."""
+    """Returns every name that the file defines or imports, or that is a word in a one-line string."""
     found = set(dir(builtins))
     for node in ast.walk(tree):
         match node:
@@ -72,7 +72,7 @@ PUBLIC = {
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_docstring_quotes_names_that_exist(path: Path):
-    """A field or a parameter must be one of the same file; a class or a function may be another file's."""
+    """A quoted field or parameter is in the same file. A quoted class or function may be in another file."""
     found = {*quoted(TREES[path])}
     unknown = sorted(found - defined(TREES[path]) - PUBLIC - PLACES - FOREIGN)
     assert not unknown

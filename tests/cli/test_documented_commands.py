@@ -1,4 +1,4 @@
-"""Figures whose command is broken are no figures: each command of the documents is run, in a small form."""
+"""Tests that each command of the documents runs, in a small form: a figure needs a command that works."""
 
 import gzip
 import importlib.util
@@ -56,7 +56,7 @@ def test_what_the_table_names_is_there():
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory) -> dict[str, str]:
-    """What the words in braces stand for, but for those that belong to one command."""
+    """Returns the values of the words in braces, except those that belong to one command."""
     folder = tmp_path_factory.mktemp("things")
     text, sizes, trace = (folder / name for name in ("text.txt", "sizes.toml", "trace.jsonl.gz"))
     hf, study, corpus = (folder / name for name in ("hf", "study", "corpus"))

@@ -1,4 +1,4 @@
-"""The package's shape: what may import what, and that nothing is importable as ``kernels``."""
+"""Tests the package's shape: what may import what, and that nothing can be imported as ``kernels``."""
 
 import ast
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = {  # a room, or a module, imports from those before it in its list
+FLOORS = {  # a part of a package imports only from the parts before it in its list
     "jmoe": (
         "jmoe_kernels", "faults", "config", "mesh", "param", "placement", "moe", "nn", "offload", "models",
         "checkpoint", "engine", "server", "tools", "cli",
@@ -38,7 +38,7 @@ MODULES = {module(path): path for path in SOURCES}
 
 
 def imports(path: Path) -> set[str]:
-    """The project's modules that a file imports, at its top or anywhere."""
+    """Returns the project's modules that a file imports, at its top or anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
 
 
 def room(name: str, house: str) -> str | None:
-    """Where in ``house`` a module is; None outside of it and for the house's own door."""
+    """Returns the part of ``house`` in which a module is, None outside of it and for the house itself."""
     if house == "jmoe" and name.startswith("jmoe_kernels"):
         return "jmoe_kernels"
     return name.removeprefix(f"{house}.").split(".")[0] if name.startswith(f"{house}.") else None
@@ -74,7 +74,7 @@ def test_a_module_imports_only_from_lower_floors(name: str):
 
 
 def test_folders_hold_what_one_look_takes_in():
-    """Folders of one file a thing may hold more: the families of models, baselines and solvers."""
+    """A folder has 16 entries at most. Only ``models`` may have more, because it has one file a family."""
     for folder in {path.parent for path in SOURCES}:
         entries = [entry for entry in folder.iterdir() if entry.name != "__pycache__"]
         assert len(entries) <= 16 or folder.name in ("models",), folder
@@ -123,6 +123,6 @@ def test_files_are_short():
 
 
 def test_no_test_module_is_imported_by_another():
-    """What several of them use is in ``tests/support``."""
+    """No test module imports another. Code that several of them use is in ``tests/support``."""
     for path in (ROOT / "tests").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) (\S+\.)?test_\w+", path.read_text(), re.M), path

@@ -1,4 +1,4 @@
-"""One form of message for every value of every file, flag and argument; and what the values become."""
+"""Every value of every file, flag and argument has one form of message. The tests also check the values."""
 
 import dataclasses
 import json
@@ -146,7 +146,7 @@ def test_flags_are_refused_in_the_same_words(capsys, flags, message):
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
-    last = err.splitlines()[-1]  # a log line may come before
+    last = err.splitlines()[-1]  # a log line may come before it
     assert code == 2 and out == "" and message in last and "Traceback" not in err
 
 

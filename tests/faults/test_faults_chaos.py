@@ -1,5 +1,7 @@
-"""Many clients at once, most of them bad: afterwards nothing is left behind, and the good ones got exactly
-what they get from a server of their own."""
+"""Many clients come at once, most of them bad. After them nothing is left.
+
+The good clients got exactly what they get from a server that has no other clients.
+"""
 
 import asyncio
 import dataclasses
@@ -75,7 +77,12 @@ def streamed_ids(body: bytes) -> list[list[int]]:
 
 @dataclass
 class Chaos:
-    """Clients of every kind on one port. quiet: what each question's answer is on an idle server."""
+    """Clients of every kind on one port.
+
+    port: the port of the server.
+    rng: the source of random numbers.
+    quiet: the answer to each question on an idle server.
+    """
 
     port: int
     rng: random.Random
@@ -151,7 +158,7 @@ class Chaos:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[int, EngineWorker, Any]]:
-    """(port, worker, server) of the bundled model in float32, its users more than it has seats."""
+    """Yields (port, worker, server) of the bundled model in float32. It has fewer seats than users."""
     settings = EngineSettings(
         dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, max_queue=500
     )
@@ -166,7 +173,10 @@ def served() -> Iterator[tuple[int, EngineWorker, Any]]:
 
 @pytest.fixture(scope="module")
 def quiet(served) -> dict[str, list[list[int]]]:
-    """The longest greedy continuation of each text, asked one at a time: shorter ones are its beginnings."""
+    """Returns the longest greedy continuation of each text, requested one at a time.
+
+    A shorter continuation is the beginning of the longest one.
+    """
     asked = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     return {
         text: whole_ids(asyncio.run(ask(served[0], post(PATH, asked | {"prompt": text})))[1])
@@ -184,23 +194,23 @@ def resident() -> int:
 
 
 def threads() -> set[threading.Thread]:
-    """All but the pool's, which are bounded and kept."""
+    """Returns all threads except those of the pool, which are bounded and kept."""
     return {t for t in threading.enumerate() if not t.name.startswith("jmoe-server")}
 
 
 def remembered() -> int:
-    """Requests and answers that anything still refers to: engine, metrics, server or a forgotten task."""
+    """Counts requests and answers to which anything still refers: engine, metrics, server, a lost task."""
     gc.collect()
     return sum(isinstance(o, Request | Generation) for o in gc.get_objects())
 
 
 def tasks(server: Any) -> int:
-    """Tasks of the server's loop: its own two and one a request."""
+    """Counts the tasks of the server's requests, one a request."""
     return len(server.server_state.tasks)
 
 
 def check_idle(worker: EngineWorker, server: Any) -> None:
-    """Nothing runs, waits, is held or is remembered."""
+    """Checks that nothing runs, waits, is held or is remembered."""
 
     def idle() -> bool:
         s = worker.snapshot()
@@ -212,11 +222,11 @@ def check_idle(worker: EngineWorker, server: Any) -> None:
 
 
 def storm(served, quiet, count: int, seed: int) -> int:
-    """The bytes by which memory grew in the second half of ``count`` requests."""
+    """Returns the bytes by which memory grew in the second half of ``count`` requests."""
     port, worker, server = served
     rng = random.Random(seed)
     threads_before = threads()
-    asyncio.run(Chaos(port, rng, quiet).run(AT_ONCE))  # what the first ones make once stays: threads, caches
+    asyncio.run(Chaos(port, rng, quiet).run(AT_ONCE))  # makes what stays: threads, caches
     check_idle(worker, server)
     files, objects, grown = descriptors(), remembered(), []
     for _ in range(2):
@@ -246,14 +256,17 @@ def test_a_thousand_requests_of_every_kind(served, quiet):
 
 
 def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypatch):
-    """Eight hold the seats, four may wait: of twelve more eight are sent away, at once and with a time."""
+    """If eight requests have the seats and four may wait, eight of twelve more are refused.
+
+    The refusal comes at once and names a time.
+    """
     port, worker, server = served
     scheduler = worker._engine.scheduler
     monkeypatch.setattr(scheduler, "limits", dataclasses.replace(scheduler.limits, max_queue=4))
     step, going = worker._engine.step, threading.Event()
 
     def stepping() -> bool:
-        """No answer goes on before all have come: only first tokens are made, and seats taken."""
+        """Makes only first tokens and takes seats until all have come. No answer continues before that."""
         begins = scheduler.waiting and len(scheduler.running) < 8
         if going.is_set() or begins or any(not r.token_ids for r in scheduler.running):
             return step()
@@ -278,7 +291,7 @@ def test_a_full_queue_takes_exactly_what_it_has_room_for(served, quiet, monkeypa
             pair = await ask(port, post(PATH, long | {"n": 2}))
             assert pair[0] == 503, "two find no room for one either"
         going.set()
-        return [await task for task in waiting]  # the seats are free again
+        return [await task for task in waiting]  # now the seats are free again
 
     results = asyncio.run(asyncio.wait_for(storm(), 120))
     assert sorted(status for status, _ in results) == [200] * 4 + [503] * 8

@@ -1,4 +1,4 @@
-"""Converted directories that are damaged: the same model, or refused in one line."""
+"""A damaged converted directory gives the same model or is refused in one line."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from jmoe.checkpoint.manifest import MANIFEST
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """A converted tiny model, and its parameters."""
+    """Returns a converted tiny model and its parameters."""
     root = tmp_path_factory.mktemp("converted")
     hf_tiny.write_checkpoint(root / "hf", hf_tiny.hf_config())
     convert(root / "hf", root / "out")
@@ -34,7 +34,7 @@ def files_of(directory: Path) -> list[Path]:
 
 def test_any_converted_directory_is_the_same_model_or_refused(converted, tmp_path):
     good, parameters = converted
-    names = [Path(MANIFEST), *files_of(good)]  # the manifest, which no sum covers, twice
+    names = [Path(MANIFEST), *files_of(good)]  # the manifest twice, because no sum covers it
 
     @settings(max_examples=80, deadline=None, derandomize=True)
     @given(st.sampled_from(names), st.lists(CHANGES, min_size=1, max_size=2))
@@ -107,7 +107,7 @@ for directory in sys.argv[1:]:
 
 
 def described_as(changes: dict[str, Any]):
-    """A change of what Orbax says of a group."""
+    """Returns an edit that changes Orbax's description of a group."""
 
     def edit(out: Path) -> Path:
         path = next(out.rglob("_METADATA"))
@@ -118,7 +118,7 @@ def described_as(changes: dict[str, Any]):
 
 
 def largest(change: Callable[[bytes], bytes]):
-    """A change of the largest file, which holds numbers."""
+    """Returns an edit that changes the largest file, which holds numbers."""
 
     def edit(out: Path) -> Path:
         path = max((p for p in (out / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -138,8 +138,12 @@ SIGNED = {
 
 
 def test_damage_that_the_manifest_vouches_for_is_one_line_and_no_traceback_follows(converted, tmp_path):
-    """Orbax reads a group's arrays side by side: where one fails, the others' failures are nobody's."""
-    damages = [*SIGNED.values()] * 2  # which reads end late differs from time to time
+    """Damage with a right checksum in the manifest gives one line, and no traceback follows.
+
+    Orbax reads the arrays of a group at the same time. If one fails, nobody collects the failures of the
+    others.
+    """
+    damages = [*SIGNED.values()] * 2  # twice, because other reads end late each time
     outs = [tmp_path / str(i) for i in range(len(damages))]
     for out, damage in zip(outs, damages, strict=True):
         shutil.copytree(converted[0], out)

@@ -1,4 +1,4 @@
-"""Files that are damaged, cut or half written: read as what they are, or refused in one line."""
+"""A file that is damaged, cut or half written is read as it is, or refused in one line."""
 
 import json
 import os
@@ -61,8 +61,11 @@ def read_all(directory: Path) -> dict[str, np.ndarray]:
 
 @fuzz(400)
 def test_any_safetensors_is_read_as_by_the_public_reader_or_refused(tmp_path, changes):
-    """The public reader is the oracle; where it refuses what we read (a comment that is no text, say), the
-    values must be those that were written."""
+    """Any safetensors file is read with the values of the public reader, or is refused.
+
+    If the public reader refuses what we read (for example a comment that is no text), the values must be
+    those that were written.
+    """
     data = damaged(GOOD, changes)
     (tmp_path / FILE).write_bytes(data)
     try:
@@ -143,7 +146,7 @@ sys.stdin.read()
 
 
 class Conversion:
-    """A process that converts, and waits after each group of parameters until it is told to go on."""
+    """A process that converts. After each group of parameters it waits for the permission to continue."""
 
     def __init__(self, source: Path, target: Path):
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
@@ -151,7 +154,7 @@ class Conversion:
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
     def told(self) -> str:
-        """What the process says next: that a group is written, or that it is done."""
+        """Returns what the process reports next: that a group is written, or that it is done."""
         return self.child.stdout.readline().decode().strip()
 
     def go_on(self) -> None:
@@ -165,14 +168,17 @@ class Conversion:
 
 
 def check_left(root: Path, want: dict[str, bytes]) -> bool:
-    """Whether a killed conversion gave ``root / "out"`` its name. It has it only whole, and what lies beside
-    it is of this conversion alone, and is refused unless it is whole."""
+    """Returns whether a killed conversion gave ``root / "out"`` its name.
+
+    It checks that a directory with this name is whole. It also checks that what is next to it comes only from
+    this conversion, and is refused if it is not whole.
+    """
     target = root / "out"
     left = [p for p in root.iterdir() if p not in (root / "hf", target)]
     assert len(left) <= 1, "what the conversion before had left is gone"
     for half in left:
         try:
-            assert loaded(half) == want  # killed between its last byte and its name
+            assert loaded(half) == want  # it was killed between its last byte and its name
         except ValueError as error:
             assert refused(error, half)
     if not target.exists():
@@ -183,20 +189,23 @@ def check_left(root: Path, want: dict[str, bytes]) -> bool:
 
 @pytest.fixture
 def source(tmp_path) -> dict[str, bytes]:
-    """The parameters of a checkpoint of several groups at ``tmp_path / "hf"``."""
+    """Returns the parameters of a checkpoint of several groups at ``tmp_path / "hf"``."""
     hf_tiny.write_checkpoint(tmp_path / "hf", hf_tiny.hf_config())
     return loaded(tmp_path / "hf")
 
 
 def check_next(root: Path, want: dict[str, bytes]) -> None:
-    """The next conversion is whole, and removes what the killed ones left."""
+    """Checks that the next conversion is whole and removes what the killed ones left."""
     convert(root / "hf", root / "out")
     assert loaded(root / "out") == want
     assert sorted(p.name for p in root.iterdir()) == ["hf", "out"]
 
 
 def test_a_conversion_that_is_killed_leaves_nothing_that_loads(source, tmp_path):
-    """Killed behind each group that it writes, the last one too, and behind its last word."""
+    """A killed conversion leaves nothing that loads.
+
+    It is killed after each group that it writes, the last one too, and after its last report.
+    """
     groups, done = 0, False
     while not done:
         conversion = Conversion(tmp_path / "hf", tmp_path / "out")
@@ -222,7 +231,7 @@ def test_the_next_conversion_removes_what_a_killed_one_left(source, tmp_path):
 
 @pytest.mark.matrix
 def test_conversions_killed_at_many_moments(source, tmp_path):
-    """Wherever each of them was by then, which differs from machine to machine."""
+    """A conversion may be killed at any moment. The moments differ from machine to machine."""
     rng = random.Random(5)
     for _ in range(12):
         conversion = Conversion(tmp_path / "hf", tmp_path / "out")
@@ -237,21 +246,21 @@ def test_conversions_killed_at_many_moments(source, tmp_path):
 
 
 def test_a_conversion_leaves_another_that_still_runs_alone(tmp_path):
-    """Two to one target: the second does not remove the first one's work, and one of them gets the name."""
+    """Of two conversions to one target, the second leaves the first one's work, and one gets the name."""
     hf_tiny.write_checkpoint(tmp_path / "hf", hf_tiny.hf_config())
 
     def second(done, total):
         if not (tmp_path / "out").exists():
             convert(tmp_path / "hf", tmp_path / "out")
 
-    with pytest.raises(OSError):  # the name is taken when the first one is done
+    with pytest.raises(OSError):  # the first one has the name when it is done
         convert(tmp_path / "hf", tmp_path / "out", progress=second)
     assert loaded(tmp_path / "out") == loaded(tmp_path / "hf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_weights_cut_short_while_served_change_nothing(tmp_path):
-    """No file stays mapped: a mapped one that is cut would end the process with SIGBUS."""
+    """No file stays mapped after loading, because a cut mapped file would end the process with SIGBUS."""
     hf_tiny.write_checkpoint(tmp_path, hf_tiny.hf_config())
     engine = build_engine(
         tmp_path, EngineSettings(max_model_len=32, max_num_seqs=1, max_num_batched_tokens=16), warm_up=False

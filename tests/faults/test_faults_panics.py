@@ -1,4 +1,4 @@
-"""What is no Exception: a panic of a Rust library ends the request that caused it, or else the process."""
+"""A panic of a Rust library, which is no Exception, ends the request that caused it or else the process."""
 
 import json
 import threading
@@ -24,11 +24,11 @@ PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException: not an Exception."""
+    """A panic like pyo3's PanicException, which is not an Exception."""
 
 
 def strip_tokenizer() -> Tokenizer:
-    """A documented decoder that panics in Rust: it strips one character from texts that may be empty."""
+    """Returns a documented decoder that panics in Rust: it strips one from texts that may be empty."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "": 1}, unk_token=""))
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
     return tokenizer
@@ -49,14 +49,14 @@ def test_a_rust_panic_is_no_exception():
 
 
 class Codec:
-    """Every token is an x; fails for one as ``failing`` does."""
+    """A codec in which every token is an x. It fails for one token in the way of ``failing``."""
 
     def __init__(self, failing):
         self.token_bytes = Letters(failing)
 
 
 class Letters:
-    """As ``TokenBytes``."""
+    """A replacement of ``TokenBytes``."""
 
     pieces, special_ids = Pieces({"type": "Fuse"}), frozenset()
     tokenizer = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
@@ -73,7 +73,10 @@ class Letters:
 
 
 class Forced:
-    """Lets one token come. fails: at this method, as ``failing`` does."""
+    """A grammar that allows only one token.
+
+    fails: the method at which it fails, in the way of ``failing``.
+    """
 
     def __init__(self, token: int, words: int, fails: str = "", failing=panic):
         self.words, self.fails, self.failing = np.zeros(words, np.uint32), fails, failing
@@ -100,7 +103,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture
 def running(engine):
-    """Its steps on a thread until they are told to end."""
+    """Runs the engine's steps on a thread until they are to end."""
     engine.codec, engine.listeners[:] = Codec(panic), []
     worker = EngineWorker(engine)
     worker.start()
@@ -218,7 +221,7 @@ def test_a_call_that_panics_is_its_callers(engine, running, monkeypatch):
 
 
 class Words(ByteCodec):
-    """Panics at an exclamation mark."""
+    """A codec that panics at an exclamation mark."""
 
     def __init__(self, failing):
         self.failing = failing
@@ -319,7 +322,7 @@ def test_sampling_that_fails_is_told_and_tried_again(monkeypatch):
 
 
 def test_who_interrupts_a_program_ends_it(engine):
-    """In the main thread, where Python callers run the engine, an interrupt is no request's fault."""
+    """An interrupt in the main thread, where Python callers run the engine, is no request's fault."""
 
     def interrupt():
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Server processes whose engine fails, or that are told to end while they start."""
+"""Tests server processes whose engine fails, or that get the signal to end while they start."""
 
 import contextlib
 import os
@@ -70,7 +70,7 @@ def model(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-    """A process whose standard output is read here, and its standard input written."""
+    """Yields a process. The test reads its standard output and writes its standard input."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with open(log, "wb") as file, subprocess.Popen(command, stderr=file, env=env, **pipes) as process:
@@ -82,7 +82,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def serving(model: Path, log: Path, kind: str) -> Iterator[tuple]:
-    """(process, URL) of a server with the real engine, which fails."""
+    """Yields (process, URL) of a server with the real engine, which fails."""
     with started([sys.executable, "-c", SERVER, str(model), kind], log) as process:
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         assert eventually(lambda: answers(url) or process.poll() is not None)
@@ -102,7 +102,7 @@ def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_proce
             return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
         one, two, whole = clients.map(ask, bodies)
-        with contextlib.suppress(httpx.TransportError):  # it may be gone already
+        with contextlib.suppress(httpx.TransportError):  # the server may already have ended
             live = httpx.get(f"{url}/live", timeout=60)
             assert live.status_code == 503 and live.json()["error"]["code"] == "engine_dead"
         assert process.wait(60) == 1
@@ -132,7 +132,7 @@ print("a KeyboardInterrupt was ignored")
 
 
 def test_an_interrupt_is_not_lost_where_no_exception_gets_through(tmp_path):
-    """A callback's, as the import system has many: the errors in it are ignored."""
+    """An interrupt is not lost in a callback whose errors are ignored, as in the import system."""
     with started([sys.executable, "-c", LOSES], tmp_path / "log") as process:
         assert process.wait(60) == -signal.SIGINT
 

@@ -1,4 +1,4 @@
-"""What the source never does: read data that can run code."""
+"""The source never reads data that can run code."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ CALLS = {"torch.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load", "eva
 
 
 def faults(source: str) -> list[str]:
-    """Every use of what can run code that comes as data, in the order of the lines."""
+    """Returns every use of a function that can run code from data, in the order of the lines."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []

@@ -1,4 +1,4 @@
-"""Hostile and broken clients on a real socket: every limit holds, memory stays flat, the engine is freed."""
+"""Hostile and broken clients on a real socket meet every limit. Memory stays flat, the engine gets free."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ CHUNKED = "Transfer-Encoding: chunked\r\n"
 
 @pytest.fixture(scope="module")
 def server():
-    """(port, engine, server); limits as a user has them."""
+    """Yields (port, engine, server). The limits are the defaults of a user."""
     engine = FakeEngine(ByteCodec(), max_model_len=4096, pace=0.001)
     with listening(engine) as (url, server):
         yield int(url.rpartition(":")[2]), engine, server
@@ -33,13 +33,13 @@ def server():
 
 @pytest.fixture(scope="module")
 def hasty():
-    """The port of a server that waits half a second for what does not come."""
+    """Yields the port of a server that waits half a second for what does not come."""
     with listening(FakeEngine(ByteCodec()), header_timeout=0.5, body_timeout=0.5) as (url, _):
         yield int(url.rpartition(":")[2])
 
 
 def answer(port: int, *parts: bytes) -> bytes:
-    """What comes back, to the end of the connection or an answer's."""
+    """Returns what comes back until the end of the connection or of an answer."""
     got = b""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # refused before all was sent
@@ -52,7 +52,7 @@ def answer(port: int, *parts: bytes) -> bytes:
 
 
 def refusal(raw: bytes) -> tuple[int, str]:
-    """(status, code) of an answer in the envelope that also closes the connection."""
+    """Returns (status, code) of an answer in the envelope, and checks that it closes the connection."""
     status, body = parsed(raw)
     assert b"connection: close" in raw.lower()
     error = json.loads(body)["error"]
@@ -82,7 +82,7 @@ BAD_HEADS = {
 def test_bad_heads_are_refused_in_the_envelope(server, case, caplog):
     raw, want = BAD_HEADS[case]
     got = answer(server[0], raw)
-    if got:  # a reset while it still sends may overtake the answer
+    if got:  # a reset may overtake the answer while the client still sends
         assert refusal(got) == want
     else:
         assert case == "a million fields"
@@ -92,13 +92,13 @@ def test_bad_heads_are_refused_in_the_envelope(server, case, caplog):
 
 @pytest.fixture(scope="module")
 def apart():
-    """(port, process) of a server with a process, and so a memory, of its own."""
+    """Yields (port, process) of a server that has its own process and so its own memory."""
     with process() as (server, url):
         yield int(url.rpartition(":")[2]), server.pid
 
 
 def test_a_head_without_end_is_cut_after_its_limit(apart):
-    """100 MB of one header field: the server takes little of it and keeps none."""
+    """Of a header field of 100 MB the server takes little, and it keeps nothing."""
     port, pid = apart
     before, sent = resident(pid), 0
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -112,7 +112,7 @@ def test_a_head_without_end_is_cut_after_its_limit(apart):
 
 
 def test_a_body_without_end_costs_no_memory(apart):
-    """200 MB in chunks: refused with 413 at the limit, the rest read and dropped."""
+    """A body of 200 MB in chunks is refused with 413 at the limit, and the rest is read and dropped."""
     port, pid = apart
     before, highest = resident(pid), 0
     chunk = b"%x\r\n%s\r\n" % (1 << 20, b" " * (1 << 20))
@@ -143,7 +143,7 @@ def test_who_stops_sending_is_let_go(hasty, sent):
 
 
 def test_a_head_that_trickles_in_is_cut_too(hasty):
-    """Long before its end, which would come after 50 seconds at the earliest."""
+    """A slow head is cut long before its end, which would come after 50 seconds at the earliest."""
     with (
         socket.create_connection(("127.0.0.1", hasty)) as connection,
         pytest.raises((ConnectionResetError, BrokenPipeError)),
@@ -188,7 +188,7 @@ def test_pipelined_requests_are_answered_in_order(server):
 
 @contextlib.contextmanager
 def narrow(pace: float = 0.0, write_timeout: float = 0.5):
-    """A server whose sockets hold little, so that a client that does not read is felt at once."""
+    """Yields a server whose sockets hold little, so that a client that does not read counts at once."""
     engine = FakeEngine(ByteCodec(), max_model_len=4096, pace=pace)
     with listening(engine, write_timeout=write_timeout) as (url, server):
         eventually(lambda: server.started)
@@ -216,7 +216,7 @@ def test_who_does_not_read_is_let_go_and_the_engine_freed():
             while not ends:
                 await asyncio.sleep(0.05)
 
-    with narrow(pace=0.01) as (port, engine, server):  # 40 s of tokens
+    with narrow(pace=0.01) as (port, engine, server):  # tokens for 40 s
         engine.add_listener(Listener())
         asyncio.run(asyncio.wait_for(stare(port), 120))
         assert ends == ["abort"]
@@ -224,7 +224,10 @@ def test_who_does_not_read_is_let_go_and_the_engine_freed():
 
 
 def test_who_reads_slowly_gets_all_of_it():
-    """A byte at a time, for longer than the write timeout: progress is what counts."""
+    """A client that reads a byte at a time, for longer than the write timeout, gets everything.
+
+    Only progress counts.
+    """
     with narrow(write_timeout=2) as (port, engine, server):
 
         async def sip() -> tuple[int, bytes]:
@@ -246,7 +249,7 @@ def test_who_reads_slowly_gets_all_of_it():
 
 
 def test_the_answer_to_nobody_does_not_stay_in_memory():
-    """A whole answer that is larger than the sockets hold, and a client that takes none of it."""
+    """An answer that is larger than the sockets hold does not stay in memory if the client takes nothing."""
 
     async def stare(port: int) -> None:
         async with connected(port, buffer=4096) as (_, writer):
@@ -264,7 +267,7 @@ def test_the_answer_to_nobody_does_not_stay_in_memory():
 
 
 def test_exactly_as_many_as_there_is_room_for():
-    """Nobody's place is free again before all have come."""
+    """The server takes exactly as many requests as it has places. No place gets free before all have come."""
     engine = FakeEngine(ByteCodec(), max_model_len=4096, pace=0.005, room=6, holds_at=0)
 
     async def all_at_once(port: int) -> list[tuple[int, bytes]]:

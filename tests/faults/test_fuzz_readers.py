@@ -1,6 +1,7 @@
-"""Every reader of files and requests takes damaged input: it reads it, or refuses it in one line.
+"""Every reader of files and requests reads damaged input, or refuses it in one line.
 
-Some hundred inputs each in every run; ten thousand each, or as many as half a minute holds, with ``-m fuzz``.
+Every run has some hundred inputs for each reader. With ``-m fuzz`` there are ten thousand for each, or as
+many as fit in half a minute.
 """
 
 import json
@@ -86,7 +87,7 @@ def index(tmp: Path) -> Reader:
 
 
 def weights(tmp: Path) -> Reader:
-    """Everything that ``load_model`` does but to put arrays on devices."""
+    """Does everything that ``load_model`` does, except to put arrays on devices."""
     (tmp / "config.json").write_bytes(WEIGHTS["config.json"])
     cfg = read_config(tmp)
 
@@ -221,7 +222,7 @@ def manifest(tmp: Path) -> Reader:
 
 
 def orbax(tmp: Path) -> Reader:
-    """Files that the manifest vouches for and that are damaged all the same."""
+    """Reads damaged files that still have the right checksums in the manifest."""
     from jmoe.checkpoint.orbax_io import grouped, restore_group
 
     files = converted(tmp)

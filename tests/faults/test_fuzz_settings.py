@@ -1,6 +1,6 @@
-"""Mutated settings and model configurations: each is read or refused in one line, within a second.
+"""Mutated settings and model configurations are read, or refused in one line, within a second.
 
-A few mutations of each run always; ``pytest -m fuzz`` runs 10,000 of each.
+Every run has a few mutations of each. ``pytest -m fuzz`` has 10,000 of each.
 """
 
 import copy
@@ -26,7 +26,7 @@ from jmoe.nn.rope import frequencies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FEW, MANY = 60, 10_000
-LONGEST = 1.0  # seconds for one file
+LONGEST = 1.0  # the seconds that one file may take
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 31, 1.5, 3.0, -0.5, 0.0, "", "x", "8", "2GiB", "no", "auto", [], {},
@@ -68,7 +68,7 @@ SERVE = {
 
 
 def mutated(rng: random.Random, values: Any) -> Any:
-    """A copy in which one to three places are other values, are gone, or are new."""
+    """Returns a copy in which one to three places have other values, are absent, or are new."""
     values = json.loads(json.dumps(values))
     for _ in range(rng.choice((1, 1, 2, 3))):
         place = values
@@ -91,7 +91,7 @@ def mutated(rng: random.Random, values: Any) -> Any:
 
 
 def bent(rng: random.Random, text: str) -> bytes:
-    """The text's bytes, in one file of three with some of them changed, cut out or written twice."""
+    """Returns the text's bytes. In one file of three, some bytes are changed, cut out or written twice."""
     raw = bytearray(text.encode("utf-8", "surrogatepass"))
     if rng.random() < 0.66:
         return bytes(raw)
@@ -104,7 +104,7 @@ def bent(rng: random.Random, text: str) -> bytes:
 
 
 def toml(values: dict[str, Any], name: str = "") -> str:
-    """Close to TOML: what it has no form for becomes something that it refuses."""
+    """Returns text that is almost TOML. A value that TOML cannot write becomes something that it refuses."""
     plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
     lines = [f"[{name}]"] * bool(name) + [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in plain.items()]
     tables = [toml(v, f"{name}.{json.dumps(k)}".strip(".")) for k, v in values.items() if isinstance(v, dict)]
@@ -112,7 +112,7 @@ def toml(values: dict[str, Any], name: str = "") -> str:
 
 
 def check(read: Callable[[bytes], object], files: list[bytes]) -> int:
-    """How many were read; the others must be refused in one line, and none may take long."""
+    """Returns how many files were read. The others must be refused in one line, and none may take long."""
 
     def is_read(raw: bytes) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints of others whose tensors and ``config.json`` disagree, or whose config is silent."""
+"""Tests other people's checkpoints whose tensors and ``config.json`` disagree, or whose config is silent."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def size(model: Decoder) -> int:
 
 
 def tied(directory: Path, dtype: str = "float32", **tensors: np.ndarray | None) -> dict[str, np.ndarray]:
-    """A checkpoint whose config says tied; the given tensors are added, or left out where None."""
+    """Writes a checkpoint whose config says tied. ``tensors`` are added, or left out if they are None."""
     config = hf_tiny.hf_config(dtype=dtype, tie_word_embeddings=True)
     all_tensors = {n: t for n, t in (hf_tiny.random_tensors(config) | tensors).items() if t is not None}
     return hf_tiny.write_checkpoint(directory, config, tensors=all_tensors)
@@ -90,7 +90,7 @@ def test_one_number_makes_another_head_and_none_a_copy(tmp_path: Path):
 
 
 def test_a_head_is_compared_in_the_dtype_that_it_is_computed_in(tmp_path: Path):
-    """Rounded to the model's bfloat16 the head is the embedding; in float32 it is not."""
+    """A head that equals the embedding only after rounding to the model's bfloat16 is tied only there."""
     ones = np.ones((96, 32), np.float32)
     tied(tmp_path, "bfloat16", **{EMBED: ones.astype(BFLOAT16), HEAD: ones * FINE})
     assert not hasattr(load(tmp_path), "lm_head")
@@ -129,7 +129,7 @@ def test_transformers_reads_the_same_head(tmp_path: Path):
 
 
 def silent(directory: Path, dtypes: dict[str, str], **fields) -> Path:
-    """A checkpoint without a dtype in its config, and the given one of each tensor by its ending."""
+    """Writes a checkpoint without a dtype in its config. ``dtypes`` has each tensor's by its ending."""
     config = hf_tiny.hf_config(**fields)
     tensors = hf_tiny.random_tensors(config)
     for name, tensor in tensors.items():
@@ -146,7 +146,7 @@ def silent(directory: Path, dtypes: dict[str, str], **fields) -> Path:
         ({"": "bfloat16"}, "bfloat16"),
         ({"": "float32"}, "float32"),
         ({"": "float16"}, "float32"),
-        # what sorts first in a file, or is most often there, is not what most of the weights are
+        # the first tensors of a file, or the most frequent ones, are not most of the weights
         ({"norm.weight": "float32", ".gate.weight": "float32", "": "bfloat16"}, "bfloat16"),
         ({"norm.weight": "bfloat16", "": "float32"}, "float32"),
     ],
@@ -158,7 +158,10 @@ def test_a_config_without_dtype_has_that_of_its_tensors(tmp_path: Path, dtypes, 
 
 
 def test_quantised_tensors_have_no_say_in_the_dtype(tmp_path: Path):
-    """gpt-oss as published: most bytes are U8, what is left is BF16, and the config has no dtype."""
+    """Quantised tensors do not decide the dtype.
+
+    The published gpt-oss is mostly U8, the rest is BF16, and its config has no dtype.
+    """
     save_file(
         {"model.layers.0.mlp.experts.down_proj_blocks": np.zeros((4, 64, 16), np.uint8),
          EMBED: np.zeros((8, 4), BFLOAT16)},
@@ -183,7 +186,7 @@ def test_the_text_models_dtype_is_that_of_a_config_that_nests_it(tmp_path: Path)
 
 
 def in_float32(directory: Path, source: Path, endings: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """``source`` in bfloat16, but for the tensors with these endings: float32 numbers that only it holds."""
+    """Writes ``source`` in bfloat16, but tensors with these endings get numbers that only float32 holds."""
     shutil.copytree(source, directory)
     config = json.loads((source / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -195,7 +198,7 @@ def in_float32(directory: Path, source: Path, endings: tuple[str, ...]) -> dict[
     return tensors
 
 
-KEPT = {  # of each family: endings of what is stored in float32, and where it goes
+KEPT = {  # for each family, endings of the tensors that are stored in float32, and their places
     "deepseek_v3": {".gate.weight": "moe.router.gate_ED",
                     "e_score_correction_bias": "moe.router.correction_E",
                     "kv_a_layernorm.weight": "attention.kv_norm"},
@@ -230,7 +233,7 @@ def test_routers_and_vectors_stored_in_float32_stay_so(tmp_path: Path, family: s
 
 
 def test_a_float32_router_is_the_same_everywhere(tmp_path: Path):
-    """On a mesh, under a placement, with offloaded experts, saved again."""
+    """A float32 router is the same on a mesh, under a placement, with offloaded experts and after a save."""
     tensors = in_float32(tmp_path / "hf", GOLDEN / "qwen3_moe", (".gate.weight", "norm.weight"))
     convert(tmp_path / "hf", tmp_path / "out")
     plain = load(tmp_path / "hf")
@@ -257,7 +260,7 @@ def test_a_float32_router_is_the_same_everywhere(tmp_path: Path):
 
 
 def test_a_float32_router_chooses_as_it_was_stored(tmp_path: Path):
-    """Two experts that only float32 tells apart: in bfloat16 they are one, and the lower id would win."""
+    """A float32 router tells two experts apart that are equal in bfloat16, where the lower id would win."""
     tensors = in_float32(tmp_path / "hf", GOLDEN / "qwen3_moe", (".gate.weight",))
     gate = tensors["model.layers.1.mlp.gate.weight"]
     gate[0] = gate[0].astype(BFLOAT16).astype(np.float32)
@@ -279,10 +282,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
 @pytest.mark.parametrize(
     ("rope", "longest", "original"),
     [
-        (YARN | {"original_max_position_embeddings": 32768}, 131072, 32768),  # as Qwen3's card has it
+        (YARN | {"original_max_position_embeddings": 32768}, 131072, 32768),  # this is in Qwen3's card
         (YARN, 163840, 40960),
         (YARN | {"factor": 1.0}, 40960, 40960),
-        # already in max_position_embeddings, as DeepSeek and gpt-oss have it
+        # max_position_embeddings already has the factor, as in DeepSeek and gpt-oss
         (YARN | {"factor": 10.0, "original_max_position_embeddings": 4096}, 40960, 4096),
         (YARN | {"factor": 2.0, "original_max_position_embeddings": 4096}, 40960, 4096),
         ({"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e6}, 40960, 40960),

@@ -1,7 +1,7 @@
-"""Chat templates of other people's shapes: what a request sent reaches the template as it takes it.
+"""The content of a request reaches other people's chat templates in the form that they take.
 
-The templates are our own reductions of published ones; the right values are what transformers 4.57.1 renders
-of the same messages, where that is a conversation at all.
+The templates are our own reductions of published ones. The right values are what transformers 4.57.1 renders
+from the same messages, if these are a conversation at all.
 """
 
 import json

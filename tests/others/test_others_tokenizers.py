@@ -1,4 +1,4 @@
-"""Tokenizers in the shapes of published checkpoints: every file of a directory counts.
+"""Tests tokenizers in the shapes of published checkpoints. Every file of a directory counts.
 
 The right values were recorded with transformers 4.57.1, for which most of these shapes were published.
 """
@@ -15,8 +15,8 @@ from jmoe.server.template.chat_template import load_chat_template
 
 TEXTS = ("hello hello", "  a<|turn|> hello<x>", "<bos><pad></s> a<tool>hellohello")
 RIGHT = json.loads((Path(__file__).parent / "tokenizer_ids.json").read_text())
-# What transformers 5 makes otherwise: it drops add_prefix_space and Llama's BOS (for DeepSeek a known
-# regression) and builds pieces anew.
+# transformers 5 differs here: it drops add_prefix_space and Llama's BOS (for DeepSeek a known regression) and
+# builds pieces again.
 DIFFERENT_IN_5 = {"add_prefix_space", "DeepSeek"} | {name for name in SHAPES if "Mixtral" in name}
 
 
@@ -122,7 +122,7 @@ def test_an_answer_continues_its_prompt(tmp_path, kind: str, prompt: str, answer
 
 def test_a_text_that_nothing_precedes_loses_the_mark_of_its_first_word(tmp_path):
     codec = TextCodec(folder(tmp_path, pieces()), 300)
-    for before in ([], [1], [1, 2]):  # special tokens are no text
+    for before in ([], [1], [1, 2]):  # special tokens are not text
         detokenizer = Detokenizer(codec, (), before)
         assert detokenizer.push(270) + detokenizer.push(270) == "hello hello"
     assert Detokenizer(codec, (), None).push(270) == " hello", "a grammar describes all bytes"

@@ -1,4 +1,4 @@
-"""Grouping: exact balance, planted structure, the optimum on small cases; tables against plain loops."""
+"""Tests grouping: exact balance, planted structure, small cases' optimum, tables against plain loops."""
 
 import dataclasses
 import itertools
@@ -106,9 +106,9 @@ def test_the_assignment_is_the_best_of_all():
 
 
 def test_remote_is_what_the_best_equal_chunks_leave(monkeypatch):
-    """The dual's value against an exact assignment of single occurrences to places.
+    """The dual's value equals that of an exact assignment of single occurrences to places.
 
-    With so few ids every price step moves much: it takes more of them than on real text.
+    With so few ids every price step moves much, so more steps are needed than on real text.
     """
     monkeypatch.setattr(jmoe.placement.objective, "STEPS", 3000)
     profile, home_LE = planted(8, 4, requests=8)

@@ -1,4 +1,4 @@
-"""Files of arrays are written whole or not at all: after an exception, and after a kill in mid-write."""
+"""Files of arrays are written whole or not at all, also after an exception or a kill during the write."""
 
 import io
 import os
@@ -79,7 +79,10 @@ def archive(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEF
 
 
 def as_npy(value: object, *, shape: str | None = None) -> bytes:
-    """An array's bytes; ``shape``: what its header says instead, of the same length."""
+    """Returns an array's bytes.
+
+    shape: the shape that the header states instead, in a text of the same length.
+    """
     out = io.BytesIO()
     np.save(out, np.asarray(value))
     raw = out.getvalue()

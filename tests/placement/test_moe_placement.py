@@ -1,4 +1,4 @@
-"""Placement of experts on ranks: the balancer, the table's checks and its file."""
+"""Tests the placement of experts on ranks: the balancer, the table's checks and its file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Profiles: counts against plain loops, bounded memory, the file, and the command that makes them."""
+"""Tests profiles: counts against plain loops, bounded memory, the file, and the command that makes them."""
 
 import json
 import tracemalloc
@@ -36,7 +36,7 @@ EXPERTS = 8
 
 
 def test_counts_are_those_of_plain_loops(monkeypatch):
-    monkeypatch.setattr(profile_builder, "BUFFERED", 500)  # several merges
+    monkeypatch.setattr(profile_builder, "BUFFERED", 500)  # so that there are several merges
     requests = planted_requests(planted_homes(EXPERTS, 4))
     builder = builder_for(planted_homes(EXPERTS, 4))
     chosen = np.zeros((LAYERS, VOCAB, EXPERTS), int)
@@ -199,7 +199,10 @@ def test_windows_on_a_mesh_have_the_routing_of_the_decoder():
 
 
 def check_maps(request: RoutedRequest, scores_NLE: np.ndarray) -> None:
-    """Four whole gate distributions of distinct positions, or as many as there are; the rest are none."""
+    """Checks that the maps are four whole gate distributions of distinct positions.
+
+    A request with fewer positions has as many maps as positions, and the rest are none.
+    """
     kept = (request.map_tokens_M >= 0).sum()
     assert kept == min(4, len(request.tokens_N)) and (request.map_tokens_M[kept:] == -1).all()
     far_MN = np.abs(request.maps_MLE[:kept, None] - scores_NLE).max((2, 3))

@@ -1,4 +1,4 @@
-"""Models loaded under a placement: the same logits, tokens and counts, and refusals of what does not fit."""
+"""Models under a placement give the same logits, tokens and counts. What does not fit is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """``hf`` and ``out``, the same model in both forms, and ``other`` with other weights."""
+    """Returns the folder of ``hf`` and ``out``, one model in both forms, and ``other`` with other weights."""
     root = tmp_path_factory.mktemp("models")
     hf_tiny.write_checkpoint(root / "hf", hf_tiny.hf_config(), shards=2)
     convert(root / "hf", root / "out")
@@ -149,7 +149,7 @@ def test_the_engine_has_the_tables(models: Path, tmp_path: Path):
     placement = group(profile, ranks=2)
 
     def save(vocab: int) -> None:
-        """With the tables of the first ids, or of more, which are as the last one."""
+        """Saves the placement with the tables of the first ids. More ids repeat the last one."""
         ids = np.minimum(np.arange(vocab), made.vocab - 1)
         by_id = {n: getattr(placement.tables, n)[:, ids] for n in ("ranks_LV", "confidence_LV", "shares_LVR")}
         tables = dataclasses.replace(placement.tables, **by_id)

@@ -1,4 +1,4 @@
-"""The engine that the server's tests run."""
+"""Tests the fake engine that the server's tests use."""
 
 import pytest
 from support.server.fake_engine import ByteCodec, FakeEngine, served

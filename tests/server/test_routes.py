@@ -1,4 +1,4 @@
-"""A route is one declaration: what serves, guards, logs, traces and describes it takes its facts from it."""
+"""A route is one declaration, which the code that serves, guards, logs, traces and describes it reads."""
 
 import logging
 from dataclasses import replace
@@ -28,7 +28,7 @@ NEW = Route("GET", "/new", new, "A new one", {JSON: replies.Status})
 
 
 def names(fact: str) -> dict[str, object]:
-    """The routes that have a fact, and its value."""
+    """Returns the routes that have a fact, with its value."""
     return {route.pattern: getattr(route, fact) for route in ROUTES if getattr(route, fact)}
 
 

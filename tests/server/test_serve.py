@@ -1,4 +1,4 @@
-"""``jmoe serve`` on the bundled model, as its users meet it: the openai client over a real socket."""
+"""Tests ``jmoe serve`` on the bundled model in the way of its users: the openai client over a real socket."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from support.server.processes import answers
 
 @contextlib.contextmanager
 def serving() -> Iterator[tuple[str, subprocess.Popen]]:
-    """(base URL, process) of a server that is ready."""
+    """Yields (base URL, process) of a server that is ready."""
     port = own_port()
     base = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "jmoe.cli", "serve", "tiny", "--port", str(port), "--max-num-seqs", "4"]
@@ -120,7 +120,7 @@ def test_a_dropped_stream_frees_its_slot(server, client):
 
 
 def test_sigterm_ends_a_stream_properly():
-    """The running stream is finished, then the process ends with code 0."""
+    """After SIGTERM the running stream is finished, then the process ends with code 0."""
     with serving() as (base, process):
         client = openai.OpenAI(base_url=f"{base}/v1", api_key="EMPTY", max_retries=0)
         stream = iter(client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True))

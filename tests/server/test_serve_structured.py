@@ -1,4 +1,4 @@
-"""Structured answers of the bundled model: an answer that ends is one that other libraries find right."""
+"""Tests structured answers of the bundled model: other libraries accept every answer that ends."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_answers_without_a_grammar_are_as_before(llm):
 
 
 def test_log_probabilities_are_those_of_the_model(llm):
-    """Of the unmodified distribution: what the grammar forbids keeps its share, the chosen token too."""
+    """Log-probabilities are the unmodified distribution's, for forbidden tokens and the chosen one."""
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=5)
     free = llm.generate(["Once upon a time"], params)[0].outputs[0].logprobs[0]
     forced = (

@@ -1,4 +1,4 @@
-"""What good requests get: shapes, order, streams, log-probabilities, metrics."""
+"""Tests the answers to good requests: shapes, order, streams, log-probabilities, metrics."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_max_tokens_0_with_echo_scores_the_prompt_alone(client):
 
 
 def test_alternatives_of_equal_spelling_are_all_reported(client):
-    """Bytes above 127 all spell U+FFFD; the best alternative must not vanish under the chosen token."""
+    """All bytes above 127 have the text U+FFFD; the best alternative is reported next to the chosen token."""
     choice = complete(client, prompt=[200, 201], logprobs=3, max_tokens=1)["choices"][0]
     assert choice["logprobs"]["top_logprobs"][0] == {
         "token_id:201": -0.25,
@@ -130,7 +130,7 @@ def test_chat_answer(client):
     first = choice["logprobs"]["content"][0]
     assert (first["token"], first["bytes"], first["logprob"]) == ("u", [117], -0.5)
     assert [t["token"] for t in first["top_logprobs"]] == ["v", "u"]
-    assert answer["usage"]["prompt_tokens"] == len("u:hi\na:")  # no special tokens are added again
+    assert answer["usage"]["prompt_tokens"] == len("u:hi\na:")  # special tokens are not added again
 
 
 def test_chat_without_limit_fills_the_context(client):

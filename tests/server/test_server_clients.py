@@ -1,5 +1,7 @@
-"""What clients send by default: each field of OpenAI's, vLLM's and llama-server's requests passes at null and
-at values that ask for nothing; any other value works or is a 400 that names the field.
+"""Tests the fields that clients send by default: those of OpenAI's, vLLM's and llama-server's requests.
+
+Each field passes at null and at values that request nothing. Any other value works or gets a 400 that names
+the field.
 """
 
 import json
@@ -41,7 +43,7 @@ def taken(client, path, **fields):
 
 
 def read(path, **fields):
-    """The sampling parameters of a request that is not sent."""
+    """Returns the sampling parameters of a request that is not sent."""
     raw = json.dumps(BASE[path] | fields).encode()
     if path == CHAT:
         return chat_params(check_chat(decode(raw, ChatRequest)), VOCAB, ())
@@ -56,7 +58,7 @@ def refused(client, path, field, value):
     assert error["param"].split("[")[0].split(".")[0] == field and field in error["message"], (value, error)
 
 
-# Field -> (values that pass, values that are refused). null passes everywhere.
+# For each field: (values that pass, values that are refused). null passes everywhere.
 SHARED = {
     "frequency_penalty": ([0, 0.0], [0.5, -1]),
     "presence_penalty": ([0], [2]),
@@ -116,7 +118,7 @@ CASES = [(path, field) for path, fields in OPENAI.items() for field in fields]
 
 @pytest.mark.parametrize("path", OPENAI)
 def test_every_field_that_openai_documents_is_known_here(path):
-    """A field that a newer package has fails here: say above what of it passes."""
+    """Every field that openai documents is in this file. For a new field, add above the values that pass."""
     documented = {name for kind in DOCUMENTED[path] for name in kind.__annotations__}
     assert documented - {"model", "prompt", "messages"} <= set(OPENAI[path])
 
@@ -162,7 +164,7 @@ EXTRA_CHAT = {
 
 
 def test_default_values_of_other_servers_fields_change_nothing(client):
-    """Each alone, and all at once as their web pages send them."""
+    """Default values change nothing, each alone and all at once, as the servers' web pages send them."""
     for path, fields in ((TEXT, EXTRA), (CHAT, EXTRA | EXTRA_CHAT)):
         plain = read(path)
         for name, values in fields.items():
@@ -232,7 +234,7 @@ NESTED = {
     "response_format": {"type": "text"},
     "moe": {"exact": True},
 }
-# What holds data rather than fields, where a null is a value like any other.
+# These hold data and not fields, and in data a null is a value like any other.
 PLACES = ["$", "$.messages[0]", "$.messages[1].tool_calls[0]", "$.messages[1].tool_calls[0].function",
           "$.tools[0]", "$.tools[0].function", "$.tool_choice", "$.tool_choice.function", "$.stream_options",
           "$.response_format", "$.moe"]  # fmt: skip
@@ -264,7 +266,7 @@ def test_nulls_that_are_data_stay():
 
 
 def test_an_unknown_null_hides_nothing(client):
-    """The next mistake of the body is still told, with its place."""
+    """The next mistake in the body is still reported, with its place."""
     for path, extra, param in ((TEXT, {"max_tokens": "5"}, "max_tokens"), (TEXT, {"foo": 1}, "foo"),
                                (CHAT, {"messages": [{"role": "x"}]}, "messages[0].role")):  # fmt: skip
         error = ask(client, path, new=None, **extra).json()["error"]
@@ -352,7 +354,7 @@ def test_usage_is_null_until_the_last_chunk_where_it_was_requested(client):
 
 
 def test_cached_tokens_are_those_that_no_answer_computed(client):
-    """Of several answers to a prompt one computes what the others find."""
+    """Cached tokens are those that no answer computed. One of a prompt's answers computes, others find."""
     engine, found = client.service.engine, iter([0, 3, 3, 2])
     submit = engine.submit
 

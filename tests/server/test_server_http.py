@@ -1,4 +1,4 @@
-"""What RFC 9110 and 9112 ask of a server: targets, empty lines, codings, kept connections; CORS by flag."""
+"""Tests what RFC 9110 and 9112 require: targets, empty lines, codings, kept connections; and CORS by flag."""
 
 import contextlib
 import gzip
@@ -30,20 +30,20 @@ def port():
 
 @pytest.fixture(scope="module")
 def brief():
-    """The port of a server that keeps an idle connection for a second."""
+    """Yields the port of a server that keeps an idle connection for a second."""
     with listening(FakeEngine(ByteCodec()), keep_alive=1) as (url, _):
         yield int(url.rpartition(":")[2])
 
 
 @pytest.fixture(scope="module")
 def locked():
-    """The port of a server with a key."""
+    """Yields the port of a server with a key."""
     with listening(FakeEngine(ByteCodec()), api_key="secret") as (url, _):
         yield int(url.rpartition(":")[2])
 
 
 def answers(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """All that comes back until the server closes."""
+    """Returns everything that comes back until the server closes."""
     got = b""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # closed before all is sent
@@ -57,7 +57,7 @@ def answers(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
 
 
 def one(connection: socket.socket) -> bytes:
-    """The answer to one GET /live, whose end may come by itself."""
+    """Returns the answer to one GET /live. The end of the answer may come alone."""
     raw = b""
     while not raw.endswith(b'{"status":"ok"}'):
         raw += connection.recv(65536)
@@ -117,7 +117,10 @@ def test_empty_lines_before_a_request_are_ignored(port, empty):
 
 
 def test_a_body_may_be_followed_by_an_empty_line(port, brief):
-    """As old clients do; what comes after it is the next request, in one part or in several."""
+    """An empty line after a body is ignored, as old clients send it. The next request comes after it.
+
+    That request may arrive in one part or in several.
+    """
     post = head(PATH, len(BODY)).replace(b"Connection: close\r\n", b"") + BODY
     assert statuses(answers(port, post + b"\r\n" + post + b"\r\n\r\n" + get("/live"))) == [200] * 3
     assert statuses(answers(port, post, b"\r\n", post, b"\r\n", get("/live"), pause=0.05)) == [200] * 3
@@ -208,7 +211,10 @@ def test_bodies_that_are_no_gzip(client):
 
 
 def test_a_body_is_bounded_by_what_it_holds(client):
-    """A thousandth of it came over the wire, and no more of it is made than the limit."""
+    """The limit counts the decoded bytes of a body, and no more than the limit is decoded.
+
+    Only a thousandth of such a body comes over the wire.
+    """
     check(coded(client, gzip.compress(BODY.ljust(LIMIT + 1))), 413, None, "body_too_large")
     bomb = gzip.compress(bytes(5_000_000))
     check(coded(client, bomb), 413, None, "body_too_large")
@@ -239,7 +245,7 @@ def test_who_will_not_use_it_again_is_told_nothing(port):
 
 
 def test_a_head_that_stops_is_cut_also_after_a_request():
-    """What began to come with the last request has its own time, shorter than an idle connection's."""
+    """A head that began with the last request has its own time limit, shorter than an idle connection's."""
     with listening(FakeEngine(ByteCodec()), header_timeout=1, keep_alive=600) as (url, _):
         connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60)
         with connection:

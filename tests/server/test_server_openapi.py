@@ -1,4 +1,4 @@
-"""The OpenAPI document tells the truth: every answer is as it says, every route and status is in it."""
+"""The OpenAPI document is true: every answer has the form that it states, every route and status is in it."""
 
 import json
 
@@ -35,7 +35,7 @@ def operation_of(document, path, method):
 
 
 def check_answer(document, response):
-    """The response's status is in the document and its JSON is what the document says."""
+    """Checks that the response's status is in the document and that its JSON has the stated form."""
     operation = operation_of(document, response.request.url.path, response.request.method)
     kind = response.headers["content-type"].partition(";")[0]
     schema = operation["responses"][str(response.status_code)]["content"][kind]["schema"]
@@ -45,7 +45,7 @@ def check_answer(document, response):
 
 
 def rooted(document, schema):
-    """A validator of the schema, which refers to the document's components."""
+    """Returns a validator of the schema, which refers to the document's components."""
     text = json.dumps({"$defs": document["components"]["schemas"], **schema})
     return jsonschema.Draft202012Validator(json.loads(text.replace("#/components/schemas/", "#/$defs/")))
 
@@ -81,7 +81,7 @@ def test_events_are_as_the_document_says(client, document, path):
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 def test_answers_are_the_structs_of_the_document(client, path):
-    """Read as the struct that the table names and written again, they are the same bytes."""
+    """An answer has the same bytes after it is read as the struct that the table names and written again."""
     route = next(route for route in ROUTES if route.path == path)
     stream = client.post(path, json=BODIES[path])
     for line in stream.content.split(b"\n\n")[:-2]:
@@ -117,7 +117,7 @@ def test_examples_work(client, document):
 
 
 def test_fields_of_one_value_are_told(client, document):
-    """What the schema lets through of these fields is what the server accepts."""
+    """The schema allows the same values of these fields as the server."""
     for path, kind in (("/v1/completions", CompletionRequest), (CHAT, ChatRequest)):
         base = {"prompt": "a"} if kind is CompletionRequest else {"messages": BODIES[CHAT]["messages"][:2]}
         described = document["components"]["schemas"][kind.__name__]["properties"]
@@ -142,7 +142,7 @@ def test_a_key_is_told():
 
 
 def test_the_check_can_fail(client, document):
-    """A field more, or one less, is not what the document says."""
+    """An answer with one field more, or one less, does not fit the document."""
     answer = client.post("/tokenize", json={"prompt": "a"}).json()
     schema = rooted(document, {"$ref": "#/components/schemas/Tokens"})
     schema.validate(answer)

@@ -1,4 +1,4 @@
-"""A real server on a real socket: clients that leave, signals, limits of the wire."""
+"""Tests a real server on a real socket: clients that leave, signals, limits of the wire."""
 
 import contextlib
 import signal
@@ -78,10 +78,10 @@ def test_dead_engine_ends_streams_and_the_server():
 
 
 def raw(url: str, data: bytes, parts: int = 1) -> bytes:
-    """What the server answers to bytes, and nothing more once it closes."""
+    """Returns what the server answers to bytes, until it closes."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        with contextlib.suppress(OSError):  # it may close before all is sent
+        with contextlib.suppress(OSError):  # the server may close before all is sent
             for _ in range(parts):
                 connection.sendall(data)
         with contextlib.suppress(ConnectionResetError):
@@ -134,8 +134,10 @@ def test_a_signal_lets_streams_finish_and_refuses_new_work(number):
 
 @pytest.mark.parametrize(("timeout", "signals"), [(0.3, 1), (600, 2)])
 def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
-    """After the shutdown timeout with an error to the client, at the second signal at once. Neither is a
-    fault, so neither leaves a traceback."""
+    """Unfinished answers end with an error after the shutdown timeout, or at once at the second signal.
+
+    Neither is a fault, so neither leaves a traceback.
+    """
     log = tmp_path / "log"
     with log.open("wb") as file, process(timeout, log=file, holds_at=1) as (server, url):
         with httpx.stream(
@@ -144,7 +146,7 @@ def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
             lines = response.iter_lines()
             next(lines)
             server.send_signal(signal.SIGINT)
-            if signals == 2:  # apart, since two that wait to be handled are one
+            if signals == 2:  # later, because two pending signals count as one
                 assert eventually(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 503)
                 server.send_signal(signal.SIGINT)
             with contextlib.suppress(httpx.RemoteProtocolError):
@@ -155,7 +157,7 @@ def test_what_does_not_finish_is_ended(tmp_path, timeout, signals):
 
 
 def test_kill_9_in_mid_stream_frees_the_port():
-    """The client sees that its answer is not whole, and the next server takes the port."""
+    """After kill -9 the client sees that its answer is not whole, and the next server gets the port."""
     port = own_port()
     for _ in range(2):
         with process(port=port) as (server, url):

@@ -1,4 +1,4 @@
-"""schemathesis against the server: its examples, coverage and fuzzing phases find nothing."""
+"""The examples, coverage and fuzzing phases of schemathesis find no fault in the server."""
 
 import subprocess
 import sys

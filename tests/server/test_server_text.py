@@ -1,4 +1,4 @@
-"""Text over HTTP with a tokenizer of pieces: spaces, places in the text that was sent, bytes."""
+"""Tests text over HTTP with a tokenizer of pieces: spaces, positions in the sent text, bytes."""
 
 import json
 
@@ -40,7 +40,7 @@ def choice(client, **fields) -> dict:
 
 def test_places_are_characters_of_the_text_that_was_sent(client):
     made = choice(client, prompt="hello 😀a", echo=True, max_tokens=9)
-    # <s>, hello, a space, four bytes, a; the answer is the same tokens, and <s> again.
+    # The prompt is <s>, hello, a space, four bytes, a. The answer is the same tokens, and <s> again.
     assert made["text"] == "hello 😀a" + " hello 😀a"
     scores = made["logprobs"]
     assert scores["tokens"][:3] == ["<s>", " hello", " "] and scores["tokens"][7] == "a"

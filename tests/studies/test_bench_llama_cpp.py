@@ -1,4 +1,4 @@
-"""What ``bench_vs_llama_cpp.py`` gives llama.cpp: the checkpoint's numbers under GGUF's names."""
+"""Tests that ``bench_vs_llama_cpp.py`` gives llama.cpp the checkpoint's numbers under GGUF's names."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Traces, synthetic loads, clipping, prompts and figures of ``jmoe bench``."""
+"""Tests traces, synthetic loads, clipping, prompts and figures of ``jmoe bench``."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_poisson_arrivals():
     gaps = np.diff(times)
     assert times[0] == 0 and np.all(gaps >= 0)
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.03)
-    assert gaps.std() == pytest.approx(1 / 50, rel=0.03)  # of an exponential: its mean
+    assert gaps.std() == pytest.approx(1 / 50, rel=0.03)  # the deviation of an exponential is its mean
 
 
 def test_burstier_arrivals_have_the_same_rate():

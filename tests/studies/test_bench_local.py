@@ -1,4 +1,4 @@
-"""``jmoe bench throughput``, ``latency`` and ``moe-layer`` on a tiny checkpoint: counts, refusals."""
+"""Tests ``jmoe bench throughput``, ``latency`` and ``moe-layer`` on a tiny checkpoint: counts, refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""``jmoe bench serve`` against a small HTTP server that answers as told, and against the fake engine's."""
+"""Tests ``jmoe bench serve`` with a small HTTP server of set answers, and with the fake engine's server."""
 
 import asyncio
 import gzip
@@ -19,7 +19,7 @@ from jmoe.tools.bench.loads import Load, LoadCall
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Completions of ``max_tokens`` events "x"; what "user" says may go wrong."""
+    """Answers completions with ``max_tokens`` events "x". The field "user" may name a fault to make."""
 
     protocol_version = "HTTP/1.1"
 
@@ -184,7 +184,7 @@ def test_a_run_on_a_server(capsys, server):
     assert report["total_output_tokens"] == 18 and report["max_concurrent_requests"] <= 2
     assert report["tokens_counted_by"] == "usage" and report["moe"] is None and report["quality"] is None
     assert report["output_throughput"] == pytest.approx(18 / report["duration"])
-    sent = server.seen[1:]  # behind the one that warms up
+    sent = server.seen[1:]  # after the one that warms up
     assert len(sent) == 6 and len({tuple(body["prompt"]) for body in sent}) > 1
     assert all(len(b["prompt"]) == 5 and set(b["prompt"]) <= set(range(9)) for b in sent)
     assert all(b["ignore_eos"] and b["stream_options"] == {"include_usage": True} for b in sent)
@@ -244,7 +244,7 @@ def test_clipping_is_told(capsys, server, tmp_path):
     code, out, _ = bench(capsys, server, "--trace", trace, "--max-output-len", 10, "--vocab-size", 9)
     assert code == 0
     sent = [(len(body["prompt"]), body["max_tokens"]) for body in server.seen[1:]]
-    assert sorted(sent) == [(10, 4), (10, 10), (54, 10)]  # milliseconds apart, they come in any order
+    assert sorted(sent) == [(10, 4), (10, 10), (54, 10)]  # within milliseconds they may come in any order
     assert "clipped: 0 prompts, 2 answers, 1 to the model's context; 46 and 100 tokens in all" in out
 
 
@@ -307,12 +307,15 @@ def test_what_cannot_be_measured_is_one_line(capsys, server, args, said):
 
 
 def test_a_closed_connection_is_not_a_failure(server):
-    """Servers close kept connections when they like; the request after that gets a fresh one."""
+    """A closed kept connection is not a failure, and the next request gets a new connection.
+
+    Servers may close kept connections at any time.
+    """
 
     async def twice():
         client = Client(server.url)
         await client.send("GET", "/v1/models")
-        client.idle_connections[0].transport.close()  # as if the server had; nothing has told us yet
+        client.idle_connections[0].transport.close()  # as if the server had closed it, before we notice
         answer = await client.send("GET", "/v1/models")
         client.close()
         return answer.status
@@ -323,7 +326,7 @@ def test_a_closed_connection_is_not_a_failure(server):
 def test_an_answer_that_does_not_come_times_out():
     async def ask():
         async def silent(reader, writer):
-            await reader.read()  # until the client goes
+            await reader.read()  # until the client leaves
             writer.close()
 
         listener = await asyncio.start_server(silent, "127.0.0.1", 0)
@@ -336,7 +339,7 @@ def test_an_answer_that_does_not_come_times_out():
 
 
 def test_requests_go_out_when_they_are_due(server):
-    """Open loop: whatever the answers take, and with the wait for room not counted as lag."""
+    """Requests go out when they are due, however long the answers take. The wait for room is not lag."""
     times = [0.0, 0.05, 0.05, 0.2]
     load = Load([LoadCall(at, 1, 1) for at in times], is_timed=True)
     bodies = [json.dumps({"prompt": [1], "max_tokens": 1}).encode()] * 4
@@ -368,7 +371,10 @@ def test_the_fake_engines_server(capsys):
 
 
 def test_quality_of_a_lossless_server_is_that_of_exact(capsys, tmp_path):
-    """The fake's score is -0.5 for every token; its answers are the same with and without ``exact``."""
+    """The quality of a lossless server is that of ``exact``.
+
+    The fake engine's score is -0.5 for every token, and its answers are the same with and without it.
+    """
     data = tmp_path / "d.txt"
     data.write_text("some text to be scored, longer than one window of sixty-four bytes is\n" * 3)
     engine = FakeEngine(ByteCodec(), max_model_len=64)

@@ -1,4 +1,4 @@
-"""The serving benchmarks' scripts: what is compared, what the page says of figures, tables of the papers."""
+"""Tests the serving benchmarks' scripts: what is compared, the text of the page, the papers' tables."""
 
 import argparse
 import itertools
@@ -154,7 +154,7 @@ def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_h
     rounds = {(1, 1): [2, 4, 8], (1, 64): [3, 4, 10], (16, 1): [2, 3, 4], (16, 64): [2, 2, 2]}
 
     class Engine:
-        """Slow in the two rounds that warm it up, of which nothing is kept."""
+        """An engine that is slow in its two warm-up rounds, of which nothing is kept."""
 
         def __init__(self, directory, args, slots: int, pool: int):
             self.times = itertools.cycle([1e9, 1e9, *rounds[slots, pool]])

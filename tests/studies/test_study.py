@@ -1,4 +1,4 @@
-"""The driver of the studies: what a command repeats, what becomes of a part; and templates are strict."""
+"""Tests the driver of the studies: what a command repeats, how a part is stored, and strict templates."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from support.documented_commands import COMMANDS
 
 
 def asked(*words: str) -> tuple[Study, list[Part], str]:
-    """The study that the words name, its parts, and the command of the last one."""
+    """Returns the study that the words name, its requested parts, and the command of the last part."""
     args = study.make_parser().parse_args(words)
     mine = study.STUDIES[args.study]
     parts = study.requested_parts(mine, args)

@@ -1,4 +1,4 @@
-"""The capacity study's arithmetic against hand counts, and its document from small figures."""
+"""Tests the capacity study's arithmetic against hand counts, and its document from small figures."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,13 @@ from studies.capacity.study import STUDY
 
 from jmoe.config.techniques import CapacityConfig
 
-# 4 experts, top 2: token ids 0 (half of the tokens) and 1, with how often each chose every expert.
+# There are 4 experts, top 2, and the token ids 0 (half of the tokens) and 1. The second array says how often
+# each id chose every expert.
 LAYER = loads.Published(np.array([0.5, 0.5]), np.array([[1, 0.5, 0.5, 0], [1, 0, 0.25, 0.75]]), 2)
 
 
 def test_peaks_against_a_hand_count():
-    counts = np.array([6, 1, 1, 0])  # of 8 plain assignments: 2 an expert, 4 a rank
+    counts = np.array([6, 1, 1, 0])  # 8 plain assignments: evenly 2 an expert, 4 a rank
     assert loads.expert_peak(counts, 8) == 3
     assert loads.device_peak(loads.rank_loads(counts, ranks=2), 8) == 7 / 4
     # Two replicas of expert 0 and five slots more on two ranks: 3 + 1 and 3 + 1.
@@ -34,7 +35,7 @@ def test_drawn_tokens_have_distinct_experts_and_the_published_frequencies():
     share = np.bincount(ids.ravel(), minlength=4) / len(ids)
     np.testing.assert_allclose(share, LAYER.often_V @ LAYER.chosen_VE, atol=0.02)
     own = np.take_along_axis(scores, ids, 1)
-    assert (np.sort(scores, 1)[:, -2:] == np.sort(own, 1)).all()  # top k of the scores are the choices
+    assert (np.sort(scores, 1)[:, -2:] == np.sort(own, 1)).all()  # the top k of the scores are the choices
 
 
 def test_a_limit_counts_each_ranks_own_tokens():
@@ -58,7 +59,7 @@ def test_a_ranks_rows_and_bytes():
 
 
 def figures() -> dict:
-    """Results in which every setting loses 1 nat in 10 tokens of each of two documents."""
+    """Returns results in which every setting loses 1 nat in 10 tokens of each of two documents."""
     tokens = {"a": [10, 10], "b": [10]}
     names = [f"{kind}/{f:g}" for kind in quality.KINDS.values() for f in quality.FACTORS]
     settings = {}
@@ -80,7 +81,7 @@ def figures() -> dict:
 
 def test_a_difference_is_paired_and_weighs_documents():
     value, error = quality.difference(figures()["quality"], "drop/score/expert/1")
-    assert value == pytest.approx(0.1) and error == pytest.approx(0)  # each document lost as much
+    assert value == pytest.approx(0.1) and error == pytest.approx(0)  # each document lost the same
     assert quality.judged(0.1, 0.01).startswith("yes") and quality.judged(0.1, 0.06).startswith("even")
 
 

@@ -1,4 +1,4 @@
-"""LYNX's study: arithmetic against hand counts, the document from small figures, the meter in small."""
+"""Tests LYNX's study: arithmetic against hand counts, the document from small figures, a small meter."""
 
 from contextlib import closing
 from pathlib import Path
@@ -75,7 +75,10 @@ def test_batches_hold_one_domain_or_all_in_turn():
 
 
 def figures() -> dict:
-    """Affinity loses 1 %, the others 2 %, at half of the experts; two domains of two windows."""
+    """Returns figures of two domains with two windows each, at half of the experts.
+
+    Affinity loses 1 %, the other methods 2 %.
+    """
     runs: dict = {}
     for name in ("single/16", "mixed/16", "single/16/half", "mixed/16/half"):
         plain = {"nll": [30.0, 40.0, 30.0, 40.0], "active": 8.0, "plain": 8.0, "remapped": 0.0}
@@ -118,7 +121,7 @@ def test_the_document_renders_from_small_figures():
     assert "* against random: better in 6, even in 0, worse in 0 of 6" in text
     assert "target 0.95: **missed**" in text and "1.20 (1.10..1.30) | **missed**" in text
     assert "1, 1, 1 at batch 16; 1, 2, 2 at batch 64" in text
-    assert text.count("| 0.5 | drop/1, 1.5 | 8.0 |") == 2  # equal figures, one row
+    assert text.count("| 0.5 | drop/1, 1.5 | 8.0 |") == 2  # equal figures make one row
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row.endswith("|")
     assert STUDY.document({}).count("Not measured yet") == 4

@@ -1,4 +1,4 @@
-"""Speculative MoE's study: arithmetic against hand counts, the document from small made-up figures."""
+"""Tests Speculative MoE's study: arithmetic against hand counts, the document from small made-up figures."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from studies.speculative.study import STUDY
 
 from jmoe.moe.orders import ShuffleTables
 
-# 4 tokens, 2 experts each, 4 experts on 2 ranks: experts 0 and 3 on rank 0, 1 and 2 on rank 1
+# 4 tokens with 2 experts each; of 4 experts, 0 and 3 are on rank 0, and 1 and 2 on rank 1
 HOME = np.array([[0, 1, 1, 0]])
 CHOSEN = np.array([[[0, 3], [1, 2], [0, 1], [2, 3]]])
 TOKENS = Tokens(np.array([0, 1, 2, 3]), CHOSEN)
@@ -25,7 +25,7 @@ RATES = {
 def test_rates_of_tokens_on_ranks():
     where = on_ranks(TOKENS, HOME)
     assert where.tolist() == [[[0, 0], [1, 1], [0, 1], [1, 0]]]
-    # dealt 0 0 1 1: local 2, 0, 1, 1 of 8; other ranks needed 0, 1, 1, 1
+    # tokens on ranks 0 0 1 1: 2, 0, 1, 1 of 8 are local; 0, 1, 1, 1 other ranks are needed
     assert dealt_ranks(1, 4, 2, 4).tolist() == [[0, 0, 1, 1]]
     assert rates(where, dealt_ranks(1, 4, 2, 4)) == {"local": 0.5, "pairs": 0.75}
     assert peak(where, 2) == 1.0
@@ -39,13 +39,13 @@ def test_tables_put_tokens_as_serving_does():
 
 
 def test_moves_by_hand():
-    """Chunks 0 0 1 1, then two layers: two tokens move, two between them, all four home."""
+    """From chunks 0 0 1 1, two tokens move to the first layer, two to the second, and all four home."""
     found = moved(np.array([[0, 1, 0, 1], [1, 1, 0, 0]]), 2, 4)
     assert found == {"first": 0.5, "between": 0.5, "home": 1.0, "rows": 1.0}
 
 
 def test_bytes_are_those_of_the_cost_model():
-    """Multiples of rows at G = 8, k = 8: 4.38, 3.05 and 3.5, of 2 bytes, 2 and 4 a number."""
+    """At G = 8 and k = 8, pipelines send 4.38, 3.05 and 3.5 times a row, with 2, 2 and 4 bytes a number."""
     found = {name: p.sent(RATES, 1, 8, 8) for name, p in sent.PIPELINES.items()}
     assert found["all-reduce, slice, all in 2 bytes"] == pytest.approx(2 * 4.375)
     assert found["shuffled, all in 2 bytes"] == pytest.approx(2 * 3.05)
@@ -68,7 +68,7 @@ def test_time_is_latency_and_bytes():
 
 
 def test_published_rates_by_hand():
-    """Two ids that each want one rank, in equal numbers: tables keep all local, dealing half."""
+    """If two equally frequent ids need one rank each, tables keep all local, and batch order half."""
     counts = np.zeros((1, 2, 4), np.int64)
     counts[0, 0, [0, 1]] = counts[0, 1, [2, 3]] = 500
     home = np.array([[0, 0, 1, 1]])

@@ -1,4 +1,4 @@
-"""What docs/results/together.md says of its figures."""
+"""Tests what docs/results/together.md says about its figures."""
 
 from studies.together import tables
 from studies.together.scores import ROWS

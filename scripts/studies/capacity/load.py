@@ -1,8 +1,9 @@
-"""The straggler on published routing: peaks of load before and after a capacity, and under EPLB's placement.
+"""Measures the straggler on published routing: load peaks before and after a capacity, and with EPLB.
 
-Token-level counts give batches: independent tokens of one domain on each of 8 ranks, which is milder than
-text, whose subjects come in runs. Marginal counts, published for more domains, give peaks of a whole domain
-as one batch; a cut of it is exact in the limit of large, equal ranks.
+Batches are drawn from token-level counts: each of 8 ranks has independent tokens of one domain. This is
+milder than text, because the subjects of text come in runs. Marginal counts are published for more domains.
+They give the peaks of a whole domain as one batch; a cut of this batch is exact in the limit of large, equal
+ranks.
 """
 
 import gzip
@@ -34,15 +35,19 @@ DRAWS = 4
 
 
 def peaks(counts_E: np.ndarray, num_plain: float) -> list[float]:
-    """[expert peak, device peak, assignments over plain's]."""
+    """Returns [expert peak, device peak, assignments over plain's]."""
     device = device_peak(rank_loads(counts_E), num_plain)
     return [expert_peak(counts_E, num_plain), device, float(counts_E.sum() / num_plain)]
 
 
 def layer_loads(layer: Published, history: dict[str, np.ndarray], tokens: int) -> dict[str, Any]:
-    """``peaks`` of plain top-k and of each policy and gamma, and device peaks of EPLB, mean over the draws.
+    """Returns ``peaks`` of plain top-k and of each policy and gamma, and device peaks of EPLB.
 
-    history: the loads that EPLB's placements are made for, by name.
+    All are means over the draws.
+
+    layer: the published routing of the layer.
+    history: the loads for which EPLB's placements are made, by name.
+    tokens: the number of tokens of each rank.
     """
     found: dict[str, list[Any]] = {}
     for draw in range(DRAWS):
@@ -63,7 +68,7 @@ def layer_loads(layer: Published, history: dict[str, np.ndarray], tokens: int) -
 
 
 def token_level(routing: Path, tokens: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """model -> domain -> ``layer_loads`` of its layers."""
+    """Returns by model and domain the ``layer_loads`` of the layers."""
     published = read_published(routing)
     results: dict[str, Any] = {}
     for (model, domain), layers in published.items():
@@ -78,7 +83,7 @@ def token_level(routing: Path, tokens: int) -> dict[str, dict[str, list[dict[str
 
 
 def marginal(path: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """model -> domain -> layers, from the marginal counts: peaks of plain top-k and drop, and EPLB's."""
+    """Returns the peaks of plain top-k, drop and EPLB by model, domain and layer, from marginal counts."""
     with gzip.open(path, "rt") as file:
         counts = json.load(file)["counts"]
     results: dict[str, Any] = {}
@@ -100,7 +105,11 @@ def marginal(path: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def measure(routing: Path, tokens: int) -> dict[str, Any]:
-    """The ``load`` part of the results. tokens: of each rank."""
+    """Returns the ``load`` part of the results.
+
+    routing: the folder of the published routing.
+    tokens: the number of tokens of each rank.
+    """
     return {
         "tokens": tokens,
         "draws": DRAWS,

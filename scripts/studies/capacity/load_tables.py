@@ -1,4 +1,4 @@
-"""Tables of loads for docs/results/capacity.md."""
+"""Makes the tables of loads for docs/results/capacity.md."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ FACTORS = (2.0, 1.5, 1.25, 1.0)
 LOSSLESS = "lossless"
 POLICIES = ("drop", "reroute", "expand")
 LIMITED = [f"{policy}, gamma = 2 / 1.5 / 1.25 / 1" for policy in POLICIES]
-PAPER_LAYER = {  # Capacity-Aware Inference, speed-up of one layer at gamma 2.0, 1.5, 1.0
+PAPER_LAYER = {  # Capacity-Aware Inference: the speed-up of one layer at gamma 2.0, 1.5 and 1.0
     "mixtral": {"drop": (1.44, 1.89, 2.55), "expand": (1.43, 1.86, 2.51)},
     "olmoe": {"drop": (1.21, 1.30, 1.46), "expand": (1.16, 1.25, 1.36)},
 }
@@ -20,7 +20,7 @@ def at(kind: str, factor: float) -> str:
 
 
 def limited(quality: dict[str, Any], kind: str, layer: int) -> list[str]:
-    """Returns a row: the peaks of the bundled model's layer, plain and by policy and gamma."""
+    """Returns the row of one layer of the bundled model: its peaks, plain and by policy and gamma."""
     settings = quality["settings"]
 
     def four(policy: str) -> str:
@@ -35,7 +35,7 @@ def experts(quality: dict[str, Any]) -> str:
 
 
 def devices(quality: dict[str, Any]) -> str:
-    """Returns the table of the bundled model's most loaded device, a row for each layer, with EPLB."""
+    """Returns the table of the bundled model's most loaded device, with EPLB. It has a row for each layer."""
     own, others = (quality["placement"][kind] for kind in ("own", "others"))
     rows = [
         [*limited(quality, "device_peak_L", i), f"{own[i]:.2f}", f"{others[i]:.2f}"] for i in range(len(own))
@@ -44,7 +44,7 @@ def devices(quality: dict[str, Any]) -> str:
 
 
 def published(load: dict[str, Any], model: str) -> str:
-    """Returns the table of a model's most loaded device, a row for each domain and layer."""
+    """Returns the table of a model's most loaded device. It has a row for each domain and layer."""
     rows = [
         [f"{domain} {number}", *peak_cells(layer), *eplb_cells(layer)]
         for domain, layers in load["token_level"][model].items()
@@ -69,7 +69,7 @@ def eplb_cells(layer: dict[str, Any]) -> list[str]:
 
 
 def bounds(model: str, domains: dict[str, Any]) -> str:
-    """Returns the table of what the peaks alone allow a layer to gain, and the paper's speed-ups."""
+    """Returns the table of the gains that the peaks alone allow a layer, and of the paper's speed-ups."""
     layers = [layer for layers in domains.values() for layer in layers]
 
     def spread(key: str) -> str:
@@ -101,7 +101,7 @@ def paper(model: str, policy: str) -> str:
 
 
 def marginal(load: dict[str, Any]) -> str:
-    """Returns the table of the domains that have marginal counts only."""
+    """Returns the table of the domains that have only marginal counts."""
     rows = []
     for model, domains in load["marginal"].items():
         for domain, layers in domains.items():

@@ -1,8 +1,8 @@
-"""Load statistics of a MoE layer, and routing drawn from published token-level counts.
+"""Computes load statistics of a MoE layer, and draws routing from published token-level counts.
 
-A peak is the greatest load over the even share, N = tokens x k / experts (the paper's), for an expert, or
-tokens x k / ranks for a device. The even share is that of plain top-k: dropping does not lower it, so that
-peaks before and after compare as times do.
+A peak is the greatest load over the even share. The even share is N = tokens x k / experts (the paper's) for
+an expert, and tokens x k / ranks for a device. It is the share of plain top-k: dropping does not lower it, so
+that peaks before and after compare as times do.
 """
 
 import lzma
@@ -23,29 +23,32 @@ from jmoe.placement.placement import balance
 
 RANKS = 8
 SLOTS = (0, 7, 15)  # the model's layers that were published
-MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # name in the files, experts, top k
+MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # the name in the files, experts, top k
 
 
 # ---- peaks
 
 
 def expert_peak(counts_E: np.ndarray, num_plain: float) -> float:
-    """The most loaded expert's assignments over the even share of ``plain`` assignments."""
+    """Returns the most loaded expert's assignments over the even share of ``num_plain`` assignments."""
     return float(counts_E.max() * counts_E.size / num_plain)
 
 
 def device_peak(loads_R: np.ndarray, num_plain: float) -> float:
-    """The same of the most loaded rank."""
+    """Returns the most loaded rank's assignments over the even share of ``num_plain`` assignments."""
     return float(loads_R.max() * loads_R.size / num_plain)
 
 
 def rank_loads(counts_E: np.ndarray, ranks: int = RANKS) -> np.ndarray:
-    """Each rank's load, with the experts in order over the ranks."""
+    """Returns the load of each rank, with the experts in order over the ranks."""
     return counts_E.reshape(ranks, -1).sum(1)
 
 
 def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: int = RANKS) -> float:
-    """The device peak of ``counts_E`` under the placement balanced for ``history_E`` with ``extra`` slots."""
+    """Returns the device peak of ``counts_E`` under the placement that is balanced for ``history_E``.
+
+    extra: the number of redundant slots of that placement.
+    """
     slots = counts_E.size + extra
     placement = balance(history_E[None], slots=slots, ranks=ranks, model="bench")
     return device_peak(placement.rank_loads(counts_E[None].astype(float))[0], counts_E.sum())
@@ -56,8 +59,12 @@ def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: in
 
 @dataclass(frozen=True)
 class Published:
-    """One model, domain and layer. ids_V: the token ids seen; often_V: their shares; chosen_VE: how often a
-    token of that id chose each expert (rows sum to k)."""
+    """The published routing of one model, domain and layer.
+
+    often_V: the share of each token id that was seen.
+    chosen_VE: how often a token of each id chose each expert (rows sum to k).
+    k: the number of experts of a token.
+    """
 
     often_V: Float[np.ndarray, " V"]
     chosen_VE: Float[np.ndarray, "V E"]
@@ -65,7 +72,7 @@ class Published:
 
     @classmethod
     def from_rows(cls, rows_N3: Int[np.ndarray, "N 3"], experts: int, k: int) -> Self:
-        """rows: expert, token id, count."""
+        """Makes the routing from rows of (expert, token id, count)."""
         _, token_N = np.unique(rows_N3[:, 1], return_inverse=True)
         counts_VE = np.zeros((token_N.max() + 1, experts))
         np.add.at(counts_VE, (token_N, rows_N3[:, 0]), rows_N3[:, 2])
@@ -73,11 +80,11 @@ class Published:
         return cls(seen_V / seen_V.sum(), counts_VE / seen_V[:, None], k)
 
     def draw(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_TK, scores_TE) of independent tokens.
+        """Returns (ids_TK, scores_TE) of independent tokens.
 
         An expert is among a token's k with exactly its published frequency (systematic sampling over a random
-        order of the experts). No router scores are published: these are the frequencies, lifted a little
-        above 0, with the token's own choices scored 1 more.
+        order of the experts). No router scores are published. The scores here are the frequencies, raised a
+        little above 0, and the token's own choices get 1 more.
         """
         experts = self.chosen_VE.shape[1]
         chosen_TE = self.chosen_VE[rng.choice(len(self.often_V), tokens, p=self.often_V)]
@@ -92,7 +99,7 @@ class Published:
 
 
 def read_published(routing: Path) -> dict[tuple[str, str], list[Published]]:
-    """(model, domain) -> its layers, of every ``token_expert`` file there is."""
+    """Returns the layers by (model, domain), from all ``token_expert`` files in the folder."""
     found = {}
     for model, (name, experts, k) in MODELS.items():
         for path in sorted(routing.glob(f"token_expert_{name}_*.csv.xz")):
@@ -124,7 +131,7 @@ def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ra
 def limited_matrix(
     ids_RTK: np.ndarray, scores_RTE: np.ndarray, cfg: CapacityConfig | None, factor: float = 1.0
 ) -> Int[np.ndarray, "R E"]:
-    """The assignments that each rank's tokens send to each expert; cfg None is plain top-k."""
+    """Returns the assignments that each rank's tokens send to each expert. None is plain top-k."""
     ranks, _, experts = scores_RTE.shape
     if cfg is not None:
         ids_RTK = np.asarray(_limited(ids_RTK, scores_RTE, np.float32(factor), cfg, ranks))
@@ -132,7 +139,7 @@ def limited_matrix(
 
 
 def draw_ranks(layer: Published, tokens: int, seed: int, ranks: int = RANKS) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_RTK, scores_RTE): ``tokens`` independent tokens on each rank."""
+    """Returns (ids_RTK, scores_RTE) of ``tokens`` independent tokens on each rank."""
     rng = np.random.default_rng(seed)
     drawn = [layer.draw(tokens, rng) for _ in range(ranks)]
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])

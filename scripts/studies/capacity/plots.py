@@ -1,4 +1,4 @@
-"""The plots of docs/results/capacity.md, SVG, by matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/capacity.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
 
 
 def draw_quality(pyplot: Any, results: dict[str, Any]) -> Any:
-    """Damage against gamma, with two standard errors."""
+    """Draws the damage against gamma, with two standard errors."""
     quality = results["quality"]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
     metrics = [name for name, kind in KINDS.items() if kind.startswith("drop") and kind.endswith("expert")]
@@ -39,7 +39,7 @@ def draw_quality(pyplot: Any, results: dict[str, Any]) -> Any:
 
 
 def draw_load(pyplot: Any, results: dict[str, Any]) -> Any:
-    """Peaks by layer, plain and at gamma 1.5."""
+    """Draws the peaks by layer, plain and at gamma 1.5."""
     load, panels = results["load"], []
     if "quality" in results:
         settings = results["quality"]["settings"]
@@ -73,7 +73,7 @@ def draw_load(pyplot: Any, results: dict[str, Any]) -> Any:
 
 
 def draw_speed(pyplot: Any, results: dict[str, Any]) -> Any:
-    """Speed-ups of every routing against gamma, and the paper's."""
+    """Draws the speed-ups of every routing against gamma, and the paper's."""
     cases = results["speed"]["cases"]
     gammas = (2.0, 1.5, 1.0)
     figure, axes = pyplot.subplots(1, len(cases), figsize=(9, 3.4), squeeze=False)

@@ -1,11 +1,12 @@
-"""Quality under a capacity: the bundled model's loss on the valid split, on 8 emulated expert ranks.
+"""Measures quality under a capacity: the bundled model's loss on the valid split, on 8 emulated expert ranks.
 
-Windows of a domain's documents, taken in turn, go ``rows`` to a rank in one prefill step; a rank's capacity
-counts its own tokens, as on a cluster. Every document's loss is kept, so that any two settings compare in
-pairs. One engine a policy, metric and scope; gamma changes while it runs.
+One prefill step takes ``rows`` windows a rank. The documents of a domain take turns with their windows. A
+rank's capacity counts its own tokens, as on a cluster. Every document's loss is kept, so that any two
+settings compare in pairs. There is one engine a policy, metric and scope, and gamma changes while it runs.
 
-``order`` and ``reverse_order`` depend on what a rank's tokens are: with one window, its beginning or its
-end. Hence the loss by position, and a control with four windows of a quarter of the length a rank.
+The effect of ``order`` and ``reverse_order`` depends on the tokens that a rank has: with one window, they are
+its beginning or its end. Therefore the loss is also measured by position, and there is a control with four
+windows of a quarter of the length a rank.
 """
 
 import dataclasses
@@ -29,15 +30,15 @@ from jmoe.tools.evaluate import PageRows
 FACTORS = (1.0, 1.25, 1.5, 2.0)
 METRICS = ("score", "random", "reverse_order", "order")
 LOSSLESS = "lossless"
-ORDERED = ("random", "reverse_order", "order")  # of "drop": metrics of the control and of the positions
-PARTS = 8  # of a window, for the loss by position
+ORDERED = ("random", "reverse_order", "order")  # the metrics of "drop" in the control and by position
+PARTS = 8  # parts of a window, for the loss by position
 EPLB_EXTRA = 8  # redundant experts, one a rank
 
-Piece = tuple[int, list[int]]  # number of the document in its domain, a window of its token ids
+Piece = tuple[int, list[int]]  # the document's number in its domain, a window of its token ids
 
 
 def capacities() -> list[CapacityConfig]:
-    """What is measured; each at every gamma, but for expert_drop, which has none."""
+    """Returns the measured capacities. All but expert_drop, which has no gamma, run at every gamma."""
     return [
         *(CapacityConfig(policy="drop", metric=metric) for metric in METRICS),
         CapacityConfig(policy="reroute"),
@@ -49,14 +50,14 @@ def capacities() -> list[CapacityConfig]:
 
 
 def setting_name(cfg: CapacityConfig, factor: float) -> str:
-    """A setting's key among the results: "drop/score/expert/1.5"."""
+    """Returns a setting's key in the results, for example "drop/score/expert/1.5"."""
     if cfg.policy == "expert_drop":
         return cfg.policy
     return f"{cfg.policy}/{cfg.metric}/{cfg.scope}/{factor:g}"
 
 
 def pieces(engine: Engine, path: Path, budget: int, length: int) -> list[Piece]:
-    """The first windows of every document, then the second ones, until ``budget`` tokens are scored."""
+    """Returns all documents' first windows, then the second ones, until ``budget`` tokens are scored."""
     codec = engine.codec
     assert codec is not None
     each = [list(windows([codec.encode(d)], length)) for d in read_documents(path)]
@@ -69,8 +70,10 @@ def pieces(engine: Engine, path: Path, budget: int, length: int) -> list[Piece]:
 class Meter:
     """Scores pieces on ``engine``'s ranks and keeps every step's loads.
 
-    scorer: an engine on one device, which turns hidden states into losses: on the mesh every rank would do
-    all of that.
+    engine: the engine that runs the windows.
+    scorer: an engine on one device, which turns hidden states into losses. On the mesh every rank would do
+        all of that work.
+    rows: the number of windows on a rank in a step.
     """
 
     def __init__(self, engine: Engine, scorer: Engine, rows: int):
@@ -82,8 +85,14 @@ class Meter:
         return (domain_pieces[at : at + size] for at in range(0, len(domain_pieces), size))
 
     def domain(self, domain_pieces: list[Piece]) -> dict[str, Any]:
-        """nll and tokens by document, and by part of the window; each step's (assignments of plain top-k,
-        and by layer: computed by expert, dropped, rerouted)."""
+        """Scores the pieces of a domain and returns their figures.
+
+        nll: the loss of each document.
+        tokens: the scored tokens of each document.
+        steps: for each step, its assignments of plain top-k, and by layer those computed by each expert,
+            those dropped and those rerouted.
+        by_part: loss and tokens in each part of the window.
+        """
         documents = 1 + max(i for i, _ in domain_pieces)
         nll, tokens, steps = np.zeros(documents), np.zeros(documents, int), []
         by_part = np.zeros((2, PARTS))
@@ -108,7 +117,7 @@ class Meter:
         return counters.counts_LE.copy(), sums_L["dropped"].copy(), sums_L["rerouted"].copy()
 
     def _step(self, batch: list[Piece]) -> list[np.ndarray]:
-        """The log-probabilities of each window's tokens but its first."""
+        """Returns the log-probabilities of each window's tokens except the first."""
         longest = max(len(w) for _, w in batch)
         size = next(s for s in self.runner.sizes.prefill if s >= longest)  # a window in one run
         inputs = self.runner.blank("prefill", self.rows, size)
@@ -126,7 +135,7 @@ class Meter:
 
 
 def summary(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """JSON form of one setting. Peaks are means over the steps, weighted by tokens, by layer."""
+    """Returns the JSON form of one setting. Peaks are by layer, means over the steps weighted by tokens."""
     steps = [step for d in domains.values() for step in d["steps"]]
     plain = sum(step[0] for step in steps) * len(steps[0][1])
     computed, dropped, rerouted = (sum(int(step[i].sum()) for step in steps) for i in (1, 2, 3))
@@ -144,9 +153,10 @@ def summary(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def placements(domains: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Device peaks by layer under redundant placement, means as in ``summary``.
+    """Returns the device peaks by layer under redundant placement, as means in the way of ``summary``.
 
-    "own": placed for the domain's own load; "others": for that of the other domains.
+    own: the peaks with a placement made for the domain's own load.
+    others: the peaks with a placement made for the load of the other domains.
     """
     total = {name: np.sum([s[1] for s in d["steps"]], 0) for name, d in domains.items()}
     peaks: dict[str, list[list[float]]] = {"own": [], "others": []}
@@ -163,7 +173,11 @@ def placements(domains: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
 class Bench:
     """Runs of one model over one selection of windows.
 
-    budget: tokens scored in a domain; length: of a window; rows: windows on a rank in a step.
+    model: the model.
+    valid: the folder of the valid split.
+    budget: the number of tokens that are scored in a domain.
+    length: the length of a window in tokens.
+    rows: the number of windows on a rank in a step.
     """
 
     def __init__(self, model: str, valid: Path, budget: int, length: int, rows: int):
@@ -179,7 +193,7 @@ class Bench:
     def runs(
         self, cfg: CapacityConfig | None, factors: Sequence[float]
     ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-        """(name of the setting, ``Meter.domain`` of every domain) for every gamma, by one engine."""
+        """Yields (name of the setting, ``Meter.domain`` of every domain) for every gamma, from one engine."""
         settings = dataclasses.replace(self.settings, moe=MoEConfig(capacity=cfg))
         with closing(build_engine(self.model, settings, warm_up=False)) as engine:
             meter = Meter(engine, self.scorer, self.rows)
@@ -195,13 +209,13 @@ class Bench:
 
 
 def by_part(domains: dict[str, dict[str, Any]]) -> list[float]:
-    """Nats a token in each part of the window, over all domains."""
+    """Returns the nats a token in each part of the window, over all domains."""
     nll, tokens = np.sum([d["by_part"] for d in domains.values()], 0)
     return (nll / np.maximum(tokens, 1)).round(4).tolist()
 
 
 def measure(model: str, valid: Path, budget: int, length: int, rows: int) -> dict[str, Any]:
-    """The ``quality`` part of the results."""
+    """Returns the ``quality`` part of the results."""
     start, bench = time.perf_counter(), Bench(model, valid, budget, length, rows)
     [(_, plain)] = bench.runs(None, ())
     settings, positions = {LOSSLESS: summary(plain)}, {LOSSLESS: by_part(plain)}
@@ -228,7 +242,7 @@ def ordered() -> list[CapacityConfig]:
 
 
 def control(model: str, valid: Path, budget: int, length: int, rows: int) -> dict[str, Any]:
-    """Drop by ``ORDERED`` at the least gamma, with other windows on a rank."""
+    """Measures drop with the metrics ``ORDERED`` at the least gamma, with other windows on a rank."""
     bench = Bench(model, valid, budget, length, rows)
     settings, tokens = {}, {}
     for cfg in (None, *ordered()):

@@ -1,4 +1,4 @@
-"""Tables of quality for docs/results/capacity.md."""
+"""Makes the tables of quality for docs/results/capacity.md."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 from shared.results import signed, table, verdict
 from studies.capacity.load_tables import FACTORS, LOSSLESS, at
 
-KINDS = {  # column of a per-domain table -> setting without gamma
+KINDS = {  # the columns of a per-domain table, each with its setting without gamma
     "drop, score": "drop/score/expert",
     "random": "drop/random/expert",
     "reverse order": "drop/reverse_order/expert",
@@ -20,7 +20,7 @@ KINDS = {  # column of a per-domain table -> setting without gamma
 }
 ORDERED = {metric: f"drop/{metric}/expert/1" for metric in ("random", "reverse_order", "order")}
 GAMMAS = [f"gamma = {f:g}" for f in FACTORS]
-ORDERINGS = [  # what the paper has (text, the worse, the better)
+ORDERINGS = [  # what the paper reports: (text, the worse setting, the better setting)
     ("score hurts less than random", "drop/random/expert", "drop/score/expert"),
     ("random hurts less than order", "drop/order/expert", "drop/random/expert"),
     ("random hurts less than reverse order", "drop/reverse_order/expert", "drop/random/expert"),
@@ -32,16 +32,16 @@ ORDERINGS = [  # what the paper has (text, the worse, the better)
 
 
 def total(quality: dict[str, Any], setting: str, domain: str | None = None) -> float:
-    """Nats a token, of one domain or of all."""
+    """Returns the loss in nats a token, of one domain or of all."""
     domains = [domain] if domain else list(quality["tokens"])
     nll = sum(sum(quality["settings"][setting]["nll"][d]) for d in domains)
     return nll / sum(sum(quality["tokens"][d]) for d in domains)
 
 
 def difference(quality: dict[str, Any], worse: str, better: str = LOSSLESS) -> tuple[float, float]:
-    """(nats a token by which ``worse`` is worse over all domains, standard error of that mean).
+    """Returns (nats a token by which ``worse`` is worse over all domains, standard error of that mean).
 
-    The error is that of a ratio whose units are whole documents, drawn within each domain.
+    The error is the standard error of a ratio whose units are whole documents, drawn within each domain.
     """
     variance, count = 0.0, 0
     for domain, tokens in quality["tokens"].items():
@@ -59,8 +59,9 @@ def lossless(quality: dict[str, Any]) -> float:
 
 
 def by_gamma(quality: dict[str, Any], cell: Callable[[str], str], row_name: str) -> str:
-    """Returns a table with a row for each policy, metric and scope: the cells of its settings at every gamma.
+    """Returns a table with a row for each policy, metric and scope, and a column for each gamma.
 
+    cell: the function that returns the text of a setting's cell.
     row_name: the name of expert_drop's row, which has no gamma.
     """
     rows = [[name, *(cell(at(kind, f)) for f in FACTORS)] for name, kind in KINDS.items()]
@@ -88,7 +89,7 @@ def orderings(quality: dict[str, Any]) -> str:
 
 
 def positions(quality: dict[str, Any]) -> str:
-    """Returns the table of the loss by position in the window, which tells why the order metrics differ."""
+    """Returns the table of the loss by position in the window. It shows why the order metrics differ."""
     by_name = quality["positions"]
     plain = np.array(by_name[LOSSLESS])
     parts = [f"{quality['length'] * i // len(plain)}.." for i in range(len(plain))]
@@ -97,7 +98,7 @@ def positions(quality: dict[str, Any]) -> str:
 
 
 def control(quality: dict[str, Any]) -> str:
-    """Returns the table of the loss, and of that with other windows on a rank."""
+    """Returns the table of the loss, and of the loss with other windows on a rank."""
     other = quality["control"]
     rows = [[m, *(signed(*difference(of, n)) for of in (quality, other))] for m, n in ORDERED.items()]
     first = f"{quality['rows']} window(s) of {quality['length']} tokens a rank"
@@ -105,7 +106,7 @@ def control(quality: dict[str, Any]) -> str:
 
 
 def perplexities(quality: dict[str, Any], factor: float) -> str:
-    """Returns the table of one gamma, a row for each domain and one for all."""
+    """Returns the table of one gamma. It has a row for each domain and one for all domains."""
     columns = {"lossless": LOSSLESS, **{name: at(kind, factor) for name, kind in KINDS.items()}}
     columns["expert_drop"] = "expert_drop"
     rows: list[list[str]] = []
@@ -125,5 +126,5 @@ def shares(setting: dict[str, Any]) -> str:
 
 
 def judged(value: float, error: float) -> str:
-    """Returns the difference, and whether it bears the expectation out."""
+    """Returns whether the difference confirms the expectation, and the difference."""
     return f"{verdict(value, error)} ({signed(value, error)})"

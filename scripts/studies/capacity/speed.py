@@ -1,10 +1,10 @@
-"""The MoE layer's time under expert parallelism, from one device: every rank's own work, the slowest counts.
+"""Measures the MoE layer's time under expert parallelism, on one device that does each rank's work in turn.
 
 For plain top-k, each gamma and EPLB's placement, the experts' kernel runs with the group sizes that each of 8
-ranks would have; the layer takes as long as the slowest rank, plus the time that the busiest rank's rows need
+ranks would have. The layer takes as long as the slowest rank, plus the time that the busiest rank's rows need
 over the stated link (each way; bfloat16 out, float32 back), plus, with a capacity, the stage's own time.
-Settings take turns in rounds; a speed-up is a ratio within a round. Noise lengthens the slowest of several
-equal ranks, so it works against the balanced settings; each time is the better of two.
+Settings take turns in rounds, and a speed-up is a ratio within a round. Noise lengthens the slowest of
+several equal ranks, so it works against the balanced settings; each time is the better of two.
 """
 
 import os
@@ -37,7 +37,14 @@ STATED_PEAK = {"mixtral": 3.0, "olmoe": 7.0}  # the paper's words: "under 3N" (u
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer's sizes, and the tokens of a rank."""
+    """The sizes of a layer.
+
+    experts: the number of experts.
+    k: the number of experts of a token.
+    model: the width of the model.
+    inner: the width inside an expert.
+    tokens: the number of tokens of a rank.
+    """
 
     experts: int
     k: int
@@ -46,35 +53,44 @@ class Shape:
     tokens: int
 
 
-# Scaled: Mixtral's sizes by 1/8, OLMoE's by 1/4. Real: theirs.
+# The scaled sizes are Mixtral's by 1/8 and OLMoE's by 1/4. The real sizes are the models' own.
 SCALED = {"mixtral": Shape(8, 2, 512, 1792, 512), "olmoe": Shape(64, 8, 512, 256, 512)}
 REAL = {"mixtral": Shape(8, 2, 4096, 14336, 8192), "olmoe": Shape(64, 8, 2048, 1024, 8192)}
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a setting gives the ranks. groups_RL: rows of each expert (slot) of each rank; rows_RR: rows from
-    rank to rank."""
+    """The load that a setting gives the ranks.
+
+    groups_RL: the rows of each expert (slot) of each rank.
+    rows_RR: the rows from rank to rank.
+    """
 
     groups_RL: np.ndarray
     rows_RR: np.ndarray
 
     def seconds_on_wire(self, model: int, bandwidth: float) -> float:
-        """The busiest rank's rows each way: 2 bytes a number out, 4 back."""
+        """Returns the time of the busiest rank's rows each way: 2 bytes a number out, 4 back."""
         away_RR = self.rows_RR * ~np.eye(len(self.rows_RR), dtype=bool)
         busiest = max(away_RR.sum(0).max(), away_RR.sum(1).max())
         return float(busiest * model * (2 + 4) / bandwidth)
 
 
 def load_of(sent_RE: np.ndarray) -> Load:
-    """Experts in order over the ranks, and one empty slot a rank, so that all settings run alike."""
+    """Returns the load with the experts in order over the ranks.
+
+    Each rank has one empty slot too, so that all settings run alike.
+    """
     ranks = len(sent_RE)
     groups_RL = sent_RE.sum(0).reshape(ranks, -1)
     return Load(np.pad(groups_RL, ((0, 0), (0, 1))), sent_RE.reshape(ranks, ranks, -1).sum(2))
 
 
 def eplb_load_of(sent_RE: np.ndarray, history_E: np.ndarray) -> Load:
-    """With one redundant expert a rank, placed for ``history_E``; replicas share an expert's rows evenly."""
+    """Returns the load with one redundant expert a rank, placed for ``history_E``.
+
+    Replicas share an expert's rows evenly.
+    """
     ranks, experts = sent_RE.shape
     placed = balance(history_E[None], slots=experts + ranks, ranks=ranks, model="bench")
     slot_P = placed.experts_LP[0]
@@ -85,7 +101,7 @@ def eplb_load_of(sent_RE: np.ndarray, history_E: np.ndarray) -> Load:
 
 
 def stated(model: str, shape: Shape) -> Published:
-    """Routing in which one expert has the peak load that the paper states, the others alike."""
+    """Returns routing in which one expert has the peak load that the paper states, the others equal ones."""
     hot = STATED_PEAK[model] * shape.k / shape.experts
     chosen = np.full((1, shape.experts), (shape.k - hot) / (shape.experts - 1))
     chosen[0, 0] = hot
@@ -93,7 +109,7 @@ def stated(model: str, shape: Shape) -> Published:
 
 
 def loads_of(layer: Published, tokens: int) -> dict[str, Load]:
-    """Every setting's load on one batch."""
+    """Returns the load of every setting on one batch."""
     ids, scores = draw_ranks(layer, tokens, seed=0)
     sent_RE = limited_matrix(ids, scores, None)
     loads = {BASELINE: load_of(sent_RE), EPLB: eplb_load_of(sent_RE, layer.often_V @ layer.chosen_VE)}
@@ -105,7 +121,7 @@ def loads_of(layer: Published, tokens: int) -> dict[str, Load]:
 
 
 def weights_of(shape: Shape) -> ExpertWeights:
-    """Random weights of one rank's experts and a further slot, bfloat16."""
+    """Returns random bfloat16 weights of one rank's experts and one more slot."""
     e, f, d = shape.experts // RANKS + 1, shape.inner, shape.model
     stored = storage_dtype(jnp.dtype(jnp.bfloat16))
 
@@ -127,8 +143,13 @@ def best_of_two(run: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Timer:
-    """One rank's weights, the kernel, the link's bytes a second, and what buffers are a multiple of, in rows:
-    every size compiles."""
+    """Times the work of ranks.
+
+    weights: the weights of one rank.
+    mlp: the experts' kernel.
+    bandwidth: the bytes a second of the link.
+    bucket: the number of rows of which every buffer is a multiple, because every size compiles.
+    """
 
     weights: ExpertWeights
     mlp: Callable[..., Any]
@@ -136,7 +157,7 @@ class Timer:
     bucket: int
 
     def rank_runs(self, groups_RL: np.ndarray) -> list[Callable[[], Any]]:
-        """Each rank's experts' work, compiled and warm."""
+        """Returns a function for each rank that does its experts' work, compiled and warm."""
         runs = []
         for groups_L in groups_RL:
             rows = max(1, -(-int(groups_L.sum()) // self.bucket)) * self.bucket
@@ -147,7 +168,7 @@ class Timer:
 
 
 def time_stage(layer: Published, shape: Shape, rounds: int) -> dict[str, float]:
-    """Median seconds of the capacity stage on one rank's tokens, by policy."""
+    """Returns the median seconds of the capacity stage on one rank's tokens, by policy."""
     ids, scores = (jnp.asarray(a[0]) for a in draw_ranks(layer, shape.tokens, seed=0, ranks=1))
     held, flags = shape.experts // RANKS, TokenFlags(jnp.ones(shape.tokens, bool))
 
@@ -167,7 +188,7 @@ def time_stage(layer: Published, shape: Shape, rounds: int) -> dict[str, float]:
 def time_case(
     layer: Published, shape: Shape, timer: Timer, stage: dict[str, float], rounds: int
 ) -> dict[str, Any]:
-    """Every setting's figures (see ``timed``)."""
+    """Returns the figures of every setting (see ``timed``)."""
     loads = loads_of(layer, shape.tokens)
     runs = {name: timer.rank_runs(load.groups_RL) for name, load in loads.items()}
     wire = {name: load.seconds_on_wire(shape.model, timer.bandwidth) for name, load in loads.items()}
@@ -186,7 +207,7 @@ def timed(
     name: str, slowest: dict[str, list[float]], total: dict[str, list[float]], wire: dict[str, float],
     loads: dict[str, Load],
 ) -> dict[str, Any]:  # fmt: skip
-    """One setting's figures; speed-ups are plain's over its own, of each round."""
+    """Returns the figures of one setting. A speed-up is plain's time over its own, in each round."""
     ratios = [a / b for a, b in zip(total[BASELINE], total[name], strict=True)]
     experts = [a / b for a, b in zip(slowest[BASELINE], slowest[name], strict=True)]
     rows_R, plain_R = (loads[n].groups_RL.sum(1) for n in (name, BASELINE))
@@ -201,7 +222,13 @@ def timed(
 
 
 def measure(routing: Path, gpu: bool, link_gbs: float, rounds: int) -> dict[str, Any]:
-    """The ``speed`` part of the results. link_gbs: GB/s that a rank sends and receives."""
+    """Returns the ``speed`` part of the results.
+
+    routing: the folder of the published routing.
+    gpu: whether the sizes are the real ones, on an accelerator.
+    link_gbs: the GB/s that a rank sends and receives.
+    rounds: the number of rounds.
+    """
     published, shapes = read_published(routing), REAL if gpu else SCALED
     platform = jax.default_backend()
     if gpu and platform == "cpu":

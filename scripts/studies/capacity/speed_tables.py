@@ -1,4 +1,4 @@
-"""Tables of a layer's speed for docs/results/capacity.md."""
+"""Makes the tables of a layer's speed for docs/results/capacity.md."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def sizes(speed: dict[str, Any]) -> str:
 
 
 def speedups(speed: dict[str, Any], model: str) -> str:
-    """Returns a model's table, a row for each routing and one for the paper."""
+    """Returns a model's table. It has a row for each routing and one for the paper."""
     rows = []
     for name, case in speed["cases"][model].items():
         times = case["plain"]

@@ -1,8 +1,9 @@
-"""Binning and a capacity together, on 8 emulated expert ranks: what each does to the other's load and loss.
+"""Measures binning and a capacity together on 8 emulated expert ranks: what each does to the other.
 
-Decode in lock step as in ``studies.lynx.decode``, batches of all domains in turn. The capacity counts each
-rank's own tokens after binning; in decode it is our extension, as the paper limits prefill. Peaks are means
-over steps and layers, over the even share of plain top-k's assignments (``studies.capacity.loads``).
+Load and loss are measured. Decode runs in lock step as in ``studies.lynx.decode``, and the domains take turns
+within a batch. The capacity counts each rank's own tokens after binning. In decode it is our extension,
+because the paper limits prefill. Peaks are means over steps and layers, divided by the even share of plain
+top-k's assignments (``studies.capacity.loads``).
 """
 
 import sys
@@ -26,7 +27,7 @@ BATCHES = (16, 64)
 WIDTHS = (None, 0.7, 0.5, 0.35)
 POLICIES = (None, "drop", "reroute")
 FACTORS = (1.0, 1.5, 2.0)
-COUNT, LENGTH = 16, 64  # windows of a domain, tokens of each
+COUNT, LENGTH = 16, 64  # windows of each domain, tokens of each window
 
 
 def measure(
@@ -38,7 +39,7 @@ def measure(
     *,
     dry: bool = False,
 ) -> dict[str, Any]:
-    """The ``capacity`` part of the results: batch -> binning's width -> policy/gamma -> figures."""
+    """Returns the ``capacity`` part of the results: figures by batch, binning's width and policy/gamma."""
     sizes, factors = BATCHES[few(dry)], FACTORS[few(dry)]
     start = time.perf_counter()
     windows_NL, scorer = read_windows(model, valid, domains, count, length), Scorer(model)
@@ -72,7 +73,7 @@ def measure(
 
 
 def loads_and_loss(meter: Meter, engine: Engine, batches_SB: np.ndarray) -> dict[str, Any]:
-    """Figures of one setting; nll is each window's loss."""
+    """Returns the figures of one setting. ``nll`` is the loss of each window."""
     runner, peaks = engine.runner, []
     counters = runner.counters["decode"]
     plain = batches_SB.shape[1] * runner.cfg.num_experts_per_tok

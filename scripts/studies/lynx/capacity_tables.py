@@ -1,4 +1,4 @@
-"""Tables of binning with a capacity for docs/results/lynx.md."""
+"""Makes the tables of binning with a capacity for docs/results/lynx.md."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from studies.lynx.curves import percent
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:
-    """Returns a batch size's table, a row for each width and capacity."""
+    """Returns a batch size's table. It has a row for each width and capacity."""
     domains, length = len(capacity["domains"]), capacity["length"]
     widths = capacity["runs"][batch]
     plain_N, rows = np.array(widths["off"]["off"]["nll"]), []
@@ -24,7 +24,7 @@ def settings(capacity: dict[str, Any], batch: str) -> str:
 
 
 def distinct(row_by_name: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The settings by name, those of one policy that gave the same figures as one: "drop/1, 1.5"."""
+    """Returns the settings by name. Those of one policy with equal figures become one: "drop/1, 1.5"."""
     found: list[tuple[str, dict[str, Any]]] = []
     for name, row in row_by_name.items():
         policy, _, factor = name.partition("/")
@@ -36,7 +36,7 @@ def distinct(row_by_name: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str
 
 
 def places(capacity: dict[str, Any]) -> str:
-    """Returns an expert's places on a rank at every gamma, by batch size."""
+    """Returns the number of an expert's places on a rank at every gamma, by batch size."""
     found = []
     for batch in capacity["runs"]:
         even = int(batch) / capacity["ranks"] * 4 / 32
@@ -46,11 +46,12 @@ def places(capacity: dict[str, Any]) -> str:
 
 
 def concentration(widths: dict[str, Any]) -> dict[str, Any]:
-    """Returns what binning at the strongest width does.
+    """Returns the effect of binning at the strongest width.
 
-    width: its name.
-    times: by how much it multiplies the peaks and the active experts.
-    active, rerouted: its active experts a step, and what rerouting at gamma 1 makes of them.
+    width: the name of that width.
+    times: the factors by which it multiplies the peaks and the active experts.
+    active: the active experts a step at that width.
+    rerouted: the active experts a step after rerouting at gamma 1 too.
     """
     plain, (width, strongest) = widths["off"]["off"], list(widths.items())[-1]
     binned = strongest["off"]

@@ -1,8 +1,9 @@
-"""Perplexity over active experts, by method: a curve through the settings, compared at equal ratios.
+"""Makes a curve of perplexity over active experts for each method, and compares curves at equal ratios.
 
-A point is a setting: its active experts over those of plain top-k, and each window's loss over lossless.
-Between two points losses are interpolated window by window, so that a comparison of two curves is paired and
-has the standard error of its own interpolated losses. Every curve ends at (1, 0), which is plain top-k.
+A point is a setting: the ratio of its active experts to those of plain top-k, and the difference between each
+window's loss and its lossless loss. Between two points the losses are interpolated window by window, so that
+a comparison of two curves is paired and has the standard error of its own interpolated losses. Every curve
+ends at (1, 0), which is plain top-k.
 """
 
 import math
@@ -17,28 +18,41 @@ CENTINATS = 100  # a window's loss is kept in whole hundredths of a nat
 
 
 def mean_error(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
-    """Mean over windows and its standard error; the windows lie domain by domain, as many in each."""
+    """Returns the mean over windows and its standard error.
+
+    delta_N: a value of each window, domain by domain, with the same number of windows in each domain.
+    domains: the number of domains.
+    """
     delta_DW = delta_N.reshape(domains, -1)
     variance = delta_DW.var(axis=1, ddof=1).sum() * delta_DW.shape[1] if delta_DW.shape[1] > 1 else 0.0
     return float(delta_N.mean()), math.sqrt(variance) / delta_N.size
 
 
 def percent(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
-    """The change of perplexity in % from losses in nats a token, and its standard error."""
+    """Returns the change of perplexity in % from losses in nats a token, and its standard error."""
     mean, error = mean_error(delta_N, domains)
     return 100 * math.expm1(mean), 100 * math.exp(mean) * error
 
 
 @dataclass(frozen=True)
 class Curve:
-    """ratio_S: ascending, the last is 1. delta_SN: nats a token by which each window is worse."""
+    """The curve of one method.
+
+    ratio_S: the active experts over those of plain top-k, in ascending order; the last is 1.
+    delta_SN: the nats a token by which each window is worse than lossless.
+    """
 
     ratio_S: Float[np.ndarray, " S"]
     delta_SN: Float[np.ndarray, "S N"]
 
     @classmethod
     def of(cls, run: dict[str, Any], method: str, tokens: int) -> Self:
-        """From one protocol's settings. tokens: scored in a window."""
+        """Makes the curve from one protocol's settings.
+
+        run: the figures of every setting by name.
+        method: the method whose settings are used.
+        tokens: the number of tokens that are scored in a window.
+        """
         rows = [row for name, row in run.items() if name.split("/")[0] == method]
         rows = sorted(rows, key=lambda row: row["active"] / row["plain"])
         delta_SN = np.array([row["delta"] for row in rows]) / CENTINATS / tokens
@@ -46,7 +60,7 @@ class Curve:
         return cls(np.array([*ratios, 1.0]), np.vstack([delta_SN, np.zeros_like(delta_SN[:1])]))
 
     def at(self, ratio: float) -> np.ndarray | None:
-        """Each window's loss at ``ratio``; None below the curve's strongest setting."""
+        """Returns each window's loss at ``ratio``, None below the curve's strongest setting."""
         if not self.ratio_S[0] <= ratio <= 1:
             return None
         after = int(np.searchsorted(self.ratio_S, ratio))
@@ -57,9 +71,9 @@ class Curve:
         return (1 - part) * self.delta_SN[after - 1] + part * self.delta_SN[after]
 
     def ratio_at(self, percents: float) -> tuple[float, bool]:
-        """The least ratio, from 1 down, before perplexity rises by ``percents``; whether the curve got there.
+        """Returns the least ratio, from 1 down, before perplexity rises by ``percents``, and whether it did.
 
-        Where it did not, the ratio is that of its strongest setting.
+        If it did not, the ratio is that of the curve's strongest setting.
         """
         limit = math.log1p(percents / 100)
         mean_S = self.delta_SN.mean(axis=1)
@@ -71,13 +85,13 @@ class Curve:
 
 
 def curves(quality: dict[str, Any], protocol: str) -> dict[str, Curve]:
-    """Every method's curve under a protocol ("mixed/16", "single/16/half")."""
+    """Returns every method's curve under a protocol (for example "mixed/16" or "single/16/half")."""
     length = quality["length"]
     tokens = length - 1 - (length // 2 if protocol.endswith("/half") else 0)
     return {method: Curve.of(quality["runs"][protocol], method, tokens) for method in METHODS}
 
 
 def compared(a: Curve, b: Curve, ratio: float, domains: int) -> tuple[float, float] | None:
-    """By how many % of perplexity ``b`` is worse than ``a`` at ``ratio``, and its standard error."""
+    """Returns by how many % of perplexity ``b`` is worse than ``a`` at ``ratio``, and the standard error."""
     ours, theirs = a.at(ratio), b.at(ratio)
     return None if ours is None or theirs is None else percent(theirs - ours, domains)

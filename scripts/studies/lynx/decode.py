@@ -1,4 +1,4 @@
-"""Teacher-forced decode in lock step through the engine's decode step: windows, batches of them, losses."""
+"""Decodes windows in lock step with teacher forcing, through the engine's decode step, and scores them."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -25,7 +25,10 @@ from jmoe.tools.evaluate import PageRows
 def read_windows(
     model: str, valid: Path, domains: Sequence[str], count: int, length: int
 ) -> Int[np.ndarray, "N L"]:
-    """``count`` windows of ``length`` tokens of every domain: the first of each document, then the second."""
+    """Returns ``count`` windows of ``length`` tokens of every domain.
+
+    The first window of each document comes first, then the second of each, and so on.
+    """
     directory = model_directory(model)
     codec, rows = TextCodec(directory, 1 << 31), []
     for domain in domains:
@@ -39,7 +42,7 @@ def read_windows(
 
 
 def batches(domains: int, count: int, size: int, mix: str) -> Int[np.ndarray, "S B"]:
-    """The windows of each batch of ``size``: neighbours of one domain, or of all domains in turn."""
+    """Returns the windows of each batch of ``size``: neighbours of one domain, or all domains in turn."""
     order_DW = np.arange(domains * count).reshape(domains, count)
     return (order_DW if mix == "single" else order_DW.T).reshape(-1, size)
 
@@ -48,8 +51,10 @@ def batches(domains: int, count: int, size: int, mix: str) -> Int[np.ndarray, "S
 
 
 class Scorer:
-    """Log-probabilities from hidden states, on one device. The engine's own also rank the likeliest tokens,
-    for many times the time."""
+    """Computes log-probabilities from hidden states on one device.
+
+    The engine's own function also ranks the likeliest tokens, which takes many times as long.
+    """
 
     def __init__(self, model: str):
         graph, self.weights = nnx.split(load_model(model_directory(model), make_mesh(), MoEConfig()))
@@ -77,7 +82,12 @@ class Meter:
         num_prefilled: int = 0,
         on_step: Callable[[], None] = lambda: None,
     ) -> Float[np.ndarray, "N P"]:
-        """Loss of every decoded position of every window, nats; ``prefilled`` tokens are not decoded."""
+        """Returns the loss of every decoded position of every window, in nats.
+
+        batches_SB: the windows of each batch.
+        num_prefilled: the number of first tokens of a window that are prefilled, not decoded.
+        on_step: a function that is called after every decode step.
+        """
         length = self.windows_NL.shape[1]
         nll_NP = np.full((len(self.windows_NL), length - 1 - num_prefilled), np.nan)
         for rows_B in batches_SB:
@@ -109,8 +119,11 @@ class Meter:
 
 
 def counted(runner: Runner) -> np.ndarray:
-    """Sums over decode steps and layers so far: active experts, those of plain top-k, assignments computed
-    and remapped; and the steps."""
+    """Returns sums over all decode steps and layers up to now, and the number of steps.
+
+    The sums are the active experts, the active experts of plain top-k, the computed assignments and the
+    remapped assignments.
+    """
     runner.drain()
     c = runner.counters["decode"]
     return np.array(

@@ -1,7 +1,8 @@
-"""A layer of Qwen3-30B-A3B's shape on an accelerator, at batch 16: with and without half of its experts.
+"""Measures a layer of Qwen3-30B-A3B's shape on an accelerator at batch 16, with and without half its experts.
 
-Route, bin and experts in one compiled loop that takes several sets of weights in turn (``shared.gpu_peers``).
-The gates' logits have a deviation of about 1; the width is calibrated to halve the experts of the batch.
+Routing, binning and the experts run in one compiled loop that uses several sets of weights in turn
+(``shared.gpu_peers``). The gates' logits have a standard deviation of about 1, and the width is calibrated to
+halve the experts of the batch.
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ TOY = (16, 64, 64, 2)
 
 
 def measure(dry: bool) -> dict[str, Any] | None:
-    """The ``speed_gpu`` part of the results; None, with a line, where there is no accelerator."""
+    """Returns the ``speed_gpu`` part of the results, None after a line if there is no accelerator."""
     platform = jax.default_backend()
     if platform == "cpu" and not dry:
         print("speed --gpu: skipped, jax sees no accelerator here")
@@ -39,7 +40,7 @@ def measure(dry: bool) -> dict[str, Any] | None:
     stacks = list(zip(weights, gates, strict=True))
 
     def active(width: float | None) -> float:
-        """Experts that the batch goes to, mean over the gates."""
+        """Returns the number of experts to which the batch goes, the mean over the gates."""
         rule = get_rule(BinningConfig(bin_width=width or 1e9), k)
         return sum(float(active_count(x_TD, gate, rule)) for gate in gates) / len(gates)
 
@@ -84,7 +85,16 @@ def run_layer(
     rule: binning.Rule | None,
     stage: Any,
 ) -> Array:
-    """One layer's output. weights_and_gate: the experts' weights and the gate. rule: None is plain top-k."""
+    """Returns the output of one layer.
+
+    x_TD: the layer's input.
+    weights_and_gate: the experts' weights and the gate.
+    k: the number of experts of a token.
+    kernel: the kernel of the experts.
+    platform: the platform of the device.
+    rule: the rule of binning; None is plain top-k.
+    stage: the implementation of binning.
+    """
     weights, gate_ED = weights_and_gate
     logits_TE, flags = gate_logits(x_TD, gate_ED), TokenFlags(jnp.ones(x_TD.shape[0], bool))
     if rule is None:

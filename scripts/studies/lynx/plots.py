@@ -1,4 +1,4 @@
-"""The plots of docs/results/lynx.md, SVG, by matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/lynx.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 import statistics
 from functools import partial
@@ -22,7 +22,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
 
 
 def draw_quality(pyplot: Any, quality: dict[str, Any]) -> Any:
-    """Perplexity change against active experts at the target's batch, with two standard errors."""
+    """Draws perplexity change against active experts at the target's batch, with two standard errors."""
     domains = len(quality["domains"])
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axis, mix in zip(axes, ("single", "mixed"), strict=True):
@@ -42,7 +42,7 @@ def draw_quality(pyplot: Any, quality: dict[str, Any]) -> Any:
 
 
 def draw_batch(pyplot: Any, quality: dict[str, Any]) -> Any:
-    """Active share by batch size, one setting of each method, single and mixed."""
+    """Draws the active share by batch size, for one setting of each method, single and mixed."""
     figure, axis = pyplot.subplots(figsize=(6, 3.6))
     shown = {method: middle(quality, method) for method in METHODS if method in ("affinity", "oea")}
     for mix, style in (("single", "-"), ("mixed", "--")):
@@ -61,13 +61,13 @@ def draw_batch(pyplot: Any, quality: dict[str, Any]) -> Any:
 
 
 def middle(quality: dict[str, Any], method: str) -> str:
-    """The middle one of a method's settings."""
+    """Returns the name of the middle one of a method's settings."""
     names = [n for n in quality["runs"][plain_protocols(quality)[0]] if n.startswith(f"{method}/")]
     return names[(len(names) - 1) // 2]
 
 
 def draw_speed(pyplot: Any, speed: dict[str, Any]) -> Any:
-    """A layer's time against active experts with its line, and the engine's tokens/s."""
+    """Draws a layer's time against active experts with the fitted line, and the engine's tokens/s."""
     layer, batches = speed["layer"], speed["engine"]["batches"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     active = np.array([int(n) for n in layer["seconds"]])

@@ -1,9 +1,10 @@
-"""Quality under LYNX: the bundled model's loss in decode, its batches of one domain or of several.
+"""Measures quality under LYNX: the bundled model's loss in decode, with batches of one domain or of several.
 
-Windows are fed a token a step in lock step (teacher forcing) through the engine's decode step, ``batch`` of
-them at once; the same windows at every batch size and setting, so that any two compare in pairs. One engine a
-setting. The whole context is computed under binning here, prompts too, which serving would prefill
-losslessly: hence a second protocol, at one batch size, that prefills the first half of every window.
+The engine's decode step takes one token a step from each window, in lock step (teacher forcing), ``batch``
+windows at once. The windows are the same at every batch size and setting, so that any two settings compare in
+pairs. There is one engine a setting. Here the whole context is computed under binning, and prompts too, while
+serving would prefill prompts losslessly. Therefore a second protocol, at one batch size, prefills the first
+half of every window.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jmoe.engine.build import EngineSettings, build_engine
 
 MIXES = ("single", "mixed")
 BATCHES = (4, 8, 16, 32, 64)
-HALF_BATCH = 16  # of the protocol with a prefilled half
+HALF_BATCH = 16  # the batch size of the protocol with a prefilled half
 WIDTHS = (0.2, 0.35, 0.5, 0.7, 1.0, 1.5)
 BUDGETS: dict[Method, tuple[float, ...]] = {
     "budget": (0.4, 0.5, 0.6, 0.7, 0.85),
@@ -37,7 +38,10 @@ K0S = (1, 2, 3)
 
 
 def settings(dry: bool = False) -> dict[str, BinningConfig]:
-    """What is measured, by name: "affinity/0.5"; dry: one setting of each method."""
+    """Returns the measured settings by name, for example "affinity/0.5".
+
+    dry: whether there is only one setting of each method.
+    """
     found = {f"affinity/{width}": BinningConfig(bin_width=width) for width in WIDTHS[few(dry)]}
     for method, keeps in BUDGETS.items():
         found |= {f"{method}/{keep}": BinningConfig(method=method, keep=keep) for keep in keeps[few(dry)]}
@@ -46,7 +50,12 @@ def settings(dry: bool = False) -> dict[str, BinningConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How windows are batched; ``half``: the first half is prefilled, only the second decoded and scored."""
+    """The way in which windows are batched.
+
+    mix: "single" for batches of one domain, "mixed" for batches of all domains.
+    batch: the number of windows in a batch.
+    half: whether the first half is prefilled, and only the second is decoded and scored.
+    """
 
     mix: str
     batch: int
@@ -80,8 +89,10 @@ class Bench:
         self.settings = EngineSettings(max_num_seqs=max(BATCHES), max_model_len=length)
 
     def runs(self, cfg: BinningConfig | None, has_singles: bool) -> dict[str, Any]:
-        """By protocol, (loss of each window and position, counts); by "alone" the loss of a few batches of
-        one, if ``has_singles``."""
+        """Returns (loss of each window and position, counts) by protocol.
+
+        If ``has_singles``, the result also has the loss of a few batches of one, as "alone".
+        """
         how, found = dataclasses.replace(self.settings, moe=MoEConfig(binning=cfg)), {}
         with closing(build_engine(self.model, how, warm_up=False)) as engine:
             meter = Meter(engine, self.scorer, self.windows_NL)
@@ -102,8 +113,11 @@ class Bench:
 def measure(
     model: str, valid: Path, domains: Sequence[str], count: int, length: int, dry: bool = False
 ) -> dict[str, Any]:
-    """The ``quality`` part of the results. ``delta`` is each window's loss over that of the lossless run of
-    the same protocol, in centinats; ``late`` the same of its second half."""
+    """Returns the ``quality`` part of the results.
+
+    ``delta`` is the difference between each window's loss and its loss in the lossless run of the same
+    protocol, in centinats. ``late`` is the same difference for the window's second half.
+    """
     start, ways = time.perf_counter(), protocols(dry)
     bench = Bench(model, valid, domains, count, length, ways)
     lossless = bench.runs(None, has_singles=True)
@@ -136,5 +150,5 @@ def measure(
 
 
 def whole(delta_NP: np.ndarray) -> list[int]:
-    """Sums over the positions, rounded."""
+    """Returns the sums over the positions, rounded."""
     return np.rint(delta_NP.sum(1)).astype(int).tolist()

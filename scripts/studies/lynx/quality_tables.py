@@ -1,4 +1,4 @@
-"""Tables of quality for docs/results/lynx.md."""
+"""Makes the tables of quality for docs/results/lynx.md."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from shared.results import signed, table, verdict
 from studies.lynx.curves import CENTINATS, METHODS, compared, curves, percent
 
 SAVED, ALLOWED = 0.3, 1.0  # the target: share of the active experts saved, % of perplexity
-BATCH = "16"  # of the target
-RATIOS = (0.8, 0.7, 0.55)  # at which methods are compared
+BATCH = "16"  # the target's batch size
+RATIOS = (0.8, 0.7, 0.55)  # the ratios at which methods are compared
 OTHERS = METHODS[1:]
 
 
@@ -29,7 +29,10 @@ def perplexity(quality: dict[str, Any]) -> float:
 
 
 def target(quality: dict[str, Any], protocols: Sequence[str]) -> str:
-    """Returns the table, a row for each method: its cost at the target's active experts, and the reverse."""
+    """Returns the table with each method's cost at the target's active experts, and the reverse.
+
+    A row is a method.
+    """
     domains, rows = len(quality["domains"]), []
     for method in METHODS:
         row = [method]
@@ -52,7 +55,10 @@ def target(quality: dict[str, Any], protocols: Sequence[str]) -> str:
 
 
 def verdicts(quality: dict[str, Any]) -> dict[tuple[str, float, str], tuple[float, float]]:
-    """(protocol, ratio, other method) -> by how much affinity is better, where both curves reach."""
+    """Returns by how much affinity is better, by (protocol, ratio, other method).
+
+    Only the ratios that both curves reach are in it.
+    """
     domains, found = len(quality["domains"]), {}
     for protocol in plain_protocols(quality):
         by = curves(quality, protocol)
@@ -64,7 +70,10 @@ def verdicts(quality: dict[str, Any]) -> dict[tuple[str, float, str], tuple[floa
 
 
 def comparison(quality: dict[str, Any]) -> str:
-    """Returns the table, a row for each ratio and protocol: whether affinity is better than each other."""
+    """Returns the table that says whether affinity is better than each other method.
+
+    A row is a ratio and a protocol.
+    """
     found, rows = verdicts(quality), []
     for ratio in RATIOS:
         for protocol in plain_protocols(quality):
@@ -84,7 +93,7 @@ def summary(quality: dict[str, Any], other: str) -> dict[str, Any]:
 
 
 def own_settings(quality: dict[str, Any], other: str) -> str:
-    """Returns the table of affinity against another method at that one's own settings."""
+    """Returns the table that compares affinity with another method at the other method's own settings."""
     domains, rows = len(quality["domains"]), []
     for protocol in plain_protocols(quality):
         run, by = quality["runs"][protocol], curves(quality, protocol)
@@ -114,7 +123,7 @@ def mixes(quality: dict[str, Any]) -> list[str]:
 
 
 def settings(quality: dict[str, Any], mix: str) -> str:
-    """Returns a mix's table, a row for each setting and a column for each batch size."""
+    """Returns a mix's table. A row is a setting, a column is a batch size."""
     runs = {n.split("/")[1]: quality["runs"][n] for n in plain_protocols(quality) if n.split("/")[0] == mix}
     rows = [["plain top-k: experts", *(f"{run['lossless']['active']:.1f}" for run in runs.values())]]
     for name in next(iter(runs.values())):
@@ -129,7 +138,7 @@ def settings(quality: dict[str, Any], mix: str) -> str:
 
 
 def prefilled(quality: dict[str, Any]) -> str:
-    """Returns the table of windows whose first half was prefilled, and of the same tokens of whole ones."""
+    """Returns the table of windows with a prefilled first half, and of the same tokens of whole windows."""
     runs, rows = quality["runs"], []
     scored = quality["length"] - 1 - quality["length"] // 2
     kinds = [n.split("/")[0] for n in runs if n.endswith("/half")]

@@ -1,10 +1,10 @@
-"""Time under LYNX on this machine: a layer against its active experts, the stage's own cost, the engine.
+"""Measures time under LYNX on this machine: a layer by its active experts, the stage's own cost, the engine.
 
-**Layer**: OLMoE's sizes, 16 tokens, their assignments spread evenly over n experts; several layers' weights
-in turn, so that caches do not hold them. **Stage**: routing alone against routing and binning. **Engine**:
-decode of a random model with and without binning, in turns, on the same prompts; its weights are one set in
-memory. The random model's gates are scaled so that their logits have a deviation of about 1, and the width
-is calibrated so that it halves the experts of a batch.
+**Layer**: the sizes are OLMoE's, and the assignments of 16 tokens are spread evenly over n experts. The
+weights of several layers are used in turn, so that caches do not hold them. **Stage**: routing alone is
+compared with routing and binning. **Engine**: a random model decodes the same prompts with and without
+binning, in turns, from one set of weights in memory. The random model's gates are scaled so that their logits
+have a standard deviation of about 1, and the width is calibrated so that it halves the experts of a batch.
 """
 
 import argparse
@@ -42,14 +42,14 @@ from jmoe.nn.sequences import Sequences
 OLMOE = SimpleNamespace(num_experts=64, moe_intermediate_size=1024, hidden_size=2048, num_experts_per_tok=8)
 TOY = SimpleNamespace(num_experts=16, moe_intermediate_size=64, hidden_size=64, num_experts_per_tok=2)
 TOKENS = 16
-ACTIVE = (1, 0.75, 0.5, 0.375, 0.25, 0.125)  # of the experts: 64, 48, 32, 24, 16, 8
-REPEATS = 64  # of the stage in one compiled loop
-HALF = 0.5  # of the union, which the engine's width is calibrated for
+ACTIVE = (1, 0.75, 0.5, 0.375, 0.25, 0.125)  # shares of the experts: 64, 48, 32, 24, 16, 8
+REPEATS = 64  # runs of the stage in one compiled loop
+HALF = 0.5  # the share of the union for which the engine's width is calibrated
 BINNED = "binned"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The ``speed`` part of the results."""
+    """Returns the ``speed`` part of the results."""
     start, shape = time.perf_counter(), TOY if args.dry else OLMOE
     layer = time_layer(shape, args.layers, args.rounds, args.threads)
     layer |= {"stage": time_stage(shape, args.rounds)}
@@ -67,12 +67,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def even_ids(tokens: int, k: int, active: int) -> np.ndarray:
-    """``[tokens, k]``: spread evenly over the first ``active`` experts, distinct within a token."""
+    """Returns ``[tokens, k]`` ids, spread evenly over the first ``active`` experts, distinct in a token."""
     return (np.arange(tokens * k) % active).reshape(tokens, k).astype(np.int32)
 
 
 def time_layer(shape: Any, layers: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Median seconds of a layer by its active experts, and the line through them."""
+    """Returns the median seconds of a layer by its active experts, and the line through them."""
     weights, k = make_layers(shape, layers), shape.num_experts_per_tok
     dims = shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
     kernel, why = pick(jax.default_backend(), jnp.bfloat16, dims)
@@ -105,7 +105,7 @@ def time_layer(shape: Any, layers: int, rounds: int, threads: int) -> dict[str, 
 
 
 def time_stage(shape: Any, rounds: int) -> dict[str, float]:
-    """Median seconds of routing 16 tokens, alone and with each active set's rule."""
+    """Returns the median seconds of routing 16 tokens, alone and with each active set's rule."""
     logits = jax.random.normal(jax.random.key(0), (REPEATS, TOKENS, shape.num_experts))
     flags, k = TokenFlags(jnp.ones(TOKENS, bool)), shape.num_experts_per_tok
 
@@ -134,7 +134,7 @@ def time_stage(shape: Any, rounds: int) -> dict[str, float]:
 
 
 def time_engine(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens/s by batch with and without binning, in turns."""
+    """Returns tokens/s by batch with and without binning, measured in turns."""
     args = argparse.Namespace(**vars(args) | {"prompt": args.context, "dtype": "bfloat16"})
     hidden = read_toml(args.sizes)["hidden_size"]
     scale = 1 / (0.02 * hidden**0.5)  # a gate's input has unit square mean
@@ -182,7 +182,7 @@ def time_row(directory: Path, args: argparse.Namespace, plain_engine: Jmoe, row:
 def binned_engine(
     directory: Path, args: argparse.Namespace, plain_engine: Jmoe, width: float
 ) -> Iterator[Jmoe]:
-    """An engine with affinity binning on the weights of ``plain``."""
+    """Yields an engine with affinity binning that uses the weights of ``plain_engine``."""
     moe = MoEConfig(binning=BinningConfig(bin_width=width))
     engine = Jmoe(directory, args, moe=moe, warm_up=False)
     engine.engine.runner.weights = plain_engine.engine.runner.weights
@@ -193,7 +193,7 @@ def binned_engine(
 
 
 def active_share(engine: Jmoe, row: Row, new: int) -> tuple[float, float, float]:
-    """(active over the union, active, union) of a decode run of ``row``, experts a layer and step."""
+    """Decodes ``row`` and returns (active over the union, active, union), in experts a layer and step."""
     counters = engine.engine.runner.counters["decode"]
     engine.engine.runner.drain()
     before = counters.active_L.sum(), counters.plain_active_L.sum(), counters.steps
@@ -205,7 +205,10 @@ def active_share(engine: Jmoe, row: Row, new: int) -> tuple[float, float, float]
 
 
 def bisect(share: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
-    """(width, its share) with a rising ``share`` within 1 % of ``target``, or as near as eight tries get."""
+    """Returns (width, its share), where the share is within 1 % of ``target`` or as near as eight tries get.
+
+    share: a rising function of the width.
+    """
     width = found = float("nan")
     for _ in range(8):
         width = (low + high) / 2
@@ -217,7 +220,7 @@ def bisect(share: Callable[[float], float], target: float, low: float, high: flo
 
 
 def logit_std(directory: Path) -> list[float]:
-    """Deviation of the gates' logits in each layer, on a sequence of random tokens."""
+    """Returns the standard deviation of the gates' logits in each layer, on a sequence of random tokens."""
     graph, state = nnx.split(load_model(directory, make_mesh(), MoEConfig()))
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Tables of speed for docs/results/lynx.md."""
+"""Makes the tables of speed for docs/results/lynx.md."""
 
 import statistics
 from typing import Any
@@ -13,7 +13,7 @@ def met(holds: bool) -> str:
 
 
 def layer(layer: dict[str, Any]) -> str:
-    """Returns the table of a layer's time, a row for each number of active experts."""
+    """Returns the table of a layer's time. It has a row for each number of active experts."""
     rows = []
     for active, seconds in layer["seconds"].items():
         read = int(active) * layer["expert_bytes"]
@@ -22,7 +22,7 @@ def layer(layer: dict[str, Any]) -> str:
 
 
 def engine(engine: dict[str, Any]) -> str:
-    """Returns the table of the engine's speed, a row for each batch size."""
+    """Returns the table of the engine's speed. It has a row for each batch size."""
     rows = []
     for batch, row in engine["batches"].items():
         speeds = row["tokens_per_second"]
@@ -37,7 +37,7 @@ def engine(engine: dict[str, Any]) -> str:
 
 
 def gpu(gpu: dict[str, Any]) -> str:
-    """Returns the table of a layer on a GPU, a row for each way to compute it."""
+    """Returns the table of a layer on a GPU. It has a row for each way to compute the layer."""
     plain, rows = gpu["seconds"]["plain"], []
     for name, seconds in gpu["seconds"].items():
         active = gpu["active"]["plain" if name == "plain" else "binned"]

@@ -1,9 +1,9 @@
-"""The engine with offloaded experts: greedy tokens, counters, memory, and time on a CPU.
+"""Measures the engine with offloaded experts: greedy tokens, counters, memory, and time on a CPU.
 
-**Requests**: the bundled model, MT-bench's questions, all at once, at every budget and batch. **Arrivals**:
-the first requests of the Azure conversation trace, lengths and times scaled down, under continuous batching.
-On a CPU a copy is as fast as memory and nothing runs at the same time: times say what the copies and the
-bookkeeping cost, not what overlap saves.
+**Requests**: the bundled model answers MT-bench's questions, all at once, at every budget and batch.
+**Arrivals**: the engine serves the first requests of the Azure conversation trace under continuous batching,
+with lengths and times scaled down. On a CPU a copy is as fast as memory and nothing runs at the same time, so
+the times show what the copies and the bookkeeping cost, not what overlap saves.
 """
 
 import gzip
@@ -33,9 +33,9 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.request import Output, Request
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
-SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # of the experts, by batch
-TRAIN = 32  # windows of a domain in the profile
-# predictor, eviction
+SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # shares of the experts, by batch
+TRAIN = 32  # windows of each domain in the profile
+# pairs of a predictor and an eviction
 PAIRS = (
     ("none", "lru"),
     ("none", "lfu"),
@@ -52,7 +52,12 @@ ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds
 
 
 class Bench(NamedTuple):
-    """What every run has in common. store: a profile's file. dry: one run of each kind."""
+    """What all runs share.
+
+    model: the model.
+    store: the file of a profile.
+    dry: whether there is only one run of each kind.
+    """
 
     model: str
     store: str
@@ -60,7 +65,7 @@ class Bench(NamedTuple):
 
 
 def measure(data: Path, model: str, dry: bool = False) -> dict[str, Any]:
-    """The ``engine`` part."""
+    """Returns the figures of the ``engine`` part."""
     start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "profile.npz")
@@ -82,13 +87,16 @@ def _questions(path: Path) -> list[str]:
 
 def _llm(model: str, batch: int, length: int, offload: OffloadConfig | None) -> LLM:
     sizes: dict[str, Any] = {"max_num_seqs": batch, "max_model_len": length, "max_num_batched_tokens": 64}
-    sizes["enable_prefix_caching"] = False  # prompts come again
+    sizes["enable_prefix_caching"] = False  # the prompts are sent more than once
     return LLM(model, moe=MoEConfig(offload=offload), dtype="float32", **sizes)
 
 
 def _all_at_once(bench: Bench, questions: list[str]) -> dict[str, Any]:
-    """batch -> share of experts, predictor and eviction -> counters, memory, times, and how many of the
-    sequences are those of the engine that has all experts on the device."""
+    """Returns the figures by batch and by share of experts, predictor and eviction.
+
+    The figures are counters, memory, times, and the number of sequences that equal those of the engine that
+    has all experts on the device.
+    """
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     found: dict[str, Any] = {}
     for batch, shares in [*SHARES.items()][few(bench.dry)]:
@@ -117,7 +125,10 @@ def _all_at_once(bench: Bench, questions: list[str]) -> dict[str, Any]:
 
 
 def _offload(share: float | None, pair: tuple[str, str], store: str) -> OffloadConfig | None:
-    """None where all experts are on the device. The oracle gets its own predictor and eviction later."""
+    """Returns the cache's settings, None if all experts are on the device.
+
+    The oracle gets its own predictor and eviction later.
+    """
     if share is None:
         return None
     predictor, eviction = ("none", "lru") if pair == ORACLE else pair
@@ -127,7 +138,7 @@ def _offload(share: float | None, pair: tuple[str, str], store: str) -> OffloadC
 
 
 def _needs(llm: LLM, prompts: list[list[int]], tokens: list[list[int]]) -> Bool[np.ndarray, "N L E"]:
-    """What each decode step of the requests, one after another, needed."""
+    """Returns what each decode step needed. The requests follow one another."""
     model, found = llm.engine.runner.model, []
     for prompt, answer in zip(prompts, tokens, strict=True):
         window = np.array([prompt + answer[:-1]], np.int32)
@@ -148,7 +159,7 @@ def _timed(llm: LLM, prompts: list[list[int]], greedy: SamplingParams) -> tuple[
 
 
 def _counters(llm: LLM) -> dict[str, Any]:
-    """Hits and bytes of both phases, and what the pool takes of the device."""
+    """Returns the hits and bytes of both phases, and the bytes of the pool on the device."""
     stats = llm.engine.moe_stats()
     cache = llm.engine.runner.cache
     pool = 0 if cache is None else sum(a.nbytes for a in jax.tree.leaves(cache.pool))
@@ -166,7 +177,10 @@ def _counters(llm: LLM) -> dict[str, Any]:
 
 
 def _arrivals(bench: Bench, workloads: Path) -> dict[str, Any]:
-    """Requests as they come: time to the first token and for each further one, and bytes."""
+    """Returns the figures of requests with arrival times.
+
+    The figures are the time to the first token, the time for each further one, and bytes.
+    """
     with gzip.open(workloads / "azure_llm_2023_conv.jsonl.gz", "rt", encoding="utf-8") as file:
         trace = [json.loads(line) for _, line in zip(range(2 if bench.dry else ARRIVALS), file, strict=False)]
     with gzip.open(workloads / "domain_prompts.jsonl.gz", "rt", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Tables of the parts of docs/results/offload.md that ran an engine."""
+"""Makes the tables of docs/results/offload.md for the parts that ran an engine."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from shared.results import table
 
 
 def simulated(runs: dict[str, Any]) -> str:
-    """Returns the random model's table, a row for each comparator and a column for each batch and budget."""
+    """Returns the random model's table: a row is a comparator, a column is a batch size and a budget."""
     names = list(next(iter(runs.values())))
     keys = [key.partition("/") for key in runs]
     head = ["comparator", *(f"batch {batch}, {float(share):.0%}" for batch, _, share in keys)]
@@ -18,7 +18,7 @@ def simulated(runs: dict[str, Any]) -> str:
 
 
 def timed(engine: dict[str, Any]) -> str:
-    """Returns the random model's table, a row for each run of the engine."""
+    """Returns the random model's table, which has a row for each run of the engine."""
     rows = (
         [
             f"`{name}`", f"{r['ms']:.1f}", f"{r['hit']:.1%}", f"{r['bytes_step'] / 1e6:.0f}",
@@ -35,7 +35,7 @@ def is_told(engine: dict[str, Any]) -> bool:
 
 
 def runs(engine: dict[str, Any], batch: str) -> str:
-    """Returns a batch size's table, a row for each predictor, eviction and budget."""
+    """Returns a batch size's table, which has a row for each predictor, eviction and budget."""
     rows = []
     for name, run in engine["runs"][batch].items():
         share, _, pair = name.partition(" ")
@@ -56,7 +56,7 @@ def hit(phase: dict[str, Any], resident: bool) -> str:
 
 
 def arrivals(figures: dict[str, Any]) -> str:
-    """Returns the table of requests as they come, a row for each predictor and eviction."""
+    """Returns the table of the requests with arrival times. It has a row for each predictor and eviction."""
     rows = (
         [
             f"`{name}`" if name != "resident" else name, f"{run['ttft_ms']:.1f}", f"{run['tpot_ms']:.2f}",

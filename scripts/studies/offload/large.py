@@ -1,7 +1,8 @@
-"""The expert cache of a random model of real sizes: its routing simulated, the engine's time.
+"""Measures the expert cache of a random model of real sizes: its routing is simulated, the engine is timed.
 
-Its tokens are random by Zipf's law and nothing it learned connects its layers, so that what predictors find
-is what any model has: a token's own experts, and a residual stream that one layer changes little.
+The tokens are random and follow Zipf's law, and the model learned nothing that connects its layers. So
+predictors can find only what any model has: a token's own experts, and a residual stream that one layer
+changes little.
 """
 
 import statistics
@@ -32,7 +33,11 @@ CASES = {
 
 
 def measure(sizes: Path, dry: bool = False) -> dict[str, Any]:
-    """The ``large`` part. dry: of budgets, batches and cases the first alone."""
+    """Returns the figures of the ``large`` part.
+
+    sizes: the TOML file of the model's sizes.
+    dry: whether only the first budget, batch and case are measured.
+    """
     start, part = time.perf_counter(), few(dry)
     scale = 1 / (0.02 * read_toml(sizes)["hidden_size"] ** 0.5)  # a gate's input has unit square mean
     with checkpoint(str(sizes), gate_scale=scale) as directory:
@@ -59,7 +64,7 @@ def _simulated(directory: Path, part: slice) -> dict[str, Any]:
 
 
 def _engine(directory: Path, part: slice) -> dict[str, Any]:
-    """Milliseconds a decode step at batch 1, and whether the tokens are those of the resident engine."""
+    """Returns milliseconds a decode step at batch 1, and whether the tokens are the resident engine's."""
     found: dict[str, Any] = {}
     cfg = read_config(directory)
     prompts = random_windows(cfg.vocab_size, 1, PROMPT, 2).tolist()
@@ -73,7 +78,7 @@ def _engine(directory: Path, part: slice) -> dict[str, Any]:
     wanted: list[int] = []
     for name, offload in cases.items():
         sizes: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": LENGTH, "max_num_batched_tokens": 64}
-        sizes["enable_prefix_caching"] = False  # prompts come again
+        sizes["enable_prefix_caching"] = False  # the prompts are sent more than once
         with closing(LLM(directory, moe=MoEConfig(offload=offload), **sizes)) as llm:
             times, tokens = [], []
             for _ in range(3):

@@ -1,4 +1,4 @@
-"""The parts simulate, mt_bench and sensitivity: the bundled model's routing of text, in the simulator."""
+"""Measures the parts simulate, mt_bench and sensitivity: the bundled model's routing of text, simulated."""
 
 import time
 from contextlib import closing
@@ -13,14 +13,14 @@ from studies.speculative.routing import collect
 
 from jmoe import LLM
 
-PROMPT, NEW = 128, 64  # tokens of a window
-TRAIN = 64  # windows of a domain in the profile
+PROMPT, NEW = 128, 64  # tokens in a window
+TRAIN = 64  # windows of each domain in the profile
 SHARES = (0.1, 0.25, 0.5, 0.75)
 MAIN = 0.25
 
 
 def measure(part: str, data: Path, model: str, windows: int, dry: bool = False) -> dict[str, Any]:
-    """Returns the part's figures. Held-out text gives ``windows`` windows of each domain."""
+    """Returns the part's figures. ``windows`` windows of each domain come from held-out text."""
     start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     profile = source.profile(source.domains)
     sizes = {"dtype": "float32", "max_num_seqs": 16, "max_model_len": PROMPT + NEW, "warm_up": False}

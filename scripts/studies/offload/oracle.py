@@ -1,4 +1,4 @@
-"""A predictor that is told what each step will need: no predictor can do better."""
+"""A predictor that knows what each step will need: no predictor can do better."""
 
 from dataclasses import dataclass, field
 
@@ -15,8 +15,11 @@ from jmoe.offload.types import Forecast, LayerView, StepView
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Oracle(FixedPredictor):
-    """The oracle's predictor. needs_LE: which experts the step will need; ``dataclasses.replace`` sets it
-    for each step."""
+    """The oracle's predictor.
+
+    needs_LE: the experts that the step will need; ``dataclasses.replace`` sets it for each step.
+    distance: the number of layers that a forecast covers.
+    """
 
     needs_LE: Bool[Array, "L E"]
     distance: int = field(metadata={"static": True})

@@ -1,4 +1,4 @@
-"""The plot of docs/results/offload.md, SVG, by matplotlib (the ``plots`` extra)."""
+"""Draws the plot of docs/results/offload.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 from functools import partial
 from typing import Any
@@ -9,14 +9,14 @@ SHOWN = ("LRU", "LFU", "request counts, LRU", "fMoE", "token table", "default", 
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:
-    """Returns the plot where its part has results."""
+    """Returns the plot if its part has results."""
     if "simulate" not in results:
         return {}
     return {"offload_budget": partial(draw_budget, runs=results["simulate"]["runs"])}
 
 
 def draw_budget(pyplot: Any, runs: dict[str, Any]) -> Any:
-    """Hits and time by the share of experts on the device, batch 1 and 8."""
+    """Draws hits and time against the share of experts on the device, at batch 1 and 8."""
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8))
     for name in SHOWN:
         for axis, batch, what in zip(axes, "181", ("hit", "hit", "tpot"), strict=True):

@@ -1,4 +1,4 @@
-"""An oracle in the engine's own executor: a run that learns, step by step, what an earlier one needed."""
+"""Runs an oracle in the engine's own executor: before each step it learns what an earlier run needed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +15,12 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.journey import StepSettings
 
-# of each decode step: the experts that it needs, and when each is needed next (``simulator.next_uses``)
+# for each decode step, the experts that it needs and when each is needed next (``simulator.next_uses``)
 Known = Iterator[tuple[Bool[ndarray, "L E"], Int[ndarray, "L E"]]]
 
 
 def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
-    """``runner``, which takes its forecasts and victims from ``future`` from now on."""
+    """Returns ``runner`` after a change: from now on its forecasts and victims come from ``future``."""
     step = runner._step
 
     def step_with_known(inputs: StepInput, settings: StepSettings) -> StepOutput:
@@ -28,7 +28,7 @@ def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
             cache = runner.cache
             assert cache is not None
             table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(future)))
-            predictor = jax.tree.map(jnp.copy, predictor)  # else the step would get the same array twice
+            predictor = jax.tree.map(jnp.copy, predictor)  # otherwise the step would get the same array twice
             runner.cache = replace(cache, table=table, predictor=predictor)
         return step(inputs, settings)
 

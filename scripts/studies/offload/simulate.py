@@ -1,8 +1,9 @@
-"""The expert cache's simulator over traces: every comparator at every budget and batch, and what moves them.
+"""Simulates the expert cache over traces: every comparator at every budget and batch, and what affects them.
 
-A comparator is a predictor and an eviction. "fMoE" is the paper's pair with a store warm from the profile,
-"online" also learns on the way; LRU, LFU and request counts (MoE-Infinity's) are the baselines of the target;
-"next gate" alone has no profile, the default also asks the token table before the first layer.
+A comparator is a predictor and an eviction. "fMoE" is the paper's pair with a store that is filled from the
+profile before the run; "online" also learns during the run. LRU, LFU and request counts (MoE-Infinity's) are
+the baselines of the target. "next gate" alone has no profile; the default also uses the token table before
+the first layer.
 """
 
 import time
@@ -22,7 +23,7 @@ from jmoe.offload.table import CachePolicy, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile
 
-# name: predictor, eviction
+# the name of each comparator: its predictor and its eviction
 COMPARATORS = {
     "LRU": ("none", "lru"),
     "LFU": ("none", "lfu"),
@@ -55,7 +56,13 @@ class Setting(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is simulated: a model's shape and embeddings, a profile of it, traces of it."""
+    """What is simulated.
+
+    cfg: the model's shape.
+    embeddings_VD: the model's embeddings.
+    profile: a profile of the model.
+    traces: traces of the model.
+    """
 
     cfg: ModelConfig
     embeddings_VD: np.ndarray
@@ -64,7 +71,10 @@ class Subject(NamedTuple):
 
 
 def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
-    """One comparator over all traces, one after another, from a cache full of what the profile saw most."""
+    """Runs one comparator over all traces, one after another. Returns its figures.
+
+    The cache begins full of the experts that the profile saw most often.
+    """
     cfg, traces = subject.cfg, subject.traces
     layers, experts = cfg.num_hidden_layers, cfg.num_experts
     predictor_name, eviction = COMPARATORS[name]
@@ -119,7 +129,7 @@ def sweep(
     shares: tuple[float, ...],
     names: tuple[str, ...],
 ) -> dict[str, Any]:
-    """batch/share of experts -> comparator -> figures."""
+    """Returns the figures by batch/share of experts and comparator."""
     every = subject.cfg.num_hidden_layers * subject.cfg.num_experts
     found: dict[str, Any] = {}
     for batch, traces in traces_by_batch.items():
@@ -128,13 +138,13 @@ def sweep(
             start = time.perf_counter()
             setting = Setting(slots=max(round(every * share), subject.cfg.num_experts_per_tok))
             found[f"{batch}/{share:g}"] = {name: rounded(simulate(mine, name, setting)) for name in names}
-            jax.clear_caches()  # a compiled scan for each, and a process may map only so many
+            jax.clear_caches()  # every run compiles a scan; a process may map only so many
             print(f"batch {batch}, {share:.0%}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
 
 def sensitivity(subject: Subject, slots: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """What one parameter at a time does at batch 1 and one budget."""
+    """Returns the figures at batch 1 and one budget, with one parameter changed at a time."""
     settings = {
         **{
             f"copy time {c:g}": Setting(slots, link=STATED._replace(copy_time=c))

@@ -1,16 +1,18 @@
-"""A trace-driven simulator of the expert cache: the decisions of the step on a clock, without weights.
+"""Simulates the expert cache on a trace: the step makes its decisions on a clock, without weights.
 
-Predictor, table and rule are those of the step (``jmoe.offload.cache``), so hits, copies and evictions are
-the executor's, expert for expert. Time is a model: a decode layer computes for 1, the link copies one expert
-in ``copy_time`` and takes copies in the order in which they were requested; none can be cancelled.
+The predictor, the table and the rule are those of the step (``jmoe.offload.cache``), so the hits, copies and
+evictions equal those of the executor, expert for expert. Only time is modelled: a decode layer computes for
+1, and the link copies one expert in ``copy_time``. The link makes the copies in the order in which they were
+requested, and no copy can be cancelled.
 
-    prompt    every layer computes for ``prompt_time``, or as long as what it lacks streams
+    prompt    every layer computes for ``prompt_time``, or for the time in which its missing experts stream
     layer l   its gate says what is needed -> copies of what is missing join the link's queue, then prefetches
-              -> the layer waits until all it needs has come -> computes for 1
+              -> the layer waits until all that it needs has arrived -> it computes for 1
 
-An expert counts as a hit where its copy had ended when it was needed; one that was still on its way is late:
-no hit, and the layer waits for the rest of it. Comparators (config's predictors, and the oracle, which is
-Belady's eviction with a perfect forecast) differ in nothing but the predictor and the eviction.
+An expert is a hit if its copy had ended when the expert was needed. An expert whose copy had not ended yet is
+late: it is not a hit, and the layer waits for the rest of the copy. The comparators (the predictors of the
+config, and the oracle, which is Belady's eviction with a perfect forecast) differ only in the predictor and
+the eviction.
 """
 
 from dataclasses import replace
@@ -33,9 +35,14 @@ from jmoe.offload.types import LayerView, Predictor, StepView
 
 
 class Trace(NamedTuple):
-    """The decode steps of B requests that run together, N of them.
+    """The N decode steps of B requests that run together.
 
-    counts_BLE: how often their prompts chose each expert. next_scores_NLBAE: see ``LayerView``.
+    tokens_NB: the tokens of each step.
+    embeddings_NBD: the input embeddings of those tokens.
+    scores_NLBE: the routers' scores.
+    ids_NLBK: the experts that the routers chose.
+    next_scores_NLBAE: the scores of the next layers' routers, see ``LayerView``.
+    counts_BLE: the number of times that each request's prompt chose each expert.
     """
 
     tokens_NB: Int[Array | np.ndarray, "N B"]
@@ -47,7 +54,7 @@ class Trace(NamedTuple):
 
     @property
     def needs_NLE(self) -> Bool[np.ndarray, "N L E"]:
-        """Which experts each step needs."""
+        """Returns which experts each step needs."""
         n, layers, _, e = self.scores_NLBE.shape
         needs_NLE = np.zeros((n, layers, e), bool)
         np.put_along_axis(needs_NLE, np.asarray(self.ids_NLBK).reshape(n, layers, -1), True, axis=2)
@@ -55,7 +62,12 @@ class Trace(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """now; when the link is free; when each expert's latest copy ends. In a layer's compute times."""
+    """The simulator's times, in units of a layer's compute time.
+
+    now: the present time.
+    link: the time at which the link becomes free.
+    copy_end_X: the time at which each expert's latest copy ends.
+    """
 
     now: Float[Array, ""]
     link: Float[Array, ""]
@@ -63,7 +75,18 @@ class Clock(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Sums over the layers of one step. stall: time waited; time: of the whole step."""
+    """Sums over the layers of one step.
+
+    needed: experts needed.
+    hits: needed experts whose copy had ended.
+    late: needed experts that had a slot, but whose copy had not ended.
+    misses: needed experts that were not in the pool.
+    evicted: experts that lost their slot.
+    prefetched: copies that a forecast requested.
+    useful: prefetched experts that were then needed.
+    stall: time during which layers waited.
+    time: the duration of the whole step.
+    """
 
     needed: Array
     hits: Array
@@ -77,7 +100,12 @@ class Figures(NamedTuple):
 
 
 class PromptFigures(NamedTuple):
-    """Of the prompts' one run together: experts needed and there, over all layers, and its time."""
+    """The run of all prompts together.
+
+    needed: experts needed, over all layers.
+    hits: those in the pool.
+    time: its duration, in decode layers.
+    """
 
     needed: Array
     hits: Array
@@ -85,7 +113,11 @@ class PromptFigures(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Times in decode layers: of one expert's copy, and of a layer's work on a prompt."""
+    """The model's times, in decode layers.
+
+    copy_time: the time that the copy of one expert takes.
+    prompt_time: the time that a layer computes for the prompts.
+    """
 
     copy_time: Float[Array, ""] | float
     prompt_time: Float[Array, ""] | float
@@ -98,13 +130,13 @@ class State(NamedTuple):
 
 
 def begin(table: Table, predictor: Predictor) -> State:
-    """A cache before its first step."""
+    """Returns the state of a cache before its first step."""
     zero, x = jnp.zeros((), jnp.float32), table.slots.slot_X.shape[0]
     return State(jax.tree.map(jnp.asarray, table), predictor, Clock(zero, zero, jnp.zeros(x, jnp.float32)))
 
 
 def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
-    """How many steps after each step every expert is needed next; N + 1 where it is not."""
+    """Returns how many steps after each step every expert is needed next, N + 1 if it is not needed again."""
     n = len(needs_NLE)
     due_NLE = np.empty(needs_NLE.shape, np.int32)
     due_LE = np.full(needs_NLE.shape[1:], n + 1, np.int32)
@@ -118,10 +150,10 @@ def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
 def run(
     state: State, trace: Trace, oracle_tables: tuple[Array, Array] | None, rule: CachePolicy, times: Link
 ) -> tuple[State, PromptFigures, Figures]:
-    """The prompts and all steps of ``trace``; figures ``[N]``.
+    """Runs the prompts and all steps of ``trace``. The figures of the steps are ``[N]``.
 
-    oracle_tables: for the oracle: what each step needs and when each expert is needed next (``next_uses``),
-        ``[N, L, E]``.
+    oracle_tables: what each step needs and when each expert is needed next (``next_uses``), both
+        ``[N, L, E]``, for the oracle; None for the other predictors.
     """
     b = trace.tokens_NB.shape[1]
     seats_B, everyone_B = jnp.arange(b, dtype=jnp.int32), jnp.ones(b, bool)
@@ -159,13 +191,13 @@ def run(
 
 
 def with_future(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[Table, Oracle]:
-    """Before a step: the oracle, which knows that step and all that come (``next_uses``)."""
+    """Returns the table and the oracle that know the coming step and all later ones (``next_uses``)."""
     outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
     return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
 
 
 def _start_step(state: State, view: StepView, rule: CachePolicy, times: Link) -> tuple[State, Any, Figures]:
-    """What happens before the first layer."""
+    """Does what the step does before its first layer."""
     walk, forecast = state.predictor.start(view)
     table, moves = decide.prefetch(decide.foresee(state.table, 0, forecast), rule, -1)
     table = table._replace(slots=land(table.slots))
@@ -183,7 +215,7 @@ def _layer(
     rule: CachePolicy,
     times: Link,
 ) -> tuple[tuple[Table, Any, Clock], Figures]:
-    """One layer's visit, as ``jmoe.offload.cache.Visit.run`` makes it."""
+    """Visits one layer in the same way as ``jmoe.offload.cache.Visit.run``."""
     (table, walk, clock), scores_BE, ids_BK = carry, view.scores_BE, view.ids_BK
     walk, forecast = predictor.observe(walk, layer, view)
     table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
@@ -222,7 +254,7 @@ def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> Prompt
 
 
 def _queue_copies(clock: Clock, copies: Copies, times: Link) -> Clock:
-    """The clock with ``copies`` in the link's queue, one after another."""
+    """Returns the clock after ``copies`` have joined the link's queue, one after another."""
     m, copy_time = copies.experts_M.shape[0], times.copy_time
     start = jnp.maximum(clock.link, clock.now)
     ends_M = start + copy_time * jnp.arange(1, m + 1, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Tables of the simulator's parts for docs/results/offload.md."""
+"""Makes the tables of the simulator's parts for docs/results/offload.md."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ HIT, TPOT = 0.15, 0.20  # the targets
 
 
 def comparators(runs: dict[str, Any]) -> str:
-    """Returns the table at a quarter of all experts and batch 1, a row for each comparator."""
+    """Returns the table at a quarter of all experts and batch 1. It has a row for each comparator."""
     head = ("comparator", "hit", "late", "copies a step", "useful", "TPOT", "TTFT")
     return table(head, (row(name, figures) for name, figures in runs[MAIN].items()))
 
@@ -27,13 +27,17 @@ def row(name: str, figures: dict[str, float]) -> list[str]:
 
 
 def best(runs: dict[str, Any]) -> dict[str, float]:
-    """Returns the most hits and the least time of the baselines."""
+    """Returns the highest hit rate and the shortest time of the baselines."""
     baselines = [runs[MAIN][name] for name in BASELINES]
     return {"hit": max(one["hit"] for one in baselines), "tpot": min(one["tpot"] for one in baselines)}
 
 
 def gains(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns each judged comparator's further hits and saved time, as shares of the best baseline's."""
+    """Returns the gains of each judged comparator over the best baseline, as shares of the baseline's value.
+
+    more: the additional hits.
+    less: the saved time.
+    """
     least = best(runs)
     return {
         name: {
@@ -58,12 +62,12 @@ def shares(runs: dict[str, Any], batch: str) -> list[str]:
 
 
 def needed(runs: dict[str, Any], batch: str) -> float:
-    """Returns the experts that a step needs."""
+    """Returns the number of experts that a step needs."""
     return runs[f"{batch}/{shares(runs, batch)[0]}"]["LRU"]["needed"]
 
 
 def grid(runs: dict[str, Any], batch: str) -> str:
-    """Returns a batch size's table of hits and time, with a column for each budget."""
+    """Returns a batch size's table of hits and time. It has a column for each budget."""
     columns = shares(runs, batch)
     rows = ([f"`{name}`", *(cell(runs[f"{batch}/{share}"][name]) for share in columns)] for name in SHORT)
     return table(["comparator", *(f"{float(share):.0%}" for share in columns)], rows)
@@ -74,6 +78,6 @@ def cell(figures: dict[str, float]) -> str:
 
 
 def sensitivity(runs: dict[str, Any]) -> str:
-    """Returns the table, a row for each value of a parameter."""
+    """Returns the table, which has a row for each value of a parameter."""
     rows = ([what, *(cell(figures[name]) for name in VARIED)] for what, figures in runs.items())
     return table(["", *(f"`{name}`" for name in VARIED)], rows)

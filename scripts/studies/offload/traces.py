@@ -1,7 +1,7 @@
-"""Routing traces of decode steps for the simulator of the expert cache, and the profile to start warm from.
+"""Makes routing traces of decode steps for the simulator of the expert cache.
 
-A window of tokens is a request: its first part the prompt, each later token a decode step. On text the next
-token is the text's own (teacher forced), so that all comparators see the same steps.
+A window of tokens is a request: its first part is the prompt, and each later token is a decode step. On text,
+the next token is the text's own (teacher forcing), so that all comparators see the same steps.
 """
 
 import gzip
@@ -26,12 +26,18 @@ from jmoe.models.layer import router_ahead, token_flags
 from jmoe.nn.sequences import Sequences
 
 AHEAD = 3  # layers that a predictor may ask
-CHUNK = 8  # windows routed at once
+CHUNK = 8  # windows that are routed at once
 
 
 class RoutedWindows(NamedTuple):
-    """Of W windows of T tokens: the routers' scores and choices, what the routers of the next layers say of
-    each layer's input, and the input embeddings."""
+    """The routing of W windows of T tokens.
+
+    tokens_WT: the tokens.
+    scores_WTLE: the routers' scores.
+    ids_WTLK: the experts that the routers chose.
+    next_scores_WTLAE: the scores that the routers of the next layers give to each layer's input.
+    embeddings_WTD: the input embeddings.
+    """
 
     tokens_WT: Int[np.ndarray, "W T"]
     scores_WTLE: Float[np.ndarray, "W T L E"]
@@ -41,7 +47,7 @@ class RoutedWindows(NamedTuple):
 
 
 def route_windows(model: Decoder, tokens_WT: Int[np.ndarray, "W T"]) -> RoutedWindows:
-    """The routing of whole windows, without a cache of keys and values."""
+    """Returns the routing of whole windows. No cache of keys and values is used."""
     graph, state = nnx.split(model)
     run = jax.jit(partial(_route, graph))
     parts = [
@@ -70,7 +76,8 @@ def _route(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> tuple[Arr
 
 
 def make_traces(windows: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
-    """The windows in groups of ``batch`` that run together; what a last group lacks is left out."""
+    """Returns a trace of each group of ``batch`` windows that run together. Windows after the last full group
+    are left out."""
     w, _, _, experts = windows.scores_WTLE.shape
     traces = []
     for start in range(0, w - w % batch, batch):
@@ -79,7 +86,7 @@ def make_traces(windows: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
         counts_BLE = (ids_BPLK[..., None] == np.arange(experts)).sum((1, 3)).astype(np.float32)
 
         def steps(values_WT: np.ndarray, rows: slice = rows) -> np.ndarray:
-            """[N, L, B, ...] of the tokens after the prompts, or [N, B, ...] if there are no layers."""
+            """Returns [N, L, B, ...] for the tokens after the prompts, or [N, B, ...] without layers."""
             return np.moveaxis(values_WT[rows, prompt:], 0, 2 if values_WT.ndim > 3 else 1)
 
         traces.append(
@@ -92,14 +99,15 @@ def make_traces(windows: RoutedWindows, prompt: int, batch: int) -> list[Trace]:
 
 
 def valid_windows(llm: LLM, valid: Path, num_per_domain: int, length: int) -> Int[np.ndarray, "W T"]:
-    """Windows of every domain's held-out text, domains in turn, so that neighbours differ."""
+    """Returns windows of every domain's held-out text. The domains take turns, so that neighbours differ."""
     texts = [pieces(valid / f"{domain}.txt.xz", num_per_domain) for domain in domains_of(valid)]
     windows = [beginning(llm, text, length) for turn in zip(*texts, strict=True) for text in turn]
     return np.array([window for window in windows if len(window) == length], np.int32)
 
 
 def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndarray, "W T"]:
-    """MT-bench's first questions, cut to or repeated up to ``prompt`` tokens, with greedy answers."""
+    """Returns MT-bench's first questions with greedy answers. Each question is cut or repeated to ``prompt``
+    tokens."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["turns"][0] for line in file]
     encoded = [beginning(llm, question, prompt) for question in questions]
@@ -112,7 +120,7 @@ def mt_bench_windows(llm: LLM, path: Path, prompt: int, new: int) -> Int[np.ndar
 
 
 def random_windows(vocab: int, count: int, length: int, seed: int) -> Int[np.ndarray, "W T"]:
-    """Token ids by Zipf's law, for a model that no text fits."""
+    """Returns random token ids that follow Zipf's law, for a model that fits no text."""
     rng = np.random.default_rng(seed)
     p_V = 1 / np.arange(1, vocab + 1)
     return rng.choice(vocab, (count, length), p=p_V / p_V.sum()).astype(np.int32)

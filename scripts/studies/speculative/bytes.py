@@ -1,17 +1,17 @@
-"""What a rank sends in one layer under every pipeline, by arithmetic on measured rates, and its time.
+"""Computes what a rank sends in one layer under every pipeline, from measured rates, and how long that takes.
 
-Ring collectives: of N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G of N rows
-from each rank, an all-reduce twice that; the exchange sends what is remote once each way, N / G tokens a
-rank; a shuffled residual sends the rows that change ranks. Bytes are those a rank sends, over the tokens of
-the step.
+The collectives are rings: for N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G
+of N rows from each rank, and an all-reduce sends twice that. The exchange sends what is remote once each way,
+with N / G tokens a rank. A shuffled residual sends the rows that change ranks. Bytes are those that a rank
+sends, divided by the tokens of the step.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 HALF, FULL = 2, 4  # bytes of a bfloat16 and of a float32 number
-STEPS = (64, 4096)  # tokens of a step
-# one way out of a device, bytes a second, and seconds that each collective costs at least; both assumed
+STEPS = (64, 4096)  # tokens in a step
+# each link's bytes a second one way out of a device, and the least seconds of a collective; both are assumed
 LINKS = {
     "ICI v5e": (90e9, 5e-6),
     "NVLink 4": (450e9, 10e-6),
@@ -22,15 +22,15 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A layer's collectives: whole rows that are gathered or scattered, and the exchange.
+    """The collectives of a layer: gathers and scatters of whole rows, and the exchange.
 
     row_bytes: bytes of a number in each gather or scatter of whole rows.
     exchange: the measured case whose rate the exchange has; None if no token is exchanged.
     has_pair_rows: whether one row is sent for each remote (token, rank) pair, not for each remote activation.
     request_bytes: bytes of a number that is sent to an expert.
     reply_bytes: bytes of a number that comes back.
-    move_bytes: bytes of a number of the residual of a token that changes ranks; 0 if none does.
-    num_reduces: all-reduces, of one collective and two entries of ``row_bytes`` each.
+    move_bytes: bytes of a number in the residual of a token that changes ranks; 0 if no token does.
+    num_reduces: number of all-reduces; each is one collective with two entries in ``row_bytes``.
     """
 
     row_bytes: tuple[int, ...]
@@ -48,7 +48,7 @@ class Pipeline:
         return len(self.row_bytes) - self.num_reduces + num_exchanges + num_moves
 
     def sent(self, rates: dict[str, dict[str, float]], width: int, k: int, ranks: int) -> float:
-        """Bytes a rank sends for each token of the step."""
+        """Returns the bytes that a rank sends for each token of the step."""
         total = sum(self.row_bytes) * width * (ranks - 1) / ranks
         if self.exchange:
             rate = rates[self.exchange]
@@ -87,7 +87,10 @@ def seconds(num_bytes: float, num_collectives: int, tokens: int, link: str) -> f
 def rates_of(
     figures: dict[str, Any], moves: dict[str, Any], size: str = "256"
 ) -> dict[str, dict[str, float]]:
-    """Measured rates of the three cases at one count of devices; moved: rows of the residual, a layer."""
+    """Returns the measured rates of the three cases at one number of devices.
+
+    ``moved`` is the number of residual rows that move in a layer, for each token.
+    """
     best = figures["alternating"]["steps"][size]
     return {
         "random": figures["random"]["steps"][size]["dealt"],
@@ -97,8 +100,10 @@ def rates_of(
 
 
 def widened(rates: dict[str, dict[str, float]], wider: int, ranks: int) -> dict[str, Any]:
-    """The same local and moved rates at another top k; pairs by chance: the remote activations of a token
-    fall on the other ranks independently."""
+    """Returns the same local and moved rates at another top k, with new pairs.
+
+    The pairs are those of chance: a token's remote activations go to the other ranks independently.
+    """
     return {
         name: rate
         | {
@@ -109,7 +114,7 @@ def widened(rates: dict[str, dict[str, float]], wider: int, ranks: int) -> dict[
 
 
 def measure(grouping: dict[str, Any], moves: dict[str, Any]) -> dict[str, Any]:
-    """The ``bytes`` part: shape -> pipeline -> bytes, collectives and microseconds."""
+    """Returns the ``bytes`` part of the results by shape and pipeline: bytes, collectives, microseconds."""
     k, width = grouping["sizes"]["k"], grouping["width"]
     found: dict[str, Any] = {}
     for ranks in (4, 8, 16):

@@ -1,4 +1,4 @@
-"""Tables of docs/results/speculative.md on moves of the residual, bytes and links."""
+"""Makes the tables of docs/results/speculative.md on moves of the residual, bytes and links."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ ABLATIONS = (
 
 
 def moves(figures: dict[str, Any]) -> str:
-    """Returns the table, a row for each number of devices and of tokens."""
+    """Returns the table, which has a row for each number of devices and of tokens."""
     rows = [
         [f"{ranks}, {size}", *map(percent, (row["first"], row["between"], row["home"])), f"{row['rows']:.2f}"]
         for ranks, sizes in figures["devices"].items()
@@ -33,7 +33,7 @@ def shapes_of(figures: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def pipelines(shapes: dict[str, Any]) -> str:
-    """Returns the table of a token's bytes, a row for each pipeline."""
+    """Returns the table of a token's bytes. It has a row for each pipeline."""
     head = ["pipeline", "collectives"]
     for ranks in shapes:
         head += [f"{ranks} devices", "against plain"]
@@ -51,12 +51,12 @@ def change(shape: dict[str, Any], first: str, second: str) -> float:
 
 
 def predicted(shape: dict[str, Any]) -> float:
-    """Returns the change of bytes by prediction where all rows have 2 bytes a number."""
+    """Returns the change of bytes by prediction if all rows have 2 bytes a number."""
     return change(shape, *ABLATIONS[1][1:])
 
 
 def ablations(shapes: dict[str, Any]) -> str:
-    """Returns the table of the changes of bytes, a row for each step."""
+    """Returns the table of the changes of bytes. It has a row for each step."""
     rows = [
         [title, *(f"{change(shape, before, after):+.1%}" for shape in shapes.values())]
         for title, before, after in ABLATIONS
@@ -69,7 +69,7 @@ def links(figures: dict[str, Any]) -> str:
 
 
 def times(figures: dict[str, Any], shape: dict[str, Any]) -> str:
-    """Returns the table of microseconds by link and tokens, a row for each pipeline."""
+    """Returns the table of microseconds by link and tokens. It has a row for each pipeline."""
     columns = [(link, tokens) for link in figures["links"] for tokens in figures["steps"]]
     rows = [
         [key, *(f"{row['us'][str(tokens)][link]:.0f}" for link, tokens in columns)]
@@ -79,7 +79,7 @@ def times(figures: dict[str, Any], shape: dict[str, Any]) -> str:
 
 
 def shortest(figures: dict[str, Any], shape: dict[str, Any]) -> str:
-    """Returns the quickest pipelines at the least and the most tokens, by link."""
+    """Returns the fastest pipelines with the fewest and with the most tokens, by link."""
 
     def best(link: str, tokens: str) -> str:
         return min(shape["rows"], key=lambda key: shape["rows"][key]["us"][tokens][link])

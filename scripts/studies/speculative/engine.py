@@ -1,6 +1,7 @@
-"""The engine on 8 emulated devices: the same greedy tokens on every pipeline, and what crossed.
+"""Runs the engine on 8 emulated devices: compares all pipelines' greedy tokens, and counts what crossed.
 
-Wall time is of 8 devices on a few cores with copies for links: it says that nothing is broken and no more.
+The wall time is that of 8 devices on a few cores with copies in place of links. It shows only that nothing is
+broken.
 """
 
 import sys
@@ -16,13 +17,13 @@ from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import ShuffleConfig
 from jmoe.placement.group import group
 
-RANKS, GROUPS = 4, 2  # of experts, as many as the bundled model has heads to split; data groups
-WINDOWS = 8  # of a domain in the statistics: the placement need not be good here
+RANKS, GROUPS = 4, 2  # expert ranks, as many as the bundled model has heads to split; data groups
+WINDOWS = 8  # windows of each domain in the statistics: the placement need not be good here
 PROMPT, NEW, SEQUENCES = 48, 16, 32
 
 
 def measure(model: str, data: Path) -> dict[str, Any]:
-    """The ``engine`` part: pipeline -> its counters and how many sequences got the tokens of plain."""
+    """Returns by pipeline its counters and how many sequences got the tokens of plain."""
     start = time.perf_counter()
     train = collect(model, data / "train", WINDOWS)
     placement = group(train.profile(train.domains), ranks=RANKS, seed=0)

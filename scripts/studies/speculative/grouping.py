@@ -1,7 +1,7 @@
-"""Local activations of every grouping method on held-out text, in-domain and across domains.
+"""Measures local activations of every grouping method on held-out text, in-domain and across domains.
 
-Statistics from the train split, rates from the valid split. Across domains: each domain in turn is tested,
-alone, with statistics of all others.
+The statistics are from the train split, the rates from the valid split. Across domains, each domain in turn
+is tested alone, with the statistics of all others.
 """
 
 import sys
@@ -21,7 +21,7 @@ RANKS = (4, 8, 16)
 MAIN = 8
 SIZES = (64, 256)
 SHOWN = ("alternating", "cross_entropy", "exflow", "load", "uniform")
-ACROSS = ("alternating", "exflow")  # of cross_entropy the solver takes too long for every domain
+ACROSS = ("alternating", "exflow")  # the solver of cross_entropy takes too long to run for every domain
 SEEDS = 10
 ACROSS_SEEDS = 3
 
@@ -32,14 +32,14 @@ def homes(profile: Profile, ranks: int, method: str, seed: int = 0) -> np.ndarra
 
 
 def mean(rows: list[Any]) -> Any:
-    """The mean of equal structures, number by number, to 5 digits."""
+    """Returns the mean of equal structures, number by number, to 5 digits."""
     if isinstance(rows[0], dict):
         return {key: mean([row[key] for row in rows]) for key in rows[0]}
     return round(float(np.mean(rows)), 5)
 
 
 def in_domain(train: RoutingSource, valid: RoutingSource, ranks: int, dry: bool = False) -> dict[str, Any]:
-    """method -> figures."""
+    """Returns the figures by method, and the share of unseen ids."""
     domains = list(valid.domains)[few(dry)]
     profile, test = train.profile(train.domains), valid.test(domains)
     singles = [valid.test([domain]) for domain in domains]
@@ -57,7 +57,7 @@ def in_domain(train: RoutingSource, valid: RoutingSource, ranks: int, dry: bool 
 
 
 def across(train: RoutingSource, valid: RoutingSource, ranks: int, dry: bool = False) -> dict[str, Any]:
-    """domain left out -> its share of unseen ids and method -> figures."""
+    """Returns by domain that was left out its share of unseen ids, and its figures by method."""
     found = {}
     for domain in list(valid.domains)[few(dry)]:
         profile, test = train.profile(d for d in train.domains if d != domain), valid.test([domain])
@@ -76,7 +76,7 @@ def _row(profile: Profile, home_LE: np.ndarray, ranks: int, test: Test, history:
 
 
 def measure(model: str, data: Path, train_windows: int, windows: int, dry: bool = False) -> dict[str, Any]:
-    """The ``grouping`` part of the results."""
+    """Returns the ``grouping`` part of the results."""
     start = time.perf_counter()
     train, valid = collect(model, data / "train", train_windows), collect(model, data / "valid", windows)
     log("routing", time.perf_counter() - start)

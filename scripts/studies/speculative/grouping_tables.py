@@ -1,4 +1,4 @@
-"""Tables of local activations for docs/results/speculative.md."""
+"""Makes the tables of local activations for docs/results/speculative.md."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def pairs(row: dict[str, Any], case: str = "tables") -> float:
 
 
 def in_domain(methods: dict[str, Any]) -> str:
-    """Returns the table of one number of devices, a row for each method."""
+    """Returns the table of one number of devices. It has a row for each method."""
     head = ["method", "local, 64", "local, 256", "pairs, 256", "dealt, local", "dealt, pairs"]
     head += ["load, all", "load, one domain", "solver, s"]
     return table(head, (row_of(name, row) for name, row in methods.items() if isinstance(row, dict)))
@@ -40,8 +40,10 @@ def row_of(name: str, row: dict[str, Any]) -> list[str]:
 def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Returns shares for each judged method.
 
-    fewer, than_tables: remote activations fewer than by chance, and than random placements with tables.
-    uneven, uneven_single: load over random's, of all text and of single domains.
+    fewer: the share by which remote activations are fewer than by chance.
+    than_tables: the share by which they are fewer than with random placements with tables.
+    uneven: the share by which the load of all text exceeds that of random placements.
+    uneven_single: the same for the load of single domains.
     """
     random = methods["random"]
     found = {}
@@ -57,7 +59,10 @@ def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def steps(methods: dict[str, Any]) -> dict[str, float]:
-    """Returns by which shares tables, grouping and both lessen remote activations, and both the pairs."""
+    """Returns the shares by which tables, grouping and both reduce remote activations.
+
+    pairs: the share by which both together reduce the pairs.
+    """
     best, random = methods["alternating"], methods["random"]
     chance = remote(random, "dealt")
     return {
@@ -81,7 +86,7 @@ def saved(row: dict[str, Any], name: str) -> float:
 
 
 def across(rows: dict[str, Any]) -> str:
-    """Returns the table, a row for each domain that was left out."""
+    """Returns the table, which has a row for each domain that was left out."""
     cells = []
     for domain, row in rows.items():
         guessed = remote(row["random"])

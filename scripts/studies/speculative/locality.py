@@ -1,8 +1,9 @@
-"""What preferring the own device costs in quality and saves in traffic: binning's ``local_bonus``.
+"""Measures what binning's ``local_bonus`` costs in quality and saves in traffic. It prefers the own device.
 
-Not in the papers. The bundled model on 8 emulated expert ranks, decode in lock step as in
-``studies.lynx.decode``, two sequences a rank, batches of all domains in turn; alone (a bin wider than every
-gap) and with binning. Experts lie as the checkpoint numbers them.
+This is not in the papers. The bundled model runs on 8 emulated expert ranks. Decode runs in lock step as in
+``studies.lynx.decode``, with two sequences a rank, and the domains take turns within a batch. The bonus is
+measured alone (with a bin wider than every gap) and with binning. The experts are placed in the order of
+their numbers in the checkpoint.
 """
 
 import sys
@@ -23,7 +24,7 @@ from jmoe.engine.build import EngineSettings, build_engine
 BATCH = 16
 BONUSES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 WIDTHS = {"no binning": 1e9, "bins of 0.5": 0.5}
-COUNT, LENGTH = 16, 64  # windows of a domain, tokens of each
+COUNT, LENGTH = 16, 64  # windows of each domain, tokens of each window
 
 
 def measure(
@@ -35,7 +36,10 @@ def measure(
     *,
     dry: bool = False,
 ) -> dict[str, Any]:
-    """The ``locality`` part of the results: binning -> bonus -> figures a token and layer; nll by window."""
+    """Returns the ``locality`` part of the results: by binning and bonus, figures a token and layer.
+
+    The loss ``nll`` is by window.
+    """
     start = time.perf_counter()
     windows_NL, scorer = read_windows(model, valid, domains, count, length), Scorer(model)
     batches_SB = batches(len(domains), count, BATCH, "mixed")

@@ -1,4 +1,4 @@
-"""Tables of the locality part of docs/results/speculative.md: quality against bytes for ``local_bonus``."""
+"""Makes the tables of the locality part of docs/results/speculative.md: quality against bytes."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import numpy as np
 from shared.results import signed, table
 from studies.lynx.curves import percent
 
-LEAST = 1.0  # % of perplexity within which the cheapest setting is named
+LEAST = 1.0  # % of perplexity; the cheapest setting within it is named
 
 
 def losses(locality: dict[str, Any], name: str) -> dict[str, tuple[float, float]]:
-    """Returns by bonus the change of perplexity in % against no binning and no bonus, and its error."""
+    """Returns by bonus the change of perplexity in % from no binning and no bonus, and its standard error."""
     plain_N = np.array(next(iter(locality["runs"].values()))["0.0"]["nll"])
     scored, domains = locality["length"] - 1, len(locality["domains"])
     return {
@@ -20,7 +20,7 @@ def losses(locality: dict[str, Any], name: str) -> dict[str, tuple[float, float]
 
 
 def bonuses(locality: dict[str, Any], name: str) -> str:
-    """Returns a binning's table, a row for each bonus."""
+    """Returns a binning's table. It has a row for each bonus."""
     rows, by_bonus = [], losses(locality, name)
     for bonus, row in locality["runs"][name].items():
         shares = f"{row['remote']:.1%}", f"{row['rows']:.2f}", f"{row['active']:.1f}"
@@ -29,5 +29,5 @@ def bonuses(locality: dict[str, Any], name: str) -> str:
 
 
 def within(locality: dict[str, Any], name: str) -> list[str]:
-    """Returns the bonuses that cost less than LEAST."""
+    """Returns the bonuses that cost less than ``LEAST``."""
     return [bonus for bonus, loss in losses(locality, name).items() if loss[0] < LEAST]

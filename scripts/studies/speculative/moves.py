@@ -1,8 +1,8 @@
-"""How many tokens change devices from one layer to the next, whose residual rows then move.
+"""Counts the tokens that change devices from one layer to the next. The residual rows of these tokens move.
 
-Of ``alternating``'s placement with its tables of token ids, in-domain, as the part grouping has it: the same
-statistics, test tokens and steps. Tokens come to the first layer, and leave the last one, in equal chunks of
-the step.
+The placement is that of ``alternating`` with its tables of token ids, in-domain. The statistics, test tokens
+and steps are those of the part grouping. Tokens come to the first layer, and leave the last one, in equal
+chunks of the step.
 """
 
 import time
@@ -19,8 +19,13 @@ from jmoe.placement.tabulate import tabulate
 
 
 def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, float]:
-    """Shares of tokens on another device than before: into the first layer, between layers, home after the
-    last; rows: what all of that is for each layer and token."""
+    """Returns the shares of tokens that change devices.
+
+    first: the share into the first layer.
+    between: the mean share between two layers.
+    home: the share after the last layer.
+    rows: the sum of all these moves for each layer and token.
+    """
     layers, tokens = rank_LN.shape
     home_1N = dealt_ranks(1, tokens, ranks, size)
     share = (np.diff(np.concatenate([home_1N, rank_LN, home_1N]), axis=0) != 0).mean(1)
@@ -30,7 +35,7 @@ def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, f
 
 
 def measure(model: str, data: Path, train_windows: int, windows: int) -> dict[str, Any]:
-    """The ``moves`` part: devices -> tokens of a step -> shares."""
+    """Returns the ``moves`` part of the results: shares by devices and by tokens of a step."""
     start = time.perf_counter()
     train, valid = collect(model, data / "train", train_windows), collect(model, data / "valid", windows)
     profile, test = train.profile(train.domains), valid.test(valid.domains)

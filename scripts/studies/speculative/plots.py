@@ -1,4 +1,4 @@
-"""The plots of docs/results/speculative.md, SVG, by matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/speculative.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
 
 
 def draw_local(pyplot: Any, grouping: dict[str, Any]) -> Any:
-    """Local rates by devices, in-domain; remote activations saved by domain, across."""
+    """Draws the local rates by devices, in-domain, and the saved remote activations by domain, across."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
     inside = grouping["in_domain"]
     names = [name for name, row in inside["8"].items() if isinstance(row, dict)]
@@ -42,7 +42,7 @@ def draw_local(pyplot: Any, grouping: dict[str, Any]) -> Any:
 
 
 def draw_bytes(pyplot: Any, figures: dict[str, Any]) -> Any:
-    """Bytes a token on every pipeline, as a share of plain's."""
+    """Draws the bytes a token on every pipeline, as a share of plain's."""
     figure, axis = pyplot.subplots(figsize=(8, 4))
     shapes = {name: shape for name, shape in figures["shapes"].items() if name.endswith("/8")}
     for i, shape in enumerate(shapes.values()):

@@ -1,8 +1,8 @@
-"""Local activations by published routing: OLMoE on 8 devices, Mixtral on 4, at three of their layers.
+"""Measures local activations by published routing: OLMoE on 8 devices and Mixtral on 4, at three layers.
 
-The tables give how often a token id chose each expert; hence rates of independent tokens of the tested text,
-exact in expectation, with no history and no requests. In-domain the counts themselves are parted at random:
-each assignment goes to the statistics or to the test, which leaves no unseen text between them.
+The tables say how often a token id chose each expert. So the rates are those of independent tokens of the
+tested text, exact in expectation, without history and without requests. In-domain, the counts themselves are
+divided at random: each assignment goes to the statistics or to the test, so the test has no unseen text.
 """
 
 import lzma
@@ -29,11 +29,11 @@ RANKS = {"olmoe": 8, "mixtral": 4}
 METHODS = {"alternating": alternating, "load": load, "random": random}
 SEEDS = 5
 SIZE, STEPS = 256, 64
-REQUESTS, LENGTH = 32, 1024  # drawn, as none were published
+REQUESTS, LENGTH = 32, 1024  # drawn requests and their tokens, because none were published
 
 
 def read(path: Path, experts: int) -> Int[np.ndarray, "L V E"]:
-    """counts of one model and domain."""
+    """Returns the counts of one model and domain."""
     with lzma.open(path, "rt") as file:
         rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
     counts = np.zeros((len(SLOTS), rows[:, 2].max() + 1, experts), np.int64)
@@ -42,7 +42,7 @@ def read(path: Path, experts: int) -> Int[np.ndarray, "L V E"]:
 
 
 def problem_of(counts_LVE: np.ndarray, ranks: int, rng: np.random.Generator) -> Problem:
-    """Experts are taken to be chosen independently of each other for each token id."""
+    """Returns the placement problem, as if each token id chose its experts independently of each other."""
     often_V = counts_LVE[0].sum(1)
     requests_QV = rng.multinomial(LENGTH, often_V / often_V.sum(), REQUESTS).astype(np.float32)
     top = np.sort(np.argsort(-often_V, kind="stable")[: min(TOKENS, np.count_nonzero(often_V))])
@@ -65,7 +65,7 @@ def problem_of(counts_LVE: np.ndarray, ranks: int, rng: np.random.Generator) -> 
 
 
 def rank_table(counts_VE: np.ndarray, home_E: np.ndarray, ranks: int, k: int) -> Float[np.ndarray, "V R"]:
-    """Smoothed shares as ``tabulate`` has them; an id that was not seen has the average's."""
+    """Returns shares smoothed in the same way as in ``tabulate``. An unseen id has the average shares."""
     counts_VR = counts_VE @ np.eye(ranks)[home_E]
     average_R = counts_VR.sum(0) / counts_VR.sum()
     smoothed_VR = counts_VR + PRIOR * k * average_R
@@ -81,7 +81,13 @@ def _rows(share_STR: jax.Array) -> jax.Array:
 def rates(
     train_LVE: np.ndarray, test_LVE: np.ndarray, home_LE: np.ndarray, ranks: int, k: int, seed: int = 0
 ) -> dict[str, float]:
-    """local: of drawn tokens put by the tables; dealt: in batch order; peak: load max/mean."""
+    """Returns the rates of drawn tokens.
+
+    local: the local share of tokens that the tables put on ranks.
+    dealt: the local share of tokens in batch order.
+    peak: the load's maximum over its mean.
+    unseen: the share of tokens whose id is not in the statistics.
+    """
     rng = np.random.default_rng(seed)
     often_V = test_LVE[0].sum(1)
     ids_N = rng.choice(len(often_V), STEPS * SIZE, p=often_V / often_V.sum())
@@ -108,7 +114,7 @@ def halves(counts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(routing: Path, dry: bool = False) -> dict[str, Any]:
-    """The ``published`` part: model -> method -> "statistics>test" -> rates."""
+    """Returns the ``published`` part of the results: rates by model, method and "statistics>test"."""
     start, models = time.perf_counter(), {}
     for model, (name, experts, k) in [*MODELS.items()][few(dry)]:
         ranks = RANKS[model]

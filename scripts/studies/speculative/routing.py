@@ -1,7 +1,7 @@
-"""Routing of the bundled model on text by domain, profiles of it, and what a placement makes of it.
+"""Collects the bundled model's routing on text by domain, profiles it and applies placements to it.
 
-Tokens are put on ranks by the function that serving uses (``jmoe.moe.orders.align``), under equal chunks of
-steps of a given size, layer by layer.
+The function that serving uses (``jmoe.moe.orders.align``) puts tokens on ranks, layer by layer. Every rank
+takes an equal chunk of a step, and all steps have one size.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,14 +26,20 @@ from jmoe.tools.data import read_documents
 from jmoe.tools.profile import routed
 
 WINDOW = 256
-CHARACTERS = 4 * WINDOW  # of a piece of text, more than most windows need
+CHARACTERS = 4 * WINDOW  # characters of a piece of text, more than most windows need
 
 Routed = dict[str, list[RoutedRequest]]  # by domain
 
 
 @dataclass(frozen=True)
 class RoutingSource:
-    """The routing of a model on some texts, and what a profile of it needs."""
+    """The routing of a model on some texts, and what a profile of it needs.
+
+    domains: the routed requests by domain.
+    identity: the identity of the model.
+    sizes: the model's numbers of layers and experts, its top k and its vocabulary.
+    embeddings_VD: the model's embeddings.
+    """
 
     domains: Routed
     identity: str
@@ -48,7 +54,7 @@ class RoutingSource:
         return builder.finish(self.identity, nearest_seen(self.embeddings_VD, builder.seen_V))
 
     def test(self, domains: Iterable[str], seed: int = 0) -> "Test":
-        """The tokens of these domains, mixed as a decode step of many sequences mixes them."""
+        """Returns the tokens of these domains, mixed as a decode step of many sequences mixes them."""
         requests = [request for domain in domains for request in self.domains[domain]]
         ids_N = np.concatenate([request.tokens_N for request in requests])
         order_N = np.random.default_rng(seed).permutation(len(ids_N))
@@ -61,14 +67,14 @@ def domains_of(folder: Path) -> list[str]:
 
 
 def pieces(path: Path, count: int) -> list[str]:
-    """``count`` pieces of a file's text at even distances."""
+    """Returns ``count`` pieces of a file's text at even distances."""
     text = "\n\n".join(read_documents(path))
     starts = np.linspace(0, max(0, len(text) - CHARACTERS), count).astype(int)
     return [text[start : start + CHARACTERS] for start in starts]
 
 
 def collect(model: str, folder: Path, windows: int) -> RoutingSource:
-    """The routing of ``windows`` windows of every domain in ``folder``."""
+    """Returns the routing of ``windows`` windows of every domain in ``folder``."""
     how = EngineSettings(max_num_seqs=8, max_model_len=WINDOW, dtype="float32")
     with closing(build_engine(model, how, warm_up=False)) as engine:
         runner, cfg, codec = engine.runner, engine.runner.cfg, engine.codec
@@ -91,13 +97,17 @@ def collect(model: str, folder: Path, windows: int) -> RoutingSource:
 
 @dataclass(frozen=True)
 class Test:
-    """N tokens in the order in which steps take them, and the experts of each at every layer."""
+    """The tokens on which a placement is tested.
+
+    ids_N: the ids of N tokens, in the order in which steps take them.
+    chosen_LNK: the experts of each token at every layer.
+    """
 
     ids_N: Int[np.ndarray, " N"]
     chosen_LNK: Int[np.ndarray, "L N K"]
 
     def unseen(self, profile: Profile) -> float:
-        """The share of tokens whose id the profile has not."""
+        """Returns the share of tokens whose id is not in the profile."""
         return float((profile.frequency_V[self.ids_N] == 0).mean())
 
 
@@ -105,7 +115,7 @@ class Test:
 def _ranks(
     tables: list[ShuffleTables], ids_N: jax.Array, rank_LNK: jax.Array, *, ranks: int, size: int
 ) -> jax.Array:
-    """The rank each token is put on at every layer, ``[L, N]``, in steps of ``size``."""
+    """Returns the rank of each token at every layer, ``[L, N]``, in steps of ``size``."""
     valid_T, history, ranks_by_layer = jnp.ones(size, bool), [], []
     for table, rank_NK in zip(tables, rank_LNK, strict=True):
         share_NR = expected_shares(Hints.make(table, history), ids_N)
@@ -120,25 +130,29 @@ def _ranks(
 def shuffled_ranks(
     tables: list[ShuffleTables], test: Test, home_LE: np.ndarray, ranks: int, size: int
 ) -> np.ndarray:
-    """``[L, N]``; N is cut to whole steps."""
+    """Returns the rank of each token at every layer, ``[L, N]``. N is cut to whole steps."""
     n = len(test.ids_N) // size * size
     expert_rank_LNK = on_ranks(test, home_LE)[:, :n].astype(np.int32)
     return np.asarray(_ranks(tables, test.ids_N[:n], expert_rank_LNK, ranks=ranks, size=size))
 
 
 def on_ranks(test: Test, home_LE: np.ndarray) -> Int[np.ndarray, "L N K"]:
-    """The rank of every token's experts."""
+    """Returns the rank of every token's experts."""
     return np.stack([home_E[ids_NK] for home_E, ids_NK in zip(home_LE, test.chosen_LNK, strict=True)])
 
 
 def dealt_ranks(layers: int, tokens: int, ranks: int, size: int) -> Int[np.ndarray, "L N"]:
-    """Without tables: each rank the next chunk of the step, as a plain reduce-scatter deals them."""
+    """Returns ranks without tables: each gets the next chunk of the step, as in a plain reduce-scatter."""
     step_T = np.repeat(np.arange(ranks), size // ranks)
     return np.tile(np.tile(step_T, tokens // size), (layers, 1))
 
 
 def rates(expert_rank_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"]) -> dict[str, float]:
-    """local: share of activations on their token's rank. pairs: other ranks a token needs, distinct."""
+    """Returns the rates of a placement of tokens.
+
+    local: the share of activations that are on their token's rank.
+    pairs: the mean number of distinct other ranks that a token needs.
+    """
     expert_rank_LNK = expert_rank_LNK[:, : rank_LN.shape[1]]
     own_LNK = expert_rank_LNK == rank_LN[..., None]
     ordered_LNK = np.sort(expert_rank_LNK, axis=2)
@@ -147,7 +161,11 @@ def rates(expert_rank_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L
 
 
 def oracle_tables(expert_rank_LNK: np.ndarray, size: int, ranks: int) -> dict[str, float]:
-    """Local shares where every token's experts are known: equal chunks by ``align``, and each at its best."""
+    """Returns the local shares that are possible if every token's experts are known.
+
+    equal: the share with equal chunks, by ``align``.
+    free: the share with every token on its best rank.
+    """
     counts_LNR = (expert_rank_LNK[..., None] == np.arange(ranks)).sum(2)
     n = counts_LNR.shape[1] // size * size
     align_all = jax.jit(lambda s: jax.lax.map(lambda x: align(x, jnp.ones(size, bool)).row_N, s))
@@ -160,7 +178,7 @@ def oracle_tables(expert_rank_LNK: np.ndarray, size: int, ranks: int) -> dict[st
 
 
 def peak(expert_rank_LNK: np.ndarray, ranks: int) -> float:
-    """Load max/mean over ranks, the mean over layers."""
+    """Returns the load's maximum over its mean over ranks, as a mean over layers."""
     loads = np.stack([np.bincount(where.ravel(), minlength=ranks) for where in expert_rank_LNK])
     return float((loads.max(1) / loads.mean(1)).mean())
 
@@ -169,7 +187,16 @@ def figures(
     profile: Profile, home_LE: np.ndarray, ranks: int, test: Test, singles: Sequence[Test],
     sizes: Sequence[int], history: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the placement with the profile's tables does to ``test``; ``singles``: its domains."""
+    """Returns the figures of ``test`` under the placement with the profile's tables.
+
+    profile: the profile from which the tables are made.
+    home_LE: the rank of each expert.
+    ranks: the number of ranks.
+    test: the test tokens.
+    singles: the test tokens of each domain alone.
+    sizes: the sizes of a step.
+    history: whether the history and the oracle are measured too.
+    """
     tables = tabulate(profile, home_LE, ranks)
     expert_rank_LNK = on_ranks(test, home_LE)
     layers, tokens, _ = expert_rank_LNK.shape

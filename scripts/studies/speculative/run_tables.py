@@ -1,4 +1,7 @@
-"""Tables of docs/results/speculative.md on published routing and the engine, and what is shared."""
+"""Makes the tables of docs/results/speculative.md on published routing and the engine.
+
+The functions and targets that other tables use are also here.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ INSIDE, ACROSS = 0.30, 0.15  # the targets: fewer remote activations
 
 
 def fewer(remote: float, baseline: float) -> float:
-    """Returns how much fewer they are, as a share of the baseline."""
+    """Returns by what share of the baseline ``remote`` is less than the baseline."""
     return 1 - remote / baseline
 
 
@@ -17,7 +20,7 @@ def met(value: float, target: float) -> str:
 
 
 def published(figures: dict[str, Any]) -> str:
-    """Returns a model's table, a row for each pair of domains of the statistics and of the test."""
+    """Returns a model's table. A row is a pair of domains: that of the statistics and that of the test."""
     rows = []
     for name in figures["domains"]:
         for other in figures["domains"]:
@@ -42,7 +45,7 @@ def saved(figures: dict[str, Any], name: str, other: str) -> float:
 
 
 def published_means(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the mean savings in-domain and across, each with its target, where there are such domains."""
+    """Returns the mean savings in-domain and across, each with its target, if such domains exist."""
     domains, means = figures["domains"], {}
     for kind, target in (("in-domain", INSIDE), ("across", ACROSS)):
         values = [saved(figures, a, b) for a in domains for b in domains if (a == b) == (kind == "in-domain")]
@@ -52,7 +55,7 @@ def published_means(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def engine(engine: dict[str, Any]) -> str:
-    """Returns the table of the engine's runs, a row for each pipeline."""
+    """Returns the table of the engine's runs. It has a row for each pipeline."""
     rows = []
     for name, row in engine["runs"].items():
         cells = [name, f"{row['same']} of {engine['sequences']}"]

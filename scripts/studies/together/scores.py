@@ -1,6 +1,6 @@
-"""The bundled model's scores under each set of techniques.
+"""Measures the bundled model's scores under each set of techniques.
 
-The placement and the profile are made of the train split, in a temporary folder.
+The placement and the profile are made from the train split, in a temporary folder.
 """
 
 import datetime
@@ -23,16 +23,16 @@ from jmoe.tools.progress import Bars
 
 BOTH, NEAR = "shuffle and capacity", "all four, near first"
 ROWS = ("plain", "binning", "capacity", "shuffle", "offload", BOTH, "all four", NEAR)
-LENGTH = 256  # tokens of a window
+LENGTH = 256  # tokens in a window
 
 
 class ScoreSizes(NamedTuple):
     """The sizes of a run.
 
-    tokens: tokens that are scored with each set of techniques.
-    profile_tokens: tokens of the train split that are profiled.
-    batch: sequences of a step.
-    ranks: devices, all of one expert group.
+    tokens: the number of tokens that are scored with each set of techniques.
+    profile_tokens: the number of tokens of the train split that are profiled.
+    batch: the number of sequences of a step.
+    ranks: the number of devices, which all belong to one expert group.
     """
 
     tokens: int
@@ -77,7 +77,7 @@ def techniques(row: str, placement: Path, profile: Path) -> MoEConfig:
 
 
 def score(data: Path, sizes: ScoreSizes, moe: MoEConfig) -> dict[str, Any]:
-    """Returns the report of one set of techniques with their settings. A first short run compiles."""
+    """Returns the report of one set of techniques, with their settings. A short first run compiles."""
     settings = EngineSettings(
         max_model_len=LENGTH, dtype="float32", attention="tp", moe=moe, expert_parallel_size=sizes.ranks
     )

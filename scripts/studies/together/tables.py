@@ -1,4 +1,4 @@
-"""The table of docs/results/together.md, and its single figures."""
+"""Makes the table of docs/results/together.md and the single figures in its text."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ HEAD = (
 
 
 def techniques(rows: dict[str, Any]) -> str:
-    """Returns the table, a row for each set of techniques."""
+    """Returns the table, which has a row for each set of techniques."""
     return table(HEAD, [line(name, row, rows["plain"]) for name, row in rows.items()])
 
 
@@ -36,10 +36,10 @@ def line(name: str, row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
 
 
 def apart(rows: dict[str, Any]) -> float:
-    """Returns the most nats a token by which a lossless row differs from plain."""
+    """Returns the largest difference between a lossless row's loss and plain's, in nats a token."""
     return max(abs(rows[name]["nll_per_token"] - rows["plain"]["nll_per_token"]) for name in LOSSLESS)
 
 
 def lost(rows: dict[str, Any], name: str) -> str:
-    """Returns by how much the row's perplexity differs from plain's."""
+    """Returns the relative difference between the row's perplexity and plain's, in percent."""
     return f"{100 * (rows[name]['perplexity'] / rows['plain']['perplexity'] - 1):+.2f} %"

@@ -1,4 +1,4 @@
-"""What bad requests get: a 4xx or 503 with the envelope, the right param, and nothing left running."""
+"""Bad requests get a 4xx or 503 with the envelope and the right param, and leave nothing running."""
 
 import json
 
@@ -151,7 +151,7 @@ def test_content_type_and_size(client):
     check(client.post("/v1/completions", content=b"{}"), 415, None, "unsupported_media_type")
     check(client.post("/v1/completions", data={"a": "b"}), 415, None, "unsupported_media_type")
     check(post(client, b" " * 200_001), 413, None, "body_too_large")
-    chunks = (b" " * 50_000 for _ in range(100))  # chunked: no length is declared
+    chunks = (b" " * 50_000 for _ in range(100))  # the body is chunked and declares no length
     kind = {"content-type": "application/json"}
     check(client.post("/v1/completions", content=chunks, headers=kind), 413, None, "body_too_large")
     assert post(client, b'{"prompt": "a", "max_tokens": 1}'.ljust(200_000)).status_code == 200

@@ -1,4 +1,4 @@
-"""Whatever JSON comes: 2xx or a 4xx in the envelope, and null means what an absent field means."""
+"""Any JSON gets a 2xx or a 4xx in the envelope, and null means the same as an absent field."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ def client(tmp_path_factory):
 
 
 def post(client, path, body):
-    """The status and the answer without what differs from one to the next."""
+    """Returns the status and the answer, without what differs between two equal requests."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = client.post(path, content=raw, headers={"content-type": "application/json"})
     assert 200 <= response.status_code < 500, (raw[:2000], response.text)
@@ -34,7 +34,7 @@ def post(client, path, body):
 
 
 def places(value, path=()):
-    """The paths of everything inside a JSON value, itself included."""
+    """Returns the paths of everything inside a JSON value, and of the value itself."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inside:
@@ -42,7 +42,7 @@ def places(value, path=()):
 
 
 def changed(body, path, change):
-    """A copy of ``body`` after ``change(container, key)`` at ``path``."""
+    """Returns a copy of ``body`` after ``change(container, key)`` at ``path``."""
     root = [copy.deepcopy(body)]
     container, key = root, 0
     for step in path:
@@ -85,7 +85,7 @@ def test_any_json(client, path):
 
 @pytest.mark.parametrize("path", BODIES)
 def test_mutated_bodies(client, path):
-    """Something else, or something more, anywhere in a good body."""
+    """A good body with another value, or with one more, in any place gets a 2xx or a 4xx."""
 
     @settings(max_examples=200, **QUIET)
     @given(st.data())
@@ -125,7 +125,10 @@ def test_deep_nesting_anywhere(client, path):
 
 @pytest.mark.parametrize("path", BODIES)
 def test_null_is_absent(client, path):
-    """Of every named field; keys of maps and schemas are data, and so is what a list holds."""
+    """Null in a named field means the same as no field.
+
+    This is not so for the keys of maps and schemas and the content of a list, because these are data.
+    """
     data = {"logit_bias", "metadata", "chat_template_kwargs", "schema", "parameters"}
     for where in places(BODIES[path]):
         if (

@@ -1,4 +1,4 @@
-"""Grammars over HTTP: refused before an answer begins, costly ones, and a system that has no more to give."""
+"""Tests grammars over HTTP: refusals before an answer begins, costly grammars, a system without resources."""
 
 import errno
 import threading
@@ -37,7 +37,7 @@ def test_what_fails_within_a_few_tokens_is_refused_before_the_answer_begins(clie
 
 
 def test_costly_grammars_delay_one_another_only(client, monkeypatch):
-    """Cheap ones are answered while the costly ones, one of them at a time, are not."""
+    """Costly grammars run one at a time and delay only one another, while cheap ones are answered."""
     grammars, going, costly = client.service.grammars, threading.Event(), []
     compiled = grammars._compile
 

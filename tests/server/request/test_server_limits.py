@@ -1,4 +1,4 @@
-"""What one client may hold of what all need: connections, descriptors, memory, time."""
+"""Tests how much one client may hold of what all need: connections, descriptors, memory, time."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
 
 
 async def refusal(port: int, request: bytes) -> tuple[int, bytes]:
-    """As ``ask``, where the answer comes and the connection ends before all of the request was sent."""
+    """Sends a request like ``ask``, but the answer and the end may come before all of it was sent."""
     async with connected(port) as (reader, writer):
         writer.write(request)
         return parsed(await until_closed(reader))
@@ -49,7 +49,7 @@ async def trickle(writer: asyncio.StreamWriter, byte: bytes = b" ") -> None:
 
 
 async def slow(port: int, request: bytes, byte: bytes = b" ") -> tuple[float, bytes]:
-    """Seconds until a request whose body never ends is let go, and what was answered."""
+    """Returns the seconds until the server ends a request whose body never ends, and the answer."""
     start = time.monotonic()
     async with connected(port) as (reader, writer):
         writer.write(request)
@@ -72,7 +72,7 @@ SLOW = {
 @pytest.mark.parametrize("case", SLOW)
 def test_a_body_that_never_ends_is_let_go(case):
     request, byte, status = SLOW[case]
-    patience = 10 if status == 408 else 0.4  # where its body has its own time, the head has enough
+    patience = 10 if status == 408 else 0.4  # if the body has its own time limit, the head has enough time
 
     async def run():
         async with served_here(engine(), body_timeout=0.4, header_timeout=patience) as (port, server):
@@ -128,8 +128,11 @@ def test_bodies_in_memory_are_bounded():
 
 
 def test_beyond_the_limit_only_probes_are_answered(caplog):
-    """Three slow bodies hold all places: a fourth request is refused, the server's health is still told, and
-    an idle connection gives its place to a new one."""
+    """If three slow bodies hold all places, only probes are answered.
+
+    A fourth request is refused, the server's health is still reported, and an idle connection gives its place
+    to a new one.
+    """
 
     async def run():
         async with served_here(engine(), crowd=Crowd(3, 2)) as (port, server):
@@ -146,12 +149,12 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
                 refused = await ask(port, post(PATH, SMALL))
                 probe = await ask(port, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
                 for _ in range(20):
-                    await enter(b"")  # and say nothing
+                    await enter(b"")  # these clients then send nothing
                 while len(server.server_state.connections) > 5:
                     await asyncio.sleep(0.01)
                 busy[0][1].transport.abort()
                 status = 503
-                while status != 200:  # once those that say nothing were let go
+                while status != 200:  # until the silent clients were closed
                     await asyncio.sleep(0.05)
                     with contextlib.suppress(ConnectionError, IndexError):
                         status, _ = await ask(port, post(PATH, SMALL))
@@ -171,7 +174,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 
 def test_without_descriptors_health_is_still_told(tmp_path):
-    """64 descriptors and 200 bodies that do not end."""
+    """Without descriptors, health is still reported: here 200 bodies that do not end share 64 descriptors."""
     log = tmp_path / "log"
     with log.open("wb") as file, process(log=file, program=FEW) as (_, url):
         with contextlib.ExitStack() as stack:
@@ -187,7 +190,7 @@ def test_without_descriptors_health_is_still_told(tmp_path):
 
 
 def test_what_the_system_lacks_is_a_503():
-    """A grammar's child that cannot be started, for one."""
+    """If the system lacks a resource, the answer is a 503. Here the process of a grammar cannot start."""
     with listening(engine()) as (url, server):
 
         def lacking(grammar, seconds):
@@ -211,7 +214,10 @@ def test_uptime_does_not_follow_a_clock_that_is_set(monkeypatch):
     ("soft", "hard", "raised"), [(64, 64, 64), (256, 4096, 4096), (1024, -1, 65536), (-1, -1, 65536)]
 )
 def test_as_many_descriptors_as_the_system_allows(monkeypatch, soft, hard, raised):
-    """-1: without a limit. What is kept back is there at any size."""
+    """The server uses as many descriptors as the system allows, and keeps some back at any limit.
+
+    A limit of -1 means that there is no limit.
+    """
     given = []
     monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (soft, hard))
     monkeypatch.setattr(crowd.resource, "setrlimit", lambda which, limits: given.append(limits))

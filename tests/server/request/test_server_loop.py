@@ -1,6 +1,7 @@
 """Nothing on the event loop takes longer than 50 ms, whatever a client sends.
 
-Of bodies of up to 8 MiB, what is refused and what is not. The codec is cheap: what is measured is ours.
+The bodies have up to 8 MiB; some are refused and some are not. The codec is cheap, so that the tests measure
+only our own code.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ USER = {"role": "user", "content": "a"}
 
 
 class QuickCodec(ByteCodec):
-    """A token for four bytes, in no time."""
+    """A codec that makes a token of four bytes and takes almost no time."""
 
     def encode(self, text, *, special=True, limit=None):
         return [97] * (len(text) // 4 + 1)
@@ -99,7 +100,7 @@ async def measured(port: int, path: str, body) -> tuple[int, bytes]:
 
 
 def run(work, **settings):
-    """``work(port, server)`` on a server with the chat template of the other tests."""
+    """Returns a function that runs ``work(port, server)`` on a server with the other tests' chat template."""
 
     async def serve(directory: Path):
         engine = FakeEngine(QuickCodec(), max_model_len=65_536)
@@ -127,7 +128,7 @@ ANSWERED = {
     "ids to text": ("/detokenize", {"tokens": [97] * 500_000}),
     "a long conversation": (CHAT, {"messages": [USER] * 8000, "max_tokens": 2}),
     "parts": (CHAT, {"messages": [{**USER, "content": [PART] * 15_000}], "max_tokens": 2}),
-    # As many as a large engine runs at once: the fake one runs all, and each step's tokens come together.
+    # A large engine runs this many at once. The fake one runs all, and each step's tokens come together.
     "many prompts": (COMPLETIONS, {"prompt": [[7] * 2000] * 250, "max_tokens": 2}),
     "a long echo": (
         COMPLETIONS, {"prompt": [97] * 8_000, "max_tokens": 1, "logprobs": 20, "echo": True}
@@ -143,7 +144,10 @@ def test_what_is_much_is_answered_without_holding_up_the_loop(directory, case):
 
 
 def test_a_large_answer_is_the_same_in_pieces(directory, monkeypatch):
-    """Of 40 choices with log-probabilities: whole, and as a stream; made at once where all is light."""
+    """A large answer is the same in pieces, whole and as a stream; a light one is made at once.
+
+    The large answer has 40 choices with log-probabilities.
+    """
     body = {"prompt": "abcd" * 20, "n": 40, "max_tokens": 30, "logprobs": 3, "echo": True, "seed": 1}
 
     async def both(port, server):
@@ -164,8 +168,11 @@ def test_a_large_answer_is_the_same_in_pieces(directory, monkeypatch):
 
 
 def test_work_of_many_bytes_waits_for_its_turn(directory):
-    """Two of a few 10 kB at a time, one larger; a small one never waits for them. Those that come first are
-    held until there is room for no more."""
+    """Work of many bytes waits for its turn, and small work never waits for it.
+
+    Two pieces of work of a few 10 kB, or one larger piece, run at a time. The test holds the first ones until
+    there is no more room.
+    """
     most, room = {}, {"small": 5, "middle": 2, "large": 1}
 
     async def work(port, server):
@@ -183,7 +190,7 @@ def test_work_of_many_bytes_waits_for_its_turn(directory):
                 full.set()
             try:
                 await full.wait()
-                await asyncio.sleep(0.05)  # for one that does not wait for its turn
+                await asyncio.sleep(0.05)  # time for one that does not wait for its turn
                 return await read(function, *given)
             finally:
                 at_once[name] -= 1
@@ -211,7 +218,7 @@ def scanned(text: str) -> str | None:
 def test_what_stands_in_a_string_is_no_structure(many):
     text = json.dumps(["x" * 3 + many.replace('\\"', '"') * 600_000, "[" * 40_000])
     assert scanned(text) is None
-    for piece in (bounds.PIECE - 1, bounds.PIECE, bounds.PIECE + 1):  # where a piece ends
+    for piece in (bounds.PIECE - 1, bounds.PIECE, bounds.PIECE + 1):  # sizes around the end of a piece
         start = json.dumps("y" * (piece - 3))
         for end in ('\\"', "\\\\", "\\\\\\"):
             text = f'[{start[:-1]}{end}{"" if end != chr(92) * 3 else chr(34)}", "{"[" * 40_000}"]'

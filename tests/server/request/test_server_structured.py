@@ -1,4 +1,4 @@
-"""Structured answers and calls of functions over HTTP, with the fake engine obeying the real constraints."""
+"""Tests structured answers and function calls over HTTP. The fake engine obeys the real constraints."""
 
 import json
 import re
@@ -240,7 +240,7 @@ def test_bad_structure(client, change, param, code):
 
 
 def test_a_hostile_schema_is_a_400(client):
-    """It would exhaust the stack of whoever compiles it."""
+    """A hostile schema, which would exhaust the stack of its compiler, gets a 400."""
     links = {f"r{i}": {"properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(1000)}
     schema = {"$ref": "#/$defs/r0", "$defs": links | {"r1000": {"type": "string"}}}
     response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"json": schema}})
@@ -266,7 +266,7 @@ class Pick(pydantic.BaseModel):
 
 
 def test_the_openai_client_gets_what_it_parses():
-    """Its schemas, its reading of whole and streamed answers, and messages that it sends back."""
+    """The openai client gets what it parses: its schemas, whole and streamed answers, returned messages."""
     with listening(FakeEngine(ByteCodec(), max_model_len=2048)) as (url, server):
         server.service.template = ChatTemplate(TEMPLATE, {})
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
@@ -295,8 +295,11 @@ def test_without_a_tokenizer_or_an_end():
 
 
 def test_a_matcher_that_fails_ends_its_request_alone(client):
-    """More ways to go on than llguidance follows, and only after so many tokens that no try sees it. What
-    was asked for is at fault: another try would fail too."""
+    """A matcher that fails ends only its own request.
+
+    The grammar has more ways to continue than llguidance follows, but only after so many tokens that no trial
+    sees it. The request is at fault, because another try would fail too.
+    """
     many = " | ".join(f'"{i}" b' for i in range(3000))
     outputs = {"grammar": f'start: /[ac]{{20}}/ b ({many})\nb: "b"'}
     body = {"prompt": "a", "max_tokens": 40, "structured_outputs": outputs}

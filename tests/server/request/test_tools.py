@@ -1,4 +1,4 @@
-"""How an answer uses tools is decided once, from the request's tools and tool_choice; dialects are read."""
+"""The request's tools and tool_choice decide once how an answer uses tools. All dialects are read."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_two_grammars_are_refused():
     assert msgspec.json.decode(refusal.value.response().body)["error"]["param"] == "tools"
 
 
-# Answers of the functions ``look`` and ``stop`` in every dialect, and what is in them.
+# Answers that call the functions ``look`` and ``stop`` in every dialect, with their content.
 ANSWERS = {
     ("json", "required"): (
         '{"name": "stop", "arguments": {"a": ["}\\\\\\"", {}]}}',
@@ -62,7 +62,7 @@ ANSWERS = {
 
 
 def joined(events):
-    """The events, with neighbours of text and of arguments as one."""
+    """Returns the events after neighbours of text, and of arguments, are joined."""
     made = []
     for event in events:
         if made and isinstance(event, Text | Arguments) and type(made[-1]) is type(event):
@@ -83,7 +83,7 @@ def test_a_reader_finds_the_same_however_an_answer_is_cut(dialect, choice):
 
 
 class Spelled:
-    """A reader whose pieces of text spell their events; it holds the last ones back until it is closed."""
+    """A reader in which each piece of text means its events. It keeps the last events until it is closed."""
 
     def feed(self, text):
         return {"a": [Text("so "), Text("I ")], "b": [CallStart("look"), Arguments("{"), Arguments("}")],
@@ -94,7 +94,7 @@ class Spelled:
 
 
 def test_formats_write_the_events_of_any_dialect(monkeypatch):
-    """Of one that serves the choice "auto", with text around several calls."""
+    """Formats write any dialect's events: here one of the choice "auto", with text around several calls."""
     free = Dialect("free", {"auto": None}, lambda choice, functions: Spelled())
     monkeypatch.setattr("jmoe.server.request.tools.DIALECTS", {"free": free})
     chat = checked(tools=TOOLS, response_format={"type": "json_object"})

@@ -1,4 +1,4 @@
-"""The chat template's sandbox: what every loop form renders, and that no template runs for ever."""
+"""Tests the chat template's sandbox: what every loop form renders, and that no template runs for ever."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ ENDLESS = {
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_that_goes_on_is_ended(source: str):
     template = ChatTemplate(source, {}, seconds=0.1)
-    for _ in range(2):  # the second rendering has a clock of its own
+    for _ in range(2):  # the second rendering has its own clock
         start = time.thread_time()
         with pytest.raises(ValueError, match=r"cannot render these messages: it takes longer than 0\.1 s"):
             template.render(MESSAGES)
@@ -102,7 +102,10 @@ for source in sys.argv[1:]:
 
 
 def test_where_memory_ends_a_template_is_refused_and_the_process_goes_on():
-    """A template comes from the model's folder, never with a request; its process may be given a limit."""
+    """If memory ends, a template is refused and the process continues.
+
+    A template comes from the model's folder, never with a request. Its process may have a limit of memory.
+    """
     ended = subprocess.run(
         [sys.executable, "-c", IN_LITTLE_MEMORY, *MEMORY.values()],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

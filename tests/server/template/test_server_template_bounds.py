@@ -1,4 +1,4 @@
-"""No template goes on, and none makes a value of any size: each way to do so ends in a ValueError, soon."""
+"""No template runs for ever or makes a value of unlimited size: each way to do so soon raises ValueError."""
 
 import resource
 

@@ -1,4 +1,4 @@
-"""The dashboard's reports, and who shares them."""
+"""Tests the dashboard's reports, and which listeners share them."""
 
 import asyncio
 import contextlib
@@ -106,7 +106,7 @@ def test_a_report_tells_of_the_server():
 
 @contextlib.contextmanager
 def listener(url: str, query: str = "", **headers: str):
-    """The reports of a stream, as an iterator."""
+    """Yields the reports of a stream, as an iterator."""
     with httpx.stream("GET", f"{url}/moe/events{query}", headers=headers, timeout=60) as answer:
         assert answer.status_code == 200, answer.read()
         yield (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
@@ -139,7 +139,10 @@ def test_a_bad_query_is_refused(path, query, param):
 
 
 def test_listeners_share_one_look_a_second(monkeypatch):
-    """Of a clock that goes on by a second when all have come and have read what there is."""
+    """All listeners share one look at the engine a second.
+
+    The clock goes on by a second when all have come and have read all reports.
+    """
     monkeypatch.setattr(poll, "STAYS", 0.0)
     engine, second = CountingEngine(), threading.Semaphore(0)
     with listening(engine) as (url, server), contextlib.ExitStack() as stack:
@@ -160,12 +163,12 @@ def test_listeners_share_one_look_a_second(monkeypatch):
         assert engine.looks == 3
         of_one, of_ten, other = zip(*reports, strict=True)
         assert [one["window_s"] for one in of_ten] == [0, 1, 2]
-        assert [one["moe"]["steps"] for one in of_one] == [0, 7, 7]  # a second each
-        assert [one["moe"]["steps"] for one in of_ten] == [0, 7, 14]  # all that there is so far
+        assert [one["moe"]["steps"] for one in of_one] == [0, 7, 7]  # one report a second
+        assert [one["moe"]["steps"] for one in of_ten] == [0, 7, 14]  # all steps up to now
         assert of_ten == other
         stack.close()
         assert eventually(lambda: shared.num_listeners == 0)
-        second.release()  # for the look that has begun; nobody looks again
+        second.release()  # this is for the look that has begun; nobody looks again
         assert eventually(lambda: shared._task.done()) and engine.looks <= 4
 
 
@@ -225,7 +228,7 @@ def test_events_end_with_the_engine():
     with listening(engine) as (url, server), listener(url) as reports:
         next(reports)
         engine.alive = False
-        engine.moe_stats = FakeEngine.moe_stats.__get__(engine)  # which raises EngineDead
+        engine.moe_stats = FakeEngine.moe_stats.__get__(engine)  # it raises EngineDead
         assert len(list(itertools.islice(reports, 60))) < 60
         assert eventually(lambda: server.service.poll.num_listeners == 0)
 

@@ -1,4 +1,4 @@
-"""The dashboard's page: what it may not hold, and what it shows in a browser."""
+"""Tests the dashboard's page: what it must not contain, and what it shows in a browser."""
 
 import re
 
@@ -18,7 +18,7 @@ def test_the_page_is_small_whole_and_without_data():
     assert len(nonces) == 1 and set(re.findall(r"'nonce-([^']+)'", policy)) == nonces
     assert nonces != set(re.findall(r'nonce="([^"]+)"', second.text))
     assert "unsafe" not in policy and "default-src 'none'" in policy
-    text = first.text.replace("http://www.w3.org/2000/svg", "")  # a name, which is not fetched
+    text = first.text.replace("http://www.w3.org/2000/svg", "")  # this is a name, which is not fetched
     assert not re.search(r"(https?:)?//\w", text.replace("// ", "")) and "a-name" not in text
     assert not re.search(r"\son\w+=|innerHTML|eval\(|\sstyle=", text)
 
@@ -68,8 +68,8 @@ def test_the_page_shows_numbers_and_asks_nobody_else(tab):
 
 
 def _check_heat_map(tab) -> None:
-    """Keys move over it, what is said is right, and it is painted."""
-    tab.evaluate("stream.abort()")  # so that numbers stay while they are compared
+    """Checks that keys move over the heat map, that the spoken text is right, and that the map is painted."""
+    tab.evaluate("stream.abort()")  # so that the numbers do not change during the comparison
     tab.evaluate("document.getElementById('heat').focus()")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
         event = f"new KeyboardEvent('keydown', {{key: '{key}', cancelable: true}})"

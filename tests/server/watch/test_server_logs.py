@@ -1,4 +1,4 @@
-"""Log lines: their form, what they tell of a request, and that nobody can forge them."""
+"""Tests log lines: their form, what they say about a request, and that nobody can forge them."""
 
 import asyncio
 import json
@@ -116,7 +116,7 @@ def test_traffic_is_told_while_there_is_some(caplog):
         while not periods:
             await asyncio.sleep(0)
         live.prompt_tokens, live.generation_tokens = 10, 5
-        while len(periods) < 6:  # of which one has news
+        while len(periods) < 6:  # one of these periods has news
             await asyncio.sleep(0.01)
         task.cancel()
 
@@ -161,7 +161,10 @@ raise OSError("the end")
 
 
 def test_what_python_writes_itself_is_json_too():
-    """Warnings, and exceptions that nobody catches: on a thread, in a finalizer, in the program."""
+    """What Python writes itself is JSON too: warnings, and exceptions that nobody catches.
+
+    The exceptions are on a thread, in a finalizer and in the program.
+    """
     done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert done.returncode == 1 and len(lines) == 4

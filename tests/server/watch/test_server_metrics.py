@@ -1,4 +1,4 @@
-"""GET /metrics: which names there are, and what they count."""
+"""Tests GET /metrics: which names it has, and what they count."""
 
 import json
 import re
@@ -112,7 +112,10 @@ def test_refusals_are_counted_by_reason(client):
 
 
 def test_ranks_balance(client):
-    """Layer 0 has 6, 2, 2, 2 assignments on experts of ranks 0, 0, 1, 1; layer 1 has 10, 0, 1, 1."""
+    """The balance of ranks counts assignments on their experts.
+
+    The experts are on ranks 0, 0, 1, 1. Layer 0 has 6, 2, 2, 2 assignments on them, layer 1 has 10, 0, 1, 1.
+    """
     assert value(client, "jmoe_moe_rank_load_max_over_mean", layer="0") == pytest.approx(8 / 6)
     assert value(client, "jmoe_moe_rank_load_max_over_mean", layer="1") == pytest.approx(10 / 6)
 
@@ -130,7 +133,7 @@ def test_ranks_balance_under_a_placement(client):
 def test_the_grafana_file_asks_for_metrics_that_exist(client):
     client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2})
     known = {s.name for f in families(client).values() for s in f.samples}
-    known |= {"jmoe_admission_rejections_total"}  # appears with the first refusal
+    known |= {"jmoe_admission_rejections_total"}  # it appears at the first refusal
     board = json.loads(GRAFANA.read_text(encoding="utf-8"))
     targets = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
     assert len(targets) > 20

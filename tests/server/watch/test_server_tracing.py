@@ -1,4 +1,4 @@
-"""Spans: one an answer, the caller's span their parent, and no text of anybody's in them."""
+"""Each answer has one span, whose parent is the caller's span, and no span contains a user's text."""
 
 import pytest
 
@@ -17,7 +17,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture
 def traced():
-    """(client, a function that gives the spans so far)"""
+    """Yields (client, a function that returns the spans up to now)."""
     memory = InMemorySpanExporter()
     with served(FakeEngine(ByteCodec())) as client:
         client.service.observers.append(Tracer(SimpleSpanProcessor(memory), "fake"))
