@@ -6,6 +6,7 @@ of what an all-reduce does. If there are fewer KV heads than ranks, each rank ke
 query heads share.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
@@ -51,15 +52,15 @@ class Attention(nnx.Module):
     state_axis: ClassVar[Literal["page", "seat"]] = "page"
 
     @classmethod
+    @abstractmethod
     def names(cls, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
         """Yields pairs of a tensor's name in the checkpoint's attention block and the parameter that it
         fills."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
         """Returns what the layer caches of each token."""
-        raise NotImplementedError
 
     @classmethod
     def state_layout(

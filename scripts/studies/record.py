@@ -5,8 +5,9 @@ before jax is imported.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,10 +16,6 @@ from shared.document import render
 from shared.results import Plot
 
 Results = dict[str, Any]
-
-
-def no_plots(results: Results) -> dict[str, Plot]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,8 @@ class Study:
         its figures are the whole JSON.
     add_options: the function that adds the study's own options. An option belongs to a part if its help
         begins with the part's name, or several names, and a colon.
-    tables: the function that returns the modules whose functions the template calls, each module by its last
-        name.
-    plots: the function that returns the plots of the parts that have results, by name.
+    tables: the modules of the study's folder whose functions the template calls.
+    has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
     """
 
@@ -59,8 +55,8 @@ class Study:
     description: str
     parts: tuple[Part, ...]
     add_options: Callable[[argparse.ArgumentParser], None]
-    tables: Callable[[], Iterable[ModuleType]]
-    plots: Callable[[Results], dict[str, Plot]] = no_plots
+    tables: tuple[str, ...]
+    has_plots: bool = True
     depth: int = 4
 
     @property
@@ -70,5 +66,13 @@ class Study:
 
     def document(self, results: Results) -> str:
         """Returns the text of ``docs/results/<name>.md``. The template decides what an absent part shows."""
-        modules = {module.__name__.rpartition(".")[2]: module for module in self.tables()}
+        modules = {name: self._module(name) for name in self.tables}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
+
+    def plots(self, results: Results) -> dict[str, Plot]:
+        """Returns the plots of the parts that have results, by name."""
+        return self._module("plots").plots(results) if self.has_plots else {}
+
+    def _module(self, name: str) -> ModuleType:
+        """Returns a module of the study's folder; it is imported here, after cores and devices are set."""
+        return import_module(f"studies.{self.name}.{name}")

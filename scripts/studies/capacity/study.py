@@ -5,10 +5,7 @@ both deterministic; speed (a layer's time, from one device: on an idle machine, 
 """
 
 import argparse
-from collections.abc import Iterable
-from types import ModuleType
 
-from shared.results import Plot
 from studies.record import Part, Results, Study
 
 LINK_GBS = {False: 12.5, True: 450.0}  # 100 Gbit/s Ethernet; NVLink 4, one direction
@@ -45,18 +42,6 @@ def speed(args: argparse.Namespace, results: Results) -> Results:
     return measure(args.data / "routing", args.gpu, args.link or LINK_GBS[args.gpu], args.rounds)
 
 
-def tables() -> Iterable[ModuleType]:
-    from studies.capacity import load_tables, quality_tables, speed_tables
-
-    return quality_tables, load_tables, speed_tables
-
-
-def plots(results: Results) -> dict[str, Plot]:
-    from studies.capacity.plots import plots
-
-    return plots(results)
-
-
 STUDY = Study(
     "capacity",
     __doc__ or "",
@@ -66,6 +51,5 @@ STUDY = Study(
         Part("speed", speed, "routing", has_gpu_form=True),
     ),
     add_options,
-    tables,
-    plots,
+    ("quality_tables", "load_tables", "speed_tables"),
 )

@@ -6,11 +6,8 @@ an accelerator).
 """
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
-from shared.results import Plot
 from studies.record import Part, Results, Study
 
 OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
@@ -55,18 +52,6 @@ def speed(args: argparse.Namespace, results: Results) -> Results | None:
     return measure(args)
 
 
-def tables() -> Iterable[ModuleType]:
-    from studies.lynx import capacity_tables, quality_tables, speed_tables
-
-    return quality_tables, capacity_tables, speed_tables
-
-
-def plots(results: Results) -> dict[str, Plot]:
-    from studies.lynx.plots import plots
-
-    return plots(results)
-
-
 STUDY = Study(
     "lynx",
     __doc__ or "",
@@ -76,6 +61,5 @@ STUDY = Study(
         Part("speed", speed, has_gpu_form=True),
     ),
     add_options,
-    tables,
-    plots,
+    ("quality_tables", "capacity_tables", "speed_tables"),
 )

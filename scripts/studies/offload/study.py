@@ -7,12 +7,9 @@ engine itself, its tokens, counters and time).
 """
 
 import argparse
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
-from shared.results import Plot
 from studies.record import Part, Results, Study
 
 OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
@@ -42,18 +39,6 @@ def engine(args: argparse.Namespace, results: Results) -> Results:
     return measure(args.data, args.model, args.dry)
 
 
-def tables() -> Iterable[ModuleType]:
-    from studies.offload import engine_tables, simulator_tables
-
-    return simulator_tables, engine_tables
-
-
-def plots(results: Results) -> dict[str, Plot]:
-    from studies.offload.plots import plots
-
-    return plots(results)
-
-
 STUDY = Study(
     "offload",
     __doc__ or "",
@@ -65,6 +50,5 @@ STUDY = Study(
         Part("engine", engine, "workloads"),
     ),
     add_options,
-    tables,
-    plots,
+    ("simulator_tables", "engine_tables"),
 )

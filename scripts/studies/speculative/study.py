@@ -8,10 +8,7 @@ prefers its own device's experts).
 """
 
 import argparse
-from collections.abc import Iterable
-from types import ModuleType
 
-from shared.results import Plot
 from studies.record import Part, Results, Study
 
 DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of locality, as in lynx
@@ -68,18 +65,6 @@ def locality(args: argparse.Namespace, results: Results) -> Results:
     return measure(args.model, args.data / "valid", DOMAINS, dry=args.dry)
 
 
-def tables() -> Iterable[ModuleType]:
-    from studies.speculative import bytes_tables, grouping_tables, locality_tables, run_tables
-
-    return grouping_tables, bytes_tables, run_tables, locality_tables
-
-
-def plots(results: Results) -> dict[str, Plot]:
-    from studies.speculative.plots import plots
-
-    return plots(results)
-
-
 STUDY = Study(
     "speculative",
     __doc__ or "",
@@ -92,7 +77,6 @@ STUDY = Study(
         Part("locality", locality, "valid"),
     ),
     add_options,
-    tables,
-    plots,
+    ("grouping_tables", "bytes_tables", "run_tables", "locality_tables"),
     depth=3,
 )

@@ -7,8 +7,6 @@ All figures but the speed are counts and do not depend on the machine; about 3 m
 """
 
 import argparse
-from collections.abc import Iterable
-from types import ModuleType
 
 from studies.record import Part, Results, Study
 
@@ -31,10 +29,12 @@ def scores(args: argparse.Namespace, results: Results) -> Results:
     return measure(args.data, ScoreSizes(args.tokens, args.profile_tokens, args.batch, args.ranks))
 
 
-def tables() -> Iterable[ModuleType]:
-    from studies.together import tables
-
-    return (tables,)
-
-
-STUDY = Study("together", __doc__ or "", (Part("scores", scores, "valid"),), add_options, tables, depth=3)
+STUDY = Study(
+    "together",
+    __doc__ or "",
+    (Part("scores", scores, "valid"),),
+    add_options,
+    ("tables",),
+    has_plots=False,
+    depth=3,
+)

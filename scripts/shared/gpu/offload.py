@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from shared.gpu.rows import Check
 
 from jmoe.offload.copies import copy_in, fetch, install
 from jmoe.offload.table import Copies
@@ -30,10 +31,10 @@ TOY = {"toy": (3, 64, 64)}
 TARGET = 1.10  # a layer's time with a prefetch at the same time, over its time alone
 
 
-def offload(check: Any) -> None:
+def offload(check: Check) -> None:
     """Runs this section of ``gpu_check.py``: copies alone, then one copy during a layer.
 
-    check: a ``gpu_check.Check``, which gets the rows.
+    check: a ``rows.Check``, which gets the rows.
     """
     for name, dims in (TOY if check.dry else MODELS).items():
         bench = Bench(dims, SLOTS, dry=check.dry)
