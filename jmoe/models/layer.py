@@ -14,7 +14,7 @@ from jmoe.models.journey import Journey, RouterAhead
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
-from jmoe.moe.routing import choose, likely, router_logits
+from jmoe.moe.routing import choose_experts, likely, router_logits
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.kinds import kind_of
@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
 
         def scores(router: RouterAhead) -> Array:
             logits_NE = router_logits(normalize(x_ND, router.norm, eps), router.router, dense)
-            return likely(choose(logits_NE, router.router, self.cfg))
+            return likely(choose_experts(logits_NE, router.router, self.cfg))
 
         return jnp.stack([scores(router) for router in routers], axis=1)
 
