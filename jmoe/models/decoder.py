@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
         """
         x_ND, rotation = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_view(seqs, x_ND))
-        techniques = Techniques(settings, self.shuffle, list(self.layers), seqs, len(x_ND), visit)
+        techniques = Techniques(settings, self.shuffle, self.layers, seqs, len(x_ND), visit)
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
             journey = techniques.journey(i)

@@ -112,7 +112,7 @@ def routers_after(layers: Sequence[DecoderLayer], i: int) -> list[RouterAhead] |
     offload = None if experts is None else experts.moe.offload
     if offload is None or not PREDICTORS[offload.predictor].uses_next_routers:
         return None
-    later = [layer for layer in layers[i + 1 :] if layer.moe is not None] or [layers[i]]
+    later = [layer for j, layer in enumerate(layers) if j > i and layer.moe is not None] or [layers[i]]
     return [router_ahead(later[min(a, len(later) - 1)]) for a in range(offload.prefetch_distance)]
 
 

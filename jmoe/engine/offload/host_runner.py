@@ -61,8 +61,7 @@ class HostDrivenRunner(Runner):
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._parts = parts_of(model, self._jitted.merge, slots)
         self._layer_weights = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
-        layers_of_model = list(model.layers)
-        self._next_routers = [routers_after(layers_of_model, i) for i in range(len(layers_of_model))]
+        self._next_routers = [routers_after(model.layers, i) for i in range(len(model.layers))]
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
         self._sharding = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
