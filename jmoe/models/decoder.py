@@ -14,8 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
-from jmoe_kernels.choice import choose as choose_kernels
+from jmoe_kernels.choice import Kernels, choose_kernels
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
@@ -24,7 +23,7 @@ from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.journey import RouterAhead, StepSettings, Techniques
 from jmoe.models.layer import DecoderLayer, router_ahead
-from jmoe.moe.binning import get_rule
+from jmoe.moe.binning import get_needs
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
@@ -100,14 +99,8 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     span = spans[0] if spans else Span()
     heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
     dims = experts, inner, cfg.hidden_size
-    binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
-    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
-    if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
-        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
-    if moe.binning is not None and not cfg.router.is_plain:
-        why = "portable XLA: kernels know the softmax router alone"
-        return replace(kernels, binning="xla", why_binning=why)
-    return kernels
+    needs = moe.binning and get_needs(moe.binning, cfg)
+    return choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, needs)
 
 
 class Decoder(nnx.Module):

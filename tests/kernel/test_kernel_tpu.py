@@ -16,7 +16,8 @@ from jmoe_kernels.grouped_mlp.cases import Case, empty_patterns, make_inputs
 from jmoe_kernels.grouped_mlp.pallas_tpu import Blocks, choose, grouped_mlp_pallas_tpu, supports
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, ROW_ALIGN
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import make_tiles
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.settings import Activation
 
 ROWS, MODEL, INNER = 112, 128, 256
 SIZES = {

@@ -51,7 +51,7 @@ def compile_layer(platform: str, name: str) -> str:
     from flax import nnx
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from jmoe_kernels.choice import choose
+    from jmoe_kernels.choice import choose_kernels
     from support.models.small import config
 
     from jmoe.config.moe import MoEConfig
@@ -71,7 +71,7 @@ def compile_layer(platform: str, name: str) -> str:
         dtype="bfloat16",
     )  # fmt: skip
     moe = MoEConfig(transport=name, kernel="xla")
-    kernels = choose(platform, cfg.dtype, moe.kernel)
+    kernels = choose_kernels(platform, cfg.dtype, moe.kernel)
 
     def make() -> MoELayer:
         return MoELayer(cfg, moe, mesh, ParamMaker(jnp.bfloat16, nnx.Rngs(0), platform=platform), kernels)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.matmul import as_float, dot_nt
+from jmoe_kernels.settings import Activation
 
 
 def tile_rows(rows: int, experts: int) -> int:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span, beyond_windows
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
 from jmoe_kernels.paged_attention.write import write, write_last
 from jmoe_kernels.paged_attention.xla import finite_rows, read, taint, visible
+from jmoe_kernels.settings import Span
 
 SPLITS = 8  # parts of a sequence's keys that run in parallel
 PAGES = 4  # pages that one step of a part reads

@@ -6,7 +6,9 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jmoe_kernels.matmul import as_float, dot
-from jmoe_kernels.paged_attention.types import Span
+from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
+from jmoe_kernels.paged_attention.write import write
+from jmoe_kernels.settings import Span
 
 BLOCK = 128  # queries that attend together, and keys that a step of the loop reads
 BLOCK_BYTES = 2 << 20  # fewer keys if they are more bytes than this: they should stay in a core's cache
@@ -40,8 +42,7 @@ def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Flo
     """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay
-    apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
@@ -50,14 +51,18 @@ def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Flo
     return as_float(read).reshape(b, g, n * size, d)
 
 
+def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
+    """Returns the pages with the new rows."""
+    address = new.positions_BT, new.table_BM
+    if new.v_BTGd is None:
+        [kv_PGSd] = pages.kv
+        return LayerPages((write(kv_PGSd, new.k_BTGd, *address),))
+    k_PGSd, v_PGSd = pages.kv
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
+
+
 def attend(
-    q_BTHd: Float[Array, "B T H d"],
-    k_PGSd: Shaped[Array, "P G S d"],
-    v_PGSd: Shaped[Array, "P G S d"],
-    positions_BT: Int[Array, "B T"],
-    table_BM: Int[Array, "B M"],
-    span: Span = Span(),
-    sinks_H: Float[Array, " H"] | None = None,
+    new: NewTokens, pages: LayerPages, span: Span, sinks_H: Float[Array, " H"] | None
 ) -> Float[Array, "B T H d"]:
     """Returns causal attention to those keys of the sequences' pages that each query's span reaches.
 
@@ -65,6 +70,8 @@ def attend(
     compiled shape serves every context length. Many queries are split into blocks that each have their own
     ends: the block's queries are of one row, or of several short rows.
     """
+    q_BTHd, positions_BT, table_BM = new.q_BTHd, new.positions_BT, new.table_BM
+    k_PGSd, v_PGSd = pages.kv[0], pages.kv[-1]  # latent pages are both
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     rows = b if t == 1 else max(1, BLOCK // t)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 CACHE = 64e6  # bytes; the weights of a rotation must be several times as large
 

@@ -22,7 +22,8 @@ from jaxtyping import BFloat16, Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_gpu import decode, prefill
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ALIGN, SMEM_LIMIT, Blocks, choose, fit, windows
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.settings import Activation
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle

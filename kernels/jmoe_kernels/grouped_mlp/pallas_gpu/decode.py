@@ -24,7 +24,8 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     launch,
     wgmma_nt,
 )
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 
 def gate_up(

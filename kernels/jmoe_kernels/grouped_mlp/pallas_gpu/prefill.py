@@ -32,7 +32,8 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     store_rows,
     wgmma_nt,
 )
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 WARPGROUPS = 2  # warpgroups that compute
 LOADER_REGISTERS = 40  # the loading warpgroup spills with 24

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, LANES, Blocks, choose, device_kind
 from jmoe_kernels.grouped_mlp.pallas_tpu.decode import decode
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import prefill
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.matmul import as_float
+from jmoe_kernels.settings import Activation
 
 __all__ = ["Blocks", "choose", "grouped_mlp_pallas_tpu", "supports"]
 

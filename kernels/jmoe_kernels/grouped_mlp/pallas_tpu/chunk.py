@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, ROW_ALIGN, Blocks
-from jmoe_kernels.grouped_mlp.types import Activation, gated
+from jmoe_kernels.grouped_mlp.types import gated
+from jmoe_kernels.settings import Activation
 
 Ref = Any  # a Pallas reference: indexed and sliced as an array is
 

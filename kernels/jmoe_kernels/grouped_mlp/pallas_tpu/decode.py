@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, Blocks
 from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
-from jmoe_kernels.grouped_mlp.types import Activation
+from jmoe_kernels.settings import Activation
 
 
 def _chunk_of(name: str, ref: Ref, e: Array, j: Array, inner: int) -> Ref:

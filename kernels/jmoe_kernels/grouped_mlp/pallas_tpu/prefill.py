@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import Blocks
 from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
-from jmoe_kernels.grouped_mlp.types import Activation
+from jmoe_kernels.settings import Activation
 
 
 class Tiles(NamedTuple):
