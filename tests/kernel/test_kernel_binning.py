@@ -36,7 +36,7 @@ def rule_of(method: str, k: int) -> Rule:
 
 @cache
 def binning(implementation: str, rule: Rule, renormalize: bool = True, others: bool = False):
-    """Returns one compiled program a shape.
+    """Returns one compiled program per shape.
 
     It maps (logits, valid, lossy, votes of other ranks if ``others``) to Binned.
     """

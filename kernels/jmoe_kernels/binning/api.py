@@ -57,7 +57,7 @@ def pick(platform: str, needs: BinningNeeds) -> tuple[BinningKernel, str]:
         if record.most_tokens is None:
             return record.description
         most = record.most_tokens(experts, rule.k)
-        return f"{record.description}; portable XLA for more than {most} tokens a rank"
+        return f"{record.description}; portable XLA for more than {most} tokens per rank"
 
     names = get_backend(platform).binning
     return first_supported(names, lambda name: supports(name, platform, experts, rule), describe)

@@ -73,27 +73,27 @@ class NewTokens:
 class Heads:
     """One rank's heads, and what attention over them needs.
 
-    query: number of query heads.
-    kv: number of key-value heads.
-    dim: dimension of a head.
-    span: which keys a query sees.
-    sinks: whether each query head has a logit of its own in the softmax's denominator.
-    latent: number of columns of a row that are its value if pages are latent; None if keys and values lie
+    num_query_heads: number of query heads.
+    num_kv_heads: number of key-value heads.
+    head_dim: dimension of a head.
+    span: the keys that a query sees.
+    has_sinks: whether each query head has a logit of its own in the softmax's denominator.
+    value_dim: number of columns of a row that are its value if pages are latent; None if keys and values lie
         apart.
     """
 
-    query: int
-    kv: int
-    dim: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
     span: Span = field(default_factory=Span)
-    sinks: bool = False
-    latent: int | None = None
+    has_sinks: bool = False
+    value_dim: int | None = None
 
 
 def beyond_windows(heads: Heads) -> str | None:
     """Returns what these heads need beyond causal attention within a window, or None."""
     if heads.span.chunk is not None:
         return "attention within chunks is not supported"
-    if heads.sinks:
+    if heads.has_sinks:
         return "attention sinks are not supported"
-    return "latent pages are not supported" if heads.latent is not None else None
+    return "latent pages are not supported" if heads.value_dim is not None else None
