@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from jmoe_kernels import binning, cpu, grouped_mlp, paged_attention
+from jmoe_kernels import binning, cpu, grouped_mlp, matmul, paged_attention
 from jmoe_kernels.backends import (
     BACKENDS,
     AttentionKernel,
@@ -68,6 +68,10 @@ def test_every_implementation_has_a_record_whose_functions_exist(names):
     for record in TABLES[names].values():
         functions = [value for value in vars(record).values() if isinstance(value, LazyFunction)]
         assert all(callable(function.load()) for function in functions)
+
+
+def test_every_dense_kernel_has_a_function():
+    assert tuple(matmul.IMPLEMENTATIONS) == get_args(DenseKernel)
 
 
 def test_every_kernel_has_one_home_and_is_refused_elsewhere():

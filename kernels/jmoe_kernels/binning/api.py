@@ -55,9 +55,9 @@ def pick(platform: str, needs: BinningNeeds) -> tuple[BinningKernel, str]:
     def describe(name: BinningKernel) -> str:
         record = IMPLEMENTATIONS[name]
         if record.most_tokens is None:
-            return record.description
+            return record.describe()
         most = record.most_tokens(experts, rule.k)
-        return f"{record.description}; portable XLA for more than {most} tokens per rank"
+        return f"{record.describe()}; portable XLA for more than {most} tokens per rank"
 
     names = get_backend(platform).binning
     return first_supported(names, lambda name: supports(name, platform, experts, rule), describe)

@@ -25,14 +25,14 @@ class Implementation:
     limit: function (experts, rule) that returns the limit that they exceed, or None.
     most_tokens: function (experts, k) that returns the largest number of tokens of a call; None if there is
         no limit.
-    description: what it is, in a few words for a person.
+    describe: function that returns what it is, in a few words for a person.
     has_interpreter: whether it has an interpreter, which runs on any platform.
     """
 
     run: Callable[..., Binned]
     limit: Callable[[int, Rule], str | None] = lambda experts, rule: None
     most_tokens: Callable[[int, int], int] | None = None
-    description: str = "portable XLA"
+    describe: Callable[[], str] = lambda: "portable XLA"
     has_interpreter: bool = False
 
 
@@ -42,14 +42,14 @@ IMPLEMENTATIONS: dict[BinningKernel, Implementation] = {
         LazyFunction(PALLAS_TPU, "bin_experts"),
         limit=LazyFunction(PALLAS_TPU, "supports"),
         most_tokens=LazyFunction(PALLAS_TPU, "most_tokens"),
-        description="the fused Pallas kernel for tpu",
+        describe=lambda: "the fused Pallas kernel for tpu",
         has_interpreter=True,
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "bin_experts"),
         limit=LazyFunction(PALLAS_GPU, "supports"),
         most_tokens=LazyFunction(PALLAS_GPU, "most_tokens"),
-        description="the fused Pallas kernel for gpu",
+        describe=lambda: "the fused Pallas kernel for gpu",
         has_interpreter=True,
     ),
 }

@@ -29,7 +29,7 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
 
     interpret: whether it would run in its interpreter, on any platform.
 
-    An implementation may have limits on shapes too: see ``Implementation.shape_limit``.
+    An implementation may have limits on shapes too: see ``Implementation.limit``.
     """
     if implementation not in IMPLEMENTATIONS:
         return f"implementation {implementation!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
@@ -55,7 +55,7 @@ def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) ->
     def why_not(name: ExpertKernel) -> str | None:
         reason = supports(name, platform, dtype)
         if reason is None and dims is not None:
-            reason = _shape_limit(name, _abstract_weights(dims, dtype), 1, "silu")
+            reason = _limit(name, _abstract_weights(dims, dtype), 1, "silu")
         return reason
 
     names = get_backend(platform).experts
@@ -68,8 +68,8 @@ def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
     return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
 
 
-def _shape_limit(name: ExpertKernel, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
-    reason = IMPLEMENTATIONS[name].shape_limit(weights, rows, activation)
+def _limit(name: ExpertKernel, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
+    reason = IMPLEMENTATIONS[name].limit(weights, rows, activation)
     return reason and f"implementation {name!r}: {reason}; 'xla' can run"
 
 
@@ -98,7 +98,7 @@ def grouped_mlp(
     reason = (
         supports(name, platform, weights.dtype)
         or _mismatch(x_ND, weights, group_sizes_E, activation)
-        or _shape_limit(name, weights, x_ND.shape[0], activation)
+        or _limit(name, weights, x_ND.shape[0], activation)
     )
     if reason is None:
         reason = _capacity_limit(name, capacity)

@@ -30,7 +30,7 @@ class Implementation:
     run_combined: function (x_TD, weights_TK, order_N, weights, group_sizes_E, activation) that also gathers
         the rows of tokens and sums each token's outputs; None if there is none.
     why_missing: function that returns why this machine cannot run it, or None if it can.
-    shape_limit: function (weights, rows, activation) that returns the limit that static shapes or dtypes
+    limit: function (weights, rows, activation) that returns the limit that static shapes or dtypes
         exceed, or None.
     describe: function that returns what it is, in a few words for a person.
     rows_dtype: dtype to which rows are converted first; None takes them as they are.
@@ -42,7 +42,7 @@ class Implementation:
     run: Callable[..., Array]
     run_combined: Callable[..., Array] | None = None
     why_missing: Callable[[], str | None] = lambda: None
-    shape_limit: Callable[[Any, int, str], str | None] = lambda weights, rows, activation: None
+    limit: Callable[[Any, int, str], str | None] = lambda weights, rows, activation: None
     describe: Callable[[], str] = lambda: "portable XLA"
     rows_dtype: str | None = None
     has_interpreter: bool = False
@@ -53,13 +53,13 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
     "xla": Implementation(grouped_mlp_xla),
     "pallas_tpu": Implementation(
         LazyFunction(PALLAS_TPU, "grouped_mlp_pallas_tpu"),
-        shape_limit=LazyFunction(PALLAS_TPU, "supports"),
+        limit=LazyFunction(PALLAS_TPU, "supports"),
         describe=lambda: "the Pallas kernels for tpu",
         has_interpreter=True,
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "grouped_mlp_pallas_gpu"),
-        shape_limit=LazyFunction(PALLAS_GPU, "supports"),
+        limit=LazyFunction(PALLAS_GPU, "supports"),
         describe=lambda: "the Pallas kernels for gpu",
         rows_dtype="bfloat16",
         has_interpreter=True,

@@ -35,7 +35,7 @@ def pick(platform: str, dtype: Any, heads: Heads) -> tuple[AttentionKernel, str]
     return first_supported(
         get_backend(platform).attention,
         lambda name: supports(name, platform, dtype, heads),
-        lambda name: IMPLEMENTATIONS[name].description,
+        lambda name: IMPLEMENTATIONS[name].describe(),
     )
 
 

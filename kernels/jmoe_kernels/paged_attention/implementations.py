@@ -29,7 +29,7 @@ class Implementation:
     limit: function (heads, dtype) that returns the limit that heads of one rank exceed, or None.
     lacks: function (heads) that returns what the heads need and it does not have, whatever their sizes, or
         None; ``limit`` calls it too.
-    description: what it is, in a few words for a person.
+    describe: function that returns what it is, in a few words for a person.
     """
 
     attend: Callable[[NewTokens, LayerPages, Span, Array | None], Array]
@@ -38,7 +38,7 @@ class Implementation:
     why_missing: Callable[[], str | None] = lambda: None
     limit: Callable[[Heads, jnp.dtype], str | None] = lambda heads, dtype: None
     lacks: Callable[[Heads], str | None] = lambda heads: None
-    description: str = "portable XLA"
+    describe: Callable[[], str] = lambda: "portable XLA"
 
 
 IMPLEMENTATIONS: dict[AttentionKernel, Implementation] = {
@@ -47,7 +47,7 @@ IMPLEMENTATIONS: dict[AttentionKernel, Implementation] = {
         cpu_attention.attend,
         cpu_attention.write_tokens,
         why_missing=cpu.why_missing,
-        description="the C++ kernel",
+        describe=lambda: "the C++ kernel",
     ),
     "tpu": Implementation(
         lambda new, pages, span, sinks_H: tpu.attend(new, pages, span.window),
@@ -55,13 +55,13 @@ IMPLEMENTATIONS: dict[AttentionKernel, Implementation] = {
         layout=JOINED,
         limit=tpu.supports,
         lacks=tpu.lacks,
-        description="jax's ragged paged attention",
+        describe=lambda: "jax's ragged paged attention",
     ),
     "gpu": Implementation(
         lambda new, pages, span, sinks_H: gpu.attend(new, pages),
         gpu.write_tokens,
         limit=gpu.supports,
         lacks=gpu.lacks,
-        description="jax's Pallas paged attention in decode, cuDNN in prefill",
+        describe=lambda: "jax's Pallas paged attention in decode, cuDNN in prefill",
     ),
 }
