@@ -25,15 +25,13 @@ from jmoe_kernels.paged_attention import (
     pick,
     supports,
 )
-from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE
-from jmoe_kernels.paged_attention.cases import make_inputs as case
-from jmoe_kernels.paged_attention.cases import make_pages as filled
+from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE, make_inputs, make_pages
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
-from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
+from jmoe_kernels.paged_attention.reference import attention_reference
 from jmoe_kernels.paged_attention.write import write
 
 needs_library = pytest.mark.skipif(
-    isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
+    cpu.why_missing() is not None, reason=f"no C++ kernels here: {cpu.why_missing()}"
 )
 HERE = ["xla", pytest.param("cpu", marks=needs_library)]
 
@@ -83,10 +81,10 @@ def check(
 
     The prefill takes two runs if it is long.
     """
-    q, k, v, table = case(t, heads, dtype, seed)
+    q, k, v, table = make_inputs(t, heads, dtype, seed)
     run = run_with(name)
-    pages, outs = filled(name, heads, dtype), np.zeros_like(q)
-    want = [by_numpy(q[i], k[i], v[i], heads.span, sinks) for i in range(2)]
+    pages, outs = make_pages(name, heads, dtype), np.zeros_like(q)
+    want = [attention_reference(q[i], k[i], v[i], heads.span, sinks) for i in range(2)]
 
     def step(start: int, end: int, length: int) -> None:
         nonlocal pages
@@ -171,7 +169,7 @@ def test_a_long_context_reads_from_the_first_key_that_is_seen(name: str, heads: 
             for a in (k, v)
         ]
         keys, values = (np.concatenate([a, n[0]]) for a, n in zip(rows, (new_k, new_v), strict=True))
-        want = by_numpy(q[0], keys, keys if heads.value_dim else values, span)
+        want = attention_reference(q[0], keys, keys if heads.value_dim else values, span)
         kept = [np.array(a) for a in (k, v)]
         for a in kept:
             a[table[: max(0, sees - 128) // SIZE]] = np.nan
@@ -183,7 +181,7 @@ def test_a_long_context_reads_from_the_first_key_that_is_seen(name: str, heads: 
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("sink", [None, 1.0, -1e4])
 def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: float | None):
-    pages = filled(name, PLAIN, jnp.float32)
+    pages = make_pages(name, PLAIN, jnp.float32)
     rows = [np.ones((2, SIZE, n, 8), np.float32) for n in (4, 2, 2)]
     new = NewTokens(*rows, np.full((2, SIZE), -1, np.int32), np.zeros((2, TABLE), np.int32))
     sinks = None if sink is None else jnp.full(4, sink)
@@ -195,7 +193,7 @@ def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: f
 @pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
 def test_the_cpu_writes_a_step_in_place(heads: Heads):
     """A donated pool is not copied, and no second array of its size exists."""
-    pages = filled("cpu", heads, jnp.uint16)
+    pages = make_pages("cpu", heads, jnp.uint16)
     rows = [
         np.ones((2, 1, n, heads.head_dim), np.float32)
         for n in (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
@@ -232,7 +230,7 @@ def test_a_run_that_is_not_whole_pages_is_refused(name: str):
     heads = Heads(2, 1, 128)
     new = NewTokens(*[jnp.zeros((1, 12, n, 128)) for n in (2, 1, 1)], *[jnp.zeros((1, 12), jnp.int32)] * 2)
     with pytest.raises(ValueError, match="12 tokens is not a multiple of the page size 8"):
-        paged_attention(name, new, filled(name, heads, jnp.float32))
+        paged_attention(name, new, make_pages(name, heads, jnp.float32))
 
 
 def test_padding_is_written_nowhere():
@@ -284,7 +282,7 @@ def test_a_named_kernel_refuses_what_it_has_not(name: str, heads: Heads, sinks, 
     at = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, TABLE), jnp.int32)
     new = NewTokens(q, kv, None if heads.value_dim else kv, *at)
     with pytest.raises(ValueError, match=f"'{name}': {reason} (is|are) not supported; 'xla' can run"):
-        paged_attention(name, new, filled(name, heads, jnp.bfloat16), heads.span, sinks)
+        paged_attention(name, new, make_pages(name, heads, jnp.bfloat16), heads.span, sinks)
 
 
 def test_a_span_is_one_of_two():
