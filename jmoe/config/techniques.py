@@ -37,6 +37,7 @@ class BinningConfig:
     """
 
     name: ClassVar[str] = "binning"
+    knobs: ClassVar[tuple[str, ...]] = ()
     method: BinningMethod = "affinity"
     bin_width: Positive = 0.5
     k0: AtLeastOne = 3
@@ -101,6 +102,7 @@ class CapacityConfig:
     """
 
     name: ClassVar[str] = "capacity"
+    knobs: ClassVar[tuple[str, ...]] = ("factor",)
     factor: Positive = 1.5
     policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
     metric: Literal["score", "order", "reverse_order", "random"] = "score"
@@ -123,7 +125,7 @@ class CapacityConfig:
                 )
 
 
-# each class's ``name`` is its key in ``[moe]``
+# Each class's ``name`` is its key in ``[moe]``; its ``knobs`` are the fields that may change between steps.
 LossyConfig = BinningConfig | CapacityConfig
 
 

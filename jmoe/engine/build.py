@@ -147,7 +147,7 @@ def page_kind(request: Request, runner: Runner) -> str:
     """
     lossy = None
     if runner.is_lossy and not request.params.exact:
-        lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.capacity_factor]
+        lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.knobs]
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
 
 

@@ -50,7 +50,9 @@ def lower_step(
         latest_S,
         cache,
     )
-    settings = StepSettings(make_knobs(1.0, 0) if moe.stages else None, _abstract_tables(cfg, moe, mesh))
+    settings = StepSettings(
+        make_knobs(moe.knobs, 0) if moe.stages else None, _abstract_tables(cfg, moe, mesh)
+    )
     with jax.set_mesh(mesh):  # the TPU kernels ask for the kind of the devices
         return functions.step.lower(weights, state, inputs, settings)
 

@@ -28,9 +28,9 @@ from jmoe.moe.binning import get_needs
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
-from jmoe.nn.kinds import kind_of
+from jmoe.nn.kinds import kind_of, kinds_of
 from jmoe.nn.norm import Norm, normalize
-from jmoe.nn.rope import Rotation, rotation
+from jmoe.nn.rope import Rotations, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.ranks import SAME
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
         cache: cache of the experts, if they are offloaded.
         """
-        x_ND, rotation = self.begin(seqs)
+        x_ND, rotations = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_view(seqs, x_ND))
         techniques = Techniques(settings, self.shuffle, len(x_ND), visit)
         new_pages: list[LayerPages] = []
@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
             routers = self.routers_after(i) if seqs.phase == "decode" else None
             journey = techniques.journey(has_experts=layer.moe is not None, next_routers=routers)
             x_ND, layer_pages, out, order = _apply(
-                *nnx.split(layer), x_ND, rotation, seqs, pages[i] if pages else None, journey
+                *nnx.split(layer), x_ND, rotations, seqs, pages[i] if pages else None, journey
             )
             new_pages += [] if layer_pages is None else [layer_pages]
             techniques.collect(out, order)
@@ -157,13 +157,14 @@ class Decoder(nnx.Module):
             cache = replace(cache, predictor=cache.ranks.constrain(predictor, SAME))
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
-    def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
-        """Returns the rows before the first layer, and their rotation in attention."""
+    def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotations]:
+        """Returns the rows before the first layer, and their rotations in attention."""
         cfg = self.cfg
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
-        return x_ND, rotation(seqs.positions_RN, cfg.rotary_dim, cfg.rope)
+        dims = dict.fromkeys(kind.rotary_dim(cfg) for kind in kinds_of(cfg))
+        return x_ND, {dim: rotation(seqs.positions_RN, dim, cfg.rope) for dim in dims}
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
         """Normalises the rows after the last layer and puts them back into the grid."""

@@ -20,7 +20,7 @@ from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.kinds import kind_of
 from jmoe.nn.mlp import DenseMLP
 from jmoe.nn.norm import Norm, normalize
-from jmoe.nn.rope import Rotation
+from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import Visit
 from jmoe.param import ParamMaker
@@ -45,7 +45,7 @@ class DecoderLayer(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x_ND: Array, rotation: Rotation, seqs: Sequences, pages: LayerPages | None, journey: Journey
+        self, x_ND: Array, rotations: Rotations, seqs: Sequences, pages: LayerPages | None, journey: Journey
     ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
         """Runs the layer; returns its output rows, its pages, what its experts did (None for a dense layer)
         and the order of the rows (None if every token stays on its rank)."""
@@ -54,7 +54,7 @@ class DecoderLayer(nnx.Module):
             with jax.named_scope("shuffle"):
                 move = self.predict_move(seqs, flags, journey.order, journey.hints)
                 flags = self.shuffle.deal(flags, move.new_order)
-        x_ND, pages = self.attend(x_ND, rotation, seqs, pages, move)
+        x_ND, pages = self.attend(x_ND, rotations, seqs, pages, move)
         if self.moe is None:
             return self.pass_mlp(x_ND), pages, None, move and move.new_order
         with jax.named_scope("moe"):
@@ -92,7 +92,7 @@ class DecoderLayer(nnx.Module):
     def attend(
         self,
         x_ND: Array,
-        rotation: Rotation,
+        rotations: Rotations,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None = None,
@@ -100,7 +100,7 @@ class DecoderLayer(nnx.Module):
         """Returns the rows with attention's output added, and the pages."""
         with jax.named_scope("attention"):
             normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
-            y_ND, pages = self.attention(normed_ND, rotation, seqs, pages, move)
+            y_ND, pages = self.attention(normed_ND, rotations, seqs, pages, move)
             return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
 
     def pass_mlp(self, x_ND: Array) -> Array:

@@ -49,19 +49,17 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
-from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.config.techniques import BinningConfig, Phase
 from jmoe.mesh import EXPERT
-from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, TokenFlags
+from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, Stage, TokenFlags
 
 
 @dataclass(frozen=True)
-class Binning:
+class Binning(Stage):
     """The binning stage of one layer."""
 
     table: BinningConfig
-    blueprint: Blueprint
 
     def acts_in(self, phase: Phase) -> bool:
         return phase == "decode"
@@ -80,7 +78,7 @@ class Binning:
             )  # fmt: skip
         return routing, {"remapped": remapped_T}
 
-    def fuses(self, tokens: int) -> bool:
+    def _is_fused(self, tokens: int) -> bool:
         """Returns whether one kernel both routes and bins; it does not if a rank has more tokens than the
         kernel takes."""
         cfg, kernels = self.blueprint.cfg, self.blueprint.kernels
@@ -91,9 +89,11 @@ class Binning:
         )
         return refusal is None
 
-    def route(self, logits_TE: Float[Array, "T E"], tokens: TokenFlags) -> tuple[Routing, Routing, Changes]:
-        """Returns the router's own choice, the binned routing and its changes, all by the fused kernel. It
-        may be called only if ``fuses`` returns true."""
+    def route(
+        self, logits_TE: Float[Array, "T E"], tokens: TokenFlags
+    ) -> tuple[Routing, Routing, Changes] | None:
+        if not self._is_fused(len(logits_TE)):
+            return None
         plain, routing, remapped_T = route_binned(
             logits_TE,
             tokens,

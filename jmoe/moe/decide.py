@@ -1,7 +1,6 @@
 """Where a layer's tokens go: route -> bin -> limit, that is, the router and then the lossy stages in order.
 
-A stage is made from its config table and the layer's setup. It says in which phases it acts; it takes a
-routing and returns a new routing and the counts of what it changed.
+A stage is made from its config table and the model's blueprint, see ``jmoe.moe.types.Stage``.
 """
 
 from dataclasses import dataclass
@@ -12,16 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.blueprint import Blueprint
-from jmoe.config.techniques import BinningConfig, CapacityConfig, Phase
+from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, Phase
 from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
 from jmoe.moe.counting import add_changes, count_changes, count_dispatch
 from jmoe.moe.routing import RouterWeights, choose, router_logits
-from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, TokenFlags, Traffic
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, Stage, TokenFlags, Traffic
 
-Stage = Binning | Capacity
-STAGES = {BinningConfig: Binning, CapacityConfig: Capacity}
+STAGES: dict[type[LossyConfig], type[Stage]] = {BinningConfig: Binning, CapacityConfig: Capacity}
 
 
 def check_stages(blueprint: Blueprint) -> None:
@@ -81,13 +79,13 @@ class Decider:
         stages = () if knobs is None else self._stages(phase)
         with jax.named_scope("route"):
             logits_TE = router_logits(x_TD, router, self.blueprint.kernels.dense)
-            first = stages[0] if stages else None
-            if isinstance(first, Binning) and first.fuses(len(logits_TE)):
-                plain, final, changes = first.route(logits_TE, tokens)
-                stages = stages[1:]  # the kernel has already run this stage
-            else:
+            fused = stages[0].route(logits_TE, tokens) if stages else None
+            if fused is None:
                 plain = final = choose(logits_TE, router, self.blueprint.cfg)
                 changes = {}
+            else:
+                plain, final, changes = fused
+                stages = stages[1:]  # the kernel has already run this stage
         for stage in stages:
             assert knobs is not None, "no stage acts without knobs"
             final, changed = stage(final, tokens, knobs, resident_E)

@@ -49,6 +49,14 @@ class GroupedQueryAttention(Attention):
         self.scale = cfg.attention_multiplier
 
     @classmethod
+    def rotary_dim(cls, cfg: ModelConfig) -> int:
+        return cfg.head_dim
+
+    @classmethod
+    def query_dim(cls, cfg: ModelConfig) -> int:
+        return cfg.head_dim
+
+    @classmethod
     def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
         return CachedHeads(cfg.num_key_value_heads, cfg.head_dim)
 

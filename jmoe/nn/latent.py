@@ -62,6 +62,16 @@ class LatentAttention(Attention):
         self.scale = plain if cfg.attention_multiplier is None else cfg.attention_multiplier
 
     @classmethod
+    def rotary_dim(cls, cfg: ModelConfig) -> int:
+        assert cfg.latent is not None
+        return cfg.latent.qk_rope_head_dim
+
+    @classmethod
+    def query_dim(cls, cfg: ModelConfig) -> int:
+        assert cfg.latent is not None
+        return cfg.latent.qk_head_dim
+
+    @classmethod
     def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
         assert cfg.latent is not None
         return CachedHeads(1, cfg.latent.cached_dim, cfg.latent.kv_lora_rank)

@@ -301,7 +301,7 @@ BINNED = MoEConfig(binning=BinningConfig(bin_width=0.2))
 
 def through(layer, x, flags: TokenFlags, phase: str):
     graph, state = nnx.split(layer)
-    knobs = Knobs(np.float32(1), np.int32(3))
+    knobs = Knobs({}, np.int32(3))
     out = jax.jit(lambda s, x: nnx.merge(graph, s)(x, flags, phase, knobs))(state, x)
     return out.y_TD, out.stats, out.changes
 

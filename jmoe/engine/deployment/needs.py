@@ -19,6 +19,7 @@ from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_slots
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
+from jmoe.nn.kinds import kinds_of
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
 
@@ -126,7 +127,7 @@ def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length:
     tables."""
     slots, _ = rank_slots(settings, split)
     tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
-    heads = cfg.num_attention_heads * (cfg.latent.qk_head_dim if cfg.latent else cfg.head_dim)
+    heads = cfg.num_attention_heads * max(kind.query_dim(cfg) for kind in kinds_of(cfg))
     inner = -(-cfg.moe_intermediate_size // split.mesh.shape[TENSOR])
     row = 8 * cfg.hidden_size + 4 * heads + cfg.num_experts_per_tok * (cfg.hidden_size + 3 * inner)
     drawn = 2 * slots * (cfg.vocab_size + -(-length // PAGE_SIZE))
