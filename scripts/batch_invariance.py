@@ -104,12 +104,12 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from jmoe_kernels.choice import choose
+    from jmoe_kernels.choice import choose_kernels
 
     results = {
         "command": command_line(parser, args),
         **machine(("jax",)),
-        "kernels": choose("cpu", "bfloat16").why,
+        "kernels": choose_kernels("cpu", "bfloat16").why,
         "model": args.model,
         "settings": {
             "prompts": args.prompts, "batch": args.batch, "copies": args.copies, "tokens": args.max_tokens,

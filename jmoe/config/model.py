@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from jmoe_kernels.grouped_mlp import Activation
-from jmoe_kernels.paged_attention import Span
+from jmoe_kernels.settings import Activation, Span
 from msgspec import Meta
 
 from jmoe.config.parts import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jmoe_kernels.grouped_mlp import Implementation
+from jmoe_kernels.backends import ExpertKernel
 
 from jmoe.config.reading import Positive, check_fields, from_table, named, read_toml, unique_json
 from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, OffloadConfig, ShuffleConfig
@@ -38,7 +38,7 @@ class MoEConfig:
 
     attention: Literal["dp", "tp"] = "dp"
     transport: TransportName = "replicated"
-    kernel: Implementation | None = None
+    kernel: ExpertKernel | None = None
     train_capacity_factor: Positive | None = field(default=None, metadata=TRAINING)
     binning: BinningConfig | None = None
     capacity: CapacityConfig | None = None

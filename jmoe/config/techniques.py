@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from jmoe_kernels.backends import Executor
-from jmoe_kernels.binning import Method
+from jmoe_kernels.settings import BinningMethod
 from msgspec import Meta
 
 from jmoe.config.reading import AtLeastOne, Positive, Size, check_fields, shown
@@ -38,7 +38,7 @@ class BinningConfig:
 
     name: ClassVar[str] = "binning"
     knobs: ClassVar[tuple[str, ...]] = ()
-    method: Method = "affinity"
+    method: BinningMethod = "affinity"
     bin_width: Positive = 0.5
     k0: AtLeastOne = 3
     keep: Positive = 0.5

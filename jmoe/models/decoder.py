@@ -5,7 +5,7 @@ accumulation. Differences between families are in ``ModelConfig`` (norms, biases
 and in the family's own file in this folder (field and weight names).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
-from jmoe_kernels.choice import choose as choose_kernels
+from jmoe_kernels.choice import choose_kernels
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
@@ -25,7 +25,7 @@ from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.journey import StepSettings
 from jmoe.models.layer import DecoderLayer
 from jmoe.models.techniques import Techniques, step_view
-from jmoe.moe.binning import get_rule
+from jmoe.moe.binning import get_needs
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
@@ -91,13 +91,8 @@ def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Blueprint:
     span = spans[0] if spans else Span()
     heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
     dims = experts, inner, cfg.hidden_size
-    binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
-    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
-    if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
-        kernels = replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
-    elif moe.binning is not None and not cfg.router.is_plain:
-        why = "portable XLA: kernels know the softmax router alone"
-        kernels = replace(kernels, binning="xla", why_binning=why)
+    needs = moe.binning and get_needs(moe.binning, cfg)
+    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, needs)
     return Blueprint(cfg, moe, split, kernels)
 
 

@@ -49,6 +49,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
+from jmoe.config.model import ModelConfig
 from jmoe.config.techniques import BinningConfig, Phase
 from jmoe.mesh import EXPERT
 from jmoe.moe.stage import Stage
@@ -82,7 +83,7 @@ class Binning(Stage):
         """Returns whether one kernel both routes and bins; it does not if a rank has more tokens than the
         kernel takes."""
         cfg, kernels = self.blueprint.cfg, self.blueprint.kernels
-        if kernels.binning == "xla" or not cfg.router.is_plain:
+        if kernels.binning == "xla":
             return False
         refusal = binning.supports(
             kernels.binning, kernels.platform, cfg.num_experts, self._rule, tokens=tokens
@@ -128,6 +129,16 @@ class Binning(Stage):
 
 def get_rule(cfg: BinningConfig, k: int) -> binning.Rule:
     return binning.Rule(cfg.method, k, cfg.bin_width, cfg.k0, cfg.keep)
+
+
+def get_needs(cfg: BinningConfig, model: ModelConfig) -> binning.BinningNeeds:
+    """Returns what the choice of a kernel for binning depends on."""
+    return binning.BinningNeeds(
+        model.num_experts,
+        get_rule(cfg, model.num_experts_per_tok),
+        has_bonus=bool(cfg.local_bonus or cfg.resident_bonus),
+        has_plain_router=model.router.is_plain,
+    )
 
 
 def prefer(routing: Routing, lossy_T: Array, bonus_E: Float[Array, " E"]) -> Routing:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
-from jmoe_kernels.grouped_mlp import COMBINED, Activation, ExpertWeights, Implementation, grouped_mlp
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS, Activation, ExpertKernel, ExpertWeights, grouped_mlp
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
@@ -69,7 +69,7 @@ class ExpertMath:
     capacity: rows of one expert in the training form; None computes all rows.
     """
 
-    implementation: Implementation
+    implementation: ExpertKernel
     platform: str | None = None
     activation: Activation = "silu"
     weigh_input: bool = False
@@ -86,8 +86,9 @@ class ExpertMath:
         """Returns the weighted sum of each token's planned experts, float32; it is zero for a token without
         any."""
         experts = biased_once(experts, self.tensor_ranks)
-        if (combined := COMBINED.get(self.implementation)) and not self.weigh_input:
-            return combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
+        run_combined = IMPLEMENTATIONS[self.implementation].run_combined
+        if run_combined is not None and not self.weigh_input:
+            return run_combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
         t, k = weights_TK.shape
         order_N, inverse_N = plan.order_N, plan.inverse_N
         input_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))

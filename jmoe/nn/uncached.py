@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import Span
-from jmoe_kernels.paged_attention.xla import NEVER, finite_rows, taint, visible
+from jmoe_kernels.paged_attention.xla import MASK_VALUE, finite_rows, taint, visible
 
 BLOCK = 128  # queries that attend together to a window's keys
 
@@ -39,7 +39,7 @@ def attend_uncached(
         scores = linear(q[:, :, start:end].reshape(*rows, d), k[:, :end]) * d**-0.5
         seen_BTS = visible(positions_BT[:, start:end], positions_BT[:, :end], span)
         seen = seen_BTS[:, None, None]
-        scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), NEVER)
+        scores = jnp.where(seen, scores.reshape(b, g, per, end - start, end), MASK_VALUE)
         share = jax.nn.softmax(scores, axis=-1).reshape(*rows, end)
         out = linear(share, v_T[:, :, :end]).reshape(b, g, per, end - start, e)
         tainted_BGT = taint(seen_BTS[:, None], broken_BGT[:, :, :end])

@@ -1,4 +1,4 @@
-"""What each platform offers to the kernels and to the engine: one record a platform, which everyone reads.
+"""What each platform offers to the kernels and to the engine: one record per platform, which everyone reads.
 
 A new platform needs one record here, and its kernels lie in the folders of what they compute. This module
 needs no jax.
@@ -81,7 +81,7 @@ GPU = Backend(
     experts=("pallas_gpu", "xla"),
     attention=("gpu", "xla"),
     binning=("pallas_gpu", "xla"),
-    num_row_tokens=256,  # a shorter row pads less, but attention reads a whole page table a row
+    num_row_tokens=256,  # a shorter row pads less, but attention reads a whole page table per row
     executor="host",
     why_executor="a GPU's compiler makes no asynchronous copies of slices inside a step; device_put does",
 )
@@ -100,17 +100,17 @@ def home_of(implementation: str) -> str | None:
 
 
 def first_supported(
-    names: tuple[Name, ...], lacks: Callable[[Name], str | None], praise: Callable[[Name], str]
+    names: tuple[Name, ...], why_not: Callable[[Name], str | None], describe: Callable[[Name], str]
 ) -> tuple[Name, str]:
     """Returns the first of ``names`` that can run, and why. The last name runs anywhere and is not checked.
 
-    lacks: function that returns why an implementation cannot run, or None if it can.
-    praise: function that returns what speaks for an implementation that can run.
+    why_not: function that returns why an implementation cannot run, or None if it can.
+    describe: function that returns what an implementation is; it is the reason for one that can run.
     """
     *candidates, portable = names
     why = "portable XLA"
     for name in candidates:
-        if (reason := lacks(name)) is None:
-            return name, praise(name)
+        if (reason := why_not(name)) is None:
+            return name, describe(name)
         why = f"portable XLA: {reason}"
     return portable, why

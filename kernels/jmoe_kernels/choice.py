@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe_kernels import binning, grouped_mlp, paged_attention
-from jmoe_kernels.backends import AttentionKernel, DenseKernel, get_backend
+from jmoe_kernels.backends import AttentionKernel, BinningKernel, DenseKernel, ExpertKernel, get_backend
 from jmoe_kernels.paged_attention import Heads
 
 
@@ -24,30 +24,30 @@ class Kernels:
     """
 
     platform: str
-    experts: grouped_mlp.Implementation
+    experts: ExpertKernel
     dense: DenseKernel
     attention: AttentionKernel
     why: str
     why_attention: str
-    binning: binning.Implementation
+    binning: BinningKernel
     why_binning: str
     has_fused_rotation: bool
 
 
-def choose(
+def choose_kernels(
     platform: str,
     dtype: Any,
-    experts: grouped_mlp.Implementation | None = None,
+    experts: ExpertKernel | None = None,
     dims: tuple[int, int, int] | None = None,
     heads: Heads | None = None,
-    binned: tuple[int, binning.Rule] | None = None,
+    needs: binning.BinningNeeds | None = None,
 ) -> Kernels:
     """Returns the kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
 
     experts: name of the experts' implementation; None picks one.
     dims: (experts, inner, model) of one rank's weights; needed if a kernel has limits on them.
     heads: heads of one rank's attention; needed if a kernel has limits on them.
-    binned: number of experts of all ranks, and the rule that bins a batch onto fewer; None means no binning.
+    needs: what the model needs of binning; None means no binning.
     Raises ValueError if the implementation named by ``experts`` cannot run.
     """
     if experts is None:
@@ -65,6 +65,6 @@ def choose(
         attention, why_attention = (
             paged_attention.pick(platform, dtype, heads) if heads else ("xla", "portable XLA")
         )
-    bin_with, why_bin = ("xla", "not configured") if binned is None else binning.pick(platform, *binned)
+    bin_with, why_bin = ("xla", "not configured") if needs is None else binning.pick(platform, needs)
     is_fused = is_own and backend.has_fused_rotation
     return Kernels(platform, experts, dense, attention, why, why_attention, bin_with, why_bin, is_fused)

@@ -11,6 +11,7 @@ Four facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
   barrier before both products of the gradient.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -51,11 +52,15 @@ def dot_nt(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, dims, precision(b.dtype), preferred_element_type=jnp.float32)
 
 
+IMPLEMENTATIONS: dict[DenseKernel, Callable[[Array, Array], Array]] = {
+    "xla": lambda x, w: dot_nt(x.astype(w.dtype), w),
+    "cpu": cpu.linear,  # it takes matrices, no stacks
+}
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: Array, w: Array, implementation: DenseKernel) -> Array:
-    if implementation == "cpu" and w.ndim == 2:
-        return cpu.linear(x, w)
-    return dot_nt(x.astype(w.dtype), w)
+    return IMPLEMENTATIONS[implementation](x, w)
 
 
 def _linear_fwd(x: Array, w: Array, implementation: DenseKernel) -> tuple[Array, tuple[Array, Array]]:

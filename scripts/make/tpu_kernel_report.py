@@ -101,7 +101,7 @@ def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from jmoe_kernels.grouped_mlp.pallas_tpu import choose, grouped_mlp_pallas_tpu
+    from jmoe_kernels.grouped_mlp.pallas_tpu import choose_blocks, grouped_mlp_pallas_tpu
     from jmoe_kernels.grouped_mlp.types import ExpertWeights
 
     expert, tensor = layer.mesh
@@ -112,7 +112,7 @@ def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple
 
     def body(x_ND, gate_up_E2FD, down_EDF, sizes_E):  # type: ignore[no-untyped-def]
         weights = ExpertWeights(gate_up_E2FD, down_EDF)
-        blocks.append((choose(weights.dims, x_ND.shape[0], weights.dtype), weights.dims))
+        blocks.append((choose_blocks(weights.dims, x_ND.shape[0], weights.dtype), weights.dims))
         y_ND = grouped_mlp_pallas_tpu(x_ND, weights, sizes_E)
         return jax.lax.psum(y_ND, "tensor") if tensor > 1 else y_ND
 

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from jmoe_kernels import binning, cpu, grouped_mlp, paged_attention
-from jmoe_kernels.backends import BACKENDS, Backend, first_supported, get_backend, home_of
-from jmoe_kernels.binning import Rule
-from jmoe_kernels.choice import choose
+from jmoe_kernels import binning, cpu, grouped_mlp, matmul, paged_attention
+from jmoe_kernels.backends import (
+    BACKENDS,
+    AttentionKernel,
+    Backend,
+    BinningKernel,
+    ExpertKernel,
+    first_supported,
+    get_backend,
+    home_of,
+)
+from jmoe_kernels.binning import BinningNeeds, Rule
+from jmoe_kernels.choice import choose_kernels
+from jmoe_kernels.lazy import LazyFunction
 from jmoe_kernels.matmul import DenseKernel
 from jmoe_kernels.paged_attention import Heads, Span
 
@@ -24,7 +34,12 @@ from jmoe.engine.deployment.memory import device_room
 from jmoe.engine.offload.build import has_parallel_copies, pick_executor
 from jmoe.moe.transport import emulated_ragged_all_to_all, get_exchange
 
-RULE = Rule("affinity", 8)
+RULE = Rule("affinity", 8, bin_width=0.5, k0=3, keep=0.5)
+TABLES = {
+    ExpertKernel: grouped_mlp.IMPLEMENTATIONS,
+    AttentionKernel: paged_attention.IMPLEMENTATIONS,
+    BinningKernel: binning.IMPLEMENTATIONS,
+}
 PLATFORMS = ["cpu", "gpu", "tpu"]
 
 
@@ -37,11 +52,7 @@ def mesh_on(platform: str) -> SimpleNamespace:
 def test_a_record_names_only_what_there_is_and_what_runs_there(platform: str):
     backend, heads = BACKENDS[platform], Heads(8, 2, 128)
     assert backend.name == platform and backend.dense in get_args(DenseKernel)
-    for names, known in (
-        (backend.experts, grouped_mlp.Implementation),
-        (backend.attention, paged_attention.AttentionKernel),
-        (backend.binning, binning.Implementation),
-    ):
+    for names, known in zip((backend.experts, backend.attention, backend.binning), TABLES, strict=True):
         assert set(names) <= set(get_args(known)) and len(set(names)) == len(names) and names[-1] == "xla"
     reasons = [
         *(grouped_mlp.supports(name, platform, "bfloat16") for name in backend.experts),
@@ -51,15 +62,27 @@ def test_a_record_names_only_what_there_is_and_what_runs_there(platform: str):
     assert not [reason for reason in reasons if reason and "cannot run here" not in reason]
 
 
+@pytest.mark.parametrize("names", TABLES, ids=["experts", "attention", "binning"])
+def test_every_implementation_has_a_record_whose_functions_exist(names):
+    assert tuple(TABLES[names]) == get_args(names)
+    for record in TABLES[names].values():
+        functions = [value for value in vars(record).values() if isinstance(value, LazyFunction)]
+        assert all(callable(function.load()) for function in functions)
+
+
+def test_every_dense_kernel_has_a_function():
+    assert tuple(matmul.IMPLEMENTATIONS) == get_args(DenseKernel)
+
+
 def test_every_kernel_has_one_home_and_is_refused_elsewhere():
     homes = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
     portable = {"xla", "batched", "reference"}
-    named = {*get_args(grouped_mlp.Implementation), *get_args(paged_attention.AttentionKernel)}
+    named = {*get_args(ExpertKernel), *get_args(AttentionKernel)}
     assert named == homes.keys() | portable
     assert {name: home_of(name) for name in named} == homes | dict.fromkeys(portable)
     for platform in PLATFORMS:
         for name, home in homes.items():
-            if home != platform and name in get_args(grouped_mlp.Implementation):
+            if home != platform and name in get_args(ExpertKernel):
                 reason = f"implementation {name!r} needs a {home}, this is a {platform}; 'xla' can run"
                 assert grouped_mlp.supports(name, platform, "bfloat16") == reason
 
@@ -80,17 +103,17 @@ FITS, FITS_NOT = ((8, 128, 256), Heads(8, 2, 128)), ((8, 96, 100), Heads(8, 2, 1
     ],
 )
 def test_the_first_that_is_supported_is_taken(platform: str, shapes, taken: tuple[str, ...]):
-    if platform == "cpu" and isinstance(cpu.get_library(), str):
+    if platform == "cpu" and cpu.why_missing() is not None:
         taken = ("xla",) * 4
     dims, heads = shapes
-    found = choose(platform, "bfloat16", None, dims, heads, (128, RULE))
+    found = choose_kernels(platform, "bfloat16", None, dims, heads, BinningNeeds(128, RULE))
     assert (found.experts, found.dense, found.attention, found.binning) == taken
     assert found.has_fused_rotation == (found.dense == "cpu")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_portable_model_is_portable_in_its_dense_products_too(platform: str):
-    found = choose(platform, "bfloat16", "xla", *FITS)
+    found = choose_kernels(platform, "bfloat16", "xla", *FITS)
     assert found.dense == "xla" and not found.has_fused_rotation
     assert found.attention == (platform if platform != "cpu" else "xla")
 
@@ -143,8 +166,12 @@ def test_a_cpu_still_lacks_the_ragged_exchange():
         jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.ones((1, 2)))
 
 
-def test_the_records_need_no_jax_and_do_not_change():
-    code = "import sys, jmoe_kernels.backends; sys.exit('jax' in sys.modules)"
+@pytest.mark.parametrize("module", ["jmoe_kernels.backends", "jmoe.config.model", "jmoe.config.moe"])
+def test_records_and_configurations_need_no_jax(module: str):
+    code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_records_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BACKENDS["cpu"].name = "gpu"  # pyright: ignore

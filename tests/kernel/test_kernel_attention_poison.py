@@ -20,7 +20,7 @@ from jmoe.nn.uncached import attend_uncached
 SIZE, PAGES, TABLE, RUN = 8, 32, 12, 16  # rows of a page, pages, pages of a table, tokens of a prompt's row
 OWN, MATE = [3, 9, 7, 12, 5, 14], [2, 20, 4, 21, 6, 22, 8, 23, 10, 24]  # pages of both; 0 pads the tables
 needs_library = pytest.mark.skipif(
-    isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
+    cpu.why_missing() is not None, reason=f"no C++ kernels here: {cpu.why_missing()}"
 )
 
 

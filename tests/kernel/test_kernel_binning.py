@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from jmoe_kernels.binning import Binned, KernelChoice, Rule, bin_experts, pick, supports
+from jmoe_kernels.binning import Binned, BinningNeeds, KernelChoice, Rule, bin_experts, pick, supports
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from jmoe_kernels.binning.reference import cast_votes
 from jmoe_kernels.topk import route_softmax
@@ -31,12 +31,12 @@ FAST = {
 
 
 def rule_of(method: str, k: int) -> Rule:
-    return Rule(method, k, k0=min(2, k), keep=0.6)
+    return Rule(method, k, bin_width=0.5, k0=min(2, k), keep=0.6)
 
 
 @cache
 def binning(implementation: str, rule: Rule, renormalize: bool = True, others: bool = False):
-    """Returns one compiled program a shape.
+    """Returns one compiled program per shape.
 
     It maps (logits, valid, lossy, votes of other ranks if ``others``) to Binned.
     """
@@ -91,14 +91,15 @@ def test_reference_is_the_rule_in_words(case: Case, method: str):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_reference_without_renormalizing(seed: int):
-    inputs, rule = make_inputs(BY_NAME["exact among lossy"], seed), Rule("affinity", SMALL[2], bin_width=0.2)
+    inputs = make_inputs(BY_NAME["exact among lossy"], seed)
+    rule = replace(rule_of("affinity", SMALL[2]), bin_width=0.2)
     want = binning_oracle.bin_experts(*inputs, rule, renormalize=False)
     assert_same(binning("xla", rule, renormalize=False)(*inputs), want)
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.7, 1.0])
 def test_a_budget_of_whole_numbers_is_not_rounded_up(keep: float):
-    rule, logits = Rule("popularity", 1, keep=keep), np.eye(20, dtype=np.float32)
+    rule, logits = replace(rule_of("popularity", 1), keep=keep), np.eye(20, dtype=np.float32)
     everyone = np.ones(20, bool)
     assert int(binning("xla", rule)(logits, everyone, everyone).active_E.sum()) == round(20 * keep)
 
@@ -205,19 +206,37 @@ def test_lowers_where_no_plugin_is_installed(platform: str, device: AbstractDevi
 
 
 def test_limits_are_named():
-    assert supports("xla", "cpu", 8, Rule("random", 2)) is None
+    affinity = rule_of("affinity", 8)
+    assert supports("xla", "cpu", 5000, affinity) is None
     for kernel, platform in (("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")):
-        assert supports(kernel, platform, 128, Rule("affinity", 8)) is None
-        assert "5000 experts; the kernel takes 2 to" in str(
-            supports(kernel, platform, 5000, Rule("affinity", 8))
-        )
-        assert "k = 9; it must be between 1 and the 8" in str(
-            supports(kernel, platform, 8, Rule("affinity", 9))
-        )
-        assert "no random draws" in str(supports(kernel, platform, 8, Rule("random", 2)))
-        assert "needs a" in str(supports(kernel, "cpu", 8, Rule("affinity", 2)))
-        assert pick(platform, 128, Rule("affinity", 8))[0] == kernel
-        assert pick(platform, 5000, Rule("affinity", 8))[0] == "xla"
+        assert supports(kernel, platform, 128, affinity) is None
+        assert "5000 experts; the kernel takes 2 to" in str(supports(kernel, platform, 5000, affinity))
+        too_many = replace(affinity, k=9)
+        assert "k = 9; it must be between 1 and the 8" in str(supports(kernel, platform, 8, too_many))
+        assert "needs a" in str(supports(kernel, "cpu", 8, affinity))
+
+
+@pytest.mark.parametrize(("kernel", "platform"), [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")])
+def test_a_kernel_is_picked_if_it_has_what_the_model_needs(kernel: str, platform: str):
+    needs = BinningNeeds(128, rule_of("affinity", 8))
+    assert pick(platform, needs)[0] == kernel
+    assert pick(platform, replace(needs, num_experts=5000))[0] == "xla"
+    assert pick(platform, replace(needs, rule=rule_of("random", 8)))[0] == "xla"
+    bonus, router = replace(needs, has_bonus=True), replace(needs, has_plain_router=False)
+    assert pick(platform, bonus) == ("xla", "portable XLA: no kernel knows a bonus")
+    assert pick(platform, router) == ("xla", "portable XLA: kernels know the softmax router alone")
+
+
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_random_draws_are_refused(implementation: str):
+    with pytest.raises(ValueError, match="'random' is a baseline; no implementation in one call has its"):
+        binning(implementation, rule_of("random", 4))(*make_inputs(CASES[0]))
+
+
+def test_the_portable_form_has_no_interpreter():
+    assert supports("xla", "cpu", 8, rule_of("affinity", 4), interpret=True) == (
+        "binning 'xla' has no interpreter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,6 +250,6 @@ def test_limits_are_named():
 )
 def test_a_batch_beyond_the_limits_raises(implementation: str, tokens: int, experts: int, reason: str):
     case = replace(CASES[0], tokens=tokens, experts=experts)
-    rule = Rule("affinity", 8 if experts == 8 else 2)
+    rule = rule_of("affinity", 8 if experts == 8 else 2)
     with pytest.raises(ValueError, match=reason):
         binning(implementation, rule)(*make_inputs(case))

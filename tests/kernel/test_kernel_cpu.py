@@ -69,7 +69,7 @@ def test_without_a_compiler_the_portable_form_serves(monkeypatch, tmp_path: Path
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
         build.build(tmp_path)
-    monkeypatch.setattr(cpu, "get_library", lambda: "no C++ compiler found")
+    monkeypatch.setattr(build, "get_library", lambda: "no C++ compiler found")
     name, why = pick("cpu", "bfloat16")
     assert name == "xla" and why.endswith("cannot run here: no C++ compiler found; 'xla' can")
     assert "no C++ compiler" in (supports("cpu", "cpu", "float32") or "")

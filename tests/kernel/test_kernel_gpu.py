@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jmoe_kernels.grouped_mlp.cases import empty_patterns
-from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu, supports
+from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu, supports
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     ALIGN,
     EXPERT,
@@ -27,16 +27,16 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     SMEM_LIMIT,
     TABLE,
     bucket,
-    choose,
-    fit,
+    choose_blocks,
+    fit_blocks,
     window_count,
     windows,
 )
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from support.aot.gpu import gpu_interpreter
 
-DECODE = Blocks("decode", 16, 64, 64, 64, 64, 2, 2)
-PREFILL = Blocks("prefill", 128, 64, 64, 64, 64, 2, 2, sms=2)
+DECODE = BlockSizes("decode", 16, 64, 64, 64, 64, 2, 2)
+PREFILL = BlockSizes("prefill", 128, 64, 64, 64, 64, 2, 2, sms=2)
 INNER, MODEL = 64, 128
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 
@@ -64,7 +64,9 @@ def by_numpy(arrays: tuple, sizes: tuple[int, ...], activation: str) -> np.ndarr
     return y
 
 
-def run(arrays: tuple, sizes: tuple[int, ...], blocks: Blocks, activation="silu", races=False) -> np.ndarray:
+def run(
+    arrays: tuple, sizes: tuple[int, ...], blocks: BlockSizes, activation="silu", races=False
+) -> np.ndarray:
     x, *rest = (jnp.asarray(a, jnp.bfloat16) for a in arrays)
     biased = np.any(arrays[3])
     weights = ExpertWeights(*(rest if biased else rest[:2]))
@@ -251,6 +253,6 @@ def test_refuses_other_rows_and_too_large_blocks():
 def test_table_fits_shared_memory_at_every_model_size(device: str):
     for experts, inner, model in ((128, 768, 2048), (64, 1024, 2048), (8, 14336, 4096), (64, 1408, 2048)):
         for rows in (experts, 8 * experts, 40 * experts, 512 * experts):
-            blocks = fit(choose(rows, experts, device), inner, model)
+            blocks = fit_blocks(choose_blocks(rows, experts, device), inner, model)
             assert blocks.kernel == ("prefill" if bucket(rows, experts) == "prefill" else "decode")
             assert max(blocks.smem()) <= SMEM_LIMIT and inner % blocks.inner == 0 == model % blocks.model

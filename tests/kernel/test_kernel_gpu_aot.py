@@ -11,7 +11,7 @@ MODELS = {
 }
 H200, H100 = gpu_aot.TARGETS
 CASES = {
-    f"{name}, {rows} rows an expert, {device}": dict(shape, device=device, rows=rows * shape["experts"])
+    f"{name}, {rows} rows per expert, {device}": dict(shape, device=device, rows=rows * shape["experts"])
     for name, shape in MODELS.items()
     for rows, device in ((2, H200), (512, H200), (2, H100), (512, H100))
 }
@@ -46,7 +46,7 @@ def test_compiles_to_tensor_cores_and_tma_without_spills(name: str, compiled: di
 @pytest.mark.parametrize("model", MODELS)
 def test_kernels_are_chosen_by_rows_an_expert(model: str, compiled: dict[str, dict]):
     for rows, kind in ((2, "decode"), (512, "prefill")):
-        names = {k["name"] for k in compiled[f"{model}, {rows} rows an expert, {H200}"]["kernels"]}
+        names = {k["name"] for k in compiled[f"{model}, {rows} rows per expert, {H200}"]["kernels"]}
         assert names == {f"jmoe_{kind}_{part}_mosaic_gpu_kernel" for part in ("gate_up", "down")}
 
 

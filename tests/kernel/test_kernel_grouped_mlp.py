@@ -12,7 +12,7 @@ from jmoe_kernels.grouped_mlp.cases import CASES, Case, empty_patterns, make_inp
 from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 from support import cpu_kernels
 
-NO_CPU = cpu.get_library() if isinstance(cpu.get_library(), str) else None
+NO_CPU = cpu.why_missing()
 needs_cpu = pytest.mark.skipif(NO_CPU is not None, reason=f"no C++ kernels here: {NO_CPU}")
 IMPLEMENTATIONS = ("xla", "batched", pytest.param("cpu", marks=needs_cpu))
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

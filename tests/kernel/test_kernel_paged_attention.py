@@ -25,15 +25,13 @@ from jmoe_kernels.paged_attention import (
     pick,
     supports,
 )
-from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE
-from jmoe_kernels.paged_attention.cases import make_inputs as case
-from jmoe_kernels.paged_attention.cases import make_pages as filled
+from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE, make_inputs, make_pages
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
-from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
+from jmoe_kernels.paged_attention.reference import attention_reference
 from jmoe_kernels.paged_attention.write import write
 
 needs_library = pytest.mark.skipif(
-    isinstance(cpu.get_library(), str), reason=f"no C++ kernels here: {cpu.get_library()}"
+    cpu.why_missing() is not None, reason=f"no C++ kernels here: {cpu.why_missing()}"
 )
 HERE = ["xla", pytest.param("cpu", marks=needs_library)]
 
@@ -83,10 +81,10 @@ def check(
 
     The prefill takes two runs if it is long.
     """
-    q, k, v, table = case(t, heads, dtype, seed)
+    q, k, v, table = make_inputs(t, heads, dtype, seed)
     run = run_with(name)
-    pages, outs = filled(name, heads, dtype), np.zeros_like(q)
-    want = [by_numpy(q[i], k[i], v[i], heads.span, sinks) for i in range(2)]
+    pages, outs = make_pages(name, heads, dtype), np.zeros_like(q)
+    want = [attention_reference(q[i], k[i], v[i], heads.span, sinks) for i in range(2)]
 
     def step(start: int, end: int, length: int) -> None:
         nonlocal pages
@@ -95,7 +93,7 @@ def check(
         if start == 0:
             positions[1, 0] = 0
         rows = [padded(a[:, start:end], length) for a in (q, k, v)]
-        new = NewTokens(*rows[:2], None if heads.latent else rows[2], positions, table)
+        new = NewTokens(*rows[:2], None if heads.value_dim else rows[2], positions, table)
         out, pages = run(new, pages, heads.span, sinks)
         out = np.asarray(out)
         assert np.isfinite(out).all() and out.dtype == np.float32
@@ -140,7 +138,7 @@ def test_any_span_sinks_and_heads_equal_numpy(data, name: str):
     heads = data.draw(st.sampled_from([PLAIN, Heads(6, 1, 8), Heads(3, 3, 20), LATENT]), label="heads")
     heads = replace(heads, span=data.draw(SPANS, label="span"))
     sink = data.draw(st.sampled_from([None, 0.0, 3.0, 1e4, -1e4]), label="sink")
-    sinks = None if sink is None else np.linspace(sink, sink / 2 + 1, heads.query, dtype=np.float32)
+    sinks = None if sink is None else np.linspace(sink, sink / 2 + 1, heads.num_query_heads, dtype=np.float32)
     dtype, atol = data.draw(st.sampled_from([(jnp.float32, 2e-5), (jnp.uint16, 3e-2)]), label="pages")
     check(name, 45, data.draw(st.sampled_from([3, 16, 21]), label="prompt"), heads, dtype, 1, atol, sinks)
 
@@ -158,27 +156,32 @@ def test_a_long_context_reads_from_the_first_key_that_is_seen(name: str, heads: 
     Keys that lie a block of the loop before the first visible key are not a number.
     """
     rng, long = np.random.default_rng(5), 80  # pages
-    shape = (long, heads.kv, SIZE, heads.dim)
+    shape = (long, heads.num_kv_heads, SIZE, heads.head_dim)
     k, v = (rng.standard_normal(shape, np.float32) for _ in range(2))
     table = rng.permutation(long).astype(np.int32)
     for start, t in ((620, 1), (624, SIZE)):
-        q = rng.standard_normal((1, t, heads.query, heads.dim), np.float32)
-        new_k, new_v = (rng.standard_normal((1, t, heads.kv, heads.dim), np.float32) for _ in range(2))
-        rows = [np.moveaxis(a[table], 2, 1).reshape(-1, heads.kv, heads.dim)[:start] for a in (k, v)]
+        q = rng.standard_normal((1, t, heads.num_query_heads, heads.head_dim), np.float32)
+        new_k, new_v = (
+            rng.standard_normal((1, t, heads.num_kv_heads, heads.head_dim), np.float32) for _ in range(2)
+        )
+        rows = [
+            np.moveaxis(a[table], 2, 1).reshape(-1, heads.num_kv_heads, heads.head_dim)[:start]
+            for a in (k, v)
+        ]
         keys, values = (np.concatenate([a, n[0]]) for a, n in zip(rows, (new_k, new_v), strict=True))
-        want = by_numpy(q[0], keys, keys if heads.latent else values, span)
+        want = attention_reference(q[0], keys, keys if heads.value_dim else values, span)
         kept = [np.array(a) for a in (k, v)]
         for a in kept:
             a[table[: max(0, sees - 128) // SIZE]] = np.nan
-        new = NewTokens(q, new_k, None if heads.latent else new_v, start + np.arange(t)[None], table[None])
-        out, _ = run_with(name)(new, LayerPages(tuple(kept[: 1 if heads.latent else 2])), span, None)
+        new = NewTokens(q, new_k, None if heads.value_dim else new_v, start + np.arange(t)[None], table[None])
+        out, _ = run_with(name)(new, LayerPages(tuple(kept[: 1 if heads.value_dim else 2])), span, None)
         np.testing.assert_allclose(out[0], want, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("sink", [None, 1.0, -1e4])
 def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: float | None):
-    pages = filled(name, PLAIN, jnp.float32)
+    pages = make_pages(name, PLAIN, jnp.float32)
     rows = [np.ones((2, SIZE, n, 8), np.float32) for n in (4, 2, 2)]
     new = NewTokens(*rows, np.full((2, SIZE), -1, np.int32), np.zeros((2, TABLE), np.int32))
     sinks = None if sink is None else jnp.full(4, sink)
@@ -190,10 +193,13 @@ def test_a_step_of_padding_alone_is_finite_and_writes_nothing(name: str, sink: f
 @pytest.mark.parametrize("heads", [PLAIN, LATENT], ids=["plain", "latent"])
 def test_the_cpu_writes_a_step_in_place(heads: Heads):
     """A donated pool is not copied, and no second array of its size exists."""
-    pages = filled("cpu", heads, jnp.uint16)
-    rows = [np.ones((2, 1, n, heads.dim), np.float32) for n in (heads.query, heads.kv, heads.kv)]
+    pages = make_pages("cpu", heads, jnp.uint16)
+    rows = [
+        np.ones((2, 1, n, heads.head_dim), np.float32)
+        for n in (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
+    ]
     at = np.zeros((2, 1), np.int32), np.zeros((2, TABLE), np.int32)
-    new = NewTokens(*rows[:2], None if heads.latent else rows[2], *at)
+    new = NewTokens(*rows[:2], None if heads.value_dim else rows[2], *at)
     run = jax.jit(partial(paged_attention, "cpu"), donate_argnums=1).lower(new, pages).compile()
     pool = "u16[" + ",".join(map(str, pages.kv[0].shape)) + "]"
     made = [line.split(" = ")[1] for line in run.as_text().splitlines() if " = " in line and pool in line]
@@ -224,7 +230,7 @@ def test_a_run_that_is_not_whole_pages_is_refused(name: str):
     heads = Heads(2, 1, 128)
     new = NewTokens(*[jnp.zeros((1, 12, n, 128)) for n in (2, 1, 1)], *[jnp.zeros((1, 12), jnp.int32)] * 2)
     with pytest.raises(ValueError, match="12 tokens is not a multiple of the page size 8"):
-        paged_attention(name, new, filled(name, heads, jnp.float32))
+        paged_attention(name, new, make_pages(name, heads, jnp.float32))
 
 
 def test_padding_is_written_nowhere():
@@ -238,16 +244,16 @@ def test_padding_is_written_nowhere():
     ("platform", "heads", "dtype", "reason"),
     [
         ("tpu", Heads(8, 2, 64), "bfloat16", "head dimension must be a multiple of 128, got 64"),
-        ("tpu", Heads(6, 3, 128), "bfloat16", "3 bfloat16 kv heads a rank do not tile"),
+        ("tpu", Heads(6, 3, 128), "bfloat16", "3 bfloat16 kv heads per rank do not tile"),
         ("gpu", Heads(8, 2, 64), "float32", "must be bfloat16, got float32"),
         ("gpu", Heads(8, 2, 96), "bfloat16", "head dimension must be 16, 32, 64 or 128, got 96"),
         ("gpu", Heads(8, 2, 64, Span(9)), "bfloat16", "a sliding window is not supported"),
-        ("gpu", Heads(8, 2, 64, sinks=True), "bfloat16", "attention sinks are not supported"),
+        ("gpu", Heads(8, 2, 64, has_sinks=True), "bfloat16", "attention sinks are not supported"),
         ("gpu", Heads(8, 2, 64, Span(chunk=9)), "bfloat16", "attention within chunks is not supported"),
-        ("gpu", Heads(8, 1, 64, latent=32), "bfloat16", "latent pages are not supported"),
-        ("tpu", Heads(8, 2, 128, Span(9), sinks=True), "bfloat16", "attention sinks are not supported"),
+        ("gpu", Heads(8, 1, 64, value_dim=32), "bfloat16", "latent pages are not supported"),
+        ("tpu", Heads(8, 2, 128, Span(9), has_sinks=True), "bfloat16", "attention sinks are not supported"),
         ("tpu", Heads(8, 2, 128, Span(chunk=9)), "bfloat16", "attention within chunks is not supported"),
-        ("tpu", Heads(8, 1, 640, latent=512), "bfloat16", "latent pages are not supported"),
+        ("tpu", Heads(8, 1, 640, value_dim=512), "bfloat16", "latent pages are not supported"),
         ("cpu", Heads(8, 2, 64), "float32", "needs a tpu, this is a cpu"),
     ],
 )
@@ -267,16 +273,16 @@ def test_limits_are_named_and_the_portable_form_serves(platform, heads, dtype, r
     [
         (Heads(2, 1, 128, Span(chunk=9)), None, "attention within chunks"),
         (Heads(2, 1, 128), np.zeros(2, np.float32), "attention sinks"),
-        (Heads(2, 1, 128, latent=9), None, "latent pages"),
+        (Heads(2, 1, 128, value_dim=9), None, "latent pages"),
     ],
     ids=["chunk", "sinks", "latent"],
 )
 def test_a_named_kernel_refuses_what_it_has_not(name: str, heads: Heads, sinks, reason: str):
     q, kv = (jnp.zeros((1, 1, n, 128)) for n in (2, 1))
     at = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, TABLE), jnp.int32)
-    new = NewTokens(q, kv, None if heads.latent else kv, *at)
+    new = NewTokens(q, kv, None if heads.value_dim else kv, *at)
     with pytest.raises(ValueError, match=f"'{name}': {reason} (is|are) not supported; 'xla' can run"):
-        paged_attention(name, new, filled(name, heads, jnp.bfloat16), heads.span, sinks)
+        paged_attention(name, new, make_pages(name, heads, jnp.bfloat16), heads.span, sinks)
 
 
 def test_a_span_is_one_of_two():

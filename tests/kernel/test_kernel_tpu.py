@@ -13,10 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp.cases import Case, empty_patterns, make_inputs
-from jmoe_kernels.grouped_mlp.pallas_tpu import Blocks, choose, grouped_mlp_pallas_tpu, supports
+from jmoe_kernels.grouped_mlp.pallas_tpu import BlockSizes, choose_blocks, grouped_mlp_pallas_tpu, supports
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, ROW_ALIGN
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import make_tiles
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.settings import Activation
 
 ROWS, MODEL, INNER = 112, 128, 256
 SIZES = {
@@ -32,10 +33,10 @@ SIZES = {
 }
 # two chunks of F where a chunk is 128 wide; windows and blocks that groups straddle
 BLOCKS = {
-    "decode": Blocks("decode", 128, (48, 16), ROWS, buffers=3),
-    "decode on two cores": Blocks("decode", 128, (32, 16), ROWS, buffers=2, cores=2),
-    "prefill": Blocks("prefill", 128, (32, 16), 48),
-    "prefill on two cores": Blocks("prefill", 256, (48, 32), 48, cores=2),
+    "decode": BlockSizes("decode", 128, (48, 16), ROWS, buffers=3),
+    "decode on two cores": BlockSizes("decode", 128, (32, 16), ROWS, buffers=2, cores=2),
+    "prefill": BlockSizes("prefill", 128, (32, 16), 48),
+    "prefill on two cores": BlockSizes("prefill", 256, (48, 32), 48, cores=2),
 }
 KERNELS = ("decode", "prefill")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06}
@@ -125,7 +126,7 @@ def test_arbitrary_group_sizes(blocks: str):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_pattern_of_empty_groups(kernel: str):
     rows = 64
-    blocks = Blocks(kernel, 128, (32, 16), rows if kernel == "decode" else 32)
+    blocks = BlockSizes(kernel, 128, (32, 16), rows if kernel == "decode" else 32)
     x, gate_up, down, _ = inputs((0,) * 8, rows, 128, 128)
     for sizes in empty_patterns(experts=8, rows_each=4):
         y = run(x, gate_up, down, np.asarray(sizes, np.int32), blocks=blocks)
@@ -160,7 +161,7 @@ def test_activations_with_biases(kernel: str, activation: Activation):
 def test_columns_in_a_loop_and_a_remainder(kernel: str):
     sizes = (5, 0, 30, 9)
     x, gate_up, down, group_sizes = inputs(sizes, 48, 640, 640)
-    blocks = Blocks(kernel, 640, (32, 16), 48, product=1)
+    blocks = BlockSizes(kernel, 640, (32, 16), 48, product=1)
     assert blocks.columns(32, 640) == (256, 256), "twice 256 in a loop, then 128"
     check(run(x, gate_up, down, group_sizes, blocks=blocks), by_numpy(x, gate_up, down, sizes), 44)
 
@@ -309,10 +310,10 @@ def shapes(experts: int, model: int, inner: int, dtype="bfloat16", down_dtype=No
         (
             shapes(4, 128, 384),
             "silu",
-            Blocks("prefill", 256, (16, 16), 16),
+            BlockSizes("prefill", 256, (16, 16), 16),
             "256 is not a multiple of 128 that",
         ),
-        (shapes(4, 128, 128), "silu", Blocks("decode", 128, (16, 16), 16), "less than the 64 rows"),
+        (shapes(4, 128, 128), "silu", BlockSizes("decode", 128, (16, 16), 16), "less than the 64 rows"),
         (
             shapes(4, 1 << 17, 128),
             "silu",
@@ -321,7 +322,7 @@ def shapes(experts: int, model: int, inner: int, dtype="bfloat16", down_dtype=No
         ),
     ],
 )
-def test_refusals_name_the_limit(weights, activation, blocks: Blocks | None, reason: str):
+def test_refusals_name_the_limit(weights, activation, blocks: BlockSizes | None, reason: str):
     assert re.search(reason, supports(weights, 64, activation, blocks) or "")
     x = jax.ShapeDtypeStruct((64, weights.dims[2]), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -337,7 +338,7 @@ def test_blocks_fit_the_chip_at_real_sizes(kind: str):
     for dims in layers:
         for rows in (1, 16, 100, 1024, 8192, 65536):
             for dtype in map(jnp.dtype, ("bfloat16", "float32")):
-                blocks = choose(dims, rows, dtype, kind)
+                blocks = choose_blocks(dims, rows, dtype, kind)
                 assert blocks.vmem_bytes(dims[2], dtype.itemsize) <= CHIPS[kind].vmem
                 assert dims[1] % blocks.inner == 0 and blocks.rows % ROW_ALIGN == 0
                 assert max(blocks.windows) <= blocks.rows and all(w % ROW_ALIGN == 0 for w in blocks.windows)

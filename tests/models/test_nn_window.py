@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jmoe_kernels.paged_attention import Span
-from jmoe_kernels.paged_attention.reference import attention_reference as by_numpy
+from jmoe_kernels.paged_attention.reference import attention_reference
 
 from jmoe.nn.uncached import attend_uncached
 
@@ -24,7 +24,7 @@ def test_a_window_equals_numpy(t: int, span: Span):
     positions = jnp.broadcast_to(jnp.arange(t), (2, t))
     out = attend_uncached(q, k, v, positions, span)
     for b in range(2):
-        np.testing.assert_allclose(out[b], by_numpy(q[b], k[b], v[b], span), atol=2e-5)
+        np.testing.assert_allclose(out[b], attention_reference(q[b], k[b], v[b], span), atol=2e-5)
 
 
 @pytest.mark.matrix
@@ -38,9 +38,9 @@ def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):
     out = attend_uncached(q, k, v, positions, Span(window=9), jnp.asarray(sinks))
     assert out.shape == (2, 140, heads[0], 5)
     for b in range(2):
-        want = by_numpy(q[b], k[b], v[b], Span(window=9), sinks)
+        want = attention_reference(q[b], k[b], v[b], Span(window=9), sinks)
         np.testing.assert_allclose(out[b], want, atol=2e-5)
-        plain = by_numpy(q[b], k[b], v[b], Span(window=9))
+        plain = attention_reference(q[b], k[b], v[b], Span(window=9))
         assert np.allclose(want, 0) == (sink == 1e4) and np.allclose(want, plain) == (sink == -1e4)
 
 

@@ -1,23 +1,14 @@
 """``bin_experts``: one entry for every implementation; it raises if the named one cannot run."""
 
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
-from typing import get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jmoe_kernels.backends import BinningKernel as Implementation
-from jmoe_kernels.backends import first_supported, get_backend, home_of
-from jmoe_kernels.binning.reference import bin_experts_reference
-from jmoe_kernels.binning.types import Binned, KernelChoice, Rule
-
-
-def _pallas(name: str) -> ModuleType:
-    """Returns the module of a Pallas implementation, imported when it is needed."""
-    return import_module(f"jmoe_kernels.binning.{name}")
+from jmoe_kernels.backends import BinningKernel, first_supported, get_backend, home_of
+from jmoe_kernels.binning.implementations import IMPLEMENTATIONS
+from jmoe_kernels.binning.types import Binned, BinningNeeds, KernelChoice, Rule
 
 
 def supports(
@@ -33,33 +24,43 @@ def supports(
 
     experts: number of experts that tokens choose from.
     tokens: number of tokens of a call.
-    interpret: whether a Pallas kernel would run in its interpreter, on any platform.
+    interpret: whether it would run in its interpreter, on any platform.
     """
-    if implementation not in get_args(Implementation):
-        return f"binning {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
-    if (home := home_of(implementation)) is None:
-        return None
+    if implementation not in IMPLEMENTATIONS:
+        return f"binning {implementation!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
+    record = IMPLEMENTATIONS[implementation]
+    home = home_of(implementation) or platform
     if home != platform and not interpret:
         return f"binning {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
+    if interpret and not record.has_interpreter:
+        return f"binning {implementation!r} has no interpreter"
     if rule.method == "random":
-        return f"binning {implementation!r} has no random draws, which are a baseline; 'xla' can run"
-    kernel = _pallas(implementation)
-    reason = kernel.supports(experts, rule)
-    if reason is None and tokens > (most := kernel.most_tokens(experts, rule.k)):
-        reason = f"{tokens} tokens; it takes {most} with {experts} experts and k = {rule.k}"
+        return "method 'random' is a baseline; no implementation in one call has its random draws"
+    reason = record.limit(experts, rule)
+    if reason is None and record.most_tokens is not None:
+        most = record.most_tokens(experts, rule.k)
+        if tokens > most:
+            reason = f"{tokens} tokens; it takes {most} with {experts} experts and k = {rule.k}"
     return reason and f"binning {implementation!r}: {reason}; 'xla' can run"
 
 
-def pick(platform: str, experts: int, rule: Rule) -> tuple[Implementation, str]:
+def pick(platform: str, needs: BinningNeeds) -> tuple[BinningKernel, str]:
     """Returns the implementation for ``platform``, and the reason."""
+    if needs.has_bonus:
+        return "xla", "portable XLA: no kernel knows a bonus"
+    if not needs.has_plain_router:
+        return "xla", "portable XLA: kernels know the softmax router alone"
+    experts, rule = needs.num_experts, needs.rule
 
-    def praise(name: Implementation) -> str:
-        most = _pallas(name).most_tokens(experts, rule.k)
-        return f"the fused Pallas kernel for {platform}; portable XLA for more than {most} tokens a rank"
+    def describe(name: BinningKernel) -> str:
+        record = IMPLEMENTATIONS[name]
+        if record.most_tokens is None:
+            return record.describe()
+        most = record.most_tokens(experts, rule.k)
+        return f"{record.describe()}; portable XLA for more than {most} tokens per rank"
 
-    return first_supported(
-        get_backend(platform).binning, lambda name: supports(name, platform, experts, rule), praise
-    )
+    names = get_backend(platform).binning
+    return first_supported(names, lambda name: supports(name, platform, experts, rule), describe)
 
 
 def bin_experts(
@@ -88,9 +89,6 @@ def bin_experts(
     reason = supports(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)
     if reason is not None:
         raise ValueError(f"bin_experts: {reason}")
-    logits_TE = logits_TE.astype(jnp.float32)
-    if implementation == "xla":
-        return bin_experts_reference(logits_TE, valid_T, lossy_T, rule, renormalize=renormalize, total=total)
-    return _pallas(implementation).bin_experts(
-        logits_TE, valid_T, lossy_T, rule, renormalize=renormalize, interpret=interpret, total=total
-    )
+    record, logits_TE = IMPLEMENTATIONS[implementation], logits_TE.astype(jnp.float32)
+    extra = {"interpret": interpret} if record.has_interpreter else {}
+    return record.run(logits_TE, valid_T, lossy_T, rule, renormalize=renormalize, total=total, **extra)

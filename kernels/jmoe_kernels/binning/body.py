@@ -30,12 +30,12 @@ def fold_axis(fold: Callable, x: Array, axis: int) -> Array:
     return fold(x, axis=axis, keepdims=True)
 
 
-def count(mask: Bool[Array, "..."], axis: int) -> Int[Array, "..."]:
+def count_true(mask: Bool[Array, "..."], axis: int) -> Int[Array, "..."]:
     """Counts the true elements of ``mask`` along ``axis``, which stays as an axis of length one."""
     return fold_axis(jnp.sum, mask.astype(jnp.float32), axis).astype(jnp.int32)
 
 
-def best(key_TE: Float[Array, "T E"]) -> Bool[Array, "T E"]:
+def mark_best(key_TE: Float[Array, "T E"]) -> Bool[Array, "T E"]:
     """Marks each token's largest key, and among equal keys the one with the lowest id. Keys are not NaN."""
     lane_TE = iota(key_TE.shape, 1).astype(jnp.float32)
     top_TE = key_TE == fold_axis(jnp.max, key_TE, 1)
@@ -57,7 +57,7 @@ def route(
 
     def choose(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         key_TE, place_TE = carry
-        hit_TE = best(key_TE)
+        hit_TE = mark_best(key_TE)
         return jnp.where(hit_TE, taken_key, key_TE), jnp.where(hit_TE, j, place_TE)
 
     none_TE = jnp.full(logits_TE.shape, k, jnp.int32)
@@ -90,7 +90,7 @@ def cast_votes(
             bin_TE += (gap_TE >= edge).astype(jnp.int32)
     row_TE = jnp.where(role_T1 == 2, bin_TE, EXACT)
     row_TE = jnp.where(chosen_TE & (role_T1 > 0), row_TE, EXACT + 1)
-    return tuple(count(row_TE == row, 0) for row in range(EXACT + 1))
+    return tuple(count_true(row_TE == row, 0) for row in range(EXACT + 1))
 
 
 def column(row_1E: Int[Array, "1 E"], id_R1: Int[Array, "R 1"]) -> Int[Array, "R 1"]:
@@ -100,7 +100,7 @@ def column(row_1E: Int[Array, "1 E"], id_R1: Int[Array, "R 1"]) -> Int[Array, "R
     return column_R1.astype(jnp.int32)
 
 
-def over_rows(rows: Sequence[Array], block: int, term: Callable) -> Int[Array, "1 E"]:
+def sum_over_experts(rows: Sequence[Array], block: int, term: Callable) -> Int[Array, "1 E"]:
     """Sums ``term(r, [row[r] for row in rows])``, ``[R, E]``, over all experts r, ``block`` at a time."""
     experts = rows[0].shape[1]
 
@@ -111,10 +111,12 @@ def over_rows(rows: Sequence[Array], block: int, term: Callable) -> Int[Array, "
     return lax.fori_loop(0, experts // block, add, jnp.zeros((1, experts), jnp.int32))
 
 
-def starts(sizes_1E: Int[Array, "1 E"], block: int) -> Int[Array, "1 E"]:
+def group_starts(sizes_1E: Int[Array, "1 E"], block: int) -> Int[Array, "1 E"]:
     """Returns, for each expert, how many assignments the experts of lower ids have together."""
     lane_1E = iota(sizes_1E.shape, 1)
-    return over_rows([sizes_1E], block, lambda id_R1, size_R1: jnp.where(id_R1 < lane_1E, size_R1[0], 0))
+    return sum_over_experts(
+        [sizes_1E], block, lambda id_R1, size_R1: jnp.where(id_R1 < lane_1E, size_R1[0], 0)
+    )
 
 
 def choose_active(votes: Sequence[Int[Array, "1 E"]], rule: Rule, block: int) -> Bool[Array, "1 E"]:
@@ -137,14 +139,14 @@ def choose_active(votes: Sequence[Int[Array, "1 E"]], rule: Rule, block: int) ->
     if rule.method in ("affinity", "oea"):
         kept_1E = bins[0] > 0
     else:
-        least = budget(rule, count(union_1E, 1))
+        least = budget(rule, count_true(union_1E, 1))
     if rule.method == "affinity":  # a voter has k votes
         kept_1E |= union_1E & (bins[1] * rule.k == fold_axis(jnp.sum, votes_1E, 1))
-    first_1E = over_rows(bins, block, leads) < least
+    first_1E = sum_over_experts(bins, block, leads) < least
     return kept_1E | (first_1E & union_1E) | (votes[EXACT] > 0)
 
 
-def refill(
+def remap(
     place_TE: Int[Array, "T E"],
     logits_TE: Float[Array, "T E"],
     active_1E: Bool[Array, "1 E"],
@@ -164,13 +166,13 @@ def refill(
 
     def fill(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         key_TE, left_TE, place_TE = carry
-        hit_TE, place_T1 = best(key_TE), fold_axis(jnp.min, left_TE, 1)
+        hit_TE, place_T1 = mark_best(key_TE), fold_axis(jnp.min, left_TE, 1)
         place_TE = jnp.where(hit_TE & (place_T1 < k), place_T1.astype(jnp.int32), place_TE)
         return jnp.where(hit_TE, none, key_TE), jnp.where(left_TE == place_T1, float(k), left_TE), place_TE
 
     left_TE = jnp.where(moved_TE, place_TE, k).astype(jnp.float32)
     stay_TE = jnp.where(moved_TE, k, place_TE)
-    return lax.fori_loop(0, k, fill, (key_TE, left_TE, stay_TE))[2], count(moved_TE, 1) > 0
+    return lax.fori_loop(0, k, fill, (key_TE, left_TE, stay_TE))[2], count_true(moved_TE, 1) > 0
 
 
 def reweigh(
@@ -190,7 +192,7 @@ def reweigh(
     return jnp.where(touched_T1, share_TE * fold_axis(jnp.sum, weights_TE, 1), weights_TE)
 
 
-def slots(
+def order_slots(
     place_TE: Int[Array, "T E"],
     valid_T1: Bool[Array, "T 1"],
     next_1E: Int[Array, "1 E"],
@@ -212,4 +214,4 @@ def slots(
     valid_slot_TE = next_1E + earlier_TE.astype(jnp.int32)
     padding_slot_TE = padding + skipped_TE.astype(jnp.int32) * k + place_TE
     slot_TE = jnp.where(valid_T1, valid_slot_TE, padding_slot_TE)
-    return slot_TE, next_1E + count(mine_TE, 0), padding + count(~valid_T1, 0) * k
+    return slot_TE, next_1E + count_true(mine_TE, 0), padding + count_true(~valid_T1, 0) * k

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import body
-from jmoe_kernels.binning.plan import Plan, Platform, Ref
+from jmoe_kernels.binning.plan import Lowering, Plan, Ref
 from jmoe_kernels.binning.types import VOTE_ROWS, Binned, Rule
 
 
@@ -50,13 +50,13 @@ def count_votes(logits_TE: Ref, role_T1: Ref, votes_VE: Ref, *, plan: Plan, rule
 
 
 def bin_all(
-    logits_TE: Ref, role_T1: Ref, *refs: Ref, plan: Plan, rule: Rule, renormalize: bool, platform: Platform
+    logits_TE: Ref, role_T1: Ref, *refs: Ref, plan: Plan, rule: Rule, renormalize: bool, lowering: Lowering
 ) -> None:
     """Computes everything, from the batch's own votes or, with one more input, from those of all ranks."""
     *total_VE, plain_ids, plain_weights, ids, weights, scores_TE, active, order, sizes, place_TE, new_TE = (
         refs
     )
-    k, block = plan.k, min(plan.lanes, platform.pairs // plan.lanes)
+    k, block = plan.k, min(plan.lanes, lowering.pairs // plan.lanes)
     lane_TE = body.iota((plan.chunk, plan.lanes), 1)
     tile = partial(_tile, plan)
 
@@ -64,9 +64,9 @@ def bin_all(
         logit_TE, rows = _logits(plan, logits_TE, first), pl.ds(first, plan.chunk)
         score_TE, choice_TE = body.route(logit_TE, plan.experts, k)
         scores_TE[rows, :], place_TE[rows, :] = score_TE, choice_TE
-        platform.scatter(plain_ids, first, lane_TE, choice_TE, k)
+        lowering.scatter(plain_ids, first, lane_TE, choice_TE, k)
         plain_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
-        platform.scatter(plain_weights, first, plain_TE, choice_TE, k)
+        lowering.scatter(plain_weights, first, plain_TE, choice_TE, k)
         return _add(votes, body.cast_votes(choice_TE, logit_TE, tile(role_T1, first), rule))
 
     votes = plan.over_tiles(route, _no_votes(plan))
@@ -74,31 +74,31 @@ def bin_all(
         votes = tuple(total_VE[0][pl.ds(row, 1), :] for row in range(VOTE_ROWS))
     active_1E = body.choose_active(votes, rule, block)
     active[...] = active_1E.astype(jnp.int32)
-    platform.barrier()
+    lowering.barrier()
 
     def remap(first: Array | int, sizes_1E: Array) -> Array:
         score_TE, choice_TE, role = (tile(ref, first) for ref in (scores_TE, place_TE, role_T1))
         plain_TE = body.weigh(score_TE, choice_TE, rule, renormalize)
         logit_TE = _logits(plan, logits_TE, first)
-        moved_TE, touched_T1 = body.refill(choice_TE, logit_TE, active_1E, role, k)
+        moved_TE, touched_T1 = body.remap(choice_TE, logit_TE, active_1E, role, k)
         new_TE[pl.ds(first, plan.chunk), :] = moved_TE
-        platform.scatter(ids, first, lane_TE, moved_TE, k)
+        lowering.scatter(ids, first, lane_TE, moved_TE, k)
         new_weights_TE = body.reweigh(plain_TE, score_TE, moved_TE, touched_T1, k)
-        platform.scatter(weights, first, new_weights_TE, moved_TE, k)
-        return sizes_1E + body.count((moved_TE < k) & (role > 0), 0)
+        lowering.scatter(weights, first, new_weights_TE, moved_TE, k)
+        return sizes_1E + body.count_true((moved_TE < k) & (role > 0), 0)
 
     sizes_1E = plan.over_tiles(remap, jnp.zeros((1, plan.lanes), jnp.int32))
     sizes[...] = sizes_1E
-    platform.barrier()
+    lowering.barrier()
 
     def write_order(first: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         moved_TE, role = tile(new_TE, first), tile(role_T1, first)
-        slot_TE, *next_state = body.slots(moved_TE, role > 0, *state, k)
-        platform.order(order, first, slot_TE, moved_TE, k)
+        slot_TE, *next_state = body.order_slots(moved_TE, role > 0, *state, k)
+        lowering.order(order, first, slot_TE, moved_TE, k)
         return next_state[0], next_state[1]
 
     padding = body.fold_axis(jnp.sum, sizes_1E, 1)
-    plan.over_tiles(write_order, (body.starts(sizes_1E, block), padding))
+    plan.over_tiles(write_order, (body.group_starts(sizes_1E, block), padding))
 
 
 def bin_experts(
@@ -106,14 +106,14 @@ def bin_experts(
     valid_T: Bool[Array, " T"],
     lossy_T: Bool[Array, " T"],
     rule: Rule,
-    platform: Platform,
+    lowering: Lowering,
     *,
     renormalize: bool,
     total: Callable[[Array], Array] | None,
 ) -> Binned:
     """Does the work of ``api.bin_experts`` in one call of the kernel, or in two if there is a ``total``."""
     (t, experts), k = logits_TE.shape, rule.k
-    plan = Plan.make(t, experts, k, platform.least_lanes)
+    plan = Plan.make(t, experts, k, lowering.least_lanes)
     n, e = plan.rows, plan.lanes
     logits_TE = jnp.pad(logits_TE, ((0, n - t), (0, e - experts)))
     role_T1 = jnp.pad(valid_T.astype(jnp.int32) + (valid_T & lossy_T).astype(jnp.int32), (0, n - t))[:, None]
@@ -121,15 +121,15 @@ def bin_experts(
     if total is not None:
         kernel = partial(count_votes, plan=plan, rule=rule)
         out = jax.ShapeDtypeStruct((VOTE_ROWS, e), jnp.int32)
-        votes_VE = platform.call(kernel, out_shape=out, name="bin_experts_votes")(*operands)
+        votes_VE = lowering.call(kernel, out_shape=out, name="bin_experts_votes")(*operands)
         operands.append(jnp.pad(total(votes_VE[:, :experts]), ((0, 0), (0, e - experts))))
     i, f = jnp.int32, jnp.float32
-    by_choice_shapes = [((n, k + platform.spare), dtype) for dtype in (i, f, i, f)]
-    order = (1, n * k + platform.spare)
+    by_choice_shapes = [((n, k + lowering.spare), dtype) for dtype in (i, f, i, f)]
+    order = (1, n * k + lowering.spare)
     rows = [((n, e), f), ((1, e), i), (order, i), ((1, e), i), ((n, e), i), ((n, e), i)]
     out = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*by_choice_shapes, *rows)]
-    kernel = partial(bin_all, plan=plan, rule=rule, renormalize=renormalize, platform=platform)
-    results = platform.call(kernel, out_shape=out, name="bin_experts")(*operands)
+    kernel = partial(bin_all, plan=plan, rule=rule, renormalize=renormalize, lowering=lowering)
+    results = lowering.call(kernel, out_shape=out, name="bin_experts")(*operands)
     *by_choice, scores_TE, active_1E, order_1N, sizes_1E, _, _ = results
     plain_ids, plain_weights, ids, weights = (x[:t, :k] for x in by_choice)
     return Binned(

@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
 from jmoe_kernels.binning.body import iota
-from jmoe_kernels.binning.plan import Platform, Ref, cost
+from jmoe_kernels.binning.plan import Lowering, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
 LANES = 16  # the least side of a product in Triton
 MOST_EXPERTS = 512
 MOST_TOKENS = 512  # one thread block goes through them tile by tile, while the others of the device idle
 WARPS = 8
-PAIRS = 2048  # eight a thread: with more, registers spill
+PAIRS = 2048  # eight per thread: with more, registers spill
 
 
 def most_tokens(experts: int, k: int) -> int:
@@ -70,7 +70,7 @@ def bin_experts(
     )
     # In the interpreter a store also reads where its mask is off, so it needs a spare element for that.
     barrier = (lambda: None) if interpret else triton.debug_barrier
-    platform = Platform(call, barrier, LANES, PAIRS, 1, _scatter, _order)
+    lowering = Lowering(call, barrier, LANES, PAIRS, 1, _scatter, _order)
     return fused.bin_experts(
-        logits_TE, valid_T, lossy_T, rule, platform, renormalize=renormalize, total=total
+        logits_TE, valid_T, lossy_T, rule, lowering, renormalize=renormalize, total=total
     )

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from jmoe_kernels.binning import fused
 from jmoe_kernels.binning.body import fold_axis, iota
-from jmoe_kernels.binning.plan import TILE, Platform, Ref, cost
+from jmoe_kernels.binning.plan import TILE, Lowering, Ref, cost
 from jmoe_kernels.binning.types import Binned, Rule
 
 LANES = 128
@@ -77,7 +77,7 @@ def bin_experts(
         cost_estimate=cost(t, experts, rule.k),
         interpret=interpret,
     )
-    platform = Platform(call, lambda: None, LANES, TILE, 0, _scatter, _order)
+    lowering = Lowering(call, lambda: None, LANES, TILE, 0, _scatter, _order)
     return fused.bin_experts(
-        logits_TE, valid_T, lossy_T, rule, platform, renormalize=renormalize, total=total
+        logits_TE, valid_T, lossy_T, rule, lowering, renormalize=renormalize, total=total
     )

@@ -52,7 +52,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Platform:
+class Lowering:
     """What the lowerings differ in.
 
     call: ``pl.pallas_call`` with the lowering's own arguments.

@@ -1,15 +1,15 @@
-"""The rule that binning follows, and the result that it returns."""
+"""The rule that binning follows, what its choice depends on, and the result that it returns."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jmoe_kernels.backends import BinningKernel
+from jmoe_kernels.settings import BinningMethod
 
-Method = Literal["affinity", "oea", "budget", "popularity", "random"]
 BINS = 6  # the last bin takes all larger gaps
 EXACT = BINS  # the row of a table of votes with the choices of exact tokens, after those of the bins
 VOTE_ROWS = BINS + 1
@@ -26,11 +26,27 @@ class Rule:
     keep: share of the batch's union of experts that stays ("budget", "popularity", "random").
     """
 
-    method: Method
+    method: BinningMethod
     k: int
-    bin_width: float = 0.5
-    k0: int = 3
-    keep: float = 0.5
+    bin_width: float
+    k0: int
+    keep: float
+
+
+@dataclass(frozen=True)
+class BinningNeeds:
+    """What a model needs of binning; an implementation is chosen by it.
+
+    num_experts: number of experts of all ranks.
+    rule: how the active set is chosen.
+    has_bonus: whether a bonus on the logits makes tokens prefer some experts.
+    has_plain_router: whether the router is a softmax and a top-k of the logits.
+    """
+
+    num_experts: int
+    rule: Rule
+    has_bonus: bool = False
+    has_plain_router: bool = True
 
 
 class KernelChoice(NamedTuple):

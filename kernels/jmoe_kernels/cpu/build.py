@@ -95,6 +95,12 @@ def get_library() -> Library | str:
         return str(error)
 
 
+def why_missing() -> str | None:
+    """Returns why the kernels cannot run here, or None if they can."""
+    library = get_library()
+    return library if isinstance(library, str) else None
+
+
 def load(path: Path) -> Library:
     """Loads a built library and registers its kernels with XLA; raises OSError if it cannot be loaded."""
     dll = ctypes.CDLL(str(path))

@@ -1,8 +1,6 @@
 """``grouped_mlp``: one entry for every implementation; it raises if the named one cannot run."""
 
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import Any, get_args
 
 import jax
@@ -10,25 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jmoe_kernels import cpu
-from jmoe_kernels.backends import ExpertKernel as Implementation
-from jmoe_kernels.backends import first_supported, get_backend, home_of
+from jmoe_kernels.backends import ExpertKernel, first_supported, get_backend, home_of
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
-from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, grouped_mlp_cpu
-from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
-from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
-
-PALLAS = ("pallas_tpu", "pallas_gpu")  # they have an interpreter and limits on shapes
-COMBINED = {"cpu": combined_mlp_cpu}  # these also gather tokens and combine their outputs
-
-
-def _pallas(name: str) -> ModuleType:
-    """Returns the module of a Pallas implementation.
-
-    It is imported when it is needed, which saves a quarter of a second on a CPU.
-    """
-    return import_module(f"jmoe_kernels.grouped_mlp.{name}")
+from jmoe_kernels.grouped_mlp.implementations import IMPLEMENTATIONS, Implementation
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.settings import Activation
 
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
@@ -45,44 +29,37 @@ def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool 
 
     interpret: whether it would run in its interpreter, on any platform.
 
-    Each implementation has limits on shapes of its own: see ``supports`` of ``pallas_tpu`` and
-    ``pallas_gpu``.
+    An implementation may have limits on shapes too: see ``Implementation.limit``.
     """
-    if implementation not in get_args(Implementation):
-        return f"implementation {implementation!r} is unknown; known: {', '.join(get_args(Implementation))}"
+    if implementation not in IMPLEMENTATIONS:
+        return f"implementation {implementation!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
+    record = IMPLEMENTATIONS[implementation]
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is not supported; bfloat16 and float32 are, by all of them"
     home = home_of(implementation) or platform
-    if interpret and implementation not in PALLAS:
-        return f"implementation {implementation!r} has no interpreter; pallas_tpu and pallas_gpu have"
+    if interpret and not record.has_interpreter:
+        others = " and ".join(name for name, other in IMPLEMENTATIONS.items() if other.has_interpreter)
+        return f"implementation {implementation!r} has no interpreter; {others} have"
     if home != platform and not interpret:
         return f"implementation {implementation!r} needs a {home}, this is a {platform}; 'xla' can run"
-    if implementation == "cpu" and isinstance(library := cpu.get_library(), str):
-        return f"implementation 'cpu' cannot run here: {library}; 'xla' can"
-    return None
+    reason = record.why_missing()
+    return reason and f"implementation {implementation!r} cannot run here: {reason}; 'xla' can"
 
 
-def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[Implementation, str]:
+def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[ExpertKernel, str]:
     """Returns the implementation that None stands for on ``platform``, and the reason.
 
-    dims: (experts, inner, model) of the weights if they are known, because the Pallas kernels have limits.
+    dims: (experts, inner, model) of the weights if they are known, because implementations may have limits.
     """
 
-    def lacks(name: Implementation) -> str | None:
+    def why_not(name: ExpertKernel) -> str | None:
         reason = supports(name, platform, dtype)
         if reason is None and dims is not None:
-            reason = _shape_limit(name, _abstract_weights(dims, dtype), 1, "silu")
+            reason = _limit(name, _abstract_weights(dims, dtype), 1, "silu")
         return reason
 
-    return first_supported(get_backend(platform).experts, lacks, partial(_praise, platform))
-
-
-def _praise(platform: str, name: Implementation) -> str:
-    if name in PALLAS:
-        return f"the Pallas kernels for {platform}"
-    library = cpu.get_library()
-    assert isinstance(library, cpu.Library)
-    return f"C++ kernels for {library.isa}"
+    names = get_backend(platform).experts
+    return first_supported(names, why_not, lambda name: IMPLEMENTATIONS[name].describe())
 
 
 def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
@@ -91,10 +68,8 @@ def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
     return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
 
 
-def _shape_limit(name: str, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
-    if name not in PALLAS:
-        return None
-    reason = _pallas(name).supports(weights, rows, activation)
+def _limit(name: ExpertKernel, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:
+    reason = IMPLEMENTATIONS[name].limit(weights, rows, activation)
     return reason and f"implementation {name!r}: {reason}; 'xla' can run"
 
 
@@ -104,7 +79,7 @@ def grouped_mlp(
     group_sizes_E: Int[Array, " E"],
     *,
     activation: Activation = "silu",
-    implementation: Implementation | None = None,
+    implementation: ExpertKernel | None = None,
     platform: str | None = None,
     capacity: int | None = None,
 ) -> Float[Array, "N D"]:
@@ -113,7 +88,7 @@ def grouped_mlp(
     group_sizes_E: number of rows of each expert, summing to at most N; rows past their sum come out zero.
     implementation: name of the implementation; None picks one (see ``pick``).
     platform: platform of the devices that it will run on; None is jax's default.
-    capacity: largest number of rows of an expert, for "batched" alone.
+    capacity: largest number of rows of an expert, for an implementation for training.
 
     Every implementation can be differentiated, with the gradient of "batched".
     Raises ValueError with the reason if the named implementation cannot run.
@@ -123,15 +98,23 @@ def grouped_mlp(
     reason = (
         supports(name, platform, weights.dtype)
         or _mismatch(x_ND, weights, group_sizes_E, activation)
-        or _shape_limit(name, weights, x_ND.shape[0], activation)
+        or _limit(name, weights, x_ND.shape[0], activation)
     )
-    if reason is None and capacity is not None and name != "batched":
-        reason = f"capacity is for implementation 'batched', not {name!r}"
+    if reason is None:
+        reason = _capacity_limit(name, capacity)
     if reason is not None:
         raise ValueError(f"grouped_mlp: {reason}")
-    if name == "batched":
-        return grouped_mlp_batched(x_ND, weights, group_sizes_E, activation, capacity=capacity)
-    return _forward(name, activation, x_ND, weights, group_sizes_E)
+    record = IMPLEMENTATIONS[name]
+    if record.is_for_training:
+        return record.run(x_ND, weights, group_sizes_E, activation, capacity=capacity)
+    return _forward(record, activation, x_ND, weights, group_sizes_E)
+
+
+def _capacity_limit(name: ExpertKernel, capacity: int | None) -> str | None:
+    if capacity is None or IMPLEMENTATIONS[name].is_for_training:
+        return None
+    others = " and ".join(repr(name) for name, other in IMPLEMENTATIONS.items() if other.is_for_training)
+    return f"capacity is for implementation {others}, not {name!r}"
 
 
 def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activation: str) -> str | None:
@@ -155,27 +138,22 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward(
-    name: Implementation,
+    record: Implementation,
     activation: Activation,
     x_ND: Array,
     weights: ExpertWeights,
     group_sizes_E: Array,
 ) -> Array:
-    if name == "pallas_tpu":
-        run = _pallas(name).grouped_mlp_pallas_tpu
-    elif name == "pallas_gpu":
-        run = _pallas(name).grouped_mlp_pallas_gpu
-        x_ND = x_ND.astype(jnp.bfloat16)
-    else:
-        run = {"xla": grouped_mlp_xla, "reference": grouped_mlp_reference, "cpu": grouped_mlp_cpu}[name]
-    return run(x_ND, weights, group_sizes_E, activation=activation)
+    if record.rows_dtype is not None:
+        x_ND = x_ND.astype(record.rows_dtype)
+    return record.run(x_ND, weights, group_sizes_E, activation=activation)
 
 
 def _forward_with_residuals(*args: Any) -> tuple[Array, tuple]:
     return _forward(*args), args[2:]
 
 
-def _backward(name: Implementation, activation: Activation, residuals: tuple, g_ND: Array) -> tuple:
+def _backward(record: Implementation, activation: Activation, residuals: tuple, g_ND: Array) -> tuple:
     x_ND, weights, group_sizes_E = residuals
     _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
     return (*pull(g_ND), None)

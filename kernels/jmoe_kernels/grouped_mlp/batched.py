@@ -4,9 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.matmul import as_float, linear
 from jmoe_kernels.rows import take_rows
+from jmoe_kernels.settings import Activation
 
 
 def grouped_mlp_batched(

@@ -7,8 +7,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jmoe_kernels import cpu
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.matmul import as_float
+from jmoe_kernels.settings import Activation
 
 ACTIVATIONS = get_args(Activation)  # the kernel knows them by their index
 
@@ -39,6 +40,13 @@ def combined_mlp_cpu(
     """
     args = (x_TD, *_arrays(weights), group_sizes_E, order_N, combine_TK)
     return cpu.call("jmoe_combined_mlp", x_TD.shape, *args, activation=ACTIVATIONS.index(activation))
+
+
+def describe() -> str:
+    """Returns what the loaded kernels are, with the instruction set in use."""
+    library = cpu.get_library()
+    assert isinstance(library, cpu.Library)
+    return f"C++ kernels for {library.isa}"
 
 
 def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:

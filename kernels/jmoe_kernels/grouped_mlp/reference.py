@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 
 def grouped_mlp_reference(

@@ -1,14 +1,13 @@
 """What every implementation takes: the stacked weights of E gated MLPs, and the name of their activation."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
-Activation = Literal["silu", "gelu_tanh", "relu", "swiglu_oai"]
+from jmoe_kernels.settings import Activation
 
 
 @jax.tree_util.register_dataclass

@@ -6,22 +6,23 @@ past the last group are zeroed at the end. Experts without rows have no tile, so
 
 bfloat16 weights must come as uint16 (``storage_dtype``): XLA:CPU otherwise legalises the slice of a bfloat16
 stack as convert-slice-convert and hoists the conversion of *all* experts out of the loop (143 ms instead of 5
-ms a layer of OLMoE's size).
+ms per layer of OLMoE's size).
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.matmul import as_float, dot_nt
+from jmoe_kernels.settings import Activation
 
 
 def tile_rows(rows: int, experts: int) -> int:
     """Returns the rows of a tile: few if experts get few rows each (decode), 96 if they get many (prefill).
 
-    A layer of 512 tokens and 64 experts top-8 (64 rows an expert) took 98 ms with 64 rows a tile, 74 ms with
-    96, and 82 ms with 128, since most experts then fit one tile.
+    A layer of 512 tokens and 64 experts top-8 (64 rows per expert) took 98 ms with 64 rows per tile, 74 ms
+    with 96, and 82 ms with 128, since most experts then fit one tile.
     """
     if rows >= 32 * experts:
         return 96

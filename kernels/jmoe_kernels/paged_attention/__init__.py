@@ -2,12 +2,13 @@
 
 A sequence's page table lists its pages in order; position p lives in row ``p % S`` of page ``table[p // S]``.
 
-Axes: B sequences, T tokens of each, H query heads, G key-value heads, d head dimension; P pages, S rows of a
-page (of all keys, after pages are read), M pages of a table; N rows or pages one after another.
+Axes: B sequences, T tokens per sequence, H query heads, G key-value heads, d head dimension;
+P pages, S rows of a page (of all keys, after pages are read), M pages of a table; N rows or pages one after
+another.
 """
 
+from jmoe_kernels.backends import AttentionKernel
 from jmoe_kernels.paged_attention.api import (
-    AttentionKernel,
     attend_all,
     heads_axis,
     page_shapes,
@@ -15,9 +16,12 @@ from jmoe_kernels.paged_attention.api import (
     pick,
     supports,
 )
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
+from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
+from jmoe_kernels.settings import Span
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "AttentionKernel",
     "Heads",
     "LayerPages",

@@ -1,25 +1,16 @@
 """``paged_attention``: one entry for every implementation; it raises if the named one cannot run."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jmoe_kernels import cpu
 from jmoe_kernels.backends import AttentionKernel, first_supported, get_backend, home_of
-from jmoe_kernels.paged_attention import gpu, tpu
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span
-from jmoe_kernels.paged_attention.write import write
-from jmoe_kernels.paged_attention.xla import attend
-
-LIMITED = {"tpu": tpu, "gpu": gpu}  # jax's kernels, which do not have all that a layer may need
-PRAISE = {
-    "cpu": "the C++ kernel",
-    "tpu": "jax's ragged paged attention",
-    "gpu": "jax's Pallas paged attention in decode, cuDNN in prefill",
-}
+from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
+from jmoe_kernels.paged_attention.types import LATENT, Heads, LayerPages, NewTokens
+from jmoe_kernels.settings import Span
 
 
 def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
@@ -28,17 +19,14 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     dtype: dtype of the keys and values.
     heads: heads of one rank.
     """
-    if implementation not in get_args(AttentionKernel):
-        return f"paged attention {implementation!r} is unknown; known: {', '.join(get_args(AttentionKernel))}"
-    if (home := home_of(implementation)) is None:
-        return None
+    if implementation not in IMPLEMENTATIONS:
+        return f"paged attention {implementation!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
+    home = home_of(implementation) or platform
     if home != platform:
         mismatch = f"needs a {home}, this is a {platform}"
         return f"paged attention {implementation!r} {mismatch}; 'xla' can run"
-    if implementation in LIMITED:
-        reason = LIMITED[implementation].supports(heads, jnp.dtype(dtype))
-    else:
-        reason = library if isinstance(library := cpu.get_library(), str) else None
+    record = IMPLEMENTATIONS[implementation]
+    reason = record.why_missing() or record.limit(heads, jnp.dtype(dtype))
     return reason and f"paged attention {implementation!r}: {reason}; 'xla' can run"
 
 
@@ -47,7 +35,7 @@ def pick(platform: str, dtype: Any, heads: Heads) -> tuple[AttentionKernel, str]
     return first_supported(
         get_backend(platform).attention,
         lambda name: supports(name, platform, dtype, heads),
-        PRAISE.__getitem__,
+        lambda name: IMPLEMENTATIONS[name].describe(),
     )
 
 
@@ -62,16 +50,13 @@ def page_shapes(
     dim: dimension of a head.
     latent: whether rows are keys and values at once.
     """
-    if latent:
-        return ((pages, kv_heads, size, dim),)
-    if implementation == "tpu":
-        return ((pages, size, 2 * kv_heads, dim),)
-    return ((pages, kv_heads, size, dim),) * 2
+    layout = LATENT if latent else IMPLEMENTATIONS[implementation].layout
+    return layout.shapes(pages, kv_heads, size, dim)
 
 
 def heads_axis(implementation: AttentionKernel) -> int:
     """Returns the axis of those arrays on which the heads lie; pages are always the first axis."""
-    return 2 if implementation == "tpu" else 1
+    return IMPLEMENTATIONS[implementation].layout.heads_axis
 
 
 def paged_attention(
@@ -110,44 +95,16 @@ def attend_all(
     before a query's window nor on those after the query, except in jax's kernel on TPU, where an earlier
     query of the same sequence may become NaN too.
     """
+    record = IMPLEMENTATIONS[implementation]
     for new in pieces:
         _check(implementation, new, span, sinks_H)
-        pages = _write(implementation, new, pages)
-    return [_attend(implementation, new, pages, span, sinks_H) for new in pieces], pages
+        pages = record.write(new, pages)
+    return [record.attend(new, pages, span, sinks_H) for new in pieces], pages
 
 
 def _check(implementation: AttentionKernel, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
     """Raises ValueError if a named kernel lacks what the layer needs."""
-    if implementation not in LIMITED:
-        return
     (_, _, query, dim), kv = new.q_BTHd.shape, new.k_BTGd.shape[2]
     heads = Heads(query, kv, dim, span, sinks_H is not None, dim if new.v_BTGd is None else None)
-    if (reason := LIMITED[implementation].lacks(heads)) is not None:
+    if (reason := IMPLEMENTATIONS[implementation].lacks(heads)) is not None:
         raise ValueError(f"paged attention {implementation!r}: {reason}; 'xla' can run")
-
-
-def _write(implementation: AttentionKernel, new: NewTokens, pages: LayerPages) -> LayerPages:
-    address = new.positions_BT, new.table_BM
-    if implementation in LIMITED:
-        return LIMITED[implementation].write_tokens(new, pages)
-    if new.v_BTGd is None:
-        [kv_PGSd] = pages.kv
-        put = cpu.write_latent if implementation == "cpu" else write
-        return LayerPages((put(kv_PGSd, new.k_BTGd, *address),))
-    k_PGSd, v_PGSd = pages.kv
-    if implementation == "cpu":
-        return LayerPages(cpu.write_pages(k_PGSd, v_PGSd, new.k_BTGd, new.v_BTGd, *address))
-    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
-
-
-def _attend(
-    implementation: AttentionKernel, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
-) -> Array:
-    kv, address = (pages.kv[0], pages.kv[-1]), (new.positions_BT, new.table_BM)
-    if implementation == "tpu":
-        return tpu.attend(new, pages, span.window)
-    if implementation == "gpu":
-        return gpu.attend(new, pages)
-    if implementation == "cpu":
-        return cpu.attend(new.q_BTHd, *kv, *address, (span.window, span.chunk), sinks_H)
-    return attend(new.q_BTHd, *kv, *address, span, sinks_H)

@@ -10,20 +10,21 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, Span, beyond_windows
+from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
 from jmoe_kernels.paged_attention.write import write, write_last
-from jmoe_kernels.paged_attention.xla import finite_rows, read, taint, visible
+from jmoe_kernels.paged_attention.xla import finite_rows, gather_pages, taint, visible
+from jmoe_kernels.settings import Span
 
-SPLITS = 8  # parts of a sequence's keys that run in parallel
-PAGES = 4  # pages that one step of a part reads
+KEY_SPLITS = 8  # parts of a sequence's keys that run in parallel
+PAGES_PER_BLOCK = 4  # pages that one step of a part reads
 
 
 def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
     """Returns the limit that these heads break, or None."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"keys and values must be bfloat16, got {jnp.dtype(dtype).name}"
-    if heads.dim not in (16, 32, 64, 128):
-        return f"the head dimension must be 16, 32, 64 or 128, got {heads.dim}"
+    if heads.head_dim not in (16, 32, 64, 128):
+        return f"the head dimension must be 16, 32, 64 or 128, got {heads.head_dim}"
     return lacks(heads)
 
 
@@ -73,7 +74,7 @@ def _decode(
     )
 
     (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
-    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (SPLITS * PAGES))))
+    table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (KEY_SPLITS * PAGES_PER_BLOCK))))
     is_own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
     table = jnp.where(is_own, table, table[:, :1])  # a block past the own pages reads the first page again
     table_BGM = table[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
@@ -84,8 +85,8 @@ def _decode(
         v_PGSd.reshape(1, count * g, size, d),
         table_BGM.reshape(b * g, -1),
         jnp.repeat(length_B, g),
-        k_splits=SPLITS,
-        pages_per_compute_block=PAGES,
+        k_splits=KEY_SPLITS,
+        pages_per_compute_block=PAGES_PER_BLOCK,
         interpret=interpret,
     )
     return out.reshape(b, 1, h, d)
@@ -94,7 +95,9 @@ def _decode(
 def _prefill(
     q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
 ) -> Array:
-    (k_BGSd, broken_k), (v_BGSd, broken_v) = (finite_rows(read(a, table_BM)) for a in (k_PGSd, v_PGSd))
+    (k_BGSd, broken_k), (v_BGSd, broken_v) = (
+        finite_rows(gather_pages(a, table_BM)) for a in (k_PGSd, v_PGSd)
+    )
     keys = jnp.arange(k_BGSd.shape[2], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
     visible_BTS = visible(jnp.maximum(positions_BT, 0), keys, Span())

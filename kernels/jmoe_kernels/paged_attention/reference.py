@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from jmoe_kernels.paged_attention.types import Span
+from jmoe_kernels.settings import Span
 
 
 def attention_reference(

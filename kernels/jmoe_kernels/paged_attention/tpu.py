@@ -12,20 +12,23 @@ from jaxtyping import Float
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
 from jmoe_kernels.paged_attention.write import write_joined
 
-KEYS, QUERIES = 256, 64  # keys and queries of a block; what fits VMEM at every head count that is supported
-VMEM = 64 << 20  # bytes
+KEYS_PER_BLOCK, QUERIES_PER_BLOCK = 256, 64  # they fit VMEM at every head count that is supported
+VMEM_LIMIT = 64 << 20  # bytes
 
 
 def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
     """Returns the limit that these heads break, or None."""
     if (reason := lacks(heads)) is not None:
         return reason
-    if heads.dim % 128:
-        return f"the head dimension must be a multiple of 128, got {heads.dim}"
-    rows = 2 * heads.kv * jnp.dtype(dtype).itemsize // 4  # rows of 32 bits with a token's keys and values
+    if heads.head_dim % 128:
+        return f"the head dimension must be a multiple of 128, got {heads.head_dim}"
+    rows = (
+        2 * heads.num_kv_heads * jnp.dtype(dtype).itemsize // 4
+    )  # rows of 32 bits with a token's keys and values
     if rows not in (1, 2, 4, 8) and rows % 8:
         name = jnp.dtype(dtype).name
-        return f"{heads.kv} {name} kv heads a rank do not tile; 1, 2, 4 and multiples of 8 do in both dtypes"
+        given = f"{heads.num_kv_heads} {name} kv heads per rank"
+        return f"{given} do not tile; 1, 2, 4 and multiples of 8 do in both dtypes"
     return None
 
 
@@ -86,8 +89,8 @@ def _ragged(
         sequences,
         sm_scale=d**-0.5,
         sliding_window=window,
-        num_kv_pages_per_block=max(1, min(KEYS // size, table_BM.shape[1])),
-        num_queries_per_block=min(n, QUERIES),
-        vmem_limit_bytes=VMEM,
+        num_kv_pages_per_block=max(1, min(KEYS_PER_BLOCK // size, table_BM.shape[1])),
+        num_queries_per_block=min(n, QUERIES_PER_BLOCK),
+        vmem_limit_bytes=VMEM_LIMIT,
     )
     return out.astype(jnp.float32)

@@ -1,40 +1,36 @@
-"""What paged attention works on: pages, new tokens, heads and spans."""
+"""What paged attention works on: pages, new tokens and heads."""
 
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import jax
 from jax import Array
 from jaxtyping import Float, Int
 
-Position = TypeVar("Position", int, Array)
+from jmoe_kernels.settings import Span
 
 
 @dataclass(frozen=True)
-class Span:
-    """The keys that a query sees, of those that causality allows; all of them if neither field is set.
+class PageLayout:
+    """How one layer's keys and values lie in arrays, whose first axis is the pages and whose last is d.
 
-    window: number of keys up to the query's own, which counts: itself and the ``window - 1`` tokens before.
-    chunk: number of positions of a chunk; a query sees the keys of its own chunk, for which the position
-        divided by ``chunk`` is the same (Llama 4's chunked attention).
-    Raises ValueError if both are set, or if one is less than 1 token.
+    num_arrays: number of arrays.
+    heads_axis: axis of the heads, 1 or 2; the rows of a page are on the other one.
+    num_entries: number of entries on the heads' axis per key-value head.
     """
 
-    window: int | None = None
-    chunk: int | None = None
+    num_arrays: int
+    heads_axis: int
+    num_entries: int
 
-    def __post_init__(self) -> None:
-        sizes = [size for size in (self.window, self.chunk) if size is not None]
-        if len(sizes) == 2:
-            raise ValueError(f"a span has a window ({self.window}) or a chunk ({self.chunk}), not both")
-        if sizes and sizes[0] < 1:
-            raise ValueError(f"a span's window or chunk must be at least 1 token, got {sizes[0]}")
+    def shapes(self, pages: int, kv_heads: int, size: int, dim: int) -> tuple[tuple[int, ...], ...]:
+        """Returns the shape of every array, for pages of ``size`` rows."""
+        middle = (self.num_entries * kv_heads, size)
+        return ((pages, *(middle if self.heads_axis == 1 else middle[::-1]), dim),) * self.num_arrays
 
-    def first(self, position: Position) -> Position:
-        """Returns the first position that a query at ``position`` sees; it may be below 0 for a window."""
-        if self.window is not None:
-            return position - (self.window - 1)
-        return position * 0 if self.chunk is None else position // self.chunk * self.chunk
+
+APART = PageLayout(num_arrays=2, heads_axis=1, num_entries=1)
+JOINED = PageLayout(num_arrays=1, heads_axis=2, num_entries=2)
+LATENT = PageLayout(num_arrays=1, heads_axis=1, num_entries=1)
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +38,9 @@ class Span:
 class LayerPages:
     """One layer's keys and values in the layout of the implementation that reads them.
 
-    kv: arrays of one of three layouts. Apart: keys and values, each ``[P, G, S, d]``. Joined: one array
-        ``[P, S, 2 * G, d]`` in which the value of a head follows its key. Latent: one array ``[P, G, S, d]``
-        whose rows are keys and values at once, as DeepSeek's latent attention keeps them
+    kv: arrays of one of three layouts. ``APART``: keys and values, each ``[P, G, S, d]``. ``JOINED``: one
+        array ``[P, S, 2 * G, d]`` in which the value of a head follows its key. ``LATENT``: one array
+        ``[P, G, S, d]`` whose rows are keys and values at once, as DeepSeek's latent attention keeps them
         (https://arxiv.org/abs/2405.04434, section 2.1).
     """
 
@@ -77,27 +73,27 @@ class NewTokens:
 class Heads:
     """One rank's heads, and what attention over them needs.
 
-    query: number of query heads.
-    kv: number of key-value heads.
-    dim: dimension of a head.
-    span: which keys a query sees.
-    sinks: whether each query head has a logit of its own in the softmax's denominator.
-    latent: number of columns of a row that are its value if pages are latent; None if keys and values lie
+    num_query_heads: number of query heads.
+    num_kv_heads: number of key-value heads.
+    head_dim: dimension of a head.
+    span: the keys that a query sees.
+    has_sinks: whether each query head has a logit of its own in the softmax's denominator.
+    value_dim: number of columns of a row that are its value if pages are latent; None if keys and values lie
         apart.
     """
 
-    query: int
-    kv: int
-    dim: int
-    span: Span = Span()
-    sinks: bool = False
-    latent: int | None = None
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    span: Span = field(default_factory=Span)
+    has_sinks: bool = False
+    value_dim: int | None = None
 
 
 def beyond_windows(heads: Heads) -> str | None:
     """Returns what these heads need beyond causal attention within a window, or None."""
     if heads.span.chunk is not None:
         return "attention within chunks is not supported"
-    if heads.sinks:
+    if heads.has_sinks:
         return "attention sinks are not supported"
-    return "latent pages are not supported" if heads.latent is not None else None
+    return "latent pages are not supported" if heads.value_dim is not None else None

@@ -6,11 +6,13 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jmoe_kernels.matmul import as_float, dot
-from jmoe_kernels.paged_attention.types import Span
+from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
+from jmoe_kernels.paged_attention.write import write
+from jmoe_kernels.settings import Span
 
 BLOCK = 128  # queries that attend together, and keys that a step of the loop reads
 BLOCK_BYTES = 2 << 20  # fewer keys if they are more bytes than this: they should stay in a core's cache
-NEVER = -1e30
+MASK_VALUE = -1e30
 
 
 def visible(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], span: Span) -> Bool[Array, "B T S"]:
@@ -36,28 +38,33 @@ def taint(mask: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Arra
     return (mask & broken[..., None, :]).any(-1)
 
 
-def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Float[Array, "B G N*S d"]:
+def gather_pages(
+    pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]
+) -> Float[Array, "B G N*S d"]:
     """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay
-    apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
     ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
-    read = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
-    return as_float(read).reshape(b, g, n * size, d)
+    rows = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
+    return as_float(rows).reshape(b, g, n * size, d)
+
+
+def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
+    """Returns the pages with the new rows."""
+    address = new.positions_BT, new.table_BM
+    if new.v_BTGd is None:
+        [kv_PGSd] = pages.kv
+        return LayerPages((write(kv_PGSd, new.k_BTGd, *address),))
+    k_PGSd, v_PGSd = pages.kv
+    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
 
 
 def attend(
-    q_BTHd: Float[Array, "B T H d"],
-    k_PGSd: Shaped[Array, "P G S d"],
-    v_PGSd: Shaped[Array, "P G S d"],
-    positions_BT: Int[Array, "B T"],
-    table_BM: Int[Array, "B M"],
-    span: Span = Span(),
-    sinks_H: Float[Array, " H"] | None = None,
+    new: NewTokens, pages: LayerPages, span: Span, sinks_H: Float[Array, " H"] | None
 ) -> Float[Array, "B T H d"]:
     """Returns causal attention to those keys of the sequences' pages that each query's span reaches.
 
@@ -65,6 +72,8 @@ def attend(
     compiled shape serves every context length. Many queries are split into blocks that each have their own
     ends: the block's queries are of one row, or of several short rows.
     """
+    q_BTHd, positions_BT, table_BM = new.q_BTHd, new.positions_BT, new.table_BM
+    k_PGSd, v_PGSd = pages.kv[0], pages.kv[-1]  # latent pages are both
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     rows = b if t == 1 else max(1, BLOCK // t)
@@ -107,11 +116,11 @@ def _attend_block(
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
         visible_BTS = visible(positions_BT, key_BS, span)
         mask = jnp.tile(visible_BTS[:, None], (1, 1, h // g, 1))
-        scores = jnp.where(mask, dot("bgqd,bgsd->bgqs", q, read(k_PGSd, ids)), NEVER)
+        scores = jnp.where(mask, dot("bgqd,bgsd->bgqs", q, gather_pages(k_PGSd, ids)), MASK_VALUE)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         share = jnp.where(mask, jnp.exp(scores - new_top), 0.0)
         decay = jnp.exp(top - new_top)
-        values = read(v_PGSd, ids)
+        values = gather_pages(v_PGSd, ids)
         if t == 1:  # there is one query, so a value that it does not see is used by nobody
             values = jnp.where(visible_BTS.swapaxes(1, 2)[:, None], values, 0)
         else:
@@ -121,7 +130,7 @@ def _attend_block(
         return new_top, total * decay + share.sum(-1, keepdims=True), acc, tainted_BGT
 
     rows = (b, g, (h // g) * t)
-    top, total = jnp.full((*rows, 1), NEVER), jnp.zeros((*rows, 1))
+    top, total = jnp.full((*rows, 1), MASK_VALUE), jnp.zeros((*rows, 1))
     if sinks_H is not None:  # a key that comes before all others and has no value
         sinks = sinks_H.astype(jnp.float32).reshape(1, g, h // g, 1, 1)
         top, total = jnp.broadcast_to(sinks, (b, g, h // g, t, 1)).reshape(*rows, 1), total + 1

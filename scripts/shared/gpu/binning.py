@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jmoe_kernels.binning import Binned, Implementation, KernelChoice, Rule, bin_experts
+from jmoe_kernels.binning import Binned, BinningKernel, KernelChoice, Rule, bin_experts
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from shared.gpu.peers import seconds_per_call
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # for weights and scores; ids, set, order and sizes must be eq
 
 
 @cache
-def compiled(implementation: Implementation, rule: Rule, dry: bool):
+def compiled(implementation: BinningKernel, rule: Rule, dry: bool):
     """Returns the compiled function (logits, valid, lossy) -> Binned.
 
     implementation: the implementation that the function runs.
@@ -39,7 +39,7 @@ def compiled(implementation: Implementation, rule: Rule, dry: bool):
 
 def differing(case: Case, method: str, dry: bool) -> list[str]:
     """Returns the fields in which the kernel and the reference differ."""
-    rule = Rule(method, case.k, k0=min(2, case.k))  # type: ignore[arg-type]
+    rule = Rule(method, case.k, bin_width=0.5, k0=min(2, case.k), keep=0.5)  # type: ignore[arg-type]
     inputs = make_inputs(case)
     got, want = (compiled(name, rule, dry)(*inputs) for name in ("pallas_gpu", "xla"))
 
@@ -61,10 +61,10 @@ def batches(method: str, dry: bool) -> list[Case]:
     return [case for case in alike if case.name != "a NaN token"]
 
 
-def binning_seconds(implementation: Implementation, tokens: int, experts: int, k: int, dry: bool) -> float:
+def binning_seconds(implementation: BinningKernel, tokens: int, experts: int, k: int, dry: bool) -> float:
     """Returns the median seconds of a call by affinity. All outputs of the call are used."""
     logits_TE, valid_T, lossy_T = map(jnp.asarray, make_inputs(Case("timed", tokens, experts, k)))
-    run = compiled(implementation, Rule("affinity", k), dry)
+    run = compiled(implementation, Rule("affinity", k, bin_width=0.5, k0=1, keep=0.5), dry)
 
     def step(logits_TE: Array, masks: tuple[Array, Array]) -> Array:
         return lax.optimization_barrier(run(logits_TE, *masks)).order_N

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jmoe_kernels.grouped_mlp.pallas_gpu import Blocks, grouped_mlp_pallas_gpu
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 CACHE = 64e6  # bytes; the weights of a rotation must be several times as large
 
@@ -94,7 +95,7 @@ def weight_bytes(dims: tuple[int, int, int], active: int) -> float:
 
 
 def ours(sizes: np.ndarray, dry: bool, activation: Activation = "silu") -> Callable:
-    blocks = Blocks("decode", 16, 64, 64, 64, 64, 2, 2) if dry else None
+    blocks = BlockSizes("decode", 16, 64, 64, 64, 64, 2, 2) if dry else None
     options = {"activation": activation, "interpret": dry, "blocks": blocks}
     return lambda x, w: grouped_mlp_pallas_gpu(x, w, jnp.asarray(sizes), **options)
 

@@ -47,7 +47,7 @@ def measure(dry: bool) -> dict[str, Any] | None:
     union = active(None)
     width, share = bisect(lambda w: active(w) / union, HALF, 0.0, 4.0)
     rule = get_rule(BinningConfig(bin_width=width), k)
-    fused, why = binning.pick(platform, experts, rule)
+    fused, why = binning.pick(platform, binning.BinningNeeds(experts, rule))
     kernel, why_experts = pick(platform, jnp.bfloat16, dims)
     layer = partial(run_layer, k=k, kernel=kernel, platform=platform)
     ways = {"plain": partial(layer, rule=None, stage="xla"), "binned": partial(layer, rule=rule, stage=fused)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jmoe_kernels.binning import Method
+from jmoe_kernels.settings import BinningMethod
 from shared.results import few
 from studies.lynx.curves import CENTINATS
 from studies.lynx.decode import Meter, Scorer, batches, counted, read_windows
@@ -29,7 +29,7 @@ MIXES = ("single", "mixed")
 BATCHES = (4, 8, 16, 32, 64)
 HALF_BATCH = 16  # the batch size of the protocol with a prefilled half
 WIDTHS = (0.2, 0.35, 0.5, 0.7, 1.0, 1.5)
-BUDGETS: dict[Method, tuple[float, ...]] = {
+BUDGETS: dict[BinningMethod, tuple[float, ...]] = {
     "budget": (0.4, 0.5, 0.6, 0.7, 0.85),
     "popularity": (0.4, 0.5, 0.6, 0.7, 0.85),
     "random": (0.5, 0.7, 0.85),

@@ -63,7 +63,7 @@ def _compile(case: dict) -> None:
             logits,
             valid,
             lossy,
-            Rule("affinity", case["k"]),
+            Rule("affinity", case["k"], bin_width=0.5, k0=1, keep=0.5),
             KernelChoice(f"pallas_{platform}", platform),
             renormalize=True,
             total=total,

@@ -129,14 +129,14 @@ def _lower_mlp(case: dict):
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
     from jmoe_kernels.grouped_mlp.pallas_gpu import grouped_mlp_pallas_gpu
-    from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import choose
+    from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import choose_blocks
     from jmoe_kernels.grouped_mlp.types import ExpertWeights
 
     shards, device = case.get("shards", 1), case["device"]
     e, f, d, n = (case[k] for k in ("experts", "inner", "model", "rows"))
     mesh = Mesh(np.array(_devices(device)[:shards]), ("expert",))
     sharding = NamedSharding(mesh, P("expert"))
-    blocks = choose(n // shards, e // shards, device)
+    blocks = choose_blocks(n // shards, e // shards, device)
 
     def abstract(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

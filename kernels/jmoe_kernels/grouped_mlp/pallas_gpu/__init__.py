@@ -1,6 +1,6 @@
 """Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
 
-The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows an expert on average,
+The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows per expert on average,
 ``prefill`` above (``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a
 second. Between the two, h stands in device memory, window by window (``blocks.windows``), rounded to
 bfloat16.
@@ -21,14 +21,22 @@ from jax import Array
 from jaxtyping import BFloat16, Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_gpu import decode, prefill
-from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ALIGN, SMEM_LIMIT, Blocks, choose, fit, windows
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
+    ALIGN,
+    SMEM_LIMIT,
+    BlockSizes,
+    choose_blocks,
+    fit_blocks,
+    windows,
+)
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.settings import Activation
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
 
-__all__ = ["Blocks", "grouped_mlp_pallas_gpu", "supports"]
+__all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "supports"]
 
 
 def supports(weights: ExpertWeights, rows: int, activation: str) -> str | None:
@@ -54,7 +62,7 @@ def grouped_mlp_pallas_gpu(
     *,
     activation: Activation = "silu",
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    blocks: BlockSizes | None = None,
 ) -> Float[Array, "N D"]:
     """Computes the gated MLP of each row's expert in float32; rows past the last group are zero.
 
@@ -72,8 +80,8 @@ def grouped_mlp_pallas_gpu(
     if reason is not None:
         raise ValueError(f"grouped_mlp_pallas_gpu: {reason}")
     if blocks is None:
-        blocks = choose(rows, weights.dims[0], jax.devices()[0].device_kind)
-    blocks = fit(blocks, weights.dims[1], model)
+        blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind)
+    blocks = fit_blocks(blocks, weights.dims[1], model)
     if max(blocks.smem()) > SMEM_LIMIT:
         raise ValueError(
             f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "

@@ -1,9 +1,9 @@
-"""Block sizes by device, dtype and rows an expert, and the map from windows of rows to experts.
+"""Block sizes by device, dtype and rows per expert, and the map from windows of rows to experts.
 
-A window is ``Blocks.rows`` consecutive rows of which some or all belong to one expert: both kernels work on
-one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of the
-window, so that an expert with few rows is read once. The last windows start early, still inside x, because
-padding x would copy it.
+A window is ``BlockSizes.rows`` consecutive rows of which some or all belong to one expert: both kernels work
+on one window at a time. Windows start at their expert's first row rounded down to ALIGN, not at multiples of
+the window, so that an expert with few rows is read once. The last windows start early, still inside x,
+because padding x would copy it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ IDLE, EXPERT, ROW, SKIP, ROWS = -1, 0, 1, 2, 3  # columns of ``windows``
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """Tile sizes of one kernel pair.
 
     kernel: name of the pair.
@@ -61,15 +61,15 @@ class Blocks:
 STORE_BYTES = 128  # bytes of a row that the prefill kernels stage at a time
 
 # Decode wants bytes in flight: 64-row weight tiles (the least that wgmma takes) leave room for two or three
-# thread blocks an SM with about 64 KiB of weights in flight each. Prefill wants few loads a product: tiles of
-# 128 x 256 in one thread block of two computing warpgroups.
+# thread blocks per SM with about 64 KiB of weights in flight each. Prefill wants few loads per product: tiles
+# of 128 x 256 in one thread block of two computing warpgroups.
 _HOPPER = {
-    "rows<=4": Blocks("decode", 16, 64, 64, 64, 64, 4, 6),
-    "rows<=12": Blocks("decode", 32, 64, 64, 64, 64, 4, 6),
-    "rows<=64": Blocks("decode", 64, 64, 64, 64, 64, 4, 6),
-    "prefill": Blocks("prefill", 128, 128, 256, 64, 64, 4, 4),
+    "rows<=4": BlockSizes("decode", 16, 64, 64, 64, 64, 4, 6),
+    "rows<=12": BlockSizes("decode", 32, 64, 64, 64, 64, 4, 6),
+    "rows<=64": BlockSizes("decode", 64, 64, 64, 64, 64, 4, 6),
+    "prefill": BlockSizes("prefill", 128, 128, 256, 64, 64, 4, 4),
 }
-TABLE: dict[tuple[str, str], dict[str, Blocks]] = {
+TABLE: dict[tuple[str, str], dict[str, BlockSizes]] = {
     ("NVIDIA H200", "bfloat16"): _HOPPER,
     ("NVIDIA H100 80GB HBM3", "bfloat16"): _HOPPER,
     ("default", "bfloat16"): _HOPPER,
@@ -92,12 +92,12 @@ def _divide(block: int, size: int) -> int:
     return max(b for b in range(64, block + 1, 64) if size % b == 0)
 
 
-def choose(rows: int, experts: int, device_kind: str, dtype: str = "bfloat16") -> Blocks:
+def choose_blocks(rows: int, experts: int, device_kind: str, dtype: str = "bfloat16") -> BlockSizes:
     """Returns the table's blocks for this device and shape."""
     return TABLE.get((device_kind, dtype), TABLE["default", dtype])[bucket(rows, experts)]
 
 
-def fit(blocks: Blocks, inner: int, model: int) -> Blocks:
+def fit_blocks(blocks: BlockSizes, inner: int, model: int) -> BlockSizes:
     """Returns ``blocks`` cut to divide the dimensions, with no more stages than steps."""
     k_up, k_down = _divide(blocks.k_up, model), _divide(blocks.k_down, inner)
     return dataclasses.replace(

@@ -1,7 +1,7 @@
-"""Kernels for few rows an expert: weights are the M operand of wgmma, so 1-64 rows waste no product.
+"""Kernels for few rows per expert: weights are the M operand of wgmma, so 1-64 rows waste no product.
 
 Rows are its N operand. The kernels are memory bound: every active expert's weights stream through shared
-memory once a window, by TMA, in the checkpoint's own layout. The first kernel computes gate and up with the
+memory once per window, by TMA, in the checkpoint's own layout. The first kernel computes gate and up with the
 activation, the second down. A unit of work is one (window, weight tile); thread blocks of idle windows exit
 at once.
 """
@@ -20,11 +20,12 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     ALIGN,
     EXPERT,
     ROW,
-    Blocks,
+    BlockSizes,
     launch,
     wgmma_nt,
 )
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 
 def gate_up(
@@ -32,7 +33,7 @@ def gate_up(
     weights: ExpertWeights,
     windows_W4: Int[Array, "W 4"],
     activation: Activation,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: bool,
 ) -> BFloat16[Array, "W F R"]:
     """Returns ``act(gate x) * up x`` of every window, transposed; what idle windows hold is undefined."""
@@ -123,7 +124,7 @@ def down(
     h_WFR: BFloat16[Array, "W F R"],
     weights: ExpertWeights,
     windows_W4: Int[Array, "W 4"],
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: bool,
 ) -> Float[Array, "W R D"]:
     """Returns ``down h`` of every window in float32.

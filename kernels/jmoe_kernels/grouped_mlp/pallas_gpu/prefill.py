@@ -1,4 +1,4 @@
-"""Kernels for many rows an expert: tiles of 128 rows by 256 weight rows.
+"""Kernels for many rows per expert: tiles of 128 rows by 256 weight rows.
 
 Two warpgroups compute and one loads. The kernels are compute bound: rows are the M operand, one warpgroup
 takes the upper half of a window's rows and the other the lower, and the loading one runs ahead into the next
@@ -27,12 +27,13 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     SKIP,
     STORE_BYTES,
     WIDE,
-    Blocks,
+    BlockSizes,
     launch,
     store_rows,
     wgmma_nt,
 )
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.settings import Activation
 
 WARPGROUPS = 2  # warpgroups that compute
 LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
@@ -85,7 +86,7 @@ def gate_up(
     weights: ExpertWeights,
     windows_W4: Int[Array, "W 4"],
     activation: Activation,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: bool,
 ) -> BFloat16[Array, "W R F"]:
     """Returns ``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
@@ -109,7 +110,7 @@ def down(
     weights: ExpertWeights,
     windows_W4: Int[Array, "W 4"],
     rows_out: int,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: bool,
 ) -> Float[Array, "N D"]:
     """Returns ``down h`` of every window at its rows of y, float32; rows past the last group are zero."""
@@ -130,7 +131,7 @@ def down(
     return _run(stage, h_WRF, weights.down_EDF[:, None], windows_W4, bias_E1D, out_type, blocks)
 
 
-def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: Blocks) -> Array:
+def _run(stage: _Stage, a, w_EPOI, windows_W4, bias_EPO, out_type, blocks: BlockSizes) -> Array:
     """Runs the persistent kernel: each window's rows of ``a`` times P matrices [out, in], combined."""
     experts, products, out, depth = w_EPOI.shape
     half, tile, has_bias = blocks.rows // WARPGROUPS, stage.tile, bias_EPO is not None
@@ -275,7 +276,7 @@ def _store_own_rows(chunk, y, tile_s, target: _Target) -> None:
     """Stores ``chunk(start, width)`` of every column to those rows of y that the window owns.
 
     The rows are those of the chunk, which begins at the window's row ``first``. If the window owns all of
-    them they go straight from registers, 32 bytes a row and instruction; if it owns some, they go through
+    them they go straight from registers, 32 bytes per row and instruction; if it owns some, they go through
     shared memory.
     """
     half, width = tile_s.shape

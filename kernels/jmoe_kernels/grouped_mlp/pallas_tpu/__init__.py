@@ -11,17 +11,18 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, LANES, Blocks, choose, device_kind
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, LANES, BlockSizes, choose_blocks, device_kind
 from jmoe_kernels.grouped_mlp.pallas_tpu.decode import decode
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import prefill
-from jmoe_kernels.grouped_mlp.types import Activation, ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.matmul import as_float
+from jmoe_kernels.settings import Activation
 
-__all__ = ["Blocks", "choose", "grouped_mlp_pallas_tpu", "supports"]
+__all__ = ["BlockSizes", "choose_blocks", "grouped_mlp_pallas_tpu", "supports"]
 
 
 def supports(
-    weights: ExpertWeights, rows: int, activation: Activation, blocks: Blocks | None = None
+    weights: ExpertWeights, rows: int, activation: Activation, blocks: BlockSizes | None = None
 ) -> str | None:
     """Returns why the kernels cannot run, with the limit that is exceeded, or None if they can.
 
@@ -42,7 +43,7 @@ def supports(
     if rows == 0:
         return None
     kind = device_kind()
-    blocks = blocks or choose(weights.dims, rows, weights.dtype, kind)
+    blocks = blocks or choose_blocks(weights.dims, rows, weights.dtype, kind)
     if inner % blocks.inner or blocks.inner % LANES:
         return f"blocks.inner {blocks.inner} is not a multiple of {LANES} that divides {inner}"
     if blocks.kernel == "decode" and blocks.rows < rows:
@@ -60,7 +61,7 @@ def grouped_mlp_pallas_tpu(
     *,
     activation: Activation = "silu",
     interpret: bool | pltpu.InterpretParams = False,
-    blocks: Blocks | None = None,
+    blocks: BlockSizes | None = None,
 ) -> Float[Array, "N D"]:
     """Computes ``down(act(gate x) * up x)`` of each row's expert in float32.
 
@@ -79,7 +80,7 @@ def grouped_mlp_pallas_tpu(
         raise ValueError(f"grouped_mlp_pallas_tpu: {reason}")
     if x_ND.shape[0] == 0:
         return jnp.zeros(x_ND.shape, jnp.float32)
-    blocks = blocks or choose(weights.dims, x_ND.shape[0], weights.dtype)
+    blocks = blocks or choose_blocks(weights.dims, x_ND.shape[0], weights.dtype)
     operands = {"gate_up": as_float(weights.gate_up_E2FD), "down": as_float(weights.down_EDF)}
     if weights.gate_up_bias_E2F is not None:
         operands["gate_up_bias"] = weights.gate_up_bias_E2F

@@ -13,7 +13,7 @@ Kernel = Literal["decode", "prefill"]
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """How one call is cut.
 
     kernel: name of the kernel.
@@ -57,13 +57,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A row of the table: ``Blocks`` before they are fitted to a shape.
+    """A row of the table: ``BlockSizes`` before they are fitted to a shape.
 
     chunk: bytes of weights in a chunk.
-    windows: as in ``Blocks``.
-    product: as in ``Blocks``.
+    windows: as in ``BlockSizes``.
+    product: as in ``BlockSizes``.
     rows: most rows of a block of x and y, for prefill.
-    buffers: as in ``Blocks``.
+    buffers: as in ``BlockSizes``.
     """
 
     chunk: int
@@ -79,7 +79,7 @@ class Chip:
 
     cores: TensorCores of one JAX device.
     vmem: bytes of each core that a kernel may take.
-    decode_rows: mean rows an expert up to which decode is the faster kernel.
+    decode_rows: mean number of rows per expert up to which decode is the faster kernel.
     """
 
     cores: int
@@ -117,7 +117,9 @@ def divisor(size: int, most: int) -> int:
     return max(candidates, default=LANES)
 
 
-def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str) -> Blocks:
+def fit_blocks(
+    kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str
+) -> BlockSizes:
     """Returns the table's blocks for a shape, shrunk until they fit VMEM or cannot shrink any more."""
     _, inner, model = dims
     chip = CHIPS.get(kind, CHIPS["default"])
@@ -125,7 +127,7 @@ def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype,
     row = TABLE.get(key) or TABLE[("default", dtype.name, kernel)]
     padded = -(-rows // ROW_ALIGN) * ROW_ALIGN
     block = padded if kernel == "decode" else min(row.rows, -(-padded // chip.cores // ROW_ALIGN) * ROW_ALIGN)
-    blocks = Blocks(
+    blocks = BlockSizes(
         kernel,
         divisor(inner, row.chunk // (3 * model * dtype.itemsize)),
         (min(row.windows[0], block), min(row.windows[1], block)),
@@ -148,16 +150,18 @@ def fit(kernel: Kernel, dims: tuple[int, int, int], rows: int, dtype: jnp.dtype,
     return blocks
 
 
-def choose(dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str | None = None) -> Blocks:
+def choose_blocks(
+    dims: tuple[int, int, int], rows: int, dtype: jnp.dtype, kind: str | None = None
+) -> BlockSizes:
     """Returns blocks for ``rows`` rows of experts with ``dims`` = (E, F, D).
 
-    They are those of decode if rows an expert are few.
+    They are those of decode if there are few rows per expert.
     """
     kind = device_kind() if kind is None else kind
     experts, _, model = dims
     chip = CHIPS.get(kind, CHIPS["default"])
     if rows <= chip.decode_rows * experts:
-        blocks = fit("decode", dims, rows, dtype, kind)
+        blocks = fit_blocks("decode", dims, rows, dtype, kind)
         if blocks.vmem_bytes(model, dtype.itemsize) <= chip.vmem:
             return blocks
-    return fit("prefill", dims, rows, dtype, kind)
+    return fit_blocks("prefill", dims, rows, dtype, kind)

@@ -9,8 +9,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, ROW_ALIGN, Blocks
-from jmoe_kernels.grouped_mlp.types import Activation, gated
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, ROW_ALIGN, BlockSizes
+from jmoe_kernels.grouped_mlp.types import gated
+from jmoe_kernels.settings import Activation
 
 Ref = Any  # a Pallas reference: indexed and sliced as an array is
 
@@ -38,7 +39,7 @@ class Rows:
     h_MF: Ref
 
     @staticmethod
-    def scratch(blocks: Blocks, dtype: jnp.dtype) -> list:
+    def scratch(blocks: BlockSizes, dtype: jnp.dtype) -> list:
         """Returns the shapes of gate_MF and h_MF."""
         shape = (max(blocks.windows), blocks.inner)
         return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
@@ -62,7 +63,7 @@ def chunk_mlp(
     window: Any,
     mine_M1: Array,
     *,
-    blocks: Blocks,
+    blocks: BlockSizes,
     activation: Activation,
     first: Array,
 ) -> None:

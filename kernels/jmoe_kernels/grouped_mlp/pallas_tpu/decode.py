@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, Blocks
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, BlockSizes
 from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
-from jmoe_kernels.grouped_mlp.types import Activation
+from jmoe_kernels.settings import Activation
 
 
 def _chunk_of(name: str, ref: Ref, e: Array, j: Array, inner: int) -> Ref:
@@ -51,7 +51,7 @@ def _kernel(
     x_hbm: Ref,
     *refs: Ref,
     names: Sequence[str],
-    blocks: Blocks,
+    blocks: BlockSizes,
     steps: int,
     activation: Activation,
 ) -> None:
@@ -104,7 +104,7 @@ def decode(
     x_ND: Float[Array, "N D"],
     operands: Mapping[str, Array],
     group_sizes_E: Int[Array, " E"],
-    blocks: Blocks,
+    blocks: BlockSizes,
     *,
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,

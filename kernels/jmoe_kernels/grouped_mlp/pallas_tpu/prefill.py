@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import Blocks
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import BlockSizes
 from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
-from jmoe_kernels.grouped_mlp.types import Activation
+from jmoe_kernels.settings import Activation
 
 
 class Tiles(NamedTuple):
@@ -87,7 +87,7 @@ def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, core
     )
 
 
-def _kernel(*refs: Ref, names: tuple[str, ...], blocks: Blocks, activation: Activation) -> None:
+def _kernel(*refs: Ref, names: tuple[str, ...], blocks: BlockSizes, activation: Activation) -> None:
     n = len(Tiles._fields)
     tiles, (x_MD, *weights, y_MD, gate_MF, h_MF) = Tiles(*refs[:n]), refs[n:]
     core, i, f = (pl.program_id(axis) for axis in range(3))
@@ -111,7 +111,7 @@ def prefill(
     x_ND: Float[Array, "N D"],
     operands: Mapping[str, Array],
     group_sizes_E: Int[Array, " E"],
-    blocks: Blocks,
+    blocks: BlockSizes,
     *,
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,

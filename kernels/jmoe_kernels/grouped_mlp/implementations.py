@@ -1,0 +1,72 @@
+"""The implementations of the grouped MLP: one record each, which ``api`` and the layers read.
+
+A new one needs its name in ``ExpertKernel``, its file in this folder, and its record here. The Pallas modules
+are imported when they are needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
+
+from jmoe_kernels import cpu
+from jmoe_kernels.backends import ExpertKernel
+from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
+from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, describe, grouped_mlp_cpu
+from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
+from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
+from jmoe_kernels.lazy import LazyFunction
+
+PALLAS_TPU = "jmoe_kernels.grouped_mlp.pallas_tpu"
+PALLAS_GPU = "jmoe_kernels.grouped_mlp.pallas_gpu"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the grouped MLP. The defaults hold for one that runs anywhere, on any shapes.
+
+    run: function (x_ND, weights, group_sizes_E, activation=...) that returns the outputs of the rows.
+    run_combined: function (x_TD, weights_TK, order_N, weights, group_sizes_E, activation) that also gathers
+        the rows of tokens and sums each token's outputs; None if there is none.
+    why_missing: function that returns why this machine cannot run it, or None if it can.
+    limit: function (weights, rows, activation) that returns the limit that static shapes or dtypes
+        exceed, or None.
+    describe: function that returns what it is, in a few words for a person.
+    rows_dtype: dtype to which rows are converted first; None takes them as they are.
+    has_interpreter: whether it has an interpreter, which runs on any platform.
+    is_for_training: whether it takes a capacity, and jax differentiates it; the others have the gradient of
+        "batched".
+    """
+
+    run: Callable[..., Array]
+    run_combined: Callable[..., Array] | None = None
+    why_missing: Callable[[], str | None] = lambda: None
+    limit: Callable[[Any, int, str], str | None] = lambda weights, rows, activation: None
+    describe: Callable[[], str] = lambda: "portable XLA"
+    rows_dtype: str | None = None
+    has_interpreter: bool = False
+    is_for_training: bool = False
+
+
+IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
+    "xla": Implementation(grouped_mlp_xla),
+    "pallas_tpu": Implementation(
+        LazyFunction(PALLAS_TPU, "grouped_mlp_pallas_tpu"),
+        limit=LazyFunction(PALLAS_TPU, "supports"),
+        describe=lambda: "the Pallas kernels for tpu",
+        has_interpreter=True,
+    ),
+    "pallas_gpu": Implementation(
+        LazyFunction(PALLAS_GPU, "grouped_mlp_pallas_gpu"),
+        limit=LazyFunction(PALLAS_GPU, "supports"),
+        describe=lambda: "the Pallas kernels for gpu",
+        rows_dtype="bfloat16",
+        has_interpreter=True,
+    ),
+    "cpu": Implementation(
+        grouped_mlp_cpu, run_combined=combined_mlp_cpu, why_missing=cpu.why_missing, describe=describe
+    ),
+    "batched": Implementation(grouped_mlp_batched, is_for_training=True),
+    "reference": Implementation(grouped_mlp_reference),
+}
