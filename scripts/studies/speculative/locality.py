@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.results import few
-from studies.capacity.loads import RANKS
+from studies.capacity.peaks import RANKS
 from studies.lynx.decode import Meter, Scorer, batches, read_windows
 
 from jmoe.config.moe import MoEConfig

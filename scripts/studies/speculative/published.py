@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from shared.results import few
-from studies.capacity.loads import MODELS, SLOTS
+from studies.capacity.drawn_routing import MODELS, SLOTS
 from studies.speculative.grouping import mean
 
 from jmoe.moe.orders import align

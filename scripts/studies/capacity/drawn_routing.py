@@ -1,9 +1,4 @@
-"""Computes load statistics of a MoE layer, and draws routing from published token-level counts.
-
-A peak is the greatest load over the even share. The even share is N = tokens x k / experts (the paper's) for
-an expert, and tokens x k / ranks for a device. It is the share of plain top-k: dropping does not lower it, so
-that peaks before and after compare as times do.
-"""
+"""Draws routing from published token-level counts, and limits it on ranks of their own tokens."""
 
 import lzma
 from dataclasses import dataclass
@@ -15,43 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from studies.capacity.peaks import RANKS
 
 from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.capacity import limit
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-from jmoe.placement.placement import balance
 
-RANKS = 8
 SLOTS = (0, 7, 15)  # the model's layers that were published
 MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # the name in the files, experts, top k
-
-
-# ---- peaks
-
-
-def expert_peak(counts_E: np.ndarray, num_plain: float) -> float:
-    """Returns the most loaded expert's assignments over the even share of ``num_plain`` assignments."""
-    return float(counts_E.max() * counts_E.size / num_plain)
-
-
-def device_peak(loads_R: np.ndarray, num_plain: float) -> float:
-    """Returns the most loaded rank's assignments over the even share of ``num_plain`` assignments."""
-    return float(loads_R.max() * loads_R.size / num_plain)
-
-
-def rank_loads(counts_E: np.ndarray, ranks: int = RANKS) -> np.ndarray:
-    """Returns the load of each rank, with the experts in order over the ranks."""
-    return counts_E.reshape(ranks, -1).sum(1)
-
-
-def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: int = RANKS) -> float:
-    """Returns the device peak of ``counts_E`` under the placement that is balanced for ``history_E``.
-
-    extra: the number of redundant slots of that placement.
-    """
-    slots = counts_E.size + extra
-    placement = balance(history_E[None], slots=slots, ranks=ranks, model="bench")
-    return device_peak(placement.rank_loads(counts_E[None].astype(float))[0], counts_E.sum())
 
 
 # ---- published routing

@@ -1,4 +1,4 @@
-"""Makes the tables of loads for docs/results/capacity.md."""
+"""Makes the tables of the straggler for docs/results/capacity.md."""
 
 from typing import Any
 

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies.capacity.loads import (
+from studies.capacity.drawn_routing import (
     MODELS,
-    RANKS,
     SLOTS,
     Published,
-    device_peak,
     draw_ranks,
-    eplb_peak,
-    expert_peak,
     limited_matrix,
-    rank_loads,
     read_published,
 )
+from studies.capacity.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
 from jmoe.config.techniques import CapacityConfig
 

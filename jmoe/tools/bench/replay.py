@@ -1,4 +1,4 @@
-"""Sends a load: open loop by the clock, or as many requests at a time as there is room for."""
+"""Sends the requests of a load: by the clock, or as soon as there is room for one more."""
 
 import asyncio
 import contextlib
