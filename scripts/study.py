@@ -16,15 +16,15 @@ from pathlib import Path
 
 from shared.protocol import pin
 from shared.results import draw_plots, dumps
+from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY
-from studies.lynx.study import STUDY as LYNX
 from studies.offload.study import STUDY as OFFLOAD
 from studies.record import Part, Results, Study
-from studies.speculative.study import STUDY as SPECULATIVE
+from studies.shuffle.study import STUDY as SHUFFLE
 from studies.together.study import STUDY as TOGETHER
 
 ROOT = Path(__file__).parents[1]
-STUDIES = {study.name: study for study in (CAPACITY, LYNX, OFFLOAD, SPECULATIVE, TOGETHER)}
+STUDIES = {study.name: study for study in (BINNING, CAPACITY, SHUFFLE, OFFLOAD, TOGETHER)}
 RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -34,12 +34,14 @@ def make_parser() -> argparse.ArgumentParser:
     for study in STUDIES.values():
         one = ways.add_parser(
             study.name,
+            aliases=[study.results_name] if study.results_name else [],
             help=study.description.partition("\n")[0],
             description=study.description,
             formatter_class=RAW,
         )
         add_common(one, study)
         study.add_options(one)
+        one.set_defaults(study=study.name)
     return parser
 
 
@@ -53,7 +55,9 @@ def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
     else:
         names = [part.name for part in study.parts]
         parser.add_argument("--parts", nargs="*", choices=names, default=[], help="what to measure")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results", help=f"folder of {study.name}.*")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs/results", help=f"folder of {study.path(Path(), '.*')}"
+    )
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
 
@@ -91,7 +95,7 @@ def measure(study: Study, part: Part, args: argparse.Namespace, results: Results
 
 def stored(study: Study, args: argparse.Namespace) -> Results:
     """Returns the stored figures."""
-    path = args.out / f"{study.name}.json"
+    path = study.path(args.out, ".json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -111,14 +115,14 @@ def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -
         key = f"{part.name}_gpu" if part.has_gpu_form and args.gpu else part.name
         figures = stored(study, args) | {key: figures}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{study.name}.json").write_text(dumps(figures, study.depth))
+    study.path(args.out, ".json").write_text(dumps(figures, study.depth))
 
 
 def write(study: Study, args: argparse.Namespace) -> None:
     """Writes the document and the plots, only from the JSON."""
     results = stored(study, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{study.name}.md").write_text(study.document(results))
+    study.path(args.out, ".md").write_text(study.document(results))
     if plots := study.plots(results):
         draw_plots(plots, args.out)
 

@@ -39,8 +39,7 @@ class Part:
 class Study:
     """A measured technique with its JSON, its document and its plots.
 
-    name: the name of the study's folder here, of its template there, and of its JSON and document among the
-        results.
+    name: the name of the study's folder here and of its template there.
     description: the study's help text.
     parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
@@ -49,6 +48,8 @@ class Study:
     tables: the modules of the study's folder whose functions the template calls.
     has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
+    results_name: the name of the JSON and of the document, if it is not ``name``: the name of the paper's
+        technique. ``study.py`` accepts both names.
     """
 
     name: str
@@ -58,14 +59,19 @@ class Study:
     tables: tuple[str, ...]
     has_plots: bool = True
     depth: int = 4
+    results_name: str = ""
 
     @property
     def is_whole(self) -> bool:
         """Returns whether the study has only one part."""
         return len(self.parts) == 1
 
+    def path(self, folder: Path, suffix: str) -> Path:
+        """Returns the study's file of the results: ``.json`` or ``.md``."""
+        return folder / f"{self.results_name or self.name}{suffix}"
+
     def document(self, results: Results) -> str:
-        """Returns the text of ``docs/results/<name>.md``. The template decides what an absent part shows."""
+        """Returns the text of the study's document. The template decides what an absent part shows."""
         modules = {name: self._module(name) for name in self.tables}
         return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
 

@@ -25,8 +25,11 @@ def asked(*words: str) -> tuple[Study, list[Part], str]:
     ("words", "told"),
     [
         ("capacity --parts speed --gpu --rounds 3 --data /x", "capacity {} --parts speed --rounds 3 --gpu"),
-        ("lynx --parts speed --batches 8 16 --gpu --length 32", "lynx {} --parts speed --batches 8 16 --gpu"),
-        ("speculative --parts moves --train 2 --dry", "speculative {} --parts moves --train 2"),
+        (
+            "lynx --parts speed --batches 8 16 --gpu --length 32",
+            "binning {} --parts speed --batches 8 16 --gpu",
+        ),
+        ("shuffle --parts moves --train 2 --dry", "shuffle {} --parts moves --train 2"),
         ("together", "together {}"),
         ("together --profile-tokens 64 --ranks 8", "together {} --profile-tokens 64 --ranks 8"),
     ],
@@ -47,26 +50,27 @@ def test_parts_are_measured_in_the_order_of_the_options_and_an_only_part_without
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_a_study_has_its_stored_document_and_a_command_that_tries_it(name: str):
-    results = study.ROOT / "docs/results"
-    text = study.STUDIES[name].document(json.loads((results / f"{name}.json").read_text()))
-    assert text == (results / f"{name}.md").read_text()
+    mine, results = study.STUDIES[name], study.ROOT / "docs/results"
+    text = mine.document(json.loads(mine.path(results, ".json").read_text()))
+    assert text == mine.path(results, ".md").read_text()
     assert any(f"study.py {name} " in command.words for command in COMMANDS["scripts/study.py"])
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("capacity", "load"), ("lynx", "quality"), ("together", "scores")]
+    ("name", "part"), [("capacity", "load"), ("binning", "quality"), ("together", "scores")]
 )
 def test_a_part_without_its_data_is_skipped_and_the_document_says_so(
     name: str, part: str, tmp_path: Path, capsys, monkeypatch
 ):
+    mine = study.STUDIES[name]
     words = ["--data", str(tmp_path), "--out", str(tmp_path), "--threads", "1"]
     words += [] if name == "together" else ["--parts", part]
     monkeypatch.setattr(sys, "argv", ["study.py", name, *words])
     monkeypatch.setattr(study, "pin", lambda threads: None)
     study.main()
     assert f"{part}: skipped, there is no" in capsys.readouterr().out
-    assert "Not measured yet" in (tmp_path / f"{name}.md").read_text()
-    assert not (tmp_path / f"{name}.json").exists()
+    assert "Not measured yet" in mine.path(tmp_path, ".md").read_text()
+    assert not mine.path(tmp_path, ".json").exists()
 
 
 def test_a_parts_figures_replace_its_last_ones(tmp_path: Path):

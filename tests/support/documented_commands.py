@@ -70,20 +70,20 @@ COMMANDS: dict[str, list[Command]] = {
         Command(f"scripts/study.py capacity {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
         Command("scripts/study.py capacity --data {data} --parts speed --dry --rounds 1 --threads 1"),
         Command(
-            "scripts/study.py lynx --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "scripts/study.py binning --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
             "--new 4 --rounds 1 --threads 1"
         ),
-        Command(f"scripts/study.py lynx {DRY} --parts quality capacity --length 4 --domains en_drama"),
+        Command(f"scripts/study.py binning {DRY} --parts quality capacity --length 4 --domains en_drama"),
         Command("scripts/study.py offload --parts large --dry --sizes {sizes} --threads 1"),
         Command(f"scripts/study.py offload {DRY} --parts simulate mt_bench sensitivity --windows 1"),
         Command(f"scripts/study.py offload {DRY} --parts engine"),
         Command(
-            f"scripts/study.py speculative --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            f"scripts/study.py shuffle --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
             "--windows 1 --model {study}",
             PLOTS,
         ),
-        Command(f"scripts/study.py speculative {DRY} --parts grouping published --train 2 --windows 1"),
-        Command(f"scripts/study.py speculative {DRY} --parts engine locality"),
+        Command(f"scripts/study.py shuffle {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/study.py shuffle {DRY} --parts engine locality"),
         Command(
             f"scripts/study.py together --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
             "--batch 2 --ranks 2"
@@ -99,7 +99,7 @@ COMMANDS: dict[str, list[Command]] = {
     ],
     "scripts/paper_table.py": [
         Command(
-            "scripts/paper_table.py speculative --model {study} --devices 2 --data {text} --num-prompts 1 "
+            "scripts/paper_table.py shuffle --model {study} --devices 2 --data {text} --num-prompts 1 "
             "--tasks",
             devices=2,
         )

@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from shared.protocol import beginning
 from studies.offload.simulator import Trace
-from studies.speculative.routing import domains_of, pieces
+from studies.shuffle.routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
 from jmoe.models.decoder import Decoder

@@ -29,14 +29,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def quality(args: argparse.Namespace, results: Results) -> Results:
-    from studies.lynx.quality import measure
+    from studies.binning.quality import measure
 
     return measure(args.model, args.data / "valid", args.domains, args.windows, args.length, args.dry)
 
 
 def capacity(args: argparse.Namespace, results: Results) -> Results:
     import jax
-    from studies.lynx.capacity import RANKS, measure
+    from studies.binning.capacity import RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", RANKS)
     return measure(args.model, args.data / "valid", args.domains, dry=args.dry)
@@ -44,16 +44,16 @@ def capacity(args: argparse.Namespace, results: Results) -> Results:
 
 def speed(args: argparse.Namespace, results: Results) -> Results | None:
     if args.gpu:
-        from studies.lynx.gpu import measure
+        from studies.binning.gpu import measure
 
         return measure(args.dry)
-    from studies.lynx.speed import measure
+    from studies.binning.speed import measure
 
     return measure(args)
 
 
 STUDY = Study(
-    "lynx",
+    "binning",
     __doc__ or "",
     (
         Part("quality", quality, "valid"),
@@ -62,4 +62,5 @@ STUDY = Study(
     ),
     add_options,
     ("quality_tables", "capacity_tables", "speed_tables"),
+    results_name="lynx",
 )

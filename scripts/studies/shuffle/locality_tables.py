@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table
-from studies.lynx.curves import percent
+from studies.binning.curves import percent
 
 LEAST = 1.0  # % of perplexity; the cheapest setting within it is named
 

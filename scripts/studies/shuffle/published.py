@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from shared.results import few
 from studies.capacity.drawn_routing import MODELS, SLOTS
-from studies.speculative.grouping import mean
+from studies.shuffle.grouping import mean
 
 from jmoe.moe.orders import align
 from jmoe.placement.baselines import load, random

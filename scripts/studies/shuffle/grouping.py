@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import few
-from studies.speculative.routing import RoutingSource, Test, collect, figures
+from studies.shuffle.routing import RoutingSource, Test, collect, figures
 
 from jmoe.placement.group import METHODS
 from jmoe.placement.objective import Problem

@@ -1,7 +1,7 @@
 """Measures binning and a capacity together on 8 emulated expert ranks: what each does to the other.
 
-Load and loss are measured. Decode runs in lock step as in ``studies.lynx.decode``, and the domains take turns
-within a batch. The capacity counts each rank's own tokens after binning. In decode it is our extension,
+Load and loss are measured. Decode runs in lock step as in ``studies.binning.decode``, and the domains take
+turns within a batch. The capacity counts each rank's own tokens after binning. In decode it is our extension,
 because the paper limits prefill. Peaks are means over steps and layers, divided by the even share of plain
 top-k's assignments (``studies.capacity.peaks``).
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from shared.results import few
+from studies.binning.decode import Meter, Scorer, batches, counted, read_windows
 from studies.capacity.peaks import RANKS, device_peak, expert_peak, rank_loads
-from studies.lynx.decode import Meter, Scorer, batches, counted, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig

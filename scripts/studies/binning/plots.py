@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 from shared.results import Plot
-from studies.lynx.curves import METHODS, curves, percent
-from studies.lynx.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
+from studies.binning.curves import METHODS, curves, percent
+from studies.binning.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 
 def plots(results: dict[str, Any]) -> dict[str, Plot]:

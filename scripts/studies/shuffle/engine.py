@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.protocol import beginning
-from studies.speculative.routing import collect, domains_of, pieces
+from studies.shuffle.routing import collect, domains_of, pieces
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import ShuffleConfig

@@ -11,7 +11,7 @@ import argparse
 
 from studies.record import Part, Results, Study
 
-DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of locality, as in lynx
+DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of locality, as in binning
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,13 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grouping(args: argparse.Namespace, results: Results) -> Results:
-    from studies.speculative.grouping import measure
+    from studies.shuffle.grouping import measure
 
     return measure(args.model, args.data, args.train, args.windows, args.dry)
 
 
 def moves(args: argparse.Namespace, results: Results) -> Results:
-    from studies.speculative.moves import measure
+    from studies.shuffle.moves import measure
 
     return measure(args.model, args.data, args.train, args.windows)
 
@@ -38,20 +38,20 @@ def sent(args: argparse.Namespace, results: Results) -> Results | None:
     if "grouping" not in results or "moves" not in results:
         print("bytes: skipped, it takes its rates from the parts grouping and moves")
         return None
-    from studies.speculative.bytes import measure
+    from studies.shuffle.bytes import measure
 
     return measure(results["grouping"], results["moves"])
 
 
 def published(args: argparse.Namespace, results: Results) -> Results:
-    from studies.speculative.published import measure
+    from studies.shuffle.published import measure
 
     return measure(args.data / "routing", args.dry)
 
 
 def engine(args: argparse.Namespace, results: Results) -> Results:
     import jax
-    from studies.speculative.engine import GROUPS, RANKS, measure
+    from studies.shuffle.engine import GROUPS, RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", GROUPS * RANKS)
     return measure(args.model, args.data)
@@ -59,14 +59,14 @@ def engine(args: argparse.Namespace, results: Results) -> Results:
 
 def locality(args: argparse.Namespace, results: Results) -> Results:
     import jax
-    from studies.speculative.locality import RANKS, measure
+    from studies.shuffle.locality import RANKS, measure
 
     jax.config.update("jax_num_cpu_devices", RANKS)
     return measure(args.model, args.data / "valid", DOMAINS, dry=args.dry)
 
 
 STUDY = Study(
-    "speculative",
+    "shuffle",
     __doc__ or "",
     (
         Part("grouping", grouping, "valid"),
@@ -79,4 +79,5 @@ STUDY = Study(
     add_options,
     ("grouping_tables", "bytes_tables", "run_tables", "locality_tables"),
     depth=3,
+    results_name="speculative",
 )

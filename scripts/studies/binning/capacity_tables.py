@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table
-from studies.lynx.curves import percent
+from studies.binning.curves import percent
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table, verdict
-from studies.lynx.curves import CENTINATS, METHODS, compared, curves, percent
+from studies.binning.curves import CENTINATS, METHODS, compared, curves, percent
 
 SAVED, ALLOWED = 0.3, 1.0  # the target: share of the active experts saved, % of perplexity
 BATCH = "16"  # the target's batch size

@@ -14,7 +14,7 @@ from jax import Array
 from jmoe_kernels import binning
 from jmoe_kernels.grouped_mlp import pick
 from shared.gpu.peers import random_rows, seconds_per_call, weight_bytes, weight_stacks
-from studies.lynx.speed import HALF, TOKENS, bisect
+from studies.binning.speed import HALF, TOKENS, bisect
 
 from jmoe.config.parts import RouterConfig
 from jmoe.config.techniques import BinningConfig
