@@ -20,8 +20,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from bench_serving import free_port, serving
 from shared.results import table
+from shared.server_process import free_port, serving
 
 ROOT = Path(__file__).parent.parent
 JMOE = [sys.executable, "-m", "jmoe.cli"]

@@ -1,15 +1,16 @@
-"""Measures a technique, for docs/results/<study>.md.
+"""Measures a technique or the engine, for a document of docs/results.
 
     python scripts/study.py capacity --data ../shared/data --parts quality load
     python scripts/study.py capacity --parts       # writes the document anew from the figures that there are
     python scripts/study.py capacity --help        # its parts, and what each of them measures
 
 A part's figures replace its last ones in the study's JSON; the document and the plots are made from the JSON
-alone. The plots need the ``plots`` extra.
+alone. The plots need the ``plots`` extra. Times want an idle machine.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,15 @@ from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY
 from studies.offload.study import STUDY as OFFLOAD
 from studies.record import Part, Results, Study
+from studies.reproducibility.study import STUDY as REPRODUCIBILITY
+from studies.serving.study import STUDY as SERVING
 from studies.shuffle.study import STUDY as SHUFFLE
 from studies.together.study import STUDY as TOGETHER
+from studies.ttft.study import STUDY as TTFT
 
 ROOT = Path(__file__).parents[1]
-STUDIES = {study.name: study for study in (BINNING, CAPACITY, SHUFFLE, OFFLOAD, TOGETHER)}
+TECHNIQUES = (BINNING, CAPACITY, SHUFFLE, OFFLOAD, TOGETHER)
+STUDIES = {study.name: study for study in (*TECHNIQUES, SERVING, TTFT, REPRODUCIBILITY)}
 RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -47,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
     """Adds the options that every study has."""
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    if study.needs_data:
+        parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     if study.is_whole:
         parser.add_argument(
             "--document", action="store_true", help="measure nothing, write the document anew"
@@ -72,7 +78,8 @@ def requested_parts(study: Study, args: argparse.Namespace) -> list[Part]:
 
 def command(study: Study, part: Part, args: argparse.Namespace) -> str:
     """Returns the command that measures the part again, with the options that are not at their defaults."""
-    words = [f"python scripts/study.py {study.name} --data ../shared/data"]
+    words = [f"python scripts/study.py {study.name}"]
+    words += ["--data ../shared/data"] if study.needs_data else []
     words += [] if study.is_whole else [f"--parts {part.name}"]
     own = argparse.ArgumentParser(add_help=False)
     study.add_options(own)
@@ -81,7 +88,7 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
         if value == action.default or not (study.is_whole or part.name in parts.split(", ")):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [action.option_strings[0], *map(str, values)]
+        words += [action.option_strings[0], *(shlex.quote(str(v)) for v in values)]
     return " ".join(words)
 
 

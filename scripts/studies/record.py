@@ -18,6 +18,17 @@ from shared.results import Plot
 Results = dict[str, Any]
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns the type of an option whose value is an integer of at least ``least``."""
+
+    def read(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return read
+
+
 @dataclass(frozen=True)
 class Part:
     """One measurement of a study, which one command runs.
@@ -37,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    """A measured technique with its JSON, its document and its plots.
+    """What is measured for one document, with its JSON and its plots.
 
     name: the name of the study's folder here and of its template there.
     description: the study's help text.
@@ -66,6 +77,11 @@ class Study:
         """Returns whether the study has only one part."""
         return len(self.parts) == 1
 
+    @property
+    def needs_data(self) -> bool:
+        """Returns whether a part needs a folder of ``--data``."""
+        return any(part.data for part in self.parts)
+
     def path(self, folder: Path, suffix: str) -> Path:
         """Returns the study's file of the results: ``.json`` or ``.md``."""
         return folder / f"{self.results_name or self.name}{suffix}"
@@ -73,7 +89,8 @@ class Study:
     def document(self, results: Results) -> str:
         """Returns the text of the study's document. The template decides what an absent part shows."""
         modules = {name: self._module(name) for name in self.tables}
-        return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
+        text = render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
+        return text.rstrip() + "\n"  # a template may end with a part that is absent
 
     def plots(self, results: Results) -> dict[str, Plot]:
         """Returns the plots of the parts that have results, by name."""

@@ -1,6 +1,7 @@
 """Tests the driver of the studies: what a command repeats, how a part is stored, and strict templates."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from studies.record import Part, Study
 from support.documented_commands import COMMANDS
 
 
-def asked(*words: str) -> tuple[Study, list[Part], str]:
+def requested(*words: str) -> tuple[Study, list[Part], str]:
     """Returns the study that the words name, its requested parts, and the command of the last part."""
     args = study.make_parser().parse_args(words)
     mine = study.STUDIES[args.study]
@@ -22,7 +23,7 @@ def asked(*words: str) -> tuple[Study, list[Part], str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "command"),
     [
         ("capacity --parts speed --gpu --rounds 3 --data /x", "capacity {} --parts speed --rounds 3 --gpu"),
         (
@@ -31,19 +32,31 @@ def asked(*words: str) -> tuple[Study, list[Part], str]:
         ),
         ("shuffle --parts moves --train 2 --dry", "shuffle {} --parts moves --train 2"),
         ("together", "together {}"),
+        ("ttft --prompt 8", "ttft --prompt 8"),
+        (
+            "serving --parts vllm --concurrency 1 8 --peer-command /x/vllm --peer-options '--a b' --batch 2",
+            "serving {} --parts vllm --concurrency 1 8 --peer-options '--a b'",
+        ),
         ("together --profile-tokens 64 --ranks 8", "together {} --profile-tokens 64 --ranks 8"),
     ],
 )
-def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, told: str):
-    assert asked(*words.split())[2] == "python scripts/study.py " + told.format("--data ../shared/data")
+def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, command: str):
+    found = requested(*shlex.split(words))[2]
+    assert found == "python scripts/study.py " + command.format("--data ../shared/data")
+
+
+def test_an_option_below_its_least_value_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        requested("serving", "--parts", "host", "--new", "3")
+    assert "--new: must be at least 4" in capsys.readouterr().err
 
 
 def test_parts_are_measured_in_the_order_of_the_options_and_an_only_part_without_being_named():
-    assert [part.name for part in asked("offload", "--parts", "large", "simulate")[1]] == [
+    assert [part.name for part in requested("offload", "--parts", "large", "simulate")[1]] == [
         "large",
         "simulate",
     ]
-    assert [part.name for part in asked("together")[1]] == ["scores"]
+    assert [part.name for part in requested("together")[1]] == ["scores"]
     args = study.make_parser().parse_args(["together", "--document"])
     assert study.requested_parts(study.STUDIES["together"], args) == []
 

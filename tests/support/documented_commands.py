@@ -31,7 +31,7 @@ DRY = "--data {data} --model {study} --dry"
 PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
-    "scripts/demo.sh": [Command("scripts/shared/demo.py")],
+    "scripts/demo.sh": [Command("scripts/demo.py")],
     "scripts/test.sh": [Command(elsewhere="the first step of .ci/run")],
     "scripts/acceptance.sh": [Command(elsewhere="the step 'real clients' of .ci/run")],
     "scripts/bench_vs_transformers.py": [
@@ -50,20 +50,6 @@ COMMANDS: dict[str, list[Command]] = {
         Command(
             elsewhere="tests/studies/test_bench_llama_cpp.py, but for llama.cpp, which builds for minutes"
         ),
-    ],
-    "scripts/bench_serving.py": [
-        Command(
-            "scripts/bench_serving.py --concurrency 1 2 --requests 2 --rounds 1 --input-len 4 --output-len 2 "
-            f"{OUT}",
-            needs=("torch", "transformers", "fastapi"),
-        )
-    ],
-    "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
-    "scripts/host_overhead.py": [
-        Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
-    ],
-    "scripts/bench_traces.py": [
-        Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
     ],
     "scripts/study.py": [
         Command(f"scripts/study.py capacity --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
@@ -88,14 +74,22 @@ COMMANDS: dict[str, list[Command]] = {
             f"scripts/study.py together --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
             "--batch 2 --ranks 2"
         ),
+        Command(
+            f"scripts/study.py serving --parts transformers {OUT} --concurrency 1 2 --requests 2 --rounds 1 "
+            "--input-len 4 --output-len 2",
+            needs=("torch", "transformers", "fastapi"),
+        ),
+        Command(
+            f"scripts/study.py serving --data {{data}} --parts traces --max-requests 3 --max-num-seqs 2 {OUT}"
+        ),
+        Command("scripts/study.py serving --parts host --sizes {sizes} --dry"),
+        Command("scripts/study.py ttft --model {sizes} --dry"),
+        Command(f"scripts/study.py reproducibility --prompts 2 --max-tokens 2 --dtype float32 {OUT}"),
     ],
     "scripts/bench_cpu_kernels.py": [
         Command(
             "scripts/bench_cpu_kernels.py --model {sizes} --threads 1 --layers 1 --rounds 1 --json {tmp}/r"
         )
-    ],
-    "scripts/batch_invariance.py": [
-        Command("scripts/batch_invariance.py --prompts 2 --max-tokens 2 --dtype float32 --out {tmp}")
     ],
     "scripts/paper_table.py": [
         Command(

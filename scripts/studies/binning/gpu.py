@@ -1,8 +1,8 @@
 """Measures a layer of Qwen3-30B-A3B's shape on an accelerator at batch 16, with and without half its experts.
 
 Routing, binning and the experts run in one compiled loop that uses several sets of weights in turn
-(``shared.gpu.peers``). The gates' logits have a standard deviation of about 1, and the width is calibrated to
-halve the experts of the batch.
+(``shared.gpu_timing``). The gates' logits have a standard deviation of about 1, and the width is calibrated
+to halve the experts of the batch.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jmoe_kernels import binning
 from jmoe_kernels.grouped_mlp import pick
-from shared.gpu.peers import random_rows, seconds_per_call, weight_bytes, weight_stacks
+from shared.gpu_timing import random_rows, seconds_per_call, weight_bytes, weight_stacks
 from studies.binning.speed import HALF, TOKENS, bisect
 
 from jmoe.config.parts import RouterConfig

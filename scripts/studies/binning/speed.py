@@ -21,11 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_cpu_kernels import linearity, make_layers, read_bandwidth, step
-from bench_cpu_kernels import measure as median_seconds
 from flax import nnx
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp import pick
+from shared.layer_timing import layers_step, linearity, make_layers, median_seconds, read_bandwidth
 from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_rows, take_turns
 
 from jmoe.checkpoint import load_model, read_config
@@ -76,7 +75,7 @@ def time_layer(shape: Any, layers: int, rounds: int, threads: int) -> dict[str, 
     weights, k = make_layers(shape, layers), shape.num_experts_per_tok
     dims = shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
     kernel, why = pick(jax.default_backend(), jnp.bfloat16, dims)
-    run = step(kernel, k)
+    run = layers_step(kernel, k)
     x = np.random.default_rng(1).standard_normal((TOKENS, dims[2]), np.float32)
     counts = [int(share * dims[0]) for share in ACTIVE]
 

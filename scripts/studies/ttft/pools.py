@@ -1,16 +1,10 @@
-"""Time to the first token over the size of the page pool and the number of slots.
+"""Measures the time to the first token over the size of the page pool and the number of slots.
 
-    python scripts/bench_ttft.py --model tiny --threads 2
-
-Neither may cost anything: what a step takes depends on its tokens alone. For every number of slots and every
-size of the pool an engine of its own answers 1, 8 and 32 requests that come at once, alone and while others
-decode, wherever there are slots for all of them. The engines take turns, all of them in memory at once (8 GB
-for the bundled model). A figure is the median of the rounds, in milliseconds; its ratio, the median of the
-rounds' own ones, is to the fewest slots that hold as many, with the smallest pool. The pool of 1 holds what
-the largest case needs.
-
-Writes docs/results/ttft.json and docs/results/ttft.md; run it on an otherwise idle machine. With --dry a few
-small engines run once each and the table is printed only, in seconds.
+For every number of slots and every size of the pool an engine of its own answers requests that come at once,
+alone and while others decode, if there are slots for all of them. The engines take turns, all of them in
+memory at once (8 GB for the bundled model). A figure is the median of the rounds, in milliseconds; its ratio,
+the median of the rounds' own ones, is to the fewest slots that hold as many, with the smallest pool. The pool
+of 1 holds what the largest case needs.
 """
 
 import argparse
@@ -19,37 +13,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.document import render
-from shared.origin import command_line, machine
-from shared.protocol import checkpoint, pin
-from shared.results import dumps, table
+from shared.origin import machine
+from shared.protocol import checkpoint
 
-TARGET = 1.1
-DRY = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}
+SMALLEST = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}
 
 
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny", help="or a TOML of sizes, or a directory")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 64], help="times the smallest pool")
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], help="that come at once")
-    parser.add_argument("--busy", type=int, default=4, help="sequences that decode meanwhile")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--rounds", type=int, default=63)
-    parser.add_argument("--dry", action="store_true", help="a small form that writes nothing")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of the study."""
     if args.dry:
-        vars(args).update(DRY)
-    sizes = (args.threads, args.busy, args.prompt, args.rounds, *args.slots, *args.pools, *args.requests)
-    if min(sizes) < 1:
-        parser.error("sizes must be at least 1")
-    return parser, args
+        args = argparse.Namespace(**vars(args) | SMALLEST)
+    with checkpoint(args.model) as directory:
+        cases = measure_cases(directory, args)
+    return {
+        **machine(("jax",)),
+        "model": args.model,
+        "threads": args.threads,
+        "prompt": args.prompt,
+        "rounds": args.rounds,
+        "cases": cases,
+    }
 
 
 class Bench:
@@ -112,7 +95,7 @@ class Bench:
         return [(request.first_token_time - start) * 1e3 for request in requests]
 
 
-def measure(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_cases(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns one entry a case: slots, pool, requests, busy, ttft_ms, best_ms, ratio."""
     sizes = [(slots, pool) for slots in sorted(args.slots) for pool in sorted(args.pools)]
     benches = {size: Bench(directory, args, *size) for size in sizes}
@@ -140,38 +123,3 @@ def in_turn(benches: list[Bench], count: int, busy: int, rounds: int) -> list[li
             bench.first_tokens(count, busy)
     times = [[statistics.median(bench.first_tokens(count, busy)) for bench in benches] for _ in range(rounds)]
     return [list(of_one) for of_one in zip(*times, strict=True)]
-
-
-def document(figures: dict[str, Any]) -> str:
-    head = ("slots", "pool", "requests", "others decode", "TTFT, median, ms", "best, ms", "ratio")
-    rows = [
-        (
-            *(str(case[key]) for key in ("slots", "pool", "requests", "busy")),
-            f"{case['ttft_ms']:.2f}", f"{case['best_ms']:.2f}", f"{case['ratio']:.2f}",
-        )
-        for case in figures["cases"]
-    ]  # fmt: skip
-    made = {"target": TARGET, "table": table(head, rows)}
-    return render(Path(__file__).parent / "shared/ttft.md", made | figures)
-
-
-def main() -> None:
-    parser, args = arguments()
-    command = f"python scripts/{parser.prog} --dry" if args.dry else command_line(parser, args)
-    pin(args.threads)
-    with checkpoint(args.model) as directory:
-        cases = measure(directory, args)
-    figures = {
-        "command": command, **machine(("jax",)), "model": args.model, "threads": args.threads,
-        "prompt": args.prompt, "rounds": args.rounds, "cases": cases,
-    }  # fmt: skip
-    text = document(figures)
-    print(text)
-    if not args.dry:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "ttft.json").write_text(dumps(figures, depth=1), encoding="utf-8")
-        (args.out / "ttft.md").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,16 @@
 """Serves the bundled model, asks it a question, and prints the streamed answer and what the experts did."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 
+from shared.server_process import free_port
+
 QUESTION = "Hi, I would like to see a movie tonight. Can you help me book tickets?"
 WIDTH = 40
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_ready(base: str, server: subprocess.Popen, seconds: float = 300) -> None:

@@ -1,6 +1,6 @@
 """Runs the engine on this machine's GPU for ``gpu_check.py``: greedy tokens, and a large model's decode step.
 
-PYTHONPATH=.:kernels:scripts python -m shared.gpu.engine    # prints the bundled model's greedy tokens
+PYTHONPATH=.:kernels:scripts python -m gpu_checks.engine    # prints the bundled model's greedy tokens
 """
 
 import json
@@ -27,7 +27,7 @@ from jmoe.engine.step.inputs import Sizes
 from jmoe.engine.step.runner import Runner
 from jmoe.mesh import make_mesh
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "configs/model/qwen3-30b-a3b.toml"
 TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "vocab_size": 256, "head_dim": 16}
 TOY |= {"num_attention_heads": 4, "moe_intermediate_size": 64, "max_position_embeddings": 1024}
@@ -54,7 +54,7 @@ def tokens_on_cpu() -> list[list[int]]:
     )
     env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=path)
     done = subprocess.run(
-        [sys.executable, "-m", "shared.gpu.engine"], env=env, capture_output=True, text=True
+        [sys.executable, "-m", "gpu_checks.engine"], env=env, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"the engine on the CPU ended with {done.returncode}: {done.stderr[-1000:]}")

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jmoe_kernels.binning import Binned, Implementation, KernelChoice, Rule, bin_experts
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
-from shared.gpu.peers import seconds_per_call
+from shared.gpu_timing import seconds_per_call
 
 METHODS = ("affinity", "oea", "budget", "popularity")
 TOLERANCE = 1e-5  # for weights and scores; ids, set, order and sizes must be equal

@@ -5,10 +5,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks.peers import ours
+from gpu_checks.rows import Check
 from jax import Array
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
-from shared.gpu.peers import ours, random_rows, random_weights
-from shared.gpu.rows import Check
+from shared.gpu_timing import random_rows, random_weights
 
 TOLERANCE = 0.02  # for outputs of about 1: a few units of bfloat16 in h
 

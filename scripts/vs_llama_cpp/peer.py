@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from shared.olmoe_gguf import write_olmoe_gguf
+from vs_llama_cpp.olmoe_gguf import write_olmoe_gguf
 
 CELLS = 256  # llama.cpp rounds a sequence's share of the cache up to a multiple of this
 LOG_ERROR = 4  # ggml's number of this level

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks.rows import Check
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
-from shared.gpu.rows import Check
 
 from jmoe.offload.copies import copy_in, fetch, install
 from jmoe.offload.table import Copies

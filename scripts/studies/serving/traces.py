@@ -1,12 +1,8 @@
 """Replays recorded arrivals on ``jmoe serve``: Azure's, and Mooncake's, whose prompts begin alike.
 
-    python scripts/bench_traces.py --data ../shared/data
-
 Open loop: a request is sent when the trace says, however many run. Lengths and times are scaled to the
-bundled model's context and to a small machine, as the page tells. Each trace runs on a server with the
+bundled model's context and to a small machine, as the document says. Each trace runs on a server with the
 defaults, without prefix caching, and with lossy binning, whose quality is measured too.
-
-Writes the part "traces" of docs/results/serving.json, and serving.md; run it on an otherwise idle machine.
 """
 
 import argparse
@@ -16,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_serving import free_port, serving
-from shared.origin import command_line, machine
-from shared.serving_report import write_part
+from shared.origin import machine
+from shared.results import few
+from shared.server_process import free_port, serving
 
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 
@@ -37,18 +33,25 @@ KEPT = (
     "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms",
     "p99_itl_ms", "median_e2el_ms", "max_concurrent_requests", "prefix_hit_rate", "moe", "quality", "clipped",
 )  # fmt: skip
+SMALLEST = {"max_requests": 3, "max_num_seqs": 2}
 
 
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of workloads/ and valid/")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--requests", type=int, default=300, help="of each trace")
-    parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
-    return parser, parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the ``traces`` part of the results."""
+    if args.dry:
+        args = argparse.Namespace(**vars(args) | SMALLEST)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    runs = [
+        {"trace": name, "setting": setting} | replayed(args, name, setting)
+        for name in list(TRACES)[few(args.dry)]
+        for setting in SETTINGS
+    ]
+    scales = {
+        name: {"file": file, "length_scale": length, "time_scale": time}
+        for name, (file, length, time) in TRACES.items()
+    }
+    figures = {**machine(("jax",)), "model": args.model, "max_num_seqs": args.max_num_seqs}
+    return figures | {"scales": scales, "runs": runs}
 
 
 def replayed(args: argparse.Namespace, name: str, setting: str) -> dict[str, Any]:
@@ -68,31 +71,10 @@ def replayed(args: argparse.Namespace, name: str, setting: str) -> dict[str, Any
                 trace=args.data / "workloads" / file,
                 length_scale=length,
                 time_scale=time,
-                max_requests=args.requests,
+                max_requests=args.max_requests,
                 quality_data=quality,
                 num_warmups=4,
             )
         )
     print(f"{name}, {setting}: {report['output_throughput']:.1f} output tokens/s", flush=True)
     return {"flags": " ".join(flags)} | {key: report[key] for key in KEPT}
-
-
-def main() -> None:
-    parser, args = arguments()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    runs = [
-        {"trace": name, "setting": setting} | replayed(args, name, setting)
-        for name in TRACES
-        for setting in SETTINGS
-    ]
-    scales = {
-        name: {"file": file, "length_scale": length, "time_scale": time}
-        for name, (file, length, time) in TRACES.items()
-    }
-    figures = {"command": command_line(parser, args), **machine(("jax",)), "model": args.model}
-    figures |= {"max_num_seqs": args.max_num_seqs, "scales": scales, "runs": runs}
-    write_part(args.out, "traces", figures)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Lists the servers that ``bench_serving.py`` knows, with how to install, start and call each."""
+"""Lists the servers that jmoe's is compared with, with how to install, start and call each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
