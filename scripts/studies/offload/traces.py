@@ -25,7 +25,7 @@ from jmoe.models.decoder import Decoder
 from jmoe.models.layer import router_ahead, token_flags
 from jmoe.nn.sequences import Sequences
 
-AHEAD = 3  # layers that a predictor may ask
+AHEAD = 3  # layers that a predictor may look ahead
 CHUNK = 8  # windows that are routed at once
 
 
