@@ -102,13 +102,13 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
     "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
     "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
-    "scripts/train_tiny.py": [
-        Command("scripts/train_tiny.py --help"),
-        Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
+    "scripts/make/train_tiny.py": [
+        Command("scripts/make/train_tiny.py --help"),
+        Command("scripts/make/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
+    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
     "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [

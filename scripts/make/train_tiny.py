@@ -1,7 +1,7 @@
 """Trains the bundled model: a small Qwen3-MoE-form language model, from the project's own modules.
 
-    python scripts/train_tiny.py train  --data ../shared/data --out runs/tiny --minutes 75
-    python scripts/train_tiny.py export --out runs/tiny --to jmoe/assets/tiny
+    python scripts/make/train_tiny.py train  --data ../shared/data --out runs/tiny --minutes 75
+    python scripts/make/train_tiny.py export --out runs/tiny --to jmoe/assets/tiny
 
 ``train`` resumes from the last checkpoint in ``--out`` (Orbax) and stops after ``--minutes``; a new run may
 start from a published model with ``--init jmoe/assets/tiny``. The learning rate is constant and falls to zero
@@ -15,6 +15,7 @@ import lzma
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,69 +25,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_form import CONFIG, END, GENERATION_CONFIG, HF_CONFIG, TOKENIZER_CONFIG, train_tokenizer
+from tokenizers import Tokenizer
 
 from jmoe.checkpoint import load_model, save_hf
-from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.nn.sequences import Sequences
 from jmoe.param import ParamMaker
 
-END = "<|endoftext|>"
-# GPT-2's split, but digits are single, and runs of line ends stay whole with their indentation
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]*\n+[ \t]*|\s+(?!\S)|\s+"
-CONFIG = ModelConfig(
-    architecture="Qwen3MoeForCausalLM",
-    vocab_size=8192,
-    hidden_size=256,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_experts=32,
-    num_experts_per_tok=4,
-    moe_intermediate_size=64,
-    max_position_embeddings=1024,
-    qk_norm="head",
-    tie_word_embeddings=True,
-    dtype="float32",
-    eos_token_ids=(0,),
-)
-SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings"),
-    *("rms_norm_eps", "tie_word_embeddings"),
-)
-HF_CONFIG = {
-    "architectures": [CONFIG.architecture],
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "bos_token_id": None,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 0,
-    "hidden_act": "silu",
-    "intermediate_size": CONFIG.moe_intermediate_size,
-    "mlp_only_layers": [],
-    "norm_topk_prob": CONFIG.router.norm_topk_prob,
-    "rope_theta": CONFIG.rope.rope_theta,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-} | {name: getattr(CONFIG, name) for name in SHARED}
-# The dialogue domain has one turn a line: "user: ..." and "assistant: ...".
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": END,
-    "model_max_length": CONFIG.max_position_embeddings,
-    "clean_up_tokenization_spaces": False,
-    "chat_template": CHAT_TEMPLATE,
-}
-GENERATION_CONFIG = {"eos_token_id": 0, "stop_strings": ["\n"]}
 TRAINED = MoEConfig(kernel="batched", train_capacity_factor=1.5)
 BALANCE = 0.01  # weight of the load-balancing loss (Switch Transformer, eq. 4)
 PHASES = ((0.0, 8, 512), (0.5, 8, 1024))  # from this share of the time: sequences x tokens a step
@@ -101,25 +49,6 @@ def domains(data: Path, split: str) -> dict[str, list[str]]:
     return {
         p.name.removesuffix(".txt.xz"): read_documents(p) for p in sorted((data / split).glob("*.txt.xz"))
     }
-
-
-def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
-    """Trains byte-level BPE on an equal share of every domain, so that no script gets too few merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern=Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(("\n".join(docs)[:1_500_000] for docs in texts.values()), trainer)
-    return tokenizer
 
 
 def token_streams(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
@@ -215,77 +144,6 @@ def quick_bits(graph, params, valid: dict[str, np.ndarray], texts: dict[str, lis
     return bits
 
 
-def train(args: argparse.Namespace) -> None:
-    out = Path(args.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    texts, valid_texts = domains(args.data, "train"), domains(args.data, "valid")
-    if args.init and not (out / "tokenizer.json").exists():
-        shutil.copy(args.init / "tokenizer.json", out / "tokenizer.json")
-    if not (out / "tokenizer.json").exists():
-        train_tokenizer(texts).save(str(out / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    streams, valid = token_streams(tokenizer, texts), token_streams(tokenizer, valid_texts)
-    print({k: len(v) for k, v in streams.items()}, flush=True)
-
-    optimizer = make_optimizer()
-    graph, state = fresh_state(args.seed, optimizer)
-    keep = ocp.CheckpointManager(out / "last", options=ocp.CheckpointManagerOptions(max_to_keep=1))
-    best = ocp.CheckpointManager(out / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1))
-    if keep.latest_step() is not None:
-        state = restore(keep, state)
-        print("resumed at step", state["step"], flush=True)
-    elif args.init:
-        model = load_model(args.init, make_mesh(), TRAINED, "float32")
-        state["params"] = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
-
-    rng = np.random.default_rng(args.seed + int(state["step"]))
-    sources = [(at, batches(streams, rng, b, t)) for at, b, t in PHASES]
-    params, opt = state["params"], state["opt"]
-    step, best_bits = int(state["step"]), float(state["best"])
-    start = last_eval = last_print = time.monotonic()
-    seen, stable_saved = 0, False
-
-    def save(manager):
-        tree = {"params": params, "opt": opt, "step": step, "best": best_bits}
-        manager.save(step, args=ocp.args.StandardSave(tree))
-        manager.wait_until_finished()
-
-    while True:
-        done = (time.monotonic() - start) / (60 * args.minutes)
-        if done >= 1:
-            break
-        if done >= 1 - args.decay and not stable_saved:
-            save(keep)
-            stable_saved = True
-        rate = args.rate * min(1.0, (step + 1) / 100, (1 - done) / args.decay + 0.01)
-        window = next([source for at, source in sources if done >= at][-1])
-        params, opt, report = train_step(optimizer, graph, params, opt, window, rate)
-        jax.block_until_ready(report)
-        step, seen = step + 1, seen + window.shape[0] * (window.shape[1] - 1)
-        now = time.monotonic()
-        if now - last_print > 20:
-            ce, balance, dropped = (float(r) for r in report)
-            print(f"{step} {seen} tokens {now - start:.0f} s loss {ce:.3f} balance {balance:.3f} "
-                  f"dropped {dropped:.4f} rate {rate:.5f}", flush=True)  # fmt: skip
-            last_print = now
-        if now - last_eval > 60 * args.eval_minutes:
-            bits = quick_bits(graph, params, valid, valid_texts)
-            mean = sum(bits.values()) / len(bits)
-            print("eval", step, round(mean, 4), {k: round(v, 3) for k, v in bits.items()}, flush=True)
-            if mean < best_bits:
-                best_bits = mean
-                save(best)
-            if not stable_saved:
-                save(keep)
-            last_eval = time.monotonic()
-    bits = quick_bits(graph, params, valid, valid_texts)
-    mean = sum(bits.values()) / len(bits)
-    print("final", step, round(mean, 4), {k: round(v, 3) for k, v in bits.items()}, flush=True)
-    if mean < best_bits:
-        best_bits = mean
-        save(best)
-
-
 def fresh_state(seed: int, optimizer: optax.GradientTransformation):
     """Returns (graph, state) of a new run. A checkpoint holds the state."""
     model = Decoder(make_blueprint(CONFIG, TRAINED, make_mesh()), ParamMaker(jnp.float32, nnx.Rngs(seed)))
@@ -297,6 +155,111 @@ def fresh_state(seed: int, optimizer: optax.GradientTransformation):
 def restore(manager: ocp.CheckpointManager, state):
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of a run, by domain.
+
+    train: ids of the train split.
+    valid: ids of the valid split.
+    valid_texts: documents of the valid split.
+    """
+
+    train: dict[str, np.ndarray]
+    valid: dict[str, np.ndarray]
+    valid_texts: dict[str, list[str]]
+
+
+def read_corpus(data: Path, out: Path, init: Path | None) -> Corpus:
+    """Reads both splits. The tokenizer in ``out`` is an earlier one, that of ``init``, or a new one."""
+    texts, valid_texts, path = domains(data, "train"), domains(data, "valid"), out / "tokenizer.json"
+    if init and not path.exists():
+        shutil.copy(init / "tokenizer.json", path)
+    if not path.exists():
+        train_tokenizer(texts).save(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    corpus = Corpus(token_streams(tokenizer, texts), token_streams(tokenizer, valid_texts), valid_texts)
+    print({name: len(stream) for name, stream in corpus.train.items()}, flush=True)
+    return corpus
+
+
+class Training:
+    """The state of a run, which goes on from the last checkpoint in ``out``.
+
+    last: the checkpoint from which a longer run goes on.
+    best: the checkpoint with the fewest bits per byte.
+    """
+
+    def __init__(self, out: Path, seed: int, init: Path | None):
+        keep_one = ocp.CheckpointManagerOptions(max_to_keep=1)
+        self.last, self.best = (
+            ocp.CheckpointManager(out / name, options=keep_one) for name in ("last", "best")
+        )
+        self.optimizer = make_optimizer()
+        self.graph, state = fresh_state(seed, self.optimizer)
+        if self.last.latest_step() is not None:
+            state = restore(self.last, state)
+            print("resumed at step", state["step"], flush=True)
+        elif init:
+            model = load_model(init, make_mesh(), TRAINED, "float32")
+            state["params"] = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
+        self.params, self.optimizer_state = state["params"], state["opt"]
+        self.step, self.best_bits = int(state["step"]), float(state["best"])
+
+    def save(self, manager: ocp.CheckpointManager) -> None:
+        tree = {"params": self.params, "opt": self.optimizer_state}
+        tree |= {"step": self.step, "best": self.best_bits}
+        manager.save(self.step, args=ocp.args.StandardSave(tree))
+        manager.wait_until_finished()
+
+    def take_step(self, window_BT: np.ndarray, rate: float) -> list[float]:
+        """Updates the parameters and returns the loss, the load-balancing loss and the dropped share."""
+        self.params, self.optimizer_state, report = train_step(
+            self.optimizer, self.graph, self.params, self.optimizer_state, window_BT, rate
+        )
+        jax.block_until_ready(report)
+        self.step += 1
+        return [float(value) for value in report]
+
+    def evaluate(self, corpus: Corpus, label: str) -> None:
+        """Prints the bits per byte of every domain, and saves the best checkpoint if they are the fewest."""
+        bits = quick_bits(self.graph, self.params, corpus.valid, corpus.valid_texts)
+        mean = sum(bits.values()) / len(bits)
+        print(label, self.step, round(mean, 4), {k: round(v, 3) for k, v in bits.items()}, flush=True)
+        if mean < self.best_bits:
+            self.best_bits = mean
+            self.save(self.best)
+
+
+def train(args: argparse.Namespace) -> None:
+    out = Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = read_corpus(args.data, out, args.init)
+    run = Training(out, args.seed, args.init)
+    rng = np.random.default_rng(args.seed + run.step)
+    sources = [(at, batches(corpus.train, rng, b, t)) for at, b, t in PHASES]
+    start = last_eval = last_print = time.monotonic()
+    seen, is_falling = 0, False
+    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        if done >= 1 - args.decay and not is_falling:  # a longer run goes on from before the fall
+            run.save(run.last)
+            is_falling = True
+        rate = args.rate * min(1.0, (run.step + 1) / 100, (1 - done) / args.decay + 0.01)
+        window_BT = next([source for at, source in sources if done >= at][-1])
+        ce, balance, dropped = run.take_step(window_BT, rate)
+        seen += window_BT.shape[0] * (window_BT.shape[1] - 1)
+        now = time.monotonic()
+        if now - last_print > 20:
+            print(f"{run.step} {seen} tokens {now - start:.0f} s loss {ce:.3f} balance {balance:.3f} "
+                  f"dropped {dropped:.4f} rate {rate:.5f}", flush=True)  # fmt: skip
+            last_print = now
+        if now - last_eval > 60 * args.eval_minutes:
+            run.evaluate(corpus, "eval")
+            if not is_falling:
+                run.save(run.last)
+            last_eval = time.monotonic()
+    run.evaluate(corpus, "final")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Writes what the TPU compiler says of the grouped-MLP kernels at real layer sizes, without a TPU.
 
-    python scripts/make/tpu_kernel_report.py --out docs/tpu_kernels.md
-    python scripts/make/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
+    python scripts/tpu_kernel_report.py --out docs/tpu_kernels.md
+    python scripts/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
 
 Each kernel is compiled inside ``shard_map`` on four chips. A row says, for one chunk of an expert's weights,
 how many cycles the compiler's schedule needs for a window of rows and how many cycles the DMA of the chunk
@@ -15,16 +15,13 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
-from support.aot import tpu as tpu_aot
+from shared import tpu_compiler
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple
     return *blocks[0], time.perf_counter() - start
 
 
-def windows(kernel: tpu_aot.Kernel, blocks, dims: tuple[int, int, int]) -> dict[str, int]:
+def windows(kernel: tpu_compiler.Kernel, blocks, dims: tuple[int, int, int]) -> dict[str, int]:
     """Returns the cycles of a chunk for its first window and for a large window.
 
     The first window is small; its cycles include what a chunk costs in any case.
@@ -169,7 +166,7 @@ def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) 
     dump.mkdir()
     rows = DECODE_ROWS * (layer.experts // layer.mesh[0]) if kernel == "decode" else PREFILL_ROWS
     blocks, dims, seconds = compile_layer(chip, layer, rows, dtype)
-    static = tpu_aot.read_kernel(dump, f"grouped_mlp_{blocks.kernel}")
+    static = tpu_compiler.read_kernel(dump, f"grouped_mlp_{blocks.kernel}")
     cycles = windows(static, blocks, dims)
     item = 2 if dtype == "bfloat16" else 4
     numbers = 3 * blocks.inner * layer.model
@@ -207,12 +204,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line, to standard output")
     parser.add_argument("--out", type=Path, help="the file for the markdown table (default: standard output)")
     args = parser.parse_args()
-    if (reason := tpu_aot.why_not()) is not None:
+    if (reason := tpu_compiler.why_not()) is not None:
         raise SystemExit(reason)
     lines = [" | ".join(["", *COLUMNS.values(), ""]).strip(), "|" + "---|" * len(COLUMNS)]
     with tempfile.TemporaryDirectory() as scratch:
         dump = Path(scratch) / "dump"
-        os.environ.update(tpu_aot.environment(dump))
+        os.environ.update(tpu_compiler.environment(dump))
         for job in jobs(args.only):
             row = row_of_report(*job, dump)
             lines.append(" | ".join(["", *(str(row[key]) for key in COLUMNS), ""]).strip())

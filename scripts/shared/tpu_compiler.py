@@ -1,21 +1,16 @@
 """Static costs of TPU kernels, from a compiler that needs no TPU: libtpu's ahead-of-time one.
 
-Compilation happens in a process of its own (``run_report``), because libtpu reads its options once, from the
+A process compiles with ``environment`` and for nothing else, because libtpu reads its options once, from the
 environment, and because a failed check inside it aborts the process. ``read_kernel`` reads the compiler's
 dump: the scheduled bundles (an in-order core issues one a cycle), the loops among them, and VMEM allocations.
 Waiting for DMAs is not part of a schedule, so cycles are those of a kernel whose data is always there.
 """
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2}\s*)*:")
 BRANCH = re.compile(r"sbr\.rel[^;}]*bundleno = (\d+)")
 SPILL = re.compile(r"\bvst\b[^;}]*\[vmem:\[#allocation\d+_spill")
@@ -74,21 +69,6 @@ def environment(dump: Path) -> dict[str, str]:
         "TPU_LOG_DIR": "disabled",
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
     }
-
-
-def run_report(*arguments: str, timeout: float) -> list[dict]:
-    """Returns what ``scripts/make/tpu_kernel_report.py --json`` prints.
-
-    Raises RuntimeError with the script's output if it fails.
-    """
-    command = [sys.executable, str(ROOT / "scripts/make/tpu_kernel_report.py"), "--json", *arguments]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-4000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _nest(spans: list[tuple[int, int]], spilled: list[int], start: int, end: int) -> Loop:
