@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real clients, unmodified, against `jmoe serve tiny` in float32: each is installed into an environment of its
-# own, run, and told as PASS, FAIL or SKIP (only where it cannot be installed here, with the reason).
+# own, run, and reported as PASS, FAIL or SKIP (only where it cannot be installed here, with the reason).
 #
 #   scripts/acceptance.sh [--light] [--only NAME]... [DIR]
 #

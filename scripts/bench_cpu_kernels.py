@@ -11,9 +11,6 @@ machine.
 import argparse
 import json
 import os
-import statistics
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +27,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_bandwidth(arrays: list[Any], threads: int, passes: int = 5) -> float:
-    """Measures the bytes a second that ``threads`` threads read from the arrays."""
-    import numpy as np
-
-    flat = [part for a in arrays for part in np.array_split(a.reshape(-1).view(np.uint64), 2 * threads)]
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(passes):
-            start = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, flat))
-            best = min(best, time.perf_counter() - start)
-    return sum(a.nbytes for a in arrays) / best
-
-
-def make_layers(cfg: Any, count: int) -> list[Any]:
-    """Returns random weights of ``count`` layers, kept in memory in the same way as by the loader."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jmoe_kernels.grouped_mlp import ExpertWeights
-
-    from jmoe.checkpoint.hf_reader import aligned_empty
-
-    def stack(seed: int, *shape: int) -> Any:
-        buffer = aligned_empty(shape, np.dtype(np.uint16))
-        rng = np.random.default_rng(seed)
-        for expert in buffer:
-            normal = rng.standard_normal(expert.shape, np.float32) * np.float32(shape[-1] ** -0.5)
-            expert[...] = np.asarray(jnp.asarray(normal, jnp.bfloat16)).view(np.uint16)
-        return jax.device_put(buffer, may_alias=True)
-
-    e, f, d = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
-    return [ExpertWeights(stack(2 * i, e, 2, f, d), stack(2 * i + 1, e, d, f)) for i in range(count)]
-
-
-def step(implementation: Any, k: int) -> Any:
-    """Returns a jitted run through all layers: (x, ids, layers) -> y."""
-    import jax
-    import jax.numpy as jnp
-
-    from jmoe.moe.experts import ExpertMath
-    from jmoe.moe.routing import plan_dispatch
-
-    @jax.jit
-    def run(x_TD: Any, ids_TK: Any, layers: list[Any]) -> Any:
-        plan = plan_dispatch(ids_TK, jnp.ones(len(x_TD), bool), 0, layers[0].dims[0])
-        experts = ExpertMath(implementation)
-        for weights in layers:
-            x_TD = x_TD + experts(x_TD, jnp.full(ids_TK.shape, 1 / k), plan, weights)
-        return x_TD
-
-    return run
-
-
 def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
     """Returns for each token ``k`` distinct experts among the first ``allowed`` ones."""
     import numpy as np
@@ -92,33 +35,13 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
     return np.stack([rng.permutation(allowed)[:k] for _ in range(tokens)]).astype(np.int32)
 
 
-def measure(runs: dict[str, Any], x: Any, ids: Any, layers: list[Any], rounds: int) -> dict[str, float]:
-    """Measures the median seconds a layer of each run. The runs take turns."""
-    import jax
-
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for name in runs:
-        jax.block_until_ready(runs[name](x, ids, layers))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(x, ids, layers))
-            taken[name].append((time.perf_counter() - start) / len(layers))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def linearity(active: list[int], seconds: list[float]) -> tuple[float, float, float]:
-    """Returns (fixed seconds, seconds an active expert, R squared) of a straight line through the points."""
-    slope, fixed = statistics.linear_regression(active, seconds)
-    return fixed, slope, statistics.correlation(active, seconds) ** 2
-
-
 def main() -> None:
     args = arguments()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
 
     import numpy as np
     from jmoe_kernels import cpu
+    from shared.layer_timing import layers_step, linearity, make_layers, median_seconds, read_bandwidth
 
     from jmoe.config.model import ModelConfig
     from jmoe.config.reading import read_toml
@@ -133,13 +56,13 @@ def main() -> None:
     print(f"{library.isa}, {args.threads} threads; read bandwidth {bandwidth / 1e9:.1f} GB/s")
     print(f"{args.model.stem}: {e} experts of {3 * f * d * 2 / 1e6:.2f} MB, top {k}; times a layer\n")
 
-    runs = {name: step(name, k) for name in ("cpu", "xla")}
+    runs = {name: layers_step(name, k) for name in ("cpu", "xla")}
     rng, rows = np.random.default_rng(1), []
     print("| tokens | active experts | cpu, ms | GB/s | of bandwidth | Gflop/s | xla, ms | xla / cpu |")
     print("|---|---|---|---|---|---|---|---|")
     for tokens in (1, 4, 8, 16, 32, 64, 512):
         x, ids = rng.standard_normal((tokens, d), np.float32), routed(tokens, k, e)
-        took = measure(runs, x, ids, layers, args.rounds)
+        took = median_seconds(runs, x, ids, layers, args.rounds)
         active = len(np.unique(ids))
         read, flop = active * 3 * f * d * 2 / took["cpu"], 6 * tokens * k * f * d / took["cpu"]
         rows.append({"tokens": tokens, "active": active, **took, "bytes_per_s": read, "flop_per_s": flop})
@@ -152,7 +75,7 @@ def main() -> None:
     print("\n16 tokens whose experts are confined:")
     for allowed in sorted({e, 3 * e // 4, e // 2, e // 4, max(k, e // 8)}):
         ids = routed(16, k, allowed)
-        took = measure({"cpu": runs["cpu"]}, x, ids, layers, args.rounds)["cpu"]
+        took = median_seconds({"cpu": runs["cpu"]}, x, ids, layers, args.rounds)["cpu"]
         points.append((len(np.unique(ids)), took))
         print(f"  {points[-1][0]} active: {took * 1e3:.2f} ms")
     fixed, each, r2 = linearity([p[0] for p in points], [p[1] for p in points])

@@ -3,7 +3,7 @@
     python3 -m venv PEER
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \\
       PEER/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0
-    python scripts/bench_vs_llama_cpp.py --llama-python PEER/bin/python --threads 2 --out OUT
+    python scripts/bench_vs_llama_cpp.py --llama-python PEER/bin/python --threads 2 --json OUT
 
 Built from source, llama.cpp uses all that this CPU has; the table names the instructions it was built with.
 Its weights are the same ones in its own file format, bfloat16 but for norms and router (float32), read as it
@@ -18,8 +18,9 @@ opposite order every other round, and the ratio jmoe / llama.cpp is the median o
 llama.cpp continues every sequence by the tokens that jmoe chose, so that both route alike. Its time is that
 of ``llama_decode`` alone, in a context made for the row; jmoe's includes scheduling and sampling.
 
-Writes OUT.md and OUT.json. Run it on an otherwise idle machine: llama.cpp's OpenMP threads wait for one
-another after every operation, and where another process takes a core the run says nothing about llama.cpp.
+Prints a table; ``--json`` keeps all samples. Run it on an otherwise idle machine: llama.cpp's OpenMP threads
+wait for one another after every operation, and if another process takes a core the run says nothing about
+llama.cpp.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from shared.protocol import (
 )
 
 LLAMA_CPP = "llama.cpp"
-SCRIPTS, PEER = Path(__file__).parent, "shared.llama_cpp_peer"
+SCRIPTS, PEER = Path(__file__).parent, "vs_llama_cpp.peer"
 CHECKED = 8  # prompts whose logits are compared before timing
 
 
@@ -66,7 +67,7 @@ def arguments() -> argparse.Namespace:
         default=0.99998,
         help="least median correlation of the logits (random weights; trained ones need a lower one)",
     )
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument("--json", type=Path, help="also write settings and all samples here")
     parser.set_defaults(model="configs/model/olmoe-0.9b.toml", context=128, dtype="bfloat16")
     args = parser.parse_args()
     check_options(parser, args)
@@ -74,7 +75,7 @@ def arguments() -> argparse.Namespace:
 
 
 class LlamaCpp:
-    """A process of ``shared.llama_cpp_peer`` under ``python``, which answers one call at a time."""
+    """A process of ``vs_llama_cpp.peer`` under ``python``, which answers one call at a time."""
 
     def __init__(self, python: str):
         try:
@@ -203,12 +204,10 @@ def main() -> None:
         f"{model}, {args.dtype}, {args.threads} thread(s), {args.rounds} rounds, {args.context} tokens of "
         f"context; llama-cpp-python {peer['llama_cpp_python']}, built with {peer['system_info']}"
     )
-    text = table(heading, result)
-    print(text)
-    if args.out:
+    print(table(heading, result))
+    if args.json:
         report = {"model": model, "settings": settings(args), "versions": versions, **result}
-        args.out.with_suffix(".md").write_text(text + "\n")
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
-exec .venv/bin/python scripts/shared/demo.py "$@"
+exec .venv/bin/python scripts/demo.py "$@"

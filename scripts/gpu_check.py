@@ -27,23 +27,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shared.gpu.binning import METHODS, batches, binning_seconds, differing
-from shared.gpu.correctness import correctness
-from shared.gpu.engine import DecodeBench, greedy_tokens, tokens_on_cpu
-from shared.gpu.offload import offload
-from shared.gpu.peers import (
-    even_batch,
-    jax_peers,
-    one_group,
-    ours,
-    random_rows,
-    routed_sizes,
-    seconds_per_call,
-    torch_seconds,
-    weight_bytes,
-    weight_stacks,
-)
-from shared.gpu.rows import Check, line
+from gpu_checks.binning import METHODS, batches, binning_seconds, differing
+from gpu_checks.correctness import correctness
+from gpu_checks.engine import DecodeBench, greedy_tokens, tokens_on_cpu
+from gpu_checks.offload import offload
+from gpu_checks.peers import even_batch, jax_peers, one_group, ours, routed_sizes, torch_seconds
+from gpu_checks.rows import Check, line
+from shared.gpu_timing import random_rows, seconds_per_call, weight_bytes, weight_stacks
 
 MODELS = {  # experts, inner, model, routed
     "Qwen3-30B-A3B": (128, 768, 2048, 8),

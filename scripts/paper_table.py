@@ -1,7 +1,7 @@
 """Runs one paper's table anew: each of its settings on ``jmoe serve``, its tasks through lm_eval.
 
-    python scripts/paper_table.py lynx --model DIR                       # the table of configs/eval/lynx.toml
-    python scripts/paper_table.py lynx --model tiny --tasks parity_choices --limit 8 --num-prompts 16
+    python scripts/paper_table.py binning --model DIR             # the table of configs/eval/binning.toml
+    python scripts/paper_table.py binning --model tiny --tasks parity_choices --limit 8 --num-prompts 16
 
 A table (configs/eval/NAME.toml) names the flags of ``jmoe serve``, those of ``jmoe bench serve``, the tasks
 with their numbers of examples, the ``--moe-config`` of every setting, and commands of ``jmoe`` to run before.
@@ -20,8 +20,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from bench_serving import free_port, serving
 from shared.results import table
+from shared.server_process import free_port, serving
 
 ROOT = Path(__file__).parent.parent
 JMOE = [sys.executable, "-m", "jmoe.cli"]
@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", help="lynx, capacity, speculative, fmoe, or a TOML file")
+    parser.add_argument("table", help="binning, capacity, shuffle, offload, or a TOML file")
     parser.add_argument("--model", required=True, help="tiny, or a directory")
     parser.add_argument("--model-dir", type=Path, help="with its tokenizer, for the harness; --model's")
     parser.add_argument("--data", default="", help="text for the commands that a table runs before")

@@ -1,30 +1,35 @@
-"""Measures a technique, for docs/results/<study>.md.
+"""Measures a technique or the engine, for a document of docs/results.
 
     python scripts/study.py capacity --data ../shared/data --parts quality load
     python scripts/study.py capacity --parts       # writes the document anew from the figures that there are
     python scripts/study.py capacity --help        # its parts, and what each of them measures
 
 A part's figures replace its last ones in the study's JSON; the document and the plots are made from the JSON
-alone. The plots need the ``plots`` extra.
+alone. The plots need the ``plots`` extra. Times want an idle machine.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from shared.protocol import pin
 from shared.results import draw_plots, dumps
+from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY
-from studies.lynx.study import STUDY as LYNX
 from studies.offload.study import STUDY as OFFLOAD
 from studies.record import Part, Results, Study
-from studies.speculative.study import STUDY as SPECULATIVE
+from studies.reproducibility.study import STUDY as REPRODUCIBILITY
+from studies.serving.study import STUDY as SERVING
+from studies.shuffle.study import STUDY as SHUFFLE
 from studies.together.study import STUDY as TOGETHER
+from studies.ttft.study import STUDY as TTFT
 
 ROOT = Path(__file__).parents[1]
-STUDIES = {study.name: study for study in (CAPACITY, LYNX, OFFLOAD, SPECULATIVE, TOGETHER)}
+TECHNIQUES = (BINNING, CAPACITY, SHUFFLE, OFFLOAD, TOGETHER)
+STUDIES = {study.name: study for study in (*TECHNIQUES, SERVING, TTFT, REPRODUCIBILITY)}
 RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -34,18 +39,21 @@ def make_parser() -> argparse.ArgumentParser:
     for study in STUDIES.values():
         one = ways.add_parser(
             study.name,
+            aliases=[study.results_name] if study.results_name else [],
             help=study.description.partition("\n")[0],
             description=study.description,
             formatter_class=RAW,
         )
         add_common(one, study)
         study.add_options(one)
+        one.set_defaults(study=study.name)
     return parser
 
 
 def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
     """Adds the options that every study has."""
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    if study.needs_data:
+        parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     if study.is_whole:
         parser.add_argument(
             "--document", action="store_true", help="measure nothing, write the document anew"
@@ -53,7 +61,9 @@ def add_common(parser: argparse.ArgumentParser, study: Study) -> None:
     else:
         names = [part.name for part in study.parts]
         parser.add_argument("--parts", nargs="*", choices=names, default=[], help="what to measure")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results", help=f"folder of {study.name}.*")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs/results", help=f"folder of {study.path(Path(), '.*')}"
+    )
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--dry", action="store_true", help="each part in its smallest form; writes nothing")
 
@@ -68,7 +78,8 @@ def requested_parts(study: Study, args: argparse.Namespace) -> list[Part]:
 
 def command(study: Study, part: Part, args: argparse.Namespace) -> str:
     """Returns the command that measures the part again, with the options that are not at their defaults."""
-    words = [f"python scripts/study.py {study.name} --data ../shared/data"]
+    words = [f"python scripts/study.py {study.name}"]
+    words += ["--data ../shared/data"] if study.needs_data else []
     words += [] if study.is_whole else [f"--parts {part.name}"]
     own = argparse.ArgumentParser(add_help=False)
     study.add_options(own)
@@ -77,7 +88,7 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
         if value == action.default or not (study.is_whole or part.name in parts.split(", ")):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [action.option_strings[0], *map(str, values)]
+        words += [action.option_strings[0], *(shlex.quote(str(v)) for v in values)]
     return " ".join(words)
 
 
@@ -91,7 +102,7 @@ def measure(study: Study, part: Part, args: argparse.Namespace, results: Results
 
 def stored(study: Study, args: argparse.Namespace) -> Results:
     """Returns the stored figures."""
-    path = args.out / f"{study.name}.json"
+    path = study.path(args.out, ".json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -111,14 +122,14 @@ def keep(study: Study, part: Part, args: argparse.Namespace, figures: Results) -
         key = f"{part.name}_gpu" if part.has_gpu_form and args.gpu else part.name
         figures = stored(study, args) | {key: figures}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{study.name}.json").write_text(dumps(figures, study.depth))
+    study.path(args.out, ".json").write_text(dumps(figures, study.depth))
 
 
 def write(study: Study, args: argparse.Namespace) -> None:
     """Writes the document and the plots, only from the JSON."""
     results = stored(study, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{study.name}.md").write_text(study.document(results))
+    study.path(args.out, ".md").write_text(study.document(results))
     if plots := study.plots(results):
         draw_plots(plots, args.out)
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 import tomllib
@@ -25,9 +24,7 @@ from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from support.aot import tpu as tpu_aot
+from shared import tpu_compiler
 
 ROOT = Path(__file__).parents[1]
 MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet
@@ -262,13 +259,13 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
-    if (reason := tpu_aot.why_not()) is not None:
+    if (reason := tpu_compiler.why_not()) is not None:
         raise SystemExit(reason)
     failed = False
     if not args.json:
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ.update(tpu_aot.environment(Path(scratch)))
+        os.environ.update(tpu_compiler.environment(Path(scratch)))
         del os.environ["LIBTPU_INIT_ARGS"]  # no dumps
         for case in cases(args):
             try:

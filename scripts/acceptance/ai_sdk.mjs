@@ -5,15 +5,15 @@ import { generateText, streamText } from "ai";
 
 const [base, model] = process.argv.slice(2);
 const provider = createOpenAICompatible({ name: "jmoe", baseURL: `${base}/v1`, apiKey: "EMPTY", includeUsage: true });
-const asked = { model: provider(model), prompt: "Hi, two tickets please.", temperature: 0, maxOutputTokens: 16, maxRetries: 0 };
+const request = { model: provider(model), prompt: "Hi, two tickets please.", temperature: 0, maxOutputTokens: 16, maxRetries: 0 };
 
-const whole = await generateText(asked);
+const whole = await generateText(request);
 assert.ok(whole.text.length > 0);
-const stream = streamText(asked);
+const stream = streamText(request);
 let text = "";
 for await (const part of stream.textStream) text += part;
 assert.equal(text, whole.text);
 assert.equal((await stream.usage).outputTokens, whole.usage.outputTokens);
 assert.ok(whole.usage.inputTokens > 0);
-await assert.rejects(generateText({ ...asked, model: provider("gpt-9") }), (error) => error.statusCode === 404);
+await assert.rejects(generateText({ ...request, model: provider("gpt-9") }), (error) => error.statusCode === 404);
 console.log(`generateText and streamText agree over ${whole.usage.outputTokens} tokens`);

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What an operator asks by hand.  curl.sh BASE MODEL
+# Requests that an operator sends by hand.  curl.sh BASE MODEL
 set -euo pipefail
 base=$1 model=$2
 fail() { echo "curl: $*"; exit 1; }

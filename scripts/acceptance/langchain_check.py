@@ -10,7 +10,7 @@ from pydantic import BaseModel
 base, model = sys.argv[1:]
 check = Checks()
 AT = {"base_url": f"{base}/v1", "api_key": "EMPTY", "model": model, "temperature": 0, "max_retries": 0}
-ASKED = "Hi, two tickets please."
+PROMPT = "Hi, two tickets please."
 
 
 class Ticket(BaseModel):
@@ -23,7 +23,7 @@ class Ticket(BaseModel):
 chat = ChatOpenAI(**AT, max_tokens=16, stream_usage=True)
 
 with check("a streamed chat is the whole one, with usage"):
-    whole, parts = chat.invoke(ASKED), list(chat.stream(ASKED))
+    whole, parts = chat.invoke(PROMPT), list(chat.stream(PROMPT))
     assert "".join(part.content for part in parts) == whole.content != ""
     assert whole.usage_metadata["total_tokens"] > whole.usage_metadata["input_tokens"] > 0
     assert (
@@ -32,14 +32,14 @@ with check("a streamed chat is the whole one, with usage"):
     )
 
 with check("a batch is what each gets alone"):
-    assert {m.content for m in chat.batch([ASKED] * 6)} == {chat.invoke(ASKED).content}
+    assert {m.content for m in chat.batch([PROMPT] * 6)} == {chat.invoke(PROMPT).content}
 
 with check("text completion"):
     assert OpenAI(**AT, max_tokens=8).invoke("Once upon a time")
 
 for method in ("json_schema", "function_calling"):
     with check(f"structured output by {method}"):
-        made = ChatOpenAI(**AT, max_tokens=200).with_structured_output(Ticket, method=method).invoke(ASKED)
+        made = ChatOpenAI(**AT, max_tokens=200).with_structured_output(Ticket, method=method).invoke(PROMPT)
         assert isinstance(made, Ticket)
 
 sys.exit(check.finish())

@@ -9,11 +9,11 @@ base, model = sys.argv[1:]
 check = Checks()
 AT = {"api_base": f"{base}/v1", "api_key": "EMPTY", "num_retries": 0}
 MESSAGES = [{"role": "user", "content": "Hi, two tickets please."}]
-ASK = {"model": f"openai/{model}", "messages": MESSAGES, "temperature": 0, "max_tokens": 16, **AT}
+REQUEST = {"model": f"openai/{model}", "messages": MESSAGES, "temperature": 0, "max_tokens": 16, **AT}
 
 with check("a streamed chat is the whole one"):
-    whole = litellm.completion(**ASK)
-    parts = litellm.completion(**ASK, stream=True)
+    whole = litellm.completion(**REQUEST)
+    parts = litellm.completion(**REQUEST, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in parts) == whole.choices[0].message.content != ""
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
@@ -28,7 +28,7 @@ for wanted, change in [
 ]:
     with check(f"{wanted.__name__}"):
         try:
-            litellm.completion(**ASK | change)
+            litellm.completion(**REQUEST | change)
         except wanted:
             pass
         else:

@@ -1,4 +1,4 @@
-"""Whether a server's log-likelihoods are those of transformers: lm-evaluation-harness asks both the same.
+"""Compares a server's log-likelihoods with those of transformers: lm-evaluation-harness sends both the same.
 
     jmoe serve tiny --dtype float32 --port 8000 &
     python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \\

@@ -11,7 +11,7 @@ MODEL = os.environ["MODEL"]
 class Caller(FastHttpUser):
     wait_time = between(0, 0.1)
 
-    def ask(self, path: str, body: dict, status: int = 200) -> None:
+    def send(self, path: str, body: dict, status: int = 200) -> None:
         with self.client.post(path, json={"model": MODEL, **body}, catch_response=True) as answer:
             if answer.status_code != status:
                 answer.failure(f"{answer.status_code} instead of {status}")
@@ -24,16 +24,16 @@ class Caller(FastHttpUser):
 
     @task(4)
     def short(self) -> None:
-        self.ask("/v1/completions", {"prompt": "Once upon", "max_tokens": random.randint(1, 16)})
+        self.send("/v1/completions", {"prompt": "Once upon", "max_tokens": random.randint(1, 16)})
 
     @task(3)
     def streamed(self) -> None:
-        self.ask("/v1/completions", {"prompt": "Once upon", "max_tokens": 24, "stream": True})
+        self.send("/v1/completions", {"prompt": "Once upon", "max_tokens": 24, "stream": True})
 
     @task(2)
     def chat(self) -> None:
-        self.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8})
+        self.send("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8})
 
     @task(1)
     def bad(self) -> None:
-        self.ask("/v1/completions", {"prompt": "x", "max_tokens": -2}, 400)
+        self.send("/v1/completions", {"prompt": "x", "max_tokens": -2}, 400)

@@ -4,7 +4,7 @@ import OpenAI from "openai";
 
 const [base, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${base}/v1`, apiKey: "EMPTY", maxRetries: 0 });
-const asked = { model, temperature: 0, max_tokens: 16, messages: [{ role: "user", content: "Hi, two tickets please." }] };
+const request = { model, temperature: 0, max_tokens: 16, messages: [{ role: "user", content: "Hi, two tickets please." }] };
 
 const running = async () => {
   const text = await (await fetch(`${base}/metrics`)).text();
@@ -16,8 +16,8 @@ const models = [];
 for await (const found of client.models.list()) models.push(found.id);
 assert.deepEqual(models, [model]);
 
-const whole = await client.chat.completions.create(asked);
-const stream = await client.chat.completions.create({ ...asked, stream: true, stream_options: { include_usage: true } });
+const whole = await client.chat.completions.create(request);
+const stream = await client.chat.completions.create({ ...request, stream: true, stream_options: { include_usage: true } });
 let text = "", usage;
 for await (const event of stream) {
   text += event.choices[0]?.delta?.content ?? "";

@@ -1,4 +1,4 @@
-"""The openai package: every way it asks, against one server.  python openai_python.py BASE MODEL"""
+"""The openai package: every kind of request, to one server.  python openai_python.py BASE MODEL"""
 
 import contextlib
 import json
@@ -157,14 +157,14 @@ with check("json_schema is parsed"):
 
 with check("json_schema holds at temperature 2 and in a stream"):
     form = {"name": "t", "schema": Ticket.model_json_schema(), "strict": True}
-    asked = {
+    options = {
         "temperature": 2,
         "max_tokens": 200,
         "response_format": {"type": "json_schema", "json_schema": form},
     }
     for seed in range(5):
-        Ticket.model_validate_json(chat(**asked, seed=seed).choices[0].message.content)
-        Ticket.model_validate_json(chat_streamed(chat(**asked, seed=seed, stream=True)))
+        Ticket.model_validate_json(chat(**options, seed=seed).choices[0].message.content)
+        Ticket.model_validate_json(chat_streamed(chat(**options, seed=seed, stream=True)))
 
 with check("a named and a required tool is called"):
     named = {"type": "function", "function": {"name": "book"}}
@@ -188,7 +188,7 @@ with check("tool_choice none lets the model speak"):
     message = chat(tools=[TOOL], tool_choice="none").choices[0].message
     assert message.content and not message.tool_calls
 
-for wanted, status, param, code, ask in [
+for wanted, status, param, code, send in [
     (openai.NotFoundError, 404, "model", "model_not_found", lambda: complete(model="gpt-9")),
     (openai.NotFoundError, 404, "model", "model_not_found", lambda: client.models.retrieve("gpt-9")),
     (openai.BadRequestError, 400, "max_tokens", None, lambda: complete(max_tokens=-2)),
@@ -200,7 +200,7 @@ for wanted, status, param, code, ask in [
 ]:  # fmt: skip
     with check(f"{wanted.__name__} for {param or 'an unknown path'}"):
         try:
-            ask()
+            send()
         except wanted as error:
             assert (error.status_code, error.param) == (status, param) and error.type and error.message
             assert code is None or error.code == code

@@ -15,7 +15,7 @@ check = Checks()
 model = OpenAIChatModel(name, provider=OpenAIProvider(base_url=f"{base}/v1", api_key="EMPTY"))
 SHORT = {"temperature": 0, "max_tokens": 16}
 LONG = {"temperature": 0, "max_tokens": 200}
-ASKED = "Hi, two tickets please."
+PROMPT = "Hi, two tickets please."
 
 
 class Ticket(BaseModel):
@@ -26,17 +26,17 @@ class Ticket(BaseModel):
 
 
 async def streamed() -> str:
-    async with Agent(model).run_stream(ASKED, model_settings=SHORT) as result:
+    async with Agent(model).run_stream(PROMPT, model_settings=SHORT) as result:
         return await result.get_output()
 
 
 with check("a streamed answer is the whole one"):
-    whole = Agent(model).run_sync(ASKED, model_settings=SHORT)
+    whole = Agent(model).run_sync(PROMPT, model_settings=SHORT)
     assert asyncio.run(streamed()) == whole.output != ""
 
 for kind in (NativeOutput, ToolOutput):
     with check(f"{kind.__name__}"):
         agent = Agent(model, output_type=kind(Ticket), retries=0)
-        assert isinstance(agent.run_sync(ASKED, model_settings=LONG).output, Ticket)
+        assert isinstance(agent.run_sync(PROMPT, model_settings=LONG).output, Ticket)
 
 sys.exit(check.finish())

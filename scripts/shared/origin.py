@@ -1,28 +1,11 @@
-"""Records how a stored figure was made: the command, the day, the machine, the versions."""
+"""Records where a stored figure was made: the day, the machine, the versions."""
 
-import argparse
 import datetime
 import importlib.metadata
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
-
-
-def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Returns the command that measures the figure again.
-
-    It has the options that are not at their defaults, but not the places of files on this machine.
-    """
-    words = [f"python scripts/{parser.prog}"]
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if value == action.default or action.dest in ("out", "peer_command"):
-            continue
-        values = value if isinstance(value, list) else [value]
-        shown = [v.name if isinstance(v, Path) else str(v) for v in values]
-        words += [action.option_strings[0], *(repr(v) if " " in v else v for v in shown)]
-    return " ".join(words)
 
 
 def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, Any]:
@@ -43,9 +26,9 @@ def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, 
 
 
 def _version(name: str, python: Path | None) -> str:
-    ask = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    program = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
     if python is not None and python.exists() and name not in ("jmoe", "jax"):  # the peer's may be elsewhere
-        return subprocess.run([python, "-c", ask, name], capture_output=True, text=True).stdout.strip()
+        return subprocess.run([python, "-c", program, name], capture_output=True, text=True).stdout.strip()
     if name == "jmoe":
         from jmoe import __version__
 

@@ -18,6 +18,17 @@ from shared.results import Plot
 Results = dict[str, Any]
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns the type of an option whose value is an integer of at least ``least``."""
+
+    def read(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return read
+
+
 @dataclass(frozen=True)
 class Part:
     """One measurement of a study, which one command runs.
@@ -37,10 +48,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    """A measured technique with its JSON, its document and its plots.
+    """What is measured for one document, with its JSON and its plots.
 
-    name: the name of the study's folder here, of its template there, and of its JSON and document among the
-        results.
+    name: the name of the study's folder here and of its template there.
     description: the study's help text.
     parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
@@ -49,6 +59,8 @@ class Study:
     tables: the modules of the study's folder whose functions the template calls.
     has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
+    results_name: the name of the JSON and of the document, if it is not ``name``: the name of the paper's
+        technique. ``study.py`` accepts both names.
     """
 
     name: str
@@ -58,16 +70,27 @@ class Study:
     tables: tuple[str, ...]
     has_plots: bool = True
     depth: int = 4
+    results_name: str = ""
 
     @property
     def is_whole(self) -> bool:
         """Returns whether the study has only one part."""
         return len(self.parts) == 1
 
+    @property
+    def needs_data(self) -> bool:
+        """Returns whether a part needs a folder of ``--data``."""
+        return any(part.data for part in self.parts)
+
+    def path(self, folder: Path, suffix: str) -> Path:
+        """Returns the study's file of the results: ``.json`` or ``.md``."""
+        return folder / f"{self.results_name or self.name}{suffix}"
+
     def document(self, results: Results) -> str:
-        """Returns the text of ``docs/results/<name>.md``. The template decides what an absent part shows."""
+        """Returns the text of the study's document. The template decides what an absent part shows."""
         modules = {name: self._module(name) for name in self.tables}
-        return render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
+        text = render(Path(__file__).parent / self.name / f"{self.name}.md", modules | results)
+        return text.rstrip() + "\n"  # a template may end with a part that is absent
 
     def plots(self, results: Results) -> dict[str, Plot]:
         """Returns the plots of the parts that have results, by name."""

@@ -1,9 +1,9 @@
 """The binning kernels through the compilers of TPUs and GPUs: they compile, and cost little of a layer."""
 
 import pytest
+from shared import tpu_compiler as tpu_aot
 from support.aot import binning as binning_aot
 from support.aot import gpu as gpu_aot
-from support.aot import tpu as tpu_aot
 
 H200 = "NVIDIA H200"
 SHAPES = [{"tokens": t, "experts": e, "k": 8} for t in (16, 64) for e in (64, 128, 256)]

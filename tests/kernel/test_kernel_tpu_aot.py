@@ -1,7 +1,8 @@
 """The TPU kernels through the TPU compiler at real layer sizes: they compile, fit and keep up with HBM."""
 
 import pytest
-from support.aot import tpu as tpu_aot
+from shared import tpu_compiler as tpu_aot
+from support.aot.kernel_report import run_report
 
 REASON = tpu_aot.why_not()
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -27,7 +28,7 @@ PATTERNS = ("*/decode/bfloat16", "*/Qwen3*/prefill/bfloat16", "v5e/OLMoE*/float3
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
-    return tpu_aot.run_report("--only", *PATTERNS, timeout=300)
+    return run_report("--only", *PATTERNS, timeout=300)
 
 
 def test_loops_are_read_from_branches_and_spills_from_stores():

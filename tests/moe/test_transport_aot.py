@@ -11,8 +11,8 @@ import sys
 from math import prod
 
 import pytest
+from shared import tpu_compiler as tpu_aot
 from support.aot import gpu as gpu_aot
-from support.aot import tpu as tpu_aot
 
 RANKS, TOKENS, MODEL, INNER, EXPERTS, K = 8, 256, 2048, 768, 64, 8  # TOKENS a rank
 pytestmark = pytest.mark.aot

@@ -4,7 +4,7 @@ import json
 import tomllib
 
 import pytest
-from support.aot import tpu as tpu_aot
+from shared import tpu_compiler as tpu_aot
 from support.aot.steps import QWEN, check
 
 LAYERS, SLOTS, COPIES = 2, 32, 1  # slots and prefetches a layer

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shared.olmoe_gguf import open_tensors, write_olmoe_gguf
 from shared.protocol import FAMILIES, hf_config, write_random
 from support.documented_commands import SIZES
+from vs_llama_cpp.olmoe_gguf import open_tensors, write_olmoe_gguf
 
 from jmoe import LLM
 from jmoe.checkpoint import read_config

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jmoe.tools.bench.answers import Result
-from jmoe.tools.bench.load import Replay
 from jmoe.tools.bench.loads import Clipped, LengthLimits, Load, LoadCall, clip, read_trace, synthetic
 from jmoe.tools.bench.measures import peak_concurrency, summary
 from jmoe.tools.bench.prompts import PromptSource
+from jmoe.tools.bench.replay import Replay
 from jmoe.tools.bench.server_info import hit_rate
 
 AZURE = [{"timestamp": 3000, "input_length": 30, "output_length": 4},

@@ -13,8 +13,8 @@ from support.server.fake_engine import ByteCodec, FakeEngine, listening
 
 from jmoe.cli.main import main
 from jmoe.tools.bench.http import Client, Failure
-from jmoe.tools.bench.load import replay
 from jmoe.tools.bench.loads import Load, LoadCall
+from jmoe.tools.bench.replay import replay
 
 
 class Handler(BaseHTTPRequestHandler):

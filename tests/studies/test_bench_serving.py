@@ -2,18 +2,18 @@
 
 import argparse
 import itertools
-import json
 import tomllib
 from pathlib import Path
 
-import bench_traces
-import bench_ttft
 import pytest
 from acceptance.lm_eval_parity import compare, difference
-from bench_serving import copy_without_ends
 from paper_table import filled, shown
-from shared.serving_peers import PEERS, Load
-from shared.serving_report import write_part
+from studies.serving import traces
+from studies.serving.peers import PEERS, Load
+from studies.serving.study import STUDY as SERVING
+from studies.serving.turns import copy_without_ends
+from studies.ttft import pools
+from studies.ttft.study import STUDY as TTFT
 
 from jmoe.checkpoint import read_config
 from jmoe.config.moe import MoEConfig
@@ -67,7 +67,7 @@ def serving(ours: float, theirs: float, ttft: float, peer: str = "transformers")
     settings = {"requests": 64, "input_len": 8, "output_len": 8, "rounds": 2}
     rows = {"32": {"jmoe": side(ours, ttft), peer: side(theirs, 10.0)}}
     more = {"dtype": "auto", "settings": settings, "flags": {"jmoe": "", peer: "--x"}, "rows": rows}
-    return {"command": "python scripts/bench_serving.py", **HEAD, **more}
+    return {"command": "c", **HEAD, **more}
 
 
 def host(share: float) -> dict:
@@ -83,41 +83,36 @@ def host(share: float) -> dict:
         ("vllm", (140, 100, 11), ["median, ms, 32 at a time: at most 1 times the peer's: missed", "(1.40)"]),
     ],
 )  # fmt: skip
-def test_the_page_says_what_was_measured_and_which_targets_it_meets(tmp_path, peer, figures, said):
-    write_part(tmp_path, peer, serving(*figures, peer))
-    page = (tmp_path / "serving.md").read_text()
+def test_the_page_says_what_was_measured_and_which_targets_it_meets(peer, figures, said):
+    page = SERVING.document({peer: serving(*figures, peer)})
     assert all(line in page for line in said) and "1 at a time" not in page
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_a_peers_words_are_told_without_what_holds_here_alone(peer):
+def test_a_peers_shown_words_leave_out_what_holds_here_alone(peer):
     words = peer.words(Path("/here/model"), 4321, Load(32, 64, 64, "auto"))
     shown = " ".join(peer.shown(words))
     assert "/here/model" in words and "4321" in words
     assert "here" not in shown.replace("--host", "") and "4321" not in shown and "--port" not in shown
 
 
-def test_a_part_does_not_touch_the_other(tmp_path):
-    write_part(tmp_path, "transformers", serving(320, 100, 9))
-    write_part(tmp_path, "host", host(0.07))
-    write_part(tmp_path, "host", host(0.03))
-    page = (tmp_path / "serving.md").read_text()
-    assert "busy for 3.0% of a step: the target of less than 5% is met" in page and "7.0%" not in page
+def test_the_page_has_every_part_that_was_measured():
+    page = SERVING.document({"transformers": serving(320, 100, 9), "host": host(0.03)})
+    assert "busy for 3.0% of a step: the target of less than 5% is met" in page
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
     assert "jmoe beside `transformers serve" in page
-    assert set(json.loads((tmp_path / "serving.json").read_text())) == {"transformers", "host"}
+    assert "vllm" not in page and "Recorded arrivals" not in page
 
 
-def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_costs(tmp_path):
-    numbers = dict.fromkeys(bench_traces.KEPT, 7.0) | {"completed": 3, "failed": 1, "prefix_hit_rate": None}
+def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_costs():
+    numbers = dict.fromkeys(traces.KEPT, 7.0) | {"completed": 3, "failed": 1, "prefix_hit_rate": None}
     plain = numbers | {"trace": "azure", "setting": "exact", "flags": "", "moe": None, "quality": None}
     prompt, moe = {"perplexity": 5.5, "perplexity_exact": 5.25}, {"remapped_share": 0.25}
     quality = {"prompt": prompt, "decode": {"nll_difference": 0.125}}
     lossy = plain | {"setting": "binned", "flags": "--moe-config X", "moe": moe, "quality": quality}
     scales = {"azure": {"file": "a.gz", "length_scale": 0.5, "time_scale": 0.25}}
     figures = {"command": "c", **HEAD, "max_num_seqs": 4, "scales": scales, "runs": [plain, lossy]}
-    write_part(tmp_path, "traces", figures)
-    page = (tmp_path / "serving.md").read_text()
+    page = SERVING.document({"traces": figures})
     assert "| azure | exact | 3 of 4 | 7 | 7, 7 | 7.0, 7.0 | 7.0, 7.0 | 7 | 7.0 | - |" in page
     assert "25.0% of the assignments remapped; perplexity of prompts 5.500, exact 5.250" in page
     assert "cost +0.1250 nats a token" in page and "lengths times 0.5 and times times 0.25" in page
@@ -131,10 +126,10 @@ def test_the_copy_ends_no_text(tmp_path):
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_the_papers_tables_are_settings_that_jmoe_takes(path):
-    asked = tomllib.loads(path.read_text())
-    for moe in filled(asked["settings"], {"work": "/tmp"}).values():
+    table = tomllib.loads(path.read_text())
+    for moe in filled(table["settings"], {"work": "/tmp"}).values():
         MoEConfig.from_dict(moe)
-    assert len(asked["settings"]) > 1 and all(isinstance(shots, int) for shots in asked["tasks"].values())
+    assert len(table["settings"]) > 1 and all(isinstance(shots, int) for shots in table["tasks"].values())
 
 
 def test_a_table_has_a_column_a_task():
@@ -162,9 +157,9 @@ def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_h
         def first_tokens(self, count: int, busy: int) -> list[float]:
             return [next(self.times)] * count
 
-    monkeypatch.setattr(bench_ttft, "Bench", Engine)
+    monkeypatch.setattr(pools, "Bench", Engine)
     args = argparse.Namespace(slots=[16, 1], pools=[64, 1], requests=[1], busy=8, rounds=3)
-    found = bench_ttft.measure(Path("model"), args)
+    found = pools.measure_cases(Path("model"), args)
     sizes = [(case["slots"], case["pool"], case["busy"], case["ratio"]) for case in found]
     assert sizes == [
         (1, 1, 0, 1.0), (1, 64, 0, 1.25), (16, 1, 0, 0.75), (16, 64, 0, 0.5),
@@ -174,6 +169,6 @@ def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_h
         "command": "c", "model": "tiny", "prompt": 64, "rounds": 3, "processor": "p", "threads": 2,
         "versions": {"jmoe": "0"}, "date": "d", "cases": found,
     }  # fmt: skip
-    page = bench_ttft.document(figures)
+    page = TTFT.document(figures)
     assert "Worst ratio to the smallest engine that holds the case: 1.25 (target 1.1)." in page
     assert "| 1 | 64 | 1 | 0 | 4.00 | 3.00 | 1.25 |" in page

@@ -1,6 +1,7 @@
 """Tests the driver of the studies: what a command repeats, how a part is stored, and strict templates."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from studies.record import Part, Study
 from support.documented_commands import COMMANDS
 
 
-def asked(*words: str) -> tuple[Study, list[Part], str]:
+def requested(*words: str) -> tuple[Study, list[Part], str]:
     """Returns the study that the words name, its requested parts, and the command of the last part."""
     args = study.make_parser().parse_args(words)
     mine = study.STUDIES[args.study]
@@ -22,51 +23,67 @@ def asked(*words: str) -> tuple[Study, list[Part], str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "command"),
     [
         ("capacity --parts speed --gpu --rounds 3 --data /x", "capacity {} --parts speed --rounds 3 --gpu"),
-        ("lynx --parts speed --batches 8 16 --gpu --length 32", "lynx {} --parts speed --batches 8 16 --gpu"),
-        ("speculative --parts moves --train 2 --dry", "speculative {} --parts moves --train 2"),
+        (
+            "lynx --parts speed --batches 8 16 --gpu --length 32",
+            "binning {} --parts speed --batches 8 16 --gpu",
+        ),
+        ("shuffle --parts moves --train 2 --dry", "shuffle {} --parts moves --train 2"),
         ("together", "together {}"),
+        ("ttft --prompt 8", "ttft --prompt 8"),
+        (
+            "serving --parts vllm --concurrency 1 8 --peer-command /x/vllm --peer-options '--a b' --batch 2",
+            "serving {} --parts vllm --concurrency 1 8 --peer-options '--a b'",
+        ),
         ("together --profile-tokens 64 --ranks 8", "together {} --profile-tokens 64 --ranks 8"),
     ],
 )
-def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, told: str):
-    assert asked(*words.split())[2] == "python scripts/study.py " + told.format("--data ../shared/data")
+def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, command: str):
+    found = requested(*shlex.split(words))[2]
+    assert found == "python scripts/study.py " + command.format("--data ../shared/data")
+
+
+def test_an_option_below_its_least_value_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        requested("serving", "--parts", "host", "--new", "3")
+    assert "--new: must be at least 4" in capsys.readouterr().err
 
 
 def test_parts_are_measured_in_the_order_of_the_options_and_an_only_part_without_being_named():
-    assert [part.name for part in asked("offload", "--parts", "large", "simulate")[1]] == [
+    assert [part.name for part in requested("offload", "--parts", "large", "simulate")[1]] == [
         "large",
         "simulate",
     ]
-    assert [part.name for part in asked("together")[1]] == ["scores"]
+    assert [part.name for part in requested("together")[1]] == ["scores"]
     args = study.make_parser().parse_args(["together", "--document"])
     assert study.requested_parts(study.STUDIES["together"], args) == []
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_a_study_has_its_stored_document_and_a_command_that_tries_it(name: str):
-    results = study.ROOT / "docs/results"
-    text = study.STUDIES[name].document(json.loads((results / f"{name}.json").read_text()))
-    assert text == (results / f"{name}.md").read_text()
+    mine, results = study.STUDIES[name], study.ROOT / "docs/results"
+    text = mine.document(json.loads(mine.path(results, ".json").read_text()))
+    assert text == mine.path(results, ".md").read_text()
     assert any(f"study.py {name} " in command.words for command in COMMANDS["scripts/study.py"])
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("capacity", "load"), ("lynx", "quality"), ("together", "scores")]
+    ("name", "part"), [("capacity", "load"), ("binning", "quality"), ("together", "scores")]
 )
 def test_a_part_without_its_data_is_skipped_and_the_document_says_so(
     name: str, part: str, tmp_path: Path, capsys, monkeypatch
 ):
+    mine = study.STUDIES[name]
     words = ["--data", str(tmp_path), "--out", str(tmp_path), "--threads", "1"]
     words += [] if name == "together" else ["--parts", part]
     monkeypatch.setattr(sys, "argv", ["study.py", name, *words])
     monkeypatch.setattr(study, "pin", lambda threads: None)
     study.main()
     assert f"{part}: skipped, there is no" in capsys.readouterr().out
-    assert "Not measured yet" in (tmp_path / f"{name}.md").read_text()
-    assert not (tmp_path / f"{name}.json").exists()
+    assert "Not measured yet" in mine.path(tmp_path, ".md").read_text()
+    assert not mine.path(tmp_path, ".json").exists()
 
 
 def test_a_parts_figures_replace_its_last_ones(tmp_path: Path):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from studies.capacity import load as capacity_load
-from studies.capacity import loads, speed
+from studies.capacity import drawn_routing, peaks, speed, straggler
 from studies.capacity import quality_tables as quality
 from studies.capacity.study import STUDY
 
@@ -11,20 +10,20 @@ from jmoe.config.techniques import CapacityConfig
 
 # There are 4 experts, top 2, and the token ids 0 (half of the tokens) and 1. The second array says how often
 # each id chose every expert.
-LAYER = loads.Published(np.array([0.5, 0.5]), np.array([[1, 0.5, 0.5, 0], [1, 0, 0.25, 0.75]]), 2)
+LAYER = drawn_routing.Published(np.array([0.5, 0.5]), np.array([[1, 0.5, 0.5, 0], [1, 0, 0.25, 0.75]]), 2)
 
 
 def test_peaks_against_a_hand_count():
     counts = np.array([6, 1, 1, 0])  # 8 plain assignments: evenly 2 an expert, 4 a rank
-    assert loads.expert_peak(counts, 8) == 3
-    assert loads.device_peak(loads.rank_loads(counts, ranks=2), 8) == 7 / 4
+    assert peaks.expert_peak(counts, 8) == 3
+    assert peaks.device_peak(peaks.rank_loads(counts, ranks=2), 8) == 7 / 4
     # Two replicas of expert 0 and five slots more on two ranks: 3 + 1 and 3 + 1.
-    assert loads.eplb_peak(counts, counts, extra=2, ranks=2) == 1
+    assert peaks.eplb_peak(counts, counts, extra=2, ranks=2) == 1
 
 
 def test_published_rows_become_frequencies():
     rows = np.array([[0, 7, 4], [1, 7, 2], [2, 7, 2], [0, 9, 4], [2, 9, 1], [3, 9, 3]])
-    read = loads.Published.from_rows(rows, experts=4, k=2)
+    read = drawn_routing.Published.from_rows(rows, experts=4, k=2)
     np.testing.assert_allclose(read.often_V, LAYER.often_V)
     np.testing.assert_allclose(read.chosen_VE, LAYER.chosen_VE)
 
@@ -41,11 +40,11 @@ def test_drawn_tokens_have_distinct_experts_and_the_published_frequencies():
 def test_a_limit_counts_each_ranks_own_tokens():
     ids = np.array([[[0, 1]] * 4, [[0, 2], [1, 2], [2, 3], [3, 0]]], np.int32)
     scores = np.full((2, 4, 4), 0.25, np.float32)
-    plain = loads.limited_matrix(ids, scores, None)
+    plain = drawn_routing.limited_matrix(ids, scores, None)
     assert plain.tolist() == [[4, 4, 0, 0], [2, 1, 3, 2]]
-    drop = loads.limited_matrix(ids, scores, CapacityConfig(policy="drop"), 1.0)
+    drop = drawn_routing.limited_matrix(ids, scores, CapacityConfig(policy="drop"), 1.0)
     assert drop.tolist() == [[2, 2, 0, 0], [2, 1, 2, 2]]  # 4 tokens x 2 / 4 experts on each rank
-    expand = loads.limited_matrix(ids, scores, CapacityConfig(policy="expand"), 1.0)
+    expand = drawn_routing.limited_matrix(ids, scores, CapacityConfig(policy="expand"), 1.0)
     assert expand.tolist() == [[2, 2, 0, 0], [2, 1, 2, 2]]  # rank 1's own experts are full already
 
 
@@ -71,9 +70,8 @@ def figures() -> dict:
     part["placement"] = {"own": [1.0], "others": [1.25]}
     part["positions"] = {name: [1.0, 2.0] for name in settings}
     part["control"] = {"length": 2, "rows": 4, "tokens": tokens, "settings": settings}
-    layer = capacity_load.layer_loads(
-        loads.Published(np.ones(1), np.full((1, 8), 0.25), 2), {k: np.ones(8) for k in ("own", "others")}, 8
-    )
+    even = drawn_routing.Published(np.ones(1), np.full((1, 8), 0.25), 2)
+    layer = straggler.layer_loads(even, {name: np.ones(8) for name in ("own", "others")}, 8)
     load = {"command": "c", "draws": 4, "tokens": 8, "layers": [0]}
     load |= {"token_level": {"mixtral": {"book": [layer]}}, "marginal": {"mixtral": {"arxiv": [layer]}}}
     return {"quality": part, "load": load}

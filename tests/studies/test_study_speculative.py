@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from studies.speculative import bytes as sent
-from studies.speculative import published
-from studies.speculative.moves import moved
-from studies.speculative.routing import Test as Tokens
-from studies.speculative.routing import dealt_ranks, on_ranks, oracle_tables, peak, rates, shuffled_ranks
-from studies.speculative.study import STUDY
+from studies.shuffle import bytes as sent
+from studies.shuffle import published
+from studies.shuffle.moves import moved
+from studies.shuffle.routing import Test as Tokens
+from studies.shuffle.routing import dealt_ranks, on_ranks, oracle_tables, peak, rates, shuffled_ranks
+from studies.shuffle.study import STUDY
 
 from jmoe.moe.orders import ShuffleTables
 

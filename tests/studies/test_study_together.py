@@ -22,11 +22,11 @@ def test_a_row_is_against_plain_and_counts_by_token():
     ours = row(
         55.0, 4.0, dropped=200, expert_cache_hits=30, expert_cache_misses=10, bytes_host_to_device=51200
     )
-    told = dict(zip(tables.HEAD, tables.line("offload", ours, plain), strict=True))
-    assert told["perplexity"] == "55.000" and told["against plain"] == "+10.00 %"
-    assert told["remote"] == "25.0 %" and told["KiB between devices"] == "10.0"
-    assert told["cache hits"] == "75.0 %" and told["KiB from the host"] == "0.5"
-    assert told["changed"] == "20.0 %", "of the router's assignments, the dropped among them"
+    cells = dict(zip(tables.HEAD, tables.line("offload", ours, plain), strict=True))
+    assert cells["perplexity"] == "55.000" and cells["against plain"] == "+10.00 %"
+    assert cells["remote"] == "25.0 %" and cells["KiB between devices"] == "10.0"
+    assert cells["cache hits"] == "75.0 %" and cells["KiB from the host"] == "0.5"
+    assert cells["changed"] == "20.0 %", "of the router's assignments, the dropped among them"
     alone = dict(zip(tables.HEAD, tables.line("plain", plain, plain), strict=True))
     assert alone["cache hits"] == "all resident" and alone["against plain"] == ""
 

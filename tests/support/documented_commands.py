@@ -31,7 +31,7 @@ DRY = "--data {data} --model {study} --dry"
 PLOTS = ("matplotlib",)
 
 COMMANDS: dict[str, list[Command]] = {
-    "scripts/demo.sh": [Command("scripts/shared/demo.py")],
+    "scripts/demo.sh": [Command("scripts/demo.py")],
     "scripts/test.sh": [Command(elsewhere="the first step of .ci/run")],
     "scripts/acceptance.sh": [Command(elsewhere="the step 'real clients' of .ci/run")],
     "scripts/bench_vs_transformers.py": [
@@ -51,55 +51,49 @@ COMMANDS: dict[str, list[Command]] = {
             elsewhere="tests/studies/test_bench_llama_cpp.py, but for llama.cpp, which builds for minutes"
         ),
     ],
-    "scripts/bench_serving.py": [
-        Command(
-            "scripts/bench_serving.py --concurrency 1 2 --requests 2 --rounds 1 --input-len 4 --output-len 2 "
-            f"{OUT}",
-            needs=("torch", "transformers", "fastapi"),
-        )
-    ],
-    "scripts/bench_ttft.py": [Command("scripts/bench_ttft.py --model {sizes} --dry --out {tmp}")],
-    "scripts/host_overhead.py": [
-        Command(f"scripts/host_overhead.py --model {{sizes}} --batch 2 --context 32 --new 4 --rounds 1 {OUT}")
-    ],
-    "scripts/bench_traces.py": [
-        Command(f"scripts/bench_traces.py --data {{data}} --requests 3 --max-num-seqs 2 {OUT}")
-    ],
     "scripts/study.py": [
         Command(f"scripts/study.py capacity --data {{data}} --parts load --batch 8 {OUT} --threads 1", PLOTS),
         Command(f"scripts/study.py capacity {DRY} --parts quality --tokens 64 --length 16 --rows 1"),
         Command("scripts/study.py capacity --data {data} --parts speed --dry --rounds 1 --threads 1"),
         Command(
-            "scripts/study.py lynx --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
+            "scripts/study.py binning --parts speed --dry --sizes {sizes} --layers 1 --batches 2 --context 8 "
             "--new 4 --rounds 1 --threads 1"
         ),
-        Command(f"scripts/study.py lynx {DRY} --parts quality capacity --length 4 --domains en_drama"),
+        Command(f"scripts/study.py binning {DRY} --parts quality capacity --length 4 --domains en_drama"),
         Command("scripts/study.py offload --parts large --dry --sizes {sizes} --threads 1"),
         Command(f"scripts/study.py offload {DRY} --parts simulate mt_bench sensitivity --windows 1"),
         Command(f"scripts/study.py offload {DRY} --parts engine"),
         Command(
-            f"scripts/study.py speculative --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
+            f"scripts/study.py shuffle --data {{data}} --parts moves bytes {OUT} --threads 1 --train 2 "
             "--windows 1 --model {study}",
             PLOTS,
         ),
-        Command(f"scripts/study.py speculative {DRY} --parts grouping published --train 2 --windows 1"),
-        Command(f"scripts/study.py speculative {DRY} --parts engine locality"),
+        Command(f"scripts/study.py shuffle {DRY} --parts grouping published --train 2 --windows 1"),
+        Command(f"scripts/study.py shuffle {DRY} --parts engine locality"),
         Command(
             f"scripts/study.py together --data {{data}} {OUT} --tokens 64 --profile-tokens 512 "
             "--batch 2 --ranks 2"
         ),
+        Command(
+            f"scripts/study.py serving --parts transformers {OUT} --concurrency 1 2 --requests 2 --rounds 1 "
+            "--input-len 4 --output-len 2",
+            needs=("torch", "transformers", "fastapi"),
+        ),
+        Command(
+            f"scripts/study.py serving --data {{data}} --parts traces --max-requests 3 --max-num-seqs 2 {OUT}"
+        ),
+        Command("scripts/study.py serving --parts host --sizes {sizes} --dry"),
+        Command("scripts/study.py ttft --model {sizes} --dry"),
+        Command(f"scripts/study.py reproducibility --prompts 2 --max-tokens 2 --dtype float32 {OUT}"),
     ],
     "scripts/bench_cpu_kernels.py": [
         Command(
             "scripts/bench_cpu_kernels.py --model {sizes} --threads 1 --layers 1 --rounds 1 --json {tmp}/r"
         )
     ],
-    "scripts/batch_invariance.py": [
-        Command("scripts/batch_invariance.py --prompts 2 --max-tokens 2 --dtype float32 --out {tmp}")
-    ],
     "scripts/paper_table.py": [
         Command(
-            "scripts/paper_table.py speculative --model {study} --devices 2 --data {text} --num-prompts 1 "
+            "scripts/paper_table.py shuffle --model {study} --devices 2 --data {text} --num-prompts 1 "
             "--tasks",
             devices=2,
         )
@@ -108,13 +102,13 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
     "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
     "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
-    "scripts/train_tiny.py": [
-        Command("scripts/train_tiny.py --help"),
-        Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
+    "scripts/make/train_tiny.py": [
+        Command("scripts/make/train_tiny.py --help"),
+        Command("scripts/make/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
     "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
+    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
     "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [

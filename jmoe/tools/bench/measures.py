@@ -8,7 +8,7 @@ import numpy as np
 
 from jmoe.config.counters import LOSSY, USAGE, names
 from jmoe.tools.bench.answers import Result
-from jmoe.tools.bench.load import Replay
+from jmoe.tools.bench.replay import Replay
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import msgspec
 
 from jmoe.tools.bench.http import Client, Failure
-from jmoe.tools.bench.load import generate, replay
 from jmoe.tools.bench.loads import LengthLimits, Load, clip, read_trace, synthetic
 from jmoe.tools.bench.measures import details, summary
 from jmoe.tools.bench.prompts import COMMON, PromptSource
 from jmoe.tools.bench.quality import ServerScorer, quality
+from jmoe.tools.bench.replay import generate, replay
 from jmoe.tools.bench.server_info import ServedModel, hit_rate, prefix_counts, served_model, tokenize
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 

@@ -26,7 +26,7 @@ from studies.offload.oracle import Oracle
 from studies.offload.replay import Known, replay
 from studies.offload.simulator import next_uses
 from studies.offload.traces import make_traces, route_windows
-from studies.speculative.routing import collect
+from studies.shuffle.routing import collect
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import OffloadConfig

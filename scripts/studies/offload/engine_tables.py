@@ -29,7 +29,7 @@ def timed(engine: dict[str, Any]) -> str:
     return table(["", "ms", "hit", "MB a step", "tokens as resident"], rows)
 
 
-def is_told(engine: dict[str, Any]) -> bool:
+def has_oracle(engine: dict[str, Any]) -> bool:
     """Returns whether an oracle ran."""
     return any(name.endswith(" oracle belady") for runs in engine["runs"].values() for name in runs)
 

@@ -18,14 +18,14 @@ from jax import Array
 from jaxtyping import Float, Int
 from shared.protocol import beginning
 from studies.offload.simulator import Trace
-from studies.speculative.routing import domains_of, pieces
+from studies.shuffle.routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
 from jmoe.models.decoder import Decoder
 from jmoe.models.layer import router_ahead, token_flags
 from jmoe.nn.sequences import Sequences
 
-AHEAD = 3  # layers that a predictor may ask
+AHEAD = 3  # layers that a predictor may look ahead
 CHUNK = 8  # windows that are routed at once
 
 

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from shared import tpu_compiler as tpu_aot
 from support.aot import gpu as gpu_aot
-from support.aot import tpu as tpu_aot
 from support.aot.steps import QWEN, check
 
 ROOT = Path(__file__).parents[3]

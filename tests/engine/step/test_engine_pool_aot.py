@@ -1,9 +1,9 @@
 """No step walks over the page pool on TPUs and GPUs either: ``test_engine_pool``, by compilers alone."""
 
 import pytest
+from shared import tpu_compiler as tpu_aot
 from support.aot import gpu as gpu_aot
 from support.aot import pool as pool_aot
-from support.aot import tpu as tpu_aot
 from support.aot.pool_cases import DECODE, Found, Pool, check
 
 pytestmark = pytest.mark.aot

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from jmoe_kernels.binning.plan import TILE
+from shared import tpu_compiler as tpu_aot
 from support.aot import gpu as gpu_aot
-from support.aot import tpu as tpu_aot
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared import tpu_compiler as tpu_aot
 from support.aot import gpu as gpu_aot
-from support.aot import tpu as tpu_aot
 from support.aot.pool_cases import Found, Pool, compile_pool
 
 SLICE = "v6e:2x4"

@@ -1,0 +1,70 @@
+"""Serving on a CPU: other servers on the same machine, recorded arrivals, the host's share of a step.
+
+Parts: transformers (``transformers serve`` with continuous batching) and vllm (``vllm serve``), each of which
+takes turns with ``jmoe serve``; traces (recorded arrivals on ``jmoe serve``); host (what the host takes of a
+decode step). All of them need an idle machine.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from studies.record import Part, Results, Study, at_least
+
+OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    size = at_least(1)
+    add = parser.add_argument
+    add("--model", default="tiny", help="transformers, vllm, traces: tiny, or a Hugging Face directory")
+    add("--sizes", type=Path, default=OLMOE, help="host: of the random model; or tiny, or a directory")
+    add("--dtype", choices=DTYPES, default="auto", help="transformers, vllm, host: of the weights")
+    add("--rounds", type=size, default=5, help="transformers, vllm, host: paired rounds")
+    add("--concurrency", type=size, nargs="+", default=[32], help="transformers, vllm: a row each")
+    add("--requests", type=size, help="transformers, vllm: of a round; by default 4 times the concurrency")
+    add("--input-len", type=size, default=64, help="transformers, vllm: words of a prompt")
+    add("--output-len", type=at_least(2), default=64, help="transformers, vllm: tokens of an answer")
+    add("--prompt-text", type=Path, nargs="*", default=[], help="transformers, vllm: prompts are cut from it")
+    add("--jmoe-options", default="", help="transformers, vllm: further flags of jmoe serve, in one word")
+    add("--peer-options", default="", help="transformers, vllm: further flags of the peer, in one word")
+    add("--peer-command", help="the peer's program, if it is not on the path")
+    add("--max-requests", type=size, default=300, help="traces: of each trace")
+    add("--max-num-seqs", type=size, default=32, help="traces: of the server")
+    add("--batch", type=size, default=32, help="host: requests that decode together")
+    add("--context", type=size, default=64, help="host: tokens of each prompt")
+    add("--new", type=at_least(4), default=64, help="host: steps of the whole batch")
+
+
+def compared(peer: str, args: argparse.Namespace, results: Results) -> Results | None:
+    from studies.serving.turns import measure
+
+    return measure(peer, args)
+
+
+def traces(args: argparse.Namespace, results: Results) -> Results:
+    from studies.serving.traces import measure
+
+    return measure(args)
+
+
+def host(args: argparse.Namespace, results: Results) -> Results:
+    from studies.serving.host import measure
+
+    return measure(args)
+
+
+STUDY = Study(
+    "serving",
+    __doc__ or "",
+    (
+        Part("transformers", partial(compared, "transformers")),
+        Part("vllm", partial(compared, "vllm")),
+        Part("traces", traces, "workloads"),
+        Part("host", host),
+    ),
+    add_options,
+    ("tables",),
+    has_plots=False,
+)
