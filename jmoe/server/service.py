@@ -144,7 +144,7 @@ class Service:
         )
 
     def _count_answer(self, answer: Answered) -> None:
-        self.metrics.count_answer(answer.method, answer.status, answer.route.pattern)
+        self.metrics.count_answer(answer.method, answer.status, answer.pattern)
 
     def _sample(self) -> Snapshot:
         """Takes a snapshot for the dashboard; it may wait for a running step."""

@@ -20,7 +20,7 @@ from jmoe.server.watch.snapshots import ReportPhase
 
 WINDOW = 10  # seconds of a report if the listener requests no window
 LISTENERS = 64  # at the same time
-PATIENCE = 10.0  # seconds for which a listener's connection may be full
+WRITE_TIMEOUT = 10.0  # seconds in which a listener must take some of what is sent to it
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -100,7 +100,7 @@ class ReportStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_part(part: bytes, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": part, "more_body": more}
-            await asyncio.wait_for(send(message), PATIENCE)
+            await asyncio.wait_for(send(message), WRITE_TIMEOUT)
 
         async def send_all() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -181,7 +181,7 @@ def test_nobody_looking_costs_the_engine_nothing():
 
 
 def test_a_listener_that_does_not_read_is_dropped(monkeypatch):
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
+    monkeypatch.setattr(dashboard, "WRITE_TIMEOUT", 0.05)
 
     async def run(service) -> None:
         stream = dashboard.ReportStream(service.poll, 10, "all")
