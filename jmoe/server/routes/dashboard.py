@@ -6,10 +6,12 @@ from contextlib import aclosing, suppress
 from importlib import resources
 from typing import get_args
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jmoe.config.counters import LOSSY, names
 from jmoe.engine.request import EngineDead
 from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
 from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
@@ -33,13 +35,16 @@ async def page(service: Service, request: Request) -> Response:
     file = resources.files("jmoe.server").joinpath("pages/dashboard.html")
     text = await service.in_thread(lambda: file.read_text(encoding="utf-8"))
     nonce = secrets.token_urlsafe(16)
+    lossy = msgspec.json.encode(names(LOSSY)).decode()
     headers = {
         "content-security-policy": POLICY.format(nonce),
         "cache-control": "no-store",
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-    return Response(text.replace("{nonce}", nonce), headers=headers, media_type="text/html")
+    return Response(
+        text.replace("{nonce}", nonce).replace("{lossy}", lossy), headers=headers, media_type="text/html"
+    )
 
 
 async def stats(service: Service, request: Request) -> Response:
