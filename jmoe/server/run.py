@@ -30,7 +30,7 @@ from jmoe.server.wire.protocol import protocol, wire_app
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
-POLL = 0.2  # seconds between two checks of the engine and of the running answers
+CHECK_INTERVAL = 0.2  # seconds between two checks of the engine and of the running answers
 LAST_WORDS = 2  # seconds for answers and errors already written to reach their clients
 
 
@@ -248,8 +248,8 @@ class Server(uvicorn.Server):
             if service.is_draining:
                 if not service.generations or waited >= service.settings.shutdown_timeout:
                     break
-                waited += POLL
-            await asyncio.sleep(POLL)
+                waited += CHECK_INTERVAL
+            await asyncio.sleep(CHECK_INTERVAL)
         service.is_draining = True
         service.stop_running()
         self.should_exit = True
