@@ -48,13 +48,13 @@ class Service:
     """
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
-        self.engine, self.settings = engine, settings
+        self.engine, self.facts, self.settings = engine, engine.facts, settings
         self.model = settings.served_model_name or model
         self.template = None if directory is None else load_chat_template(directory)
-        self.turn_ends = () if directory is None or engine.codec is None else load_turn_ends(directory)
+        self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)
-        self.grammars = Grammars(engine)
+        self.grammars = Grammars(self.facts)
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]

@@ -56,7 +56,7 @@ def _completion(service: Service, raw: bytes) -> Work:
     """Does all work whose time grows with the body."""
     body = service.decode(raw, CompletionRequest)
     check_completion(body)
-    params, n = completion_params(body, service.engine.vocab_size), body.n or 1
+    params, n = completion_params(body, service.facts.vocab_size), body.n or 1
     grammar = requested_grammar(body)
     encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
     prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
@@ -69,7 +69,7 @@ def _chat(service: Service, raw: bytes) -> Work:
     """Does all work whose time grows with the body."""
     chat = check_chat(service.decode(raw, ChatRequest))
     body, tools = chat.body, chat.tools
-    params, n = chat_params(chat, service.engine.vocab_size, service.turn_ends), body.n or 1
+    params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
     shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
     prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
@@ -79,7 +79,7 @@ def _chat(service: Service, raw: bytes) -> Work:
 
 
 def _encoder(service: Service, *, adds_special: bool) -> TextEncoder:
-    return TextEncoder(service.engine.codec, adds_special, service.engine.max_model_len)
+    return TextEncoder(service.facts.codec, adds_special, service.facts.max_model_len)
 
 
 async def _answer(service: Service, request: Request, work: Work, prefix: str) -> Response:
