@@ -23,7 +23,7 @@ FLOORS = {  # a part of a package imports only from the parts before it in its l
     ),
     "jmoe.server.request": (
         "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
-        "messages", "prompts", "params",
+        "messages", "prompts", "params", "prepared",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
