@@ -60,6 +60,7 @@ class ByteCodec:
 class FakeEngine:
     """An engine that repeats the prompt.
 
+    codec, max_model_len, vocab_size, end_ids: the ``ModelFacts``.
     pace: seconds of a step.
     room: largest number of requests.
     fails_at: number of tokens at which a request fails.
