@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from jmoe.engine.engine import Engine
-from jmoe.engine.model_facts import ModelFacts
-from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, Request
+from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, ModelFacts, Request
 from jmoe.faults import contained, tell
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.model_facts import ModelFacts
-from jmoe.engine.request import EngineSnapshot, Listener, Request
+from jmoe.engine.request import EngineSnapshot, Listener, ModelFacts, Request
 
 
 class EngineProtocol(Protocol):

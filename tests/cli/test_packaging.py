@@ -14,7 +14,7 @@ FLOORS = {  # a part of a package imports only from the parts before it in its l
         "checkpoint", "engine", "server", "tools", "cli",
     ),
     "jmoe.engine": (
-        "page_names", "text", "model_facts", "grammar", "request", "schedule", "step", "offload", "engine",
+        "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine",
         "deployment", "lowering", "worker", "build", "llm", "processes",
     ),
     "jmoe.server": (

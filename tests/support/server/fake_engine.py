@@ -10,8 +10,15 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.config.counters import COUNTERS, names
-from jmoe.engine.model_facts import ModelFacts
-from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
+from jmoe.engine.request import (
+    EngineDead,
+    EngineSnapshot,
+    ModelFacts,
+    Output,
+    QueueFull,
+    Request,
+    TokenLogprob,
+)
 from jmoe.engine.text.codec import Detokenizer
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.server.app import make_app
