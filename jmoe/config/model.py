@@ -123,7 +123,6 @@ class ModelConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
         self.router.check(self.num_experts, self.num_experts_per_tok)
-        self.rope.check(self.rotary_dim)
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -178,11 +177,6 @@ class ModelConfig:
     def attention_kind(self, layer: int) -> AttentionKind:
         """Returns the layer's kind of attention, one of ``jmoe.nn.kinds``."""
         return "grouped_query" if self.latent is None else "latent"
-
-    @property
-    def rotary_dim(self) -> int:
-        """The number of dimensions of a head's query that may rotate."""
-        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     def span(self, layer: int) -> Span:
         """Returns what a query of the layer attends to."""

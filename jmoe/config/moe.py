@@ -59,6 +59,14 @@ class MoEConfig:
         """The lossy techniques that are on, in the order in which they act; if empty, nothing is lossy."""
         return tuple(table for table in (self.binning, self.capacity) if table is not None)
 
+    @property
+    def knobs(self) -> dict[str, float]:
+        """The settings of the lossy techniques that may change between steps, by names like
+        "capacity.factor"."""
+        return {
+            f"{table.name}.{field}": getattr(table, field) for table in self.stages for field in table.knobs
+        }
+
     def check_serves(self) -> None:
         """Raises ValueError for a setting that has a meaning only in training."""
         for each in dataclasses.fields(self):

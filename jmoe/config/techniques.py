@@ -19,6 +19,7 @@ from jmoe.config.reading import AtLeastOne, Positive, Size, check_fields, shown
 Bonus = Annotated[
     float, Meta(ge=0, le=2.0**127, description="a finite number above 0", extra={"float32": True})
 ]
+Phase = Literal["prefill", "decode"]  # of a step; only a step whose tokens were all sampled decodes
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
 Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 
@@ -36,6 +37,7 @@ class BinningConfig:
     """
 
     name: ClassVar[str] = "binning"
+    knobs: ClassVar[tuple[str, ...]] = ()
     method: Method = "affinity"
     bin_width: Positive = 0.5
     k0: AtLeastOne = 3
@@ -100,6 +102,7 @@ class CapacityConfig:
     """
 
     name: ClassVar[str] = "capacity"
+    knobs: ClassVar[tuple[str, ...]] = ("factor",)
     factor: Positive = 1.5
     policy: Literal["drop", "reroute", "expand", "expert_drop"] = "drop"
     metric: Literal["score", "order", "reverse_order", "random"] = "score"
@@ -122,7 +125,7 @@ class CapacityConfig:
                 )
 
 
-# each class's ``name`` is its key in ``[moe]``
+# Each class's ``name`` is its key in ``[moe]``; its ``knobs`` are the fields that may change between steps.
 LossyConfig = BinningConfig | CapacityConfig
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from jmoe.engine.engine import Engine
+from jmoe.engine.faults import contained, tell
 from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, ModelFacts, Request
-from jmoe.faults import contained, tell
 
 log = logging.getLogger(__name__)
 

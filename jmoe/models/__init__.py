@@ -27,6 +27,7 @@ from jmoe.models import (
 )
 from jmoe.models.family import Family, quant_method
 from jmoe.models.fields import HFConfig
+from jmoe.nn.kinds import kinds_of
 
 FAMILIES = {
     family.architecture: family
@@ -61,7 +62,10 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     family = get_family(architectures[0])
     if hf.get("quantization_config"):
         _check_quantization(family, quant_method(hf))
-    return family.config(hf)
+    cfg = family.config(hf)
+    for kind in kinds_of(cfg):
+        cfg.rope.check(kind.rotary_dim(cfg))
+    return cfg
 
 
 def _check_quantization(family: Family, method: Any) -> None:

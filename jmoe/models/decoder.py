@@ -14,11 +14,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.choice import choose as choose_kernels
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
@@ -28,9 +28,9 @@ from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
-from jmoe.nn.kinds import kind_of
+from jmoe.nn.kinds import kind_of, kinds_of
 from jmoe.nn.norm import Norm, normalize
-from jmoe.nn.rope import Rotation, rotation
+from jmoe.nn.rope import Rotations, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.ranks import SAME
@@ -89,9 +89,9 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
     return nnx.merge(graph, state)(*args)
 
 
-def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
-    """Chooses the kernels with which one rank of ``mesh`` computes the model; raises ValueError for a kernel
-    that cannot run."""
+def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Blueprint:
+    """Decides how a model is built on ``mesh``: how attention is split, and which kernels a rank uses; raises
+    ValueError for a kernel that cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     cached = kind_of(cfg, 0).cached_heads(cfg)
@@ -103,22 +103,21 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
     if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
-        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
-    if moe.binning is not None and not cfg.router.is_plain:
+        kernels = replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
+    elif moe.binning is not None and not cfg.router.is_plain:
         why = "portable XLA: kernels know the softmax router alone"
-        return replace(kernels, binning="xla", why_binning=why)
-    return kernels
+        kernels = replace(kernels, binning="xla", why_binning=why)
+    return Blueprint(cfg, moe, split, kernels)
 
 
 class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` sets its parameters' dtype and initial values."""
 
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        kernels, split = kernels_for(cfg, moe, mesh), split_attention(mesh, moe.attention)
+    def __init__(self, blueprint: Blueprint, make: ParamMaker):
+        cfg, moe, mesh, kernels = blueprint.cfg, blueprint.moe, blueprint.mesh, blueprint.kernels
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
-        layers = range(cfg.num_hidden_layers)
-        self.layers = nnx.List([DecoderLayer(cfg, moe, i, split, make, kernels) for i in layers])
+        self.layers = nnx.List([DecoderLayer(blueprint, i, make) for i in range(cfg.num_hidden_layers)])
         if moe.offload is not None:
             self.store = HostExperts(cfg, make)
         self.norm = Norm(cfg, make)
@@ -126,7 +125,7 @@ class Decoder(nnx.Module):
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
         self.lm_head_bias_V = make((cfg.vocab_size,), (head_axis,)) if cfg.lm_head_bias else None
         self.shuffle = Shuffle(mesh, cfg.num_experts)
-        self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
+        self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, blueprint.split, kernels
         # If the head is split over the mesh, the compiler partitions its product; no kernel can do that.
         self.dense: DenseKernel = kernels.dense if is_single(mesh) else "xla"
 
@@ -141,7 +140,7 @@ class Decoder(nnx.Module):
 
         cache: cache of the experts, if they are offloaded.
         """
-        x_ND, rotation = self.begin(seqs)
+        x_ND, rotations = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_view(seqs, x_ND))
         techniques = Techniques(settings, self.shuffle, len(x_ND), visit)
         new_pages: list[LayerPages] = []
@@ -149,7 +148,7 @@ class Decoder(nnx.Module):
             routers = self.routers_after(i) if seqs.phase == "decode" else None
             journey = techniques.journey(has_experts=layer.moe is not None, next_routers=routers)
             x_ND, layer_pages, out, order = _apply(
-                *nnx.split(layer), x_ND, rotation, seqs, pages[i] if pages else None, journey
+                *nnx.split(layer), x_ND, rotations, seqs, pages[i] if pages else None, journey
             )
             new_pages += [] if layer_pages is None else [layer_pages]
             techniques.collect(out, order)
@@ -163,13 +162,14 @@ class Decoder(nnx.Module):
             cache = replace(cache, predictor=cache.ranks.constrain(predictor, SAME))
         return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
 
-    def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotation]:
-        """Returns the rows before the first layer, and their rotation in attention."""
+    def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotations]:
+        """Returns the rows before the first layer, and their rotations in attention."""
         cfg = self.cfg
         x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
-        return x_ND, rotation(seqs.positions_RN, cfg.rotary_dim, cfg.rope)
+        dims = dict.fromkeys(kind.rotary_dim(cfg) for kind in kinds_of(cfg))
+        return x_ND, {dim: rotation(seqs.positions_RN, dim, cfg.rope) for dim in dims}
 
     def finish(self, x_ND: Float[Array, "N D"], seqs: Sequences) -> Float[Array, "R n D"]:
         """Normalises the rows after the last layer and puts them back into the grid."""

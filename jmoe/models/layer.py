@@ -7,12 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
-from jmoe.mesh import Split
+from jmoe.blueprint import Blueprint
 from jmoe.models.journey import Journey, RouterAhead
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
@@ -23,7 +20,7 @@ from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.kinds import kind_of
 from jmoe.nn.mlp import DenseMLP
 from jmoe.nn.norm import Norm, normalize
-from jmoe.nn.rope import Rotation
+from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import Visit
 from jmoe.param import ParamMaker
@@ -33,23 +30,22 @@ class DecoderLayer(nnx.Module):
     """Attention, then experts (``moe``), optionally with a shared expert (``shared``), or a dense MLP
     (``mlp``)."""
 
-    def __init__(
-        self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
-    ):
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        cfg = blueprint.cfg
         self.input_norm = Norm(cfg, make)
-        self.attention = kind_of(cfg, layer)(cfg, layer, split, make, kernels)
+        self.attention = kind_of(cfg, layer)(blueprint, layer, make)
         self.post_attention_norm = Norm(cfg, make)
-        sparse, mesh = layer not in cfg.mlp_only_layers, split.mesh
+        sparse = layer not in cfg.mlp_only_layers
         dense, shared = cfg.intermediate_size or 0, cfg.shared_expert_intermediate_size
-        self.mlp = None if sparse else DenseMLP(cfg, dense, mesh, make, kernels)
-        self.moe = MoELayer(cfg, moe, mesh, make, kernels) if sparse else None
+        self.mlp = None if sparse else DenseMLP(blueprint, dense, make)
+        self.moe = MoELayer(blueprint, make) if sparse else None
         shares = cfg.shared_expert_gate
-        self.shared = DenseMLP(cfg, shared, mesh, make, kernels, shares) if sparse and shared else None
-        self.shuffle = Shuffle(split.mesh, cfg.num_experts)
+        self.shared = DenseMLP(blueprint, shared, make, shares) if sparse and shared else None
+        self.shuffle = Shuffle(blueprint.mesh, cfg.num_experts)
         self.cfg = cfg
 
     def __call__(
-        self, x_ND: Array, rotation: Rotation, seqs: Sequences, pages: LayerPages | None, journey: Journey
+        self, x_ND: Array, rotations: Rotations, seqs: Sequences, pages: LayerPages | None, journey: Journey
     ) -> tuple[Array, LayerPages | None, MoEOutput | None, Order | None]:
         """Runs the layer; returns its output rows, its pages, what its experts did (None for a dense layer)
         and the order of the rows (None if every token stays on its rank)."""
@@ -58,7 +54,7 @@ class DecoderLayer(nnx.Module):
             with jax.named_scope("shuffle"):
                 move = self.predict_move(seqs, flags, journey.order, journey.hints)
                 flags = self.shuffle.deal(flags, move.new_order)
-        x_ND, pages = self.attend(x_ND, rotation, seqs, pages, move)
+        x_ND, pages = self.attend(x_ND, rotations, seqs, pages, move)
         if self.moe is None:
             return self.pass_mlp(x_ND), pages, None, move and move.new_order
         with jax.named_scope("moe"):
@@ -96,7 +92,7 @@ class DecoderLayer(nnx.Module):
     def attend(
         self,
         x_ND: Array,
-        rotation: Rotation,
+        rotations: Rotations,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None = None,
@@ -104,7 +100,7 @@ class DecoderLayer(nnx.Module):
         """Returns the rows with attention's output added, and the pages."""
         with jax.named_scope("attention"):
             normed_ND = normalize(x_ND, self.input_norm.weights, self.cfg.rms_norm_eps)
-            y_ND, pages = self.attention(normed_ND, rotation, seqs, pages, move)
+            y_ND, pages = self.attention(normed_ND, rotations, seqs, pages, move)
             return self.add(x_ND if move is None else self.shuffle.move(x_ND, move), y_ND), pages
 
     def pass_mlp(self, x_ND: Array) -> Array:

@@ -49,17 +49,16 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
-from jmoe.config.techniques import BinningConfig
+from jmoe.config.techniques import BinningConfig, Phase
 from jmoe.mesh import EXPERT
-from jmoe.moe.types import Changes, DispatchPlan, Knobs, LayerSetup, Phase, Routing, TokenFlags
+from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, Stage, TokenFlags
 
 
 @dataclass(frozen=True)
-class Binning:
+class Binning(Stage):
     """The binning stage of one layer."""
 
     table: BinningConfig
-    layer: LayerSetup
 
     def acts_in(self, phase: Phase) -> bool:
         return phase == "decode"
@@ -78,10 +77,10 @@ class Binning:
             )  # fmt: skip
         return routing, {"remapped": remapped_T}
 
-    def fuses(self, tokens: int) -> bool:
+    def _is_fused(self, tokens: int) -> bool:
         """Returns whether one kernel both routes and bins; it does not if a rank has more tokens than the
         kernel takes."""
-        cfg, kernels = self.layer.cfg, self.layer.kernels
+        cfg, kernels = self.blueprint.cfg, self.blueprint.kernels
         if kernels.binning == "xla" or not cfg.router.is_plain:
             return False
         refusal = binning.supports(
@@ -89,36 +88,38 @@ class Binning:
         )
         return refusal is None
 
-    def route(self, logits_TE: Float[Array, "T E"], tokens: TokenFlags) -> tuple[Routing, Routing, Changes]:
-        """Returns the router's own choice, the binned routing and its changes, all by the fused kernel. It
-        may be called only if ``fuses`` returns true."""
+    def route(
+        self, logits_TE: Float[Array, "T E"], tokens: TokenFlags
+    ) -> tuple[Routing, Routing, Changes] | None:
+        if not self._is_fused(len(logits_TE)):
+            return None
         plain, routing, remapped_T = route_binned(
             logits_TE,
             tokens,
             self._rule,
-            renormalize=self.layer.cfg.router.norm_topk_prob,
-            choice=binning.KernelChoice(self.layer.kernels.binning, self.layer.kernels.platform),
+            renormalize=self.blueprint.cfg.router.norm_topk_prob,
+            choice=binning.KernelChoice(self.blueprint.kernels.binning, self.blueprint.kernels.platform),
             total=self._sum_votes(),
         )
         return plain, routing, {"remapped": remapped_T}
 
     @property
     def _rule(self) -> binning.Rule:
-        return get_rule(self.table, self.layer.cfg.num_experts_per_tok)
+        return get_rule(self.table, self.blueprint.cfg.num_experts_per_tok)
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Returns a sum over the ranks that read the same experts' weights, or None if one rank has all
         experts."""
-        return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
+        return partial(lax.psum, axis_name=EXPERT) if self.blueprint.mesh.shape[EXPERT] > 1 else None
 
     def _bonus(self, resident_E: Array | None) -> Float[Array, " E"] | None:
         """Returns the bonus in nats that is added to each expert's logit, or None if no expert has one."""
-        experts, bonus_E = self.layer.cfg.num_experts, None
+        experts, bonus_E = self.blueprint.cfg.num_experts, None
         if self.table.resident_bonus and resident_E is not None:
             bonus_E = jnp.where(resident_E, jnp.float32(self.table.resident_bonus), 0.0)
         if not self.table.local_bonus:
             return bonus_E
-        held = experts // self.layer.mesh.shape[EXPERT]
+        held = experts // self.blueprint.mesh.shape[EXPERT]
         own_E = jnp.arange(experts, dtype=jnp.int32) // held == lax.axis_index(EXPERT)
         local_E = jnp.where(own_E, jnp.float32(self.table.local_bonus), 0.0)
         return local_E if bonus_E is None else bonus_E + local_E

@@ -17,31 +17,20 @@ F      inner dimension of an expert
 A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.config.model import ModelConfig
-
-Phase = Literal["prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class LayerSetup:
-    """What a layer is built for: its model, its mesh and the kernels of one rank."""
-
-    cfg: ModelConfig
-    mesh: Mesh
-    kernels: Kernels
+from jmoe.blueprint import Blueprint
+from jmoe.config.techniques import LossyConfig, Phase
 
 
 @jax.tree_util.register_dataclass
@@ -103,18 +92,22 @@ class TokenFlags:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """Settings of the lossy techniques that can change without recompilation.
+    """What the lossy techniques read in each step, so that it can change without recompilation.
 
-    factor: gamma of the capacity.
+    values: float32 settings, by the names of ``MoEConfig.knobs``.
     seed: seed of random choices; it differs in each step.
     """
 
-    factor: Float[Array | np.ndarray, ""]
+    values: Mapping[str, Float[Array | np.ndarray, ""]]
     seed: Int[Array | np.ndarray, ""]
+
+    def value(self, table: LossyConfig, field: str) -> Float[Array | np.ndarray, ""]:
+        """Returns the present value of one of the table's knobs."""
+        return self.values[f"{table.name}.{field}"]
 
     def for_part(self, part: Array | int) -> "Knobs":
         """Returns a copy with a separate seed for one of several layers or shards."""
-        return Knobs(self.factor, self.seed * 1_000_003 + part)
+        return Knobs(self.values, self.seed * 1_000_003 + part)
 
 
 @jax.tree_util.register_dataclass
@@ -142,6 +135,42 @@ class CapacityCounts:
 Counts = dict[str, Int[Array, ""]]
 # Changed assignments of each token, by all names of ``LOSSY`` there; of each sequence once they are summed.
 Changes = dict[str, Int[Array, " T"]]
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """A lossy technique within one layer: it takes a routing and returns a new one.
+
+    table: configuration of the technique.
+    blueprint: model, mesh and kernels for which the layer is built.
+    """
+
+    table: LossyConfig
+    blueprint: Blueprint
+
+    @abstractmethod
+    def acts_in(self, phase: Phase) -> bool:
+        """Returns whether the stage does anything in steps of that phase."""
+
+    @abstractmethod
+    def __call__(
+        self, routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
+    ) -> tuple[Routing, Changes]:
+        """Returns the new routing and what the stage changed.
+
+        resident_E: which experts are on a device; None if all are.
+        """
+
+    def route(
+        self, logits_TE: Float[Array, "T E"], tokens: TokenFlags
+    ) -> tuple[Routing, Routing, Changes] | None:
+        """Runs the router and this stage in one kernel; returns None if there is no such kernel for these
+        tokens.
+
+        It returns the router's own choice, the stage's routing and what the stage changed. Only the first
+        stage of a step may do this.
+        """
+        return None
 
 
 @jax.tree_util.register_dataclass

@@ -16,15 +16,15 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, NewTokens, attend_all
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.moe.orders import Move
 from jmoe.nn.kv_cache import CachedHeads, StateSizes, page_layout, page_spec
-from jmoe.nn.rope import Rotation
+from jmoe.nn.rope import Rotation, Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.nn.uncached import attend_uncached
 from jmoe.param import specs_of
@@ -39,8 +39,9 @@ class Attention(nnx.Module):
     """One layer's attention; a subclass is a kind of attention, see ``jmoe.nn.kinds``.
 
     A kind declares its weights, ``[out, in]``, with an ``o_proj`` among them, and their names in checkpoints
-    (``names``). It makes queries, keys and values (``project``) and turns the weighted sums into outputs
-    (``read_out``). Its state lies in pages unless it says otherwise (``state_axis``, ``state_layout``).
+    (``names``). It says how much of a query rotates (``rotary_dim``), makes queries, keys and values
+    (``project``) and turns the weighted sums into outputs (``read_out``). Its state lies in pages unless it
+    says otherwise (``state_axis``, ``state_layout``).
 
     scale: factor of the scores; None is one over the root of a query's dimension.
     state_axis: what the first axis of the state counts. Pages are shared and copied, a seat belongs to one
@@ -59,6 +60,16 @@ class Attention(nnx.Module):
 
     @classmethod
     @abstractmethod
+    def rotary_dim(cls, cfg: ModelConfig) -> int:
+        """Returns the number of dimensions of a query that may rotate."""
+
+    @classmethod
+    @abstractmethod
+    def query_dim(cls, cfg: ModelConfig) -> int:
+        """Returns the number of dimensions of a head's query."""
+
+    @classmethod
+    @abstractmethod
     def cached_heads(cls, cfg: ModelConfig) -> CachedHeads:
         """Returns what the layer caches of each token."""
 
@@ -69,7 +80,8 @@ class Attention(nnx.Module):
         """Returns the layer's state, as shapes with dtypes and shardings."""
         return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
 
-    def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
+    def __init__(self, blueprint: Blueprint, layer: int):
+        cfg, split = blueprint.cfg, blueprint.split
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)
         cached = self.cached_heads(cfg).num_heads
@@ -77,7 +89,8 @@ class Attention(nnx.Module):
             check_divides(over + " parallel size", ranks, "kv heads", cached)
         else:
             check_divides("kv heads", cached, over, ranks)
-        self.cfg, self.split, self.kernels = cfg, split, kernels
+        self.cfg, self.split, self.kernels = cfg, split, blueprint.kernels
+        cfg.rope.check(self.rotary_dim(cfg))
         self.span, self.has_rotation = cfg.span(layer), cfg.rotates(layer)
 
     @property
@@ -92,7 +105,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_ND: Float[Array, "N D"],
-        rotation: Rotation,
+        rotations: Rotations,
         seqs: Sequences,
         pages: LayerPages | None,
         move: Move | None = None,
@@ -105,6 +118,7 @@ class Attention(nnx.Module):
             ``old_order`` and leave in its ``new_order``. None keeps the order.
         """
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}
+        rotation = rotations[self.rotary_dim(self.cfg)]
         if is_single(self.split.mesh):
             return self._shard(weights, x_ND, rotation, seqs, pages, None)
         tokens, sequences = PartitionSpec(TOKENS), PartitionSpec(self.split.sequences)

@@ -24,6 +24,11 @@ def kind_of(cfg: ModelConfig, layer: int) -> Kind:
     return KINDS[cfg.attention_kind(layer)]
 
 
+def kinds_of(cfg: ModelConfig) -> tuple[Kind, ...]:
+    """Returns the kinds of the model's layers, each once."""
+    return tuple(dict.fromkeys(kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)))
+
+
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
     """Returns the bytes of one page over all layers whose state is in pages."""
     kinds = [kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)]

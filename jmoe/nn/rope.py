@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from jmoe.config.parts import RopeConfig
 
 Rotation = tuple[Array, Array]
+Rotations = dict[int, Rotation]  # by a head's dimension, which kinds of attention may have of their own
 
 
 def rotation(positions_BT: Int[Array, "B T"], dim: int, rope: RopeConfig) -> Rotation:

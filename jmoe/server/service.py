@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request
 
 from jmoe import __version__
-from jmoe.faults import contained
+from jmoe.engine.faults import contained
 from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol

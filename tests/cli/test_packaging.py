@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {  # a part of a package imports only from the parts before it in its list
     "jmoe": (
-        "jmoe_kernels", "faults", "config", "mesh", "param", "placement", "moe", "nn", "offload", "models",
-        "checkpoint", "engine", "server", "tools", "cli",
+        "jmoe_kernels", "config", "mesh", "blueprint", "param", "placement", "moe", "nn", "offload",
+        "models", "checkpoint", "engine", "server", "tools", "cli",
     ),
     "jmoe.engine": (
-        "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine",
+        "faults", "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine",
         "deployment", "lowering", "worker", "build", "llm", "processes",
     ),
     "jmoe.server": (

@@ -63,9 +63,9 @@ def test_an_exact_request_is_untouched_by_its_mates(harsh: Engine, lossless: lis
 
 def test_the_factor_changes_without_compiling(harsh: Engine, lossless: list[list[int]]):
     compiled = harsh.runner.compilations.num_after_warmup
-    harsh.runner.capacity_factor = float(CFG.num_experts)
+    harsh.runner.knobs["capacity.factor"] = float(CFG.num_experts)
     assert answers(harsh) == lossless
-    harsh.runner.capacity_factor = HARSH.factor
+    harsh.runner.knobs["capacity.factor"] = HARSH.factor
     assert answers(harsh) != lossless and harsh.runner.compilations.num_after_warmup == compiled
 
 

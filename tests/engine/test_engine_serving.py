@@ -104,7 +104,7 @@ def test_an_exact_request_never_reuses_pages_of_a_lossy_one(engine: Engine):
     assert hits(harsh, lambda: exact.append(answer(harsh, prompt, EXACT))) == 0
     assert hits(harsh, lambda: exact.append(answer(harsh, prompt, EXACT))) > 0
     assert exact == [lossless] * 2
-    harsh.runner.capacity_factor = 0.75
+    harsh.runner.knobs["capacity.factor"] = 0.75
     assert hits(harsh, lambda: answer(harsh, prompt)) == 0, "pages of another limit are others"
 
 

@@ -18,6 +18,8 @@ from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_slots
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
+from jmoe.models.decoder import make_blueprint
+from jmoe.nn.kinds import kinds_of
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
 
@@ -111,7 +113,7 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
         no_rope_layers=(),
     )  # fmt: skip
     is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
-    for path, spec in abstract_decoder(kinds, settings.moe, mesh)[1].items():
+    for path, spec in abstract_decoder(make_blueprint(kinds, settings.moe, mesh))[1].items():
         layer, _ = in_layer(path)
         times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
         shape = spec.sharding.shard_shape(spec.shape)
@@ -125,7 +127,7 @@ def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length:
     tables."""
     slots, _ = rank_slots(settings, split)
     tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
-    heads = cfg.num_attention_heads * (cfg.latent.qk_head_dim if cfg.latent else cfg.head_dim)
+    heads = cfg.num_attention_heads * max(kind.query_dim(cfg) for kind in kinds_of(cfg))
     inner = -(-cfg.moe_intermediate_size // split.mesh.shape[TENSOR])
     row = 8 * cfg.hidden_size + 4 * heads + cfg.num_experts_per_tok * (cfg.hidden_size + 3 * inner)
     drawn = 2 * slots * (cfg.vocab_size + -(-length // PAGE_SIZE))

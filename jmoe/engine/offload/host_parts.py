@@ -43,7 +43,7 @@ from jmoe.moe.decide import count_on_device
 from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import ExpertOutput, Knobs, Routing
-from jmoe.nn.rope import Rotation
+from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
 from jmoe.offload.ranks import assigned, by_slot, highest, needed
@@ -66,14 +66,14 @@ class LayerFunctions:
         self,
         weights: list[Array],
         rows: LayerRows,
-        rotation: Rotation,
+        rotations: Rotations,
         seqs: Sequences,
         pages: LayerPages | None,
         journey: HostJourney,
     ) -> tuple[AttentionResult, LayerPages | None]:
         """Runs one layer up to its experts."""
         layer, predictor, walk = self.merge(weights), journey.predictor, journey.walk
-        x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
+        x_ND, pages = layer.attend(layer.add(*rows), rotations, seqs, pages)
         knobs = None if journey.knobs is None else journey.knobs.for_part(journey.layer)
         normed_ND, decision = layer.decide(x_ND, seqs, knobs, journey.resident_E)
         flags = token_flags(seqs)
@@ -95,13 +95,13 @@ class LayerFunctions:
         self,
         weights: list[Array],
         rows: LayerRows,
-        rotation: Rotation,
+        rotations: Rotations,
         seqs: Sequences,
         pages: LayerPages | None,
     ) -> tuple[LayerRows, LayerPages | None]:
         """Runs a whole layer without experts."""
         layer = self.merge(weights)
-        x_ND, pages = layer.attend(layer.add(*rows), rotation, seqs, pages)
+        x_ND, pages = layer.attend(layer.add(*rows), rotations, seqs, pages)
         x_ND = layer.pass_mlp(x_ND)
         return LayerRows(x_ND, jnp.zeros_like(x_ND)), pages
 
@@ -132,14 +132,14 @@ class PartFunctions:
         else:
             ranks = model.split.sequence_ranks
             seqs = sequences_of(inputs, latest_S, ranks, has_lossy=knobs is not None, has_cache=True)
-        x_ND, rotation = model.begin(seqs)
+        x_ND, rotations = model.begin(seqs)
         rows, walk, forecast_RE = LayerRows(x_ND, jnp.zeros_like(x_ND)), None, None
         if predictor is not None:
             view = step_view(seqs, x_ND)
             assert view is not None, "prompts are not predicted"
             walk, forecast = predictor.start(view)
             forecast_RE = stack_rows(*forecast)
-        return StepStart(rows, rotation, seqs, walk, forecast_RE)
+        return StepStart(rows, rotations, seqs, walk, forecast_RE)
 
     def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> ExpertOutput:
         """Runs the experts that have a slot. The slot ``num_slots + 1`` means that an expert has none."""

@@ -121,7 +121,7 @@ class HostDrivenRunner(Runner):
         for i, (weights, run) in enumerate(zip(self._layer_weights, self._parts.layers, strict=True)):
             layer = len(records)  # index among the layers with experts
             pages = None if seqs.table_BM is None else self.state.pages[i]
-            args = weights, rows, start.rotation, seqs, pages
+            args = weights, rows, start.rotations, seqs, pages
             if i in self.cfg.mlp_only_layers:
                 rows, pages = run(*args)
             else:

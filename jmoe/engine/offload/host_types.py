@@ -10,7 +10,7 @@ from jax import Array
 from jmoe.engine.step.counters import MoETotals
 from jmoe.models.journey import RouterAhead
 from jmoe.moe.types import Changes, Counts, DispatchStats, Knobs, Routing
-from jmoe.nn.rope import Rotation
+from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.types import Forecast, Predictor
 
@@ -78,7 +78,7 @@ class StepStart(NamedTuple):
     """A step before its first layer.
 
     rows: rows of the first layer.
-    rotation: rotation of the rows in attention.
+    rotations: rotations of the rows in attention.
     seqs: sequences of the step.
     walk: the predictor's state in this step.
     forecast_RE: forecast of the first layers for the host, made by ``stack_rows``; None if nothing is
@@ -86,7 +86,7 @@ class StepStart(NamedTuple):
     """
 
     rows: LayerRows
-    rotation: Rotation
+    rotations: Rotations
     seqs: Sequences
     walk: Any
     forecast_RE: Array | None

@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
+from jmoe.config.techniques import Phase
 from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
@@ -34,10 +35,9 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Phase
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, decode rows, present capacity factor
+HEADER = struct.Struct("<4I")  # operation, rows, tokens per row, decode rows
 
 
 class Operation(IntEnum):
@@ -45,7 +45,7 @@ class Operation(IntEnum):
 
 
 RUNS: dict[Phase, Operation] = {"decode": Operation.DECODE, "prefill": Operation.PREFILL}
-SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0, 0.0)  # process 0's sign of life; a follower's is one byte
+SIGN = HEADER.pack(Operation.NOTHING, 0, 0, 0)  # process 0's sign of life; a follower's is one byte
 
 
 class Leader(Runner):
@@ -100,7 +100,8 @@ class Leader(Runner):
         super().close()
 
     def _header(self, operation: Operation, rows: int = 0, tokens: int = 0, decoding: int = 0) -> bytes:
-        return HEADER.pack(operation, rows, tokens, decoding, self.capacity_factor)
+        present = np.array([*self.knobs.values()], np.float64)
+        return HEADER.pack(operation, rows, tokens, decoding) + present.tobytes()
 
     def _send(
         self, operation: Operation, shape: tuple[int, ...] = (), arrays: Sequence[np.ndarray] = ()
@@ -113,12 +114,13 @@ def repeat(runner: Runner, line: Line) -> None:
     it."""
     hidden_RND = None
     while True:
-        operation, rows, tokens, decoding, capacity_factor = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, decoding = HEADER.unpack(line.read(HEADER.size))
         if operation == Operation.NOTHING:
             continue
         if operation == Operation.STOP:
             return
-        runner.capacity_factor = capacity_factor
+        line.read_into(present := np.empty(len(runner.knobs), np.float64))
+        runner.knobs = dict(zip(runner.knobs, present.tolist(), strict=True))
         if operation == Operation.DRAIN:
             runner.drain()
         elif operation in RUNS.values():

@@ -4,7 +4,7 @@ One function serves all steps: it runs rows of tokens against the paged cache (`
 next token after some of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -53,8 +53,9 @@ def sequences_of(
     return replace(main, decoding=from_rows(inputs.decode_rows), num_rows=num_rows)
 
 
-def make_knobs(capacity_factor: float, step: int) -> Knobs:
-    return Knobs(np.array(capacity_factor, np.float32), np.array(step & 0x7FFFFFFF, np.int32))
+def make_knobs(values: Mapping[str, float], step: int) -> Knobs:
+    present = {name: np.array(value, np.float32) for name, value in values.items()}
+    return Knobs(present, np.array(step & 0x7FFFFFFF, np.int32))
 
 
 def replicated(outputs: Any, mesh: Mesh) -> Any:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from jmoe.config.techniques import Phase
 from jmoe.engine.step.counters import (
     PHASES,
     MoECounters,
@@ -29,7 +30,6 @@ from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
 from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Phase
 from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
 
@@ -94,9 +94,8 @@ class Runner:
         self._jitted = jitted(graph, structure)
         self.cfg, self.kernels, self.mesh, self.sizes = model.cfg, model.kernels, mesh, sizes
         self.ranks = model.split.sequence_ranks
-        capacity = model.moe.capacity
         self.moe, self.is_lossy = model.moe, bool(model.moe.stages)
-        self.capacity_factor = 1.0 if capacity is None else capacity.factor  # may change at any time
+        self.knobs = model.moe.knobs  # the values may change at any time
         self.tables = None if tables is None else jax.device_put(tables, sharding(mesh))
         self._steps = self._undrained_steps = 0
         self.state = self._first_state(model, cache)
@@ -136,7 +135,7 @@ class Runner:
 
     def run(self, inputs: StepInput) -> StepOutput:
         """Starts a step. It does not wait for the step, and all results stay on the device."""
-        knobs = make_knobs(self.capacity_factor, self._steps) if self.is_lossy else None
+        knobs = make_knobs(self.knobs, self._steps) if self.is_lossy else None
         self._steps += 1
         with self.compilations.watch():
             output = self._step(inputs, StepSettings(knobs, self.tables))

@@ -121,7 +121,7 @@ def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ra
     def one(rank: Any, ids_TK: Any, scores_TE: Any) -> Any:
         weights_TK = jnp.take_along_axis(scores_TE, ids_TK, 1)
         plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
-        seed = Knobs(factor, jnp.zeros((), jnp.int32)).for_part(rank).seed
+        seed = Knobs({}, jnp.zeros((), jnp.int32)).for_part(rank).seed
         flags = TokenFlags(jnp.ones(tokens, bool))
         return limit(plain, flags, cfg, factor=factor, local=(rank * held, held), seed=seed)[0].ids_TK
 

@@ -199,7 +199,7 @@ class Bench:
             meter = Meter(engine, self.scorer, self.rows)
             for factor in factors if cfg and cfg.policy != "expert_drop" else (1.0,):
                 start, name = time.perf_counter(), setting_name(cfg, factor) if cfg else LOSSLESS
-                engine.runner.capacity_factor = factor
+                engine.runner.knobs["capacity.factor"] = factor
                 found = {domain: meter.domain(each) for domain, each in self.pieces_by_domain.items()}
                 mean = sum(d["nll"].sum() for d in found.values()) / sum(
                     d["tokens"].sum() for d in found.values()

@@ -58,7 +58,7 @@ def measure(
                     batches_SB = batches(len(domains), count, batch, "mixed")
                     row = runs[str(batch)].setdefault(str(width or "off"), {})
                     for factor in factors if policy else (1.0,):
-                        engine.runner.capacity_factor = factor
+                        engine.runner.knobs["capacity.factor"] = factor
                         name = f"{policy}/{factor:g}" if policy else "off"
                         row[name] = loads_and_loss(meter, engine, batches_SB)
             print(f"{width}, {policy}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
