@@ -1,4 +1,4 @@
-"""Facts read from a checkpoint's tensors that ``config.json`` does not state, or states wrongly."""
+"""Facts of a checkpoint that ``config.json`` does not state, or states wrongly."""
 
 import logging
 from collections import Counter
@@ -13,7 +13,9 @@ from jmoe.checkpoint.hf_reader import CHUNK, INDEX, HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.config.model import ModelConfig
+from jmoe.config.reading import named, unique_json
 from jmoe.models import get_family
+from jmoe.models.fields import HFConfig
 from jmoe.models.weights import StoredTensor
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,23 @@ def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
         return "float32"
     with HFCheckpoint(directory) as checkpoint:
         return computed_dtype(checkpoint.tensors)
+
+
+def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
+    """Returns the end-of-text ids of config.json and generation_config.json."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return frozenset(cfg.eos_token_ids)
+    try:
+        values = unique_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    with named(path):
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be a JSON object, it is {type(values).__name__}")
+        ends = HFConfig(values).get("eos_token_id")
+    ends = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+    return frozenset([*cfg.eos_token_ids, *ends])
 
 
 def has_weights(directory: Path) -> bool:

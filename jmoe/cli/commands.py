@@ -4,9 +4,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jmoe.cli.flags import add_command, add_json_flag, add_model_flags, integer, number, settings_from
+from jmoe.placement.methods import DEFAULT, MethodName
 from jmoe.tools.progress import Bars
 
 
@@ -50,13 +51,9 @@ def add_place(commands: Any) -> None:
     p.add_argument("profile", metavar="PROFILE", type=Path)
     p.add_argument("--devices", type=integer, required=True, metavar="N")
     p.add_argument("--out", type=Path, required=True, metavar="PLACEMENT")
-    p.add_argument(
-        "--method",
-        metavar="M",
-        default="alternating",
-        help="alternating (the default), or a baseline: cross_entropy, exflow, moetuner, load, uniform, "
-        "random",
-    )
+    baselines = ", ".join(name for name in get_args(MethodName) if name != DEFAULT)
+    method = f"{DEFAULT} (the default), or a baseline: {baselines}"
+    p.add_argument("--method", metavar="M", default=DEFAULT, help=method)
     p.add_argument("--seed", type=integer, metavar="N", default=0)
     p.add_argument("--json", action="store_true", help="print one JSON object")
 

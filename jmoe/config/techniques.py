@@ -218,7 +218,7 @@ class OffloadConfig:
                 raise ValueError(f"moe.offload.{name} must be at most the {limit} {what}, got {shown(value)}")
 
     @property
-    def aside(self) -> int:
+    def num_extra_experts(self) -> int:
         """The number of experts that the memory holds in addition to the pool: the copies in progress (two
         that stream through, or one per prefetch if that is more) and one slot for copies that nothing
         requested."""
@@ -232,7 +232,7 @@ class OffloadConfig:
         k: number of them that one token may use.
         """
         self.check_model(layers, experts)
-        aside = self.aside
+        extra = self.num_extra_experts
         if self.slots_per_layer is not None:
             if self.slots_per_layer > experts:
                 raise ValueError(
@@ -242,11 +242,11 @@ class OffloadConfig:
             slots, name = self.slots_per_layer * layers, f"slots_per_layer {self.slots_per_layer}"
         else:
             assert self.memory is not None
-            slots, name = self.memory // expert_bytes - aside, f"memory {self.memory}"
+            slots, name = self.memory // expert_bytes - extra, f"memory {self.memory}"
         if slots < k:
             raise ValueError(
                 f"moe.offload.{name} has room for {max(slots, 0)} experts and a token uses {k}: the minimum "
-                f"is memory {(k + aside) * expert_bytes} ({k} experts and {aside} on their way, "
+                f"is memory {(k + extra) * expert_bytes} ({k} experts and {extra} on their way, "
                 f"{expert_bytes} bytes each)"
             )
         return min(slots, layers * experts)

@@ -3,50 +3,30 @@
 import dataclasses
 import json
 import logging
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.load import load_decoder
-from jmoe.config.model import ModelConfig
-from jmoe.config.reading import named, unique_json
 from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.needs import within
 from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.offload.build import make_cache
 from jmoe.engine.offload.host_runner import HostDrivenRunner
-from jmoe.engine.request import Request, SamplingParams
+from jmoe.engine.request import Request
 from jmoe.engine.schedule.admission import RankChooser, Share
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.scheduler import Limits, Scheduler
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.text.codec import load_codec
 from jmoe.mesh import DATA
-from jmoe.models.fields import HFConfig
 from jmoe.moe.orders import prompt_share, step_tables
 
 __all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
 BuildProgress = Callable[[str, int, int], None]
-
-
-def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
-    """Returns the end-of-text ids of config.json and generation_config.json."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return frozenset(cfg.eos_token_ids)
-    try:
-        values = unique_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    with named(path):
-        if not isinstance(values, dict):
-            raise ValueError(f"it must be a JSON object, it is {type(values).__name__}")
-        ends = HFConfig(values).get("eos_token_id")
-    ends = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
-    return frozenset([*cfg.eos_token_ids, *ends])
 
 
 def build_engine(
@@ -149,8 +129,3 @@ def page_kind(request: Request, runner: Runner) -> str:
     if runner.is_lossy and not request.params.exact:
         lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.knobs]
     return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
-
-
-def with_seed(params: SamplingParams) -> SamplingParams:
-    """Returns ``params``, with a random seed if it has none."""
-    return params if params.seed is not None else dataclasses.replace(params, seed=random.getrandbits(31))

@@ -27,8 +27,8 @@ from jmoe.engine.request import (
 )
 from jmoe.engine.schedule.plan import Step
 from jmoe.engine.schedule.scheduler import Scheduler
+from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import PlacedRun, constrain, fill, place_runs
-from jmoe.engine.step.increments import Answers, accept, detokenizers
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.results import FetchedStep, PromptScores, RunningStep, count_assignments
 from jmoe.engine.step.runner import Runner

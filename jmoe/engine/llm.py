@@ -12,7 +12,7 @@ import numpy as np
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import check_keys, hints, shown, typed
-from jmoe.engine.build import build_engine, with_seed
+from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
@@ -115,7 +115,7 @@ class LLM:
             Request(
                 id=str(i),
                 prompt_token_ids=self.encode(prompt),
-                params=with_seed(params),
+                params=params.with_seed(),
                 emit=collected[i].append,
                 arrival_time=arrival_time,
                 constraint=None if compiled is None else compiled.constraint(),

@@ -1,8 +1,9 @@
 """What a caller asks for and what comes back, as plain data."""
 
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field, make_dataclass, replace
+from typing import Annotated, Literal, Protocol, Self
 
 import numpy as np
 from msgspec import Meta
@@ -56,6 +57,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     exact: bool = False
     cache_salt: str = ""
+
+    def with_seed(self) -> Self:
+        """Returns the same parameters, with a random seed if they have none."""
+        return self if self.seed is not None else replace(self, seed=random.getrandbits(31))
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -22,8 +22,9 @@ from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
-from jmoe.models.journey import RouterAhead, StepSettings, Techniques
-from jmoe.models.layer import DecoderLayer, router_ahead
+from jmoe.models.journey import StepSettings
+from jmoe.models.layer import DecoderLayer
+from jmoe.models.techniques import Techniques, step_view
 from jmoe.moe.binning import get_rule
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
@@ -33,8 +34,6 @@ from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotations, rotation
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.cache import ExpertCache, Visit
-from jmoe.offload.ranks import SAME
-from jmoe.offload.types import Predictor, StepView
 from jmoe.param import ParamMaker
 
 
@@ -58,14 +57,6 @@ class DecoderOutput:
     stats: list[DispatchStats]
     changes_B: Changes | None
     cache: ExpertCache | None
-
-
-def step_view(seqs: Sequences, x_ND: Float[Array, "N D"]) -> StepView | None:
-    """Returns what a predictor sees of a decode step before the first layer, or None for a prefill."""
-    if seqs.phase != "decode":
-        return None
-    seats_B = jnp.zeros(len(seqs.tokens_BT), jnp.int32) if seqs.seats_B is None else seqs.seats_B
-    return StepView(seqs.tokens_BT[:, 0], x_ND, seqs.positions_BT[:, 0] >= 0, seats_B)
 
 
 def sum_changes(layers: list[Changes], seqs: Sequences) -> Changes | None:
@@ -142,11 +133,10 @@ class Decoder(nnx.Module):
         """
         x_ND, rotations = self.begin(seqs)
         visit = None if cache is None else Visit.begin(self.store.weights, cache, step_view(seqs, x_ND))
-        techniques = Techniques(settings, self.shuffle, len(x_ND), visit)
+        techniques = Techniques(settings, self.shuffle, self.layers, seqs, len(x_ND), visit)
         new_pages: list[LayerPages] = []
         for i, layer in enumerate(self.layers):
-            routers = self.routers_after(i) if seqs.phase == "decode" else None
-            journey = techniques.journey(has_experts=layer.moe is not None, next_routers=routers)
+            journey = techniques.journey(i)
             x_ND, layer_pages, out, order = _apply(
                 *nnx.split(layer), x_ND, rotations, seqs, pages[i] if pages else None, journey
             )
@@ -156,11 +146,9 @@ class Decoder(nnx.Module):
         outputs = techniques.outputs
         changes_B = sum_changes([out.changes for out in outputs if out.changes is not None], seqs)
         routing, stats = [out.routing for out in outputs], [out.stats for out in outputs]
-        if techniques.visit is not None:
-            cache = techniques.visit.end()
-            predictor = self.absorb(cache.predictor, seqs, routing)
-            cache = replace(cache, predictor=cache.ranks.constrain(predictor, SAME))
-        return DecoderOutput(hidden_RND, new_pages or None, routing, stats, changes_B, cache)
+        return DecoderOutput(
+            hidden_RND, new_pages or None, routing, stats, changes_B, techniques.final_cache()
+        )
 
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotations]:
         """Returns the rows before the first layer, and their rotations in attention."""
@@ -175,35 +163,6 @@ class Decoder(nnx.Module):
         """Normalises the rows after the last layer and puts them back into the grid."""
         hidden_ND = normalize(x_ND, self.norm.weights, self.cfg.rms_norm_eps)
         return hidden_ND.reshape(*seqs.positions_RN.shape, -1)
-
-    def absorb(self, predictor: Predictor, seqs: Sequences, routing: list[Routing]) -> Predictor:
-        """Returns the predictor after it has learned what prompts chose; from decode steps it learns
-        elsewhere."""
-        if seqs.phase == "decode" or seqs.seats_B is None:
-            return predictor
-        (b, _), grid = seqs.tokens_BT.shape, seqs.positions_RN.shape
-        valid_BTK = (seqs.positions_BT >= 0)[..., None]
-        rows_B1 = jnp.arange(b)[:, None]
-
-        def counts(ids_NK: Array) -> Array:
-            ids_BTK = seqs.cut(ids_NK.reshape(*grid, -1))[-1]
-            ids_BN = jnp.where(valid_BTK, ids_BTK, self.cfg.num_experts).reshape(b, -1)
-            zeros_BE = jnp.zeros((b, self.cfg.num_experts), jnp.float32)
-            return zeros_BE.at[rows_B1, ids_BN].add(1.0, mode="drop")
-
-        counts_BLE = jnp.stack([counts(r.ids_TK) for r in routing], axis=1)
-        fresh_B = seqs.positions_BT[:, 0] == 0 if seqs.fresh_B is None else seqs.fresh_B
-        return predictor.absorb(seqs.seats_B, fresh_B, counts_BLE)
-
-    def routers_after(self, i: int) -> list[RouterAhead] | None:
-        """Returns the routers of the next layers with experts, as many as the predictor looks ahead; after
-        the last such layer, that layer repeats. It returns None if the predictor does not use them."""
-        offload = self.moe.offload
-        if offload is None or offload.predictor != "next_gate":
-            return None
-        later = [j for j in self.cfg.moe_layers if j > i] or [self.cfg.moe_layers[-1]]
-        following = [later[min(a, len(later) - 1)] for a in range(offload.prefetch_distance)]
-        return [router_ahead(self.layers[j]) for j in following]
 
     def logits(self, hidden_ND: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Returns next-token logits in float32."""

@@ -1,4 +1,9 @@
-"""One layer of the decoder: attention, then experts or a dense MLP."""
+"""One layer of the decoder: attention, then experts or a dense MLP.
+
+``DecoderLayer.__call__`` is not the only loop body: if the host drives offloaded experts, the parts of
+``jmoe.engine.offload.host_parts`` call a layer's methods in its place. What is added to ``__call__`` must be
+added there too; ``tests/offload/test_host_driven.py`` shows that both give the same tokens and decisions.
+"""
 
 from dataclasses import replace
 
@@ -14,7 +19,7 @@ from jmoe.models.journey import Journey, RouterAhead
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.orders import Hints, Move, Order
-from jmoe.moe.routing import choose, likely, router_logits
+from jmoe.moe.routing import choose_experts, likely, router_logits
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Knobs, MoEOutput, TokenFlags
 from jmoe.nn.kinds import kind_of
@@ -134,7 +139,7 @@ class DecoderLayer(nnx.Module):
 
         def scores(router: RouterAhead) -> Array:
             logits_NE = router_logits(normalize(x_ND, router.norm, eps), router.router, dense)
-            return likely(choose(logits_NE, router.router, self.cfg))
+            return likely(choose_experts(logits_NE, router.router, self.cfg))
 
         return jnp.stack([scores(router) for router in routers], axis=1)
 

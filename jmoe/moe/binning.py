@@ -51,7 +51,8 @@ from jmoe_kernels import binning
 
 from jmoe.config.techniques import BinningConfig, Phase
 from jmoe.mesh import EXPERT
-from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, Stage, TokenFlags
+from jmoe.moe.stage import Stage
+from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, TokenFlags
 
 
 @dataclass(frozen=True)

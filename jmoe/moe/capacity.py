@@ -47,7 +47,8 @@ from jaxtyping import Bool, Float, Int
 
 from jmoe.config.techniques import CapacityConfig, Phase
 from jmoe.mesh import EXPERT, TOKENS, is_single
-from jmoe.moe.types import CapacityCounts, Changes, Knobs, Routing, Stage, TokenFlags
+from jmoe.moe.stage import Stage
+from jmoe.moe.types import CapacityCounts, Changes, Knobs, Routing, TokenFlags
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def limit(
         width = local[1] if cfg.scope == "device" else 1  # experts that share a limit
         places = width * capacity(factor, jnp.sum(tokens.valid_T, dtype=jnp.int32), k, experts)
         room_G = jnp.full(experts // width, places)
-        admit = Admission(tokens, cfg.metric, seed, width)
+        admit = AdmissionRule(tokens, cfg.metric, seed, width)
         offered = _with_local_experts(routing, capped_T, *local) if cfg.policy == "expand" else routing
         offered_TJ = _present(offered) & capped_T[:, None]
         kept_TJ = admit(offered.ids_TK, offered.weights_TK, offered_TJ, room_G)
@@ -135,7 +136,7 @@ def capacity(
 
 
 @dataclass(frozen=True)
-class Admission:
+class AdmissionRule:
     """The rule that decides who gets a place under the limit, by ``CapacityConfig.metric``.
 
     tokens: flags of the tokens.
@@ -189,7 +190,7 @@ def _rank_key(
 
 
 def _reroute(
-    routing: Routing, requested_TK: Array, scale_T: Array, room_G: Array, admit: Admission, rounds: int
+    routing: Routing, requested_TK: Array, scale_T: Array, room_G: Array, admit: AdmissionRule, rounds: int
 ) -> Routing:
     """Fills lost choices with the best-scored experts that have room.
 

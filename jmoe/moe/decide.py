@@ -1,6 +1,6 @@
 """Where a layer's tokens go: route -> bin -> limit, that is, the router and then the lossy stages in order.
 
-A stage is made from its config table and the model's blueprint, see ``jmoe.moe.types.Stage``.
+A stage is made from its config table and the model's blueprint, see ``jmoe.moe.stage``.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
 from jmoe.moe.counting import add_changes, count_changes, count_dispatch
-from jmoe.moe.routing import RouterWeights, choose, router_logits
-from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, Stage, TokenFlags, Traffic
+from jmoe.moe.routing import RouterWeights, choose_experts, router_logits
+from jmoe.moe.stage import Stage
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, TokenFlags, Traffic
 
 STAGES: dict[type[LossyConfig], type[Stage]] = {BinningConfig: Binning, CapacityConfig: Capacity}
 
@@ -81,7 +82,7 @@ class Decider:
             logits_TE = router_logits(x_TD, router, self.blueprint.kernels.dense)
             fused = stages[0].route(logits_TE, tokens) if stages else None
             if fused is None:
-                plain = final = choose(logits_TE, router, self.blueprint.cfg)
+                plain = final = choose_experts(logits_TE, router, self.blueprint.cfg)
                 changes = {}
             else:
                 plain, final, changes = fused

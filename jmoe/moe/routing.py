@@ -209,7 +209,7 @@ def router_logits(
     return logits_TE + weights.bias_E.astype(jnp.float32)[None]
 
 
-def choose(logits_TE: Float[Array, "T E"], weights: RouterWeights, cfg: ModelConfig) -> Routing:
+def choose_experts(logits_TE: Float[Array, "T E"], weights: RouterWeights, cfg: ModelConfig) -> Routing:
     """Returns the router's own choice."""
     k, by = cfg.num_experts_per_tok, (weights.correction_E, weights.expert_E)
     return route(logits_TE, k, cfg.router, *by)

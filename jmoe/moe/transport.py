@@ -21,7 +21,6 @@ Rows are sent in the experts' weight dtype, to which the experts round them anyw
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -235,7 +234,18 @@ def _padded_traffic(
 def get_transport(name: TransportName, platform: str) -> Send:
     """Returns the transport called ``name`` for devices of ``platform`` ("cpu", "gpu", "tpu"). Raises
     ValueError for an unknown name."""
-    if name not in get_args(TransportName):
-        raise ValueError(f"transport {name!r} is unknown; known: {', '.join(get_args(TransportName))}")
-    ragged = partial(ragged_all_to_all, exchange=get_exchange(platform, EXPERT))
-    return {"replicated": replicated, "all_to_all": all_to_all, "ragged_all_to_all": ragged}[name]
+    if name not in TRANSPORTS:
+        raise ValueError(f"transport {name!r} is unknown; known: {', '.join(TRANSPORTS)}")
+    return TRANSPORTS[name](platform)
+
+
+def _ragged_for(platform: str) -> Send:
+    return partial(ragged_all_to_all, exchange=get_exchange(platform, EXPERT))
+
+
+# each transport by its name in the config, made for devices of a platform
+TRANSPORTS: dict[TransportName, Callable[[str], Send]] = {
+    "replicated": lambda platform: replicated,
+    "all_to_all": lambda platform: all_to_all,
+    "ragged_all_to_all": _ragged_for,
+}

@@ -17,7 +17,6 @@ F      inner dimension of an expert
 A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
@@ -29,7 +28,6 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.blueprint import Blueprint
 from jmoe.config.techniques import LossyConfig, Phase
 
 
@@ -135,42 +133,6 @@ class CapacityCounts:
 Counts = dict[str, Int[Array, ""]]
 # Changed assignments of each token, by all names of ``LOSSY`` there; of each sequence once they are summed.
 Changes = dict[str, Int[Array, " T"]]
-
-
-@dataclass(frozen=True)
-class Stage(ABC):
-    """A lossy technique within one layer: it takes a routing and returns a new one.
-
-    table: configuration of the technique.
-    blueprint: model, mesh and kernels for which the layer is built.
-    """
-
-    table: LossyConfig
-    blueprint: Blueprint
-
-    @abstractmethod
-    def acts_in(self, phase: Phase) -> bool:
-        """Returns whether the stage does anything in steps of that phase."""
-
-    @abstractmethod
-    def __call__(
-        self, routing: Routing, tokens: TokenFlags, knobs: Knobs, resident_E: Array | None
-    ) -> tuple[Routing, Changes]:
-        """Returns the new routing and what the stage changed.
-
-        resident_E: which experts are on a device; None if all are.
-        """
-
-    def route(
-        self, logits_TE: Float[Array, "T E"], tokens: TokenFlags
-    ) -> tuple[Routing, Routing, Changes] | None:
-        """Runs the router and this stage in one kernel; returns None if there is no such kernel for these
-        tokens.
-
-        It returns the router's own choice, the stage's routing and what the stage changed. Only the first
-        stage of a step may do this.
-        """
-        return None
 
 
 @jax.tree_util.register_dataclass

@@ -38,12 +38,12 @@ from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.expert_leaves import weight_specs
 from jmoe.moe.routing import regrouped
 from jmoe.moe.types import Apply, Counts, DispatchPlan, ExpertOutput, LocalExperts, Routing, Send, Traffic
-from jmoe.offload import table as decide
+from jmoe.offload import slot_table
 from jmoe.offload.copies import copy_in, fetch, install, stream
 from jmoe.offload.ranks import SAME, TABLE, Ranks, assigned, highest, max_needed, needed_on_rank
+from jmoe.offload.slot_table import CacheSettings, Copies, SlotTable
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import CachePolicy, Copies, Table
-from jmoe.offload.types import LayerView, Predictor, StepView
+from jmoe.offload.types import LayerView, Predictor, PredictorState, StepView
 
 BEFORE_FIRST = -1  # the layer number of what happens before the first layer
 
@@ -56,15 +56,15 @@ class ExpertCache:
     table: slot table, usage and forecast of the experts.
     predictor: predictor of the experts that the next layers need.
     pool: weights of the experts on the device, ``[S + 1, ...]``; nobody reads the last slot.
-    rule: eviction rule and prefetch limits.
+    settings: eviction rule and prefetch limits.
     has_parallel_copies: whether copies overlap with compute.
     ranks: ranks that share the cache.
     """
 
-    table: Table
+    table: SlotTable
     predictor: Predictor
     pool: ExpertWeights
-    rule: CachePolicy = field(metadata={"static": True})
+    settings: CacheSettings = field(metadata={"static": True})
     has_parallel_copies: bool = field(metadata={"static": True})
     ranks: Ranks = field(default=Ranks(), metadata={"static": True})
 
@@ -81,7 +81,7 @@ class Visit:
 
     store: experts of all layers in host memory, ``[L, E, ...]``.
     cache: state of the cache at this layer.
-    walk: the predictor's own state in this step; None in prefill.
+    predictor_state: the predictor's own state in this step; None in prefill.
     layer: number of the layer.
     pending_counts: counts of copies made before the first layer; they are added to the first layer's counts.
     next_scores_TAE: scores that the routers of the next layers give to this layer's tokens, for a predictor
@@ -91,7 +91,7 @@ class Visit:
 
     store: ExpertWeights
     cache: ExpertCache
-    walk: Any
+    predictor_state: PredictorState
     layer: Int[Array, ""]
     pending_counts: Counts
     next_scores_TAE: Float[Array, "T A E"] | None = None
@@ -106,24 +106,26 @@ class Visit:
         visit = cls(store, cache, None, jnp.zeros((), jnp.int32), _counts())
         if view is None:
             return visit
-        return cache.ranks.over(cls._foresee, (visit.specs, SAME), visit.specs)(visit, view)
+        return cache.ranks.over(cls._prefetch_first_layers, (visit.specs, SAME), visit.specs)(visit, view)
 
-    def _foresee(self, view: StepView) -> Self:
+    def _prefetch_first_layers(self, view: StepView) -> Self:
         """Returns the visit with the experts that the first layers are expected to need."""
         cache = self.cache
-        walk, forecast = cache.predictor.start(view)
-        table = decide.foresee(cache.table, 0, cache.ranks.local_forecast(forecast, self._experts))
-        table, copies = decide.prefetch(table, cache.rule, BEFORE_FIRST)
-        visit = replace(self._with_table(table._replace(slots=land(table.slots))), walk=walk)
+        predictor_state, forecast = cache.predictor.start(view)
+        table = slot_table.set_forecast(cache.table, 0, cache.ranks.local_forecast(forecast, self._experts))
+        table, copies = slot_table.prefetch(table, cache.settings, BEFORE_FIRST)
+        visit = replace(
+            self._with_table(table._replace(slots=land(table.slots))), predictor_state=predictor_state
+        )
         visit = replace(visit, pending_counts=cache.ranks.total(visit._count_prefetch(copies)))
         visit, weights = visit._begin_copies(copies)
         return visit._land_copies(copies, weights)
 
     def end(self) -> ExpertCache:
         """Returns the cache after the last layer."""
-        if self.walk is None:
+        if self.predictor_state is None:
             return self.cache
-        return replace(self.cache, predictor=self.cache.predictor.finish(self.walk))
+        return replace(self.cache, predictor=self.cache.predictor.finish(self.predictor_state))
 
     @property
     def specs(self) -> Any:
@@ -161,15 +163,15 @@ class Visit:
         scores_L = ranks.group_max(highest(plain_routing.scores_TE, valid_T), e)
         visit = self._observe(plain_routing, valid_T)
         useful = jnp.sum(
-            decide.at_layer(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
+            slot_table.at_layer(visit.cache.table.usage.fetched_X, self.layer, e) & needed_L, dtype=jnp.int32
         )
-        table, missing = decide.demand(visit.cache.table, self.cache.rule, needed_L, self.layer, most)
+        table, missing = slot_table.demand(visit.cache.table, self.cache.settings, needed_L, self.layer, most)
         visit = visit._with_table(table)._with_pool(copy_in(self.cache.pool, self.store, missing))
-        table, prefetches = decide.prefetch(table, self.cache.rule, self.layer)
+        table, prefetches = slot_table.prefetch(table, self.cache.settings, self.layer)
         visit, weights = visit._begin_copies(prefetches)
         experts = visit._with_table(table)._local_experts(apply, overflows=visit._slots < most)
         y_TD, traffic = send(*tokens, experts)
-        visit = visit._with_table(decide.finish_layer(table, needed_L, scores_L, self.layer))
+        visit = visit._with_table(slot_table.finish_layer(table, needed_L, scores_L, self.layer))
         visit = visit._land_copies(prefetches, weights)
         counts = _counts(
             expert_cache_hits=hits, expert_cache_misses=misses, expert_cache_evictions=missing.num_evictions,
@@ -185,7 +187,7 @@ class Visit:
     @property
     def _resident_L(self) -> Bool[Array, " L"]:
         """Whether each of this rank's experts of this layer is in its pool."""
-        return decide.at_layer(resident(self.cache.table.slots), self.layer, self._experts)
+        return slot_table.at_layer(resident(self.cache.table.slots), self.layer, self._experts)
 
     @property
     def _experts(self) -> int:
@@ -195,7 +197,7 @@ class Visit:
     def _slots(self) -> int:
         return self.cache.pool.gate_up_E2FD.shape[0] - 1
 
-    def _with_table(self, table: Table) -> Self:
+    def _with_table(self, table: SlotTable) -> Self:
         return replace(self, cache=replace(self.cache, table=table))
 
     def _with_pool(self, pool: ExpertWeights) -> Self:
@@ -204,10 +206,12 @@ class Visit:
     def _observe(self, plain_routing: Routing, valid_T: Array) -> Self:
         ranks, predictor = self.cache.ranks, self.cache.predictor
         view = LayerView(plain_routing.scores_TE, assigned(plain_routing, valid_T), self.next_scores_TAE)
-        walk, forecast = predictor.observe(self.walk, self.layer, ranks.all_rows(view, self.row_N))
+        predictor_state, forecast = predictor.observe(
+            self.predictor_state, self.layer, ranks.all_rows(view, self.row_N)
+        )
         forecast = ranks.local_forecast(forecast, self._experts)
-        table = decide.foresee(self.cache.table, self.layer + 1, forecast)
-        return replace(self._with_table(table), walk=walk)
+        table = slot_table.set_forecast(self.cache.table, self.layer + 1, forecast)
+        return replace(self._with_table(table), predictor_state=predictor_state)
 
     def _begin_copies(self, copies: Copies) -> tuple[Self, list[ExpertWeights]]:
         """Begins copies that overlap with what follows; if nothing can overlap, makes them at once.
@@ -228,7 +232,7 @@ class Visit:
 
     def _count_prefetch(self, copies: Copies) -> Counts:
         cache = self.cache
-        count, most = copies.num_copies, jnp.asarray(cache.rule.max_prefetches, jnp.int32)
+        count, most = copies.num_copies, jnp.asarray(cache.settings.max_prefetches, jnp.int32)
         count = most if cache.has_parallel_copies else count
         return _counts(
             expert_cache_evictions=copies.num_evictions, bytes_host_to_device=count, prefetch_bytes=count
@@ -255,7 +259,7 @@ class Visit:
     ) -> ExpertOutput:
         """Runs experts from the pool and, if ``overflows``, streams the experts that are not in it."""
         e, resident_L, no_slot = self._experts, self._resident_L, self._slots + 1
-        slot_L = decide.slots_of_layer(self.cache.table, self.layer, e, no_slot)
+        slot_L = slot_table.slots_of_layer(self.cache.table, self.layer, e, no_slot)
         pooled = regrouped(plan, slot_L, no_slot)
         y_TD = apply(x_TD, weights_TK, pooled, self.cache.pool)
         if not overflows:

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.moe.types import DispatchPlan
-from jmoe.offload.table import Copies
+from jmoe.offload.slot_table import Copies
 
 
 def fetch(store: ExpertWeights, flat: Array) -> ExpertWeights:

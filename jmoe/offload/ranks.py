@@ -22,11 +22,11 @@ from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.routing import plan_dispatch
 from jmoe.moe.types import DispatchPlan, Routing
 from jmoe.offload.policy import UseHistory
-from jmoe.offload.table import Copies, Table
+from jmoe.offload.slot_table import Copies, SlotTable
 from jmoe.offload.types import Forecast
 
 EACH, SAME = PartitionSpec(TOKENS), PartitionSpec()
-TABLE = Table(EACH, UseHistory(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
+TABLE = SlotTable(EACH, UseHistory(EACH, EACH, SAME, EACH), EACH)  # pyright: ignore[reportArgumentType]  # one clock
 COPIES = Copies(EACH, EACH, SAME, EACH)
 
 

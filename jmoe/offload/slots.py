@@ -1,4 +1,4 @@
-"""The slot table: which of the experts of all layers lie in the device's pool, and where.
+"""The slots of the device's pool: which of the experts of all layers lie there, and where.
 
 A pure state machine over small arrays, in the array namespace of its arguments: numpy's on the host, jax's
 inside a jitted step. A slot is empty, holds an expert, or is in flight: claimed, but its copy has not arrived
@@ -14,7 +14,7 @@ NEEDED = float("inf")  # the gain of an expert that must have a slot if any may 
 
 
 class Slots(NamedTuple):
-    """The slot table.
+    """The slots of a pool.
 
     held_S: flat id of the expert in each slot, X if the slot is empty.
     slot_X: slot of each expert, S if it has none.
@@ -51,7 +51,7 @@ def pin(slots: Slots, experts_X: Any) -> Slots:
 
 
 def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slots, Any]:
-    """Claims slots for experts that have none; returns the table and the slot of each, S for those without.
+    """Claims slots for experts that have none; returns the slots and the slot of each, S for those without.
 
     experts_M: flat ids, the most needed first; X means none and comes last.
     gain_M: what each is worth, in descending order. An expert takes only the slot of one that is worth less;
@@ -84,7 +84,7 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
 
 
 def land(slots: Slots) -> Slots:
-    """Returns the table after every copy has arrived."""
+    """Returns the slots after every copy has arrived."""
     return slots._replace(flying_S=slots.flying_S & False)
 
 

@@ -10,7 +10,7 @@ C  entries of a store
 A  layers ahead (the prefetch distance)
 """
 
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -57,27 +57,36 @@ class Forecast(NamedTuple):
     wanted_AE: Bool[Array, "A E"]
 
 
+PredictorState = Any  # a pytree of arrays that only its own predictor reads
+
+
 class Predictor(Protocol):
     """Predicts which experts the next layers will need. It is a pytree; what it learns is in its arrays.
 
-    ``walk`` is the predictor's own state inside one step, a pytree of arrays. All functions are pure and run
-    under jit; ``layer`` may be traced. Rows of a forecast that lie past the last layer are ignored.
+    ``state`` is the predictor's own state inside one step. All functions are pure and run under jit;
+    ``layer`` may be traced. Rows of a forecast that lie past the last layer are ignored.
+
+    uses_next_routers: whether it needs the scores of the next layers' routers (``LayerView``).
     """
 
-    def start(self, view: StepView) -> tuple[Any, Forecast]:
-        """Returns the walk and the forecast of layers 0 .. A - 1."""
+    uses_next_routers: ClassVar[bool]
+
+    def start(self, view: StepView) -> tuple[PredictorState, Forecast]:
+        """Returns the state and the forecast of layers 0 .. A - 1."""
         ...
 
-    def observe(self, walk: Any, layer: Int[Array, ""], view: LayerView) -> tuple[Any, Forecast]:
-        """Takes the gate's output at ``layer``; returns the walk and the forecast of the A layers after
+    def observe(
+        self, state: PredictorState, layer: Int[Array, ""], view: LayerView
+    ) -> tuple[PredictorState, Forecast]:
+        """Takes the gate's output at ``layer``; returns the state and the forecast of the A layers after
         it."""
         ...
 
-    def finish(self, walk: Any) -> Self:
+    def finish(self, state: PredictorState) -> Self:
         """Returns the predictor with what it has learned from the step, after the last layer."""
         ...
 
-    def absorb(self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Array) -> Self:
+    def add_prompts(self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Array) -> Self:
         """Returns the predictor with what it has learned from pieces of prompts.
 
         seats_B: seat of each piece's request.

@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from jmoe.placement.baselines import cross_entropy, exflow, load, moetuner, random, uniform
 from jmoe.placement.coclustering import alternating
+from jmoe.placement.methods import DEFAULT
 from jmoe.placement.objective import Problem, SolverProgress
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
@@ -38,7 +39,7 @@ def group(
     profile: Profile,
     *,
     ranks: int,
-    method: str = "alternating",
+    method: str = DEFAULT,
     seed: int = 0,
     progress: SolverProgress = lambda done, total, cost: None,
 ) -> Placement:

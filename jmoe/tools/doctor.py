@@ -87,7 +87,7 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
         "slots": slots,
         "slots_per_layer": slots / len(cfg.moe_layers),
         "pool_bytes": slots * one,
-        "aside_bytes": offload.aside * one,
+        "aside_bytes": offload.num_extra_experts * one,
         "predictor": offload.predictor,
         "warm": offload.store is not None,
         "eviction": offload.eviction,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, TextIO
 
-from jmoe.engine.build import BuildProgress, EngineSettings, build_engine, with_seed
+from jmoe.engine.build import BuildProgress, EngineSettings, build_engine
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 
@@ -81,7 +81,7 @@ def run_all(
 
     encoded = [engine.codec.encode(prompt, limit=engine.max_model_len) for prompt in prompts]
     requests = [
-        Request(str(i), ids, with_seed(_fitted(params, engine.max_model_len - len(ids))), emit(i), arrived)
+        Request(str(i), ids, _fitted(params, engine.max_model_len - len(ids)).with_seed(), emit(i), arrived)
         for i, ids in enumerate(encoded)
     ]
     engine.run(requests)

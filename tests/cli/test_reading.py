@@ -12,13 +12,13 @@ from support.least_time import within
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import read_config
+from jmoe.checkpoint.facts import end_tokens
 from jmoe.cli.flags import read_serve_config
 from jmoe.cli.main import main
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Positive, Size, typed, unique_json
 from jmoe.config.units import parse_size, readable
-from jmoe.engine.build import end_tokens
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.models import model_config
 from jmoe.server.settings import ServerSettings

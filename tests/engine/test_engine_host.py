@@ -25,7 +25,7 @@ def scheduler_of(
     run = pool.page_size
     limits = Limits(slots, budget, longest, queue)
     sizes = range(run, budget + run, run)
-    return Scheduler(pool, limits, sizes, kind=lambda r: r.params.cache_salt, dispatch=by)
+    return Scheduler(pool, limits, sizes, page_kind=lambda r: r.params.cache_salt, rank_chooser=by)
 
 
 def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
@@ -171,7 +171,7 @@ def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind
     scheduler.add([request(str(i), 1, 2, token) for i, token in enumerate([5, 5, 6])])
     # The second 5 finds rank 1 taken already; the 6 takes what is left; then a new round begins.
     assert admitted(scheduler, 3) == [1, 2, 0]
-    assert scheduler.dispatch.round == set()
+    assert scheduler.rank_chooser.round == set()
 
 
 @pytest.mark.parametrize(

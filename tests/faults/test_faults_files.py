@@ -20,8 +20,9 @@ from support.damage import CHANGES, damaged, loaded, refused
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, read_config
+from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.engine.build import EngineSettings, build_engine, end_tokens
+from jmoe.engine.build import EngineSettings, build_engine
 from jmoe.engine.text.codec import TextCodec
 from jmoe.models import model_config
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends

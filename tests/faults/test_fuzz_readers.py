@@ -17,13 +17,13 @@ from support.models import hf_tiny
 from support.models.routed import VOCAB, builder_for, planted_homes, planted_requests
 
 from jmoe.checkpoint import convert, read_config
+from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.cli.flags import read_serve_config
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import end_tokens
 from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint

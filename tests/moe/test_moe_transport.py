@@ -1,6 +1,7 @@
 """Every transport against a loop in numpy: adversarial routing, absent assignments, and the rows it moves."""
 
 from functools import lru_cache, partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 from support.models.small import MESHES, config, decoder, mesh_of, tokens
 
-from jmoe.config.moe import MoEConfig
+from jmoe.config.moe import MoEConfig, TransportName
 from jmoe.engine.step.counters import Count64, MoECounters, add_step, transported_bytes, zero_totals
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, make_mesh
 from jmoe.moe import transport
@@ -197,6 +198,10 @@ def test_the_emulation_keeps_the_contract(each: int):
         want = written(operand, output, starts, sizes, lands)
         assert np.isin(output, want).any() and not np.isin(output, want).all()
         np.testing.assert_array_equal(got, want.reshape(-1, 5))
+
+
+def test_the_config_names_the_transports():
+    assert tuple(transport.TRANSPORTS) == get_args(TransportName)
 
 
 def test_an_unknown_transport_is_refused():

@@ -24,8 +24,9 @@ from jmoe.moe.transport import local
 from jmoe.moe.types import TokenFlags
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.copies import copy_in
+from jmoe.offload.policy import lru
 from jmoe.offload.predictors.none import NoPredictor
-from jmoe.offload.table import CachePolicy, fill, new_table
+from jmoe.offload.slot_table import CacheSettings, fill, new_table
 from jmoe.offload.types import StepView
 from jmoe.param import ParamMaker
 from jmoe.placement.placement import Placement
@@ -154,8 +155,8 @@ def cache_over(store: ExpertWeights) -> ExpertCache:
     table, moves = fill(new_table(SLOTS, 1, EXPERTS, np), often_LE)
     pool = jax.tree.map(lambda a: jnp.zeros((SLOTS + 1, *a.shape[2:]), a.dtype), store)
     pool = jax.jit(copy_in)(pool, store, jax.tree.map(jnp.asarray, moves))
-    rule = CachePolicy("lru", 1, 1)
-    return ExpertCache(jax.tree.map(jnp.asarray, table), NoPredictor(1, EXPERTS), pool, rule, False)
+    settings = CacheSettings(lru, 1, 1)
+    return ExpertCache(jax.tree.map(jnp.asarray, table), NoPredictor(1, EXPERTS), pool, settings, False)
 
 
 def first_visit(store: ExpertWeights, cache: ExpertCache, x_TD: jax.Array, phase: Phase) -> Visit:

@@ -32,10 +32,11 @@ from jmoe.config.techniques import OffloadConfig, ShuffleConfig
 from jmoe.engine.build import build_engine
 from jmoe.engine.engine import Engine
 from jmoe.mesh import make_mesh
+from jmoe.offload.predictors.base import PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.counts import RequestCounts
 from jmoe.offload.predictors.expert_map import ExpertMaps
 from jmoe.offload.predictors.history import RenumberedHistory
-from jmoe.offload.predictors.make import NAMES, PredictorSizes, make_predictor
-from jmoe.offload.predictors.request_counts import RequestCounts
+from jmoe.offload.predictors.make import PREDICTORS, make_predictor
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
@@ -121,7 +122,7 @@ def test_every_mesh_transport_and_budget_gives_the_resident_tokens(
 
 
 PREDICTORS = [  # others run cold in tests below: next_gate with copies during compute, counts with moved rows
-    *((name, "warm") for name in NAMES if name != "none"), ("none", "cold"), ("expert_map", "cold"),
+    *((name, "warm") for name in PREDICTORS if name != "none"), ("none", "cold"), ("expert_map", "cold"),
 ]  # fmt: skip
 
 
@@ -225,12 +226,13 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
     embeddings_VD = np.random.default_rng(6).normal(size=(VOCAB, 8)).astype(np.float32)
     for name, table in (("counts", "stored_QLE"), ("token_table", "table_RLE")):
         was, now = (
-            np.asarray(getattr(make_predictor(name, sizes, profile=each), table)) for each in (profile, moved)
+            np.asarray(getattr(make_predictor(name, sizes, PredictorInputs(each)), table))
+            for each in (profile, moved)
         )
         np.testing.assert_array_equal(now, np.take_along_axis(was, rows_LE[None], 2))
     maps = []
     for each in (profile, moved):
-        predictor = make_predictor("expert_map", sizes, profile=each, embeddings_VD=embeddings_VD)
+        predictor = make_predictor("expert_map", sizes, PredictorInputs(each, embeddings_VD))
         assert isinstance(predictor, ExpertMaps)
         maps.append(predictor.store.maps_CLE)
     np.testing.assert_array_equal(maps[1], np.take_along_axis(np.asarray(maps[0]), rows_LE[None], 2))

@@ -25,8 +25,9 @@ from support.oracles.forecasts import (
     walked,
 )
 
-from jmoe.offload.predictors.choose import over_batch, top, until
+from jmoe.offload.predictors.base import PredictorInputs
 from jmoe.offload.predictors.expert_map import ExpertMaps
+from jmoe.offload.predictors.forecasts import over_batch, top, until
 from jmoe.offload.predictors.make import make_predictor
 from jmoe.offload.predictors.map_store import MapStore, insert
 
@@ -144,7 +145,7 @@ def np_expert_map(cos_BC: np.ndarray, maps_CLE: np.ndarray, first: int, valid: l
 def test_the_search_is_that_of_whole_prefixes_at_every_layer(capacity: int):
     rng, valid = np.random.default_rng(2), [1, 0, 1]
     store, embeddings_CD, maps_CLE = store_of(rng, 12, capacity)
-    predictor = ExpertMaps.make(store, distance=A, k=K, online=False)
+    predictor = ExpertMaps.make(store, distance=A, k=K, is_online=False)
     seen, layers = step_of(rng, valid), layers_of(rng, 3)
     after, forecasts = walked(predictor, seen, layers)
     assert after is predictor, "offline nothing is learned"
@@ -168,21 +169,21 @@ def test_the_search_is_that_of_whole_prefixes_at_every_layer(capacity: int):
 def test_the_running_cosines_do_not_drift():
     rng = np.random.default_rng(3)
     store, _, maps_CLE = store_of(rng, 12, 12)
-    predictor, layers = ExpertMaps.make(store, distance=A, k=K, online=False), layers_of(rng, 2)
-    walk, _ = predictor.start(step_of(rng, [1, 1]))
+    predictor, layers = ExpertMaps.make(store, distance=A, k=K, is_online=False), layers_of(rng, 2)
+    state, _ = predictor.start(step_of(rng, [1, 1]))
     for i, layer in enumerate(layers):
-        walk, _ = predictor.observe(walk, jnp.asarray(i, jnp.int32), layer)
+        state, _ = predictor.observe(state, jnp.asarray(i, jnp.int32), layer)
         past_BLE = np.stack([seen.scores_BE for seen in layers[: i + 1]], 1)
         np.testing.assert_allclose(
-            walk.dots_BC, np.einsum("ble,cle->bc", past_BLE, maps_CLE[:, : i + 1]), rtol=1e-5
+            state.dots_BC, np.einsum("ble,cle->bc", past_BLE, maps_CLE[:, : i + 1]), rtol=1e-5
         )
-        np.testing.assert_allclose(walk.squares_B, (past_BLE**2).sum((1, 2)), rtol=1e-5)
-        np.testing.assert_allclose(walk.entry_squares_C, (maps_CLE[:, : i + 1] ** 2).sum((1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(state.squares_B, (past_BLE**2).sum((1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(state.entry_squares_C, (maps_CLE[:, : i + 1] ** 2).sum((1, 2)), rtol=1e-5)
 
 
 def test_online_one_row_a_step_is_learned_in_turn_and_an_empty_store_expects_nothing():
     rng = np.random.default_rng(4)
-    predictor = ExpertMaps.make(MapStore.empty(4, L, E, D), distance=A, k=K, online=True)
+    predictor = ExpertMaps.make(MapStore.empty(4, L, E, D), distance=A, k=K, is_online=True)
     step = jax.jit(walked)
     kept = []
     for valid, row in (([0, 1, 1], 1), ([0, 1, 1], 2), ([0, 0, 0], None), ([1, 1, 1], 0)):
@@ -207,7 +208,7 @@ def test_online_one_row_a_step_is_learned_in_turn_and_an_empty_store_expects_not
 def test_what_a_step_learns_takes_the_place_that_a_comparison_of_everything_says():
     rng = np.random.default_rng(9)
     store, _, _ = store_of(rng, 12, 12)
-    predictor, step = ExpertMaps.make(store, distance=A, k=K, online=True), jax.jit(walked)
+    predictor, step = ExpertMaps.make(store, distance=A, k=K, is_online=True), jax.jit(walked)
     for turn in range(12):
         seen, layers = step_of(rng, [0, 1, 1]), layers_of(rng, 3)
         row = 1 + turn % 2
@@ -219,11 +220,9 @@ def test_what_a_step_learns_takes_the_place_that_a_comparison_of_everything_says
 
 
 def test_a_profiles_iterations_fill_the_store():
-    predictor = make_predictor(
-        "expert_map", sizes(), profile=PROFILE, embeddings_VD=embeddings(), capacity=30
-    )
+    predictor = make_predictor("expert_map", sizes(), PredictorInputs(PROFILE, embeddings(), capacity=30))
     sample = PROFILE.sample
-    assert predictor.store.used_C.tolist() == [True] * 24 + [False] * 6 and not predictor.online
+    assert predictor.store.used_C.tolist() == [True] * 24 + [False] * 6 and not predictor.is_online
     key_ID = embeddings()[sample.map_tokens_QM.ravel()]
     key_ID /= np.linalg.norm(key_ID, axis=1, keepdims=True)
     expected = np.concatenate([key_ID, sample.maps_QMLE.reshape(24, -1)], 1)
@@ -233,6 +232,6 @@ def test_a_profiles_iterations_fill_the_store():
     assert not same.diagonal().all()
     short = replace(sample, map_tokens_QM=np.where(np.arange(2) < 1, sample.map_tokens_QM, -1))
     some = make_predictor(
-        "expert_map", sizes(), profile=replace(PROFILE, sample=short), embeddings_VD=embeddings()
+        "expert_map", sizes(), PredictorInputs(replace(PROFILE, sample=short), embeddings())
     )
     assert int(some.store.used_C.sum()) == 12, "positions that are none are no iterations"

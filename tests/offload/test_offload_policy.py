@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from studies.offload.oracle import KnownOutlook, belady
 
-from jmoe.offload import policy
-from jmoe.offload import table as decide
-from jmoe.offload.policy import LEAST, Outlook, UseHistory
-from jmoe.offload.table import CachePolicy, Copies, Table
+from jmoe.config.techniques import Eviction
+from jmoe.offload import policy, slot_table
+from jmoe.offload.policy import LEAST, RULES, Outlook, UseHistory
+from jmoe.offload.slot_table import CacheSettings, Copies, SlotTable
 from jmoe.offload.types import Forecast
 
 L, E, A = 3, 4, 2
 X = L * E
-EVICTIONS = ("expected_use", "expert_map", "lru", "lfu")
 few = settings(max_examples=60, deadline=None)
+
+
+def test_the_config_names_the_rules():
+    assert tuple(RULES) == get_args(Eviction)
 
 
 def random_outlook(rng: np.random.Generator) -> Outlook:
@@ -57,12 +62,12 @@ def naive_worth(eviction: str, usage: UseHistory, outlook: Outlook, layer: int) 
     return worth
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(EVICTIONS), st.integers(-1, L - 1))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([*RULES]), st.integers(-1, L - 1))
 @few
 def test_worth_is_the_wish_above_zero_and_the_rule_below(seed: int, eviction, layer: int):
     rng = np.random.default_rng(seed)
     usage, outlook = random_usage(rng), random_outlook(rng)
-    found_X = policy.worth(eviction, usage, outlook, np.int32(layer), A)
+    found_X = RULES[eviction](usage, outlook, np.int32(layer), A)
     assert found_X.dtype == np.float32
     np.testing.assert_allclose(found_X, naive_worth(eviction, usage, outlook, layer), rtol=1e-6)
 
@@ -75,8 +80,8 @@ def test_known_uses_are_ranked_as_belady_does(seed: int, layer: int, steps: int)
     An expert is needed in this step, in a layer still to come, or ``due`` steps after it.
     """
     rng = np.random.default_rng(seed)
-    outlook = random_outlook(rng)._replace(due_LE=rng.integers(1, steps + 1, (L, E)).astype(np.int32))
-    found_X = policy.worth("lru", random_usage(rng), outlook, np.int32(layer), A)
+    outlook = KnownOutlook(*random_outlook(rng), rng.integers(1, steps + 1, (L, E)).astype(np.int32))
+    found_X = belady(random_usage(rng), outlook, np.int32(layer), A)
     now = [divmod(flat, E) for flat in range(X)]
     until = [
         its if its > layer and outlook.p_LE[its, e] > 0 else its + L * int(outlook.due_LE[its, e])
@@ -87,12 +92,14 @@ def test_known_uses_are_ranked_as_belady_does(seed: int, layer: int, steps: int)
             assert (found_X[a] > found_X[b]) == (until[a] < until[b]), (a, b)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(-1, L - 1), st.integers(1, 6), st.sampled_from(EVICTIONS))
+@given(st.integers(0, 2**32 - 1), st.integers(-1, L - 1), st.integers(1, 6), st.sampled_from([*RULES]))
 @few
-def test_the_next_wishes_are_the_most_worth_of_the_layers_ahead(seed: int, layer: int, count: int, eviction):
+def test_prefetches_are_the_experts_worth_most_of_the_layers_ahead(
+    seed: int, layer: int, count: int, eviction
+):
     rng = np.random.default_rng(seed)
     usage, outlook, present_X = random_usage(rng), random_outlook(rng), rng.random(X) < 0.4
-    worth_X = policy.worth(eviction, usage, outlook, np.int32(layer), A)
+    worth_X = RULES[eviction](usage, outlook, np.int32(layer), A)
     experts_M, gain_M = policy.best_prefetches(
         worth_X, outlook, np.int32(layer), present_X, distance=A, count=count
     )
@@ -110,7 +117,7 @@ def test_a_forecast_replaces_what_it_covers_and_nothing_else(seed: int, first: i
     rng = np.random.default_rng(seed)
     outlook = random_outlook(rng)
     p_AE, wanted_AE = rng.random((A, E)).astype(np.float32), rng.random((A, E)) < 0.5
-    found = policy.look_ahead(outlook, np.int32(first), p_AE, wanted_AE)
+    found = policy.set_forecast(outlook, np.int32(first), p_AE, wanted_AE)
     for its in range(L):
         told = first <= its < first + A
         p_E, wanted_E = (p_AE, wanted_AE) if told else (outlook.p_LE, outlook.wanted_LE)
@@ -122,7 +129,7 @@ def test_a_forecast_replaces_what_it_covers_and_nothing_else(seed: int, first: i
 def test_heat_is_a_running_mean_of_its_layer_alone():
     outlook = random_outlook(np.random.default_rng(0))
     scores_E = np.array([1, 0, 0.5, 0.25], np.float32)
-    found = policy.warm(outlook, np.int32(1), scores_E)
+    found = policy.add_scores(outlook, np.int32(1), scores_E)
     np.testing.assert_allclose(found.heat_LE[1], 0.9 * outlook.heat_LE[1] + 0.1 * scores_E, rtol=1e-6)
     np.testing.assert_array_equal(found.heat_LE[[0, 2]], outlook.heat_LE[[0, 2]])
     assert found.heat_LE.dtype == np.float32 and found.p_LE is outlook.p_LE
@@ -144,7 +151,7 @@ def test_visits_count_from_arrival_and_a_prefetch_is_useful_once():
     assert fetched.fetched_X[2] and not gone.fetched_X.any(), "evicted before its use: never useful"
 
 
-def held(table: Table) -> set[int]:
+def held(table: SlotTable) -> set[int]:
     return {int(x) for x in table.slots.held_S if x < X}
 
 
@@ -158,7 +165,7 @@ def moved(moves: Copies) -> dict[int, int]:
 def test_a_pool_is_filled_with_what_is_used_most():
     often_LE = np.random.default_rng(0).integers(0, 5, (L, E)).astype(np.float32)
     for slots in (1, 5, X):
-        table, moves = decide.fill(decide.new_table(slots, L, E, np), often_LE)
+        table, moves = slot_table.fill(slot_table.new_table(slots, L, E, np), often_LE)
         best = sorted(range(X), key=lambda x: (-often_LE.reshape(-1)[x], x))[:slots]
         assert moved(moves) == {x: i for i, x in enumerate(best)}
         assert held(table) == set(best) and not table.slots.flying_S.any() and moves.num_evictions == 0
@@ -168,7 +175,13 @@ ODD = np.array([np.nan, np.inf, -np.inf, 2.0, -1.0, 1e-42, 2e-38], np.float32)  
 
 
 def one_step(
-    rng: np.random.Generator, rule: CachePolicy, slots: int, xp=np, steps: int = 3, *, odd: bool = False
+    rng: np.random.Generator,
+    cache_settings: CacheSettings,
+    slots: int,
+    xp=np,
+    steps: int = 3,
+    *,
+    odd: bool = False,
 ) -> list:
     """Returns every state and move of some steps of decode decisions on random needs and forecasts.
 
@@ -180,11 +193,14 @@ def one_step(
         return np.where(spoils, rng.choice(ODD, values.shape), values).astype(np.float32)
 
     jitted = jax.jit if xp is jnp else (lambda f, **_: f)
-    foresee, prefetch = jitted(decide.foresee), jitted(partial(decide.prefetch, rule=rule))
-    demand = jitted(partial(decide.demand, rule=rule, max_experts=E))
-    finish = jitted(decide.finish_layer)
-    table, seen = decide.fill(
-        decide.new_table(slots, L, E, xp), xp.asarray(rng.random((L, E)), dtype="float32")
+    set_forecast, prefetch = (
+        jitted(slot_table.set_forecast),
+        jitted(partial(slot_table.prefetch, settings=cache_settings)),
+    )
+    demand = jitted(partial(slot_table.demand, settings=cache_settings, max_experts=E))
+    finish = jitted(slot_table.finish_layer)
+    table, seen = slot_table.fill(
+        slot_table.new_table(slots, L, E, xp), xp.asarray(rng.random((L, E)), dtype="float32")
     )
     trail = [(table, seen, None)]
     for _ in range(steps):
@@ -193,12 +209,12 @@ def one_step(
             forecast = Forecast(xp.asarray(spoiled(p_AE)), xp.asarray(rng.random((A, E)) < 0.6))
             needed_E = xp.asarray(rng.random(E) < 0.5)
             at = xp.asarray(layer, dtype="int32")
-            table = foresee(table, at + 1, forecast)
+            table = set_forecast(table, at + 1, forecast)
             if layer >= 0:
                 table, missing = demand(table, needed_E=needed_E, layer=at)
                 trail.append((table, missing, (layer, needed_E)))
-            table, wishes = prefetch(table, layer=at)
-            trail.append((table, wishes, None))
+            table, prefetches = prefetch(table, layer=at)
+            trail.append((table, prefetches, None))
             if layer >= 0:
                 table = finish(table, needed_E, xp.asarray(spoiled(rng.random(E))), at)
             else:
@@ -207,13 +223,13 @@ def one_step(
     return trail
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", RULES)
 @pytest.mark.parametrize("slots", [2, 5, 9, X])
 @pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
 def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
     """After its demand a layer has what it needs, as far as slots suffice; a prefetch takes none of it."""
     for seed in range(10):
-        trail = one_step(np.random.default_rng(seed), CachePolicy(eviction, 2, A), slots, odd=odd)
+        trail = one_step(np.random.default_rng(seed), CacheSettings(RULES[eviction], 2, A), slots, odd=odd)
         assert all(
             np.isfinite(t.outlook.heat_LE).all() and np.isfinite(t.outlook.p_LE).all() for t, *_ in trail
         )
@@ -241,12 +257,12 @@ def test_decisions_of_whole_steps(eviction, slots: int, odd: bool):
             assert sorted(new) == lacking[: len(new)], "the first ones, where slots run out"
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", RULES)
 @pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
 def test_jax_decides_as_numpy_does_bit_for_bit(eviction, odd: bool):
     for seed in range(3):
         ours, theirs = (
-            one_step(np.random.default_rng(seed), CachePolicy(eviction, 2, A), 5, xp, odd=odd)
+            one_step(np.random.default_rng(seed), CacheSettings(RULES[eviction], 2, A), 5, xp, odd=odd)
             for xp in (np, jnp)
         )
         for (a, moves, _), (b, same_moves, _) in zip(ours, theirs, strict=True):

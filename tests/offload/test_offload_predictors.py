@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from studies.offload.oracle import Oracle
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
-from jmoe.offload.predictors.make import NAMES, PredictorSizes, make_predictor
-from jmoe.offload.predictors.request_counts import RequestCounts
+from jmoe.config.techniques import PredictorName
+from jmoe.offload.predictors.base import PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.counts import RequestCounts
+from jmoe.offload.predictors.make import PREDICTORS, make_predictor
 from jmoe.offload.predictors.token_table import TokenTable
 from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
 
@@ -75,7 +78,7 @@ def test_counts_match_a_seats_request_and_a_new_one_forgets_the_old():
     ):
         piece_BLE = rng.integers(0, 5, (3, LAYERS, E)) * (np.arange(3) == i)[:, None, None]
         order = rng.permutation(3)
-        predictor = predictor.absorb(
+        predictor = predictor.add_prompts(
             jnp.asarray(order, jnp.int32),
             jnp.asarray(fresh, bool)[order],
             jnp.asarray(piece_BLE[order], jnp.float32),
@@ -145,8 +148,12 @@ def test_what_no_predictor_can_be_made_of(name: str, changes: dict, message: str
     with pytest.raises(ValueError, match=message) as error:
         its_sizes = {field: changes[field] for field in PredictorSizes._fields if field in changes}
         others = {field: value for field, value in changes.items() if field not in its_sizes}
-        make_predictor(name, sizes()._replace(**its_sizes), **others)
+        make_predictor(name, sizes()._replace(**its_sizes), PredictorInputs(**others))
     assert "\n" not in str(error.value)
+
+
+def test_the_config_names_the_predictors():
+    assert tuple(PREDICTORS) == get_args(PredictorName)
 
 
 def described(tree: object) -> object:
@@ -158,32 +165,32 @@ def described(tree: object) -> object:
 @partial(jax.jit, donate_argnums=0)
 def scanned(predictor: Predictor, seen: StepView, layers: LayerView) -> tuple[Predictor, Forecast, Forecast]:
     """Runs a step with its layers in a scan, as a compiled step does."""
-    walk, first = predictor.start(seen)
+    state, first = predictor.start(seen)
 
-    def one(walk: object, layer: tuple) -> tuple[object, Forecast]:
-        return predictor.observe(walk, *layer)
+    def one(state: object, layer: tuple) -> tuple[object, Forecast]:
+        return predictor.observe(state, *layer)
 
-    walk, rest = jax.lax.scan(one, walk, (jnp.arange(LAYERS, dtype=jnp.int32), layers))
-    return predictor.finish(walk), first, rest
+    state, rest = jax.lax.scan(one, state, (jnp.arange(LAYERS, dtype=jnp.int32), layers))
+    return predictor.finish(state), first, rest
 
 
-@pytest.mark.parametrize("name", (*NAMES, "expert_map online"))
+@pytest.mark.parametrize("name", (*PREDICTORS, "expert_map online"))
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 1), min_size=3, max_size=3))
 @settings(max_examples=8, deadline=None)
 def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list[int]):
     rng, table = np.random.default_rng(seed), np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    predictor = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    predictor = make_predictor(name.split()[0], sizes(), PredictorInputs(profile, table, capacity=9))
     before = described(predictor)
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     args = seen.seats_B, seen.valid_B, jnp.asarray(rng.integers(0, 4, (3, LAYERS, E)), jnp.float32)
-    predictor = predictor.absorb(*args)
+    predictor = predictor.add_prompts(*args)
     assert described(predictor) == before
     eager, forecasts = walked(predictor, seen, layers)
     assert described(eager) == before
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *layers)
     after, first, rest = scanned(jax.tree.map(jnp.copy, predictor), seen, stacked)
-    assert described(after) == before == described(jax.jit(lambda p: p.absorb(*args))(predictor))
+    assert described(after) == before == described(jax.jit(lambda p: p.add_prompts(*args))(predictor))
     found = jax.tree.map(lambda one, more: np.concatenate([one[None], more]), first, rest)
     expected = jax.tree.map(lambda *each: np.stack(each), *forecasts)
     np.testing.assert_allclose(found.p_AE, expected.p_AE, atol=1e-6)
@@ -192,7 +199,7 @@ def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list
     assert found.p_AE.dtype == np.float32 and found.p_AE.shape == (LAYERS + 1, A, E)
 
 
-@pytest.mark.parametrize("name", (*NAMES, "expert_map online"))
+@pytest.mark.parametrize("name", (*PREDICTORS, "expert_map online"))
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, value: float):
     """The forecast of its mates is the one without it.
@@ -201,7 +208,7 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     """
     table = np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    made = make_predictor(name.split()[0], sizes(), profile=profile, embeddings_VD=table, capacity=9)
+    made = make_predictor(name.split()[0], sizes(), PredictorInputs(profile, table, capacity=9))
     rng = np.random.default_rng(2)
     seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
     made, _ = walked(made, seen, layers)
@@ -221,5 +228,5 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
             np.testing.assert_array_equal(got.wanted_AE, want.wanted_AE)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     overflown = seen._replace(embeddings_BD=seen.embeddings_BD.at[0].set(value))
-    for walk in (walked(made, overflown, bad), walked(after, overflown, bad)):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(walk))
+    for state in (walked(made, overflown, bad), walked(after, overflown, bad)):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

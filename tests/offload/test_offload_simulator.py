@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from studies.offload import simulator
-from studies.offload.oracle import Oracle
+from studies.offload.oracle import Oracle, belady
 from studies.offload.replay import replay
 from studies.offload.simulator import Link, Trace, begin, next_uses
 from studies.offload.traces import make_traces, route_windows
@@ -28,8 +28,9 @@ from support.models.offloaded import (
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request
+from jmoe.offload.policy import RULES, expected_use, lru
 from jmoe.offload.predictors.none import NoPredictor
-from jmoe.offload.table import CachePolicy, fill, new_table
+from jmoe.offload.slot_table import CacheSettings, fill, new_table
 
 AT_ONCE = Link(copy_time=0.0, prompt_time=0.0)
 PROMPT = 12
@@ -110,8 +111,8 @@ def test_the_simulator_counts_what_the_engine_does(
         decode_behind_all_prompts(engine)
         assert serve(engine, prompts) == answers
         counted, left = decode_counts(engine), np.asarray(engine.runner.cache.table.slots.held_S)
-        rule = engine.runner.cache.rule
-    state, _, figures = simulator.run(begin(*start), trace, None, rule, AT_ONCE)
+        settings = engine.runner.cache.settings
+    state, _, figures = simulator.run(begin(*start), trace, None, settings, AT_ONCE)
     total = jax.tree.map(lambda each_N: int(each_N.sum()), figures)
     assert total.needed == counted["hits"] + counted["misses"] and total.late == 0
     assert (total.hits, total.misses) == (counted["hits"], counted["misses"])
@@ -127,12 +128,14 @@ def test_the_oracle_runs_in_the_executor(model: Path, traces):
     needs, due = trace.needs_NLE, next_uses(trace.needs_NLE)
     with closing(offloaded(model, slots_per_layer=4, predictor="none")) as engine:
         start = jax.tree.map(jnp.copy, engine.runner.cache.table)
-        rule = engine.runner.cache.rule
-        oracle = Oracle(jnp.zeros(needs.shape[1:], bool), rule.distance)
+        settings = engine.runner.cache.settings
+        oracle = Oracle(jnp.zeros(needs.shape[1:], bool), settings.distance)
         engine.runner = replay(engine.runner, oracle, iter(zip(needs, due, strict=True)))
         assert serve(engine, prompts) == answers
         counted = decode_counts(engine)
-    _, _, figures = simulator.run(begin(start, oracle), trace, (needs, due), rule, AT_ONCE)
+    _, _, figures = simulator.run(
+        begin(start, oracle), trace, (needs, due), settings._replace(worth=belady), AT_ONCE
+    )
     total = jax.tree.map(lambda each_N: int(each_N.sum()), figures)
     assert (total.hits, total.misses) == (counted["hits"], counted["misses"])
     assert (total.prefetched, total.useful) == (counted["prefetched"], counted["useful"])
@@ -161,7 +164,7 @@ def test_without_prefetch_a_layer_waits_for_its_copies(copy_time: float):
     table = empty_table(slots, layers, experts)
     state = begin(table, NoPredictor(3, experts))
     link = Link(copy_time=copy_time, prompt_time=4.0)
-    _, prompt, figures = simulator.run(state, trace, None, CachePolicy("lru", 1, 3), link)
+    _, prompt, figures = simulator.run(state, trace, None, CacheSettings(lru, 1, 3), link)
     held = [int(x) for x in table.slots.held_S]
     used = [0] * slots  # when each slot's expert was used; among equals the lower slot is evicted
     missing_L = [
@@ -198,7 +201,7 @@ def test_a_prefetch_that_is_still_on_its_way_is_late():
         state = begin(table, Oracle(jnp.zeros((5, 12), bool), 3))
         known = (needs, next_uses(needs))
         link = Link(copy_time, 1.0)
-        found[copy_time] = simulator.run(state, trace, known, CachePolicy("expected_use", 1, 3), link)[2]
+        found[copy_time] = simulator.run(state, trace, known, CacheSettings(belady, 1, 3), link)[2]
     sums = {c: jax.tree.map(lambda each_N: float(each_N.sum()), f) for c, f in found.items()}
     assert sums[0.0].late == 0 < sums[1.0].late < sums[6.0].late
     assert len({(f.hits + f.late, f.misses, f.prefetched) for f in sums.values()}) == 1  # the same decisions
@@ -222,14 +225,14 @@ def test_the_oracle_evicts_in_beladys_order():
             held[order[0]] = int(x)
     table = empty_table(slots, layers, experts)
     known, silent = (needs, next_uses(needs)), Oracle(jnp.zeros((layers, experts), bool), 1)
-    rule = CachePolicy("expected_use", 1, 1)
+    settings = CacheSettings(belady, 1, 1)
     state = begin(table, silent)
-    _, _, figures = simulator.run(state, trace, known, rule, AT_ONCE)
+    _, _, figures = simulator.run(state, trace, known, settings, AT_ONCE)
     copied = int((figures.misses + figures.prefetched).sum())
     assert misses <= copied <= 1.03 * misses  # a prefetch spares the running layer's needs, a demand does not
     for eviction in ("lru", "lfu", "expected_use"):
         state = begin(table, NoPredictor(3, experts))
-        other = simulator.run(state, trace, None, CachePolicy(eviction, 1, 3), AT_ONCE)[2]
+        other = simulator.run(state, trace, None, CacheSettings(RULES[eviction], 1, 3), AT_ONCE)[2]
         assert int(other.misses.sum()) > copied, eviction
 
 
@@ -241,6 +244,6 @@ def test_next_uses():
 def test_the_config_reaches_the_rule(model: Path):
     """Its defaults are what won in the benchmark."""
     with closing(offloaded(model, slots_per_layer=EXPERTS)) as engine:
-        assert engine.runner.cache.rule == CachePolicy("expected_use", 1, 3)
+        assert engine.runner.cache.settings == CacheSettings(expected_use, 1, 3)
         assert MoEConfig().offload is None and GREEDY.temperature == 0
         assert len(engine.runner.cache.table.slots.held_S) == 4 * EXPERTS > LAYERS * K

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import jmoe.placement.objective
 from jmoe.placement.baselines import balanced_splits, partitions
 from jmoe.placement.coclustering import assign
 from jmoe.placement.group import METHODS, group, make_placement
+from jmoe.placement.methods import MethodName
 from jmoe.placement.objective import Problem
 from jmoe.placement.placement import Placement
 from jmoe.placement.tables import SHARES
@@ -23,6 +25,10 @@ HEURISTICS = ("alternating", "cross_entropy")
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
     monkeypatch.setattr(jmoe.placement.baselines, "ROUNDS", 15)
+
+
+def test_the_commands_name_the_methods():
+    assert tuple(METHODS) == get_args(MethodName)
 
 
 def nothing(done: int, total: int, cost: float) -> None:

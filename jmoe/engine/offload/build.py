@@ -19,10 +19,12 @@ from jmoe.models.decoder import Decoder
 from jmoe.moe.expert_leaves import ExpertLeaf, expert_bytes, leaves_of, weight_specs
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
+from jmoe.offload.policy import RULES
+from jmoe.offload.predictors.base import PredictorInputs, PredictorSizes
 from jmoe.offload.predictors.history import History, RenumberedHistory
-from jmoe.offload.predictors.make import PredictorSizes, make_predictor
+from jmoe.offload.predictors.make import PREDICTORS, make_predictor
 from jmoe.offload.ranks import COPIES, SAME, TABLE, Ranks
-from jmoe.offload.table import CachePolicy, Copies, Table, fill, new_table
+from jmoe.offload.slot_table import CacheSettings, Copies, SlotTable, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
@@ -92,13 +94,15 @@ def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
 
 def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> int:
     """Returns the device bytes that offloaded experts take: the pool, experts on their way, the predictor's
-    table."""
+    store."""
     if offload is None:
         return 0
-    slots = count_slots(cfg, offload, mesh) + offload.aside
-    entry = len(cfg.moe_layers) * cfg.num_experts + cfg.hidden_size  # float32 numbers per iteration
-    map_bytes = 4 * offload.store_size * entry if offload.predictor == "expert_map" else 0
-    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + map_bytes
+    slots = count_slots(cfg, offload, mesh) + offload.num_extra_experts
+    store_bytes = PREDICTORS[offload.predictor].store_bytes(
+        layers=len(cfg.moe_layers), experts=cfg.num_experts, width=cfg.hidden_size,
+        capacity=offload.store_size,
+    )  # fmt: skip
+    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + store_bytes
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
@@ -144,7 +148,7 @@ def _pool_specs(pool: ExpertWeights) -> ExpertWeights:
     return weight_specs(pool, TOKENS)
 
 
-def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[Table, Copies]:
+def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[SlotTable, Copies]:
     """Returns the tables of all ranks, each with the rank's most often used experts, and the copies to
     make."""
     layers, ranks = len(loads_LE), mesh.shape[EXPERT]
@@ -183,9 +187,7 @@ def _predictor(
             experts=cfg.num_experts,
             seats=seats * split_attention(mesh, moe.attention).sequence_ranks,
         ),
-        history,
-        embeddings_VD,
-        capacity=offload.store_size,
+        PredictorInputs(history, embeddings_VD, capacity=offload.store_size),
     )
 
 
@@ -195,9 +197,9 @@ def _fill_pool(shapes: ExpertWeights, store: ExpertWeights, copies: Copies) -> E
 
 
 def _cache(
-    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table: Table, predictor: Predictor, pool: ExpertWeights
+    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, table: SlotTable, predictor: Predictor, pool: ExpertWeights
 ) -> ExpertCache:
     assert moe.offload is not None
     distance = min(moe.offload.prefetch_distance, len(cfg.moe_layers))
-    rule = CachePolicy(moe.offload.eviction, moe.offload.prefetch_per_layer, distance)
-    return ExpertCache(table, predictor, pool, rule, has_parallel_copies(mesh), _ranks(mesh))
+    settings = CacheSettings(RULES[moe.offload.eviction], moe.offload.prefetch_per_layer, distance)
+    return ExpertCache(table, predictor, pool, settings, has_parallel_copies(mesh), _ranks(mesh))

@@ -1,7 +1,7 @@
-"""The expert cache driven by the host: the decisions of ``offload.table`` in numpy, one copy per expert.
+"""The expert cache driven by the host: the decisions of ``offload.slot_table`` in numpy, one copy per expert.
 
 The decisions are those of ``offload.cache``, made by the same functions in the same order. But here a copy is
-a ``device_put`` by the host, and no copy is made without a wish.
+a ``device_put`` by the host, and only wanted experts are copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from jax.sharding import Sharding
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.config.counters import CACHE, names
-from jmoe.offload import table as decide
+from jmoe.offload import slot_table
 from jmoe.offload.cache import BEFORE_FIRST, ExpertCache
+from jmoe.offload.slot_table import Copies, SlotTable
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import Copies, Table
 from jmoe.offload.types import Forecast
 
 ROWS = {name: row for row, name in enumerate(names(CACHE))}
@@ -34,8 +34,8 @@ class HostCache:
     def __init__(
         self, cache: ExpertCache, store: ExpertWeights, install: jax.stages.Wrapped, sharding: Sharding
     ):
-        self.table: Table = cache.table
-        self.pool, self.rule = cache.pool, cache.rule
+        self.table: SlotTable = cache.table
+        self.pool, self.settings = cache.pool, cache.settings
         self._store, self._install, self._sharding = store, install, sharding
         layers, self._experts = store.gate_up_E2FD.shape[:2]
         self._slots = len(self.table.slots.held_S)
@@ -47,10 +47,10 @@ class HostCache:
 
         forecast: forecast of the first layers.
         """
-        self.table = decide.foresee(self.table, 0, forecast)
-        self.table, prefetches = decide.prefetch(self.table, self.rule, BEFORE_FIRST)
+        self.table = slot_table.set_forecast(self.table, 0, forecast)
+        self.table, prefetches = slot_table.prefetch(self.table, self.settings, BEFORE_FIRST)
         self.table = self.table._replace(slots=land(self.table.slots))
-        self._start_prefetches(0, prefetches)
+        self._fetch_ahead(0, prefetches)
 
     def demand(
         self, layer: int, needed_E: np.ndarray, scores_E: np.ndarray, forecast: Forecast, max_experts: int
@@ -63,9 +63,9 @@ class HostCache:
         max_experts: largest number of experts that the step's rows can need.
         """
         hits = self._count_hits(layer, needed_E)
-        self.table = decide.foresee(self.table, layer + 1, forecast)
-        useful = np.sum(decide.at_layer(self.table.usage.fetched_X, layer, self._experts) & needed_E)
-        self.table, missing = decide.demand(self.table, self.rule, needed_E, layer, max_experts)
+        self.table = slot_table.set_forecast(self.table, layer + 1, forecast)
+        useful = np.sum(slot_table.at_layer(self.table.usage.fetched_X, layer, self._experts) & needed_E)
+        self.table, missing = slot_table.demand(self.table, self.settings, needed_E, layer, max_experts)
         self._count(
             layer,
             expert_cache_evictions=missing.num_evictions,
@@ -75,7 +75,7 @@ class HostCache:
         self._copy_all(missing)
         self._last_demand = layer, needed_E, scores_E
 
-    def settle(self) -> None:
+    def start_prefetches(self) -> None:
         """Starts the prefetches for the layers ahead. It is called after a layer's ``demand`` and before the
         next.
 
@@ -86,21 +86,21 @@ class HostCache:
             return
         layer, needed_E, scores_E = self._last_demand
         self._last_demand = None
-        self.table, prefetches = decide.prefetch(self.table, self.rule, layer)
-        self.table = decide.finish_layer(self.table, needed_E, scores_E, layer)
-        self._start_prefetches(layer, prefetches)
+        self.table, prefetches = slot_table.prefetch(self.table, self.settings, layer)
+        self.table = slot_table.finish_layer(self.table, needed_E, scores_E, layer)
+        self._fetch_ahead(layer, prefetches)
 
     def count_prefill(self, layer: int, needed_E: np.ndarray) -> None:
         """Counts the hits and copies of a prefill step's layer, which does not change the pool."""
         self._count(layer, bytes_host_to_device=needed_E.sum() - self._count_hits(layer, needed_E))
 
     def resident_E(self, layer: int) -> np.ndarray:
-        return decide.at_layer(resident(self.table.slots), layer, self._experts)
+        return slot_table.at_layer(resident(self.table.slots), layer, self._experts)
 
     def slot_E(self, layer: int) -> np.ndarray:
         """Returns the slot of each of the layer's experts; for experts without a slot it is one past the
         spare slot."""
-        return decide.slots_of_layer(self.table, layer, self._experts, self._slots + 1)
+        return slot_table.slots_of_layer(self.table, layer, self._experts, self._slots + 1)
 
     def absent(self, layer: int, needed_E: np.ndarray) -> np.ndarray:
         """Returns the experts that the layer needs and the pool does not have."""
@@ -128,8 +128,8 @@ class HostCache:
         """Copies an expert into the spare slot, which no expert has, to compile that copy."""
         self._copy_all(Copies(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
-    def _start_prefetches(self, layer: int, prefetches: Copies) -> None:
-        """Starts prefetches, all at once, at most as many as the rule allows. They count for ``layer``."""
+    def _fetch_ahead(self, layer: int, prefetches: Copies) -> None:
+        """Starts prefetches, all at once, at most as many as the settings allow. They count for ``layer``."""
         self._count(
             layer,
             expert_cache_evictions=prefetches.num_evictions,

@@ -5,6 +5,10 @@
 Layers are alike: a part takes a layer's weights and its number as arguments and compiles once per shape. The
 outputs of a layer's experts stay separate from its rows until the next part adds them, so that experts which
 are streamed one by one need the same parts as those in the pool.
+
+These parts are a second loop over the decoder's layers. What is added to ``Decoder.__call__`` or to
+``DecoderLayer.__call__`` must be added here too; ``tests/offload/test_host_driven.py`` shows that both give
+the same tokens and decisions.
 """
 
 from collections.abc import Callable
@@ -37,8 +41,9 @@ from jmoe.engine.step.functions import WindowRouting, sample_tokens, sequences_o
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
-from jmoe.models.decoder import Decoder, step_view, sum_changes
+from jmoe.models.decoder import Decoder, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
+from jmoe.models.techniques import add_prompts, step_view
 from jmoe.moe.decide import count_on_device
 from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
@@ -72,7 +77,7 @@ class LayerFunctions:
         journey: HostJourney,
     ) -> tuple[AttentionResult, LayerPages | None]:
         """Runs one layer up to its experts."""
-        layer, predictor, walk = self.merge(weights), journey.predictor, journey.walk
+        layer, predictor, predictor_state = self.merge(weights), journey.predictor, journey.predictor_state
         x_ND, pages = layer.attend(layer.add(*rows), rotations, seqs, pages)
         knobs = None if journey.knobs is None else journey.knobs.for_part(journey.layer)
         normed_ND, decision = layer.decide(x_ND, seqs, knobs, journey.resident_E)
@@ -83,13 +88,13 @@ class LayerFunctions:
             routers, chosen_TK = journey.next_routers, assigned(decision.plain_routing, flags.valid_T)
             next_scores_NAE = None if routers is None else layer.score_ahead(x_ND, routers)
             view = LayerView(decision.plain_routing.scores_TE, chosen_TK, next_scores_NAE)
-            walk, forecast = predictor.observe(walk, journey.layer, view)
+            predictor_state, forecast = predictor.observe(predictor_state, journey.layer, view)
             report += [highest(decision.plain_routing.scores_TE, flags.valid_T), *forecast]
         expert_input = ExpertInput(normed_ND, ids_TK, decision.final_routing.weights_TK)
         plain = replace(decision.plain_routing, plan=None) if predictor is None else None
         record = LayerRecord(plain, count_on_device(decision, flags), decision.changes)
         x_ND = layer.pass_shared(x_ND, normed_ND)
-        return AttentionResult(x_ND, expert_input, record, walk, stack_rows(*report)), pages
+        return AttentionResult(x_ND, expert_input, record, predictor_state, stack_rows(*report)), pages
 
     def dense(
         self,
@@ -133,13 +138,13 @@ class PartFunctions:
             ranks = model.split.sequence_ranks
             seqs = sequences_of(inputs, latest_S, ranks, has_lossy=knobs is not None, has_cache=True)
         x_ND, rotations = model.begin(seqs)
-        rows, walk, forecast_RE = LayerRows(x_ND, jnp.zeros_like(x_ND)), None, None
+        rows, predictor_state, forecast_RE = LayerRows(x_ND, jnp.zeros_like(x_ND)), None, None
         if predictor is not None:
             view = step_view(seqs, x_ND)
             assert view is not None, "prompts are not predicted"
-            walk, forecast = predictor.start(view)
+            predictor_state, forecast = predictor.start(view)
             forecast_RE = stack_rows(*forecast)
-        return StepStart(rows, rotations, seqs, walk, forecast_RE)
+        return StepStart(rows, rotations, seqs, predictor_state, forecast_RE)
 
     def run_pooled(self, expert_input: ExpertInput, slot_E: Array, pool: ExpertWeights) -> ExpertOutput:
         """Runs the experts that have a slot. The slot ``num_slots + 1`` means that an expert has none."""
@@ -168,9 +173,9 @@ class PartFunctions:
         stats = [each.final_stats(counts) for each, counts in zip(records, counted, strict=True)]
         sampled, latest_S = sample_tokens(model, hidden_RND, inputs, state.latest_S, stats)
         changes_B = sum_changes([each.changes for each in records if each.changes is not None], seqs)
-        predictor = state.predictor.finish(end.walk) if seqs.phase == "decode" else state.predictor
+        predictor = state.predictor.finish(end.predictor_state) if seqs.phase == "decode" else state.predictor
         routings = [each.plain_routing for each in records if each.plain_routing is not None]
-        predictor = model.absorb(predictor, seqs, routings)
+        predictor = add_prompts(predictor, seqs, routings)
         state = HostState(add_step(state.totals, stats), latest_S, predictor)
         return state, StepOutput(sampled, hidden_RND, changes_B)
 

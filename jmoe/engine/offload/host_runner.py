@@ -35,6 +35,7 @@ from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
+from jmoe.models.techniques import routers_after
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import ExpertOutput, Knobs
 from jmoe.nn.sequences import Sequences
@@ -60,7 +61,7 @@ class HostDrivenRunner(Runner):
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         self._parts = parts_of(model, self._jitted.merge, slots)
         self._layer_weights = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
-        self._next_routers = [model.routers_after(i) for i in range(len(model.layers))]
+        self._next_routers = [routers_after(model.layers, i) for i in range(len(model.layers))]
         self._store: Any = jax.tree.map(np.asarray, model.store.weights)
         self._sharding = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
@@ -116,7 +117,7 @@ class HostDrivenRunner(Runner):
         start: StepStart = self._parts.begin(self.weights, inputs, self.state.latest_S, knobs, predictor)
         if is_decode:
             cache.begin(forecast_of(np.asarray(start.forecast_RE)))
-        rows, seqs, walk = start.rows, start.seqs, start.walk
+        rows, seqs, predictor_state = start.rows, start.seqs, start.predictor_state
         records: list[LayerRecord] = []
         for i, (weights, run) in enumerate(zip(self._layer_weights, self._parts.layers, strict=True)):
             layer = len(records)  # index among the layers with experts
@@ -128,12 +129,12 @@ class HostDrivenRunner(Runner):
                 routers = self._next_routers[i] if is_decode else None
                 resident_E = self._resident(cache, layer)
                 journey = HostJourney(
-                    self._device_numbers[layer], knobs, resident_E, predictor, walk, routers
+                    self._device_numbers[layer], knobs, resident_E, predictor, predictor_state, routers
                 )
                 result: AttentionResult
                 result, pages = run(*args, journey)
-                cache.settle()
-                walk, report_RE = result.walk, np.asarray(result.report_RE)
+                cache.start_prefetches()
+                predictor_state, report_RE = result.predictor_state, np.asarray(result.report_RE)
                 y_ND, num_computed = self._run_experts(
                     layer, result.expert_input, report_RE, cache, is_decode=is_decode
                 )
@@ -141,8 +142,8 @@ class HostDrivenRunner(Runner):
                 records.append(result.record._replace(num_computed=num_computed))
             if pages is not None:
                 self.state.pages[i] = pages
-        cache.settle()
-        return StepEnd(rows, seqs, records, walk)
+        cache.start_prefetches()
+        return StepEnd(rows, seqs, records, predictor_state)
 
     def _run_experts(
         self,
@@ -175,7 +176,7 @@ class HostDrivenRunner(Runner):
         that."""
         if not self._routes_by_pool:
             return None
-        cache.settle()
+        cache.start_prefetches()
         return cache.resident_E(layer)
 
     def _host_cache(self) -> HostCache:

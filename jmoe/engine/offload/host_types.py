@@ -1,7 +1,7 @@
 """The values that the host and the jitted parts of a step that it drives pass to each other."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from jmoe.models.journey import RouterAhead
 from jmoe.moe.types import Changes, Counts, DispatchStats, Knobs, Routing
 from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
-from jmoe.offload.types import Forecast, Predictor
+from jmoe.offload.types import Forecast, Predictor, PredictorState
 
 
 class LayerRows(NamedTuple):
@@ -62,7 +62,7 @@ class HostJourney(NamedTuple):
     knobs: settings of the lossy techniques; None switches them off.
     resident_E: which experts are in the pool; None if routing does not depend on it.
     predictor: predictor of a decode step; None if nothing is predicted.
-    walk: the predictor's state in this step.
+    predictor_state: the predictor's state in this step.
     next_routers: routers of the next layers, if the predictor needs them.
     """
 
@@ -70,7 +70,7 @@ class HostJourney(NamedTuple):
     knobs: Knobs | None
     resident_E: Array | None
     predictor: Predictor | None = None
-    walk: Any = None
+    predictor_state: PredictorState = None
     next_routers: list[RouterAhead] | None = None
 
 
@@ -80,7 +80,7 @@ class StepStart(NamedTuple):
     rows: rows of the first layer.
     rotations: rotations of the rows in attention.
     seqs: sequences of the step.
-    walk: the predictor's state in this step.
+    predictor_state: the predictor's state in this step.
     forecast_RE: forecast of the first layers for the host, made by ``stack_rows``; None if nothing is
         predicted.
     """
@@ -88,7 +88,7 @@ class StepStart(NamedTuple):
     rows: LayerRows
     rotations: Rotations
     seqs: Sequences
-    walk: Any
+    predictor_state: PredictorState
     forecast_RE: Array | None
 
 
@@ -98,7 +98,7 @@ class AttentionResult(NamedTuple):
     x_ND: rows after attention and the shared expert.
     expert_input: input of the experts.
     record: what the layer keeps for the end of the step.
-    walk: the predictor's state in this step.
+    predictor_state: the predictor's state in this step.
     report_RE: array for the host, made by ``stack_rows``: which experts are needed; then, if experts are
         predicted, each expert's highest gate score, and p and wanted of the layers ahead.
     """
@@ -106,7 +106,7 @@ class AttentionResult(NamedTuple):
     x_ND: Array
     expert_input: ExpertInput
     record: LayerRecord
-    walk: Any
+    predictor_state: PredictorState
     report_RE: Array
 
 
@@ -116,13 +116,13 @@ class StepEnd(NamedTuple):
     rows: rows after the last layer.
     seqs: sequences of the step.
     records: what each layer with experts keeps for the end of the step.
-    walk: the predictor's state in this step.
+    predictor_state: the predictor's state in this step.
     """
 
     rows: LayerRows
     seqs: Sequences
     records: list[LayerRecord]
-    walk: Any
+    predictor_state: PredictorState
 
 
 class HostState(NamedTuple):

@@ -26,9 +26,9 @@ from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
 from jmoe.engine.engine import Engine
-from jmoe.engine.processes.gate import Gate, Tunnel, knock
-from jmoe.engine.processes.line import Followers, Line
+from jmoe.engine.processes.channel import Channel, Followers
 from jmoe.engine.processes.nodes import Nodes, free_port, join, listen
+from jmoe.engine.processes.rendezvous import Gate, Tunnel, knock
 from jmoe.engine.request import EngineDead
 from jmoe.engine.step.inputs import Sizes, StepInput
 from jmoe.engine.step.runner import Runner
@@ -109,17 +109,17 @@ class Leader(Runner):
         self._followers.send([self._header(operation, *shape), *(a.tobytes() for a in arrays)])
 
 
-def repeat(runner: Runner, line: Line) -> None:
+def repeat(runner: Runner, channel: Channel) -> None:
     """Runs what the leader runs until it sends stop; raises EngineDead if the leader ends without sending
     it."""
     hidden_RND = None
     while True:
-        operation, rows, tokens, decoding = HEADER.unpack(line.read(HEADER.size))
+        operation, rows, tokens, decoding = HEADER.unpack(channel.read(HEADER.size))
         if operation == Operation.NOTHING:
             continue
         if operation == Operation.STOP:
             return
-        line.read_into(present := np.empty(len(runner.knobs), np.float64))
+        channel.read_into(present := np.empty(len(runner.knobs), np.float64))
         runner.knobs = dict(zip(runner.knobs, present.tolist(), strict=True))
         if operation == Operation.DRAIN:
             runner.drain()
@@ -127,17 +127,17 @@ def repeat(runner: Runner, line: Line) -> None:
             phase: Phase = "decode" if operation == Operation.DECODE else "prefill"
             inputs = runner.blank(phase, rows // runner.ranks, tokens, decoding // runner.ranks)
             for array in jax.tree.leaves(inputs):
-                line.read_into(array.reshape(-1).view(np.uint8))
+                channel.read_into(array.reshape(-1).view(np.uint8))
             hidden_RND = runner.run(inputs).hidden_RND
         elif operation == Operation.COPY:
-            line.read_into(both := np.zeros((2, runner.ranks), np.int32))
+            channel.read_into(both := np.zeros((2, runner.ranks), np.int32))
             runner.copy_pages(*both)
         elif operation == Operation.SCORE:
             assert hidden_RND is not None
-            line.read_into(targets := np.zeros((rows, tokens), np.int32))
+            channel.read_into(targets := np.zeros((rows, tokens), np.int32))
             runner.score(hidden_RND, targets)
         else:
-            line.read_into(both := np.zeros((2, rows, tokens), np.int32))
+            channel.read_into(both := np.zeros((2, rows, tokens), np.int32))
             runner.window_logits(*both)
 
 
@@ -174,14 +174,14 @@ def follow(
     """
     facts = facts_of(nodes, model, settings)
     connection, token = knock(nodes.host, nodes.port, nodes.rank)
-    with closing(Line(connection)) as line:
-        line.agree(facts, 0)
-        line.keep_alive(b"\0")
+    with closing(Channel(connection)) as channel:
+        channel.agree(facts, 0)
+        channel.keep_alive(b"\0")
         join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
         with closing(build(resolve(model, settings), progress, warm_up=False)) as engine:
             on_ready(engine.runner)
             log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
-            repeat(engine.runner, line)
+            repeat(engine.runner, channel)
     log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
 
 

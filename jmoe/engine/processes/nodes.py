@@ -72,7 +72,7 @@ def join(nodes: Nodes, coordinator: int) -> None:
     must be called before anything touches a device.
 
     coordinator: port on the loopback address, where process 0 starts jax's coordination service and where the
-        others reach it (see ``gate``).
+        others reach it (see ``rendezvous``).
     """
     log.info("process %d of %d: joining at %s", nodes.rank, nodes.nnodes, nodes.dist_init_addr)
     # The service would take SIGTERM for a notice that the machine goes away, and the process would live on.

@@ -26,7 +26,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 @dataclass(frozen=True)
-class Admission:
+class Candidate:
     """How a request could be admitted to a rank.
 
     full_pages: full pages that already hold the beginning of its tokens.
@@ -45,9 +45,9 @@ class Admission:
     num_free_pages: int
 
 
-def admission_at(
+def candidate_at(
     rank: int, pages: RankPages, tokens: list[int], names: PageNames | None, size: int, running: int
-) -> Admission | None:
+) -> Candidate | None:
     """Returns how ``tokens`` could be admitted to ``rank``, or None if the rank has too few free pages.
 
     The rank needs enough free pages for ``tokens`` and one more for each request that already runs there.
@@ -69,9 +69,9 @@ def admission_at(
     reused = sum(not pages.num_users[page] for page in full_pages)
     need = -(-len(tokens) // size) - len(full_pages) + reused + running
     if partial_page is not None and need + (not pages.num_users[partial_page]) <= pages.num_free:
-        return Admission(rank, full_pages, partial_page, len(tokens) - 1, running, pages.num_free)
+        return Candidate(rank, full_pages, partial_page, len(tokens) - 1, running, pages.num_free)
     if need <= pages.num_free:
-        return Admission(rank, full_pages, None, len(full_pages) * size, running, pages.num_free)
+        return Candidate(rank, full_pages, None, len(full_pages) * size, running, pages.num_free)
     return None
 
 
@@ -92,28 +92,28 @@ class RankChooser:
         self.round: set[int] = set()  # ranks that got a request for its experts in this round
         self._turn = 0
 
-    def choose(self, tokens: list[int], entries: list[Admission], least: int) -> Admission:
-        """Chooses one of the entries for a prompt.
+    def choose(self, tokens: list[int], candidates: list[Candidate], least: int) -> Candidate:
+        """Chooses one of the candidates for a prompt.
 
         least: number of requests on the rank that runs the fewest.
         """
         for reason in self.reasons:
             if reason == "prefix":
                 calm = least + max(self.slots // 2, 1)
-                quiet = (entry for entry in entries if entry.num_running < calm)
-                best = max(quiet, key=lambda entry: entry.num_cached_tokens, default=None)
+                quiet = (candidate for candidate in candidates if candidate.num_running < calm)
+                best = max(quiet, key=lambda candidate: candidate.num_cached_tokens, default=None)
                 if best is not None and best.num_cached_tokens:
                     return best
             elif reason == "experts" and self.share is not None:
-                return self._likeliest(self.share(tokens), entries)
+                return self._likeliest(self.share(tokens), candidates)
             elif reason == "load":
-                return max(entries, key=lambda e: (-e.num_running, e.num_free_pages, -e.rank))
+                return max(candidates, key=lambda e: (-e.num_running, e.num_free_pages, -e.rank))
         self._turn += 1
-        return entries[self._turn % len(entries)]
+        return candidates[self._turn % len(candidates)]
 
-    def _likeliest(self, share: Sequence[float], entries: list[Admission]) -> Admission:
-        """Chooses the entry with the largest expected share and marks its rank in this round."""
-        fresh = [e for e in entries if e.rank not in self.round] or entries
+    def _likeliest(self, share: Sequence[float], candidates: list[Candidate]) -> Candidate:
+        """Chooses the candidate with the largest expected share and marks its rank in this round."""
+        fresh = [e for e in candidates if e.rank not in self.round] or candidates
         best = max(fresh, key=lambda e: (share[e.rank], e.num_free_pages, -e.rank))
         self.round.add(best.rank)
         if len(self.round) == self.ranks:

@@ -47,7 +47,7 @@ class Step:
 
 
 @dataclass
-class Room:
+class PromptBudget:
     """What a step has left for prompts on a rank.
 
     num_tokens: tokens that are left of the budget.

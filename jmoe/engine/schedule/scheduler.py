@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from jmoe.engine.page_names import PageNames
 from jmoe.engine.request import QueueFull, Request, RequestState
-from jmoe.engine.schedule.admission import Admission, RankChooser, admission_at
+from jmoe.engine.schedule.admission import Candidate, RankChooser, candidate_at
 from jmoe.engine.schedule.pages import PagePool
-from jmoe.engine.schedule.plan import Room, Run, Step
+from jmoe.engine.schedule.plan import PromptBudget, Run, Step
 
 MAX_OVERTAKEN = 8
 
@@ -50,22 +50,23 @@ class Scheduler:
     """Plans the steps: which requests run, on which ranks and in which pages.
 
     pool: KV pages of all ranks.
-    sizes: compiled numbers of prompt tokens a rank; the first is that of one row.
-    kind: function that names what a request's pages depend on other than its tokens; with None no pages are
-        shared.
-    dispatch: object that chooses ranks; None = the default ``RankChooser``.
+    prefill_sizes: compiled numbers of prompt tokens per rank; the first is that of one row.
+    page_kind: function that names what a request's pages depend on other than its tokens; with None no pages
+        are shared.
+    rank_chooser: object that chooses ranks; None = the default ``RankChooser``.
     """
 
     def __init__(
         self,
         pool: PagePool,
         limits: Limits,
-        sizes: Sequence[int],
-        kind: Callable[[Request], str] | None = None,
-        dispatch: RankChooser | None = None,
+        prefill_sizes: Sequence[int],
+        page_kind: Callable[[Request], str] | None = None,
+        rank_chooser: RankChooser | None = None,
     ):
-        self.pool, self.limits, self.sizes, self.kind = pool, limits, tuple(sizes), kind
-        self.dispatch = dispatch or RankChooser(len(pool.ranks), limits.max_num_seqs)
+        self.pool, self.limits = pool, limits
+        self.prefill_sizes, self.page_kind = tuple(prefill_sizes), page_kind
+        self.rank_chooser = rank_chooser or RankChooser(len(pool.ranks), limits.max_num_seqs)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.prefix, self.preemptions = PrefixCounts(), 0
@@ -101,25 +102,25 @@ class Scheduler:
         for request in self._by_age():  # oldest first: the request that came last is preempted
             if request in self.running and self._continues(request):
                 self._decode(request, step)
-        rooms = self._rooms(step)
+        budgets = self._budgets(step)
         for request in self._by_age():
             if request.state.num_computed_tokens < request.state.num_prefill_tokens:
-                self._prefill(request, step, rooms)
-        self._admit(step, rooms)
-        most = max(room.num_used_rows for room in rooms) * self.sizes[0]
-        step.prompt_size = next(size for size in (0, *self.sizes) if size >= most)
+                self._prefill(request, step, budgets)
+        self._admit(step, budgets)
+        most = max(budget.num_used_rows for budget in budgets) * self.prefill_sizes[0]
+        step.prompt_size = next(size for size in (0, *self.prefill_sizes) if size >= most)
         return step if step.decodes or step.prompts else None
 
     def _by_age(self) -> list[Request]:
         return sorted(self.running, key=lambda r: r.state.arrival)
 
-    def _rooms(self, step: Step) -> list[Room]:
-        """Returns the room for prompts on each rank, without what its decoded tokens take."""
-        run, page = self.sizes[0], self.pool.page_size
+    def _budgets(self, step: Step) -> list[PromptBudget]:
+        """Returns what is left for prompts on each rank, without what its decoded tokens take."""
+        row, page = self.prefill_sizes[0], self.pool.page_size
         left = [self.limits.max_num_batched_tokens] * len(self.pool.ranks)
         for decoded in step.decodes:
             left[decoded.request.state.rank] -= 1
-        return [Room(max(tokens, page), self.sizes[-1] // run, run) for tokens in left]
+        return [PromptBudget(max(tokens, page), self.prefill_sizes[-1] // row, row) for tokens in left]
 
     def _continues(self, request: Request) -> bool:
         """Returns whether to decode a token: all but the last sampled one are computed, and no limit is
@@ -153,11 +154,11 @@ class Scheduler:
         self.preemptions += 1
         return last
 
-    def _prefill(self, request: Request, step: Step, rooms: list[Room]) -> None:
+    def _prefill(self, request: Request, step: Step, budgets: list[PromptBudget]) -> None:
         """Adds the next tokens of a prompt to the step: whole pages, or up to its end. It may add none."""
         state = request.state
         start, end = state.num_computed_tokens, state.num_prefill_tokens
-        count = rooms[state.rank].take(end - start, self.pool.page_size)
+        count = budgets[state.rank].take(end - start, self.pool.page_size)
         if count:
             is_last = start + count == end
             step.prompts.append(Run(request, start, count, is_decode=False, is_sampled=is_last))
@@ -224,15 +225,15 @@ class Scheduler:
 
     # ---- who enters, and where -----------------------------------------------------------------------
 
-    def _admit(self, step: Step, rooms: list[Room]) -> None:
+    def _admit(self, step: Step, budgets: list[PromptBudget]) -> None:
         passed: list[Request] = []  # requests that keep waiting, in order
-        while self.waiting and len(passed) < MAX_OVERTAKEN and (ranks := self._open_ranks(rooms)):
+        while self.waiting and len(passed) < MAX_OVERTAKEN and (ranks := self._open_ranks(budgets)):
             request = self.waiting.popleft()
-            entry = None if request.state.num_in_flight else self._entry(request, ranks)
-            if entry is not None:
-                self._enter(request, entry, step)
+            candidate = None if request.state.num_in_flight else self._best_candidate(request, ranks)
+            if candidate is not None:
+                self._start(request, candidate, step)
                 if request.state.num_computed_tokens < request.state.num_prefill_tokens:
-                    self._prefill(request, step, rooms)
+                    self._prefill(request, step, budgets)
                 for other in passed:
                     other.state.times_overtaken += 1
             else:
@@ -242,11 +243,11 @@ class Scheduler:
                 break
         self.waiting.extendleft(reversed(passed))
 
-    def _open_ranks(self, rooms: list[Room]) -> list[int]:
+    def _open_ranks(self, budgets: list[PromptBudget]) -> list[int]:
         """Returns the ranks with a free slot and room for a page of a prompt."""
         counts, page = self._counts(), self.pool.page_size
-        roomy = [room.num_tokens >= page and room.num_used_rows < room.num_rows for room in rooms]
-        return [r for r, count in enumerate(counts) if count < self.limits.max_num_seqs and roomy[r]]
+        is_open = [budget.num_tokens >= page and budget.num_used_rows < budget.num_rows for budget in budgets]
+        return [r for r, count in enumerate(counts) if count < self.limits.max_num_seqs and is_open[r]]
 
     def _counts(self) -> list[int]:
         counts = [0] * len(self.pool.ranks)
@@ -254,7 +255,7 @@ class Scheduler:
             counts[request.state.rank] += 1
         return counts
 
-    def _entry(self, request: Request, ranks: list[int]) -> Admission | None:
+    def _best_candidate(self, request: Request, ranks: list[int]) -> Candidate | None:
         """Returns where and how the request is admitted, or None if no rank has enough pages."""
         tokens, names, counts, size = (
             request.tokens,
@@ -262,40 +263,40 @@ class Scheduler:
             self._counts(),
             self.pool.page_size,
         )
-        each = (admission_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
-        entries = [entry for entry in each if entry is not None]
-        return self.dispatch.choose(tokens, entries, min(counts)) if entries else None
+        each = (candidate_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
+        candidates = [candidate for candidate in each if candidate is not None]
+        return self.rank_chooser.choose(tokens, candidates, min(counts)) if candidates else None
 
     def _names(self, request: Request) -> PageNames | None:
         """Returns the names of the request's pages, or None if they are not shared or all of the prompt must
         run to be scored."""
-        if self.kind is None or request.params.prompt_logprobs is not None:
+        if self.page_kind is None or request.params.prompt_logprobs is not None:
             return None
         if request.state.page_names is None:
-            request.state.page_names = PageNames(self.pool.page_size, self.kind(request))
+            request.state.page_names = PageNames(self.pool.page_size, self.page_kind(request))
         return request.state.page_names
 
-    def _enter(self, request: Request, entry: Admission, step: Step) -> None:
-        state, rank = request.state, self.pool.ranks[entry.rank]
-        shared = [*entry.full_pages, *([] if entry.partial_page is None else [entry.partial_page])]
-        rank.share(shared)
-        need = self.pool.pages_for(request.length) - len(entry.full_pages)
-        state.block_table = [*entry.full_pages, *rank.allocate(need)]
-        if entry.partial_page is not None:  # others may still write into it: this request gets a copy
-            step.copies.append((entry.rank, entry.partial_page, state.block_table[-1]))
-            rank.free([entry.partial_page])
+    def _start(self, request: Request, candidate: Candidate, step: Step) -> None:
+        state, rank = request.state, self.pool.ranks[candidate.rank]
+        partial = [] if candidate.partial_page is None else [candidate.partial_page]
+        rank.share([*candidate.full_pages, *partial])
+        need = self.pool.pages_for(request.length) - len(candidate.full_pages)
+        state.block_table = [*candidate.full_pages, *rank.allocate(need)]
+        if candidate.partial_page is not None:  # others may still write into it: this request gets a copy
+            step.copies.append((candidate.rank, candidate.partial_page, state.block_table[-1]))
+            rank.free([candidate.partial_page])
         seats = {r.state.seat for r in self.running}
         state.seat = next(seat for seat in range(len(seats) + 1) if seat not in seats)
-        state.rank, state.num_prefill_tokens = entry.rank, request.length
-        state.num_cached_tokens = state.num_computed_tokens = entry.num_cached_tokens
+        state.rank, state.num_prefill_tokens = candidate.rank, request.length
+        state.num_cached_tokens = state.num_computed_tokens = candidate.num_cached_tokens
         if request.start_time is None:  # otherwise it was preempted and finds its own pages
-            request.num_cached_tokens = entry.num_cached_tokens
-        state.num_named_pages = len(entry.full_pages)
+            request.num_cached_tokens = candidate.num_cached_tokens
+        state.num_named_pages = len(candidate.full_pages)
         if state.page_names is not None:
             self.prefix.queries += state.num_prefill_tokens
-            self.prefix.hits += entry.num_cached_tokens
+            self.prefix.hits += candidate.num_cached_tokens
         self.running.append(request)
-        written = rank.unwritten.isdisjoint(entry.full_pages)
+        written = rank.unwritten.isdisjoint(candidate.full_pages)
         is_last = state.num_prefill_tokens - state.num_computed_tokens == 1
-        if is_last and entry.num_cached_tokens and written:  # the last token is decoded
+        if is_last and candidate.num_cached_tokens and written:  # the last token is decoded
             self._decode(request, step)

@@ -10,15 +10,18 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jmoe.offload.predictors.choose import over_batch, until
+from jmoe.offload.predictors.base import BasePredictor, PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.forecasts import over_batch, until
+from jmoe.offload.predictors.history import History
 from jmoe.offload.predictors.map_store import EXACT, MapStore, cosine, put, redundancy, unit
 from jmoe.offload.types import Forecast, LayerView, StepView
 
 
-class Learning(NamedTuple):
+class KeptIteration(NamedTuple):
     """The one iteration of a step that will be kept.
 
     row: its row in the batch.
@@ -35,60 +38,82 @@ class Learning(NamedTuple):
     map_LE: Float[Array, "L E"]
 
 
-class Trail(NamedTuple):
-    """A step's trajectories up to a layer, compared with every entry's: running sums for their cosines.
+class Trajectories(NamedTuple):
+    """The predictor's state in one step: the trajectories up to a layer, compared with every entry's.
+
+    They are kept as running sums for their cosines.
 
     valid_B: whether the row is a token whose numbers so far are all finite.
     dots_BC: dot product of each token's trajectory and each entry's.
     squares_B: squared length of each token's trajectory.
     entry_squares_C: squared length of each entry's trajectory.
-    learning: the iteration that will be kept; None if the store does not learn online.
+    kept: the iteration that will be kept; None if the store does not learn online.
     """
 
     valid_B: Bool[Array, " B"]
     dots_BC: Float[Array, "B C"]
     squares_B: Float[Array, " B"]
     entry_squares_C: Float[Array, " C"]
-    learning: Learning | None
+    kept: KeptIteration | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ExpertMaps:
-    """Predicts by the most similar past iteration.
+class ExpertMaps(BasePredictor):
+    """Predicts by the most similar past iteration. From prompts it learns nothing: a prompt gives counts, not
+    the distributions of single tokens.
 
     store: past iterations.
     turn: number of steps so far.
     distance: A, layers ahead.
     k: experts per token; never fewer are wanted.
-    online: whether every step adds an iteration to the store.
+    is_online: whether every step adds an iteration to the store.
     """
 
     store: MapStore
     turn: Int[Array, ""]
     distance: int = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
-    online: bool = field(metadata={"static": True})
+    is_online: bool = field(metadata={"static": True})
 
     @classmethod
-    def make(cls, store: MapStore, *, distance: int, k: int, online: bool) -> Self:
-        return cls(store, jnp.zeros((), jnp.int32), distance, k, online)
+    def from_inputs(cls, sizes: PredictorSizes, inputs: PredictorInputs) -> Self:
+        """Makes the predictor; without a profile its store begins empty."""
+        if inputs.embeddings_VD is None:
+            raise ValueError("expert_map needs the model's input embeddings")
+        width, profile = inputs.embeddings_VD.shape[1], inputs.profile
+        if profile is None:
+            store = MapStore.empty(inputs.capacity, sizes.layers, sizes.experts, width)
+        else:
+            store = _filled_store(profile, inputs.embeddings_VD, inputs.capacity, sizes.distance)
+        is_online = profile is None if inputs.is_online is None else inputs.is_online
+        return cls.make(store, distance=sizes.distance, k=sizes.k, is_online=is_online)
 
-    def start(self, view: StepView) -> tuple[Trail, Forecast]:
+    @classmethod
+    def make(cls, store: MapStore, *, distance: int, k: int, is_online: bool) -> Self:
+        return cls(store, jnp.zeros((), jnp.int32), distance, k, is_online)
+
+    @classmethod
+    def store_bytes(cls, *, layers: int, experts: int, width: int, capacity: int) -> int:
+        return 4 * capacity * (layers * experts + width)  # float32 numbers
+
+    def start(self, view: StepView) -> tuple[Trajectories, Forecast]:
         (b, _), capacity = view.embeddings_BD.shape, self.store.used_C.shape[0]
-        sane_B = jnp.all(jnp.isfinite(view.embeddings_BD), 1)
-        valid_B, keys_BD = view.valid_B & sane_B, jnp.where(sane_B[:, None], unit(view.embeddings_BD), 0)
+        finite_B = jnp.all(jnp.isfinite(view.embeddings_BD), 1)
+        valid_B, keys_BD = view.valid_B & finite_B, jnp.where(finite_B[:, None], unit(view.embeddings_BD), 0)
         cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
-        trail = Trail(
+        state = Trajectories(
             valid_B,
             jnp.zeros((b, capacity), jnp.float32),
             jnp.zeros(b, jnp.float32),
             jnp.zeros(capacity, jnp.float32),
-            self._choose(valid_B, keys_BD, cos_BC) if self.online else None,
+            self._choose(valid_B, keys_BD, cos_BC) if self.is_online else None,
         )
-        return trail, self._forecast(cos_BC, 0, valid_B)
+        return state, self._forecast(cos_BC, 0, valid_B)
 
-    def observe(self, walk: Trail, layer: Int[Array, ""], view: LayerView) -> tuple[Trail, Forecast]:
+    def observe(
+        self, state: Trajectories, layer: Int[Array, ""], view: LayerView
+    ) -> tuple[Trajectories, Forecast]:
         """Adds the layer's part to every cosine: the same work at every depth, O(B * C * E).
 
         The paper forecasts only layer ``layer + A`` here; our rows of the nearer layers refresh the forecasts
@@ -96,43 +121,39 @@ class ExpertMaps:
         """
         maps_CE = lax.dynamic_index_in_dim(self.store.maps_CLE, layer, 1, keepdims=False)
         squares_C = lax.dynamic_index_in_dim(self.store.squares_CL, layer, 1, keepdims=False)
-        learning, sane_B = walk.learning, jnp.all(jnp.isfinite(view.scores_BE), 1)
-        if learning is not None:  # scores unchanged: the store takes no map with numbers that are not finite
-            learning = learning._replace(map_LE=learning.map_LE.at[layer].set(view.scores_BE[learning.row]))
-        scores_BE = jnp.where(sane_B[:, None], view.scores_BE, 0)
-        walk = walk._replace(
-            valid_B=walk.valid_B & sane_B,
-            dots_BC=walk.dots_BC + jnp.matmul(scores_BE, maps_CE.T, precision=EXACT),
-            squares_B=walk.squares_B + jnp.sum(scores_BE * scores_BE, 1),
-            entry_squares_C=walk.entry_squares_C + squares_C,
-            learning=learning,
+        kept, finite_B = state.kept, jnp.all(jnp.isfinite(view.scores_BE), 1)
+        if kept is not None:  # scores unchanged: the store takes no map with numbers that are not finite
+            kept = kept._replace(map_LE=kept.map_LE.at[layer].set(view.scores_BE[kept.row]))
+        scores_BE = jnp.where(finite_B[:, None], view.scores_BE, 0)
+        state = state._replace(
+            valid_B=state.valid_B & finite_B,
+            dots_BC=state.dots_BC + jnp.matmul(scores_BE, maps_CE.T, precision=EXACT),
+            squares_B=state.squares_B + jnp.sum(scores_BE * scores_BE, 1),
+            entry_squares_C=state.entry_squares_C + squares_C,
+            kept=kept,
         )
-        cos_BC = cosine(walk.dots_BC, walk.squares_B[:, None], walk.entry_squares_C[None])
-        return walk, self._forecast(cos_BC, layer + 1, walk.valid_B)
+        cos_BC = cosine(state.dots_BC, state.squares_B[:, None], state.entry_squares_C[None])
+        return state, self._forecast(cos_BC, layer + 1, state.valid_B)
 
-    def finish(self, walk: Trail) -> Self:
+    def finish(self, state: Trajectories) -> Self:
         """Keeps one iteration per step, however many tokens it had (ours). The cost is bounded and small: the
         entry is compared by the cosines that the step's searches have computed."""
-        learning = walk.learning
-        if learning is None:
+        kept = state.kept
+        if kept is None:
             return self
-        dots_C, square = walk.dots_BC[learning.row], walk.squares_B[learning.row]
-        trajectory_C = cosine(dots_C, square, walk.entry_squares_C)
-        redundancy_C = redundancy(learning.cos_C, trajectory_C, self.distance, len(learning.map_LE))
-        store = put(self.store, learning.key_D, learning.map_LE, redundancy_C, learning.exists)
+        dots_C, square = state.dots_BC[kept.row], state.squares_B[kept.row]
+        trajectory_C = cosine(dots_C, square, state.entry_squares_C)
+        redundancy_C = redundancy(kept.cos_C, trajectory_C, self.distance, len(kept.map_LE))
+        store = put(self.store, kept.key_D, kept.map_LE, redundancy_C, kept.exists)
         return replace(self, store=store, turn=self.turn + 1)
 
-    def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
-        """Learns nothing: a prompt gives counts, not the distributions of single tokens."""
-        return self
-
-    def _choose(self, valid_B: Array, keys_BD: Array, cos_BC: Array) -> Learning:
+    def _choose(self, valid_B: Array, keys_BD: Array, cos_BC: Array) -> KeptIteration:
         """Chooses the iteration to keep: the valid rows take turns over the steps."""
         count = jnp.sum(valid_B, dtype=jnp.int32)
         nth = self.turn % jnp.maximum(count, 1) + 1
         row = jnp.argmax(jnp.cumsum(valid_B, dtype=jnp.int32) == nth).astype(jnp.int32)
         map_LE = jnp.zeros(self.store.maps_CLE.shape[1:], jnp.float32)
-        return Learning(row, count > 0, keys_BD[row], cos_BC[row], map_LE)
+        return KeptIteration(row, count > 0, keys_BD[row], cos_BC[row], map_LE)
 
     def _forecast(
         self, cos_BC: Float[Array, "B C"], first_layer: int | Int[Array, ""], valid_B: Bool[Array, " B"]
@@ -149,3 +170,16 @@ class ExpertMaps:
         known_1A1 = ((layer_A < layers) & jnp.any(used_C))[None, :, None]
         wanted_BAE = until(p_BAE, mass_BA, self.k) & known_1A1
         return over_batch(p_BAE * known_1A1.astype(p_BAE.dtype), wanted_BAE, valid_B)
+
+
+def _filled_store(
+    profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int
+) -> MapStore:
+    """Fills a store with the profile's single iterations, in random order: they are in the order of the text,
+    and if there are more than the store holds, the last domain would fill most of it."""
+    tokens_QM, maps_QMLE = profile.sample.map_tokens_QM, profile.sample.maps_QMLE
+    there_QM = tokens_QM >= 0
+    order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))
+    embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM][order_I]].astype(np.float32)
+    maps_ILE = maps_QMLE[there_QM][order_I].astype(np.float32)
+    return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)

@@ -13,14 +13,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int, UInt8
 
-from jmoe.offload.predictors.choose import FullForecast, over_batch, top
+from jmoe.offload.predictors.base import BasePredictor, PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.forecasts import FullForecast, over_batch, top
 from jmoe.offload.predictors.history import History
 from jmoe.offload.types import Forecast, LayerView, StepView
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TokenTable:
+class TokenTable(BasePredictor):
     """Predicts by the token id.
 
     table_RLE: P(expert | token id) in 255ths: a row for each of the R - 1 most frequent ids and, last, a row
@@ -34,6 +35,12 @@ class TokenTable:
     row_V: Int[Array, " V"]
     distance: int = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
+
+    @classmethod
+    def from_inputs(cls, sizes: PredictorSizes, inputs: PredictorInputs) -> Self:
+        if inputs.profile is None:
+            raise ValueError("token_table needs a profile")
+        return cls.make(inputs.profile, distance=sizes.distance, k=sizes.k)
 
     @classmethod
     def make(cls, history: History, *, distance: int, k: int, rows: int = 4096) -> Self:
@@ -58,12 +65,6 @@ class TokenTable:
         return plan, plan.window(0, self.distance)
 
     def observe(
-        self, walk: FullForecast, layer: Int[Array, ""], view: LayerView
+        self, state: FullForecast, layer: Int[Array, ""], view: LayerView
     ) -> tuple[FullForecast, Forecast]:
-        return walk, walk.window(layer + 1, self.distance)
-
-    def finish(self, walk: FullForecast) -> Self:
-        return self
-
-    def absorb(self, seats_B: Array, fresh_B: Array, counts_BLE: Array) -> Self:
-        return self
+        return state, state.window(layer + 1, self.distance)

@@ -21,7 +21,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from shared.gpu.rows import Check
 
 from jmoe.offload.copies import copy_in, fetch, install
-from jmoe.offload.table import Copies
+from jmoe.offload.slot_table import Copies
 from jmoe.param import HOST
 
 LAYERS = 8  # layers of a chain

@@ -148,7 +148,7 @@ def _needs(llm: LLM, prompts: list[list[int]], tokens: list[list[int]]) -> Bool[
 
 def _known(llm: LLM, needs_NLE: Bool[np.ndarray, "N L E"]) -> tuple[Oracle, Known]:
     assert llm.engine.runner.cache is not None
-    oracle = Oracle(jnp.zeros(needs_NLE.shape[1:], bool), llm.engine.runner.cache.rule.distance)
+    oracle = Oracle(jnp.zeros(needs_NLE.shape[1:], bool), llm.engine.runner.cache.settings.distance)
     return oracle, zip(needs_NLE, next_uses(needs_NLE), strict=True)
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 from numpy import ndarray
-from studies.offload.oracle import Oracle
-from studies.offload.simulator import with_future
+from studies.offload.oracle import Oracle, belady, with_future
 
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner
@@ -29,7 +28,8 @@ def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
             assert cache is not None
             table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(future)))
             predictor = jax.tree.map(jnp.copy, predictor)  # otherwise the step would get the same array twice
-            runner.cache = replace(cache, table=table, predictor=predictor)
+            settings_of_cache = cache.settings._replace(worth=belady)
+            runner.cache = replace(cache, table=table, predictor=predictor, settings=settings_of_cache)
         return step(inputs, settings)
 
     runner._step = step_with_known

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from studies.offload.oracle import Oracle
+from studies.offload.oracle import Oracle, belady
 from studies.offload.simulator import Link, Trace, begin, next_uses, run
 from studies.offload.traces import AHEAD
 
 from jmoe.config.model import ModelConfig
-from jmoe.offload.predictors.make import PredictorSizes, make_predictor
+from jmoe.offload.policy import RULES
+from jmoe.offload.predictors.base import PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.make import make_predictor
 from jmoe.offload.predictors.next_gate import NextGate
-from jmoe.offload.table import CachePolicy, fill, new_table
+from jmoe.offload.slot_table import CacheSettings, fill, new_table
 from jmoe.offload.types import Predictor
 from jmoe.placement.profile import Profile
 
@@ -40,10 +42,11 @@ COMPARATORS = {
     "token table": ("token_table", "expected_use"),
     "next gate": ("next_gate alone", "expected_use"),
     "default": ("next_gate", "expected_use"),
-    "oracle": ("oracle", "expected_use"),
+    "oracle": ("oracle", "belady"),
 }
 VARIED = ("LRU", "request counts, LRU", "fMoE", "expert maps, online", "token table", "next gate", "oracle")
 BASELINES = ("LRU", "LFU", "request counts, LRU", "request counts, LFU")
+EVICTIONS = {**RULES, "belady": belady}
 STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode layer's compute
 
 
@@ -84,7 +87,7 @@ def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
     due_NLE = None if known_NLE is None else next_uses(known_NLE)
     often_LE = subject.profile.loads_LE.astype(np.float32)
     state = begin(fill(new_table(setting.slots, layers, experts, np), often_LE)[0], predictor)
-    rule = CachePolicy(eviction, setting.max_prefetches, setting.distance)  # pyright: ignore[reportArgumentType]
+    settings = CacheSettings(EVICTIONS[eviction], setting.max_prefetches, setting.distance)
     found, step = [], 0
     for trace in traces:
         n = len(trace.tokens_NB)
@@ -92,7 +95,7 @@ def simulate(subject: Subject, name: str, setting: Setting) -> dict[str, float]:
         if known_NLE is not None and due_NLE is not None:
             known = known_NLE[step : step + n], due_NLE[step : step + n]
         trace = trace._replace(next_scores_NLBAE=trace.next_scores_NLBAE[:, :, :, : setting.distance])
-        state, prompt, figures = run(state, trace, known, rule, setting.link)
+        state, prompt, figures = run(state, trace, known, settings, setting.link)
         found.append((prompt, jax.tree.map(jnp.sum, figures)))
         step += n
     prompts, sums = jax.tree.map(lambda *each: float(sum(map(float, each))), *found)
@@ -118,9 +121,10 @@ def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
         return NextGate(None, setting.distance, experts, k)
     base, _, online = name.partition(" ")
     sizes = PredictorSizes(setting.distance, k, layers, experts, seats=subject.traces[0].tokens_NB.shape[1])
-    return make_predictor(
-        base, sizes, subject.profile, subject.embeddings_VD, setting.store, online=True if online else None
+    inputs = PredictorInputs(
+        subject.profile, subject.embeddings_VD, setting.store, is_online=True if online else None
     )
+    return make_predictor(base, sizes, inputs)  # pyright: ignore[reportArgumentType]
 
 
 def sweep(

@@ -1,9 +1,9 @@
 """Simulates the expert cache on a trace: the step makes its decisions on a clock, without weights.
 
-The predictor, the table and the rule are those of the step (``jmoe.offload.cache``), so the hits, copies and
-evictions equal those of the executor, expert for expert. Only time is modelled: a decode layer computes for
-1, and the link copies one expert in ``copy_time``. The link makes the copies in the order in which they were
-requested, and no copy can be cancelled.
+The predictor, the table and the settings are those of the step (``jmoe.offload.cache``), so the hits, copies
+and evictions equal those of the executor, expert for expert. Only time is modelled: a decode layer computes
+for 1, and the link copies one expert in ``copy_time``. The link makes the copies in the order in which they
+were requested, and no copy can be cancelled.
 
     prompt    every layer computes for ``prompt_time``, or for the time in which its missing experts stream
     layer l   its gate says what is needed -> copies of what is missing join the link's queue, then prefetches
@@ -15,7 +15,6 @@ config, and the oracle, which is Belady's eviction with a perfect forecast) diff
 the eviction.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
-from studies.offload.oracle import Oracle
+from studies.offload.oracle import Oracle, with_future
 
-from jmoe.offload import table as decide
+from jmoe.offload import slot_table
 from jmoe.offload.policy import Outlook
 from jmoe.offload.ranks import needed
+from jmoe.offload.slot_table import CacheSettings, Copies, SlotTable
 from jmoe.offload.slots import land, resident
-from jmoe.offload.table import CachePolicy, Copies, Table
 from jmoe.offload.types import LayerView, Predictor, StepView
 
 
@@ -124,12 +123,12 @@ class Link(NamedTuple):
 
 
 class State(NamedTuple):
-    table: Table
+    table: SlotTable
     predictor: Any
     clock: Clock
 
 
-def begin(table: Table, predictor: Predictor) -> State:
+def begin(table: SlotTable, predictor: Predictor) -> State:
     """Returns the state of a cache before its first step."""
     zero, x = jnp.zeros((), jnp.float32), table.slots.slot_X.shape[0]
     return State(jax.tree.map(jnp.asarray, table), predictor, Clock(zero, zero, jnp.zeros(x, jnp.float32)))
@@ -146,9 +145,13 @@ def next_uses(needs_NLE: Bool[np.ndarray, "N L E"]) -> Int[np.ndarray, "N L E"]:
     return due_NLE
 
 
-@partial(jax.jit, static_argnames=("rule",))
+@partial(jax.jit, static_argnames=("settings",))
 def run(
-    state: State, trace: Trace, oracle_tables: tuple[Array, Array] | None, rule: CachePolicy, times: Link
+    state: State,
+    trace: Trace,
+    oracle_tables: tuple[Array, Array] | None,
+    settings: CacheSettings,
+    times: Link,
 ) -> tuple[State, PromptFigures, Figures]:
     """Runs the prompts and all steps of ``trace``. The figures of the steps are ``[N]``.
 
@@ -157,7 +160,7 @@ def run(
     """
     b = trace.tokens_NB.shape[1]
     seats_B, everyone_B = jnp.arange(b, dtype=jnp.int32), jnp.ones(b, bool)
-    predictor = state.predictor.absorb(seats_B, everyone_B, trace.counts_BLE)
+    predictor = state.predictor.add_prompts(seats_B, everyone_B, trace.counts_BLE)
     prompt = _prompt(state.table, trace.counts_BLE, times)
     idle = jnp.maximum(state.clock.now, state.clock.link)
     state = State(state.table, predictor, state.clock._replace(now=idle + prompt.time))
@@ -168,19 +171,21 @@ def run(
             assert isinstance(state.predictor, Oracle)
             table, predictor = with_future(state.table, state.predictor, *future)
             state = state._replace(table=table, predictor=predictor)
-        state, walk, figures = _start_step(
-            state, StepView(tokens_B, embeddings_BD, everyone_B, seats_B), rule, times
+        state, predictor_state, figures = _start_step(
+            state, StepView(tokens_B, embeddings_BD, everyone_B, seats_B), settings, times
         )
         table, predictor, clock = state
 
         def layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Figures]:
             number, *view = layer_inputs
-            return _layer(carry, number, LayerView(*view), predictor=predictor, rule=rule, times=times)
+            return _layer(
+                carry, number, LayerView(*view), predictor=predictor, settings=settings, times=times
+            )
 
-        (table, walk, after), each_L = lax.scan(layer, (table, walk, clock), layers)
+        (table, predictor_state, after), each_L = lax.scan(layer, (table, predictor_state, clock), layers)
         figures = jax.tree.map(lambda before, each_L: before + jnp.sum(each_L, axis=0), figures, each_L)
-        table = table._replace(outlook=table.outlook._replace(due_LE=None))
-        return State(table, predictor.finish(walk), after), figures
+        table = table._replace(outlook=Outlook(*table.outlook[:3]))  # without the future
+        return State(table, predictor.finish(predictor_state), after), figures
 
     index_NL = jnp.broadcast_to(
         jnp.arange(trace.ids_NLBK.shape[1], dtype=jnp.int32), trace.ids_NLBK.shape[:2]
@@ -190,62 +195,58 @@ def run(
     return state, prompt, figures
 
 
-def with_future(table: Table, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[Table, Oracle]:
-    """Returns the table and the oracle that know the coming step and all later ones (``next_uses``)."""
-    outlook = Outlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
-    return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)
-
-
-def _start_step(state: State, view: StepView, rule: CachePolicy, times: Link) -> tuple[State, Any, Figures]:
+def _start_step(
+    state: State, view: StepView, settings: CacheSettings, times: Link
+) -> tuple[State, Any, Figures]:
     """Does what the step does before its first layer."""
-    walk, forecast = state.predictor.start(view)
-    table, moves = decide.prefetch(decide.foresee(state.table, 0, forecast), rule, -1)
+    predictor_state, forecast = state.predictor.start(view)
+    table, moves = slot_table.prefetch(slot_table.set_forecast(state.table, 0, forecast), settings, -1)
     table = table._replace(slots=land(table.slots))
     none, instant = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     figures = Figures(none, none, none, none, moves.num_evictions, moves.num_copies, none, instant, instant)
-    return State(table, state.predictor, _queue_copies(state.clock, moves, times)), walk, figures
+    return State(table, state.predictor, _queue_copies(state.clock, moves, times)), predictor_state, figures
 
 
 def _layer(
-    carry: tuple[Table, Any, Clock],
+    carry: tuple[SlotTable, Any, Clock],
     layer: Array,
     view: LayerView,
     *,
     predictor: Predictor,
-    rule: CachePolicy,
+    settings: CacheSettings,
     times: Link,
-) -> tuple[tuple[Table, Any, Clock], Figures]:
+) -> tuple[tuple[SlotTable, Any, Clock], Figures]:
     """Visits one layer in the same way as ``jmoe.offload.cache.Visit.run``."""
-    (table, walk, clock), scores_BE, ids_BK = carry, view.scores_BE, view.ids_BK
-    walk, forecast = predictor.observe(walk, layer, view)
-    table, e = decide.foresee(table, layer + 1, forecast), scores_BE.shape[1]
+    (table, predictor_state, clock), scores_BE, ids_BK = carry, view.scores_BE, view.ids_BK
+    predictor_state, forecast = predictor.observe(predictor_state, layer, view)
+    table, e = slot_table.set_forecast(table, layer + 1, forecast), scores_BE.shape[1]
     needed_E = needed(ids_BK, e)
-    held_E = decide.at_layer(resident(table.slots), layer, e) & needed_E
-    hits = _count(held_E & (decide.at_layer(clock.copy_end_X, layer, e) <= clock.now))
-    useful = _count(decide.at_layer(table.usage.fetched_X, layer, e) & needed_E)
-    table, missing = decide.demand(table, rule, needed_E, layer, min(e, ids_BK.size))
+    held_E = slot_table.at_layer(resident(table.slots), layer, e) & needed_E
+    hits = _count(held_E & (slot_table.at_layer(clock.copy_end_X, layer, e) <= clock.now))
+    useful = _count(slot_table.at_layer(table.usage.fetched_X, layer, e) & needed_E)
+    table, missing = slot_table.demand(table, settings, needed_E, layer, min(e, ids_BK.size))
     num_needed, held = _count(needed_E), _count(held_E)
     clock = _queue_copies(clock, missing, times)
     streamed = num_needed - held - missing.num_copies
     clock = clock._replace(link=clock.link + times.copy_time * streamed.astype(jnp.float32))
-    came = jnp.max(jnp.where(needed_E, decide.at_layer(clock.copy_end_X, layer, e), 0.0))
+    came = jnp.max(jnp.where(needed_E, slot_table.at_layer(clock.copy_end_X, layer, e), 0.0))
     wait = jnp.maximum(jnp.where(streamed > 0, clock.link, came) - clock.now, 0)
-    table, wishes = decide.prefetch(table, rule, layer)
-    clock = _queue_copies(clock, wishes, times)
+    table, prefetches = slot_table.prefetch(table, settings, layer)
+    clock = _queue_copies(clock, prefetches, times)
     clock = clock._replace(now=clock.now + wait + 1)
-    table = decide.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
-    evicted = missing.num_evictions + wishes.num_evictions
+    table = slot_table.finish_layer(table, needed_E, jnp.max(scores_BE, axis=0), layer)
+    evicted, prefetched = missing.num_evictions + prefetches.num_evictions, prefetches.num_copies
     figures = Figures(
-        num_needed, hits, held - hits, num_needed - held, evicted, wishes.num_copies, useful, wait, wait + 1
+        num_needed, hits, held - hits, num_needed - held, evicted, prefetched, useful, wait, wait + 1
     )
-    return (table, walk, clock), figures
+    return (table, predictor_state, clock), figures
 
 
 def _count(marked_E: Bool[Array, " E"]) -> Int[Array, ""]:
     return jnp.sum(marked_E, dtype=jnp.int32)
 
 
-def _prompt(table: Table, counts_BLE: Array | np.ndarray, times: Link) -> PromptFigures:
+def _prompt(table: SlotTable, counts_BLE: Array | np.ndarray, times: Link) -> PromptFigures:
     needed_LE = jnp.any(jnp.asarray(counts_BLE) > 0, axis=0)
     hits_LE = needed_LE & resident(table.slots).reshape(needed_LE.shape)
     missing_L = jnp.sum(needed_LE & ~hits_LE, axis=1).astype(jnp.float32)

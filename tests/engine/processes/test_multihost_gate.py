@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from support.server.fake_engine import eventually
 
-from jmoe.engine.processes import gate
-from jmoe.engine.processes import line as line_module
-from jmoe.engine.processes.gate import Gate, Tunnel, knock
-from jmoe.engine.processes.line import Followers, Line
+from jmoe.engine.processes import channel as channel_module
+from jmoe.engine.processes import rendezvous
+from jmoe.engine.processes.channel import Channel, Followers
+from jmoe.engine.processes.rendezvous import Gate, Tunnel, knock
 from jmoe.engine.request import EngineDead
 
 
 @pytest.fixture
 def meet():
-    """Returns both ends of one line, as (followers, line); a refused end is its exception instead."""
+    """Returns both ends of one channel, as (followers, channel); a refused end is its exception instead."""
     ends: list[Any] = []
 
     def meet_with(near: dict, far: dict, strangers: Callable[[int], None] = lambda port: None):
@@ -29,12 +29,12 @@ def meet():
         def lead() -> Followers:
             return Followers(Gate(listening, 2, 1), near, b"S")
 
-        def follow() -> Line:
-            line = Line(knock("127.0.0.1", port, 1)[0])
-            ends.append(line)
-            line.agree(far, 0)
-            line.keep_alive(b"s")
-            return line
+        def follow() -> Channel:
+            channel = Channel(knock("127.0.0.1", port, 1)[0])
+            ends.append(channel)
+            channel.agree(far, 0)
+            channel.keep_alive(b"s")
+            return channel
 
         with ThreadPoolExecutor(2) as pool:
             leading = pool.submit(lead)
@@ -61,19 +61,20 @@ def say(port: int, *pieces: bytes) -> bytes:
 
 
 def test_strangers_are_refused_and_the_processes_meet_all_the_same(meet, caplog):
-    hello = partial(gate.HELLO.pack, gate.MAGIC)
+    hello = partial(rendezvous.HELLO.pack, rendezvous.MAGIC)
 
     def strangers(port: int) -> None:
-        assert say(port, bytes(gate.HELLO.size)) == b""  # not jmoe's protocol
+        assert say(port, bytes(rendezvous.HELLO.size)) == b""  # not jmoe's protocol
         assert say(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") == b""
         assert say(port, b"") == b""
-        assert say(port, hello(gate.Purpose.TUNNEL, 1, bytes(gate.TOKEN))) == b""  # before anybody has joined
-        refused = gate.ANSWER.unpack(say(port, hello(gate.Purpose.JOIN, 2, bytes(gate.TOKEN))))
-        assert refused == (gate.MAGIC, gate.Verdict.UNKNOWN, bytes(gate.TOKEN))
+        none = bytes(rendezvous.TOKEN)
+        assert say(port, hello(rendezvous.Purpose.TUNNEL, 1, none)) == b""  # before anybody has joined
+        refused = rendezvous.ANSWER.unpack(say(port, hello(rendezvous.Purpose.JOIN, 2, none)))
+        assert refused == (rendezvous.MAGIC, rendezvous.Verdict.UNKNOWN, none)
 
-    followers, line = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers)
+    followers, channel = meet({"a": [1, 2]}, {"a": (1, 2)}, strangers)
     followers.send([b"ab", b"c"])
-    assert line.read(3) == b"abc" and followers.loss is None
+    assert channel.read(3) == b"abc" and followers.loss is None
     assert "it does not speak jmoe's protocol" in caplog.text
     assert "it says it is process 1 and does not know that one's token" in caplog.text
 
@@ -99,16 +100,16 @@ def test_a_number_is_given_once_and_is_free_again_where_its_process_ended_before
 
 def test_slow_strangers_hold_nobody(monkeypatch, meet, caplog):
     """They send a byte at a time, and take every place for connections that have said nothing yet."""
-    monkeypatch.setattr(gate, "GREETING", 1)
-    monkeypatch.setattr(gate, "VISITORS", 4)
+    monkeypatch.setattr(rendezvous, "GREETING", 1)
+    monkeypatch.setattr(rendezvous, "VISITORS", 4)
     open_ones: list[socket.socket] = []
 
     def strangers(port: int) -> None:
         open_ones.extend(socket.create_connection(("127.0.0.1", port)) for _ in range(8))
 
-    followers, line = meet({}, {}, strangers)
+    followers, channel = meet({}, {}, strangers)
     followers.send([b"x"])
-    assert line.read(1) == b"x"
+    assert channel.read(1) == b"x"
     assert eventually(lambda: caplog.text.count("it sent 0 of") >= 4)
     for stranger in open_ones:
         stranger.close()
@@ -138,15 +139,15 @@ def test_a_tunnel_leads_to_the_coordinator_and_stays_open_where_it_ends():
         assert near.recv(6) == b"answer"
         far.close()
         near.settimeout(0.2)
-        with pytest.raises(TimeoutError):  # else jax would end the process before its line can say why
+        with pytest.raises(TimeoutError):  # else jax would end the process before its channel can say why
             near.recv(1)
     connection.close()
     door.close()
 
 
 def test_a_lost_follower_is_noticed(meet, caplog):
-    followers, line = meet({}, {})
-    line.close()
+    followers, channel = meet({}, {})
+    channel.close()
     assert eventually(lambda: followers.loss)
     said = "process 1 is gone (the connection was closed): nothing more can run on this mesh"
     assert eventually(lambda: said in caplog.text)
@@ -155,28 +156,28 @@ def test_a_lost_follower_is_noticed(meet, caplog):
 
 
 def test_a_process_that_says_nothing_any_more_is_lost_to_both_ends(monkeypatch, meet):
-    monkeypatch.setattr(line_module, "SILENCE", 0.5)
-    monkeypatch.setattr(line_module, "BEAT", 60)  # as a stopped process
-    followers, line = meet({}, {})
+    monkeypatch.setattr(channel_module, "SILENCE", 0.5)
+    monkeypatch.setattr(channel_module, "BEAT", 60)  # as a stopped process
+    followers, channel = meet({}, {})
     assert eventually(lambda: followers.loss)
     assert "process 1 is gone (it was silent for" in str(followers.loss)
     with pytest.raises(EngineDead, match="it was silent for"):
-        line.read(1)
+        channel.read(1)
 
 
 def test_signs_of_life_keep_a_line(monkeypatch, meet):
-    monkeypatch.setattr(line_module, "SILENCE", 4)
-    monkeypatch.setattr(line_module, "BEAT", 0.05)
-    followers, line = meet({}, {})
-    assert line.read(90) == b"S" * 90 and followers.loss is None
+    monkeypatch.setattr(channel_module, "SILENCE", 4)
+    monkeypatch.setattr(channel_module, "BEAT", 0.05)
+    followers, channel = meet({}, {})
+    assert channel.read(90) == b"S" * 90 and followers.loss is None
 
 
 def test_process_0_may_end_with_a_last_word_or_without(meet):
-    followers, line = meet({}, {})
+    followers, channel = meet({}, {})
     followers.close(b"bye")
-    assert line.read(3) == b"bye" and followers.loss is None
+    assert channel.read(3) == b"bye" and followers.loss is None
     with pytest.raises(EngineDead, match="the connection was closed"):
-        line.read(1)
+        channel.read(1)
 
 
 def test_other_flags_in_another_process_are_refused_by_both(meet):
@@ -188,9 +189,9 @@ def test_other_flags_in_another_process_are_refused_by_both(meet):
 def test_another_process_that_sends_no_settings_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         far = socket.create_connection(listening.getsockname())
-        line = Line(listening.accept()[0])
-    far.sendall(line_module.LENGTH.pack(1 << 31))
+        channel = Channel(listening.accept()[0])
+    far.sendall(channel_module.LENGTH.pack(1 << 31))
     with pytest.raises(EngineDead, match="sent 2147483648 bytes of settings; the limit is 1048576"):
-        line.agree({}, 1)
-    line.close()
+        channel.agree({}, 1)
+    channel.close()
     far.close()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from support.models.routed import LAYERS, VOCAB, K, planted
 
-from jmoe.offload.predictors.make import PredictorSizes
+from jmoe.offload.predictors.base import PredictorSizes
 from jmoe.offload.predictors.map_store import MapStore
 from jmoe.offload.types import Forecast, LayerView, Predictor, StepView
 
@@ -51,12 +51,12 @@ def layers_of(rng: np.random.Generator, b: int, layers: int = L, k: int = K) -> 
 
 def walked(predictor: Predictor, seen: StepView, layers: list[LayerView]) -> tuple[Predictor, list[Forecast]]:
     """Runs one step, layer by layer; returns the predictor and its forecasts."""
-    walk, forecast = predictor.start(seen)
+    state, forecast = predictor.start(seen)
     forecasts = [forecast]
     for i, layer in enumerate(layers):
-        walk, forecast = predictor.observe(walk, jnp.asarray(i, jnp.int32), layer)
+        state, forecast = predictor.observe(state, jnp.asarray(i, jnp.int32), layer)
         forecasts.append(forecast)
-    return predictor.finish(walk), forecasts
+    return predictor.finish(state), forecasts
 
 
 def np_cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,31 +1,39 @@
-"""Decisions of the expert cache, without weights: which expert is copied to which slot, which is evicted.
+"""The slot table, and its transitions: which expert is copied to which slot, and which is evicted.
 
-Pure transitions of small arrays, in the array namespace of their arguments like ``slots`` and ``policy``:
-inside the jitted step they move weights (``cache``), in the simulator they only count.
+Here are the decisions of the expert cache, without weights. They are pure functions of small arrays, in the
+array namespace of their arguments like ``slots`` and ``policy``: inside the jitted step they move weights
+(``cache``), in the simulator they only count.
 """
 
 from typing import Any, NamedTuple
 
 from jmoe.offload import policy
-from jmoe.offload.policy import Eviction, Outlook, UseHistory
+from jmoe.offload.policy import EvictionRule, Outlook, UseHistory
 from jmoe.offload.slots import Slots, claim, empty, land, pin, present, resident
 from jmoe.offload.types import Forecast
 
 
-class CachePolicy(NamedTuple):
+class CacheSettings(NamedTuple):
     """Settings of the decisions.
 
-    eviction: eviction rule, see ``policy``.
+    worth: eviction rule, see ``policy.RULES``.
     max_prefetches: maximum number of prefetches in one layer, the byte budget.
     distance: number of layers that a forecast covers.
     """
 
-    eviction: Eviction
+    worth: EvictionRule
     max_prefetches: int
     distance: int
 
 
-class Table(NamedTuple):
+class SlotTable(NamedTuple):
+    """The state of the decisions.
+
+    slots: which expert each slot of the pool has.
+    usage: how the experts were used.
+    outlook: what is expected of them.
+    """
+
     slots: Slots
     usage: UseHistory
     outlook: Outlook
@@ -46,14 +54,14 @@ class Copies(NamedTuple):
     num_evictions: Any
 
 
-def new_table(slots: int, layers: int, experts: int, xp: Any) -> Table:
+def new_table(slots: int, layers: int, experts: int, xp: Any) -> SlotTable:
     """Makes a table of ``slots`` empty slots."""
     nothing = xp.zeros((layers, experts), dtype=xp.float32)
     outlook = Outlook(nothing, xp.zeros((layers, experts), dtype=bool), nothing)
-    return Table(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
+    return SlotTable(empty(slots, layers * experts, xp), policy.unused(layers * experts, xp), outlook)
 
 
-def fill(table: Table, loads_LE: Any) -> tuple[Table, Copies]:
+def fill(table: SlotTable, loads_LE: Any) -> tuple[SlotTable, Copies]:
     """Fills a new table with the most often used experts, as many as it has slots."""
     xp = loads_LE.__array_namespace__()
     (s,), loads_X = table.slots.held_S.shape, loads_LE.reshape(-1)
@@ -68,14 +76,14 @@ def fill(table: Table, loads_LE: Any) -> tuple[Table, Copies]:
     return table._replace(slots=land(table.slots)), copies
 
 
-def foresee(table: Table, first_layer: Any, forecast: Forecast) -> Table:
+def set_forecast(table: SlotTable, first_layer: Any, forecast: Forecast) -> SlotTable:
     """Returns the table with a forecast of the layers from ``first_layer`` on."""
-    return table._replace(outlook=policy.look_ahead(table.outlook, first_layer, *forecast))
+    return table._replace(outlook=policy.set_forecast(table.outlook, first_layer, *forecast))
 
 
 def demand(
-    table: Table, rule: CachePolicy, needed_E: Any, layer: Any, max_experts: int
-) -> tuple[Table, Copies]:
+    table: SlotTable, settings: CacheSettings, needed_E: Any, layer: Any, max_experts: int
+) -> tuple[SlotTable, Copies]:
     """Claims slots for the experts that ``layer`` needs and the pool lacks, at most ``max_experts``, and pins
     all that it needs. If slots run out, some experts get none."""
     xp = needed_E.__array_namespace__()
@@ -85,21 +93,22 @@ def demand(
     needed_X = (at_L1 & needed_E[None]).reshape(-1)
     slots = pin(slots, needed_X)
     experts_M, gain_M = policy.misses(needed_E, at_layer(present(slots), layer, e), layer * e, max_experts, x)
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.distance)
+    worth_X = settings.worth(table.usage, table.outlook, layer, settings.distance)
     table, copies = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
     return table._replace(slots=pin(land(table.slots), needed_X)), copies
 
 
-def prefetch(table: Table, rule: CachePolicy, layer: Any) -> tuple[Table, Copies]:
+def prefetch(table: SlotTable, settings: CacheSettings, layer: Any) -> tuple[SlotTable, Copies]:
     """Claims slots, in flight, for the most worthwhile experts of the layers ahead."""
-    worth_X = policy.worth(rule.eviction, table.usage, table.outlook, layer, rule.distance)
-    wishes = policy.best_prefetches(
-        worth_X, table.outlook, layer, present(table.slots), distance=rule.distance, count=rule.max_prefetches
-    )
-    return _claim(table, *wishes, worth_X, True)
+    worth_X = settings.worth(table.usage, table.outlook, layer, settings.distance)
+    experts_M, gain_M = policy.best_prefetches(
+        worth_X, table.outlook, layer, present(table.slots),
+        distance=settings.distance, count=settings.max_prefetches,
+    )  # fmt: skip
+    return _claim(table, experts_M, gain_M, worth_X, True)
 
 
-def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Table:
+def finish_layer(table: SlotTable, needed_E: Any, scores_E: Any, layer: Any) -> SlotTable:
     """Returns the table after ``layer``: all copies have landed, the layer's experts were used, nothing is
     pinned.
 
@@ -109,11 +118,11 @@ def finish_layer(table: Table, needed_E: Any, scores_E: Any, layer: Any) -> Tabl
     layers = table.outlook.p_LE.shape[0]
     used_X = ((xp.arange(layers, dtype=xp.int32) == layer)[:, None] & needed_E[None]).reshape(-1)
     usage = policy.use(table.usage, used_X & resident(table.slots))
-    outlook = policy.warm(table.outlook, layer, scores_E)
-    return Table(pin(land(table.slots), used_X & False), usage, outlook)
+    outlook = policy.add_scores(table.outlook, layer, scores_E)
+    return SlotTable(pin(land(table.slots), used_X & False), usage, outlook)
 
 
-def slots_of_layer(table: Table, layer: Any, experts: int, no_slot: int) -> Any:
+def slots_of_layer(table: SlotTable, layer: Any, experts: int, no_slot: int) -> Any:
     """Returns the slot from which each of a layer's experts can run, or ``no_slot`` if there is none:
     ``[E]``, int32.
 
@@ -133,8 +142,8 @@ def at_layer(values_X: Any, layer: Any, experts: int) -> Any:
 
 
 def _claim(
-    table: Table, experts_M: Any, gain_M: Any, worth_X: Any, is_prefetch: bool
-) -> tuple[Table, Copies]:
+    table: SlotTable, experts_M: Any, gain_M: Any, worth_X: Any, is_prefetch: bool
+) -> tuple[SlotTable, Copies]:
     xp = experts_M.__array_namespace__()
     (s,), had_slot_X = table.slots.held_S.shape, present(table.slots)
     slots, slots_M = claim(table.slots, experts_M, gain_M, worth_X)

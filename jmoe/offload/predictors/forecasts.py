@@ -1,4 +1,4 @@
-"""Combines what is expected of single tokens into one forecast for the batch."""
+"""Helpers that make a forecast for the batch from what is expected of single tokens."""
 
 from typing import NamedTuple, Self
 
@@ -38,8 +38,8 @@ def over_batch(
     The paper leaves the combination open; union and maximum are ours. A token with a p that is not finite is
     left out for that layer; the other tokens count as they would without it.
     """
-    says_BA1 = valid_B[:, None, None] & jnp.all(jnp.isfinite(p_BAE), -1, keepdims=True)
-    return Forecast(jnp.max(jnp.where(says_BA1, p_BAE, 0), 0), jnp.any(wanted_BAE & says_BA1, 0))
+    usable_BA1 = valid_B[:, None, None] & jnp.all(jnp.isfinite(p_BAE), -1, keepdims=True)
+    return Forecast(jnp.max(jnp.where(usable_BA1, p_BAE, 0), 0), jnp.any(wanted_BAE & usable_BA1, 0))
 
 
 class FullForecast(NamedTuple):

@@ -177,7 +177,7 @@ class Tunnel:
             except OSError:
                 near.close()
                 continue
-            # jax ends the process if its coordinator's connection ends; the line reports the end better.
+            # jax ends the process if its coordinator's connection ends; the channel reports the end better.
             carry(near, far, keep_near=True)
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jmoe.offload.predictors.choose import FullForecast, over_batch, top
+from jmoe.offload.predictors.base import BasePredictor, PredictorInputs, PredictorSizes
+from jmoe.offload.predictors.forecasts import FullForecast, over_batch, top
 from jmoe.offload.predictors.map_store import EXACT
 from jmoe.offload.types import Forecast, LayerView, StepView
 
 
-class Chosen(NamedTuple):
-    """The walk of one step.
+class ChosenExperts(NamedTuple):
+    """The predictor's state in one step.
 
     plan: forecast of the step's experts.
     seats_B: seat of each row's request.
@@ -35,7 +36,7 @@ class Chosen(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RequestCounts:
+class RequestCounts(BasePredictor):
     """Predicts by the most similar past request.
 
     stored_QLE: share of each expert in a layer's choices, for Q past requests; with Q = 0 a request is
@@ -51,6 +52,13 @@ class RequestCounts:
     k: int = field(metadata={"static": True})
 
     @classmethod
+    def from_inputs(cls, sizes: PredictorSizes, inputs: PredictorInputs) -> Self:
+        """Makes the predictor; without a profile it knows only a request's own past."""
+        none_QLE = np.zeros((0, sizes.layers, sizes.experts))
+        past_QLE = none_QLE if inputs.profile is None else inputs.profile.sample.experts_QLE
+        return cls.make(past_QLE, seats=sizes.seats, distance=sizes.distance, k=sizes.k)
+
+    @classmethod
     def make(cls, experts_QLE: Int[np.ndarray, "Q L E"], *, seats: int, distance: int, k: int) -> Self:
         """Makes the predictor from Q past requests.
 
@@ -59,23 +67,25 @@ class RequestCounts:
         stored_QLE = _shares(jnp.asarray(experts_QLE, jnp.float32))
         return cls(stored_QLE, jnp.zeros((seats, *stored_QLE.shape[1:]), jnp.float32), distance, k)
 
-    def start(self, view: StepView) -> tuple[Chosen, Forecast]:
+    def start(self, view: StepView) -> tuple[ChosenExperts, Forecast]:
         share_BLE = _shares(self.counts_ZLE[view.seats_B])
         p_BLE = self._matches(share_BLE) if len(self.stored_QLE) else share_BLE
         plan = FullForecast.make(over_batch(p_BLE, top(p_BLE, self.k), view.valid_B), self.distance)
-        walk = Chosen(plan, view.seats_B, view.valid_B, jnp.zeros_like(p_BLE))
-        return walk, plan.window(0, self.distance)
+        state = ChosenExperts(plan, view.seats_B, view.valid_B, jnp.zeros_like(p_BLE))
+        return state, plan.window(0, self.distance)
 
-    def observe(self, walk: Chosen, layer: Int[Array, ""], view: LayerView) -> tuple[Chosen, Forecast]:
-        experts_11E = jnp.arange(walk.chosen_BLE.shape[2], dtype=view.ids_BK.dtype)[None, None]
+    def observe(
+        self, state: ChosenExperts, layer: Int[Array, ""], view: LayerView
+    ) -> tuple[ChosenExperts, Forecast]:
+        experts_11E = jnp.arange(state.chosen_BLE.shape[2], dtype=view.ids_BK.dtype)[None, None]
         chosen_BE = jnp.any(view.ids_BK[:, :, None] == experts_11E, 1).astype(jnp.float32)
-        walk = walk._replace(chosen_BLE=walk.chosen_BLE.at[:, layer].set(chosen_BE))
-        return walk, walk.plan.window(layer + 1, self.distance)
+        state = state._replace(chosen_BLE=state.chosen_BLE.at[:, layer].set(chosen_BE))
+        return state, state.plan.window(layer + 1, self.distance)
 
-    def finish(self, walk: Chosen) -> Self:
-        return self._add(walk.seats_B, walk.chosen_BLE * walk.valid_B.astype(jnp.float32)[:, None, None])
+    def finish(self, state: ChosenExperts) -> Self:
+        return self._add(state.seats_B, state.chosen_BLE * state.valid_B.astype(jnp.float32)[:, None, None])
 
-    def absorb(
+    def add_prompts(
         self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Float[Array, "B L E"]
     ) -> Self:
         """Adds the pieces' counts; a seat whose piece begins a request first drops the former request's."""

@@ -1,9 +1,9 @@
-"""Lines, one TCP connection each, on which process 0 sends the others what to run.
+"""Channels, one TCP connection each, on which process 0 sends the others what to run.
 
 jax's ``broadcast_one_to_all`` would do that too, but it takes 3 ms between two processes on one CPU where a
 step would need two, it keeps idle accelerators busy with waiting, and a process that ends while nothing runs
-goes unnoticed. Both ends of a line send a sign of life every second: silence shows that a process is stopped
-or its machine is gone.
+goes unnoticed. Both ends of a channel send a sign of life every second: silence shows that a process has
+stopped or its machine is gone.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from jmoe.engine.processes.gate import JOINING, Gate
+from jmoe.engine.processes.rendezvous import JOINING, Gate
 from jmoe.engine.request import EngineDead
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ LENGTH = struct.Struct("<I")
 FACTS = 1 << 20  # bytes of settings and configuration at most
 
 
-class Line:
+class Channel:
     """One end of a connection between process 0 and another process."""
 
     def __init__(self, connection: socket.socket):
@@ -93,9 +93,9 @@ class Line:
 
 
 class Followers:
-    """Process 0's lines to all other processes. ``loss`` says which one is gone, as soon as one is.
+    """Process 0's channels to all other processes. ``loss`` says which one is gone, as soon as one is.
 
-    gate: gate where the processes join; it is closed with the lines.
+    gate: gate where the processes join; it is closed with the channels.
     facts: what must be equal in all processes; a ValueError names what is not.
     sign: message that only says that process 0 lives.
     """
@@ -104,52 +104,52 @@ class Followers:
         self.loss: str | None = None
         self._is_closing = False
         self._loss_lock = threading.Lock()
-        self._gate, self._lines = gate, {}
+        self._gate, self._channels = gate, {}
         try:
-            self._lines = {rank: Line(connection) for rank, connection in gate.meet().items()}
-            for rank, line in self._lines.items():
-                self._agree(rank, line, facts)
+            self._channels = {rank: Channel(connection) for rank, connection in gate.meet().items()}
+            for rank, channel in self._channels.items():
+                self._agree(rank, channel, facts)
         except Exception:
             self.close()
             raise
-        for rank, line in self._lines.items():
-            line.keep_alive(sign)
-            threading.Thread(target=self._watch, args=(rank, line), name="jmoe-watch", daemon=True).start()
+        for rank, channel in self._channels.items():
+            channel.keep_alive(sign)
+            threading.Thread(target=self._watch, args=(rank, channel), name="jmoe-watch", daemon=True).start()
 
     def send(self, buffers: Sequence[bytes]) -> None:
         """Sends every follower a message; raises EngineDead if one is gone."""
         message = b"".join(buffers)
-        for rank, line in self._lines.items():
+        for rank, channel in self._channels.items():
             if self.loss is None:
                 try:
-                    line.send(message)
+                    channel.send(message)
                 except OSError as error:
                     self._report_loss(rank, str(error.strerror or error))
         if self.loss is not None:
             raise EngineDead(self.loss)
 
     def close(self, last_message: bytes = b"") -> None:
-        """Sends ``last_message`` and closes the lines. A follower that gets no last message assumes a
+        """Sends ``last_message`` and closes the channels. A follower that gets no last message assumes a
         failure."""
         self._is_closing = True  # from here on, followers may go
-        for line in self._lines.values():
+        for channel in self._channels.values():
             with suppress(OSError):
-                line.send(last_message)
-            line.close()
-        self._lines = {}
+                channel.send(last_message)
+            channel.close()
+        self._channels = {}
         self._gate.close()
 
-    def _agree(self, rank: int, line: Line, facts: dict[str, Any]) -> None:
+    def _agree(self, rank: int, channel: Channel, facts: dict[str, Any]) -> None:
         try:
-            line.agree(facts, rank)
+            channel.agree(facts, rank)
         except (EngineDead, OSError) as error:
             raise EngineDead(f"process {rank} is gone ({error})") from None
 
-    def _watch(self, rank: int, line: Line) -> None:
+    def _watch(self, rank: int, channel: Channel) -> None:
         """Reads a follower's signs of life (it sends nothing else) until it is lost."""
         try:
             while True:
-                line.read(1)
+                channel.read(1)
         except EngineDead as error:
             self._report_loss(rank, str(error))
 
