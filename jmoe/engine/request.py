@@ -11,6 +11,7 @@ from msgspec import Meta
 from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import check_fields
 from jmoe.engine.page_names import PageNames
+from jmoe.engine.text.codec import TextCodec
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -207,6 +208,22 @@ class RequestState:
     num_computed_tokens: int = 0
     num_in_flight: int = 0
     is_ended: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a model that stay the same while its engine lives.
+
+    codec: the model's text codec; None = the model has no tokenizer and prompts are token ids.
+    max_model_len: maximum number of tokens of a prompt and its answer together.
+    vocab_size: size of the vocabulary, which all token ids are below.
+    end_ids: the model's end-of-text tokens.
+    """
+
+    codec: TextCodec | None
+    max_model_len: int
+    vocab_size: int
+    end_ids: frozenset[int]
 
 
 @dataclass(frozen=True)

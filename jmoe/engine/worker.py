@@ -9,8 +9,7 @@ from typing import Any
 
 from jmoe.engine.engine import Engine
 from jmoe.engine.faults import contained, tell
-from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, Request
-from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, ModelFacts, Request
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +23,7 @@ class EngineWorker:
 
     def __init__(self, engine: Engine):
         self._engine = engine
+        self.facts = ModelFacts(engine.codec, engine.max_model_len, engine.vocab_size, engine.end_ids)
         self._calls: list[tuple[Any, Future]] = []
         self._condition = threading.Condition()
         self._is_closing = False
@@ -32,22 +32,6 @@ class EngineWorker:
 
     def start(self) -> None:
         self._thread.start()
-
-    @property
-    def codec(self) -> TextCodec | None:
-        return self._engine.codec
-
-    @property
-    def max_model_len(self) -> int:
-        return self._engine.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        return self._engine.vocab_size
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        return self._engine.end_ids
 
     def submit(self, requests: list[Request]) -> None:
         """Queues all or none of the requests; raises ValueError (bad request), QueueFull or EngineDead."""

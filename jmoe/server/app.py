@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Scope
 from jmoe.server.errors import ApiError, unavailable
 from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service
-from jmoe.server.watch.answered import AnswerReports, Watched
-from jmoe.server.wire.crowd import LACKING
+from jmoe.server.watch.answered import AnswerReports
+from jmoe.server.wire.connection_limit import RESOURCE_ERRORS
 from jmoe.server.wire.middleware import ApiKey, Contained, Origins, RequestId
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def make_app(service: Service) -> ASGIApp:
         app = ApiKey(app, service.settings.api_key, {route.path for route in ROUTES if route.is_open})
     if service.settings.allowed_origins:
         app = Origins(app, service.settings.allowed_origins)
-    watched = {e: Watched(route.pattern, route.is_quiet, route.operation) for e, route in endpoints}
-    return RequestId(AnswerReports(app, watched, service.observers))
+    return RequestId(AnswerReports(app, dict(endpoints), service.observers))
 
 
 async def _api_error(service: Service, request: Request, error: ApiError) -> Response:
@@ -63,7 +62,7 @@ async def _api_error(service: Service, request: Request, error: ApiError) -> Res
 
 async def _no_resources(service: Service, request: Request, error: OSError) -> Response:
     """Answers 503 when the system has run out of descriptors, memory or processes for the moment."""
-    if error.errno not in LACKING:
+    if error.errno not in RESOURCE_ERRORS:
         raise error
     log.error("a request was refused: %s", error.strerror)
     message = f"the server has no resources left for this request ({error.strerror})"

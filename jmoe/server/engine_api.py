@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.request import EngineSnapshot, Listener, Request
-from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.request import EngineSnapshot, Listener, ModelFacts, Request
 
 
 class EngineProtocol(Protocol):
     """An engine that runs by itself. Every method may be called from any thread.
 
-    codec: the model's text codec; None = the model has no tokenizer and prompts are token ids.
-    end_ids: the model's end-of-text tokens.
+    facts: what the server needs to know of the model.
     submit: queues all requests or none; raises ValueError (one line, safe to show), QueueFull or EngineDead.
         It may wait for a running step, so it is called off the event loop.
     abort: ends requests; it is idempotent.
@@ -20,13 +18,7 @@ class EngineProtocol(Protocol):
     """
 
     @property
-    def codec(self) -> TextCodec | None: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end_ids(self) -> frozenset[int]: ...
+    def facts(self) -> ModelFacts: ...
 
     def submit(self, requests: list[Request]) -> None: ...
     def abort(self, request_ids: Iterable[str]) -> None: ...

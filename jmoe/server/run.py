@@ -20,16 +20,17 @@ from starlette.types import Receive, Scope, Send
 
 from jmoe.server.app import make_app
 from jmoe.server.engine_api import EngineProtocol
+from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service
 from jmoe.server.settings import ServerSettings
 from jmoe.server.watch.answered import Observer
 from jmoe.server.watch.totals import log_traffic
-from jmoe.server.wire.crowd import LACKING, Crowd
+from jmoe.server.wire.connection_limit import RESOURCE_ERRORS, ConnectionLimit
 from jmoe.server.wire.protocol import protocol, wire_app
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
-POLL = 0.2  # seconds between two checks of the engine and of the running answers
+CHECK_INTERVAL = 0.2  # seconds between two checks of the engine and of the running answers
 LAST_WORDS = 2  # seconds for answers and errors already written to reach their clients
 
 
@@ -134,7 +135,7 @@ def _log_failure(task: asyncio.Task) -> None:
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Logs an error that no task waits for. An accept without a descriptor is tried again in a second."""
     error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in LACKING:
+    if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
         log.error("%s: %s", context.get("message"), error.strerror)
     else:
         loop.default_exception_handler(context)
@@ -143,15 +144,16 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 class Server(uvicorn.Server):
     """A uvicorn server that drains: it listens, and refuses, until the running answers have finished."""
 
-    def __init__(self, service: Service, crowd: Crowd | None = None):
+    def __init__(self, service: Service, connection_limit: ConnectionLimit | None = None):
         settings = service.settings
         self.app = wire_app(make_app(service), settings)
         self.loop: asyncio.AbstractEventLoop | None = None
-        crowd = crowd or Crowd.from_descriptors()
+        connection_limit = connection_limit or ConnectionLimit.from_descriptors()
+        probe_paths = {route.path for route in ROUTES if route.is_probe}
         super().__init__(
             uvicorn.Config(
                 self._quietly,
-                http=protocol(settings, crowd),
+                http=protocol(settings, connection_limit, probe_paths),
                 loop="asyncio",  # ``protocol`` relies on its transports and handling of lacking descriptors
                 interface="asgi3",
                 ws="none",
@@ -161,7 +163,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 # This many connections are accepted at once, see startup.
-                backlog=max(1, min(BACKLOG, crowd.num_spare // 2)),
+                backlog=max(1, min(BACKLOG, connection_limit.num_spare // 2)),
                 timeout_keep_alive=settings.keep_alive,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
@@ -246,8 +248,8 @@ class Server(uvicorn.Server):
             if service.is_draining:
                 if not service.generations or waited >= service.settings.shutdown_timeout:
                     break
-                waited += POLL
-            await asyncio.sleep(POLL)
+                waited += CHECK_INTERVAL
+            await asyncio.sleep(CHECK_INTERVAL)
         service.is_draining = True
         service.stop_running()
         self.should_exit = True

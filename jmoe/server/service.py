@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from starlette.requests import Request
 
 from jmoe import __version__
 from jmoe.engine.faults import contained
-from jmoe.engine.request import SamplingParams
 from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol
@@ -22,8 +22,8 @@ from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
 from jmoe.server.request.decoding import decode
-from jmoe.server.request.grammars import AnswerGrammar, Grammars
-from jmoe.server.request.prompts import Prompt
+from jmoe.server.request.grammars import Grammars
+from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.watch.answered import Answered, Observer, log_answer
@@ -48,13 +48,13 @@ class Service:
     """
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
-        self.engine, self.settings = engine, settings
+        self.engine, self.facts, self.settings = engine, engine.facts, settings
         self.model = settings.served_model_name or model
         self.template = None if directory is None else load_chat_template(directory)
-        self.turn_ends = () if directory is None or engine.codec is None else load_turn_ends(directory)
+        self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)
-        self.grammars = Grammars(engine)
+        self.grammars = Grammars(self.facts)
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]
@@ -107,27 +107,16 @@ class Service:
         """Runs a function that takes long (tokenizing megabytes) or waits for the engine."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, contained, function, *args)
 
-    async def generate(
-        self,
-        id: str,
-        prompts: Sequence[Prompt],
-        params: Sequence[SamplingParams],
-        param: str,
-        grammar: AnswerGrammar | None = None,
-    ) -> Generation:
-        """Starts ``len(params) / len(prompts)`` answers per prompt, prompt-major, all with one grammar."""
-        n = len(params) // len(prompts)
-        work = [(prompts[i // n].token_ids, p) for i, p in enumerate(params)]
+    async def generate(self, id: str, prepared: PreparedRequest) -> Generation:
+        """Starts the answers to a request, as parts of the answer ``id``."""
+        grammar = None if prepared.grammar is None else await self.grammars.compile(prepared.grammar)
         timeout = self.settings.request_timeout
-        field = None if grammar is None else grammar.param
-        generation = Generation(
-            self.engine, self.executor, id, work, self.generations.discard, timeout, field
-        )
+        generation = Generation(self.engine, self.executor, self.generations.discard, timeout)
+        make = partial(prepared.engine_requests, id, grammar, generation.emit, time.monotonic())
         self.generations.add(generation)
         try:
-            if grammar is not None:
-                await self.in_thread(_constrain, generation, grammar)
-            await generation.start(param)
+            requests = make() if grammar is None else await self.in_thread(make)  # constraints take long
+            await generation.start(requests, prepared.prompt_field, prepared.grammar_field)
         except BaseException:
             self.generations.discard(generation)
             raise
@@ -144,7 +133,7 @@ class Service:
         )
 
     def _count_answer(self, answer: Answered) -> None:
-        self.metrics.count_answer(answer.method, answer.status, answer.route.pattern)
+        self.metrics.count_answer(answer.method, answer.status, answer.pattern)
 
     def _sample(self) -> Snapshot:
         """Takes a snapshot for the dashboard; it may wait for a running step."""
@@ -165,8 +154,3 @@ class Service:
         """Shuts down the threads and the grammars' child process, which may first finish its work."""
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.grammars.close()
-
-
-def _constrain(generation: Generation, grammar: AnswerGrammar) -> None:
-    for request in generation.requests:
-        request.constraint = grammar.constraint()

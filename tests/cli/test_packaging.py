@@ -18,12 +18,12 @@ FLOORS = {  # a part of a package imports only from the parts before it in its l
         "deployment", "lowering", "worker", "build", "llm", "processes",
     ),
     "jmoe.server": (
-        "errors", "settings", "engine_api", "template", "wire", "request", "answer", "watch", "service",
-        "routes", "app", "run",
+        "errors", "settings", "engine_api", "route", "template", "wire", "request", "answer", "watch",
+        "service", "routes", "app", "run",
     ),
     "jmoe.server.request": (
         "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
-        "messages", "prompts", "params",
+        "messages", "prompts", "params", "prepared",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

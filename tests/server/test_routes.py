@@ -1,7 +1,9 @@
 """A route is one declaration, which the code that serves, guards, logs, traces and describes it reads."""
 
 import logging
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from starlette.requests import Request
@@ -11,8 +13,8 @@ from support.server.fake_engine import ByteCodec, FakeEngine, served
 from jmoe.server import app
 from jmoe.server.answer import replies
 from jmoe.server.errors import json_response
+from jmoe.server.route import JSON, Route
 from jmoe.server.routes import table
-from jmoe.server.routes.route import JSON, Route
 from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service
 from jmoe.server.watch.answered import Answered
@@ -33,7 +35,8 @@ def names(fact: str) -> dict[str, object]:
 
 
 def test_the_facts_are_those_that_users_rely_on():
-    probes = {"/live", "/ready", "/health", "/ping"}
+    probes = names("is_probe").keys()
+    assert probes == {"/live", "/ready", "/health", "/ping"}
     assert names("is_open").keys() == probes | {"/dashboard", "/moe"}
     assert names("is_quiet").keys() == probes | {"/metrics"}
     assert names("operation") == {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
@@ -71,6 +74,15 @@ def test_a_new_route_is_one_declaration(is_set, monkeypatch, caplog):
         assert "did you mean /new?" in client.get("/v1/new", headers=KEY).json()["error"]["message"]
         described = client.get("/openapi.json", headers=KEY).json()["paths"]["/new"]["get"]
     assert described["summary"] == "A new one" and ("security" in described) != is_set
-    assert (answers[1].route.pattern, answers[1].route.operation) == ("/new", route.operation)
+    assert (answers[1].pattern, answers[1].route) == ("/new", route)
     logged = [record.fields["route"] for record in caplog.records if record.message == "answered"]
     assert ("/new" in logged) != is_set
+
+
+def test_the_manual_lists_every_route_and_those_that_need_no_key():
+    text = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    table, _, after = text.partition("## Routes")[2].partition("\n\nA slash")
+    listed = set(re.findall(r"(/[\w./{}]+)`", table))
+    assert listed == {route.pattern for route in ROUTES}
+    [without_key] = re.findall(r"With an API key every route but (.*?) asks", after)
+    assert set(re.findall(r"`(.+?)`", without_key)) == names("is_open").keys()

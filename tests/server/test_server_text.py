@@ -4,7 +4,6 @@ import json
 
 import pytest
 from support.models.tokenizer_folders import byte_level, folder, pieces, with_bos
-from support.server import fake_engine as test_server_fake
 from support.server.fake_engine import TEMPLATE, FakeEngine, served
 from tokenizers import normalizers
 
@@ -22,14 +21,7 @@ def client(tmp_path_factory):
 
 
 def served_with(codec: TextCodec, directory=None):
-    engine = FakeEngine(codec, max_model_len=64)
-    engine.vocab_size = codec.vocab_size
-    return served(engine, directory)
-
-
-@pytest.fixture(autouse=True)
-def larger_vocabulary(monkeypatch):
-    monkeypatch.setattr(test_server_fake, "VOCAB", 300)
+    return served(FakeEngine(codec, vocab_size=codec.vocab_size), directory)
 
 
 def choice(client, **fields) -> dict:

@@ -22,7 +22,7 @@ from jmoe.server.answer.replies import (
     FunctionPiece,
     Head,
 )
-from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, Event, Text
+from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, Event, PlainText
 from jmoe.server.request.tools import ToolUse
 
 ALPHABET = string.ascii_letters + string.digits
@@ -50,7 +50,7 @@ class CallsAnswer:
         text, calls = "", list[CallPiece]()
         for event in self._events(output.text, is_last=output.finish_reason is not None):
             match event:
-                case Text():
+                case PlainText():
                     text += event.text
                 case CallStart():
                     piece = self._piece(event.name)
@@ -71,7 +71,7 @@ class CallsAnswer:
         text, calls = "", list[Call]()
         for event in self._events(answer_text(outputs), is_last=True):
             match event:
-                case Text():
+                case PlainText():
                     text += event.text
                 case CallStart():
                     calls.append(Call(call_id(), "function", FunctionCall(event.name, "")))

@@ -84,7 +84,7 @@ class Answer:
         return entries > HEAVY
 
 
-def event(content: msgspec.Struct) -> bytes:
+def encoded_event(content: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
@@ -132,23 +132,23 @@ async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncI
 
     try:
         for chunk in form.opening(head):
-            yield event(counted(chunk))
+            yield encoded_event(counted(chunk))
         async for index, output in answer.generation.outputs():
             counter.add(output)
             if answer.is_heavy(len(output.token_ids), len(output.prompt_logprobs or ())):
                 for part in await answer.in_thread(parts, index, output):
                     yield part
             else:
-                yield event(counted(form.chunk(head, index, output)))
+                yield encoded_event(counted(form.chunk(head, index, output)))
         if with_usage:
-            yield event(counted(form.closing(head), is_counted=True))
+            yield encoded_event(counted(form.closing(head), is_counted=True))
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except ApiError as error:
-        yield event(error.envelope())
+        yield encoded_event(error.envelope())
     except BaseException:  # a panic of a Rust library is not an Exception
         log.exception("a stream failed: %s", head.id)
-        yield event(ApiError(500, f"internal error (request {head.id})").envelope())
+        yield encoded_event(ApiError(500, f"internal error (request {head.id})").envelope())
     yield DONE
 
 

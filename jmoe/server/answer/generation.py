@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor, Future
 
 from jmoe.engine.faults import contained
-from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
+from jmoe.engine.request import EngineDead, Output, QueueFull, Request
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead, invalid, refused, timed_out, unavailable
 
@@ -19,55 +18,48 @@ class Generation:
     reads them.
 
     The caller that starts a generation closes it: ``close`` aborts the answers that still run.
-    work: token ids and sampling parameters of each answer.
     on_close: function that ``close`` calls with this generation.
     timeout: seconds from now that all answers together may take; None = no limit.
-    grammar_param: request field named in the error if an answer cannot go on in its grammar.
+    requests: the engine's request of each answer, from ``start`` on.
     """
 
     def __init__(
         self,
         engine: EngineProtocol,
         executor: Executor,
-        id: str,
-        work: Iterable[tuple[list[int], SamplingParams]],
         on_close: Callable[["Generation"], None],
         timeout: float | None = None,
-        grammar_param: str | None = None,
     ):
         self.engine, self.executor, self.on_close = engine, executor, on_close
+        self.grammar_field: str | None = None
         self.loop, self.timeout = asyncio.get_running_loop(), timeout
-        self.grammar_param = grammar_param
         self.deadline = None if timeout is None else self.loop.time() + timeout
         # A queue never holds more than max_tokens increments an answer.
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
-        arrived = time.monotonic()
-        self.requests = [
-            Request(f"{id}-{i}", tokens, params, self._emitter(i), arrived)
-            for i, (tokens, params) in enumerate(work)
-        ]
-        self.unfinished_ids = {request.id for request in self.requests}
+        self.requests: list[Request] = []
+        self.unfinished_ids: set[str] = set()
         self.finish_reasons: dict[str, str] = {}  # finish reason of each ended request, by id
 
-    def _emitter(self, index: int) -> Callable[[Output], None]:
-        def emit(output: Output) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, output))
+    def emit(self, index: int, output: Output) -> None:
+        """Takes the next increment of choice ``index``, on any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, output))
 
-        return emit
-
-    async def start(self, param: str) -> None:
-        """Queues all requests or raises an ApiError.
+    async def start(self, requests: list[Request], prompt_field: str, grammar_field: str | None) -> None:
+        """Queues all requests, whose increments come to ``emit``, or raises an ApiError.
 
         The engine takes requests between two steps, so a thread waits for it.
-        param: request field named in the error if a prompt is refused.
+        prompt_field: request field named in the error if a prompt is refused.
+        grammar_field: request field named in the error if an answer cannot go on in its grammar.
         """
-        future = self.executor.submit(contained, self.engine.submit, self.requests)
+        self.requests, self.grammar_field = requests, grammar_field
+        self.unfinished_ids = {request.id for request in requests}
+        future = self.executor.submit(contained, self.engine.submit, requests)
         try:
             async with self._in_time():
                 await self._or_abort(future)
         except ValueError as error:
-            raise refused(error, param) from None
+            raise refused(error, prompt_field) from None
         except QueueFull as error:
             raise unavailable(str(error) or "the queue is full", "queue_full") from None
         except EngineDead:
@@ -108,7 +100,7 @@ class Generation:
 
     def stop(self) -> None:
         """Makes ``outputs`` fail as in a shutdown."""
-        self.queue.put_nowait((0, Output(self.requests[0].id, finish_reason="abort")))
+        self.queue.put_nowait((0, Output("", finish_reason="abort")))
 
     def close(self) -> None:
         self._abort()
@@ -126,7 +118,7 @@ class Generation:
         if output.finish_reason == "abort":  # not by ``close``, after which nobody reads
             return draining()
         if output.is_invalid:
-            return invalid(f"{self.grammar_param} cannot be used: {output.error}", self.grammar_param)
+            return invalid(f"{self.grammar_field} cannot be used: {output.error}", self.grammar_field)
         return ApiError(500, f"{output.error or 'the engine failed'} (request {output.request_id})")
 
 

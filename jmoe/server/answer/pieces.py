@@ -8,13 +8,13 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-PIECE = 64  # list items encoded in one call, during which no other thread runs
+PIECE_ITEMS = 64  # list items encoded in one call, during which no other thread runs
 PIECE_BYTES = 64 * 1024  # bytes of an answer written at a time
 
 
 def encoded(value: Any, depth: int = 4) -> Iterator[bytes]:
     """Encodes JSON in pieces that are each made quickly: structs, objects and lists are split down to
-    ``depth``, and long lists into ``PIECE`` items at a time."""
+    ``depth``, and long lists into ``PIECE_ITEMS`` items at a time."""
     if isinstance(value, dict | msgspec.Struct) and depth:
         items = value.items() if isinstance(value, dict) else _fields(value)
         opening = b"{"
@@ -28,9 +28,9 @@ def encoded(value: Any, depth: int = 4) -> Iterator[bytes]:
             yield b"," if i else b"["
             yield from encoded(item, depth - 1)
         yield b"]"
-    elif isinstance(value, list) and len(value) > PIECE:
-        for start in range(0, len(value), PIECE):
-            yield (b"," if start else b"[") + msgspec.json.encode(value[start : start + PIECE])[1:-1]
+    elif isinstance(value, list) and len(value) > PIECE_ITEMS:
+        for start in range(0, len(value), PIECE_ITEMS):
+            yield (b"," if start else b"[") + msgspec.json.encode(value[start : start + PIECE_ITEMS])[1:-1]
         yield b"]"
     else:
         yield msgspec.json.encode(value)

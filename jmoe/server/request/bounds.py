@@ -19,7 +19,7 @@ MAX_MESSAGES = 2**13
 MAX_TOKENIZED = 2**21  # characters that /tokenize takes, for any context length
 MAX_TOOL_CHARACTERS = 2**20  # characters of all tools, including their descriptions
 LIGHT = 16 * 1024  # bytes of a body so small that it needs no checks or limits of its work
-PIECE = 64 * 1024  # bytes counted at a time
+COUNTED_BYTES = 64 * 1024  # bytes counted at a time
 
 QUOTE, BACKSLASH = ord('"'), ord("\\")
 Item = TypeVar("Item")
@@ -36,8 +36,8 @@ def check_json(text: bytes, what: str = "the request body", param: str | None = 
         return
     values = quotes = keys = lists = 0
     in_string, odd = False, False  # both at the piece's first byte; odd: a backslash escapes it
-    for start in range(0, len(text), PIECE):
-        bytes_N = np.frombuffer(text, np.uint8, min(PIECE, len(text) - start), start)
+    for start in range(0, len(text), COUNTED_BYTES):
+        bytes_N = np.frombuffer(text, np.uint8, min(COUNTED_BYTES, len(text) - start), start)
         quotes_N, odd = _quotes(bytes_N, odd)
         outside_N = (np.cumsum(quotes_N, dtype=np.int32) & 1) == in_string
         in_string ^= bool(quotes_N.sum() & 1)

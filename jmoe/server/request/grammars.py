@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jmoe.engine.faults import contained
 from jmoe.engine.grammar.check import MAX_SECONDS, CheckerUnavailable, GrammarChecker, TooCostly
 from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint
-from jmoe.server.engine_api import EngineProtocol
+from jmoe.engine.request import ModelFacts
 from jmoe.server.errors import invalid, unavailable
 from jmoe.server.request.structured import GrammarRequest
 
@@ -41,8 +41,8 @@ class Grammars:
     for costly grammars only, one after another: they delay only one another.
     """
 
-    def __init__(self, engine: EngineProtocol):
-        self.engine = engine
+    def __init__(self, facts: ModelFacts):
+        self.facts = facts
         self.cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self.num_waiting = 0
         self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="jmoe-grammars")
@@ -93,10 +93,10 @@ class Grammars:
     def _compiler_and_checker(self) -> tuple[GrammarCompiler, GrammarChecker]:
         with self._making:
             if self._pair is None:
-                codec = self.engine.codec
-                if codec is None:
+                facts = self.facts
+                if facts.codec is None:
                     raise ValueError("this model has no tokenizer")
-                compiler = GrammarCompiler(codec.tokenizer, self.engine.vocab_size, self.engine.end_ids)
+                compiler = GrammarCompiler(facts.codec.tokenizer, facts.vocab_size, facts.end_ids)
                 self._pair = compiler, GrammarChecker(compiler.spec)
             return self._pair
 

@@ -6,10 +6,12 @@ from contextlib import aclosing, suppress
 from importlib import resources
 from typing import get_args
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jmoe.config.counters import LOSSY, names
 from jmoe.engine.request import EngineDead
 from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
 from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
@@ -20,7 +22,7 @@ from jmoe.server.watch.snapshots import ReportPhase
 
 WINDOW = 10  # seconds of a report if the listener requests no window
 LISTENERS = 64  # at the same time
-PATIENCE = 10.0  # seconds for which a listener's connection may be full
+WRITE_TIMEOUT = 10.0  # seconds in which a listener must take some of what is sent to it
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -33,13 +35,16 @@ async def page(service: Service, request: Request) -> Response:
     file = resources.files("jmoe.server").joinpath("pages/dashboard.html")
     text = await service.in_thread(lambda: file.read_text(encoding="utf-8"))
     nonce = secrets.token_urlsafe(16)
+    lossy = msgspec.json.encode(names(LOSSY)).decode()
     headers = {
         "content-security-policy": POLICY.format(nonce),
         "cache-control": "no-store",
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-    return Response(text.replace("{nonce}", nonce), headers=headers, media_type="text/html")
+    return Response(
+        text.replace("{nonce}", nonce).replace("{lossy}", lossy), headers=headers, media_type="text/html"
+    )
 
 
 async def stats(service: Service, request: Request) -> Response:
@@ -100,7 +105,7 @@ class ReportStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_part(part: bytes, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": part, "more_body": more}
-            await asyncio.wait_for(send(message), PATIENCE)
+            await asyncio.wait_for(send(message), WRITE_TIMEOUT)
 
         async def send_all() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

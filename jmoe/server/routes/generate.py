@@ -4,13 +4,11 @@ Both go the same way: the body is read and checked, its prompts become tokens, t
 format writes the answer.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jmoe.engine.request import SamplingParams
 from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.chats import ChatFormat
 from jmoe.server.answer.completions import CompletionFormat
@@ -18,77 +16,61 @@ from jmoe.server.answer.delivery import Answer, EventStream, UsageCounter, strea
 from jmoe.server.answer.formats import AnswerFormat, ChoiceFields
 from jmoe.server.request.checks import check_chat, check_completion
 from jmoe.server.request.params import chat_params, completion_params, fan_out
-from jmoe.server.request.prompts import Prompt, TextEncoder, chat_prompt, completion_prompts
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest
-from jmoe.server.request.structured import GrammarRequest, requested_grammar
+from jmoe.server.request.prepared import PreparedRequest
+from jmoe.server.request.prompts import TextEncoder, chat_prompt, completion_prompts
+from jmoe.server.request.schema import ChatRequest, CompletionRequest
+from jmoe.server.request.structured import requested_grammar
 from jmoe.server.service import Service
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a request wants from the engine.
-
-    body: the checked request body.
-    prompts: the request's prompts.
-    params: sampling parameters, one set per answer, prompt-major.
-    grammar: grammar that the answers must follow, if any.
-    form: format of the answers.
-    field: body field named in the error if the engine refuses a prompt.
-    """
-
-    body: GenerationRequest
-    prompts: list[Prompt]
-    params: list[SamplingParams]
-    grammar: GrammarRequest | None
-    form: AnswerFormat
-    field: str
-
-
 async def create_completion(service: Service, request: Request) -> Response:
-    return await _answer(service, request, await service.read(request, partial(_completion, service)), "cmpl")
+    prepared, form = await service.read(request, partial(_completion, service))
+    return await _answer(service, request, prepared, form, "cmpl")
 
 
 async def create_chat_completion(service: Service, request: Request) -> Response:
-    return await _answer(service, request, await service.read(request, partial(_chat, service)), "chatcmpl")
+    prepared, form = await service.read(request, partial(_chat, service))
+    return await _answer(service, request, prepared, form, "chatcmpl")
 
 
-def _completion(service: Service, raw: bytes) -> Work:
+def _completion(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
     """Does all work whose time grows with the body."""
     body = service.decode(raw, CompletionRequest)
     check_completion(body)
-    params, n = completion_params(body, service.engine.vocab_size), body.n or 1
+    params, n = completion_params(body, service.facts.vocab_size), body.n or 1
     grammar = requested_grammar(body)
     encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
     prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
     fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
     form = CompletionFormat(fields, prompts, echo=bool(body.echo))
-    return Work(body, prompts, fan_out(params, len(prompts), n), grammar, form, "prompt")
+    return PreparedRequest(body, prompts, fan_out(params, len(prompts), n), grammar, "prompt"), form
 
 
-def _chat(service: Service, raw: bytes) -> Work:
+def _chat(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
     """Does all work whose time grows with the body."""
     chat = check_chat(service.decode(raw, ChatRequest))
     body, tools = chat.body, chat.tools
-    params, n = chat_params(chat, service.engine.vocab_size, service.turn_ends), body.n or 1
+    params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
     shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
     prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
     fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
     form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
-    return Work(body, [prompt], fan_out(params, 1, n), chat.grammar, form, "messages")
+    return PreparedRequest(body, [prompt], fan_out(params, 1, n), chat.grammar, "messages"), form
 
 
 def _encoder(service: Service, *, adds_special: bool) -> TextEncoder:
-    return TextEncoder(service.engine.codec, adds_special, service.engine.max_model_len)
+    return TextEncoder(service.facts.codec, adds_special, service.facts.max_model_len)
 
 
-async def _answer(service: Service, request: Request, work: Work, prefix: str) -> Response:
+async def _answer(
+    service: Service, request: Request, prepared: PreparedRequest, form: AnswerFormat, prefix: str
+) -> Response:
     head = service.head(prefix)
-    grammar = None if work.grammar is None else await service.grammars.compile(work.grammar)
-    generation = await service.generate(head.id, work.prompts, work.params, work.field, grammar)
+    generation = await service.generate(head.id, prepared)
     request.state.generation = generation  # read by the log, metrics and traces of answers
-    counter = UsageCounter(work.prompts, generation.requests)
-    answer = Answer(generation, work.form, counter, head, service.in_thread)
-    if work.body.stream:
-        return EventStream(generation, stream_events(answer, work.body.stream_options))
+    counter = UsageCounter(prepared.prompts, generation.requests)
+    answer = Answer(generation, form, counter, head, service.in_thread)
+    if prepared.body.stream:
+        return EventStream(generation, stream_events(answer, prepared.body.stream_options))
     return await whole_answer(request, answer)

@@ -45,7 +45,7 @@ def _model(service: Service) -> Model:
         object="model",
         created=service.start_time,
         owned_by="jmoe",
-        max_model_len=service.engine.max_model_len,
+        max_model_len=service.facts.max_model_len,
     )
 
 
@@ -63,7 +63,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 def _tokens(service: Service, raw: bytes) -> list[bytes]:
-    body, codec = service.decode(raw, TokenizeRequest), service.engine.codec
+    body, codec = service.decode(raw, TokenizeRequest), service.facts.codec
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
@@ -75,7 +75,7 @@ def _tokens(service: Service, raw: bytes) -> list[bytes]:
         if len(text) > MAX_TOKENIZED:
             raise invalid(f"prompt has {len(text)} characters; the limit is {MAX_TOKENIZED}", "prompt")
         ids = TextEncoder(codec, body.add_special_tokens is not False).encode(text, "prompt")
-    answer = Tokens(count=len(ids), max_model_len=service.engine.max_model_len, tokens=ids)
+    answer = Tokens(count=len(ids), max_model_len=service.facts.max_model_len, tokens=ids)
     if body.return_token_strs:
         try:
             names = {token: token_name(token, codec) for token in set(ids)}
@@ -91,7 +91,7 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 def _text(service: Service, raw: bytes) -> list[bytes]:
     body = service.decode(raw, DetokenizeRequest)
-    codec, size = service.engine.codec, service.engine.vocab_size
+    codec, size = service.facts.codec, service.facts.vocab_size
     if codec is None:
         raise invalid("this model has no tokenizer", "tokens")
     outside = next((t for t in body.tokens if t >= size), None)

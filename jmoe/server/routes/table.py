@@ -12,9 +12,9 @@ from jmoe import __version__
 from jmoe.server.answer import replies
 from jmoe.server.errors import json_response
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jmoe.server.route import EVENTS, JSON, Route
 from jmoe.server.routes import dashboard, generate, info
 from jmoe.server.routes.openapi import openapi_document
-from jmoe.server.routes.route import EVENTS, JSON, Route
 from jmoe.server.service import Service
 
 STATUS = {JSON: replies.Status}
@@ -32,22 +32,22 @@ async def openapi(service: Service, request: Request) -> Response:
 
 # Machines ask the quiet ones every few seconds. The page is open because it holds no data: it asks for the
 # key that its data needs. The names of operations are those of OpenTelemetry's GenAI conventions.
-ROUTES = (
+ROUTES: tuple[Route[Service], ...] = (
     Route(
         "GET", "/live", info.live, "200 while the engine lives", STATUS, (503,),
-        is_open=True, is_quiet=True,
+        is_open=True, is_quiet=True, is_probe=True,
     ),
     Route(
         "GET", "/ready", info.ready, "200 while new requests are taken", STATUS, (503,),
-        is_open=True, is_quiet=True,
+        is_open=True, is_quiet=True, is_probe=True,
     ),
     Route(
         "GET", "/health", info.ready, "The same as /ready", STATUS, (503,),
-        is_open=True, is_quiet=True,
+        is_open=True, is_quiet=True, is_probe=True,
     ),
     Route(
         "GET", "/ping", info.ready, "The same as /ready", STATUS, (503,),
-        is_open=True, is_quiet=True,
+        is_open=True, is_quiet=True, is_probe=True,
     ),
     Route("GET", "/version", info.version, "The server's version", {JSON: replies.Version}),
     Route("GET", "/v1/models", info.models, "The served models", {JSON: replies.Models}),

@@ -29,7 +29,7 @@ COMPARES = ("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<="
 BUILTIN = (str, bytes, int, float, list, tuple, dict)
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):
     """The tag ``{% generation %}``. It marks what an assistant wrote, for training: it is rendered as if
     unmarked."""
 
@@ -53,7 +53,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,
             finalize=self._written,  # it takes the context, so no output is computed at compile time
-            extensions=["jinja2.ext.loopcontrols", Generation],
+            extensions=["jinja2.ext.loopcontrols", GenerationTag],
         )
         del self.globals["lipsum"]  # filler text, of any length
         self.filters |= {"in_time": bounds.in_time, "measured": bounds.measured, "sum": self._sum}

@@ -10,20 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jmoe.engine.faults import tell
 from jmoe.server.answer.generation import Generation
+from jmoe.server.route import Route
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What observers of answers need to know of a route."""
-
-    pattern: str  # its path, such as "/v1/models/{id}"
-    is_quiet: bool = False  # its answers are not logged
-    operation: str | None = None  # its name in traces; None if it is not traced
-
-
-UNKNOWN = Watched("unknown")  # the route of unknown paths and of requests refused before routing
 
 
 @dataclass(frozen=True)
@@ -31,7 +20,7 @@ class Answered:
     """One answer that has ended.
 
     method: HTTP method of the request.
-    route: route that answered, or UNKNOWN.
+    route: route that answered; None for unknown paths and for requests refused before routing.
     status: HTTP status; it is 499 if the client left before there was one.
     seconds: time from the request to the answer's last byte.
     end_time: end time in seconds since 1970.
@@ -41,13 +30,18 @@ class Answered:
     """
 
     method: str
-    route: Watched
+    route: Route | None
     status: int
     seconds: float
     end_time: float
     request_id: str
     headers: Mapping[str, str]
     generation: Generation | None
+
+    @property
+    def pattern(self) -> str:
+        """The route's pattern, such as "/v1/models/{id}", or "unknown"."""
+        return "unknown" if self.route is None else self.route.pattern
 
     @property
     def prompt_tokens(self) -> int:
@@ -72,7 +66,7 @@ class AnswerReports:
     routes: the route of each endpoint.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[Any, Watched], observers: Sequence[Observer]):
+    def __init__(self, app: ASGIApp, routes: Mapping[Any, Route], observers: Sequence[Observer]):
         self.app, self.routes, self.observers = app, routes, observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +91,7 @@ class AnswerReports:
         state = scope["state"]
         return Answered(
             scope["method"],
-            self.routes.get(scope.get("endpoint"), UNKNOWN),
+            self.routes.get(scope.get("endpoint")),
             status,
             seconds,
             time.time(),
@@ -108,12 +102,12 @@ class AnswerReports:
 
 
 def log_answer(answer: Answered) -> None:
-    if answer.route.is_quiet:
+    if answer.route is not None and answer.route.is_quiet:
         return
     fields: dict[str, Any] = {
         "request_id": answer.request_id,
         "method": answer.method,
-        "route": answer.route.pattern,
+        "route": answer.pattern,
         "status": answer.status,
         "ms": round(answer.seconds * 1000, 1),
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from jmoe.config.counters import COUNTERS, MEANS, names
 from jmoe.engine.request import EngineSnapshot
-from jmoe.server.watch.totals import Seconds, Totals, percentile
+from jmoe.server.watch.totals import TimeHistogram, Totals, percentile
 
 ReportPhase = Literal["all", "prefill", "decode"]
 PHASES: tuple[ReportPhase, ...] = ("all", "prefill", "decode")
@@ -173,7 +173,7 @@ def _serve_report(old: Snapshot, new: Snapshot) -> dict[str, Any]:
     }
 
 
-def _percentiles(old: Seconds, new: Seconds) -> dict[str, float | None]:
+def _percentiles(old: TimeHistogram, new: TimeHistogram) -> dict[str, float | None]:
     counts = np.array(new.counts) - np.array(old.counts)
     found = {f"p{p}": percentile(counts, p / 100) for p in (50, 95, 99)}
     return {name: None if value is None else round(value * 1000, 3) for name, value in found.items()}

@@ -23,7 +23,7 @@ BUCKETS = 27 * A_DOUBLING  # up to 1300 s
 
 
 @dataclass
-class Seconds:
+class TimeHistogram:
     """A histogram of times in buckets that grow by a constant factor."""
 
     counts: list[int] = field(default_factory=lambda: [0] * BUCKETS)
@@ -51,9 +51,9 @@ class Totals:
     generation_tokens: int = 0
     steps: int = 0
     rejected: int = 0
-    first_token: Seconds = field(default_factory=Seconds)
-    between_tokens: Seconds = field(default_factory=Seconds)
-    step: Seconds = field(default_factory=Seconds)
+    first_token: TimeHistogram = field(default_factory=TimeHistogram)
+    between_tokens: TimeHistogram = field(default_factory=TimeHistogram)
+    step: TimeHistogram = field(default_factory=TimeHistogram)
 
     def copy(self) -> "Totals":
         return copy.deepcopy(self)

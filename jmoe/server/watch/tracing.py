@@ -43,7 +43,7 @@ class Tracer:
         self.propagator = TraceContextTextMapPropagator()
 
     def __call__(self, answer: Answered) -> None:
-        operation = answer.route.operation
+        operation = None if answer.route is None else answer.route.operation
         if operation is None:
             return
         start = answer.end_time - answer.seconds
@@ -64,7 +64,7 @@ class Tracer:
             "gen_ai.provider.name": "jmoe",
             "gen_ai.request.model": self.model,
             "http.request.method": answer.method,
-            "http.route": answer.route.pattern,
+            "http.route": answer.pattern,
             "http.response.status_code": answer.status,
             "jmoe.request_id": answer.request_id,
         }

@@ -5,6 +5,7 @@ and with the rules of RFC 9112 for request targets, empty lines and persistent c
 import asyncio
 import re
 import sys
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
@@ -17,12 +18,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jmoe.server.errors import ApiError
 from jmoe.server.settings import ServerSettings
-from jmoe.server.wire.crowd import Crowd
+from jmoe.server.wire.connection_limit import SPARE_TIMEOUT, ConnectionLimit
 
 MAX_HEADERS = 100
-METHODS = "GET, HEAD, POST, OPTIONS"  # all methods that the server answers
+ALLOW = "GET, HEAD, POST, OPTIONS"  # all methods that the server answers
 _EMPTY_LINES = re.compile(rb"(?:\r?\n)+")
-_ORIGIN = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
+_ABSOLUTE_TARGET = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
 READ_BYTES = 8 * 1024  # bytes read from a connection at a time, so that it delays the others only shortly
 FREE_CHUNKS = 1000  # chunks of a body that may have any size
 MIN_CHUNK = 16  # least mean bytes per chunk if a body has more chunks
@@ -56,26 +57,32 @@ class Connection(h11.Connection):
         return event
 
 
-def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
-    """Returns a protocol class, of which uvicorn makes one instance for each connection."""
+def protocol(
+    settings: ServerSettings, connection_limit: ConnectionLimit, probe_paths: Collection[str]
+) -> type[H11Protocol]:
+    """Returns a protocol class, of which uvicorn makes one instance for each connection.
+
+    probe_paths: paths of the health probes, which are answered beyond the limit too.
+    """
 
     class Guarded(H11Protocol):
         head_timer: asyncio.TimerHandle | None = None
         rest_timer: asyncio.TimerHandle | None = None
         write_timer: asyncio.TimerHandle | None = None
         unsent_bytes = 0
-        patience = settings.header_timeout
+        head_timeout = settings.header_timeout
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.conn = Connection(h11.SERVER, settings.max_header_bytes)
             transport.max_size = READ_BYTES  # type: ignore[attr-defined]
             transport.set_write_buffer_limits(high=0)  # so writing pauses as soon as the client stops reading
-            entry = crowd.enter(self, len(self.connections))
+            entry = connection_limit.enter(self, len(self.connections))
             if entry == "refused":
                 transport.abort()
             elif entry == "probes":
-                self.app, self.patience = crowd.only_probes(self.app), crowd.PATIENCE
+                self.app = connection_limit.only_probes(self.app, probe_paths)
+                self.head_timeout = SPARE_TIMEOUT
             self._watch_head()
 
         def data_received(self, data: bytes) -> None:
@@ -90,7 +97,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             if self.conn.trailing_data[0]:
                 self._watch_head()
             elif self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                crowd.idle[self] = None
+                connection_limit.idle[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_head_timer()
@@ -103,8 +110,8 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             if self.conn.their_state is not h11.IDLE:
                 self._stop_head_timer()
             elif self.head_timer is None:
-                crowd.idle[self] = None
-                self.head_timer = self.loop.call_later(self.patience, self.transport.close)
+                connection_limit.idle[self] = None
+                self.head_timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
         def _watch_rest(self) -> None:
             """Limits the time for the rest of a body that was answered before its end, as for a head."""
@@ -112,7 +119,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
             if not (answered and self.conn.their_state is h11.SEND_BODY):
                 self._stop_rest_timer()
             elif self.rest_timer is None:
-                self.rest_timer = self.loop.call_later(self.patience, self.transport.abort)
+                self.rest_timer = self.loop.call_later(self.head_timeout, self.transport.abort)
 
         def _stop_rest_timer(self) -> None:
             if self.rest_timer is not None:
@@ -120,7 +127,7 @@ def protocol(settings: ServerSettings, crowd: Crowd) -> type[H11Protocol]:
                 self.rest_timer = None
 
         def _stop_head_timer(self) -> None:
-            crowd.idle.pop(self, None)
+            connection_limit.idle.pop(self, None)
             if self.head_timer is not None:
                 self.head_timer.cancel()
                 self.head_timer = None
@@ -216,8 +223,8 @@ class Targets:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         target = scope["raw_path"] if scope["type"] == "http" else b""
         if target == b"*" and scope["method"] == "OPTIONS":
-            return await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
-        found = _ORIGIN.match(target)
+            return await Response(status_code=204, headers={"Allow": ALLOW})(scope, receive, send)
+        found = _ABSOLUTE_TARGET.match(target)
         await self.app(scope if found is None else _origin_form(scope, found), receive, send)
 
 

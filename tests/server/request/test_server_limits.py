@@ -13,8 +13,9 @@ from support.server.processes import PROGRAM, answers, process
 from support.server.raw_http import ask, connected, head, parsed, post
 
 from jmoe.server.request.bounds import LIGHT
-from jmoe.server.wire import crowd
-from jmoe.server.wire.crowd import Crowd
+from jmoe.server.routes.table import ROUTES
+from jmoe.server.wire import connection_limit
+from jmoe.server.wire.connection_limit import ConnectionLimit
 
 PATH = "/v1/completions"
 SMALL = {"prompt": "ab", "max_tokens": 2}
@@ -133,9 +134,10 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
     A fourth request is refused, the server's health is still reported, and an idle connection gives its place
     to a new one.
     """
+    paths = [route.path.encode() for route in ROUTES if route.is_probe]
 
     async def run():
-        async with served_here(engine(), crowd=Crowd(3, 2)) as (port, server):
+        async with served_here(engine(), connection_limit=ConnectionLimit(3, 2)) as (port, server):
             async with contextlib.AsyncExitStack() as stack:
 
                 async def enter(request: bytes):
@@ -147,7 +149,7 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
                 busy = [await enter(head(PATH, 10)) for _ in range(3)]
                 assert await asyncio.wait_for(until_closed(idle), 60) == b"", "the idle one gave way"
                 refused = await ask(port, post(PATH, SMALL))
-                probe = await ask(port, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+                probes = [await ask(port, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path) for path in paths]
                 for _ in range(20):
                     await enter(b"")  # these clients then send nothing
                 while len(server.server_state.connections) > 5:
@@ -158,11 +160,11 @@ def test_beyond_the_limit_only_probes_are_answered(caplog):
                     await asyncio.sleep(0.05)
                     with contextlib.suppress(ConnectionError, IndexError):
                         status, _ = await ask(port, post(PATH, SMALL))
-            return refused, probe
+            return refused, probes
 
-    refused, probe = asyncio.run(asyncio.wait_for(run(), 120))
+    refused, probes = asyncio.run(asyncio.wait_for(run(), 120))
     assert refused[0] == 503 and json.loads(refused[1])["error"]["code"] == "too_many_connections"
-    assert probe[0] == 200
+    assert [status for status, _ in probes] == [200] * 4
     assert caplog.text.count("3 connections") == 1
 
 
@@ -219,18 +221,21 @@ def test_as_many_descriptors_as_the_system_allows(monkeypatch, soft, hard, raise
     A limit of -1 means that there is no limit.
     """
     given = []
-    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (soft, hard))
-    monkeypatch.setattr(crowd.resource, "setrlimit", lambda which, limits: given.append(limits))
-    monkeypatch.setattr(crowd, "open_descriptors", lambda: 20)
-    made = Crowd.from_descriptors()
+    monkeypatch.setattr(connection_limit.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(connection_limit.resource, "setrlimit", lambda which, limits: given.append(limits))
+    monkeypatch.setattr(connection_limit, "open_descriptors", lambda: 20)
+    made = ConnectionLimit.from_descriptors()
     assert given == ([(raised, hard)] if soft != -1 and soft < raised else [])
-    assert made.limit == min(10_000, raised - 20 - min(max(raised // 8, 24), 512)) and made.num_spare >= 4
+    assert (
+        made.max_connections == min(10_000, raised - 20 - min(max(raised // 8, 24), 512))
+        and made.num_spare >= 4
+    )
 
 
 def test_a_limit_that_cannot_be_raised_is_kept(monkeypatch):
     def refuse(which, limits):
         raise ValueError("not allowed to raise maximum limit")
 
-    monkeypatch.setattr(crowd.resource, "getrlimit", lambda which: (256, 4096))
-    monkeypatch.setattr(crowd.resource, "setrlimit", refuse)
-    assert crowd.raise_descriptors() == 256
+    monkeypatch.setattr(connection_limit.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(connection_limit.resource, "setrlimit", refuse)
+    assert connection_limit.raise_descriptors() == 256

@@ -218,7 +218,8 @@ def scanned(text: str) -> str | None:
 def test_what_stands_in_a_string_is_no_structure(many):
     text = json.dumps(["x" * 3 + many.replace('\\"', '"') * 600_000, "[" * 40_000])
     assert scanned(text) is None
-    for piece in (bounds.PIECE - 1, bounds.PIECE, bounds.PIECE + 1):  # sizes around the end of a piece
+    end = bounds.COUNTED_BYTES
+    for piece in (end - 1, end, end + 1):
         start = json.dumps("y" * (piece - 3))
         for end in ('\\"', "\\\\", "\\\\\\"):
             text = f'[{start[:-1]}{end}{"" if end != chr(92) * 3 else chr(34)}", "{"[" * 40_000}"]'

@@ -288,9 +288,7 @@ def test_without_a_tokenizer_or_an_end():
     body = {"prompt": [97], "structured_outputs": REGEX}
     with served(FakeEngine()) as client:
         assert "no tokenizer" in check(client.post(TEXT, json=body), 400, "structured_outputs", VALUE)
-    engine = FakeEngine(ByteCodec())
-    engine.end_ids = frozenset()
-    with served(engine) as client:
+    with served(FakeEngine(ByteCodec(), end_ids=frozenset())) as client:
         assert "end-of-text" in check(client.post(TEXT, json=body), 400, "structured_outputs", VALUE)
 
 

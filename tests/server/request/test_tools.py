@@ -11,7 +11,7 @@ from jmoe.server.answer.formats import ChoiceFields
 from jmoe.server.errors import ApiError
 from jmoe.server.request.checks import check_chat
 from jmoe.server.request.decoding import decode
-from jmoe.server.request.dialects import DIALECTS, Arguments, CallEnd, CallStart, Dialect, Text
+from jmoe.server.request.dialects import DIALECTS, Arguments, CallEnd, CallStart, Dialect, PlainText
 from jmoe.server.request.schema import ChatRequest, Function
 
 TOOLS = [{"type": "function", "function": {"name": name, "strict": None}} for name in ("look", "stop")]
@@ -65,7 +65,7 @@ def joined(events):
     """Returns the events after neighbours of text, and of arguments, are joined."""
     made = []
     for event in events:
-        if made and isinstance(event, Text | Arguments) and type(made[-1]) is type(event):
+        if made and isinstance(event, PlainText | Arguments) and type(made[-1]) is type(event):
             event = type(event)(made.pop().text + event.text)
         made.append(event)
     return made
@@ -86,11 +86,12 @@ class Spelled:
     """A reader in which each piece of text means its events. It keeps the last events until it is closed."""
 
     def feed(self, text):
-        return {"a": [Text("so "), Text("I ")], "b": [CallStart("look"), Arguments("{"), Arguments("}")],
+        return {"a": [PlainText("so "), PlainText("I ")],
+                "b": [CallStart("look"), Arguments("{"), Arguments("}")],
                 "c": [CallEnd(), CallStart("stop")], "d": [Arguments("{")]}.get(text, [])  # fmt: skip
 
     def close(self):
-        return [Arguments("}"), CallEnd(), Text("!")]
+        return [Arguments("}"), CallEnd(), PlainText("!")]
 
 
 def test_formats_write_the_events_of_any_dialect(monkeypatch):

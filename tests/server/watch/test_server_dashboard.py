@@ -17,7 +17,7 @@ from jmoe.engine.request import EngineSnapshot
 from jmoe.server.routes import dashboard
 from jmoe.server.watch import poll
 from jmoe.server.watch.snapshots import SUMS, take_snapshot, window_report
-from jmoe.server.watch.totals import Seconds, Totals, percentile
+from jmoe.server.watch.totals import TimeHistogram, Totals, percentile
 
 
 def sample(stats: dict, live: Totals | None = None, **snapshot):
@@ -32,7 +32,7 @@ def sample(stats: dict, live: Totals | None = None, **snapshot):
 @pytest.mark.parametrize("share", [0.5, 0.95, 0.99])
 def test_percentiles_are_right_within_a_bucket(share):
     times = np.random.default_rng(0).lognormal(-4, 2, 5000)
-    seconds = Seconds()
+    seconds = TimeHistogram()
     for t in times:
         seconds.add(t)
     exact = np.quantile(times, share)
@@ -41,7 +41,7 @@ def test_percentiles_are_right_within_a_bucket(share):
 
 
 def test_times_out_of_range_go_to_the_outer_buckets():
-    seconds = Seconds()
+    seconds = TimeHistogram()
     for t in (-1.0, 0.0, 1e9):
         seconds.add(t)
     assert seconds.counts[0] == 2 and seconds.counts[-1] == 1
@@ -181,7 +181,7 @@ def test_nobody_looking_costs_the_engine_nothing():
 
 
 def test_a_listener_that_does_not_read_is_dropped(monkeypatch):
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
+    monkeypatch.setattr(dashboard, "WRITE_TIMEOUT", 0.05)
 
     async def run(service) -> None:
         stream = dashboard.ReportStream(service.poll, 10, "all")

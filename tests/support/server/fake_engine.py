@@ -10,7 +10,15 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.config.counters import COUNTERS, names
-from jmoe.engine.request import EngineDead, EngineSnapshot, Output, QueueFull, Request, TokenLogprob
+from jmoe.engine.request import (
+    EngineDead,
+    EngineSnapshot,
+    ModelFacts,
+    Output,
+    QueueFull,
+    Request,
+    TokenLogprob,
+)
 from jmoe.engine.text.codec import Detokenizer
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.server.app import make_app
@@ -59,6 +67,7 @@ class ByteCodec:
 class FakeEngine:
     """An engine that repeats the prompt.
 
+    codec, max_model_len, vocab_size, end_ids: the ``ModelFacts``.
     pace: seconds of a step.
     room: largest number of requests.
     fails_at: number of tokens at which a request fails.
@@ -67,12 +76,19 @@ class FakeEngine:
     A request with a constraint gets the token of the prompt if it is allowed, else the lowest allowed token.
     """
 
-    vocab_size = VOCAB
-    end_ids = frozenset({EOS})
-
-    def __init__(self, codec=None, max_model_len=64, pace=0.0, room=1000, fails_at=None, holds_at=None):
-        self.codec, self.max_model_len, self.pace = codec, max_model_len, pace
-        self.room, self.fails_at, self.holds_at = room, fails_at, holds_at
+    def __init__(
+        self,
+        codec=None,
+        max_model_len=64,
+        vocab_size=VOCAB,
+        end_ids=frozenset({EOS}),
+        pace=0.0,
+        room=1000,
+        fails_at=None,
+        holds_at=None,
+    ):
+        self.facts = ModelFacts(codec, max_model_len, vocab_size, end_ids)
+        self.pace, self.room, self.fails_at, self.holds_at = pace, room, fails_at, holds_at
         self.going = threading.Event()
         self.alive, self.closing = True, False
         self.running: dict[str, Request] = {}
@@ -86,13 +102,13 @@ class FakeEngine:
     def submit(self, requests):
         for request in requests:
             asked, length = request.params.max_tokens or 0, len(request.prompt_token_ids)
-            if length + asked > self.max_model_len:
+            if length + asked > self.facts.max_model_len:
                 raise ValueError(
-                    f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                    f"This model's maximum context length is {self.facts.max_model_len} tokens. However, you "
                     f"requested {length + asked} tokens."
                 )
             ids = request.prompt_token_ids
-            if ids and (min(ids) < 0 or max(ids) >= VOCAB):  # quick, since other threads wait
+            if ids and (min(ids) < 0 or max(ids) >= self.facts.vocab_size):  # quick, since other threads wait
                 raise ValueError("a token id is outside the vocabulary")
         with self.lock:
             if not self.alive:
@@ -102,9 +118,9 @@ class FakeEngine:
             self.seen += requests
             for request in requests:
                 self.running[request.id] = request
-                if self.codec is not None:
+                if self.facts.codec is not None:
                     prompt = None if request.constraint is not None else request.prompt_token_ids
-                    self.texts[request.id] = Detokenizer(self.codec, request.params.stop, prompt)
+                    self.texts[request.id] = Detokenizer(self.facts.codec, request.params.stop, prompt)
             self.lock.notify()
 
     def abort(self, request_ids):
@@ -204,7 +220,7 @@ class FakeEngine:
             finish = "stop"
         elif texts and texts.stop_match:
             finish, why = "stop", texts.stop_match
-        elif done + 1 == params.max_tokens or request.length >= self.max_model_len:
+        elif done + 1 == params.max_tokens or request.length >= self.facts.max_model_len:
             finish = "length"
         if finish and texts and not texts.stop_match:
             text += texts.flush()
@@ -231,12 +247,10 @@ class FakeEngine:
         request.constraint.accept(token)
         return token
 
-    @staticmethod
-    def _score(token, alternatives):
+    def _score(self, token, alternatives):
         """Scores the token as the second best of all; alternatives 0 and 1 must still report it."""
-        top = [((token + 1) % VOCAB, -0.25), (token, -0.5), ((token + 2) % VOCAB, -2.0)][
-            : max(alternatives, 0)
-        ]
+        size = self.facts.vocab_size
+        top = [((token + 1) % size, -0.25), (token, -0.5), ((token + 2) % size, -2.0)][: max(alternatives, 0)]
         if all(t != token for t, _ in top):
             top.append((token, -0.5))
         return TokenLogprob(token, -0.5, tuple(top))

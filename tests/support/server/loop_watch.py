@@ -72,10 +72,10 @@ async def unheld(work: Callable[[], Awaitable[T]]) -> T:
 
 @contextlib.asynccontextmanager
 async def served_here(
-    engine: FakeEngine, directory=None, crowd=None, **changes
+    engine: FakeEngine, directory=None, connection_limit=None, **changes
 ) -> AsyncIterator[tuple[int, Server]]:
     """(port, server) on the running loop."""
-    server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), crowd)
+    server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), connection_limit)
     bound = bind("127.0.0.1", 0)
     gc.collect()
     gc.freeze()  # as ``serve`` does

@@ -12,10 +12,20 @@ from jmoe.server.request.dialects.dialect import (
     Choice,
     Dialect,
     Event,
+    PlainText,
     Reader,
-    Text,
 )
 
 DIALECTS = {dialect.name: dialect for dialect in (json_call.DIALECT,)}
 
-__all__ = ["DIALECTS", "Arguments", "CallEnd", "CallStart", "Choice", "Dialect", "Event", "Reader", "Text"]
+__all__ = [
+    "DIALECTS",
+    "Arguments",
+    "CallEnd",
+    "CallStart",
+    "Choice",
+    "Dialect",
+    "Event",
+    "PlainText",
+    "Reader",
+]

@@ -13,7 +13,7 @@ Choice = Literal["auto", "required", "named"]
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """More of the answer's text, outside of its calls."""
 
     text: str
@@ -38,7 +38,7 @@ class CallEnd:
     """The arguments of the call that began last are whole."""
 
 
-Event = Text | CallStart | Arguments | CallEnd
+Event = PlainText | CallStart | Arguments | CallEnd
 
 
 class Reader(Protocol):

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import resource
+from collections.abc import Collection
 from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,8 +18,8 @@ from jmoe.server.errors import unavailable
 log = logging.getLogger(__name__)
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 10_000
-LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # may succeed again later
-PROBES = frozenset({"/live", "/ready", "/health", "/ping"})
+RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # may succeed again later
+SPARE_TIMEOUT = 2.0  # seconds that a spare connection may take to send its request
 Entry = Literal["served", "probes", "refused"]
 
 
@@ -49,23 +50,21 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-class Crowd:
-    """The connections of one server, of which ``limit`` are served.
+class ConnectionLimit:
+    """The limit on one server's connections, of which ``max_connections`` are served.
 
     Beyond the limit, the connection that has been idle longest is closed. If none is idle, up to
     ``num_spare`` new connections are accepted: health probes are served, all other requests get a 503.
     """
 
-    PATIENCE = 2.0  # seconds that a spare connection may take to send its request
-
-    def __init__(self, limit: int, num_spare: int):
-        self.limit, self.num_spare = limit, num_spare
+    def __init__(self, max_connections: int, num_spare: int):
+        self.max_connections, self.num_spare = max_connections, num_spare
         self.idle: dict[Any, None] = {}  # connections without a request, the oldest first
         self.is_full = False
 
     @classmethod
-    def from_descriptors(cls) -> "Crowd":
-        """Returns a crowd limited by the descriptors that are neither open now nor reserved."""
+    def from_descriptors(cls) -> "ConnectionLimit":
+        """Returns the limit that the descriptors allow which are neither open now nor reserved."""
         most = raise_descriptors()
         kept = min(max(most // 8, 24), 512)
         return cls(max(1, min(MAX_CONNECTIONS, most - open_descriptors() - kept)), kept // 6)
@@ -75,11 +74,12 @@ class Crowd:
 
         count: number of connections including it.
         """
-        if count <= self.limit:
-            self.is_full = self.is_full and count > self.limit // 2  # then it may be logged again
+        if count <= self.max_connections:
+            self.is_full = self.is_full and count > self.max_connections // 2  # then it may be logged again
             return "served"
         if not self.is_full:
-            log.warning("%d connections: new ones take the place of idle ones, or are refused", self.limit)
+            text = "%d connections: new ones take the place of idle ones, or are refused"
+            log.warning(text, self.max_connections)
             self.is_full = True
         oldest = next(iter(self.idle), None)
         if oldest is not None:
@@ -87,10 +87,13 @@ class Crowd:
             oldest.connections.discard(oldest)
             oldest.transport.abort()
             return "served"
-        return "probes" if count <= self.limit + self.num_spare else "refused"
+        return "probes" if count <= self.max_connections + self.num_spare else "refused"
 
-    def only_probes(self, app: ASGIApp) -> ASGIApp:
-        """Returns the application for a spare connection, which is closed after its first answer."""
+    def only_probes(self, app: ASGIApp, probe_paths: Collection[str]) -> ASGIApp:
+        """Returns the application for a spare connection, which is closed after its first answer.
+
+        probe_paths: paths of the health probes, which ``app`` answers.
+        """
 
         async def probe(scope: Scope, receive: Receive, send: Send) -> None:
             async def send_and_close(message: Message) -> None:
@@ -98,10 +101,11 @@ class Crowd:
                     message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
                 await send(message)
 
-            if scope["path"] in PROBES:
+            if scope["path"] in probe_paths:
                 closing = [*scope["headers"], (b"connection", b"close")]  # so that no keep-alive is announced
                 return await app({**scope, "headers": closing}, receive, send_and_close)
-            error = unavailable(f"{self.limit} connections are served at a time", "too_many_connections")
+            message = f"{self.max_connections} connections are served at a time"
+            error = unavailable(message, "too_many_connections")
             await error.response()(scope, receive, send_and_close)
 
         return probe

@@ -1,21 +1,23 @@
-"""The type of the entries of the route table."""
+"""The type of the entries of the route table (``routes.table``).
+
+It is below the layers that observe and limit connections, because these read it too.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Generic, Literal, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
-from jmoe.server.service import Service
-
 JSON, EVENTS = "application/json", "text/event-stream"
-Handler = Callable[[Service, Request], Awaitable[Response]]
+Shared = TypeVar("Shared")  # what the handlers share; the table's is ``Service``
 
 
 @dataclass(frozen=True)
-class Route:
+class Route(Generic[Shared]):
     """All that is known about one route.
 
     method: HTTP method; a GET route answers HEAD too.
@@ -28,12 +30,13 @@ class Route:
     example: a body that works.
     is_open: whether it needs no API key; such a path has no variables.
     is_quiet: whether its answers are not logged.
+    is_probe: whether it reports health, so that it is answered beyond the limit on connections too.
     operation: name of the operation in traces; None if it is not traced.
     """
 
     method: Literal["GET", "POST"]
     path: str
-    handler: Handler
+    handler: Callable[[Shared, Request], Awaitable[Response]]
     summary: str | None
     answers: Mapping[str, type]
     errors: tuple[int, ...] = ()
@@ -41,9 +44,10 @@ class Route:
     example: Mapping[str, Any] | None = None
     is_open: bool = False
     is_quiet: bool = False
+    is_probe: bool = False
     operation: str | None = None
 
-    @property
+    @cached_property
     def pattern(self) -> str:
         """The path as written in documents, metrics and logs, such as "/v1/models/{id}"."""
         return compile_path(self.path)[1]

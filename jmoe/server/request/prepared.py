@@ -1,0 +1,60 @@
+"""The last form of a request on its way to the engine: one engine request for each answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from jmoe.engine.request import Output, Request, SamplingParams
+from jmoe.server.request.grammars import AnswerGrammar
+from jmoe.server.request.prompts import Prompt
+from jmoe.server.request.schema import GenerationRequest
+from jmoe.server.request.structured import GrammarRequest
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A checked request whose prompts are tokens.
+
+    body: the checked request body.
+    prompts: the request's prompts.
+    params: sampling parameters, one set per answer, prompt-major.
+    grammar: grammar that the answers must follow, if any.
+    prompt_field: body field named in the error if the engine refuses a prompt.
+    """
+
+    body: GenerationRequest
+    prompts: list[Prompt]
+    params: list[SamplingParams]
+    grammar: GrammarRequest | None
+    prompt_field: str
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The body field that requests the grammar."""
+        return None if self.grammar is None else self.grammar.param
+
+    def engine_requests(
+        self,
+        id: str,
+        grammar: AnswerGrammar | None,
+        emit: Callable[[int, Output], None],
+        arrival_time: float,
+    ) -> list[Request]:
+        """Makes the engine's request of each answer. It raises a 400 if the grammar cannot be used.
+
+        id: id of the whole answer, which the ids of the requests begin with.
+        grammar: the compiled ``grammar``.
+        emit: function that takes the number of an answer and its next increment.
+        """
+        n = len(self.params) // len(self.prompts)
+        return [
+            Request(
+                id=f"{id}-{i}",
+                prompt_token_ids=self.prompts[i // n].token_ids,
+                params=params,
+                emit=partial(emit, i),
+                arrival_time=arrival_time,
+                constraint=None if grammar is None else grammar.constraint(),
+            )
+            for i, params in enumerate(self.params)
+        ]
