@@ -48,7 +48,7 @@ COMMANDS: dict[str, list[Command]] = {
             needs=("llama_cpp", "gguf"),
         ),
         Command(
-            elsewhere="tests/studies/test_bench_llama_cpp.py, but for llama.cpp, which builds for minutes"
+            elsewhere="tests/scripts/test_bench_vs_llama_cpp.py, but for llama.cpp, which builds for minutes"
         ),
     ],
     "scripts/bench_serving.py": [
@@ -107,15 +107,15 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/acceptance/lm_eval_parity.py": [Command(elsewhere="'real clients' of .ci/run (lm-eval)")],
     "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
     "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
-    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
+    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_golden.py reads what it wrote")],
     "scripts/train_tiny.py": [
         Command("scripts/train_tiny.py --help"),
         Command("scripts/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
-    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
-    "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
-    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
+    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_gpu.py, with --dry")],
+    "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_aot.py")],
+    "scripts/make/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_tpu_aot.py")],
+    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/repository/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [
         Command("generate {hf} --prompt Hi --max-tokens 2 --temperature 0"),

@@ -147,7 +147,7 @@ def cells(where: Where, *techniques: str) -> list[tuple[Where, str]]:
     [
         *cells(TP, "so", "bo", "bs", "co", "bco"),
         *cells(DP, "bco"),
-        *cells(ALONE, "bco"),  # test_engine_offload_serving has them two by two
+        *cells(ALONE, "bco"),  # tests/engine/offload/test_serving.py has them two by two
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.models.tokenizer_folders import byte_level, folder
-from support.server import fake_engine as test_server_fake
+from support.server import fake_engine
 from support.server.fake_engine import TEMPLATE, FakeEngine, served
 
 from jmoe.engine.text.codec import Detokenizer, TextCodec
@@ -92,7 +92,7 @@ def test_without_the_marks_as_special_tokens_words_are_words(tmp_path):
 
 @pytest.fixture
 def client(codec, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_server_fake, "VOCAB", 300)
+    monkeypatch.setattr(fake_engine, "VOCAB", 300)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     engine = FakeEngine(codec, max_model_len=400)
     engine.vocab_size = 300

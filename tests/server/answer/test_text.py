@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.models.tokenizer_folders import byte_level, folder, pieces, with_bos
-from support.server import fake_engine as test_server_fake
+from support.server import fake_engine
 from support.server.fake_engine import TEMPLATE, FakeEngine, served
 from tokenizers import normalizers
 
@@ -29,7 +29,7 @@ def served_with(codec: TextCodec, directory=None):
 
 @pytest.fixture(autouse=True)
 def larger_vocabulary(monkeypatch):
-    monkeypatch.setattr(test_server_fake, "VOCAB", 300)
+    monkeypatch.setattr(fake_engine, "VOCAB", 300)
 
 
 def choice(client, **fields) -> dict:
