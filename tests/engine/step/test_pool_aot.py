@@ -11,11 +11,10 @@ needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=st
 needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 PAGES, ONE = 1 << 16, (1, 1, 1)
 CASES: dict[str, pool_aot.Case] = {
-    "mixed": (Pool(wide=True, pages=PAGES), ONE),
     "sinks and windows": (Pool("sinks and windows", wide=True, pages=PAGES), ONE),
     "latent, decode": (Pool("latent", DECODE, wide=True, pages=PAGES), ONE),
     "a page's copy": (Pool(wide=True, pages=PAGES, copies=True), ONE),
-    "mesh": (Pool(wide=True, pages=PAGES), (1, 4, 2)),
+    "mixed, on a mesh": (Pool(wide=True, pages=PAGES), (1, 4, 2)),
 }
 
 
