@@ -11,5 +11,5 @@ trap 'rm -rf "$env"' EXIT
 "$env/bin/uv" pip install --quiet --python "$env/bin/python" pytest pytest-xdist hypothesis httpx optax jsonschema openai
 "$env/bin/uv" pip freeze --python "$env/bin/python" | grep -E '^(jax|flax|orbax|msgspec|starlette|llguidance)' | xargs
 PYTHONPATH="$PWD:$PWD/kernels" "$env/bin/python" -m pytest --numprocesses 2 --dist loadfile -p no:warnings \
-  tests/checkpoint/test_checkpoint_convert.py tests/checkpoint/test_checkpoint_load.py tests/cli/test_reading.py tests/server/test_serve.py \
-  tests/server/test_server_http.py tests/server/watch/test_server_metrics.py tests/server/template/test_server_template.py tests/engine/grammar/test_engine_grammar.py
+  tests/checkpoint/test_convert.py tests/checkpoint/test_load.py tests/config/test_reading.py tests/server/test_serve.py \
+  tests/server/wire/test_http.py tests/server/watch/test_metrics.py tests/server/template/test_sandbox.py tests/engine/grammar/test_grammar.py

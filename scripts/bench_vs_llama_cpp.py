@@ -13,7 +13,7 @@ Before anything is timed, the two models' logits after several prompts are compa
 more than bfloat16 rounding does, the script says so and ends.
 
 Rows: prefill of a long prompt, and decoding at several batch sizes, as ``bench_vs_transformers.py`` has them
-(``shared.protocol.py``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in
+(``shared.protocol``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in
 opposite order every other round, and the ratio jmoe / llama.cpp is the median of the rounds' ratios (range).
 llama.cpp continues every sequence by the tokens that jmoe chose, so that both route alike. Its time is that
 of ``llama_decode`` alone, in a context made for the row; jmoe's includes scheduling and sampling.

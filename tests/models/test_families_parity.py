@@ -12,7 +12,7 @@ from support.models.families import FIRST  # noqa: E402
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("seed", (0, 1, 2))
+@pytest.mark.parametrize("seed", (0, 1))
 @pytest.mark.parametrize("case", FIRST.values(), ids=lambda c: c.name)
 def test_logits_and_greedy_tokens(case: Case, seed: int, tmp_path: Path):
     case = dataclasses.replace(case, seed=10 * seed + case.seed)

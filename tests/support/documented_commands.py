@@ -48,7 +48,7 @@ COMMANDS: dict[str, list[Command]] = {
             needs=("llama_cpp", "gguf"),
         ),
         Command(
-            elsewhere="tests/studies/test_bench_llama_cpp.py, but for llama.cpp, which builds for minutes"
+            elsewhere="tests/scripts/test_bench_vs_llama_cpp.py, but for llama.cpp, which builds for minutes"
         ),
     ],
     "scripts/study.py": [
@@ -101,46 +101,39 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/acceptance/lm_eval_parity.py": [Command(elsewhere="'real clients' of .ci/run (lm-eval)")],
     "scripts/make/model_sizes.py": [Command("scripts/make/model_sizes.py")],
     "scripts/make/model_card.py": [Command("scripts/make/model_card.py --data {corpus} --model {study}")],
-    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_models_golden.py reads what it wrote")],
+    "scripts/make/golden.py": [Command(elsewhere="tests/models/test_golden.py reads what it wrote")],
     "scripts/make/train_tiny.py": [
-        Command("scripts/make/train_tiny.py --help"),
         Command("scripts/make/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
-    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_kernel_gpu.py, with --dry")],
-    "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_engine_aot.py")],
-    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_kernel_tpu_aot.py")],
-    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/cli/test_deploy.py")],
+    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_gpu.py, with --dry")],
+    "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_aot.py")],
+    "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_tpu_aot.py")],
+    "scripts/make/reduce_crd.py": [Command(elsewhere="tests/repository/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
     "jmoe generate": [
-        Command("generate {hf} --prompt Hi --max-tokens 2 --temperature 0"),
         Command(
-            "generate {hf} --prompt Hi --max-tokens 2 --expert-parallel-size 4 --tensor-parallel-size 2",
+            "generate {hf} --prompt Hi --max-tokens 2 --temperature 0 --expert-parallel-size 4 "
+            "--tensor-parallel-size 2",
             devices=8,
         ),
     ],
     "jmoe eval": [
-        Command(f"eval {{hf}} {TEXT} --max-tokens 16 --json"),
         Command(f"eval {{hf}} {TEXT} --max-tokens 16 --mode decode --batch-size 2 --json"),
     ],
     "jmoe profile": [Command(f"profile {{hf}} {TEXT} --out {{tmp}}/profile.npz --max-tokens 64")],
     "jmoe place": [Command("place {profile} --devices 2 --out {tmp}/placement.npz")],
     "jmoe bench": [
         Command(
-            "bench serve --base-url {url} --num-prompts 2 --input-len 4 --output-len 2 --max-concurrency 2"
-        ),
-        Command(
-            "bench serve --base-url {url} --num-prompts 2 --input-len 4 --output-len 2 --request-rate 100"
+            "bench serve --base-url {url} --num-prompts 2 --input-len 4 --output-len 2 --max-concurrency 2 "
+            "--request-rate 100 --prompt-form text"
         ),
         Command("bench serve --base-url {url} --trace {trace} --max-requests 2 --time-scale 0"),
-        Command(
-            "bench serve --base-url {url} --num-prompts 1 --input-len 4 --output-len 2 --prompt-form text"
-        ),
         Command("bench throughput {hf} --num-prompts 2 --input-len 4 --output-len 2"),
         Command("bench latency {hf} --batch-size 2 --input-len 4 --output-len 2"),
         Command("bench moe-layer {sizes} --active 2 4"),
     ],
     "jmoe convert": [Command("convert {hf} {tmp}/converted")],
-    "jmoe doctor": [Command("doctor {hf}"), Command("doctor tiny --json")],
+    "jmoe doctor": [Command("doctor tiny --json")],
 }
 
 # A model of random weights for these commands, as a file of sizes.

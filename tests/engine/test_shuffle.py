@@ -11,7 +11,7 @@ from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.techniques import BinningConfig, ShuffleConfig
 from jmoe.moe.orders import prompt_share, step_tables
-from jmoe.placement.group import METHODS, group
+from jmoe.placement.group import group
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.profile_builder import ProfileBuilder, nearest_seen
@@ -102,7 +102,7 @@ def check_counts(stats, plain) -> None:
 @pytest.mark.parametrize(
     ("shape", "method", "transport", "history"),
     [
-        *(((1, 4, 1), method, "ragged_all_to_all", True) for method in (None, *METHODS)),
+        ((1, 4, 1), None, "ragged_all_to_all", True),  # a grouping may be any: test_group.py has every method
         ((1, 8, 1), "alternating", "ragged_all_to_all", True),
         ((2, 4, 1), "exflow", "ragged_all_to_all", True),
         ((2, 2, 2), "cross_entropy", "ragged_all_to_all", True),

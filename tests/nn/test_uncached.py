@@ -28,8 +28,7 @@ def test_a_window_equals_numpy(t: int, span: Span):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)], ids=str)
-@pytest.mark.parametrize("sink", [1.0, 1e4, -1e4])
+@pytest.mark.parametrize(("sink", "heads"), [(1.0, (4, 2)), (1e4, (6, 1)), (-1e4, (3, 3))], ids=str)
 def test_sinks_and_values_of_another_size(sink: float, heads: tuple[int, int]):
     """A sink that outweighs all keys leaves nothing; a sink without weight leaves all."""
     q, k, v = qkv(140, *heads, e=5)

@@ -145,9 +145,8 @@ def cells(where: Where, *techniques: str) -> list[tuple[Where, str]]:
 @pytest.mark.parametrize(
     ("where", "techniques"),
     [
-        *cells(TP, "so", "bo", "bs", "co", "bco"),
-        *cells(DP, "bco"),
-        *cells(ALONE, "bco"),  # test_engine_offload_serving has them two by two
+        *cells(TP, "so", "bo", "bs", "co"),
+        *cells(DP, "bco"),  # tests/engine/offload/test_serving.py has them two by two on one device
     ],
     ids=str,
 )
@@ -170,7 +169,7 @@ def test_what_is_lossless_leaves_the_rest_as_it_is(ran, where: Where, techniques
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("where", "techniques"),
-    [*cells(TP, "bcs", "bc", "cs"), *cells(DP, "bc"), *cells(ALONE, "bc")],
+    [*cells(TP, "bcs", "bc", "cs"), *cells(DP, "bc")],  # test_binning.py has "bc" on one device
     ids=str,
 )
 def test_what_is_lossy_loses_nothing_unsaid_and_leaves_exact_requests_alone(

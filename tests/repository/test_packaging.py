@@ -1,4 +1,4 @@
-"""Tests the package's shape: what may import what, and that nothing can be imported as ``kernels``."""
+"""Tests the structure of the packages: what a module may import, and how large files and folders may be."""
 
 import ast
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = {  # a part of a package imports only from the parts before it in its list
+LAYERS = {  # the parts of a package, lowest first: a part imports only from itself and the parts before it
     "jmoe": (
         "jmoe_kernels", "config", "mesh", "blueprint", "param", "placement", "moe", "nn", "offload",
         "models", "checkpoint", "engine", "server", "tools", "cli",
@@ -49,38 +49,41 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("jmoe", "jmoe_kernels")}
 
 
-def room(name: str, house: str) -> str | None:
-    """Returns the part of ``house`` in which a module is, None outside of it and for the house itself."""
-    if house == "jmoe" and name.startswith("jmoe_kernels"):
+def part_of(package: str, module: str) -> str | None:
+    """Returns the part of ``package`` that a module belongs to, or None if it belongs to none."""
+    if package == "jmoe" and module.startswith("jmoe_kernels"):
         return "jmoe_kernels"
-    return name.removeprefix(f"{house}.").split(".")[0] if name.startswith(f"{house}.") else None
+    return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else None
 
 
-@pytest.mark.parametrize("house", FLOORS)
-def test_every_room_has_its_floor(house: str):
-    there = {room(name, house) for name in MODULES} - {None}
-    assert there - {"jmoe_kernels"} == set(FLOORS[house]) - {"jmoe_kernels"}
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_part_of_a_package_is_in_one_layer(package: str):
+    there = {part_of(package, name) for name in MODULES} - {None}
+    assert there - {"jmoe_kernels"} == set(LAYERS[package]) - {"jmoe_kernels"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_from_lower_floors(name: str):
-    for house, floors in FLOORS.items():
-        if (here := room(name, house)) is None:
+def test_a_module_imports_only_from_the_layers_below_it(name: str):
+    for package, layers in LAYERS.items():
+        if (own := part_of(package, name)) is None:
             continue
-        below = floors[: floors.index(here) + 1]
-        assert {found for found in (room(other, house) for other in imports(MODULES[name])) if found} <= {
-            *below
-        }
+        allowed = layers[: layers.index(own) + 1]
+        assert {part_of(package, other) for other in imports(MODULES[name])} - {None} <= {*allowed}
 
 
-def test_folders_hold_what_one_look_takes_in():
-    """A folder has 16 entries at most. Only ``models`` may have more, because it has one file a family."""
+def test_a_folder_has_at_most_16_entries():
+    """Only ``models`` may have more, because it has one file per family."""
     for folder in {path.parent for path in SOURCES}:
         entries = [entry for entry in folder.iterdir() if entry.name != "__pycache__"]
-        assert len(entries) <= 16 or folder.name in ("models",), folder
+        assert len(entries) <= 16 or folder.name == "models", folder
 
 
-def test_moe_stages_do_not_import_one_another():
+def test_a_folder_of_tests_has_at_most_30_entries():
+    for folder in {path.parent for path in (ROOT / "tests").rglob("*.py")}:
+        assert len([entry for entry in folder.iterdir() if entry.name != "__pycache__"]) <= 30, folder
+
+
+def test_the_stages_of_the_moe_layer_do_not_import_one_another():
     allowed = {
         "types": set(),
         "routing": {"types"},
@@ -95,14 +98,14 @@ def test_moe_stages_do_not_import_one_another():
         "counting": {"types"},
         "decide": {"types", "routing", "counting", "binning", "capacity", "stage"},
     }
-    for stage, may in allowed.items():
+    for stage, others in allowed.items():
         text = (ROOT / "jmoe/moe" / f"{stage}.py").read_text()
-        assert set(re.findall(r"from jmoe\.moe\.(\w+) import", text)) <= may
+        assert set(re.findall(r"from jmoe\.moe\.(\w+) import", text)) <= others
 
 
-def test_the_host_side_of_the_engine_and_the_server_know_no_jax():
-    rooms = ("config", "engine/schedule", "engine/text", "engine/grammar", "server", "placement")
-    host = [path for room in rooms for path in (ROOT / "jmoe" / room).rglob("*.py")]
+def test_the_server_and_the_host_side_of_the_engine_do_not_import_jax():
+    packages = ("config", "engine/schedule", "engine/text", "engine/grammar", "server", "placement")
+    host = [path for package in packages for path in (ROOT / "jmoe" / package).rglob("*.py")]
     host += [ROOT / f"jmoe/engine/{name}.py" for name in ("request", "page_names", "deployment/settings")]
     for path in host:
         assert not re.search(r"^\s*(import|from) jax\b", path.read_text(), re.M), path
@@ -118,12 +121,12 @@ def test_kernels_is_a_source_root_and_not_a_package():
     assert spec is None or str(ROOT) not in str(spec.origin)
 
 
-def test_files_are_short():
+def test_a_file_has_at_most_350_lines():
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350}
     assert not long
 
 
 def test_no_test_module_is_imported_by_another():
-    """No test module imports another. Code that several of them use is in ``tests/support``."""
+    """Code that several test modules use is in ``tests/support``."""
     for path in (ROOT / "tests").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) (\S+\.)?test_\w+", path.read_text(), re.M), path

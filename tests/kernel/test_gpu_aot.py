@@ -10,10 +10,14 @@ MODELS = {
     "DeepSeek-V2-Lite": {"experts": 64, "inner": 1408, "model": 2048},
 }
 H200, H100 = gpu_aot.TARGETS
+# An H100 gets the blocks of an H200 (``blocks.TABLE``), so one model shows that its compiler takes them.
+SHAPES = [(H200, name) for name in MODELS] + [(H100, "Mixtral-8x7B")]
 CASES = {
-    f"{name}, {rows} rows per expert, {device}": dict(shape, device=device, rows=rows * shape["experts"])
-    for name, shape in MODELS.items()
-    for rows, device in ((2, H200), (512, H200), (2, H100), (512, H100))
+    f"{name}, {rows} rows per expert, {device}": dict(
+        MODELS[name], device=device, rows=rows * MODELS[name]["experts"]
+    )
+    for device, name in SHAPES
+    for rows in (2, 512)
 }
 CASES["wider decode windows"] = dict(MODELS["OLMoE"], device=H200, rows=48 * 64)
 CASES["over 8 devices"] = dict(MODELS["Qwen3-30B-A3B"], device=H200, rows=256, shards=8)

@@ -1,4 +1,4 @@
-"""No step walks over the page pool on TPUs and GPUs either: ``test_engine_pool``, by compilers alone."""
+"""No step walks over the page pool on TPUs and GPUs either: ``test_pool.py``, by compilers alone."""
 
 import pytest
 from shared import tpu_compiler as tpu_aot
@@ -11,11 +11,10 @@ needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=st
 needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 PAGES, ONE = 1 << 16, (1, 1, 1)
 CASES: dict[str, pool_aot.Case] = {
-    "mixed": (Pool(wide=True, pages=PAGES), ONE),
     "sinks and windows": (Pool("sinks and windows", wide=True, pages=PAGES), ONE),
     "latent, decode": (Pool("latent", DECODE, wide=True, pages=PAGES), ONE),
     "a page's copy": (Pool(wide=True, pages=PAGES, copies=True), ONE),
-    "mesh": (Pool(wide=True, pages=PAGES), (1, 4, 2)),
+    "mixed, on a mesh": (Pool(wide=True, pages=PAGES), (1, 4, 2)),
 }
 
 

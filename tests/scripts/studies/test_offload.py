@@ -87,10 +87,8 @@ def decode_behind_all_prompts(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("predictor", "eviction", "copies", "slots_per_layer", "batch"),
     [
-        ("none", "lru", 1, 4, 1), ("none", "lfu", 1, 1, 3), ("counts", "lru", 2, 4, 3),
-        ("token_table", "expected_use", 1, 1, 1), ("next_gate", "expected_use", 1, 4, 3),
+        ("none", "lfu", 1, 1, 3), ("counts", "lru", 2, 4, 3), ("token_table", "expected_use", 1, 1, 1),
         ("next_gate", "lfu", 3, 4, 1), ("expert_map", "expert_map", 2, 4, 1),
-        ("expert_map", "expected_use", 1, 4, 3),
     ],
 )  # fmt: skip
 def test_the_simulator_counts_what_the_engine_does(

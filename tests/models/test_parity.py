@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
 pytestmark = pytest.mark.parity
 
-SEEDS = (0, 1, 2)  # one shape for all, so that only the first compiles
+SEEDS = (0, 1)  # one shape for all, so that only the first compiles
 
 
 QWEN3, MIXTRAL, OLMOE = transformers.Qwen3MoeConfig, transformers.MixtralConfig, transformers.OlmoeConfig
