@@ -104,7 +104,7 @@ def test_a_part_does_not_touch_the_other(tmp_path):
     page = (tmp_path / "serving.md").read_text()
     assert "busy for 3.0% of a step: the target of less than 5% is met" in page and "7.0%" not in page
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
-    assert "jmoe beside `transformers serve" in page
+    assert "jmoe compared with `transformers serve" in page
     assert set(json.loads((tmp_path / "serving.json").read_text())) == {"transformers", "host"}
 
 
@@ -120,7 +120,7 @@ def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_co
     page = (tmp_path / "serving.md").read_text()
     assert "| azure | exact | 3 of 4 | 7 | 7, 7 | 7.0, 7.0 | 7.0, 7.0 | 7 | 7.0 | - |" in page
     assert "25.0% of the assignments remapped; perplexity of prompts 5.500, exact 5.250" in page
-    assert "cost +0.1250 nats a token" in page and "lengths times 0.5 and times times 0.25" in page
+    assert "cost +0.1250 nats per token" in page and "lengths times 0.5 and times times 0.25" in page
 
 
 def test_the_copy_ends_no_text(tmp_path):
