@@ -137,10 +137,17 @@ class Constraint(Protocol):
 class Request:
     """A request in the engine. Times are ``time.monotonic`` seconds.
 
+    id: id of the request.
+    prompt_token_ids: tokens of the prompt.
+    params: sampling parameters.
     emit: function that is called from the engine's thread with every increment; it must not block.
+    arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     token_ids: generated tokens that the host has seen.
     state: the scheduler's state of the request.
+    start_time: time of its first admission; None while it waits.
+    first_token_time: time of its first token; None before it.
+    moe: assignments of its tokens that lossy techniques changed.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
     """
 

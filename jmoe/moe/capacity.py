@@ -142,9 +142,9 @@ class Admission:
     """The rule that decides who gets a place under the limit, by ``CapacityConfig.metric``.
 
     tokens: flags of the tokens.
-    metric: what candidates are ordered by.
+    metric: order of the candidates.
     seed: seed of random orders.
-    width: experts that share their places.
+    width: number of experts that share their places.
     """
 
     tokens: TokenFlags

@@ -48,6 +48,15 @@ STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode 
 
 
 class Setting(NamedTuple):
+    """A setting of the simulated cache.
+
+    slots: number of slots of the pool.
+    max_prefetches: number of prefetches that one layer may begin.
+    distance: number of layers to look ahead.
+    store: number of iterations that expert maps keep.
+    link: link from the host to the device.
+    """
+
     slots: int
     max_prefetches: int = 1
     distance: int = AHEAD
