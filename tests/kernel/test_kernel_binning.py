@@ -1,4 +1,4 @@
-"""The contract of every binning: the reference against the rule in words, the kernels against the reference.
+"""Tests every binning: the reference against the rule in words, the kernels against the reference.
 
 The kernels run in the interpreter. Ids, sets, order and sizes are equal; scores and weights are equal up to
 rounding.

@@ -1,4 +1,4 @@
-"""No step walks over the page pool on TPUs and GPUs either: ``test_engine_pool``, by compilers alone."""
+"""No step on TPUs and GPUs reads or writes the whole page pool, by their compilers alone."""
 
 import pytest
 from support.aot import gpu as gpu_aot
