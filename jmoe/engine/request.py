@@ -144,7 +144,7 @@ class Request:
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     token_ids: generated tokens that the host has seen.
-    state: the scheduler's state of the request.
+    state: scheduler's state of the request.
     start_time: time of its first admission; None while it waits.
     first_token_time: time of its first token; None before it.
     moe: assignments of its tokens that lossy techniques changed.
@@ -239,7 +239,7 @@ class StepReport:
     prompt_tokens: prompt tokens in the step.
     decode_tokens: decoded tokens in the step.
     seconds: time from its start to its results on the host.
-    host_seconds: the part of that time in which the host worked on the step.
+    host_seconds: part of that time in which the host worked on the step.
     """
 
     prompt_tokens: int

@@ -63,7 +63,7 @@ def by_reference(case: Case, method: str) -> Binned:
 def assert_same(got: Binned, want: Binned | dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
     """Asserts that two results are equal.
 
-    only: the tokens whose rows are compared; the fields of the whole batch are always compared.
+    only: tokens whose rows are compared; the fields of the whole batch are always compared.
     """
     for field in fields(Binned):
         a = np.asarray(getattr(got, field.name))

@@ -106,7 +106,7 @@ def remap(
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Moves each lossy token's choices outside the active set to the token's best experts inside it.
 
-    active: the active set, ``[E]``, or one of each token, ``[T, E]``.
+    active: active set, ``[E]``, or one of each token, ``[T, E]``.
 
     Other choices stay in their places, and a token without moved choices keeps its weights bit for bit. If a
     choice moved, all of the token's weights become its scores, scaled to the sum that the weights had.

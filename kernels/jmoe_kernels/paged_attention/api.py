@@ -99,7 +99,7 @@ def attend_all(
     so cost a copy of it.
 
     span: which keys a query sees.
-    sinks_H: a logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
+    sinks_H: logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
 
     Returns the float32 outputs ``[B, T, H, d]`` of every piece, zero at padding, and the updated pages.
     Raises ValueError if the named kernel lacks what the layer needs, or (but for "cpu", which writes any run)

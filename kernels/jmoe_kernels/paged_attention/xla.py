@@ -63,7 +63,7 @@ def attend(
 
     The loop goes from the first key that one of its queries sees to the largest of their positions, so one
     compiled shape serves every context length. Many queries are split into blocks that each have their own
-    ends: the block's queries are of one row, or of several short rows.
+    ends: block's queries are of one row, or of several short rows.
     """
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 class Row:
     """One line of the table.
 
-    section: the section that measured it.
-    case: the shape or the input.
-    name: the contender.
+    section: section that measured it.
+    case: shape or the input.
+    name: contender.
     seconds: its time.
     of_limit: its share of the limit.
-    verdict: the verdict on it.
+    verdict: verdict on it.
     """
 
     section: str

@@ -17,8 +17,8 @@ from jmoe.offload.types import Forecast, LayerView, StepView
 class Oracle(FixedPredictor):
     """The oracle's predictor.
 
-    needs_LE: the experts that the step will need; ``dataclasses.replace`` sets it for each step.
-    distance: the number of layers that a forecast covers.
+    needs_LE: experts that the step will need; ``dataclasses.replace`` sets it for each step.
+    distance: number of layers that a forecast covers.
     """
 
     needs_LE: Bool[Array, "L E"]

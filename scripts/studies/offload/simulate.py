@@ -67,9 +67,9 @@ class Setting(NamedTuple):
 class Subject(NamedTuple):
     """What is simulated.
 
-    cfg: the model's shape.
-    embeddings_VD: the model's embeddings.
-    profile: a profile of the model.
+    cfg: model's shape.
+    embeddings_VD: model's embeddings.
+    profile: profile of the model.
     traces: traces of the model.
     """
 
