@@ -1,4 +1,4 @@
-"""What a caller asks for and what comes back, as plain data."""
+"""Requests of callers and their outputs, as plain data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass

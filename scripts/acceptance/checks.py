@@ -1,4 +1,4 @@
-"""What the client programs share: named checks that all run, and what the server says of itself."""
+"""Named checks for the client programs, all of which run, and the server's own counts of requests."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Whether a server's log-likelihoods are those of transformers: lm-evaluation-harness asks both the same.
+"""Compares a server's log-likelihoods with transformers': lm-evaluation-harness sends both the same.
 
     jmoe serve tiny --dtype float32 --port 8000 &
     python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \\
@@ -6,8 +6,8 @@
 
 Every log-likelihood of the tasks in configs/eval (multiple choice, whole documents) through the harness'
 ``local-completions`` must be within ``--tolerance``, absolute or relative, of the one that its ``hf`` backend
-computes with transformers in float32, and every greedy answer the same text. Prints one line; exit code 0
-where all agree, 1 where not. Needs lm-eval[api], torch and transformers.
+computes with transformers in float32, and every greedy answer the same text. It prints one line. The exit
+code is 0 if all agree, 1 if not. It needs lm-eval[api], torch and transformers.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Request bodies as typed structs. ``null`` means the default; an unknown field is refused by name.
 
 Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
-ask for nothing pass and any other value is answered with a 400 that names the field.
+request nothing pass and any other value is answered with a 400 that names the field.
 """
 
 import functools
@@ -27,7 +27,7 @@ GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 
 def only(*values: Any) -> Meta:
-    """Annotates a field that asks for what is not here: null and ``values`` ask for nothing, and pass.
+    """Annotates a field of a feature that is not supported: null and ``values`` request nothing, and pass.
 
     They are kept as JSON: typing takes equal annotations for one, and False equals 0.
     """

@@ -20,9 +20,8 @@ def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: R
     """Returns the bin of each choice; bin 0 has the highest affinity.
 
     "popularity" and "random" have one bin, and "oea" bins by rank. The others bin by the gap to the token's
-    best
-    logit: bin b has the choices with ``b * bin_width <= gap < (b + 1) * bin_width``, and the last bin has no
-        end.
+    best logit: bin b has the choices with ``b * bin_width <= gap < (b + 1) * bin_width``, and the last bin
+    has no end.
     """
     if rule.method in ("popularity", "random"):
         return jnp.zeros(ids_TK.shape, jnp.int32)

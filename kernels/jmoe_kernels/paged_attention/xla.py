@@ -40,8 +40,7 @@ def read(pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]) -> Flo
     """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay
-    apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
