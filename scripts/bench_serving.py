@@ -77,11 +77,11 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 class Served:
     """A running server.
 
-    process: leader of the server's process group.
+    process: the leader of the server's process group.
     url: its URL.
-    model: model's name in a request.
+    model: the model's name in a request.
     extra: more fields of a request's body.
-    prompt_form: form of a prompt that it takes.
+    prompt_form: the form of a prompt that it takes.
     """
 
     process: subprocess.Popen

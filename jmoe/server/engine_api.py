@@ -10,8 +10,8 @@ from jmoe.engine.text.codec import TextCodec
 class EngineProtocol(Protocol):
     """An engine that runs by itself. Every method may be called from any thread.
 
-    codec: model's text codec; None = the model has no tokenizer and prompts are token ids.
-    end_ids: model's end-of-text tokens.
+    codec: the model's text codec; None = the model has no tokenizer and prompts are token ids.
+    end_ids: the model's end-of-text tokens.
     submit: queues all requests or none; raises ValueError (one line, safe to show), QueueFull or EngineDead.
         It may wait for a running step, so it is called off the event loop.
     abort: ends requests; it is idempotent.

@@ -22,10 +22,10 @@ Results = dict[str, Any]
 class Part:
     """One measurement of a study, which one command runs.
 
-    name: key of the part's figures in the JSON.
-    measure: function that takes the options and the existing figures and returns the part's figures in
+    name: the key of the part's figures in the JSON.
+    measure: the function that takes the options and the existing figures and returns the part's figures in
         their JSON form. If the part cannot be measured, it prints a line that says why and returns None.
-    data: folder of ``--data`` that the part needs, or "".
+    data: the folder of ``--data`` that the part needs, or "".
     has_gpu_form: whether ``--gpu`` measures the part on an accelerator, as ``<name>_gpu``.
     """
 
@@ -41,14 +41,14 @@ class Study:
 
     name: the name of the study's folder here, of its template there, and of its JSON and document among the
         results.
-    description: study's help text.
-    parts: measurements. The JSON has the figures of each part under its name. If there is only one part,
+    description: the study's help text.
+    parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
-    add_options: function that adds the study's own options. An option belongs to a part if its help
+    add_options: the function that adds the study's own options. An option belongs to a part if its help
         begins with the part's name, or several names, and a colon.
-    tables: modules of the study's folder whose functions the template calls.
+    tables: the modules of the study's folder whose functions the template calls.
     has_plots: whether the folder's module ``plots`` draws some of the results.
-    depth: number of JSON levels in which every value has its own line.
+    depth: the number of JSON levels in which every value has its own line.
     """
 
     name: str

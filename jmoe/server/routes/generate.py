@@ -28,8 +28,8 @@ from jmoe.server.service import Service
 class Work:
     """What a request wants from the engine.
 
-    body: checked request body.
-    prompts: request's prompts.
+    body: the checked request body.
+    prompts: the request's prompts.
     params: sampling parameters, one set per answer, prompt-major.
     grammar: grammar that the answers must follow, if any.
     form: format of the answers.

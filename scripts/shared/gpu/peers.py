@@ -24,12 +24,12 @@ def seconds_per_call(
 ) -> float:
     """Returns the median seconds of ``step(x, weights) -> array``. One compiled loop chains the calls.
 
-    step: function that is timed.
+    step: the function that is timed.
     x: its first argument.
     stacks: equal pytrees of weights, which are used in turn.
     dry: whether there is only one call of each and one round.
-    calls: number of calls in a round.
-    rounds: number of rounds.
+    calls: the number of calls in a round.
+    rounds: the number of rounds.
     """
     turns = max(1, (1 if dry else calls) // len(stacks))
 

@@ -47,7 +47,7 @@ def rank_loads(counts_E: np.ndarray, ranks: int = RANKS) -> np.ndarray:
 def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: int = RANKS) -> float:
     """Returns the device peak of ``counts_E`` under the placement that is balanced for ``history_E``.
 
-    extra: number of redundant slots of that placement.
+    extra: the number of redundant slots of that placement.
     """
     slots = counts_E.size + extra
     placement = balance(history_E[None], slots=slots, ranks=ranks, model="bench")
@@ -61,9 +61,9 @@ def eplb_peak(counts_E: np.ndarray, history_E: np.ndarray, extra: int, ranks: in
 class Published:
     """The published routing of one model, domain and layer.
 
-    often_V: share of each token id that was seen.
+    often_V: the share of each token id that was seen.
     chosen_VE: how often a token of each id chose each expert (rows sum to k).
-    k: number of experts of a token.
+    k: the number of experts of a token.
     """
 
     often_V: Float[np.ndarray, " V"]
