@@ -30,7 +30,7 @@ from jmoe.checkpoint import load_model, save_hf
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.nn.sequences import Sequences
 from jmoe.param import ParamMaker
 
@@ -288,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
 
 def fresh_state(seed: int, optimizer: optax.GradientTransformation):
     """Returns (graph, state) of a new run. A checkpoint holds the state."""
-    model = Decoder(CONFIG, TRAINED, make_mesh(), ParamMaker(jnp.float32, nnx.Rngs(seed)))
+    model = Decoder(make_blueprint(CONFIG, TRAINED, make_mesh()), ParamMaker(jnp.float32, nnx.Rngs(seed)))
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     return graph, {"params": params, "opt": optimizer.init(params), "step": 0, "best": np.inf}

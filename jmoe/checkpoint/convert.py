@@ -22,6 +22,7 @@ from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
+from jmoe.models.decoder import make_blueprint
 
 COPIED = (
     "tokenizer.json",
@@ -99,8 +100,9 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgre
     from jmoe.checkpoint.orbax_io import grouped, save_group  # heavy: seconds to import
 
     cfg = read_config(hf_dir, dtype)
+    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh())
     with HFCheckpoint(hf_dir) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, MoEConfig(), make_mesh(), own_dtypes=dtype == "auto")
+        model, specs, table = match(checkpoint, blueprint, own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():

@@ -17,7 +17,7 @@ from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.models import get_family, model_config
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.models.weights import PLAIN, StoredTensor
 
 
@@ -36,7 +36,10 @@ def save_hf(model: Decoder, hf_config: dict[str, Any], directory: Path | str) ->
     params = {dotted(keys): param for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     table = tensors_by_path(get_family(cfg.architecture).names(cfg))
     _check_plain(cfg, table)
-    dtypes = {path: spec.dtype for path, spec in abstract_decoder(cfg, MoEConfig(), model.mesh)[1].items()}
+    dtypes = {
+        path: spec.dtype
+        for path, spec in abstract_decoder(make_blueprint(cfg, MoEConfig(), model.mesh))[1].items()
+    }
     if cfg.dtype == model.cfg.dtype:
         dtypes = {path: _dtype_of(params[path]) for path in table}
     codes = {known: name for name, known in DTYPES.items()}

@@ -1,6 +1,7 @@
 """``load_model``: loads a directory of weights, Hugging Face's or a converted one, as a Decoder on a mesh."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jmoe.blueprint import Blueprint
 from jmoe.checkpoint.facts import (
     embedding_names,
     has_weights,
@@ -37,7 +39,7 @@ from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models import Family, get_family, model_config
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.models.weights import StoredTensor
 from jmoe.placement.placement import Placement
 
@@ -93,35 +95,31 @@ def load_model(
     context: tokens of the longest sequence; by default the model's longest context.
     """
     cfg = read_config(directory, dtype)
-    cfg = cfg.for_context(context or cfg.longest_context)
+    blueprint = make_blueprint(cfg.for_context(context or cfg.longest_context), moe or MoEConfig(), mesh)
     report = (lambda done, total: None) if progress is None else progress
-    return load_decoder(
-        directory, cfg, moe or MoEConfig(), mesh, report, placement, own_dtypes=dtype == "auto"
-    )
+    return load_decoder(directory, blueprint, placement, report, own_dtypes=dtype == "auto")
 
 
 def load_decoder(
     directory: Path | str,
-    cfg: ModelConfig,
-    moe: MoEConfig,
-    mesh: Mesh,
-    report: LoadProgress,
+    blueprint: Blueprint,
     placement: Placement | None,
+    report: LoadProgress,
     *,
     own_dtypes: bool,
 ) -> Decoder:
-    """Returns what ``load_model`` returns, with a configuration that was read before.
+    """Returns what ``load_model`` returns, built as the blueprint says.
 
-    own_dtypes: see ``match``.
+    own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
     if placement is not None:
-        check_fits(placement, cfg)
+        check_fits(placement, blueprint.cfg)
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
 
-        model = restore_model(Path(directory), cfg, moe, mesh, report, placement, own_dtypes=own_dtypes)
+        model = restore_model(Path(directory), blueprint, placement, report, own_dtypes=own_dtypes)
     else:
-        model = read_model(directory, cfg, moe, mesh, report, placement, own_dtypes=own_dtypes)
+        model = read_model(directory, blueprint, placement, report, own_dtypes=own_dtypes)
     if placement is not None:
         check_model(placement, model)
     return model
@@ -129,25 +127,23 @@ def load_decoder(
 
 def read_model(
     directory: Path | str,
-    cfg: ModelConfig,
-    moe: MoEConfig,
-    mesh: Mesh,
-    report: LoadProgress,
+    blueprint: Blueprint,
     placement: Placement | None,
+    report: LoadProgress,
     *,
     own_dtypes: bool,
 ) -> Decoder:
     """Returns the model of a Hugging Face directory, read one parameter at a time.
 
-    own_dtypes: see ``match``.
+    own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
     with HFCheckpoint(directory) as checkpoint:
-        model, specs, table = match(checkpoint, cfg, moe, mesh, placement, own_dtypes=own_dtypes)
+        model, specs, table = match(checkpoint, blueprint, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
             buffer = read_param(checkpoint, spec, table[path])
             if placement is not None:
-                permute_gate(path, buffer, placement, cfg.moe_layers)
+                permute_gate(path, buffer, placement, blueprint.cfg.moe_layers)
             # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
             arrays[path] = jax.block_until_ready(put_on_mesh(buffer, spec))
             done += spec.nbytes
@@ -156,22 +152,16 @@ def read_model(
 
 
 def match(
-    checkpoint: HFCheckpoint,
-    cfg: ModelConfig,
-    moe: MoEConfig,
-    mesh: Mesh,
-    placement: Placement | None = None,
-    *,
-    own_dtypes: bool,
+    checkpoint: HFCheckpoint, blueprint: Blueprint, placement: Placement | None = None, *, own_dtypes: bool
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredTensor]]]:
     """Returns the abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
-    If the checkpoint has a head of its own, the model has one too, whatever ``cfg`` says.
+    If the checkpoint has a head of its own, the model has one too, whatever the configuration says.
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
-    cfg = with_own_head(checkpoint, cfg)
+    cfg = with_own_head(checkpoint, blueprint.cfg)
     check_names(checkpoint, cfg)
-    model, specs = abstract_decoder(cfg, moe, mesh)
+    model, specs = abstract_decoder(replace(blueprint, cfg=cfg))
     table = tensors_by_path(stored_tensors(checkpoint, cfg))
     if own_dtypes:
         wide = {
@@ -186,7 +176,7 @@ def match(
         specs = {path: spec.in_float32() if path in wide else spec for path, spec in specs.items()}
     if placement is not None:
         table = into_slots(table, placement, cfg.moe_layers)
-    if moe.offload is not None:
+    if blueprint.moe.offload is not None:
         table = into_stacks(table, cfg.moe_layers)
     for path in specs.keys() - table.keys():
         table[path] = []
@@ -251,14 +241,12 @@ def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice)
     """Returns the parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the
     directory has no weights. It raises ValueError for weights that ``load_model`` would reject without
     reading them."""
-    directory, mesh, moe = Path(directory), make_mesh(), MoEConfig()
+    directory, blueprint = Path(directory), make_blueprint(cfg, MoEConfig(), make_mesh())
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above
 
-        return expected_model(
-            directory, read_manifest(directory), cfg, moe, mesh, own_dtypes=dtype == "auto"
-        )[1]
+        return expected_model(directory, read_manifest(directory), blueprint, own_dtypes=dtype == "auto")[1]
     if not has_weights(directory):
-        return abstract_decoder(cfg, moe, mesh)[1]
+        return abstract_decoder(blueprint)[1]
     with HFCheckpoint(directory) as checkpoint:
-        return match(checkpoint, cfg, moe, mesh, own_dtypes=dtype == "auto")[1]
+        return match(checkpoint, blueprint, own_dtypes=dtype == "auto")[1]

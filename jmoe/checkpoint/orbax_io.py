@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
+from jmoe.blueprint import Blueprint
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, put_on_mesh
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks
 from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
 from jmoe.config.units import cause
 from jmoe.models.decoder import Decoder
 from jmoe.placement.placement import Placement
@@ -59,11 +59,9 @@ def save_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> No
 
 def restore_model(
     directory: Path,
-    cfg: ModelConfig,
-    moe: MoEConfig,
-    mesh: Mesh,
+    blueprint: Blueprint,
+    placement: Placement | None,
     report: Callable[[int, int], None],
-    placement: Placement | None = None,
     *,
     own_dtypes: bool,
 ) -> Decoder:
@@ -71,18 +69,18 @@ def restore_model(
 
     It raises ValueError naming the file that is missing or changed, or the parameter that is not as
     ``config.json`` has it.
-    report: function called with (bytes done, bytes in all) after each layer.
     placement: placement by which the experts are renumbered, on their devices; while a parameter is
         renumbered it takes its memory twice.
-    own_dtypes: see ``match``.
+    report: function called with (bytes done, bytes in all) after each layer.
+    own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
-    manifest = read_manifest(directory)
+    manifest, cfg, moe = read_manifest(directory), blueprint.cfg, blueprint.moe
     verify_files(directory, manifest)
     written = moe if moe.offload is None else replace(moe, offload=None, binning=None)
-    model, specs = expected_model(directory, manifest, cfg, written, mesh, own_dtypes=own_dtypes)
+    model, specs = expected_model(directory, manifest, replace(blueprint, moe=written), own_dtypes=own_dtypes)
     stacks = None
     if moe.offload is not None:
-        model, wanted = abstract_decoder(cfg, moe, mesh)
+        model, wanted = abstract_decoder(blueprint)
         stacks = Stacks(wanted, cfg.moe_layers)
     arrays: dict[str, jax.Array] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
@@ -100,11 +98,12 @@ def restore_model(
 
 
 def expected_model(
-    directory: Path, manifest: Manifest, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, *, own_dtypes: bool
+    directory: Path, manifest: Manifest, blueprint: Blueprint, *, own_dtypes: bool
 ) -> tuple[Decoder, dict[str, ParamSpec]]:
     """Returns the abstract model without expert offload, and its parameters as the manifest lists them."""
+    cfg = blueprint.cfg
     check_count(directory, manifest, cfg)
-    model, specs = abstract_decoder(cfg, moe, mesh)
+    model, specs = abstract_decoder(blueprint)
     check_parameters(directory, manifest, specs)
     kept = set(manifest.kept) if own_dtypes and cfg.dtype == manifest.dtype else set()
     return model, {p: s.in_float32() if p in kept and s.has_own_dtype else s for p, s in specs.items()}

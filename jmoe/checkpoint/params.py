@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
+from jmoe.blueprint import Blueprint
 from jmoe.mesh import is_single, platform_of
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import StoredTensor
@@ -48,11 +47,12 @@ class ParamSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def abstract_decoder(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ParamSpec]]:
+def abstract_decoder(blueprint: Blueprint) -> tuple[Decoder, dict[str, ParamSpec]]:
     """Returns a Decoder of shapes without values, and its parameters by dotted path."""
-    make_dtype, where = jnp.dtype(cfg.dtype), platform_of(mesh)
+    mesh = blueprint.mesh
+    make_dtype, where = jnp.dtype(blueprint.cfg.dtype), platform_of(mesh)
     make = ParamMaker(make_dtype, nnx.Rngs(0), std=0.0, platform=where)
-    model = nnx.eval_shape(lambda: Decoder(cfg, moe, mesh, make))
+    model = nnx.eval_shape(lambda: Decoder(blueprint, make))
     specs = {}
     for keys, param in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), param.get_value()

@@ -15,7 +15,7 @@ from jmoe.cli.flags import (
     reported,
     settings_from,
 )
-from jmoe.faults import interrupt_ends_at_once
+from jmoe.engine.faults import interrupt_ends_at_once
 from jmoe.tools.progress import Bars
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from jmoe.config.reading import AtLeastOne, Positive, Size, check_fields, shown
 Bonus = Annotated[
     float, Meta(ge=0, le=2.0**127, description="a finite number above 0", extra={"float32": True})
 ]
+Phase = Literal["prefill", "decode"]  # of a step; only a step whose tokens were all sampled decodes
 PredictorName = Literal["expert_map", "next_gate", "token_table", "counts", "none"]
 Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 

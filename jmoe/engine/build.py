@@ -102,9 +102,12 @@ def load_runner(
     """Returns the runner of a deployment, with the model's weights."""
     moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
     decoder = load_decoder(
-        deployment.directory, deployment.cfg, moe, mesh, partial(progress, "load"), placement,
+        deployment.directory,
+        deployment.blueprint,
+        placement,
+        partial(progress, "load"),
         own_dtypes=deployment.settings.dtype == "auto",
-    )  # fmt: skip
+    )
     tables = cache = None
     if moe.shuffle is not None and moe.shuffle.tokens and placement is not None and placement.tables:
         tables = step_tables(placement.tables, history=moe.shuffle.history)

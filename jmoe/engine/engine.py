@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmoe.engine.faults import ends_program, tell
 from jmoe.engine.request import (
     EngineDead,
     EngineSnapshot,
@@ -33,7 +34,6 @@ from jmoe.engine.step.results import FetchedStep, PromptScores, RunningStep, cou
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import ENDS
 from jmoe.engine.text.codec import TextCodec
-from jmoe.faults import ends_program, tell
 from jmoe.placement.placement import Placement
 
 log = logging.getLogger(__name__)

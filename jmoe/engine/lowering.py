@@ -17,7 +17,7 @@ from jmoe.engine.step.functions import Jitted, jitted, make_knobs
 from jmoe.engine.step.inputs import Sizes, blank_input
 from jmoe.engine.step.state import DeviceState
 from jmoe.mesh import EXPERT, sharding
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.models.journey import StepSettings
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kinds import state_layout
@@ -64,7 +64,7 @@ def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> ja
 
 def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, Jitted, list]:
     """Returns the model with shapes only, its jitted functions and the shapes of its weights."""
-    model, specs = abstract_decoder(cfg, moe, mesh)
+    model, specs = abstract_decoder(make_blueprint(cfg, moe, mesh))
     arrays = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.storage, sharding=spec.sharding)
         for path, spec in specs.items()

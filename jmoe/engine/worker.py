@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from jmoe.engine.engine import Engine
+from jmoe.engine.faults import contained, tell
 from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, Request
 from jmoe.engine.text.codec import TextCodec
-from jmoe.faults import contained, tell
 
 log = logging.getLogger(__name__)
 

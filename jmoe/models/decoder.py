@@ -14,11 +14,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.choice import choose as choose_kernels
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import Heads, LayerPages, Span
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
@@ -89,9 +89,9 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
     return nnx.merge(graph, state)(*args)
 
 
-def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
-    """Chooses the kernels with which one rank of ``mesh`` computes the model; raises ValueError for a kernel
-    that cannot run."""
+def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Blueprint:
+    """Decides how a model is built on ``mesh``: how attention is split, and which kernels a rank uses; raises
+    ValueError for a kernel that cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     cached = kind_of(cfg, 0).cached_heads(cfg)
@@ -103,22 +103,21 @@ def kernels_for(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Kernels:
     binned = moe.binning and (cfg.num_experts, get_rule(moe.binning, cfg.num_experts_per_tok))
     kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, binned)
     if moe.binning is not None and (moe.binning.local_bonus or moe.binning.resident_bonus):
-        return replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
-    if moe.binning is not None and not cfg.router.is_plain:
+        kernels = replace(kernels, binning="xla", why_binning="portable XLA: no kernel knows a bonus")
+    elif moe.binning is not None and not cfg.router.is_plain:
         why = "portable XLA: kernels know the softmax router alone"
-        return replace(kernels, binning="xla", why_binning=why)
-    return kernels
+        kernels = replace(kernels, binning="xla", why_binning=why)
+    return Blueprint(cfg, moe, split, kernels)
 
 
 class Decoder(nnx.Module):
     """A decoder-only MoE language model. ``make`` sets its parameters' dtype and initial values."""
 
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker):
-        kernels, split = kernels_for(cfg, moe, mesh), split_attention(mesh, moe.attention)
+    def __init__(self, blueprint: Blueprint, make: ParamMaker):
+        cfg, moe, mesh, kernels = blueprint.cfg, blueprint.moe, blueprint.mesh, blueprint.kernels
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
         self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
-        layers = range(cfg.num_hidden_layers)
-        self.layers = nnx.List([DecoderLayer(cfg, moe, i, split, make, kernels) for i in layers])
+        self.layers = nnx.List([DecoderLayer(blueprint, i, make) for i in range(cfg.num_hidden_layers)])
         if moe.offload is not None:
             self.store = HostExperts(cfg, make)
         self.norm = Norm(cfg, make)
@@ -126,7 +125,7 @@ class Decoder(nnx.Module):
             self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
         self.lm_head_bias_V = make((cfg.vocab_size,), (head_axis,)) if cfg.lm_head_bias else None
         self.shuffle = Shuffle(mesh, cfg.num_experts)
-        self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, split, kernels
+        self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, blueprint.split, kernels
         # If the head is split over the mesh, the compiler partitions its product; no kernel can do that.
         self.dense: DenseKernel = kernels.dense if is_single(mesh) else "xla"
 

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.paged_attention import LayerPages
 
-from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
-from jmoe.mesh import Split
+from jmoe.blueprint import Blueprint
 from jmoe.models.journey import Journey, RouterAhead
 from jmoe.moe.decide import Decision
 from jmoe.moe.layer import MoELayer
@@ -33,19 +30,18 @@ class DecoderLayer(nnx.Module):
     """Attention, then experts (``moe``), optionally with a shared expert (``shared``), or a dense MLP
     (``mlp``)."""
 
-    def __init__(
-        self, cfg: ModelConfig, moe: MoEConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels
-    ):
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        cfg = blueprint.cfg
         self.input_norm = Norm(cfg, make)
-        self.attention = kind_of(cfg, layer)(cfg, layer, split, make, kernels)
+        self.attention = kind_of(cfg, layer)(blueprint, layer, make)
         self.post_attention_norm = Norm(cfg, make)
-        sparse, mesh = layer not in cfg.mlp_only_layers, split.mesh
+        sparse = layer not in cfg.mlp_only_layers
         dense, shared = cfg.intermediate_size or 0, cfg.shared_expert_intermediate_size
-        self.mlp = None if sparse else DenseMLP(cfg, dense, mesh, make, kernels)
-        self.moe = MoELayer(cfg, moe, mesh, make, kernels) if sparse else None
+        self.mlp = None if sparse else DenseMLP(blueprint, dense, make)
+        self.moe = MoELayer(blueprint, make) if sparse else None
         shares = cfg.shared_expert_gate
-        self.shared = DenseMLP(cfg, shared, mesh, make, kernels, shares) if sparse and shared else None
-        self.shuffle = Shuffle(split.mesh, cfg.num_experts)
+        self.shared = DenseMLP(blueprint, shared, make, shares) if sparse and shared else None
+        self.shuffle = Shuffle(blueprint.mesh, cfg.num_experts)
         self.cfg = cfg
 
     def __call__(

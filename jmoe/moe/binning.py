@@ -49,9 +49,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 from jmoe_kernels import binning
 
-from jmoe.config.techniques import BinningConfig
+from jmoe.blueprint import Blueprint
+from jmoe.config.techniques import BinningConfig, Phase
 from jmoe.mesh import EXPERT
-from jmoe.moe.types import Changes, DispatchPlan, Knobs, LayerSetup, Phase, Routing, TokenFlags
+from jmoe.moe.types import Changes, DispatchPlan, Knobs, Routing, TokenFlags
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Binning:
     """The binning stage of one layer."""
 
     table: BinningConfig
-    layer: LayerSetup
+    blueprint: Blueprint
 
     def acts_in(self, phase: Phase) -> bool:
         return phase == "decode"
@@ -81,7 +82,7 @@ class Binning:
     def fuses(self, tokens: int) -> bool:
         """Returns whether one kernel both routes and bins; it does not if a rank has more tokens than the
         kernel takes."""
-        cfg, kernels = self.layer.cfg, self.layer.kernels
+        cfg, kernels = self.blueprint.cfg, self.blueprint.kernels
         if kernels.binning == "xla" or not cfg.router.is_plain:
             return False
         refusal = binning.supports(
@@ -96,29 +97,29 @@ class Binning:
             logits_TE,
             tokens,
             self._rule,
-            renormalize=self.layer.cfg.router.norm_topk_prob,
-            choice=binning.KernelChoice(self.layer.kernels.binning, self.layer.kernels.platform),
+            renormalize=self.blueprint.cfg.router.norm_topk_prob,
+            choice=binning.KernelChoice(self.blueprint.kernels.binning, self.blueprint.kernels.platform),
             total=self._sum_votes(),
         )
         return plain, routing, {"remapped": remapped_T}
 
     @property
     def _rule(self) -> binning.Rule:
-        return get_rule(self.table, self.layer.cfg.num_experts_per_tok)
+        return get_rule(self.table, self.blueprint.cfg.num_experts_per_tok)
 
     def _sum_votes(self) -> Callable[[Array], Array] | None:
         """Returns a sum over the ranks that read the same experts' weights, or None if one rank has all
         experts."""
-        return partial(lax.psum, axis_name=EXPERT) if self.layer.mesh.shape[EXPERT] > 1 else None
+        return partial(lax.psum, axis_name=EXPERT) if self.blueprint.mesh.shape[EXPERT] > 1 else None
 
     def _bonus(self, resident_E: Array | None) -> Float[Array, " E"] | None:
         """Returns the bonus in nats that is added to each expert's logit, or None if no expert has one."""
-        experts, bonus_E = self.layer.cfg.num_experts, None
+        experts, bonus_E = self.blueprint.cfg.num_experts, None
         if self.table.resident_bonus and resident_E is not None:
             bonus_E = jnp.where(resident_E, jnp.float32(self.table.resident_bonus), 0.0)
         if not self.table.local_bonus:
             return bonus_E
-        held = experts // self.layer.mesh.shape[EXPERT]
+        held = experts // self.blueprint.mesh.shape[EXPERT]
         own_E = jnp.arange(experts, dtype=jnp.int32) // held == lax.axis_index(EXPERT)
         local_E = jnp.where(own_E, jnp.float32(self.table.local_bonus), 0.0)
         return local_E if bonus_E is None else bonus_E + local_E

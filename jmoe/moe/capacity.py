@@ -45,9 +45,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jmoe.config.techniques import CapacityConfig
+from jmoe.blueprint import Blueprint
+from jmoe.config.techniques import CapacityConfig, Phase
 from jmoe.mesh import EXPERT, TOKENS, is_single
-from jmoe.moe.types import CapacityCounts, Changes, Knobs, LayerSetup, Phase, Routing, TokenFlags
+from jmoe.moe.types import CapacityCounts, Changes, Knobs, Routing, TokenFlags
 
 # (ids_TJ, weights_TJ, candidate_TJ, room_G) -> admitted_TJ
 
@@ -57,7 +58,7 @@ class Capacity:
     """The capacity stage of one layer."""
 
     table: CapacityConfig
-    layer: LayerSetup
+    blueprint: Blueprint
 
     def acts_in(self, phase: Phase) -> bool:
         return self.table.phase in (phase, "both")
@@ -72,8 +73,8 @@ class Capacity:
         return result, {"dropped": counts.dropped_T, "rerouted": counts.rerouted_T}
 
     def _limit(self, routing: Routing, tokens: TokenFlags, knobs: Knobs) -> tuple[Routing, CapacityCounts]:
-        cfg, mesh, factor = self.table, self.layer.mesh, knobs.factor
-        held = self.layer.cfg.num_experts // mesh.shape[EXPERT]
+        cfg, mesh, factor = self.table, self.blueprint.mesh, knobs.factor
+        held = self.blueprint.cfg.num_experts // mesh.shape[EXPERT]
         if is_single(mesh):
             return limit(routing, tokens, cfg, factor=factor, local=(0, held), seed=knobs.seed)
         return limit(

@@ -10,24 +10,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
-from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
-from jmoe.config.techniques import BinningConfig, CapacityConfig
+from jmoe.blueprint import Blueprint
+from jmoe.config.techniques import BinningConfig, CapacityConfig, Phase
 from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
 from jmoe.moe.counting import add_changes, count_changes, count_dispatch
 from jmoe.moe.routing import RouterWeights, choose, router_logits
-from jmoe.moe.types import Changes, DispatchStats, Knobs, LayerSetup, Phase, Routing, TokenFlags, Traffic
+from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, TokenFlags, Traffic
 
 Stage = Binning | Capacity
 STAGES = {BinningConfig: Binning, CapacityConfig: Capacity}
 
 
-def check_stages(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a lossy technique that has no meaning for the model or on ``mesh``."""
+def check_stages(blueprint: Blueprint) -> None:
+    """Raises ValueError for a lossy technique that has no meaning for the model or on its mesh."""
+    cfg, moe, mesh = blueprint.cfg, blueprint.moe, blueprint.mesh
     for table in moe.stages:
         if moe.train_capacity_factor is not None:
             raise ValueError(f"moe.{table.name} and moe.train_capacity_factor exclude each other")
@@ -62,10 +61,9 @@ def count_on_device(decision: Decision, tokens: TokenFlags) -> DispatchStats:
 
 @dataclass(frozen=True)
 class Decider:
-    """Runs the router, then the lossy stages of ``moe`` in their order."""
+    """Runs the router, then the configured lossy stages in their order."""
 
-    moe: MoEConfig
-    layer: LayerSetup
+    blueprint: Blueprint
 
     def __call__(
         self,
@@ -82,13 +80,13 @@ class Decider:
         """
         stages = () if knobs is None else self._stages(phase)
         with jax.named_scope("route"):
-            logits_TE = router_logits(x_TD, router, self.layer.kernels.dense)
+            logits_TE = router_logits(x_TD, router, self.blueprint.kernels.dense)
             first = stages[0] if stages else None
             if isinstance(first, Binning) and first.fuses(len(logits_TE)):
                 plain, final, changes = first.route(logits_TE, tokens)
                 stages = stages[1:]  # the kernel has already run this stage
             else:
-                plain = final = choose(logits_TE, router, self.layer.cfg)
+                plain = final = choose(logits_TE, router, self.blueprint.cfg)
                 changes = {}
         for stage in stages:
             assert knobs is not None, "no stage acts without knobs"
@@ -98,5 +96,7 @@ class Decider:
 
     def _stages(self, phase: Phase) -> list[Stage]:
         """Returns the stages that act in the phase."""
-        stages: list[Stage] = [STAGES[type(table)](table, self.layer) for table in self.moe.stages]
+        stages: list[Stage] = [
+            STAGES[type(table)](table, self.blueprint) for table in self.blueprint.moe.stages
+        ]
         return [stage for stage in stages if stage.acts_in(phase)]

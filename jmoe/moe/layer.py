@@ -10,28 +10,19 @@ from functools import partial
 import jax
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.config.model import ModelConfig
-from jmoe.config.moe import MoEConfig
+from jmoe.blueprint import Blueprint
+from jmoe.config.techniques import Phase
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, check_divides, is_single
 from jmoe.moe import transport
 from jmoe.moe.counting import count_dispatch, sum_over_shards
 from jmoe.moe.decide import Decider, Decision, check_stages
 from jmoe.moe.experts import ExpertMath, Experts
 from jmoe.moe.routing import Router, RouterWeights
-from jmoe.moe.types import (
-    ExpertSource,
-    Knobs,
-    LayerSetup,
-    MoEOutput,
-    Phase,
-    Send,
-    TokenFlags,
-)
+from jmoe.moe.types import ExpertSource, Knobs, MoEOutput, Send, TokenFlags
 from jmoe.param import ParamMaker
 
 
@@ -44,9 +35,10 @@ class MoELayer(nnx.Module):
     Raises ValueError if the mesh does not divide the experts or their inner dimension.
     """
 
-    def __init__(self, cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, make: ParamMaker, kernels: Kernels):
+    def __init__(self, blueprint: Blueprint, make: ParamMaker):
+        cfg, moe, mesh, kernels = blueprint.cfg, blueprint.moe, blueprint.mesh, blueprint.kernels
         check_divides("experts", cfg.num_experts, EXPERT, mesh.shape[EXPERT])
-        check_stages(cfg, moe, mesh)
+        check_stages(blueprint)
         if moe.offload is not None:
             moe.offload.check_mesh(dict(mesh.shape))
         check_divides("expert inner size", cfg.moe_intermediate_size, TENSOR, mesh.shape[TENSOR])
@@ -55,7 +47,7 @@ class MoELayer(nnx.Module):
         self.math = ExpertMath(
             kernels.experts, kernels.platform, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR]
         )
-        self.decider = Decider(moe, LayerSetup(cfg, mesh, kernels))
+        self.decider = Decider(blueprint)
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 
     def __call__(

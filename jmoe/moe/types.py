@@ -19,29 +19,16 @@ A name's suffix spells its axes: ``ids_TK`` is ``[tokens, experts per token]``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.config.model import ModelConfig
-
-Phase = Literal["prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class LayerSetup:
-    """What a layer is built for: its model, its mesh and the kernels of one rank."""
-
-    cfg: ModelConfig
-    mesh: Mesh
-    kernels: Kernels
+from jmoe.config.techniques import Phase
 
 
 @jax.tree_util.register_dataclass

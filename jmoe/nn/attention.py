@@ -16,10 +16,10 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, NewTokens, attend_all
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import EXPERT, TENSOR, TOKENS, Split, check_divides, is_single
 from jmoe.moe.orders import Move
@@ -69,7 +69,8 @@ class Attention(nnx.Module):
         """Returns the layer's state, as shapes with dtypes and shardings."""
         return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
 
-    def __init__(self, cfg: ModelConfig, layer: int, split: Split, kernels: Kernels):
+    def __init__(self, blueprint: Blueprint, layer: int):
+        cfg, split = blueprint.cfg, blueprint.split
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)
         cached = self.cached_heads(cfg).num_heads
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
             check_divides(over + " parallel size", ranks, "kv heads", cached)
         else:
             check_divides("kv heads", cached, over, ranks)
-        self.cfg, self.split, self.kernels = cfg, split, kernels
+        self.cfg, self.split, self.kernels = cfg, split, blueprint.kernels
         self.span, self.has_rotation = cfg.span(layer), cfg.rotates(layer)
 
     @property

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 from jmoe_kernels import cpu
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import linear
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
-from jmoe.mesh import Split, is_single
+from jmoe.mesh import is_single
 from jmoe.nn.attention import Attention, Weights, bias_of
 from jmoe.nn.kv_cache import CachedHeads
 from jmoe.nn.norm import rms_norm, unit_rms
@@ -25,8 +25,9 @@ class GroupedQueryAttention(Attention):
     sinks_H: one logit per head that takes part in its softmax and has no value (gpt-oss).
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):
-        super().__init__(cfg, layer, split, kernels)
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        super().__init__(blueprint, layer)
+        cfg, split = blueprint.cfg, blueprint.split
         d, head, heads = cfg.hidden_size, cfg.head_dim, split.heads
         q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
         kv_axis = heads if cfg.num_key_value_heads >= split.head_ranks else None

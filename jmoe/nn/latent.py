@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 from jmoe_kernels.backends import get_backend
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.matmul import dot, linear
 
+from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
-from jmoe.mesh import Split
 from jmoe.nn.attention import Attention, Weights, bias_of
 from jmoe.nn.kv_cache import CachedHeads
 from jmoe.nn.norm import rms_norm
@@ -36,8 +35,9 @@ class LatentAttention(Attention):
     kv_b_proj: projection from the latent to each head's keys and values.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int, split: Split, make: ParamMaker, kernels: Kernels):
-        super().__init__(cfg, layer, split, kernels)
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        super().__init__(blueprint, layer)
+        cfg, split = blueprint.cfg, blueprint.split
         assert cfg.latent is not None
         self.latent = size = cfg.latent
         d, count, heads = cfg.hidden_size, cfg.num_attention_heads, split.heads

@@ -5,13 +5,12 @@ from functools import partial
 import jax
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.choice import Kernels
 from jmoe_kernels.grouped_mlp import gated
 from jmoe_kernels.matmul import linear
 
-from jmoe.config.model import ModelConfig
+from jmoe.blueprint import Blueprint
 from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
 from jmoe.param import ParamMaker, specs_of
 
@@ -25,20 +24,13 @@ class DenseMLP(nnx.Module):
         unless ``shares``.
     """
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        inner: int,
-        mesh: Mesh,
-        make: ParamMaker,
-        kernels: Kernels,
-        shares: bool = False,
-    ):
+    def __init__(self, blueprint: Blueprint, inner: int, make: ParamMaker, shares: bool = False):
+        cfg, mesh = blueprint.cfg, blueprint.mesh
         check_divides("dense MLP inner size", inner, TENSOR, mesh.shape[TENSOR])
         self.gate_up_2FD = make((2, inner, cfg.hidden_size), (None, TENSOR, None))
         self.down_DF = make((cfg.hidden_size, inner), (None, TENSOR))
         self.share_1D = make((1, cfg.hidden_size), (None, None), has_own_dtype=True) if shares else None
-        self.cfg, self.mesh, self.kernels = cfg, mesh, kernels
+        self.cfg, self.mesh, self.kernels = cfg, mesh, blueprint.kernels
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         weights = {name: p[...] for name, p in nnx.state(self, nnx.Param).items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from jmoe.moe.types import Phase
+from jmoe.config.techniques import Phase
 
 
 @jax.tree_util.register_dataclass

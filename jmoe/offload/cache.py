@@ -33,20 +33,11 @@ from jaxtyping import Bool, Float, Int
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.config.counters import CACHE, names
+from jmoe.config.techniques import Phase
 from jmoe.mesh import DATA, EXPERT, TOKENS
 from jmoe.moe.expert_leaves import weight_specs
 from jmoe.moe.routing import regrouped
-from jmoe.moe.types import (
-    Apply,
-    Counts,
-    DispatchPlan,
-    ExpertOutput,
-    LocalExperts,
-    Phase,
-    Routing,
-    Send,
-    Traffic,
-)
+from jmoe.moe.types import Apply, Counts, DispatchPlan, ExpertOutput, LocalExperts, Routing, Send, Traffic
 from jmoe.offload import table as decide
 from jmoe.offload.copies import copy_in, fetch, install, stream
 from jmoe.offload.ranks import SAME, TABLE, Ranks, assigned, highest, max_needed, needed_on_rank

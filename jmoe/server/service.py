@@ -13,8 +13,8 @@ import msgspec
 from starlette.requests import Request
 
 from jmoe import __version__
+from jmoe.engine.faults import contained
 from jmoe.engine.request import SamplingParams
-from jmoe.faults import contained
 from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
 from jmoe.server.engine_api import EngineProtocol

@@ -47,7 +47,8 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         "kv_cache": {
             "page_size": sizes.page_size,
             "pages_per_rank": sizes.pages_per_rank,
-            "bytes_per_rank": sizes.pages_per_rank * page_bytes(cfg, deployment.split, sizes.page_size),
+            "bytes_per_rank": sizes.pages_per_rank
+            * page_bytes(cfg, deployment.blueprint.split, sizes.page_size),
         },
         "memory_per_device": {
             "weight_bytes": memory.weights,
@@ -97,7 +98,7 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
 
 
 def _choices(deployment: Deployment) -> list[dict[str, str]]:
-    mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.kernels
+    mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.blueprint.kernels
     dtype = jnp.dtype(deployment.cfg.dtype)
     storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
     rows = [

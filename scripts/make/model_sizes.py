@@ -32,10 +32,11 @@ def row(path: Path) -> str:
     from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh, split_attention
+    from jmoe.models.decoder import make_blueprint
     from jmoe.nn.kinds import page_bytes
 
     cfg = ModelConfig.from_dict(read_toml(path))
-    specs = abstract_decoder(cfg, MoEConfig(), make_mesh())[1]
+    specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))[1]
     sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
     routed = sum(size for name, size in sizes.items() if ".moe.experts." in name)
     unused = routed * (1 - cfg.num_experts_per_tok / cfg.num_experts)

@@ -107,12 +107,12 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import read_toml
     from jmoe.mesh import make_mesh
-    from jmoe.models.decoder import Decoder
+    from jmoe.models.decoder import Decoder, make_blueprint
     from jmoe.param import ParamMaker
 
     cfg = ModelConfig.from_dict(read_toml(toml))
     make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(0), platform="cpu")
-    model = Decoder(cfg, MoEConfig(), make_mesh(), make)
+    model = Decoder(make_blueprint(cfg, MoEConfig(), make_mesh()), make)
     if gate_scale != 1:
         for layer in model.layers:
             assert layer.moe is not None

@@ -18,7 +18,7 @@ from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, put_on_mesh
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh, split_attention
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.nn.kinds import make_state
 from jmoe.nn.kv_cache import StateSizes
 from jmoe.nn.sequences import Sequences
@@ -76,7 +76,7 @@ def test_logits_equal_those_of_the_same_weights_set_directly(architecture, tmp_p
 
     cfg = loaded.cfg
     direct = nnx.eval_shape(
-        lambda: Decoder(cfg, MoEConfig(), one_device(), ParamMaker(jnp.float32, nnx.Rngs(0)))
+        lambda: Decoder(make_blueprint(cfg, MoEConfig(), one_device()), ParamMaker(jnp.float32, nnx.Rngs(0)))
     )
     direct.embed.set_value(tensors["model.embed_tokens.weight"])
     direct.lm_head.set_value(tensors["lm_head.weight"])
@@ -190,7 +190,7 @@ def test_storage_follows_the_devices_of_the_mesh(monkeypatch):
     """Storage follows the devices of the mesh: here CPU devices on a machine with other default devices."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cfg = small_config(dtype="bfloat16")
-    _, specs = abstract_decoder(cfg, MoEConfig(), one_device())
+    _, specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), one_device()))
     assert specs["layers.0.moe.experts.down_EDF"].storage == np.uint16
     assert (
         make_state(cfg, split_attention(one_device(), "dp"), "cpu", StateSizes(2, 8, 1))[0].kv[0].dtype

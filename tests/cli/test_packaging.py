@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {  # a part of a package imports only from the parts before it in its list
     "jmoe": (
-        "jmoe_kernels", "faults", "config", "mesh", "param", "placement", "moe", "nn", "offload", "models",
-        "checkpoint", "engine", "server", "tools", "cli",
+        "jmoe_kernels", "config", "mesh", "blueprint", "param", "placement", "moe", "nn", "offload",
+        "models", "checkpoint", "engine", "server", "tools", "cli",
     ),
     "jmoe.engine": (
-        "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine", "deployment",
-        "lowering", "worker", "build", "llm", "processes",
+        "faults", "page_names", "text", "grammar", "request", "schedule", "step", "offload", "engine",
+        "deployment", "lowering", "worker", "build", "llm", "processes",
     ),
     "jmoe.server": (
         "errors", "settings", "engine_api", "template", "wire", "request", "answer", "watch", "service",

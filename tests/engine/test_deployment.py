@@ -21,6 +21,7 @@ from jmoe.engine.deployment.memory import Room
 from jmoe.engine.deployment.needs import within
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
+from jmoe.models.decoder import make_blueprint
 from jmoe.tools.doctor import doctor
 
 TINY = BUNDLED["tiny"]
@@ -125,7 +126,7 @@ def test_weights_are_counted_without_describing_every_layer(name: str):
     path = Path(__file__).parents[2] / f"configs/model/{name}.toml"
     cfg = ModelConfig.from_file(path).first(5)
     mesh, settings = make_mesh(), EngineSettings()
-    whole = sum(spec.nbytes for spec in abstract_decoder(cfg, settings.moe, mesh)[1].values())
+    whole = sum(spec.nbytes for spec in abstract_decoder(make_blueprint(cfg, settings.moe, mesh))[1].values())
     assert needs.weight_bytes(cfg, settings, mesh) == whole
 
 
@@ -133,7 +134,7 @@ def test_weights_are_counted_without_describing_every_layer(name: str):
 def test_weights_of_a_device_are_its_share():
     cfg = ModelConfig.from_file(Path(__file__).parents[2] / "configs/model/qwen3-30b-a3b.toml").first(3)
     mesh = make_mesh(2, 4)
-    specs = abstract_decoder(cfg, MoEConfig(), mesh)[1].values()
+    specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), mesh))[1].values()
     share = sum(spec.nbytes // (4 if "expert" in str(spec.sharding.spec) else 1) for spec in specs)  # pyright: ignore
     assert needs.weight_bytes(cfg, EngineSettings(expert_parallel_size=4), mesh) == share
 

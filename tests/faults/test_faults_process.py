@@ -118,7 +118,7 @@ def test_an_engine_that_fails_ends_every_answer_with_an_error_and_then_the_proce
 
 LOSES = """
 import os, signal, time
-from jmoe.faults import interrupt_ends_at_once
+from jmoe.engine.faults import interrupt_ends_at_once
 
 class Imported:
     def __del__(self):

@@ -26,6 +26,7 @@ from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import end_tokens
 from jmoe.engine.text.codec import TextCodec
 from jmoe.mesh import make_mesh
+from jmoe.models.decoder import make_blueprint
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
@@ -89,11 +90,11 @@ def index(tmp: Path) -> Reader:
 def weights(tmp: Path) -> Reader:
     """Does everything that ``load_model`` does, except to put arrays on devices."""
     (tmp / "config.json").write_bytes(WEIGHTS["config.json"])
-    cfg = read_config(tmp)
+    blueprint = make_blueprint(read_config(tmp), MoEConfig(), one_device())
 
     def read(folder: Path) -> None:
         with HFCheckpoint(folder) as checkpoint:
-            _, specs, table = match(checkpoint, cfg, MoEConfig(), one_device(), own_dtypes=True)
+            _, specs, table = match(checkpoint, blueprint, own_dtypes=True)
             for path, spec in specs.items():
                 read_param(checkpoint, spec, table[path])
 
@@ -226,7 +227,7 @@ def orbax(tmp: Path) -> Reader:
     from jmoe.checkpoint.orbax_io import grouped, restore_group
 
     files = converted(tmp)
-    _, specs = abstract_decoder(read_config(tmp / "hf"), MoEConfig(), one_device())
+    _, specs = abstract_decoder(make_blueprint(read_config(tmp / "hf"), MoEConfig(), one_device()))
     top = {path: specs[path] for path in grouped(specs)["top"]}
     damaged = tuple(name for name in files if name.startswith("params/top/"))
     return Reader("orbax", files, lambda folder: restore_group(folder, "top", top), damaged=damaged)

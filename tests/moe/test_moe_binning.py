@@ -26,7 +26,7 @@ from jmoe.moe.binning import bin_assignments, get_rule
 from jmoe.moe.capacity import limit
 from jmoe.moe.decide import Decider
 from jmoe.moe.routing import route
-from jmoe.moe.types import Knobs, LayerSetup, Routing, TokenFlags
+from jmoe.moe.types import Knobs, Routing, TokenFlags
 
 ROWS, K = 12, 4
 CONFIGS = {
@@ -358,7 +358,7 @@ def test_the_layer_with_a_fused_kernel_equals_the_portable_one(kernel: str, shap
 
     monkeypatch.setattr(binning, "bin_experts", interpreted)
     kernels = dataclasses.replace(layer.kernels, platform=kernel[-3:], binning=kernel)
-    layer.decider = Decider(layer.moe, LayerSetup(LAYER, mesh, kernels))
+    layer.decider = Decider(dataclasses.replace(layer.decider.blueprint, kernels=kernels))
     y, fused, moved = through(layer, x, flags, "decode")
     assert calls == [kernel]
     np.testing.assert_allclose(y, expected, atol=1e-5)

@@ -16,12 +16,12 @@ from support.oracles.routers import compiled as router
 from jmoe.checkpoint.renumber import EXPERTS as STACKS
 from jmoe.checkpoint.renumber import permute_gate
 from jmoe.config.moe import MoEConfig
-from jmoe.config.techniques import OffloadConfig
+from jmoe.config.techniques import OffloadConfig, Phase
 from jmoe.mesh import make_mesh
 from jmoe.moe.experts import ExpertMath, HostExperts
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.transport import local
-from jmoe.moe.types import Phase, TokenFlags
+from jmoe.moe.types import TokenFlags
 from jmoe.offload.cache import ExpertCache, Visit
 from jmoe.offload.copies import copy_in
 from jmoe.offload.predictors.none import NoPredictor

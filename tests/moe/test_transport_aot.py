@@ -51,11 +51,11 @@ def compile_layer(platform: str, name: str) -> str:
     from flax import nnx
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from jmoe_kernels.choice import choose
     from support.models.small import config
 
     from jmoe.config.moe import MoEConfig
     from jmoe.mesh import EXPERT, make_mesh
+    from jmoe.models.decoder import make_blueprint
     from jmoe.moe.layer import MoELayer
     from jmoe.moe.types import TokenFlags
     from jmoe.param import ParamMaker
@@ -71,10 +71,10 @@ def compile_layer(platform: str, name: str) -> str:
         dtype="bfloat16",
     )  # fmt: skip
     moe = MoEConfig(transport=name, kernel="xla")
-    kernels = choose(platform, cfg.dtype, moe.kernel)
+    blueprint = make_blueprint(cfg, moe, mesh)
 
     def make() -> MoELayer:
-        return MoELayer(cfg, moe, mesh, ParamMaker(jnp.bfloat16, nnx.Rngs(0), platform=platform), kernels)
+        return MoELayer(blueprint, ParamMaker(jnp.bfloat16, nnx.Rngs(0), platform=platform))
 
     graph, state = nnx.split(nnx.eval_shape(make))
 

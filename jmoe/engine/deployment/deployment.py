@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
-from jmoe_kernels.choice import Kernels
 
+from jmoe.blueprint import Blueprint
 from jmoe.checkpoint import read_config
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
@@ -25,7 +25,7 @@ from jmoe.engine.deployment.sizes import PAGE_SIZE, context_length, fit_pages, s
 from jmoe.engine.offload.build import pick_executor
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Split, make_mesh, split_attention
-from jmoe.models.decoder import kernels_for
+from jmoe.models.decoder import make_blueprint
 from jmoe.nn.kinds import page_bytes
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
@@ -37,12 +37,10 @@ class Deployment:
 
     directory: directory of the model.
     settings: settings of the user.
-    cfg: configuration of the model, for contexts of ``max_model_len`` tokens.
-    split: mesh, and how attention is split over it.
+    blueprint: model for contexts of ``max_model_len`` tokens, mesh and kernels.
     max_model_len: tokens of a context.
     sizes: shapes that compile.
     memory: memory needed and available.
-    kernels: kernels of one rank, each with the reason for its choice.
     placement: placement by which experts are renumbered and tokens are shuffled; None without one.
     profile: profile from which an expert cache starts; None starts cold.
     executor: executor of the steps and the reason for its choice; None if no experts are offloaded.
@@ -51,20 +49,22 @@ class Deployment:
 
     directory: Path
     settings: EngineSettings
-    cfg: ModelConfig
-    split: Split
+    blueprint: Blueprint
     max_model_len: int
     sizes: Sizes
     memory: Memory
-    kernels: Kernels
     placement: Placement | None
     profile: Profile | None
     executor: tuple[Executor, str] | None
     notes: tuple[str, ...]
 
     @property
+    def cfg(self) -> ModelConfig:
+        return self.blueprint.cfg
+
+    @property
     def mesh(self) -> Mesh:
-        return self.split.mesh
+        return self.blueprint.mesh
 
 
 def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
@@ -83,12 +83,10 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     return Deployment(
         directory=directory,
         settings=settings,
-        cfg=cfg.for_context(length),
-        split=split,
+        blueprint=make_blueprint(cfg.for_context(length), moe, split.mesh),
         max_model_len=length,
         sizes=sizes_for(settings, split, length, pages),
         memory=memory,
-        kernels=kernels_for(cfg, moe, split.mesh),
         placement=read_placement(moe.shuffle, cfg, split.mesh),
         profile=read_profile(moe.offload),
         executor=None if moe.offload is None else pick_executor(moe.offload, split.mesh),

@@ -18,6 +18,7 @@ from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_slots
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
+from jmoe.models.decoder import make_blueprint
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
 
@@ -111,7 +112,7 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
         no_rope_layers=(),
     )  # fmt: skip
     is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
-    for path, spec in abstract_decoder(kinds, settings.moe, mesh)[1].items():
+    for path, spec in abstract_decoder(make_blueprint(kinds, settings.moe, mesh))[1].items():
         layer, _ = in_layer(path)
         times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
         shape = spec.sharding.shard_shape(spec.shape)

@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jmoe.checkpoint import read_config
+from jmoe.config.techniques import Phase
 from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.settings import EngineSettings, model_directory
@@ -34,7 +35,6 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Phase
 
 log = logging.getLogger(__name__)
 HEADER = struct.Struct("<4Id")  # operation, rows, tokens a row, decode rows, present capacity factor

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jmoe.config.techniques import Phase
 from jmoe.engine.step.sampling import SamplingRows, blank_rows
-from jmoe.moe.types import Phase
 from jmoe.nn.kv_cache import StateSizes
 
 FEWEST = 4  # decode rows in the same step as prompts

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from jmoe.config.techniques import Phase
 from jmoe.engine.step.counters import (
     PHASES,
     MoECounters,
@@ -29,7 +30,6 @@ from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
 from jmoe.moe.expert_leaves import expert_bytes
 from jmoe.moe.orders import ShuffleTables
-from jmoe.moe.types import Phase
 from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
 

@@ -7,9 +7,10 @@ from jax import Array
 from jaxtyping import Float, Int
 from jmoe_kernels.paged_attention import LayerPages
 
+from jmoe.config.techniques import Phase
 from jmoe.engine.step.counters import MoETotals
 from jmoe.engine.step.sampling import Sampled
-from jmoe.moe.types import Changes, Phase
+from jmoe.moe.types import Changes
 from jmoe.offload.cache import ExpertCache
 
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Executor, Future
 
+from jmoe.engine.faults import contained
 from jmoe.engine.request import EngineDead, Output, QueueFull, Request, SamplingParams
-from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead, invalid, refused, timed_out, unavailable
 

@@ -6,9 +6,9 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from jmoe.engine.faults import contained
 from jmoe.engine.grammar.check import MAX_SECONDS, CheckerUnavailable, GrammarChecker, TooCostly
 from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint
-from jmoe.faults import contained
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import invalid, unavailable
 from jmoe.server.request.structured import GrammarRequest

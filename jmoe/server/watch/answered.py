@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jmoe.faults import tell
+from jmoe.engine.faults import tell
 from jmoe.server.answer.generation import Generation
 
 log = logging.getLogger(__name__)

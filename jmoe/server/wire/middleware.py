@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jmoe.faults import Panic
+from jmoe.engine.faults import Panic
 from jmoe.server.errors import ApiError
 
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")

@@ -26,6 +26,7 @@ from jmoe.engine.build import model_directory
 from jmoe.engine.step.inputs import Sizes
 from jmoe.engine.step.runner import Runner
 from jmoe.mesh import make_mesh
+from jmoe.models.decoder import make_blueprint
 
 ROOT = Path(__file__).parents[3]
 SHAPE = ROOT / "configs/model/qwen3-30b-a3b.toml"
@@ -65,7 +66,7 @@ def random_model(dry: bool) -> tuple[ModelConfig, nnx.Module]:
     """Makes a model of Qwen3-30B-A3B's shape with random weights, on the device, one parameter at a time."""
     cfg = ModelConfig.from_dict(tomllib.loads(SHAPE.read_text()))
     cfg = replace(cfg, **TOY) if dry else cfg  # pyright: ignore[reportArgumentType]
-    model, specs = abstract_decoder(cfg, MoEConfig(), make_mesh())
+    model, specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))
     made: dict[tuple, Callable] = {}
     arrays = {}
     for i, (path, spec) in enumerate(specs.items()):

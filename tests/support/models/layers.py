@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jmoe_kernels.choice import choose
 
 from jmoe.config.moe import MoEConfig
+from jmoe.models.decoder import make_blueprint
 from jmoe.moe.layer import MoELayer
 from jmoe.moe.types import TokenFlags
 from jmoe.param import ParamMaker
@@ -13,7 +13,7 @@ from jmoe.param import ParamMaker
 
 def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
     make = ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(3), std=0.4)
-    return MoELayer(cfg, moe, mesh, make, choose("cpu", cfg.dtype, moe.kernel))
+    return MoELayer(make_blueprint(cfg, moe, mesh), make)
 
 
 def run(layer, x, valid):

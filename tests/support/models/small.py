@@ -8,7 +8,7 @@ from flax import nnx
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import Mesh, make_mesh
-from jmoe.models.decoder import Decoder
+from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.param import ParamMaker
 
 MESHES = ((1, 1, 1), (1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1), (1, 1, 8), (4, 1, 2))
@@ -35,7 +35,7 @@ def config(**changes) -> ModelConfig:
 
 def decoder(cfg: ModelConfig, mesh: Mesh, moe: MoEConfig = MoEConfig(), seed: int = 0) -> Decoder:
     """Returns a decoder on ``mesh`` with random weights, so wide that no routing or argmax is a near tie."""
-    model = Decoder(cfg, moe, mesh, ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(seed), std=0.3))
+    model = Decoder(make_blueprint(cfg, moe, mesh), ParamMaker(jnp.dtype(cfg.dtype), nnx.Rngs(seed), std=0.3))
     graph, state = nnx.split(model)
 
     def place(param: nnx.Param) -> nnx.Param:
