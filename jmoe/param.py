@@ -14,7 +14,7 @@ HOST = "pinned_host"  # the kind of host memory that a device can copy from by i
 class ParamMaker:
     """Makes parameters of one dtype from one stream of normal random numbers.
 
-    std: the standard deviation; 0 makes zeros, which is fast if only shapes are needed.
+    std: standard deviation; 0 makes zeros, which is fast if only shapes are needed.
     platform: platform of the devices that will hold the parameters; None is jax's default.
 
     ``in_storage_dtype`` makes a parameter that XLA:CPU must not see as bfloat16, because it slices single

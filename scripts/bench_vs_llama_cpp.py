@@ -6,11 +6,11 @@
     python scripts/bench_vs_llama_cpp.py --llama-python PEER/bin/python --threads 2 --json OUT
 
 Built from source, llama.cpp uses all that this CPU has; the table names the instructions it was built with.
-Its weights are the same ones in its own file format, bfloat16 but for norms and router (float32), read as it
+Its weights are the same ones in its own file format, bfloat16 except norms and router (float32), read as it
 reads them by default, with its default settings (flash attention as it chooses, a float16 cache).
 
-Before anything is timed, the two models' logits after several prompts are compared; where they differ by
-more than bfloat16 rounding does, the script says so and ends.
+Before anything is timed, the two models' logits after several prompts are compared; if they differ by
+more than bfloat16 rounding does, the script reports it and ends.
 
 Rows: prefill of a long prompt, and decoding at several batch sizes, as ``bench_vs_transformers.py`` has them
 (``shared.protocol``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in

@@ -1,4 +1,4 @@
-"""Serves the bundled model, asks it a question, and prints the streamed answer and what the experts did."""
+"""Serves the bundled model, sends it a question, and prints the streamed answer and the experts' use."""
 
 import json
 import subprocess

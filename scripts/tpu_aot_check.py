@@ -71,15 +71,15 @@ COLUMNS += ("sent_mb", "compile_s", "verdict")
 class Case:
     """One step to compile.
 
-    model: the file of the model's sizes.
-    slice: the slice of chips.
-    mesh: the numbers of chips, data x expert x tensor.
-    sequences: the number of sequences of a token rank.
-    tokens: the number of tokens of a token rank; 1 is decode.
-    layers: the number of layers, None for all.
-    transport: the transport of the experts' rows.
-    attention: the form of attention.
-    moe: the MoE configuration as text.
+    model: file of the model's sizes.
+    slice: slice of chips.
+    mesh: numbers of chips, data x expert x tensor.
+    sequences: number of sequences of a token rank.
+    tokens: number of tokens of a token rank; 1 is decode.
+    layers: number of layers, None for all.
+    transport: transport of the experts' rows.
+    attention: form of attention.
+    moe: MoE configuration as text.
     """
 
     model: Path

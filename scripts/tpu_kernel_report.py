@@ -28,11 +28,11 @@ from shared import tpu_compiler
 class Chip:
     """A chip.
 
-    topology: the slice of four chips.
-    clock: the clock in Hz, as the peak implies.
-    bandwidth: the HBM bytes/s of a device.
-    peak: the bfloat16 flop/s of a device.
-    cores: the number of cores of a device.
+    topology: slice of four chips.
+    clock: clock in Hz, as the peak implies.
+    bandwidth: HBM bytes/s of a device.
+    peak: bfloat16 flop/s of a device.
+    cores: number of cores of a device.
     """
 
     topology: str
@@ -46,11 +46,11 @@ class Chip:
 class Layer:
     """A layer of a model.
 
-    name: the model.
-    experts: the number of experts of the model.
-    model: the width of the model.
-    inner: the width inside an expert of the model.
-    mesh: the (expert, tensor) sizes on four chips.
+    name: model.
+    experts: number of experts of the model.
+    model: width of the model.
+    inner: width inside an expert of the model.
+    mesh: (expert, tensor) sizes on four chips.
     """
 
     name: str

@@ -88,7 +88,7 @@ def load_model(
     It needs host memory for the whole model on CPU, otherwise for one parameter. It raises ValueError, before
     any memory is allocated, for a name or shape that is not exactly the model's; also for the placement of
     another model.
-    dtype: the requested dtype; "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's
+    dtype: requested dtype; "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's
         own.
     progress: function called with (bytes done, bytes in all) after each parameter.
     placement: placement by which the experts are renumbered.

@@ -36,7 +36,7 @@ AttentionKind = Literal["grouped_query", "latent"]
 class ModelConfig:
     """Shape of a Mixture-of-Experts decoder. Field names are Hugging Face's; sizes are element counts.
 
-    architecture: the Hugging Face class name, the key into ``jmoe.models``.
+    architecture: Hugging Face class name, the key into ``jmoe.models``.
 
     Layers:
     mlp_only_layers: layers with a dense MLP of ``intermediate_size`` instead of experts.

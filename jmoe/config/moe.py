@@ -26,12 +26,12 @@ class MoEConfig:
     attention: split of attention: each rank has its own sequences ("dp"), or the experts' ranks share heads
         ("tp", see ``jmoe.mesh.Split``). It is a separate flag, not a key of the config file.
     transport: how tokens reach their experts' ranks (see ``jmoe.moe.transport``).
-    kernel: the grouped-expert implementation; None chooses one, which ``jmoe doctor`` reports.
-    binning: a table by which decode batches use fewer experts, lossy; None is off.
-    capacity: a limit on an expert's load, lossy; None is off. It applies to the result of binning.
-    shuffle: a table by which experts are renumbered by a placement, and tokens or requests go where their
+    kernel: grouped-expert implementation; None chooses one, which ``jmoe doctor`` reports.
+    binning: table by which decode batches use fewer experts, lossy; None is off.
+    capacity: limit on an expert's load, lossy; None is off. It applies to the result of binning.
+    shuffle: table by which experts are renumbered by a placement, and tokens or requests go where their
         experts are; lossless; None is off.
-    offload: a table by which experts are in host memory, some also on the device; lossless; None is off.
+    offload: table by which experts are in host memory, some also on the device; lossless; None is off.
     train_capacity_factor: for training only, with kernel "batched": rows of an expert's buffer as a multiple
         of its even share.
     """

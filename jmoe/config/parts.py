@@ -25,7 +25,7 @@ class RouterConfig:
     scoring_func: function from logits to scores.
     norm_topk_prob: whether a token's weights are normalised to sum to 1 before scaling.
     n_group, topk_group: number of groups, and of a token's best groups: only their experts may be chosen.
-    group_score: a group's score: that of its best expert ("max") or the sum of its best two ("top2").
+    group_score: group's score: that of its best expert ("max") or the sum of its best two ("top2").
     bias: whether a bias is added to the logits.
     correction_bias: whether a bias is added to the scores for the choice only, not for the weights.
     routed_scaling_factor: factor of all weights.
@@ -76,7 +76,7 @@ class RopeConfig:
     """Rotary position embedding (see ``jmoe.nn.rope``). All fields after the first four apply to some types
     only.
 
-    partial_rotary_factor: the share of a head that is rotated.
+    partial_rotary_factor: share of a head that is rotated.
     interleaved: whether pairs are neighbouring dimensions, not the two halves.
     long: for "longrope", whether the engine serves contexts longer than the original ones; then all positions
         are rotated by the long factors, because cached keys cannot change.

@@ -81,7 +81,7 @@ def from_table(
 ) -> Table:
     """Returns the dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
 
-    table_name: the table's name in messages.
+    table_name: table's name in messages.
     prefix: prefix of its keys in messages.
     excluded: fields that are not keys.
     """

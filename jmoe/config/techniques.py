@@ -96,7 +96,7 @@ class CapacityConfig:
     policy: what happens to the assignments over the limit.
     metric: which assignments stay.
     scope: whether the limit is per expert or per device.
-    phase: the steps in which the limit applies.
+    phase: steps in which the limit applies.
     rounds: number of attempts of "reroute".
     renormalize: whether the remaining assignments take over the weight of the dropped ones.
     """
@@ -133,7 +133,7 @@ LossyConfig = BinningConfig | CapacityConfig
 class ShuffleConfig:
     """``[moe.shuffle]``: Speculative MoE, lossless (see ``jmoe.placement.group``).
 
-    placement: the file that ``jmoe place`` wrote, required; experts are renumbered by it.
+    placement: file that ``jmoe place`` wrote, required; experts are renumbered by it.
     tokens: whether the reduce-scatter and the all-gather are shuffled.
     requests: whether a request goes to the rank that owns most of its experts.
     history: whether tokens are also placed by the ranks of their last two layers, as in the paper; token ids
@@ -169,7 +169,7 @@ class OffloadConfig:
     eviction: which expert is evicted (``jmoe.offload.policy``).
     prefetch_distance: number of layers to look ahead.
     prefetch_per_layer: number of prefetch copies that one layer may start, the byte budget.
-    store: the profile for a warm start.
+    store: profile for a warm start.
     store_size: iterations that the predictor "expert_map" keeps.
     executor: "graph" decides and copies inside the jitted step, "host" between the jitted parts of each
         layer; None chooses one, and ``jmoe doctor`` reports which and why.

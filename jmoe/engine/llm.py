@@ -65,7 +65,7 @@ class LLM:
     model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``.
     moe: configuration of the MoE layers; None = the default.
     warm_up: whether shapes compile now; if not, each shape compiles when it first runs.
-    settings: the other fields of ``EngineSettings``.
+    settings: other fields of ``EngineSettings``.
 
     ``close`` frees its memory; a ``with`` statement does so at its end. Raises ValueError naming what is
     wrong with the model or a setting.

@@ -1,4 +1,4 @@
-"""What a caller asks for and what comes back, as plain data."""
+"""Requests of callers and their outputs, as plain data."""
 
 import random
 from collections.abc import Callable
@@ -143,10 +143,17 @@ class Constraint(Protocol):
 class Request:
     """A request in the engine. Times are ``time.monotonic`` seconds.
 
+    id: id of the request.
+    prompt_token_ids: tokens of the prompt.
+    params: sampling parameters.
     emit: function that is called from the engine's thread with every increment; it must not block.
+    arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     token_ids: generated tokens that the host has seen.
-    state: the scheduler's state of the request.
+    state: scheduler's state of the request.
+    start_time: time of its first admission; None while it waits.
+    first_token_time: time of its first token; None before it.
+    moe: assignments of its tokens that lossy techniques changed.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
     """
 
@@ -254,7 +261,7 @@ class StepReport:
     prompt_tokens: prompt tokens in the step.
     decode_tokens: decoded tokens in the step.
     seconds: time from its start to its results on the host.
-    host_seconds: the part of that time in which the host worked on the step.
+    host_seconds: part of that time in which the host worked on the step.
     """
 
     prompt_tokens: int

@@ -47,7 +47,7 @@ def common_fields(
 ) -> dict[str, Any]:
     """Returns the fields that every family spells in the same way, in the spellings of transformers 4 and 5.
 
-    hf: the config, with the family's defaults for absent fields.
+    hf: config, with the family's defaults for absent fields.
     experts: possible names of the field with the number of experts.
     inner_dim: name of the field with the experts' inner dimension.
     interleaved: whether the rotary embedding pairs neighbouring dimensions.

@@ -29,7 +29,7 @@ def config(hf: HFConfig) -> ModelConfig:
 def qwen_fields(hf: HFConfig) -> dict[str, Any]:
     """Returns the fields that all Qwen generations share.
 
-    hf: the config, with the family's defaults for absent fields.
+    hf: config, with the family's defaults for absent fields.
     """
     common = common_fields(
         hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"

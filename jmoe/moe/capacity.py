@@ -96,7 +96,7 @@ def limit(
     """Returns the routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
 
     factor: gamma, float32; ``cfg.factor`` is not read.
-    local: the shard's first expert and its number of experts L, which divides E.
+    local: shard's first expert and its number of experts L, which divides E.
     seed: seed of the metric "random"; different for each step, layer and shard.
     total: sums the loads of "expert_drop" over the shards that share a step.
     """
@@ -140,9 +140,9 @@ class AdmissionRule:
     """The rule that decides who gets a place under the limit, by ``CapacityConfig.metric``.
 
     tokens: flags of the tokens.
-    metric: what candidates are ordered by.
+    metric: order of the candidates.
     seed: seed of random orders.
-    width: experts that share their places.
+    width: number of experts that share their places.
     """
 
     tokens: TokenFlags

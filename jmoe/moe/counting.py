@@ -41,10 +41,10 @@ def count_dispatch(
 ) -> DispatchStats:
     """Counts what one shard did.
 
-    plain_routing: the router's own choice.
-    routing: the routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
+    plain_routing: router's own choice.
+    routing: routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
     changes: what lossy stages changed for each token.
-    traffic: the rows that the shard moved.
+    traffic: rows that the shard moved.
     train_capacity: the most rows that an expert of the training form computes.
     """
     experts = plain_routing.scores_TE.shape[1]

@@ -35,8 +35,8 @@ def check_stages(blueprint: Blueprint) -> None:
 class Decision(NamedTuple):
     """The routing of one layer, before and after the lossy stages.
 
-    plain_routing: the router's own choice.
-    final_routing: the routing that is computed; the same object as ``plain_routing`` if nothing lossy is on.
+    plain_routing: router's own choice.
+    final_routing: routing that is computed; the same object as ``plain_routing`` if nothing lossy is on.
     changes: what the stages changed for each token; None if no stage acts.
     """
 

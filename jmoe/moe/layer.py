@@ -30,7 +30,7 @@ class MoELayer(nnx.Module):
     """A sparse MLP: every token passes through k of the E experts.
 
     router: scores the experts.
-    experts: the experts' weights; None if they are offloaded, then a source is passed to every call.
+    experts: experts' weights; None if they are offloaded, then a source is passed to every call.
 
     Raises ValueError if the mesh does not divide the experts or their inner dimension.
     """
@@ -131,7 +131,7 @@ class MoELayer(nnx.Module):
     ) -> Decision:
         """Decides where tokens go, on one device.
 
-        resident_E: the experts on the device; None if they are not known.
+        resident_E: experts on the device; None if they are not known.
         """
         return self.decider(x_TD, tokens, phase, knobs, self.router.weights, resident_E)
 

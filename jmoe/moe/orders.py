@@ -47,7 +47,7 @@ class ShuffleTables:
 class Hints:
     """What a layer's order is predicted from.
 
-    tables: the layer's tables.
+    tables: layer's tables.
     history_N2: ranks that each token went to in the previous two layers, the older first; None in the first
         two layers and without a history table.
     """
@@ -59,7 +59,7 @@ class Hints:
     def make(cls, tables: ShuffleTables, history: list[Array]) -> "Hints":
         """Makes the hints of the next layer.
 
-        history: the tokens' ranks ``[N]`` in every layer so far.
+        history: tokens' ranks ``[N]`` in every layer so far.
         """
         knows = tables.history_shares_HR is not None and len(history) >= LOOK_BACK
         return cls(tables, jnp.stack(history[-LOOK_BACK:], axis=1) if knows else None)

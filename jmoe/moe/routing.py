@@ -152,7 +152,7 @@ def plan_dispatch(
 def regrouped(plan: DispatchPlan, group_L: Int[Array, " L"], groups: int) -> DispatchPlan:
     """Returns the plan with its groups moved to new positions, 0 to ``groups - 1``.
 
-    group_L: the new position of each group; no two groups share one, and a group at ``groups`` is left out.
+    group_L: new position of each group; no two groups share one, and a group at ``groups`` is left out.
     Rows move as blocks: only the groups are sorted.
     """
     sizes_L, n = plan.group_sizes_L, plan.order_N.shape[0]

@@ -186,7 +186,7 @@ def _outgoing(
     """Returns the rows of assignments ``assignment_N`` in the experts' dtype, and the weights of the returned
     rows.
 
-    row_A: the row of each assignment, the inverse of ``assignment_N``.
+    row_A: row of each assignment, the inverse of ``assignment_N``.
     """
     weights_TJ, back_TJ = routing.weights_TK, row_A.reshape(routing.weights_TK.shape)
     token_N = assignment_N // weights_TJ.shape[1]
@@ -202,8 +202,8 @@ def _combine(
 ) -> Float[Array, "T D"]:
     """Returns each token's weighted sum of its assignments' rows, in the order in which ``local`` sums them.
 
-    row_A: the row of each of the T * J assignments; past the end if it has none.
-    assignment_N: the inverse of ``row_A``.
+    row_A: row of each of the T * J assignments; past the end if it has none.
+    assignment_N: inverse of ``row_A``.
     """
     chosen = take_rows(y_ND, row_A, assignment_N[:, None]).reshape(*weights_TJ.shape, -1)
     return jnp.einsum("tkd,tk->td", chosen, weights_TJ)

@@ -39,10 +39,10 @@ class Routing:
     ids_TK: expert ids, distinct within a token. The id E (one past the last expert) marks an absent
         assignment: its weight is 0, it is not sent anywhere and adds nothing.
     weights_TK: combine weights, float32.
-    scores_TE: the router's scores of all experts, float32; they sum to 1 over a token's experts.
-    logits_TE: the token's preference for each expert, float32: the log of the value that the choice is made
+    scores_TE: router's scores of all experts, float32; they sum to 1 over a token's experts.
+    logits_TE: token's preference for each expert, float32: the log of the value that the choice is made
         by, up to a constant. -inf marks an expert that may not be chosen.
-    plan: the assignments to all E experts in expert order, if a stage has already computed it.
+    plan: assignments to all E experts in expert order, if a stage has already computed it.
     """
 
     ids_TK: Int[Array, "T K"]
@@ -174,7 +174,7 @@ class LocalExperts:
     """The L experts of one rank as functions.
 
     num_experts: L, the number of experts.
-    dtype: the weights' dtype; both functions round their input to it.
+    dtype: weights' dtype; both functions round their input to it.
     run_tokens: (x_TD, weights_TJ, plan) -> y_TD, each token's weighted sum of its planned experts.
     run_rows: (rows_ND, group_sizes_L) -> y_ND for rows that are already sorted by expert; rows after the last
         group come out zero.
@@ -256,7 +256,7 @@ class ExpertSource(Protocol):
         """Runs the experts of ``routing`` on this layer's tokens; returns their output, the traffic, the
         counts over all ranks and the source for the next layer.
 
-        plain_routing: the router's own choice, from which the source may learn.
+        plain_routing: router's own choice, from which the source may learn.
         send: function that moves tokens to the ranks that hold their experts.
         """
         ...
@@ -269,7 +269,7 @@ class DispatchStats:
 
     counts_E: assignments of valid tokens that each expert received.
     plain_counts_E: assignments that the router gave each expert, before any lossy technique.
-    mean_score_E: the router's mean score of each expert over valid tokens.
+    mean_score_E: router's mean score of each expert over valid tokens.
     traffic: rows that were moved.
     counts: all other counters; those of an expert cache are absent if all experts are on the device.
     """
@@ -301,8 +301,8 @@ class DispatchStats:
 class MoEOutput:
     """What one layer returns.
 
-    y_TD: the experts' combined output, float32; zero for invalid tokens.
-    routing: the router's own choice.
+    y_TD: experts' combined output, float32; zero for invalid tokens.
+    routing: router's own choice.
     stats: what the layer did with the batch.
     changes: what lossy techniques changed for each token; None if nothing lossy is on.
     source: source of the next layer's experts, if experts are offloaded.

@@ -1,7 +1,7 @@
 """The kinds of attention, by the names that ``ModelConfig.attention_kind`` gives a layer.
 
 A kind is a subclass of ``Attention``. It owns its weights and their names, the size of its rotation and the
-layout of its state; everything else here asks the kinds of a model's layers.
+layout of its state; everything else here calls the kinds of a model's layers.
 """
 
 import jax

@@ -99,7 +99,7 @@ class Ranks:
     def all_rows(self, rows: Any, row_N: Int[Array, " N"] | None) -> Any:
         """Gathers the rows of all ranks, in the order of their sequences.
 
-        row_N: the row of each token of the data group, if tokens were shuffled.
+        row_N: row of each token of the data group, if tokens were shuffled.
         """
         if self.mesh is None:
             return rows

@@ -112,7 +112,7 @@ def finish_layer(table: SlotTable, needed_E: Any, scores_E: Any, layer: Any) -> 
     """Returns the table after ``layer``: all copies have landed, the layer's experts were used, nothing is
     pinned.
 
-    scores_E: the gate's score of each expert, the highest of the batch.
+    scores_E: gate's score of each expert, the highest of the batch.
     """
     xp = needed_E.__array_namespace__()
     layers = table.outlook.p_LE.shape[0]

@@ -90,7 +90,7 @@ class Problem:
     """A profile as the solvers use it.
 
     layers: statistics of each layer.
-    together_LEE, following_LEE, requests_QLE: the profile's counts, float32.
+    together_LEE, following_LEE, requests_QLE: profile's counts, float32.
     ranks: number of ranks.
     """
 

@@ -10,7 +10,13 @@ CONTEXT_PHRASE = "This model's maximum context length"  # clients recognise the 
 
 
 class ErrorDetail(msgspec.Struct, forbid_unknown_fields=True):
-    """type: invalid_request_error or server_error. param: the field that is wrong. code: for programs."""
+    """An error of a request.
+
+    message: text for people.
+    type: invalid_request_error or server_error.
+    param: path of the wrong field; null if no field is wrong.
+    code: word for programs; null if the status is enough.
+    """
 
     message: str
     type: Literal["invalid_request_error", "server_error"]

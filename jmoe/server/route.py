@@ -23,11 +23,11 @@ class Route(Generic[Shared]):
     method: HTTP method; a GET route answers HEAD too.
     path: path pattern of Starlette, such as "/v1/models/{id:path}".
     handler: function that makes the answer.
-    summary: a line for the OpenAPI document; None leaves the route out of it.
+    summary: line for the OpenAPI document; None leaves the route out of it.
     answers: types of the answer with status 200, by content type; for EVENTS the type of an event's data.
     errors: other statuses of answers, except 401 and 500.
-    body: the type of the request's body; None if it takes none.
-    example: a body that works.
+    body: type of the request's body; None if it takes none.
+    example: body that works.
     is_open: whether it needs no API key; such a path has no variables.
     is_quiet: whether its answers are not logged.
     is_probe: whether it reports health, so that it is answered beyond the limit on connections too.

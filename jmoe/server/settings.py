@@ -18,14 +18,14 @@ MAX_KEEP_ALIVE = 24 * 60 * 60
 class ServerSettings:
     """The server's settings. The constructor raises ValueError naming the setting and its limit.
 
-    served_model_name: the only model name that requests may have; None = the name that ``serve`` got.
-    api_key: the key that requests must have; None = no key is needed.
+    served_model_name: only model name that requests may have; None = the name that ``serve`` got.
+    api_key: key that requests must have; None = no key is needed.
     shutdown_timeout: seconds that running answers get to finish after SIGTERM.
     request_timeout: seconds from a request's arrival to the end of its answer; None = no limit.
     header_timeout, body_timeout: seconds to wait for a request's head and for more of its body.
     write_timeout: seconds in which a client must take some of what is sent to it.
     keep_alive: seconds for which a connection without a request stays open.
-    allowed_origins: the origins of web pages whose scripts may use the server, "*" for all.
+    allowed_origins: origins of web pages whose scripts may use the server, "*" for all.
     """
 
     served_model_name: str | None = None

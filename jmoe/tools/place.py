@@ -19,7 +19,7 @@ def place(path: Path, devices: int, out: Path, method: str, seed: int, progress:
 
     remote, max_over_mean_load: measures of the profile's own tokens, placed by their ids under equal chunks
         of a large batch; other text has more remote activations.
-    trace: the objective after every step of the solver; empty if it takes no steps.
+    trace: objective after every step of the solver; empty if it takes no steps.
     """
     start = time.perf_counter()
     check_writable(out)

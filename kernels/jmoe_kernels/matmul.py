@@ -87,7 +87,7 @@ def linear(
     """Returns ``x @ w.T`` in float32, computed in the dtype of ``w``.
 
     x: rows with any leading axes if ``w`` is a matrix, or ``[E, M, K]`` if ``w`` is a stack.
-    w: a matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16.
+    w: matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16.
     implementation: "cpu" runs the C++ kernel for a matrix; a stack always runs in XLA.
     """
     w = as_float(w)

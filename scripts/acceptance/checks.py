@@ -1,4 +1,4 @@
-"""What the client programs share: named checks that all run, and what the server says of itself."""
+"""Named checks for the client programs, all of which run, and the server's own counts of requests."""
 
 import contextlib
 import re
@@ -29,14 +29,14 @@ class Checks:
             self.passed.append(name)
 
     def finish(self) -> int:
-        """Prints one line; the exit code."""
+        """Prints one line and returns the exit code."""
         total = len(self.passed) + len(self.failed)
         print(f"{len(self.passed)} of {total} checks" + "".join(f"; {name}" for name in self.failed))
         return bool(self.failed)
 
 
 def running(base: str) -> float:
-    """Requests that run or wait in the server, as its metrics say."""
+    """Returns the number of requests that run or wait in the server, by its metrics."""
     with urllib.request.urlopen(f"{base}/metrics") as answer:
         text = answer.read().decode()
     found = re.findall(r"^jmoe_num_requests_(?:running|waiting)(?:\{.*\})? (\S+)", text, re.M)
@@ -45,7 +45,7 @@ def running(base: str) -> float:
 
 
 def frees(base: str, seconds: float = 10) -> bool:
-    """Whether the server comes to run nothing."""
+    """Returns whether all requests of the server end within ``seconds``."""
     end = time.monotonic() + seconds
     while running(base) and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""instructor: structured answers by schema and by tool.  python instructor_check.py BASE MODEL"""
+"""Checks structured answers by schema and by tool with instructor.  python instructor_check.py BASE MODEL"""
 
 import sys
 from typing import Literal

@@ -1,4 +1,4 @@
-"""langchain-openai, which sends null for what is not set.  python langchain_check.py BASE MODEL"""
+"""Checks langchain-openai, which sends null for unset fields.  python langchain_check.py BASE MODEL"""
 
 import sys
 from typing import Literal

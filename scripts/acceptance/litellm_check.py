@@ -1,4 +1,4 @@
-"""litellm: answers and how it classes our errors.  python litellm_check.py BASE MODEL"""
+"""Checks litellm's answers and its classes of our errors.  python litellm_check.py BASE MODEL"""
 
 import sys
 

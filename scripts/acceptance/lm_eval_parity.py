@@ -1,4 +1,4 @@
-"""Compares a server's log-likelihoods with those of transformers: lm-evaluation-harness sends both the same.
+"""Compares a server's log-likelihoods with transformers': lm-evaluation-harness sends both the same.
 
     jmoe serve tiny --dtype float32 --port 8000 &
     python scripts/acceptance/lm_eval_parity.py --base-url http://127.0.0.1:8000 --model tiny \\
@@ -6,8 +6,8 @@
 
 Every log-likelihood of the tasks in configs/eval (multiple choice, whole documents) through the harness'
 ``local-completions`` must be within ``--tolerance``, absolute or relative, of the one that its ``hf`` backend
-computes with transformers in float32, and every greedy answer the same text. Prints one line; exit code 0
-where all agree, 1 where not. Needs lm-eval[api], torch and transformers.
+computes with transformers in float32, and every greedy answer the same text. It prints one line. The exit
+code is 0 if all agree, 1 if not. It needs lm-eval[api], torch and transformers.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def harness(model: str, model_args: str, key: str) -> Samples:
-    """Runs the tasks; raises SystemExit with the end of the harness' own words where it fails."""
+    """Runs the tasks; raises SystemExit with the end of the harness' own words if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", model_args]
         words += ["--tasks", ",".join(TASKS), "--include_path", str(ROOT / "configs/eval")]
@@ -63,7 +63,7 @@ def read_samples(folder: Path) -> Samples:
 
 
 def leaves(answers: Any) -> list[Any]:
-    """Numbers, truth values and texts of nested lists; numbers are written as text in some versions."""
+    """Returns numbers, truth values and texts of nested lists; some versions write numbers as text."""
     if isinstance(answers, list):
         return [leaf for part in answers for leaf in leaves(part)]
     try:
@@ -73,13 +73,20 @@ def leaves(answers: Any) -> list[Any]:
 
 
 def difference(ours: float, theirs: float) -> float:
-    """The smaller of the absolute and the relative one; infinite where there is none."""
+    """Returns the smaller of the absolute and the relative difference; infinite if a number is not finite."""
     apart = abs(ours - theirs)
     return min(apart, apart / max(abs(theirs), 1e-30)) if math.isfinite(apart) else math.inf
 
 
 def compare(ours: Samples, theirs: Samples) -> dict[str, Any]:
-    """numbers compared, the worst difference and where; texts (and greedy flags) compared and unequal."""
+    """Returns the report of a comparison.
+
+    numbers: number of compared numbers.
+    worst: largest difference.
+    where: task, document and numbers of the largest difference.
+    texts: number of compared texts and greedy flags.
+    unequal: texts and flags that differ.
+    """
     if not theirs or set(ours) != set(theirs):
         raise SystemExit(
             f"the harness answered {len(ours)} documents here and {len(theirs)} with transformers"
@@ -99,8 +106,8 @@ def compare(ours: Samples, theirs: Samples) -> dict[str, Any]:
 
 
 def for_generate(directory: Path, folder: str) -> Path:
-    """The checkpoint without generation_config.json: the harness cannot run one that has stop strings, and
-    completions know a request's only."""
+    """Returns a folder with the checkpoint's files except generation_config.json: the harness cannot run a
+    checkpoint with stop strings, and completions use only those of the request."""
     for path in directory.iterdir():
         if path.name != "generation_config.json":
             (Path(folder) / path.name).symlink_to(path)

@@ -1,6 +1,6 @@
-"""What a load generator's own report must say.  python load_report.py KIND FILE BASE
+"""Checks the report of a load generator.  python load_report.py KIND FILE BASE
 
-Every request succeeded with the requested tokens, and the server runs nothing any more.
+Every request succeeded with the requested tokens, and no request runs in the server any more.
 """
 
 import csv

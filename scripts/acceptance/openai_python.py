@@ -1,4 +1,4 @@
-"""The openai package: every kind of request, to one server.  python openai_python.py BASE MODEL"""
+"""Sends every kind of request of the openai package to one server.  python openai_python.py BASE MODEL"""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""pydantic-ai, the strictest reader of answers.  python pydantic_ai_check.py BASE MODEL"""
+"""Checks pydantic-ai, the strictest reader of answers.  python pydantic_ai_check.py BASE MODEL"""
 
 import asyncio
 import sys

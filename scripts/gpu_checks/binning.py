@@ -19,8 +19,8 @@ TOLERANCE = 1e-5  # for weights and scores; ids, set, order and sizes must be eq
 def compiled(implementation: BinningKernel, rule: Rule, dry: bool):
     """Returns the compiled function (logits, valid, lossy) -> Binned.
 
-    implementation: the implementation that the function runs.
-    rule: the rule of binning.
+    implementation: implementation that the function runs.
+    rule: rule of binning.
     dry: whether the kernel runs in the interpreter.
     """
 

@@ -34,7 +34,7 @@ TARGET = 1.10  # a layer's time with a prefetch at the same time, over its time 
 def offload(check: Check) -> None:
     """Runs this section of ``gpu_check.py``: copies alone, then one copy during a layer.
 
-    check: a ``rows.Check``, which gets the rows.
+    check: ``rows.Check``, which gets the rows.
     """
     for name, dims in (TOY if check.dry else MODELS).items():
         bench = Bench(dims, SLOTS, dry=check.dry)
@@ -54,8 +54,8 @@ def offload(check: Check) -> None:
 class Bench:
     """The experts of one layer on the host and on the device.
 
-    dims: the number of experts, the inner width and the model's width.
-    slots: the number of slots of the pool.
+    dims: number of experts, the inner width and the model's width.
+    slots: number of slots of the pool.
     dry: whether the measurement runs only once, in float32.
     """
 
@@ -100,7 +100,7 @@ class Bench:
     def chain_seconds(self, rows: int, *, prefetch: bool) -> float:
         """Returns the seconds of one layer of a chain.
 
-        rows: the number of rows.
+        rows: number of rows.
         prefetch: whether each layer also copies an expert into the last slot at the same time.
         """
         sizes = jnp.full(self.slots + 1, 0, jnp.int32).at[: self.slots - 1].set(rows // (self.slots - 1))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 class Row:
     """One line of the table.
 
-    section: the section that measured it.
-    case: the shape or the input.
-    name: the contender.
+    section: section that measured it.
+    case: shape or the input.
+    name: contender.
     seconds: its time.
     of_limit: its share of the limit.
-    verdict: the verdict on it.
+    verdict: verdict on it.
     """
 
     section: str
@@ -26,16 +26,26 @@ class Row:
 
 @dataclass
 class Check:
-    """The settings of the run, the machine's measured limits, and the rows up to now."""
+    """The settings of the run, the machine's measured limits, and the rows up to now.
+
+    dry: whether the run only tries the code, with toy sizes.
+    start: monotonic time of the start, in seconds.
+    budget: seconds of the whole run.
+    peer_share: share of the budget after which peers, but not kernels, are skipped.
+    rows: rows up to now.
+    copy_bandwidth: bytes per second, read and written.
+    dense_rate: floating-point operations per second of a dense product.
+    launch: seconds of an empty step of the timing loop.
+    """
 
     dry: bool
     start: float
     budget: float
-    peer_share: float = 1.0  # share of the budget after which peers, but not kernels, are skipped
+    peer_share: float = 1.0
     rows: list[Row] = field(default_factory=list)
-    copy_bandwidth: float = 0.0  # bytes/s, read and written
-    dense_rate: float = 0.0  # flop/s
-    launch: float = 0.0  # s: an empty step of the timing loop
+    copy_bandwidth: float = 0.0
+    dense_rate: float = 0.0
+    launch: float = 0.0
 
     def late(self, share: float = 1.0) -> bool:
         return time.monotonic() > self.start + self.budget * share

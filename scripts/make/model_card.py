@@ -29,14 +29,14 @@ SHUFFLES = 20
 class Domain:
     """The figures of one domain.
 
-    name: the domain.
-    bytes: the bytes of its documents.
-    tokens: the number of scored tokens.
-    nll: the loss in nats.
-    unscored: the number of first tokens, which are not scored.
-    gzip_bits: the bits per byte of gzip.
-    xz_bits: the bits per byte of xz.
-    counts_DLE: the counts, layer x expert, of each document.
+    name: domain.
+    bytes: bytes of its documents.
+    tokens: number of scored tokens.
+    nll: loss in nats.
+    unscored: number of first tokens, which are not scored.
+    gzip_bits: bits per byte of gzip.
+    xz_bits: bits per byte of xz.
+    counts_DLE: counts, layer x expert, of each document.
     """
 
     name: str

@@ -23,7 +23,7 @@ def main() -> None:
 def row(path: Path) -> str:
     """Returns the row of one model.
 
-    active: the active parameters, with the shared experts but without the embedding, of which a token uses
+    active: active parameters, with the shared experts but without the embedding, of which a token uses
         one row.
     KV cache: the bytes in bfloat16, over all layers.
     """

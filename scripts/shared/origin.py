@@ -11,8 +11,8 @@ from typing import Any
 def machine(packages: tuple[str, ...], python: Path | None = None) -> dict[str, Any]:
     """Returns the date, the processor, the cores and the packages' versions.
 
-    packages: the packages whose versions are returned.
-    python: the interpreter whose versions are returned, except those of jmoe and jax; without it, all
+    packages: packages whose versions are returned.
+    python: interpreter whose versions are returned, except those of jmoe and jax; without it, all
         versions are those of this one.
     """
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""

@@ -29,8 +29,8 @@ class Row:
     """A line of the result.
 
     phase: "prefill" or "decode".
-    prompts: the token ids of each prompt.
-    new: the number of tokens to generate for each prompt.
+    prompts: token ids of each prompt.
+    new: number of tokens to generate for each prompt.
     """
 
     phase: str
@@ -161,10 +161,10 @@ def hf_config(cfg: Any) -> dict[str, Any]:
 class Jmoe:
     """Runs jmoe's engine step by step.
 
-    directory: the folder of the checkpoint.
-    args: the options of the protocol.
+    directory: folder of the checkpoint.
+    args: options of the protocol.
     options: more options of ``LLM``.
-    active: the number of experts that a layer touched in a decode step, by batch.
+    active: number of experts that a layer touched in a decode step, by batch.
     """
 
     def __init__(self, directory: Path, args: argparse.Namespace, **options: Any):

@@ -42,7 +42,7 @@ class Loop:
 class Kernel:
     """A compiled kernel.
 
-    body: the kernel as one loop body that runs once.
+    body: kernel as one loop body that runs once.
     vmem: bytes of its buffers and scratch.
     """
 

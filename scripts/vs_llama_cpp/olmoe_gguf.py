@@ -30,9 +30,9 @@ def write_olmoe_gguf(directory: Path, path: Path, sizes: dict[str, Any]) -> None
 
     Raises ValueError for a tensor that is absent or not bfloat16.
 
-    directory: the folder of the checkpoint.
-    path: the file that is written.
-    sizes: the fields of jmoe's ModelConfig.
+    directory: folder of the checkpoint.
+    path: file that is written.
+    sizes: fields of jmoe's ModelConfig.
     """
     gguf: Any = importlib.import_module("gguf")
     writer = gguf.GGUFWriter(path, "olmoe")

@@ -25,8 +25,8 @@ Answer = tuple[float, list[list[int]]]  # tokens/s, and the tokens that llama.cp
 class ContextPlace(NamedTuple):
     """A place for one shape of batch.
 
-    context: the context of llama.cpp.
-    batch: the batch to which the inputs are written.
+    context: context of llama.cpp.
+    batch: batch to which the inputs are written.
     """
 
     context: Any
@@ -78,7 +78,7 @@ class Peer:
     def decode(self, prompts: list[list[int]], tokens: list[list[int]]) -> Answer:
         """Returns the tokens/s after the first token.
 
-        tokens: the tokens that continue each sequence, even if others are likelier.
+        tokens: tokens that continue each sequence, even if others are likelier.
         """
         count, position, new = len(prompts), len(prompts[0]), len(tokens[0])
         place = self._empty_place(count, position + new)

@@ -1,4 +1,4 @@
-"""What ``[moe.offload]`` refuses, in one line that names the limit; what it allows at the limit."""
+"""Tests what ``[moe.offload]`` refuses in one line that names the limit, and what it allows at the limit."""
 
 from contextlib import closing
 from pathlib import Path

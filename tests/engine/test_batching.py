@@ -1,4 +1,4 @@
-"""Requests together: prompts and decoding in one step, shared pages, preemption, a host one step late."""
+"""Tests requests together: prompts and decoding in one step, shared pages, preemption, one step ahead."""
 
 import dataclasses
 from collections.abc import Callable

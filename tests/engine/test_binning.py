@@ -1,4 +1,4 @@
-"""LYNX in the engine: decode steps use fewer experts, requests report it, and exact ones are untouched."""
+"""With LYNX, decode steps use fewer experts, requests report it, and exact requests do not change."""
 
 import dataclasses
 import json

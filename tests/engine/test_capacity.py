@@ -1,4 +1,4 @@
-"""Capacity in the engine: who loses assignments, who does not, and what is reported about it."""
+"""Tests capacity in the engine: which requests lose assignments, and the reports of them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A counter of the MoE layers is one declaration: what is counted by its name is reported everywhere."""
+"""A counter of the MoE layers is one declaration, and is reported everywhere under its name."""
 
 import subprocess
 import sys

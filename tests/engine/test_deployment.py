@@ -1,4 +1,4 @@
-"""What a model and settings come to on a machine and in its memory, for ``serve`` and ``doctor`` alike."""
+"""Tests the result of a model and settings on a machine and in its memory, for ``serve`` and ``doctor``."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The engine on a small random model: what it generates, alone, in company and on every mesh."""
+"""Tests the answers of the engine on a small random model: alone, in a batch and on every mesh."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""How an engine ends, and what two of them in one process know of each other."""
+"""Tests the end of an engine, and two engines in one process."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Speculative MoE in the engine: the same tokens on every mesh, whatever was guessed."""
+"""With Speculative MoE, every mesh gives the same tokens, whatever was guessed."""
 
 import dataclasses
 from pathlib import Path

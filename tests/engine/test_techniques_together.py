@@ -1,9 +1,9 @@
-"""The four techniques two by two and all together, on meshes and in batches of requests of several lengths.
+"""Tests the four techniques in pairs and all together, on meshes and in batches of several lengths.
 
-What a pair must give follows from what each technique is. The lossless ones, shuffling and offload, leave the
-results of all others as they are: the same tokens and the same counts as without them. Two exceptions are
-allowed: a capacity belongs to the tokens of one rank, and shuffling changes these. There, and if both are
-    lossy, every assignment is accounted for, and requests that opted out get what a plain engine gives.
+The lossless techniques, shuffling and offload, must not change the results of the others: tokens and counts
+are the same as without them. There are two exceptions: a capacity with shuffling, which changes the tokens of
+a rank, and two lossy techniques. Then every assignment is accounted for, and requests that opted out get the
+answers of a plain engine.
 """
 
 from collections.abc import Callable, Iterator

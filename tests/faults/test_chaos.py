@@ -79,9 +79,9 @@ def streamed_ids(body: bytes) -> list[list[int]]:
 class Chaos:
     """Clients of every kind on one port.
 
-    port: the port of the server.
-    rng: the source of random numbers.
-    quiet: the answer to each question on an idle server.
+    port: port of the server.
+    rng: source of random numbers.
+    quiet: answer to each question on an idle server.
     """
 
     port: int

@@ -75,7 +75,7 @@ class Letters:
 class Forced:
     """A grammar that allows only one token.
 
-    fails: the method at which it fails, in the way of ``failing``.
+    fails: method at which it fails, in the way of ``failing``.
     """
 
     def __init__(self, token: int, words: int, fails: str = "", failing=panic):

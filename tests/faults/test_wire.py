@@ -1,4 +1,4 @@
-"""Hostile and broken clients on a real socket meet every limit. Memory stays flat, the engine gets free."""
+"""Hostile and broken clients on a real socket meet every limit, and the engine becomes free again."""
 
 import asyncio
 import contextlib

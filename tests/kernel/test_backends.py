@@ -1,4 +1,4 @@
-"""One record a platform: it names what exists, its order of preference is followed, and everyone reads it."""
+"""Tests the record of each platform: its names exist, and its order of preference is followed everywhere."""
 
 import dataclasses
 import subprocess

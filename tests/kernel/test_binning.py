@@ -1,4 +1,4 @@
-"""The contract of every binning: the reference against the rule in words, the kernels against the reference.
+"""Tests every binning: the reference against the rule in words, the kernels against the reference.
 
 The kernels run in the interpreter. Ids, sets, order and sizes are equal; scores and weights are equal up to
 rounding.
@@ -63,7 +63,7 @@ def by_reference(case: Case, method: str) -> Binned:
 def assert_same(got: Binned, want: Binned | dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
     """Asserts that two results are equal.
 
-    only: the tokens whose rows are compared; the fields of the whole batch are always compared.
+    only: tokens whose rows are compared; the fields of the whole batch are always compared.
     """
     for field in fields(Binned):
         a = np.asarray(getattr(got, field.name))

@@ -1,4 +1,4 @@
-"""The binning kernels through the compilers of TPUs and GPUs: they compile, and cost little of a layer."""
+"""The binning kernels compile for TPUs and GPUs, and take a small part of a layer's time."""
 
 import pytest
 from shared import tpu_compiler as tpu_aot

@@ -1,4 +1,4 @@
-"""The C++ kernels: every instruction set here, an emulated one, a sanitized build, and their absence."""
+"""Tests the C++ kernels: every instruction set of this machine, an emulated one, and their absence."""
 
 import os
 import platform

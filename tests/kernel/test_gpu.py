@@ -1,4 +1,4 @@
-"""The contract of the Hopper grouped MLP in the Mosaic GPU interpreter, against numpy on bfloat16 inputs.
+"""Tests the Hopper grouped MLP in the Mosaic GPU interpreter, against numpy on bfloat16 inputs.
 
 The interpreter compiles every thread of the prefill kernels anew at each call (about ten seconds), so each of
 their few calls covers several promises; the decode kernels take about two seconds.

@@ -1,4 +1,4 @@
-"""The contract of grouped_mlp: every implementation on every named case, against the oracle."""
+"""Tests every implementation of grouped_mlp on every named case, against the oracle."""
 
 from functools import partial
 

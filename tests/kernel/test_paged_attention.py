@@ -1,4 +1,4 @@
-"""Paged attention: every implementation equals a plain numpy softmax.
+"""Every implementation of paged attention equals a plain numpy softmax.
 
 The GPU's decode kernel runs in interpret mode and cuDNN's part as XLA. No interpreter of jax runs its TPU
 kernel (it reshapes references), so the kernel's own reference, which has the same contract, runs in its

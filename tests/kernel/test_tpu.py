@@ -1,4 +1,4 @@
-"""The TPU kernels in Pallas' interpreters: the contract against numpy, what they read, races, refusals."""
+"""Tests the TPU kernels in Pallas' interpreters: numbers against numpy, reads, races, refusals."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The TPU kernels through the TPU compiler at real layer sizes: they compile, fit and keep up with HBM."""
+"""The TPU kernels compile at real layer sizes, fit the memory, and are not slower than HBM."""
 
 import pytest
 from shared import tpu_compiler as tpu_aot

@@ -1,4 +1,4 @@
-"""The fields that a config.json leaves out, against what transformers' configuration classes put there."""
+"""Compares the fields that a config.json leaves out with those of transformers' configuration classes."""
 
 from typing import Any
 

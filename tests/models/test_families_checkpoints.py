@@ -1,4 +1,4 @@
-"""Checkpoints as their makers publish them, from golden ones: gpt-oss in MXFP4, Llama 4 with vision."""
+"""Tests checkpoints in their published form, made from golden ones: gpt-oss in MXFP4, Llama 4 with vision."""
 
 import json
 from pathlib import Path

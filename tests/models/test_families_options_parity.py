@@ -1,4 +1,4 @@
-"""Live parity of the further families with transformers, with their options (see ``parity.assert_parity``).
+"""Compares the further families, with their options, with transformers (see ``parity.assert_parity``).
 
 It is a file of its own, since a file runs in one process.
 """

@@ -1,4 +1,4 @@
-"""Live parity of the further families with transformers (see ``parity.assert_parity``): one shape of each."""
+"""Compares one shape of each further family with transformers (see ``parity.assert_parity``)."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every technique and mesh on every family beyond the first three: tokens and logits of golden models."""
+"""Tests every technique and mesh on each further family, by the tokens and logits of golden models."""
 
 import dataclasses
 import json

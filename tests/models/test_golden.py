@@ -1,4 +1,4 @@
-"""Parity with transformers on checkpoints, logits and greedy tokens that ``scripts/make/golden.py`` wrote."""
+"""Compares models with logits and greedy tokens of transformers that ``scripts/make/golden.py`` wrote."""
 
 import dataclasses
 from pathlib import Path

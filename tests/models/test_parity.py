@@ -1,4 +1,4 @@
-"""Live parity with transformers: random checkpoints that it writes, its logits and its greedy tokens.
+"""Compares random checkpoints of transformers with its logits and greedy tokens.
 
 transformers has several implementations of the experts. The tests match its default (grouped_mm), and check
 that the eager loop agrees with it.

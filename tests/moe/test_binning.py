@@ -1,4 +1,4 @@
-"""LYNX's stage: what holds for every batch, and that ranks which share weights agree on the experts."""
+"""Tests LYNX's stage: properties of every batch, and that ranks with common weights agree on the experts."""
 
 import dataclasses
 from functools import lru_cache, partial

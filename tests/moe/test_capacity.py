@@ -1,4 +1,4 @@
-"""The capacity stage against its restatement in plain Python, and the promises that it makes."""
+"""Tests the capacity stage against its rule in plain Python, and its promises."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""MoELayer against the dense oracle: on one device and on every mesh shape, with every transport."""
+"""Tests MoELayer against the dense oracle, on one device and on every mesh shape, with every transport."""
 
 import itertools
 

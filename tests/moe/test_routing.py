@@ -1,4 +1,4 @@
-"""Every router against its definition, and what the techniques rely on: scores, preferences, numbering."""
+"""Tests every router against its definition, and the scores and numbering that the techniques need."""
 
 import jax.numpy as jnp
 import numpy as np

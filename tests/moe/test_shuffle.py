@@ -1,4 +1,4 @@
-"""Token shuffling: the order in which it deals tokens out, and that no guess ever changes the output."""
+"""Tests token shuffling: the order of the tokens, and that no guess ever changes the output."""
 
 from functools import partial
 

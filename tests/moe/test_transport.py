@@ -1,4 +1,4 @@
-"""Every transport against a loop in numpy: adversarial routing, absent assignments, and the rows it moves."""
+"""Tests every transport against a loop in numpy: adversarial routing, absent assignments, moved rows."""
 
 from functools import lru_cache, partial
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The MoE layer with each transport, compiled for 8 absent TPUs and 8 absent GPUs, and its collectives.
+"""The MoE layer with each transport compiles for 8 absent TPUs and GPUs, with the expected collectives.
 
 The check is on bytes, because the compilers rename: a small all-gather may become an all-reduce.
 """

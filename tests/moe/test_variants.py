@@ -1,4 +1,4 @@
-"""A MoE layer of every kind of router against a dense loop: renumbered, by every transport, offloaded."""
+"""Tests a MoE layer with every router against a dense loop: renumbered, by every transport, offloaded."""
 
 from functools import lru_cache
 

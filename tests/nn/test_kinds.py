@@ -1,4 +1,4 @@
-"""Every layer's state is laid out as its own kind of attention says, by page or by seat."""
+"""Every layer's state has the layout of its own kind of attention, per page or per seat."""
 
 import jax
 import jax.numpy as jnp

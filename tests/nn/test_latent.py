@@ -1,4 +1,4 @@
-"""Latent attention in the dtype in which it is served; its parity with transformers is in float32."""
+"""Tests latent attention in the served dtype; its parity with transformers is in float32."""
 
 import jax
 import numpy as np

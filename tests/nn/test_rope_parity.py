@@ -1,4 +1,4 @@
-"""Rotary frequencies of extended contexts against transformers', and the engine's choice of LongRoPE's."""
+"""Compares the rotary frequencies of long contexts with transformers', and tests the choice of LongRoPE's."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Expert maps against numpy: selection, the store, search, and what a step teaches."""
+"""Tests expert maps against numpy: selection, the store, search, and learning from a step."""
 
 from dataclasses import replace
 from functools import partial

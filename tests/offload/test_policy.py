@@ -1,4 +1,4 @@
-"""What an expert is worth and what is moved, against naive restatements; numpy and jax decide alike."""
+"""Tests the worth of experts and the moves against naive rules; numpy and jax decide alike."""
 
 from functools import partial
 from itertools import pairwise

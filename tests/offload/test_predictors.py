@@ -1,4 +1,4 @@
-"""The other predictors against numpy, and what holds for all: structure, jit, what is refused."""
+"""Tests the other predictors against numpy, and all predictors' structure, jit and refusals."""
 
 from dataclasses import replace
 from functools import partial

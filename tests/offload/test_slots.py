@@ -1,4 +1,4 @@
-"""The slot table against a machine of plain objects, in every state that it can reach; and without jax."""
+"""Tests the slot table against plain objects, in every state that it can reach, and without jax."""
 
 import itertools
 import os

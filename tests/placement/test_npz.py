@@ -81,7 +81,7 @@ def archive(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEF
 def as_npy(value: object, *, shape: str | None = None) -> bytes:
     """Returns an array's bytes.
 
-    shape: the shape that the header states instead, in a text of the same length.
+    shape: shape that the header states instead, in a text of the same length.
     """
     out = io.BytesIO()
     np.save(out, np.asarray(value))

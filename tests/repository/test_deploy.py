@@ -37,12 +37,12 @@ GIVEN = {  # the variables that Kubernetes or the controller puts into every con
 class Manifest:
     """What a manifest of any kind says.
 
-    workload: the resource that makes the pods.
+    workload: resource that makes the pods.
     service: the service.
-    pods: the number of pods.
-    devices: the number of devices of a pod.
-    pod: the specification of a pod.
-    rank: the variable with a pod's rank.
+    pods: number of pods.
+    devices: number of devices of a pod.
+    pod: specification of a pod.
+    rank: variable with a pod's rank.
     """
 
     workload: dict[str, Any]

@@ -100,7 +100,7 @@ def test_the_page_has_every_part_that_was_measured():
     page = SERVING.document({"transformers": serving(320, 100, 9), "host": host(0.03)})
     assert "busy for 3.0% of a step: the target of less than 5% is met" in page
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
-    assert "jmoe beside `transformers serve" in page
+    assert "jmoe compared with `transformers serve" in page
     assert "vllm" not in page and "Recorded arrivals" not in page
 
 
@@ -115,7 +115,7 @@ def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_co
     page = SERVING.document({"traces": figures})
     assert "| azure | exact | 3 of 4 | 7 | 7, 7 | 7.0, 7.0 | 7.0, 7.0 | 7 | 7.0 | - |" in page
     assert "25.0% of the assignments remapped; perplexity of prompts 5.500, exact 5.250" in page
-    assert "cost +0.1250 nats a token" in page and "lengths times 0.5 and times times 0.25" in page
+    assert "cost +0.1250 nats per token" in page and "lengths times 0.5 and times times 0.25" in page
 
 
 def test_the_copy_ends_no_text(tmp_path):

@@ -1,4 +1,4 @@
-"""What scripts/tpu_aot_check.py reads out of a compiled program: shapes, groups, and bytes between chips.
+"""Tests what scripts/tpu_aot_check.py reads in a compiled program: shapes, groups, bytes between chips.
 
 The lines are those of a TPU's compiler, shortened. Expected bytes are counted by hand: a ring of n chips
 sends (n - 1)/n of the whole array to gather or to scatter it, and twice that to reduce it everywhere.

@@ -4,7 +4,7 @@ from jmoe.cli.main import main
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error)"""
+    """Returns exit code, standard output and standard error."""
     try:
         code = main(argv)
     except SystemExit as stop:

@@ -46,12 +46,12 @@ def damaged(data: bytes, changes: list[tuple]) -> bytes:
 
 
 def loaded(directory: Path) -> dict[str, bytes]:
-    """The parameters of a model by path, as bytes."""
+    """Returns the parameters of a model by path, as bytes."""
     model = load_model(directory, make_mesh(devices=jax.devices()[:1]))
     state = nnx.to_flat_state(nnx.state(model))
     return {str(path): np.asarray(value.get_value()).tobytes() for path, value in state}
 
 
 def refused(error: ValueError, where: Path) -> bool:
-    """In one line that names the place."""
+    """Returns whether the message is one line that names the place."""
     return str(where) in str(error) and "\n" not in str(error)

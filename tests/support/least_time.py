@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def within(seconds: float, work: Callable[[], T], what: object = "") -> T:
-    """What ``work`` gives, once it takes less than ``seconds`` of processor time.
+    """Returns the result of ``work``, from a try that takes less than ``seconds`` of processor time.
 
-    What takes long does so each time; a collection of all that earlier tests left does not.
+    Slow work is slow in each try; a garbage collection after earlier tests slows one try only.
     """
     took = []
     for _ in range(TRIES):

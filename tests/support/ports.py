@@ -6,8 +6,8 @@ _KEPT: list[socket.socket] = []  # one for each port that was given, until this 
 
 
 def own_port() -> int:
-    """A port that nobody else is given: not by the system, whose own begin higher, and not by this function
-    in any process, since the name of a Unix socket is taken for each."""
+    """Returns a port that no other test gets. The system's own ports begin higher. In all processes, this
+    function returns a port once, because it binds the name of a Unix socket for each."""
     for port in range(15_000, 30_000):
         name, probe = socket.socket(socket.AF_UNIX), socket.socket()
         try:

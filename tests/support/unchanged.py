@@ -1,4 +1,4 @@
-"""What a change of the code's structure must leave as it is, as texts in a folder that ``diff -r`` compares.
+"""Writes what a change of the code's structure must not change, as texts in a folder for ``diff -r``.
 
     python tests/support/unchanged.py OUT        # before; again after, into another folder
 

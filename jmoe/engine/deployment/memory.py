@@ -1,7 +1,8 @@
 """How much memory there is, before any of it is allocated.
 
-A CPU device has the least of what the machine has available, what its control groups' limits leave and what
-the process's own limits (``ulimit -v``, ``-d``) leave. Pure host code but for ``device.memory_stats()``.
+A CPU device has the least of three sizes: the machine's available memory, the rest of its control groups'
+limits, and the rest of the process's own limits (``ulimit -v``, ``-d``). Only ``device.memory_stats()`` calls
+jax; all other code here runs on the host.
 """
 
 import os

@@ -31,7 +31,7 @@ class Grammar:
     kind: form of the text: "json_schema" for JSON that a JSON schema describes, "regex" for text that a
         regular expression matches, "lark" for text that a Lark grammar in llguidance's dialect derives from
         ``start``.
-    text: the schema, expression or grammar.
+    text: schema, expression or grammar.
     """
 
     kind: Literal["json_schema", "regex", "lark"]

@@ -40,7 +40,7 @@ def closed(schema: Any) -> Any:
 class _Walk:
     """One walk over a document.
 
-    root: the document.
+    root: document.
     open_paths: paths of schemas that are kept open.
     found_paths: found targets of references that do not stand alone at the place of the reference.
     has_plain_references: whether every reference is a path from the root.

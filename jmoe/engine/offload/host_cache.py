@@ -125,7 +125,7 @@ class HostCache:
                 jax.block_until_ready(result)
 
     def rehearse(self) -> None:
-        """Copies an expert into the spare slot, which no expert has, to compile that copy."""
+        """Copies one expert into the spare slot, which no expert has, once at warm-up, to compile that."""
         self._copy_all(Copies(np.zeros(1, np.int32), np.full(1, self._slots, np.int32), 1, 0))
 
     def _fetch_ahead(self, layer: int, prefetches: Copies) -> None:

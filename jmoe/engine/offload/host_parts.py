@@ -219,7 +219,7 @@ def jitted_parts(
 ) -> Parts:
     """Returns one set that runners of equal models share, like ``jitted``.
 
-    layers: the kind of each layer, whether it has experts, and the sharding of its pages.
+    layers: kind of each layer, whether it has experts, and the sharding of its pages.
     default_sharding: sharding of all other arrays.
     """
     functions = PartFunctions(merge, expert_math, num_slots)

@@ -183,8 +183,8 @@ class HostDrivenRunner(Runner):
         return HostCache(self._cache, self._store, self._parts.install, self._sharding)
 
     def _rehearse(self, inputs: StepInput) -> Array:
-        """Runs padding, and also copies one expert to the spare slot and streams one, because padding needs
-        no experts."""
+        """Runs padding once at warm-up. It also copies one expert to the spare slot and streams one, because
+        padding needs no experts."""
         self._is_rehearsal = True
         hidden = super()._rehearse(inputs)
         self._is_rehearsal = False

@@ -29,12 +29,13 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 class Candidate:
     """How a request could be admitted to a rank.
 
+    rank: number of the rank.
     full_pages: full pages that already hold the beginning of its tokens.
     partial_page: page that holds all its remaining tokens and that other requests may still write into; None
         if no page does.
-    num_cached_tokens: tokens in both that need not run; the last token always runs.
-    num_running: requests that run on the rank.
-    num_free_pages: free pages of the rank.
+    num_cached_tokens: number of tokens in both that need not run; the last token always runs.
+    num_running: number of requests that run on the rank.
+    num_free_pages: number of free pages of the rank.
     """
 
     rank: int

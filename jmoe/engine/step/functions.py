@@ -250,7 +250,16 @@ class ModelFunctions:
 @dataclass(frozen=True)
 class Jitted:
     """The functions of ``ModelFunctions``, jitted except ``merge``. Each keeps the programs that it has
-    compiled, by shapes and devices."""
+    compiled, by shapes and devices.
+
+    merge: model from its weights.
+    step: one step of the decoder, with sampling.
+    copy_pages: copy of a page on each rank.
+    score: log-probabilities of targets, and the likeliest tokens with theirs.
+    logprobs: log-probabilities of targets alone.
+    window_logits: logits of whole windows, without KV pages.
+    window_routing: choices of all layers' routers in whole windows.
+    """
 
     merge: Callable[[list[Array]], Decoder]
     step: jax.stages.Wrapped

@@ -24,9 +24,9 @@ DeviceScores = tuple[Array, Array, Array]
 class FetchedStep(NamedTuple):
     """The results of a step on the host, one entry per sampled token.
 
-    ids_B: the sampled tokens.
+    ids_B: sampled tokens.
     logprob_B: their log-probabilities.
-    top_ids_BA: the likeliest tokens.
+    top_ids_BA: likeliest tokens.
     top_logprobs_BA: log-probabilities of the likeliest tokens.
     finite_B: whether the logits are finite.
     num_lost: assignments that no expert computed; unless 0, the tokens are wrong.
@@ -91,7 +91,7 @@ class RunningStep:
 def count_assignments(placed: PlacedRun, changes: Changes | None, cfg: ModelConfig) -> None:
     """Adds a step's assignments, and the changes to them, to the request's counts.
 
-    changes: the step's changes, on the host; None if the step has none.
+    changes: step's changes, on the host; None if the step has none.
     """
     run, moe, rows = placed.run, placed.run.request.moe, placed.change_rows
     moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok

@@ -222,8 +222,8 @@ class Runner:
         self.compilations.start()
 
     def _rehearse(self, inputs: StepInput) -> Array:
-        """Runs padding, so that everything a step of this shape may need is compiled; returns the hidden
-        states."""
+        """Runs padding once at warm-up, so that everything that a step of this shape may need is compiled.
+        Returns the hidden states."""
         return self.run(inputs).hidden_RND
 
     def close(self) -> None:

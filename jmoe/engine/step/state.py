@@ -44,7 +44,7 @@ class DeviceState:
 class StepOutput:
     """The results of one step, on the device.
 
-    sampled: the sampled tokens.
+    sampled: sampled tokens.
     hidden_RND: final hidden states in the grid of ``Sequences``; prompts are scored from them.
     changes_B: what lossy techniques did to each row; None if nothing lossy is configured for the phase.
     """

@@ -14,7 +14,13 @@ FINAL = "final"
 
 
 class Marks(NamedTuple):
-    """Ids of the special tokens that delimit harmony's messages."""
+    """Ids of the special tokens that delimit harmony's messages.
+
+    start: beginning of a message.
+    channel: token before the name of the message's channel.
+    message: end of the header.
+    end: end of the message.
+    """
 
     start: int
     channel: int

@@ -31,9 +31,9 @@ class History(Protocol):
 
     tokens: number of tokens counted.
     frequency_V: occurrences of each token id.
-    nearest_V: the seen token id that is most similar to each token id.
+    nearest_V: seen token id that is most similar to each token id.
     loads_LE: how often each expert was chosen.
-    sample: a sample of the requests.
+    sample: sample of the requests.
     chosen: how often each token id that is passed chose each expert at one layer.
     """
 

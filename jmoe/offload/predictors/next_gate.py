@@ -20,6 +20,11 @@ class NextGate(BasePredictor):
 
     Before the first layer there is no router input: then the forecast comes from the token table if a profile
     gave one (ours); if not, nothing is expected.
+
+    table: token table of the profile; None without a profile.
+    distance: number of layers ahead.
+    experts: number of experts of a layer.
+    k: number of experts per token.
     """
 
     uses_next_routers: ClassVar[bool] = True

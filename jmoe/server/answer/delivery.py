@@ -64,7 +64,7 @@ class UsageCounter:
 class Answer:
     """A generation and the way in which it is sent.
 
-    generation: the engine requests of the answer and their outputs.
+    generation: engine requests of the answer and their outputs.
     form: format of the answer.
     counter: token counts of the answer.
     head: first fields of the answer and of each chunk.

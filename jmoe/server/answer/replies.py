@@ -19,12 +19,22 @@ class MoEUse(defstruct("Counts", [(name, Count) for name in names(USAGE)], bases
 
 
 class PromptDetails(Strict):
-    """cached_tokens: those of the prompts whose keys and values were found, not computed."""
+    """cached_tokens: number of prompt tokens in the prefix cache, whose keys and values were not computed
+    again."""
 
     cached_tokens: Count
 
 
 class Usage(Strict):
+    """The tokens of a request.
+
+    prompt_tokens: number of tokens of all prompts.
+    completion_tokens: number of tokens of all answers.
+    total_tokens: sum of both.
+    prompt_tokens_details: prompt tokens in the prefix cache.
+    moe: assignments, and those that lossy techniques changed; absent without such techniques.
+    """
+
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
@@ -33,7 +43,13 @@ class Usage(Strict):
 
 
 class CompletionLogprobs(Strict):
-    """One entry a token; the first token of an echoed prompt has null."""
+    """One entry per token; the first token of an echoed prompt has null.
+
+    tokens: text of each token.
+    token_logprobs: log-probability of each token.
+    top_logprobs: likeliest tokens at each position, with their log-probabilities.
+    text_offset: position of each token in the text, in characters.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -41,10 +57,17 @@ class CompletionLogprobs(Strict):
     text_offset: list[Count]
 
 
-# The last three fields of each choice. finish_reason: null while a stream's choice goes on. stop_reason: the
-# stop string or id that ended the choice. token_ids: sent with return_token_ids.
 class CompletionChoice(Strict, kw_only=True):
-    """reasoning_content: what a model that answers in channels said in others than the final one."""
+    """One answer, or in a stream a piece of it.
+
+    index: number of the choice.
+    text: text of the answer, or of the piece.
+    logprobs: log-probabilities; null unless requested.
+    reasoning_content: text of all channels except the final one; absent for models without channels.
+    finish_reason: reason for the end; null until the choice ends.
+    stop_reason: stop string or token id that ended the choice; absent if none did.
+    token_ids: ids of the tokens; absent unless requested.
+    """
 
     index: Count
     text: str
@@ -56,6 +79,14 @@ class CompletionChoice(Strict, kw_only=True):
 
 
 class Head(Strict, kw_only=True):
+    """The fields that all answers begin with.
+
+    id: id of the request.
+    created: time of the request, in seconds since 1970.
+    model: served model name.
+    system_fingerprint: version of the server.
+    """
+
     id: str
     created: int
     model: str
@@ -63,7 +94,12 @@ class Head(Strict, kw_only=True):
 
 
 class Completion(Head, kw_only=True):
-    """The answer of /v1/completions, and with some of the text each chunk of its stream."""
+    """The answer of /v1/completions, and each chunk of its stream.
+
+    object: type of the answer.
+    choices: one per prompt and answer.
+    usage: null except in the last chunk of a stream; absent from a stream unless requested.
+    """
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -71,7 +107,10 @@ class Completion(Head, kw_only=True):
 
 
 class TopLogprob(Strict):
-    """bytes: the token's own; null where the model has no tokenizer."""
+    """token: text of the token.
+    logprob: log-probability of the token.
+    bytes: bytes of the token; null if the model has no tokenizer.
+    """
 
     token: str
     logprob: float
@@ -83,25 +122,43 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(Strict):
+    """content: one entry per token of the answer.
+    refusal: always null.
+    """
+
     content: list[ChatLogprob]
     refusal: None
 
 
 class FunctionCall(Strict):
-    """arguments: JSON text of an object, whole where the answer was not cut off."""
+    """name: name of the function.
+    arguments: JSON text of an object; cut if the answer was cut.
+    """
 
     name: str
     arguments: str
 
 
 class Call(Strict):
+    """id: id of the call, nine letters and digits.
+    type: type of the call.
+    function: function with its arguments.
+    """
+
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
 class AnswerMessage(Strict, kw_only=True):
-    """content: null where the answer is a call. reasoning_content: see ``CompletionChoice``."""
+    """The message of a chat answer.
+
+    role: role of the message.
+    content: text; null if the answer calls a function.
+    refusal: always null.
+    reasoning_content: text of all channels except the final one; absent for models without channels.
+    tool_calls: calls of functions; absent if there are none.
+    """
 
     role: Literal["assistant"]
     content: str | None
@@ -111,6 +168,16 @@ class AnswerMessage(Strict, kw_only=True):
 
 
 class ChatChoice(Strict, kw_only=True):
+    """One answer of a chat.
+
+    index: number of the choice.
+    message: text or call of the answer.
+    logprobs: log-probabilities; null unless requested.
+    finish_reason: reason for the end.
+    stop_reason: stop string or token id that ended the choice; absent if none did.
+    token_ids: ids of the tokens; absent unless requested.
+    """
+
     index: Count
     message: AnswerMessage
     logprobs: ChatLogprobs | None
@@ -131,7 +198,13 @@ class FunctionPiece(Strict, kw_only=True):
 
 
 class CallPiece(Strict, kw_only=True):
-    """The first piece of a call has its id, type and name; the arguments' pieces add up."""
+    """A piece of a call. The first piece has the id, the type and the name.
+
+    index: number of the call.
+    id: id of the call; absent after the first piece.
+    type: type of the call; absent after the first piece.
+    function: name, in the first piece only, and a piece of the arguments, which add up.
+    """
 
     index: Count
     id: str | UnsetType = UNSET
@@ -140,6 +213,14 @@ class CallPiece(Strict, kw_only=True):
 
 
 class Delta(Strict, kw_only=True):
+    """A piece of a chat answer.
+
+    role: role of the message; absent after the first chunk.
+    content: piece of the text; null if the answer calls a function.
+    reasoning_content: piece of the text of all channels except the final one.
+    tool_calls: pieces of calls.
+    """
+
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
@@ -147,6 +228,16 @@ class Delta(Strict, kw_only=True):
 
 
 class ChatPiece(Strict, kw_only=True):
+    """One answer of a chat in a chunk.
+
+    index: number of the choice.
+    delta: piece of the answer.
+    logprobs: log-probabilities of the piece's tokens; null or absent unless requested.
+    finish_reason: reason for the end; null until the choice ends.
+    stop_reason: stop string or token id that ended the choice; absent if none did.
+    token_ids: ids of the piece's tokens; absent unless requested.
+    """
+
     index: Count
     delta: Delta
     logprobs: ChatLogprobs | UnsetType | None = UNSET
@@ -156,7 +247,12 @@ class ChatPiece(Strict, kw_only=True):
 
 
 class ChatCompletionChunk(Head, kw_only=True):
-    """One event of a streamed chat answer. usage: where requested, null but in the last one before [DONE]."""
+    """One event of a streamed chat answer.
+
+    object: type of the event.
+    choices: one per answer of which the chunk has a piece.
+    usage: null except in the last chunk; absent unless requested.
+    """
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
@@ -164,7 +260,13 @@ class ChatCompletionChunk(Head, kw_only=True):
 
 
 class Tokens(Strict, kw_only=True):
-    """token_strs: with return_token_strs."""
+    """The tokens of a text or of a chat.
+
+    count: number of tokens.
+    max_model_len: longest context, in tokens.
+    tokens: ids of the tokens.
+    token_strs: text of each token; absent unless requested.
+    """
 
     count: Count
     max_model_len: Count
@@ -185,6 +287,15 @@ class Version(Strict):
 
 
 class Model(Strict):
+    """The served model.
+
+    id: name that requests use.
+    object: type of the entry.
+    created: time of the server's start, in seconds since 1970.
+    owned_by: name of the server.
+    max_model_len: longest context, in tokens.
+    """
+
     id: str
     object: Literal["model"]
     created: int
@@ -198,7 +309,9 @@ class Models(Strict):
 
 
 class PhaseStats(Struct):
-    """per_layer: one object of numbers a MoE layer."""
+    """steps: number of steps.
+    per_layer: one object of numbers per MoE layer.
+    """
 
     steps: Count
     per_layer: list[dict[str, Any]]

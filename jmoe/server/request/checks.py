@@ -23,7 +23,7 @@ AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
 class CheckedChat:
     """A chat request and what its checks decided.
 
-    body: the request body.
+    body: request body.
     tools: how the answer uses tools; None if it is text.
     grammar: grammar that the answer must follow; None if it is free.
     """

@@ -17,8 +17,8 @@ from jmoe.server.template.chat_template import ChatTemplate
 class Prompt:
     """A prompt.
 
-    token_ids: the prompt's tokens.
-    text: the prompt's text; empty if it was sent as token ids and is not echoed.
+    token_ids: prompt's tokens.
+    text: prompt's text; empty if it was sent as token ids and is not echoed.
     shows_special: whether the text contains every special token, as the text decoded from token ids does.
     """
 
@@ -45,9 +45,9 @@ class Prompt:
 class TextEncoder:
     """The way in which the text of prompts becomes tokens.
 
-    codec: the model's text codec; None = the model has no tokenizer.
+    codec: model's text codec; None = the model has no tokenizer.
     adds_special: whether the tokenizer's special tokens are added.
-    limit: the model's context length in tokens, so that a text that cannot fit is refused by its length; None
+    limit: model's context length in tokens, so that a text that cannot fit is refused by its length; None
         = any length.
     """
 
@@ -119,7 +119,7 @@ def chat_prompt(
     """Returns the rendered conversation. The template writes the special tokens itself, so ``encoder``
     usually adds none.
 
-    tools: the tools that the template writes.
+    tools: tools that the template writes.
     variables: other variables of the template.
     """
     if template is None:

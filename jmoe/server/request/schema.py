@@ -1,7 +1,7 @@
 """Request bodies as typed structs. ``null`` means the default; an unknown field is refused by name.
 
 Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
-ask for nothing pass and any other value is answered with a 400 that names the field.
+request nothing pass and any other value is answered with a 400 that names the field.
 """
 
 import functools
@@ -27,7 +27,7 @@ GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 
 def only(*values: Any) -> Meta:
-    """Annotates a field that asks for what is not here: null and ``values`` ask for nothing, and pass.
+    """Annotates a field of a feature that is not supported: null and ``values`` request nothing, and pass.
 
     They are kept as JSON: typing takes equal annotations for one, and False equals 0.
     """
@@ -62,7 +62,7 @@ class StreamOptions(Strict, kw_only=True):
 
 
 class MoEOptions(Strict, kw_only=True):
-    """exact: opt out of every lossy technique: the routing is the one of a lossless engine."""
+    """exact: whether the request opts out of every lossy technique; it is then routed without any."""
 
     exact: bool | None = None
 
@@ -76,7 +76,7 @@ class JsonObjectFormat(Strict, tag_field="type", tag="json_object"):
 
 
 class NamedSchema(Strict, kw_only=True):
-    """strict: accepted; the schema is always followed to the letter."""
+    """strict: accepted; the schema is always followed exactly."""
 
     name: Name
     schema: dict[str, Any]
@@ -89,8 +89,14 @@ class JsonSchemaFormat(Strict, tag_field="type", tag="json_schema"):
 
 
 class StructuredOutputs(Strict, kw_only=True):
-    """Exactly one: a JSON schema (or one as text), what the whole answer matches, one of several answers, a
-    grammar in llguidance's Lark dialect, any JSON object."""
+    """The form of the whole answer; exactly one field is set.
+
+    json: JSON schema, or its JSON text.
+    regex: regular expression that the answer matches.
+    choice: texts of which the answer is one.
+    grammar: Lark grammar in llguidance's dialect.
+    json_object: whether the answer is any JSON object.
+    """
 
     json: dict[str, Any] | GrammarText | None = None
     regex: GrammarText | None = None
@@ -100,7 +106,14 @@ class StructuredOutputs(Strict, kw_only=True):
 
 
 class GenerationRequest(Strict, kw_only=True):
-    """What completions and chat completions share."""
+    """The fields of completions and chat completions that are not OpenAI's, or differ:
+
+    seed: seed of the draws; answer i of a prompt uses seed + i.
+    cache_salt: cached prompts are shared only between requests of the same salt.
+    add_special_tokens: whether text gets the tokenizer's special tokens.
+    structured_outputs: form of the whole answer, in vLLM's fields.
+    moe: use of lossy techniques.
+    """
 
     model: str | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -193,6 +206,8 @@ class GenerationRequest(Strict, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
+    """prompt: text, texts, token ids or lists of token ids."""
+
     prompt: str | list[str | int | list[int]]
     max_tokens: Limit | None = None
     echo: bool | None = None
@@ -213,14 +228,14 @@ class WithSource(Strict, kw_only=True, dict=True):
 
 
 class CalledFunction(Strict, kw_only=True):
-    """arguments: JSON text, of an object unless the answer was cut."""
+    """arguments: JSON text of an object, or the object; the text of a cut answer may end anywhere."""
 
     name: str
     arguments: str | dict[str, Any]
 
 
 class ToolCall(Strict, kw_only=True):
-    """index, extra_content: what a stream's deltas hold, for who sends the joined ones back."""
+    """index, extra_content: fields of a stream's deltas; they change nothing here."""
 
     id: str
     function: CalledFunction
@@ -230,7 +245,10 @@ class ToolCall(Strict, kw_only=True):
 
 
 class Message(WithSource, kw_only=True):
-    """reasoning_content, reasoning, thinking: what an assistant thought before it answered."""
+    """content: text, or a list of parts.
+    tool_call_id: id of the call that a tool answers.
+    reasoning_content, reasoning, thinking: thoughts of an assistant before its answer.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -247,7 +265,9 @@ class Message(WithSource, kw_only=True):
 
 
 class Function(Strict, kw_only=True):
-    """parameters: the JSON schema of an object; none = no arguments. strict: accepted; always followed."""
+    """parameters: JSON schema of an object; null if the function has no arguments.
+    strict: accepted; the schema is always followed exactly.
+    """
 
     name: Name
     description: str | None = None
@@ -270,6 +290,10 @@ class NamedTool(Strict, kw_only=True):
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
+    """parallel_tool_calls: accepted; an answer has at most one call.
+    chat_template_kwargs: variables for the model's chat template.
+    """
+
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Limit | None = None
     max_completion_tokens: Limit | None = None
@@ -304,6 +328,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 
 class TokenizeRequest(Strict, kw_only=True):
+    """A body of /tokenize. It has either a prompt or messages."""
+
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     model: str | None = None

@@ -20,7 +20,7 @@ AUTO = (
 class ToolUse:
     """The way in which an answer uses tools.
 
-    functions: the functions that it may call.
+    functions: functions that it may call.
     choice: what the request demands of it.
     definitions: all tools of the request as they were sent, for the chat template.
     dialect: how its calls are written.

@@ -24,7 +24,7 @@ ERRORS = {
 def openapi_document(routes: Sequence[Route], version: str, model: str, *, with_key: bool) -> dict[str, Any]:
     """Returns a JSON-able OpenAPI 3.1 document of the routes that have a summary.
 
-    model: the served model's name.
+    model: served model's name.
     """
     described = [route for route in routes if route.summary is not None]
     bodies = {route.body for route in described if route.body is not None}

@@ -63,7 +63,7 @@ class AnswerReports:
     """Reports each answer to ``observers``.
 
     A handler that begins a generation stores it in the request's state.
-    routes: the route of each endpoint.
+    routes: route of each endpoint.
     """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, Route], observers: Sequence[Observer]):

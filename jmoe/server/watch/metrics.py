@@ -119,7 +119,7 @@ class Metrics:
     def count_rejection(self, reason: str) -> None:
         """Counts a refused request.
 
-        reason: the 503's code, which the server defines.
+        reason: 503's code, which the server defines.
         """
         self.rejections.labels(reason).inc()
         self.totals.rejected += 1
@@ -127,7 +127,7 @@ class Metrics:
     def count_answer(self, method: str, status: int, route: str) -> None:
         """Counts an answer.
 
-        route: the route's pattern, never the requested path: clients could make any number of paths.
+        route: route's pattern, never the requested path: clients could make any number of paths.
         """
         self.answers.labels(method if method in METHODS else "other", str(status), route).inc()
 

@@ -45,7 +45,16 @@ def percentile(counts: np.ndarray, share: float) -> float | None:
 
 @dataclass
 class Totals:
-    """Counts since the start, written by the engine's thread (``rejected`` by the event loop)."""
+    """Counts since the start, written by the engine's thread (``rejected`` by the event loop).
+
+    prompt_tokens: number of tokens of prompts.
+    generation_tokens: number of tokens of answers.
+    steps: number of steps.
+    rejected: number of requests that got a 503.
+    first_token: times to the first token.
+    between_tokens: times between two tokens of an answer.
+    step: times of a step.
+    """
 
     prompt_tokens: int = 0
     generation_tokens: int = 0

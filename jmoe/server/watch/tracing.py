@@ -30,7 +30,7 @@ def span_exporter(endpoint: str) -> SpanProcessor:
 class Tracer:
     """An observer of answers.
 
-    model: the served model's name.
+    model: served model's name.
     """
 
     def __init__(self, processor: SpanProcessor, model: str):

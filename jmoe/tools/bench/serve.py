@@ -29,8 +29,37 @@ GOODPUT = ("ttft", "tpot", "e2el")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The flags of ``jmoe bench serve``, under their names. The constructor raises ValueError for a bad
-    value."""
+    """The flags of ``jmoe bench serve``, with their names. The constructor raises ValueError for a bad value.
+
+    base_url: address of the server.
+    served_model: model name; None = the server's only one.
+    api_key: key of the server.
+    endpoint: route of the requests.
+    trace: recorded trace; None = random prompts.
+    time_scale: factor of a trace's times; 0 sends all requests at once.
+    length_scale: factor of a trace's lengths.
+    max_requests: number of requests that are read from a trace.
+    max_input_len, max_output_len: longest prompt and answer; longer ones are cut and counted.
+    input_len, output_len: number of tokens of a random prompt and of its answer.
+    num_prompts: number of random prompts.
+    request_rate: requests per second.
+    burstiness: 1 is Poisson arrivals; less is burstier.
+    max_concurrency: number of requests that may run at once.
+    seed: seed of prompts and arrivals.
+    data: files whose text the prompts are taken from.
+    prompt_form: token ids or words; None = the form that the endpoint takes.
+    vocab_size: number of token ids to draw from, for servers without /tokenize.
+    temperature: temperature of the answers.
+    ignore_eos: whether answers have their full length.
+    extra_body: fields to add to each request; null removes one.
+    goodput: limits in ms of a good request, by name.
+    num_warmups: number of short requests before the load.
+    timeout: seconds for one request.
+    save_details: file for every request's times.
+    quality_data: files whose text is scored with lossy techniques and without them.
+    quality_tokens: number of tokens to score.
+    quality_concurrency: number of requests of the quality part that run at once.
+    """
 
     base_url: str = "http://127.0.0.1:8000"
     served_model: str | None = None

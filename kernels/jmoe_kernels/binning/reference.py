@@ -20,9 +20,8 @@ def vote_bins(ids_TK: Int[Array, "T K"], logits_TE: Float[Array, "T E"], rule: R
     """Returns the bin of each choice; bin 0 has the highest affinity.
 
     "popularity" and "random" have one bin, and "oea" bins by rank. The others bin by the gap to the token's
-    best
-    logit: bin b has the choices with ``b * bin_width <= gap < (b + 1) * bin_width``, and the last bin has no
-        end.
+    best logit: bin b has the choices with ``b * bin_width <= gap < (b + 1) * bin_width``, and the last bin
+    has no end.
     """
     if rule.method in ("popularity", "random"):
         return jnp.zeros(ids_TK.shape, jnp.int32)
@@ -106,7 +105,7 @@ def remap(
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Moves each lossy token's choices outside the active set to the token's best experts inside it.
 
-    active: the active set, ``[E]``, or one of each token, ``[T, E]``.
+    active: active set, ``[E]``, or one of each token, ``[T, E]``.
 
     Other choices stay in their places, and a token without moved choices keeps its weights bit for bit. If a
     choice moved, all of the token's weights become its scores, scaled to the sum that the weights had.

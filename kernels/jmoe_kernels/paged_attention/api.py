@@ -84,10 +84,10 @@ def attend_all(
     so cost a copy of it.
 
     span: which keys a query sees.
-    sinks_H: a logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
+    sinks_H: logit of each query head that joins the softmax's denominator and has no value (gpt-oss).
 
     Returns the float32 outputs ``[B, T, H, d]`` of every piece, zero at padding, and the updated pages.
-    Raises ValueError if the named kernel lacks what the layer needs, or (but for "cpu", which writes any run)
+    Raises ValueError if the named kernel lacks what the layer needs, or (except "cpu", which writes any run)
     if a run of several tokens is not a multiple of the page size.
 
     A number that is not finite reaches only the queries that see its key. A sequence's outputs do not depend

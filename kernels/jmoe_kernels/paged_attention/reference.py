@@ -15,7 +15,7 @@ def attention_reference(
 ) -> Float[np.ndarray, "T H e"]:
     """Attends to S keys without pages; the queries are those of the sequence's last T tokens.
 
-    sinks_H: a last score of each query head that has no value.
+    sinks_H: last score of each query head that has no value.
 
     It takes O(T * S) memory, so it is for tests only.
     """

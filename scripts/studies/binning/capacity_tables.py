@@ -48,10 +48,10 @@ def places(capacity: dict[str, Any]) -> str:
 def concentration(widths: dict[str, Any]) -> dict[str, Any]:
     """Returns the effect of binning at the strongest width.
 
-    width: the name of that width.
-    times: the factors by which it multiplies the peaks and the active experts.
-    active: the active experts a step at that width.
-    rerouted: the active experts a step after rerouting at gamma 1 too.
+    width: name of that width.
+    times: factors by which it multiplies the peaks and the active experts.
+    active: active experts a step at that width.
+    rerouted: active experts a step after rerouting at gamma 1 too.
     """
     plain, (width, strongest) = widths["off"]["off"], list(widths.items())[-1]
     binned = strongest["off"]

@@ -20,8 +20,8 @@ CENTINATS = 100  # a window's loss is kept in whole hundredths of a nat
 def mean_error(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
     """Returns the mean over windows and its standard error.
 
-    delta_N: a value of each window, domain by domain, with the same number of windows in each domain.
-    domains: the number of domains.
+    delta_N: value of each window, domain by domain, with the same number of windows in each domain.
+    domains: number of domains.
     """
     delta_DW = delta_N.reshape(domains, -1)
     variance = delta_DW.var(axis=1, ddof=1).sum() * delta_DW.shape[1] if delta_DW.shape[1] > 1 else 0.0
@@ -38,8 +38,8 @@ def percent(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
 class Curve:
     """The curve of one method.
 
-    ratio_S: the active experts over those of plain top-k, in ascending order; the last is 1.
-    delta_SN: the nats a token by which each window is worse than lossless.
+    ratio_S: active experts over those of plain top-k, in ascending order; the last is 1.
+    delta_SN: nats a token by which each window is worse than lossless.
     """
 
     ratio_S: Float[np.ndarray, " S"]
@@ -49,9 +49,9 @@ class Curve:
     def of(cls, run: dict[str, Any], method: str, tokens: int) -> Self:
         """Makes the curve from one protocol's settings.
 
-        run: the figures of every setting by name.
-        method: the method whose settings are used.
-        tokens: the number of tokens that are scored in a window.
+        run: figures of every setting by name.
+        method: method whose settings are used.
+        tokens: number of tokens that are scored in a window.
         """
         rows = [row for name, row in run.items() if name.split("/")[0] == method]
         rows = sorted(rows, key=lambda row: row["active"] / row["plain"])

@@ -84,9 +84,9 @@ class Meter:
     ) -> Float[np.ndarray, "N P"]:
         """Returns the loss of every decoded position of every window, in nats.
 
-        batches_SB: the windows of each batch.
-        num_prefilled: the number of first tokens of a window that are prefilled, not decoded.
-        on_step: a function that is called after every decode step.
+        batches_SB: windows of each batch.
+        num_prefilled: number of first tokens of a window that are prefilled, not decoded.
+        on_step: function that is called after every decode step.
         """
         length = self.windows_NL.shape[1]
         nll_NP = np.full((len(self.windows_NL), length - 1 - num_prefilled), np.nan)

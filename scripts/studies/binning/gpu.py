@@ -87,13 +87,13 @@ def run_layer(
 ) -> Array:
     """Returns the output of one layer.
 
-    x_TD: the layer's input.
-    weights_and_gate: the experts' weights and the gate.
-    k: the number of experts of a token.
-    kernel: the kernel of the experts.
-    platform: the platform of the device.
-    rule: the rule of binning; None is plain top-k.
-    stage: the implementation of binning.
+    x_TD: layer's input.
+    weights_and_gate: experts' weights and the gate.
+    k: number of experts of a token.
+    kernel: kernel of the experts.
+    platform: platform of the device.
+    rule: rule of binning; None is plain top-k.
+    stage: implementation of binning.
     """
     weights, gate_ED = weights_and_gate
     logits_TE, flags = gate_logits(x_TD, gate_ED), TokenFlags(jnp.ones(x_TD.shape[0], bool))

@@ -53,7 +53,7 @@ class Protocol:
     """The way in which windows are batched.
 
     mix: "single" for batches of one domain, "mixed" for batches of all domains.
-    batch: the number of windows in a batch.
+    batch: number of windows in a batch.
     half: whether the first half is prefilled, and only the second is decoded and scored.
     """
 

@@ -206,7 +206,7 @@ def active_share(engine: Jmoe, row: Row, new: int) -> tuple[float, float, float]
 def bisect(share: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
     """Returns (width, its share), where the share is within 1 % of ``target`` or as near as eight tries get.
 
-    share: a rising function of the width.
+    share: rising function of the width.
     """
     width = found = float("nan")
     for _ in range(8):

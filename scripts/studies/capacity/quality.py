@@ -70,10 +70,10 @@ def pieces(engine: Engine, path: Path, budget: int, length: int) -> list[Piece]:
 class Meter:
     """Scores pieces on ``engine``'s ranks and keeps every step's loads.
 
-    engine: the engine that runs the windows.
-    scorer: an engine on one device, which turns hidden states into losses. On the mesh every rank would do
+    engine: engine that runs the windows.
+    scorer: engine on one device, which turns hidden states into losses. On the mesh every rank would do
         all of that work.
-    rows: the number of windows on a rank in a step.
+    rows: number of windows on a rank in a step.
     """
 
     def __init__(self, engine: Engine, scorer: Engine, rows: int):
@@ -87,8 +87,8 @@ class Meter:
     def domain(self, domain_pieces: list[Piece]) -> dict[str, Any]:
         """Scores the pieces of a domain and returns their figures.
 
-        nll: the loss of each document.
-        tokens: the scored tokens of each document.
+        nll: loss of each document.
+        tokens: scored tokens of each document.
         steps: for each step, its assignments of plain top-k, and by layer those computed by each expert,
             those dropped and those rerouted.
         by_part: loss and tokens in each part of the window.
@@ -155,8 +155,8 @@ def summary(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def placements(domains: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     """Returns the device peaks by layer under redundant placement, as means in the way of ``summary``.
 
-    own: the peaks with a placement made for the domain's own load.
-    others: the peaks with a placement made for the load of the other domains.
+    own: peaks with a placement made for the domain's own load.
+    others: peaks with a placement made for the load of the other domains.
     """
     total = {name: np.sum([s[1] for s in d["steps"]], 0) for name, d in domains.items()}
     peaks: dict[str, list[list[float]]] = {"own": [], "others": []}
@@ -174,10 +174,10 @@ class Bench:
     """Runs of one model over one selection of windows.
 
     model: the model.
-    valid: the folder of the valid split.
-    budget: the number of tokens that are scored in a domain.
-    length: the length of a window in tokens.
-    rows: the number of windows on a rank in a step.
+    valid: folder of the valid split.
+    budget: number of tokens that are scored in a domain.
+    length: length of a window in tokens.
+    rows: number of windows on a rank in a step.
     """
 
     def __init__(self, model: str, valid: Path, budget: int, length: int, rows: int):

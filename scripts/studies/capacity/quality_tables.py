@@ -61,8 +61,8 @@ def lossless(quality: dict[str, Any]) -> float:
 def by_gamma(quality: dict[str, Any], cell: Callable[[str], str], row_name: str) -> str:
     """Returns a table with a row for each policy, metric and scope, and a column for each gamma.
 
-    cell: the function that returns the text of a setting's cell.
-    row_name: the name of expert_drop's row, which has no gamma.
+    cell: function that returns the text of a setting's cell.
+    row_name: name of expert_drop's row, which has no gamma.
     """
     rows = [[name, *(cell(at(kind, f)) for f in FACTORS)] for name, kind in KINDS.items()]
     rows.append([row_name, cell("expert_drop"), *[""] * (len(FACTORS) - 1)])

@@ -40,11 +40,11 @@ STATED_PEAK = {"mixtral": 3.0, "olmoe": 7.0}  # the paper's words: "under 3N" (u
 class Shape:
     """The sizes of a layer.
 
-    experts: the number of experts.
-    k: the number of experts of a token.
-    model: the width of the model.
-    inner: the width inside an expert.
-    tokens: the number of tokens of a rank.
+    experts: number of experts.
+    k: number of experts of a token.
+    model: width of the model.
+    inner: width inside an expert.
+    tokens: number of tokens of a rank.
     """
 
     experts: int
@@ -63,8 +63,8 @@ REAL = {"mixtral": Shape(8, 2, 4096, 14336, 8192), "olmoe": Shape(64, 8, 2048, 1
 class Load:
     """The load that a setting gives the ranks.
 
-    groups_RL: the rows of each expert (slot) of each rank.
-    rows_RR: the rows from rank to rank.
+    groups_RL: rows of each expert (slot) of each rank.
+    rows_RR: rows from rank to rank.
     """
 
     groups_RL: np.ndarray
@@ -146,10 +146,10 @@ def best_of_two(run: Callable[[], Any]) -> float:
 class Timer:
     """Times the work of ranks.
 
-    weights: the weights of one rank.
-    mlp: the experts' kernel.
-    bandwidth: the bytes a second of the link.
-    bucket: the number of rows of which every buffer is a multiple, because every size compiles.
+    weights: weights of one rank.
+    mlp: experts' kernel.
+    bandwidth: bytes a second of the link.
+    bucket: number of rows of which every buffer is a multiple, because every size compiles.
     """
 
     weights: ExpertWeights
@@ -225,10 +225,10 @@ def timed(
 def measure(routing: Path, gpu: bool, link_gbs: float, rounds: int) -> dict[str, Any]:
     """Returns the ``speed`` part of the results.
 
-    routing: the folder of the published routing.
+    routing: folder of the published routing.
     gpu: whether the sizes are the real ones, on an accelerator.
-    link_gbs: the GB/s that a rank sends and receives.
-    rounds: the number of rounds.
+    link_gbs: GB/s that a rank sends and receives.
+    rounds: number of rounds.
     """
     published, shapes = read_published(routing), REAL if gpu else SCALED
     platform = jax.default_backend()

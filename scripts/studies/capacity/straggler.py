@@ -41,9 +41,9 @@ def layer_loads(layer: Published, history: dict[str, np.ndarray], tokens: int) -
 
     All are means over the draws.
 
-    layer: the published routing of the layer.
-    history: the loads for which EPLB's placements are made, by name.
-    tokens: the number of tokens of each rank.
+    layer: published routing of the layer.
+    history: loads for which EPLB's placements are made, by name.
+    tokens: number of tokens of each rank.
     """
     found: dict[str, list[Any]] = {}
     for draw in range(DRAWS):
@@ -103,8 +103,8 @@ def marginal(path: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def measure(routing: Path, tokens: int) -> dict[str, Any]:
     """Returns the ``load`` part of the results.
 
-    routing: the folder of the published routing.
-    tokens: the number of tokens of each rank.
+    routing: folder of the published routing.
+    tokens: number of tokens of each rank.
     """
     return {
         "tokens": tokens,

@@ -55,7 +55,7 @@ class Bench(NamedTuple):
     """What all runs share.
 
     model: the model.
-    store: the file of a profile.
+    store: file of a profile.
     dry: whether there is only one run of each kind.
     """
 

@@ -35,7 +35,7 @@ CASES = {
 def measure(sizes: Path, dry: bool = False) -> dict[str, Any]:
     """Returns the figures of the ``large`` part.
 
-    sizes: the TOML file of the model's sizes.
+    sizes: TOML file of the model's sizes.
     dry: whether only the first budget, batch and case are measured.
     """
     start, part = time.perf_counter(), few(dry)

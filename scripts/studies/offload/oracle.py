@@ -47,8 +47,8 @@ def belady(usage: UseHistory, outlook: Any, layer: Any, distance: int) -> Any:
 class Oracle(BasePredictor):
     """The oracle's predictor.
 
-    needs_LE: the experts that the step will need; ``dataclasses.replace`` sets it for each step.
-    distance: the number of layers that a forecast covers.
+    needs_LE: experts that the step will need; ``dataclasses.replace`` sets it for each step.
+    distance: number of layers that a forecast covers.
     """
 
     needs_LE: Bool[Array, "L E"]

@@ -51,6 +51,15 @@ STATED = Link(copy_time=1.0, prompt_time=4.0)  # one expert's copy = one decode 
 
 
 class Setting(NamedTuple):
+    """A setting of the simulated cache.
+
+    slots: number of slots of the pool.
+    max_prefetches: number of prefetches that one layer may begin.
+    distance: number of layers to look ahead.
+    store: number of iterations that expert maps keep.
+    link: link from the host to the device.
+    """
+
     slots: int
     max_prefetches: int = 1
     distance: int = AHEAD
@@ -61,9 +70,9 @@ class Setting(NamedTuple):
 class Subject(NamedTuple):
     """What is simulated.
 
-    cfg: the model's shape.
-    embeddings_VD: the model's embeddings.
-    profile: a profile of the model.
+    cfg: model's shape.
+    embeddings_VD: model's embeddings.
+    profile: profile of the model.
     traces: traces of the model.
     """
 

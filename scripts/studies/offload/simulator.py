@@ -36,12 +36,12 @@ from jmoe.offload.types import LayerView, Predictor, StepView
 class Trace(NamedTuple):
     """The N decode steps of B requests that run together.
 
-    tokens_NB: the tokens of each step.
-    embeddings_NBD: the input embeddings of those tokens.
-    scores_NLBE: the routers' scores.
-    ids_NLBK: the experts that the routers chose.
-    next_scores_NLBAE: the scores of the next layers' routers, see ``LayerView``.
-    counts_BLE: the number of times that each request's prompt chose each expert.
+    tokens_NB: tokens of each step.
+    embeddings_NBD: input embeddings of those tokens.
+    scores_NLBE: routers' scores.
+    ids_NLBK: experts that the routers chose.
+    next_scores_NLBAE: scores of the next layers' routers, see ``LayerView``.
+    counts_BLE: number of times that each request's prompt chose each expert.
     """
 
     tokens_NB: Int[Array | np.ndarray, "N B"]
@@ -63,9 +63,9 @@ class Trace(NamedTuple):
 class Clock(NamedTuple):
     """The simulator's times, in units of a layer's compute time.
 
-    now: the present time.
-    link: the time at which the link becomes free.
-    copy_end_X: the time at which each expert's latest copy ends.
+    now: present time.
+    link: time at which the link becomes free.
+    copy_end_X: time at which each expert's latest copy ends.
     """
 
     now: Float[Array, ""]
@@ -84,7 +84,7 @@ class Figures(NamedTuple):
     prefetched: copies that a forecast requested.
     useful: prefetched experts that were then needed.
     stall: time during which layers waited.
-    time: the duration of the whole step.
+    time: duration of the whole step.
     """
 
     needed: Array
@@ -114,8 +114,8 @@ class PromptFigures(NamedTuple):
 class Link(NamedTuple):
     """The model's times, in decode layers.
 
-    copy_time: the time that the copy of one expert takes.
-    prompt_time: the time that a layer computes for the prompts.
+    copy_time: time that the copy of one expert takes.
+    prompt_time: time that a layer computes for the prompts.
     """
 
     copy_time: Float[Array, ""] | float

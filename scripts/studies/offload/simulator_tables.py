@@ -35,8 +35,8 @@ def best(runs: dict[str, Any]) -> dict[str, float]:
 def gains(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Returns the gains of each judged comparator over the best baseline, as shares of the baseline's value.
 
-    more: the additional hits.
-    less: the saved time.
+    more: additional hits.
+    less: saved time.
     """
     least = best(runs)
     return {

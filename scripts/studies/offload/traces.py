@@ -32,11 +32,11 @@ CHUNK = 8  # windows that are routed at once
 class RoutedWindows(NamedTuple):
     """The routing of W windows of T tokens.
 
-    tokens_WT: the tokens.
-    scores_WTLE: the routers' scores.
-    ids_WTLK: the experts that the routers chose.
-    next_scores_WTLAE: the scores that the routers of the next layers give to each layer's input.
-    embeddings_WTD: the input embeddings.
+    tokens_WT: tokens.
+    scores_WTLE: routers' scores.
+    ids_WTLK: experts that the routers chose.
+    next_scores_WTLAE: scores that the routers of the next layers give to each layer's input.
+    embeddings_WTD: input embeddings.
     """
 
     tokens_WT: Int[np.ndarray, "W T"]

@@ -12,10 +12,10 @@ TRANSFORMERS_PAGE = 256  # tokens in a page of transformers' cache
 class Load:
     """The load for which a server must have room.
 
-    concurrency: the number of requests at a time.
-    input_len: the number of words in a prompt.
-    output_len: the number of tokens in an answer.
-    dtype: the type of the weights.
+    concurrency: number of requests at a time.
+    input_len: number of words in a prompt.
+    output_len: number of tokens in an answer.
+    dtype: type of the weights.
     """
 
     concurrency: int
@@ -28,14 +28,14 @@ class Load:
 class Peer:
     """A server that jmoe's is compared with.
 
-    command: the program of the server.
+    command: program of the server.
     install: how to install it.
-    words: the function (model, port, load) -> the words after the program in the command line.
-    prompt_form: the form of a prompt that it takes, "text" or "ids".
-    packages: the packages whose versions are reported.
+    words: function (model, port, load) -> the words after the program in the command line.
+    prompt_form: form of a prompt that it takes, "text" or "ids".
+    packages: packages whose versions are reported.
     extra: fields of a request's body in addition to those of ``jmoe bench serve``; None leaves out one of
         the latter.
-    environment: the environment variables with which it is started.
+    environment: environment variables with which it is started.
     """
 
     command: str

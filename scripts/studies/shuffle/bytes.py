@@ -25,7 +25,7 @@ class Pipeline:
     """The collectives of a layer: gathers and scatters of whole rows, and the exchange.
 
     row_bytes: bytes of a number in each gather or scatter of whole rows.
-    exchange: the measured case whose rate the exchange has; None if no token is exchanged.
+    exchange: measured case whose rate the exchange has; None if no token is exchanged.
     has_pair_rows: whether one row is sent for each remote (token, rank) pair, not for each remote activation.
     request_bytes: bytes of a number that is sent to an expert.
     reply_bytes: bytes of a number that comes back.

@@ -40,9 +40,9 @@ def row_of(name: str, row: dict[str, Any]) -> list[str]:
 def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Returns shares for each judged method.
 
-    fewer: the share by which remote activations are fewer than by chance.
-    than_tables: the share by which they are fewer than with random placements with tables.
-    uneven: the share by which the load of all text exceeds that of random placements.
+    fewer: share by which remote activations are fewer than by chance.
+    than_tables: share by which they are fewer than with random placements with tables.
+    uneven: share by which the load of all text exceeds that of random placements.
     uneven_single: the same for the load of single domains.
     """
     random = methods["random"]
@@ -61,7 +61,7 @@ def judged(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
 def steps(methods: dict[str, Any]) -> dict[str, float]:
     """Returns the shares by which tables, grouping and both reduce remote activations.
 
-    pairs: the share by which both together reduce the pairs.
+    pairs: share by which both together reduce the pairs.
     """
     best, random = methods["alternating"], methods["random"]
     chance = remote(random, "dealt")

@@ -21,10 +21,10 @@ from jmoe.placement.tabulate import tabulate
 def moved(rank_LN: Int[np.ndarray, "L N"], ranks: int, size: int) -> dict[str, float]:
     """Returns the shares of tokens that change devices.
 
-    first: the share into the first layer.
-    between: the mean share between two layers.
-    home: the share after the last layer.
-    rows: the sum of all these moves for each layer and token.
+    first: share into the first layer.
+    between: mean share between two layers.
+    home: share after the last layer.
+    rows: sum of all these moves for each layer and token.
     """
     layers, tokens = rank_LN.shape
     home_1N = dealt_ranks(1, tokens, ranks, size)

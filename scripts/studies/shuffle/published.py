@@ -83,10 +83,10 @@ def rates(
 ) -> dict[str, float]:
     """Returns the rates of drawn tokens.
 
-    local: the local share of tokens that the tables put on ranks.
-    dealt: the local share of tokens in batch order.
-    peak: the load's maximum over its mean.
-    unseen: the share of tokens whose id is not in the statistics.
+    local: local share of tokens that the tables put on ranks.
+    dealt: local share of tokens in batch order.
+    peak: load's maximum over its mean.
+    unseen: share of tokens whose id is not in the statistics.
     """
     rng = np.random.default_rng(seed)
     often_V = test_LVE[0].sum(1)

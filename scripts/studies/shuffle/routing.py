@@ -35,10 +35,10 @@ Routed = dict[str, list[RoutedRequest]]  # by domain
 class RoutingSource:
     """The routing of a model on some texts, and what a profile of it needs.
 
-    domains: the routed requests by domain.
-    identity: the identity of the model.
-    sizes: the model's numbers of layers and experts, its top k and its vocabulary.
-    embeddings_VD: the model's embeddings.
+    domains: routed requests by domain.
+    identity: identity of the model.
+    sizes: model's numbers of layers and experts, its top k and its vocabulary.
+    embeddings_VD: model's embeddings.
     """
 
     domains: Routed
@@ -99,8 +99,8 @@ def collect(model: str, folder: Path, windows: int) -> RoutingSource:
 class Test:
     """The tokens on which a placement is tested.
 
-    ids_N: the ids of N tokens, in the order in which steps take them.
-    chosen_LNK: the experts of each token at every layer.
+    ids_N: ids of N tokens, in the order in which steps take them.
+    chosen_LNK: experts of each token at every layer.
     """
 
     ids_N: Int[np.ndarray, " N"]
@@ -150,8 +150,8 @@ def dealt_ranks(layers: int, tokens: int, ranks: int, size: int) -> Int[np.ndarr
 def rates(expert_rank_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"]) -> dict[str, float]:
     """Returns the rates of a placement of tokens.
 
-    local: the share of activations that are on their token's rank.
-    pairs: the mean number of distinct other ranks that a token needs.
+    local: share of activations that are on their token's rank.
+    pairs: mean number of distinct other ranks that a token needs.
     """
     expert_rank_LNK = expert_rank_LNK[:, : rank_LN.shape[1]]
     own_LNK = expert_rank_LNK == rank_LN[..., None]
@@ -163,8 +163,8 @@ def rates(expert_rank_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L
 def oracle_tables(expert_rank_LNK: np.ndarray, size: int, ranks: int) -> dict[str, float]:
     """Returns the local shares that are possible if every token's experts are known.
 
-    equal: the share with equal chunks, by ``align``.
-    free: the share with every token on its best rank.
+    equal: share with equal chunks, by ``align``.
+    free: share with every token on its best rank.
     """
     counts_LNR = (expert_rank_LNK[..., None] == np.arange(ranks)).sum(2)
     n = counts_LNR.shape[1] // size * size
@@ -189,12 +189,12 @@ def figures(
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the figures of ``test`` under the placement with the profile's tables.
 
-    profile: the profile from which the tables are made.
-    home_LE: the rank of each expert.
-    ranks: the number of ranks.
-    test: the test tokens.
-    singles: the test tokens of each domain alone.
-    sizes: the sizes of a step.
+    profile: profile from which the tables are made.
+    home_LE: rank of each expert.
+    ranks: number of ranks.
+    test: test tokens.
+    singles: test tokens of each domain alone.
+    sizes: sizes of a step.
     history: whether the history and the oracle are measured too.
     """
     tables = tabulate(profile, home_LE, ranks)

@@ -29,10 +29,10 @@ LENGTH = 256  # tokens in a window
 class ScoreSizes(NamedTuple):
     """The sizes of a run.
 
-    tokens: the number of tokens that are scored with each set of techniques.
-    profile_tokens: the number of tokens of the train split that are profiled.
-    batch: the number of sequences of a step.
-    ranks: the number of devices, which all belong to one expert group.
+    tokens: number of tokens that are scored with each set of techniques.
+    profile_tokens: number of tokens of the train split that are profiled.
+    batch: number of sequences of a step.
+    ranks: number of devices, which all belong to one expert group.
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""The processes that try grammars: killed, stopped, starved, and a panic in Rust."""
+"""Tests the processes that try grammars if they are killed, stopped or starved, or if Rust panics."""
 
 import os
 import signal

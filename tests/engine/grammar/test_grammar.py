@@ -1,4 +1,4 @@
-"""Grammars: what they let through, against oracles that know nothing of llguidance, and hostile ones."""
+"""Tests what grammars let through against oracles that do not use llguidance, and hostile grammars."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""JSON schemas by their own standard: what is valid, what no keyword changes, what has to be refused."""
+"""Tests JSON schemas by their own standard: valid ones, keywords without effect, refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Text is text: what a grammar forces never becomes a token that stands for something else."""
+"""Tests that text forced by a grammar never becomes a token that stands for something else."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Offloaded steps through the TPU's compiler: where the experts lie, and which copies run during compute."""
+"""Compiles offloaded steps for a TPU: memory of the experts, and copies that run during compute."""
 
 import json
 import tomllib

@@ -1,4 +1,4 @@
-"""Experts driven from the host: the resident tokens, and the decisions of the other executor."""
+"""Experts driven from the host give the resident tokens and the decisions of the other executor."""
 
 from contextlib import closing
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Offloaded experts on a mesh: every rank has its own; tokens equal those of one device with all experts."""
+"""Offloaded experts on a mesh give the tokens of one device that has all experts."""
 
 from contextlib import closing
 from dataclasses import replace

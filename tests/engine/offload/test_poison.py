@@ -1,8 +1,8 @@
-"""What a request whose activations overflow leaves in an engine with offloaded experts: nothing.
+"""A request whose activations overflow leaves nothing in an engine with offloaded experts.
 
-Predictors and evictions vary, and the overflow is in a batch mate, in a prompt whose next step has already
-begun, or in a decoded token. All other requests' tokens are those of an engine that never saw it, and the
-cache goes on.
+Predictors and evictions vary. The overflow is in another row of the batch, in a prompt whose next step has
+already begun, or in a decoded token. All other requests' tokens are those of an engine without that request,
+and the cache still works.
 """
 
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Expert offload in the engine: whatever is predicted or evicted, the tokens are the same."""
+"""With expert offload, the tokens are the same, whatever is predicted or evicted."""
 
 from contextlib import closing
 from pathlib import Path

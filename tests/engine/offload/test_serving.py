@@ -1,4 +1,4 @@
-"""Expert offload in the engine: every budget and batch, with other techniques, and what is counted."""
+"""Tests expert offload in the engine: every budget and batch, other techniques, and the counts."""
 
 from contextlib import closing
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Where the processes of one mesh meet, who is let in, and how each notices that another is gone."""
+"""Tests the gate of a mesh's processes: whom it lets in, and how each notices that another is gone."""
 
 import contextlib
 import socket

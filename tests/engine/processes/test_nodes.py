@@ -1,4 +1,4 @@
-"""Two processes of four devices each as one mesh of eight: the library, ``jmoe serve``, what is refused."""
+"""Tests two processes of four devices each as one mesh of eight: the library, ``jmoe serve``, refusals."""
 
 import json
 import os

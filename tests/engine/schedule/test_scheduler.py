@@ -1,4 +1,4 @@
-"""The host side of the engine: pages, scheduler, detokeniser. It needs no jax."""
+"""Tests the engine's scheduler and pages on the host, without jax."""
 
 import pytest
 from hypothesis import given, settings

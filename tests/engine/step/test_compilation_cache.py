@@ -1,4 +1,4 @@
-"""The cache of compiled programs: what is damaged is removed, so that jax writes it anew."""
+"""Tests that damaged files of the compilation cache are removed, so that jax writes them again."""
 
 import json
 import os

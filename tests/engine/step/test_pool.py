@@ -1,4 +1,4 @@
-"""No step walks over the page pool, whatever it holds: on a CPU, by the compiled text, memory and bytes.
+"""No step on a CPU reads or writes the whole page pool, by the compiled text, memory and bytes.
 
 The pools here are never allocated: they have gigabytes and the model kilobytes, so that anything of a pool's
 size stands out. ``test_pool_aot.py`` has TPUs and GPUs.

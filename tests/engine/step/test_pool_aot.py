@@ -1,4 +1,4 @@
-"""No step walks over the page pool on TPUs and GPUs either: ``test_pool.py``, by compilers alone."""
+"""No step on TPUs and GPUs reads or writes the whole page pool, by their compilers alone."""
 
 import pytest
 from shared import tpu_compiler as tpu_aot

@@ -1,4 +1,4 @@
-"""Sampling at the limits of float32: every accepted value against a float64 oracle, or its limit."""
+"""Tests sampling at the limits of float32 against a float64 oracle."""
 
 import dataclasses
 

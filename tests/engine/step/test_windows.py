@@ -1,4 +1,4 @@
-"""Whole windows on meshes of any size: ``LLM.logits``, ``jmoe eval``; and what an engine is not built for."""
+"""Tests whole windows on meshes of any size: ``LLM.logits``, ``jmoe eval``, and refusals."""
 
 from pathlib import Path
 

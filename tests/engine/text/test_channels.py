@@ -1,4 +1,4 @@
-"""Answers in channels (harmony): the final one is the text, others are thoughts, headers are neither."""
+"""Tests answers in channels (harmony): the final one is the text, others are thoughts, headers neither."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Text of answers as it grows, the codec's refusals, and the limits of sampling parameters."""
+"""Tests answers that grow token by token, the codec's refusals, and the limits of sampling parameters."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The simulator against the engine, count for count, and its clock against a plain restatement."""
+"""Tests the simulator's counts against the engine, and its clock against a plain rule."""
 
 from contextlib import closing
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The request's tools and tool_choice decide once how an answer uses tools. All dialects are read."""
+"""Tests how tools and tool_choice determine the use of tools in an answer, and reads all dialects."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: every answer has the form that it states, every route and status is in it."""
+"""The OpenAPI document is true: every answer has its stated form, and every route and status is in it."""
 
 import json
 

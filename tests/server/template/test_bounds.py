@@ -1,4 +1,4 @@
-"""No template runs for ever or makes a value of unlimited size: each way to do so soon raises ValueError."""
+"""No template runs for ever or makes a value of unlimited size; each attempt soon raises ValueError."""
 
 import resource
 

@@ -1,4 +1,4 @@
-"""What compiled steps do with the page pool on TPUs and GPUs that this machine need not have.
+"""Reports what compiled steps do with the page pool, on TPUs and GPUs that this machine need not have.
 
 See ``pool_cases``. Compilers of accelerators read their settings once and may end their process, so
 ``found_on`` starts one of its own.

@@ -1,4 +1,4 @@
-"""What a compiled step does with arrays of a page pool's size, read from the compiler's text.
+"""Reads in the compiler's text what a compiled step does with arrays of a page pool's size.
 
 Updates of a slice, and scatters, are in place if they go into an array that is an argument of the step. They
 stand alone, as the root of a fusion, in the body of a loop, or in a kernel that says which operand its result

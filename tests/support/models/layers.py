@@ -17,7 +17,7 @@ def layer_on(mesh, cfg, moe=MoEConfig()) -> MoELayer:
 
 
 def run(layer, x, valid):
-    """(outputs of the tokens, statistics)"""
+    """Returns the outputs of the tokens, and the statistics."""
     graph, state = nnx.split(layer)
     out = jax.jit(lambda s, x, v: nnx.merge(graph, s)(x, TokenFlags(v)))(state, x, valid)
     return out.y_TD, out.stats

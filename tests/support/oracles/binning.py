@@ -37,8 +37,8 @@ def bin_of(rule: Rule, rank: int, best: np.float32, logit: np.float32) -> int:
 def active_set(ballots: list[list[tuple[int, int]]], exact: set[int], experts: int, rule: Rule) -> set[int]:
     """Returns the experts that stay.
 
-    ballots: the (expert, bin) pairs of each lossy token.
-    exact: the experts of the exact tokens.
+    ballots: (expert, bin) pairs of each lossy token.
+    exact: experts of the exact tokens.
     """
     votes = Counter(pair for ballot in ballots for pair in ballot)
     union = {e for e, _ in votes}

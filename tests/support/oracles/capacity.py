@@ -20,7 +20,7 @@ class Shard:
     valid: mask of the tokens that are not padding.
     exact: mask of the tokens that opted out.
     priority: priority of each token.
-    local: the shard's first expert and its number of experts.
+    local: shard's first expert and its number of experts.
     """
 
     ids: np.ndarray

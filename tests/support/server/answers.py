@@ -1,4 +1,4 @@
-"""What the application's answers must be: an error in its envelope, or a stream of events to its end."""
+"""Checks of the application's answers: an error in its envelope, or a stream of events to its end."""
 
 import json
 
@@ -6,7 +6,7 @@ VALUE, UNSUPPORTED = "invalid_value", "unsupported_parameter"
 
 
 def check(response, status, param=None, code=None):
-    """The message of a refusal, which is in the envelope and names the field and the code."""
+    """Returns the message of a refusal; asserts its envelope, field and code."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
@@ -17,7 +17,7 @@ def check(response, status, param=None, code=None):
 
 
 def events(response):
-    """The objects of a stream, which must end with ``[DONE]``."""
+    """Returns the objects of a stream, which must end with ``[DONE]``."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     return [json.loads(line[6:]) for line in lines[:-1]]

@@ -21,7 +21,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--
 class Page:
     """One tab.
 
-    requests: the URLs that it requested.
+    requests: URLs that it requested.
     errors: what its scripts or its policy complained of.
     """
 
@@ -95,7 +95,7 @@ class Page:
 def browser(profile: Path) -> Iterator[Page]:
     """Starts a browser.
 
-    profile: an empty directory for the browser's files.
+    profile: empty directory for the browser's files.
     """
     assert CHROMIUM is not None
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()

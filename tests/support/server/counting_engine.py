@@ -25,7 +25,7 @@ class CountingEngine(FakeEngine):
 
 
 def made_up(rng, times: int) -> dict:
-    """Statistics of an engine that did the same ``times`` times over."""
+    """Returns the statistics of an engine that did the same ``times`` times."""
 
     def phase(steps: int) -> dict:
         counts = rng.integers(0, 50, (LAYERS, EXPERTS))

@@ -295,7 +295,7 @@ def listening(engine: FakeEngine, **changes) -> Iterator[tuple[str, Server]]:
 
 
 def eventually(condition, seconds: float = 120.0) -> bool:
-    """Whether it comes true; a busy machine has time enough for it."""
+    """Waits until the condition is true and returns whether it is; ``seconds`` suffice on a busy machine."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)

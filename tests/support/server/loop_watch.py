@@ -1,4 +1,4 @@
-"""How long an event loop is blocked, and a server on this process's own loop that may block it."""
+"""Measures how long an event loop is blocked, and runs a server on this process's own loop."""
 
 import asyncio
 import contextlib
@@ -56,9 +56,9 @@ async def watched() -> AsyncIterator[Gaps]:
 
 
 async def unheld(work: Callable[[], Awaitable[T]]) -> T:
-    """What ``work`` gives, after it held the loop for less than ``LONGEST`` in one of ``TRIES``.
+    """Returns the result of ``work``, from one of ``TRIES`` that holds the loop for less than ``LONGEST``.
 
-    What holds the loop does so each time; a machine that is busy with something else does not.
+    Work that holds the loop does so in each try; other work of the machine does not.
     """
     worst = []
     for _ in range(TRIES):
@@ -74,7 +74,7 @@ async def unheld(work: Callable[[], Awaitable[T]]) -> T:
 async def served_here(
     engine: FakeEngine, directory=None, connection_limit=None, **changes
 ) -> AsyncIterator[tuple[int, Server]]:
-    """(port, server) on the running loop."""
+    """Yields port and server, which runs on the running loop."""
     server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), connection_limit)
     bound = bind("127.0.0.1", 0)
     gc.collect()

@@ -27,7 +27,7 @@ sys.exit(serve(engine, ServerSettings(shutdown_timeout=float(timeout)), bound, m
 
 
 def answers(url: str) -> bool:
-    """Whether the server is ready."""
+    """Returns whether the server is ready."""
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/ready").status_code == 200
     return False
@@ -41,9 +41,10 @@ def process(
     holds_at: int = -1,
     program: str = PROGRAM,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """(the server's process, its URL) once it is ready.
+    """Yields the server's process and its URL, after it is ready.
 
-    log: a file for its standard error. holds_at: the engine's, until ``let_go``.
+    log: file for its standard error.
+    holds_at: number of tokens at which requests wait for ``let_go``.
     """
     command = [sys.executable, "-c", program, str(shutdown_timeout), str(port), str(holds_at)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -60,14 +61,14 @@ def process(
 
 
 def let_go(server: subprocess.Popen[bytes]) -> None:
-    """Its engine goes on where it was held."""
+    """Lets the requests continue."""
     assert server.stdin is not None
     server.stdin.write(b".")
     server.stdin.flush()
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has."""
+    """Returns the bytes of memory that a process has."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

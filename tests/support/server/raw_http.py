@@ -26,7 +26,10 @@ def post(path: str, body: Any) -> bytes:
 async def connected(
     port: int, buffer: int | None = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection that is reset at the end, as one of a killed client is. buffer: bytes received unread."""
+    """Yields a connection that is reset at the end, as if its client was killed.
+
+    buffer: number of received bytes that may stay unread.
+    """
     plain = socket.socket()
     if buffer is not None:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -41,7 +44,11 @@ async def connected(
 
 
 async def ask(port: int, request: bytes, sip: int = 65536, pause: float = 0.0) -> tuple[int, bytes]:
-    """(status, body) of a request that asks to close. sip, pause: bytes a read, seconds between two."""
+    """Returns status and body of the answer to a request that closes its connection.
+
+    sip: number of bytes per read.
+    pause: seconds between two reads.
+    """
     async with connected(port) as (reader, writer):
         writer.write(request)
         raw = bytearray()

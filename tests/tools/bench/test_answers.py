@@ -1,4 +1,4 @@
-"""How ``jmoe bench serve`` reads the answers of any server, whole and streamed."""
+"""Tests how ``jmoe bench serve`` reads the answers of any server, whole and streamed."""
 
 import json
 

@@ -121,8 +121,8 @@ def windows(
 ) -> tuple[Int[Array, "W 4"], Int[Array, "N 2"]]:
     """Returns (windows_W4, place_N2): the windows, and the place of each row in them.
 
-    windows_W4: a window's expert, first row that is read, rows to skip there, rows that are the expert's own.
-    place_N2: a row's window, and its place in that window.
+    windows_W4: window's expert, first row that is read, rows to skip there, rows that are the expert's own.
+    place_N2: row's window, and its place in that window.
 
     Rows past the last group come as windows of "expert" E, and unused slots as expert IDLE.
 

@@ -67,8 +67,8 @@ class _Stage:
 class _Target(NamedTuple):
     """Where a tile of results goes.
 
-    windows: the table of windows.
-    window: the tile's window.
+    windows: table of windows.
+    window: tile's window.
     first: first row of the tile within the window.
     column: first column of the tile.
     num_columns: number of columns of the tile.
