@@ -53,7 +53,7 @@ def ask(base: str, question: str) -> None:
 
 
 def show_experts(base: str) -> None:
-    """Prints one line a layer: how many experts a step touched, and how the tokens were spread over them."""
+    """Prints one line per layer: its experts that a step touched, and the tokens of each of them."""
     with urllib.request.urlopen(f"{base}/moe/stats") as answer:
         stats = json.load(answer)
     shape = stats["model"]

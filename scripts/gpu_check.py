@@ -121,7 +121,7 @@ def report(
 
 
 def decode(check: Check) -> None:
-    """Measures 1, 2 and 4 rows an expert with all experts active, then 8 tokens with random routing.
+    """Measures 1, 2 and 4 rows per expert with all experts active, then 8 tokens with random routing.
 
     The floor is that of the copy bandwidth.
     """

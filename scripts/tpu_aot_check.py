@@ -28,7 +28,7 @@ from shared import tpu_compiler
 
 ROOT = Path(__file__).parents[1]
 MEMORY = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}  # bytes of a chip, by its data sheet
-# the model, the slice, the mesh (data x expert x tensor), sequences and prompt tokens a token rank
+# the model, the slice, the mesh (data x expert x tensor), sequences and prompt tokens per token rank
 CASES = (
     ("mixtral-8x7b", "v5e:4x4", "1x8x2", 8, 512),
     ("mixtral-8x7b", "v6e:2x4", "1x8x1", 16, 512),

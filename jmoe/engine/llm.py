@@ -46,7 +46,7 @@ class RequestOutput:
 
     prompt_token_ids: tokens of the prompt.
     outputs: completions of the prompt (one).
-    prompt_logprobs: one entry a prompt token, None for the first, if requested.
+    prompt_logprobs: one entry per prompt token, None for the first, if requested.
     moe: what lossy techniques did, if any is configured.
     """
 

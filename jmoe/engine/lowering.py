@@ -29,7 +29,7 @@ def lower_step(
     """Lowers one step.
 
     With ``tokens`` 1, it decodes one token of each of ``sequences`` sequences a rank. With more, it runs
-    ``tokens`` prompt tokens a rank, and decodes as many sequences as may run in the same step.
+    ``tokens`` prompt tokens per rank, and decodes as many sequences as may run in the same step.
 
     Compile it for its memory (``memory_analysis``) and its collectives (``as_text``).
     """

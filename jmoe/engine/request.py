@@ -105,7 +105,7 @@ class Output:
 
     text: text that became certain; it never holds half a character nor the beginning of a stop string.
     thoughts: the same for the channels other than the final one, if the model answers in channels.
-    prompt_logprobs: one entry a prompt token, None for the first; they are sent once, with the first
+    prompt_logprobs: one entry per prompt token, None for the first; they are sent once, with the first
         increment.
     error: one-line cause if ``finish_reason`` is "error".
     is_invalid: whether the request itself is that cause, so that sending it again cannot help.

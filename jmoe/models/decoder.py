@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from jmoe_kernels.choice import choose_kernels
 from jmoe_kernels.matmul import DenseKernel, linear
-from jmoe_kernels.paged_attention import Heads, LayerPages, Span
+from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
@@ -29,7 +29,7 @@ from jmoe.moe.binning import get_needs
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
-from jmoe.nn.kinds import kind_of, kinds_of
+from jmoe.nn.kinds import kinds_of, paged_heads
 from jmoe.nn.norm import Norm, normalize
 from jmoe.nn.rope import Rotations, rotation
 from jmoe.nn.sequences import Sequences
@@ -85,14 +85,9 @@ def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Blueprint:
     ValueError for a kernel that cannot run."""
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
-    cached = kind_of(cfg, 0).cached_heads(cfg)
-    q, kv = cfg.num_attention_heads // split.head_ranks, cached.heads_per_array(split) // split.head_ranks
-    spans = [span for span in map(cfg.span, range(cfg.num_hidden_layers)) if span != Span()]
-    span = spans[0] if spans else Span()
-    heads = Heads(q, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim)
     dims = experts, inner, cfg.hidden_size
     needs = moe.binning and get_needs(moe.binning, cfg)
-    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, heads, needs)
+    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, paged_heads(cfg, split), needs)
     return Blueprint(cfg, moe, split, kernels)
 
 

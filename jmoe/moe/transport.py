@@ -226,7 +226,7 @@ def _padded_traffic(
     ranks = lax.axis_size(EXPERT)
     sent = (ranks - 1) * rows
     everywhere = sent * ranks * lax.axis_size(DATA)
-    if everywhere > np.iinfo(np.int32).max:  # terabytes a layer: the buffers would not fit a device either
+    if everywhere > np.iinfo(np.int32).max:  # terabytes per layer: the buffers would not fit a device either
         raise ValueError(f"{everywhere} rows between ranks in one layer do not fit a 32-bit count")
     return Traffic(_useful_rows(routing, valid_T, experts), jnp.asarray(sent, jnp.int32), computed)
 

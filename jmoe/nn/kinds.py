@@ -5,7 +5,7 @@ layout of its state; everything else here calls the kinds of a model's layers.
 """
 
 import jax
-from jmoe_kernels.paged_attention import AttentionKernel, LayerPages
+from jmoe_kernels.paged_attention import AttentionKernel, Heads, LayerPages
 
 from jmoe.config.model import AttentionKind, ModelConfig
 from jmoe.mesh import Split
@@ -27,6 +27,19 @@ def kind_of(cfg: ModelConfig, layer: int) -> Kind:
 def kinds_of(cfg: ModelConfig) -> tuple[Kind, ...]:
     """Returns the kinds of the model's layers, each once."""
     return tuple(dict.fromkeys(kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)))
+
+
+def paged_heads(cfg: ModelConfig, split: Split) -> tuple[Heads, ...]:
+    """Returns the heads of one rank in every layer whose state is in pages, equal ones once."""
+
+    def heads(layer: int) -> Heads:
+        cached = kind_of(cfg, layer).cached_heads(cfg)
+        kv = cached.heads_per_array(split) // split.head_ranks
+        queries = cfg.num_attention_heads // split.head_ranks
+        return Heads(queries, kv, cached.dim, cfg.span(layer), cfg.attention_sinks, cached.value_dim)
+
+    paged = [layer for layer in range(cfg.num_hidden_layers) if kind_of(cfg, layer).state_axis == "page"]
+    return tuple(dict.fromkeys(map(heads, paged)))
 
 
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:

@@ -30,7 +30,7 @@ class Placement:
     """Which expert each slot holds: ``[layers, slots]``; the slots are split over the ranks in order.
 
     experts_LP: expert id of each slot, int32. Every expert has at least one slot. With as many slots as
-        experts a row is a permutation; with more, some experts have replicas.
+        experts per row is a permutation; with more, some experts have replicas.
     ranks: number of ranks.
     model: identity of the model that the placement was made for.
     tables: where its tokens go, if that was computed.

@@ -39,14 +39,14 @@ def choose_kernels(
     dtype: Any,
     experts: ExpertKernel | None = None,
     dims: tuple[int, int, int] | None = None,
-    heads: Heads | None = None,
+    heads: tuple[Heads, ...] = (),
     needs: binning.BinningNeeds | None = None,
 ) -> Kernels:
     """Returns the kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
 
     experts: name of the experts' implementation; None picks one.
     dims: (experts, inner, model) of one rank's weights; needed if a kernel has limits on them.
-    heads: heads of one rank's attention; needed if a kernel has limits on them.
+    heads: heads of one rank's attention in every layer; needed if a kernel has limits on them.
     needs: what the model needs of binning; None means no binning.
     Raises ValueError if the implementation named by ``experts`` cannot run.
     """

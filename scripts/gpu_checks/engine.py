@@ -92,7 +92,7 @@ class DecodeBench:
         self.runner = Runner(model, make_mesh(), sizes)  # pyright: ignore[reportArgumentType]
 
     def step_seconds(self, batch: int, steps: int) -> tuple[float, float]:
-        """Returns (median seconds of a step, its mean active experts a layer)."""
+        """Returns (median seconds of a step, its mean active experts per layer)."""
         runner, rng = self.runner, np.random.default_rng(batch)
         blank = runner.blank("decode", batch, 1)
         table = np.arange(batch * runner.sizes.table_width, dtype=np.int32).reshape(batch, -1)

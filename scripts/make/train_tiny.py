@@ -37,7 +37,7 @@ from jmoe.param import ParamMaker
 
 TRAINED = MoEConfig(kernel="batched", train_capacity_factor=1.5)
 BALANCE = 0.01  # weight of the load-balancing loss (Switch Transformer, eq. 4)
-PHASES = ((0.0, 8, 512), (0.5, 8, 1024))  # from this share of the time: sequences x tokens a step
+PHASES = ((0.0, 8, 512), (0.5, 8, 1024))  # from this share of the time: sequences x tokens per step
 
 
 def read_documents(path: Path) -> list[str]:

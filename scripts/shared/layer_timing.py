@@ -19,7 +19,7 @@ from jmoe.moe.routing import plan_dispatch
 
 
 def read_bandwidth(arrays: list[Any], threads: int, passes: int = 5) -> float:
-    """Measures the bytes a second that ``threads`` threads read from the arrays."""
+    """Measures the bytes per second that ``threads`` threads read from the arrays."""
     flat = [part for a in arrays for part in np.array_split(a.reshape(-1).view(np.uint64), 2 * threads)]
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
@@ -62,7 +62,7 @@ def layers_step(implementation: Any, k: int) -> Any:
 def median_seconds(
     runs: dict[str, Any], x: Any, ids: Any, layers: list[Any], rounds: int
 ) -> dict[str, float]:
-    """Measures the median seconds a layer of each run. The runs take turns."""
+    """Measures the median seconds per layer of each run. The runs take turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for name in runs:
         jax.block_until_ready(runs[name](x, ids, layers))

@@ -87,7 +87,10 @@ def test_every_kernel_has_one_home_and_is_refused_elsewhere():
                 assert grouped_mlp.supports(name, platform, "bfloat16") == reason
 
 
-FITS, FITS_NOT = ((8, 128, 256), Heads(8, 2, 128)), ((8, 96, 100), Heads(8, 2, 128, Span(chunk=9)))
+FITS, FITS_NOT = (
+    ((8, 128, 256), (Heads(8, 2, 128),)),
+    ((8, 96, 100), (Heads(8, 2, 128), Heads(8, 2, 128, Span(chunk=9)))),
+)
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_limits_are_named_and_the_portable_form_serves(platform, heads, dtype, r
         name, platform, dtype, heads
     )
     if platform != "cpu":
-        picked, why = pick(platform, dtype, heads)
+        picked, why = pick(platform, dtype, [heads])
         assert picked == "xla" and reason in why
 
 
@@ -297,4 +297,4 @@ def test_a_span_is_one_of_two():
 
 def test_an_unknown_name_lists_the_known_ones():
     assert "known: xla, cpu, tpu, gpu" in supports("flash", "cpu", "float32", Heads(1, 1, 8))
-    assert pick("tpu", "bfloat16", Heads(8, 2, 128)) == ("tpu", "jax's ragged paged attention")
+    assert pick("tpu", "bfloat16", [Heads(8, 2, 128)]) == ("tpu", "jax's ragged paged attention")

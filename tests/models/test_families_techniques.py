@@ -111,7 +111,7 @@ def test_offload_is_lossless_and_exact_requests_are_left_alone(family: str):
     """
     want = Expected(family)
     capacity = CapacityConfig(factor=0.5, policy="reroute", phase="prefill")
-    # under "affinity" every token keeps its best expert, and Llama 4 has one expert a token
+    # under "affinity" every token keeps its best expert, and Llama 4 has one expert per token
     binning = BinningConfig("budget", keep=0.25) if family == "llama4" else BinningConfig(bin_width=0.05)
     executor = "host" if FAMILIES.index(family) % 2 else "graph"
     offload = OffloadConfig(slots_per_layer=EXPERTS // 4, executor=executor)

@@ -14,7 +14,7 @@ from support.server.raw_http import post
 
 from jmoe.server.run import bind
 
-SLOW = 0.02  # seconds a token
+SLOW = 0.02  # seconds per token
 LONG = {"prompt": "abc", "max_tokens": 2000, "temperature": 0}
 
 

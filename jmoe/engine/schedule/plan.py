@@ -26,7 +26,7 @@ class Step:
 
     decodes: runs of one decoded token each.
     prompts: runs of prompt tokens.
-    prompt_size: compiled number of prompt tokens a rank; 0 without prompts.
+    prompt_size: compiled number of prompt tokens per rank; 0 without prompts.
     copies: copies of pages within a rank before the call, as (rank, from, to).
     """
 

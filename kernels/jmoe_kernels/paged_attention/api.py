@@ -1,6 +1,6 @@
 """``paged_attention``: one entry for every implementation; it raises if the named one cannot run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,11 +30,19 @@ def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> st
     return reason and f"paged attention {implementation!r}: {reason}; 'xla' can run"
 
 
-def pick(platform: str, dtype: Any, heads: Heads) -> tuple[AttentionKernel, str]:
-    """Returns the implementation for ``platform``, and the reason."""
+def pick(platform: str, dtype: Any, heads: Iterable[Heads]) -> tuple[AttentionKernel, str]:
+    """Returns the implementation for ``platform``, and the reason.
+
+    heads: heads of every layer; one implementation runs all of them.
+    """
+
+    def lacks(name: AttentionKernel) -> str | None:
+        reasons = (supports(name, platform, dtype, each) for each in heads)
+        return next((reason for reason in reasons if reason is not None), None)
+
     return first_supported(
         get_backend(platform).attention,
-        lambda name: supports(name, platform, dtype, heads),
+        lacks,
         lambda name: IMPLEMENTATIONS[name].describe(),
     )
 

@@ -50,8 +50,8 @@ def concentration(widths: dict[str, Any]) -> dict[str, Any]:
 
     width: name of that width.
     times: factors by which it multiplies the peaks and the active experts.
-    active: active experts a step at that width.
-    rerouted: active experts a step after rerouting at gamma 1 too.
+    active: active experts per step at that width.
+    rerouted: active experts per step after rerouting at gamma 1 too.
     """
     plain, (width, strongest) = widths["off"]["off"], list(widths.items())[-1]
     binned = strongest["off"]

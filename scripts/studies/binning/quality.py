@@ -1,10 +1,10 @@
 """Measures quality under LYNX: the bundled model's loss in decode, with batches of one domain or of several.
 
-The engine's decode step takes one token a step from each window, in lock step (teacher forcing), ``batch``
+The engine's decode step takes one token per step from each window, in lock step (teacher forcing), ``batch``
 windows at once. The windows are the same at every batch size and setting, so that any two settings compare in
-pairs. There is one engine a setting. Here the whole context is computed under binning, and prompts too, while
-serving would prefill prompts losslessly. Therefore a second protocol, at one batch size, prefills the first
-half of every window.
+pairs. There is one engine per setting. Here the whole context is computed under binning, and prompts too,
+while serving would prefill prompts losslessly. Therefore a second protocol, at one batch size, prefills the
+first half of every window.
 """
 
 import dataclasses

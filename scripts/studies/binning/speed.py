@@ -192,7 +192,7 @@ def binned_engine(
 
 
 def active_share(engine: Jmoe, row: Row, new: int) -> tuple[float, float, float]:
-    """Decodes ``row`` and returns (active over the union, active, union), in experts a layer and step."""
+    """Decodes ``row`` and returns (active over the union, active, union), in experts per layer and step."""
     counters = engine.engine.runner.counters["decode"]
     engine.engine.runner.drain()
     before = counters.active_L.sum(), counters.plain_active_L.sum(), counters.steps

@@ -88,7 +88,7 @@ def load_of(sent_RE: np.ndarray) -> Load:
 
 
 def eplb_load_of(sent_RE: np.ndarray, history_E: np.ndarray) -> Load:
-    """Returns the load with one redundant expert a rank, placed for ``history_E``.
+    """Returns the load with one redundant expert per rank, placed for ``history_E``.
 
     Replicas share an expert's rows evenly.
     """
@@ -148,7 +148,7 @@ class Timer:
 
     weights: weights of one rank.
     mlp: experts' kernel.
-    bandwidth: bytes a second of the link.
+    bandwidth: bytes per second of the link.
     bucket: number of rows of which every buffer is a multiple, because every size compiles.
     """
 

@@ -78,7 +78,7 @@ class Recorder:
         return self.run(inputs)
 
     def device_seconds(self, steps: int) -> float:
-        """Returns the seconds a step of the last step's programs alone, one directly after another."""
+        """Returns the seconds per step of the last step's programs alone, one directly after another."""
         import jax
 
         sampled = self.run(self.last_inputs).sampled
@@ -91,7 +91,7 @@ class Recorder:
 
 
 def one_round(bench: Jmoe, prompts: list[list[int]], new: int) -> dict[str, float]:
-    """Returns milliseconds a step. Raises SystemExit if the engine reported too few steps of all requests."""
+    """Returns milliseconds per step; raises SystemExit if too few reported steps had all requests."""
     clock = Clock(len(prompts))
     bench.engine.listeners.append(clock)
     recorder = Recorder(bench.engine.runner, len(prompts))

@@ -2,7 +2,7 @@
 
 The collectives are rings: for N whole rows over G ranks, an all-gather and a reduce-scatter send (G - 1) / G
 of N rows from each rank, and an all-reduce sends twice that. The exchange sends what is remote once each way,
-with N / G tokens a rank. A shuffled residual sends the rows that change ranks. Bytes are those that a rank
+with N / G tokens per rank. A shuffled residual sends the rows that change ranks. Bytes are those that a rank
 sends, divided by the tokens of the step.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 HALF, FULL = 2, 4  # bytes of a bfloat16 and of a float32 number
 STEPS = (64, 4096)  # tokens in a step
-# each link's bytes a second one way out of a device, and the least seconds of a collective; both are assumed
+# Each link's bytes per second one way out of a device, and the least seconds of a collective; both assumed.
 LINKS = {
     "ICI v5e": (90e9, 5e-6),
     "NVLink 4": (450e9, 10e-6),

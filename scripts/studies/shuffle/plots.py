@@ -42,7 +42,7 @@ def draw_local(pyplot: Any, grouping: dict[str, Any]) -> Any:
 
 
 def draw_bytes(pyplot: Any, figures: dict[str, Any]) -> Any:
-    """Draws the bytes a token on every pipeline, as a share of plain's."""
+    """Draws the bytes per token on every pipeline, as a share of plain's."""
     figure, axis = pyplot.subplots(figsize=(8, 4))
     shapes = {name: shape for name, shape in figures["shapes"].items() if name.endswith("/8")}
     for i, shape in enumerate(shapes.values()):

@@ -151,7 +151,7 @@ def test_the_document_of_bytes_published_and_the_engine():
 
 
 def test_the_largest_bonus_within_a_percent_is_named():
-    rows = {"0.0": (10.0, 3.0), "0.5": (10.02, 2.4), "1.0": (10.2, 1.5)}  # nats of a window, rows a token
+    rows = {"0.0": (10.0, 3.0), "0.5": (10.02, 2.4), "1.0": (10.2, 1.5)}  # nats of a window, rows per token
     runs = {b: {"nll": [n] * 4, "rows": r, "remote": 0.5, "active": 9.0} for b, (n, r) in rows.items()}
     figures = {"command": "run", "seconds": 60, "domains": ["a", "b"], "windows": 2, "length": 11, "ranks": 8}
     text = STUDY.document({"locality": figures | {"batch": 4, "runs": {"no binning": runs}}})

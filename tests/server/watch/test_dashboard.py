@@ -139,7 +139,7 @@ def test_a_bad_query_is_refused(path, query, param):
 
 
 def test_listeners_share_one_look_a_second(monkeypatch):
-    """All listeners share one look at the engine a second.
+    """All listeners share one look at the engine per second.
 
     The clock goes on by a second when all have come and have read all reports.
     """

@@ -1,4 +1,4 @@
-"""A fake engine for the server's tests: it repeats the prompt, one token a step, on a thread of its own."""
+"""A fake engine for the server's tests: it repeats the prompt, one token per step, on a thread of its own."""
 
 import contextlib
 import threading
