@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS, Activation, ExpertKernel, ExpertWeights, grouped_mlp
 from jmoe_kernels.rows import take_rows
 
 from jmoe.config.model import ModelConfig
+from jmoe.config.techniques import Phase
 from jmoe.mesh import EXPERT, TENSOR
 from jmoe.moe.expert_leaves import LEAVES, leaves_of, weight_specs
-from jmoe.moe.types import DispatchPlan, ExpertOutput, LocalExperts
+from jmoe.moe.types import Apply, Counts, DispatchPlan, ExpertOutput, LocalExperts, Routing, Send, Traffic
 from jmoe.param import HOST, ParamMaker
 
 
@@ -31,9 +33,42 @@ class Experts(nnx.Module):
         return ExpertWeights(*(_values(getattr(self, leaf.name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
 
     @property
-    def specs(self) -> ExpertWeights:
-        """How the weights are split over the mesh."""
-        return weight_specs(self.weights, EXPERT)
+    def source(self) -> "ResidentExperts":
+        return ResidentExperts(self.weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ResidentExperts:
+    """The experts of a layer if all of them are on the devices; it is an ``ExpertSource``."""
+
+    weights: ExpertWeights
+
+    @property
+    def specs(self) -> "ResidentExperts":
+        return ResidentExperts(weight_specs(self.weights, EXPERT))
+
+    @property
+    def next_specs(self) -> None:
+        return None
+
+    @property
+    def resident_E(self) -> None:
+        return None
+
+    def run(
+        self,
+        x_TD: Float[Array, "T D"],
+        plain_routing: Routing,
+        routing: Routing,
+        valid_T: Bool[Array, " T"],
+        phase: Phase,
+        apply: Apply,
+        send: Send,
+    ) -> tuple[Float[Array, "T D"], Traffic, Counts, None]:
+        """Runs the layer's experts on its tokens; there is nothing to count or to pass on."""
+        y_TD, traffic = send(x_TD, routing, valid_T, apply.local_experts(self.weights))
+        return y_TD, traffic, {}, None
 
 
 class HostExperts(nnx.Module):

@@ -12,7 +12,6 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.grouped_mlp import ExpertWeights
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.techniques import Phase
@@ -66,20 +65,18 @@ class MoELayer(nnx.Module):
         source: source of the experts if they are offloaded.
         """
         if self.experts is not None:
-            weights_or_source, specs = self.experts.weights, self.experts.specs
-        else:
-            assert source is not None, "experts that are not here come from a source"
-            weights_or_source, specs = source, source.specs
+            source = self.experts.source
+        assert source is not None, "experts that are not here come from a source"
         split, whole = PartitionSpec(TOKENS), PartitionSpec()
         run = partial(self._shard, phase=phase)
-        args = x_TD, tokens, knobs, self.router.weights, weights_or_source
+        args = x_TD, tokens, knobs, self.router.weights, source
         if is_single(self.mesh):
             return run(*args, send=transport.local)
         run = jax.shard_map(
             partial(run, send=transport.get_transport(self.moe.transport, self.kernels.platform)),
             mesh=self.mesh,
-            in_specs=(split, split, whole, whole, specs),
-            out_specs=MoEOutput(split, split, whole, split, None if source is None else specs),  # pyright: ignore[reportArgumentType]
+            in_specs=(split, split, whole, whole, source.specs),
+            out_specs=MoEOutput(split, split, whole, split, source.next_specs),  # pyright: ignore[reportArgumentType]
             check_vma=False,
         )
         return run(*args)
@@ -90,41 +87,30 @@ class MoELayer(nnx.Module):
         tokens: TokenFlags,
         knobs: Knobs | None,
         router: RouterWeights,
-        weights_or_source: ExpertWeights | ExpertSource,
+        source: ExpertSource,
         *,
         phase: Phase,
         send: Send,
     ) -> MoEOutput:
         """Runs one rank's tokens through the experts of all ranks.
 
-        weights_or_source: this rank's expert weights, or the source that they come from.
+        source: source of this rank's experts.
         """
-        source = None if isinstance(weights_or_source, ExpertWeights) else weights_or_source
-        resident_E = None if source is None else source.resident_E
-        decision = self.decider(x_TD, tokens, phase, knobs, router, resident_E)
-        train_capacity, cached = self._train_capacity(x_TD.shape[0]), {}
-        with jax.named_scope("experts"):
-            if isinstance(weights_or_source, ExpertWeights):
-                experts = replace(self.math, capacity=train_capacity).local_experts(weights_or_source)
-                y_TD, traffic = send(x_TD, decision.final_routing, tokens.valid_T, experts)
-            else:
-                y_TD, traffic, cached, source = weights_or_source.run(
-                    x_TD,
-                    decision.plain_routing,
-                    decision.final_routing,
-                    tokens.valid_T,
-                    phase,
-                    self.math,
-                    send,
-                )
+        decision = self.decider(x_TD, tokens, phase, knobs, router, source.resident_E)
         plain, final = decision.plain_routing, decision.final_routing
+        train_capacity = self._train_capacity(x_TD.shape[0])
+        math = replace(self.math, capacity=train_capacity)
+        with jax.named_scope("experts"):
+            y_TD, traffic, counts, next_source = source.run(
+                x_TD, plain, final, tokens.valid_T, phase, math, send
+            )
         stats = count_dispatch(plain, final, tokens.valid_T, decision.changes, traffic, train_capacity)
         if not is_single(self.mesh):
             with jax.named_scope("combine"):
                 y_TD = lax.psum(y_TD, TENSOR)
             stats = sum_over_shards(stats, final, tokens.valid_T)
-        stats = replace(stats, counts=stats.counts | cached)
-        return MoEOutput(y_TD, plain, stats, decision.changes, source)
+        stats = replace(stats, counts=stats.counts | counts)
+        return MoEOutput(y_TD, plain, stats, decision.changes, next_source)
 
     def decide(
         self, x_TD: Array, tokens: TokenFlags, knobs: Knobs | None, phase: Phase, resident_E: Array | None

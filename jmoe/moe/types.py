@@ -228,10 +228,14 @@ class Apply(Protocol):
         """Returns each token's weighted sum of its planned experts, float32."""
         ...
 
+    def local_experts(self, experts: ExpertWeights) -> LocalExperts:
+        """Returns the experts of one rank as a transport takes them."""
+        ...
+
 
 class ExpertSource(Protocol):
-    """Where a layer's experts come from when not all of them are on the device. It is a pytree; inside
-    ``shard_map`` it is one rank's part, with the experts of that rank."""
+    """Where a layer's experts come from. It is a pytree; inside ``shard_map`` it is one rank's part, with the
+    experts of that rank."""
 
     @property
     def specs(self) -> Any:
@@ -239,8 +243,13 @@ class ExpertSource(Protocol):
         ...
 
     @property
-    def resident_E(self) -> Bool[Array, " E"]:
-        """Which experts are on the devices that share the tokens of this device."""
+    def next_specs(self) -> Any:
+        """How the source for the next layer is split; None if there is none."""
+        ...
+
+    @property
+    def resident_E(self) -> Bool[Array, " E"] | None:
+        """Which experts are on the devices that share the tokens of this device; None if all are."""
         ...
 
     def run(
@@ -252,9 +261,9 @@ class ExpertSource(Protocol):
         phase: Phase,
         apply: Apply,
         send: Send,
-    ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self]:
+    ) -> tuple[Float[Array, "T D"], Traffic, Counts, Self | None]:
         """Runs the experts of ``routing`` on this layer's tokens; returns their output, the traffic, the
-        counts over all ranks and the source for the next layer.
+        counts over all ranks and the source for the next layer, None if that layer has its own.
 
         plain_routing: router's own choice, from which the source may learn.
         send: function that moves tokens to the ranks that hold their experts.

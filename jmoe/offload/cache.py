@@ -133,6 +133,10 @@ class Visit:
         return Visit(store, cache, SAME, SAME, SAME, PartitionSpec(TOKENS), PartitionSpec(DATA))  # pyright: ignore[reportArgumentType]
 
     @property
+    def next_specs(self) -> Any:
+        return self.specs
+
+    @property
     def resident_E(self) -> Bool[Array, " E"]:
         """Whether each of this layer's experts is in a pool of the group."""
         return self.cache.ranks.all_experts(self._resident_L)
