@@ -19,7 +19,7 @@ from jmoe.checkpoint import read_config
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.build import model_directory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TABLES = sorted((ROOT / "configs/eval").glob("*.toml"))
 
 
