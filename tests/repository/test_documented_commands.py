@@ -24,7 +24,7 @@ from jmoe.cli.main import parser
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPT = re.compile(r"\b(scripts/(?:make/|acceptance/)?\w+\.(?:py|sh))\b")
+SCRIPT = re.compile(r"(?<!/)\b(scripts/(?:make/|acceptance/)?\w+\.(?:py|sh))\b")
 CASES = [
     pytest.param(
         name,
