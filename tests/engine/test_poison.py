@@ -58,7 +58,7 @@ def tokens_of(engine: Engine, prompts: list[list[int]]) -> list[list[int] | str]
 def test_a_request_that_overflows_fails_alone(engine: Engine, shares: bool, monkeypatch):
     """It ends anywhere in its pages, in which healthy requests then begin and grow; they begin as it did."""
     good = [healthy(1, 20), healthy(2, 13)]
-    monkeypatch.setattr(engine.scheduler, "kind", None)
+    monkeypatch.setattr(engine.scheduler, "page_kind", None)
     want = [tokens_of(engine, [prompt])[0] for prompt in good]
     assert not any(isinstance(each, str) for each in want)
     if shares:

@@ -157,11 +157,16 @@ def test_any_number_of_columns(name: str, columns: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])
 def test_row_transports_sum_as_one_device_does(name: str, dtype: str):
-    """Results are equal bit for bit: rows travel as experts round them, and are summed at home."""
+    """Rows travel as experts return them, in float32, and are summed at home in the same order.
+
+    In float32 the results are equal bit for bit. A product of bfloat16 numbers may be rounded by its number of
+    rows (on processors with AMX it is), by some 1e-6; rows that travelled in bfloat16 would differ by 1e-2.
+    """
     for ids, valid in routings((1, 8, 1)).values():
         x, shares = given(ids, dtype)
         one = program("local", (1, 1, 1), dtype)(x, ids, shares, valid)[0]
-        np.testing.assert_array_equal(program(name, (1, 8, 1), dtype)(x, ids, shares, valid)[0], one)
+        spread = program(name, (1, 8, 1), dtype)(x, ids, shares, valid)[0]
+        np.testing.assert_allclose(spread, one, rtol=0, atol=0 if dtype == "float32" else 2e-5)
 
 
 def written(operand, output, starts, sizes, lands):
