@@ -159,8 +159,8 @@ def test_any_number_of_columns(name: str, columns: int):
 def test_row_transports_sum_as_one_device_does(name: str, dtype: str):
     """Rows travel as experts return them, in float32, and are summed at home in the same order.
 
-    In float32 the results are equal bit for bit. A product of bfloat16 numbers may be rounded by its number of
-    rows (on processors with AMX it is), by some 1e-6; rows that travelled in bfloat16 would differ by 1e-2.
+    In float32 the results are equal bit for bit. A product of bfloat16 numbers may depend on its number of
+    rows by some 1e-6 (on processors with AMX); rows that travelled in bfloat16 would differ by 1e-2.
     """
     for ids, valid in routings((1, 8, 1)).values():
         x, shares = given(ids, dtype)
