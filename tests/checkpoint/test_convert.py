@@ -68,7 +68,7 @@ def test_another_dtype_on_the_way_in_and_out(converted):
     assert_same(narrow, load_model(converted / "hf", one_device()))
 
 
-def test_what_is_beside_the_weights(converted):
+def test_what_lies_next_to_the_weights(converted):
     out = converted / "out"
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert {n for n in names if not n.startswith("params/")} == {"config.json", *BESIDE, MANIFEST}

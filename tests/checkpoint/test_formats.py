@@ -80,7 +80,7 @@ def test_every_entry_in_every_form(tmp_path_factory, form, sizes, bias, count, d
     assert entry.shape == stored[0].shape
     whole, slices.CHUNK = slices.CHUNK, chunk
     try:
-        with checkpoint_of(directory, {"t": tensor, "behind": np.full(99, 88, np.float32)}) as checkpoint:
+        with checkpoint_of(directory, {"t": tensor, "after": np.full(99, 88, np.float32)}) as checkpoint:
             for e, want in enumerate(values):
                 got = read(
                     checkpoint, StoredTensor("t", "p", (), e if count else None, form), shape, dtypes[1]
@@ -136,7 +136,7 @@ def test_four_bits_are_what_transformers_makes_of_them(dtype):
     assert np.abs(want[0][want[0] != 0]).min() == 2.0**-128
 
 
-def test_bytes_beside_the_entry_are_not_read(tmp_path):
+def test_bytes_next_to_the_entry_are_not_read(tmp_path):
     values = np.ones((3, 4, 2), np.float32)
     values[2, 3, 1] = np.nan
     path = tmp_path / "model.safetensors"

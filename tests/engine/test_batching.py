@@ -48,7 +48,7 @@ def hits(engine: Engine, run: Callable[[], object]) -> int:
     return engine.snapshot().prefix_hits - before
 
 
-def test_long_prompts_run_in_pieces_beside_decoding_and_change_no_token(engine: Engine):
+def test_long_prompts_run_in_pieces_while_others_decode_and_change_no_token(engine: Engine):
     first, long = tokens(CFG, 5, seed=31), tokens(CFG, 48, seed=32)
     alone = [answer(engine_on(make_mesh(), enable_prefix_caching=False), p) for p in (first, long)]
     reports = Reports(engine)
@@ -120,16 +120,16 @@ def test_requests_that_give_way_end_with_the_same_tokens(engine: Engine, shape):
     assert tight.runner.compilations.num_after_warmup == before
 
 
-def test_scores_of_a_prompt_are_told_once_also_where_it_runs_again():
+def test_scores_of_a_prompt_are_reported_once_even_if_it_runs_again():
     tight, roomy = engine_on(make_mesh(), pages=9), engine_on(make_mesh())
     many, params = prompts(6, seed=52), dataclasses.replace(GREEDY, prompt_logprobs=1, logprobs=0)
-    told = [
+    scores = [
         [[e if e is None else (e.token_id, round(e.logprob, 3)) for e in parts[0].prompt_logprobs]
          for parts in serve(engine, many, params)[1]]
         for engine in (tight, roomy)
     ]  # fmt: skip
-    assert told[0] == told[1] and tight.snapshot().preemptions > 0
-    assert [len(scores) for scores in told[0]] == [len(p) for p in many]
+    assert scores[0] == scores[1] and tight.snapshot().preemptions > 0
+    assert [len(each) for each in scores[0]] == [len(p) for p in many]
 
 
 def test_the_next_step_starts_before_the_last_one_is_delivered(engine: Engine):
@@ -146,11 +146,11 @@ def test_the_next_step_starts_before_the_last_one_is_delivered(engine: Engine):
             engine.step()
     finally:
         engine.runner.run = run
-    assert began == [0, *range(11)], "step n starts when n - 2 tokens are told"
+    assert began == [0, *range(11)], "step n starts when n - 2 tokens are delivered"
     assert len(got) == 12
 
 
-def test_an_answer_that_ends_leaves_its_row_in_the_step_behind_it(engine: Engine):
+def test_an_answer_that_ends_leaves_its_row_in_the_next_step(engine: Engine):
     """Its pages are free at once, and the request that gets them is not disturbed."""
     prompt = tokens(CFG, 7, seed=61)
     free = answer(engine, prompt)
@@ -171,12 +171,12 @@ def test_an_abort_frees_pages_and_place_at_once_wherever_it_comes(engine: Engine
     for _ in range(steps):
         engine.step()
     engine.abort("gone")
-    told = len(ends)
+    reported = len(ends)
     snapshot = engine.snapshot()
     assert (snapshot.kv_usage, snapshot.num_running, snapshot.num_waiting) == (0, 0, 0)
     while engine.busy:
         engine.step()
-    assert len(ends) == told and ends[-1].finish_reason == "abort", "nothing is told behind the end"
+    assert len(ends) == reported and ends[-1].finish_reason == "abort", "nothing is reported after the end"
 
 
 # ---- what an answer may be -------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_biases_add_to_the_logits(engine: Engine):
 # ---- lossy techniques in steps of both kinds -------------------------------------------------------
 
 
-def test_a_limit_for_prompts_spares_what_is_decoded_beside_them():
+def test_a_limit_for_prompts_spares_what_is_decoded_in_the_same_step():
     moe = MoEConfig(capacity=CapacityConfig(factor=0.25, phase="prefill"))
     limited = engine_on(make_mesh(), moe, enable_prefix_caching=False)
     first, long = tokens(CFG, 20, seed=31), tokens(CFG, 48, seed=32)  # the first fills a step
@@ -247,9 +247,11 @@ def test_a_limit_for_prompts_spares_what_is_decoded_beside_them():
     usages = [parts[-1].moe for parts in outputs]
     assert usages[0].dropped == 0 < usages[1].dropped
     [alone], [parts] = serve(limited, [first])
-    [beside, _], told = serve(limited, [first, long])
-    assert told[0][-1].moe.dropped == parts[-1].moe.dropped, "its own prompt's, and no more beside the other"
-    assert beside.token_ids == alone.token_ids
+    [mixed, _], outputs = serve(limited, [first, long])
+    assert outputs[0][-1].moe.dropped == parts[-1].moe.dropped, (
+        "the drops of its own prompt, and no more in the same step as the other"
+    )
+    assert mixed.token_ids == alone.token_ids
 
 
 def test_binning_leaves_steps_with_prompts_alone():

@@ -45,7 +45,7 @@ def test_a_width_beyond_every_gap_changes_nothing(lossless: list[list[int]]):
     assert decode["active_experts"] == decode["active_experts_baseline"]
 
 
-def test_decode_touches_fewer_experts_and_every_request_is_told(strong: Engine, lossless: list[list[int]]):
+def test_decode_touches_fewer_experts_and_every_request_reports_it(strong: Engine, lossless: list[list[int]]):
     before = strong.moe_stats()
     requests, outputs = serve(strong, prompts(7))
     assert [r.token_ids for r in requests] != lossless

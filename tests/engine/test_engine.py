@@ -45,7 +45,7 @@ def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
 
 
 @pytest.mark.parametrize(
-    ("decode", "beside"),
+    ("decode", "mixed"),
     [
         ((4,), (4,)),
         ((1, 4, 8), (8,)),
@@ -54,13 +54,13 @@ def test_greedy_is_the_argmax_of_a_full_forward(engine: Engine):
         ((1, 4, 8, 16, 32, 64, 128, 256), (4, 16, 64, 256)),
     ],
 )
-def test_few_sizes_compile_beside_prompts(decode: tuple[int, ...], beside: tuple[int, ...]):
+def test_few_sizes_compile_for_steps_with_prompts(decode: tuple[int, ...], mixed: tuple[int, ...]):
     sizes = Sizes(decode, (32,), 8, 40, 8)
-    assert sizes.mixed_decode == beside
-    assert [sizes.mixed_decode_size(runs) for runs in (1, beside[-1])] == [beside[0], beside[-1]]
+    assert sizes.mixed_decode == mixed
+    assert [sizes.mixed_decode_size(runs) for runs in (1, mixed[-1])] == [mixed[0], mixed[-1]]
 
 
-def test_a_prompt_that_is_nearly_alone_has_few_rows_beside_it(engine: Engine, monkeypatch):
+def test_a_prompt_that_is_nearly_alone_has_few_decode_rows(engine: Engine, monkeypatch):
     """One prompt comes, then sixteen at once; the last of these run in steps that also decode the first."""
     wide, seen = engine_on(make_mesh(), slots=16, first=4), []
     run = wide.runner.run

@@ -65,8 +65,8 @@ def test_a_request_that_overflows_fails_alone(engine: Engine, shares: bool, monk
         monkeypatch.undo()
     for at in (0, 3, 19):
         bad = [*good[0][:at], POISON, *healthy(4, 31 - at)]
-        beside, ended = tokens_of(engine, [good[0], bad])
-        assert beside == want[0] and "NaN" in ended
+        healthy_tokens, ended = tokens_of(engine, [good[0], bad])
+        assert healthy_tokens == want[0] and "NaN" in ended
         assert tokens_of(engine, good) == want
 
 

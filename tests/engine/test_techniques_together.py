@@ -129,8 +129,8 @@ def check_accounts(run: Run, plain: Run) -> None:
     for ours, theirs in ((run.prefill, plain.prefill), (run.decode, plain.decode)):
         assert ours["assignments"] + ours["dropped"] == theirs["assignments"]
         assert sum(map(sum, ours["counts"])) == ours["assignments"]
-    told = [(u.remapped, u.rerouted, u.dropped) for u in run.usages if u is not None]
-    assert np.sum(told, axis=0).tolist() == run.changed()
+    reported = [(u.remapped, u.rerouted, u.dropped) for u in run.usages if u is not None]
+    assert np.sum(reported, axis=0).tolist() == run.changed()
     assert run.exact() == plain.exact()
     for i in EXACT:
         usage = run.usages[i]

@@ -241,7 +241,7 @@ def storm(served, quiet, count: int, seed: int) -> int:
     return grown[1]
 
 
-def test_a_storm_leaves_nothing_behind(served, quiet):
+def test_a_storm_leaves_nothing(served, quiet):
     assert storm(served, quiet, 150, seed=1) < 64 << 20, objects
 
 

@@ -75,7 +75,7 @@ DAMAGE = {
     "files as a list": edited(lambda m: m.update(files=[["config.json", 1, ""]])),
     "a shape of infinity": edited(lambda m: m["parameters"].update({"norm.scale_D": [1e999]})),
     "a shape as text": edited(lambda m: m["parameters"].update({"norm.scale_D": "32"})),
-    "a file behind a link": lambda out: (
+    "a file that a link names": lambda out: (
         (out / "config.json").rename(out.parent / "away"),
         (out / "config.json").symlink_to(out.parent / "gone"),
     ),

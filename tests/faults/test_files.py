@@ -136,11 +136,11 @@ CONVERT = """
 import sys
 from jmoe.checkpoint import convert
 
-def told(done, total):
+def report(done, total):
     print("group", flush=True)
     sys.stdin.readline()
 
-convert(sys.argv[1], sys.argv[2], progress=told)
+convert(sys.argv[1], sys.argv[2], progress=report)
 print("done", flush=True)
 sys.stdin.read()
 """
@@ -154,7 +154,7 @@ class Conversion:
         command = [sys.executable, "-c", CONVERT, str(source), str(target)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
-    def told(self) -> str:
+    def next_report(self) -> str:
         """Returns what the process reports next: that a group is written, or that it is done."""
         return self.child.stdout.readline().decode().strip()
 
@@ -211,9 +211,9 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_loads(source, tmp_path)
     while not done:
         conversion = Conversion(tmp_path / "hf", tmp_path / "out")
         for _ in range(groups):
-            assert conversion.told() == "group"
+            assert conversion.next_report() == "group"
             conversion.go_on()
-        done = conversion.told() == "done"
+        done = conversion.next_report() == "done"
         conversion.kill()
         assert check_left(tmp_path, source) == done
         groups += 1
@@ -224,7 +224,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_loads(source, tmp_path)
 
 def test_the_next_conversion_removes_what_a_killed_one_left(source, tmp_path):
     conversion = Conversion(tmp_path / "hf", tmp_path / "out")
-    assert conversion.told() == "group"
+    assert conversion.next_report() == "group"
     conversion.kill()
     assert not check_left(tmp_path, source) and len(list(tmp_path.iterdir())) == 2
     check_next(tmp_path, source)
@@ -236,7 +236,7 @@ def test_conversions_killed_at_many_moments(source, tmp_path):
     rng = random.Random(5)
     for _ in range(12):
         conversion = Conversion(tmp_path / "hf", tmp_path / "out")
-        assert conversion.told() == "group"
+        assert conversion.next_report() == "group"
         for _ in range(rng.randrange(4)):
             conversion.go_on()
         time.sleep(rng.uniform(0, 0.3))

@@ -166,7 +166,7 @@ def test_who_causes_a_panic_fails_alone(engine, running, culprit):
 
 
 @pytest.mark.parametrize("failing", [panic, boom, leave])
-def test_who_is_told_and_fails_harms_nobody_else(engine, running, failing):
+def test_a_listener_that_fails_harms_nobody_else(engine, running, failing):
     class Deaf:
         def token(self, request, now): ...
         def stepped(self, report):
@@ -183,7 +183,7 @@ def test_who_is_told_and_fails_harms_nobody_else(engine, running, failing):
     running.abort(["deaf"])
     late = request(engine, "late")
     running.submit([late[0]])
-    assert late[2].wait(60), "what cannot be told an end has one all the same"
+    assert late[2].wait(60), "a request whose end cannot be delivered ends all the same"
 
 
 @pytest.mark.parametrize("kind", [Panic, SystemExit, KeyboardInterrupt, MemoryError, RuntimeError])
@@ -201,7 +201,7 @@ def test_whatever_ends_the_thread_nobody_waits_for_it(engine, running, kind):
     first[0].emit, emit = (lambda output: panic()), first[0].emit
     second[0].emit, emit = (lambda output: (emit(output), fail.set())), second[0].emit
     running.submit([first[0], second[0]])
-    assert second[2].wait(60), "the first's fault in being told so is not the second's"
+    assert second[2].wait(60), "the failed delivery to the first does not affect the second"
     assert second[1][-1].finish_reason == "error" and second[1][-1].error.startswith("the engine failed")
     assert not running.snapshot().is_alive
     for ask in (lambda: running.submit([request(engine, "late")[0]]), running.moe_stats):
@@ -305,11 +305,11 @@ def test_an_observer_that_fails_changes_no_answer(failing, caplog):
         answer = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2})
         assert answer.json()["choices"][0]["text"] == "ab" or answer.status_code == 200
         counted = client.get("/metrics").text
-    assert 'handler="/v1/completions"' in counted, "those behind it are still told"
+    assert 'handler="/v1/completions"' in counted, "the observers after it are still called"
     assert "0xdeadbeef" in caplog.text
 
 
-def test_sampling_that_fails_is_told_and_tried_again(monkeypatch):
+def test_sampling_that_fails_is_reported_and_tried_again(monkeypatch):
     monkeypatch.setattr(poll, "PERIOD", 0.05)
     with served(FakeEngine(ByteCodec())) as client:
         service = client.service

@@ -140,11 +140,11 @@ def test_an_interrupt_is_not_lost_where_no_exception_gets_through(tmp_path):
 def test_serve_leaves_an_interrupt_to_the_system_while_it_starts(monkeypatch):
     handlers = []
 
-    def told(path):
+    def record(path):
         handlers.append(signal.getsignal(signal.SIGINT))
         raise ValueError("enough")
 
-    monkeypatch.setattr(serve, "read_serve_config", told)
+    monkeypatch.setattr(serve, "read_serve_config", record)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["serve", "--config", "any.toml"]) == 2
@@ -162,12 +162,12 @@ from jmoe.cli.main import main
 stage, words = sys.argv[1], sys.argv[2:]
 
 class Bars:
-    "Holds the start where it tells of the stage for the first time."
+    "Stops the start when it reports the stage for the first time."
     __enter__ = lambda self: self
     __exit__ = lambda self, *error: None
 
-    def __call__(self, told, done, total):
-        if told == stage:
+    def __call__(self, reported, done, total):
+        if reported == stage:
             print("there", flush=True)
             sys.stdin.read()
 

@@ -101,7 +101,7 @@ def case(step: str, dim: int = 8) -> Case:
 def poisoned(case: Case, place: str, bad: float) -> Case:
     """Returns ``case`` with ``bad`` in ``place``, which the healthy sequence may not see."""
     k, v, last, pieces = case.k.copy(), case.v.copy(), case.positions[-1], list(case.pieces)
-    if place == "behind":  # in the sequence's last page, and its pages after that one
+    if place == "after":  # in the sequence's last page, and its pages after that one
         for pages in (k, v):
             pages[OWN[last // SIZE], :, last % SIZE + 1 :] = bad
             pages[OWN[last // SIZE + 1 :]] = bad
@@ -160,7 +160,7 @@ def outputs(name: str, kind: Kind, dtype, case: Case) -> np.ndarray:
     return outs[-1][0, : len(case.positions)]
 
 
-PLACES = ("behind", "page 0", "others", "mate's tokens", "padding", "last own token")
+PLACES = ("after", "page 0", "others", "mate's tokens", "padding", "last own token")
 
 
 def check(name: str, kind: Kind, dtype, step: str, dim: int = 8) -> None:

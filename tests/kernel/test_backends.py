@@ -131,21 +131,21 @@ def test_the_order_is_that_of_the_names_and_the_last_is_not_asked():
 
 
 @pytest.mark.parametrize(
-    ("platform", "storage", "tokens", "exchange", "executor", "beside"),
+    ("platform", "storage", "tokens", "exchange", "executor", "has_copies"),
     [
         ("cpu", "uint16", 64, emulated_ragged_all_to_all, "graph", False),
         ("gpu", "bfloat16", 256, lax.ragged_all_to_all, "host", False),
         ("tpu", "bfloat16", 64, lax.ragged_all_to_all, "graph", True),
     ],
 )
-def test_the_engine_reads_the_record(platform: str, storage, tokens, exchange, executor, beside):
+def test_the_engine_reads_the_record(platform: str, storage, tokens, exchange, executor, has_copies):
     assert grouped_mlp.storage_dtype(jnp.dtype("bfloat16"), platform) == storage
     assert grouped_mlp.storage_dtype(jnp.dtype("float32"), platform) == "float32"
     assert get_backend(platform).num_row_tokens == tokens
     assert get_exchange(platform, "expert").func is exchange
     picked, why = pick_executor(OffloadConfig(slots_per_layer=2), mesh_on(platform))  # pyright: ignore
     assert picked == executor and why == get_backend(platform).why_executor
-    assert has_parallel_copies(mesh_on(platform)) == beside  # pyright: ignore
+    assert has_parallel_copies(mesh_on(platform)) == has_copies  # pyright: ignore
     device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 7}, device_kind="it")
     room = device_room(device)
     assert room is not None and (room.bytes == 7) == (not get_backend(platform).has_host_memory)

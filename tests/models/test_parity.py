@@ -147,7 +147,7 @@ def test_eval_perplexity_of_the_bundled_model(tmp_path: Path):
     from jmoe.tools.evaluate import evaluate
 
     if not VALID.is_dir():
-        pytest.skip("shared/data/valid is not beside the repository")
+        pytest.skip("shared/data/valid is not next to the repository")
     data, limit = sorted(VALID.glob("*.txt.xz"))[:3], 6000
     report = evaluate(str(BUNDLED["tiny"]), data, batch_size=4, max_tokens=limit)
     model = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED["tiny"], dtype=torch.float32).eval()

@@ -245,7 +245,7 @@ def test_ranks_that_share_weights_vote_together(shape: tuple[int, int, int], nam
 
 
 @pytest.mark.parametrize("policy", ["reroute", "expand"])
-def test_a_capacity_behind_brings_no_expert_back(policy: str):
+def test_a_capacity_after_binning_brings_no_expert_back(policy: str):
     logits = np.random.default_rng(6).standard_normal((ROWS, EXPERTS), np.float32)
     flags, cfg = TokenFlags(jnp.arange(ROWS) < 8), CapacityConfig(policy=policy)
     plain = route(jnp.asarray(logits), K, RouterConfig())

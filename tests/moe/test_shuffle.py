@@ -146,9 +146,9 @@ def test_what_a_layer_reports_is_in_the_tokens_own_order(history: bool, lossy: b
     out = MoEOutput(jnp.zeros((n, 1)), routing, None, changes)  # pyright: ignore[reportArgumentType]
     shuffle = Shuffle(mesh_of((groups, ranks, 1)), experts)
     report = jax.jit(partial(shuffle.report, history=history))
-    told, rank_N = report(out, order)
+    reported, rank_N = report(out, order)
     expected = dict(zip(names(LOSSY), counts.tolist(), strict=True)) if lossy else None
-    assert jax.tree.map(lambda a: a.tolist(), told.changes) == expected
+    assert jax.tree.map(lambda a: a.tolist(), reported.changes) == expected
     want = majority_rank(jnp.asarray(ids_NK), experts // ranks, ranks).tolist() if history else None
     assert (rank_N if rank_N is None else rank_N.tolist()) == want
     assert ("all_gather" in str(jax.make_jaxpr(report)(out, order))) == (history or lossy)

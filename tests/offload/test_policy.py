@@ -119,9 +119,9 @@ def test_a_forecast_replaces_what_it_covers_and_nothing_else(seed: int, first: i
     p_AE, wanted_AE = rng.random((A, E)).astype(np.float32), rng.random((A, E)) < 0.5
     found = policy.set_forecast(outlook, np.int32(first), p_AE, wanted_AE)
     for its in range(L):
-        told = first <= its < first + A
-        p_E, wanted_E = (p_AE, wanted_AE) if told else (outlook.p_LE, outlook.wanted_LE)
-        row = its - first if told else its
+        is_forecast = first <= its < first + A
+        p_E, wanted_E = (p_AE, wanted_AE) if is_forecast else (outlook.p_LE, outlook.wanted_LE)
+        row = its - first if is_forecast else its
         np.testing.assert_array_equal(found.p_LE[its], p_E[row])
         np.testing.assert_array_equal(found.wanted_LE[its], wanted_E[row])
 

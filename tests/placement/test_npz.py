@@ -63,7 +63,7 @@ def test_an_exception_leaves_the_old_file_alone(tmp_path: Path, monkeypatch):
     assert os.listdir(tmp_path) == ["thing.npz"] and read(path) == 1
 
 
-def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path):
+def test_a_file_that_a_link_names_is_replaced_and_the_link_stays(tmp_path: Path):
     real, link = tmp_path / "real.npz", tmp_path / "link.npz"
     save_arrays(real, "form", {"a": np.int32(1)})
     link.symlink_to(real)

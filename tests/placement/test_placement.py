@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[3] / "shared" / "data" / "routing" / "eplb_exam
 
 def test_the_published_example():
     if not EXAMPLE.is_file():
-        pytest.skip("shared/data/routing is not beside the repository")
+        pytest.skip("shared/data/routing is not next to the repository")
     case = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     placement = balance(
         np.array(case["weight"]), slots=case["num_replicas"], ranks=case["num_gpus"],

@@ -1,4 +1,4 @@
-"""One of the processes of ``test_multihost``: reports what it holds and, as process 0, what it generates."""
+"""Runs one of the processes of ``test_nodes``: reports what it holds and, as process 0, what it generates."""
 
 import dataclasses
 import json

@@ -24,7 +24,7 @@ def spec():
 
 @pytest.fixture
 def checker(spec, monkeypatch):
-    """Its child has a minute to get processor time, which a busy machine may take from it."""
+    """Makes a checker whose child has a minute to get processor time: a busy machine may take it away."""
     monkeypatch.setattr(grammar_check, "STALL_SECONDS", 60.0)
     checker = GrammarChecker(spec)
     checker.check(GOOD)
@@ -34,7 +34,7 @@ def checker(spec, monkeypatch):
 
 @pytest.fixture
 def stalls(checker, monkeypatch):
-    """A second of the first look at what was stopped; what is asked next has its minute."""
+    """Gives the child one second at the first look after it was stopped; the next request has its minute."""
     line = grammar_check._line
 
     def impatient(end, pid):

@@ -64,16 +64,16 @@ DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "puppy"]}, "nam
 BASE = {"type": "object", "properties": {"a": S}, "required": ["a"]}
 SATISFIABLE = {  # schema, valid answers, invalid answers or answers that a closed object does not allow
     "required beyond properties": (BASE | {"required": ["a", "b"]}, [PAIR], [{"a": "x"}, PAIR | {"c": 1}]),
-    "anyOf beside properties": (
+    "anyOf with properties": (
         {"type": "object", "properties": {"a": S}, "anyOf": [
             {"properties": {"b": S}, "required": ["b"]}, {"properties": {"c": S}, "required": ["c"]}]},
         [{"b": "x"}, PAIR, {"a": "x", "c": "y"}], [{}, {"a": "x"}, {"b": 1}]),
-    "oneOf beside properties": (
+    "oneOf with properties": (
         {"type": "object", "properties": {"k": {"enum": ["a", "b"]}}, "required": ["k"], "oneOf": [
             {"properties": {"k": {"const": "a"}, "x": S}, "required": ["x"]},
             {"properties": {"k": {"const": "b"}, "y": S}, "required": ["y"]}]},
         [{"k": "a", "x": "1"}, {"k": "b", "y": "1"}], [{"k": "a", "y": "1"}, {"k": "c", "x": "1"}]),
-    "$ref beside properties": (
+    "$ref with properties": (
         {"$defs": {"base": BASE}, "$ref": "#/$defs/base", "properties": {"b": S}, "required": ["b"]},
         [PAIR], [{"a": "x"}, {"b": "y"}]),
     "$ref once alone, once not": (

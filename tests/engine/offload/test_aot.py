@@ -49,7 +49,7 @@ def test_experts_are_the_hosts_and_the_pool_is_the_devices(resident: list[dict],
         assert ours["bytes"]["temporary"] - plain["bytes"]["temporary"] < 6 * EXPERT, ours
 
 
-def test_prefetches_run_beside_the_experts(offloaded: list[dict]):
+def test_prefetches_run_while_the_experts_compute(offloaded: list[dict]):
     """A layer's prefetches begin before its experts' kernel and are awaited after it."""
     entry = offloaded[0]["host_copies"]["entry"]
     kernels = [i for i, event in enumerate(entry) if event == "grouped_mlp_decode"]
@@ -80,7 +80,7 @@ def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
     assert "entry" not in prefill["host_copies"]
 
 
-def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_beside_them():
+def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_meanwhile():
     """Host memory, pool and prefetches belong to a rank; a few kilobytes move between ranks for them."""
     where = (*WHERE[:4], "--mesh", "1x4x1", *WHERE[6:], "--step", "decode")
     offload = {"slots_per_layer": SLOTS // 4, "predictor": "next_gate", "prefetch_per_layer": COPIES}

@@ -149,7 +149,7 @@ def test_pools_that_hold_all_experts_copy_none_and_nothing_compiles_after_warm_u
 
 
 @pytest.mark.matrix
-def test_copies_beside_compute_bring_the_same_on_every_rank(model: Path, resident):
+def test_copies_during_compute_bring_the_same_on_every_rank(model: Path, resident):
     """As on an accelerator, a layer makes as many copies on each rank as the budget says."""
     engine = meshed(model, (1, 2, 1), slots_per_layer=2, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):

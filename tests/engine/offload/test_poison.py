@@ -75,7 +75,7 @@ def want(model: Path) -> list[list[int]]:
         return serve(engine, HEALTHY)
 
 
-def beside(engine: Engine, prompt: list[int], params: Any) -> tuple[str | None, list[list[int]]]:
+def run_with_healthy(engine: Engine, prompt: list[int], params: Any) -> tuple[str | None, list[list[int]]]:
     """Returns the error of one request, and the answers of the healthy requests that run with it."""
     errors: list[str | None] = []
     bad = Request("bad", prompt, params, lambda output: errors.append(output.error), 0.0)
@@ -96,7 +96,7 @@ def check_nothing_is_left(engine: Engine, want: list[list[int]], groups: int = 1
     assert serve(engine, HEALTHY) == want
     before = np.array(cache_counts(engine)) - start
     for prompt, params in ((HEALTHY[1], DRAWN), (BAD, GREEDY), (BAD[:6], GREEDY)):
-        error, mates = beside(engine, prompt, params)
+        error, mates = run_with_healthy(engine, prompt, params)
         assert error == "the model produced NaN logits"
         assert mates == want
     start = np.array(cache_counts(engine))
@@ -160,7 +160,7 @@ def test_meshes(model: Path, want, shape: tuple[int, int, int], transport):
 
 
 @pytest.mark.parametrize("executor", ["graph", pytest.param("host", marks=pytest.mark.matrix)])
-def test_an_assignment_that_no_expert_was_given_ends_its_requests_and_is_told(
+def test_an_assignment_that_no_expert_got_ends_its_requests_and_is_reported(
     model: Path, want, executor, caplog
 ):
     """The two halves of the slot table are made to differ: an expert lies where nobody looks for it."""
@@ -172,7 +172,7 @@ def test_an_assignment_that_no_expert_was_given_ends_its_requests_and_is_told(
         slots = cache.table.slots
         crossed = slots._replace(held_S=slots.held_S[::-1])
         engine.runner.cache = replace(cache, table=cache.table._replace(slots=crossed))
-        error, _ = beside(engine, HEALTHY[0], GREEDY)
+        error, _ = run_with_healthy(engine, HEALTHY[0], GREEDY)
         assert error is not None and "assignments to experts were not computed" in error
         stats = engine.moe_stats()
         assert stats["prefill"]["lost_assignments"] + stats["decode"]["lost_assignments"] > 0

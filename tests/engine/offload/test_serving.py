@@ -76,7 +76,7 @@ def test_a_full_pool_copies_nothing_in_decode(model: Path, resident):
 
 
 @pytest.mark.matrix
-def test_copies_beside_compute_bring_the_same(model: Path, resident):
+def test_copies_during_compute_bring_the_same(model: Path, resident):
     """As on an accelerator, a layer makes as many copies as the budget says, requested or not."""
     engine = offloaded(model, slots_per_layer=3, predictor="next_gate", prefetch_per_layer=2)
     with closing(engine):
@@ -187,8 +187,8 @@ def test_hits_and_misses_are_the_distinct_experts_that_each_step_needs(model: Pa
             for layer in range(LAYERS):
                 chosen[layer] |= set(used[seats.index(int(seat))][layer, position].tolist())
         needed += [len(experts) for experts in chosen]
-    told = [row["expert_cache_hits"] + row["expert_cache_misses"] for row in decode["per_layer"]]
-    assert told == needed.tolist() and decode["steps"] == len(steps) > 0
+    needed_of_cache = [row["expert_cache_hits"] + row["expert_cache_misses"] for row in decode["per_layer"]]
+    assert needed_of_cache == needed.tolist() and decode["steps"] == len(steps) > 0
 
 
 @pytest.mark.matrix

@@ -154,9 +154,9 @@ def test_serve_answers_for_both_and_ends_both(model, serve_both, tmp_path):
         assert json.load(answer)["choices"][0]["text"] == want.text
     p0.send_signal(signal.SIGTERM)
     ended(tmp_path, p0=p0, p1=p1)
-    told = (tmp_path / "p1.log").read_text()
-    assert "process 1 of 2: runs what process 0 runs; serves no HTTP" in told
-    assert "process 1 of 2: process 0 has ended" in told
+    log = (tmp_path / "p1.log").read_text()
+    assert "process 1 of 2: runs what process 0 runs; serves no HTTP" in log
+    assert "process 1 of 2: process 0 has ended" in log
     assert "a stranger's connection is refused" in (tmp_path / "p0.log").read_text()
 
 

@@ -165,7 +165,7 @@ def admitted(scheduler: Scheduler, count: int) -> list[int]:
     return ranks
 
 
-def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_is_left_behind():
+def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_stays_idle():
     wishes = {5: [0.1, 0.7, 0.2], 6: [0.6, 0.3, 0.1]}
     scheduler = scheduler_of(PagePool(3, 6, 4), slots=2, share=lambda ids: wishes[ids[0]])
     scheduler.add([request(str(i), 1, 2, token) for i, token in enumerate([5, 5, 6])])
@@ -218,7 +218,9 @@ def test_prompts_are_cut_to_the_budget_that_decoding_leaves():
     seen = []
     while not seen or not seen[-1][-1]:
         step = scheduler.next_step()
-        assert [r.request.id for r in step.decodes] == ["0"], "decoding goes on beside the prompt"
+        assert [r.request.id for r in step.decodes] == ["0"], (
+            "decoding goes on in the same step as the prompt"
+        )
         seen += [(r.start, r.count, r.is_sampled) for r in step.prompts]
         deliver(scheduler, step)
     assert seen == [(4, 8, False), (12, 9, True)], "within 10 - 1 tokens whole pages of 4, or to the end"
@@ -270,11 +272,13 @@ def test_the_latest_gives_way_and_runs_again_from_its_tokens():
     while not scheduler.preemptions:
         deliver(scheduler, scheduler.next_step())
     assert old in scheduler.running and list(scheduler.waiting) == [young] and young.state.rank == -1
-    told = list(young.token_ids)
+    delivered = list(young.token_ids)
     while young.state.rank < 0:
         deliver(scheduler, scheduler.next_step())
     assert old.state.is_ended and len(old.token_ids) == 12, "the oldest went on to its end"
-    assert young.token_ids[: len(told)] == told and young.state.num_prefill_tokens == 4 + len(told)
+    assert young.token_ids[: len(delivered)] == delivered and young.state.num_prefill_tokens == 4 + len(
+        delivered
+    )
 
 
 def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():

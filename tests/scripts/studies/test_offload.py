@@ -71,7 +71,7 @@ def traces(model: Path) -> dict[int, tuple[list[list[int]], list[list[int]], Tra
     return found
 
 
-def decode_behind_all_prompts(engine: Engine) -> None:
+def decode_after_all_prompts(engine: Engine) -> None:
     """Makes the engine decode only after all prompts, as the traces do: all requests decode in lock step."""
     scheduler = engine.scheduler
     continues = scheduler._continues
@@ -106,7 +106,7 @@ def test_the_simulator_counts_what_the_engine_does(
     how = {"predictor": predictor, "eviction": eviction, "prefetch_per_layer": copies, "store": store}
     with closing(offloaded(model, slots_per_layer=slots_per_layer, **how)) as engine:
         start = jax.tree.map(jnp.copy, (engine.runner.cache.table, engine.runner.cache.predictor))
-        decode_behind_all_prompts(engine)
+        decode_after_all_prompts(engine)
         assert serve(engine, prompts) == answers
         counted, left = decode_counts(engine), np.asarray(engine.runner.cache.table.slots.held_S)
         settings = engine.runner.cache.settings

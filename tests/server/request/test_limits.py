@@ -175,7 +175,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 """
 
 
-def test_without_descriptors_health_is_still_told(tmp_path):
+def test_without_descriptors_health_is_still_reported(tmp_path):
     """Without descriptors, health is still reported: here 200 bodies that do not end share 64 descriptors."""
     log = tmp_path / "log"
     with log.open("wb") as file, process(log=file, program=FEW) as (_, url):

@@ -116,7 +116,7 @@ def test_examples_work(client, document):
             assert client.post(path, json=body["example"]).status_code == 200
 
 
-def test_fields_of_one_value_are_told(client, document):
+def test_fields_of_one_value_are_described(client, document):
     """The schema allows the same values of these fields as the server."""
     for path, kind in (("/v1/completions", CompletionRequest), (CHAT, ChatRequest)):
         base = {"prompt": "a"} if kind is CompletionRequest else {"messages": BODIES[CHAT]["messages"][:2]}
@@ -127,7 +127,7 @@ def test_fields_of_one_value_are_told(client, document):
                 assert client.post(path, json={**base, "max_tokens": 1, field: value}).status_code == 200
 
 
-def test_a_key_is_told():
+def test_a_key_is_described():
     with served(FakeEngine(ByteCodec()), api_key="secret") as client:
         document = client.get("/openapi.json", headers={"authorization": "Bearer secret"}).json()
         for path, methods in document["paths"].items():

@@ -98,7 +98,7 @@ def test_an_error_of_ours_is_a_line_with_its_status(caplog):
     assert [r.fields["status"] for r in caplog.records if r.message == "answered"] == [500]
 
 
-def test_traffic_is_told_while_there_is_some(caplog):
+def test_traffic_is_logged_while_there_is_some(caplog):
     caplog.set_level(logging.INFO)
     engine, live = FakeEngine(), Totals()
     snapshots = iter([EngineSnapshot(0, 0, 0.0, True, 0), EngineSnapshot(2, 1, 0.5, True, 0, 0, 100, 25)])

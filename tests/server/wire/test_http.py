@@ -167,7 +167,7 @@ def test_a_slash_more_is_the_same_route():
     (f"/v1{PATH}", PATH), ("/openai/v1/chat/completions", "/v1/chat/completions"), ("/v1/health", "/health"),
     ("/v1/responses", None), ("/", None), ("/v1", None), ("/docs", None),
 ])  # fmt: skip
-def test_a_wrong_base_url_is_told(path, near):
+def test_a_wrong_base_url_is_reported(path, near):
     with served(FakeEngine(ByteCodec())) as client:
         message = check(client.post(path, json={}), 404, None, "unknown_url")
         assert message == f"Not Found: POST {path}" + (f"; did you mean {near}?" if near else "")
@@ -238,7 +238,7 @@ def test_a_connection_is_kept_as_long_as_announced(port, brief):
                 assert connection.recv(65536) == b"" and time.monotonic() - start >= 1
 
 
-def test_who_will_not_use_it_again_is_told_nothing(port):
+def test_a_client_that_closes_gets_no_keep_alive(port):
     for sent in (get("/live"), get("/live", "connection: Close\r\n"), get("/live", "", "1.0"), b"x\r\n\r\n"):
         raw = answers(port, sent)
         assert raw and b"keep-alive" not in raw.lower()

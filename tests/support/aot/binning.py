@@ -1,4 +1,5 @@
-"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see ``tpu`` and ``gpu``."""
+"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see ``shared.tpu_compiler``
+and ``gpu``."""
 
 import json
 import os
@@ -10,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from jmoe_kernels.binning.plan import TILE
-from shared import tpu_compiler as tpu_aot
-from support.aot import gpu as gpu_aot
+from shared import tpu_compiler
+from support.aot import gpu
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 
@@ -28,7 +29,7 @@ def compile_cases(cases: list[dict]) -> list[dict]:
             os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3", XLA_FLAGS=f"--xla_dump_to={dump}"
         )
         if cases[0]["device"] in TOPOLOGIES:
-            env |= tpu_aot.environment(Path(dump)) | {"XLA_FLAGS": ""}
+            env |= tpu_compiler.environment(Path(dump)) | {"XLA_FLAGS": ""}
         env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         done = subprocess.run(
             [sys.executable, __file__, dump], input=json.dumps(cases), env=env, capture_output=True, text=True
@@ -53,7 +54,7 @@ def _compile(case: dict) -> None:
     if platform == "tpu":
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
     else:
-        target = {"target_config": gpu_aot.description(device), "topology": "1x1x8"}
+        target = {"target_config": gpu.description(device), "topology": "1x1x8"}
         topology = topologies.get_topology_desc("1x1x8", "cuda", **target)
     mesh = Mesh(np.array(topology.devices[:shards]), ("expert",))
     total = (lambda votes: lax.psum(votes, "expert")) if shards > 1 else None
@@ -76,7 +77,7 @@ def _compile(case: dict) -> None:
     jax.jit(split).lower(*arguments).compile()
 
 
-def _cycles(loop: tpu_aot.Loop, trips: list) -> int:
+def _cycles(loop: tpu_compiler.Loop, trips: list) -> int:
     """Returns the cycles of one iteration.
 
     trips: (how often it runs, trips within it) of each inner loop, in order.
@@ -94,7 +95,7 @@ def _tpu_kernels(case: dict, dump: Path) -> dict[str, dict]:
     trips = {"bin_experts": [rounds, pairs, rounds, pairs] + [(tiles, [])] * (tiles > 1)}
     if case["shards"] > 1:
         trips["bin_experts_votes"] = [rounds]
-    kernels = {name: tpu_aot.read_kernel(dump, name) for name in trips}
+    kernels = {name: tpu_compiler.read_kernel(dump, name) for name in trips}
     return {
         name: {"cycles": _cycles(kernel.body, trips[name]), "spills": kernel.body.spills, "vmem": kernel.vmem}
         for name, kernel in kernels.items()

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared import tpu_compiler as tpu_aot
-from support.aot import gpu as gpu_aot
+from shared import tpu_compiler
+from support.aot import gpu
 from support.aot.pool_cases import Found, Pool, compile_pool
 
 SLICE = "v6e:2x4"
@@ -27,7 +27,7 @@ def found_on(platform: str, cases: list[Case]) -> list[Found]:
     """
     env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
     if platform == "tpu":
-        env |= tpu_aot.environment(Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}
+        env |= tpu_compiler.environment(Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     given = json.dumps([(asdict(pool), mesh) for pool, mesh in cases])
     done = subprocess.run(
@@ -43,8 +43,8 @@ def _devices(platform: str) -> list[Any]:
 
     if platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=SLICE).devices
-    kind, *_ = gpu_aot.TARGETS
-    target = {"target_config": gpu_aot.description(kind), "topology": "1x1x8"}
+    kind, *_ = gpu.TARGETS
+    target = {"target_config": gpu.description(kind), "topology": "1x1x8"}
     return topologies.get_topology_desc("1x1x8", "cuda", **target).devices
 
 

@@ -105,6 +105,7 @@ def check(found: Found, *, counts: bool = True) -> None:
     """Asserts that nothing has a pool's size, and that bytes stay far below one layer's pages.
 
     The pool is vast.
+
     counts: whether the compiler's count of bytes is one. XLA takes a gather in a fusion for its whole operand
         on CPUs, and counts nothing on GPUs.
     """

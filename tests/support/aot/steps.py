@@ -1,4 +1,4 @@
-"""The engine's steps through the TPU's compiler, as ``scripts/tpu_aot_check.py`` tells of them."""
+"""The engine's steps through the TPU's compiler, as ``scripts/tpu_aot_check.py`` reports them."""
 
 import json
 import os

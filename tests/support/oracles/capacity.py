@@ -20,7 +20,7 @@ class Shard:
     valid: mask of the tokens that are not padding.
     exact: mask of the tokens that opted out.
     priority: priority of each token.
-    local: shard's first expert and its number of experts.
+    local: first expert of the shard and its number of experts.
     """
 
     ids: np.ndarray

@@ -168,7 +168,7 @@ def test_the_block_is_vllms(capsys, server):
     assert any(line.startswith("sent late by (ms): median") for line in lines)
 
 
-def test_clipping_is_told(capsys, server, tmp_path):
+def test_clipping_is_reported(capsys, server, tmp_path):
     trace = tmp_path / "t.jsonl.gz"
     rows = [(0, 100, 20), (5, 10, 4), (7, 10, 100)]
     names = ("timestamp", "input_length", "output_length")
