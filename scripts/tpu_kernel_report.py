@@ -1,6 +1,6 @@
 """Writes what the TPU compiler says of the grouped-MLP kernels at real layer sizes, without a TPU.
 
-    python scripts/tpu_kernel_report.py --out docs/tpu_kernels.md
+    python scripts/tpu_kernel_report.py --out FILE
     python scripts/tpu_kernel_report.py --only 'v5e/Qwen3*/decode/*'
 
 Each kernel is compiled inside ``shard_map`` on four chips. A row says, for one chunk of an expert's weights,

@@ -1,4 +1,4 @@
-"""Attention over a window of its own tokens, or over a paged KV cache: the code that its two kinds share.
+"""Attention over a window of its own tokens, or over a paged KV cache: the code that its kinds share.
 
 Sequences and heads are split over the mesh as ``Split`` says. If heads are split over ``expert`` too, tokens
 are gathered before attention, and its outputs are summed and scattered after it: each of the two sends half
