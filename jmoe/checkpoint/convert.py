@@ -47,6 +47,7 @@ def convert(
     needs host memory of about four times the size of one layer (Orbax copies what it writes). It raises
     ValueError if ``out_dir`` exists, the disk is too small, or ``hf_dir`` is not a checkpoint that
     ``load_model`` would accept.
+
     progress: function called with (bytes done, bytes in all).
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)

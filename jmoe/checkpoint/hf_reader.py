@@ -131,6 +131,7 @@ class HFCheckpoint:
 
         Values are converted if the dtypes differ. It raises ValueError for NaN or Inf (in the file, or from
         overflow in the conversion), a truncated file or an unsupported dtype.
+
         out: flat array, float32 or bfloat16.
         """
         info = self.tensors[name]

@@ -17,6 +17,7 @@ def model_identity(model: Decoder, placement: Placement | None = None) -> str:
 
     It is cheap (gates are a thousandth of a model) and the same for a Hugging Face directory and its
     conversion, in either dtype: gates are rounded to bfloat16 first.
+
     placement: placement by which the experts were renumbered.
     """
     config = dataclasses.asdict(model.cfg)

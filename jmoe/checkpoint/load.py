@@ -88,6 +88,7 @@ def load_model(
     It needs host memory for the whole model on CPU, otherwise for one parameter. It raises ValueError, before
     any memory is allocated, for a name or shape that is not exactly the model's; also for the placement of
     another model.
+
     dtype: requested dtype; "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's
         own.
     progress: function called with (bytes done, bytes in all) after each parameter.
@@ -157,6 +158,7 @@ def match(
     """Returns the abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
     If the checkpoint has a head of its own, the model has one too, whatever the configuration says.
+
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
     cfg = with_own_head(checkpoint, blueprint.cfg)

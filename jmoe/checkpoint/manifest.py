@@ -22,7 +22,7 @@ class Manifest:
     """The manifest of a converted checkpoint.
 
     architecture: name of the model's architecture.
-    dtype: model's dtype.
+    dtype: dtype of the model.
     parameters: shape of each parameter by dotted path.
     files: (bytes, sha256) of each file by relative path.
     kept: parameters that are float32 because the source checkpoint stores them so.

@@ -69,6 +69,7 @@ def restore_model(
 
     It raises ValueError naming the file that is missing or changed, or the parameter that is not as
     ``config.json`` has it.
+
     placement: placement by which the experts are renumbered, on their devices; while a parameter is
         renumbered it takes its memory twice.
     report: function called with (bytes done, bytes in all) after each layer.

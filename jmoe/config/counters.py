@@ -14,7 +14,7 @@ from typing import Literal
 class Counter:
     """A sum over tokens or experts, by layer.
 
-    name: counter's key wherever it is counted or reported.
+    name: key of the counter wherever it is counted or reported.
     text: what it counts, as /metrics explains it.
     metric: its name in /metrics; None if it is not exported.
     unit: what a count of one is reported as: one, or the bytes of a row between ranks, or of an expert.

@@ -25,7 +25,7 @@ class RouterConfig:
     scoring_func: function from logits to scores.
     norm_topk_prob: whether a token's weights are normalised to sum to 1 before scaling.
     n_group, topk_group: number of groups, and of a token's best groups: only their experts may be chosen.
-    group_score: group's score: that of its best expert ("max") or the sum of its best two ("top2").
+    group_score: score of a group: that of its best expert ("max") or the sum of its best two ("top2").
     bias: whether a bias is added to the logits.
     correction_bias: whether a bias is added to the scores for the choice only, not for the weights.
     routed_scaling_factor: factor of all weights.

@@ -81,7 +81,7 @@ def from_table(
 ) -> Table:
     """Returns the dataclass ``cls`` from a table of a file; nested tables become dataclasses too.
 
-    table_name: table's name in messages.
+    table_name: name of the table in messages.
     prefix: prefix of its keys in messages.
     excluded: fields that are not keys.
     """
@@ -160,7 +160,7 @@ _SHORT.maxlevel = 3
 def _refusal(name: str, value: Any, kind: Any, cause: str) -> str:
     """Returns the message of a refused value.
 
-    cause: msgspec's message, which ends with the position of the wrong list entry.
+    cause: message of msgspec, which ends with the position of the wrong list entry.
     """
     for index in re.findall(r"\[(\d+)\]", cause.rpartition(" - at `$")[2]):
         if isinstance(value, list | tuple):

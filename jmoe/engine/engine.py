@@ -45,7 +45,7 @@ class Engine:
     runner: object that runs the steps on the devices.
     scheduler: object that plans the steps.
     codec: tokenizer; with None there are only token ids, and texts stay empty.
-    end_ids: model's end tokens.
+    end_ids: end tokens of the model.
     placement: placement by which the runner's experts were renumbered; None = they were not.
     """
 

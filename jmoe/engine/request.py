@@ -150,7 +150,7 @@ class Request:
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     token_ids: generated tokens that the host has seen.
-    state: scheduler's state of the request.
+    state: state that the scheduler keeps of the request.
     start_time: time of its first admission; None while it waits.
     first_token_time: time of its first token; None before it.
     moe: assignments of its tokens that lossy techniques changed.

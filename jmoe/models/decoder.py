@@ -44,7 +44,7 @@ class DecoderOutput:
 
     hidden_RND: final normed states, float32, in the grid of ``Sequences``.
     pages: updated KV cache.
-    routing: router's own choices, one entry per layer with experts.
+    routing: own choices of the router, one entry per layer with experts.
     stats: what was done with these choices, one entry per layer with experts.
     changes_B: what lossy techniques did to each sequence, summed over tokens and layers; decode sequences in
         the same step as prompts come first. None if no technique is on.

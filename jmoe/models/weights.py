@@ -31,8 +31,8 @@ PLAIN = Form()
 class StoredTensor:
     """A tensor of a checkpoint and the slice of a parameter that it fills.
 
-    name: tensor's name in the checkpoint, without what the format adds to it.
-    path: parameter's path in the decoder.
+    name: name of the tensor in the checkpoint, without what the format adds to it.
+    path: path of the parameter in the decoder.
     index: index into the parameter's leading axes.
     expert: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
     form: layout and number format of the values.

@@ -96,7 +96,7 @@ def limit(
     """Returns the routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
 
     factor: gamma, float32; ``cfg.factor`` is not read.
-    local: shard's first expert and its number of experts L, which divides E.
+    local: first expert of the shard and its number of experts L, which divides E.
     seed: seed of the metric "random"; different for each step, layer and shard.
     total: sums the loads of "expert_drop" over the shards that share a step.
     """

@@ -41,7 +41,7 @@ def count_dispatch(
 ) -> DispatchStats:
     """Counts what one shard did.
 
-    plain_routing: router's own choice.
+    plain_routing: own choice of the router.
     routing: routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
     changes: what lossy stages changed for each token.
     traffic: rows that the shard moved.

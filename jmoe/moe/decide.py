@@ -35,7 +35,7 @@ def check_stages(blueprint: Blueprint) -> None:
 class Decision(NamedTuple):
     """The routing of one layer, before and after the lossy stages.
 
-    plain_routing: router's own choice.
+    plain_routing: own choice of the router.
     final_routing: routing that is computed; the same object as ``plain_routing`` if nothing lossy is on.
     changes: what the stages changed for each token; None if no stage acts.
     """

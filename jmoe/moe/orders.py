@@ -47,7 +47,7 @@ class ShuffleTables:
 class Hints:
     """What a layer's order is predicted from.
 
-    tables: layer's tables.
+    tables: tables of the layer.
     history_N2: ranks that each token went to in the previous two layers, the older first; None in the first
         two layers and without a history table.
     """

@@ -265,7 +265,7 @@ class ExpertSource(Protocol):
         """Runs the experts of ``routing`` on this layer's tokens; returns their output, the traffic, the
         counts over all ranks and the source for the next layer, None if that layer has its own.
 
-        plain_routing: router's own choice, from which the source may learn.
+        plain_routing: own choice of the router, from which the source may learn.
         send: function that moves tokens to the ranks that hold their experts.
         """
         ...
@@ -311,7 +311,7 @@ class MoEOutput:
     """What one layer returns.
 
     y_TD: experts' combined output, float32; zero for invalid tokens.
-    routing: router's own choice.
+    routing: own choice of the router.
     stats: what the layer did with the batch.
     changes: what lossy techniques changed for each token; None if nothing lossy is on.
     source: source of the next layer's experts, if experts are offloaded.

@@ -73,6 +73,7 @@ def serve(
     It raises ValueError for a bad template or a taken port. The first signal ends new work, lets running
     answers finish for ``shutdown_timeout`` seconds and then ends them with an error; the second ends the
     server at once.
+
     server_socket: socket from ``bind``; None binds one now.
     directory: model directory, which may hold a chat template.
     model: served model name if the settings have none.

@@ -44,7 +44,7 @@ class Service:
     cannot be read.
 
     directory: model directory, which may hold a chat template; None = there is none.
-    model: model's name if the settings have none.
+    model: name of the model if the settings have none.
     """
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):

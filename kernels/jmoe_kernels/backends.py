@@ -20,7 +20,7 @@ Name = TypeVar("Name", bound=str)
 class Backend:
     """The facts about one platform. The defaults hold for a platform of which only XLA is known.
 
-    name: platform's name, as jax spells it.
+    name: name of the platform, as jax spells it.
     experts: implementations of the experts' grouped MLP in order of preference; the last of them runs
         anywhere.
     attention: implementations of paged attention in order of preference; the last of them runs anywhere.

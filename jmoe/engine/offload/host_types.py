@@ -37,7 +37,7 @@ class ExpertInput(NamedTuple):
 class LayerRecord(NamedTuple):
     """What a layer keeps for the end of the step.
 
-    plain_routing: router's own choice; None in a decode step, where the predictor has seen it already.
+    plain_routing: own choice of the router; None in a decode step, where the predictor has seen it already.
     stats: statistics of the layer's dispatch.
     changes: what lossy techniques did to each token.
     num_computed: number of assignments that its experts computed; None before they ran.

@@ -116,7 +116,7 @@ class StepInput:
     logit_columns_B: column, in the rank's row of the grid (see ``Sequences``), whose logits are used.
     seats_B: seat of the request.
     sampling_rows: sampling parameters of the request.
-    phase: step's phase as planned; it does not follow from the shapes.
+    phase: phase of the step as planned; it does not follow from the shapes.
     """
 
     main_rows: HostRows

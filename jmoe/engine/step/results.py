@@ -91,7 +91,7 @@ class RunningStep:
 def count_assignments(placed: PlacedRun, changes: Changes | None, cfg: ModelConfig) -> None:
     """Adds a step's assignments, and the changes to them, to the request's counts.
 
-    changes: step's changes, on the host; None if the step has none.
+    changes: changes of the step, on the host; None if the step has none.
     """
     run, moe, rows = placed.run, placed.run.request.moe, placed.change_rows
     moe.assignments += run.count * len(cfg.moe_layers) * cfg.num_experts_per_tok

@@ -38,7 +38,7 @@ class TextCodec:
         """Returns the token ids of a text. Raises ValueError for a text that is not valid Unicode or needs an
         id outside the model's vocabulary.
 
-        limit: model's context length; a text that cannot fit in it is refused before it is tokenized.
+        limit: context length of the model; a text that cannot fit in it is refused before it is tokenized.
         """
         if limit is not None:
             self._check_characters(text, limit)

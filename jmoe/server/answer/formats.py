@@ -26,7 +26,7 @@ Whole = Completion | ChatCompletion
 class ChoiceFields:
     """What a request wants in its choices.
 
-    codec: model's text codec; None = the model has no tokenizer.
+    codec: text codec of the model; None = the model has no tokenizer.
     n: number of choices for each prompt.
     alternatives: number of alternatives for each token; None = no log-probabilities.
     has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a

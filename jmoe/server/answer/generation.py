@@ -18,6 +18,7 @@ class Generation:
     reads them.
 
     The caller that starts a generation closes it: ``close`` aborts the answers that still run.
+
     on_close: function that ``close`` calls with this generation.
     timeout: seconds from now that all answers together may take; None = no limit.
     requests: the engine's request of each answer, from ``start`` on.
@@ -49,6 +50,7 @@ class Generation:
         """Queues all requests, whose increments come to ``emit``, or raises an ApiError.
 
         The engine takes requests between two steps, so a thread waits for it.
+
         prompt_field: request field named in the error if a prompt is refused.
         grammar_field: request field named in the error if an answer cannot go on in its grammar.
         """
@@ -123,7 +125,7 @@ class Generation:
 
 
 class ClientLeft(Exception):
-    """A sign that the client closed its connection; nobody reads the answer."""
+    """Raised when the client has closed its connection: nobody reads the answer."""
 
 
 async def unless_client_leaves(receive: Callable[[], Awaitable], work: Awaitable) -> object:

@@ -19,6 +19,7 @@ def completion_logprobs(
     """Returns the ``logprobs`` object of (token id, entry) pairs.
 
     A prompt's first token has no entry: its values are null.
+
     offsets: character position in the text at which each token begins.
     """
     answer = CompletionLogprobs([], [], [], offsets)

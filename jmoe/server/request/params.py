@@ -19,7 +19,7 @@ def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParam
 def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
     """Returns the sampling parameters of a chat.
 
-    turn_ends: model's strings that end a turn. They are added to ``stop`` unless the answer follows a
+    turn_ends: strings of the model that end a turn. They are added to ``stop`` unless the answer follows a
         grammar, which defines where it ends: such a string may occur inside it.
     """
     body = chat.body

@@ -17,8 +17,8 @@ from jmoe.server.template.chat_template import ChatTemplate
 class Prompt:
     """A prompt.
 
-    token_ids: prompt's tokens.
-    text: prompt's text; empty if it was sent as token ids and is not echoed.
+    token_ids: tokens of the prompt.
+    text: text of the prompt; empty if it was sent as token ids and is not echoed.
     shows_special: whether the text contains every special token, as the text decoded from token ids does.
     """
 
@@ -45,10 +45,10 @@ class Prompt:
 class TextEncoder:
     """The way in which the text of prompts becomes tokens.
 
-    codec: model's text codec; None = the model has no tokenizer.
+    codec: text codec of the model; None = the model has no tokenizer.
     adds_special: whether the tokenizer's special tokens are added.
-    limit: model's context length in tokens, so that a text that cannot fit is refused by its length; None
-        = any length.
+    limit: context length of the model in tokens, so that a text that cannot fit is refused by its length;
+        None = any length.
     """
 
     codec: TextCodec | None

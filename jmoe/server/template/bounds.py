@@ -21,11 +21,11 @@ WIDTHS = {
 
 
 class TooLong(jinja2.TemplateRuntimeError):
-    """A sign that the time for one rendering is over."""
+    """Raised when the time for one rendering is over."""
 
 
 class TooLarge(jinja2.TemplateRuntimeError):
-    """A sign that a value would exceed the limit."""
+    """Raised when a value would exceed the limit."""
 
     def __init__(self) -> None:
         super().__init__(f"it makes a value of more than {MAX_SIZE} characters")

@@ -63,6 +63,7 @@ class AnswerReports:
     """Reports each answer to ``observers``.
 
     A handler that begins a generation stores it in the request's state.
+
     routes: route of each endpoint.
     """
 

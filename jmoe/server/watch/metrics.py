@@ -28,6 +28,7 @@ class Metrics:
 
     ``token``, ``stepped`` and ``finished`` are called only on the engine's thread, so the times of the last
     tokens need no lock; ``count_answer`` and ``count_rejection`` are called on the event loop.
+
     totals: the same counts in a form that can be subtracted, for the dashboard and the log.
     """
 
@@ -127,7 +128,7 @@ class Metrics:
     def count_answer(self, method: str, status: int, route: str) -> None:
         """Counts an answer.
 
-        route: route's pattern, never the requested path: clients could make any number of paths.
+        route: pattern of the route, never the requested path: clients could make any number of paths.
         """
         self.answers.labels(method if method in METHODS else "other", str(status), route).inc()
 

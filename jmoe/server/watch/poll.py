@@ -20,7 +20,7 @@ STAYS = 30.0  # seconds of sampling after the last reader: a client that polls o
 
 
 class SamplingFailed(Exception):
-    """A sign that no new sample can be taken; the next reader tries again."""
+    """Raised when no new sample can be taken; the next reader tries again."""
 
 
 class Poll:
@@ -28,6 +28,7 @@ class Poll:
 
     A reader waits for the newest sample and never queues older ones, so a slow reader costs only its own
     connection.
+
     take: function that takes a new sample; it may wait for a step.
     state: function that returns the fields of each report that are not in a sample.
     in_thread: function that runs ``take`` and makes the reports on a thread.

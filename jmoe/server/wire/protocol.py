@@ -30,7 +30,7 @@ MIN_CHUNK = 16  # least mean bytes per chunk if a body has more chunks
 
 
 class TinyChunks(h11.RemoteProtocolError):
-    """A sign that a body has too many tiny chunks: each costs the event loop as much as a whole request's
+    """Raised when a body has too many tiny chunks: each costs the event loop as much as a whole request's
     head."""
 
 

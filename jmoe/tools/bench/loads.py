@@ -84,6 +84,7 @@ def read_trace(
     as in Mooncake's traces, ``hash_ids``.
 
     It raises ValueError that names a line without these fields.
+
     time_scale: factor of the times.
     length_scale: factor of the lengths, also of a block's.
     max_requests: the most calls to read; None = all.

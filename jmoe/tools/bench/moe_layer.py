@@ -60,6 +60,7 @@ def bench_moe_layer(
     another, so that caches do not hold them.
 
     The GB/s count each active expert's weights once.
+
     active: numbers of experts to which the largest batch is confined in more rows.
     """
     cfg = layer_config(model, dtype)

@@ -156,6 +156,7 @@ def remap(
     """Moves a lossy token's choices outside the active set to its best other experts inside it.
 
     Returns (places, whether a choice of the token moved).
+
     role_T1: see ``cast_votes``.
     """
     chosen_TE = place_TE < k

@@ -70,7 +70,7 @@ def attend(
 
     The loop goes from the first key that one of its queries sees to the largest of their positions, so one
     compiled shape serves every context length. Many queries are split into blocks that each have their own
-    ends: block's queries are of one row, or of several short rows.
+    ends: queries of the block are of one row, or of several short rows.
     """
     q_BTHd, positions_BT, table_BM = new.q_BTHd, new.positions_BT, new.table_BM
     k_PGSd, v_PGSd = pages.kv[0], pages.kv[-1]  # latent pages are both

@@ -70,7 +70,7 @@ class Setting(NamedTuple):
 class Subject(NamedTuple):
     """What is simulated.
 
-    cfg: model's shape.
+    cfg: shape of the model.
     embeddings_VD: model's embeddings.
     profile: profile of the model.
     traces: traces of the model.

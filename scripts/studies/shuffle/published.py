@@ -85,7 +85,7 @@ def rates(
 
     local: local share of tokens that the tables put on ranks.
     dealt: local share of tokens in batch order.
-    peak: load's maximum over its mean.
+    peak: maximum of the load over its mean.
     unseen: share of tokens whose id is not in the statistics.
     """
     rng = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ class RoutingSource:
 
     domains: routed requests by domain.
     identity: identity of the model.
-    sizes: model's numbers of layers and experts, its top k and its vocabulary.
+    sizes: numbers of layers and experts of the model, its top k and its vocabulary.
     embeddings_VD: model's embeddings.
     """
 

@@ -68,7 +68,7 @@ class _Target(NamedTuple):
     """Where a tile of results goes.
 
     windows: table of windows.
-    window: tile's window.
+    window: window of the tile.
     first: first row of the tile within the window.
     column: first column of the tile.
     num_columns: number of columns of the tile.
