@@ -1,5 +1,5 @@
-"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see ``shared.tpu_compiler``
-and ``gpu``."""
+"""Binning kernels compiled for described TPUs and GPUs in a process of their own; see
+``tpu_compiler`` and ``gpu``."""
 
 import json
 import os
