@@ -1,5 +1,8 @@
-"""Serves Mixture-of-Experts language models in JAX. It has been measured on CPUs; its kernels for TPUs and GPUs
-are compiled and tested, but have not run on a device yet."""
+"""Serves Mixture-of-Experts language models in JAX.
+
+So far it has been measured on CPUs only. The kernels for TPUs and GPUs compile and pass their tests in an
+interpreter; they have not run on a device yet.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """Measures a technique or the engine, for a document of docs/results.
 
     python scripts/study.py capacity --data ../shared/data --parts quality load
-    python scripts/study.py capacity --parts       # writes the document anew from the figures that there are
+    python scripts/study.py capacity --parts       # writes the document again from the stored figures
     python scripts/study.py capacity --help        # its parts, and what each of them measures
 
 A part's figures replace its last ones in the study's JSON; the document and the plots are made from the JSON

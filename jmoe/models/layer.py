@@ -2,7 +2,8 @@
 
 ``DecoderLayer.__call__`` is not the only loop body: if the host drives offloaded experts, the parts of
 ``jmoe.engine.offload.host_parts`` call a layer's methods in its place. What is added to ``__call__`` must be
-added there too; ``tests/engine/offload/test_host_runner.py`` shows that both give the same tokens and decisions.
+added there too; ``tests/engine/offload/test_host_runner.py`` shows that both give the same tokens and
+decisions.
 """
 
 from dataclasses import replace

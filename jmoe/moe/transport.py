@@ -2,8 +2,8 @@
 
 They run inside ``shard_map``. The input is a shard's own tokens and its own experts; the output is the
 combined expert output of every own token, float32, and the rows moved for it (``Traffic``). T and J are those
-of a shard, R is the number of ranks of the expert axis, L the number of a rank's experts. ``local`` is the
-case without expert parallelism.
+of a shard, R is the number of ranks of the expert axis, L the number of a rank's experts, and A the number of
+a shard's assignments, T * J. ``local`` is the case without expert parallelism.
 
 ``replicated``         all-gather the tokens, compute the local experts' share of all of them, reduce-scatter.
                        Two collectives of R * T rows for any routing: suitable for small decode batches.

@@ -54,8 +54,8 @@ def claim(slots: Slots, experts_M: Any, gain_M: Any, worth_X: Any) -> tuple[Slot
     """Claims slots for experts that have none; returns the slots and the slot of each, S for those without.
 
     experts_M: flat ids, the most needed first; X means none and comes last.
-    gain_M: what each is worth, in descending order. An expert takes only the slot of one that is worth less;
-        if its gain is ``NEEDED``, it takes any slot that may be taken.
+    gain_M: worth of each of them, in descending order. An expert takes only the slot of one that is worth
+        less; if its gain is ``NEEDED``, it takes any slot that may be taken.
     worth_X: worth of every expert, any numbers. NaN is worth least; no expert is worth less than an empty
         slot, or so much that ``NEEDED`` could not take its slot. Of equals the lower slot goes first.
     """

@@ -1,6 +1,8 @@
 """Runs the engine on this machine's GPU for ``gpu_check.py``: greedy tokens, and a large model's decode step.
 
-PYTHONPATH=.:kernels:scripts python -m gpu_checks.engine    # prints the bundled model's greedy tokens
+Run alone, it prints the greedy tokens of the bundled model:
+
+    PYTHONPATH=.:kernels:scripts python -m gpu_checks.engine
 """
 
 import json

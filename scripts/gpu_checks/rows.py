@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 class Row:
     """One line of the table.
 
-    section: section that measured it.
-    case: shape or the input.
-    name: contender.
-    seconds: its time.
-    of_limit: its share of the limit.
-    verdict: verdict on it.
+    section: section that measured the row.
+    case: shape or input.
+    name: name of the contender.
+    seconds: time of the contender.
+    of_limit: share of the limit that it reaches.
+    verdict: verdict on the row.
     """
 
     section: str

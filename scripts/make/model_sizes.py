@@ -1,6 +1,8 @@
-"""Parameters of the shapes in ``configs/model``, in all and those that one token uses, as a table.
+"""Prints the sizes of the shapes in ``configs/model`` as a table.
 
-python scripts/make/model_sizes.py
+The parameters are those of the whole model, and those that one token uses:
+
+    python scripts/make/model_sizes.py
 """
 
 import argparse

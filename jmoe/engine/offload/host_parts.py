@@ -7,8 +7,8 @@ outputs of a layer's experts stay separate from its rows until the next part add
 are streamed one by one need the same parts as those in the pool.
 
 These parts are a second loop over the decoder's layers. What is added to ``Decoder.__call__`` or to
-``DecoderLayer.__call__`` must be added here too; ``tests/engine/offload/test_host_runner.py`` shows that both give
-the same tokens and decisions.
+``DecoderLayer.__call__`` must be added here too; ``tests/engine/offload/test_host_runner.py`` shows that
+both give the same tokens and decisions.
 """
 
 from collections.abc import Callable

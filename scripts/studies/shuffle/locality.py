@@ -1,8 +1,8 @@
-"""Measures what binning's ``local_bonus`` costs in quality and saves in traffic. It prefers the own device.
+"""Measures what binning's ``local_bonus`` costs in quality and saves in traffic: it prefers a token's device.
 
 This is not in the papers. The bundled model runs on 8 emulated expert ranks. Decode runs in lock step as in
-``studies.binning.decode``, with two sequences a rank, and the domains take turns within a batch. The bonus is
-measured alone (with a bin wider than every gap) and with binning. The experts are placed in the order of
+``studies.binning.decode``, with two sequences per rank, and the domains take turns within a batch. The bonus
+is measured alone (with a bin wider than every gap) and with binning. The experts are placed in the order of
 their numbers in the checkpoint.
 """
 
