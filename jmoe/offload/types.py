@@ -3,7 +3,7 @@
 fMoE (Yu et al., "fMoE: Fine-Grained Expert Offloading for Large Mixture-of-Experts Serving", arXiv
 2502.05370). An iteration is one decode step. Axes, in addition to those of ``jmoe.moe.types``:
 
-L  MoE layers, before E (``p_LE``) and in ``policy``; elsewhere alone, as in ``jmoe.moe.types``, the experts
+L  MoE layers, before E (p_LE) and in ``policy``; elsewhere alone, as in ``jmoe.moe.types``, the experts
    of one rank
 X  experts of all layers (L * E); expert e of layer l has the flat id ``l * E + e``
 S  slots of the device's pool
