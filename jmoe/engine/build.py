@@ -11,7 +11,7 @@ from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.load import load_decoder
 from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.needs import within
-from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.offload.build import make_cache
 from jmoe.engine.offload.host_runner import HostDrivenRunner
@@ -24,7 +24,6 @@ from jmoe.engine.text.codec import load_codec
 from jmoe.mesh import DATA
 from jmoe.moe.orders import prompt_share, step_tables
 
-__all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
 BuildProgress = Callable[[str, int, int], None]
 

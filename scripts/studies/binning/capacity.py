@@ -20,7 +20,8 @@ from studies.capacity.peaks import RANKS, device_peak, expert_peak, rank_loads
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 
 BATCHES = (16, 64)

@@ -23,7 +23,7 @@ from shared.origin import machine
 from shared.server_process import Served, free_port, serving
 from studies.serving.peers import PEERS, Load
 
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 
 KEPT = (

@@ -19,7 +19,8 @@ from studies.capacity.peaks import RANKS
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 
 BATCH = 16
 BONUSES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)

@@ -16,7 +16,8 @@ from studies.binning.study import STUDY
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 
 CURVE = Curve(np.array([0.5, 1.0]), np.array([[0.02, 0.04], [0.0, 0.0]]))
 TOY = """architecture = "OlmoeForCausalLM"

@@ -4,7 +4,8 @@ import numpy as np
 from support.models.small import config, decoder, tokens
 
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import EngineSettings, schedule
+from jmoe.engine.build import schedule
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.step.inputs import Sizes
