@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jmoe_kernels.settings import BinningMethod
 from shared.results import few
+from shared.teacher_forcing import Meter, Scorer, batches, counted, read_windows
 from studies.binning.curves import CENTINATS
-from studies.binning.decode import Meter, Scorer, batches, counted, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig

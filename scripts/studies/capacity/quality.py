@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies.capacity.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
+from shared.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import CapacityConfig

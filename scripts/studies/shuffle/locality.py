@@ -1,7 +1,7 @@
 """Measures what binning's ``local_bonus`` costs in quality and saves in traffic. It prefers the own device.
 
 This is not in the papers. The bundled model runs on 8 emulated expert ranks. Decode runs in lock step as in
-``studies.binning.decode``, with two sequences a rank, and the domains take turns within a batch. The bonus is
+``shared.teacher_forcing``, with two sequences a rank, and the domains take turns within a batch. The bonus is
 measured alone (with a bin wider than every gap) and with binning. The experts are placed in the order of
 their numbers in the checkpoint.
 """
@@ -13,9 +13,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from shared.peaks import RANKS
 from shared.results import few
-from studies.binning.decode import Meter, Scorer, batches, read_windows
-from studies.capacity.peaks import RANKS
+from shared.teacher_forcing import Meter, Scorer, batches, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
