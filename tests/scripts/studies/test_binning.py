@@ -11,7 +11,7 @@ from shared.results import verdict
 from studies.binning import gpu as binning_gpu
 from studies.binning import speed
 from studies.binning.capacity import loads_and_loss
-from studies.binning.curves import METHODS, Curve, compared, percent
+from studies.binning.curves import METHODS, Curve, compared, perplexity_change
 from studies.binning.study import STUDY
 
 from jmoe.config.moe import MoEConfig
@@ -60,7 +60,7 @@ def test_a_curve_is_read_from_settings_in_the_order_of_their_ratios():
 
 
 def test_errors_are_stratified_by_domain_and_verdicts_need_two_of_them():
-    value, error = percent(np.array([0.01, 0.03, 0.02, 0.02]), domains=2)
+    value, error = perplexity_change(np.array([0.01, 0.03, 0.02, 0.02]), domains=2)
     # The first domain's windows vary by 0.0002, the second's do not: sqrt(2 * 0.0002) / 4.
     assert value == pytest.approx(100 * np.expm1(0.02)) and error == pytest.approx(0.5 * np.exp(0.02))
     worse = Curve(CURVE.ratio_S, CURVE.delta_SN + np.array([[0.02, 0.02], [0.0, 0.0]]))
