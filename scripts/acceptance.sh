@@ -29,7 +29,7 @@ table="$dir/table.txt"
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export MODEL=tiny BASE="http://127.0.0.1:$port"
-tiny=$("$python" -c 'from jmoe.engine.build import model_directory; print(model_directory("tiny"))')
+tiny=$("$python" -c 'from jmoe.engine.deployment.settings import model_directory; print(model_directory("tiny"))')
 JAX_PLATFORMS=cpu JMOE_CACHE_DIR="${JMOE_CACHE_DIR:-$dir/cache}" "$python" -m jmoe.cli serve tiny \
   --dtype float32 --port "$port" > "$dir/logs/server.log" 2>&1 &
 server=$!

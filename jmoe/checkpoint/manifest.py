@@ -44,11 +44,11 @@ def write_manifest(
     architecture: str,
     dtype: str,
     parameters: dict[str, tuple[int, ...]],
-    kept_files: tuple[str, ...],
+    kept: tuple[str, ...],
 ) -> None:
     """Flushes every file of ``directory`` to disk, then lists it. It is called last, before the rename."""
     files = _digests(directory, _listed(directory), flush=True)
-    manifest = Manifest(architecture, dtype, parameters, files, kept_files)
+    manifest = Manifest(architecture, dtype, parameters, files, kept)
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -5,6 +5,7 @@ A technique whose table is absent is off. A key that the chosen method does not 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -25,7 +26,24 @@ Eviction = Literal["expected_use", "expert_map", "lru", "lfu"]
 
 
 @dataclass(frozen=True)
-class BinningConfig:
+class LossyConfig(ABC):
+    """The table of a lossy technique.
+
+    name: key of the table in ``[moe]``.
+    knobs: fields that may change between steps.
+    """
+
+    name: ClassVar[str]
+    knobs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def check_layer(self, experts: int, k: int, ranks: int) -> None:
+        """Raises ValueError if the table does not fit ``experts`` experts, ``k`` per token, on ``ranks``
+        devices."""
+
+
+@dataclass(frozen=True)
+class BinningConfig(LossyConfig):
     """``[moe.binning]``: a decode batch's assignments go to fewer experts (see ``jmoe.moe.binning``).
 
     method: how the active experts are chosen.
@@ -37,7 +55,6 @@ class BinningConfig:
     """
 
     name: ClassVar[str] = "binning"
-    knobs: ClassVar[tuple[str, ...]] = ()
     method: BinningMethod = "affinity"
     bin_width: Positive = 0.5
     k0: AtLeastOne = 3
@@ -52,8 +69,6 @@ class BinningConfig:
         _check_read("moe.binning", self, "method", _BINNING_READS)
 
     def check_layer(self, experts: int, k: int, ranks: int) -> None:
-        """Raises ValueError if the table does not fit ``experts`` experts, ``k`` per token, on ``ranks``
-        devices."""
         self._check_model(experts, k)
         self._check_ranks(ranks)
 
@@ -89,7 +104,7 @@ class BinningConfig:
 
 
 @dataclass(frozen=True)
-class CapacityConfig:
+class CapacityConfig(LossyConfig):
     """``[moe.capacity]``: how many assignments an expert may take in one step (see ``jmoe.moe.capacity``).
 
     factor: gamma, the limit as a multiple of the even share.
@@ -123,10 +138,6 @@ class CapacityConfig:
                     f"moe.capacity.{name} = {value!r} needs experts on several devices: an expert parallel "
                     f"size of 2 or more, got {ranks}"
                 )
-
-
-# Each class's ``name`` is its key in ``[moe]``; its ``knobs`` are the fields that may change between steps.
-LossyConfig = BinningConfig | CapacityConfig
 
 
 @dataclass(frozen=True)

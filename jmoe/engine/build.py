@@ -11,12 +11,12 @@ from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.load import load_decoder
 from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.needs import within
-from jmoe.engine.deployment.settings import BUNDLED, EngineSettings, model_directory
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.offload.build import make_cache
 from jmoe.engine.offload.host_runner import HostDrivenRunner
 from jmoe.engine.request import Request
-from jmoe.engine.schedule.admission import RankChooser, Share
+from jmoe.engine.schedule.admission import ExpectedShare, RankChooser
 from jmoe.engine.schedule.pages import PagePool
 from jmoe.engine.schedule.scheduler import Limits, Scheduler
 from jmoe.engine.step.runner import Runner
@@ -24,7 +24,6 @@ from jmoe.engine.text.codec import load_codec
 from jmoe.mesh import DATA
 from jmoe.moe.orders import prompt_share, step_tables
 
-__all__ = ["BUNDLED", "EngineSettings", "build_engine", "model_directory"]
 log = logging.getLogger(__name__)
 BuildProgress = Callable[[str, int, int], None]
 
@@ -71,7 +70,9 @@ def build(
         if warm_up:
             compiled = partial(progress, "compile")
             runner.warm_up(compiled, scores_prompts=scores_prompts)
-    scheduler = schedule(runner, deployment.settings, deployment.max_model_len, request_share(deployment))
+    scheduler = make_scheduler(
+        runner, deployment.settings, deployment.max_model_len, request_share(deployment)
+    )
     ends = end_tokens(deployment.directory, deployment.cfg)
     return Engine(runner, scheduler, codec, ends, deployment.placement)
 
@@ -98,7 +99,7 @@ def load_runner(
     return make_runner(decoder, mesh, deployment.sizes, tables, cache)
 
 
-def request_share(deployment: Deployment) -> Share | None:
+def request_share(deployment: Deployment) -> ExpectedShare | None:
     """Returns the share of a prompt's assignments on each rank, or None if requests are not distributed by
     it."""
     shuffle, placement = deployment.settings.moe.shuffle, deployment.placement
@@ -107,16 +108,16 @@ def request_share(deployment: Deployment) -> Share | None:
     return prompt_share(placement.tables, groups=deployment.mesh.shape[DATA])
 
 
-def schedule(
-    runner: Runner, settings: EngineSettings, max_model_len: int, share: Share | None = None
+def make_scheduler(
+    runner: Runner, settings: EngineSettings, max_model_len: int, share: ExpectedShare | None = None
 ) -> Scheduler:
-    """Returns a scheduler for ``runner``'s shapes."""
+    """Makes a scheduler for ``runner``'s shapes."""
     sizes = runner.sizes
     pool = PagePool(runner.ranks, sizes.pages_per_rank, sizes.page_size)
     limits = Limits(sizes.decode[-1], settings.max_num_batched_tokens, max_model_len, settings.max_queue)
     kind = partial(page_kind, runner=runner) if settings.enable_prefix_caching else None
-    dispatch = RankChooser(runner.ranks, limits.max_num_seqs, settings.dispatch, share)
-    return Scheduler(pool, limits, sizes.prefill, kind, dispatch)
+    chooser = RankChooser(runner.ranks, limits.max_num_seqs, settings.dispatch, share)
+    return Scheduler(pool, limits, sizes.prefill, kind, chooser)
 
 
 def page_kind(request: Request, runner: Runner) -> str:

@@ -85,7 +85,7 @@ class Binning(Stage):
         cfg, kernels = self.blueprint.cfg, self.blueprint.kernels
         if kernels.binning == "xla":
             return False
-        refusal = binning.supports(
+        refusal = binning.why_not(
             kernels.binning, kernels.platform, cfg.num_experts, self._rule, tokens=tokens
         )
         return refusal is None

@@ -27,7 +27,7 @@ from jmoe.nn.kv_cache import CachedHeads, StateSizes, page_layout, page_spec
 from jmoe.nn.rope import Rotation, Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.nn.uncached import attend_uncached
-from jmoe.param import specs_of
+from jmoe.param import ParamMaker, specs_of
 
 Weights = dict[str, Array]
 # (weights, x_BTD, rotation, positions_BT) -> queries [B, T, H, d], keys and values [B, T, G, d] of one rank's
@@ -80,7 +80,8 @@ class Attention(nnx.Module):
         """Returns the layer's state, as shapes with dtypes and shardings."""
         return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
 
-    def __init__(self, blueprint: Blueprint, layer: int):
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        """Checks that the heads can be split; a kind then makes its weights with ``make``."""
         cfg, split = blueprint.cfg, blueprint.split
         ranks, over = split.head_ranks, " x ".join(split.heads)
         check_divides("attention heads", cfg.num_attention_heads, over, ranks)

@@ -26,7 +26,7 @@ class GroupedQueryAttention(Attention):
     """
 
     def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
-        super().__init__(blueprint, layer)
+        super().__init__(blueprint, layer, make)
         cfg, split = blueprint.cfg, blueprint.split
         d, head, heads = cfg.hidden_size, cfg.head_dim, split.heads
         q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head

@@ -9,22 +9,22 @@ from jmoe_kernels.paged_attention import AttentionKernel, Heads, LayerPages
 
 from jmoe.config.model import AttentionKind, ModelConfig
 from jmoe.mesh import Split
+from jmoe.nn.attention import Attention
 from jmoe.nn.grouped_query import GroupedQueryAttention
 from jmoe.nn.kv_cache import StateSizes, zeros
 from jmoe.nn.latent import LatentAttention
 
-Kind = type[GroupedQueryAttention] | type[LatentAttention]
-KINDS: dict[AttentionKind, Kind] = {
+KINDS: dict[AttentionKind, type[Attention]] = {
     "grouped_query": GroupedQueryAttention,
     "latent": LatentAttention,
 }
 
 
-def kind_of(cfg: ModelConfig, layer: int) -> Kind:
+def kind_of(cfg: ModelConfig, layer: int) -> type[Attention]:
     return KINDS[cfg.attention_kind(layer)]
 
 
-def kinds_of(cfg: ModelConfig) -> tuple[Kind, ...]:
+def kinds_of(cfg: ModelConfig) -> tuple[type[Attention], ...]:
     """Returns the kinds of the model's layers, each once."""
     return tuple(dict.fromkeys(kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)))
 

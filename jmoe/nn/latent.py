@@ -36,7 +36,7 @@ class LatentAttention(Attention):
     """
 
     def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
-        super().__init__(blueprint, layer)
+        super().__init__(blueprint, layer, make)
         cfg, split = blueprint.cfg, blueprint.split
         assert cfg.latent is not None
         self.latent = size = cfg.latent

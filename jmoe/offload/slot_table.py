@@ -16,12 +16,12 @@ from jmoe.offload.types import Forecast
 class CacheSettings(NamedTuple):
     """Settings of the decisions.
 
-    worth: eviction rule, see ``policy.RULES``.
+    rule: eviction rule, see ``policy.RULES``.
     max_prefetches: maximum number of prefetches in one layer, the byte budget.
     distance: number of layers that a forecast covers.
     """
 
-    worth: EvictionRule
+    rule: EvictionRule
     max_prefetches: int
     distance: int
 
@@ -93,14 +93,14 @@ def demand(
     needed_X = (at_L1 & needed_E[None]).reshape(-1)
     slots = pin(slots, needed_X)
     experts_M, gain_M = policy.misses(needed_E, at_layer(present(slots), layer, e), layer * e, max_experts, x)
-    worth_X = settings.worth(table.usage, table.outlook, layer, settings.distance)
+    worth_X = settings.rule(table.usage, table.outlook, layer, settings.distance)
     table, copies = _claim(table._replace(slots=slots), experts_M, gain_M, worth_X, False)
     return table._replace(slots=pin(land(table.slots), needed_X)), copies
 
 
 def prefetch(table: SlotTable, settings: CacheSettings, layer: Any) -> tuple[SlotTable, Copies]:
     """Claims slots, in flight, for the most worthwhile experts of the layers ahead."""
-    worth_X = settings.worth(table.usage, table.outlook, layer, settings.distance)
+    worth_X = settings.rule(table.usage, table.outlook, layer, settings.distance)
     experts_M, gain_M = policy.best_prefetches(
         worth_X, table.outlook, layer, present(table.slots),
         distance=settings.distance, count=settings.max_prefetches,

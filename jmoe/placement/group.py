@@ -16,14 +16,14 @@ from jaxtyping import Int
 
 from jmoe.placement.baselines import cross_entropy, exflow, load, moetuner, random, uniform
 from jmoe.placement.coclustering import alternating
-from jmoe.placement.methods import DEFAULT
+from jmoe.placement.methods import DEFAULT, MethodName
 from jmoe.placement.objective import Problem, SolverProgress
 from jmoe.placement.placement import Placement
 from jmoe.placement.profile import Profile
 from jmoe.placement.tabulate import tabulate
 
 Solver = Callable[[Problem, np.random.Generator, SolverProgress], Int[np.ndarray, "L E"]]
-METHODS: dict[str, Solver] = {
+METHODS: dict[MethodName, Solver] = {
     "alternating": alternating,
     "cross_entropy": cross_entropy,
     "exflow": exflow,

@@ -1,4 +1,4 @@
-"""A profile and a placement -> the tables that put tokens where their experts are, and what they keep local.
+"""A profile and a placement -> the tables that put tokens where their experts are.
 
 Speculative MoE: token id -> rank, and ranks at the last two layers -> rank. What the paper leaves open,
 decided here:
@@ -107,11 +107,3 @@ def put(score_NR: Float[np.ndarray, "N R"]) -> Int[np.ndarray, " N"]:
         for rank in full:
             mine = np.flatnonzero(rank_N == rank)
             asked_N[mine[np.argsort(-score_NR[mine, rank], kind="stable")[room:]]] += 1
-
-
-def local_share(
-    ids_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"], home_LE: Int[np.ndarray, "L E"]
-) -> float:
-    """Returns the local activation rate: the share of activations whose expert is on their token's rank."""
-    pairs = zip(ids_LNK, rank_LN, home_LE, strict=True)
-    return float(np.mean([home_E[ids_NK] == rank_N[:, None] for ids_NK, rank_N, home_E in pairs]))

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from jax import Array
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner

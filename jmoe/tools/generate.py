@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, TextIO
 
-from jmoe.engine.build import BuildProgress, EngineSettings, build_engine
+from jmoe.engine.build import BuildProgress, build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import round_up
 from jmoe.engine.step.inputs import window_length
 from jmoe.engine.step.runner import Runner

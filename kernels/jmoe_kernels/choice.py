@@ -52,7 +52,7 @@ def choose_kernels(
     """
     if experts is None:
         experts, why = grouped_mlp.pick(platform, dtype, dims)
-    elif reason := grouped_mlp.supports(experts, platform, dtype):
+    elif reason := grouped_mlp.why_not(experts, platform, dtype):
         raise ValueError(f"moe.kernel: {reason}")
     else:
         why = "named in the moe config"

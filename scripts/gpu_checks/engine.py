@@ -24,7 +24,7 @@ from flax import nnx
 
 from jmoe import LLM, ModelConfig, MoEConfig, SamplingParams
 from jmoe.checkpoint.params import abstract_decoder, fill
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.step.inputs import Sizes
 from jmoe.engine.step.runner import Runner
 from jmoe.mesh import make_mesh

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.tools.data import read_documents, windows
 from jmoe.tools.evaluate import score_prefill

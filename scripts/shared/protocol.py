@@ -82,7 +82,7 @@ def beginning(llm: "LLM", text: str, tokens: int) -> list[int]:
 @contextmanager
 def checkpoint(model: str, gate_scale: float = 1.0) -> Iterator[Path]:
     """Yields the directory of ``model``. For a TOML of sizes, it is a temporary one with random weights."""
-    from jmoe.engine.build import model_directory
+    from jmoe.engine.deployment.settings import model_directory
 
     directory = model_directory(model)
     if directory.suffix != ".toml":

@@ -1,5 +1,6 @@
-"""Writes figures as JSON, tables of a document and plots, for all studies and benchmarks."""
+"""Writes figures as JSON, tables of a document and plots, and reads ``--dry``, for studies and benchmarks."""
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -27,6 +28,11 @@ def dumps(results: dict[str, Any], depth: int = 4) -> str:
 def few(dry: bool) -> slice:
     """Returns which settings of a list a part measures: all, or only the first, to try its flow."""
     return slice(0, 1) if dry else slice(None)
+
+
+def smallest(args: argparse.Namespace, values: dict[str, Any]) -> argparse.Namespace:
+    """Returns a part's options; with ``--dry``, those in ``values`` have these values, to try its flow."""
+    return argparse.Namespace(**vars(args) | values) if args.dry else args
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

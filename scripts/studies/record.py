@@ -16,6 +16,7 @@ from shared.document import render
 from shared.results import Plot
 
 Results = dict[str, Any]
+OLMOE = Path(__file__).parents[2] / "configs/model/olmoe-0.9b.toml"  # sizes of a random model
 
 
 def at_least(least: int) -> Callable[[str], int]:

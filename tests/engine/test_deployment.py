@@ -14,12 +14,12 @@ from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import BUNDLED, build_engine
+from jmoe.engine.build import build_engine
 from jmoe.engine.deployment import memory, needs
 from jmoe.engine.deployment.deployment import resolve
 from jmoe.engine.deployment.memory import Room
 from jmoe.engine.deployment.needs import within
-from jmoe.engine.deployment.settings import EngineSettings
+from jmoe.engine.deployment.settings import BUNDLED, EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint
 from jmoe.tools.doctor import doctor

@@ -62,7 +62,7 @@ def test_few_sizes_compile_for_steps_with_prompts(decode: tuple[int, ...], mixed
 
 def test_a_prompt_that_is_nearly_alone_has_few_decode_rows(engine: Engine, monkeypatch):
     """One prompt comes, then sixteen at once; the last of these run in steps that also decode the first."""
-    wide, seen = engine_on(make_mesh(), slots=16, first=4), []
+    wide, seen = engine_on(make_mesh(), seats=16, first=4), []
     run = wide.runner.run
 
     def recorded(given):
@@ -98,8 +98,8 @@ def test_company_changes_nothing(engine: Engine):
 def test_a_mesh_generates_the_same_tokens(engine: Engine, shape, attention: str, transport: str):
     many = prompts(9)
     moe = MoEConfig(attention=attention, transport=transport)
-    slots = 8 if attention == "tp" else 4
-    on_mesh = engine_on(mesh_of(shape), moe, slots=slots, first=shape[1], warm_up=True)
+    seats = 8 if attention == "tp" else 4
+    on_mesh = engine_on(mesh_of(shape), moe, seats=seats, first=shape[1], warm_up=True)
     want, got = ([r.token_ids for r in serve(e, many)[0]] for e in (engine, on_mesh))
     assert got == want
     assert on_mesh.runner.compilations.num_after_warmup == 0

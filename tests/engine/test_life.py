@@ -10,7 +10,8 @@ from support.models.hf_tiny import hf_config, write_checkpoint
 
 from jmoe import LLM, SamplingParams
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.request import EngineDead, Request
 from jmoe.engine.step.runner import CompilationCounter
 from jmoe.engine.worker import EngineWorker

@@ -41,7 +41,7 @@ def engine(request) -> Engine:
     values_VD[:, 0] = 0.0
     values_VD[0, 0] = 3e38
     embed[...], values[...] = jnp.asarray(embed_VD), jnp.asarray(values_VD)
-    return engine_of(model, mesh, slots=2, pages=10)
+    return engine_of(model, mesh, seats=2, pages=10)
 
 
 def healthy(seed: int, length: int) -> list[int]:

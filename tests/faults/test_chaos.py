@@ -23,7 +23,8 @@ import pytest
 from support.server.fake_engine import eventually, listening
 from support.server.raw_http import ask, connected, events, post
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.request import Request
 from jmoe.engine.worker import EngineWorker
 from jmoe.server.answer.generation import Generation

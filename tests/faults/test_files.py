@@ -22,7 +22,8 @@ from support.models import hf_tiny
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.text.codec import TextCodec
 from jmoe.models import model_config
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends

@@ -11,7 +11,8 @@ from support.server.fake_engine import ByteCodec, FakeEngine, served
 from support.server.raw_http import events
 from tokenizers import Regex, Tokenizer, decoders, models
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.request import EngineDead, Request, SamplingParams
 from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.token_bytes import Pieces

@@ -26,7 +26,8 @@ STREAM = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos":
 SERVER = """
 import logging, sys, time
 from pathlib import Path
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.worker import EngineWorker
 from jmoe.server.run import bind, serve
 from jmoe.server.settings import ServerSettings

@@ -55,9 +55,9 @@ def test_a_record_names_only_what_there_is_and_what_runs_there(platform: str):
     for names, known in zip((backend.experts, backend.attention, backend.binning), TABLES, strict=True):
         assert set(names) <= set(get_args(known)) and len(set(names)) == len(names) and names[-1] == "xla"
     reasons = [
-        *(grouped_mlp.supports(name, platform, "bfloat16") for name in backend.experts),
-        *(paged_attention.supports(name, platform, "bfloat16", heads) for name in backend.attention),
-        *(binning.supports(name, platform, 128, RULE) for name in backend.binning),
+        *(grouped_mlp.why_not(name, platform, "bfloat16") for name in backend.experts),
+        *(paged_attention.why_not(name, platform, "bfloat16", heads) for name in backend.attention),
+        *(binning.why_not(name, platform, 128, RULE) for name in backend.binning),
     ]
     assert not [reason for reason in reasons if reason and "cannot run here" not in reason]
 
@@ -84,7 +84,7 @@ def test_every_kernel_has_one_home_and_is_refused_elsewhere():
         for name, home in homes.items():
             if home != platform and name in get_args(ExpertKernel):
                 reason = f"implementation {name!r} needs a {home}, this is a {platform}; 'xla' can run"
-                assert grouped_mlp.supports(name, platform, "bfloat16") == reason
+                assert grouped_mlp.why_not(name, platform, "bfloat16") == reason
 
 
 FITS, FITS_NOT = (

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from jmoe_kernels.binning import Binned, BinningNeeds, KernelChoice, Rule, bin_experts, pick, supports
+from jmoe_kernels.binning import Binned, BinningNeeds, KernelChoice, Rule, bin_experts, pick, why_not
 from jmoe_kernels.binning.cases import CASES, SMALL, Case, make_inputs
 from jmoe_kernels.binning.reference import cast_votes
 from jmoe_kernels.topk import route_softmax
@@ -207,13 +207,13 @@ def test_lowers_where_no_plugin_is_installed(platform: str, device: AbstractDevi
 
 def test_limits_are_named():
     affinity = rule_of("affinity", 8)
-    assert supports("xla", "cpu", 5000, affinity) is None
+    assert why_not("xla", "cpu", 5000, affinity) is None
     for kernel, platform in (("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")):
-        assert supports(kernel, platform, 128, affinity) is None
-        assert "5000 experts; the kernel takes 2 to" in str(supports(kernel, platform, 5000, affinity))
+        assert why_not(kernel, platform, 128, affinity) is None
+        assert "5000 experts; the kernel takes 2 to" in str(why_not(kernel, platform, 5000, affinity))
         too_many = replace(affinity, k=9)
-        assert "k = 9; it must be between 1 and the 8" in str(supports(kernel, platform, 8, too_many))
-        assert "needs a" in str(supports(kernel, "cpu", 8, affinity))
+        assert "k = 9; it must be between 1 and the 8" in str(why_not(kernel, platform, 8, too_many))
+        assert "needs a" in str(why_not(kernel, "cpu", 8, affinity))
 
 
 @pytest.mark.parametrize(("kernel", "platform"), [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")])
@@ -234,7 +234,7 @@ def test_random_draws_are_refused(implementation: str):
 
 
 def test_the_portable_form_has_no_interpreter():
-    assert supports("xla", "cpu", 8, rule_of("affinity", 4), interpret=True) == (
+    assert why_not("xla", "cpu", 8, rule_of("affinity", 4), interpret=True) == (
         "binning 'xla' has no interpreter"
     )
 

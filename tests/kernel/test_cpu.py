@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jmoe_kernels import cpu
 from jmoe_kernels.cpu import build
-from jmoe_kernels.grouped_mlp import pick, supports
+from jmoe_kernels.grouped_mlp import pick, why_not
 from support import cpu_kernels, unread_experts
 
 LIBRARY = cpu.get_library()
@@ -72,7 +72,7 @@ def test_without_a_compiler_the_portable_form_serves(monkeypatch, tmp_path: Path
     monkeypatch.setattr(build, "get_library", lambda: "no C++ compiler found")
     name, why = pick("cpu", "bfloat16")
     assert name == "xla" and why.endswith("cannot run here: no C++ compiler found; 'xla' can")
-    assert "no C++ compiler" in (supports("cpu", "cpu", "float32") or "")
+    assert "no C++ compiler" in (why_not("cpu", "cpu", "float32") or "")
 
 
 @needs_compiler

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jmoe_kernels.grouped_mlp.cases import empty_patterns
-from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu, supports
+from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu, limit
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     ALIGN,
     EXPERT,
@@ -232,7 +232,7 @@ def weights_of(inner=64, model=64, dtype=jnp.bfloat16) -> ExpertWeights:
     ],
 )
 def test_refuses_with_the_limit(weights: ExpertWeights, activation: str, reason: str):
-    assert reason in supports(weights, 8, activation)
+    assert reason in limit(weights, 8, activation)
     x = jnp.zeros((8, weights.dims[2]), jnp.bfloat16)
     with pytest.raises(ValueError, match=reason):
         grouped_mlp_pallas_gpu(x, weights, jnp.zeros(2, jnp.int32), activation=activation)
@@ -240,7 +240,7 @@ def test_refuses_with_the_limit(weights: ExpertWeights, activation: str, reason:
 
 def test_refuses_other_rows_and_too_large_blocks():
     sizes = jnp.zeros(2, jnp.int32)
-    assert supports(weights_of(), 8, "silu") is None
+    assert limit(weights_of(), 8, "silu") is None
     with pytest.raises(ValueError, match="x must be bfloat16, got float32"):
         grouped_mlp_pallas_gpu(jnp.zeros((8, 64)), weights_of(), sizes)
     large = dataclasses.replace(DECODE, rows=64, inner=256, stages_up=8)

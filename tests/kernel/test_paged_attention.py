@@ -23,7 +23,7 @@ from jmoe_kernels.paged_attention import (
     Span,
     paged_attention,
     pick,
-    supports,
+    why_not,
 )
 from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE, make_inputs, make_pages
 from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
@@ -259,7 +259,7 @@ def test_padding_is_written_nowhere():
 )
 def test_limits_are_named_and_the_portable_form_serves(platform, heads, dtype, reason):
     name = platform if platform != "cpu" else "tpu"
-    assert reason in supports(name, platform, dtype, heads) and "'xla' can run" in supports(
+    assert reason in why_not(name, platform, dtype, heads) and "'xla' can run" in why_not(
         name, platform, dtype, heads
     )
     if platform != "cpu":
@@ -296,5 +296,5 @@ def test_a_span_is_one_of_two():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    assert "known: xla, cpu, tpu, gpu" in supports("flash", "cpu", "float32", Heads(1, 1, 8))
+    assert "known: xla, cpu, tpu, gpu" in why_not("flash", "cpu", "float32", Heads(1, 1, 8))
     assert pick("tpu", "bfloat16", [Heads(8, 2, 128)]) == ("tpu", "jax's ragged paged attention")

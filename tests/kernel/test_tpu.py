@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp.cases import Case, empty_patterns, make_inputs
-from jmoe_kernels.grouped_mlp.pallas_tpu import BlockSizes, choose_blocks, grouped_mlp_pallas_tpu, supports
+from jmoe_kernels.grouped_mlp.pallas_tpu import BlockSizes, choose_blocks, grouped_mlp_pallas_tpu, limit
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, ROW_ALIGN
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import make_tiles
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
@@ -323,7 +323,7 @@ def shapes(experts: int, model: int, inner: int, dtype="bfloat16", down_dtype=No
     ],
 )
 def test_refusals_name_the_limit(weights, activation, blocks: BlockSizes | None, reason: str):
-    assert re.search(reason, supports(weights, 64, activation, blocks) or "")
+    assert re.search(reason, limit(weights, 64, activation, blocks) or "")
     x = jax.ShapeDtypeStruct((64, weights.dims[2]), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     with pytest.raises(ValueError, match=reason):

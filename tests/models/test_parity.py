@@ -142,7 +142,7 @@ def test_eval_perplexity_of_the_bundled_model(tmp_path: Path):
     """The protocol of ``jmoe eval`` is restated on transformers: windows whose first token is not scored."""
     from tokenizers import Tokenizer
 
-    from jmoe.engine.build import BUNDLED
+    from jmoe.engine.deployment.settings import BUNDLED
     from jmoe.tools.data import read_documents, round_robin
     from jmoe.tools.evaluate import evaluate
 

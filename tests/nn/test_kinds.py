@@ -36,7 +36,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     """A model of two layers; the second one's state is by seat."""
     named = {0: "grouped_query", 1: "seat"}
     monkeypatch.setattr(ModelConfig, "attention_kind", lambda self, layer: named[layer])
-    monkeypatch.setitem(kinds.KINDS, "seat", BySeat)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS, "seat": BySeat})
     return config(num_hidden_layers=2)
 
 

@@ -6,6 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from jaxtyping import Int
 from support.models.routed import LAYERS, VOCAB, K, planted, planted_requests
 
 import jmoe.placement.baselines
@@ -17,7 +18,7 @@ from jmoe.placement.methods import MethodName
 from jmoe.placement.objective import Problem
 from jmoe.placement.placement import Placement
 from jmoe.placement.tables import SHARES
-from jmoe.placement.tabulate import PRIOR, labels, local_share, put, rank_shares
+from jmoe.placement.tabulate import PRIOR, labels, put, rank_shares
 
 HEURISTICS = ("alternating", "cross_entropy")
 
@@ -220,6 +221,14 @@ def test_tokens_are_put_evenly_and_nobody_would_be_taken_elsewhere(tokens: int, 
         if score[i, j] > score[i, rank_N[i]]:
             there = score[rank_N == j, j]
             assert len(there) == room and (there >= score[i, j]).all()
+
+
+def local_share(
+    ids_LNK: Int[np.ndarray, "L N K"], rank_LN: Int[np.ndarray, "L N"], home_LE: Int[np.ndarray, "L E"]
+) -> float:
+    """Returns the local activation rate: the share of activations whose expert is on their token's rank."""
+    pairs = zip(ids_LNK, rank_LN, home_LE, strict=True)
+    return float(np.mean([home_E[ids_NK] == rank_N[:, None] for ids_NK, rank_N, home_E in pairs]))
 
 
 def test_the_tables_put_tokens_where_their_experts_are():

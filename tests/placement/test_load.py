@@ -14,7 +14,7 @@ from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.techniques import ShuffleConfig
-from jmoe.engine.build import EngineSettings
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.mesh import make_mesh
 from jmoe.placement.group import group
 from jmoe.placement.placement import Placement, balance

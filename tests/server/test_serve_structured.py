@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from jmoe import LLM, Grammar, SamplingParams
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.worker import EngineWorker
 from jmoe.server.app import make_app
 from jmoe.server.service import Service

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import EngineSettings
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.lockstep import follow, lead
 from jmoe.engine.processes.nodes import Nodes, leave

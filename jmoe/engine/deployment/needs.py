@@ -15,7 +15,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.config.units import readable
 from jmoe.engine.deployment.memory import Room, device_room
 from jmoe.engine.deployment.settings import EngineSettings
-from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_slots
+from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
@@ -125,10 +125,10 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:
     """Estimates what the largest step takes besides weights and pages: rows of a layer, logits, page
     tables."""
-    slots, _ = rank_slots(settings, split)
-    tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), slots * length) + slots
+    seats, _ = rank_seats(settings, split)
+    tokens = min(max(PAGE_SIZE, settings.max_num_batched_tokens), seats * length) + seats
     heads = cfg.num_attention_heads * max(kind.query_dim(cfg) for kind in kinds_of(cfg))
     inner = -(-cfg.moe_intermediate_size // split.mesh.shape[TENSOR])
     row = 8 * cfg.hidden_size + 4 * heads + cfg.num_experts_per_tok * (cfg.hidden_size + 3 * inner)
-    drawn = 2 * slots * (cfg.vocab_size + -(-length // PAGE_SIZE))
+    drawn = 2 * seats * (cfg.vocab_size + -(-length // PAGE_SIZE))
     return jnp.dtype(jnp.float32).itemsize * (tokens * row + drawn)

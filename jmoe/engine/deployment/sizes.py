@@ -32,7 +32,7 @@ def fit_pages(
                 f"kv_memory {settings.kv_memory} bytes holds no page; one takes {one_page} bytes"
             )
     else:
-        pages, source = rank_slots(settings, split)[0] * table, "half of what the rest leaves of the memory"
+        pages, source = rank_seats(settings, split)[0] * table, "half of what the rest leaves of the memory"
         pages = max(table, min(pages, DEFAULT_KV_BYTES // one_page))
         if free_bytes is not None and jax.process_count() == 1:
             pages = min(pages, free_bytes // 2 * split.head_ranks // one_page)
@@ -56,12 +56,12 @@ def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages:
 
     Both are multiples of the number of ranks that share the heads of a sequence and split its tokens.
     """
-    slots, sharing = rank_slots(settings, split)
+    seats, sharing = rank_seats(settings, split)
     step, row = math.lcm(PAGE_SIZE, sharing), get_backend(platform_of(split.mesh)).num_row_tokens
     most = round_up(max(PAGE_SIZE, settings.max_num_batched_tokens), step)
     run = min(round_up(row, step), most, round_up(max_model_len, step))
-    rows = min(-(-most // run), slots * -(-max_model_len // run))
-    decode = {*_steps(1, min(4, slots), 4), *_steps(min(4, slots), slots, 2)}
+    rows = min(-(-most // run), seats * -(-max_model_len // run))
+    decode = {*_steps(1, min(4, seats), 4), *_steps(min(4, seats), seats, 2)}
     return Sizes(
         tuple(sorted({round_up(n, sharing) for n in decode})),
         tuple(count * run for count in _steps(1, rows, 2)),
@@ -69,7 +69,7 @@ def sizes_for(settings: EngineSettings, split: Split, max_model_len: int, pages:
     )  # fmt: skip
 
 
-def rank_slots(settings: EngineSettings, split: Split) -> tuple[int, int]:
+def rank_seats(settings: EngineSettings, split: Split) -> tuple[int, int]:
     """Returns the number of sequences that run on a rank at once, and of the ranks that share the tokens of
     each."""
     sharing = split.mesh.shape[EXPERT] if EXPERT in split.heads else 1

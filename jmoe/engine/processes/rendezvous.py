@@ -22,9 +22,8 @@ from jmoe.engine.request import EngineDead
 log = logging.getLogger(__name__)
 TOKEN = 16  # random bytes that only the processes of this mesh know
 MAGIC = b"jmoe0001"
-HELLO = struct.Struct(
-    f"<8sBI{TOKEN}s"
-)  # the magic, a purpose, the process's number, its token (joining: zeros)
+# the magic, a purpose, the process's number, its token (joining: zeros)
+HELLO = struct.Struct(f"<8sBI{TOKEN}s")
 ANSWER = struct.Struct(f"<8sB{TOKEN}s")  # the magic, a verdict, the token of a process that joins
 GREETING = 5  # seconds within which a connection must say who it is
 VISITORS = 64  # connections that have not said who they are yet; more are closed at once

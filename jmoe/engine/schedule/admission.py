@@ -20,7 +20,7 @@ from jmoe.engine.page_names import PageNames
 from jmoe.engine.schedule.pages import RankPages
 
 # prompt token ids -> the share of their assignments to experts that is expected on each rank
-Share = Callable[[list[int]], Sequence[float]]
+ExpectedShare = Callable[[list[int]], Sequence[float]]
 Reason = Literal["prefix", "experts", "load"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -80,16 +80,16 @@ class RankChooser:
     """Chooses the rank for each request.
 
     ranks: number of ranks.
-    slots: maximum of requests that run together on a rank.
+    seats: maximum of requests that run together on a rank.
     reasons: reasons that choose the rank, in this order.
     share: function that returns the share of a prompt's expected assignments on each rank; None if it is not
         known.
     """
 
     def __init__(
-        self, ranks: int, slots: int, reasons: Sequence[Reason] = REASONS, share: Share | None = None
+        self, ranks: int, seats: int, reasons: Sequence[Reason] = REASONS, share: ExpectedShare | None = None
     ):
-        self.ranks, self.slots, self.reasons, self.share = ranks, slots, tuple(reasons), share
+        self.ranks, self.seats, self.reasons, self.share = ranks, seats, tuple(reasons), share
         self.round: set[int] = set()  # ranks that got a request for its experts in this round
         self._turn = 0
 
@@ -100,7 +100,7 @@ class RankChooser:
         """
         for reason in self.reasons:
             if reason == "prefix":
-                calm = least + max(self.slots // 2, 1)
+                calm = least + max(self.seats // 2, 1)
                 quiet = (candidate for candidate in candidates if candidate.num_running < calm)
                 best = max(quiet, key=lambda candidate: candidate.num_cached_tokens, default=None)
                 if best is not None and best.num_cached_tokens:
@@ -108,14 +108,19 @@ class RankChooser:
             elif reason == "experts" and self.share is not None:
                 return self._likeliest(self.share(tokens), candidates)
             elif reason == "load":
-                return max(candidates, key=lambda e: (-e.num_running, e.num_free_pages, -e.rank))
+                return max(
+                    candidates,
+                    key=lambda candidate: (-candidate.num_running, candidate.num_free_pages, -candidate.rank),
+                )
         self._turn += 1
         return candidates[self._turn % len(candidates)]
 
     def _likeliest(self, share: Sequence[float], candidates: list[Candidate]) -> Candidate:
         """Chooses the candidate with the largest expected share and marks its rank in this round."""
-        fresh = [e for e in candidates if e.rank not in self.round] or candidates
-        best = max(fresh, key=lambda e: (share[e.rank], e.num_free_pages, -e.rank))
+        fresh = [candidate for candidate in candidates if candidate.rank not in self.round] or candidates
+        best = max(
+            fresh, key=lambda candidate: (share[candidate.rank], candidate.num_free_pages, -candidate.rank)
+        )
         self.round.add(best.rank)
         if len(self.round) == self.ranks:
             self.round.clear()

@@ -1,7 +1,7 @@
 """What the next step runs. Pure host code over plain objects.
 
 A step holds one token of every request that is being decoded and, on each rank, the next tokens of prompts,
-as many as the budget leaves. Requests are admitted first come, first served, when a slot is free and there
+as many as the budget leaves. Requests are admitted first come, first served, when a seat is free and there
 are pages for the tokens that they have; pages for generated tokens are allocated one by one. If none is free,
 the request that came last is preempted: its pages are freed and it later runs again from its tokens, so that
 the oldest always goes on. A request that lacks pages may be overtaken by later, shorter ones,
@@ -238,13 +238,13 @@ class Scheduler:
                     other.state.times_overtaken += 1
             else:
                 passed.append(request)
-            places = [other.state for other in passed]
-            if any(state.times_overtaken >= MAX_OVERTAKEN or state.num_in_flight for state in places):
+            states = [other.state for other in passed]
+            if any(state.times_overtaken >= MAX_OVERTAKEN or state.num_in_flight for state in states):
                 break
         self.waiting.extendleft(reversed(passed))
 
     def _open_ranks(self, budgets: list[PromptBudget]) -> list[int]:
-        """Returns the ranks with a free slot and room for a page of a prompt."""
+        """Returns the ranks with a free seat and room for a page of a prompt."""
         counts, page = self._counts(), self.pool.page_size
         is_open = [budget.num_tokens >= page and budget.num_used_rows < budget.num_rows for budget in budgets]
         return [r for r, count in enumerate(counts) if count < self.limits.max_num_seqs and is_open[r]]
@@ -257,12 +257,8 @@ class Scheduler:
 
     def _best_candidate(self, request: Request, ranks: list[int]) -> Candidate | None:
         """Returns where and how the request is admitted, or None if no rank has enough pages."""
-        tokens, names, counts, size = (
-            request.tokens,
-            self._names(request),
-            self._counts(),
-            self.pool.page_size,
-        )
+        tokens, names = request.tokens, self._names(request)
+        counts, size = self._counts(), self.pool.page_size
         each = (candidate_at(r, self.pool.ranks[r], tokens, names, size, counts[r]) for r in ranks)
         candidates = [candidate for candidate in each if candidate is not None]
         return self.rank_chooser.choose(tokens, candidates, min(counts)) if candidates else None

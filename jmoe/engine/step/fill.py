@@ -81,9 +81,8 @@ def fill(placed: PlacedRun, inputs: StepInput, ends: Sequence[int]) -> None:
     """
     run, row, arrays, rows = placed.run, placed.sample_row, placed.arrays, placed.rows
     request, start, count, state = run.request, run.start, run.count, run.request.state
-    arrays.tokens_BT[rows].reshape(-1)[:count] = request.part(start, count) or [
-        -1
-    ]  # its rows follow one another
+    # the rows of one run follow one another
+    arrays.tokens_BT[rows].reshape(-1)[:count] = request.part(start, count) or [-1]
     arrays.positions_BT[rows].reshape(-1)[:count] = np.arange(start, start + count)
     arrays.table_BM[rows, : len(state.block_table)] = state.block_table
     arrays.exact_B[rows], arrays.seats_B[rows] = request.params.exact, state.seat

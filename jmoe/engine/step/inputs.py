@@ -28,13 +28,14 @@ class Sizes:
         size. Such a step also has decode rows, see ``mixed_decode``.
     page_size: tokens of a page.
     pages_per_rank: pages of the KV cache on each rank.
+    table_width: pages that a sequence may have.
     """
 
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
     page_size: int
     pages_per_rank: int
-    table_width: int  # pages a sequence may have
+    table_width: int
 
     @property
     def state(self) -> StateSizes:

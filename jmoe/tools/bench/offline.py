@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.deployment import resolve
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.tools.bench.loads import Clipped, LengthLimits, Load, clip

@@ -6,7 +6,7 @@ tile.
 """
 
 from jmoe_kernels.backends import BinningKernel
-from jmoe_kernels.binning.api import bin_experts, pick, supports
+from jmoe_kernels.binning.api import bin_experts, pick, why_not
 from jmoe_kernels.binning.implementations import IMPLEMENTATIONS
 from jmoe_kernels.binning.reference import cast_votes, choose_active, remap
 from jmoe_kernels.binning.types import Binned, BinningNeeds, KernelChoice, Rule
@@ -23,5 +23,5 @@ __all__ = [
     "choose_active",
     "pick",
     "remap",
-    "supports",
+    "why_not",
 ]

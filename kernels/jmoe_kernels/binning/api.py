@@ -11,7 +11,7 @@ from jmoe_kernels.binning.implementations import IMPLEMENTATIONS
 from jmoe_kernels.binning.types import Binned, BinningNeeds, KernelChoice, Rule
 
 
-def supports(
+def why_not(
     implementation: str,
     platform: str,
     experts: int,
@@ -60,7 +60,7 @@ def pick(platform: str, needs: BinningNeeds) -> tuple[BinningKernel, str]:
         return f"{record.describe()}; portable XLA for more than {most} tokens per rank"
 
     names = get_backend(platform).binning
-    return first_supported(names, lambda name: supports(name, platform, experts, rule), describe)
+    return first_supported(names, lambda name: why_not(name, platform, experts, rule), describe)
 
 
 def bin_experts(
@@ -86,7 +86,7 @@ def bin_experts(
     Raises ValueError with the reason if the named implementation cannot run.
     """
     (tokens, experts), (implementation, platform, interpret) = logits_TE.shape, choice
-    reason = supports(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)
+    reason = why_not(implementation, platform, experts, rule, tokens=tokens, interpret=interpret)
     if reason is not None:
         raise ValueError(f"bin_experts: {reason}")
     record, logits_TE = IMPLEMENTATIONS[implementation], logits_TE.astype(jnp.float32)

@@ -40,14 +40,14 @@ IMPLEMENTATIONS: dict[BinningKernel, Implementation] = {
     "xla": Implementation(bin_experts_reference),
     "pallas_tpu": Implementation(
         LazyFunction(PALLAS_TPU, "bin_experts"),
-        limit=LazyFunction(PALLAS_TPU, "supports"),
+        limit=LazyFunction(PALLAS_TPU, "limit"),
         most_tokens=LazyFunction(PALLAS_TPU, "most_tokens"),
         describe=lambda: "the fused Pallas kernel for tpu",
         has_interpreter=True,
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "bin_experts"),
-        limit=LazyFunction(PALLAS_GPU, "supports"),
+        limit=LazyFunction(PALLAS_GPU, "limit"),
         most_tokens=LazyFunction(PALLAS_GPU, "most_tokens"),
         describe=lambda: "the fused Pallas kernel for gpu",
         has_interpreter=True,

@@ -31,7 +31,7 @@ def most_tokens(experts: int, k: int) -> int:
     return MOST_TOKENS
 
 
-def supports(experts: int, rule: Rule) -> str | None:
+def limit(experts: int, rule: Rule) -> str | None:
     """Returns why the kernel cannot run, with the limit that is exceeded, or None if it can."""
     if not 2 <= experts <= MOST_EXPERTS:
         return f"{experts} experts; the kernel takes 2 to {MOST_EXPERTS}"

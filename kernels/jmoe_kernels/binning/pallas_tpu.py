@@ -27,7 +27,7 @@ def most_tokens(experts: int, k: int) -> int:
     return min(MOST_LOGITS // experts, MOST_ASSIGNMENTS // k)
 
 
-def supports(experts: int, rule: Rule) -> str | None:
+def limit(experts: int, rule: Rule) -> str | None:
     """Returns why the kernel cannot run, with the limit that is exceeded, or None if it can."""
     if not 2 <= experts <= MOST_EXPERTS:
         return f"{experts} experts; the kernel takes 2 to {MOST_EXPERTS}"

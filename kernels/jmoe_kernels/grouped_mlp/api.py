@@ -24,7 +24,7 @@ def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
     return jnp.dtype(backend.bfloat16_storage if dtype == jnp.bfloat16 else dtype)
 
 
-def supports(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
+def why_not(implementation: str, platform: str, dtype: Any, *, interpret: bool = False) -> str | None:
     """Returns why ``implementation`` cannot run with weights of ``dtype`` on ``platform``, or None if it can.
 
     interpret: whether it would run in its interpreter, on any platform.
@@ -52,14 +52,14 @@ def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) ->
     dims: (experts, inner, model) of the weights if they are known, because implementations may have limits.
     """
 
-    def why_not(name: ExpertKernel) -> str | None:
-        reason = supports(name, platform, dtype)
+    def refusal(name: ExpertKernel) -> str | None:
+        reason = why_not(name, platform, dtype)
         if reason is None and dims is not None:
             reason = _limit(name, _abstract_weights(dims, dtype), 1, "silu")
         return reason
 
     names = get_backend(platform).experts
-    return first_supported(names, why_not, lambda name: IMPLEMENTATIONS[name].describe())
+    return first_supported(names, refusal, lambda name: IMPLEMENTATIONS[name].describe())
 
 
 def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
@@ -96,7 +96,7 @@ def grouped_mlp(
     platform = platform or jax.default_backend()
     name = implementation or pick(platform, weights.dtype, weights.dims)[0]
     reason = (
-        supports(name, platform, weights.dtype)
+        why_not(name, platform, weights.dtype)
         or _mismatch(x_ND, weights, group_sizes_E, activation)
         or _limit(name, weights, x_ND.shape[0], activation)
     )

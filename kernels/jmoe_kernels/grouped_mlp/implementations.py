@@ -53,13 +53,13 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
     "xla": Implementation(grouped_mlp_xla),
     "pallas_tpu": Implementation(
         LazyFunction(PALLAS_TPU, "grouped_mlp_pallas_tpu"),
-        limit=LazyFunction(PALLAS_TPU, "supports"),
+        limit=LazyFunction(PALLAS_TPU, "limit"),
         describe=lambda: "the Pallas kernels for tpu",
         has_interpreter=True,
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "grouped_mlp_pallas_gpu"),
-        limit=LazyFunction(PALLAS_GPU, "supports"),
+        limit=LazyFunction(PALLAS_GPU, "limit"),
         describe=lambda: "the Pallas kernels for gpu",
         rows_dtype="bfloat16",
         has_interpreter=True,

@@ -14,7 +14,7 @@ from jmoe_kernels.paged_attention.api import (
     page_shapes,
     paged_attention,
     pick,
-    supports,
+    why_not,
 )
 from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
@@ -32,5 +32,5 @@ __all__ = [
     "page_shapes",
     "paged_attention",
     "pick",
-    "supports",
+    "why_not",
 ]

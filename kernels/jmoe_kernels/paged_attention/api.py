@@ -13,7 +13,7 @@ from jmoe_kernels.paged_attention.types import LATENT, Heads, LayerPages, NewTok
 from jmoe_kernels.settings import Span
 
 
-def supports(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
+def why_not(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
     """Returns why ``implementation`` cannot run on ``platform``, or None if it can.
 
     dtype: dtype of the keys and values.
@@ -36,13 +36,13 @@ def pick(platform: str, dtype: Any, heads: Iterable[Heads]) -> tuple[AttentionKe
     heads: heads of every layer; one implementation runs all of them.
     """
 
-    def lacks(name: AttentionKernel) -> str | None:
-        reasons = (supports(name, platform, dtype, each) for each in heads)
+    def refusal(name: AttentionKernel) -> str | None:
+        reasons = (why_not(name, platform, dtype, each) for each in heads)
         return next((reason for reason in reasons if reason is not None), None)
 
     return first_supported(
         get_backend(platform).attention,
-        lacks,
+        refusal,
         lambda name: IMPLEMENTATIONS[name].describe(),
     )
 

@@ -19,7 +19,7 @@ KEY_SPLITS = 8  # parts of a sequence's keys that run in parallel
 PAGES_PER_BLOCK = 4  # pages that one step of a part reads
 
 
-def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
+def limit(heads: Heads, dtype: jnp.dtype) -> str | None:
     """Returns the limit that these heads break, or None."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"keys and values must be bfloat16, got {jnp.dtype(dtype).name}"

@@ -16,7 +16,7 @@ KEYS_PER_BLOCK, QUERIES_PER_BLOCK = 256, 64  # they fit VMEM at every head count
 VMEM_LIMIT = 64 << 20  # bytes
 
 
-def supports(heads: Heads, dtype: jnp.dtype) -> str | None:
+def limit(heads: Heads, dtype: jnp.dtype) -> str | None:
     """Returns the limit that these heads break, or None."""
     if (reason := lacks(heads)) is not None:
         return reason

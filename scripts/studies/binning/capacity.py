@@ -1,9 +1,9 @@
 """Measures binning and a capacity together on 8 emulated expert ranks: what each does to the other.
 
-Load and loss are measured. Decode runs in lock step as in ``studies.binning.decode``, and the domains take
+Load and loss are measured. Decode runs in lock step as in ``shared.teacher_forcing``, and the domains take
 turns within a batch. The capacity counts each rank's own tokens after binning. In decode it is our extension,
 because the paper limits prefill. Peaks are means over steps and layers, divided by the even share of plain
-top-k's assignments (``studies.capacity.peaks``).
+top-k's assignments (``shared.peaks``).
 """
 
 import sys
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared.peaks import RANKS, device_peak, expert_peak, rank_loads
 from shared.results import few
-from studies.binning.decode import Meter, Scorer, batches, counted, read_windows
-from studies.capacity.peaks import RANKS, device_peak, expert_peak, rank_loads
+from shared.teacher_forcing import Meter, Scorer, batches, counted, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 
 BATCHES = (16, 64)

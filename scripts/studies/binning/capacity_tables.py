@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table
-from studies.binning.curves import percent
+from studies.binning.curves import perplexity_change
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:
@@ -17,7 +17,7 @@ def settings(capacity: dict[str, Any], batch: str) -> str:
         for name, row in distinct(by):
             loads = [f"{row['active']:.1f}", f"{row['expert_peak']:.2f}", f"{row['device_peak']:.2f}"]
             shares = [f"{100 * row[key]:.1f}" for key in ("remapped", "dropped", "rerouted")]
-            loss = signed(*percent((np.array(row["nll"]) - plain_N) / (length - 1), domains), 2)
+            loss = signed(*perplexity_change((np.array(row["nll"]) - plain_N) / (length - 1), domains), 2)
             rows.append([width, name, *loads, *shares, loss])
     head = ["affinity", "capacity", "active experts", "expert peak", "device peak"]
     return table([*head, "remapped, %", "dropped, %", "rerouted, %", "perplexity, %"], rows)

@@ -28,7 +28,7 @@ def mean_error(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
     return float(delta_N.mean()), math.sqrt(variance) / delta_N.size
 
 
-def percent(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
+def perplexity_change(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
     """Returns the change of perplexity in % from losses in nats a token, and its standard error."""
     mean, error = mean_error(delta_N, domains)
     return 100 * math.expm1(mean), 100 * math.exp(mean) * error
@@ -94,4 +94,4 @@ def curves(quality: dict[str, Any], protocol: str) -> dict[str, Curve]:
 def compared(a: Curve, b: Curve, ratio: float, domains: int) -> tuple[float, float] | None:
     """Returns by how many % of perplexity ``b`` is worse than ``a`` at ``ratio``, and the standard error."""
     ours, theirs = a.at(ratio), b.at(ratio)
-    return None if ours is None or theirs is None else percent(theirs - ours, domains)
+    return None if ours is None or theirs is None else perplexity_change(theirs - ours, domains)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import Plot
-from studies.binning.curves import METHODS, curves, percent
+from studies.binning.curves import METHODS, curves, perplexity_change
 from studies.binning.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 
@@ -27,7 +27,7 @@ def draw_quality(pyplot: Any, quality: dict[str, Any]) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axis, mix in zip(axes, ("single", "mixed"), strict=True):
         for method, curve in curves(quality, f"{mix}/{BATCH}").items():
-            points = np.array([percent(delta_N, domains) for delta_N in curve.delta_SN])
+            points = np.array([perplexity_change(delta_N, domains) for delta_N in curve.delta_SN])
             axis.errorbar(
                 curve.ratio_S, points[:, 0], 2 * points[:, 1], label=method, marker="o", ms=3, capsize=2
             )

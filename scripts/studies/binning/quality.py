@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from jmoe_kernels.settings import BinningMethod
 from shared.results import few
+from shared.teacher_forcing import Meter, Scorer, batches, counted, read_windows
 from studies.binning.curves import CENTINATS
-from studies.binning.decode import Meter, Scorer, batches, counted, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 
 MIXES = ("single", "mixed")
 BATCHES = (4, 8, 16, 32, 64)

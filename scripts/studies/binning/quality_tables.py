@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table, verdict
-from studies.binning.curves import CENTINATS, METHODS, compared, curves, percent
+from studies.binning.curves import CENTINATS, METHODS, compared, curves, perplexity_change
 
 SAVED, ALLOWED = 0.3, 1.0  # the target: share of the active experts saved, % of perplexity
 BATCH = "16"  # the target's batch size
@@ -44,7 +44,7 @@ def target(quality: dict[str, Any], protocols: Sequence[str]) -> str:
             if delta_N is None:
                 row += ["-", reached, "not reached"]
                 continue
-            value, error = percent(delta_N, domains)
+            value, error = perplexity_change(delta_N, domains)
             row += [signed(value, error, 2), reached, "met" if value < ALLOWED else "**missed**"]
         rows.append(row)
     head = [
@@ -115,7 +115,7 @@ def own_settings(quality: dict[str, Any], other: str) -> str:
 
 
 def change(quality: dict[str, Any], row: dict[str, Any], key: str, tokens: int) -> str:
-    return signed(*percent(np.array(row[key]) / CENTINATS / tokens, len(quality["domains"])), 2)
+    return signed(*perplexity_change(np.array(row[key]) / CENTINATS / tokens, len(quality["domains"])), 2)
 
 
 def mixes(quality: dict[str, Any]) -> list[str]:

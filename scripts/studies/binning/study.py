@@ -8,9 +8,8 @@ an accelerator).
 import argparse
 from pathlib import Path
 
-from studies.record import Part, Results, Study
+from studies.record import OLMOE, Part, Results, Study
 
-OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
 DOMAINS = ["code_python", "en_fiction", "math_word", "zh_classic"]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from studies.capacity.peaks import RANKS
+from shared.peaks import RANKS
 
 from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.capacity import limit

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies.capacity.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
+from shared.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import CapacityConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.tools.data import bounded, read_documents, windows
 from jmoe.tools.evaluate import PageRows

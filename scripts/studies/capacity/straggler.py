@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 from studies.capacity.drawn_routing import (
     MODELS,
     SLOTS,
@@ -20,7 +21,6 @@ from studies.capacity.drawn_routing import (
     limited_matrix,
     read_published,
 )
-from studies.capacity.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
 
 from jmoe.config.techniques import CapacityConfig
 

@@ -28,7 +28,7 @@ def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
             assert cache is not None
             table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(future)))
             predictor = jax.tree.map(jnp.copy, predictor)  # otherwise the step would get the same array twice
-            settings_of_cache = cache.settings._replace(worth=belady)
+            settings_of_cache = cache.settings._replace(rule=belady)
             runner.cache = replace(cache, table=table, predictor=predictor, settings=settings_of_cache)
         return step(inputs, settings)
 

@@ -10,9 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from studies.record import Part, Results, Study
-
-OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
+from studies.record import OLMOE, Part, Results, Study
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

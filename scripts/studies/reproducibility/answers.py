@@ -12,6 +12,7 @@ from typing import Any
 
 from jmoe_kernels.choice import choose_kernels
 from shared.origin import machine
+from shared.results import smallest
 
 from jmoe import LLM, SamplingParams
 
@@ -22,8 +23,7 @@ SMALLEST = {"prompts": 2, "max_tokens": 2, "copies": 2}
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of the study."""
-    if args.dry:
-        args = argparse.Namespace(**vars(args) | SMALLEST)
+    args = smallest(args, SMALLEST)
     return {
         **machine(("jax",)),
         "kernels": choose_kernels("cpu", "bfloat16").why,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from shared.origin import machine
 from shared.protocol import Jmoe, checkpoint
+from shared.results import smallest
 
 from jmoe.checkpoint import read_config
 
@@ -23,8 +24,7 @@ SMALLEST = {"batch": 2, "context": 32, "new": 4, "rounds": 1}
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the ``host`` part of the results."""
-    if args.dry:
-        args = argparse.Namespace(**vars(args) | SMALLEST)
+    args = smallest(args, SMALLEST)
     # One prompt enters a step, the earlier ones decode: the first answer must outlast the last prompt.
     sizes = {"prompt": args.context + args.batch, "batches": [args.batch], "new": args.new + args.batch}
     with checkpoint(str(args.sizes)) as directory:

@@ -9,9 +9,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from studies.record import Part, Results, Study, at_least
+from studies.record import OLMOE, Part, Results, Study, at_least
 
-OLMOE = Path(__file__).parents[3] / "configs/model/olmoe-0.9b.toml"
 DTYPES = ("auto", "float32", "bfloat16")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.origin import machine
-from shared.results import few
+from shared.results import few, smallest
 from shared.server_process import free_port, serving
 
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
@@ -38,8 +38,7 @@ SMALLEST = {"max_requests": 3, "max_num_seqs": 2}
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the ``traces`` part of the results."""
-    if args.dry:
-        args = argparse.Namespace(**vars(args) | SMALLEST)
+    args = smallest(args, SMALLEST)
     os.environ["JAX_PLATFORMS"] = "cpu"
     runs = [
         {"trace": name, "setting": setting} | replayed(args, name, setting)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.origin import machine
+from shared.results import smallest
 from shared.server_process import Served, free_port, serving
 from studies.serving.peers import PEERS, Load
 
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
 
 KEPT = (
@@ -37,8 +38,7 @@ SMALLEST = {"concurrency": [1], "requests": 2, "rounds": 1, "input_len": 4, "out
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """Returns the figures of jmoe and of the peer ``name``, or None if the peer is not installed."""
-    if args.dry:
-        args = argparse.Namespace(**vars(args) | SMALLEST)
+    args = smallest(args, SMALLEST)
     peer = PEERS[name]
     if (command := program(args.peer_command or peer.command)) is None:
         print(f"{name}: skipped, there is no command {peer.command}: {peer.install}, or --peer-command PATH")

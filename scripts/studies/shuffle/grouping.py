@@ -14,6 +14,7 @@ from shared.results import few
 from studies.shuffle.routing import RoutingSource, Test, collect, figures
 
 from jmoe.placement.group import METHODS
+from jmoe.placement.methods import MethodName
 from jmoe.placement.objective import Problem
 from jmoe.placement.profile import Profile
 
@@ -26,7 +27,7 @@ SEEDS = 10
 ACROSS_SEEDS = 3
 
 
-def homes(profile: Profile, ranks: int, method: str, seed: int = 0) -> np.ndarray:
+def homes(profile: Profile, ranks: int, method: MethodName, seed: int = 0) -> np.ndarray:
     problem = Problem.from_profile(profile, ranks)
     return METHODS[method](problem, np.random.default_rng(seed), lambda done, total, cost: None)
 

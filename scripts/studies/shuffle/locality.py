@@ -1,7 +1,7 @@
 """Measures what binning's ``local_bonus`` costs in quality and saves in traffic: it prefers a token's device.
 
 This is not in the papers. The bundled model runs on 8 emulated expert ranks. Decode runs in lock step as in
-``studies.binning.decode``, with two sequences per rank, and the domains take turns within a batch. The bonus
+``shared.teacher_forcing``, with two sequences per rank, and the domains take turns within a batch. The bonus
 is measured alone (with a bin wider than every gap) and with binning. The experts are placed in the order of
 their numbers in the checkpoint.
 """
@@ -13,13 +13,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from shared.peaks import RANKS
 from shared.results import few
-from studies.binning.decode import Meter, Scorer, batches, read_windows
-from studies.capacity.peaks import RANKS
+from shared.teacher_forcing import Meter, Scorer, batches, read_windows
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 
 BATCH = 16
 BONUSES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table
-from studies.binning.curves import percent
+from studies.binning.curves import perplexity_change
 
 LEAST = 1.0  # % of perplexity; the cheapest setting within it is named
 
@@ -14,7 +14,7 @@ def losses(locality: dict[str, Any], name: str) -> dict[str, tuple[float, float]
     plain_N = np.array(next(iter(locality["runs"].values()))["0.0"]["nll"])
     scored, domains = locality["length"] - 1, len(locality["domains"])
     return {
-        bonus: percent((np.array(row["nll"]) - plain_N) / scored, domains)
+        bonus: perplexity_change((np.array(row["nll"]) - plain_N) / scored, domains)
         for bonus, row in locality["runs"][name].items()
     }
 

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jmoe.checkpoint.identity import model_identity
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.moe.orders import Hints, ShuffleTables, align, expected_shares, majority_rank, step_tables
 from jmoe.placement.profile import Profile
 from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen

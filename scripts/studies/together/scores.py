@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig, ShuffleConfig
-from jmoe.engine.build import EngineSettings
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.tools.evaluate import evaluate
 from jmoe.tools.place import place
 from jmoe.tools.profile import profile

@@ -15,14 +15,14 @@ from typing import Any
 
 from shared.origin import machine
 from shared.protocol import checkpoint
+from shared.results import smallest
 
 SMALLEST = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of the study."""
-    if args.dry:
-        args = argparse.Namespace(**vars(args) | SMALLEST)
+    args = smallest(args, SMALLEST)
     with checkpoint(args.model) as directory:
         cases = measure_cases(directory, args)
     return {

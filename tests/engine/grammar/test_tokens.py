@@ -7,7 +7,7 @@ import pytest
 from support.server.fake_engine import EOS, VOCAB, ByteCodec, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler, one_of, schema_grammar
 
 TINY = Tokenizer.from_file(str(model_directory("tiny") / "tokenizer.json"))

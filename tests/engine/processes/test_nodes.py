@@ -21,7 +21,8 @@ from support.ports import own_port
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.processes.nodes import Nodes
 from jmoe.mesh import make_mesh
 

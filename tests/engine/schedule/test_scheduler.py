@@ -19,11 +19,11 @@ def request(name: str, prompt: int, max_tokens: int | None, token: int = 0) -> R
 
 
 def scheduler_of(
-    pool: PagePool, slots=4, budget=64, longest=20, queue=10, dispatch=REASONS, share=None
+    pool: PagePool, seats=4, budget=64, longest=20, queue=10, dispatch=REASONS, share=None
 ) -> Scheduler:
-    by = RankChooser(len(pool.ranks), slots, dispatch, share)
+    by = RankChooser(len(pool.ranks), seats, dispatch, share)
     run = pool.page_size
-    limits = Limits(slots, budget, longest, queue)
+    limits = Limits(seats, budget, longest, queue)
     sizes = range(run, budget + run, run)
     return Scheduler(pool, limits, sizes, page_kind=lambda r: r.params.cache_salt, rank_chooser=by)
 
@@ -53,7 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pool = PagePool(self.RANKS, self.PAGES, self.SIZE)
-        self.scheduler = scheduler_of(self.pool, slots=2, budget=10, queue=5)
+        self.scheduler = scheduler_of(self.pool, seats=2, budget=10, queue=5)
         self.order: list[Request] = []
         self.started: Step | None = None  # the step that runs and is not delivered yet
         self.held: dict[tuple[int, int], tuple] = {}  # (rank, page) -> tokens that were written
@@ -167,7 +167,7 @@ def admitted(scheduler: Scheduler, count: int) -> list[int]:
 
 def test_a_request_goes_where_most_of_its_experts_are_and_no_rank_stays_idle():
     wishes = {5: [0.1, 0.7, 0.2], 6: [0.6, 0.3, 0.1]}
-    scheduler = scheduler_of(PagePool(3, 6, 4), slots=2, share=lambda ids: wishes[ids[0]])
+    scheduler = scheduler_of(PagePool(3, 6, 4), seats=2, share=lambda ids: wishes[ids[0]])
     scheduler.add([request(str(i), 1, 2, token) for i, token in enumerate([5, 5, 6])])
     # The second 5 finds rank 1 taken already; the 6 takes what is left; then a new round begins.
     assert admitted(scheduler, 3) == [1, 2, 0]
@@ -191,7 +191,7 @@ def test_the_reasons_of_the_dispatch_go_in_their_order_and_each_can_be_left_out(
 
 
 def test_a_rank_that_is_much_busier_is_not_chosen_for_its_pages():
-    scheduler = scheduler_of(PagePool(2, 30, 4), slots=4)
+    scheduler = scheduler_of(PagePool(2, 30, 4), seats=4)
     ranks = []
     for i in range(4):
         scheduler.add([request(str(i), 9, 4)])
@@ -249,7 +249,7 @@ def test_prompts_of_one_step_read_the_pages_that_it_writes_and_copy_none():
 
 
 def test_a_prompt_that_waits_for_pages_is_overtaken_a_few_times_only():
-    scheduler = scheduler_of(PagePool(1, 8, 4), slots=8, queue=100, longest=32)
+    scheduler = scheduler_of(PagePool(1, 8, 4), seats=8, queue=100, longest=32)
     scheduler.add([request("first", 16, 1)])
     scheduler.next_step()  # it is not delivered, and so holds its pages
     scheduler.add([request("long", 24, 4, token=1000)])
@@ -282,7 +282,7 @@ def test_the_latest_gives_way_and_runs_again_from_its_tokens():
 
 
 def test_pages_serve_equal_beginnings_of_one_kind_and_a_part_of_one_is_copied():
-    scheduler = scheduler_of(PagePool(1, 40, 4), slots=8, longest=100)
+    scheduler = scheduler_of(PagePool(1, 40, 4), seats=8, longest=100)
 
     def enter(
         name: str, tokens: list[int], salt: str = "", scores: int | None = None

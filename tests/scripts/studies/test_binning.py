@@ -5,18 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import teacher_forcing
 from shared.protocol import write_random
 from shared.results import verdict
-from studies.binning import decode as binning_decode
 from studies.binning import gpu as binning_gpu
 from studies.binning import speed
 from studies.binning.capacity import loads_and_loss
-from studies.binning.curves import METHODS, Curve, compared, percent
+from studies.binning.curves import METHODS, Curve, compared, perplexity_change
 from studies.binning.study import STUDY
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 
 CURVE = Curve(np.array([0.5, 1.0]), np.array([[0.02, 0.04], [0.0, 0.0]]))
 TOY = """architecture = "OlmoeForCausalLM"
@@ -59,7 +60,7 @@ def test_a_curve_is_read_from_settings_in_the_order_of_their_ratios():
 
 
 def test_errors_are_stratified_by_domain_and_verdicts_need_two_of_them():
-    value, error = percent(np.array([0.01, 0.03, 0.02, 0.02]), domains=2)
+    value, error = perplexity_change(np.array([0.01, 0.03, 0.02, 0.02]), domains=2)
     # The first domain's windows vary by 0.0002, the second's do not: sqrt(2 * 0.0002) / 4.
     assert value == pytest.approx(100 * np.expm1(0.02)) and error == pytest.approx(0.5 * np.exp(0.02))
     worse = Curve(CURVE.ratio_S, CURVE.delta_SN + np.array([[0.02, 0.02], [0.0, 0.0]]))
@@ -70,8 +71,8 @@ def test_errors_are_stratified_by_domain_and_verdicts_need_two_of_them():
 
 
 def test_batches_hold_one_domain_or_all_in_turn():
-    assert binning_decode.batches(2, 4, 2, "single").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert binning_decode.batches(2, 4, 4, "mixed").tolist() == [[0, 4, 1, 5], [2, 6, 3, 7]]
+    assert teacher_forcing.batches(2, 4, 2, "single").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert teacher_forcing.batches(2, 4, 4, "mixed").tolist() == [[0, 4, 1, 5], [2, 6, 3, 7]]
 
 
 def figures() -> dict:
@@ -158,11 +159,11 @@ def test_a_gpu_layer_runs_in_small_and_is_skipped_without_a_gpu(capsys):
 
 def test_the_meter_leaves_a_batch_of_one_alone_and_counts_a_binned_batch():
     tokens = np.random.default_rng(0).integers(1, 8000, (4, 6)).astype(np.int32)
-    scorer, losses, counts = binning_decode.Scorer("tiny"), {}, {}
+    scorer, losses, counts = teacher_forcing.Scorer("tiny"), {}, {}
     for name, cfg in (("plain", None), ("binned", BinningConfig(bin_width=0.1))):
         settings = EngineSettings(max_num_seqs=4, max_model_len=32, moe=MoEConfig(binning=cfg))
         with closing(build_engine("tiny", settings, warm_up=False)) as engine:
-            meter = binning_decode.Meter(engine, scorer, tokens)
+            meter = teacher_forcing.Meter(engine, scorer, tokens)
             alone = meter.run(np.array([[2]]))
             losses[name] = alone, meter.run(np.arange(4)[None])
             counts[name] = loads_and_loss(meter, engine, np.arange(4)[None])

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from studies.capacity import drawn_routing, peaks, speed, straggler
+from shared import peaks
+from studies.capacity import drawn_routing, speed, straggler
 from studies.capacity import quality_tables as quality
 from studies.capacity.study import STUDY
 

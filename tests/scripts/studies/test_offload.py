@@ -132,7 +132,7 @@ def test_the_oracle_runs_in_the_executor(model: Path, traces):
         assert serve(engine, prompts) == answers
         counted = decode_counts(engine)
     _, _, figures = simulator.run(
-        begin(start, oracle), trace, (needs, due), settings._replace(worth=belady), AT_ONCE
+        begin(start, oracle), trace, (needs, due), settings._replace(rule=belady), AT_ONCE
     )
     total = jax.tree.map(lambda each_N: int(each_N.sum()), figures)
     assert (total.hits, total.misses) == (counted["hits"], counted["misses"])

@@ -17,7 +17,7 @@ from studies.ttft.study import STUDY as TTFT
 
 from jmoe.checkpoint import read_config
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 
 ROOT = Path(__file__).parents[3]
 TABLES = sorted((ROOT / "configs/eval").glob("*.toml"))

@@ -4,7 +4,8 @@ import numpy as np
 from support.models.small import config, decoder, tokens
 
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import EngineSettings, schedule
+from jmoe.engine.build import make_scheduler
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.step.inputs import Sizes
@@ -16,14 +17,14 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 def engine_of(
-    model: Decoder, mesh, slots=4, pages=40, length=64, first=1, warm_up=False, **settings
+    model: Decoder, mesh, seats=4, pages=40, length=64, first=1, warm_up=False, **settings
 ) -> Engine:
     """Returns an engine that compiles only what runs, unless a test is about just that."""
-    runner = Runner(model, mesh, Sizes(tuple(sorted({first, slots})), (16, 32), 8, pages, length // 8))
+    runner = Runner(model, mesh, Sizes(tuple(sorted({first, seats})), (16, 32), 8, pages, length // 8))
     if warm_up:
         runner.warm_up()
     given = EngineSettings(max_num_batched_tokens=36, max_queue=100, **settings)
-    return Engine(runner, schedule(runner, given, length), None, model.cfg.eos_token_ids)
+    return Engine(runner, make_scheduler(runner, given, length), None, model.cfg.eos_token_ids)
 
 
 def engine_on(mesh, moe=MoEConfig(), **sizes) -> Engine:

@@ -11,7 +11,8 @@ from support.models import hf_tiny
 
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.build import EngineSettings, build_engine
+from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.request import Request, SamplingParams
 from jmoe.mesh import DATA, EXPERT

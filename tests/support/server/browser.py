@@ -1,6 +1,5 @@
 """A headless Chromium, driven over a pipe in its devtools protocol."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -85,10 +84,6 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(picture["data"]))
 
 
 @contextlib.contextmanager

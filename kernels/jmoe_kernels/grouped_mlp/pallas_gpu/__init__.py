@@ -5,7 +5,7 @@ The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows 
 second. Between the two, h stands in device memory, window by window (``blocks.windows``), rounded to
 bfloat16.
 
-Its limits (``supports``): weights are bfloat16, and the inner and model dimensions are multiples of 64.
+Its limits (``limit``): weights are bfloat16, and the inner and model dimensions are multiples of 64.
 Dimensions that 128 divides get the larger tiles.
 
 Axes: as in ``grouped_mlp``, and W windows, R rows of a window, G groups (the experts and the rows past the
@@ -36,10 +36,10 @@ UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
 
-__all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "supports"]
+__all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 
 
-def supports(weights: ExpertWeights, rows: int, activation: str) -> str | None:
+def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
     """Returns why the kernels cannot run on these static shapes and dtypes, or None if they can."""
     experts, inner, model = weights.dims
     for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
@@ -74,7 +74,7 @@ def grouped_mlp_pallas_gpu(
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape
-    reason = supports(weights, rows, activation)
+    reason = limit(weights, rows, activation)
     if reason is None and x_ND.dtype != jnp.bfloat16:
         reason = f"x must be bfloat16, got {x_ND.dtype}"
     if reason is not None:

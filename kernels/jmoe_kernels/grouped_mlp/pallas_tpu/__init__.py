@@ -18,10 +18,10 @@ from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.matmul import as_float
 from jmoe_kernels.settings import Activation
 
-__all__ = ["BlockSizes", "choose_blocks", "grouped_mlp_pallas_tpu", "supports"]
+__all__ = ["BlockSizes", "choose_blocks", "grouped_mlp_pallas_tpu", "limit"]
 
 
-def supports(
+def limit(
     weights: ExpertWeights, rows: int, activation: Activation, blocks: BlockSizes | None = None
 ) -> str | None:
     """Returns why the kernels cannot run, with the limit that is exceeded, or None if they can.
@@ -48,9 +48,9 @@ def supports(
         return f"blocks.inner {blocks.inner} is not a multiple of {LANES} that divides {inner}"
     if blocks.kernel == "decode" and blocks.rows < rows:
         return f"blocks.rows {blocks.rows} is less than the {rows} rows that decode keeps in VMEM"
-    need, limit = blocks.vmem_bytes(model, weights.dtype.itemsize), CHIPS.get(kind, CHIPS["default"]).vmem
-    if need > limit:
-        return f"{need} bytes of VMEM are needed and {limit} allowed on {kind!r} ({blocks})"
+    need, most = blocks.vmem_bytes(model, weights.dtype.itemsize), CHIPS.get(kind, CHIPS["default"]).vmem
+    if need > most:
+        return f"{need} bytes of VMEM are needed and {most} allowed on {kind!r} ({blocks})"
     return None
 
 
@@ -73,9 +73,9 @@ def grouped_mlp_pallas_tpu(
 
     Rows past the last group come out zero, and what stands in x there is not used. Weights of experts without
     rows are not read. A row that is NaN makes no other row NaN.
-    Raises ValueError with the limit that ``supports`` names.
+    Raises ValueError with the reason that ``limit`` returns.
     """
-    reason = supports(weights, x_ND.shape[0], activation, blocks)
+    reason = limit(weights, x_ND.shape[0], activation, blocks)
     if reason is not None:
         raise ValueError(f"grouped_mlp_pallas_tpu: {reason}")
     if x_ND.shape[0] == 0:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from jmoe.checkpoint import load_model
 from jmoe.config.moe import MoEConfig
-from jmoe.engine.build import model_directory
+from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.engine import Engine
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.text.codec import TextCodec
