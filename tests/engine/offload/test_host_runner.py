@@ -15,7 +15,6 @@ from support.models.offloaded import (
     K,
     check_pool,
     serve,
-    write_model,
 )
 
 from jmoe.checkpoint import convert
@@ -45,11 +44,6 @@ def prompts(count: int) -> list[list[int]]:
     """Returns prompts, of which the first is longer than one run."""
     rng = np.random.default_rng(count)
     return [rng.integers(0, VOCAB, n).tolist() for n in (45, *rng.integers(1, 20, count - 1))]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from support.models.offloaded import (
     offloaded,
     prompts,
     serve,
-    write_model,
-    write_profile,
 )
 
 from jmoe.checkpoint import convert, load_model
@@ -42,16 +40,6 @@ from jmoe.placement.profile import Profile
 from jmoe.placement.tables import Tables
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}  # memory of a device: the experts of one token in one layer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def store(model: Path) -> str:
-    return write_profile(model)
 
 
 @pytest.fixture(scope="module")

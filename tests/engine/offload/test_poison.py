@@ -22,7 +22,6 @@ from support.models.offloaded import (
     check_counters,
     check_pool,
     serve,
-    write_profile,
 )
 
 from jmoe.config.moe import MoEConfig
@@ -58,11 +57,6 @@ def model(tmp_path_factory) -> Path:
     hf_tiny.write_tokenizer(directory)
     (directory / "text.txt").write_text("What a request leaves behind it is nobody else's. " * 8)
     return directory
-
-
-@pytest.fixture(scope="module")
-def store(model: Path) -> str:
-    return write_profile(model)
 
 
 def build(model: Path, moe: MoEConfig, **sizes: int) -> Engine:

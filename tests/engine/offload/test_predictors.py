@@ -13,24 +13,12 @@ from support.models.offloaded import (
     offloaded,
     prompts,
     serve,
-    write_model,
-    write_profile,
 )
 
 CASES = [  # every predictor and every eviction once; test_poison.py has them in pairs, without streaming
     ("none", "lru", "cold"), ("counts", "lfu", "warm"), ("next_gate", "expected_use", "cold"),
     ("expert_map", "expert_map", "cold"), ("token_table", "expected_use", "warm"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def store(model: Path) -> str:
-    return write_profile(model)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from support.models.offloaded import (
     offloaded,
     prompts,
     serve,
-    write_model,
 )
 
 from jmoe.checkpoint import convert
@@ -31,11 +30,6 @@ from jmoe.models.journey import StepSettings
 from jmoe.tools.evaluate import evaluate
 
 LEAST = {"memory": (K + 3) * EXPERT_BYTES}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
