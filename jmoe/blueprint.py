@@ -1,13 +1,25 @@
 """What a model's modules are made from, decided once before any of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 from jmoe_kernels.choice import Kernels
+from jmoe_kernels.quantised import Coding
 
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import Split
+
+
+class Codings(dict[str, Coding]):
+    """How quantised parameters are stored, by the path that they have if no experts are offloaded. It is not
+    changed after it is made."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+
+UNQUANTISED = Codings()
 
 
 @dataclass(frozen=True)
@@ -18,12 +30,14 @@ class Blueprint:
     moe: settings of its MoE layers.
     split: mesh, and how attention is split over it.
     kernels: kernels of one rank, each with the reason for its choice.
+    codings: how the quantised parameters are stored.
     """
 
     cfg: ModelConfig
     moe: MoEConfig
     split: Split
     kernels: Kernels
+    codings: Codings = field(default_factory=lambda: UNQUANTISED)
 
     @property
     def mesh(self) -> Mesh:

@@ -1,13 +1,17 @@
 """Where every weight is declared: shape, dtype, initial value and the mesh axis of each dimension."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
+from jmoe_kernels.quantised import Quantised, Weight
 
 # the mesh axis, or axes, over which each dimension is split
 Axes = tuple[str | tuple[str, ...] | None, ...]
+Products = Literal["experts", "dense"]  # what a weight is a factor of
 HOST = "pinned_host"  # the kind of host memory that a device can copy from by itself
 
 
@@ -38,13 +42,17 @@ class ParamMaker:
         """
         return nnx.Param(self._normal(shape), axes=axes, has_own_dtype=has_own_dtype)
 
+    def product(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+        """Makes a matrix, or a stack of matrices, that is only used in products, and may be quantised."""
+        return nnx.Param(self._normal(shape), axes=axes, products="dense")
+
     def in_storage_dtype(self, shape: tuple[int, ...], axes: Axes, memory: str | None = None) -> nnx.Param:
-        """Makes a parameter in the storage dtype (see the class).
+        """Makes the experts' matrices in the storage dtype (see the class); they may be quantised.
 
         memory: kind of memory that holds it; None is the device's own.
         """
         values = self._normal(shape).view(storage_dtype(self.dtype, self.platform))
-        return nnx.Param(values, axes=axes, memory=memory)
+        return nnx.Param(values, axes=axes, memory=memory, products="experts")
 
     def ones(self, size: int, axes: Axes = (None,)) -> nnx.Param:
         return nnx.Param(jnp.ones((size,), self.dtype), axes=axes)
@@ -61,6 +69,12 @@ class ParamMaker:
         return nnx.Param(jnp.arange(size, dtype=jnp.int32), axes=(None,))
 
 
-def specs_of(module: nnx.Module) -> dict[str, PartitionSpec]:
+def specs_of(module: nnx.Module) -> dict[str, PartitionSpec | Quantised]:
     """Returns the declared split of each parameter of a module that has no submodules."""
-    return {name: PartitionSpec(*p.get_metadata("axes")) for name, p in nnx.state(module, nnx.Param).items()}
+    params = nnx.state(module, nnx.Param).items()
+    return {name: split(p.get_value(), PartitionSpec(*p.get_metadata("axes"))) for name, p in params}
+
+
+def split(weight: Weight, axes: PartitionSpec) -> PartitionSpec | Quantised:
+    """Returns how the arrays of a weight are split that is split by ``axes``."""
+    return weight.split(axes) if isinstance(weight, Quantised) else axes

@@ -10,14 +10,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from jmoe.checkpoint.codings import Quantize, read_codings
+from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.load import DTypeChoice, LoadProgress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
+from jmoe.checkpoint.params import ParamSpec, array_specs
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -38,7 +44,11 @@ SPARE = 64 << 20  # bytes of disk beyond the weights, for the tokenizer's files
 
 
 def convert(
-    hf_dir: Path | str, out_dir: Path | str, dtype: DTypeChoice = "auto", progress: LoadProgress | None = None
+    hf_dir: Path | str,
+    out_dir: Path | str,
+    dtype: DTypeChoice = "auto",
+    progress: LoadProgress | None = None,
+    quantize: Quantize | None = None,
 ) -> None:
     """Writes ``out_dir``: Orbax parameters, ``config.json``, the tokenizer's files, a manifest of them all.
 
@@ -49,6 +59,7 @@ def convert(
     ``load_model`` would accept.
 
     progress: function called with (bytes done, bytes in all).
+    quantize: how plain weights are quantised; None keeps all weights as they are stored.
     """
     hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
     if is_converted(hf_dir):
@@ -58,7 +69,7 @@ def convert(
     if not out_dir.absolute().parent.is_dir():
         raise ValueError(f"{out_dir}: the directory that is to hold it does not exist")
     with _working(out_dir) as working:
-        _write(hf_dir, working, dtype, progress)
+        _write(hf_dir, working, dtype, progress, quantize)
         working.chmod(0o755)  # mkdtemp makes private directories
         os.rename(working, out_dir)
 
@@ -97,17 +108,19 @@ def _locked(directory: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgress | None) -> None:
+def _write(
+    hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgress | None, quantize: Quantize | None
+) -> None:
     from jmoe.checkpoint.orbax_io import grouped, save_group  # heavy: seconds to import
 
     cfg = read_config(hf_dir, dtype)
-    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh())
+    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(hf_dir, cfg, quantize))
     with HFCheckpoint(hf_dir) as checkpoint:
         model, specs, table = match(checkpoint, blueprint, own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():
-            save_group(working, group, {p: read_param(checkpoint, specs[p], table[p]) for p in paths})
+            save_group(working, group, _read_arrays(checkpoint, [specs[p] for p in paths], table))
             done += sum(specs[p].nbytes for p in paths)
             if progress is not None:
                 progress(done, total)
@@ -118,7 +131,23 @@ def _write(hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgre
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     kept = tuple(path for path, spec in specs.items() if spec == spec.in_float32() and spec.has_own_dtype)
-    write_manifest(working, cfg.architecture, cfg.dtype, {p: s.shape for p, s in specs.items()}, kept)
+    write_manifest(
+        working, cfg.architecture, cfg.dtype,
+        {path: array.shape for path, array in array_specs(specs.values()).items()}, kept,
+        {path: spec.coding for path, spec in specs.items() if spec.coding is not None},
+    )  # fmt: skip
+
+
+def _read_arrays(
+    checkpoint: HFCheckpoint, specs: list[ParamSpec], table: Mapping[str, list[StoredParam]]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of parameters by path."""
+    found: dict[str, np.ndarray] = {}
+    for spec in specs:
+        value = read_param(checkpoint, spec, table[spec.path])
+        arrays = zip(jax.tree.leaves(spec.arrays), jax.tree.leaves(value), strict=True)
+        found |= {array.path: buffer for array, buffer in arrays}
+    return found
 
 
 def _as_written(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:

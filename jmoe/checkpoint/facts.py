@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import CHUNK, INDEX, HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
+from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
 from jmoe.models import get_family
 from jmoe.models.fields import HFConfig
-from jmoe.models.weights import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +108,18 @@ def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
     return paths["embed"], paths["lm_head"]
 
 
-def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[StoredTensor]:
-    """Yields every tensor of the model, as this checkpoint names it: a matrix shared by embedding and head
-    may be stored under either name."""
+def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[StoredParam]:
+    """Yields every tensor of the model, as this checkpoint names and stores it: a matrix shared by embedding
+    and head may be stored under either name. Raises ValueError if the checkpoint contradicts itself."""
     embed, head = embedding_names(cfg)
-    names = checkpoint.tensors
+    names, quantisation = checkpoint.tensors, read_quantisation(checkpoint.directory)
     as_head = cfg.tie_word_embeddings and embed not in names and head in names
+    last, stored_format = None, None
     for stored in get_family(cfg.architecture).names(cfg):
-        yield replace(stored, name=head) if as_head and stored.name == embed else stored
+        name = head if as_head and stored.name == embed else stored.name
+        if name != last:  # the entries of a stacked tensor follow one another
+            last, stored_format = name, quantisation.format_of(name, names)
+        yield StoredParam(name, stored.path, stored.index, stored.expert, stored.form, stored_format)
 
 
 def _are_equal(checkpoint: HFCheckpoint, first: str, second: str, dtype: str) -> bool:

@@ -2,21 +2,22 @@
 
 import numpy as np
 
-from jmoe.checkpoint.formats import FORMATS, StoredEntry
-from jmoe.models.weights import Form, StoredTensor
+from jmoe.checkpoint.formats import StoredEntry, StoredParam
+from jmoe.checkpoint.safetensors_file import DTYPES
+from jmoe.models.weights import Form
 
 
-def tensor_names(tensor: StoredTensor) -> tuple[str, ...]:
-    """Returns the names of the tensors in the checkpoint."""
-    return tuple(tensor.name + suffix for suffix in FORMATS[tensor.form.number_format].suffixes)
-
-
-def entries(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
+def entries(tensor: StoredParam, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
     """Returns the entries that a slice of that shape is read from.
 
     It raises ValueError naming the tensor if its form cannot hold such a slice.
     """
-    return FORMATS[tensor.form.number_format].entries(tensor.name, stored_shape(tensor.form, shape))
+    stored = stored_shape(tensor.form, shape)
+    if tensor.format is None:
+        return (StoredEntry(tensor.name, stored, tuple(DTYPES)),)
+    if tensor.form.is_transposed:
+        raise ValueError(f"tensor {tensor.name!r}: {tensor.format.name} is not read transposed")
+    return tensor.format.entries(tensor.name, stored)
 
 
 def stored_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:

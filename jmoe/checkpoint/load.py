@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jmoe.blueprint import Blueprint
+from jmoe.checkpoint.codings import Quantize, read_codings
 from jmoe.checkpoint.facts import (
     embedding_names,
     has_weights,
@@ -18,8 +18,8 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
+from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
-from jmoe.checkpoint.layouts import tensor_names
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import (
     ParamSpec,
@@ -29,9 +29,10 @@ from jmoe.checkpoint.params import (
     put_on_mesh,
     tensors_by_path,
 )
+from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.safetensors_file import read_json
-from jmoe.checkpoint.slices import check_shapes, read_slice
+from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
 from jmoe.checkpoint.stacks import into_stacks
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -40,7 +41,6 @@ from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder, make_blueprint
-from jmoe.models.weights import StoredTensor
 from jmoe.placement.placement import Placement
 
 DTypeChoice = Literal["auto", "float32", "bfloat16"]
@@ -58,6 +58,7 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
     path = directory / "config.json"
     hf = read_json(path)
     hf["dtype"] = own_dtype(directory, hf) if dtype == "auto" else dtype
+    read_quantisation(directory)  # what is not read is refused here already
     with named(path):
         cfg = model_config(hf)
         longest = cfg.longest_context
@@ -82,6 +83,7 @@ def load_model(
     progress: LoadProgress | None = None,
     placement: Placement | None = None,
     context: int | None = None,
+    quantize: Quantize | None = None,
 ) -> Decoder:
     """Returns the model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
@@ -94,9 +96,12 @@ def load_model(
     progress: function called with (bytes done, bytes in all) after each parameter.
     placement: placement by which the experts are renumbered.
     context: tokens of the longest sequence; by default the model's longest context.
+    quantize: how plain weights are quantised while they load; None keeps them.
     """
     cfg = read_config(directory, dtype)
-    blueprint = make_blueprint(cfg.for_context(context or cfg.longest_context), moe or MoEConfig(), mesh)
+    codings = read_codings(Path(directory), cfg, quantize)
+    sized = cfg.for_context(context or cfg.longest_context)
+    blueprint = make_blueprint(sized, moe or MoEConfig(), mesh, codings)
     report = (lambda done, total: None) if progress is None else progress
     return load_decoder(directory, blueprint, placement, report, own_dtypes=dtype == "auto")
 
@@ -146,7 +151,7 @@ def read_model(
             if placement is not None:
                 permute_gate(path, buffer, placement, blueprint.cfg.moe_layers)
             # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
-            arrays[path] = jax.block_until_ready(put_on_mesh(buffer, spec))
+            arrays[path] = jax.block_until_ready(jax.tree.map(put_on_mesh, buffer, spec.arrays))
             done += spec.nbytes
             report(done, total)
     return fill(model, arrays)
@@ -154,7 +159,7 @@ def read_model(
 
 def match(
     checkpoint: HFCheckpoint, blueprint: Blueprint, placement: Placement | None = None, *, own_dtypes: bool
-) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredTensor]]]:
+) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredParam]]]:
     """Returns the abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
     If the checkpoint has a head of its own, the model has one too, whatever the configuration says.
@@ -186,12 +191,12 @@ def match(
     return model, specs, table
 
 
-def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredTensor]) -> np.ndarray:
+def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredParam]) -> Buffer:
     """Returns one parameter in the checkpoint's dtype, each tensor read straight into its slice of one
-    buffer."""
+    buffer, or of the buffers of a quantised parameter."""
     if not tensors:
         return entry_numbers(spec)
-    buffer = aligned_empty(spec.shape, spec.dtype)
+    buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
     for stored in tensors:
         read_slice(checkpoint, stored, buffer[stored.index])
     return buffer
@@ -206,7 +211,7 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """
     family, expected = get_family(cfg.architecture), set()
     for stored in stored_tensors(checkpoint, cfg):
-        for name in tensor_names(stored):
+        for name in stored.names:
             if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
                 raise ValueError(
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
@@ -239,11 +244,15 @@ def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name
     return family.is_ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
 
 
-def parameter_specs(directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice) -> dict[str, ParamSpec]:
+def parameter_specs(
+    directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice, quantize: Quantize | None = None
+) -> dict[str, ParamSpec]:
     """Returns the parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the
     directory has no weights. It raises ValueError for weights that ``load_model`` would reject without
     reading them."""
-    directory, blueprint = Path(directory), make_blueprint(cfg, MoEConfig(), make_mesh())
+    directory = Path(directory)
+    codings = read_codings(directory, cfg, quantize)
+    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), codings)
     if is_converted(directory):
         from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above
 

@@ -4,14 +4,19 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import msgspec
+from jmoe_kernels.quantised import Coding
+
+from jmoe.blueprint import Codings
 from jmoe.checkpoint.safetensors_file import HEADER_LIMIT, open_regular, read_json
 
 MANIFEST = "jmoe_checkpoint.json"
-FORMAT, VERSION = "jmoe", 2
+FORMAT, VERSION = "jmoe", 3
+READ = (2, VERSION)  # version 2 has no quantised parameters
 PARAMS = "params"  # folder of the Orbax checkpoints: one for each layer and one for all other parameters
 HASHING_THREADS = 4
 LONGEST = 1000  # characters of a file's relative path
@@ -23,9 +28,10 @@ class Manifest:
 
     architecture: name of the model's architecture.
     dtype: dtype of the model.
-    parameters: shape of each parameter by dotted path.
+    parameters: shape of each array by dotted path.
     files: (bytes, sha256) of each file by relative path.
     kept: parameters that are float32 because the source checkpoint stores them so.
+    codings: how the quantised parameters are stored, by dotted path.
     """
 
     architecture: str
@@ -33,6 +39,7 @@ class Manifest:
     parameters: dict[str, tuple[int, ...]]
     files: dict[str, tuple[int, str]]
     kept: tuple[str, ...] = ()
+    codings: dict[str, Coding] = field(default_factory=dict)
 
 
 def is_converted(directory: Path | str) -> bool:
@@ -45,10 +52,11 @@ def write_manifest(
     dtype: str,
     parameters: dict[str, tuple[int, ...]],
     kept: tuple[str, ...],
+    codings: Codings,
 ) -> None:
     """Flushes every file of ``directory`` to disk, then lists it. It is called last, before the rename."""
     files = _digests(directory, _listed(directory), flush=True)
-    manifest = Manifest(architecture, dtype, parameters, files, kept)
+    manifest = Manifest(architecture, dtype, parameters, files, kept, dict(codings))
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -63,7 +71,7 @@ def read_manifest(directory: Path) -> Manifest:
     if raw.pop("format", None) != FORMAT or type(raw.get("version")) is not int:
         raise ValueError(f"{path}: is not the manifest of a converted checkpoint")
     version = raw.pop("version")
-    if version != VERSION:
+    if version not in READ:
         raise ValueError(f"{path}: has version {version}; this release reads {VERSION}: convert again")
     try:
         return Manifest(
@@ -71,7 +79,8 @@ def read_manifest(directory: Path) -> Manifest:
             str(raw.pop("dtype")),
             {name: tuple(map(int, shape)) for name, shape in raw.pop("parameters").items()},
             {_inside(name): (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()},
-            tuple(map(str, raw.pop("kept", ()))),  # absent if an earlier release wrote it
+            tuple(map(str, raw.pop("kept", ()))),  # absent if an earlier release wrote it, as codings may be
+            {path: msgspec.convert(coding, Coding) for path, coding in raw.pop("codings", {}).items()},
         )
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from None

@@ -9,8 +9,9 @@ shrink.
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from jmoe.blueprint import Blueprint
+from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, fill, put_on_mesh
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, array_specs, fill, joined, put_on_mesh
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks
 from jmoe.config.model import ModelConfig
@@ -83,19 +84,27 @@ def restore_model(
     if moe.offload is not None:
         model, wanted = abstract_decoder(blueprint)
         stacks = Stacks(wanted, cfg.moe_layers)
-    arrays: dict[str, jax.Array] = {}
+    values: dict[str, Any] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
     for group, paths in grouped(specs).items():
-        for path, array in restore_group(directory, group, {p: specs[p] for p in paths}).items():
-            done += specs[path].nbytes
+        group_specs = [specs[path] for path in paths]
+        restored = restore_group(directory, group, array_specs(group_specs))
+        for spec in group_specs:
+            done += spec.nbytes
+            value = joined(spec, restored)
             if placement is not None:
-                array = permuted(path, array, placement, cfg.moe_layers)
-            if stacks is None or not stacks.take(path, array):
-                arrays[path] = as_stored(array, specs[path])
+                value = jax.tree.map(partial(_renumbered, spec.path, placement, cfg.moe_layers), value)
+            if stacks is None or not stacks.take(spec.path, value):
+                values[spec.path] = jax.tree.map(as_stored, value, spec.arrays)
         report(done, total)
     if stacks is not None:
-        arrays |= {spec.path: put_on_mesh(buffer, spec) for spec, buffer in stacks.items()}
-    return fill(model, arrays)
+        for spec, buffers in stacks.items():
+            values[spec.path] = jax.tree.map(put_on_mesh, buffers, spec.arrays)
+    return fill(model, values)
+
+
+def _renumbered(path: str, placement: Placement, moe_layers: Sequence[int], array: jax.Array) -> jax.Array:
+    return permuted(path, array, placement, moe_layers)
 
 
 def expected_model(
@@ -104,8 +113,8 @@ def expected_model(
     """Returns the abstract model without expert offload, and its parameters as the manifest lists them."""
     cfg = blueprint.cfg
     check_count(directory, manifest, cfg)
-    model, specs = abstract_decoder(blueprint)
-    check_parameters(directory, manifest, specs)
+    model, specs = abstract_decoder(replace(blueprint, codings=Codings(manifest.codings)))
+    check_parameters(directory, manifest, array_specs(specs.values()))
     kept = set(manifest.kept) if own_dtypes and cfg.dtype == manifest.dtype else set()
     return model, {p: s.in_float32() if p in kept and s.has_own_dtype else s for p, s in specs.items()}
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,33 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jmoe_kernels.quantised import Coding, code_storage
 
 from jmoe.blueprint import Blueprint
+from jmoe.config.reading import named
 from jmoe.mesh import is_single, platform_of
 from jmoe.models.decoder import Decoder
 from jmoe.models.weights import StoredTensor
-from jmoe.param import ParamMaker
+from jmoe.moe.expert_leaves import LEAVES, store_codings
+from jmoe.param import ParamMaker, Products
+
+Stored = TypeVar("Stored", bound=StoredTensor)
+STACKED = {f"store.{leaf.store_name}": leaf.name for leaf in LEAVES}
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter.
+    """One parameter, or one array of a quantised parameter.
 
     path: dotted path.
     shape: shape of the whole parameter.
-    dtype: dtype in a checkpoint.
+    dtype: dtype in a checkpoint; of a quantised parameter, the dtype of its products.
     storage: dtype in memory, of the same width (uint16 for some bfloat16).
     sharding: how it is sharded over the devices.
     has_own_dtype: whether it stays float32 if the checkpoint stores it in a wider dtype than the model's.
+    products: products that it is a factor of, those of experts or dense ones; None means that it cannot be
+        quantised.
+    coding: how its numbers are stored; None is not quantised.
     """
 
     path: str
@@ -37,18 +46,55 @@ class ParamSpec:
     storage: np.dtype
     sharding: Sharding
     has_own_dtype: bool = False
+    products: Products | None = None
+    coding: Coding | None = None
 
     def in_float32(self) -> "ParamSpec":
         """Returns the same parameter in float32."""
         return replace(self, dtype=np.dtype(np.float32), storage=np.dtype(np.float32))
 
     @property
+    def arrays(self) -> Any:
+        """The arrays that hold the parameter, each as a ParamSpec of its own: this one, or a ``Quantised``
+        of them, whose paths end in ``.values``, ``.scales`` and ``.lows``."""
+        coding, whole = self.coding, self.sharding
+        if coding is None:
+            return self
+        shapes = coding.shapes(self.shape, self.dtype.name)
+        if isinstance(whole, NamedSharding):
+            spec = PartitionSpec(*whole.spec, *[None] * (len(self.shape) - len(whole.spec)))
+            where = jax.tree.map(lambda axes: whole.update(spec=axes), shapes.split(spec))
+        else:
+            where = jax.tree.map(lambda _: whole, shapes)
+        platform = next(iter(whole.device_set)).platform
+
+        def one(name: str, array: jax.ShapeDtypeStruct, sharding: Sharding) -> ParamSpec:
+            storage = code_storage(coding.code, platform) if name == "values" else array.dtype
+            return ParamSpec(f"{self.path}.{name}", array.shape, array.dtype, storage, sharding)
+
+        names = replace(shapes, values="values", scales="scales", lows=shapes.lows and "lows")
+        return jax.tree.map(one, names, shapes, where)
+
+    @property
     def nbytes(self) -> int:
+        if self.coding is not None:
+            return self.coding.nbytes(self.shape)
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def array_specs(specs: Iterable[ParamSpec]) -> dict[str, ParamSpec]:
+    """Returns the arrays of parameters by their paths."""
+    return {array.path: array for spec in specs for array in jax.tree.leaves(spec.arrays)}
+
+
+def joined(spec: ParamSpec, arrays: Mapping[str, Any]) -> Any:
+    """Returns the value of a parameter, made of its arrays by path."""
+    return jax.tree.map(lambda array: arrays[array.path], spec.arrays)
+
+
 def abstract_decoder(blueprint: Blueprint) -> tuple[Decoder, dict[str, ParamSpec]]:
-    """Returns a Decoder of shapes without values, and its parameters by dotted path."""
+    """Returns a Decoder of shapes without values, and its parameters by dotted path; raises ValueError for a
+    coding that its parameter cannot have."""
     mesh = blueprint.mesh
     make_dtype, where = jnp.dtype(blueprint.cfg.dtype), platform_of(mesh)
     make = ParamMaker(make_dtype, nnx.Rngs(0), std=0.0, platform=where)
@@ -65,11 +111,41 @@ def abstract_decoder(blueprint: Blueprint) -> tuple[Decoder, dict[str, ParamSpec
         # a parameter may be float32 in a bfloat16 model
         dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value.dtype
         has_own_dtype = value.ndim == 1 or bool(param.get_metadata("has_own_dtype", False))
-        specs[path] = ParamSpec(path, value.shape, dtype, value.dtype, sharding, has_own_dtype)
+        products = param.get_metadata("products", None)
+        spec = ParamSpec(path, value.shape, dtype, value.dtype, sharding, has_own_dtype, products)
+        specs[path] = with_coding(spec, coding_at(blueprint, path))
+    if blueprint.codings:
+        model = fill(model, {path: shapes_of(spec) for path, spec in specs.items()})
     return model, specs
 
 
-def fill(model: Decoder, arrays: Mapping[str, jax.Array]) -> Decoder:
+def coding_at(blueprint: Blueprint, path: str) -> Coding | None:
+    """Returns how the parameter at ``path`` is stored; a stack of all layers' experts as they all are."""
+    if path in STACKED:
+        return store_codings(blueprint.cfg, blueprint.codings).get(STACKED[path])
+    return blueprint.codings.get(path)
+
+
+def with_coding(spec: ParamSpec, coding: Coding | None) -> ParamSpec:
+    """Returns the quantised parameter, with groups that no rank cuts."""
+    if coding is None:
+        return spec
+    with named(f"parameter {spec.path!r}"):
+        if spec.products is None:
+            raise ValueError("it is used in more than products, so it cannot be quantised")
+        inner = spec.shape[-1]
+        local = spec.sharding.shard_shape(spec.shape)[-1]
+        return replace(spec, coding=coding.split(inner, inner // local))
+
+
+def shapes_of(spec: ParamSpec) -> Any:
+    """Returns the parameter as shapes with dtypes in memory and shardings."""
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.storage, sharding=array.sharding), spec.arrays
+    )
+
+
+def fill(model: Decoder, arrays: Mapping[str, Any]) -> Decoder:
     """Returns ``model`` with the value of every parameter replaced; raises KeyError if one is not in
     ``arrays``."""
     graph, state = nnx.split(model)
@@ -81,10 +157,10 @@ def dotted(keys: Iterable[Any]) -> str:
     return ".".join(map(str, keys))
 
 
-def tensors_by_path(tensors: Iterable[StoredTensor]) -> dict[str, list[StoredTensor]]:
+def tensors_by_path(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
     """Returns the tensors of a checkpoint that fill each parameter, by the parameter's path; without the
     parameters that ``entry_numbers`` makes."""
-    table: dict[str, list[StoredTensor]] = {}
+    table: dict[str, list[Stored]] = {}
     for stored in tensors:
         table.setdefault(stored.path, []).append(stored)
     return table

@@ -7,16 +7,17 @@ experts, in order.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import in_layer
 from jmoe.config.model import ModelConfig
 from jmoe.models.decoder import Decoder
-from jmoe.models.weights import StoredTensor
 from jmoe.moe.expert_leaves import LEAVES
 from jmoe.placement.placement import Placement
 
@@ -44,8 +45,8 @@ def check_model(placement: Placement, model: Decoder) -> None:
 
 
 def into_slots(
-    table: Mapping[str, list[StoredTensor]], placement: Placement, moe_layers: Sequence[int]
-) -> dict[str, list[StoredTensor]]:
+    table: Mapping[str, list[StoredParam]], placement: Placement, moe_layers: Sequence[int]
+) -> dict[str, list[StoredParam]]:
     """Returns the tensors that fill each parameter; an expert's tensors fill the slice of its slot."""
     moved = {}
     for path, parts in table.items():
@@ -57,7 +58,7 @@ def into_slots(
     return moved
 
 
-def permute_gate(path: str, buffer: np.ndarray, placement: Placement, moe_layers: Sequence[int]) -> None:
+def permute_gate(path: str, buffer: Any, placement: Placement, moe_layers: Sequence[int]) -> None:
     """Moves the rows in place if ``path`` is a router's parameter."""
     layer, name = in_layer(path)
     if name in GATES:
@@ -65,7 +66,10 @@ def permute_gate(path: str, buffer: np.ndarray, placement: Placement, moe_layers
 
 
 def permuted(path: str, array: jax.Array, placement: Placement, moe_layers: Sequence[int]) -> jax.Array:
-    """Renumbers a parameter that is in the checkpoint's order; the result is on the same devices."""
+    """Renumbers an array of a parameter that is in the checkpoint's order; the result is on the same devices.
+
+    path: path of the parameter.
+    """
     layer, name = in_layer(path)
     if name not in (*GATES, *EXPERTS):
         return array

@@ -36,6 +36,11 @@ ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items() if dtype is
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "C64": 8,
 }  # fmt: skip
+# the dtypes of tensors that formats of quantised numbers consist of
+ARRAY_DTYPES: dict[str, np.dtype] = {name: dtype for name, dtype in DTYPES.items() if dtype is not None} | {
+    "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(np.uint8),
+}  # fmt: skip
 
 _OTHER_FORMATS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the data: run 'git lfs pull' where it was cloned"),

@@ -6,22 +6,24 @@ n-th of ``moe_layers``, the numbers of the layers that have experts.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import jax
 import numpy as np
 
+from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, in_layer
-from jmoe.models.weights import StoredTensor
 from jmoe.moe.expert_leaves import LEAVES
 
 STACKS = {f"moe.experts.{leaf.name}": f"store.{leaf.store_name}" for leaf in LEAVES}
 
 
 def into_stacks(
-    table: Mapping[str, list[StoredTensor]], moe_layers: Sequence[int]
-) -> dict[str, list[StoredTensor]]:
+    table: Mapping[str, list[StoredParam]], moe_layers: Sequence[int]
+) -> dict[str, list[StoredParam]]:
     """Returns the tensors that fill each parameter; an expert's tensors fill its slice of the stacks."""
-    moved: dict[str, list[StoredTensor]] = {}
+    moved: dict[str, list[StoredParam]] = {}
     for path, parts in table.items():
         layer, name = in_layer(path)
         if name in STACKS:
@@ -43,17 +45,24 @@ class Stacks:
         """
         self._moe_layers = moe_layers
         self._specs = {path: specs[path] for path in STACKS.values() if path in specs}
-        self._buffers = {path: aligned_empty(s.shape, s.dtype) for path, s in self._specs.items()}
+        self._buffers = {
+            path: jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
+            for path, spec in self._specs.items()
+        }
 
-    def take(self, path: str, array: object) -> bool:
-        """Copies ``array`` into its stack if it is a layer's experts; returns whether it is."""
+    def take(self, path: str, value: Any) -> bool:
+        """Copies a parameter's value into its stack if it is a layer's experts; returns whether it is."""
         layer, name = in_layer(path)
         if name not in STACKS:
             return False
-        buffer = self._buffers[STACKS[name]]
-        buffer[self._moe_layers.index(layer)] = np.asarray(array).view(buffer.dtype)
+
+        def copy(buffer: np.ndarray, array: object) -> None:
+            buffer[self._moe_layers.index(layer)] = np.asarray(array).view(buffer.dtype)
+
+        jax.tree.map(copy, self._buffers[STACKS[name]], value)
         return True
 
-    def items(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    def items(self) -> Iterator[tuple[ParamSpec, Any]]:
+        """Yields each stack with its buffer, or the buffers of a quantised one."""
         for path, buffer in self._buffers.items():
             yield self._specs[path], buffer

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from jmoe.cli.flags import add_command, add_json_flag, add_model_flags, integer, number, settings_from
+from jmoe.cli.flags import (
+    add_command,
+    add_json_flag,
+    add_model_flags,
+    add_quantization_flags,
+    integer,
+    number,
+    settings_from,
+)
 from jmoe.placement.methods import DEFAULT, MethodName
 from jmoe.tools.progress import Bars
 
@@ -69,6 +77,7 @@ def add_convert(commands: Any) -> None:
     p.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    add_quantization_flags(p)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -177,8 +186,11 @@ def run_place(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     from jmoe.checkpoint import convert
+    from jmoe.checkpoint.codings import Quantize
 
-    convert(args.hf_dir, args.out_dir, dtype=args.dtype)
+    method = getattr(args, "quantization", None)
+    quantize = method and Quantize(method, getattr(args, "quantize", "all"))
+    convert(args.hf_dir, args.out_dir, dtype=args.dtype, quantize=quantize)
     print(f"wrote {args.out_dir}")
     return 0
 

@@ -5,8 +5,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from jmoe.config.quantisation import QuantizationName, QuantizedProducts
 from jmoe.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -70,12 +71,19 @@ def add_model_flags(p: Parser) -> None:
     p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    add_quantization_flags(p)
     p.add_argument("--data-parallel-size", type=integer, metavar="N")
     p.add_argument("--expert-parallel-size", type=integer, metavar="N")
     p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
     p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
+
+
+def add_quantization_flags(p: Parser) -> None:
+    methods, products = get_args(QuantizationName), get_args(QuantizedProducts)
+    p.add_argument("--quantization", choices=methods, help="quantise a plain checkpoint while it loads")
+    p.add_argument("--quantize", choices=products, help="what is quantised (default: all products)")
 
 
 def add_json_flag(p: Parser) -> None:

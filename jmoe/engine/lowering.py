@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jmoe.checkpoint.params import abstract_decoder, fill
+from jmoe.checkpoint.params import abstract_decoder, fill, shapes_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.offload.build import abstract_cache
@@ -67,11 +67,8 @@ def lower_copy(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, sizes: Sizes) -> ja
 def _abstract_model(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> tuple[Decoder, Jitted, list]:
     """Returns the model with shapes only, its jitted functions and the shapes of its weights."""
     model, specs = abstract_decoder(make_blueprint(cfg, moe, mesh))
-    arrays = {
-        path: jax.ShapeDtypeStruct(spec.shape, spec.storage, sharding=spec.sharding)
-        for path, spec in specs.items()
-    }
-    graph, state = nnx.split(fill(model, arrays))  # pyright: ignore[reportArgumentType]
+    arrays = {path: shapes_of(spec) for path, spec in specs.items()}
+    graph, state = nnx.split(fill(model, arrays))
     weights, structure = jax.tree.flatten(state)
     return model, jitted(graph, structure), weights
 

@@ -26,7 +26,7 @@ from jmoe.models import (
     qwen2_moe,
     qwen3_moe,
 )
-from jmoe.models.family import Family, quant_method
+from jmoe.models.family import Family
 from jmoe.models.fields import HFConfig
 from jmoe.nn.kinds import kinds_of
 
@@ -38,7 +38,6 @@ FAMILIES = {
         llama4.WITH_IMAGES, phimoe.FAMILY, phimoe.PUBLISHED,
     )
 }  # fmt: skip
-QUANTIZATIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.quant_methods))
 
 
 def get_family(architecture: str) -> Family:
@@ -61,23 +60,10 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     if len(architectures) != 1:
         raise ValueError(f"config.json must name one architecture, got {shown(list(architectures))}")
     family = get_family(architectures[0])
-    if hf.get("quantization_config"):
-        _check_quantization(family, quant_method(hf))
     cfg = family.config(hf)
     for kind in kinds_of(cfg):
         cfg.rope.check(kind.rotary_dim(cfg))
     return cfg
-
-
-def _check_quantization(family: Family, method: Any) -> None:
-    if method not in QUANTIZATIONS:
-        read = ", ".join(map(repr, QUANTIZATIONS))
-        raise ValueError(
-            f"quantization_config: method {shown(method)} is not read, {read} is; "
-            "use the unquantised checkpoint"
-        )
-    if method not in family.quant_methods:
-        raise ValueError(f"quantization_config: method {method!r} is not read of {family.architecture}")
 
 
 __all__ = ["FAMILIES", "Family", "get_family", "model_config"]

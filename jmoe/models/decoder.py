@@ -15,10 +15,12 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 from jmoe_kernels.choice import choose_kernels
+from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import LayerPages
+from jmoe_kernels.quantised import as_float
 
-from jmoe.blueprint import Blueprint
+from jmoe.blueprint import UNQUANTISED, Blueprint, Codings
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
@@ -26,6 +28,7 @@ from jmoe.models.journey import StepSettings
 from jmoe.models.layer import DecoderLayer
 from jmoe.models.techniques import Techniques, step_view
 from jmoe.moe.binning import get_needs
+from jmoe.moe.expert_leaves import local_codings
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle
 from jmoe.moe.types import Changes, DispatchStats, Routing
@@ -80,15 +83,21 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
     return nnx.merge(graph, state)(*args)
 
 
-def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh) -> Blueprint:
+def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, codings: Codings = UNQUANTISED) -> Blueprint:
     """Decides how a model is built on ``mesh``: how attention is split, and which kernels a rank uses; raises
-    ValueError for a kernel that cannot run."""
+    ValueError for a kernel that cannot run, or codings that the mesh cannot split.
+
+    codings: how the quantised parameters are stored, by path.
+    """
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
     dims = experts, inner, cfg.hidden_size
     needs = moe.binning and get_needs(moe.binning, cfg)
-    kernels = choose_kernels(platform_of(mesh), cfg.dtype, moe.kernel, dims, paged_heads(cfg, split), needs)
-    return Blueprint(cfg, moe, split, kernels)
+    kernels = choose_kernels(
+        platform_of(mesh), cfg.dtype, moe.kernel, dims, paged_heads(cfg, split), needs,
+        local_codings(cfg, codings, mesh),
+    )  # fmt: skip
+    return Blueprint(cfg, moe, split, kernels, codings)
 
 
 class Decoder(nnx.Module):
@@ -97,18 +106,28 @@ class Decoder(nnx.Module):
     def __init__(self, blueprint: Blueprint, make: ParamMaker):
         cfg, moe, mesh, kernels = blueprint.cfg, blueprint.moe, blueprint.mesh, blueprint.kernels
         head_axis = TENSOR if cfg.vocab_size % mesh.shape[TENSOR] == 0 else None
-        self.embed = make((cfg.vocab_size, cfg.hidden_size), (None, None))
+        make_embed = make.product if cfg.tie_word_embeddings else make  # a tied embedding is the head too
+        self.embed = make_embed((cfg.vocab_size, cfg.hidden_size), (None, None))
         self.layers = nnx.List([DecoderLayer(blueprint, i, make) for i in range(cfg.num_hidden_layers)])
         if moe.offload is not None:
             self.store = HostExperts(cfg, make)
         self.norm = Norm(cfg, make)
         if not cfg.tie_word_embeddings:
-            self.lm_head = make((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
+            self.lm_head = make.product((cfg.vocab_size, cfg.hidden_size), (head_axis, None))
         self.lm_head_bias_V = make((cfg.vocab_size,), (head_axis,)) if cfg.lm_head_bias else None
         self.shuffle = Shuffle(mesh, cfg.num_experts)
         self.cfg, self.moe, self.mesh, self.split, self.kernels = cfg, moe, mesh, blueprint.split, kernels
         # If the head is split over the mesh, the compiler partitions its product; no kernel can do that.
         self.dense: DenseKernel = kernels.dense if is_single(mesh) else "xla"
+
+    @property
+    def expert_weights(self) -> ExpertWeights:
+        """The experts of the first layer that has experts, or of all layers if they are offloaded."""
+        if self.moe.offload is not None:
+            return self.store.weights
+        moe = self.layers[self.cfg.moe_layers[0]].moe
+        assert moe is not None and moe.experts is not None
+        return moe.experts.weights
 
     def __call__(
         self,
@@ -143,7 +162,7 @@ class Decoder(nnx.Module):
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotations]:
         """Returns the rows before the first layer, and their rotations in attention."""
         cfg = self.cfg
-        x_ND = self.embed[...][seqs.tokens_RN.reshape(-1)].astype(jnp.float32)
+        x_ND = as_float(self.embed[...][seqs.tokens_RN.reshape(-1)]).astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
         dims = dict.fromkeys(kind.rotary_dim(cfg) for kind in kinds_of(cfg))

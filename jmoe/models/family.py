@@ -23,7 +23,6 @@ class Family:
     names: function that yields every checkpoint tensor that the model uses, or every entry of a stacked
         tensor, once.
     is_ignored: whether a checkpoint may have a further tensor of that name, which is then not read.
-    quant_methods: quantization methods (``quant_method``) that can be read, in addition to plain checkpoints.
     witness: function that names the tensor that must also be present for a tensor to be ignored, as proof
         that the ignored tensor is what it is assumed to be.
     """
@@ -32,7 +31,6 @@ class Family:
     config: Callable[[HFConfig], ModelConfig]
     names: Callable[[ModelConfig], Iterator[StoredTensor]]
     is_ignored: Callable[[ModelConfig, str], bool] = lambda cfg, name: False
-    quant_methods: tuple[str, ...] = ()
     witness: Callable[[str], str | None] = lambda name: None
 
 

@@ -58,7 +58,7 @@ def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTen
     for name, path in (("weight", "gate_ED"), ("bias", "bias_E")):
         yield StoredTensor(f"{hf_prefix}.mlp.router.{name}", f"{prefix}.moe.router.{path}")
     name, path = f"{hf_prefix}.mlp.experts", f"{prefix}.moe.experts"
-    down = Form(is_transposed=True) if cfg.quant_method is None else Form(number_format=cfg.quant_method)
+    down = Form(is_transposed=cfg.quant_method is None)
     gate_up = replace(down, row_layout="alternate")
     yield from stacked_names(cfg, f"{name}.gate_up_proj", f"{path}.gate_up_E2FD", gate_up)
     yield from stacked_names(cfg, f"{name}.down_proj", f"{path}.down_EDF", down)
@@ -68,4 +68,4 @@ def experts(cfg: ModelConfig, hf_prefix: str, prefix: str) -> Iterator[StoredTen
 
 
 names = partial(decoder_names, experts=experts)
-FAMILY = Family("GptOssForCausalLM", config, names, quant_methods=("mxfp4",))
+FAMILY = Family("GptOssForCausalLM", config, names)

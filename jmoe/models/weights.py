@@ -12,16 +12,14 @@ RowLayout = Literal["plain", "halves", "alternate"]
 
 @dataclass(frozen=True)
 class Form:
-    """The form in which a tensor is stored.
+    """The order in which a tensor stores its numbers; their format is the checkpoint's.
 
     row_layout: row layout of a gate-and-up tensor.
     is_transposed: whether it is stored as ``[in, out]``.
-    number_format: name of the number format, one of ``jmoe.checkpoint.formats``.
     """
 
     row_layout: RowLayout = "plain"
     is_transposed: bool = False
-    number_format: str = "plain"
 
 
 PLAIN = Form()
@@ -35,7 +33,7 @@ class StoredTensor:
     path: path of the parameter in the decoder.
     index: index into the parameter's leading axes.
     expert: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
-    form: layout and number format of the values.
+    form: order of the values.
     """
 
     name: str

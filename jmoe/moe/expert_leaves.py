@@ -4,15 +4,22 @@ Modules, sharding, checkpoints, the expert cache and the statistics iterate over
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
-from jmoe_kernels.grouped_mlp import ExpertWeights
+from jax.sharding import Mesh, PartitionSpec
+from jmoe_kernels.grouped_mlp import ExpertCodings, ExpertWeights
+from jmoe_kernels.quantised import Coding, coding_of
 
+from jmoe.blueprint import Codings
 from jmoe.config.model import ModelConfig
 from jmoe.mesh import TENSOR
-from jmoe.param import Axes
+from jmoe.param import Axes, split
+
+LeafCodings = Mapping[str, Coding]  # how leaves are stored, by their names; the others are not quantised
+UNCODED: LeafCodings = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class ExpertLeaf:
         """The mesh axis of each dimension: only the inner dimension is split."""
         return tuple(TENSOR if letter == "F" else None for letter in self.dims)
 
+    def inner_parts(self, num_parts: int) -> int:
+        """Returns the number of devices that share a row, if ``num_parts`` split the inner dimension."""
+        return num_parts if self.dims[-1] == "F" else 1
+
     def shape(self, cfg: ModelConfig, num_parts: int = 1) -> tuple[int, ...]:
         """Returns its shape in one expert, or in one of ``num_parts`` devices that split the inner
         dimension."""
@@ -64,11 +75,62 @@ def leaves_of(cfg: ModelConfig) -> tuple[ExpertLeaf, ...]:
     return tuple(leaf for leaf in LEAVES if cfg.expert_bias or not leaf.is_bias)
 
 
-def expert_bytes(cfg: ModelConfig, num_parts: int = 1) -> int:
+def expert_bytes(cfg: ModelConfig, codings: LeafCodings = UNCODED, num_parts: int = 1) -> int:
     """Returns the bytes of one routed expert, or of a device's part of it if it is split over ``num_parts``
-    devices."""
-    numbers = sum(math.prod(leaf.shape(cfg, num_parts)) for leaf in leaves_of(cfg))
-    return numbers * jnp.dtype(cfg.dtype).itemsize
+    devices.
+
+    codings: how its leaves are stored.
+    """
+    return sum(_leaf_bytes(leaf, cfg, codings.get(leaf.name), num_parts) for leaf in leaves_of(cfg))
+
+
+def _leaf_bytes(leaf: ExpertLeaf, cfg: ModelConfig, coding: Coding | None, num_parts: int) -> int:
+    shape = leaf.shape(cfg, num_parts)
+    if coding is None:
+        return math.prod(shape) * jnp.dtype(cfg.dtype).itemsize
+    return coding.split(leaf.shape(cfg)[-1], leaf.inner_parts(num_parts)).nbytes(shape)
+
+
+def codings_of(weights: ExpertWeights) -> LeafCodings:
+    """Returns how the leaves of stacks of experts are stored."""
+    found = {leaf.name: coding_of(getattr(weights, leaf.name)) for leaf in LEAVES}
+    return {name: coding for name, coding in found.items() if coding is not None}
+
+
+def layer_codings(codings: Codings, layer: int) -> LeafCodings:
+    """Returns how the leaves of a layer's experts are stored."""
+    paths = {leaf.name: f"layers.{layer}.moe.experts.{leaf.name}" for leaf in LEAVES}
+    return {name: codings[path] for name, path in paths.items() if path in codings}
+
+
+def store_codings(cfg: ModelConfig, codings: Codings) -> LeafCodings:
+    """Returns how the leaves of all layers' experts are stored; raises ValueError if layers differ, because
+    the experts of all layers share one pool."""
+    found = [layer_codings(codings, layer) for layer in cfg.moe_layers]
+    for layer, own in zip(cfg.moe_layers, found, strict=True):
+        if own != found[0]:
+            shown = [", ".join(f"{name} {coding}" for name, coding in c.items()) for c in (found[0], own)]
+            raise ValueError(
+                f"moe.offload: experts of all layers share one pool, so they must be stored alike; layer "
+                f"{cfg.moe_layers[0]} has {shown[0] or 'plain numbers'}, layer {layer} "
+                f"{shown[1] or 'plain numbers'}"
+            )
+    return found[0]
+
+
+def local_codings(cfg: ModelConfig, codings: Codings, mesh: Mesh) -> tuple[ExpertCodings, ...]:
+    """Returns how the layers' experts are stored on a rank, each way once; empty if none is quantised."""
+    layers = [layer_codings(codings, layer) for layer in cfg.moe_layers]
+    if not any(layers):
+        return ()
+    gate_up, down = LEAVES[:2]
+    parts = mesh.shape[TENSOR]
+
+    def local(leaf: ExpertLeaf, own: LeafCodings) -> Coding | None:
+        coding = own.get(leaf.name)
+        return coding and coding.split(leaf.shape(cfg)[-1], leaf.inner_parts(parts))
+
+    return tuple(dict.fromkeys((local(gate_up, own), local(down, own)) for own in layers))
 
 
 def weight_specs(weights: ExpertWeights, *front: str | tuple[str, ...] | None) -> ExpertWeights:
@@ -77,5 +139,8 @@ def weight_specs(weights: ExpertWeights, *front: str | tuple[str, ...] | None) -
     front: mesh axes of the dimensions before an expert's own dimensions.
     """
     specs = {leaf.name: PartitionSpec(*front, *leaf.axes) for leaf in LEAVES}
-    present = {name: spec if getattr(weights, name) is not None else None for name, spec in specs.items()}
+    present = {
+        name: None if (weight := getattr(weights, name)) is None else split(weight, spec)
+        for name, spec in specs.items()
+    }
     return ExpertWeights(**present)  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ query heads share.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jmoe.nn.sequences import Sequences
 from jmoe.nn.uncached import attend_uncached
 from jmoe.param import ParamMaker, specs_of
 
-Weights = dict[str, Array]
+Weights = dict[str, Any]  # arrays, or quantised weights
 # (weights, x_BTD, rotation, positions_BT) -> queries [B, T, H, d], keys and values [B, T, G, d] of one rank's
 # heads; values are None if each key is its own value
 Project = Callable[[Weights, Array, Rotation, Array], tuple[Array, Array, Array | None]]

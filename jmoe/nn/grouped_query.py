@@ -31,10 +31,10 @@ class GroupedQueryAttention(Attention):
         d, head, heads = cfg.hidden_size, cfg.head_dim, split.heads
         q, kv = cfg.num_attention_heads * head, cfg.num_key_value_heads * head
         kv_axis = heads if cfg.num_key_value_heads >= split.head_ranks else None
-        self.q_proj = make((q, d), (heads, None))
-        self.k_proj = make((kv, d), (kv_axis, None))
-        self.v_proj = make((kv, d), (kv_axis, None))
-        self.o_proj = make((d, q), (None, heads))
+        self.q_proj = make.product((q, d), (heads, None))
+        self.k_proj = make.product((kv, d), (kv_axis, None))
+        self.v_proj = make.product((kv, d), (kv_axis, None))
+        self.o_proj = make.product((d, q), (None, heads))
         if cfg.attention_bias or cfg.qkv_bias:
             self.q_bias, self.k_bias = make((q,), (heads,)), make((kv,), (kv_axis,))
             self.v_bias = make((kv,), (kv_axis,))

@@ -42,18 +42,18 @@ class LatentAttention(Attention):
         self.latent = size = cfg.latent
         d, count, heads = cfg.hidden_size, cfg.num_attention_heads, split.heads
         if size.q_lora_rank is None:
-            self.q_proj = make((count * size.qk_head_dim, d), (heads, None))
+            self.q_proj = make.product((count * size.qk_head_dim, d), (heads, None))
         else:
             self.q_a_proj, self.q_norm = (
-                make((size.q_lora_rank, d), (None, None)),
+                make.product((size.q_lora_rank, d), (None, None)),
                 make.ones(size.q_lora_rank),
             )
-            self.q_b_proj = make((count * size.qk_head_dim, size.q_lora_rank), (heads, None))
-        self.kv_a_proj = make((size.cached_dim, d), (None, None))
+            self.q_b_proj = make.product((count * size.qk_head_dim, size.q_lora_rank), (heads, None))
+        self.kv_a_proj = make.product((size.cached_dim, d), (None, None))
         self.kv_norm = make.ones(size.kv_lora_rank)
         both = count * (size.qk_nope_head_dim + size.v_head_dim)
         self.kv_b_proj = make((both, size.kv_lora_rank), (heads, None))
-        self.o_proj = make((d, count * size.v_head_dim), (None, heads))
+        self.o_proj = make.product((d, count * size.v_head_dim), (None, heads))
         if cfg.attention_bias:
             if size.q_lora_rank is not None:
                 self.q_a_bias = make((size.q_lora_rank,), (None,))

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.grouped_mlp import gated
 from jmoe_kernels.matmul import linear
+from jmoe_kernels.quantised import Weight
 
 from jmoe.blueprint import Blueprint
 from jmoe.mesh import TENSOR, TOKENS, check_divides, is_single
@@ -27,8 +28,8 @@ class DenseMLP(nnx.Module):
     def __init__(self, blueprint: Blueprint, inner: int, make: ParamMaker, shares: bool = False):
         cfg, mesh = blueprint.cfg, blueprint.mesh
         check_divides("dense MLP inner size", inner, TENSOR, mesh.shape[TENSOR])
-        self.gate_up_2FD = make((2, inner, cfg.hidden_size), (None, TENSOR, None))
-        self.down_DF = make((cfg.hidden_size, inner), (None, TENSOR))
+        self.gate_up_2FD = make.product((2, inner, cfg.hidden_size), (None, TENSOR, None))
+        self.down_DF = make.product((cfg.hidden_size, inner), (None, TENSOR))
         self.share_1D = make((1, cfg.hidden_size), (None, None), has_own_dtype=True) if shares else None
         self.cfg, self.mesh, self.kernels = cfg, mesh, blueprint.kernels
 
@@ -42,11 +43,11 @@ class DenseMLP(nnx.Module):
         )
         return run(weights, x_TD)
 
-    def _shard(self, w: dict[str, Array], x_TD: Array) -> Array:
+    def _shard(self, w: dict[str, Weight], x_TD: Array) -> Array:
         multiply = partial(linear, implementation=self.kernels.dense)
         gate_up = w["gate_up_2FD"]
         inner = gate_up.shape[1]
-        h_TF = multiply(x_TD, gate_up.reshape(2 * inner, -1))
+        h_TF = multiply(x_TD, gate_up.reshape(2 * inner, gate_up.shape[-1]))
         y_TD = multiply(gated(self.cfg.hidden_act, h_TF[:, :inner], h_TF[:, inner:]), w["down_DF"])
         if not is_single(self.mesh):
             y_TD = lax.psum(y_TD, TENSOR)

@@ -14,7 +14,7 @@ from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.offload.build import count_slots, has_parallel_copies
 from jmoe.mesh import TENSOR, platform_of
-from jmoe.moe.expert_leaves import expert_bytes
+from jmoe.moe.expert_leaves import expert_bytes, store_codings
 from jmoe.nn.kinds import page_bytes
 from jmoe.nn.kv_cache import kv_dtype
 
@@ -28,7 +28,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     """
     deployment = resolve(model, settings)
     directory, cfg, sizes, memory = deployment.directory, deployment.cfg, deployment.sizes, deployment.memory
-    specs = parameter_specs(directory, cfg, settings.dtype)
+    specs = parameter_specs(directory, cfg, settings.dtype, settings.quantization_request)
     return {
         "versions": {"jmoe": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
@@ -78,8 +78,9 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
     cfg, mesh, offload = deployment.cfg, deployment.mesh, deployment.settings.moe.offload
     if offload is None or deployment.executor is None:
         return None
-    whole, slots = expert_bytes(cfg), count_slots(cfg, offload, mesh)
-    one = expert_bytes(cfg, mesh.shape[TENSOR])
+    codings = store_codings(cfg, deployment.blueprint.codings)
+    whole, slots = expert_bytes(cfg, codings), count_slots(cfg, offload, mesh, codings)
+    one = expert_bytes(cfg, codings, mesh.shape[TENSOR])
     executor, why = deployment.executor
     return {
         "expert_bytes": whole,

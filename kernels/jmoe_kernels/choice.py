@@ -1,5 +1,6 @@
 """The choice of a model's kernels, made once for a platform and a dtype, and the reasons for it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ def choose_kernels(
     dims: tuple[int, int, int] | None = None,
     heads: tuple[Heads, ...] = (),
     needs: binning.BinningNeeds | None = None,
+    codings: Collection[grouped_mlp.ExpertCodings] = (),
 ) -> Kernels:
     """Returns the kernels for weights of ``dtype`` on ``platform`` ("cpu", "tpu", "gpu").
 
@@ -48,16 +50,21 @@ def choose_kernels(
     dims: (experts, inner, model) of one rank's weights; needed if a kernel has limits on them.
     heads: heads of one rank's attention in every layer; needed if a kernel has limits on them.
     needs: what the model needs of binning; None means no binning.
+    codings: how the experts of the layers are stored, each way once; empty if nothing is quantised.
     Raises ValueError if the implementation named by ``experts`` cannot run.
     """
-    if experts is None:
-        experts, why = grouped_mlp.pick(platform, dtype, dims)
-    elif reason := grouped_mlp.why_not(experts, platform, dtype):
-        raise ValueError(f"moe.kernel: {reason}")
-    else:
-        why = "named in the moe config"
     backend = get_backend(platform)
-    is_own = experts == backend.experts[0]
+    first = backend.experts[0]
+    if experts is None:
+        experts, why = grouped_mlp.pick(platform, dtype, dims, codings or (grouped_mlp.PLAIN,))
+        is_own = grouped_mlp.why_not(first, platform, dtype) is None
+    else:
+        reason = grouped_mlp.why_not(experts, platform, dtype)
+        if reason is None and dims and codings:
+            reason = grouped_mlp.why_not_weights(experts, dims, dtype, codings)
+        if reason is not None:
+            raise ValueError(f"moe.kernel: {reason}")
+        why, is_own = "named in the moe config", experts == first
     dense: DenseKernel = backend.dense if is_own else "xla"
     if backend.has_one_library:  # with portable experts, attention is portable too
         attention, why_attention = backend.attention[0 if is_own else -1], "goes with the experts' kernel"

@@ -21,11 +21,7 @@ from jaxtyping import Float
 
 from jmoe_kernels import cpu
 from jmoe_kernels.backends import DenseKernel
-
-
-def as_float(w: Array) -> Array:
-    """Returns a weight as a float array; uint16 (see ``storage_dtype``) is read as bfloat16."""
-    return lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
+from jmoe_kernels.quantised import Quantised, as_float
 
 
 def dot(form: str, a: Array, b: Array) -> Array:
@@ -82,12 +78,13 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def linear(
-    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"], implementation: DenseKernel = "xla"
+    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"] | Quantised, implementation: DenseKernel = "xla"
 ) -> Float[Array, "*B M N"]:
     """Returns ``x @ w.T`` in float32, computed in the dtype of ``w``.
 
     x: rows with any leading axes if ``w`` is a matrix, or ``[E, M, K]`` if ``w`` is a stack.
-    w: matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16.
+    w: matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16. A quantised weight is
+        dequantised first.
     implementation: "cpu" runs the C++ kernel for a matrix; a stack always runs in XLA.
     """
     w = as_float(w)

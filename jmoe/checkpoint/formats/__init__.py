@@ -1,11 +1,8 @@
-"""The formats in which checkpoints store numbers: each has one short file, and one entry here.
+"""The formats in which tensors of checkpoints store quantised numbers: each has one short file.
 
-The model side names a tensor's format (``Form.number_format``), and a family the methods in which it is read.
+A method of ``jmoe.checkpoint.methods`` reads from ``config.json`` which format a module's weight has.
 """
 
-from jmoe.checkpoint.formats import mxfp4, plain
-from jmoe.checkpoint.formats.format import Format, StoredEntry
+from jmoe.checkpoint.formats.format import Format, StoredEntry, StoredParam
 
-FORMATS = {format.name: format for format in (plain.FORMAT, mxfp4.FORMAT)}
-
-__all__ = ["FORMATS", "Format", "StoredEntry"]
+__all__ = ["Format", "StoredEntry", "StoredParam"]

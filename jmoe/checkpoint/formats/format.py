@@ -1,11 +1,16 @@
-"""What a format's file declares: the tensors that store a parameter's values, and how they are read."""
+"""What a format's file declares: the tensors that store a parameter's numbers, and how they are read."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES
+from jmoe.config.units import brief
+from jmoe.models.weights import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -23,19 +28,69 @@ class StoredEntry:
 
 
 @dataclass(frozen=True)
-class Format:
-    """One way to store numbers; ``Form`` and ``StoredTensor`` describe which slice of a parameter they are.
+class Format(ABC):
+    """One way to store numbers; its fields are the numbers that ``config.json`` gives it.
 
-    name: name of the format in ``Form.number_format``.
-    suffixes: what follows a stored name in the names of the tensors that store its values.
-    entries: function of the stored name and the shape of the values; returns what is read from each of these
-        tensors. It raises ValueError naming the tensor if the format cannot store such a shape.
-    read: function that fills a flat array, float32 or bfloat16, with the values of a stored name from a start
-        position on, in C order. They are whole rows, about as many as fit in the cache. It raises ValueError
-        naming the tensor for NaN or Inf.
+    A subclass is a frozen dataclass; ``name`` is what messages call it.
     """
 
-    name: str
-    suffixes: tuple[str, ...]
-    entries: Callable[[str, tuple[int, ...]], tuple[StoredEntry, ...]]
-    read: Callable[[HFCheckpoint, str, int, np.ndarray], None]
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def coding(self) -> Coding:
+        """How a weight of this format is kept in memory."""
+
+    @abstractmethod
+    def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
+        """Returns what is read from each tensor that stores a weight.
+
+        name: name that the weight has if it is not quantised, such as ``....q_proj.weight``.
+        shape: shape of the numbers, ``[..., out, in]``.
+        Raises ValueError naming the tensor if the format cannot store such a shape.
+        """
+
+    @abstractmethod
+    def tensor_names(self, name: str) -> tuple[str, ...]:
+        """Returns the names of the tensors that store a weight; the first holds the codes."""
+
+    @abstractmethod
+    def read(
+        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
+    ) -> Quantised:
+        """Returns a weight as numpy arrays, in its coding and computed in float32.
+
+        entry: entry of the leading axis of stacked tensors; None reads whole tensors.
+        shape: shape of the numbers, ``[..., out, in]``.
+        Raises ValueError naming the tensor for a scale that is NaN or Inf.
+        """
+
+
+@dataclass(frozen=True)
+class StoredParam(StoredTensor):
+    """A tensor of a checkpoint with its format, and the slice of a parameter that it fills.
+
+    format: how the numbers are stored.
+    """
+
+    format: Format | None = None  # None: plain numbers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors in the checkpoint."""
+        return (self.name,) if self.format is None else self.format.tensor_names(self.name)
+
+
+def read_array(checkpoint: HFCheckpoint, entry: StoredEntry, part: int | None) -> np.ndarray:
+    """Returns a tensor, or one entry of its leading axis, in the dtype of the file."""
+    info = checkpoint.tensors[entry.name]
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    raw = checkpoint.read_bytes(entry.name, info.dtype, (part or 0) * count, count)
+    return raw.view(ARRAY_DTYPES[info.dtype]).reshape(entry.shape)
+
+
+def check_finite(checkpoint: HFCheckpoint, name: str, scales: np.ndarray, what: str = "scale") -> None:
+    """Raises ValueError naming the tensor if a scale is NaN or Inf."""
+    if not np.isfinite(scales.astype(np.float32)).all():
+        file = checkpoint.tensors[name].file
+        raise ValueError(f"{file}: tensor {brief(name)} has a {what} that is NaN or Inf")

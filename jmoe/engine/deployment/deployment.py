@@ -17,6 +17,7 @@ from jmoe_kernels.backends import Executor
 
 from jmoe.blueprint import Blueprint
 from jmoe.checkpoint import read_config
+from jmoe.checkpoint.codings import read_codings
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed
@@ -74,16 +75,17 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     cfg = read_config(directory, settings.dtype)
     split = settings_split(settings)
     requested = context_length(cfg, settings.max_model_len)
-    memory = needed(cfg, settings, split, requested)
+    codings = read_codings(directory, cfg, settings.quantization_request)
+    memory = needed(cfg, settings, split, requested, codings)
     check_memory(memory)
     length, pages, notes = fit_pages(cfg, settings, split, requested, memory.left)
     held = pages * page_bytes(cfg, split, PAGE_SIZE) // split.head_ranks
-    memory = replace(needed(cfg, settings, split, length), pages=held)
+    memory = replace(needed(cfg, settings, split, length, codings), pages=held)
     check_memory(memory)
     return Deployment(
         directory=directory,
         settings=settings,
-        blueprint=make_blueprint(cfg.for_context(length), moe, split.mesh),
+        blueprint=make_blueprint(cfg.for_context(length), moe, split.mesh, codings),
         max_model_len=length,
         sizes=sizes_for(settings, split, length, pages),
         memory=memory,

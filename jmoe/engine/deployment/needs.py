@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jmoe_kernels.backends import get_backend
 
-from jmoe.checkpoint.params import abstract_decoder, in_layer
+from jmoe.blueprint import UNQUANTISED, Codings
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, in_layer
 from jmoe.config.model import ModelConfig
 from jmoe.config.units import readable
 from jmoe.engine.deployment.memory import Room, device_room
@@ -19,6 +20,7 @@ from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
+from jmoe.moe.expert_leaves import UNCODED, store_codings
 from jmoe.nn.kinds import kinds_of
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
@@ -59,14 +61,16 @@ class Memory:
         return f"{each} = {readable(self.total)} on each device, which has {self.room or 'an unknown size'}"
 
 
-def needed(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> Memory:
+def needed(
+    cfg: ModelConfig, settings: EngineSettings, split: Split, length: int, codings: Codings = UNQUANTISED
+) -> Memory:
     """Returns the memory needed without pages, whose number depends on what is left."""
     mesh = split.mesh
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     shared = len(own) if get_backend(platform_of(mesh)).has_host_memory else 1
     rooms = [room for device in own if (room := device_room(device, shared)) is not None]
     return Memory(
-        weight_bytes(cfg, settings, mesh),
+        weight_bytes(cfg, settings, mesh, codings),
         step_bytes(cfg, settings, split, length),
         PROGRAMS // shared,
         0,
@@ -100,26 +104,45 @@ def within(memory: Memory) -> Iterator[None]:
         raise ValueError(f"memory ran out although {memory} was expected: {text[:200]}") from None
 
 
-def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
+def weight_bytes(
+    cfg: ModelConfig, settings: EngineSettings, mesh: Mesh, codings: Codings = UNQUANTISED
+) -> int:
     """Returns the bytes of weights on a device, with pools of offloaded experts.
 
     Their host copies count only if the device's memory is the host's. One layer of each kind is described:
-    describing hundreds takes seconds.
+    describing hundreds takes seconds. If weights are quantised, each layer is a kind of its own.
     """
+    if codings:
+        return _bytes_of_all_layers(cfg, settings, mesh, codings)
     moe_layers = len(cfg.moe_layers)
     counts = (cfg.num_hidden_layers - moe_layers, moe_layers) if cfg.mlp_only_layers else (moe_layers,)
     kinds = replace(
         cfg, num_hidden_layers=len(counts), mlp_only_layers=(0,) if len(counts) == 2 else (), layer_types=(),
         no_rope_layers=(),
     )  # fmt: skip
-    is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
+    total = 0
     for path, spec in abstract_decoder(make_blueprint(kinds, settings.moe, mesh))[1].items():
         layer, _ = in_layer(path)
         times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
-        shape = spec.sharding.shard_shape(spec.shape)
-        if spec.sharding.memory_kind in (None, "device") or is_host:
-            total += times * math.prod(shape) * spec.dtype.itemsize
+        total += times * _device_bytes(spec, mesh)
     return total + cache_bytes(cfg, settings.moe.offload, mesh)
+
+
+def _bytes_of_all_layers(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh, codings: Codings) -> int:
+    offload = settings.moe.offload
+    specs = abstract_decoder(make_blueprint(cfg, settings.moe, mesh, codings))[1].values()
+    stored = UNCODED if offload is None else store_codings(cfg, codings)
+    return sum(_device_bytes(spec, mesh) for spec in specs) + cache_bytes(cfg, offload, mesh, stored)
+
+
+def _device_bytes(spec: ParamSpec, mesh: Mesh) -> int:
+    """Returns the bytes of a parameter on a device: none if it is in a host's memory that is not the
+    device's."""
+    is_host = get_backend(platform_of(mesh)).has_host_memory
+    if spec.sharding.memory_kind not in (None, "device") and not is_host:
+        return 0
+    arrays = jax.tree.leaves(spec.arrays)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:

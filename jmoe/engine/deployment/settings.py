@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from jmoe.checkpoint.codings import Quantize
 from jmoe.config.moe import MoEConfig
+from jmoe.config.quantisation import QuantizationName, QuantizedProducts
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
 
@@ -27,12 +29,16 @@ class EngineSettings:
         least one page, is for prompts. A longer prompt takes several steps.
     kv_memory: bytes of the KV cache on each rank, also as text such as "2GiB".
     enable_prefix_caching: whether prompts with equal beginnings share pages.
+    quantization: how weights are quantised while they load; None keeps them as the checkpoint has them.
+    quantize: weights that are quantised, those of routed experts or of all products.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """
 
     max_model_len: AtLeastOne | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: QuantizationName | None = None
+    quantize: QuantizedProducts = "all"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
@@ -66,10 +72,16 @@ class EngineSettings:
         if "experts" in self.dispatch and not (self.moe.shuffle and self.moe.shuffle.requests):
             raise ValueError("dispatch 'experts' has no effect without moe.shuffle.requests = true")
 
+    @property
+    def quantization_request(self) -> Quantize | None:
+        return None if self.quantization is None else Quantize(self.quantization, self.quantize)
+
     def without_effect(self, data: int, expert: int, tensor: int) -> list[str]:
         """Returns the settings that have no effect on a mesh of these sizes but would on others, a line
         each."""
         lines = []
+        if self.quantization is None and self.quantize != "all":
+            lines.append(f"quantize = {self.quantize!r} has no effect without quantization")
         if self.moe.transport != MoEConfig.transport and data * expert * tensor == 1:
             lines.append(
                 f"moe.transport = {self.moe.transport!r} has no effect on one device: all experts are there"

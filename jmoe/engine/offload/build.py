@@ -1,5 +1,6 @@
 """The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.backends import Executor, get_backend
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
+from jmoe_kernels.quantised import Quantised, code_storage
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.model import ModelConfig
@@ -16,7 +18,15 @@ from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder
-from jmoe.moe.expert_leaves import ExpertLeaf, expert_bytes, leaves_of, weight_specs
+from jmoe.moe.expert_leaves import (
+    UNCODED,
+    ExpertLeaf,
+    LeafCodings,
+    codings_of,
+    expert_bytes,
+    leaves_of,
+    weight_specs,
+)
 from jmoe.offload.cache import ExpertCache
 from jmoe.offload.copies import copy_in
 from jmoe.offload.policy import RULES
@@ -51,28 +61,32 @@ def make_cache(
     embeddings_VD = np.asarray(model.embed[...]).astype(np.float32)
     with jax.set_mesh(mesh):
         predictor = _predictor(cfg, model.moe, mesh, seats, embeddings_VD, history)
-    slots, ranks, store = count_slots(cfg, offload, mesh), _ranks(mesh), model.store.weights
+    ranks, store = _ranks(mesh), model.store.weights
+    codings = codings_of(store)
+    slots = count_slots(cfg, offload, mesh, codings)
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
-    pool = _empty_pool(cfg, slots, mesh)
+    pool = _empty_pool(cfg, slots, mesh, codings)
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
     start = ranks.over(partial(_fill_pool, pool), *specs)
     cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
     return jax.device_put(cache, _shardings(cache, mesh))
 
 
-def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> ExpertCache | None:
+def abstract_cache(
+    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int, codings: LeafCodings = UNCODED
+) -> ExpertCache | None:
     """Returns the shapes of a cache without a profile, for compiling a step, or None if nothing is
     offloaded."""
     offload = moe.offload
     if offload is None:
         return None
-    slots = count_slots(cfg, offload, mesh)
+    slots = count_slots(cfg, offload, mesh, codings)
 
     def make() -> ExpertCache:
         embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
         predictor = _predictor(cfg, moe, mesh, seats, embeddings_VD, None)
         table, _ = _full_tables(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
-        shapes = _empty_pool(cfg, slots, mesh, is_global=True)
+        shapes = _empty_pool(cfg, slots, mesh, codings, is_global=True)
         pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
@@ -83,26 +97,28 @@ def abstract_cache(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int) -> 
     )
 
 
-def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh) -> int:
+def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh, codings: LeafCodings = UNCODED) -> int:
     """Returns the number of slots of each device's pool."""
     num_local = _local_experts(cfg, mesh)
     return offload.slots(
         layers=len(cfg.moe_layers), experts=num_local, k=min(cfg.num_experts_per_tok, num_local),
-        expert_bytes=expert_bytes(cfg, mesh.shape[TENSOR]),
+        expert_bytes=expert_bytes(cfg, codings, mesh.shape[TENSOR]),
     )  # fmt: skip
 
 
-def cache_bytes(cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh) -> int:
+def cache_bytes(
+    cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh, codings: LeafCodings = UNCODED
+) -> int:
     """Returns the device bytes that offloaded experts take: the pool, experts on their way, the predictor's
     store."""
     if offload is None:
         return 0
-    slots = count_slots(cfg, offload, mesh) + offload.num_extra_experts
+    slots = count_slots(cfg, offload, mesh, codings) + offload.num_extra_experts
     store_bytes = PREDICTORS[offload.predictor].store_bytes(
         layers=len(cfg.moe_layers), experts=cfg.num_experts, width=cfg.hidden_size,
         capacity=offload.store_size,
     )  # fmt: skip
-    return slots * expert_bytes(cfg, mesh.shape[TENSOR]) + store_bytes
+    return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR]) + store_bytes
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
@@ -161,13 +177,21 @@ def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[SlotTabl
     return jax.tree.map(joined, jax.tree.broadcast((TABLE, COPIES), tables[0]), *tables)
 
 
-def _empty_pool(cfg: ModelConfig, slots: int, mesh: Mesh, *, is_global: bool = False) -> ExpertWeights:
+def _empty_pool(
+    cfg: ModelConfig, slots: int, mesh: Mesh, codings: LeafCodings, *, is_global: bool = False
+) -> ExpertWeights:
     """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
-    dtype = storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
+    plain, platform = jnp.dtype(cfg.dtype), platform_of(mesh)
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 
-    def stack(leaf: ExpertLeaf) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((ranks * (slots + 1), *leaf.shape(cfg, parts)), dtype)
+    def stack(leaf: ExpertLeaf) -> jax.ShapeDtypeStruct | Quantised:
+        shape = ranks * (slots + 1), *leaf.shape(cfg, parts)
+        if leaf.name not in codings:
+            return jax.ShapeDtypeStruct(shape, storage_dtype(plain, platform))
+        whole, tensor_parts = leaf.shape(cfg)[-1], leaf.inner_parts(mesh.shape[TENSOR])
+        shapes = codings[leaf.name].split(whole, tensor_parts).shapes(shape, plain.name)
+        kept = code_storage(shapes.coding.code, platform)
+        return replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
 
     return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
 

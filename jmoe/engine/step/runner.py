@@ -28,7 +28,7 @@ from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
-from jmoe.moe.expert_leaves import expert_bytes
+from jmoe.moe.expert_leaves import codings_of, expert_bytes
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
@@ -101,7 +101,7 @@ class Runner:
         self.state = self._first_state(model, cache)
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         row_bytes = transported_bytes(model.cfg, mesh)
-        sizes_of = row_bytes, expert_bytes(model.cfg)
+        sizes_of = row_bytes, expert_bytes(model.cfg, codings_of(model.expert_weights))
         self.counters = {phase: MoECounters(layers, experts, *sizes_of) for phase in PHASES}
         self.compilations = CompilationCounter()
 

@@ -5,12 +5,12 @@ C padded rows of an expert.
 """
 
 from jmoe_kernels.backends import ExpertKernel
-from jmoe_kernels.grouped_mlp.api import grouped_mlp, pick, storage_dtype, why_not
+from jmoe_kernels.grouped_mlp.api import PLAIN, grouped_mlp, pick, storage_dtype, why_not, why_not_weights
 from jmoe_kernels.grouped_mlp.implementations import IMPLEMENTATIONS
-from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.grouped_mlp.types import ExpertCodings, ExpertWeights, gated
 from jmoe_kernels.settings import Activation
 
 __all__ = [
-    "IMPLEMENTATIONS", "Activation", "ExpertKernel", "ExpertWeights", "gated", "grouped_mlp", "pick",
-    "storage_dtype", "why_not",
+    "IMPLEMENTATIONS", "PLAIN", "Activation", "ExpertCodings", "ExpertKernel", "ExpertWeights", "gated",
+    "grouped_mlp", "pick", "storage_dtype", "why_not", "why_not_weights",
 ]  # fmt: skip

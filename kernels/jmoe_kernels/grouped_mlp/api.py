@@ -1,5 +1,6 @@
 """``grouped_mlp``: one entry for every implementation; it raises if the named one cannot run."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, get_args
 
@@ -11,8 +12,11 @@ from jaxtyping import Float, Int
 from jmoe_kernels.backends import ExpertKernel, first_supported, get_backend, home_of
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
 from jmoe_kernels.grouped_mlp.implementations import IMPLEMENTATIONS, Implementation
-from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.grouped_mlp.types import ExpertCodings, ExpertWeights
+from jmoe_kernels.quantised import Coding
 from jmoe_kernels.settings import Activation
+
+PLAIN: ExpertCodings = (None, None)
 
 
 def storage_dtype(dtype: jnp.dtype, platform: str | None = None) -> jnp.dtype:
@@ -46,26 +50,42 @@ def why_not(implementation: str, platform: str, dtype: Any, *, interpret: bool =
     return reason and f"implementation {implementation!r} cannot run here: {reason}; 'xla' can"
 
 
-def pick(platform: str, dtype: Any, dims: tuple[int, int, int] | None = None) -> tuple[ExpertKernel, str]:
+def pick(
+    platform: str,
+    dtype: Any,
+    dims: tuple[int, int, int] | None = None,
+    codings: Collection[ExpertCodings] = (PLAIN,),
+) -> tuple[ExpertKernel, str]:
     """Returns the implementation that None stands for on ``platform``, and the reason.
 
     dims: (experts, inner, model) of the weights if they are known, because implementations may have limits.
+    codings: how the layers' weights are stored, each way once.
     """
 
     def refusal(name: ExpertKernel) -> str | None:
-        reason = why_not(name, platform, dtype)
-        if reason is None and dims is not None:
-            reason = _limit(name, _abstract_weights(dims, dtype), 1, "silu")
-        return reason
+        return why_not(name, platform, dtype) or (dims and why_not_weights(name, dims, dtype, codings))
 
     names = get_backend(platform).experts
     return first_supported(names, refusal, lambda name: IMPLEMENTATIONS[name].describe())
 
 
-def _abstract_weights(dims: tuple[int, int, int], dtype: Any) -> ExpertWeights:
+def why_not_weights(
+    name: ExpertKernel, dims: tuple[int, int, int], dtype: Any, codings: Collection[ExpertCodings]
+) -> str | None:
+    """Returns why an implementation cannot take weights of these sizes and codings, or None if it can."""
     experts, inner, model = dims
     shapes = (experts, 2, inner, model), (experts, model, inner)
-    return ExpertWeights(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
+    for both in codings:
+        weights = ExpertWeights(*(_abstract(*each, dtype) for each in zip(shapes, both, strict=True)))
+        if reason := _limit(name, weights, 1, "silu"):
+            return reason
+    return None
+
+
+def _abstract(shape: tuple[int, ...], coding: Coding | None, dtype: Any) -> Any:
+    if coding is None:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return coding.shapes(shape, jnp.dtype(dtype).name)
 
 
 def _limit(name: ExpertKernel, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:

@@ -5,7 +5,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
-from jmoe_kernels.matmul import as_float, linear
+from jmoe_kernels.matmul import linear
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.rows import take_rows
 from jmoe_kernels.settings import Activation
 

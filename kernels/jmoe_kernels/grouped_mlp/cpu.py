@@ -1,6 +1,6 @@
 """Grouped MLP by the C++ kernel (``cpu/src/grouped_mlp.cc``), which also gathers and combines tokens."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
-from jmoe_kernels.matmul import as_float
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.settings import Activation
 
 ACTIVATIONS = get_args(Activation)  # the kernel knows them by their index
@@ -42,6 +42,12 @@ def combined_mlp_cpu(
     return cpu.call("jmoe_combined_mlp", x_TD.shape, *args, activation=ACTIVATIONS.index(activation))
 
 
+def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
+    """Returns why the kernel cannot take these weights, or None if it can."""
+    coding = next(filter(None, weights.codings), None)
+    return coding and f"weights are quantised ({coding}); the kernel takes bfloat16 and float32"
+
+
 def describe() -> str:
     """Returns what the loaded kernels are, with the instruction set in use."""
     library = cpu.get_library()
@@ -49,7 +55,7 @@ def describe() -> str:
     return f"C++ kernels for {library.isa}"
 
 
-def _arrays(weights: ExpertWeights) -> tuple[Array, ...]:
+def _arrays(weights: ExpertWeights) -> tuple[Any, ...]:
     """Returns the four operands; an absent bias is an empty array."""
     none = jnp.zeros((0,), jnp.float32)
     biases = (weights.gate_up_bias_E2F, weights.down_bias_ED)

@@ -13,7 +13,7 @@ from jax import Array
 from jmoe_kernels import cpu
 from jmoe_kernels.backends import ExpertKernel
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
-from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, describe, grouped_mlp_cpu
+from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, describe, grouped_mlp_cpu, limit
 from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 from jmoe_kernels.lazy import LazyFunction
@@ -65,7 +65,11 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         has_interpreter=True,
     ),
     "cpu": Implementation(
-        grouped_mlp_cpu, run_combined=combined_mlp_cpu, why_missing=cpu.why_missing, describe=describe
+        grouped_mlp_cpu,
+        run_combined=combined_mlp_cpu,
+        why_missing=cpu.why_missing,
+        limit=limit,
+        describe=describe,
     ),
     "batched": Implementation(grouped_mlp_batched, is_for_training=True),
     "reference": Implementation(grouped_mlp_reference),

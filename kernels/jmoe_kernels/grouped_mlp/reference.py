@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.settings import Activation
 
 
@@ -24,12 +25,12 @@ def grouped_mlp_reference(
     x = x_ND.astype(jnp.float32)
     y_ND = jnp.zeros(x_ND.shape, jnp.float32)
     for e in range(weights.dims[0]):
-        gate_FD, up_FD = weights.gate_up_E2FD[e].astype(jnp.float32)
+        gate_FD, up_FD = as_float(weights.gate_up_E2FD[e]).astype(jnp.float32)
         gate, up = x @ gate_FD.T, x @ up_FD.T
         if weights.gate_up_bias_E2F is not None:
             gate_bias, up_bias = weights.gate_up_bias_E2F[e].astype(jnp.float32)
             gate, up = gate + gate_bias[None], up + up_bias[None]
-        y = gated(activation, gate, up) @ weights.down_EDF[e].astype(jnp.float32).T
+        y = gated(activation, gate, up) @ as_float(weights.down_EDF[e]).astype(jnp.float32).T
         if weights.down_bias_ED is not None:
             y = y + weights.down_bias_ED[e].astype(jnp.float32)[None]
         mine_N1 = ((row_N >= starts_E[e]) & (row_N < ends_E[e]))[:, None]

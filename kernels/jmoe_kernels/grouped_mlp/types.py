@@ -7,7 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
+from jmoe_kernels.quantised import Coding, Quantised, coding_of, dtype_of
 from jmoe_kernels.settings import Activation
+
+# how gate and up, and down, are stored; None is not quantised
+ExpertCodings = tuple[Coding | None, Coding | None]
 
 
 @jax.tree_util.register_dataclass
@@ -15,15 +19,15 @@ from jmoe_kernels.settings import Activation
 class ExpertWeights:
     """Stacked weights in the checkpoint's ``[out, in]`` layout.
 
-    gate_up_E2FD: weights ``[experts, (gate, up), inner, model]``, float32 or bfloat16; a CPU stores bfloat16
-        as uint16 (see ``storage_dtype``).
-    down_EDF: weights ``[experts, model, inner]`` of the same dtype.
+    gate_up_E2FD: weights ``[experts, (gate, up), inner, model]``, float32, bfloat16 or quantised; a CPU
+        stores bfloat16 as uint16 (see ``storage_dtype``).
+    down_EDF: weights ``[experts, model, inner]``, whose products have the same dtype.
     gate_up_bias_E2F: biases of gate and up, float32 or as the weights are.
     down_bias_ED: biases of down, likewise.
     """
 
-    gate_up_E2FD: Shaped[Array, "E 2 F D"]
-    down_EDF: Shaped[Array, "E D F"]
+    gate_up_E2FD: Shaped[Array, "E 2 F D"] | Quantised
+    down_EDF: Shaped[Array, "E D F"] | Quantised
     gate_up_bias_E2F: Float[Array, "E 2 F"] | None = None
     down_bias_ED: Float[Array, "E D"] | None = None
 
@@ -35,9 +39,13 @@ class ExpertWeights:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Returns the dtype of the numbers, which is bfloat16 if they are stored as uint16."""
-        dtype = self.gate_up_E2FD.dtype
-        return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else dtype
+        """Returns the dtype of the products, which is bfloat16 if weights are stored as uint16."""
+        return dtype_of(self.gate_up_E2FD)
+
+    @property
+    def codings(self) -> ExpertCodings:
+        """Returns how gate and up, and down, are stored."""
+        return coding_of(self.gate_up_E2FD), coding_of(self.down_EDF)
 
 
 def gated(activation: Activation, gate: Array, up: Array) -> Array:

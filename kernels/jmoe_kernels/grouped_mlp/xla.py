@@ -6,15 +6,17 @@ past the last group are zeroed at the end. Experts without rows have no tile, so
 
 bfloat16 weights must come as uint16 (``storage_dtype``): XLA:CPU otherwise legalises the slice of a bfloat16
 stack as convert-slice-convert and hoists the conversion of *all* experts out of the loop (143 ms instead of 5
-ms per layer of OLMoE's size).
+ms per layer of OLMoE's size). A quantised expert is dequantised after its slice, for the same reason.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
-from jmoe_kernels.matmul import as_float, dot_nt
+from jmoe_kernels.matmul import dot_nt
+from jmoe_kernels.quantised import Weight, as_float
 from jmoe_kernels.settings import Activation
 
 
@@ -48,8 +50,8 @@ def grouped_mlp_xla(
     first_tile_E = tile_ends_E - tiles_E
     x_pad = jnp.pad(x_ND.astype(weights.dtype), ((0, tile), (0, 0)))
 
-    def expert_matrix(stack: Array, e: Array) -> Array:
-        return as_float(lax.dynamic_index_in_dim(stack, e, keepdims=False))
+    def expert_matrix(stack: Weight, e: Array) -> Array:
+        return as_float(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), stack))
 
     def one_tile(i: Array, y_pad: Array) -> Array:
         e = expert_of_tile[i]

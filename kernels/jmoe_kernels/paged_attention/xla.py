@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
-from jmoe_kernels.matmul import as_float, dot
+from jmoe_kernels.matmul import dot
 from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
 from jmoe_kernels.paged_attention.write import write
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.settings import Span
 
 BLOCK = 128  # queries that attend together, and keys that a step of the loop reads

@@ -42,6 +42,8 @@ __all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
     """Returns why the kernels cannot run on these static shapes and dtypes, or None if they can."""
     experts, inner, model = weights.dims
+    if coding := next(filter(None, weights.codings), None):
+        return f"weights must be bfloat16, they are quantised ({coding})"
     for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
         if array.dtype != jnp.bfloat16:
             return f"weights must be bfloat16, {name} is {array.dtype}"

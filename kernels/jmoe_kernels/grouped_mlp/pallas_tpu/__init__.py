@@ -15,7 +15,7 @@ from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, LANES, BlockSizes,
 from jmoe_kernels.grouped_mlp.pallas_tpu.decode import decode
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import prefill
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
-from jmoe_kernels.matmul import as_float
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.settings import Activation
 
 __all__ = ["BlockSizes", "choose_blocks", "grouped_mlp_pallas_tpu", "limit"]
@@ -31,6 +31,8 @@ def limit(
     _, inner, model = weights.dims
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
+    if coding := next(filter(None, weights.codings), None):
+        return f"weights are quantised ({coding}); the kernels take bfloat16 and float32"
     if weights.dtype not in (jnp.bfloat16, jnp.float32):
         return f"weights are {weights.dtype}; the kernels take bfloat16 and float32"
     if weights.down_EDF.dtype != weights.gate_up_E2FD.dtype:

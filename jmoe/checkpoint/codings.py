@@ -1,0 +1,84 @@
+"""How each parameter of a checkpoint will be kept in memory: as it is stored, or quantised while it loads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jmoe_kernels.quantised import Coding
+
+from jmoe.blueprint import UNQUANTISED, Codings
+from jmoe.checkpoint.facts import has_weights, stored_tensors
+from jmoe.checkpoint.formats import StoredParam
+from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.manifest import is_converted, read_manifest
+from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
+from jmoe.checkpoint.quantisation import read_quantisation
+from jmoe.config.model import ModelConfig
+from jmoe.config.moe import MoEConfig
+from jmoe.config.quantisation import QuantizationName, QuantizedProducts
+from jmoe.mesh import make_mesh
+from jmoe.models.decoder import make_blueprint
+
+CODINGS: dict[QuantizationName, Coding] = {
+    "int8": Coding("int8", None),
+    "int4": Coding("int4", 32, "float16", has_lows=True),
+    "fp8": Coding("e4m3", None),
+    "mxfp4": Coding("e2m1", 32, "uint8"),
+}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A request to quantise plain weights while they load.
+
+    method: how they are kept.
+    what: which weights, those of routed experts or of all products.
+    """
+
+    method: QuantizationName
+    what: QuantizedProducts = "all"
+
+
+def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = None) -> Codings:
+    """Returns how the quantised parameters are kept, by path.
+
+    It raises ValueError if the checkpoint contradicts itself, or if it is quantised and more is requested.
+    """
+    if is_converted(directory):
+        found = Codings(read_manifest(directory).codings)
+    elif has_weights(directory) and read_quantisation(directory).rules:
+        with HFCheckpoint(directory) as checkpoint:
+            found = codings_of(stored_tensors(checkpoint, cfg))
+    else:
+        found = UNQUANTISED
+    if request is None:
+        return found
+    if found or is_converted(directory):
+        what = "is quantised already" if found else "is converted: convert it again, with --quantization"
+        raise ValueError(f"{directory}: {what}; quantization {request.method!r} is for plain checkpoints")
+    return requested_codings(cfg, request)
+
+
+def codings_of(tensors: Iterable[StoredParam]) -> Codings:
+    """Returns the codings of parameters whose tensors all have the same one; others are dequantised."""
+    found = Codings()
+    for path, parts in tensors_by_path(tensors).items():
+        codings = {None if part.format is None else part.format.coding for part in parts}
+        if len(codings) == 1 and (coding := codings.pop()) is not None:
+            found[path] = coding
+    return found
+
+
+def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:
+    """Returns the codings that a request gives to the parameters of products."""
+    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh())
+    coding = CODINGS[request.method]
+    kinds = ("experts",) if request.what == "experts" else ("experts", "dense")
+    specs = abstract_decoder(blueprint)[1]
+    chosen = {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
+    return Codings({path: _for_rows(coding, inner) for path, inner in chosen.items()})
+
+
+def _for_rows(coding: Coding, inner: int) -> Coding:
+    """Returns the coding with groups that are no longer than a row."""
+    return replace(coding, group=None) if coding.group and coding.group > inner else coding

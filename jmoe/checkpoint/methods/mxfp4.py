@@ -1,0 +1,19 @@
+"""``mxfp4``: gpt-oss' experts; everything else is plain."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jmoe.checkpoint.formats.mxfp4 import Mxfp4Blocks
+from jmoe.checkpoint.methods.method import Method, Rule
+from jmoe.checkpoint.methods.patterns import matcher
+
+EXPERTS = matcher("re:.*\\.experts\\.(gate_up|down)_proj$")
+
+
+def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
+    for entry in config.get("modules_to_not_convert") or ():
+        yield Rule(matcher(entry), None, f"modules_to_not_convert: {entry!r}")
+    yield Rule(EXPERTS, Mxfp4Blocks(), "quant_method 'mxfp4'")
+
+
+METHOD = Method("mxfp4", rules)
