@@ -11,7 +11,7 @@ from jmoe.checkpoint.facts import has_weights, stored_tensors
 from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, tensors_by_path
 from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -48,7 +48,7 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
         found = Codings(read_manifest(directory).codings)
     elif has_weights(directory) and read_quantisation(directory).rules:
         with HFCheckpoint(directory) as checkpoint:
-            found = codings_of(stored_tensors(checkpoint, cfg))
+            found = _of_products(codings_of(stored_tensors(checkpoint, cfg)), cfg)
     else:
         found = UNQUANTISED
     if request is None:
@@ -71,12 +71,22 @@ def codings_of(tensors: Iterable[StoredParam]) -> Codings:
 
 def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:
     """Returns the codings that a request gives to the parameters of products."""
-    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh())
     coding = CODINGS[request.method]
     kinds = ("experts",) if request.what == "experts" else ("experts", "dense")
-    specs = abstract_decoder(blueprint)[1]
+    specs = _specs(cfg)
     chosen = {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
     return Codings({path: _for_rows(coding, inner) for path, inner in chosen.items()})
+
+
+def _of_products(codings: Codings, cfg: ModelConfig) -> Codings:
+    """Returns the codings of parameters that stay quantised. The others are dequantised, because they are
+    used in more than products."""
+    specs = _specs(cfg) if codings else {}
+    return Codings({path: each for path, each in codings.items() if specs[path].products is not None})
+
+
+def _specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    return abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))[1]
 
 
 def _for_rows(coding: Coding, inner: int) -> Coding:

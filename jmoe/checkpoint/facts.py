@@ -1,6 +1,7 @@
 """Facts of a checkpoint that ``config.json`` does not state, or states wrongly."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 # The dtype to compute in, by the checkpoint's dtype. float32 holds every float16; bfloat16 would round them.
 COMPUTED = {"float16": "float32"}
+PRODUCT = re.compile(r"\.(\w+_proj|gate_up_E?2FD|down_E?DF)$")  # at the end of a parameter's path
 
 
 def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
@@ -118,8 +120,16 @@ def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Store
     for stored in get_family(cfg.architecture).names(cfg):
         name = head if as_head and stored.name == embed else stored.name
         if name != last:  # the entries of a stacked tensor follow one another
-            last, stored_format = name, quantisation.format_of(name, names)
+            last, stored_format = (
+                name,
+                quantisation.format_of(name, names, is_product=is_product(stored.path)),
+            )
         yield StoredParam(name, stored.path, stored.index, stored.expert, stored.form, stored_format)
+
+
+def is_product(path: str) -> bool:
+    """Returns whether a parameter is a matrix of attention, of an expert or of an MLP."""
+    return PRODUCT.search(path) is not None
 
 
 def _are_equal(checkpoint: HFCheckpoint, first: str, second: str, dtype: str) -> bool:

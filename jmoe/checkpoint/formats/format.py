@@ -1,14 +1,15 @@
 """What a format's file declares: the tensors that store a parameter's numbers, and how they are read."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES
+from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES, TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor
 
@@ -53,6 +54,10 @@ class Format(ABC):
     @abstractmethod
     def tensor_names(self, name: str) -> tuple[str, ...]:
         """Returns the names of the tensors that store a weight; the first holds the codes."""
+
+    def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
+        """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
+        return self
 
     @abstractmethod
     def read(

@@ -1,7 +1,7 @@
 """Eight-bit floats with a scale for each block, row or tensor.
 
 DeepSeek's form (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) has blocks of 128 x 128, of which the last ones
-may be cut. Its scales multiply, although their name ends in ``_inv``.
+may be cut. Its scales multiply, although their name says that they are inverse.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales, exponent_scales
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
+from jmoe.checkpoint.formats.grids import Block, by_row, check_groups, grid_shape
 from jmoe.checkpoint.formats.mxfp4 import check_exponents
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.config.units import brief
@@ -29,7 +30,7 @@ class Fp8(Format):
     keeps_bytes: whether scales that are powers of two stay bytes in memory.
     """
 
-    block: tuple[int | None, int | None]
+    block: Block
     suffix: str
     keeps_bytes: bool = False
     name: ClassVar[str] = "fp8"
@@ -43,12 +44,11 @@ class Fp8(Format):
         return name, name + self.suffix
 
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
-        *front, out, inner = shape
-        per_block = (*front, _blocks(out, self.block[0]), _blocks(inner, self.block[1]))
+        check_groups(name, shape, self.block)
         kinds = BYTES if self.keeps_bytes else SCALES + BYTES
         return (
             StoredEntry(name, shape, ("F8_E4M3",)),
-            StoredEntry(name + self.suffix, per_block if any(self.block) else (1,), kinds),
+            StoredEntry(name + self.suffix, grid_shape(shape, self.block), kinds),
         )
 
     def read(
@@ -64,11 +64,4 @@ class Fp8(Format):
         else:
             scales = scales.astype(np.float32)
             check_finite(checkpoint, name + self.suffix, scales)
-        *front, out, _ = shape
-        scales = np.broadcast_to(scales, (*front, 1, 1)) if scales.shape == (1,) else scales
-        each = np.repeat(scales, self.block[0] or out, axis=-2)[..., :out, :]
-        return Quantised(values, np.ascontiguousarray(each), None, self.coding, "float32")
-
-
-def _blocks(size: int, block: int | None) -> int:
-    return 1 if block is None else -(-size // block)
+        return Quantised(values, by_row(scales, shape, self.block), None, self.coding, "float32")

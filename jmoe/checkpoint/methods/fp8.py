@@ -5,7 +5,7 @@ from typing import Any
 
 from jmoe.checkpoint.formats.fp8 import Fp8
 from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import matcher
+from jmoe.checkpoint.methods.patterns import matcher, patterns
 from jmoe.config.reading import shown
 
 
@@ -20,7 +20,7 @@ def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
     if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
         raise ValueError(f"weight_block_size must be two numbers of at least 1, got {shown(block)}")
     for key in ("modules_to_not_convert", "ignored_layers"):
-        for entry in config.get(key) or ():
+        for entry in patterns(config, key):
             yield Rule(matcher(entry), None, f"{key}: {entry!r}")
     yield Rule(lambda module: True, Fp8((block[0], block[1]), "_scale_inv"), "weight_block_size")
 

@@ -26,8 +26,8 @@ class Method:
     """One value of ``quant_method``.
 
     name: the value.
-    rules: function of the ``quantization_config`` that returns its rules, the first that matches a module
-        decides. It raises ValueError naming the key that is absent or not supported.
+    rules: function of the configuration of the quantisation that returns its rules; the first that matches a
+        module decides. It raises ValueError naming the key that is absent or not supported.
     """
 
     name: str

@@ -5,13 +5,13 @@ from typing import Any
 
 from jmoe.checkpoint.formats.mxfp4 import Mxfp4Blocks
 from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import matcher
+from jmoe.checkpoint.methods.patterns import matcher, patterns
 
 EXPERTS = matcher("re:.*\\.experts\\.(gate_up|down)_proj$")
 
 
 def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
-    for entry in config.get("modules_to_not_convert") or ():
+    for entry in patterns(config, "modules_to_not_convert"):
         yield Rule(matcher(entry), None, f"modules_to_not_convert: {entry!r}")
     yield Rule(EXPERTS, Mxfp4Blocks(), "quant_method 'mxfp4'")
 
