@@ -47,7 +47,8 @@ class DenseMLP(nnx.Module):
         multiply = partial(linear, implementation=self.kernels.dense)
         gate_up = w["gate_up_2FD"]
         inner = gate_up.shape[1]
-        h_TF = multiply(x_TD, gate_up.reshape(2 * inner, gate_up.shape[-1]))
+        rows = jax.tree.map(lambda array: array.reshape(2 * inner, array.shape[-1]), gate_up)
+        h_TF = multiply(x_TD, rows)
         y_TD = multiply(gated(self.cfg.hidden_act, h_TF[:, :inner], h_TF[:, inner:]), w["down_DF"])
         if not is_single(self.mesh):
             y_TD = lax.psum(y_TD, TENSOR)
