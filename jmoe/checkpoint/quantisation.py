@@ -89,7 +89,7 @@ class Quantisation:
         elif rule is not None and rule.format is not None:
             names = " and ".join(map(brief, rule.format.tensor_names(name)))
             said = f"{rule.text} needs {names} ({rule.format.name})"
-        return f"by {self.source} {said}"
+        return f"by {self.source}: {said}"
 
     def is_unread(self, name: str) -> bool:
         """Returns whether a tensor may be there without being read: it is not about the weights."""

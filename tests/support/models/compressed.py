@@ -5,15 +5,26 @@ definition gives them: in float64 and rounded once to float32, unless the defini
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jmoe_kernels.quantised import Coding, dequantised
+from safetensors.numpy import save_file
 from support.models import hf_tiny
+
+from jmoe.checkpoint.formats import StoredParam
+from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.params import ParamSpec
+from jmoe.checkpoint.quantisation import parsed
+from jmoe.checkpoint.slices import check_shapes, read_slice
 
 BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 Tensors = dict[str, np.ndarray]  # by what follows ``weight`` in the names of a module's tensors
@@ -271,3 +282,37 @@ def write_config(directory: Path, quantisation: Any) -> None:
     """Writes another ``quantization_config`` beside the same tensors."""
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantisation}))
+
+
+@contextmanager
+def stored_weight(
+    directory: Path, tensors: Tensors, config: dict[str, Any], shape: tuple[int, ...] = (48, 160)
+) -> Iterator[tuple[HFCheckpoint, StoredParam, ParamSpec]]:
+    """Writes one weight; yields its checkpoint, and the weight and its parameter by the configuration."""
+    name = "model.layers.0.self_attn.q_proj"
+    save_file(named(name, tensors), directory / "model.safetensors")
+    rules = parsed(config, directory / "config.json")
+    with HFCheckpoint(directory) as checkpoint:
+        stored = rules.format_of(f"{name}.weight", checkpoint.tensors, is_product=True)
+        param = StoredParam(f"{name}.weight", "p", format=stored)
+        float32, where = np.dtype(np.float32), SingleDeviceSharding(jax.devices()[0])
+        spec = ParamSpec("p", shape, float32, float32, where)
+        yield checkpoint, param, spec
+
+
+def read_weight(
+    directory: Path, tensors: Tensors, config: dict[str, Any], shape: tuple[int, ...] = (48, 160)
+) -> tuple[Coding, np.ndarray]:
+    """Returns how a weight is kept in memory and its numbers, both as it is kept and read into plain numbers,
+    which are the same."""
+    with stored_weight(directory, tensors, config, shape) as (checkpoint, param, spec):
+        check_shapes(checkpoint.tensors, {"p": [param]}, {"p": spec})
+        assert param.format is not None
+        coded = jax.tree.map(
+            lambda array: np.empty(array.shape, array.dtype), param.format.coding.shapes(shape)
+        )
+        plain = np.empty(shape, np.float32)
+        read_slice(checkpoint, param, coded)
+        read_slice(checkpoint, param, plain)
+    np.testing.assert_array_equal(dequantised(coded), plain)
+    return coded.coding, plain
