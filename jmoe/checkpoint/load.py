@@ -198,7 +198,7 @@ def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredPa
         return entry_numbers(spec)
     buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
     for stored in tensors:
-        read_slice(checkpoint, stored, buffer[stored.index])
+        read_slice(checkpoint, stored, buffer[stored.index], spec.written)
     return buffer
 
 
