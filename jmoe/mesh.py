@@ -67,7 +67,7 @@ def give_threads() -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """How attention is split over a mesh.
+    """The split of attention over a mesh.
 
     sequences: mesh axes over which sequences are split.
     heads: mesh axes over which the heads of a sequence are split.

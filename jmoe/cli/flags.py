@@ -1,4 +1,4 @@
-"""What the commands share: a parser with one-line errors, the flags of model commands, and settings."""
+"""The parts that commands share: a parser with one-line errors, the flags of model commands, and settings."""
 
 import argparse
 import re

@@ -40,7 +40,7 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """What one pass of the decoder returns.
+    """The results of one pass of the decoder.
 
     hidden_RND: final normed states, float32, in the grid of ``Sequences``.
     pages: updated KV cache.

@@ -1,4 +1,4 @@
-"""What a model family's file declares: how its Hugging Face config and weight names map to the decoder."""
+"""The declaration of a model family: it maps Hugging Face's config and weight names to the decoder."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,5 @@
-"""Where a layer's tokens go: route -> bin -> limit, that is, the router and then the lossy stages in order.
+"""Decides which experts a layer's tokens go to: route -> bin -> limit, that is, the router and then the lossy
+stages in order.
 
 A stage is made from its config table and the model's blueprint, see ``jmoe.moe.stage``.
 """

@@ -94,7 +94,7 @@ def _values(param: nnx.Param | None) -> Array | None:
 
 @dataclass(frozen=True)
 class ExpertMath:
-    """How a rank computes experts; it is an ``Apply``.
+    """The computation of experts on one rank; it is an ``Apply``.
 
     implementation: kernel of the grouped product.
     platform: platform that the kernel is compiled for; None is jax's default.

@@ -34,7 +34,7 @@ from jmoe.config.techniques import LossyConfig, Phase
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token goes to, and with what weight.
+    """The experts of each token, and their weights.
 
     ids_TK: expert ids, distinct within a token. The id E (one past the last expert) marks an absent
         assignment: its weight is 0, it is not sent anywhere and adds nothing.
@@ -76,7 +76,7 @@ class TokenFlags:
 
     @property
     def lossy_T(self) -> Bool[Array, " T"]:
-        """Which tokens a lossy technique may touch."""
+        """Whether a lossy technique may touch each token."""
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
 
     def without_decode(self) -> "TokenFlags":
@@ -90,7 +90,7 @@ class TokenFlags:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """What the lossy techniques read in each step, so that it can change without recompilation.
+    """The settings that lossy techniques read in each step, so that they can change without recompilation.
 
     values: float32 settings, by the names of ``MoEConfig.knobs``.
     seed: seed of random choices; it differs in each step.
@@ -111,7 +111,7 @@ class Knobs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CapacityCounts:
-    """How many assignments of each token were kept, moved or dropped; padding has none.
+    """Counts of the assignments of each token that were kept, moved or dropped; padding has none.
 
     kept + rerouted + dropped + exact is the number of the router's choices.
 
@@ -234,22 +234,22 @@ class Apply(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Where a layer's experts come from. It is a pytree; inside ``shard_map`` it is one rank's part, with the
+    """The source of a layer's experts. It is a pytree; inside ``shard_map`` it is one rank's part, with the
     experts of that rank."""
 
     @property
     def specs(self) -> Any:
-        """How the source is split over a mesh."""
+        """The split of the source over a mesh."""
         ...
 
     @property
     def next_specs(self) -> Any:
-        """How the source for the next layer is split; None if there is none."""
+        """The split of the source for the next layer; None if there is none."""
         ...
 
     @property
     def resident_E(self) -> Bool[Array, " E"] | None:
-        """Which experts are on the devices that share the tokens of this device; None if all are."""
+        """Whether each expert is on the devices that share the tokens of this device; None if all are."""
         ...
 
     def run(
@@ -274,7 +274,7 @@ class ExpertSource(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DispatchStats:
-    """What one layer did with one batch, summed over shards.
+    """The statistics of one layer for one batch, summed over shards.
 
     counts_E: assignments of valid tokens that each expert received.
     plain_counts_E: assignments that the router gave each expert, before any lossy technique.
@@ -308,7 +308,7 @@ class DispatchStats:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoEOutput:
-    """What one layer returns.
+    """The results of one layer.
 
     y_TD: experts' combined output, float32; zero for invalid tokens.
     routing: own choice of the router.

@@ -51,7 +51,7 @@ BEFORE_FIRST = -1  # the layer number of what happens before the first layer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertCache:
-    """What stays on the device between steps.
+    """The state of the cache, which stays on the device between steps.
 
     table: slot table, usage and forecast of the experts.
     predictor: predictor of the experts that the next layers need.
@@ -70,7 +70,7 @@ class ExpertCache:
 
     @property
     def specs(self) -> Any:
-        """How the cache is sharded over a mesh."""
+        """The split of the cache over a mesh."""
         return replace(self, table=TABLE, predictor=SAME, pool=weight_specs(self.pool, TOKENS))
 
 

@@ -1,4 +1,4 @@
-"""What every grouping method minimises: expected remote activations and uneven load, of one layer or of all.
+"""The objective of all grouping methods: expected remote activations and uneven load, of one layer or of all.
 
 Speculative MoE, co-clustering objective: theta * imbalance + (1 - theta) * remote, with each expert in one
 cluster and exactly E / R experts in each of R clusters. Both terms here are shares of all activations:

@@ -1,4 +1,4 @@
-"""What the server knows of an engine. Requests and outputs are plain data without any jax type."""
+"""The interface of an engine for the server. Requests and outputs are plain data without any jax type."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""What the handlers share: the engine, the chat template, the running generations, the draining state."""
+"""The state that handlers share: engine, chat template, running generations, and whether it is draining."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What each platform offers to the kernels and to the engine: one record per platform, which everyone reads.
+"""The facts about each platform for kernels and engine: one record per platform, which everyone reads.
 
 A new platform needs one record here, and its kernels lie in the folders of what they compute. This module
 needs no jax.

@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured for one document, with its JSON and its plots.
+    """The measurements for one document, with its JSON and its plots.
 
     name: the name of the study's folder here and of its template there.
     description: the study's help text.

@@ -1,4 +1,4 @@
-"""What a format's file declares: the tensors that store a parameter's values, and how they are read."""
+"""The declaration of a format: the tensors that store a parameter's values, and the way to read them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """What is read from one tensor.
+    """One tensor that is read, and the form that it must have.
 
     name: name of the tensor.
     shape: shape of the tensor, or of one entry if it is stacked.

@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def left(self) -> int | None:
-        """What all but the pages leave of the room, or None if the room is unknown."""
+        """The part of the room that is left for the pages, or None if the room is unknown."""
         return None if self.room is None else self.room.bytes - self.total + self.pages
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How to run a model: what the command line, ``--config`` files and ``LLM`` set."""
+"""The settings of an engine, which the command line, ``--config`` files and ``LLM`` set."""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the host passes to a step: its shapes, and the arrays of one step.
+"""The inputs that the host passes to a step: the shapes, and the arrays of one step.
 
 A decode step has rows ``[B, 1]``, one token of each sequence. A prefill step has rows of ``Sizes.row_tokens``
 prompt tokens, several rows for a long prompt, and a second array with one token of each sequence that decodes
@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def state(self) -> StateSizes:
-        """How much state each rank keeps of a layer."""
+        """The sizes of the state that each rank keeps of a layer."""
         return StateSizes(self.pages_per_rank, self.page_size, self.decode[-1])
 
     @property

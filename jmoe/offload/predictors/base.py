@@ -1,4 +1,4 @@
-"""What the predictors are made for and from, and what most of them share."""
+"""The sizes and inputs from which predictors are made, and the code that most of them share."""
 
 from typing import ClassVar, NamedTuple, Protocol, Self
 
@@ -29,7 +29,8 @@ class PredictorSizes(NamedTuple):
 
 
 class PredictorInputs(NamedTuple):
-    """What a predictor may be made from; each says in its ``from_inputs`` what it needs.
+    """The inputs from which a predictor may be made; its ``from_inputs`` refuses if one that it needs is
+    missing.
 
     profile: routing of the model on some text.
     embeddings_VD: input embeddings of the model.

@@ -52,7 +52,7 @@ ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds
 
 
 class Bench(NamedTuple):
-    """What all runs share.
+    """The settings that all runs share.
 
     model: the model.
     store: file of a profile.

@@ -161,7 +161,7 @@ raise OSError("the end")
 
 
 def test_what_python_writes_itself_is_json_too():
-    """What Python writes itself is JSON too: warnings, and exceptions that nobody catches.
+    """Warnings and exceptions that nobody catches, which Python itself writes, are JSON too.
 
     The exceptions are on a thread, in a finalizer and in the program.
     """

@@ -58,7 +58,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Found:
-    """What a compiled step does, and bytes of one device.
+    """The operations of a compiled step, and bytes of one device.
 
     walks: what goes over a pool.
     layer: bytes of one layer's pages.

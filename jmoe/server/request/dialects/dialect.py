@@ -1,4 +1,4 @@
-"""What a dialect's file declares: what it serves, the grammars of its calls and the reader of its answers."""
+"""The declaration of a dialect: the choices that it serves, the grammars of its calls, and its reader."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
