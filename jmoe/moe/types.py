@@ -200,8 +200,8 @@ class Traffic:
     sent_rows: rows sent over the network, padding included; rows that stay on their rank are not counted.
     num_received: assignments that the rank's experts received, from any rank.
 
-    A tensor axis multiplies ``useful_rows`` and ``sent_rows``: every tensor rank moves its own copy, which
-    neither counts. The few bytes of ids and sizes that travel with the rows are not counted either.
+    With a tensor axis, every tensor rank moves its own copy of these rows; ``useful_rows`` and ``sent_rows``
+    count one copy. The few bytes of ids and sizes that travel with the rows are not counted either.
     """
 
     useful_rows: Int[Array, ""]

@@ -22,9 +22,17 @@ class EngineSettings:
     settings need and the machine has (see ``jmoe.engine.deployment.deployment``).
 
     max_model_len: tokens of a context.
+    dtype: dtype of the weights and the KV cache; "auto" is the checkpoint's own.
+    data_parallel_size: groups of ranks that each have a whole copy of the weights and their own requests.
+    expert_parallel_size: ranks over which the experts are split.
+    tensor_parallel_size: ranks over which attention heads and the inner dimension of experts are split.
+    attention: "dp" if each rank of the expert axis has its own sequences, "tp" if these ranks share the heads
+        of one sequence (see ``jmoe.mesh.Split``).
+    moe: settings of the MoE layers.
     max_num_seqs: sequences that run at once, on all ranks together.
     max_num_batched_tokens: tokens of a step on each rank: one of every request that is decoded; the rest, at
         least one page, is for prompts. A longer prompt takes several steps.
+    max_queue: requests that may wait; further ones are refused.
     kv_memory: bytes of the KV cache on each rank, also as text such as "2GiB".
     enable_prefix_caching: whether prompts with equal beginnings share pages.
     dispatch: reasons that choose the rank of a request, the first one first (see
