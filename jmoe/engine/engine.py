@@ -291,7 +291,7 @@ class Engine:
             tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists
             tell(self._report_end, request, Output(request.id, finish_reason=reason, error=cause))
 
-    # ---- looking in --------------------------------------------------------------------------------
+    # ---- statistics --------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
@@ -301,8 +301,8 @@ class Engine:
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, is_alive, after, *counts)
 
     def moe_stats(self) -> dict[str, Any]:
-        """Returns statistics of the experts since the start, by phase: totals, means a step, counts layer x
-        expert (experts as the checkpoint numbers them)."""
+        """Returns statistics of the experts since the start, by phase: totals, means per step, and
+        counts by layer and expert, with the checkpoint's numbers of experts."""
         self.runner.drain()
         cfg = self.runner.cfg
         phases = {

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Panic(Exception):
-    """Something raised a BaseException that is not an Exception; that is the cause of this one."""
+    """A BaseException that is not an Exception was raised; it is the cause of this error."""
 
 
 def contained(function: Callable[..., Result], *args: Any) -> Result:

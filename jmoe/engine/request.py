@@ -271,7 +271,7 @@ class StepReport:
 
 
 class Listener(Protocol):
-    """Is notified of every token, step and finished request, on the engine's thread."""
+    """The receiver of every token, step and finished request. The engine calls it on its own thread."""
 
     def token(self, request: Request, now: float) -> None: ...
     def stepped(self, report: StepReport) -> None: ...

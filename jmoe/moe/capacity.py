@@ -19,8 +19,8 @@ earlier choice. Exactly min(load, places) candidates stay.
 ``reroute``      in each of ``rounds`` rounds a token offers every choice it lost to the best-scored experts
                  that have room and that it does not use yet; offers are ranked as above and fill that room.
 ``expand``       the L experts of the token's own shard are candidates from the start, at no cost in traffic
-                 (expanded drop, section 4): J = K + L. Without expert parallelism L = E, which makes every
-                 expert choose C tokens: a different method, so give it real ranks.
+                 (expanded drop, section 4): J = K + L. Without expert parallelism L = E, and every expert
+                 chooses C tokens. That is another method, so use this policy with several ranks.
 ``expert_drop``  baseline without a limit: the tenth of the experts with the least load is skipped.
 
 Weights are those from before the cut. A rerouted or extra choice has its expert's score as weight, times the

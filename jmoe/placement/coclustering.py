@@ -92,8 +92,8 @@ def place_experts(problem: Problem, layer: int, cluster_Q: Int[np.ndarray, " Q"]
 def schedule_requests(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, " Q"]:
-    """Assigns requests, longest first, to the open rank that suits best: where most of their activations are
-    local and the former requests are similar."""
+    """Assigns requests, longest first, to the open rank that suits best: most of their activations are local
+    there, and the requests that ``cluster_Q`` assigns to it are similar."""
     home_RX = np.eye(problem.ranks)[home_LE.ravel()].T
     want_QX = _choice_shares(problem)
     unit_QX = want_QX / np.linalg.norm(want_QX, axis=1, keepdims=True)

@@ -52,7 +52,7 @@ class Sizes:
         """Decode rows per rank in the same step as prompts: as many as may run, and smaller sizes.
 
         Each size is at most a quarter of the next, so that few sequences do not pay for many empty rows.
-        Below ``FEWEST`` a row costs next to nothing, but each size is one more program to compile.
+        Below ``FEWEST`` a row costs almost nothing, but each size is one more program to compile.
         """
         picked = [self.decode[-1]]
         for size in reversed(self.decode):

@@ -190,8 +190,8 @@ class Runner:
     def drain(self) -> None:
         """Adds the device's counts to ``counters`` and sets them to zero.
 
-        ``Leader`` overrides it so that the followers drain too; a step drains by ``_drain``, as every process
-        does it by itself.
+        ``Leader`` overrides it, so that the followers drain too. A step calls ``_drain`` instead, because all
+        processes run the step, and so each of them drains by itself.
         """
         self._drain()
 

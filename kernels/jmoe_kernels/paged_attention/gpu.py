@@ -1,8 +1,8 @@
-"""Paged attention on NVIDIA GPUs by others' kernels: jax's Pallas one in decode, cuDNN's in prefill.
+"""Paged attention on NVIDIA GPUs with kernels of libraries: jax's Pallas kernel in decode, cuDNN in prefill.
 
 Decode reads only the pages that a sequence fills. cuDNN's public form takes no page table, so a prefill run
-first gathers all pages of its sequence's table: that moves twice the cache's bytes, next to a product that is
-much more work. jax 0.11 deprecates the decode kernel and still ships it.
+first gathers all pages of its sequence's table. That moves twice the cache's bytes, which is little work
+compared with the product. jax 0.11 deprecates the decode kernel and still ships it.
 """
 
 import jax

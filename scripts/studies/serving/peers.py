@@ -33,8 +33,8 @@ class Peer:
     words: function (model, port, load) -> the words after the program in the command line.
     prompt_form: form of a prompt that it takes, "text" or "ids".
     packages: packages whose versions are reported.
-    extra: fields of a request's body in addition to those of ``jmoe bench serve``; None leaves out one of
-        the latter.
+    extra: fields that are added to the body of a request of ``jmoe bench serve``; a field whose value is None
+        is removed from it.
     environment: environment variables with which it is started.
     """
 
