@@ -1,9 +1,9 @@
 """The engine: a step is plan -> start -> deliver the results of the previous step.
 
-The device works on a step while the host delivers the previous one and plans the next one: a request's newest
-token need not be on the host for its next step, only for what depends on it (the end of the answer, a
-grammar). A request that turns out to have ended leaves a row in the following step, which is ignored.
-Synchronous; ``worker`` gives it a thread of its own.
+The device works on a step while the host delivers the previous one and plans the next one. This is possible
+because a request's next step does not need its newest token on the host; only the end of the answer and a
+grammar do. If a request turns out to have ended, its row in the step that already runs is ignored. The engine
+is synchronous; ``worker`` runs it on a separate thread.
 """
 
 import logging

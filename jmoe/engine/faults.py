@@ -31,7 +31,7 @@ def contained(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def ends_program(error: BaseException) -> bool:
-    """Whether the user or the program itself ends the program: both are raised only in the main thread."""
+    """Returns whether the user or the program ends the program; only the main thread gets such errors."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and isinstance(error, KeyboardInterrupt | SystemExit)
 

@@ -10,8 +10,8 @@ This is Speculative MoE's solver, final version (Algorithm 1). From the paper:
 
 What the paper leaves open, decided here:
 * the weights are all 1; each term is a share of the expert's (or request's) own activations;
-* the affinity of two experts is tokens that chose both over tokens that chose the one to be placed; that of
-  an expert and a request is the share of the expert's choices that the request made;
+* the affinity of an expert e, which is to be placed, to an expert f is the share of e's tokens that also
+  chose f; that of an expert and a request is the share of the expert's choices that the request made;
 * the first clusters come from balanced k-means on the requests' expert histograms, concatenated over the
   layers;
 * requests are clustered once for all layers, since a request stays on its rank in all layers; experts are

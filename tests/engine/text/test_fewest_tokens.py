@@ -111,7 +111,7 @@ def test_tokenizing_lets_other_threads_run(tmp_path):
     codec = TextCodec(folder(tmp_path, byte_level()), 300)
 
     def turns(text: str) -> int:
-        """Of this thread while another one tokenizes."""
+        """Returns the number of turns of this thread while another one tokenizes."""
         done = threading.Thread(target=codec.encode, args=(text,))
         count, interval = 0, sys.getswitchinterval()
         done.start()
