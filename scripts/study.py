@@ -84,8 +84,8 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
     own = argparse.ArgumentParser(add_help=False)
     study.add_options(own)
     for action in own._actions:
-        value, (parts, _, _) = getattr(args, action.dest), (action.help or "").partition(":")
-        if value == action.default or not (study.is_whole or part.name in parts.split(", ")):
+        value = getattr(args, action.dest)
+        if value == action.default or not (study.is_whole or action.dest in part.options):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [action.option_strings[0], *(shlex.quote(str(v)) for v in values)]

@@ -38,12 +38,15 @@ class Part:
     measure: the function that takes the options and the existing figures and returns the part's figures in
         their JSON form. If the part cannot be measured, it prints a line that says why and returns None.
     data: the folder of ``--data`` that the part needs, or "".
+    options: the study's own options that the part reads, by their names in the parsed arguments. If the study
+        has only one part, all of them are the part's.
     has_gpu_form: whether ``--gpu`` measures the part on an accelerator, as ``<name>_gpu``.
     """
 
     name: str
     measure: Callable[[argparse.Namespace, Results], Results | None]
     data: str = ""
+    options: tuple[str, ...] = ()
     has_gpu_form: bool = False
 
 
@@ -55,11 +58,12 @@ class Study:
     description: the study's help text.
     parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
-    add_options: the function that adds the study's own options. An option belongs to a part if its help
-        begins with the part's name, or several names, and a colon.
+    add_options: the function that adds the study's own options. The help of an option begins with the names
+        of its parts and a colon, if the study has several.
     tables: the modules of the study's folder whose functions the template calls.
     has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
+    local_options: the options that describe this machine. The stored command leaves them out.
     results_name: the name of the JSON and of the document, if it is not ``name``: the name of the paper's
         technique. ``study.py`` accepts both names.
     """
@@ -71,6 +75,7 @@ class Study:
     tables: tuple[str, ...]
     has_plots: bool = True
     depth: int = 4
+    local_options: tuple[str, ...] = ()
     results_name: str = ""
 
     @property

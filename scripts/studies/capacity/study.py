@@ -46,9 +46,9 @@ STUDY = Study(
     "capacity",
     __doc__ or "",
     (
-        Part("quality", quality, "valid"),
-        Part("load", load, "routing"),
-        Part("speed", speed, "routing", has_gpu_form=True),
+        Part("quality", quality, "valid", ("model", "tokens", "length", "rows")),
+        Part("load", load, "routing", ("batch",)),
+        Part("speed", speed, "routing", ("rounds", "gpu", "link"), has_gpu_form=True),
     ),
     add_options,
     ("quality_tables", "straggler_tables", "speed_tables"),

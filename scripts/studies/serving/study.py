@@ -12,6 +12,10 @@ from pathlib import Path
 from studies.record import OLMOE, Part, Results, Study, at_least
 
 DTYPES = ("auto", "float32", "bfloat16")
+COMPARED = (  # the options of a comparison with a peer
+    "model", "dtype", "rounds", "concurrency", "requests", "input_len", "output_len", "prompt_text",
+    "jmoe_options", "peer_options",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,12 +62,13 @@ STUDY = Study(
     "serving",
     __doc__ or "",
     (
-        Part("transformers", partial(compared, "transformers")),
-        Part("vllm", partial(compared, "vllm")),
-        Part("traces", traces, "workloads"),
-        Part("host", host),
+        Part("transformers", partial(compared, "transformers"), "", COMPARED),
+        Part("vllm", partial(compared, "vllm"), "", COMPARED),
+        Part("traces", traces, "workloads", ("model", "max_requests", "max_num_seqs")),
+        Part("host", host, "", ("sizes", "dtype", "rounds", "batch", "context", "new")),
     ),
     add_options,
     ("tables",),
     has_plots=False,
+    local_options=("peer_command",),
 )
