@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.protocol import pin
+from shared.pinning import pin
 from shared.results import draw_plots, dumps
 from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY

@@ -25,7 +25,8 @@ from flax import nnx
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp import pick
 from shared.layer_timing import layers_step, linearity, make_layers, median_seconds, read_bandwidth
-from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_rows, take_turns
+from shared.protocol import JMOE, Jmoe, Row, paired_ratio, random_rows, take_turns
+from shared.random_checkpoint import checkpoint
 
 from jmoe.checkpoint import load_model, read_config
 from jmoe.config.moe import MoEConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shared import teacher_forcing
-from shared.protocol import write_random
+from shared.random_checkpoint import write_random
 from shared.results import verdict
 from studies.binning import gpu as binning_gpu
 from studies.binning import speed
