@@ -9,10 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jmoe import LLM
+from typing import Any
 
 Run = tuple[float, list[list[int]]]  # tokens/s, and the generated tokens
 Contender = Callable[[list[list[int]], int], Run]  # prompts, tokens to generate for each
@@ -57,12 +54,6 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options in a form that JSON can hold."""
     return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-
-
-def beginning(llm: "LLM", text: str, tokens: int) -> list[int]:
-    """Returns the first ``tokens`` tokens of a text. The text may be longer than the model's context."""
-    assert llm.engine.codec is not None
-    return llm.engine.codec.encode(text)[:tokens]
 
 
 # ---- jmoe

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
-from shared.results import signed, table
-from studies.binning.curves import perplexity_change
+from shared.results import perplexity_change, signed, table
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from shared.results import Plot
-from studies.binning.curves import METHODS, curves, perplexity_change
+from shared.results import Plot, perplexity_change
+from studies.binning.curves import METHODS, curves
 from studies.binning.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
 from shared.peaks import RANKS
-from studies.capacity.drawn_routing import SLOTS, Published, draw_ranks, limited_matrix, read_published
+from shared.published_routing import SLOTS
+from studies.capacity.drawn_routing import Published, draw_ranks, limited_matrix, read_published
 
 from jmoe.config.techniques import CapacityConfig
 from jmoe.moe.capacity import limit

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from shared.results import few
+from shared.text_routing import collect
 from studies.offload.simulate import COMPARATORS, VARIED, Subject, sensitivity, sweep
 from studies.offload.traces import make_traces, mt_bench_windows, route_windows, valid_windows
-from studies.shuffle.routing import collect
 
 from jmoe import LLM
 

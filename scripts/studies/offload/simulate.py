@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from studies.offload.oracle import Oracle, belady
+from shared.oracle import Oracle, belady
 from studies.offload.simulator import Link, Trace, begin, next_uses, run
 from studies.offload.traces import AHEAD
 
