@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from shared.document import render
+from shared.layer_sizes import shape_path
 from shared.results import Plot
 
 Results = dict[str, Any]
-OLMOE = Path(__file__).parents[2] / "configs/model/olmoe-0.9b.toml"  # sizes of a random model
+OLMOE = shape_path("olmoe-0.9b")  # sizes of a random model
 
 
 def at_least(least: int) -> Callable[[str], int]:
