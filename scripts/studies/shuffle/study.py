@@ -77,7 +77,7 @@ STUDY = Study(
         Part("locality", locality, "valid", ("model",)),
     ),
     add_options,
-    ("grouping_tables", "bytes_tables", "run_tables", "locality_tables"),
+    ("grouping_tables", "bytes_tables", "published_tables", "engine_tables", "locality_tables", "targets"),
     depth=3,
     results_name="speculative",
 )
