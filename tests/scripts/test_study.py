@@ -51,6 +51,12 @@ def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(wo
     assert found == "python scripts/study.py " + command.format("--data ../shared/data")
 
 
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_part_is_measured_in_the_file_of_its_name(name: str):
+    for part in study.STUDIES[name].parts:
+        assert (study.ROOT / f"scripts/studies/{name}/{part.name}.py").is_file(), part.name
+
+
 @pytest.mark.parametrize("mine", [one for one in study.STUDIES.values() if not one.is_whole])
 def test_every_option_names_its_parts_and_its_help_names_the_same(mine: Study):
     parser = argparse.ArgumentParser(add_help=False)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from shared.random_checkpoint import checkpoint
 from shared.results import few
-from studies.offload.simulate import COMPARATORS, Subject, sweep
+from studies.offload.comparators import COMPARATORS, Subject, sweep
 from studies.offload.traces import make_traces, random_windows, route_windows
 
 from jmoe import LLM, MoEConfig, SamplingParams
