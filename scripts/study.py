@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     for study in STUDIES.values():
         one = ways.add_parser(
             study.name,
-            aliases=[study.results_name] if study.results_name else [],
+            aliases=[study.alias] if study.alias else [],
             help=study.description.partition("\n")[0],
             description=study.description,
             formatter_class=RAW,

@@ -55,7 +55,7 @@ class Part:
 class Study:
     """What is measured for one document, with its JSON and its plots.
 
-    name: the name of the study's folder here and of its template there.
+    name: the name of the study's folder here, of its template there, and of its JSON and its document.
     description: the study's help text.
     parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
@@ -65,8 +65,7 @@ class Study:
     has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
     local_options: the options that describe this machine. The stored command leaves them out.
-    results_name: the name of the JSON and of the document, if it is not ``name``: the name of the paper's
-        technique. ``study.py`` accepts both names.
+    alias: a second name that ``study.py`` accepts: that of the paper's technique, or "".
     """
 
     name: str
@@ -77,7 +76,7 @@ class Study:
     has_plots: bool = True
     depth: int = 4
     local_options: tuple[str, ...] = ()
-    results_name: str = ""
+    alias: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -91,7 +90,7 @@ class Study:
 
     def path(self, folder: Path, suffix: str) -> Path:
         """Returns the study's file of the results: ``.json`` or ``.md``."""
-        return folder / f"{self.results_name or self.name}{suffix}"
+        return folder / f"{self.name}{suffix}"
 
     def document(self, results: Results) -> str:
         """Returns the text of the study's document. The template decides what an absent part shows."""

@@ -35,7 +35,7 @@ def requested(*words: str) -> tuple[Study, list[Part], str]:
             "binning --parts capacity --model /m --domains a b",
             "binning {} --parts capacity --model /m --domains a b",
         ),
-        ("shuffle --parts locality --model /m", "shuffle {} --parts locality --model /m"),
+        ("speculative --parts locality --model /m", "shuffle {} --parts locality --model /m"),
         ("shuffle --parts moves --train 2 --dry", "shuffle {} --parts moves --train 2"),
         ("together", "together {}"),
         ("ttft --prompt 8", "ttft --prompt 8"),

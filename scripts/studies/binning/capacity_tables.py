@@ -1,4 +1,4 @@
-"""Makes the tables of binning with a capacity for docs/results/lynx.md."""
+"""Makes the tables of binning with a capacity for docs/results/binning.md."""
 
 import math
 from typing import Any

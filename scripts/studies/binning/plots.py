@@ -1,4 +1,4 @@
-"""Draws the plots of docs/results/lynx.md as SVG, with matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/binning.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 import statistics
 from functools import partial
@@ -14,10 +14,10 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
     """Returns the plots of every part that has results."""
     found: dict[str, Plot] = {}
     if "quality" in results:
-        found["lynx_quality"] = partial(draw_quality, quality=results["quality"])
-        found["lynx_batch"] = partial(draw_batch, quality=results["quality"])
+        found["binning_quality"] = partial(draw_quality, quality=results["quality"])
+        found["binning_batch"] = partial(draw_batch, quality=results["quality"])
     if "speed" in results:
-        found["lynx_speed"] = partial(draw_speed, speed=results["speed"])
+        found["binning_speed"] = partial(draw_speed, speed=results["speed"])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Makes the tables of quality for docs/results/lynx.md."""
+"""Makes the tables of quality for docs/results/binning.md."""
 
 import math
 from collections.abc import Sequence

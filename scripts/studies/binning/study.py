@@ -62,5 +62,5 @@ STUDY = Study(
     ),
     add_options,
     ("quality_tables", "capacity_tables", "speed_tables"),
-    results_name="lynx",
+    alias="lynx",
 )

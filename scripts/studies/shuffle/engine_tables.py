@@ -1,4 +1,4 @@
-"""Makes the tables of docs/results/speculative.md on the engine."""
+"""Makes the tables of docs/results/shuffle.md on the engine."""
 
 from typing import Any
 

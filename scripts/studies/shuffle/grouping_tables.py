@@ -1,4 +1,4 @@
-"""Makes the tables of local activations for docs/results/speculative.md."""
+"""Makes the tables of local activations for docs/results/shuffle.md."""
 
 from typing import Any
 

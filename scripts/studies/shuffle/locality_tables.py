@@ -1,4 +1,4 @@
-"""Makes the tables of the locality part of docs/results/speculative.md: quality against bytes."""
+"""Makes the tables of the locality part of docs/results/shuffle.md: quality against bytes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Makes the tables of docs/results/speculative.md on published routing."""
+"""Makes the tables of docs/results/shuffle.md on published routing."""
 
 from typing import Any
 

@@ -79,5 +79,5 @@ STUDY = Study(
     add_options,
     ("grouping_tables", "bytes_tables", "published_tables", "engine_tables", "locality_tables", "targets"),
     depth=3,
-    results_name="speculative",
+    alias="speculative",
 )
