@@ -68,7 +68,7 @@ class Setting(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is simulated.
+    """The model of a simulation, and its data.
 
     cfg: shape of the model.
     embeddings_VD: model's embeddings.
