@@ -13,11 +13,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jmoe.config.choices import AttentionSplit
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
 THREADS = 4  # threads of XLA's CPU client per emulated device
@@ -88,7 +90,7 @@ class Split:
         return math.prod(self.mesh.shape[axis] for axis in self.heads)
 
 
-def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
+def split_attention(mesh: Mesh, attention: AttentionSplit) -> Split:
     """Returns the split of attention.
 
     attention: "dp": each rank of the expert axis has its own sequences. "tp": the ranks of the expert axis

@@ -5,8 +5,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from jmoe.config.choices import AttentionSplit, DTypeChoice
 from jmoe.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -69,11 +70,13 @@ def add_model_flags(p: Parser) -> None:
     ``EngineSettings``."""
     p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--dtype", choices=get_args(DTypeChoice))
     p.add_argument("--data-parallel-size", type=integer, metavar="N")
     p.add_argument("--expert-parallel-size", type=integer, metavar="N")
     p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
-    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
+    p.add_argument(
+        "--attention", choices=get_args(AttentionSplit), help="sequences or heads over the expert ranks"
+    )
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jmoe.config.counters import COUNTERS, MEANS, names
+from jmoe.config.techniques import Phase
 from jmoe.engine.request import EngineSnapshot
 from jmoe.server.watch.totals import TimeHistogram, Totals, percentile
 
-ReportPhase = Literal["all", "prefill", "decode"]
-PHASES: tuple[ReportPhase, ...] = ("all", "prefill", "decode")
+ReportPhase = Literal["all", Phase]
 SUMS = names(COUNTERS)
 
 
