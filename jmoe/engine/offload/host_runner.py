@@ -66,7 +66,7 @@ class HostDrivenRunner(Runner):
         self._sharding = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
         self._device_numbers = jax.device_put(numbers, sharding(mesh))  # there before a part needs one
-        self._routes_by_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
+        self._routes_by_pool = any(table.reads_residency for table in model.moe.stages)
         self._is_rehearsal = False
 
     @property
