@@ -74,9 +74,8 @@ def add_model_flags(p: Parser) -> None:
     p.add_argument("--data-parallel-size", type=integer, metavar="N")
     p.add_argument("--expert-parallel-size", type=integer, metavar="N")
     p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
-    p.add_argument(
-        "--attention", choices=get_args(AttentionSplit), help="sequences or heads over the expert ranks"
-    )
+    split = "sequences or heads over the expert ranks"
+    p.add_argument("--attention", choices=get_args(AttentionSplit), help=split)
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
 
