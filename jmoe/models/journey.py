@@ -1,4 +1,4 @@
-"""What the techniques pass to a layer, and the settings that a step passes to them (``models.techniques``).
+"""What the techniques pass to a layer, and the settings that a step passes to them (``step_techniques``).
 
 The layers of one kind take journeys of one structure, therefore they are traced once.
 """

@@ -43,7 +43,7 @@ from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
-from jmoe.models.techniques import add_prompts, step_view
+from jmoe.models.predictor_views import add_prompts, step_view
 from jmoe.moe.counting import count_dispatch
 from jmoe.moe.decide import Decision
 from jmoe.moe.experts import ExpertMath

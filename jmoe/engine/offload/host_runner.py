@@ -35,7 +35,7 @@ from jmoe.engine.step.state import StepOutput
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
-from jmoe.models.techniques import routers_after
+from jmoe.models.predictor_views import routers_after
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import ExpertOutput, Knobs
 from jmoe.nn.sequences import Sequences
