@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jmoe.config.choices import AttentionSplit
@@ -101,6 +102,12 @@ def split_attention(mesh: Mesh, attention: AttentionSplit) -> Split:
 
 def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def replicated(outputs: Any, mesh: Mesh) -> Any:
+    """Replicates ``outputs`` on every device, so that every host can read them. The function is for use under
+    jit."""
+    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
 def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:

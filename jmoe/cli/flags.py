@@ -164,7 +164,7 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     from jmoe_kernels.cache import usable, user_cache
 
     from jmoe.config.moe import MoEConfig
-    from jmoe.engine.deployment.memory import check_start
+    from jmoe.engine.deployment.room import check_start
     from jmoe.engine.deployment.settings import EngineSettings
     from jmoe.engine.step.compilation_cache import use_compilation_cache
 

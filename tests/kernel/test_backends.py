@@ -31,7 +31,7 @@ from jmoe_kernels.matmul import DenseKernel
 from jmoe_kernels.paged_attention import Heads, Span
 
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.deployment.memory import device_room
+from jmoe.engine.deployment.room import device_room
 from jmoe.engine.offload.build import has_parallel_copies, pick_executor
 from jmoe.moe.transport import emulated_ragged_all_to_all, get_exchange
 

@@ -37,9 +37,10 @@ from jmoe.engine.offload.host_types import (
     stack_rows,
 )
 from jmoe.engine.step.counters import add_step
-from jmoe.engine.step.functions import WindowRouting, sample_tokens, sequences_of, summarize
+from jmoe.engine.step.functions import sample_tokens, sequences_of
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.state import StepOutput
+from jmoe.engine.step.windows import WindowRouting, summarize
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags

@@ -28,10 +28,10 @@ from jmoe.engine.offload.host_types import (
     StepStart,
     forecast_of,
 )
-from jmoe.engine.step.functions import WindowRouting
 from jmoe.engine.step.inputs import Sizes, StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
+from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings

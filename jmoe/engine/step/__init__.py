@@ -6,4 +6,5 @@ compiled step (``functions``): it reads the tokens that the last step sampled fr
 request's seat, runs the decoder, and samples the next tokens from the last positions' logits (``sampling``),
 with each row's biases and grammar mask, by the row's own seed and position. ``counters`` keeps what the
 experts did on the device. ``results`` fetches the results of a step; ``answers`` turns them into increments.
+``windows`` computes whole windows without pages.
 """

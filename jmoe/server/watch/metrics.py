@@ -9,7 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jmoe.config.counters import COUNTERS
-from jmoe.engine.request import EngineDead, FinishReason, Request, StepReport
+from jmoe.engine.reports import StepReport
+from jmoe.engine.request import EngineDead, FinishReason, Request
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.watch.snapshots import load_by_rank, rank_of_expert
 from jmoe.server.watch.totals import Totals
