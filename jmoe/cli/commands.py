@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jmoe.cli.flags import add_command, add_json_flag, add_model_flags, integer, number, settings_from
+from jmoe.config.choices import DTypeChoice
 from jmoe.placement.methods import DEFAULT, MethodName
 from jmoe.tools.progress import Bars
 
@@ -68,7 +69,7 @@ def add_convert(commands: Any) -> None:
     p = add_command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
     p.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--dtype", choices=get_args(DTypeChoice), default="auto")
 
 
 def run_generate(args: argparse.Namespace) -> int:

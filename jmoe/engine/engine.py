@@ -16,15 +16,8 @@ import jax
 import numpy as np
 
 from jmoe.engine.faults import ends_program, tell
-from jmoe.engine.request import (
-    EngineDead,
-    EngineSnapshot,
-    FinishReason,
-    Listener,
-    Output,
-    Request,
-    SamplingParams,
-)
+from jmoe.engine.reports import EngineSnapshot, Listener
+from jmoe.engine.request import EngineDead, FinishReason, Output, Request, SamplingParams
 from jmoe.engine.schedule.plan import Step
 from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers

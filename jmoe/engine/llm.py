@@ -16,7 +16,7 @@ from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
-from jmoe.engine.step.inputs import window_length
+from jmoe.engine.step.windows import window_length
 from jmoe.mesh import EXPERT
 
 Prompt = str | Sequence[int]

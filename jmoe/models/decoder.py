@@ -24,7 +24,8 @@ from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.journey import StepSettings
 from jmoe.models.layer import DecoderLayer
-from jmoe.models.techniques import Techniques, step_view
+from jmoe.models.predictor_views import step_view
+from jmoe.models.step_techniques import Techniques
 from jmoe.moe.binning import get_needs
 from jmoe.moe.experts import HostExperts
 from jmoe.moe.shuffle import Shuffle

@@ -135,6 +135,23 @@ def dense_layers(hf: HFConfig) -> tuple[int, ...]:
     return tuple(i for i in layers if i in named or (i + 1) % step)
 
 
+def qwen_fields(hf: HFConfig) -> dict[str, Any]:
+    """Returns the fields that all Qwen generations share.
+
+    hf: config, with the family's defaults for absent fields.
+    """
+    common = common_fields(
+        hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"
+    )
+    dense = dense_layers(hf)
+    return common | {
+        "router": RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
+        "mlp_only_layers": dense,
+        "intermediate_size": hf["intermediate_size"] if dense else None,
+        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window", False) else None,
+    }
+
+
 def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:
     """Returns whether a tensor belongs to a layer for multi-token prediction; the decoder has no such
     layers."""

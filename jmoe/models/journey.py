@@ -1,5 +1,5 @@
 """The data that the techniques pass to a layer, and the settings that a step passes to them
-(``models.techniques``).
+(``step_techniques``).
 
 The layers of one kind take journeys of one structure, therefore they are traced once.
 """

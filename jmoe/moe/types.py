@@ -108,27 +108,6 @@ class Knobs:
         return Knobs(self.values, self.seed * 1_000_003 + part)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CapacityCounts:
-    """Counts of the assignments of each token that were kept, moved or dropped; padding has none.
-
-    kept + rerouted + dropped + exact is the number of the router's choices.
-
-    kept_T: choices that stayed under the limit.
-    rerouted_T: choices moved to another expert.
-    dropped_T: choices that no expert computes.
-    extra_T: assignments that the policy "expand" added.
-    exact_T: choices of exact tokens, which the limit does not apply to.
-    """
-
-    kept_T: Int[Array, " T"]
-    rerouted_T: Int[Array, " T"]
-    dropped_T: Int[Array, " T"]
-    extra_T: Int[Array, " T"]
-    exact_T: Int[Array, " T"]
-
-
 # The sums that one layer counts, by the names of ``jmoe.config.counters``.
 Counts = dict[str, Int[Array, ""]]
 # Changed assignments of each token, by all names of ``LOSSY`` there; of each sequence once they are summed.

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.request import EngineSnapshot, Listener, ModelFacts, Request
+from jmoe.engine.reports import EngineSnapshot, Listener, ModelFacts
+from jmoe.engine.request import Request
 
 
 class EngineProtocol(Protocol):

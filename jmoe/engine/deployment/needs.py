@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jmoe_kernels.backends import get_backend
 
 from jmoe.checkpoint.params import abstract_decoder, in_layer
-from jmoe.config.model import ModelConfig
+from jmoe.config.model import AttentionKind, ModelConfig
 from jmoe.config.units import readable
-from jmoe.engine.deployment.memory import Room, device_room
+from jmoe.engine.deployment.room import Room, device_room
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
@@ -106,19 +106,21 @@ def weight_bytes(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh) -> int:
     Their host copies count only if the device's memory is the host's. One layer of each kind is described:
     describing hundreds takes seconds.
     """
-    moe_layers = len(cfg.moe_layers)
-    counts = (cfg.num_hidden_layers - moe_layers, moe_layers) if cfg.mlp_only_layers else (moe_layers,)
-    kinds = replace(
-        cfg, num_hidden_layers=len(counts), mlp_only_layers=(0,) if len(counts) == 2 else (), layer_types=(),
-        no_rope_layers=(),
-    )  # fmt: skip
+    dense, alike = frozenset(cfg.mlp_only_layers), dict[tuple[AttentionKind, bool], list[int]]()
+    for i in range(cfg.num_hidden_layers):
+        alike.setdefault((cfg.attention_kind(i), i in dense), []).append(i)
+    layers = list(alike.values())
+    described = cfg.only([numbers[0] for numbers in layers])
     is_host, total = get_backend(platform_of(mesh)).has_host_memory, 0
-    for path, spec in abstract_decoder(make_blueprint(kinds, settings.moe, mesh))[1].items():
+    for path, spec in abstract_decoder(make_blueprint(described, settings.moe, mesh))[1].items():
         layer, _ = in_layer(path)
-        times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
-        shape = spec.sharding.shard_shape(spec.shape)
+        size = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        if layer >= 0:
+            size *= len(layers[layer])
+        elif path.startswith("store."):  # all layers' experts in one
+            size = size // len(described.moe_layers) * len(cfg.moe_layers)
         if spec.sharding.memory_kind in (None, "device") or is_host:
-            total += times * math.prod(shape) * spec.dtype.itemsize
+            total += size
     return total + cache_bytes(cfg, settings.moe.offload, mesh)
 
 

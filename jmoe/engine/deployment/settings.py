@@ -3,10 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
+from jmoe.config.choices import AttentionSplit, DTypeChoice
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
@@ -40,11 +41,11 @@ class EngineSettings:
     """
 
     max_model_len: AtLeastOne | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DTypeChoice = "auto"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
-    attention: Literal["dp", "tp"] = "dp"
+    attention: AttentionSplit = "dp"
     moe: MoEConfig = field(default_factory=MoEConfig)
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_SEQS)] = 16
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP)] = 1024

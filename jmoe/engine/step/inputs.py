@@ -77,16 +77,6 @@ class Sizes:
         return holds if not filled or tokens > holds / 2 else filled[-1]
 
 
-def window_length(tokens: int, ranks: int, min_length: int = 1) -> int:
-    """Returns the length to which a window of ``tokens`` is padded.
-
-    It is the next power of two, so that few shapes compile, or ``min_length`` if that is more, rounded up to
-    a multiple of ``ranks``, the number of ranks that split a sequence's tokens.
-    """
-    length = max(min_length, 1 << (tokens - 1).bit_length())
-    return -(-length // ranks) * ranks
-
-
 class HostRows(NamedTuple):
     """Host arrays of a step's rows.
 

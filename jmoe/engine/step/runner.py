@@ -22,9 +22,10 @@ from jmoe.engine.step.counters import (
     transported_bytes,
     zero_totals,
 )
-from jmoe.engine.step.functions import WindowRouting, jitted, make_knobs, maker
+from jmoe.engine.step.functions import jitted, make_knobs, maker
 from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
 from jmoe.engine.step.state import DeviceState, StepOutput
+from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings

@@ -13,7 +13,7 @@ from shared.peaks import RANKS
 from shared.published_routing import MODELS, SLOTS, files_by_domain, read_rows
 
 from jmoe.config.techniques import CapacityConfig
-from jmoe.moe.capacity import limit
+from jmoe.moe.capacity import ExpertShard, limit
 from jmoe.moe.types import Knobs, Routing, TokenFlags
 
 # ---- published routing
@@ -84,7 +84,8 @@ def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ra
         plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
         seed = Knobs({}, jnp.zeros((), jnp.int32)).for_part(rank).seed
         flags = TokenFlags(jnp.ones(tokens, bool))
-        return limit(plain, flags, cfg, factor=factor, local=(rank * held, held), seed=seed)[0].ids_TK
+        shard = ExpertShard(rank * held, held)
+        return limit(plain, flags, cfg, factor=factor, shard=shard, seed=seed)[0].ids_TK
 
     return jax.lax.map(lambda args: one(*args), (jnp.arange(ranks), ids_RTK, scores_RTE))
 

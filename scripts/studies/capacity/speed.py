@@ -26,7 +26,7 @@ from shared.published_routing import SLOTS
 from studies.capacity.drawn_routing import Published, draw_ranks, limited_matrix, read_published
 
 from jmoe.config.techniques import CapacityConfig
-from jmoe.moe.capacity import limit
+from jmoe.moe.capacity import ExpertShard, limit
 from jmoe.moe.types import Routing, TokenFlags
 from jmoe.placement.placement import balance
 
@@ -183,7 +183,8 @@ def time_stage(layer: Published, shape: Shape, rounds: int) -> dict[str, float]:
     def stage(ids_TK: Any, scores_TE: Any, cfg: CapacityConfig) -> Any:
         weights_TK = jnp.take_along_axis(scores_TE, ids_TK, 1)
         plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
-        return limit(plain, flags, cfg, factor=jnp.float32(1.5), local=(0, held), seed=jnp.int32(0))
+        shard = ExpertShard(0, held)
+        return limit(plain, flags, cfg, factor=jnp.float32(1.5), shard=shard, seed=jnp.int32(0))
 
     taken = {}
     for policy in POLICIES:

@@ -11,7 +11,7 @@ import pytest
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 
 from jmoe.cli.flags import given_settings
-from jmoe.engine.request import EngineSnapshot
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.server.watch.logs import JsonLines, TextLines, configure, printable
 from jmoe.server.watch.totals import Totals, log_traffic
 

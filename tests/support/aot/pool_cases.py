@@ -10,7 +10,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.parts import LatentConfig
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.lowering import lower_copy, lower_step
+from jmoe.engine.deployment.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Mesh, split_attention
 from jmoe.nn.kinds import kind_of, page_bytes

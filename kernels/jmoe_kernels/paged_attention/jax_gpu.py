@@ -35,14 +35,6 @@ def lacks(heads: Heads) -> str | None:
     return beyond_windows(heads)
 
 
-def paged_attention_gpu(
-    new: NewTokens, pages: LayerPages, *, interpret: bool = False
-) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """Returns the output of every query, and the pages with the new rows."""
-    pages = write_tokens(new, pages)
-    return attend(new, pages, interpret=interpret), pages
-
-
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
     """Returns the pages with the new rows.
 

@@ -1,0 +1,6 @@
+"""The choices of settings that the command line shows too. This module imports nothing heavy."""
+
+from typing import Literal
+
+DTypeChoice = Literal["auto", "float32", "bfloat16"]
+AttentionSplit = Literal["dp", "tp"]
