@@ -1,4 +1,4 @@
-"""What a model's modules are made from, decided once before any of them."""
+"""The facts that a model's modules are made from, decided once before any of them."""
 
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ UNQUANTISED = Codings()
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a model is built on a mesh. Equal blueprints make equal modules.
+    """The plan by which a model is built on a mesh. Equal blueprints make equal modules.
 
     cfg: shape of the model.
     moe: settings of its MoE layers.

@@ -79,8 +79,8 @@ def restore_model(
     """
     manifest, cfg, moe = read_manifest(directory), blueprint.cfg, blueprint.moe
     verify_files(directory, manifest)
-    written = moe if moe.offload is None else replace(moe, offload=None, binning=None)
-    model, specs = expected_model(directory, manifest, replace(blueprint, moe=written), own_dtypes=own_dtypes)
+    written = replace(blueprint, moe=moe.without_offload())
+    model, specs = expected_model(directory, manifest, written, own_dtypes=own_dtypes)
     stacks = None
     if moe.offload is not None:
         model, wanted = abstract_decoder(blueprint)

@@ -1,4 +1,4 @@
-"""What a format's file declares: the tensors that store a parameter's numbers, and how they are read."""
+"""The declaration of a format: the tensors that store a parameter's numbers, and the way to read them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from jmoe.models.weights import StoredTensor
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """What is read from one tensor.
+    """One tensor that is read, and the form that it must have.
 
     name: name of the tensor.
     shape: shape of the tensor, or of one entry if it is stacked.

@@ -67,7 +67,7 @@ def stacking(layout: str) -> Family:
 def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[str, np.ndarray]]:
     """Writes ``root/stacked`` in that layout and ``root/plain`` with the same values.
 
-    Returns the contents of the former.
+    Returns the config and the tensors of ``root/stacked``.
     """
     config = hf_tiny.hf_config(moe_intermediate_size=32, dtype=dtype)
     plain, rng = hf_tiny.random_tensors(config), np.random.default_rng(1)
