@@ -12,8 +12,8 @@ from jmoe.mesh import Split
 
 
 class Codings(dict[str, Coding]):
-    """How quantised parameters are stored, by the path that they have if no experts are offloaded. It is not
-    changed after it is made."""
+    """The codings of quantised parameters, by the paths that these have if no experts are offloaded. It is
+    not changed after it is made."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))

@@ -1,4 +1,4 @@
-"""How each parameter of a checkpoint will be kept in memory: as it is stored, or quantised while it loads."""
+"""The codings in which parameters are kept: those of the checkpoint, or those requested while it loads."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

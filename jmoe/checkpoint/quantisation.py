@@ -1,4 +1,4 @@
-"""Which format each weight of a checkpoint has: by its configuration, checked against its tensors."""
+"""The format of each weight of a checkpoint: by its configuration, checked against its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ CODES = ("F8_E4M3", "U8", "I8", "I32")  # dtypes that only quantised tensors hav
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What a checkpoint's configuration says about the formats of its weights.
+    """The rules of a checkpoint's configuration about the formats of its weights.
 
     source: where it says so, for messages.
     rules: its rules; the first that matches a module decides.

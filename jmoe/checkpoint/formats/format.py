@@ -39,7 +39,7 @@ class Format(ABC):
     @property
     @abstractmethod
     def coding(self) -> Coding:
-        """How a weight of this format is kept in memory."""
+        """The coding in which a weight of this format is kept in memory."""
 
     @abstractmethod
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
