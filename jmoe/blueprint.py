@@ -1,5 +1,6 @@
 """The facts that a model's modules are made from, decided once before any of them."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
@@ -14,6 +15,11 @@ from jmoe.mesh import Split
 class Codings(dict[str, Coding]):
     """The codings of quantised parameters, by the paths that these have if no experts are offloaded. It is
     not changed after it is made."""
+
+    def __str__(self) -> str:
+        counts = Counter((str(coding), ".experts." in path) for path, coding in self.items())
+        parts = (f"{n} {'of experts' if experts else 'dense'} in {how}" for (how, experts), n in counts.items())
+        return "; ".join(sorted(parts))
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))

@@ -103,6 +103,7 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
     mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.blueprint.kernels
     backend, dtype = get_backend(platform_of(mesh)), jnp.dtype(deployment.cfg.dtype)
     storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
+    codings = deployment.blueprint.codings
     rows = [
         ("grouped experts", kernels.experts, kernels.why_experts),
         (
@@ -117,6 +118,7 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
             str(storage),
             backend.why_weight_storage if storage != dtype else "as computed",
         ),
+        *([("quantised weights", str(codings), _why_quantised(deployment))] if codings else []),
         (
             "KV cache kept as",
             str(kept),
@@ -131,6 +133,11 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
         ),
     ]
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
+
+
+def _why_quantised(deployment: Deployment) -> str:
+    method = deployment.settings.quantization
+    return "as the checkpoint has them" if method is None else f"quantization = {method!r}"
 
 
 def _offload_lines(offload: dict[str, Any]) -> list[str]:

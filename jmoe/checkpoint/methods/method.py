@@ -1,4 +1,4 @@
-"""The declaration of a method: the reader of its part of ``config.json``, which gives weights their format."""
+"""The declaration of a method: the reader of its part of ``config.json``, which gives weights a format."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
