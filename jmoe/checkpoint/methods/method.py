@@ -1,4 +1,4 @@
-"""What a method's file declares: how its part of ``config.json`` says which weights have which format."""
+"""The declaration of a method: the reader of its part of ``config.json``, which gives weights a format."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Method:
-    """One value of ``quant_method``.
+    """One value of the key ``quant_method`` of ``config.json``.
 
     name: the value.
-    rules: function of the configuration of the quantisation that returns its rules; the first that matches a
-        module decides. It raises ValueError naming the key that is absent or not supported.
+    rules: function of the method's part of the file that returns its rules, of which the first that matches
+        a module decides. It raises ValueError naming the key that is absent or not supported.
     """
 
     name: str
