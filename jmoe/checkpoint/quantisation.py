@@ -123,7 +123,7 @@ def parsed(config: Any, path: Path) -> Quantisation:
         if not isinstance(config, Mapping):
             raise ValueError(f"it must be an object, it is {shown(config)}")
         method = config.get("quant_method")
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             read = ", ".join(map(repr, METHODS))
             raise ValueError(f"method {shown(method)} is not read; {read} are")
         return Quantisation(f"{path.name}'s quantization_config", tuple(METHODS[method].rules(config)))

@@ -4,6 +4,7 @@ import numpy as np
 from jmoe_kernels.quantised import Scales
 
 Block = tuple[int | None, int | None]  # rows and columns that share a scale; None is all of them
+LARGEST = 1 << 16  # rows or columns of a block; published ones have some hundreds
 FLOAT_SCALES: dict[str, Scales] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -20,7 +21,7 @@ def by_row(grid: np.ndarray, shape: tuple[int, ...], block: Block) -> np.ndarray
     *front, out, _ = shape
     whole = grid.reshape(1, 1) if block == (None, None) else grid
     if block[0] != 1:
-        whole = np.repeat(whole, block[0] or out, axis=-2)[..., :out, :]
+        whole = np.repeat(whole, min(block[0] or out, out), axis=-2)[..., :out, :]
     return np.ascontiguousarray(np.broadcast_to(whole, (*front, *whole.shape[-2:])))
 
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from jmoe.checkpoint.formats import Format
 from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.grids import Block
+from jmoe.checkpoint.formats.grids import LARGEST, Block
 from jmoe.checkpoint.formats.int8 import Int8
 from jmoe.checkpoint.formats.mxfp4 import Mxfp4Rows
 from jmoe.checkpoint.formats.nvfp4 import Nvfp4
 from jmoe.checkpoint.formats.packed_ints import PackedInts
 from jmoe.checkpoint.methods.method import Method, Rule
 from jmoe.checkpoint.methods.patterns import REGEX, matcher, patterns
-from jmoe.config.reading import AtLeastOne, check_fields, check_keys, from_table, named, shown
+from jmoe.config.reading import check_fields, check_keys, from_table, named, shown
 
 MIXED, DENSE = "mixed-precision", "dense"
 STATUSES = ("compressed", "frozen", "calibration", "initialized")  # of the writer; its tensors are the same
@@ -23,6 +25,8 @@ NOT_READ = ("kv_cache_scheme", "global_compression_ratio", "version", "run_compr
 # products run in the model's dtype, whatever their activations were quantised to
 ACTIVATIONS = ("input_activations", "output_activations")
 
+Size = Annotated[int, Meta(ge=1, le=LARGEST)]
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -31,8 +35,8 @@ class Weights:
     num_bits: Literal[4, 8] = 8
     type: Literal["int", "float"] = "int"
     strategy: Literal["tensor", "channel", "group", "block", "tensor_group"] = "tensor"
-    group_size: AtLeastOne | None = None
-    block_structure: tuple[AtLeastOne, ...] | None = None
+    group_size: Size | None = None
+    block_structure: tuple[Size, ...] | None = None
     symmetric: bool = True
     actorder: Literal["static", "weight"] | None = None  # the order of rounding; numbers are stored in order
     dynamic: Literal[False] = False
@@ -78,7 +82,8 @@ def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
 def _check_top(config: Mapping[str, Any]) -> None:
     """Raises ValueError for keys that change what the tensors mean."""
     check_keys("it", (key for key, value in config.items() if value), (*READ, *NOT_READ, "transform_config"))
-    if (config.get("transform_config") or {}).get("config_groups"):
+    transform = config.get("transform_config")
+    if transform and not (isinstance(transform, Mapping) and not transform.get("config_groups")):
         raise ValueError("transform_config: rotated weights are not read; checkpoints without it are")
     sparsity = config.get("sparsity_config") or {"format": DENSE}
     kind = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
@@ -143,7 +148,7 @@ def _format(values: Any, kind: Any) -> Format | None:
     """
     if kind == DENSE:
         return None
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         known = ", ".join(map(repr, (*FORMATS, DENSE)))
         where = " (each group must say its own)" if kind == MIXED else ""
         raise ValueError(f"format {shown(kind)} is not read; {known} are{where}")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jmoe.checkpoint.formats.fp8 import Fp8
+from jmoe.checkpoint.formats.grids import LARGEST
 from jmoe.checkpoint.methods.method import Method, Rule
 from jmoe.checkpoint.methods.patterns import matcher, patterns
 from jmoe.config.reading import shown
@@ -17,8 +18,12 @@ def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
     block = config.get("weight_block_size")
     if block is None:
         raise ValueError("weight_block_size is absent; fp8 is read in blocks")
-    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
-        raise ValueError(f"weight_block_size must be two numbers of at least 1, got {shown(block)}")
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or any(type(n) is not int or not 1 <= n <= LARGEST for n in block)
+    ):
+        raise ValueError(f"weight_block_size must be two numbers from 1 to {LARGEST}, got {shown(block)}")
     for key in ("modules_to_not_convert", "ignored_layers"):
         for entry in patterns(config, key):
             yield Rule(matcher(entry), None, f"{key}: {entry!r}")

@@ -1,11 +1,29 @@
 """Published configurations give each module its format; what is not read is refused by name."""
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import compressed as ct
+from support.models.published_quantisation import (
+    BLOCKS,
+    GLM_45_AIR_FP8,
+    GPT_OSS,
+    INT4_G32,
+    KIMI_K3,
+    KIMI_K25,
+    MINIMAX_M2,
+    MIXED,
+    QWEN3_30B_FP8,
+    REDHAT_FP8_DYNAMIC,
+    TOKENS,
+    W4A16_AWQ,
+    compressed,
+    group,
+    weights_of,
+)
 
 from jmoe.checkpoint.formats import Format
 from jmoe.checkpoint.formats.fp8 import Fp8
@@ -27,112 +45,7 @@ def formats(quantisation: Quantisation, *names: str) -> tuple[Format | None, ...
     return tuple(None if rule is None else rule.format for rule in rules)
 
 
-BLOCKS = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
 FP8_BLOCKS = Fp8((128, 128), "_scale_inv")
-NORMS = ("input_layernorm", "post_attention_layernorm", "mlp.gate")
-QWEN3_30B_FP8 = {
-    **BLOCKS,
-    "modules_to_not_convert": [
-        "lm_head",
-        *[f"model.layers.{layer}.{module}" for layer in range(48) for module in NORMS],
-    ],
-}
-MINIMAX_M2 = BLOCKS | {
-    "fmt": "float8_e4m3fn",
-    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
-}
-GPT_OSS = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
-    ],
-}  # fmt: skip
-
-
-def group(weights: Any, *targets: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "targets": list(targets or ("Linear",)), "weights": weights, "input_activations": None,
-        "output_activations": None, **changes,
-    }  # fmt: skip
-
-
-def weights_of(
-    bits: int, kind: str, strategy: str, group: int | None = None, **changes: Any
-) -> dict[str, Any]:
-    return {
-        "actorder": None, "block_structure": None, "dynamic": False, "group_size": group, "num_bits": bits,
-        "observer": "minmax", "observer_kwargs": {}, "strategy": strategy, "symmetric": True, "type": kind,
-        **changes,
-    }  # fmt: skip
-
-
-def compressed(kind: str | None, *groups: dict[str, Any], ignore: Any = (), **changes: Any) -> dict[str, Any]:
-    return {
-        "config_groups": {f"group_{i}": each for i, each in enumerate(groups)},
-        "format": kind,
-        "global_compression_ratio": None,
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        **changes,
-    }
-
-
-INT4_G32 = weights_of(4, "int", "group", 32)
-KIMI_K25 = compressed(
-    "pack-quantized",
-    group(INT4_G32),
-    ignore=[
-        "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-        "re:vision_tower.*", "re:mm_projector.*",
-    ],
-)  # fmt: skip
-TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
-GLM_45_AIR_FP8 = compressed(
-    "float-quantized",
-    group(weights_of(8, "float", "channel"), input_activations=TOKENS),
-    ignore=["lm_head", "model.embed_tokens", *[f"model.layers.{layer}.mlp.gate" for layer in range(1, 46)]],
-    sparsity_config={},
-    transform_config={},
-    version="0.11.0",
-)
-REDHAT_FP8_DYNAMIC = compressed(
-    "float-quantized",
-    group(weights_of(8, "float", "channel"), input_activations=TOKENS),
-    ignore=["re:.*lm_head", "re:.*mlp.gate$"],
-    kv_cache_scheme=TOKENS | {"strategy": "tensor", "dynamic": False},
-    quantization_status="frozen",
-)
-W4A16_AWQ = compressed(
-    "pack-quantized",
-    group(
-        weights_of(4, "int", "group", 128, symmetric=False, zp_dtype="torch.int8"), format="pack-quantized"
-    ),
-    ignore=["lm_head", *[f"model.layers.{layer}.mlp.gate" for layer in range(48)]],
-)
-KIMI_K3 = compressed(
-    "mxfp4-pack-quantized",
-    group(
-        weights_of(4, "float", "group", 32, scale_dtype="torch.uint8", zp_dtype="torch.uint8"),
-        format="mxfp4-pack-quantized",
-    ),
-    ignore=["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
-)
-NVFP4 = weights_of(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
-MIXED = compressed(
-    "mixed-precision",
-    group(weights_of(8, "float", "block", block_structure=[128, 128]), "Linear", format="float-quantized"),
-    group(NVFP4, "re:.*mlp.experts.*", format="nvfp4-pack-quantized"),
-    group(weights_of(8, "int", "channel"), Q_PROJ.removesuffix(".weight"), format="int-quantized"),
-    ignore=["lm_head", "re:.*mlp.gate$"],
-)
-
 ROWS, INT4, ASYMMETRIC = Fp8((1, None), "_scale"), PackedInts(4, (1, 32)), PackedInts(4, (1, 128), True)
 PUBLISHED = {  # the formats of an expert, attention, the router, a shared expert, the head, a dense MLP
     "Qwen3-30B-A3B-FP8": (QWEN3_30B_FP8, (FP8_BLOCKS, FP8_BLOCKS, None, FP8_BLOCKS, None, FP8_BLOCKS)),
@@ -282,8 +195,8 @@ IN_WEIGHTS = "config_groups.group_0: weights: "
             with_weights(strategy="token"),
             IN_WEIGHTS + "strategy must be one of tensor, channel, group, block, tensor_group, got",
         ),
-        (with_weights(group_size=0), IN_WEIGHTS + "group_size must be an integer of at least 1, got 0"),
-        (with_weights(group_size=-1), IN_WEIGHTS + "group_size must be an integer of at least 1, got -1"),
+        (with_weights(group_size=0), IN_WEIGHTS + "group_size must be an integer from 1 to 65536, got 0"),
+        (with_weights(group_size=-1), IN_WEIGHTS + "group_size must be an integer from 1 to 65536, got -1"),
         (with_weights(group_size=None), IN_WEIGHTS + "group_size None does not fit strategy 'group'"),
         (with_weights(strategy="channel"), IN_WEIGHTS + "group_size 32 does not fit strategy 'channel'"),
         (
@@ -330,7 +243,7 @@ IN_WEIGHTS = "config_groups.group_0: weights: "
         ),
         (
             BLOCKS | {"weight_block_size": [0, 128]},
-            "weight_block_size must be two numbers of at least 1, got [0, 128]",
+            "weight_block_size must be two numbers from 1 to 65536, got [0, 128]",
         ),
         (BLOCKS | {"weight_block_size": None}, "weight_block_size is absent; fp8 is read in blocks"),
         (BLOCKS | {"fmt": "e5m2"}, "fmt 'e5m2' is not read, 'e4m3' is"),
@@ -345,3 +258,22 @@ def test_what_is_not_read_is_refused_by_name(config, message):
         parsed(config, PATH)
     text = str(error.value)
     assert text.startswith("config.json: quantization_config: ") and message in text and "\n" not in text
+
+
+WRONG = (None, 5, -1, 10**30, 0.5, True, "x", "", [], ["x"], [[]], {}, {"a": 1}, {"config_groups": [1]})
+
+
+@pytest.mark.parametrize("place", ["top", "group", "weights"])
+def test_values_of_any_type_are_read_or_refused_in_one_line(place):
+    for base in (W4A16_AWQ, MIXED, BLOCKS, GPT_OSS):
+        groups = base.get("config_groups", {"group_0": {"weights": {}}})
+        inner = {"top": base, "group": groups["group_0"], "weights": groups["group_0"]["weights"]}[place]
+        for key in inner:
+            for wrong in WRONG:
+                changed = copy.deepcopy(base)
+                group = changed.get("config_groups", {}).get("group_0", {})
+                {"top": changed, "group": group, "weights": group.get("weights", {})}[place][key] = wrong
+                try:
+                    formats(parsed(changed, PATH), EXPERT, Q_PROJ)
+                except ValueError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 500
