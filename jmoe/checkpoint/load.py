@@ -175,9 +175,10 @@ def match(
             path
             for path, spec in specs.items()
             if any(
-                is_wider(checkpoint.tensors[s.name].dtype, spec.dtype)
+                spec.has_own_dtype
+                and s.format is None
+                and is_wider(checkpoint.tensors[s.name].dtype, spec.dtype)
                 for s in table.get(path, ())
-                if spec.has_own_dtype
             )
         }
         specs = {path: spec.in_float32() if path in wide else spec for path, spec in specs.items()}
@@ -205,11 +206,13 @@ def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredPa
 def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the family's tensors.
 
-    Two kinds of extra tensors are allowed and not read: ``lm_head.weight`` of a tied model, which
-    ``with_own_head`` has found equal to the embedding, and the rotary frequencies that old releases stored,
-    which every reader computes from ``config.json``. A family may allow more.
+    Three kinds of extra tensors are allowed and not read: ``lm_head.weight`` of a tied model, which
+    ``with_own_head`` has found equal to the embedding, the rotary frequencies that old releases stored,
+    which every reader computes from ``config.json``, and scales of activations beside quantised weights. A
+    family may allow more.
     """
     family, expected = get_family(cfg.architecture), set()
+    quantisation = read_quantisation(checkpoint.directory)
     for stored in stored_tensors(checkpoint, cfg):
         for name in stored.names:
             if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
@@ -229,7 +232,10 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
             continue
         tied_head = cfg.tie_word_embeddings and name == head
         known = (
-            tied_head or name.endswith(".rotary_emb.inv_freq") or _is_ignored(checkpoint, family, cfg, name)
+            tied_head
+            or name.endswith(".rotary_emb.inv_freq")
+            or quantisation.is_unread(name)
+            or _is_ignored(checkpoint, family, cfg, name)
         )
         if not known:
             raise ValueError(

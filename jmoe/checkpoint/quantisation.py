@@ -1,5 +1,6 @@
 """Which format each weight of a checkpoint has: by its configuration, checked against its tensors."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from jmoe.config.units import brief
 
 WEIGHT = ".weight"
 CODES = ("F8_E4M3", "U8", "I8", "I32")  # dtypes that only quantised tensors have
+# scales of activations and of the KV cache: products run in the model's dtype, and the cache has its own
+UNREAD = re.compile(r"\.(input_(global_)?scale|input_zero_point|[kqv]_scale|[kqv]_proj\.output_scale)$")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Quantisation:
         rule = self.rule_of(name)
         plain, stored = tensors.get(name), None if rule is None else rule.format
         if stored is not None and _is_stored(stored, name, tensors):
-            return stored
+            return stored.of_tensors(name, tensors)
         if plain is not None and plain.dtype in CODES:
             said = f"{rule.text} leaves it plain" if rule else "no rule is about it"
             if rule is not None and stored is not None:
@@ -49,6 +52,10 @@ class Quantisation:
             )
         return None
 
+    def is_unread(self, name: str) -> bool:
+        """Returns whether a tensor may be there without being read: it is not about the weights."""
+        return bool(self.rules) and UNREAD.search(name) is not None
+
 
 def _is_stored(stored: Format, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     codes, *_ = stored.tensor_names(name)
@@ -57,19 +64,37 @@ def _is_stored(stored: Format, name: str, tensors: Mapping[str, TensorInfo]) -> 
 
 def read_quantisation(directory: Path) -> Quantisation:
     """Returns what the directory's files say; raises ValueError, naming the file and the key, for what is not
-    read."""
+    read, and naming both files if two contradict each other."""
     path = directory / "config.json"
     config = read_json(path).get("quantization_config") if path.is_file() else None
-    return Quantisation() if not config else parsed(config, path)
+    for twin in filter(None, (method.twin for method in METHODS.values())):
+        file = directory / twin.file
+        if not file.is_file():
+            continue
+        with named(f"{file}: {twin.key}"):
+            own = twin.rewritten(_object(read_json(file).get(twin.key)))
+        if not config:
+            return parsed(own, file, twin.key)
+        with named(f"{path}: quantization_config"):
+            stated = _object(config)
+            if stated.get("quant_method") != own["quant_method"]:
+                method = shown(stated.get("quant_method"))
+                raise ValueError(f"quant_method is {method}, but {file} is of {own['quant_method']!r}")
+            twin.check(stated, own)
+    return parsed(config, path) if config else Quantisation()
 
 
-def parsed(config: Any, path: Path) -> Quantisation:
-    """Returns a ``quantization_config`` as rules."""
-    with named(f"{path}: quantization_config"):
-        if not isinstance(config, Mapping):
-            raise ValueError(f"it must be an object, it is {shown(config)}")
-        method = config.get("quant_method")
-        if method not in METHODS:
+def parsed(config: Any, path: Path, key: str = "quantization_config") -> Quantisation:
+    """Returns a ``quantization_config``, or what a file has in its place, as rules."""
+    with named(f"{path}: {key}"):
+        name = _object(config).get("quant_method")
+        if name not in METHODS:
             read = ", ".join(map(repr, METHODS))
-            raise ValueError(f"method {shown(method)} is not read; {read} are")
-        return Quantisation(f"{path.name}'s quantization_config", tuple(METHODS[method].rules(config)))
+            raise ValueError(f"method {shown(name)} is not read; {read} are")
+        return Quantisation(f"{path.name}'s {key}", tuple(METHODS[name].rules(config)))
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"it must be an object, it is {shown(value)}")
+    return value

@@ -117,7 +117,7 @@ def check_shapes(
             for entry in needed:
                 info = tensors[entry.name]
                 expected = (*stacks.get(stored.name, ()), *entry.shape)
-                if info.shape != expected:
+                if (info.shape or (1,)) != (expected or (1,)):  # a single number may have no axis
                     raise ValueError(
                         f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by config.json, "
                         f"it is {list(info.shape)}"

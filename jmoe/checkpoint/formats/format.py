@@ -1,14 +1,15 @@
 """What a format's file declares: the tensors that store a parameter's numbers, and how they are read."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES
+from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES, TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor
 
@@ -38,8 +39,23 @@ class Format(ABC):
 
     @property
     @abstractmethod
-    def coding(self) -> Coding:
-        """How a weight of this format is kept in memory."""
+    def coding(self) -> Coding | None:
+        """How a weight of this format is kept in memory; None keeps its numbers, dequantised while it
+        loads."""
+
+    @property
+    def why_dequantised(self) -> str:
+        """Why ``coding`` is None, for messages."""
+        return ""
+
+    def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
+        """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
+        return self
+
+    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
+        """Returns the format with what only the numbers in its tensors say. The tensors are not checked yet:
+        any may be missing or wrong."""
+        return self
 
     @abstractmethod
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
@@ -58,7 +74,7 @@ class Format(ABC):
     def read(
         self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
     ) -> Quantised:
-        """Returns a weight as numpy arrays, in its coding and computed in float32.
+        """Returns a weight as numpy arrays, in its coding (any, if that is None) and computed in float32.
 
         entry: entry of the leading axis of stacked tensors; None reads whole tensors.
         shape: shape of the numbers, ``[..., out, in]``.

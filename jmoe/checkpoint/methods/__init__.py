@@ -1,8 +1,18 @@
 """The methods of quantisation whose checkpoints are read: one row per value of ``quant_method``."""
 
-from jmoe.checkpoint.methods import fp8, mxfp4
+from jmoe.checkpoint.methods import auto_round, awq, fp8, gptq, mxfp4
 from jmoe.checkpoint.methods.method import Method, Rule
 
-METHODS = {method.name: method for method in (fp8.METHOD, mxfp4.METHOD)}
+METHODS = {
+    method.name: method
+    for method in (
+        auto_round.METHOD,
+        auto_round.OLD_METHOD,
+        awq.METHOD,
+        fp8.METHOD,
+        gptq.METHOD,
+        mxfp4.METHOD,
+    )
+}
 
 __all__ = ["METHODS", "Method", "Rule"]
