@@ -1,6 +1,6 @@
 """The methods of quantisation whose checkpoints are read: one row per value of ``quant_method``."""
 
-from jmoe.checkpoint.methods import auto_round, awq, fp8, gptq, mxfp4
+from jmoe.checkpoint.methods import auto_round, awq, fp8, gptq, modelopt, mxfp4
 from jmoe.checkpoint.methods.method import Method, Rule
 
 METHODS = {
@@ -11,6 +11,7 @@ METHODS = {
         awq.METHOD,
         fp8.METHOD,
         gptq.METHOD,
+        modelopt.METHOD,
         mxfp4.METHOD,
     )
 }
