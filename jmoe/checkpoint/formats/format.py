@@ -48,15 +48,6 @@ class Format(ABC):
         """Why ``coding`` is None, for messages."""
         return ""
 
-    def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
-        """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
-        return self
-
-    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
-        """Returns the format with what only the numbers in its tensors say. The tensors are not checked yet:
-        any may be missing or wrong."""
-        return self
-
     @abstractmethod
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
         """Returns what is read from each tensor that stores a weight.
@@ -69,6 +60,15 @@ class Format(ABC):
     @abstractmethod
     def tensor_names(self, name: str) -> tuple[str, ...]:
         """Returns the names of the tensors that store a weight; the first holds the codes."""
+
+    def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
+        """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
+        return self
+
+    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
+        """Returns the format with what only the numbers in its tensors say. The tensors are not checked yet:
+        any may be missing or wrong."""
+        return self
 
     @abstractmethod
     def read(
