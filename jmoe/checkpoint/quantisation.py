@@ -88,7 +88,7 @@ def parsed(config: Any, path: Path, key: str = "quantization_config") -> Quantis
     """Returns a ``quantization_config``, or what a file has in its place, as rules."""
     with named(f"{path}: {key}"):
         name = _object(config).get("quant_method")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             read = ", ".join(map(repr, METHODS))
             raise ValueError(f"method {shown(name)} is not read; {read} are")
         return Quantisation(f"{path.name}'s {key}", tuple(METHODS[name].rules(config)))

@@ -11,6 +11,7 @@ from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, o
 from jmoe.checkpoint.methods.method import Method, Rule, listed
 from jmoe.checkpoint.methods.patterns import REGEX, matcher, nearest
 from jmoe.config.reading import named, shown
+from jmoe.config.units import brief
 
 GPTQ = ("auto_round:auto_gptq", "auto_round:gptq")
 AWQ = ("auto_round:auto_awq", "auto_round:awq")
@@ -23,17 +24,18 @@ def rules(config: Config) -> Iterator[Rule]:
     exact: dict[str, Format | None] = {}
     patterns = []
     for name, changes in table(config, "extra_config").items():
-        with named(f"extra_config: {name!r}"):
+        with named(f"extra_config: {brief(name)}"):
             stored = _changed(config, changes)
             if re.fullmatch(r"[\w.]+", name):
                 exact[name] = stored
-            else:
-                patterns.append(Rule(matcher(f"{REGEX}(?:{name})$"), stored, f"extra_config: {name!r}"))
+            else:  # a regular expression for any part of a name
+                searched = matcher(f"{REGEX}.*(?:{name})")
+                patterns.append(Rule(searched, stored, f"extra_config: {brief(name)}"))
     yield from listed("extra_config", exact)
     yield from patterns
     if blocks := names_in(config, *BLOCKS):
         inside = nearest(dict.fromkeys(blocks, True))
-        yield Rule(lambda module: inside(module) is None, None, f"{BLOCKS[0]}: {', '.join(blocks)}")
+        yield Rule(lambda module: inside(module) is None, None, f"{BLOCKS[0]}: {brief(blocks)}")
     yield Rule(lambda module: True, whole, "quant_method 'auto-round'")
 
 

@@ -7,6 +7,7 @@ from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, o
 from jmoe.checkpoint.methods.method import Method, Rule
 from jmoe.checkpoint.methods.patterns import contains
 from jmoe.config.reading import shown
+from jmoe.config.units import brief
 
 
 def rules(config: Config) -> Iterator[Rule]:
@@ -20,7 +21,7 @@ def rules(config: Config) -> Iterator[Rule]:
         is_symmetric=not flag(config, "zero_point", default=True),
     )
     for entry in names_in(config, "modules_to_not_convert"):
-        yield Rule(contains(entry), None, f"modules_to_not_convert: {entry!r}")
+        yield Rule(contains(entry), None, f"modules_to_not_convert: {brief(entry)}")
     yield Rule(lambda module: True, stored, "quant_method 'awq'")
 
 

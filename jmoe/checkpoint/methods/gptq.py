@@ -8,6 +8,7 @@ from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, o
 from jmoe.checkpoint.methods.method import Method, Rule
 from jmoe.checkpoint.methods.patterns import REGEX, matcher
 from jmoe.config.reading import named, shown
+from jmoe.config.units import brief
 
 PLAIN, CODED = "-:", "+:"  # beginnings of the keys of "dynamic"; without one, a key is as with the second
 # keys of things that would change the numbers or their packing
@@ -25,7 +26,7 @@ def rules(config: Config) -> Iterator[Rule]:
     if not flag(config, "lm_head", default=False):
         yield Rule(matcher("lm_head"), None, "lm_head: false")
     for entry in names_in(config, "modules_to_not_convert"):
-        yield Rule(matcher(entry), None, f"modules_to_not_convert: {entry!r}")
+        yield Rule(matcher(entry), None, f"modules_to_not_convert: {brief(entry)}")
     chosen = names_in(config, "modules_in_block_to_quantize")
     if not chosen:
         yield Rule(lambda module: True, whole, "quant_method 'gptq'")
@@ -49,7 +50,7 @@ def as_format(config: Config) -> Gptq:
 
 def _dynamic(key: str, changes: Any, config: Config) -> Rule:
     """Returns the rule of one entry of "dynamic": a regular expression and the values that differ."""
-    text = f"dynamic: {key!r}"
+    text = f"dynamic: {brief(key)}"
     pattern = REGEX + key.removeprefix(PLAIN).removeprefix(CODED)
     with named(text):
         if key.startswith(PLAIN):

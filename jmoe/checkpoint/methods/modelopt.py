@@ -14,6 +14,7 @@ from jmoe.checkpoint.methods.fields import Config, first, names_in, one_of, tabl
 from jmoe.checkpoint.methods.method import Method, Rule, Twin, listed
 from jmoe.checkpoint.methods.patterns import matcher
 from jmoe.config.reading import named, shown
+from jmoe.config.units import brief
 
 NVFP4 = Nvfp4("_scale", "_scale_2", multiplies=True)
 # algorithm -> format, and the numbers that share a scale, if the file may say it
@@ -33,7 +34,7 @@ def rules(config: Config) -> Iterator[Rule]:
         return
     whole = None if algorithm == MIXED else as_format(config)
     for entry in names_in(config, *LISTS):
-        yield Rule(matcher(entry), None, f"{_key(config)}: {entry!r}")
+        yield Rule(matcher(entry), None, f"{_key(config)}: {brief(entry)}")
     if whole is not None:
         yield Rule(lambda module: True, whole, f"quant_algo {algorithm!r}")
         return
@@ -53,7 +54,7 @@ def as_format(config: Config) -> Format:
 
 
 def _module(name: str, own: Any) -> Format | None:
-    with named(f"quantized_layers: {name!r}"):
+    with named(f"quantized_layers: {brief(name)}"):
         if not isinstance(own, Mapping):
             raise ValueError(f"it must be an object, got {shown(own)}")
         return None if own.get("quant_algo") in (None, "UNQUANTIZED") else as_format(own)
@@ -73,7 +74,7 @@ def _check(config: Config, twin: Config) -> None:
     lists = [set(names_in(each, *LISTS)) for each in (config, twin) if _has_list(each)]
     if len(lists) == 2 and (other := sorted(lists[0] ^ lists[1])):
         where = ("quantization_config", TWIN.file)[other[0] in lists[1]]
-        raise ValueError(f"{_key(config)} and {TWIN.file} differ: only {where} lists {other[0]!r}")
+        raise ValueError(f"{_key(config)} and {TWIN.file} differ: only {where} lists {brief(other[0])}")
 
 
 def _has_list(config: Config) -> bool:

@@ -96,7 +96,7 @@ def test_auto_round():
     extra = {
         GATE: {"bits": 16, "data_type": "float"},
         "model.layers.3.self_attn": {"bits": 8},
-        r".*layers\.7\.self_attn.*": {"bits": 16},
+        r"layers\.7\.self_\w+": {"bits": 16},
         "lm_head": {"bits": 8, "group_size": 32, "sym": False},
     }
     other = "model.layers.7.self_attn.k_proj"
@@ -145,3 +145,30 @@ def test_what_is_not_read_is_refused_by_name(config, message):
     with pytest.raises(ValueError, match=rf"^config.json: quantization_config: {message}") as error:
         said(config)
     assert "\n" not in str(error.value)
+
+
+FULL = (
+    GPTQ | {"checkpoint_format": "gptq", "lm_head": False, "dynamic": {"-:a": {}, "b": {"bits": 8}},
+            "modules_in_block_to_quantize": [["a"]], "modules_to_not_convert": ["a"], "pack_dtype": "int32",
+            "is_marlin_format": False},
+    AWQ | {"modules_to_not_convert": ["a"], "backend": "autoawq"},
+    ROUND | {"extra_config": {"a": {"bits": 16}, "b.*": {"bits": 8}}},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["a"]},
+    {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "exclude_modules": ["a*"],
+     "quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}},
+)  # fmt: skip
+ODD = (
+    None, 0, -7, 1.5, True, "x", "re:(", "*", "\n", [], [1], [["a"], 3], ["re:(", "*["], {}, {"a": 1},
+    {"(": {"bits": [1]}}, {"a": {"quant_algo": []}}, 10**400, "y" * 9999, [[[]]],
+    {"\n" * 9999: {"bits": 2}}, ["\n"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", FULL, ids=lambda config: config["quant_method"])
+def test_an_odd_value_of_any_key_is_read_or_refused_in_one_line(config):
+    for key in config:
+        for value in ODD:
+            try:
+                formats(config | {key: value}, EXPERT, QUERY, "lm_head")
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 700, (key, value)
