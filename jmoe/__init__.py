@@ -31,7 +31,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that ``jmoe --help`` does not import jax."""
+    """Loads a public name on first use, so that ``jmoe --help`` does not import jax."""
     if name not in _HOME:
         raise AttributeError(f"module 'jmoe' has no attribute {name!r}")
     module, attribute = _HOME[name]

@@ -1,5 +1,6 @@
-"""What a model's modules are made from, decided once before any of them."""
+"""The facts that a model's modules are made from, decided once before any of them."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
@@ -12,8 +13,13 @@ from jmoe.mesh import Split
 
 
 class Codings(dict[str, Coding]):
-    """How quantised parameters are stored, by the path that they have if no experts are offloaded. It is not
-    changed after it is made."""
+    """The codings of quantised parameters, by the paths that these have if no experts are offloaded. It is
+    not changed after it is made."""
+
+    def __str__(self) -> str:
+        counts = Counter((str(coding), ".experts." in path) for path, coding in self.items())
+        parts = (f"{n} {'of experts' if experts else 'dense'} in {how}" for (how, experts), n in counts.items())
+        return "; ".join(sorted(parts))
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
@@ -24,7 +30,7 @@ UNQUANTISED = Codings()
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a model is built on a mesh. Equal blueprints make equal modules.
+    """The plan by which a model is built on a mesh. Equal blueprints make equal modules.
 
     cfg: shape of the model.
     moe: settings of its MoE layers.

@@ -13,11 +13,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jmoe.config.choices import AttentionSplit
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
 THREADS = 4  # threads of XLA's CPU client per emulated device
@@ -67,7 +70,7 @@ def give_threads() -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """How attention is split over a mesh.
+    """The split of attention over a mesh.
 
     sequences: mesh axes over which sequences are split.
     heads: mesh axes over which the heads of a sequence are split.
@@ -88,7 +91,7 @@ class Split:
         return math.prod(self.mesh.shape[axis] for axis in self.heads)
 
 
-def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
+def split_attention(mesh: Mesh, attention: AttentionSplit) -> Split:
     """Returns the split of attention.
 
     attention: "dp": each rank of the expert axis has its own sequences. "tp": the ranks of the expert axis
@@ -99,6 +102,12 @@ def split_attention(mesh: Mesh, attention: Literal["dp", "tp"]) -> Split:
 
 def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def replicated(outputs: Any, mesh: Mesh) -> Any:
+    """Replicates ``outputs`` on every device, so that every host can read them. The function is for use under
+    jit."""
+    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
 
 
 def check_divides(name: str, size: int, axis: str, num_parts: int) -> None:

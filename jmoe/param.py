@@ -1,4 +1,4 @@
-"""Where every weight is declared: shape, dtype, initial value and the mesh axis of each dimension."""
+"""The declaration of a weight: shape, dtype, initial value and the mesh axis of each dimension."""
 
 from typing import Literal
 

@@ -10,9 +10,10 @@ machine.
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from shared.pinning import pin
 
 
 def arguments() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
 
 def main() -> None:
     args = arguments()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    pin(args.threads)
 
     import numpy as np
     from jmoe_kernels import cpu

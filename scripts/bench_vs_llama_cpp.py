@@ -33,6 +33,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from shared.pinning import pin
 from shared.protocol import (
     JMOE,
     Contender,
@@ -42,13 +43,12 @@ from shared.protocol import (
     Samples,
     add_options,
     check_options,
-    checkpoint,
     paired_ratio,
-    pin,
     random_rows,
     settings,
     take_turns,
 )
+from shared.random_checkpoint import checkpoint
 
 LLAMA_CPP = "llama.cpp"
 SCRIPTS, PEER = Path(__file__).parent, "vs_llama_cpp.peer"

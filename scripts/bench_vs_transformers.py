@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared.pinning import pin
 from shared.protocol import (
     JMOE,
     Contender,
@@ -35,13 +36,12 @@ from shared.protocol import (
     Run,
     add_options,
     check_options,
-    checkpoint,
     paired_ratio,
-    pin,
     random_rows,
     settings,
     take_turns,
 )
+from shared.random_checkpoint import checkpoint
 
 WAYS = ("generate", "bare loop")
 

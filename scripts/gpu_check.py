@@ -34,14 +34,15 @@ from gpu_checks.offload import offload
 from gpu_checks.peers import even_batch, jax_peers, one_group, ours, routed_sizes, torch_seconds
 from gpu_checks.rows import Check, line
 from shared.gpu_timing import random_rows, seconds_per_call, weight_bytes, weight_stacks
+from shared.layer_sizes import LayerSizes, layer_sizes
 
-MODELS = {  # experts, inner, model, routed
-    "Qwen3-30B-A3B": (128, 768, 2048, 8),
-    "OLMoE": (64, 1024, 2048, 8),
-    "Mixtral-8x7B": (8, 14336, 4096, 2),
-    "DeepSeek-V2-Lite": (64, 1408, 2048, 6),
+MODELS = {
+    "Qwen3-30B-A3B": layer_sizes("qwen3-30b-a3b"),
+    "OLMoE": layer_sizes("olmoe-1b-7b"),
+    "Mixtral-8x7B": layer_sizes("mixtral-8x7b"),
+    "DeepSeek-V2-Lite": layer_sizes("deepseek-v2-lite"),
 }
-TOY = {"toy": (3, 64, 64, 2)}
+TOY = {"toy": LayerSizes(3, 64, 64, 2)}
 DECODE_TARGET, PREFILL_TARGET = 0.85, 0.75  # of the measured copy bandwidth, of the measured dense rate
 MEASURABLE = 250e6  # bytes of weights; the decode target counts from here on: below, launches dominate
 LAUNCHES = 8  # roughly: two kernels, the map from windows to experts, the gather of the rows
@@ -173,7 +174,7 @@ def binning(check: Check) -> None:
             verdict = f"XLA x{xla / own:.2f} {'pass' if own <= xla else 'MISS'}"
             layer = f"Qwen3-30B-A3B, {tokens * k // experts} rows an expert"
             took = [row.seconds for row in check.rows if (row.case, row.name) == (layer, "jmoe")]
-            if experts == MODELS["Qwen3-30B-A3B"][0] and took and took[0]:
+            if experts == MODELS["Qwen3-30B-A3B"].experts and took and took[0]:
                 verdict += f"; {own / took[0]:.1%} of the decode layer"
             check.add("binning", case, "kernel", own, verdict=verdict)
             check.add("binning", case, "xla", xla)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.protocol import pin
+from shared.pinning import pin
 from shared.results import draw_plots, dumps
 from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     for study in STUDIES.values():
         one = ways.add_parser(
             study.name,
-            aliases=[study.results_name] if study.results_name else [],
+            aliases=[study.alias] if study.alias else [],
             help=study.description.partition("\n")[0],
             description=study.description,
             formatter_class=RAW,
@@ -84,8 +84,8 @@ def command(study: Study, part: Part, args: argparse.Namespace) -> str:
     own = argparse.ArgumentParser(add_help=False)
     study.add_options(own)
     for action in own._actions:
-        value, (parts, _, _) = getattr(args, action.dest), (action.help or "").partition(":")
-        if value == action.default or not (study.is_whole or part.name in parts.split(", ")):
+        value = getattr(args, action.dest)
+        if value == action.default or not (study.is_whole or action.dest in part.options):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [action.option_strings[0], *(shlex.quote(str(v)) for v in values)]

@@ -195,7 +195,7 @@ def check(case: Case) -> dict:
 
     from jmoe.config.model import ModelConfig
     from jmoe.config.moe import MoEConfig
-    from jmoe.engine.lowering import lower_step
+    from jmoe.engine.deployment.lowering import lower_step
     from jmoe.engine.step.inputs import Sizes
     from jmoe.mesh import make_mesh
 

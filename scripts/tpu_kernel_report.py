@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared import tpu_compiler
+from shared.layer_sizes import layer_sizes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,13 @@ class Layer:
     experts: int
     model: int
     inner: int
-    mesh: tuple[int, int] = (4, 1)
+    mesh: tuple[int, int]
+
+
+def layer_of(name: str, mesh: tuple[int, int] = (4, 1)) -> Layer:
+    """Returns the layer of a model, whose shape's file has the model's name."""
+    sizes = layer_sizes(name.lower())
+    return Layer(name, sizes.experts, sizes.model, sizes.inner, mesh)
 
 
 CHIPS = {
@@ -66,10 +73,10 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 918e12),
 }
 LAYERS = (
-    Layer("Mixtral-8x7B", 8, 4096, 14336, mesh=(2, 2)),
-    Layer("Qwen3-30B-A3B", 128, 2048, 768),
-    Layer("OLMoE-1B-7B", 64, 2048, 1024),
-    Layer("DeepSeek-V2-Lite", 64, 2048, 1408),
+    layer_of("Mixtral-8x7B", mesh=(2, 2)),
+    layer_of("Qwen3-30B-A3B"),
+    layer_of("OLMoE-1B-7B"),
+    layer_of("DeepSeek-V2-Lite"),
 )
 DECODE_ROWS, PREFILL_ROWS = 16, 8192  # rows of each expert; rows of a device
 COLUMNS = {

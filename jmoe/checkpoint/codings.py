@@ -1,4 +1,4 @@
-"""How each parameter of a checkpoint will be kept in memory: as it is stored, or quantised while it loads."""
+"""The codings in which parameters are kept: those of the checkpoint, or those requested while it loads."""
 
 import logging
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
 from jmoe.checkpoint.quantisation import read_quantisation
+from jmoe.config.choices import QuantizationName, QuantizedProducts
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
-from jmoe.config.quantisation import QuantizationName, QuantizedProducts
 from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint

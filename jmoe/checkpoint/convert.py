@@ -21,10 +21,11 @@ import numpy as np
 from jmoe.checkpoint.codings import Quantize, read_codings
 from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import HFCheckpoint
-from jmoe.checkpoint.load import DTypeChoice, LoadProgress, check_directory, match, read_config, read_param
+from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
-from jmoe.checkpoint.params import ParamSpec, array_specs
+from jmoe.checkpoint.params import ParamSpec, by_path
 from jmoe.checkpoint.safetensors_file import read_json
+from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
@@ -133,7 +134,7 @@ def _write(
     kept = tuple(path for path, spec in specs.items() if spec == spec.in_float32() and spec.has_own_dtype)
     write_manifest(
         working, cfg.architecture, cfg.dtype,
-        {path: array.shape for path, array in array_specs(specs.values()).items()}, kept,
+        {path: array.shape for path, array in by_path(spec.arrays for spec in specs.values()).items()}, kept,
         {path: spec.coding for path, spec in specs.items() if spec.coding is not None},
     )  # fmt: skip
 

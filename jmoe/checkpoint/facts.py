@@ -27,8 +27,8 @@ COMPUTED = {"float16": "float32"}
 
 
 def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
-    """Returns the dtype that a model is computed in by its own files: the one that ``config.json``, or the
-    text model's config in it, states; if neither states one, the dtype of most of the tensors' bytes."""
+    """Returns the dtype in which a model is computed by its own files: ``config.json`` states it, or the text
+    model's config in that file; if neither does, it is the dtype of most of the tensors' bytes."""
     text = hf.get("text_config")
     for config in (hf, text if isinstance(text, Mapping) else {}):
         for name in ("dtype", "torch_dtype"):

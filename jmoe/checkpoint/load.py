@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +33,7 @@ from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permut
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
 from jmoe.checkpoint.stacks import into_stacks
+from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import named
@@ -43,7 +43,6 @@ from jmoe.models import Family, get_family, model_config
 from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.placement.placement import Placement
 
-DTypeChoice = Literal["auto", "float32", "bfloat16"]
 LoadProgress = Callable[[int, int], None]
 LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
@@ -199,7 +198,7 @@ def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredPa
         return entry_numbers(spec)
     buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
     for stored in tensors:
-        read_slice(checkpoint, stored, buffer[stored.index])
+        read_slice(checkpoint, stored, buffer[stored.index], spec.written)
     return buffer
 
 

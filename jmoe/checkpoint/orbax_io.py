@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, array_specs, fill, joined, put_on_mesh
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, by_path, fill, joined, put_on_mesh
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks
 from jmoe.config.model import ModelConfig
@@ -78,8 +79,8 @@ def restore_model(
     """
     manifest, cfg, moe = read_manifest(directory), blueprint.cfg, blueprint.moe
     verify_files(directory, manifest)
-    written = moe if moe.offload is None else replace(moe, offload=None, binning=None)
-    model, specs = expected_model(directory, manifest, replace(blueprint, moe=written), own_dtypes=own_dtypes)
+    written = replace(blueprint, moe=moe.without_offload())
+    model, specs = expected_model(directory, manifest, written, own_dtypes=own_dtypes)
     stacks = None
     if moe.offload is not None:
         model, wanted = abstract_decoder(blueprint)
@@ -87,11 +88,11 @@ def restore_model(
     values: dict[str, Any] = {}
     total, done = sum(s.nbytes for s in specs.values()), 0
     for group, paths in grouped(specs).items():
-        group_specs = [specs[path] for path in paths]
-        restored = restore_group(directory, group, array_specs(group_specs))
-        for spec in group_specs:
+        written = [as_written(specs[path]) for path in paths]
+        arrays = restore_group(directory, group, by_path(written))
+        for spec, wanted in zip((specs[path] for path in paths), written, strict=True):
             done += spec.nbytes
-            value = joined(spec, restored)
+            value = regrouped(joined(wanted, arrays), spec)
             if placement is not None:
                 value = jax.tree.map(partial(_renumbered, spec.path, placement, cfg.moe_layers), value)
             if stacks is None or not stacks.take(spec.path, value):
@@ -101,6 +102,39 @@ def restore_model(
         for spec, buffers in stacks.items():
             values[spec.path] = jax.tree.map(put_on_mesh, buffers, spec.arrays)
     return fill(model, values)
+
+
+def as_written(spec: ParamSpec) -> Any:
+    """Returns the arrays of a parameter as files have them, each with the sharding in which it is read. If
+    ranks cut groups, every rank reads the scales of whole rows."""
+    arrays = replace(spec, coding=spec.written).arrays
+    if spec.written == spec.coding:
+        return arrays
+
+    def with_whole_rows(array: ParamSpec) -> ParamSpec:
+        axes = PartitionSpec(*array.sharding.spec[:-1], None)
+        return replace(array, sharding=array.sharding.update(spec=axes))
+
+    return replace(arrays, **{name: with_whole_rows(getattr(arrays, name)) for name in _grouped(arrays)})
+
+
+def regrouped(value: Any, spec: ParamSpec) -> Any:
+    """Returns a parameter's value in the coding of ``spec``, whose groups are parts of the value's."""
+    if spec.coding is None or value.coding == spec.coding:
+        return value
+    times = value.coding.group // spec.coding.group
+
+    def cut(array: jax.Array, wanted: ParamSpec) -> jax.Array:
+        run = jax.jit(lambda a: jnp.repeat(a, times, axis=-1), out_shardings=wanted.sharding)
+        return run(array)
+
+    arrays = {name: cut(getattr(value, name), getattr(spec.arrays, name)) for name in _grouped(value)}
+    return replace(value, coding=spec.coding, **arrays)
+
+
+def _grouped(weight: Any) -> list[str]:
+    """Returns the names of the arrays that have one number for each group."""
+    return ["scales"] if weight.lows is None else ["scales", "lows"]
 
 
 def _renumbered(path: str, placement: Placement, moe_layers: Sequence[int], array: jax.Array) -> jax.Array:
@@ -114,7 +148,7 @@ def expected_model(
     cfg = blueprint.cfg
     check_count(directory, manifest, cfg)
     model, specs = abstract_decoder(replace(blueprint, codings=Codings(manifest.codings)))
-    check_parameters(directory, manifest, array_specs(specs.values()))
+    check_parameters(directory, manifest, by_path(map(as_written, specs.values())))
     kept = set(manifest.kept) if own_dtypes and cfg.dtype == manifest.dtype else set()
     return model, {p: s.in_float32() if p in kept and s.has_own_dtype else s for p, s in specs.items()}
 

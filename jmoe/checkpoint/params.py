@@ -38,6 +38,7 @@ class ParamSpec:
     products: products that it is a factor of, those of experts or dense ones; None means that it cannot be
         quantised.
     coding: how its numbers are stored; None is not quantised.
+    written: coding in a checkpoint: of ranks that cut its groups, ``coding`` has smaller ones.
     """
 
     path: str
@@ -48,6 +49,7 @@ class ParamSpec:
     has_own_dtype: bool = False
     products: Products | None = None
     coding: Coding | None = None
+    written: Coding | None = None
 
     def in_float32(self) -> "ParamSpec":
         """Returns the same parameter in float32."""
@@ -82,14 +84,14 @@ class ParamSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def array_specs(specs: Iterable[ParamSpec]) -> dict[str, ParamSpec]:
-    """Returns the arrays of parameters by their paths."""
-    return {array.path: array for spec in specs for array in jax.tree.leaves(spec.arrays)}
+def by_path(parameters: Iterable[Any]) -> dict[str, ParamSpec]:
+    """Returns the arrays of parameters, each as ``ParamSpec.arrays`` has them, by their paths."""
+    return {array.path: array for arrays in parameters for array in jax.tree.leaves(arrays)}
 
 
-def joined(spec: ParamSpec, arrays: Mapping[str, Any]) -> Any:
-    """Returns the value of a parameter, made of its arrays by path."""
-    return jax.tree.map(lambda array: arrays[array.path], spec.arrays)
+def joined(arrays: Any, values: Mapping[str, Any]) -> Any:
+    """Returns a parameter's value: its arrays, as ``ParamSpec.arrays`` has them, replaced by their values."""
+    return jax.tree.map(lambda array: values[array.path], arrays)
 
 
 def abstract_decoder(blueprint: Blueprint) -> tuple[Decoder, dict[str, ParamSpec]]:
@@ -135,7 +137,7 @@ def with_coding(spec: ParamSpec, coding: Coding | None) -> ParamSpec:
             raise ValueError("it is used in more than products, so it cannot be quantised")
         inner = spec.shape[-1]
         local = spec.sharding.shard_shape(spec.shape)[-1]
-        return replace(spec, coding=coding.split(inner, inner // local))
+        return replace(spec, coding=coding.split(inner, inner // local), written=coding)
 
 
 def shapes_of(spec: ParamSpec) -> Any:

@@ -1,4 +1,4 @@
-"""Which format each weight of a checkpoint has: by its configuration, checked against its tensors."""
+"""The format of each weight of a checkpoint: by its configuration, checked against its tensors."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ UNREAD = re.compile(r"\.(input_(global_)?scale|input_zero_point|[kqv]_scale|[kqv
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What a checkpoint's configuration says about the formats of its weights.
+    """The rules of a checkpoint's configuration about the formats of its weights.
 
     source: where it says so, for messages.
     rules: its rules; the first that matches a module decides.

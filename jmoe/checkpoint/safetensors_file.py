@@ -55,7 +55,7 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is stored.
+    """The place and the form of a tensor in a file.
 
     file: path of the file.
     dtype: name of the dtype in the file.

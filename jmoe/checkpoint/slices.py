@@ -25,11 +25,15 @@ from jmoe.models.weights import PLAIN
 Buffer = np.ndarray | Quantised  # a slice of a parameter; a quantised one has arrays of numpy
 
 
-def read_slice(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> None:
+def read_slice(
+    checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer, written: Coding | None = None
+) -> None:
     """Fills ``out``, a C-order slice in float32 or bfloat16, or a quantised one.
 
-    A tensor that is quantised as ``out`` is keeps its codes; a plain tensor is quantised; a tensor that is
-    quantised in another way than ``out`` cannot be read into it.
+    A tensor that is quantised as ``out`` is keeps its codes; a plain tensor is quantised.
+
+    written: coding of which the groups of ``out`` are parts, in which plain numbers are quantised, so that
+        they are the same on every mesh; None is the coding of ``out``.
     It raises ValueError naming the tensor for NaN or Inf, or a dtype that is not one of its form's.
     """
     if tensor.format is not None:
@@ -37,7 +41,7 @@ def read_slice(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> No
     elif isinstance(out, Quantised):
         numbers = np.empty(out.shape, np.float32)
         _read_numbers(checkpoint, tensor, numbers)
-        _copy(quantise(numbers, out.coding), out)
+        _copy(regrouped(quantise(numbers, written or out.coding), out.coding), out)
     else:
         _read_numbers(checkpoint, tensor, out)
 

@@ -5,9 +5,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jmoe.cli.flags import Parser, add_command, add_json_flag, add_model_flags, integer, number, settings_from
+from jmoe.config.choices import DTypeChoice
 from jmoe.config.reading import unique_json
 from jmoe.tools.progress import Bars, Tenths
 
@@ -95,7 +96,7 @@ def _layer_parser(p: Parser) -> None:
     p.add_argument("--active", type=integer, nargs="+", metavar="E", default=[], help="confine experts, too")
     p.add_argument("--layers", type=integer, metavar="N", default=4, help="layers of weights taken in turn")
     p.add_argument("--num-iters", type=integer, metavar="N", default=7)
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--dtype", choices=get_args(DTypeChoice), default="auto")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 

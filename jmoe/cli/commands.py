@@ -15,6 +15,7 @@ from jmoe.cli.flags import (
     number,
     settings_from,
 )
+from jmoe.config.choices import DTypeChoice
 from jmoe.placement.methods import DEFAULT, MethodName
 from jmoe.tools.progress import Bars
 
@@ -76,7 +77,7 @@ def add_convert(commands: Any) -> None:
     p = add_command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
     p.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--dtype", choices=get_args(DTypeChoice), default="auto")
     add_quantization_flags(p)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: a parser with one-line errors, the flags of model commands, and settings."""
+"""The parts that commands share: a parser with one-line errors, the flags of model commands, and settings."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from jmoe.config.quantisation import QuantizationName, QuantizedProducts
+from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
 from jmoe.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -70,12 +70,13 @@ def add_model_flags(p: Parser) -> None:
     ``EngineSettings``."""
     p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--dtype", choices=get_args(DTypeChoice))
     add_quantization_flags(p)
     p.add_argument("--data-parallel-size", type=integer, metavar="N")
     p.add_argument("--expert-parallel-size", type=integer, metavar="N")
     p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
-    p.add_argument("--attention", choices=["dp", "tp"], help="sequences or heads over the expert ranks")
+    split = "sequences or heads over the expert ranks"
+    p.add_argument("--attention", choices=get_args(AttentionSplit), help=split)
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
 
@@ -170,7 +171,7 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     from jmoe_kernels.cache import usable, user_cache
 
     from jmoe.config.moe import MoEConfig
-    from jmoe.engine.deployment.memory import check_start
+    from jmoe.engine.deployment.room import check_start
     from jmoe.engine.deployment.settings import EngineSettings
     from jmoe.engine.step.compilation_cache import use_compilation_cache
 

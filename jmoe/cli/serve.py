@@ -56,7 +56,8 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     from jmoe.engine.processes.lockstep import lead
     from jmoe.engine.request import EngineDead
     from jmoe.engine.worker import EngineWorker
-    from jmoe.server.run import ServerSettings, bind, serve
+    from jmoe.server.run import bind, serve
+    from jmoe.server.settings import ServerSettings
 
     log = logging.getLogger(__name__)
     log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
@@ -71,7 +72,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
         log.error("the model was not started: %s", error)
         return 1
     kernels = engine.runner.kernels
-    log.info("expert kernels: %s (%s)", kernels.experts, kernels.why)
+    log.info("expert kernels: %s (%s)", kernels.experts, kernels.why_experts)
     if engine.runner.is_lossy:
         log.info("lossy techniques are on: %s", ", then ".join(map(str, settings.moe.stages)))
     log.info("paged attention: %s (%s)", kernels.attention, kernels.why_attention)

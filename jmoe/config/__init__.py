@@ -1,1 +1,1 @@
-"""What a model is and how it is run, as typed tables, and the one reader of settings."""
+"""Typed tables that describe a model and the way to run it, and the one reader of settings."""

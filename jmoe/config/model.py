@@ -5,7 +5,7 @@ states the limit.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -146,12 +146,16 @@ class ModelConfig:
 
     def first(self, layers: int) -> Self:
         """Returns the same model with only its first ``layers`` layers."""
+        return self.only(range(layers))
+
+    def only(self, layers: Sequence[int]) -> Self:
+        """Returns the same model with only these layers."""
         return dataclasses.replace(
             self,
-            num_hidden_layers=layers,
-            mlp_only_layers=tuple(i for i in self.mlp_only_layers if i < layers),
-            layer_types=self.layer_types[:layers],
-            no_rope_layers=self.no_rope_layers[:layers],
+            num_hidden_layers=len(layers),
+            mlp_only_layers=tuple(new for new, old in enumerate(layers) if old in self.mlp_only_layers),
+            layer_types=tuple(self.layer_types[i] for i in layers) if self.layer_types else (),
+            no_rope_layers=tuple(self.no_rope_layers[i] for i in layers) if self.no_rope_layers else (),
         )
 
     def for_context(self, tokens: int) -> Self:

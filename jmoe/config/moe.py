@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from jmoe_kernels.backends import ExpertKernel
 
+from jmoe.config.choices import AttentionSplit
 from jmoe.config.reading import Positive, check_fields, from_table, named, read_toml, unique_json
 from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, OffloadConfig, ShuffleConfig
 
@@ -36,7 +37,7 @@ class MoEConfig:
         of its even share.
     """
 
-    attention: Literal["dp", "tp"] = "dp"
+    attention: AttentionSplit = "dp"
     transport: TransportName = "replicated"
     kernel: ExpertKernel | None = None
     train_capacity_factor: Positive | None = field(default=None, metadata=TRAINING)
@@ -66,6 +67,11 @@ class MoEConfig:
         return {
             f"{table.name}.{field}": getattr(table, field) for table in self.stages for field in table.knobs
         }
+
+    def without_offload(self) -> Self:
+        """Returns the same settings with all experts on the devices, without the stages that need offload."""
+        needing: dict[str, Any] = {table.name: None for table in self.stages if table.reads_residency}
+        return dataclasses.replace(self, offload=None, **needing)
 
     def check_serves(self) -> None:
         """Raises ValueError for a setting that has a meaning only in training."""

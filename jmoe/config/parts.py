@@ -74,10 +74,27 @@ class RouterConfig:
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (see ``jmoe.nn.rope``). All fields after the first four apply to some types
-    only.
+    only. A pair is two dimensions of a head that rotate together.
 
+    rope_theta: base of the pairs' frequencies.
+    rope_type: type of the extension to long contexts; "default" is none.
     partial_rotary_factor: share of a head that is rotated.
     interleaved: whether pairs are neighbouring dimensions, not the two halves.
+    factor: divisor of the frequencies: of all pairs for "linear", of slow pairs for "yarn" and "llama3". For
+        "yarn" and "longrope", the factor of cos and sin is computed from it.
+    original_max_position_embeddings: tokens of the context before its extension.
+    attention_factor: for "yarn" and "longrope", factor of cos and sin; None computes it.
+    beta_fast: for "yarn", pairs with more full turns in the original context keep their frequency.
+    beta_slow: for "yarn", pairs with fewer full turns in the original context are slowed down by ``factor``.
+    mscale, mscale_all_dim: for "yarn", two weights from which the factor of cos and sin is computed if both
+        are set; DeepSeek's attention also scales its products by the second.
+    truncate: for "yarn", whether the range between fast and slow pairs begins and ends at whole pairs.
+    short_factor: for "longrope", divisor of each pair's frequency within the original context.
+    long_factor: for "longrope", divisor of each pair's frequency in longer contexts.
+    short_mscale: for "longrope", factor of cos and sin with ``short_factor``; None computes it.
+    long_mscale: for "longrope", factor of cos and sin with ``long_factor``; None computes it.
+    low_freq_factor: for "llama3", pairs with fewer turns in the original context are slowed by ``factor``.
+    high_freq_factor: for "llama3", pairs with more turns in the original context keep their frequency.
     long: for "longrope", whether the engine serves contexts longer than the original ones; then all positions
         are rotated by the long factors, because cached keys cannot change.
     """

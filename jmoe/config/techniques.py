@@ -41,6 +41,11 @@ class LossyConfig(ABC):
         """Raises ValueError if the table does not fit ``experts`` experts, ``k`` per token, on ``ranks``
         devices."""
 
+    @property
+    def reads_residency(self) -> bool:
+        """Whether the stage reads which experts are on the device, so that it needs ``[moe.offload]``."""
+        return False
+
 
 @dataclass(frozen=True)
 class BinningConfig(LossyConfig):
@@ -67,6 +72,10 @@ class BinningConfig(LossyConfig):
         if self.keep > 1:
             raise ValueError(f"moe.binning.keep must be at most 1, all of the union, got {self.keep!r}")
         _check_read("moe.binning", self, "method", _BINNING_READS)
+
+    @property
+    def reads_residency(self) -> bool:
+        return self.resident_bonus > 0
 
     def check_layer(self, experts: int, k: int, ranks: int) -> None:
         self._check_model(experts, k)

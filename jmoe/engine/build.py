@@ -64,6 +64,8 @@ def build(
     progress("kernels", 1, 1)
     for note in deployment.notes:
         log.warning("%s", note)
+    if deployment.blueprint.codings:
+        log.info("quantised weights: %s", deployment.blueprint.codings)
     with within(deployment.memory):
         codec = load_codec(deployment.directory, deployment.cfg.vocab_size)
         runner = load_runner(deployment, progress, make_runner)

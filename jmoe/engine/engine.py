@@ -1,9 +1,9 @@
 """The engine: a step is plan -> start -> deliver the results of the previous step.
 
-The device works on a step while the host delivers the previous one and plans the next one: a request's newest
-token need not be on the host for its next step, only for what depends on it (the end of the answer, a
-grammar). A request that turns out to have ended leaves a row in the following step, which is ignored.
-Synchronous; ``worker`` gives it a thread of its own.
+The device works on a step while the host delivers the previous one and plans the next one. This is possible
+because a request's next step does not need its newest token on the host; only the end of the answer and a
+grammar do. If a request turns out to have ended, its row in the step that already runs is ignored. The engine
+is synchronous; ``worker`` runs it on a separate thread.
 """
 
 import logging
@@ -16,15 +16,8 @@ import jax
 import numpy as np
 
 from jmoe.engine.faults import ends_program, tell
-from jmoe.engine.request import (
-    EngineDead,
-    EngineSnapshot,
-    FinishReason,
-    Listener,
-    Output,
-    Request,
-    SamplingParams,
-)
+from jmoe.engine.reports import EngineSnapshot, Listener
+from jmoe.engine.request import EngineDead, FinishReason, Output, Request, SamplingParams
 from jmoe.engine.schedule.plan import Step
 from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers
@@ -291,7 +284,7 @@ class Engine:
             tell(self.scheduler.abort, request.id)  # what broke the step may have broken its lists
             tell(self._report_end, request, Output(request.id, finish_reason=reason, error=cause))
 
-    # ---- looking in --------------------------------------------------------------------------------
+    # ---- statistics --------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
@@ -301,8 +294,8 @@ class Engine:
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, is_alive, after, *counts)
 
     def moe_stats(self) -> dict[str, Any]:
-        """Returns statistics of the experts since the start, by phase: totals, means a step, counts layer x
-        expert (experts as the checkpoint numbers them)."""
+        """Returns statistics of the experts since the start, by phase: totals, means per step, and
+        counts by layer and expert, with the checkpoint's numbers of experts."""
         self.runner.drain()
         cfg = self.runner.cfg
         phases = {

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Panic(Exception):
-    """Something raised a BaseException that is not an Exception; that is the cause of this one."""
+    """A BaseException that is not an Exception was raised; it is the cause of this error."""
 
 
 def contained(function: Callable[..., Result], *args: Any) -> Result:
@@ -31,7 +31,7 @@ def contained(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def ends_program(error: BaseException) -> bool:
-    """Whether the user or the program itself ends the program: both are raised only in the main thread."""
+    """Returns whether the user or the program ends the program; only the main thread gets such errors."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and isinstance(error, KeyboardInterrupt | SystemExit)
 

@@ -16,7 +16,7 @@ from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
-from jmoe.engine.step.inputs import window_length
+from jmoe.engine.step.windows import window_length
 from jmoe.mesh import EXPERT
 
 Prompt = str | Sequence[int]
@@ -104,7 +104,8 @@ class LLM:
         """Continues every prompt (text or token ids), in order. Raises ValueError for a bad prompt, for a bad
         grammar, and for one that becomes too costly to follow.
 
-        grammar: grammar that every answer follows, as far as ``max_tokens`` lets the answer come.
+        grammar: grammar that every answer follows; an answer that ``max_tokens`` cuts off is the beginning of
+            a text that follows it.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; got one string")

@@ -11,7 +11,6 @@ from msgspec import Meta
 from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import check_fields
 from jmoe.engine.page_names import PageNames
-from jmoe.engine.text.codec import TextCodec
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -215,67 +214,6 @@ class RequestState:
     num_computed_tokens: int = 0
     num_in_flight: int = 0
     is_ended: bool = False
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Facts of a model that stay the same while its engine lives.
-
-    codec: the model's text codec; None = the model has no tokenizer and prompts are token ids.
-    max_model_len: maximum number of tokens of a prompt and its answer together.
-    vocab_size: size of the vocabulary, which all token ids are below.
-    end_ids: the model's end-of-text tokens.
-    """
-
-    codec: TextCodec | None
-    max_model_len: int
-    vocab_size: int
-    end_ids: frozenset[int]
-
-
-@dataclass(frozen=True)
-class EngineSnapshot:
-    """The engine at one moment. The last four fields are counted since the start.
-
-    kv_usage: share of KV pages in use, 0 to 1.
-    compilations_after_warmup: compilations after the warm-up.
-    preemptions: times that a request lost its pages to an older one.
-    prefix_queries: prompt tokens that were looked up in cached pages.
-    prefix_hits: prompt tokens that were found there.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    is_alive: bool
-    compilations_after_warmup: int
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Size and duration of one step.
-
-    prompt_tokens: prompt tokens in the step.
-    decode_tokens: decoded tokens in the step.
-    seconds: time from its start to its results on the host.
-    host_seconds: part of that time in which the host worked on the step.
-    """
-
-    prompt_tokens: int
-    decode_tokens: int
-    seconds: float
-    host_seconds: float
-
-
-class Listener(Protocol):
-    """Is notified of every token, step and finished request, on the engine's thread."""
-
-    def token(self, request: Request, now: float) -> None: ...
-    def stepped(self, report: StepReport) -> None: ...
-    def finished(self, request: Request, reason: str) -> None: ...
 
 
 class QueueFull(Exception):

@@ -9,7 +9,8 @@ from typing import Any
 
 from jmoe.engine.engine import Engine
 from jmoe.engine.faults import contained, tell
-from jmoe.engine.request import EngineDead, EngineSnapshot, FinishReason, Listener, ModelFacts, Request
+from jmoe.engine.reports import EngineSnapshot, Listener, ModelFacts
+from jmoe.engine.request import EngineDead, FinishReason, Request
 
 log = logging.getLogger(__name__)
 

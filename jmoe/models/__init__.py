@@ -2,9 +2,9 @@
 
 ``decoder`` embeds the tokens of a step (decode tokens and prompt tokens), runs the layers and normalises.
 ``layer`` is one layer: attention, then a MoE layer, perhaps with a shared expert, or a dense MLP.
-``techniques`` makes what each layer takes from the techniques, its ``journey``, and collects what it did. A
-family says how its ``config.json`` is read (``family``, ``fields``) and what its tensors are called
-(``names``, ``weights``).
+``step_techniques`` makes what each layer takes from the techniques, its ``journey``, and collects what it
+did. ``predictor_views`` is what predictors of offloaded experts see of a step. A family says how its
+``config.json`` is read (``family``, ``fields``) and what its tensors are called (``names``, ``weights``).
 """
 
 import difflib

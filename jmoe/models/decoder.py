@@ -26,7 +26,8 @@ from jmoe.config.moe import MoEConfig
 from jmoe.mesh import EXPERT, TENSOR, is_single, platform_of, split_attention
 from jmoe.models.journey import StepSettings
 from jmoe.models.layer import DecoderLayer
-from jmoe.models.techniques import Techniques, step_view
+from jmoe.models.predictor_views import step_view
+from jmoe.models.step_techniques import Techniques
 from jmoe.moe.binning import get_needs
 from jmoe.moe.expert_leaves import local_codings
 from jmoe.moe.experts import HostExperts
@@ -43,7 +44,7 @@ from jmoe.param import ParamMaker
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderOutput:
-    """What one pass of the decoder returns.
+    """The results of one pass of the decoder.
 
     hidden_RND: final normed states, float32, in the grid of ``Sequences``.
     pages: updated KV cache.

@@ -1,4 +1,4 @@
-"""What a model family's file declares: how its Hugging Face config and weight names map to the decoder."""
+"""The declaration of a model family: it maps Hugging Face's config and weight names to the decoder."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -131,6 +131,23 @@ def dense_layers(hf: HFConfig) -> tuple[int, ...]:
     named, step = frozenset(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
     layers = range(require(hf, "num_hidden_layers"))
     return tuple(i for i in layers if i in named or (i + 1) % step)
+
+
+def qwen_fields(hf: HFConfig) -> dict[str, Any]:
+    """Returns the fields that all Qwen generations share.
+
+    hf: config, with the family's defaults for absent fields.
+    """
+    common = common_fields(
+        hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"
+    )
+    dense = dense_layers(hf)
+    return common | {
+        "router": RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
+        "mlp_only_layers": dense,
+        "intermediate_size": hf["intermediate_size"] if dense else None,
+        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window", False) else None,
+    }
 
 
 def is_past_the_last_layer(cfg: ModelConfig, name: str) -> bool:

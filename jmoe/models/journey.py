@@ -1,4 +1,5 @@
-"""What the techniques pass to a layer, and the settings that a step passes to them (``models.techniques``).
+"""The data that the techniques pass to a layer, and the settings that a step passes to them
+(``step_techniques``).
 
 The layers of one kind take journeys of one structure, therefore they are traced once.
 """
@@ -41,7 +42,7 @@ class RouterAhead:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Journey:
-    """What the techniques pass to one layer; a field is None if its technique is off.
+    """The data that the techniques pass to one layer; a field is None if its technique is off.
 
     knobs: settings of the lossy techniques, with this layer's own seed.
     order: order of the incoming rows.

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from jmoe.config.model import LayerType, ModelConfig
-from jmoe.models.family import Family, HFConfig, require
+from jmoe.models.family import Family, HFConfig, qwen_fields, require
 from jmoe.models.names import decoder_names, mlp_names, qwen_experts
-from jmoe.models.qwen3_moe import qwen_fields
 from jmoe.models.weights import StoredTensor
 
 # defaults of transformers' Qwen2MoeConfig for absent fields of config.json (sizes of weights are required)

@@ -1,11 +1,9 @@
 """Qwen3-MoE (30B-A3B, 235B-A22B): query/key norm within each head, explicit head dimension."""
 
 from functools import partial
-from typing import Any
 
 from jmoe.config.model import ModelConfig
-from jmoe.config.parts import RouterConfig
-from jmoe.models.family import Family, HFConfig, common_fields, dense_layers
+from jmoe.models.family import Family, HFConfig, qwen_fields
 from jmoe.models.names import decoder_names, qwen_experts
 
 # defaults of transformers' Qwen3MoeConfig for absent fields of config.json (sizes of weights are required)
@@ -24,23 +22,6 @@ def config(hf: HFConfig) -> ModelConfig:
     hf = hf.with_defaults(DEFAULTS)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig("Qwen3MoeForCausalLM", **qwen_fields(hf), qk_norm="head", attention_bias=bias)
-
-
-def qwen_fields(hf: HFConfig) -> dict[str, Any]:
-    """Returns the fields that all Qwen generations share.
-
-    hf: config, with the family's defaults for absent fields.
-    """
-    common = common_fields(
-        hf, experts=("num_experts", "num_local_experts"), inner_dim="moe_intermediate_size"
-    )
-    dense = dense_layers(hf)
-    return common | {
-        "router": RouterConfig(norm_topk_prob=bool(hf.get("norm_topk_prob", False))),
-        "mlp_only_layers": dense,
-        "intermediate_size": hf["intermediate_size"] if dense else None,
-        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window", False) else None,
-    }
 
 
 FAMILY = Family("Qwen3MoeForCausalLM", config, partial(decoder_names, experts=qwen_experts))

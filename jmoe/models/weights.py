@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps a parameter's values, and in which form."""
+"""The source of a parameter's values in a checkpoint: the tensors, and the form of each."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -19,8 +19,8 @@ earlier choice. Exactly min(load, places) candidates stay.
 ``reroute``      in each of ``rounds`` rounds a token offers every choice it lost to the best-scored experts
                  that have room and that it does not use yet; offers are ranked as above and fill that room.
 ``expand``       the L experts of the token's own shard are candidates from the start, at no cost in traffic
-                 (expanded drop, section 4): J = K + L. Without expert parallelism L = E, which makes every
-                 expert choose C tokens: a different method, so give it real ranks.
+                 (expanded drop, section 4): J = K + L. Without expert parallelism L = E, and every expert
+                 chooses C tokens. That is another method, so use this policy with several ranks.
 ``expert_drop``  baseline without a limit: the tenth of the experts with the least load is skipped.
 
 Weights are those from before the cut. A rerouted or extra choice has its expert's score as weight, times the
@@ -48,7 +48,42 @@ from jaxtyping import Bool, Float, Int
 from jmoe.config.techniques import CapacityConfig, Phase
 from jmoe.mesh import EXPERT, TOKENS, is_single
 from jmoe.moe.stage import Stage
-from jmoe.moe.types import CapacityCounts, Changes, Knobs, Routing, TokenFlags
+from jmoe.moe.types import Changes, Knobs, Routing, TokenFlags
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CapacityCounts:
+    """Counts of the assignments of each token that were kept, moved or dropped; padding has none.
+
+    kept + rerouted + dropped + exact is the number of the router's choices.
+
+    kept_T: choices that stayed under the limit.
+    rerouted_T: choices moved to another expert.
+    dropped_T: choices that no expert computes.
+    extra_T: assignments that the policy "expand" added.
+    exact_T: choices of exact tokens, which the limit does not apply to.
+    """
+
+    kept_T: Int[Array, " T"]
+    rerouted_T: Int[Array, " T"]
+    dropped_T: Int[Array, " T"]
+    extra_T: Int[Array, " T"]
+    exact_T: Int[Array, " T"]
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The shard whose tokens are limited.
+
+    first: first of its experts.
+    num_experts: number L of its experts, which divides E.
+    total: function that sums the loads of "expert_drop" over the shards that share a step.
+    """
+
+    first: Int[Array, ""] | int
+    num_experts: int
+    total: Callable[[Array], Array] = lambda load_E: load_E
 
 
 @dataclass(frozen=True)
@@ -73,14 +108,10 @@ class Capacity(Stage):
         cfg, mesh, factor = self.table, self.blueprint.mesh, knobs.value(self.table, "factor")
         held = self.blueprint.cfg.num_experts // mesh.shape[EXPERT]
         if is_single(mesh):
-            return limit(routing, tokens, cfg, factor=factor, local=(0, held), seed=knobs.seed)
-        return limit(
-            routing, tokens, cfg,
-            factor=factor,
-            local=(lax.axis_index(EXPERT) * held, held),
-            seed=knobs.for_part(lax.axis_index(TOKENS)).seed,
-            total=partial(lax.psum, axis_name=TOKENS),
-        )  # fmt: skip
+            return limit(routing, tokens, cfg, factor=factor, shard=ExpertShard(0, held), seed=knobs.seed)
+        shard = ExpertShard(lax.axis_index(EXPERT) * held, held, partial(lax.psum, axis_name=TOKENS))
+        seed = knobs.for_part(lax.axis_index(TOKENS)).seed
+        return limit(routing, tokens, cfg, factor=factor, shard=shard, seed=seed)
 
 
 def limit(
@@ -89,29 +120,26 @@ def limit(
     cfg: CapacityConfig,
     *,
     factor: Float[Array | np.ndarray, ""],
-    local: tuple[Int[Array, ""] | int, int],
+    shard: ExpertShard,
     seed: Int[Array | np.ndarray, ""],
-    total: Callable[[Array], Array] = lambda load_E: load_E,
 ) -> tuple[Routing, CapacityCounts]:
     """Returns the routing within the limit, ``[T, K]`` or for "expand" ``[T, K + L]``, and the counts.
 
     factor: gamma, float32; ``cfg.factor`` is not read.
-    local: first expert of the shard and its number of experts L, which divides E.
     seed: seed of the metric "random"; different for each step, layer and shard.
-    total: sums the loads of "expert_drop" over the shards that share a step.
     """
     k, experts = routing.ids_TK.shape[1], routing.scores_TE.shape[1]
     capped_T = tokens.lossy_T
     requested_TK = _present(routing) & capped_T[:, None]
     if cfg.policy == "expert_drop":
-        kept_TJ = requested_TK & ~_least_loaded(routing.ids_TK, requested_TK, experts, total)
+        kept_TJ = requested_TK & ~_least_loaded(routing.ids_TK, requested_TK, experts, shard.total)
         result = _without(routing, requested_TK & ~kept_TJ)
     else:
-        width = local[1] if cfg.scope == "device" else 1  # experts that share a limit
+        width = shard.num_experts if cfg.scope == "device" else 1  # experts that share a limit
         places = width * capacity(factor, jnp.sum(tokens.valid_T, dtype=jnp.int32), k, experts)
         room_G = jnp.full(experts // width, places)
         admit = AdmissionRule(tokens, cfg.metric, seed, width)
-        offered = _with_local_experts(routing, capped_T, *local) if cfg.policy == "expand" else routing
+        offered = _with_local_experts(routing, capped_T, shard) if cfg.policy == "expand" else routing
         offered_TJ = _present(offered) & capped_T[:, None]
         kept_TJ = admit(offered.ids_TK, offered.weights_TK, offered_TJ, room_G)
         result = _without(offered, offered_TJ & ~kept_TJ)
@@ -227,10 +255,10 @@ def _reroute(
     return routing.with_assignments(ids_TK, weights_TK)
 
 
-def _with_local_experts(routing: Routing, capped_T: Array, first: Array | int, num_local: int) -> Routing:
+def _with_local_experts(routing: Routing, capped_T: Array, shard: ExpertShard) -> Routing:
     """Returns the routing with the shard's own experts as further choices, unless they are already chosen."""
     experts = routing.scores_TE.shape[1]
-    local_L = jnp.asarray(first, jnp.int32) + jnp.arange(num_local, dtype=jnp.int32)
+    local_L = jnp.asarray(shard.first, jnp.int32) + jnp.arange(shard.num_experts, dtype=jnp.int32)
     score_TL = routing.scores_TE[:, local_L]
     chosen_TL = jnp.any(routing.ids_TK[:, :, None] == local_L[None, None], axis=1)
     weights_TL = score_TL * _scale_T(routing)[:, None]

@@ -37,7 +37,7 @@ def count_dispatch(
     valid_T: Bool[Array, " T"],
     changes: Changes | None,
     traffic: Traffic,
-    train_capacity: int | None,
+    max_rows: int | None,
 ) -> DispatchStats:
     """Counts what one shard did.
 
@@ -45,7 +45,7 @@ def count_dispatch(
     routing: routing that was dispatched; the same object as ``plain_routing`` if nothing lossy was on.
     changes: what lossy stages changed for each token.
     traffic: rows that the shard moved.
-    train_capacity: the most rows that an expert of the training form computes.
+    max_rows: the most rows that an expert of the training form computes.
     """
     experts = plain_routing.scores_TE.shape[1]
     counts_E = expert_counts(routing.ids_TK, valid_T, experts)
@@ -57,8 +57,8 @@ def count_dispatch(
     counts = dict.fromkeys((*names(LOSSY), "remote_assignments"), jnp.zeros((), jnp.int32))
     if changes is not None:
         counts |= {name: jnp.sum(changed_T) for name, changed_T in changes.items()}
-    if train_capacity is not None:
-        counts["dropped"] += jnp.sum(jnp.maximum(counts_E - train_capacity, 0))
+    if max_rows is not None:
+        counts["dropped"] += jnp.sum(jnp.maximum(counts_E - max_rows, 0))
     return DispatchStats(counts_E, plain_counts_E, mean_score_E, traffic, counts)
 
 

@@ -1,4 +1,5 @@
-"""Where a layer's tokens go: route -> bin -> limit, that is, the router and then the lossy stages in order.
+"""Decides which experts a layer's tokens go to: route -> bin -> limit, that is, the router and then the lossy
+stages in order.
 
 A stage is made from its config table and the model's blueprint, see ``jmoe.moe.stage``.
 """
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jmoe.blueprint import Blueprint
@@ -15,10 +15,10 @@ from jmoe.config.techniques import BinningConfig, CapacityConfig, LossyConfig, P
 from jmoe.mesh import EXPERT
 from jmoe.moe.binning import Binning
 from jmoe.moe.capacity import Capacity
-from jmoe.moe.counting import add_changes, count_changes, count_dispatch
+from jmoe.moe.counting import add_changes, count_changes
 from jmoe.moe.routing import RouterWeights, choose_experts, router_logits
 from jmoe.moe.stage import Stage
-from jmoe.moe.types import Changes, DispatchStats, Knobs, Routing, TokenFlags, Traffic
+from jmoe.moe.types import Changes, Knobs, Routing, TokenFlags
 
 STAGES: dict[type[LossyConfig], type[Stage]] = {BinningConfig: Binning, CapacityConfig: Capacity}
 
@@ -43,19 +43,6 @@ class Decision(NamedTuple):
     plain_routing: Routing
     final_routing: Routing
     changes: Changes | None
-
-
-def count_on_device(decision: Decision, tokens: TokenFlags) -> DispatchStats:
-    """Counts what a layer on one device will do with its tokens; nothing is computed yet."""
-    none = jnp.zeros((), jnp.int32)
-    return count_dispatch(
-        decision.plain_routing,
-        decision.final_routing,
-        tokens.valid_T,
-        decision.changes,
-        Traffic(none, none, none),
-        None,
-    )
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,6 @@ class ExpertLeaf:
         return tuple(sizes[letter] for letter in self.dims)
 
 
-# in the order of the fields of ``ExpertWeights``
 LEAVES = (
     ExpertLeaf("gate_up", "2FD"),
     ExpertLeaf("down", "DF"),

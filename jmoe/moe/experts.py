@@ -30,7 +30,7 @@ class Experts(nnx.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(*(_values(getattr(self, leaf.name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
+        return ExpertWeights(**{leaf.name: _values(getattr(self, leaf.name)) for leaf in LEAVES})  # pyright: ignore[reportArgumentType]
 
     @property
     def source(self) -> "ResidentExperts":
@@ -85,7 +85,7 @@ class HostExperts(nnx.Module):
     @property
     def weights(self) -> ExpertWeights:
         """The weights with one more leading axis (layers) than the field names of ``ExpertWeights`` say."""
-        return ExpertWeights(*(_values(getattr(self, leaf.store_name)) for leaf in LEAVES))  # pyright: ignore[reportArgumentType]
+        return ExpertWeights(**{leaf.name: _values(getattr(self, leaf.store_name)) for leaf in LEAVES})  # pyright: ignore[reportArgumentType]
 
 
 def _values(param: nnx.Param | None) -> Array | None:
@@ -94,14 +94,14 @@ def _values(param: nnx.Param | None) -> Array | None:
 
 @dataclass(frozen=True)
 class ExpertMath:
-    """How a rank computes experts; it is an ``Apply``.
+    """The computation of experts on one rank; it is an ``Apply``.
 
     implementation: kernel of the grouped product.
     platform: platform that the kernel is compiled for; None is jax's default.
     activation: activation of the gate.
     weigh_input: whether a weight multiplies an expert's input, not its output.
     tensor_ranks: number of tensor ranks that share an expert.
-    capacity: rows of one expert in the training form; None computes all rows.
+    max_rows: rows of one expert in the training form; None computes all rows.
     """
 
     implementation: ExpertKernel
@@ -109,7 +109,7 @@ class ExpertMath:
     activation: Activation = "silu"
     weigh_input: bool = False
     tensor_ranks: int = 1
-    capacity: int | None = None
+    max_rows: int | None = None
 
     def __call__(
         self,
@@ -149,7 +149,7 @@ class ExpertMath:
 
     def _run_rows(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
         return grouped_mlp(
-            rows_ND, biased, group_sizes_L, activation=self.activation, capacity=self.capacity,
+            rows_ND, biased, group_sizes_L, activation=self.activation, max_rows=self.max_rows,
             implementation=self.implementation, platform=self.platform,
         )  # fmt: skip
 

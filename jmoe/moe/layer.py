@@ -98,13 +98,13 @@ class MoELayer(nnx.Module):
         """
         decision = self.decider(x_TD, tokens, phase, knobs, router, source.resident_E)
         plain, final = decision.plain_routing, decision.final_routing
-        train_capacity = self._train_capacity(x_TD.shape[0])
-        math = replace(self.math, capacity=train_capacity)
+        max_rows = self._max_rows(x_TD.shape[0])
+        math = replace(self.math, max_rows=max_rows)
         with jax.named_scope("experts"):
             y_TD, traffic, counts, next_source = source.run(
                 x_TD, plain, final, tokens.valid_T, phase, math, send
             )
-        stats = count_dispatch(plain, final, tokens.valid_T, decision.changes, traffic, train_capacity)
+        stats = count_dispatch(plain, final, tokens.valid_T, decision.changes, traffic, max_rows)
         if not is_single(self.mesh):
             with jax.named_scope("combine"):
                 y_TD = lax.psum(y_TD, TENSOR)
@@ -121,7 +121,7 @@ class MoELayer(nnx.Module):
         """
         return self.decider(x_TD, tokens, phase, knobs, self.router.weights, resident_E)
 
-    def _train_capacity(self, tokens: int) -> int | None:
+    def _max_rows(self, tokens: int) -> int | None:
         """Returns the rows of one expert in the training form: its even share of the batch times the factor,
         rounded up to a multiple of 32. Without a factor it returns None."""
         if self.moe.train_capacity_factor is None:

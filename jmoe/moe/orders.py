@@ -45,7 +45,7 @@ class ShuffleTables:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hints:
-    """What a layer's order is predicted from.
+    """The data from which a layer's order is predicted.
 
     tables: tables of the layer.
     history_N2: ranks that each token went to in the previous two layers, the older first; None in the first

@@ -1,4 +1,4 @@
-"""What every lossy technique of a layer is: a stage after the router."""
+"""The base class of the lossy techniques of a layer: a stage after the router."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How tokens reach the ranks that hold their experts. All transports have one signature and are lossless.
+"""Brings tokens to the ranks that hold their experts. All transports have one signature and are lossless.
 
 They run inside ``shard_map``. The input is a shard's own tokens and its own experts; the output is the
 combined expert output of every own token, float32, and the rows moved for it (``Traffic``). T and J are those

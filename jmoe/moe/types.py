@@ -34,7 +34,7 @@ from jmoe.config.techniques import LossyConfig, Phase
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token goes to, and with what weight.
+    """The experts of each token, and their weights.
 
     ids_TK: expert ids, distinct within a token. The id E (one past the last expert) marks an absent
         assignment: its weight is 0, it is not sent anywhere and adds nothing.
@@ -76,7 +76,7 @@ class TokenFlags:
 
     @property
     def lossy_T(self) -> Bool[Array, " T"]:
-        """Which tokens a lossy technique may touch."""
+        """Whether a lossy technique may touch each token."""
         return self.valid_T if self.exact_T is None else self.valid_T & ~self.exact_T
 
     def without_decode(self) -> "TokenFlags":
@@ -90,7 +90,7 @@ class TokenFlags:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """What the lossy techniques read in each step, so that it can change without recompilation.
+    """The settings that lossy techniques read in each step, so that they can change without recompilation.
 
     values: float32 settings, by the names of ``MoEConfig.knobs``.
     seed: seed of random choices; it differs in each step.
@@ -106,27 +106,6 @@ class Knobs:
     def for_part(self, part: Array | int) -> "Knobs":
         """Returns a copy with a separate seed for one of several layers or shards."""
         return Knobs(self.values, self.seed * 1_000_003 + part)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CapacityCounts:
-    """How many assignments of each token were kept, moved or dropped; padding has none.
-
-    kept + rerouted + dropped + exact is the number of the router's choices.
-
-    kept_T: choices that stayed under the limit.
-    rerouted_T: choices moved to another expert.
-    dropped_T: choices that no expert computes.
-    extra_T: assignments that the policy "expand" added.
-    exact_T: choices of exact tokens, which the limit does not apply to.
-    """
-
-    kept_T: Int[Array, " T"]
-    rerouted_T: Int[Array, " T"]
-    dropped_T: Int[Array, " T"]
-    extra_T: Int[Array, " T"]
-    exact_T: Int[Array, " T"]
 
 
 # The sums that one layer counts, by the names of ``jmoe.config.counters``.
@@ -200,8 +179,8 @@ class Traffic:
     sent_rows: rows sent over the network, padding included; rows that stay on their rank are not counted.
     num_received: assignments that the rank's experts received, from any rank.
 
-    A tensor axis multiplies ``useful_rows`` and ``sent_rows``: every tensor rank moves its own copy, which
-    neither counts. The few bytes of ids and sizes that travel with the rows are not counted either.
+    With a tensor axis, every tensor rank moves its own copy of these rows; ``useful_rows`` and ``sent_rows``
+    count one copy. The few bytes of ids and sizes that travel with the rows are not counted either.
     """
 
     useful_rows: Int[Array, ""]
@@ -234,22 +213,22 @@ class Apply(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Where a layer's experts come from. It is a pytree; inside ``shard_map`` it is one rank's part, with the
+    """The source of a layer's experts. It is a pytree; inside ``shard_map`` it is one rank's part, with the
     experts of that rank."""
 
     @property
     def specs(self) -> Any:
-        """How the source is split over a mesh."""
+        """The split of the source over a mesh."""
         ...
 
     @property
     def next_specs(self) -> Any:
-        """How the source for the next layer is split; None if there is none."""
+        """The split of the source for the next layer; None if there is none."""
         ...
 
     @property
     def resident_E(self) -> Bool[Array, " E"] | None:
-        """Which experts are on the devices that share the tokens of this device; None if all are."""
+        """Whether each expert is on the devices that share the tokens of this device; None if all are."""
         ...
 
     def run(
@@ -274,7 +253,7 @@ class ExpertSource(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DispatchStats:
-    """What one layer did with one batch, summed over shards.
+    """The statistics of one layer for one batch, summed over shards.
 
     counts_E: assignments of valid tokens that each expert received.
     plain_counts_E: assignments that the router gave each expert, before any lossy technique.
@@ -308,7 +287,7 @@ class DispatchStats:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoEOutput:
-    """What one layer returns.
+    """The results of one layer.
 
     y_TD: experts' combined output, float32; zero for invalid tokens.
     routing: own choice of the router.

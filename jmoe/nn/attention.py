@@ -96,7 +96,7 @@ class Attention(nnx.Module):
 
     @property
     def state_spec(self) -> PartitionSpec:
-        """How the state is split over the mesh."""
+        """The split of the state over the mesh."""
         return page_spec(self.kernels.attention, self.split)
 
     def read_out(self, w: Weights, out_BTHd: Array) -> Float[Array, "B T H v"]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
-from jmoe_kernels import cpu
 from jmoe_kernels.matmul import linear
+from jmoe_kernels.rotation import IMPLEMENTATIONS as ROTATIONS
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
@@ -77,10 +77,11 @@ class GroupedQueryAttention(Attention):
     ) -> tuple[Array, Array, Array | None]:
         cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
         q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
-        if self._has_fused_rotation():  # norm and rotation in one kernel
+        fused = ROTATIONS[self.kernels.rotation] if self._can_fuse_rotation() else None
+        if fused is not None:  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
-            q = cpu.rotate(q, *rotation, w.get("q_norm"), cfg.rms_norm_eps)
-            return q, cpu.rotate(k, *rotation, w.get("k_norm"), cfg.rms_norm_eps), v
+            q = fused(q, *rotation, w.get("q_norm"), cfg.rms_norm_eps)
+            return q, fused(k, *rotation, w.get("k_norm"), cfg.rms_norm_eps), v
         if cfg.qk_norm == "full":
             over = None if is_single(self.split.mesh) else self.split.heads
             q = rms_norm(q, w["q_norm"], cfg.rms_norm_eps, axis_name=over)
@@ -99,11 +100,12 @@ class GroupedQueryAttention(Attention):
             q, k = unit_rms(q, cfg.rms_norm_eps), unit_rms(k, cfg.rms_norm_eps)
         return q, k, v
 
-    def _has_fused_rotation(self) -> bool:
+    def _can_fuse_rotation(self) -> bool:
+        """Returns whether one kernel can norm and rotate the layer's queries and keys."""
         cfg = self.cfg
         whole = cfg.rope.partial_rotary_factor == 1 and not cfg.rope.interleaved and self.has_rotation
         known = whole and cfg.clip_qkv is None and cfg.qk_norm != "l2"
-        return known and self.kernels.has_fused_rotation and is_single(self.split.mesh)
+        return known and is_single(self.split.mesh)
 
     def _tempered(self, q_BTHd: Array, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T H d"]:
         """Scales queries up with their position, so that long contexts do not blur (arXiv 2501.19399)."""

@@ -20,7 +20,7 @@ from jmoe.mesh import Split, platform_of
 
 
 class StateSizes(NamedTuple):
-    """How much state a layer keeps on each rank.
+    """The sizes of the state that a layer keeps on each rank.
 
     num_pages: pages of the KV cache.
     page_size: tokens of a page.
@@ -34,7 +34,7 @@ class StateSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedHeads:
-    """What a layer caches of one token.
+    """The sizes of the data that a layer caches of one token.
 
     num_heads: heads in the cache.
     dim: values of one cached head's key.

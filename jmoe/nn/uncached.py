@@ -25,7 +25,7 @@ def attend_uncached(
     so that about half of the square is never computed (2.5 times faster forward and backward at 512 tokens on
     CPU).
 
-    sinks_H: see ``paged_attention``.
+    sinks_H: see ``attend_all``.
     """
     (b, t, h, d), (_, _, g, e) = q_BTHd.shape, v_BTGd.shape
     per = h // g

@@ -51,7 +51,7 @@ BEFORE_FIRST = -1  # the layer number of what happens before the first layer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertCache:
-    """What stays on the device between steps.
+    """The state of the cache, which stays on the device between steps.
 
     table: slot table, usage and forecast of the experts.
     predictor: predictor of the experts that the next layers need.
@@ -70,14 +70,14 @@ class ExpertCache:
 
     @property
     def specs(self) -> Any:
-        """How the cache is sharded over a mesh."""
+        """The split of the cache over a mesh."""
         return replace(self, table=TABLE, predictor=SAME, pool=weight_specs(self.pool, TOKENS))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Visit:
-    """A cache on its way through the layers of one step: the ``ExpertSource`` of the layer it is at.
+    """The cache at one layer of a step, as that layer's ``ExpertSource``; ``run`` returns the next layer's.
 
     store: experts of all layers in host memory, ``[L, E, ...]``.
     cache: state of the cache at this layer.
@@ -218,10 +218,10 @@ class Visit:
         return replace(self._with_table(table), predictor_state=predictor_state)
 
     def _begin_copies(self, copies: Copies) -> tuple[Self, list[ExpertWeights]]:
-        """Begins copies that overlap with what follows; if nothing can overlap, makes them at once.
+        """Begins copies that overlap with later computation; if they cannot overlap, makes them at once.
 
-        If they were made after the layer's experts, they would change a pool without anything that says it
-        was read before: XLA:CPU would copy the whole pool in every layer.
+        It does not make them after the layer's experts: nothing would tell XLA:CPU that the experts have read
+        the pool before the copies change it, so XLA:CPU would copy the whole pool in every layer.
         """
         if self.cache.has_parallel_copies:
             return self, [fetch(self.store, copies.experts_M[i]) for i in range(copies.experts_M.shape[0])]

@@ -1,4 +1,4 @@
-"""What an expert is worth: which slot is evicted first, and which expert is fetched next.
+"""The worth of an expert, which decides which slot is evicted first and which expert is fetched next.
 
 The eviction rule gives one scale for both. ``RULES`` has the rules by their names in the config; a rule is a
 function from the use history and the outlook to the worth of every expert.
@@ -30,7 +30,7 @@ DECAY = 0.9  # share of the heat kept from one step to the next: a memory of ten
 
 
 class UseHistory(NamedTuple):
-    """How the experts were used.
+    """The past use of the experts.
 
     visits_X: number of uses since the expert came in, float32.
     last_X: clock at its last use.
@@ -45,7 +45,7 @@ class UseHistory(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What is expected of the experts.
+    """The expected use of the experts.
 
     p_LE: latest forecast of every layer.
     wanted_LE: whether that forecast found the expert worth fetching.

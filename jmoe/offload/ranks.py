@@ -1,4 +1,4 @@
-"""How the ranks of a mesh share an expert cache: each has a cache of its own experts only.
+"""An expert cache on the ranks of a mesh: each rank has a cache of its own experts only.
 
 Inside ``shard_map`` a rank's shard of every array looks like the whole array of a single device, with the
 rank's L experts in place of the model's E; outside, the shards are concatenated along the first axis. The

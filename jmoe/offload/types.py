@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 
 class StepView(NamedTuple):
-    """What is known of a decode step before its first layer.
+    """The facts about a decode step that are known before its first layer.
 
     tokens_B: input token of each row.
     embeddings_BD: input embeddings of these tokens, float32.
@@ -48,7 +48,7 @@ class LayerView(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Which experts the next A layers are expected to need.
+    """The experts that the next A layers are expected to need.
 
     p_AE: how likely each expert is needed; for a batch, the maximum over its tokens.
     wanted_AE: whether each expert is worth fetching.

@@ -1,4 +1,4 @@
-"""Which device holds which expert: Speculative MoE's offline half, in numpy alone.
+"""The placement of experts on devices: Speculative MoE's offline half, in numpy alone.
 
 ``profile_builder`` counts which tokens choose which experts. ``group`` places experts by a ``profile`` so
 that few activations leave their token's device (``objective``; ``coclustering`` is the solver, the methods

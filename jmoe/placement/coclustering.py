@@ -10,8 +10,8 @@ This is Speculative MoE's solver, final version (Algorithm 1). From the paper:
 
 What the paper leaves open, decided here:
 * the weights are all 1; each term is a share of the expert's (or request's) own activations;
-* the affinity of two experts is tokens that chose both over tokens that chose the one to be placed; that of
-  an expert and a request is the share of the expert's choices that the request made;
+* the affinity of an expert e, which is to be placed, to an expert f is the share of e's tokens that also
+  chose f; that of an expert and a request is the share of the expert's choices that the request made;
 * the first clusters come from balanced k-means on the requests' expert histograms, concatenated over the
   layers;
 * requests are clustered once for all layers, since a request stays on its rank in all layers; experts are
@@ -92,8 +92,8 @@ def place_experts(problem: Problem, layer: int, cluster_Q: Int[np.ndarray, " Q"]
 def schedule_requests(
     problem: Problem, home_LE: Int[np.ndarray, "L E"], cluster_Q: Int[np.ndarray, " Q"]
 ) -> Int[np.ndarray, " Q"]:
-    """Assigns requests, longest first, to the open rank that suits best: where most of their activations are
-    local and the former requests are similar."""
+    """Assigns requests, longest first, to the open rank that suits best: most of their activations are local
+    there, and the requests that ``cluster_Q`` assigns to it are similar."""
     home_RX = np.eye(problem.ranks)[home_LE.ravel()].T
     want_QX = _choice_shares(problem)
     unit_QX = want_QX / np.linalg.norm(want_QX, axis=1, keepdims=True)

@@ -41,8 +41,8 @@ def save_arrays(path: Path, form: str, arrays: Mapping[str, object]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file next to ``path`` that replaces it once it is whole on the disk. If anything ends the
-    writing earlier, even a kill, the former file at ``path`` stays."""
+    """Yields a file next to ``path`` that replaces it once it is whole on the disk. If the writing
+    ends earlier, even by a kill, ``path`` keeps its previous file."""
     path = path.resolve()  # a link stays a link
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,4 +1,4 @@
-"""What every grouping method minimises: expected remote activations and uneven load, of one layer or of all.
+"""The objective of all grouping methods: expected remote activations and uneven load, of one layer or of all.
 
 Speculative MoE, co-clustering objective: theta * imbalance + (1 - theta) * remote, with each expert in one
 cluster and exactly E / R experts in each of R clusters. Both terms here are shares of all activations:
@@ -10,8 +10,8 @@ remote     Activations whose expert is not on the rank of their token. The paper
            per rank.
 imbalance  Sum over ranks of |experts' load - 1/R|: one half for all activations, one half the mean over
            requests, weighted by length. This is ours: the paper's term weighs tokens, which equal chunks
-           already even out; what is slow is a rank whose experts get more rows than the others'. And a step
-           often holds one request's tokens: without the second half, the experts of one kind of text are
+           already even out; a step is slow if the experts of one rank get more rows than those of others. A
+           step often holds one request's tokens: without the second half, the experts of one kind of text are
            placed together, and a step of such text is less even than under a random placement.
 
 Not in the paper and decided here: theta = 0.4 (on the bundled model single domains are then about as even as

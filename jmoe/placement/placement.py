@@ -1,4 +1,4 @@
-"""Where the experts of each layer are: a table of slots, and the placement that evens out the ranks' load.
+"""The places of each layer's experts: a table of slots, and the placement that evens out the ranks' load.
 
 ``Placement`` is what every offline method makes and the engine reads: expert loads or routing statistics ->
 ``Placement`` -> ``placement.npz``. This is host code in numpy; nothing here runs in a step.
@@ -27,7 +27,7 @@ FORMAT = "jmoe placement 2"
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which expert each slot holds: ``[layers, slots]``; the slots are split over the ranks in order.
+    """A table of the expert of each slot, ``[layers, slots]``; the slots are split over the ranks in order.
 
     experts_LP: expert id of each slot, int32. Every expert has at least one slot. With as many slots as
         experts per row is a permutation; with more, some experts have replicas.
@@ -77,7 +77,7 @@ class Placement:
 
     @cached_property
     def replicas_LE(self) -> Int[np.ndarray, "L E"]:
-        """How many slots hold each expert."""
+        """The number of slots that hold each expert."""
         return np.stack([np.bincount(row, minlength=self.experts) for row in self.experts_LP])
 
     @cached_property

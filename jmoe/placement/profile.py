@@ -47,7 +47,7 @@ class RequestSample:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What the routers of ``model`` chose on a text; all counts are int64.
+    """The choices of the routers of ``model`` on a text; all counts are int64.
 
     model: identity of the model (``jmoe.checkpoint.identity``).
     tokens: number of tokens counted.
@@ -129,7 +129,7 @@ class Profile:
 
     @property
     def loads_LE(self) -> Int[np.ndarray, "L E"]:
-        """How often each expert was chosen."""
+        """The number of times that each expert was chosen."""
         return np.diagonal(self.together_LEE, axis1=1, axis2=2)
 
     def chosen(self, layer: int, tokens_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T E"]:

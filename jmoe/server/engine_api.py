@@ -1,9 +1,10 @@
-"""What the server knows of an engine. Requests and outputs are plain data without any jax type."""
+"""The interface of an engine for the server. Requests and outputs are plain data without any jax type."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from jmoe.engine.request import EngineSnapshot, Listener, ModelFacts, Request
+from jmoe.engine.reports import EngineSnapshot, Listener, ModelFacts
+from jmoe.engine.request import Request
 
 
 class EngineProtocol(Protocol):

@@ -65,19 +65,19 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def refused(error: ValueError, param: str) -> ApiError:
-    """A 400 for a prompt that the engine refused."""
+    """Returns a 400 for a prompt that the engine refused."""
     text = str(error)
     code = "context_length_exceeded" if text.startswith(CONTEXT_PHRASE) else "invalid_value"
     return invalid(text, param, code)
 
 
 def unavailable(message: str, code: str) -> ApiError:
-    """A 503 after which a retry makes sense: the usual clients wait as long as ``Retry-After`` says."""
+    """Returns a 503 after which a retry may succeed: usual clients wait as long as ``Retry-After`` says."""
     return ApiError(503, message, code=code, headers={"Retry-After": "1"})
 
 
 def draining() -> ApiError:
-    """A 503 that closes the connection: a load balancer's next request should find another server."""
+    """Returns a 503 that closes the connection: a load balancer should send the next request elsewhere."""
     error = unavailable("the server is shutting down", "draining")
     error.headers["Connection"] = "close"
     return error

@@ -1,4 +1,4 @@
-"""What the handlers share: the engine, the chat template, the running generations, the draining state."""
+"""The state that handlers share: engine, chat template, running generations, and whether it is draining."""
 
 import asyncio
 import contextlib
@@ -62,7 +62,7 @@ class Service:
         self.is_draining = False
         self.start_time, self.start_clock = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
-        self.poll = Poll(self._sample, self._state, self.in_thread)
+        self.poll = Poll(self._take_snapshot, self._state, self.in_thread)
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """Reads the request's body and returns ``make(body)``, run on a thread. It raises a 503 if no work is
@@ -135,7 +135,7 @@ class Service:
     def _count_answer(self, answer: Answered) -> None:
         self.metrics.count_answer(answer.method, answer.status, answer.pattern)
 
-    def _sample(self) -> Snapshot:
+    def _take_snapshot(self) -> Snapshot:
         """Takes a snapshot for the dashboard; it may wait for a running step."""
         return take_snapshot(self.engine.snapshot(), self.engine.moe_stats(), self.metrics.totals)
 

@@ -1,4 +1,4 @@
-"""How the server listens and what it admits."""
+"""The settings of the server: its address, its limits, its key and its origins."""
 
 import re
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jmoe_kernels.backends import get_backend
 from jmoe_kernels.grouped_mlp import storage_dtype
 
 from jmoe import __version__
@@ -100,10 +101,11 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
 
 def _choices(deployment: Deployment) -> list[dict[str, str]]:
     mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.blueprint.kernels
-    dtype = jnp.dtype(deployment.cfg.dtype)
+    backend, dtype = get_backend(platform_of(mesh)), jnp.dtype(deployment.cfg.dtype)
     storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
+    codings = deployment.blueprint.codings
     rows = [
-        ("grouped experts", kernels.experts, kernels.why),
+        ("grouped experts", kernels.experts, kernels.why_experts),
         (
             "dense products",
             kernels.dense,
@@ -114,14 +116,13 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
         (
             "expert weights kept as",
             str(storage),
-            "XLA:CPU would convert every expert of a sliced bfloat16 stack"
-            if storage != dtype
-            else "as computed",
+            backend.why_weight_storage if storage != dtype else "as computed",
         ),
+        *([("quantised weights", str(codings), _why_quantised(deployment))] if codings else []),
         (
             "KV cache kept as",
             str(kept),
-            "XLA:CPU updates a bfloat16 array by copying it" if kept != dtype else "as computed",
+            backend.why_cache_storage if kept != dtype else "as computed",
         ),
         (
             "transport",
@@ -132,6 +133,11 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
         ),
     ]
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
+
+
+def _why_quantised(deployment: Deployment) -> str:
+    method = deployment.settings.quantization
+    return "as the checkpoint has them" if method is None else f"quantization = {method!r}"
 
 
 def _offload_lines(offload: dict[str, Any]) -> list[str]:

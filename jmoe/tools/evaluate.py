@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax import Array
 
+from jmoe.config.techniques import Phase
 from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
@@ -28,7 +29,6 @@ from jmoe.engine.step.runner import Runner
 from jmoe.tools.data import bounded, read_documents, round_robin, windows
 from jmoe.tools.progress import Progress, counter, silent
 
-Mode = Literal["prefill", "decode"]
 Count = Callable[[int], None]
 
 
@@ -71,7 +71,7 @@ def evaluate(
     model: str,
     data: Sequence[Path],
     *,
-    mode: Mode = "prefill",
+    mode: Phase = "prefill",
     batch_size: int = 8,
     max_tokens: int | None = None,
     settings: EngineSettings = EngineSettings(),

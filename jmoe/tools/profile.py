@@ -18,8 +18,8 @@ from jmoe.checkpoint.identity import model_identity
 from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import round_up
-from jmoe.engine.step.inputs import window_length
 from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.windows import window_length
 from jmoe.mesh import EXPERT
 from jmoe.placement.npz import check_writable
 from jmoe.placement.profile_builder import ProfileBuilder, RoutedRequest, nearest_seen

@@ -1,4 +1,4 @@
-"""What each platform offers to the kernels and to the engine: one record per platform, which everyone reads.
+"""The facts about each platform for kernels and engine: one record per platform, which everyone reads.
 
 A new platform needs one record here, and its kernels lie in the folders of what they compute. This module
 needs no jax.
@@ -12,6 +12,7 @@ ExpertKernel = Literal["xla", "pallas_tpu", "pallas_gpu", "cpu", "batched", "ref
 DenseKernel = Literal["xla", "cpu"]
 AttentionKernel = Literal["xla", "cpu", "tpu", "gpu"]
 BinningKernel = Literal["xla", "pallas_tpu", "pallas_gpu"]
+RotationKernel = Literal["xla", "cpu"]
 Executor = Literal["graph", "host"]
 Name = TypeVar("Name", bound=str)
 
@@ -27,12 +28,15 @@ class Backend:
     binning: implementations of binning in order of preference; the last of them runs anywhere.
     dense: implementation of dense products if the experts run in the first of ``experts``; XLA if they do
         not.
+    rotation: kernel that norms and rotates queries and keys if the experts run in the first of ``experts``;
+        XLA if they do not, or if there is none.
     bfloat16_storage: dtype in which stacks of weights and the KV cache store bfloat16 numbers.
+    why_weight_storage: reason for ``bfloat16_storage`` of weights if it is another dtype, for a person.
+    why_cache_storage: likewise for the KV cache.
     num_row_tokens: number of tokens in one row of a prompt.
     executor: what runs the steps of a model with offloaded experts on one device.
     why_executor: reason for ``executor``, for a person.
     has_one_library: whether one library has the kernels of experts, dense products and attention.
-    has_fused_rotation: whether ``dense`` comes with a kernel for norm and rotation of queries and keys.
     has_batched_bfloat16: whether the platform multiplies stacks of bfloat16 matrices.
     has_ragged_exchange: whether the platform has XLA's ``ragged_all_to_all``.
     has_host_memory: whether the devices' memory is the host's, which all of them share.
@@ -44,12 +48,14 @@ class Backend:
     attention: tuple[AttentionKernel, ...] = ("xla",)
     binning: tuple[BinningKernel, ...] = ("xla",)
     dense: DenseKernel = "xla"
+    rotation: RotationKernel = "xla"
     bfloat16_storage: Literal["bfloat16", "uint16"] = "bfloat16"
+    why_weight_storage: str = "as the platform stores bfloat16"
+    why_cache_storage: str = "as the platform stores bfloat16"
     num_row_tokens: int = 64
     executor: Executor = "graph"
     why_executor: str = "one compiled step; driving each layer from the host takes longer on a CPU"
     has_one_library: bool = False
-    has_fused_rotation: bool = False
     has_batched_bfloat16: bool = True
     has_ragged_exchange: bool = True
     has_host_memory: bool = False
@@ -61,9 +67,11 @@ CPU = Backend(
     experts=("cpu", "xla"),
     attention=("cpu", "xla"),
     dense="cpu",
+    rotation="cpu",
     bfloat16_storage="uint16",  # XLA:CPU converts a whole bfloat16 stack to read or update a part of it
+    why_weight_storage="XLA:CPU would convert every expert of a sliced bfloat16 stack",
+    why_cache_storage="XLA:CPU updates a bfloat16 array by copying it",
     has_one_library=True,
-    has_fused_rotation=True,
     has_batched_bfloat16=False,  # XLA:CPU has no product of bfloat16 matrices head by head
     has_ragged_exchange=False,
     has_host_memory=True,

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe_kernels import binning, grouped_mlp, paged_attention
-from jmoe_kernels.backends import AttentionKernel, BinningKernel, DenseKernel, ExpertKernel, get_backend
+from jmoe_kernels.backends import (
+    AttentionKernel,
+    BinningKernel,
+    DenseKernel,
+    ExpertKernel,
+    RotationKernel,
+    get_backend,
+)
 from jmoe_kernels.paged_attention import Heads
 
 
@@ -17,22 +24,22 @@ class Kernels:
     experts: implementation of the grouped MLP.
     dense: implementation of dense products.
     attention: implementation of attention over the cache.
-    why: reason for the experts' kernel, one line for a person.
+    why_experts: reason for the experts' kernel, one line for a person.
     why_attention: reason for the kernel of attention, likewise.
     binning: implementation of binning of decode batches; "xla" if binning is not configured.
     why_binning: reason for the kernel of binning, likewise.
-    has_fused_rotation: whether one kernel norms and rotates queries and keys.
+    rotation: kernel that norms and rotates queries and keys; "xla" is none.
     """
 
     platform: str
     experts: ExpertKernel
     dense: DenseKernel
     attention: AttentionKernel
-    why: str
+    why_experts: str
     why_attention: str
     binning: BinningKernel
     why_binning: str
-    has_fused_rotation: bool
+    rotation: RotationKernel
 
 
 def choose_kernels(
@@ -73,5 +80,5 @@ def choose_kernels(
             paged_attention.pick(platform, dtype, heads) if heads else ("xla", "portable XLA")
         )
     bin_with, why_bin = ("xla", "not configured") if needs is None else binning.pick(platform, needs)
-    is_fused = is_own and backend.has_fused_rotation
-    return Kernels(platform, experts, dense, attention, why, why_attention, bin_with, why_bin, is_fused)
+    rotation: RotationKernel = backend.rotation if is_own else "xla"
+    return Kernels(platform, experts, dense, attention, why, why_attention, bin_with, why_bin, rotation)

@@ -1,6 +1,6 @@
 """The matrix product of everything dense: ``x @ w.T`` in the weights' dtype, float32 out.
 
-Four facts of XLA:CPU shaped it (each measured, see docs/cpu.md):
+Four facts of XLA:CPU shaped it; docs/cpu.md has measurements of the first and the last:
 
 * a bfloat16 dot is native only as ``bf16 x bf16 -> f32`` and with two rows or more; one row falls to a path
   seven times slower, so a single row is padded;

@@ -38,7 +38,7 @@ DTYPES: dict[Code, np.dtype] = {
 
 @dataclass(frozen=True)
 class Coding:
-    """How the numbers of a weight are stored.
+    """The way in which the numbers of a weight are stored.
 
     code: kind of the codes.
     group: numbers of a row that share a scale, the last group may be shorter; None is the whole row.

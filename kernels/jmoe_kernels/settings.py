@@ -1,4 +1,4 @@
-"""What the configuration of a model or a layer says to the kernels. This module needs no jax."""
+"""The settings of a model or a layer that the kernels read. This module needs no jax."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar

@@ -10,6 +10,7 @@ from gpu_checks.rows import Check
 from jax import Array
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from shared.gpu_timing import random_rows, random_weights
+from shared.layer_sizes import layer_sizes
 
 TOLERANCE = 0.02  # for outputs of about 1: a few units of bfloat16 in h
 
@@ -74,7 +75,7 @@ def largest_error(rng: np.random.Generator, sizes: np.ndarray, biased: bool, dry
 
     The inputs are NaN in every place that the kernel may not read.
     """
-    inner, model = (64, 64) if dry else (768, 2048)
+    inner, model = (64, 64) if dry else layer_sizes("qwen3-30b-a3b").dims[1:]
     used, past = int(sizes.sum()), int(rng.integers(0, 9))
     keys = [jax.random.key(int(rng.integers(1 << 30))) for _ in range(2)]
     w = random_weights(keys[0], len(sizes), inner, model)

@@ -19,6 +19,7 @@ from gpu_checks.rows import Check
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from shared.layer_sizes import layer_sizes
 
 from jmoe.offload.copies import copy_in, fetch, install
 from jmoe.offload.slot_table import Copies
@@ -26,8 +27,11 @@ from jmoe.param import HOST
 
 LAYERS = 8  # layers of a chain
 SLOTS = 5
-MODELS = {"Qwen1.5-MoE": (60, 1408, 2048), "Mixtral-8x7B": (8, 14336, 4096)}  # experts, inner, model
-TOY = {"toy": (3, 64, 64)}
+MODELS = {
+    "Qwen1.5-MoE": layer_sizes("qwen1.5-moe-a2.7b").dims,
+    "Mixtral-8x7B": layer_sizes("mixtral-8x7b").dims,
+}
+TOY = {"toy": (3, 64, 64)}  # experts, inner, model
 TARGET = 1.10  # a layer's time with a prefetch at the same time, over its time alone
 
 

@@ -4,9 +4,13 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Plot = Callable[[Any], Any]  # from pyplot to a figure
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jmoe", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
@@ -47,6 +51,23 @@ def signed(value: float, error: float, digits: int = 4) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace("-0.0 ", "0.0 ")
+
+
+def mean_error(delta_N: "np.ndarray", domains: int) -> tuple[float, float]:
+    """Returns the mean over windows and its standard error.
+
+    delta_N: value of each window, domain by domain, with the same number of windows in each domain.
+    domains: number of domains.
+    """
+    delta_DW = delta_N.reshape(domains, -1)
+    variance = delta_DW.var(axis=1, ddof=1).sum() * delta_DW.shape[1] if delta_DW.shape[1] > 1 else 0.0
+    return float(delta_N.mean()), math.sqrt(variance) / delta_N.size
+
+
+def perplexity_change(delta_N: "np.ndarray", domains: int) -> tuple[float, float]:
+    """Returns the change of perplexity in % from losses in nats a token, and its standard error."""
+    mean, error = mean_error(delta_N, domains)
+    return 100 * math.expm1(mean), 100 * math.exp(mean) * error
 
 
 def verdict(value: float, error: float) -> str:

@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from shared.document import render
+from shared.layer_sizes import shape_path
 from shared.results import Plot
 
 Results = dict[str, Any]
-OLMOE = Path(__file__).parents[2] / "configs/model/olmoe-0.9b.toml"  # sizes of a random model
+OLMOE = shape_path("olmoe-0.9b")  # sizes of a random model
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -38,30 +39,33 @@ class Part:
     measure: the function that takes the options and the existing figures and returns the part's figures in
         their JSON form. If the part cannot be measured, it prints a line that says why and returns None.
     data: the folder of ``--data`` that the part needs, or "".
+    options: the study's own options that the part reads, by their names in the parsed arguments. If the study
+        has only one part, all of them are the part's.
     has_gpu_form: whether ``--gpu`` measures the part on an accelerator, as ``<name>_gpu``.
     """
 
     name: str
     measure: Callable[[argparse.Namespace, Results], Results | None]
     data: str = ""
+    options: tuple[str, ...] = ()
     has_gpu_form: bool = False
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured for one document, with its JSON and its plots.
+    """The measurements for one document, with its JSON and its plots.
 
-    name: the name of the study's folder here and of its template there.
+    name: the name of the study's folder here, of its template there, and of its JSON and its document.
     description: the study's help text.
     parts: the measurements. The JSON has the figures of each part under its name. If there is only one part,
         its figures are the whole JSON.
-    add_options: the function that adds the study's own options. An option belongs to a part if its help
-        begins with the part's name, or several names, and a colon.
+    add_options: the function that adds the study's own options. The help of an option begins with the names
+        of its parts and a colon, if the study has several.
     tables: the modules of the study's folder whose functions the template calls.
     has_plots: whether the folder's module ``plots`` draws some of the results.
     depth: the number of JSON levels in which every value has its own line.
-    results_name: the name of the JSON and of the document, if it is not ``name``: the name of the paper's
-        technique. ``study.py`` accepts both names.
+    local_options: the options that describe this machine. The stored command leaves them out.
+    alias: a second name that ``study.py`` accepts: that of the paper's technique, or "".
     """
 
     name: str
@@ -71,7 +75,8 @@ class Study:
     tables: tuple[str, ...]
     has_plots: bool = True
     depth: int = 4
-    results_name: str = ""
+    local_options: tuple[str, ...] = ()
+    alias: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -85,7 +90,7 @@ class Study:
 
     def path(self, folder: Path, suffix: str) -> Path:
         """Returns the study's file of the results: ``.json`` or ``.md``."""
-        return folder / f"{self.results_name or self.name}{suffix}"
+        return folder / f"{self.name}{suffix}"
 
     def document(self, results: Results) -> str:
         """Returns the text of the study's document. The template decides what an absent part shows."""

@@ -16,7 +16,7 @@ from support.models.offloaded import (
 )
 
 from jmoe.config.moe import MoEConfig
-from jmoe.config.techniques import OffloadConfig
+from jmoe.config.techniques import BinningConfig, CapacityConfig, OffloadConfig
 
 SIZES = {"layers": LAYERS, "experts": EXPERTS, "k": K, "expert_bytes": EXPERT_BYTES}
 
@@ -64,6 +64,16 @@ def test_a_bonus_for_what_is_resident_needs_offload():
     with pytest.raises(ValueError, match=r"^moe.binning.resident_bonus needs moe.offload"):
         MoEConfig.from_text('{"binning": {"resident_bonus": 1.0}}')
     MoEConfig.from_text('{"binning": {"resident_bonus": 1.0}, "offload": {"memory": "1MB"}}')
+
+
+@pytest.mark.parametrize("bonus", [0.0, 1.0])
+def test_without_offload_a_stage_that_needs_it_goes_too(bonus: float):
+    offload = OffloadConfig(slots_per_layer=4)
+    moe = MoEConfig(binning=BinningConfig(resident_bonus=bonus), capacity=CapacityConfig(), offload=offload)
+    plain = moe.without_offload()
+    assert plain.offload is None and plain.capacity == moe.capacity
+    assert plain.binning == (None if bonus else moe.binning)
+    assert plain.without_offload() == plain
 
 
 @pytest.mark.parametrize("copies", [1, 2, 5])

@@ -11,7 +11,8 @@ from support.models.small import mesh_of, tokens
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.engine.engine import Engine
-from jmoe.engine.request import Output, Request, SamplingParams, StepReport
+from jmoe.engine.reports import StepReport
+from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.mesh import make_mesh
 
 HARSH = MoEConfig(capacity=CapacityConfig(factor=0.5, phase="both"))

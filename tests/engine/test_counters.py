@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 from support.server.fake_engine import FakeEngine
 
 from jmoe.config.counters import ASSIGNMENTS, COUNTERS, MEANS, Counter, names
-from jmoe.engine.request import EngineSnapshot
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.engine.step.counters import FIRST, MoECounters, add_step, zero_totals
 from jmoe.moe.counting import add_changes
 from jmoe.moe.types import DispatchStats, Traffic

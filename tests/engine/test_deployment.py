@@ -9,19 +9,26 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.models.small import config
 
+from jmoe.blueprint import Blueprint
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import build_engine
-from jmoe.engine.deployment import memory, needs
+from jmoe.engine.deployment import needs, room
 from jmoe.engine.deployment.deployment import resolve
-from jmoe.engine.deployment.memory import Room
 from jmoe.engine.deployment.needs import within
+from jmoe.engine.deployment.room import Room
 from jmoe.engine.deployment.settings import BUNDLED, EngineSettings
+from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint
+from jmoe.nn import kinds
+from jmoe.nn.grouped_query import GroupedQueryAttention
+from jmoe.param import ParamMaker
 from jmoe.tools.doctor import doctor
 
 TINY = BUNDLED["tiny"]
@@ -130,6 +137,27 @@ def test_weights_are_counted_without_describing_every_layer(name: str):
     assert needs.weight_bytes(cfg, settings, mesh) == whole
 
 
+class Gated(GroupedQueryAttention):
+    """A kind of attention with one more weight."""
+
+    def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
+        super().__init__(blueprint, layer, make)
+        self.gate_proj = make((blueprint.cfg.hidden_size, 8), (None, None))
+
+
+@pytest.mark.parametrize("offload", [None, OffloadConfig(slots_per_layer=4, predictor="none")])
+def test_weights_of_a_model_that_mixes_kinds_of_attention_are_counted(monkeypatch, offload):
+    kind_of = {"full_attention": "grouped_query", "sliding_attention": "gated"}
+    monkeypatch.setattr(ModelConfig, "attention_kind", lambda self, layer: kind_of[self.layer_types[layer]])
+    monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS, "gated": Gated})
+    full, sliding = "full_attention", "sliding_attention"
+    cfg = config(num_hidden_layers=4, layer_types=(full, sliding, sliding, sliding), sliding_window=8)
+    mesh, settings = make_mesh(), EngineSettings(moe=MoEConfig(offload=offload))
+    specs = abstract_decoder(make_blueprint(cfg, settings.moe, mesh))[1].values()
+    cache = cache_bytes(cfg, settings.moe.offload, mesh)
+    assert needs.weight_bytes(cfg, settings, mesh) == sum(spec.nbytes for spec in specs) + cache
+
+
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 def test_weights_of_a_device_are_its_share():
     cfg = ModelConfig.from_file(Path(__file__).parents[2] / "configs/model/qwen3-30b-a3b.toml").first(3)
@@ -186,18 +214,18 @@ def test_a_group_leaves_its_limit_less_what_the_kernel_keeps(tmp_path: Path):
     for name, text in (("max", "1000000"), ("current", "700000"), ("stat", "anon 1\ninactive_file 200000\n")):
         (tmp_path / f"memory.{name}").write_text(text)
     names = "memory.max", "memory.current", "inactive_file"
-    assert memory._left(tmp_path, *names) == 500_000
+    assert room._left(tmp_path, *names) == 500_000
     (tmp_path / "memory.max").write_text("max")
-    assert memory._left(tmp_path, *names) is None
+    assert room._left(tmp_path, *names) is None
     (tmp_path / "memory.max").write_text(str(2**63 - 4096))
-    assert memory._left(tmp_path, *names) is None
+    assert room._left(tmp_path, *names) is None
 
 
 def test_the_least_of_all_limits_is_the_room(monkeypatch):
     rooms = {"_machine": 3000, "_cgroups": 1000, "_limits": 2000}
     for name, size in rooms.items():
-        monkeypatch.setattr(memory, name, lambda size=size, name=name: iter([Room(size, name)]))
-    assert memory.host_room() == Room(1000, "_cgroups")
+        monkeypatch.setattr(room, name, lambda size=size, name=name: iter([Room(size, name)]))
+    assert room.host_room() == Room(1000, "_cgroups")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
@@ -212,7 +240,7 @@ def test_an_address_space_that_is_too_small_is_one_line():
     assert (ran.returncode, ran.stdout) == (2, "") and "starting takes 1 GiB: raise the limit" in ran.stderr
     code = (
         "import resource, sys; import jax; jax.devices()\n"
-        "from jmoe.engine.deployment.memory import host_room\n"
+        "from jmoe.engine.deployment.room import host_room\n"
         "from jmoe.cli.main import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30) + (256 << 20),) * 2)\n"

@@ -16,7 +16,6 @@ from jmoe.engine.engine import Engine
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.engine.step.inputs import Sizes
 from jmoe.engine.step.runner import CompilationCounter
-from jmoe.engine.step.sampling import SamplingRows, blank_rows, sample
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
@@ -260,56 +259,6 @@ def test_counts_are_every_token_times_k(engine: Engine):
     after = engine.moe_stats()
     new = {p: np.array(after[p]["counts"]) - np.array(before[p]["counts"]) for p in ("prefill", "decode")}
     assert (new["prefill"].sum(1) == 20 * 2).all() and (new["decode"].sum(1) == 5 * 2).all()
-
-
-# ---- sampling --------------------------------------------------------------------------------------
-
-
-def rows(n: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, vocab=8) -> SamplingRows:
-    return dataclasses.replace(
-        blank_rows(n, vocab),
-        temperature_B=np.full(n, temperature, np.float32),
-        top_p_B=np.full(n, top_p, np.float32),
-        top_k_B=np.full(n, top_k, np.int32),
-        min_p_B=np.full(n, min_p, np.float32),
-        seed_B=np.arange(n, dtype=np.int32),
-    )
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k", "min_p"),
-    [
-        (1.0, 1.0, 0, 0),
-        (0.7, 1.0, 0, 0),
-        (1.0, 1.0, 3, 0),
-        (1.0, 0.7, 0, 0),
-        (1.5, 0.8, 4, 0),
-        (1.0, 1.0, 0, 0.3),
-        (0.8, 0.9, 6, 0.2),
-    ],
-)
-def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k, min_p):
-    logits = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 1.5
-    n = 20_000
-    drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows(n, temperature, top_p, top_k, min_p)).ids_B
-    p = np.exp(logits / temperature)
-    order = np.argsort(-p)
-    keep = order[: top_k or len(p)]
-    q = p[keep] / p[keep].sum()
-    keep = keep[np.cumsum(q) - q < top_p]
-    keep = keep[p[keep] >= min_p * p.max()]
-    want = np.zeros(8)
-    want[keep] = p[keep] / p[keep].sum()
-    got = np.bincount(drawn, minlength=8) / n
-    assert not got[want == 0].any()
-    np.testing.assert_allclose(got, want, atol=0.015)
-
-
-def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32))
-    mixed = dataclasses.replace(rows(6), temperature_B=jnp.array([0.0, 2.0] * 3))
-    drawn = sample(logits, mixed).ids_B
-    assert drawn[::2].tolist() == logits.argmax(-1)[::2].tolist()
 
 
 class Panics(TokenBytes):

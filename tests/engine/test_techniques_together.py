@@ -46,7 +46,7 @@ Where = tuple[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Run:
-    """What an engine did.
+    """The work of an engine.
 
     tokens: tokens of every request.
     prefill: counts of the prefill steps.

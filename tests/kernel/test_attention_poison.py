@@ -5,7 +5,7 @@ outputs must equal those of clean memory, bit for bit. What it does see must sho
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jmoe_kernels import cpu
 from jmoe_kernels.paged_attention import LayerPages, NewTokens, Span, attend_all
-from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
+from support.paged_attention import interpreted_gpu
 
 from jmoe.nn.uncached import attend_uncached
 
@@ -135,7 +135,7 @@ def poisoned(case: Case, place: str, bad: float) -> Case:
 def attention(name: str, kind: Kind):
     sinks = jnp.linspace(-1.0, 1.0, 4) if kind.sinks else None
     if name == "gpu":
-        run = jax.jit(partial(paged_attention_gpu, interpret=True))
+        run = jax.jit(interpreted_gpu)
         return lambda pieces, pages: [run(new, pages)[0] for new in pieces]
     return jax.jit(lambda pieces, pages: attend_all(name, pieces, pages, kind.span, sinks)[0])
 

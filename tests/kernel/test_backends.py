@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from jmoe_kernels import binning, cpu, grouped_mlp, matmul, paged_attention
+from jmoe_kernels import binning, cpu, grouped_mlp, matmul, paged_attention, rotation
 from jmoe_kernels.backends import (
     BACKENDS,
     AttentionKernel,
     Backend,
     BinningKernel,
     ExpertKernel,
+    RotationKernel,
     first_supported,
     get_backend,
     home_of,
@@ -30,7 +31,7 @@ from jmoe_kernels.matmul import DenseKernel
 from jmoe_kernels.paged_attention import Heads, Span
 
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.deployment.memory import device_room
+from jmoe.engine.deployment.room import device_room
 from jmoe.engine.offload.build import has_parallel_copies, pick_executor
 from jmoe.moe.transport import emulated_ragged_all_to_all, get_exchange
 
@@ -70,8 +71,9 @@ def test_every_implementation_has_a_record_whose_functions_exist(names):
         assert all(callable(function.load()) for function in functions)
 
 
-def test_every_dense_kernel_has_a_function():
+def test_every_dense_kernel_and_rotation_has_an_entry():
     assert tuple(matmul.IMPLEMENTATIONS) == get_args(DenseKernel)
+    assert tuple(rotation.IMPLEMENTATIONS) == get_args(RotationKernel)
 
 
 def test_every_kernel_has_one_home_and_is_refused_elsewhere():
@@ -111,13 +113,13 @@ def test_the_first_that_is_supported_is_taken(platform: str, shapes, taken: tupl
     dims, heads = shapes
     found = choose_kernels(platform, "bfloat16", None, dims, heads, BinningNeeds(128, RULE))
     assert (found.experts, found.dense, found.attention, found.binning) == taken
-    assert found.has_fused_rotation == (found.dense == "cpu")
+    assert found.rotation == found.dense
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_portable_model_is_portable_in_its_dense_products_too(platform: str):
     found = choose_kernels(platform, "bfloat16", "xla", *FITS)
-    assert found.dense == "xla" and not found.has_fused_rotation
+    assert found.dense == "xla" and found.rotation == "xla"
     assert found.attention == (platform if platform != "cpu" else "xla")
 
 

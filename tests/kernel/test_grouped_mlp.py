@@ -19,7 +19,7 @@ every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
-@partial(jax.jit, static_argnames=("implementation", "capacity", "activation"))
+@partial(jax.jit, static_argnames=("implementation", "max_rows", "activation"))
 def run(x, gate_up, down, sizes, gate_up_bias=None, down_bias=None, **options):
     return grouped_mlp(x, ExpertWeights(gate_up, down, gate_up_bias, down_bias), sizes, **options)
 
@@ -123,10 +123,10 @@ def test_gradient_equals_that_of_the_oracle(implementation: str):
         np.testing.assert_allclose(g, w, atol=2e-4)
 
 
-def test_capacity_zeroes_exactly_the_rows_beyond_it():
-    case = Case("capacity", 30, (9, 0, 14, 4))
+def test_max_rows_zeroes_exactly_the_rows_beyond_it():
+    case = Case("max_rows", 30, (9, 0, 14, 4))
     inputs = make_inputs(case)
-    y = run(*inputs, implementation="batched", capacity=6)
+    y = run(*inputs, implementation="batched", max_rows=6)
     rank = np.concatenate([np.arange(n) for n in case.sizes] + [np.zeros(3, int)])
     want = np.where((rank < 6)[:, None], by_numpy(*inputs), 0)
     np.testing.assert_allclose(y, want, atol=2e-5)
@@ -136,8 +136,8 @@ def test_named_implementations_refuse_with_the_reason():
     inputs = make_inputs(CASES[0])
     with pytest.raises(ValueError, match=r"'triton' is unknown; known: xla, pallas_tpu"):
         run(*inputs, implementation="triton")
-    with pytest.raises(ValueError, match="capacity is for implementation 'batched'"):
-        run(*inputs, implementation="xla", capacity=4)
+    with pytest.raises(ValueError, match="max_rows is for implementation 'batched'"):
+        run(*inputs, implementation="xla", max_rows=4)
     with pytest.raises(ValueError, match=r"group_sizes must be \[4\], got \[3\]"):
         run(*inputs[:3], np.zeros(3, np.int32))
     with pytest.raises(ValueError, match=r"down must be \[4, 32, 16\], got \[4, 32, 15\]"):

@@ -16,19 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
 from jmoe_kernels import cpu
-from jmoe_kernels.paged_attention import (
-    Heads,
-    LayerPages,
-    NewTokens,
-    Span,
-    paged_attention,
-    pick,
-    why_not,
-)
+from jmoe_kernels.paged_attention import Heads, LayerPages, NewTokens, Span, pick, why_not
 from jmoe_kernels.paged_attention.cases import LATENT, PLAIN, SIZE, TABLE, make_inputs, make_pages
-from jmoe_kernels.paged_attention.gpu import paged_attention_gpu
 from jmoe_kernels.paged_attention.reference import attention_reference
 from jmoe_kernels.paged_attention.write import write
+from support.paged_attention import interpreted_gpu, paged_attention
 
 needs_library = pytest.mark.skipif(
     cpu.why_missing() is not None, reason=f"no C++ kernels here: {cpu.why_missing()}"
@@ -39,7 +31,7 @@ HERE = ["xla", pytest.param("cpu", marks=needs_library)]
 def run_with(name: str):
     """Returns the implementation as a function of (new, pages, span, sinks)."""
     if name == "gpu":
-        run = jax.jit(partial(paged_attention_gpu, interpret=True))
+        run = jax.jit(interpreted_gpu)
         return lambda new, pages, span, sinks: run(new, pages)
     run = partial(paged_attention, name)
     return run if name == "tpu" else jax.jit(run, static_argnums=2)

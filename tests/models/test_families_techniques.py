@@ -40,7 +40,7 @@ def forget_compiled():
 
 
 class Expected:
-    """What a family's model must answer: prompts, greedy tokens after them, and their log-probabilities."""
+    """The expected answers of a model: prompts, greedy tokens after them, and their log-probabilities."""
 
     def __init__(self, family: str):
         golden = np.load(GOLDEN / family / "golden.npz")

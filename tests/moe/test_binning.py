@@ -23,7 +23,7 @@ from jmoe.config.parts import RouterConfig
 from jmoe.config.techniques import BinningConfig, CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS, make_mesh
 from jmoe.moe.binning import bin_assignments, get_rule
-from jmoe.moe.capacity import limit
+from jmoe.moe.capacity import ExpertShard, limit
 from jmoe.moe.decide import Decider
 from jmoe.moe.routing import route
 from jmoe.moe.types import Knobs, Routing, TokenFlags
@@ -252,8 +252,8 @@ def test_a_capacity_after_binning_brings_no_expert_back(policy: str):
     binned, _ = bin_assignments(plain, flags, get_rule(CONFIGS["affinity"], K), seed=jnp.int32(0))
     chosen = {}
     for name, routing in (("plain", plain), ("binned", binned)):
-        local, seed = (0, EXPERTS // 2), jnp.int32(0)
-        limited, counts = limit(routing, flags, cfg, factor=jnp.float32(1.5), local=local, seed=seed)
+        shard, seed = ExpertShard(0, EXPERTS // 2), jnp.int32(0)
+        limited, counts = limit(routing, flags, cfg, factor=jnp.float32(1.5), shard=shard, seed=seed)
         assert (counts.rerouted_T + counts.extra_T).sum() > 0
         chosen[name] = set(np.asarray(limited.ids_TK)[:8].ravel()) - {EXPERTS}
     assert chosen["binned"] <= set(np.asarray(binned.ids_TK)[:8].ravel()) < chosen["plain"]

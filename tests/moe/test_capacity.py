@@ -20,8 +20,8 @@ from support.oracles.routers import compiled as router
 
 from jmoe.config.techniques import CapacityConfig
 from jmoe.mesh import EXPERT, TOKENS
-from jmoe.moe.capacity import capacity, limit
-from jmoe.moe.types import CapacityCounts, Routing, TokenFlags
+from jmoe.moe.capacity import CapacityCounts, ExpertShard, capacity, limit
+from jmoe.moe.types import Routing, TokenFlags
 
 ROWS, CHOICES, HELD = 24, 4, 4
 METRICS = ("score", "order", "reverse_order", "random")
@@ -89,7 +89,7 @@ def compiled(cfg: CapacityConfig):
     """
 
     def run(routing, tokens, factor, first, seed):
-        return limit(routing, tokens, cfg, factor=factor, local=(first, HELD), seed=seed)
+        return limit(routing, tokens, cfg, factor=factor, shard=ExpertShard(first, HELD), seed=seed)
 
     return jax.jit(run)
 
@@ -283,7 +283,8 @@ def test_a_new_factor_does_not_recompile():
     def run_once(routing, tokens, factor, seed):
         nonlocal traces
         traces += 1
-        return limit(routing, tokens, CapacityConfig(), factor=factor, local=(0, EXPERTS), seed=seed)[1]
+        whole = ExpertShard(0, EXPERTS)
+        return limit(routing, tokens, CapacityConfig(), factor=factor, shard=whole, seed=seed)[1]
 
     case, jitted = shard("skewed", valid=1, exact=0), jax.jit(run_once)
     routing = Routing(*map(jnp.asarray, (case.ids, case.weights, case.scores, np.log(case.scores))))
@@ -310,7 +311,7 @@ def test_every_shard_of_a_mesh_is_on_its_own(cfg: CapacityConfig):
         first, total = jax.lax.axis_index(EXPERT) * HELD, partial(jax.lax.psum, axis_name=TOKENS)
         out, counts = limit(
             Routing(ids, weights, scores, jnp.log(scores)), TokenFlags(valid, exact), cfg,
-            factor=jnp.float32(1), local=(first, HELD), seed=jnp.int32(7), total=total,
+            factor=jnp.float32(1), shard=ExpertShard(first, HELD, total), seed=jnp.int32(7),
         )  # fmt: skip
         return out.ids_TK, counts
 

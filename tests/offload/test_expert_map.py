@@ -220,7 +220,7 @@ def test_what_a_step_learns_takes_the_place_that_a_comparison_of_everything_says
 
 
 def test_a_profiles_iterations_fill_the_store():
-    predictor = make_predictor("expert_map", sizes(), PredictorInputs(PROFILE, embeddings(), capacity=30))
+    predictor = make_predictor("expert_map", sizes(store_size=30), PredictorInputs(PROFILE, embeddings()))
     sample = PROFILE.sample
     assert predictor.store.used_C.tolist() == [True] * 24 + [False] * 6 and not predictor.is_online
     key_ID = embeddings()[sample.map_tokens_QM.ravel()]

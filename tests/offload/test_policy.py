@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies.offload.oracle import KnownOutlook, belady
+from shared.oracle import KnownOutlook, belady
 
 from jmoe.config.techniques import Eviction
 from jmoe.offload import policy, slot_table

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies.offload.oracle import Oracle
+from shared.oracle import Oracle
 from support.models.routed import LAYERS, VOCAB, K, embeddings
 from support.oracles.forecasts import PROFILE, A, D, E, layers_of, np_cosine, sizes, step_of, walked
 
@@ -140,7 +140,7 @@ def test_the_next_gate_the_oracle_and_none_say_what_they_are_given():
         ("token_table", {}, "token_table needs a profile"),
         ("expert_map", {}, "expert_map needs the model's input embeddings"),
         ("none", {"distance": 0}, "looks 1 to 3 layers ahead, not 0"),
-        ("none", {"capacity": 0}, "holds 1 iteration or more, not 0"),
+        ("none", {"store_size": 0}, "holds 1 iteration or more, not 0"),
         ("counts", {"experts": 16, "profile": PROFILE}, "the profile has 3 x 8 experts, the model 3 x 16"),
     ),
 )
@@ -180,7 +180,7 @@ def scanned(predictor: Predictor, seen: StepView, layers: LayerView) -> tuple[Pr
 def test_structure_stays_and_jit_says_the_same(name: str, seed: int, valid: list[int]):
     rng, table = np.random.default_rng(seed), np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    predictor = make_predictor(name.split()[0], sizes(), PredictorInputs(profile, table, capacity=9))
+    predictor = make_predictor(name.split()[0], sizes(store_size=9), PredictorInputs(profile, table))
     before = described(predictor)
     seen, layers = step_of(rng, valid), layers_of(rng, 3, LAYERS)
     args = seen.seats_B, seen.valid_B, jnp.asarray(rng.integers(0, 4, (3, LAYERS, E)), jnp.float32)
@@ -208,7 +208,7 @@ def test_a_token_whose_scores_are_no_numbers_says_and_leaves_nothing(name: str, 
     """
     table = np.tile(embeddings(), (1, 2))[:, :D]
     profile = None if "online" in name else PROFILE
-    made = make_predictor(name.split()[0], sizes(), PredictorInputs(profile, table, capacity=9))
+    made = make_predictor(name.split()[0], sizes(store_size=9), PredictorInputs(profile, table))
     rng = np.random.default_rng(2)
     seen, layers = step_of(rng, [1, 1, 1]), layers_of(rng, 3, LAYERS)
     made, _ = walked(made, seen, layers)

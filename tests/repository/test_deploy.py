@@ -35,7 +35,7 @@ GIVEN = {  # the variables that Kubernetes or the controller puts into every con
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest of any kind says.
+    """The facts that a manifest of any kind states.
 
     workload: resource that makes the pods.
     service: the service.

@@ -1,4 +1,4 @@
-"""Tests that docstrings quote names that exist."""
+"""Tests that docstrings quote names that exist, and begin with a sentence or a noun phrase."""
 
 import ast
 import builtins
@@ -18,6 +18,11 @@ FOREIGN = {  # functions of libraries; settings; their values; ends of names
     "_s", "_hbm",
 }  # fmt: skip
 FOREIGN_OWNERS = {"client", "dataclasses", "lm_head", "pl", "plgpu", "time", "vmatpush"}  # of dotted names
+QUESTION = re.compile(r"(What|Which|How|Where|Who|When)\b")
+SHOWN = {  # docstrings that users see: in the OpenAPI document, as the help of a study
+    "What lossy techniques did to the answers' assignments of tokens to experts.",
+    "How much a greedy answer depends on the requests that are computed in the same steps.",
+}
 DATA_FILES = {"jinja", "json", "log", "md", "npz", "safetensors"}  # ends of names that are files of data
 Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -40,10 +45,13 @@ def defined(tree: ast.Module) -> set[str]:
     return found
 
 
+def docstrings(tree: ast.Module) -> list[str]:
+    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, Scope)]
+
+
 def quoted(tree: ast.Module, pattern: str) -> set[str]:
     """Returns what matches the pattern between double backquotes in the file's docstrings."""
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, Scope)]
-    return {name for text in texts for name in re.findall(rf"``({pattern})(?:\(\))?``", text)}
+    return {name for text in docstrings(tree) for name in re.findall(rf"``({pattern})(?:\(\))?``", text)}
 
 
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*SOURCES, *TESTS]}
@@ -146,6 +154,13 @@ def test_a_docstring_quotes_names_that_exist(path: Path):
     found = quoted(TREES[path], r"[A-Za-z_]\w*")
     unknown = found - defined(TREES[path]) - PUBLIC[path.relative_to(ROOT).parts[0]] - FOREIGN
     assert not [name for name in sorted(unknown) if not modules_near(name, path)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_docstring_does_not_begin_as_a_question(path: Path):
+    """A clause such as "What a step takes" is no sentence; "The inputs of a step" names the thing."""
+    texts = docstrings(TREES[path])
+    assert not [text for text in texts if QUESTION.match(text) and text not in SHOWN]
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))

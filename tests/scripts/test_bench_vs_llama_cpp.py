@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shared.protocol import FAMILIES, hf_config, write_random
+from shared.random_checkpoint import FAMILIES, hf_config, write_random
 from support.documented_commands import SIZES
 from vs_llama_cpp.olmoe_gguf import open_tensors, write_olmoe_gguf
 

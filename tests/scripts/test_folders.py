@@ -32,6 +32,13 @@ def test_a_commands_own_modules_are_imported_by_it_alone():
             assert place in (folder, PARTS[folder]), f"{path} imports from {folder}"
 
 
+def test_a_study_imports_from_no_other_study():
+    for path in (SCRIPTS / "studies").glob("*/*.py"):
+        allowed = "studies.record.", f"studies.{path.parent.name}."
+        found = {name for name in imports(path) if name.partition(".")[0] == "studies"}
+        assert all(f"{name}.".startswith(allowed) for name in found), path
+
+
 def test_the_shared_modules_import_only_one_another():
     for path in (SCRIPTS / "shared").glob("*.py"):
         assert not {name.partition(".")[0] for name in imports(path)} & PARTS.keys(), path

@@ -1,5 +1,6 @@
 """Tests the driver of the studies: what a command repeats, how a part is stored, and strict templates."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -30,6 +31,11 @@ def requested(*words: str) -> tuple[Study, list[Part], str]:
             "lynx --parts speed --batches 8 16 --gpu --length 32",
             "binning {} --parts speed --batches 8 16 --gpu",
         ),
+        (
+            "binning --parts capacity --model /m --domains a b",
+            "binning {} --parts capacity --model /m --domains a b",
+        ),
+        ("speculative --parts locality --model /m", "shuffle {} --parts locality --model /m"),
         ("shuffle --parts moves --train 2 --dry", "shuffle {} --parts moves --train 2"),
         ("together", "together {}"),
         ("ttft --prompt 8", "ttft --prompt 8"),
@@ -43,6 +49,26 @@ def requested(*words: str) -> tuple[Study, list[Part], str]:
 def test_a_command_has_the_options_of_its_part_that_are_not_at_their_defaults(words: str, command: str):
     found = requested(*shlex.split(words))[2]
     assert found == "python scripts/study.py " + command.format("--data ../shared/data")
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_part_is_measured_in_the_file_of_its_name(name: str):
+    for part in study.STUDIES[name].parts:
+        assert (study.ROOT / f"scripts/studies/{name}/{part.name}.py").is_file(), part.name
+
+
+@pytest.mark.parametrize("mine", [one for one in study.STUDIES.values() if not one.is_whole])
+def test_every_option_names_its_parts_and_its_help_names_the_same(mine: Study):
+    parser = argparse.ArgumentParser(add_help=False)
+    mine.add_options(parser)
+    for action in parser._actions:
+        owners = [part.name for part in mine.parts if action.dest in part.options]
+        if action.dest in mine.local_options:
+            assert not owners
+        else:
+            assert owners and owners == (action.help or "").partition(":")[0].split(", "), action.dest
+    known = {action.dest for action in parser._actions}
+    assert known >= {name for part in mine.parts for name in part.options} | set(mine.local_options)
 
 
 def test_an_option_below_its_least_value_is_refused(capsys):

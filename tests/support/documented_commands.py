@@ -105,7 +105,7 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/make/train_tiny.py": [
         Command("scripts/make/train_tiny.py train --data {data} --out {tmp} --minutes 0.05"),
     ],
-    "scripts/gpu_check.py": [Command(elsewhere="tests/kernel/test_gpu.py, with --dry")],
+    "scripts/gpu_check.py": [Command(elsewhere="tests/scripts/test_gpu_check.py, with --dry")],
     "scripts/tpu_aot_check.py": [Command(elsewhere="tests/engine/step/test_aot.py")],
     "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_tpu_aot.py")],
     "scripts/make/reduce_crd.py": [Command(elsewhere="tests/repository/test_deploy.py")],

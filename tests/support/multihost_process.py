@@ -45,7 +45,7 @@ def generated(engine: Engine) -> dict[str, Any]:
 
 
 def held(runner: Runner) -> list[tuple[int, int]]:
-    """Returns (bytes, bytes of it on this process's devices) of every weight; replicas count once."""
+    """Returns the bytes of every weight: all, and those on this process's devices; replicas count once."""
     here = [{str(s.index): s.data.nbytes for s in w.addressable_shards} for w in runner.weights]
     return [(w.nbytes, sum(parts.values())) for w, parts in zip(runner.weights, here, strict=True)]
 

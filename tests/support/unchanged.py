@@ -29,7 +29,7 @@ from support.server.fake_engine import ByteCodec, FakeEngine, served
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.cli.main import main as command_line
 from jmoe.cli.main import parser
-from jmoe.engine.lowering import lower_step
+from jmoe.engine.deployment.lowering import lower_step
 from jmoe.engine.step.inputs import Sizes
 
 jax.config.update("jax_num_cpu_devices", 8)

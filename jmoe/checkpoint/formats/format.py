@@ -1,4 +1,4 @@
-"""What a format's file declares: the tensors that store a parameter's numbers, and how they are read."""
+"""The declaration of a format: the tensors that store a parameter's numbers, and the way to read them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jmoe.models.weights import StoredTensor
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """What is read from one tensor.
+    """One tensor that is read, and the form that it must have.
 
     name: name of the tensor.
     shape: shape of the tensor, or of one entry if it is stacked.
@@ -40,12 +40,12 @@ class Format(ABC):
     @property
     @abstractmethod
     def coding(self) -> Coding | None:
-        """How a weight of this format is kept in memory; None keeps its numbers, dequantised while it
-        loads."""
+        """The coding in which a weight of this format is kept in memory; None keeps its numbers, dequantised
+        while it loads."""
 
     @property
     def why_dequantised(self) -> str:
-        """Why ``coding`` is None, for messages."""
+        """The reason for a ``coding`` of None, for messages."""
         return ""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Eight-bit floats with a scale for each block, row or tensor.
 
 DeepSeek's form (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) has blocks of 128 x 128, of which the last ones
-may be cut. Its scales multiply, although their name ends in ``_inv``.
+may be cut. Its scales multiply, although their name ends in "_inv".
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a method's file declares: how its part of ``config.json`` says which weights have which format."""
+"""The declaration of a method: the reader of its part of ``config.json``, which gives weights a format."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Method:
-    """One value of ``quant_method``.
+    """One value of the key ``quant_method`` of ``config.json``.
 
     name: the value.
-    rules: function of the ``quantization_config`` that returns its rules, the first that matches a module
-        decides. It raises ValueError naming the key that is absent or not supported.
-    twin: a second file that may hold the configuration.
+    rules: function of the method's part of the file that returns its rules, of which the first that matches
+        a module decides. It raises ValueError naming the key that is absent or not supported.
+    twin: second file that may hold this part.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Twin:
-    """A file that says the same as ``quantization_config``, or that is there in its place.
+    """A file that says the same as a method's part of ``config.json``, or that is there in its place.
 
     file: its name.
     key: key of the file whose value is the configuration.
-    rewritten: function of that value that returns it as ``quantization_config`` spells it.
-    check: function of ``quantization_config`` and of the rewritten value that raises ValueError if they
+    rewritten: function of that value that returns it as ``config.json`` would have it.
+    check: function of the part of ``config.json`` and of the rewritten value that raises ValueError if they
         contradict each other.
     """
 

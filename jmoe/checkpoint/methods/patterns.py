@@ -1,9 +1,9 @@
 """Lists of modules as checkpoints spell them.
 
-An entry is a module's name (``lm_head``, ``model.layers.0.mlp.gate``), the beginning or the end of one at a
-dot (``model.layers.0.self_attn``, ``mlp.gate``), a name with ``*``, or ``re:`` and a regular expression. A
-model inside a wrapper has a prefix more or less than here (``language_model.model.layers...``), and the
-experts of a layer may be named as a whole.
+An entry is a module's name ("lm_head", "model.layers.0.mlp.gate"), the beginning or the end of one at a dot
+("model.layers.0.self_attn", "mlp.gate"), a name with "*", or "re:" and a regular expression. A model inside a
+wrapper has a prefix more or less than here ("language_model.model.layers..."), and the experts of a layer may
+be named as a whole.
 """
 
 import re

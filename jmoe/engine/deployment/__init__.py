@@ -1,1 +1,3 @@
-"""How to run a model: the user's settings, the memory there is, and what both result in on this machine."""
+"""The plan for running a model: the user's settings, the available memory, and the result of both on this
+machine.
+"""

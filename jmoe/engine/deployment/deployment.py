@@ -34,7 +34,7 @@ from jmoe.placement.profile import Profile
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a model and settings result in on this machine.
+    """The result of a model and of settings on this machine.
 
     directory: directory of the model.
     settings: settings of the user.

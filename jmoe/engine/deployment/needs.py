@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from jmoe_kernels.backends import get_backend
 
 from jmoe.blueprint import UNQUANTISED, Codings
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, in_layer
-from jmoe.config.model import ModelConfig
+from jmoe.config.model import AttentionKind, ModelConfig
 from jmoe.config.units import readable
-from jmoe.engine.deployment.memory import Room, device_room
+from jmoe.engine.deployment.room import Room, device_room
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
@@ -49,7 +49,7 @@ class Memory:
 
     @property
     def left(self) -> int | None:
-        """What all but the pages leave of the room, or None if the room is unknown."""
+        """The part of the room that is left for the pages, or None if the room is unknown."""
         return None if self.room is None else self.room.bytes - self.total + self.pages
 
     def __str__(self) -> str:
@@ -114,17 +114,19 @@ def weight_bytes(
     """
     if codings:
         return _bytes_of_all_layers(cfg, settings, mesh, codings)
-    moe_layers = len(cfg.moe_layers)
-    counts = (cfg.num_hidden_layers - moe_layers, moe_layers) if cfg.mlp_only_layers else (moe_layers,)
-    kinds = replace(
-        cfg, num_hidden_layers=len(counts), mlp_only_layers=(0,) if len(counts) == 2 else (), layer_types=(),
-        no_rope_layers=(),
-    )  # fmt: skip
-    total = 0
-    for path, spec in abstract_decoder(make_blueprint(kinds, settings.moe, mesh))[1].items():
+    dense, alike = frozenset(cfg.mlp_only_layers), dict[tuple[AttentionKind, bool], list[int]]()
+    for i in range(cfg.num_hidden_layers):
+        alike.setdefault((cfg.attention_kind(i), i in dense), []).append(i)
+    layers = list(alike.values())
+    described, total = cfg.only([numbers[0] for numbers in layers]), 0
+    for path, spec in abstract_decoder(make_blueprint(described, settings.moe, mesh))[1].items():
         layer, _ = in_layer(path)
-        times = counts[layer] if layer >= 0 else moe_layers if path.startswith("store.") else 1
-        total += times * _device_bytes(spec, mesh)
+        size = _device_bytes(spec, mesh)
+        if layer >= 0:
+            size *= len(layers[layer])
+        elif path.startswith("store."):  # all layers' experts in one
+            size = size // len(described.moe_layers) * len(cfg.moe_layers)
+        total += size
     return total + cache_bytes(cfg, settings.moe.offload, mesh)
 
 

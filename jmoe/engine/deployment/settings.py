@@ -1,15 +1,15 @@
-"""How to run a model: what the command line, ``--config`` files and ``LLM`` set."""
+"""The settings of an engine, which the command line, ``--config`` files and ``LLM`` set."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
 from jmoe.checkpoint.codings import Quantize
+from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
 from jmoe.config.moe import MoEConfig
-from jmoe.config.quantisation import QuantizationName, QuantizedProducts
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
 
@@ -24,9 +24,17 @@ class EngineSettings:
     settings need and the machine has (see ``jmoe.engine.deployment.deployment``).
 
     max_model_len: tokens of a context.
+    dtype: dtype of the weights and the KV cache; "auto" is the checkpoint's own.
+    data_parallel_size: groups of ranks that each have a whole copy of the weights and their own requests.
+    expert_parallel_size: ranks over which the experts are split.
+    tensor_parallel_size: ranks over which attention heads and the inner dimension of experts are split.
+    attention: "dp" if each rank of the expert axis has its own sequences, "tp" if these ranks share the heads
+        of one sequence (see ``jmoe.mesh.Split``).
+    moe: settings of the MoE layers.
     max_num_seqs: sequences that run at once, on all ranks together.
     max_num_batched_tokens: tokens of a step on each rank: one of every request that is decoded; the rest, at
         least one page, is for prompts. A longer prompt takes several steps.
+    max_queue: requests that may wait; further ones are refused.
     kv_memory: bytes of the KV cache on each rank, also as text such as "2GiB".
     enable_prefix_caching: whether prompts with equal beginnings share pages.
     quantization: how weights are quantised while they load; None keeps them as the checkpoint has them.
@@ -36,13 +44,13 @@ class EngineSettings:
     """
 
     max_model_len: AtLeastOne | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DTypeChoice = "auto"
     quantization: QuantizationName | None = None
     quantize: QuantizedProducts = "all"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
-    attention: Literal["dp", "tp"] = "dp"
+    attention: AttentionSplit = "dp"
     moe: MoEConfig = field(default_factory=MoEConfig)
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_SEQS)] = 16
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP)] = 1024

@@ -26,7 +26,7 @@ WHITESPACE = r"[ \n\t]{0,16}"
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a whole answer must follow. Raises ValueError if the text exceeds the limit.
+    """The grammar of a whole answer. Raises ValueError if the text exceeds the limit.
 
     kind: form of the text: "json_schema" for JSON that a JSON schema describes, "regex" for text that a
         regular expression matches, "lark" for text that a Lark grammar in llguidance's dialect derives from

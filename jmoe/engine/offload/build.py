@@ -116,7 +116,7 @@ def cache_bytes(
     slots = count_slots(cfg, offload, mesh, codings) + offload.num_extra_experts
     store_bytes = PREDICTORS[offload.predictor].store_bytes(
         layers=len(cfg.moe_layers), experts=cfg.num_experts, width=cfg.hidden_size,
-        capacity=offload.store_size,
+        store_size=offload.store_size,
     )  # fmt: skip
     return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR]) + store_bytes
 
@@ -210,8 +210,9 @@ def _predictor(
             layers=layers,
             experts=cfg.num_experts,
             seats=seats * split_attention(mesh, moe.attention).sequence_ranks,
+            store_size=offload.store_size,
         ),
-        PredictorInputs(history, embeddings_VD, capacity=offload.store_size),
+        PredictorInputs(history, embeddings_VD),
     )
 
 

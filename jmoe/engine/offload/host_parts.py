@@ -37,17 +37,19 @@ from jmoe.engine.offload.host_types import (
     stack_rows,
 )
 from jmoe.engine.step.counters import add_step
-from jmoe.engine.step.functions import WindowRouting, sample_tokens, sequences_of, summarize
+from jmoe.engine.step.functions import sample_tokens, sequences_of
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.state import StepOutput
+from jmoe.engine.step.windows import WindowRouting, summarize
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder, sum_changes
 from jmoe.models.layer import DecoderLayer, token_flags
-from jmoe.models.techniques import add_prompts, step_view
-from jmoe.moe.decide import count_on_device
+from jmoe.models.predictor_views import add_prompts, step_view
+from jmoe.moe.counting import count_dispatch
+from jmoe.moe.decide import Decision
 from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
-from jmoe.moe.types import ExpertOutput, Knobs, Routing
+from jmoe.moe.types import DispatchStats, ExpertOutput, Knobs, Routing, TokenFlags, Traffic
 from jmoe.nn.rope import Rotations
 from jmoe.nn.sequences import Sequences
 from jmoe.offload.copies import install
@@ -92,7 +94,7 @@ class LayerFunctions:
             report += [highest(decision.plain_routing.scores_TE, flags.valid_T), *forecast]
         expert_input = ExpertInput(normed_ND, ids_TK, decision.final_routing.weights_TK)
         plain = replace(decision.plain_routing, plan=None) if predictor is None else None
-        record = LayerRecord(plain, count_on_device(decision, flags), decision.changes)
+        record = LayerRecord(plain, _count_on_device(decision, flags), decision.changes)
         x_ND = layer.pass_shared(x_ND, normed_ND)
         return AttentionResult(x_ND, expert_input, record, predictor_state, stack_rows(*report)), pages
 
@@ -109,6 +111,19 @@ class LayerFunctions:
         x_ND, pages = layer.attend(layer.add(*rows), rotations, seqs, pages)
         x_ND = layer.pass_mlp(x_ND)
         return LayerRows(x_ND, jnp.zeros_like(x_ND)), pages
+
+
+def _count_on_device(decision: Decision, tokens: TokenFlags) -> DispatchStats:
+    """Counts what a layer on one device will do with its tokens; nothing is computed yet."""
+    none = jnp.zeros((), jnp.int32)
+    return count_dispatch(
+        decision.plain_routing,
+        decision.final_routing,
+        tokens.valid_T,
+        decision.changes,
+        Traffic(none, none, none),
+        None,
+    )
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from jmoe.engine.offload.host_types import (
     StepStart,
     forecast_of,
 )
-from jmoe.engine.step.functions import WindowRouting
 from jmoe.engine.step.inputs import Sizes, StepInput
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
+from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
-from jmoe.models.techniques import routers_after
+from jmoe.models.predictor_views import routers_after
 from jmoe.moe.orders import ShuffleTables
 from jmoe.moe.types import ExpertOutput, Knobs
 from jmoe.nn.sequences import Sequences
@@ -66,7 +66,7 @@ class HostDrivenRunner(Runner):
         self._sharding = SingleDeviceSharding(mesh.devices.item())
         numbers = [np.int32(i) for i in range(max(layers, experts))]
         self._device_numbers = jax.device_put(numbers, sharding(mesh))  # there before a part needs one
-        self._routes_by_pool = model.moe.binning is not None and model.moe.binning.resident_bonus > 0
+        self._routes_by_pool = any(table.reads_residency for table in model.moe.stages)
         self._is_rehearsal = False
 
     @property

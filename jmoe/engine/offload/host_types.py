@@ -35,7 +35,7 @@ class ExpertInput(NamedTuple):
 
 
 class LayerRecord(NamedTuple):
-    """What a layer keeps for the end of the step.
+    """The results of a layer that are kept until the end of the step.
 
     plain_routing: own choice of the router; None in a decode step, where the predictor has seen it already.
     stats: statistics of the layer's dispatch.
@@ -56,7 +56,7 @@ class LayerRecord(NamedTuple):
 
 
 class HostJourney(NamedTuple):
-    """What the host passes to one layer with experts; the ``Journey`` of a step that the host drives.
+    """The inputs from the host to one layer with experts: the ``Journey`` of a step that the host drives.
 
     layer: index among the layers with experts.
     knobs: settings of the lossy techniques; None switches them off.

@@ -1,4 +1,4 @@
-"""Which requests the next step runs, and who holds which pages. Host code without jax.
+"""Chooses the requests of the next step, and shares out the pages. Host code without jax.
 
 A step is one token of every request that decodes and, on each rank, the next tokens of prompts, as many as
 the token budget leaves (``Scheduler.next_step``). Requests are admitted first come, first served.

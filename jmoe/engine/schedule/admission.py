@@ -1,4 +1,4 @@
-"""Which rank a request is admitted to, and which cached pages it finds there. Pure host code.
+"""Chooses the rank of a request, and finds the cached pages that it can use there. Pure host code.
 
 A rank is chosen by these reasons. A setting of the engine gives their order; a reason that it does not name
 is not used:
@@ -27,7 +27,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 @dataclass(frozen=True)
 class Candidate:
-    """How a request could be admitted to a rank.
+    """A possible admission of a request to a rank.
 
     rank: number of the rank.
     full_pages: full pages that already hold the beginning of its tokens.

@@ -1,4 +1,4 @@
-"""Which sequences hold which KV pages, and what free pages still hold. Pure host code.
+"""The record of the KV pages: their users, and the contents that free pages still have. Pure host code.
 
 A page's content has a name: the hash of all tokens up to its end (``page_names``). A named page can serve
 every sequence that begins with those tokens. A page without users is free, and keeps its content until

@@ -1,4 +1,4 @@
-"""What one step runs, and what it has room for. Pure host code."""
+"""The plan of one step, and its budget for prompts. Pure host code."""
 
 from dataclasses import dataclass, field
 
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass
 class PromptBudget:
-    """What a step has left for prompts on a rank.
+    """The room for prompts that a step still has on a rank.
 
     num_tokens: tokens that are left of the budget.
     num_rows: rows of the step; two prompts never share a row.

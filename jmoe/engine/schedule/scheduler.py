@@ -1,4 +1,4 @@
-"""What the next step runs. Pure host code over plain objects.
+"""Plans the next step. Pure host code over plain objects.
 
 A step holds one token of every request that is being decoded and, on each rank, the next tokens of prompts,
 as many as the budget leaves. Requests are admitted first come, first served, when a seat is free and there

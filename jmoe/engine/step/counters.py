@@ -1,7 +1,7 @@
 """Counters of what the experts did: counted on the device inside the step, fetched when requested."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from jmoe.config.counters import ASSIGNMENTS, COUNTERS, MEANS, names
 from jmoe.config.model import ModelConfig
+from jmoe.config.techniques import Phase
 from jmoe.mesh import TENSOR
 from jmoe.moe.types import DispatchStats
 
-PHASES = ("prefill", "decode")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 SUMS = tuple(counter for counter in COUNTERS if counter is not ASSIGNMENTS)
 # Rows of statistics have always begun with these, and people read them as text; other counters follow.
 FIRST = (

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.step.counters import add_step
 from jmoe.engine.step.inputs import HostRows, StepInput
 from jmoe.engine.step.sampling import Sampled, logprobs, sample, score
 from jmoe.engine.step.state import DeviceState, StepOutput
-from jmoe.mesh import is_single, sharding
+from jmoe.engine.step.windows import WindowFunctions
+from jmoe.mesh import is_single, replicated
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
-from jmoe.moe.types import DispatchStats, Knobs, Routing
+from jmoe.moe.types import DispatchStats, Knobs
 from jmoe.nn.sequences import Sequences
-from jmoe.offload.cache import ExpertCache
 
 
 def sequences_of(
@@ -58,12 +58,6 @@ def make_knobs(values: Mapping[str, float], step: int) -> Knobs:
     return Knobs(present, np.array(step & 0x7FFFFFFF, np.int32))
 
 
-def replicated(outputs: Any, mesh: Mesh) -> Any:
-    """Replicates ``outputs`` on every device, so that every host can read them. The function is for use under
-    jit."""
-    return outputs if is_single(mesh) else lax.with_sharding_constraint(outputs, sharding(mesh))
-
-
 def sample_tokens(
     model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, stats: list[DispatchStats]
 ) -> tuple[Sampled, Array]:
@@ -81,48 +75,6 @@ def sample_tokens(
         sampled, num_lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32)
     )
     return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WindowRouting:
-    """The routing of B windows of T positions in L layers. Values at padding, and at picks of -1, mean
-    nothing.
-
-    ids_LBTK: ids of the chosen experts.
-    weights_LBTK: combine weights of these experts.
-    gates_LBE: mean of each window's router scores.
-    embeddings_BD: mean of each window's input embeddings.
-    maps_BMLE: router scores at M picked positions.
-    """
-
-    ids_LBTK: Array
-    weights_LBTK: Array
-    gates_LBE: Array
-    embeddings_BD: Array
-    maps_BMLE: Array
-
-
-def summarize(model: Decoder, seqs: Sequences, picks_BM: Array, routing: list[Routing]) -> WindowRouting:
-    """Summarizes ``routing``, one per layer, over whole windows. The function is for use under jit."""
-    b, t = seqs.tokens_BT.shape
-    valid_BT1 = (seqs.positions_BT >= 0)[:, :, None]
-
-    def mean(values_BTX: Array) -> Array:
-        """Returns the mean over each window's valid tokens."""
-        count_B1 = jnp.maximum(jnp.sum(valid_BT1, 1, dtype=jnp.float32), 1.0)
-        return jnp.sum(jnp.where(valid_BT1, values_BTX, 0.0), 1) / count_B1
-
-    def picked(scores_TE: Array) -> Array:
-        return jnp.take_along_axis(scores_TE.reshape(b, t, -1), jnp.maximum(picks_BM, 0)[:, :, None], 1)
-
-    return WindowRouting(
-        jnp.stack([r.ids_TK.reshape(b, t, -1) for r in routing]),
-        jnp.stack([r.weights_TK.reshape(b, t, -1) for r in routing]),
-        jnp.stack([mean(r.scores_TE.reshape(b, t, -1)) for r in routing]),
-        mean(model.embed[...][seqs.tokens_BT].astype(jnp.float32)),
-        jnp.stack([picked(r.scores_TE) for r in routing], 2),
-    )
 
 
 @dataclass(frozen=True)
@@ -222,35 +174,11 @@ class ModelFunctions:
         scored = lax.map(lambda each: function(model.logits(each[0]), each[1]), args)
         return replicated(jax.tree.map(joined, scored), model.mesh)
 
-    def window_logits(
-        self, weights: list[Array], tokens_BT: Array, positions_BT: Array, cache: ExpertCache | None
-    ) -> Array:
-        """Returns the ``[B, T, V]`` logits of whole windows, without KV pages."""
-        model = self.merge(weights)
-        out = model(Sequences(tokens_BT, positions_BT), cache=cache)
-        return replicated(model.logits(out.hidden_RND), model.mesh)
-
-    def window_routing(
-        self,
-        weights: list[Array],
-        tokens_BT: Array,
-        positions_BT: Array,
-        picks_BM: Array,
-        cache: ExpertCache | None,
-    ) -> WindowRouting:
-        """Returns the choices of all layers' routers in whole windows, without KV pages.
-
-        picks_BM: positions whose scores are returned; -1 for none. The scores of all positions would be many
-            times as large as everything else.
-        """
-        model, seqs = self.merge(weights), Sequences(tokens_BT, positions_BT)
-        return replicated(summarize(model, seqs, picks_BM, model(seqs, cache=cache).routing), model.mesh)
-
 
 @dataclass(frozen=True)
 class Jitted:
-    """The functions of ``ModelFunctions``, jitted except ``merge``. Each keeps the programs that it has
-    compiled, by shapes and devices.
+    """The functions of ``ModelFunctions`` and ``WindowFunctions``, jitted except ``merge``. Each keeps the
+    programs that it has compiled, by shapes and devices.
 
     merge: model from its weights.
     step: one step of the decoder, with sampling.
@@ -279,14 +207,15 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
     programs of models that no longer run.
     """
     functions = ModelFunctions(graph, structure)
+    windows = WindowFunctions(functions.merge)
     return Jitted(
         merge=functions.merge,
         step=jax.jit(functions.step, donate_argnums=1),
         copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
         score=jax.jit(functions.score),
         logprobs=jax.jit(functions.logprobs),
-        window_logits=jax.jit(functions.window_logits),
-        window_routing=jax.jit(functions.window_routing),
+        window_logits=jax.jit(windows.logits),
+        window_routing=jax.jit(windows.routing),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the host passes to a step: its shapes, and the arrays of one step.
+"""The inputs that the host passes to a step: the shapes, and the arrays of one step.
 
 A decode step has rows ``[B, 1]``, one token of each sequence. A prefill step has rows of ``Sizes.row_tokens``
 prompt tokens, several rows for a long prompt, and a second array with one token of each sequence that decodes
@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def state(self) -> StateSizes:
-        """How much state each rank keeps of a layer."""
+        """The sizes of the state that each rank keeps of a layer."""
         return StateSizes(self.pages_per_rank, self.page_size, self.decode[-1])
 
     @property
@@ -52,7 +52,7 @@ class Sizes:
         """Decode rows per rank in the same step as prompts: as many as may run, and smaller sizes.
 
         Each size is at most a quarter of the next, so that few sequences do not pay for many empty rows.
-        Below ``FEWEST`` a row costs next to nothing, but each size is one more program to compile.
+        Below ``FEWEST`` a row costs almost nothing, but each size is one more program to compile.
         """
         picked = [self.decode[-1]]
         for size in reversed(self.decode):
@@ -75,16 +75,6 @@ class Sizes:
         holds = next((s for s in self.prefill if s >= tokens), self.prefill[-1])
         filled = [s for s in self.prefill if s <= tokens]
         return holds if not filled or tokens > holds / 2 else filled[-1]
-
-
-def window_length(tokens: int, ranks: int, min_length: int = 1) -> int:
-    """Returns the length to which a window of ``tokens`` is padded.
-
-    It is the next power of two, so that few shapes compile, or ``min_length`` if that is more, rounded up to
-    a multiple of ``ranks``, the number of ranks that split a sequence's tokens.
-    """
-    length = max(min_length, 1 << (tokens - 1).bit_length())
-    return -(-length // ranks) * ranks
 
 
 class HostRows(NamedTuple):

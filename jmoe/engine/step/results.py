@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 from jmoe.config.model import ModelConfig
-from jmoe.engine.request import Request, StepReport, TokenLogprob
+from jmoe.engine.reports import StepReport
+from jmoe.engine.request import Request, TokenLogprob
 from jmoe.engine.step.fill import PlacedRun
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled

@@ -22,9 +22,10 @@ from jmoe.engine.step.counters import (
     transported_bytes,
     zero_totals,
 )
-from jmoe.engine.step.functions import WindowRouting, jitted, make_knobs, maker
+from jmoe.engine.step.functions import jitted, make_knobs, maker
 from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
 from jmoe.engine.step.state import DeviceState, StepOutput
+from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
@@ -190,8 +191,8 @@ class Runner:
     def drain(self) -> None:
         """Adds the device's counts to ``counters`` and sets them to zero.
 
-        ``Leader`` overrides it so that the followers drain too; a step drains by ``_drain``, as every process
-        does it by itself.
+        ``Leader`` overrides it, so that the followers drain too. A step calls ``_drain`` instead, because all
+        processes run the step, and so each of them drains by itself.
         """
         self._drain()
 

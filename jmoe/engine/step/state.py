@@ -1,4 +1,4 @@
-"""What a step takes from the step before, and what else it returns."""
+"""The state that a step takes from the step before, and the step's other results."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from jmoe.offload.cache import ExpertCache
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DeviceState:
-    """What stays on the device between steps. A step takes over its memory: the old state is then dead.
+    """The state that stays on the device between steps. A step takes its memory: the old state is then dead.
 
     pages: KV pages of each layer.
     totals: counts by phase; a step takes and returns those of its own phase alone.

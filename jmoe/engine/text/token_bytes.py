@@ -30,7 +30,7 @@ ALPHABET = _byte_alphabet()
 
 
 class Pieces:
-    """How a decoder turns single tokens into bytes.
+    """The rules by which a decoder turns single tokens into bytes.
 
     is_known: whether the tokenizer has a decoder all of whose parts are understood here.
     num_start_spaces: number of spaces that the beginning of a text loses.

@@ -1,4 +1,4 @@
-"""What the predictors are made for and from, and what most of them share."""
+"""The sizes and inputs from which predictors are made, and the code that most of them share."""
 
 from typing import ClassVar, NamedTuple, Protocol, Self
 
@@ -19,6 +19,7 @@ class PredictorSizes(NamedTuple):
     layers: layers with experts.
     experts: experts of a layer.
     seats: maximum number of requests that run at once.
+    store_size: number of iterations that "expert_map" keeps.
     """
 
     distance: int
@@ -26,20 +27,20 @@ class PredictorSizes(NamedTuple):
     layers: int
     experts: int
     seats: int
+    store_size: int
 
 
 class PredictorInputs(NamedTuple):
-    """What a predictor may be made from; each says in its ``from_inputs`` what it needs.
+    """The inputs from which a predictor may be made; its ``from_inputs`` refuses if one that it needs is
+    missing.
 
     profile: routing of the model on some text.
     embeddings_VD: input embeddings of the model.
-    capacity: number of iterations that "expert_map" keeps.
     is_online: whether "expert_map" learns from every step; None means that it does if it has no profile.
     """
 
     profile: History | None = None
     embeddings_VD: Float[Array | np.ndarray, "V D"] | None = None
-    capacity: int = 1000
     is_online: bool | None = None
 
 
@@ -52,18 +53,19 @@ class NamedPredictor(Predictor, Protocol):
         ...
 
     @classmethod
-    def store_bytes(cls, *, layers: int, experts: int, width: int, capacity: int) -> int:
+    def store_bytes(cls, *, layers: int, experts: int, width: int, store_size: int) -> int:
         """Returns the device bytes of a store whose size the config sets, for a model ``width`` wide."""
         ...
 
 
 class BasePredictor:
-    """A predictor that learns nothing and has no store; a subclass adds ``start`` and ``observe``."""
+    """A predictor that learns nothing and has no store; a subclass adds ``from_inputs`` (see
+    ``NamedPredictor``; only if the config names it), ``start`` and ``observe``."""
 
     uses_next_routers: ClassVar[bool] = False
 
     @classmethod
-    def store_bytes(cls, *, layers: int, experts: int, width: int, capacity: int) -> int:
+    def store_bytes(cls, *, layers: int, experts: int, width: int, store_size: int) -> int:
         return 0
 
     def finish(self, state: PredictorState) -> Self:

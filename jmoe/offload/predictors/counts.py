@@ -1,4 +1,4 @@
-"""``RequestCounts``: the experts of the past request whose experts are most similar to this one's so far.
+"""``RequestCounts`` forecasts the experts of the past request that is most similar to this one so far.
 
 This is MoE-Infinity's idea, a baseline in fMoE: a request is the matrix of how often it chose each expert,
 over its prompt and all its steps.
@@ -88,7 +88,8 @@ class RequestCounts(BasePredictor):
     def add_prompts(
         self, seats_B: Int[Array, " B"], fresh_B: Bool[Array, " B"], counts_BLE: Float[Array, "B L E"]
     ) -> Self:
-        """Adds the pieces' counts; a seat whose piece begins a request first drops the former request's."""
+        """Adds the counts of pieces of prompts. If a piece begins a request, it first drops the counts of the
+        seat's previous request."""
         forgotten_B = jnp.where(fresh_B, seats_B, len(self.counts_ZLE))
         reset_ZLE = self.counts_ZLE.at[forgotten_B].set(0, mode="drop")
         return replace(self, counts_ZLE=reset_ZLE)._add(seats_B, counts_BLE)

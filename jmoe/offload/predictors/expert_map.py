@@ -83,9 +83,9 @@ class ExpertMaps(BasePredictor):
             raise ValueError("expert_map needs the model's input embeddings")
         width, profile = inputs.embeddings_VD.shape[1], inputs.profile
         if profile is None:
-            store = MapStore.empty(inputs.capacity, sizes.layers, sizes.experts, width)
+            store = MapStore.empty(sizes.store_size, sizes.layers, sizes.experts, width)
         else:
-            store = _filled_store(profile, inputs.embeddings_VD, inputs.capacity, sizes.distance)
+            store = _filled_store(profile, inputs.embeddings_VD, sizes.store_size, sizes.distance)
         is_online = profile is None if inputs.is_online is None else inputs.is_online
         return cls.make(store, distance=sizes.distance, k=sizes.k, is_online=is_online)
 
@@ -94,19 +94,19 @@ class ExpertMaps(BasePredictor):
         return cls(store, jnp.zeros((), jnp.int32), distance, k, is_online)
 
     @classmethod
-    def store_bytes(cls, *, layers: int, experts: int, width: int, capacity: int) -> int:
-        return 4 * capacity * (layers * experts + width)  # float32 numbers
+    def store_bytes(cls, *, layers: int, experts: int, width: int, store_size: int) -> int:
+        return 4 * store_size * (layers * experts + width)  # float32 numbers
 
     def start(self, view: StepView) -> tuple[Trajectories, Forecast]:
-        (b, _), capacity = view.embeddings_BD.shape, self.store.used_C.shape[0]
+        (b, _), store_size = view.embeddings_BD.shape, self.store.used_C.shape[0]
         finite_B = jnp.all(jnp.isfinite(view.embeddings_BD), 1)
         valid_B, keys_BD = view.valid_B & finite_B, jnp.where(finite_B[:, None], unit(view.embeddings_BD), 0)
         cos_BC = jnp.matmul(keys_BD, self.store.keys_CD.T, precision=EXACT)
         state = Trajectories(
             valid_B,
-            jnp.zeros((b, capacity), jnp.float32),
+            jnp.zeros((b, store_size), jnp.float32),
             jnp.zeros(b, jnp.float32),
-            jnp.zeros(capacity, jnp.float32),
+            jnp.zeros(store_size, jnp.float32),
             self._choose(valid_B, keys_BD, cos_BC) if self.is_online else None,
         )
         return state, self._forecast(cos_BC, 0, valid_B)
@@ -173,7 +173,7 @@ class ExpertMaps(BasePredictor):
 
 
 def _filled_store(
-    profile: History, embeddings_VD: Array | np.ndarray, capacity: int, distance: int
+    profile: History, embeddings_VD: Array | np.ndarray, store_size: int, distance: int
 ) -> MapStore:
     """Fills a store with the profile's single iterations, in random order: they are in the order of the text,
     and if there are more than the store holds, the last domain would fill most of it."""
@@ -182,4 +182,4 @@ def _filled_store(
     order_I = np.random.default_rng(0).permutation(int(there_QM.sum()))
     embeddings_ID = np.asarray(embeddings_VD)[tokens_QM[there_QM][order_I]].astype(np.float32)
     maps_ILE = maps_QMLE[there_QM][order_I].astype(np.float32)
-    return MapStore.build(embeddings_ID, maps_ILE, capacity, distance)
+    return MapStore.build(embeddings_ID, maps_ILE, store_size, distance)

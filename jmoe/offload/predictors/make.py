@@ -27,8 +27,8 @@ def make_predictor(
         raise ValueError(f"unknown predictor {name!r}; it can be one of {', '.join(PREDICTORS)}")
     if not 1 <= sizes.distance <= sizes.layers:
         raise ValueError(f"a predictor looks 1 to {sizes.layers} layers ahead, not {sizes.distance}")
-    if inputs.capacity < 1:
-        raise ValueError(f"a store holds 1 iteration or more, not {inputs.capacity}")
+    if sizes.store_size < 1:
+        raise ValueError(f"a store holds 1 iteration or more, not {sizes.store_size}")
     profile, shape = inputs.profile, (sizes.layers, sizes.experts)
     if profile is not None and profile.loads_LE.shape != shape:
         found, expected = (" x ".join(map(str, each)) for each in (profile.loads_LE.shape, shape))

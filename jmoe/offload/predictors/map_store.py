@@ -34,12 +34,12 @@ class MapStore:
     used_C: Bool[Array, " C"]
 
     @classmethod
-    def empty(cls, capacity: int, layers: int, experts: int, width: int) -> Self:
+    def empty(cls, size: int, layers: int, experts: int, width: int) -> Self:
         return cls(
-            jnp.zeros((capacity, width), jnp.float32),
-            jnp.zeros((capacity, layers, experts), jnp.float32),
-            jnp.zeros((capacity, layers), jnp.float32),
-            jnp.zeros(capacity, bool),
+            jnp.zeros((size, width), jnp.float32),
+            jnp.zeros((size, layers, experts), jnp.float32),
+            jnp.zeros((size, layers), jnp.float32),
+            jnp.zeros(size, bool),
         )
 
     @classmethod
@@ -47,13 +47,13 @@ class MapStore:
         cls,
         embeddings_ID: Float[Array | np.ndarray, "I D"],
         maps_ILE: Float[Array | np.ndarray, "I L E"],
-        capacity: int,
+        size: int,
         distance: int,
     ) -> Self:
         """Makes a store of I iterations, inserted one after another, so that the rule decides every
         replacement."""
         layers, experts = maps_ILE.shape[1:]
-        store = cls.empty(capacity, layers, experts, embeddings_ID.shape[1])
+        store = cls.empty(size, layers, experts, embeddings_ID.shape[1])
         arrays = (jnp.asarray(embeddings_ID, jnp.float32), jnp.asarray(maps_ILE, jnp.float32))
         return _insert_all(store, *arrays, distance)
 

@@ -1,4 +1,4 @@
-"""What the formats of answers have in common: their protocol, and the fields that every choice may have."""
+"""The common parts of the formats of answers: their protocol, and the fields that every choice may have."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Whole = Completion | ChatCompletion
 
 @dataclass(frozen=True)
 class ChoiceFields:
-    """What a request wants in its choices.
+    """The contents that a request wants in its choices.
 
     codec: text codec of the model; None = the model has no tokenizer.
     n: number of choices for each prompt.

@@ -1,4 +1,4 @@
-"""What the routes answer, as structs: the answers are made of them, and the OpenAPI document describes them.
+"""The structs of the routes' answers: the answers are made of them, and the OpenAPI document describes them.
 
 The order of a struct's fields is the order of the keys in the answer. A field that is UNSET is left out of
 the answer; null is a value that is always sent. The docstrings are part of the document.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jmoe.engine.faults import contained
 from jmoe.engine.grammar.check import MAX_SECONDS, CheckerUnavailable, GrammarChecker, TooCostly
 from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint
-from jmoe.engine.request import ModelFacts
+from jmoe.engine.reports import ModelFacts
 from jmoe.server.errors import invalid, unavailable
 from jmoe.server.request.structured import GrammarRequest
 

@@ -1,4 +1,4 @@
-"""The last form of a request on its way to the engine: one engine request for each answer."""
+"""The form in which a request goes to the engine: one engine request for each answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ Absent = Annotated[Any, only()]
 
 @functools.cache
 def neutral(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
-    """The values that pass besides null, of each field of ``kind`` that is declared with ``only``."""
+    """Returns the values that pass besides null, for each field of ``kind`` declared with ``only``."""
     shape = msgspec.inspect.type_info(kind)
     assert isinstance(shape, msgspec.inspect.StructType)
     extras = {field.name: getattr(field.type, "extra", None) or {} for field in shape.fields}

@@ -1,4 +1,4 @@
-"""Which grammar a request's answer must follow: ``response_format``, ``structured_outputs`` or its tools."""
+"""The grammar that an answer must follow: from ``response_format``, ``structured_outputs`` or the tools."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

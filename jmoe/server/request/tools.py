@@ -1,4 +1,4 @@
-"""How an answer uses the tools of its request: which functions it may call, and in which dialect."""
+"""The use of a request's tools in its answer: the functions that it may call, and the calls' dialect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

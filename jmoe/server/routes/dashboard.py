@@ -17,7 +17,7 @@ from jmoe.server.answer.generation import ClientLeft, unless_client_leaves
 from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
 from jmoe.server.errors import engine_dead, invalid, unavailable
 from jmoe.server.service import Service
-from jmoe.server.watch.poll import LONGEST, Poll, SamplingFailed
+from jmoe.server.watch.poll import LONGEST, Poll, SnapshotFailed
 from jmoe.server.watch.snapshots import ReportPhase
 
 WINDOW = 10  # seconds of a report if the listener requests no window
@@ -32,7 +32,7 @@ POLICY = (
 async def page(service: Service, request: Request) -> Response:
     """Returns the page. It holds no data and needs no API key: the page requests one from the user, because
     its events need one."""
-    file = resources.files("jmoe.server").joinpath("pages/dashboard.html")
+    file = resources.files("jmoe.server.routes").joinpath("dashboard.html")
     text = await service.in_thread(lambda: file.read_text(encoding="utf-8"))
     nonce = secrets.token_urlsafe(16)
     lossy = msgspec.json.encode(names(LOSSY)).decode()
@@ -114,5 +114,5 @@ class ReportStream(Response):
                     await send_part(b"data: " + report + b"\n\n")
             await send_part(b"", more=False)
 
-        with suppress(ClientLeft, TimeoutError, SamplingFailed):
+        with suppress(ClientLeft, TimeoutError, SnapshotFailed):
             await unless_client_leaves(receive, send_all())

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from jmoe.server.errors import Error
-from jmoe.server.route import EVENTS, JSON, Route
+from jmoe.server.route_record import EVENTS, JSON, Route
 
 ERRORS = {
     400: "The request is wrong; param names the field",

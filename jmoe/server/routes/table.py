@@ -12,7 +12,7 @@ from jmoe import __version__
 from jmoe.server.answer import replies
 from jmoe.server.errors import json_response
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from jmoe.server.route import EVENTS, JSON, Route
+from jmoe.server.route_record import EVENTS, JSON, Route
 from jmoe.server.routes import dashboard, generate, info
 from jmoe.server.routes.openapi import openapi_document
 from jmoe.server.service import Service

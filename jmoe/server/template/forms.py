@@ -1,4 +1,4 @@
-"""Which forms of messages a chat template takes.
+"""Finds the forms of messages that a chat template takes.
 
 Templates differ in their handling of a call's arguments (text or an object), of content that is a list of
 parts and of content that is null. A template that takes the form that a request sent gets it unchanged; a

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jmoe.engine.faults import tell
 from jmoe.server.answer.generation import Generation
-from jmoe.server.route import Route
+from jmoe.server.route_record import Route
 
 log = logging.getLogger(__name__)
 

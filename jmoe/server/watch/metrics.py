@@ -1,7 +1,7 @@
 """Prometheus metrics of one server, in its own registry."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -9,7 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jmoe.config.counters import COUNTERS
-from jmoe.engine.request import EngineDead, Request, StepReport
+from jmoe.engine.reports import StepReport
+from jmoe.engine.request import EngineDead, FinishReason, Request
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.watch.snapshots import load_by_rank, rank_of_expert
 from jmoe.server.watch.totals import Totals
@@ -18,7 +19,6 @@ SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10
 # A decode step of a small model takes half a millisecond: coarser buckets would hide it.
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 TOKENS = tuple(2**i for i in range(0, 20, 1))
-REASONS = ("stop", "length", "abort", "error")
 MOE_COUNTERS = [(c.metric, c.text, c.name) for c in COUNTERS if c.metric is not None]
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -39,7 +39,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.requests = self._counter("request_success", "Requests ended, by reason", ["finished_reason"])
-        self.reason_counters = {reason: self.requests.labels(reason) for reason in REASONS}
+        self.reason_counters = {reason: self.requests.labels(reason) for reason in get_args(FinishReason)}
         self.rejections = self._counter("admission_rejections", "Requests refused with a 503", ["reason"])
         self.answers = self._counter("http_requests", "HTTP answers", ["method", "status", "handler"])
         self.first_token = self._seconds("time_to_first_token", "From arrival to the first token")

@@ -1,4 +1,4 @@
-"""Samples the engine once a second while somebody reads reports; all readers share the samples."""
+"""Takes a snapshot of the server once a second while somebody reads reports; all readers share them."""
 
 import asyncio
 import contextlib
@@ -14,23 +14,23 @@ from jmoe.engine.request import EngineDead
 from jmoe.server.watch.snapshots import ReportPhase, Snapshot, window_report
 
 log = logging.getLogger(__name__)
-PERIOD = 1.0  # seconds between two samples
-LONGEST = 60  # seconds for which samples are kept
-STAYS = 30.0  # seconds of sampling after the last reader: a client that polls or reloads finds a window
+PERIOD = 1.0  # seconds between two snapshots
+LONGEST = 60  # seconds for which snapshots are kept
+STAYS = 30.0  # seconds of snapshots after the last reader: a client that polls or reloads finds a window
 
 
-class SamplingFailed(Exception):
-    """Raised when no new sample can be taken; the next reader tries again."""
+class SnapshotFailed(Exception):
+    """Raised when no new snapshot can be taken; the next reader tries again."""
 
 
 class Poll:
     """The poll, which runs on the event loop.
 
-    A reader waits for the newest sample and never queues older ones, so a slow reader costs only its own
+    A reader waits for the newest snapshot and never queues older ones, so a slow reader costs only its own
     connection.
 
-    take: function that takes a new sample; it may wait for a step.
-    state: function that returns the fields of each report that are not in a sample.
+    take: function that takes a new snapshot; it may wait for a step.
+    state: function that returns the fields of each report that are not in a snapshot.
     in_thread: function that runs ``take`` and makes the reports on a thread.
     """
 
@@ -41,29 +41,29 @@ class Poll:
         in_thread: Callable[..., Awaitable[Any]],
     ):
         self.take, self.state, self.in_thread = take, state, in_thread
-        self.samples: deque[Snapshot] = deque(maxlen=int(LONGEST / PERIOD) + 1)
-        self.num_samples = 0  # since the start
+        self.snapshots: deque[Snapshot] = deque(maxlen=int(LONGEST / PERIOD) + 1)
+        self.num_snapshots = 0  # since the start
         self.last_read = 0.0
         self.is_closed = False
         self.num_listeners = 0
         self._task: asyncio.Task | None = None
-        self._next = asyncio.Event()  # set and replaced at each sample and at the end
-        # Reports of the newest sample, as tasks: equal reports are made only once.
+        self._next = asyncio.Event()  # set and replaced at each snapshot and at the end
+        # Reports of the newest snapshot, as tasks: equal reports are made only once.
         self._reports: dict[tuple[int, ReportPhase], asyncio.Task[bytes]] = {}
 
     async def reports(self, window: int, phase: ReportPhase) -> AsyncGenerator[bytes]:
-        """Yields a JSON report per sample until the engine or the server ends; the first may cover no time.
-        It raises SamplingFailed if no sample can be taken."""
+        """Yields a JSON report per snapshot until the engine or the server ends; the first may cover no time.
+        It raises SnapshotFailed if no snapshot can be taken."""
         self.num_listeners += 1
-        num_shown = 0  # number of the sample that was reported last
+        num_shown = 0  # number of the snapshot that was reported last
         try:
             self._run()
             while not self.is_closed:
-                if self.samples and self.num_samples != num_shown:
-                    num_shown = self.num_samples
+                if self.snapshots and self.num_snapshots != num_shown:
+                    num_shown = self.num_snapshots
                     yield await asyncio.shield(self._report(window, phase))
                 elif self._task is None or self._task.done():
-                    raise SamplingFailed
+                    raise SnapshotFailed
                 else:
                     await self._next.wait()
         finally:
@@ -71,11 +71,11 @@ class Poll:
             self.last_read = time.monotonic()
 
     async def report(self, window: int, phase: ReportPhase) -> bytes:
-        """Returns one report of the part of the window that was sampled: one second if there was no reader
+        """Returns one report of the part of the window that has snapshots: one second if there was no reader
         before. It raises EngineDead if the engine has stopped."""
         async with contextlib.aclosing(self.reports(window, phase)) as reports:
             async for report in reports:
-                if len(self.samples) > 1:
+                if len(self.snapshots) > 1:
                     return report
         raise EngineDead("the engine has stopped")
 
@@ -92,19 +92,19 @@ class Poll:
 
     def _run(self) -> None:
         if self._task is None or self._task.done():
-            self.samples.clear()  # they are as old as the last reader
-            self._task = asyncio.create_task(self._sample())
+            self.snapshots.clear()  # they are as old as the last reader
+            self._task = asyncio.create_task(self._take_snapshots())
             self._task.add_done_callback(lambda _: self._tell())  # readers that wait see that it has ended
 
-    async def _sample(self) -> None:
+    async def _take_snapshots(self) -> None:
         due = time.monotonic()
         try:
             while self.num_listeners or time.monotonic() - self.last_read < STAYS:
-                self.samples.append(await self.in_thread(self.take))
+                self.snapshots.append(await self.in_thread(self.take))
                 self._reports.clear()
-                self.num_samples += 1
+                self.num_snapshots += 1
                 self._tell()
-                due = max(due + PERIOD, time.monotonic())  # samples after a late one do not catch up
+                due = max(due + PERIOD, time.monotonic())  # snapshots after a late one do not catch up
                 await asyncio.sleep(due - time.monotonic())
         except EngineDead:
             self.close()
@@ -114,9 +114,9 @@ class Poll:
     def _report(self, window: int, phase: ReportPhase) -> "asyncio.Task[bytes]":
         found = self._reports.get((window, phase))
         if found is None:
-            new = self.samples[-1]
+            new = self.snapshots[-1]
             oldest = new.time - window - PERIOD / 2
-            old = next(sample for sample in self.samples if sample.time >= oldest)
+            old = next(snapshot for snapshot in self.snapshots if snapshot.time >= oldest)
             head = {"t": round(time.time(), 3), **self.state()}
             found = asyncio.create_task(self._encoded_report(head, old, new, phase))
             self._reports[window, phase] = found

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jmoe.config.counters import COUNTERS, MEANS, names
-from jmoe.engine.request import EngineSnapshot
+from jmoe.config.techniques import Phase
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.server.watch.totals import TimeHistogram, Totals, percentile
 
-ReportPhase = Literal["all", "prefill", "decode"]
-PHASES: tuple[ReportPhase, ...] = ("all", "prefill", "decode")
+ReportPhase = Literal["all", Phase]
 SUMS = names(COUNTERS)
 
 
@@ -50,12 +50,12 @@ class PhaseCounts:
 class Snapshot:
     """The state of the server at one moment.
 
-    time: time of the sample in monotonic seconds.
+    time: time of the snapshot in monotonic seconds.
     totals: counts of the delivered tokens and of the steps.
     snapshot: state of the engine.
-    model: sizes of the model, the same in every sample.
-    mesh: sizes of the mesh axes, the same in every sample.
-    rank_LE: rank of each expert, the same in every sample.
+    model: sizes of the model, the same in every snapshot.
+    mesh: sizes of the mesh axes, the same in every snapshot.
+    rank_LE: rank of each expert, the same in every snapshot.
     phases: expert counts by phase.
     """
 
@@ -110,8 +110,8 @@ def window_report(old: Snapshot, new: Snapshot, phase: ReportPhase) -> dict[str,
     }
 
 
-def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
-    load_LR = load_by_rank(counts.counts_LE, sample.rank_LE)
+def _moe_report(counts: PhaseCounts, snapshot: Snapshot) -> dict[str, Any]:
+    load_LR = load_by_rank(counts.counts_LE, snapshot.rank_LE)
     load_R, balance_L = load_LR.sum(0), [_max_over_mean(load_R) for load_R in load_LR]
     means_LM = counts.means_LM / max(counts.steps, 1)
     layers = [
@@ -122,7 +122,7 @@ def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
             "rank_max_over_mean": balance,
         }
         for number, means, sums, balance in zip(
-            sample.model["moe_layers"], means_LM.tolist(), counts.sums_LS.tolist(), balance_L, strict=True
+            snapshot.model["moe_layers"], means_LM.tolist(), counts.sums_LS.tolist(), balance_L, strict=True
         )
     ]
     mean = means_LM.mean(0).tolist() if counts.steps else [None] * len(MEANS)
@@ -132,17 +132,17 @@ def _moe_report(counts: PhaseCounts, sample: Snapshot) -> dict[str, Any]:
         **dict(zip(SUMS, counts.sums_LS.sum(0).tolist(), strict=True)),
         "rank_load": load_R.tolist(),
         "rank_max_over_mean": _max_over_mean(load_R),
-        "rank_of_expert": _placement(sample),
+        "rank_of_expert": _placement(snapshot),
         "per_layer": layers,
         "counts": counts.counts_LE.tolist(),
     }
 
 
-def _placement(sample: Snapshot) -> list[list[int]] | None:
+def _placement(snapshot: Snapshot) -> list[list[int]] | None:
     """Returns the rank of each expert; None if the ranks hold every layer's experts in order, in equal
     shares."""
-    rank_LE = sample.rank_LE
-    ranks, experts = sample.mesh["expert"], rank_LE.shape[1]
+    rank_LE = snapshot.rank_LE
+    ranks, experts = snapshot.mesh["expert"], rank_LE.shape[1]
     in_order = (rank_LE == np.arange(experts) * ranks // experts).all()
     return None if in_order else rank_LE.tolist()
 

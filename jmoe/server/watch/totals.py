@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jmoe.engine.request import EngineSnapshot
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.server.engine_api import EngineProtocol
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What a benchmark sends and when: recorded traces and synthetic loads, and their clipping."""
+"""The requests of a benchmark and their times: recorded traces and synthetic loads, and their clipping."""
 
 import dataclasses
 import gzip
@@ -61,7 +61,7 @@ class LengthLimits:
 
 @dataclass(frozen=True)
 class Clipped:
-    """What clipping removed from a load.
+    """Counts of the changes that clipping made to a load.
 
     input: number of calls shortened by max_input.
     output: number of calls shortened by max_output.

@@ -16,7 +16,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.hf_reader import aligned_empty
-from jmoe.checkpoint.load import DTypeChoice
+from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.settings import model_directory
 from jmoe.moe.experts import ExpertMath

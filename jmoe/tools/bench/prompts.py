@@ -16,7 +16,7 @@ SHARED, OWN = 0, 1  # streams of random numbers: blocks by number, prompts by re
 
 @dataclass(frozen=True)
 class PromptSource:
-    """What prompts are made of.
+    """The material of which prompts are made.
 
     units: token ids or words.
     is_text: whether prompts are consecutive units, because these are a text; otherwise units are drawn one by

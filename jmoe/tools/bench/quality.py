@@ -1,4 +1,4 @@
-"""What a server's lossy settings cost in quality, measured over HTTP: each text with and without ``exact``.
+"""The loss of quality by a server's lossy settings, measured over HTTP: each text with and without ``exact``.
 
 Prompt scoring (``echo`` and ``logprobs``) covers only prefill. Techniques that act in decode, such as
 binning, show in the generated text: greedy answers as served and exact ones are both scored by the exact

@@ -1,4 +1,4 @@
-"""What a server reports of itself: its model, its context, token ids of text, and its prefix cache."""
+"""A server's report of itself: its model, its context, token ids of text, and its prefix cache."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How a call of a binning kernel is cut into tiles, and in what its two lowerings differ."""
+"""The tiles of a call of a binning kernel, and the differences between its two lowerings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Lowering:
-    """What the lowerings differ in.
+    """The parts of a kernel in which the lowerings differ.
 
     call: ``pl.pallas_call`` with the lowering's own arguments.
     barrier: function to call between two passes if one reads what the other wrote.

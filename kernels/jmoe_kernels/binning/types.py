@@ -17,7 +17,7 @@ VOTE_ROWS = BINS + 1
 
 @dataclass(frozen=True)
 class Rule:
-    """How the active set is chosen. A rule is static, so a different one compiles again.
+    """The rule that chooses the active set. A rule is static, so a different one compiles again.
 
     method: name of the method; ``reference.choose_active`` shows what each of them keeps.
     k: number of experts that a token chooses.
@@ -35,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class BinningNeeds:
-    """What a model needs of binning; an implementation is chosen by it.
+    """The needs of a model, by which an implementation of binning is chosen.
 
     num_experts: number of experts of all ranks.
     rule: how the active set is chosen.
@@ -50,7 +50,7 @@ class BinningNeeds:
 
 
 class KernelChoice(NamedTuple):
-    """What bins, and where.
+    """The chosen implementation of binning, and its platform.
 
     implementation: name of the implementation.
     platform: platform of the devices.

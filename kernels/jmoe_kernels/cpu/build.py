@@ -1,8 +1,8 @@
 """The C++ kernels as a shared library: compiled on first use, kept in a cache, registered with XLA.
 
-Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
-version, and a source install builds in isolation, where the jaxlib present is not the one that will run. The
-cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
+They are not compiled at installation: a wheel would have to carry one binary per processor family and jaxlib
+version, and an installation from source builds in isolation, with another jaxlib than the one that will run.
+The cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
 (about 8 s on two cores). A cached library whose bytes are not those that were written compiles again too.
 Without a compiler, or if the build or the load fails, the portable kernels run and the reason is kept for
 ``jmoe doctor``.

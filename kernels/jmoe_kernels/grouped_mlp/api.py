@@ -101,14 +101,14 @@ def grouped_mlp(
     activation: Activation = "silu",
     implementation: ExpertKernel | None = None,
     platform: str | None = None,
-    capacity: int | None = None,
+    max_rows: int | None = None,
 ) -> Float[Array, "N D"]:
     """Computes the gated MLP of each row's expert in float32; ``x_ND`` is sorted by expert.
 
     group_sizes_E: number of rows of each expert, summing to at most N; rows past their sum come out zero.
     implementation: name of the implementation; None picks one (see ``pick``).
     platform: platform of the devices that it will run on; None is jax's default.
-    capacity: largest number of rows of an expert, for an implementation for training.
+    max_rows: largest number of rows of an expert, for an implementation for training.
 
     Every implementation can be differentiated, with the gradient of "batched".
     Raises ValueError with the reason if the named implementation cannot run.
@@ -121,20 +121,20 @@ def grouped_mlp(
         or _limit(name, weights, x_ND.shape[0], activation)
     )
     if reason is None:
-        reason = _capacity_limit(name, capacity)
+        reason = _why_no_max_rows(name, max_rows)
     if reason is not None:
         raise ValueError(f"grouped_mlp: {reason}")
     record = IMPLEMENTATIONS[name]
     if record.is_for_training:
-        return record.run(x_ND, weights, group_sizes_E, activation, capacity=capacity)
+        return record.run(x_ND, weights, group_sizes_E, activation, max_rows=max_rows)
     return _forward(record, activation, x_ND, weights, group_sizes_E)
 
 
-def _capacity_limit(name: ExpertKernel, capacity: int | None) -> str | None:
-    if capacity is None or IMPLEMENTATIONS[name].is_for_training:
+def _why_no_max_rows(name: ExpertKernel, max_rows: int | None) -> str | None:
+    if max_rows is None or IMPLEMENTATIONS[name].is_for_training:
         return None
     others = " and ".join(repr(name) for name, other in IMPLEMENTATIONS.items() if other.is_for_training)
-    return f"capacity is for implementation {others}, not {name!r}"
+    return f"max_rows is for implementation {others}, not {name!r}"
 
 
 def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activation: str) -> str | None:

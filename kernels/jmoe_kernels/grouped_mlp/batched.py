@@ -17,17 +17,17 @@ def grouped_mlp_batched(
     group_sizes_E: Int[Array, " E"],
     activation: Activation = "silu",
     *,
-    capacity: int | None = None,
+    max_rows: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert, each padded to ``capacity`` rows.
+    """Computes ``down(act(gate x) * up x)`` of rows sorted by expert, each padded to ``max_rows`` rows.
 
-    capacity: None means N, which is exact and takes E times the memory. A smaller capacity zeroes the rows
+    max_rows: None means N, which is exact and takes E times the memory. A smaller number zeroes the rows
         beyond it, which training tolerates; the caller counts them as
-        ``sum(max(group_sizes - capacity, 0))``.
+        ``sum(max(group_sizes - max_rows, 0))``.
     """
     n = x_ND.shape[0]
     e, f, d = weights.dims
-    c = n if capacity is None else min(capacity, n)
+    c = n if max_rows is None else min(max_rows, n)
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     row_N = jnp.arange(n)
     expert_N = jnp.searchsorted(jnp.cumsum(group_sizes_E), row_N, side="right")

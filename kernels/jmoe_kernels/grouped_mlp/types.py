@@ -1,4 +1,4 @@
-"""What every implementation takes: the stacked weights of E gated MLPs, and the name of their activation."""
+"""The data that all implementations take: stacked weights of E gated MLPs, and the activation's name."""
 
 from dataclasses import dataclass
 

@@ -8,14 +8,7 @@ another.
 """
 
 from jmoe_kernels.backends import AttentionKernel
-from jmoe_kernels.paged_attention.api import (
-    attend_all,
-    heads_axis,
-    page_shapes,
-    paged_attention,
-    pick,
-    why_not,
-)
+from jmoe_kernels.paged_attention.api import attend_all, heads_axis, page_shapes, pick, why_not
 from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
 from jmoe_kernels.settings import Span
@@ -30,7 +23,6 @@ __all__ = [
     "attend_all",
     "heads_axis",
     "page_shapes",
-    "paged_attention",
     "pick",
     "why_not",
 ]

@@ -1,4 +1,4 @@
-"""``paged_attention``: one entry for every implementation; it raises if the named one cannot run."""
+"""``attend_all``: one entry for every implementation; it raises if the named one cannot run."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -65,18 +65,6 @@ def page_shapes(
 def heads_axis(implementation: AttentionKernel) -> int:
     """Returns the axis of those arrays on which the heads lie; pages are always the first axis."""
     return IMPLEMENTATIONS[implementation].layout.heads_axis
-
-
-def paged_attention(
-    implementation: AttentionKernel,
-    new: NewTokens,
-    pages: LayerPages,
-    span: Span = Span(),
-    sinks_H: Float[Array, " H"] | None = None,
-) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """Writes the new keys and values, then attends to them and to what the pages held: see ``attend_all``."""
-    [out], pages = attend_all(implementation, [new], pages, span, sinks_H)
-    return out, pages
 
 
 def attend_all(

@@ -12,7 +12,7 @@ from jax import Array
 from jmoe_kernels import cpu
 from jmoe_kernels.backends import AttentionKernel
 from jmoe_kernels.paged_attention import cpu as cpu_attention
-from jmoe_kernels.paged_attention import gpu, tpu, xla
+from jmoe_kernels.paged_attention import jax_gpu, jax_tpu, xla
 from jmoe_kernels.paged_attention.types import APART, JOINED, Heads, LayerPages, NewTokens, PageLayout
 from jmoe_kernels.settings import Span
 
@@ -50,18 +50,18 @@ IMPLEMENTATIONS: dict[AttentionKernel, Implementation] = {
         describe=lambda: "the C++ kernel",
     ),
     "tpu": Implementation(
-        lambda new, pages, span, sinks_H: tpu.attend(new, pages, span.window),
-        tpu.write_tokens,
+        lambda new, pages, span, sinks_H: jax_tpu.attend(new, pages, span.window),
+        jax_tpu.write_tokens,
         layout=JOINED,
-        limit=tpu.limit,
-        lacks=tpu.lacks,
+        limit=jax_tpu.limit,
+        lacks=jax_tpu.lacks,
         describe=lambda: "jax's ragged paged attention",
     ),
     "gpu": Implementation(
-        lambda new, pages, span, sinks_H: gpu.attend(new, pages),
-        gpu.write_tokens,
-        limit=gpu.limit,
-        lacks=gpu.lacks,
+        lambda new, pages, span, sinks_H: jax_gpu.attend(new, pages),
+        jax_gpu.write_tokens,
+        limit=jax_gpu.limit,
+        lacks=jax_gpu.lacks,
         describe=lambda: "jax's Pallas paged attention in decode, cuDNN in prefill",
     ),
 }

@@ -1,4 +1,4 @@
-"""What paged attention works on: pages, new tokens and heads."""
+"""The data that paged attention works on: pages, new tokens and heads."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from jmoe_kernels.settings import Span
 
 @dataclass(frozen=True)
 class PageLayout:
-    """How one layer's keys and values lie in arrays, whose first axis is the pages and whose last is d.
+    """The layout of one layer's keys and values in arrays, whose first axis is the pages and whose last is d.
 
     num_arrays: number of arrays.
     heads_axis: axis of the heads, 1 or 2; the rows of a page are on the other one.

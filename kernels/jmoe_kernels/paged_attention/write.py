@@ -1,9 +1,10 @@
 """Writes of new rows into pages, in place: single rows, or whole pages of a longer run.
 
-No compiler may walk over the pool for them, and each compiler needs another form for it. XLA on a CPU counts
-a scatter as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has,
-and so copies the pool there and back. Updates one after another are in place on both. On a GPU each of them
-would be a launch; there, and for single rows on TPU, one scatter does them all.
+A write must not take the time of reading or copying the whole pool. Each compiler needs another form of code
+for that. XLA on a CPU takes a scatter for an operation on its whole operand. On TPU it gives a scatter of
+whole pages a layout that differs from the pool's, and so copies the pool before and after. On both, updates
+one after another are in place. On a GPU each update would be a launch; there, and for single rows on TPU, one
+scatter makes all of them.
 """
 
 from functools import partial

@@ -1,11 +1,10 @@
-"""Makes the tables of binning with a capacity for docs/results/lynx.md."""
+"""Makes the tables of binning with a capacity for docs/results/binning.md."""
 
 import math
 from typing import Any
 
 import numpy as np
-from shared.results import signed, table
-from studies.binning.curves import perplexity_change
+from shared.results import perplexity_change, signed, table
 
 
 def settings(capacity: dict[str, Any], batch: str) -> str:

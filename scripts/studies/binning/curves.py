@@ -12,26 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float
+from shared.results import perplexity_change
 
 METHODS = ("affinity", "oea", "budget", "popularity", "random")
 CENTINATS = 100  # a window's loss is kept in whole hundredths of a nat
-
-
-def mean_error(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
-    """Returns the mean over windows and its standard error.
-
-    delta_N: value of each window, domain by domain, with the same number of windows in each domain.
-    domains: number of domains.
-    """
-    delta_DW = delta_N.reshape(domains, -1)
-    variance = delta_DW.var(axis=1, ddof=1).sum() * delta_DW.shape[1] if delta_DW.shape[1] > 1 else 0.0
-    return float(delta_N.mean()), math.sqrt(variance) / delta_N.size
-
-
-def perplexity_change(delta_N: np.ndarray, domains: int) -> tuple[float, float]:
-    """Returns the change of perplexity in % from losses in nats a token, and its standard error."""
-    mean, error = mean_error(delta_N, domains)
-    return 100 * math.expm1(mean), 100 * math.exp(mean) * error
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax import Array
 from jmoe_kernels import binning
 from jmoe_kernels.grouped_mlp import pick
 from shared.gpu_timing import random_rows, seconds_per_call, weight_bytes, weight_stacks
+from shared.layer_sizes import LayerSizes, layer_sizes
 from studies.binning.speed import HALF, TOKENS, bisect
 
 from jmoe.config.parts import RouterConfig
@@ -23,8 +24,8 @@ from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch, route
 from jmoe.moe.types import TokenFlags
 
-QWEN3 = (128, 768, 2048, 8)  # experts, inner, model, routed
-TOY = (16, 64, 64, 2)
+QWEN3 = layer_sizes("qwen3-30b-a3b")
+TOY = LayerSizes(16, 64, 64, 2)
 
 
 def measure(dry: bool) -> dict[str, Any] | None:
@@ -33,8 +34,8 @@ def measure(dry: bool) -> dict[str, Any] | None:
     if platform == "cpu" and not dry:
         print("speed --gpu: skipped, jax sees no accelerator here")
         return None
-    experts, inner, model, k = TOY if dry else QWEN3
-    dims = experts, inner, model
+    sizes = TOY if dry else QWEN3
+    dims, experts, model, k = sizes.dims, sizes.experts, sizes.model, sizes.routed
     weights, x_TD = weight_stacks(dims, dry), random_rows(TOKENS, model)
     gates = [random_rows(experts, model, seed=10 + i) * model**-0.5 for i in range(len(weights))]
     stacks = list(zip(weights, gates, strict=True))

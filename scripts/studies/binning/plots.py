@@ -1,12 +1,12 @@
-"""Draws the plots of docs/results/lynx.md as SVG, with matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/binning.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 import statistics
 from functools import partial
 from typing import Any
 
 import numpy as np
-from shared.results import Plot
-from studies.binning.curves import METHODS, curves, perplexity_change
+from shared.results import Plot, perplexity_change
+from studies.binning.curves import METHODS, curves
 from studies.binning.quality_tables import ALLOWED, BATCH, SAVED, plain_protocols
 
 
@@ -14,10 +14,10 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
     """Returns the plots of every part that has results."""
     found: dict[str, Plot] = {}
     if "quality" in results:
-        found["lynx_quality"] = partial(draw_quality, quality=results["quality"])
-        found["lynx_batch"] = partial(draw_batch, quality=results["quality"])
+        found["binning_quality"] = partial(draw_quality, quality=results["quality"])
+        found["binning_batch"] = partial(draw_batch, quality=results["quality"])
     if "speed" in results:
-        found["lynx_speed"] = partial(draw_speed, speed=results["speed"])
+        found["binning_speed"] = partial(draw_speed, speed=results["speed"])
     return found
 
 

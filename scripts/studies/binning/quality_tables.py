@@ -1,12 +1,12 @@
-"""Makes the tables of quality for docs/results/lynx.md."""
+"""Makes the tables of quality for docs/results/binning.md."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from shared.results import signed, table, verdict
-from studies.binning.curves import CENTINATS, METHODS, compared, curves, perplexity_change
+from shared.results import perplexity_change, signed, table, verdict
+from studies.binning.curves import CENTINATS, METHODS, compared, curves
 
 SAVED, ALLOWED = 0.3, 1.0  # the target: share of the active experts saved, % of perplexity
 BATCH = "16"  # the target's batch size

@@ -1,10 +1,11 @@
 """Measures time under LYNX on this machine: a layer by its active experts, the stage's own cost, the engine.
 
-**Layer**: the sizes are OLMoE's, and the assignments of 16 tokens are spread evenly over n experts. The
-weights of several layers are used in turn, so that caches do not hold them. **Stage**: routing alone is
-compared with routing and binning. **Engine**: a random model decodes the same prompts with and without
-binning, in turns, from one set of weights in memory. The random model's gates are scaled so that their logits
-have a standard deviation of about 1, and the width is calibrated so that it halves the experts of a batch.
+**Layer**: the sizes are those of OLMoE-1B-7B, and the assignments of 16 tokens are spread evenly over n
+experts. The weights of several layers are used in turn, so that caches do not hold them. **Stage**: routing
+alone is compared with routing and binning. **Engine**: a random model decodes the same prompts with and
+without binning, in turns, from one set of weights in memory. The random model's gates are scaled so that
+their logits have a standard deviation of about 1, and the width is calibrated so that it halves the experts
+of a batch.
 """
 
 import argparse
@@ -24,10 +25,13 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp import pick
+from shared.layer_sizes import shape_path
 from shared.layer_timing import layers_step, linearity, make_layers, median_seconds, read_bandwidth
-from shared.protocol import JMOE, Jmoe, Row, checkpoint, paired_ratio, random_rows, take_turns
+from shared.protocol import JMOE, Jmoe, Row, paired_ratio, random_rows, take_turns
+from shared.random_checkpoint import checkpoint
 
 from jmoe.checkpoint import load_model, read_config
+from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.parts import RouterConfig
 from jmoe.config.reading import read_toml
@@ -38,7 +42,7 @@ from jmoe.moe.routing import route
 from jmoe.moe.types import TokenFlags
 from jmoe.nn.sequences import Sequences
 
-OLMOE = SimpleNamespace(num_experts=64, moe_intermediate_size=1024, hidden_size=2048, num_experts_per_tok=8)
+LAYER = ModelConfig.from_file(shape_path("olmoe-1b-7b"))
 TOY = SimpleNamespace(num_experts=16, moe_intermediate_size=64, hidden_size=64, num_experts_per_tok=2)
 TOKENS = 16
 ACTIVE = (1, 0.75, 0.5, 0.375, 0.25, 0.125)  # shares of the experts: 64, 48, 32, 24, 16, 8
@@ -49,7 +53,7 @@ BINNED = "binned"
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the ``speed`` part of the results."""
-    start, shape = time.perf_counter(), TOY if args.dry else OLMOE
+    start, shape = time.perf_counter(), TOY if args.dry else LAYER
     layer = time_layer(shape, args.layers, args.rounds, args.threads)
     layer |= {"stage": time_stage(shape, args.rounds)}
     print(f"layer: {time.perf_counter() - start:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""Makes the tables of speed for docs/results/lynx.md."""
+"""Makes the tables of speed for docs/results/binning.md."""
 
 import statistics
 from typing import Any

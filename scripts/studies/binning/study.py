@@ -11,11 +11,12 @@ from pathlib import Path
 from studies.record import OLMOE, Part, Results, Study
 
 DOMAINS = ["code_python", "en_fiction", "math_word", "zh_classic"]
+SPEED = ("sizes", "layers", "batches", "context", "new", "rounds", "gpu")  # the options of the part
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="the model of quality and capacity")
-    parser.add_argument("--domains", nargs="*", default=DOMAINS, help="domains of quality and capacity")
+    parser.add_argument("--model", default="tiny", help="quality, capacity: the model")
+    parser.add_argument("--domains", nargs="*", default=DOMAINS, help="quality, capacity: their domains")
     parser.add_argument("--windows", type=int, default=64, help="quality: of a domain, a multiple of 64")
     parser.add_argument("--length", type=int, default=64, help="quality: tokens of a window")
     parser.add_argument("--sizes", type=Path, default=OLMOE, help="speed: of the engine's random model")
@@ -55,11 +56,11 @@ STUDY = Study(
     "binning",
     __doc__ or "",
     (
-        Part("quality", quality, "valid"),
-        Part("capacity", capacity, "valid"),
-        Part("speed", speed, has_gpu_form=True),
+        Part("quality", quality, "valid", ("model", "domains", "windows", "length")),
+        Part("capacity", capacity, "valid", ("model", "domains")),
+        Part("speed", speed, "", SPEED, has_gpu_form=True),
     ),
     add_options,
     ("quality_tables", "capacity_tables", "speed_tables"),
-    results_name="lynx",
+    alias="lynx",
 )

@@ -1,6 +1,5 @@
 """Draws routing from published token-level counts, and limits it on ranks of their own tokens."""
 
-import lzma
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from shared.peaks import RANKS
+from shared.published_routing import MODELS, SLOTS, files_by_domain, read_rows
 
 from jmoe.config.techniques import CapacityConfig
-from jmoe.moe.capacity import limit
+from jmoe.moe.capacity import ExpertShard, limit
 from jmoe.moe.types import Knobs, Routing, TokenFlags
-
-SLOTS = (0, 7, 15)  # the model's layers that were published
-MODELS = {"mixtral": ("mistral", 8, 2), "olmoe": ("olmoe", 64, 8)}  # the name in the files, experts, top k
-
 
 # ---- published routing
 
@@ -67,12 +63,11 @@ class Published:
 def read_published(routing: Path) -> dict[tuple[str, str], list[Published]]:
     """Returns the layers by (model, domain), from all ``token_expert`` files in the folder."""
     found = {}
-    for model, (name, experts, k) in MODELS.items():
-        for path in sorted(routing.glob(f"token_expert_{name}_*.csv.xz")):
-            with lzma.open(path, "rt") as file:
-                rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
+    for model, (_, experts, k) in MODELS.items():
+        for domain, path in files_by_domain(routing, model).items():
+            rows = read_rows(path)
             layers = [Published.from_rows(rows[rows[:, 0] == s, 1:], experts, k) for s in range(len(SLOTS))]
-            found[model, path.name.split(".")[0].split("_")[-1]] = layers
+            found[model, domain] = layers
     return found
 
 
@@ -89,7 +84,8 @@ def _limited(ids_RTK: Any, scores_RTE: Any, factor: Any, cfg: CapacityConfig, ra
         plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
         seed = Knobs({}, jnp.zeros((), jnp.int32)).for_part(rank).seed
         flags = TokenFlags(jnp.ones(tokens, bool))
-        return limit(plain, flags, cfg, factor=factor, local=(rank * held, held), seed=seed)[0].ids_TK
+        shard = ExpertShard(rank * held, held)
+        return limit(plain, flags, cfg, factor=factor, shard=shard, seed=seed)[0].ids_TK
 
     return jax.lax.map(lambda args: one(*args), (jnp.arange(ranks), ids_RTK, scores_RTE))
 

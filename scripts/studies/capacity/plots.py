@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 from shared.results import Plot
+from studies.capacity.load_tables import FACTORS, LOSSLESS, PAPER_LAYER, at
 from studies.capacity.quality_tables import KINDS, difference
-from studies.capacity.straggler_tables import FACTORS, LOSSLESS, PAPER_LAYER, at
 
 SHOWN = ("drop", "reroute", "expand")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from shared.results import signed, table, verdict
-from studies.capacity.straggler_tables import FACTORS, LOSSLESS, at
+from studies.capacity.load_tables import FACTORS, LOSSLESS, at
 
 KINDS = {  # the columns of a per-domain table, each with its setting without gamma
     "drop, score": "drop/score/expert",

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp, pick, storage_dtype
+from shared.layer_sizes import layer_sizes
 from shared.peaks import RANKS
-from studies.capacity.drawn_routing import SLOTS, Published, draw_ranks, limited_matrix, read_published
+from shared.published_routing import SLOTS
+from studies.capacity.drawn_routing import Published, draw_ranks, limited_matrix, read_published
 
 from jmoe.config.techniques import CapacityConfig
-from jmoe.moe.capacity import limit
+from jmoe.moe.capacity import ExpertShard, limit
 from jmoe.moe.types import Routing, TokenFlags
 from jmoe.placement.placement import balance
 
@@ -54,9 +56,14 @@ class Shape:
     tokens: int
 
 
-# The scaled sizes are Mixtral's by 1/8 and OLMoE's by 1/4. The real sizes are the models' own.
-SCALED = {"mixtral": Shape(8, 2, 512, 1792, 512), "olmoe": Shape(64, 8, 512, 256, 512)}
-REAL = {"mixtral": Shape(8, 2, 4096, 14336, 8192), "olmoe": Shape(64, 8, 2048, 1024, 8192)}
+def shape_of(name: str, tokens: int, divisor: int = 1) -> Shape:
+    """Returns the sizes of a published model's layer, with its widths divided by ``divisor``."""
+    layer = layer_sizes(name)
+    return Shape(layer.experts, layer.routed, layer.model // divisor, layer.inner // divisor, tokens)
+
+
+SCALED = {"mixtral": shape_of("mixtral-8x7b", 512, 8), "olmoe": shape_of("olmoe-1b-7b", 512, 4)}
+REAL = {"mixtral": shape_of("mixtral-8x7b", 8192), "olmoe": shape_of("olmoe-1b-7b", 8192)}
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,8 @@ def time_stage(layer: Published, shape: Shape, rounds: int) -> dict[str, float]:
     def stage(ids_TK: Any, scores_TE: Any, cfg: CapacityConfig) -> Any:
         weights_TK = jnp.take_along_axis(scores_TE, ids_TK, 1)
         plain = Routing(ids_TK, weights_TK, scores_TE, jnp.log(scores_TE))
-        return limit(plain, flags, cfg, factor=jnp.float32(1.5), local=(0, held), seed=jnp.int32(0))
+        shard = ExpertShard(0, held)
+        return limit(plain, flags, cfg, factor=jnp.float32(1.5), shard=shard, seed=jnp.int32(0))
 
     taken = {}
     for policy in POLICIES:

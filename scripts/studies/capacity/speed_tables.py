@@ -3,7 +3,7 @@
 from typing import Any
 
 from shared.results import table
-from studies.capacity.straggler_tables import PAPER_LAYER
+from studies.capacity.load_tables import PAPER_LAYER
 
 NAMES = ("drop/2", "drop/1.5", "drop/1", "expand/2", "expand/1.5", "expand/1")
 

@@ -31,7 +31,7 @@ def quality(args: argparse.Namespace, results: Results) -> Results:
 
 
 def load(args: argparse.Namespace, results: Results) -> Results:
-    from studies.capacity.straggler import measure
+    from studies.capacity.load import measure
 
     return measure(args.data / "routing", args.batch)
 
@@ -46,10 +46,10 @@ STUDY = Study(
     "capacity",
     __doc__ or "",
     (
-        Part("quality", quality, "valid"),
-        Part("load", load, "routing"),
-        Part("speed", speed, "routing", has_gpu_form=True),
+        Part("quality", quality, "valid", ("model", "tokens", "length", "rows")),
+        Part("load", load, "routing", ("batch",)),
+        Part("speed", speed, "routing", ("rounds", "gpu", "link"), has_gpu_form=True),
     ),
     add_options,
-    ("quality_tables", "straggler_tables", "speed_tables"),
+    ("quality_tables", "load_tables", "speed_tables"),
 )

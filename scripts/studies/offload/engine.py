@@ -20,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
-from shared.protocol import beginning
+from shared.oracle import Oracle
 from shared.results import few
-from studies.offload.oracle import Oracle
+from shared.text_routing import beginning, collect
 from studies.offload.replay import Known, replay
 from studies.offload.simulator import next_uses
 from studies.offload.traces import make_traces, route_windows
-from studies.shuffle.routing import collect
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import OffloadConfig
@@ -52,7 +51,7 @@ ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds
 
 
 class Bench(NamedTuple):
-    """What all runs share.
+    """The settings that all runs share.
 
     model: the model.
     store: file of a profile.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.protocol import checkpoint
+from shared.random_checkpoint import checkpoint
 from shared.results import few
-from studies.offload.simulate import COMPARATORS, Subject, sweep
+from studies.offload.comparators import COMPARATORS, Subject, sweep
 from studies.offload.traces import make_traces, random_windows, route_windows
 
 from jmoe import LLM, MoEConfig, SamplingParams

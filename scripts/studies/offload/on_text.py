@@ -1,46 +1,52 @@
-"""Measures the parts simulate, mt_bench and sensitivity: the bundled model's routing of text, simulated."""
+"""Routes text with the bundled model for the parts that simulate the cache on it."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.results import few
-from studies.offload.simulate import COMPARATORS, VARIED, Subject, sensitivity, sweep
-from studies.offload.traces import make_traces, mt_bench_windows, route_windows, valid_windows
-from studies.shuffle.routing import collect
+from shared.text_routing import collect
+from studies.offload.comparators import Subject
+from studies.offload.simulator import Trace
+from studies.offload.traces import make_traces, route_windows
 
 from jmoe import LLM
 
+Traces = dict[int, list[Trace]]  # by batch
 PROMPT, NEW = 128, 64  # tokens in a window
 TRAIN = 64  # windows of each domain in the profile
-SHARES = (0.1, 0.25, 0.5, 0.75)
-MAIN = 0.25
+MAIN = 0.25  # share of the experts that have a slot, if a part has only one budget
 
 
-def measure(part: str, data: Path, model: str, windows: int, dry: bool = False) -> dict[str, Any]:
-    """Returns the part's figures. ``windows`` windows of each domain come from held-out text."""
+def simulated(
+    data: Path,
+    model: str,
+    windows: Callable[[LLM], np.ndarray],
+    figures: Callable[[Subject, Traces], dict[str, Any]],
+    batches: tuple[int, ...] = (1,),
+    dry: bool = False,
+) -> dict[str, Any]:
+    """Returns a part's figures, with the sizes of what was simulated.
+
+    data: folder of the profile's text.
+    model: the model.
+    windows: function that returns the windows whose routing is traced.
+    figures: function that returns the part's own figures.
+    batches: sizes of the groups of windows that run together; 1 is among them.
+    dry: whether the profile is made from few windows.
+    """
     start, source = time.perf_counter(), collect(model, data / "train", 2 if dry else TRAIN)
     profile = source.profile(source.domains)
     sizes = {"dtype": "float32", "max_num_seqs": 16, "max_model_len": PROMPT + NEW, "warm_up": False}
     with closing(LLM(model, **sizes)) as llm:
-        if part == "mt_bench":
-            windows_WT = mt_bench_windows(llm, data / "workloads/mt_bench.jsonl.gz", PROMPT, NEW)
-        else:
-            windows_WT = valid_windows(llm, data / "valid", windows, PROMPT + NEW)
+        windows_WT = windows(llm)
         decoder = llm.engine.runner.model
         routed, cfg = route_windows(decoder, windows_WT), decoder.cfg
         embeddings_VD = np.asarray(decoder.embed[...]).astype(np.float32)
-    batches = ((1, 4, 8, 16) if part == "simulate" else (1,))[few(dry)]
-    by_batch = {batch: make_traces(routed, PROMPT, batch) for batch in batches}
-    subject = Subject(cfg, embeddings_VD, profile, by_batch[1])
-    if part == "sensitivity":
-        slots = round(cfg.num_hidden_layers * cfg.num_experts * MAIN)
-        found = {"slots": slots, "runs": sensitivity(subject, slots, VARIED[few(dry)])}
-    else:
-        shares = SHARES[few(dry)] if part == "simulate" else (MAIN,)
-        found = {"runs": sweep(subject, by_batch, shares, tuple(COMPARATORS)[few(dry)])}
+    traces = {batch: make_traces(routed, PROMPT, batch) for batch in batches}
+    found = figures(Subject(cfg, embeddings_VD, profile, traces[1]), traces)
     return {
         "windows": len(windows_WT), "prompt": PROMPT, "new": NEW, "profile_tokens": profile.tokens,
         "iterations": int((profile.sample.map_tokens_QM >= 0).sum()),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 from numpy import ndarray
-from studies.offload.oracle import Oracle, belady, with_future
+from shared.oracle import Oracle, belady, with_future
 
 from jmoe.engine.step.inputs import StepInput
 from jmoe.engine.step.runner import Runner

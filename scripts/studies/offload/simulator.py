@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
-from studies.offload.oracle import Oracle, with_future
+from shared.oracle import Oracle, with_future
 
 from jmoe.offload import slot_table
 from jmoe.offload.policy import Outlook

@@ -3,7 +3,7 @@
 from typing import Any
 
 from shared.results import percent, table
-from studies.offload.simulate import BASELINES, VARIED
+from studies.offload.comparators import BASELINES, VARIED
 
 MAIN = "1/0.25"
 SHORT = ("LRU", "LFU", "request counts, LRU", "fMoE", "expert maps, online", "token table", "next gate",

@@ -7,7 +7,6 @@ engine itself, its tokens, counters and time).
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from studies.record import OLMOE, Part, Results, Study
@@ -19,10 +18,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="simulate, mt_bench, sensitivity, engine: the model")
 
 
-def simulated(part: str, args: argparse.Namespace, results: Results) -> Results:
-    from studies.offload.on_text import measure
+def simulate(args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.simulate import measure
 
-    return measure(part, args.data, args.model, args.windows, args.dry)
+    return measure(args.data, args.model, args.windows, args.dry)
+
+
+def mt_bench(args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.mt_bench import measure
+
+    return measure(args.data, args.model, args.dry)
+
+
+def sensitivity(args: argparse.Namespace, results: Results) -> Results:
+    from studies.offload.sensitivity import measure
+
+    return measure(args.data, args.model, args.windows, args.dry)
 
 
 def large(args: argparse.Namespace, results: Results) -> Results:
@@ -41,11 +52,11 @@ STUDY = Study(
     "offload",
     __doc__ or "",
     (
-        Part("simulate", partial(simulated, "simulate"), "valid"),
-        Part("mt_bench", partial(simulated, "mt_bench"), "workloads"),
-        Part("sensitivity", partial(simulated, "sensitivity"), "valid"),
-        Part("large", large),
-        Part("engine", engine, "workloads"),
+        Part("simulate", simulate, "valid", ("windows", "model")),
+        Part("mt_bench", mt_bench, "workloads", ("model",)),
+        Part("sensitivity", sensitivity, "valid", ("windows", "model")),
+        Part("large", large, "", ("sizes",)),
+        Part("engine", engine, "workloads", ("model",)),
     ),
     add_options,
     ("simulator_tables", "engine_tables"),

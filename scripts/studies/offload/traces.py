@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
-from shared.protocol import beginning
+from shared.text_routing import beginning, domains_of, pieces
 from studies.offload.simulator import Trace
-from studies.shuffle.routing import domains_of, pieces
 
 from jmoe import LLM, SamplingParams
 from jmoe.models.decoder import Decoder

@@ -26,7 +26,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     args = smallest(args, SMALLEST)
     return {
         **machine(("jax",)),
-        "kernels": choose_kernels("cpu", "bfloat16").why,
+        "kernels": choose_kernels("cpu", "bfloat16").why_experts,
         "model": args.model,
         "settings": {
             "prompts": args.prompts, "batch": args.batch, "copies": args.copies, "tokens": args.max_tokens,

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from shared.origin import machine
-from shared.protocol import Jmoe, checkpoint
+from shared.protocol import Jmoe
+from shared.random_checkpoint import checkpoint
 from shared.results import smallest
 
 from jmoe.checkpoint import read_config

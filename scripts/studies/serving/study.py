@@ -6,12 +6,15 @@ decode step). All of them need an idle machine.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from studies.record import OLMOE, Part, Results, Study, at_least
 
 DTYPES = ("auto", "float32", "bfloat16")
+COMPARED = (  # the options of a comparison with a peer
+    "model", "dtype", "rounds", "concurrency", "requests", "input_len", "output_len", "prompt_text",
+    "jmoe_options", "peer_options",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +39,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--new", type=at_least(4), default=64, help="host: steps of the whole batch")
 
 
-def compared(peer: str, args: argparse.Namespace, results: Results) -> Results | None:
-    from studies.serving.turns import measure
+def transformers(args: argparse.Namespace, results: Results) -> Results | None:
+    from studies.serving.transformers import measure
 
-    return measure(peer, args)
+    return measure(args)
+
+
+def vllm(args: argparse.Namespace, results: Results) -> Results | None:
+    from studies.serving.vllm import measure
+
+    return measure(args)
 
 
 def traces(args: argparse.Namespace, results: Results) -> Results:
@@ -58,12 +67,13 @@ STUDY = Study(
     "serving",
     __doc__ or "",
     (
-        Part("transformers", partial(compared, "transformers")),
-        Part("vllm", partial(compared, "vllm")),
-        Part("traces", traces, "workloads"),
-        Part("host", host),
+        Part("transformers", transformers, "", COMPARED),
+        Part("vllm", vllm, "", COMPARED),
+        Part("traces", traces, "workloads", ("model", "max_requests", "max_num_seqs")),
+        Part("host", host, "", ("sizes", "dtype", "rounds", "batch", "context", "new")),
     ),
     add_options,
     ("tables",),
     has_plots=False,
+    local_options=("peer_command",),
 )

@@ -22,7 +22,7 @@ from typing import Any
 from shared.origin import machine
 from shared.results import smallest
 from shared.server_process import Served, free_port, serving
-from studies.serving.peers import PEERS, Load
+from studies.serving.peers import Load, Peer
 
 from jmoe.engine.deployment.settings import model_directory
 from jmoe.tools.bench.serve import ServeOptions, bench_serve
@@ -36,10 +36,9 @@ KEPT = (
 SMALLEST = {"concurrency": [1], "requests": 2, "rounds": 1, "input_len": 4, "output_len": 2}
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
+def compare(name: str, peer: Peer, args: argparse.Namespace) -> dict[str, Any] | None:
     """Returns the figures of jmoe and of the peer ``name``, or None if the peer is not installed."""
     args = smallest(args, SMALLEST)
-    peer = PEERS[name]
     if (command := program(args.peer_command or peer.command)) is None:
         print(f"{name}: skipped, there is no command {peer.command}: {peer.install}, or --peer-command PATH")
         return None

@@ -1,4 +1,4 @@
-"""Makes the tables of docs/results/speculative.md on moves of the residual, bytes and links."""
+"""Makes the tables of docs/results/shuffle.md on moves of the residual, bytes and links."""
 
 from typing import Any
 

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.protocol import beginning
-from studies.shuffle.routing import collect, domains_of, pieces
+from shared.text_routing import beginning, collect, domains_of, pieces
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import ShuffleConfig

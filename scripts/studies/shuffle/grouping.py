@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from shared.results import few
-from studies.shuffle.routing import RoutingSource, Test, collect, figures
+from shared.text_routing import RoutingSource, Test, collect
+from studies.shuffle.placed_tokens import figures
 
 from jmoe.placement.group import METHODS
 from jmoe.placement.methods import MethodName

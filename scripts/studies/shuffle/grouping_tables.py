@@ -1,9 +1,9 @@
-"""Makes the tables of local activations for docs/results/speculative.md."""
+"""Makes the tables of local activations for docs/results/shuffle.md."""
 
 from typing import Any
 
 from shared.results import percent, table
-from studies.shuffle.run_tables import ACROSS, fewer
+from studies.shuffle.targets import ACROSS, fewer
 
 MAIN, STEP = "8", "256"
 UNEVEN = 0.05  # the target

@@ -1,10 +1,9 @@
-"""Makes the tables of the locality part of docs/results/speculative.md: quality against bytes."""
+"""Makes the tables of the locality part of docs/results/shuffle.md: quality against bytes."""
 
 from typing import Any
 
 import numpy as np
-from shared.results import signed, table
-from studies.binning.curves import perplexity_change
+from shared.results import perplexity_change, signed, table
 
 LEAST = 1.0  # % of perplexity; the cheapest setting within it is named
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from shared.text_routing import collect
 from studies.shuffle.grouping import RANKS, SIZES, homes, log
-from studies.shuffle.routing import collect, dealt_ranks, shuffled_ranks
+from studies.shuffle.placed_tokens import dealt_ranks, shuffled_ranks
 
 from jmoe.moe.orders import step_tables
 from jmoe.placement.tabulate import tabulate

@@ -1,4 +1,4 @@
-"""Draws the plots of docs/results/speculative.md as SVG, with matplotlib (the ``plots`` extra)."""
+"""Draws the plots of docs/results/shuffle.md as SVG, with matplotlib (the ``plots`` extra)."""
 
 from functools import partial
 from typing import Any
@@ -11,9 +11,9 @@ def plots(results: dict[str, Any]) -> dict[str, Plot]:
     """Returns the plots of every part that has results."""
     found: dict[str, Plot] = {}
     if "grouping" in results:
-        found["speculative_local"] = partial(draw_local, grouping=results["grouping"])
+        found["shuffle_local"] = partial(draw_local, grouping=results["grouping"])
     if "bytes" in results:
-        found["speculative_bytes"] = partial(draw_bytes, figures=results["bytes"])
+        found["shuffle_bytes"] = partial(draw_bytes, figures=results["bytes"])
     return found
 
 

@@ -5,7 +5,6 @@ tested text, exact in expectation, without history and without requests. In-doma
 divided at random: each assignment goes to the statistics or to the test, so the test has no unseen text.
 """
 
-import lzma
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from shared.published_routing import MODELS, SLOTS, files_by_domain, read_rows
 from shared.results import few
-from studies.capacity.drawn_routing import MODELS, SLOTS
 from studies.shuffle.grouping import mean
 
 from jmoe.moe.orders import align
@@ -34,8 +33,7 @@ REQUESTS, LENGTH = 32, 1024  # drawn requests and their tokens, because none wer
 
 def read(path: Path, experts: int) -> Int[np.ndarray, "L V E"]:
     """Returns the counts of one model and domain."""
-    with lzma.open(path, "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
+    rows = read_rows(path)
     counts = np.zeros((len(SLOTS), rows[:, 2].max() + 1, experts), np.int64)
     np.add.at(counts, (rows[:, 0], rows[:, 2], rows[:, 1]), rows[:, 3])
     return counts
@@ -116,10 +114,10 @@ def halves(counts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def measure(routing: Path, dry: bool = False) -> dict[str, Any]:
     """Returns the ``published`` part of the results: rates by model, method and "statistics>test"."""
     start, models = time.perf_counter(), {}
-    for model, (name, experts, k) in [*MODELS.items()][few(dry)]:
+    for model, (_, experts, k) in [*MODELS.items()][few(dry)]:
         ranks = RANKS[model]
-        files = sorted(routing.glob(f"token_expert_{name}_*.csv.xz"))[few(dry)]
-        counts = {p.name.split(".")[0].split("_")[-1]: read(p, experts) for p in files}
+        files = [*files_by_domain(routing, model).items()][few(dry)]
+        counts = {domain: read(path, experts) for domain, path in files}
         vocab = max(c.shape[1] for c in counts.values())
         counts = {d: np.pad(c, ((0, 0), (0, vocab - c.shape[1]), (0, 0))) for d, c in counts.items()}
         tested = {d: halves(c) for d, c in counts.items()}

@@ -15,7 +15,7 @@ DOMAINS = ("code_python", "en_fiction", "math_word", "zh_classic")  # of localit
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="the model of grouping and engine")
+    parser.add_argument("--model", default="tiny", help="grouping, moves, engine, locality: the model")
     parser.add_argument(
         "--train", type=int, default=64, help="grouping, moves: windows of 256 tokens a domain to learn from"
     )
@@ -69,15 +69,15 @@ STUDY = Study(
     "shuffle",
     __doc__ or "",
     (
-        Part("grouping", grouping, "valid"),
-        Part("moves", moves, "valid"),
+        Part("grouping", grouping, "valid", ("model", "train", "windows")),
+        Part("moves", moves, "valid", ("model", "train", "windows")),
         Part("bytes", sent),
         Part("published", published, "routing"),
-        Part("engine", engine, "valid"),
-        Part("locality", locality, "valid"),
+        Part("engine", engine, "valid", ("model",)),
+        Part("locality", locality, "valid", ("model",)),
     ),
     add_options,
-    ("grouping_tables", "bytes_tables", "run_tables", "locality_tables"),
+    ("grouping_tables", "bytes_tables", "published_tables", "engine_tables", "locality_tables", "targets"),
     depth=3,
-    results_name="speculative",
+    alias="speculative",
 )

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(args: argparse.Namespace, results: Results) -> Results:
-    from studies.ttft.pools import measure
+    from studies.ttft.cases import measure
 
     return measure(args)
 

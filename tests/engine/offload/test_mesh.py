@@ -206,7 +206,7 @@ def test_a_renumbered_profile_says_the_same_of_every_expert(store: str):
         was_TE = profile.chosen(layer, tokens_T)
         np.testing.assert_array_equal(moved.chosen(layer, tokens_T), was_TE[:, row_E])
         np.testing.assert_array_equal(moved.loads_LE[layer], was_TE.sum(0)[row_E])
-    sizes = PredictorSizes(distance=2, k=K, layers=LAYERS, experts=EXPERTS, seats=4)
+    sizes = PredictorSizes(distance=2, k=K, layers=LAYERS, experts=EXPERTS, seats=4, store_size=99)
     embeddings_VD = np.random.default_rng(6).normal(size=(VOCAB, 8)).astype(np.float32)
     for name, table in (("counts", "stored_QLE"), ("token_table", "table_RLE")):
         was, now = (

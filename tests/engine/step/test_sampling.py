@@ -1,4 +1,4 @@
-"""Tests sampling at the limits of float32 against a float64 oracle."""
+"""Tests sampling: its distribution, and its limits in float32 against a float64 oracle."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from jmoe.engine.request import SamplingParams
 from jmoe.engine.step.fill import fill_biases, fill_sampling
-from jmoe.engine.step.sampling import blank_rows, sample
+from jmoe.engine.step.sampling import SamplingRows, blank_rows, sample
 
 VOCAB, DRAWS = 40, 24
 TINY = 2.0**-126  # the smallest normal float32
@@ -99,3 +99,50 @@ def test_tokens_that_are_equally_likely_all_stay():
         for row in range(64):
             fill_sampling(rows, row, SamplingParams(**{"temperature": 1.0} | given, seed=3), row)
         assert set(np.asarray(sample(jnp.asarray(logits), rows).ids_B).tolist()) == {1, 2}
+
+
+def rows_of(n: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, vocab=8) -> SamplingRows:
+    return dataclasses.replace(
+        blank_rows(n, vocab),
+        temperature_B=np.full(n, temperature, np.float32),
+        top_p_B=np.full(n, top_p, np.float32),
+        top_k_B=np.full(n, top_k, np.int32),
+        min_p_B=np.full(n, min_p, np.float32),
+        seed_B=np.arange(n, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0),
+        (0.7, 1.0, 0, 0),
+        (1.0, 1.0, 3, 0),
+        (1.0, 0.7, 0, 0),
+        (1.5, 0.8, 4, 0),
+        (1.0, 1.0, 0, 0.3),
+        (0.8, 0.9, 6, 0.2),
+    ],
+)
+def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k, min_p):
+    logits = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 1.5
+    n = 20_000
+    drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows_of(n, temperature, top_p, top_k, min_p)).ids_B
+    p = np.exp(logits / temperature)
+    order = np.argsort(-p)
+    keep = order[: top_k or len(p)]
+    q = p[keep] / p[keep].sum()
+    keep = keep[np.cumsum(q) - q < top_p]
+    keep = keep[p[keep] >= min_p * p.max()]
+    want = np.zeros(8)
+    want[keep] = p[keep] / p[keep].sum()
+    got = np.bincount(drawn, minlength=8) / n
+    assert not got[want == 0].any()
+    np.testing.assert_allclose(got, want, atol=0.015)
+
+
+def test_temperature_zero_rows_stay_greedy_in_a_sampled_batch():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32))
+    mixed = dataclasses.replace(rows_of(6), temperature_B=jnp.array([0.0, 2.0] * 3))
+    drawn = sample(logits, mixed).ids_B
+    assert drawn[::2].tolist() == logits.argmax(-1)[::2].tolist()

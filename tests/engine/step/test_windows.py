@@ -9,7 +9,7 @@ from support.models import hf_tiny
 from jmoe import LLM
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.deployment.settings import EngineSettings
-from jmoe.engine.step.inputs import window_length
+from jmoe.engine.step.windows import window_length
 from jmoe.tools.evaluate import evaluate
 
 VOCAB = 256

@@ -106,12 +106,12 @@ def test_a_text_beyond_the_context_is_refused_before_it_is_tokenized(tmp_path, m
 
 
 def test_tokenizing_lets_other_threads_run(tmp_path):
-    """Where the interpreter's lock is kept, they never run; where it is given away, a busy machine may still
-    let the text end first, but not each time."""
+    """If tokenizing keeps the interpreter's lock, they never run. If it releases the lock, a busy machine may
+    still let the text end first, but not each time."""
     codec = TextCodec(folder(tmp_path, byte_level()), 300)
 
     def turns(text: str) -> int:
-        """Of this thread while another one tokenizes."""
+        """Returns the number of turns of this thread while another one tokenizes."""
         done = threading.Thread(target=codec.encode, args=(text,))
         count, interval = 0, sys.getswitchinterval()
         done.start()

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shared import teacher_forcing
-from shared.protocol import write_random
-from shared.results import verdict
+from shared.random_checkpoint import write_random
+from shared.results import perplexity_change, verdict
 from studies.binning import gpu as binning_gpu
 from studies.binning import speed
 from studies.binning.capacity import loads_and_loss
-from studies.binning.curves import METHODS, Curve, compared, perplexity_change
+from studies.binning.curves import METHODS, Curve, compared
 from studies.binning.study import STUDY
 
 from jmoe.config.moe import MoEConfig

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from shared import peaks
-from studies.capacity import drawn_routing, speed, straggler
+from studies.capacity import drawn_routing, speed
 from studies.capacity import quality_tables as quality
+from studies.capacity.load import layer_loads
 from studies.capacity.study import STUDY
 
 from jmoe.config.techniques import CapacityConfig
@@ -72,7 +73,7 @@ def figures() -> dict:
     part["positions"] = {name: [1.0, 2.0] for name in settings}
     part["control"] = {"length": 2, "rows": 4, "tokens": tokens, "settings": settings}
     even = drawn_routing.Published(np.ones(1), np.full((1, 8), 0.25), 2)
-    layer = straggler.layer_loads(even, {name: np.ones(8) for name in ("own", "others")}, 8)
+    layer = layer_loads(even, {name: np.ones(8) for name in ("own", "others")}, 8)
     load = {"command": "c", "draws": 4, "tokens": 8, "layers": [0]}
     load |= {"token_level": {"mixtral": {"book": [layer]}}, "marginal": {"mixtral": {"arxiv": [layer]}}}
     return {"quality": part, "load": load}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared.oracle import Oracle, belady
 from studies.offload import simulator
-from studies.offload.oracle import Oracle, belady
 from studies.offload.replay import replay
 from studies.offload.simulator import Link, Trace, begin, next_uses
 from studies.offload.traces import make_traces, route_windows

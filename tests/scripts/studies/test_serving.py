@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from acceptance.lm_eval_parity import compare, difference
 from paper_table import filled, shown
-from studies.serving import traces
-from studies.serving.peers import PEERS, Load
+from studies.serving import traces, transformers, vllm
+from studies.serving.peers import Load
 from studies.serving.study import STUDY as SERVING
 from studies.serving.turns import copy_without_ends
-from studies.ttft import pools
+from studies.ttft import cases
 from studies.ttft.study import STUDY as TTFT
 
 from jmoe.checkpoint import read_config
@@ -88,7 +88,7 @@ def test_the_page_says_what_was_measured_and_which_targets_it_meets(peer, figure
     assert all(line in page for line in said) and "1 at a time" not in page
 
 
-@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+@pytest.mark.parametrize("peer", [transformers.PEER, vllm.PEER], ids=lambda peer: peer.command)
 def test_a_peers_shown_words_leave_out_what_holds_here_alone(peer):
     words = peer.words(Path("/here/model"), 4321, Load(32, 64, 64, "auto"))
     shown = " ".join(peer.shown(words))
@@ -157,9 +157,9 @@ def test_the_time_to_the_first_token_is_compared_with_the_smallest_engine_that_h
         def first_tokens(self, count: int, busy: int) -> list[float]:
             return [next(self.times)] * count
 
-    monkeypatch.setattr(pools, "Bench", Engine)
+    monkeypatch.setattr(cases, "Bench", Engine)
     args = argparse.Namespace(slots=[16, 1], pools=[64, 1], requests=[1], busy=8, rounds=3)
-    found = pools.measure_cases(Path("model"), args)
+    found = cases.measure_cases(Path("model"), args)
     sizes = [(case["slots"], case["pool"], case["busy"], case["ratio"]) for case in found]
     assert sizes == [
         (1, 1, 0, 1.0), (1, 64, 0, 1.25), (16, 1, 0, 0.75), (16, 64, 0, 0.5),

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from shared.text_routing import Test as Tokens
 from studies.shuffle import bytes as sent
 from studies.shuffle import published
 from studies.shuffle.moves import moved
-from studies.shuffle.routing import Test as Tokens
-from studies.shuffle.routing import dealt_ranks, on_ranks, oracle_tables, peak, rates, shuffled_ranks
+from studies.shuffle.placed_tokens import dealt_ranks, on_ranks, oracle_tables, peak, rates, shuffled_ranks
 from studies.shuffle.study import STUDY
 
 from jmoe.moe.orders import ShuffleTables

@@ -10,7 +10,7 @@ from support.server.bodies import BODIES
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, neutral
-from jmoe.server.route import EVENTS, JSON
+from jmoe.server.route_record import EVENTS, JSON
 from jmoe.server.routes.table import ROUTES
 
 CHAT = "/v1/chat/completions"

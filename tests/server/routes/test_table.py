@@ -13,7 +13,7 @@ from support.server.fake_engine import ByteCodec, FakeEngine, served
 from jmoe.server import app
 from jmoe.server.answer import replies
 from jmoe.server.errors import json_response
-from jmoe.server.route import JSON, Route
+from jmoe.server.route_record import JSON, Route
 from jmoe.server.routes import table
 from jmoe.server.routes.table import ROUTES
 from jmoe.server.service import Service

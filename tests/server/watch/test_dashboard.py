@@ -13,7 +13,7 @@ import pytest
 from support.server.counting_engine import LAYERS, RANKS, CountingEngine, made_up
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, listening, served
 
-from jmoe.engine.request import EngineSnapshot
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.server.routes import dashboard
 from jmoe.server.watch import poll
 from jmoe.server.watch.snapshots import SUMS, take_snapshot, window_report

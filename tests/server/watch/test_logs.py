@@ -11,7 +11,7 @@ import pytest
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 
 from jmoe.cli.flags import given_settings
-from jmoe.engine.request import EngineSnapshot
+from jmoe.engine.reports import EngineSnapshot
 from jmoe.server.watch.logs import JsonLines, TextLines, configure, printable
 from jmoe.server.watch.totals import Totals, log_traffic
 
@@ -161,7 +161,7 @@ raise OSError("the end")
 
 
 def test_what_python_writes_itself_is_json_too():
-    """What Python writes itself is JSON too: warnings, and exceptions that nobody catches.
+    """Warnings and exceptions that nobody catches, which Python itself writes, are JSON too.
 
     The exceptions are on a thread, in a finalizer and in the program.
     """

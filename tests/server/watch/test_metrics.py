@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 
-from jmoe.engine.request import EngineSnapshot, StepReport
+from jmoe.engine.reports import EngineSnapshot, StepReport
 
 NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",

@@ -10,7 +10,7 @@ from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.parts import LatentConfig
 from jmoe.config.techniques import OffloadConfig
-from jmoe.engine.lowering import lower_copy, lower_step
+from jmoe.engine.deployment.lowering import lower_copy, lower_step
 from jmoe.engine.step.inputs import Sizes
 from jmoe.mesh import Mesh, split_attention
 from jmoe.nn.kinds import kind_of, page_bytes
@@ -58,7 +58,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Found:
-    """What a compiled step does, and bytes of one device.
+    """The operations of a compiled step, and bytes of one device.
 
     walks: what goes over a pool.
     layer: bytes of one layer's pages.

@@ -13,13 +13,12 @@ from jmoe.models.weights import Form, StoredTensor
 HALVES = Form("halves")
 TURNED, TURNED_HALVES, TURNED_TURNS = (Form(rows, True) for rows in ("plain", "halves", "alternate"))
 TURNS = Form("alternate")
-MXFP4, MXFP4_TURNS = Form(number_format="mxfp4"), Form("alternate", number_format="mxfp4")
 # of gate-and-up and of down
 LAYOUTS = {
     "granite": (HALVES, Form()),
     "llama4": (TURNED_HALVES, TURNED),
     "gpt-oss": (TURNED_TURNS, TURNED),
-    "mxfp4": (MXFP4_TURNS, MXFP4),
+    "mxfp4": (TURNS, Form()),  # its numbers are quantised
 }
 
 
@@ -62,14 +61,13 @@ def stacking(layout: str) -> Family:
         plain,
         names=names,
         is_ignored=lambda cfg, name: name.startswith(f"model.layers.{cfg.num_hidden_layers}."),
-        quant_methods=("mxfp4",),
     )
 
 
 def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[str, np.ndarray]]:
     """Writes ``root/stacked`` in that layout and ``root/plain`` with the same values.
 
-    Returns the contents of the former.
+    Returns the config and the tensors of ``root/stacked``.
     """
     config = hf_tiny.hf_config(moe_intermediate_size=32, dtype=dtype)
     plain, rng = hf_tiny.random_tensors(config), np.random.default_rng(1)
@@ -77,7 +75,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
     for i in range(config["num_hidden_layers"]):
         theirs = f"model.layers.{i}.mlp.experts"
         for name, form in zip(("gate_up_proj", "down_proj"), LAYOUTS[layout], strict=True):
-            if form.number_format == "mxfp4":
+            if layout == "mxfp4":
                 rows = 64 if name == "gate_up_proj" else 32
                 blocks = rng.integers(0, 256, (8, rows, 1, 16), np.uint8)
                 scales = rng.integers(118, 126, (8, rows, 1), np.uint8)
@@ -96,7 +94,7 @@ def write_both(root, layout: str, dtype: str = "float32") -> tuple[dict, dict[st
                     zip(("gate", "up"), values[e], strict=True) if values.ndim == 4 else [("down", values[e])]
                 )
                 plain |= {f"{theirs}.{e}.{n}_proj.weight": np.ascontiguousarray(part) for n, part in parts}
-            if form.number_format == "plain":
+            if layout != "mxfp4":
                 stacked[f"{theirs}.{name}"] = np.stack([as_stored(values[e], form) for e in range(8)])
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if layout == "mxfp4" else {}
     hf_tiny.write_checkpoint(root / "plain", config, tensors=plain)

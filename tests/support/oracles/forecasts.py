@@ -17,7 +17,8 @@ def distributions(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def sizes(**changes: int) -> PredictorSizes:
-    return PredictorSizes(distance=A, k=K, layers=LAYERS, experts=E, seats=3)._replace(**changes)
+    made = PredictorSizes(distance=A, k=K, layers=LAYERS, experts=E, seats=3, store_size=40)
+    return made._replace(**changes)
 
 
 def store_of(

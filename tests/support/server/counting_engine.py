@@ -3,7 +3,7 @@
 import numpy as np
 from support.server.fake_engine import FakeEngine
 
-from jmoe.engine.request import StepReport
+from jmoe.engine.reports import StepReport
 from jmoe.server.watch.snapshots import MEANS, SUMS
 
 LAYERS, EXPERTS, RANKS = 3, 8, 4

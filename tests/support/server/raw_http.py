@@ -5,7 +5,7 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 
@@ -78,3 +78,12 @@ def events(body: bytes) -> list[Any]:
     lines = body.decode().strip().split("\n\n")
     assert lines[-1] == "data: [DONE]", lines[-1:]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """Returns what comes until the connection is closed or reset."""
+    got = b""
+    with suppress(ConnectionResetError, BrokenPipeError):
+        while part := await reader.read(65536):
+            got += part
+    return got

@@ -1,4 +1,4 @@
-"""What a dialect's file declares: what it serves, the grammars of its calls and the reader of its answers."""
+"""The declaration of a dialect: the choices that it serves, the grammars of its calls, and its reader."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,10 +56,10 @@ class Reader(Protocol):
 class Dialect:
     """One way in which models write calls of functions.
 
-    grammars: what the dialect serves. For each it has the function that makes the grammar of a whole answer
-        from the functions that may be called; None if the answer is free text. The function raises ValueError
-        for parameters that no grammar can follow.
-    reader: makes the reader of one answer from the same functions.
+    grammars: for each choice that the dialect serves, the function that makes the grammar of a whole answer
+        from the functions that may be called; None if the answer is free text. It raises ValueError for
+        parameters that no grammar can follow.
+    reader: function that makes the reader of one answer from the choice and the same functions.
     """
 
     name: str

@@ -41,7 +41,7 @@ LOADER_REGISTERS = 40  # the loading warpgroup spills with 24
 
 @dataclass(frozen=True)
 class _Stage:
-    """What differs between the two kernels.
+    """The parts in which the two kernels differ.
 
     name: name of the kernel.
     tile: number of weight rows of a tile.
@@ -65,7 +65,7 @@ class _Stage:
 
 
 class _Target(NamedTuple):
-    """Where a tile of results goes.
+    """The place of a tile of results.
 
     windows: table of windows.
     window: window of the tile.

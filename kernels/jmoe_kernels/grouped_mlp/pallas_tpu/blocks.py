@@ -14,7 +14,7 @@ Kernel = Literal["decode", "prefill"]
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How one call is cut.
+    """The sizes into which one call is cut.
 
     kernel: name of the kernel.
     inner: columns of F in a chunk of weights (gate, up and down together: ``3 * inner * D`` numbers).

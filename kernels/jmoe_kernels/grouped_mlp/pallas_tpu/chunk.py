@@ -1,4 +1,4 @@
-"""What both TPU kernels do with a chunk of an expert's weights and the rows that are in VMEM."""
+"""The work of both TPU kernels on a chunk of an expert's weights and the rows that are in VMEM."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -66,6 +66,6 @@ class Oracle(BasePredictor):
 
 def with_future(table: SlotTable, oracle: Oracle, needs_LE: Array, due_LE: Array) -> tuple[SlotTable, Oracle]:
     """Returns the table and the oracle that know the coming step and all later ones
-    (``simulator.next_uses``)."""
+    (``studies.offload.simulator.next_uses``)."""
     outlook: Any = KnownOutlook(needs_LE.astype(jnp.float32), needs_LE, table.outlook.heat_LE, due_LE)
     return table._replace(outlook=outlook), replace(oracle, needs_LE=needs_LE)

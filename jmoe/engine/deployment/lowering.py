@@ -1,4 +1,8 @@
-"""Lowers the engine's step of a model for devices that need not be here: nothing is allocated or run."""
+"""Lowers the engine's step of a model for devices that need not be here: nothing is allocated or run.
+
+No part of the engine calls this. ``scripts/tpu_aot_check.py`` and the tests do: they read what compilers make
+of a step.
+"""
 
 from typing import Any
 

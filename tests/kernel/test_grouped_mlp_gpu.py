@@ -5,12 +5,7 @@ their few calls covers several promises; the decode kernels take about two secon
 """
 
 import dataclasses
-import importlib.util
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +33,6 @@ from support.aot.gpu import gpu_interpreter
 DECODE = BlockSizes("decode", 16, 64, 64, 64, 64, 2, 2)
 PREFILL = BlockSizes("prefill", 128, 64, 64, 64, 64, 2, 2, sms=2)
 INNER, MODEL = 64, 128
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 
 
 def rounded(a) -> np.ndarray:
@@ -135,52 +129,6 @@ def test_prefill_bias_and_clamped_activation():
 @pytest.mark.matrix
 def test_prefill_zero_rows():
     check((0, 0, 0), 9, PREFILL)
-
-
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    gpu_check = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = gpu_check  # its dataclasses look their module up
-    spec.loader.exec_module(gpu_check)
-    return gpu_check
-
-
-def test_gpu_check_bins_dry(tmp_path: Path, gpu_check: ModuleType):
-    assert gpu_check.main(["--dry", "--out", str(tmp_path), "--sections", "binning"]) == 0
-    rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["kernel", "kernel", "xla"]
-    assert rows[0]["verdict"] == "1 of 1 as the reference pass" and "XLA x" in rows[1]["verdict"]
-
-
-@pytest.mark.matrix
-def test_gpu_check_runs_dry_and_isolates_a_failing_section(
-    tmp_path: Path, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
-    def broken(check):
-        raise RuntimeError("no such kernel")
-
-    # Binning is in Triton, which the interpreter of Mosaic GPU would take for its own.
-    others = [section for section in gpu_check.SECTIONS if section.__name__ != "binning"]
-    monkeypatch.setattr(gpu_check, "SECTIONS", (broken, *others))
-    with gpu_interpreter():
-        status = gpu_check.main(["--dry", "--out", str(tmp_path), "--commit", "abc"])
-    result = json.loads((tmp_path / "gpu_check.json").read_text())
-    rows = result["rows"]
-    assert status == 1 and rows[0]["verdict"] == "ERROR RuntimeError: no such kernel"
-    assert result["commit"] == "abc" and {row["section"] for row in rows[1:]} == {
-        "limits",
-        "correct",
-        "engine",
-        "decode",
-        "offload",
-        "prefill",
-        "model",
-    }
-    assert not [row for row in rows[1:] if "error" in row["verdict"].lower() or "FAIL" in row["verdict"]]
-    timed = [row for row in rows if row["name"] == "jmoe"]
-    assert len(timed) == 3 and all(row["seconds"] > 0 for row in timed)
 
 
 # ---- the map from windows to experts, without a kernel

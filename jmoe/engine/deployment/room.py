@@ -1,4 +1,4 @@
-"""How much memory there is, before any of it is allocated.
+"""The amount of memory of a device, before any of it is allocated.
 
 A CPU device has the least of three sizes: the machine's available memory, the rest of its control groups'
 limits, and the rest of the process's own limits (``ulimit -v``, ``-d``). Only ``device.memory_stats()`` calls

@@ -1,22 +1,9 @@
-"""Makes the tables of docs/results/speculative.md on published routing and the engine.
-
-The functions and targets that other tables use are also here.
-"""
+"""Makes the tables of docs/results/shuffle.md on published routing."""
 
 from typing import Any
 
 from shared.results import percent, table
-
-INSIDE, ACROSS = 0.30, 0.15  # the targets: fewer remote activations
-
-
-def fewer(remote: float, baseline: float) -> float:
-    """Returns by what share of the baseline ``remote`` is less than the baseline."""
-    return 1 - remote / baseline
-
-
-def met(value: float, target: float) -> str:
-    return "met" if value >= target else "**missed**"
+from studies.shuffle.targets import ACROSS, INSIDE, fewer
 
 
 def published(figures: dict[str, Any]) -> str:
@@ -52,23 +39,3 @@ def published_means(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if values:
             means[kind] = {"mean": sum(values) / len(values), "target": target}
     return means
-
-
-def engine(engine: dict[str, Any]) -> str:
-    """Returns the table of the engine's runs. It has a row for each pipeline."""
-    rows = []
-    for name, row in engine["runs"].items():
-        cells = [name, f"{row['same']} of {engine['sequences']}"]
-        for phase in ("prefill", "decode"):
-            one = row[phase]
-            cells += [percent(one["remote"]), f"{one['useful_bytes'] / 1e6:.2f}", f"{one['bytes'] / 1e6:.2f}"]
-        rows.append([*cells, f"{row['wall_seconds']:.1f}"])
-    head = ["pipeline", "same tokens"]
-    for phase in ("prefill", "decode"):
-        head += [f"{phase}: remote", "useful MB", "sent MB"]
-    return table([*head, "wall, s"], rows)
-
-
-def differing(engine: dict[str, Any]) -> list[str]:
-    """Returns the pipelines that did not generate plain's tokens."""
-    return [name for name, row in engine["runs"].items() if row["same"] != engine["sequences"]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.origin import machine
-from shared.protocol import checkpoint
+from shared.random_checkpoint import checkpoint
 from shared.results import smallest
 
 SMALLEST = {"slots": [1, 4], "pools": [1, 8], "requests": [1, 2], "busy": 1, "rounds": 1, "prompt": 33}

@@ -1,4 +1,4 @@
-"""Tests the TPU kernels in Pallas' interpreters: numbers against numpy, reads, races, refusals."""
+"""Tests the grouped MLP for TPUs in Pallas' interpreters: numbers against numpy, reads, races, refusals."""
 
 import dataclasses
 import re

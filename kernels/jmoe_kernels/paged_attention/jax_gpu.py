@@ -1,8 +1,8 @@
-"""Paged attention on NVIDIA GPUs by others' kernels: jax's Pallas one in decode, cuDNN's in prefill.
+"""Paged attention on NVIDIA GPUs with kernels of libraries: jax's Pallas kernel in decode, cuDNN in prefill.
 
 Decode reads only the pages that a sequence fills. cuDNN's public form takes no page table, so a prefill run
-first gathers all pages of its sequence's table: that moves twice the cache's bytes, next to a product that is
-much more work. jax 0.11 deprecates the decode kernel and still ships it.
+first gathers all pages of its sequence's table. That moves twice the cache's bytes, which is little work
+compared with the product. jax 0.11 deprecates the decode kernel and still ships it.
 """
 
 import jax
@@ -33,14 +33,6 @@ def lacks(heads: Heads) -> str | None:
     if heads.span.window is not None:
         return "a sliding window is not supported"
     return beyond_windows(heads)
-
-
-def paged_attention_gpu(
-    new: NewTokens, pages: LayerPages, *, interpret: bool = False
-) -> tuple[Float[Array, "B T H d"], LayerPages]:
-    """Returns the output of every query, and the pages with the new rows."""
-    pages = write_tokens(new, pages)
-    return attend(new, pages, interpret=interpret), pages
 
 
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:

@@ -1,8 +1,8 @@
 """jax's ragged paged attention, the Pallas kernel for TPUs: prefill and decode alike, from joined pages.
 
 The kernel walks only the pages that a sequence fills, loads several pages ahead of the one in use, and keeps
-a running softmax; it is https://arxiv.org/abs/2205.14135 with a page table. Beyond causality it has the
-window alone, in jax 0.10 and 0.11.
+a running softmax: it is FlashAttention (https://arxiv.org/abs/2205.14135) with a page table. Besides the
+causal mask it supports only a window, in jax 0.10 and 0.11.
 """
 
 import jax.numpy as jnp

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from shared.peaks import RANKS, device_peak, eplb_peak, expert_peak, rank_loads
+from shared.published_routing import MODELS, SLOTS
 from studies.capacity.drawn_routing import (
-    MODELS,
-    SLOTS,
     Published,
     draw_ranks,
     limited_matrix,
