@@ -18,7 +18,8 @@ class Codings(dict[str, Coding]):
 
     def __str__(self) -> str:
         counts = Counter((str(coding), ".experts." in path) for path, coding in self.items())
-        parts = (f"{n} {'of experts' if experts else 'dense'} in {how}" for (how, experts), n in counts.items())
+        kinds = {True: "of experts", False: "dense"}
+        parts = (f"{count} {kinds[experts]} in {how}" for (how, experts), count in counts.items())
         return "; ".join(sorted(parts))
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

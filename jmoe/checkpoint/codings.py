@@ -1,5 +1,6 @@
 """The codings in which parameters are kept: those of the checkpoint, or those requested while it loads."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.config.choices import QuantizationName, QuantizedProducts
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
+from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint
+
+log = logging.getLogger(__name__)
 
 CODINGS: dict[QuantizationName, Coding] = {
     "int8": Coding("int8", None),
@@ -48,7 +52,9 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
         found = Codings(read_manifest(directory).codings)
     elif has_weights(directory) and read_quantisation(directory).rules:
         with HFCheckpoint(directory) as checkpoint:
-            found = _of_products(codings_of(stored_tensors(checkpoint, cfg)), cfg)
+            tensors = list(stored_tensors(checkpoint, cfg))
+        found = _of_products(codings_of(tensors), cfg)
+        _report_dequantised(directory, tensors, found)
     else:
         found = UNQUANTISED
     if request is None:
@@ -67,6 +73,21 @@ def codings_of(tensors: Iterable[StoredParam]) -> Codings:
         if len(codings) == 1 and (coding := codings.pop()) is not None:
             found[path] = coding
     return found
+
+
+def _report_dequantised(directory: Path, tensors: Iterable[StoredParam], kept: Codings) -> None:
+    """Logs which parameters are quantised in the checkpoint, but not in memory, and why."""
+    reasons: dict[str, list[str]] = {}
+    for path, parts in tensors_by_path(tensors).items():
+        formats = [part.format for part in parts if part.format is not None]
+        if formats and path not in kept:
+            known = (each.why_dequantised for each in formats if each.coding is None)
+            reasons.setdefault(next(known, "its tensors are stored in several ways"), []).append(path)
+    for reason, paths in reasons.items():
+        log.warning(
+            "%s: %d quantised parameters become plain numbers in memory, such as %s (%s)",
+            directory, len(paths), brief(paths[0]), reason,
+        )  # fmt: skip
 
 
 def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:

@@ -120,10 +120,10 @@ def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[Store
     for stored in get_family(cfg.architecture).names(cfg):
         name = head if as_head and stored.name == embed else stored.name
         if name != last:  # the entries of a stacked tensor follow one another
-            last, stored_format = (
-                name,
-                quantisation.format_of(name, names, is_product=is_product(stored.path)),
-            )
+            last = name
+            stored_format = quantisation.format_of(name, names, is_product=is_product(stored.path))
+            if stored_format is not None:
+                stored_format = stored_format.of_contents(checkpoint, name)
         yield StoredParam(name, stored.path, stored.index, stored.expert, stored.form, stored_format)
 
 

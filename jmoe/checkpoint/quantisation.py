@@ -111,19 +111,37 @@ def _codes_of(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
 
 def read_quantisation(directory: Path) -> Quantisation:
     """Returns what the directory's files say; raises ValueError, naming the file and the key, for what is not
-    read."""
+    read, and naming both files if two contradict each other."""
     path = directory / "config.json"
     config = read_json(path).get("quantization_config") if path.is_file() else None
-    return Quantisation() if not config else parsed(config, path)
+    for twin in filter(None, (method.twin for method in METHODS.values())):
+        file = directory / twin.file
+        if not file.is_file():
+            continue
+        with named(f"{file}: {twin.key}"):
+            own = twin.rewritten(_object(read_json(file).get(twin.key)))
+        if not config:
+            return parsed(own, file, twin.key)
+        with named(f"{path}: quantization_config"):
+            stated = _object(config)
+            if stated.get("quant_method") != own["quant_method"]:
+                method = shown(stated.get("quant_method"))
+                raise ValueError(f"quant_method is {method}, but {file} is of {own['quant_method']!r}")
+            twin.check(stated, own)
+    return parsed(config, path) if config else Quantisation()
 
 
-def parsed(config: Any, path: Path) -> Quantisation:
-    """Returns a ``quantization_config`` as rules."""
-    with named(f"{path}: quantization_config"):
-        if not isinstance(config, Mapping):
-            raise ValueError(f"it must be an object, it is {shown(config)}")
-        method = config.get("quant_method")
-        if not isinstance(method, str) or method not in METHODS:
+def parsed(config: Any, path: Path, key: str = "quantization_config") -> Quantisation:
+    """Returns a ``quantization_config``, or what a file has in its place, as rules."""
+    with named(f"{path}: {key}"):
+        name = _object(config).get("quant_method")
+        if not isinstance(name, str) or name not in METHODS:
             read = ", ".join(map(repr, METHODS))
-            raise ValueError(f"method {shown(method)} is not read; {read} are")
-        return Quantisation(f"{path.name}'s quantization_config", tuple(METHODS[method].rules(config)))
+            raise ValueError(f"method {shown(name)} is not read; {read} are")
+        return Quantisation(f"{path.name}'s {key}", tuple(METHODS[name].rules(config)))
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"it must be an object, it is {shown(value)}")
+    return value

@@ -282,8 +282,8 @@ def test_a_value_beyond_the_asked_dtype_is_refused(tmp_path):
             "rope type 'yarn' needs original_max_position_embeddings",
         ),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config: method 'gptq' is not read, .*'mxfp4'",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quantization_config: method 'hqq' is not read; .*'mxfp4'",
         ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 exceeds 10000"),
         ({"num_hidden_layers": 10**3}, r"'model\.layers\.2\.input_layernorm\.weight' .* is missing"),

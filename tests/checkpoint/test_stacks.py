@@ -96,7 +96,7 @@ def test_what_is_stacked_is_not_written(tmp_path: Path, monkeypatch):
         ),
         ({}, {"model.layers.1.extra": np.ones(1, np.float32)}, r"'model\.layers\.1\.extra' is not one of"),
         ({}, {"model.layers.2.extra": np.ones(1, np.float32)}, None),
-        ({"quantization_config": {"quant_method": "gptq"}}, {}, "method 'gptq' is not read, .*'mxfp4'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, {}, "method 'hqq' is not read; .*'mxfp4'"),
         ({"quantization_config": "mxfp8"}, {}, "method 'mxfp8' is not read"),
         ({"quantization_config": {"bits": 4}}, {}, "method None is not read"),
         ({"quantization_config": {"quant_method": ["mxfp4"]}}, {}, r"method \['mxfp4'\] is not read"),

@@ -39,8 +39,14 @@ class Format(ABC):
 
     @property
     @abstractmethod
-    def coding(self) -> Coding:
-        """The coding in which a weight of this format is kept in memory."""
+    def coding(self) -> Coding | None:
+        """The coding in which a weight of this format is kept in memory; None keeps its numbers, dequantised
+        while it loads."""
+
+    @property
+    def why_dequantised(self) -> str:
+        """The reason for a ``coding`` of None, for messages."""
+        return ""
 
     @abstractmethod
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
@@ -59,11 +65,16 @@ class Format(ABC):
         """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
         return self
 
+    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
+        """Returns the format with what only the numbers in its tensors say. The tensors are not checked yet:
+        any may be missing or wrong."""
+        return self
+
     @abstractmethod
     def read(
         self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
     ) -> Quantised:
-        """Returns a weight as numpy arrays, in its coding and computed in float32.
+        """Returns a weight as numpy arrays, in its coding (any, if that is None) and computed in float32.
 
         entry: entry of the leading axis of stacked tensors; None reads whole tensors.
         shape: shape of the numbers, ``[..., out, in]``.
