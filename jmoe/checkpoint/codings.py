@@ -53,8 +53,9 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
     elif has_weights(directory) and read_quantisation(directory).rules:
         with HFCheckpoint(directory) as checkpoint:
             tensors = list(stored_tensors(checkpoint, cfg))
-        found = _of_products(codings_of(tensors), cfg)
+        found = codings_of(tensors)
         _report_dequantised(directory, tensors, found)
+        found = _of_products(found, cfg)
     else:
         found = UNQUANTISED
     if request is None:
