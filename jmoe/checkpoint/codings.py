@@ -7,17 +7,17 @@ from pathlib import Path
 from jmoe_kernels.quantised import Coding
 
 from jmoe.blueprint import UNQUANTISED, Codings
-from jmoe.checkpoint.facts import has_weights, stored_tensors
+from jmoe.checkpoint.facts import stored_tensors
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
-from jmoe.checkpoint.quantisation import read_quantisation
+from jmoe.checkpoint.source import source_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.quantisation import QuantizationName, QuantizedProducts
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint
+from jmoe.param import Products
 
 CODINGS: dict[QuantizationName, Coding] = {
     "int8": Coding("int8", None),
@@ -44,11 +44,12 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
 
     It raises ValueError if the checkpoint contradicts itself, or if it is quantised and more is requested.
     """
+    source = source_of(directory)
     if is_converted(directory):
         found = Codings(read_manifest(directory).codings)
-    elif has_weights(directory) and read_quantisation(directory).rules:
-        with HFCheckpoint(directory) as checkpoint:
-            found = codings_of(stored_tensors(checkpoint, cfg))
+    elif source.has_weights() and not source.quantisation().is_plain:
+        with source.open() as checkpoint:
+            found = codings_of(stored_tensors(checkpoint, cfg), cfg)
     else:
         found = UNQUANTISED
     if request is None:
@@ -59,24 +60,28 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
     return requested_codings(cfg, request)
 
 
-def codings_of(tensors: Iterable[StoredParam]) -> Codings:
-    """Returns the codings of parameters whose tensors all have the same one; others are dequantised."""
-    found = Codings()
+def codings_of(tensors: Iterable[StoredParam], cfg: ModelConfig) -> Codings:
+    """Returns the codings of the parameters of products whose tensors all have the same one; all others are
+    dequantised."""
+    found, inner_sizes = Codings(), _products(cfg, ("experts", "dense"))
     for path, parts in tensors_by_path(tensors).items():
         codings = {None if part.format is None else part.format.coding for part in parts}
-        if len(codings) == 1 and (coding := codings.pop()) is not None:
+        if len(codings) == 1 and path in inner_sizes and (coding := codings.pop()) is not None:
             found[path] = coding
     return found
 
 
 def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:
     """Returns the codings that a request gives to the parameters of products."""
-    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh())
     coding = CODINGS[request.method]
     kinds = ("experts",) if request.what == "experts" else ("experts", "dense")
-    specs = abstract_decoder(blueprint)[1]
-    chosen = {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
-    return Codings({path: _for_rows(coding, inner) for path, inner in chosen.items()})
+    return Codings({path: _for_rows(coding, inner) for path, inner in _products(cfg, kinds).items()})
+
+
+def _products(cfg: ModelConfig, kinds: tuple[Products, ...]) -> dict[str, int]:
+    """Returns the length of a row of each parameter that is a factor of such products, by its path."""
+    specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))[1]
+    return {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
 
 
 def _for_rows(coding: Coding, inner: int) -> Coding:

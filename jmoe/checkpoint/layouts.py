@@ -34,6 +34,8 @@ def in_stored_order(out: np.ndarray, form: Form) -> np.ndarray:
     Its axes may be finer than the stored ones. Values assigned to it, part by part along its first axis, go
     into the slice.
     """
+    if form.halved_heads:
+        return out.reshape(form.halved_heads, 2, -1, *out.shape[1:]).swapaxes(1, 2)
     if form.row_layout == "alternate":
         out = out.swapaxes(0, 1)
     if not form.is_transposed:

@@ -14,7 +14,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, dequantised
 
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, all_finite
+from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint, all_finite
 from jmoe.checkpoint.layouts import entries, in_stored_order, stored_shape
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantise import quantise
@@ -25,7 +25,7 @@ from jmoe.models.weights import PLAIN
 Buffer = np.ndarray | Quantised  # a slice of a parameter; a quantised one has arrays of numpy
 
 
-def read_slice(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> None:
+def read_slice(checkpoint: Checkpoint, tensor: StoredParam, out: Buffer) -> None:
     """Fills ``out``, a C-order slice in float32 or bfloat16, or a quantised one.
 
     A tensor that is quantised as ``out`` is keeps its codes; a plain tensor is quantised; a tensor that is
@@ -42,7 +42,7 @@ def read_slice(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> No
         _read_numbers(checkpoint, tensor, out)
 
 
-def _read_numbers(checkpoint: HFCheckpoint, tensor: StoredParam, out: np.ndarray) -> None:
+def _read_numbers(checkpoint: Checkpoint, tensor: StoredParam, out: np.ndarray) -> None:
     if tensor.form == PLAIN:
         return checkpoint.read_into(tensor.name, out, tensor.expert)
     ordered = in_stored_order(out, tensor.form)
@@ -55,7 +55,7 @@ def _read_numbers(checkpoint: HFCheckpoint, tensor: StoredParam, out: np.ndarray
             rows[...] = values
 
 
-def _read_codes(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> None:
+def _read_codes(checkpoint: Checkpoint, tensor: StoredParam, out: Buffer) -> None:
     """Reads a quantised tensor as it is or, into plain numbers, dequantised."""
     assert tensor.format is not None
     codes = tensor.format.read(checkpoint, tensor.name, tensor.expert, stored_shape(tensor.form, out.shape))

@@ -16,10 +16,14 @@ class Form:
 
     row_layout: row layout of a gate-and-up tensor.
     is_transposed: whether it is stored as ``[in, out]``.
+    halved_heads: number of heads whose rows are stored with the two halves of a head in turn (row 0 of the
+        first half, row 0 of the second, row 1 of the first ...), as llama.cpp rotates them; 0 for rows in
+        their own order.
     """
 
     row_layout: RowLayout = "plain"
     is_transposed: bool = False
+    halved_heads: int = 0
 
 
 PLAIN = Form()

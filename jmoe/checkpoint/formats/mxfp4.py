@@ -8,7 +8,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, read_array
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.config.units import brief
 
 BLOCK = 32  # numbers that share a scale
@@ -38,16 +38,14 @@ class Mxfp4Blocks(Format):
             StoredEntry(name + SCALES, per_row, ("U8",)),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         blocks, scales = (read_array(checkpoint, each, entry) for each in self.entries(name, shape))
         check_exponents(checkpoint, name + SCALES, scales)
         values = blocks.reshape(*shape[:-1], shape[-1] // 2)
         return Quantised(values, scales, None, self.coding, "float32")
 
 
-def check_exponents(checkpoint: HFCheckpoint, name: str, scales: np.ndarray) -> None:
+def check_exponents(checkpoint: Checkpoint, name: str, scales: np.ndarray) -> None:
     """Raises ValueError naming the tensor if a scale is the byte that means NaN."""
     if (scales == NO_NUMBER).any():
         file = checkpoint.tensors[name].file
