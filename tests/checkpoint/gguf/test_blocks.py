@@ -15,11 +15,8 @@ def own_numbers(kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def test_the_table_of_types_is_the_package_s():
-    assert {
-        number: (each.name, *gguf.GGML_QUANT_SIZES[each])
-        for number, each in ((each.value, each) for each in gguf.GGMLQuantizationType)
-        if each in gguf.GGML_QUANT_SIZES
-    } == TYPES
+    sizes = {each.value: (each.name, *sizes) for each, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert {number: sizes.get(number) for number in TYPES} == TYPES
     assert HALVES.keys() == FORMATS.keys()
 
 
