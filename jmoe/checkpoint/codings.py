@@ -61,11 +61,13 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
 
 
 def codings_of(tensors: Iterable[StoredParam], cfg: ModelConfig) -> Codings:
-    """Returns the codings of the parameters of products whose tensors all have the same one; all others are
-    dequantised."""
+    """Returns the codings of the parameters of products whose tensors all have the same one, along the same
+    axis as the parameter; all others are dequantised."""
     found, inner_sizes = Codings(), _products(cfg, ("experts", "dense"))
     for path, parts in tensors_by_path(tensors).items():
-        codings = {None if part.format is None else part.format.coding for part in parts}
+        codings = {
+            None if part.format is None or part.form.is_transposed else part.format.coding for part in parts
+        }
         if len(codings) == 1 and path in inner_sizes and (coding := codings.pop()) is not None:
             found[path] = coding
     return found

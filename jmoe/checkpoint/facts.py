@@ -115,7 +115,9 @@ def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredP
         name = head if as_head and stored.name == embed else stored.name
         if name != last:  # the entries of a stacked tensor follow one another
             last, stored_format = name, quantisation.format_of(name, names)
-        yield StoredParam(name, stored.path, stored.index, stored.expert, stored.form, stored_format)
+        yield StoredParam(
+            name, stored.path, stored.index, stored.expert, stored.form, stored.rows, stored_format
+        )
 
 
 def _are_equal(checkpoint: Checkpoint, first: str, second: str, dtype: str) -> bool:

@@ -15,7 +15,7 @@ def entries(tensor: StoredParam, shape: tuple[int, ...]) -> tuple[StoredEntry, .
     stored = stored_shape(tensor.form, shape)
     if tensor.format is None:
         return (StoredEntry(tensor.name, stored, tuple(DTYPES)),)
-    if tensor.form.is_transposed:
+    if tensor.form.is_transposed and tensor.form.row_layout != "plain":
         raise ValueError(f"tensor {tensor.name!r}: {tensor.format.name} is not read transposed")
     return tensor.format.entries(tensor.name, stored)
 

@@ -197,7 +197,7 @@ def read_param(checkpoint: Checkpoint, spec: ParamSpec, tensors: list[StoredPara
         return entry_numbers(spec)
     buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
     for stored in tensors:
-        read_slice(checkpoint, stored, buffer[stored.index])
+        read_slice(checkpoint, stored, stored.part_of(buffer))
     return buffer
 
 

@@ -65,7 +65,7 @@ def _read_codes(checkpoint: Checkpoint, tensor: StoredParam, out: Buffer) -> Non
     ordered = in_stored_order(out, tensor.form)
     flat = codes.reshape(-1)
     for start, rows in _chunks(ordered):
-        first = start // out.shape[-1]
+        first = start // ordered.shape[-1]
         with np.errstate(over="ignore"):
             numbers = dequantised(flat[first : first + math.prod(rows.shape[:-1])]).astype(out.dtype)
         if not all_finite(numbers.reshape(-1)):
@@ -111,7 +111,7 @@ def check_shapes(
     for path, spec in specs.items():
         for stored in table[path]:
             try:
-                needed = entries(stored, spec.shape[len(stored.index) :])
+                needed = entries(stored, stored.part_shape(spec.shape))
             except ValueError as error:
                 raise ValueError(f"{tensors[stored.names[0]].file}: {error}") from None
             for entry in needed:

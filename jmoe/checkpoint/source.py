@@ -110,9 +110,8 @@ class GgufFile:
         return self.path
 
     def config(self) -> dict[str, Any]:
-        with self.open() as checkpoint:
-            with named(self.path):
-                return config_values(checkpoint.metadata, checkpoint.tensors)
+        with self.open() as checkpoint, named(self.path):
+            return config_values(checkpoint.metadata, checkpoint.tensors)
 
     def has_weights(self) -> bool:
         return True

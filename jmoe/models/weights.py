@@ -1,7 +1,7 @@
 """Where a checkpoint keeps a parameter's values, and in which form."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # The row layout of a stored tensor, compared with the parameter's own layout [..., out, in]:
 #   plain        the same layout
@@ -38,6 +38,7 @@ class StoredTensor:
     index: index into the parameter's leading axes.
     expert: index into the tensor's leading axis if the tensor holds all experts; None is the whole tensor.
     form: order of the values.
+    rows: the first row that it fills of the slice at ``index``, and the row after the last; None is all rows.
     """
 
     name: str
@@ -45,3 +46,14 @@ class StoredTensor:
     index: tuple[int, ...] = ()
     expert: int | None = None
     form: Form = PLAIN
+    rows: tuple[int, int] | None = None
+
+    def part_of(self, parameter: Any) -> Any:
+        """Returns the view of a parameter that the tensor fills."""
+        index = self.index if self.rows is None else (*self.index, slice(*self.rows))
+        return parameter[index]
+
+    def part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of that view of a parameter of ``shape``."""
+        _, *inner = shape = shape[len(self.index) :]
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *inner)

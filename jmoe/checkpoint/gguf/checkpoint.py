@@ -59,7 +59,7 @@ class GgufCheckpoint(Checkpoint):
         return found
 
     def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
-        yield from tensor_names(cfg)
+        yield from tensor_names(cfg, self.tensors)
 
     def is_ignored(self, cfg: ModelConfig, name: str) -> bool:
         """Returns whether the tensor is of a layer that predicts further tokens: the decoder has none."""

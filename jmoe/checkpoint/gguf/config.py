@@ -233,11 +233,10 @@ def _dots1(model: Metadata) -> Values:
 
 def _deepseek(model: Metadata) -> Values:
     """Returns the values of DeepSeek-V2, whose scores are a softmax, or of V3."""
-    if "blk.0.attn_k_b.weight" in model.tensors:
-        raise ValueError("attention has attn_k_b and attn_v_b, which are not read; a file with attn_kv_b is")
     model.refuse("expert_gating_func", SOFTMAX, SIGMOID)
     is_v3 = model.get("expert_gating_func") == SIGMOID
     rotated = model.number("rope.dimension_count")
+    of_head = "_mla" if model.get("attention.key_length_mla") else ""  # else the lengths are a head's anyway
     scaling = _rope_scaling(model)
     if scaling is not None:
         scale = round(model.number("rope.scaling.yarn_log_multiplier", 0.0) / LOG_MULTIPLIER, 6)
@@ -247,8 +246,8 @@ def _deepseek(model: Metadata) -> Values:
         "q_lora_rank": model.get("attention.q_lora_rank"),
         "kv_lora_rank": model.require("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": model.number("attention.key_length") - rotated,
-        "v_head_dim": model.require("attention.value_length"),
+        "qk_nope_head_dim": model.number(f"attention.key_length{of_head}") - rotated,
+        "v_head_dim": model.require(f"attention.value_length{of_head}"),
         "rope_scaling": scaling,
         "head_dim": None,
     }

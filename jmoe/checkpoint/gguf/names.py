@@ -4,7 +4,7 @@ Families that keep all experts, or the gate and the up rows, in one tensor of a 
 the same separate stacks as the others here. Two writers of llama.cpp reorder the rows of queries and keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from jmoe.config.model import ModelConfig
@@ -59,10 +59,12 @@ GATE_UP = {  # parameters of which the gate and the up rows are two tensors
 }
 
 
-def tensor_names(cfg: ModelConfig) -> Iterator[StoredTensor]:
+def tensor_names(cfg: ModelConfig, found: Container[str] = ()) -> Iterator[StoredTensor]:
     """Yields every tensor of a model, or every entry of a stacked tensor, as a GGUF file names it.
 
     It raises ValueError for a parameter that has no name there.
+
+    found: names of the file's tensors, since keys and values of latent attention have one of two forms.
     """
     layer_table = LAYER | (ATTENTION if cfg.latent is None else LATENT)
     if cfg.architecture in NAMED_AFTER_ATTENTION:
@@ -75,14 +77,27 @@ def tensor_names(cfg: ModelConfig) -> Iterator[StoredTensor]:
         layer, _, path = rest.partition(".")
         expert = stored.index[0] if path.startswith("moe.experts.") else None
         plain = replace(stored, expert=expert, form=_form(cfg, path))
-        if path not in GATE_UP:
+        if path == "attention.kv_b_proj" and f"blk.{layer}.attn_k_b.weight" in found:
+            yield from _by_head(cfg, plain, f"blk.{layer}")
+        elif path not in GATE_UP:
             yield replace(plain, name=f"blk.{layer}.{_name(layer_table, path, stored)}")
-            continue
-        of_experts = len(stored.index) if expert is None else len(stored.index) - 1
-        halves = (0, 1) if of_experts == 0 else stored.index[-1:]  # 0: the source has both in one tensor
-        for half in halves:
-            index = (half,) if expert is None else (expert, half)
-            yield replace(plain, name=f"blk.{layer}.{GATE_UP[path][half]}", index=index)
+        else:
+            front = () if expert is None else (expert,)
+            halves = stored.index[len(front) :] or (0, 1)  # a tensor of the family may have both
+            for half in halves:
+                yield replace(plain, name=f"blk.{layer}.{GATE_UP[path][half]}", index=(*front, half))
+
+
+def _by_head(cfg: ModelConfig, stored: StoredTensor, layer: str) -> Iterator[StoredTensor]:
+    """Yields the rows of each head: those of keys, transposed, and then those of values."""
+    assert cfg.latent is not None
+    keys, size = cfg.latent.qk_nope_head_dim, cfg.latent.qk_nope_head_dim + cfg.latent.v_head_dim
+    for head in range(cfg.num_attention_heads):
+        first, middle, end = head * size, head * size + keys, (head + 1) * size
+        entry = replace(stored, expert=head)
+        transposed = Form(is_transposed=True)
+        yield replace(entry, name=f"{layer}.attn_k_b.weight", rows=(first, middle), form=transposed)
+        yield replace(entry, name=f"{layer}.attn_v_b.weight", rows=(middle, end))
 
 
 def _name(table: dict[str, str], path: str, stored: StoredTensor) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,7 +15,12 @@ from jmoe import LLM
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.codings import read_codings
 from jmoe.checkpoint.gguf.blocks import FORMATS
+from jmoe.checkpoint.params import abstract_decoder
 from jmoe.checkpoint.source import source_of
+from jmoe.config.moe import MoEConfig
+from jmoe.mesh import make_mesh
+from jmoe.models import get_family, model_config
+from jmoe.models.decoder import make_blueprint
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FAMILIES = sorted(d.name for d in GOLDEN.iterdir() if d.name not in ("llama4", "phimoe"))
@@ -42,6 +48,43 @@ def test_a_float_file_has_the_logits_of_its_source(family: str, tmp_path: Path):
     np.testing.assert_allclose(logits(tmp_path / "model.gguf"), logits(directory), atol=1e-5, rtol=1e-5)
     mine, source = (read_config(path, "float32") for path in (tmp_path / "model.gguf", directory))
     assert mine.router == source.router and mine.layer_types == source.layer_types
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_is_read_by_head_too(family: str, tmp_path: Path):
+    directory = golden(family, tmp_path / "hf")
+    write_gguf(directory, tmp_path / "model.gguf", by_head=True)
+    np.testing.assert_allclose(logits(tmp_path / "model.gguf"), logits(directory), atol=1e-5, rtol=1e-5)
+
+
+def test_keys_by_head_are_dequantised(tmp_path: Path):
+    """Blocks lie along the other axis than the parameter's rows, so it cannot keep them."""
+    config = json.loads((GOLDEN / "deepseek_v3" / "config.json").read_text())
+    config |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 64, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 2, "attention_bias": False}
+    cfg = model_config(config)
+    _, specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh(devices=jax.devices()[:1])))
+    rng, source = np.random.default_rng(0), {}
+    for stored in get_family(cfg.architecture).names(cfg):
+        shape = specs[stored.path].shape[len(stored.index) :]
+        source[stored.name] = rng.standard_normal(shape).astype(np.float32) / 4
+    hf_tiny.write_checkpoint(tmp_path / "hf", config, tensors=source)
+
+    def types(name: str, numbers: np.ndarray) -> str:
+        return "Q8_0" if name.endswith(("attn_k_b.weight", "attn_v_b.weight")) else "F32"
+
+    path = tmp_path / "model.gguf"
+    written = write_gguf(tmp_path / "hf", path, types, by_head=True)
+    for i in range(cfg.num_hidden_layers):
+        keys, values = (
+            gguf.dequantize(written[f"blk.{i}.attn_{each}_b.weight"], gguf.GGMLQuantizationType.Q8_0)
+            for each in "kv"
+        )
+        both = np.concatenate([keys.reshape(2, 64, 32).swapaxes(1, 2), values.reshape(2, 32, 64)], axis=1)
+        source[f"model.layers.{i}.self_attn.kv_b_proj.weight"] = both.reshape(128, 64)
+    hf_tiny.write_checkpoint(tmp_path / "plain", config, tensors=source)
+    np.testing.assert_allclose(logits(path), logits(tmp_path / "plain"), atol=1e-5, rtol=1e-5)
+    assert not read_codings(path, read_config(path))
 
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}

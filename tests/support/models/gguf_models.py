@@ -33,20 +33,29 @@ def plain(name: str, numbers: np.ndarray) -> str:
 
 
 def write_gguf(
-    directory: Path, path: Path, types: Types = plain, more: dict[str, Any] | None = None, split: int = 0
+    directory: Path,
+    path: Path,
+    types: Types = plain,
+    more: dict[str, Any] | None = None,
+    *,
+    split: int = 0,
+    by_head: bool = False,
 ) -> dict[str, np.ndarray]:
     """Writes the checkpoint of ``directory``; returns the raw bytes of every tensor of blocks.
 
     more: further metadata, such as a tokenizer.
     split: tensors of a file; 0 is one file.
+    by_head: whether keys and values of latent attention are apart, as newer files have them.
     """
     config = json.loads((directory / "config.json").read_text())
     arch = ARCHITECTURES[config["architectures"][0]]
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
-    for key, value in (metadata(config) | (more or {})).items():
+    of_heads = mla(config) if by_head else {}
+    for key, value in (metadata(config) | of_heads | (more or {})).items():
         add(writer, key if key.startswith(("tokenizer.", "general.")) else f"{arch}.{key}", value)
     written = {}
-    for name, numbers in tensors(config, load_file(directory / "model.safetensors")):
+    source = load_file(directory / "model.safetensors")
+    for name, numbers in tensors(config, split_heads(config, source) if by_head else source):
         kind = types(name, numbers)
         if kind == "F32":
             writer.add_tensor(name, numbers)
@@ -166,6 +175,32 @@ def balanced(config: dict[str, Any], cfg: Any) -> dict[str, Any]:
     }
     if cfg.rope.mscale_all_dim:
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * cfg.rope.mscale_all_dim
+    return found
+
+
+def mla(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what newer files say of latent attention: the lengths are those of the cached latent."""
+    lora, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": lora + rotated,
+        "attention.value_length": lora,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": config["v_head_dim"],
+    }
+
+
+def split_heads(config: dict[str, Any], source: Merged) -> Merged:
+    """Returns the tensors with ``kv_b_proj`` as the converter of newer files splits it."""
+    found: Merged = {}
+    for name, numbers in source.items():
+        if not name.endswith("kv_b_proj.weight"):
+            found[name] = numbers
+            continue
+        heads = numbers.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+        keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+        found[name.replace("kv_b", "k_b")] = np.ascontiguousarray(keys.swapaxes(1, 2))
+        found[name.replace("kv_b", "v_b")] = np.ascontiguousarray(values)
     return found
 
 
