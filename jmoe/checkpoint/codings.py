@@ -1,25 +1,25 @@
 """The codings in which parameters are kept: those of the checkpoint, or those requested while it loads."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jmoe_kernels.quantised import Coding
 
 from jmoe.blueprint import UNQUANTISED, Codings
-from jmoe.checkpoint.facts import has_weights, stored_tensors
+from jmoe.checkpoint.facts import stored_tensors
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, tensors_by_path
-from jmoe.checkpoint.quantisation import read_quantisation
+from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
+from jmoe.checkpoint.source import source_of
 from jmoe.config.choices import QuantizationName, QuantizedProducts
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import make_blueprint
+from jmoe.param import Products
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,15 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
 
     It raises ValueError if the checkpoint contradicts itself, or if it is quantised and more is requested.
     """
+    source = source_of(directory)
     if is_converted(directory):
         found = Codings(read_manifest(directory).codings)
-    elif has_weights(directory) and read_quantisation(directory).rules:
-        with HFCheckpoint(directory) as checkpoint:
+    elif source.has_weights() and not source.quantisation().is_plain:
+        with source.open() as checkpoint:
             tensors = list(stored_tensors(checkpoint, cfg))
-        found = codings_of(tensors)
-        _report_dequantised(directory, tensors, found)
-        found = _of_products(found, cfg)
+        products = _products(cfg, ("experts", "dense"))
+        found = codings_of(tensors, products)
+        _report_dequantised(directory, [each for each in tensors if each.path in products], found)
     else:
         found = UNQUANTISED
     if request is None:
@@ -66,12 +67,18 @@ def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = N
     return requested_codings(cfg, request)
 
 
-def codings_of(tensors: Iterable[StoredParam]) -> Codings:
-    """Returns the codings of parameters whose tensors all have the same one; others are dequantised."""
+def codings_of(tensors: Iterable[StoredParam], products: Container[str]) -> Codings:
+    """Returns the codings of the parameters of products whose tensors all have the same one, along the same
+    axis as the parameter; all others are dequantised.
+
+    products: paths of the parameters that are factors of products.
+    """
     found = Codings()
     for path, parts in tensors_by_path(tensors).items():
-        codings = {None if part.format is None else part.format.coding for part in parts}
-        if len(codings) == 1 and (coding := codings.pop()) is not None:
+        codings = {
+            None if part.format is None or part.form.is_transposed else part.format.coding for part in parts
+        }
+        if len(codings) == 1 and path in products and (coding := codings.pop()) is not None:
             found[path] = coding
     return found
 
@@ -95,20 +102,13 @@ def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:
     """Returns the codings that a request gives to the parameters of products."""
     coding = CODINGS[request.method]
     kinds = ("experts",) if request.what == "experts" else ("experts", "dense")
-    specs = _specs(cfg)
-    chosen = {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
-    return Codings({path: _for_rows(coding, inner) for path, inner in chosen.items()})
+    return Codings({path: _for_rows(coding, inner) for path, inner in _products(cfg, kinds).items()})
 
 
-def _of_products(codings: Codings, cfg: ModelConfig) -> Codings:
-    """Returns the codings of parameters that stay quantised. The others are dequantised, because they are
-    used in more than products."""
-    specs = _specs(cfg) if codings else {}
-    return Codings({path: each for path, each in codings.items() if specs[path].products is not None})
-
-
-def _specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    return abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))[1]
+def _products(cfg: ModelConfig, kinds: tuple[Products, ...]) -> dict[str, int]:
+    """Returns the length of a row of each parameter that is a factor of such products, by its path."""
+    specs = abstract_decoder(make_blueprint(cfg, MoEConfig(), make_mesh()))[1]
+    return {path: spec.shape[-1] for path, spec in specs.items() if spec.products in kinds}
 
 
 def _for_rows(coding: Coding, inner: int) -> Coding:

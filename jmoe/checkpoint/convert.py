@@ -20,11 +20,11 @@ import numpy as np
 
 from jmoe.checkpoint.codings import Quantize, read_codings
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
 from jmoe.checkpoint.params import ParamSpec, by_path
-from jmoe.checkpoint.safetensors_file import read_json
+from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -116,7 +116,8 @@ def _write(
 
     cfg = read_config(hf_dir, dtype)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(hf_dir, cfg, quantize))
-    with HFCheckpoint(hf_dir) as checkpoint:
+    source = source_of(hf_dir)
+    with source.open() as checkpoint:
         model, specs, table = match(checkpoint, blueprint, own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
@@ -125,12 +126,11 @@ def _write(
             done += sum(specs[p].nbytes for p in paths)
             if progress is not None:
                 progress(done, total)
-    text = json.dumps(_as_written(read_json(hf_dir / "config.json"), model.cfg), indent=2)
+    text = json.dumps(_as_written(source.config(), model.cfg), indent=2)
     (working / "config.json").write_text(text + "\n", encoding="utf-8")
-    for path in (path for pattern in COPIED for path in hf_dir.glob(pattern) if path.is_file()):
-        target = working / path.relative_to(hf_dir)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+    for name, text in _texts(source):
+        (working / name).parent.mkdir(exist_ok=True)
+        (working / name).write_bytes(text)
     kept = tuple(path for path, spec in specs.items() if spec == spec.in_float32() and spec.has_own_dtype)
     write_manifest(
         working, cfg.architecture, cfg.dtype,
@@ -139,8 +139,18 @@ def _write(
     )  # fmt: skip
 
 
+def _texts(source: Source) -> Iterator[tuple[str, bytes]]:
+    """Yields the texts of the tokenizer by their names."""
+    for pattern in COPIED:
+        paths = source.path.glob(pattern) if "*" in pattern else ()
+        for name in [path.relative_to(source.path).as_posix() for path in paths] or [pattern]:
+            text = source.read_text(name)
+            if text is not None:
+                yield name, text
+
+
 def _read_arrays(
-    checkpoint: HFCheckpoint, specs: list[ParamSpec], table: Mapping[str, list[StoredParam]]
+    checkpoint: Checkpoint, specs: list[ParamSpec], table: Mapping[str, list[StoredParam]]
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of parameters by path."""
     found: dict[str, np.ndarray] = {}

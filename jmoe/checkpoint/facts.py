@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import CHUNK, INDEX, HFCheckpoint
+from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint
 from jmoe.checkpoint.manifest import is_converted, read_manifest
-from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
+from jmoe.checkpoint.source import source_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
-from jmoe.models import get_family
 from jmoe.models.fields import HFConfig
 
 log = logging.getLogger(__name__)
@@ -39,9 +38,10 @@ def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
                 return COMPUTED.get(stated, stated) if isinstance(stated, str) else stated
     if is_converted(directory):
         return read_manifest(directory).dtype
-    if not has_weights(directory):
+    source = source_of(directory)
+    if not source.has_weights():
         return "float32"
-    with HFCheckpoint(directory) as checkpoint:
+    with source.open() as checkpoint:
         return computed_dtype(checkpoint.tensors)
 
 
@@ -62,10 +62,6 @@ def end_tokens(directory: Path, cfg: ModelConfig) -> frozenset[int]:
     return frozenset([*cfg.eos_token_ids, *ends])
 
 
-def has_weights(directory: Path) -> bool:
-    return (directory / INDEX).exists() or any(directory.glob("*.safetensors"))
-
-
 def computed_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     """Returns the dtype to compute in, by the floating-point tensors alone: quantised ones are bytes."""
     sizes: Counter[str] = Counter()
@@ -82,10 +78,10 @@ def is_wider(dtype: str, target: np.dtype) -> bool:
     return stored is not None and stored != target and target.itemsize < 4
 
 
-def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
+def with_own_head(checkpoint: Checkpoint, cfg: ModelConfig) -> ModelConfig:
     """Returns ``cfg``, untied if the checkpoint has a head that differs from the embedding, whatever
     ``config.json`` says; transformers reads such a head too."""
-    embed, head = embedding_names(cfg)
+    embed, head = embedding_names(checkpoint, cfg)
     tensors = checkpoint.tensors
     if not cfg.tie_word_embeddings or embed not in tensors or head not in tensors:
         return cfg
@@ -98,11 +94,11 @@ def with_own_head(checkpoint: HFCheckpoint, cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, tie_word_embeddings=False)
 
 
-def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
+def embedding_names(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[str, str]:
     """Returns the names of the tensors of the embedding and of the head (if the head is tied: the name it
     would have)."""
     paths = {"embed": "", "lm_head": ""}
-    for stored in get_family(cfg.architecture).names(replace(cfg, tie_word_embeddings=False)):
+    for stored in checkpoint.names(replace(cfg, tie_word_embeddings=False)):
         if stored.path in paths:
             paths[stored.path] = stored.name
         if all(paths.values()):
@@ -110,21 +106,23 @@ def embedding_names(cfg: ModelConfig) -> tuple[str, str]:
     return paths["embed"], paths["lm_head"]
 
 
-def stored_tensors(checkpoint: HFCheckpoint, cfg: ModelConfig) -> Iterator[StoredParam]:
+def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredParam]:
     """Yields every tensor of the model, as this checkpoint names and stores it: a matrix shared by embedding
     and head may be stored under either name. Raises ValueError if the checkpoint contradicts itself."""
-    embed, head = embedding_names(cfg)
-    names, quantisation = checkpoint.tensors, read_quantisation(checkpoint.directory)
+    embed, head = embedding_names(checkpoint, cfg)
+    names, quantisation = checkpoint.tensors, source_of(checkpoint.directory).quantisation()
     as_head = cfg.tie_word_embeddings and embed not in names and head in names
     last, stored_format = None, None
-    for stored in get_family(cfg.architecture).names(cfg):
+    for stored in checkpoint.names(cfg):
         name = head if as_head and stored.name == embed else stored.name
         if name != last:  # the entries of a stacked tensor follow one another
             last = name
             stored_format = quantisation.format_of(name, names, is_product=is_product(stored.path))
             if stored_format is not None:
                 stored_format = stored_format.of_contents(checkpoint, name)
-        yield StoredParam(name, stored.path, stored.index, stored.expert, stored.form, stored_format)
+        yield StoredParam(
+            name, stored.path, stored.index, stored.expert, stored.form, stored.rows, stored_format
+        )
 
 
 def is_product(path: str) -> bool:
@@ -132,7 +130,7 @@ def is_product(path: str) -> bool:
     return PRODUCT.search(path) is not None
 
 
-def _are_equal(checkpoint: HFCheckpoint, first: str, second: str, dtype: str) -> bool:
+def _are_equal(checkpoint: Checkpoint, first: str, second: str, dtype: str) -> bool:
     """Returns whether two tensors of the same shape hold the same numbers when read in ``dtype``."""
     size = int(np.prod(checkpoint.tensors[first].shape, dtype=np.int64))
     a, b = (np.empty(min(size, CHUNK), dtype) for _ in range(2))

@@ -1,11 +1,14 @@
-"""A Hugging Face model directory's tensors: found, checked, and read straight into numpy buffers."""
+"""A model's tensors, and those of a Hugging Face directory: found, checked, and read straight into numpy
+buffers."""
 
 import math
 import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +24,10 @@ from jmoe.checkpoint.safetensors_file import (
     read_header,
     read_json,
 )
+from jmoe.config.model import ModelConfig
 from jmoe.config.units import brief
+from jmoe.models import get_family
+from jmoe.models.weights import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 HUGE_PAGE = 2 << 20  # bytes
@@ -66,12 +72,15 @@ def all_finite(values: np.ndarray) -> bool:
     return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < sign + infinity)
 
 
-class HFCheckpoint:
-    """The safetensors of a directory, opened; use it in a ``with`` statement. The constructor raises
+class Checkpoint(ABC):
+    """The tensors of a model's files, opened; use it in a ``with`` statement. The constructor raises
     ValueError naming the file or tensor that is wrong.
 
+    directory: path of the model.
     tensors: every tensor by its name.
     """
+
+    item_sizes: ClassVar[Mapping[str, int]] = ITEM_SIZES  # bytes of a value, by the name of its dtype
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -82,39 +91,18 @@ class HFCheckpoint:
             self.close()
             raise
 
+    @abstractmethod
     def _open(self) -> dict[str, TensorInfo]:
-        weight_map = self._weight_map()
-        tensors: dict[str, TensorInfo] = {}
-        for name in _shards(self.directory) if weight_map is None else sorted(set(weight_map.values())):
-            path = self.directory / name
-            self._files[path] = open_regular(path)
-            for tensor, info in read_header(self._files[path]).items():
-                if tensor in tensors:
-                    raise ValueError(f"{path}: tensor {brief(tensor)} is also in {tensors[tensor].file.name}")
-                if weight_map is not None and weight_map.get(tensor) != name:
-                    raise ValueError(f"{path}: tensor {brief(tensor)} is not given to this file by {INDEX}")
-                tensors[tensor] = info
-        for tensor, file in (weight_map or {}).items():
-            if tensor not in tensors:
-                path = self.directory / file
-                raise ValueError(f"{path}: has no tensor {brief(tensor)}, see {INDEX}")
-        return tensors
+        """Opens every file; returns its tensors."""
 
-    def _weight_map(self) -> dict[str, str] | None:
-        path = self.directory / INDEX
-        if not path.exists():
-            return None
-        if (self.directory / "model.safetensors").exists():
-            raise ValueError(f"{self.directory}: has both model.safetensors and {INDEX}; remove one")
-        weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path}: has no weight_map")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or not _is_plain_name(name):
-                raise ValueError(
-                    f"{path}: tensor {brief(tensor)} lies in {brief(name)}, not a plain *.safetensors name"
-                )
-        return weight_map
+    @abstractmethod
+    def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
+        """Yields every tensor of the model once, or every entry of a stacked tensor, as this checkpoint names
+        it."""
+
+    @abstractmethod
+    def is_ignored(self, cfg: ModelConfig, name: str) -> bool:
+        """Returns whether the checkpoint may have a further tensor of that name, which is then not read."""
 
     def read_into(self, name: str, out: np.ndarray, part: int | None = None) -> None:
         """Reads a tensor, or one entry of its leading axis, into ``out`` (C-order, see ``read_run``)."""
@@ -158,7 +146,7 @@ class HFCheckpoint:
 
         dtype: name of their dtype in the file; ValueError if the tensor has another.
         """
-        info, itemsize = self.tensors[name], ITEM_SIZES[dtype]
+        info, itemsize = self.tensors[name], self.item_sizes[dtype]
         if info.dtype != dtype:
             raise ValueError(f"{info.file}: tensor {brief(name)} has dtype {info.dtype}; supported: {dtype}")
         out = np.empty(count * itemsize, np.uint8)
@@ -187,6 +175,56 @@ class HFCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class HFCheckpoint(Checkpoint):
+    """The safetensors of a Hugging Face directory."""
+
+    def _open(self) -> dict[str, TensorInfo]:
+        weight_map = self._weight_map()
+        tensors: dict[str, TensorInfo] = {}
+        for name in _shards(self.directory) if weight_map is None else sorted(set(weight_map.values())):
+            path = self.directory / name
+            self._files[path] = open_regular(path)
+            for tensor, info in read_header(self._files[path]).items():
+                if tensor in tensors:
+                    raise ValueError(f"{path}: tensor {brief(tensor)} is also in {tensors[tensor].file.name}")
+                if weight_map is not None and weight_map.get(tensor) != name:
+                    raise ValueError(f"{path}: tensor {brief(tensor)} is not given to this file by {INDEX}")
+                tensors[tensor] = info
+        for tensor, file in (weight_map or {}).items():
+            if tensor not in tensors:
+                path = self.directory / file
+                raise ValueError(f"{path}: has no tensor {brief(tensor)}, see {INDEX}")
+        return tensors
+
+    def _weight_map(self) -> dict[str, str] | None:
+        path = self.directory / INDEX
+        if not path.exists():
+            return None
+        if (self.directory / "model.safetensors").exists():
+            raise ValueError(f"{self.directory}: has both model.safetensors and {INDEX}; remove one")
+        weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path}: has no weight_map")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not _is_plain_name(name):
+                raise ValueError(
+                    f"{path}: tensor {brief(tensor)} lies in {brief(name)}, not a plain *.safetensors name"
+                )
+        return weight_map
+
+    def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
+        yield from get_family(cfg.architecture).names(cfg)
+
+    def is_ignored(self, cfg: ModelConfig, name: str) -> bool:
+        """Returns whether it is one of the rotary frequencies that old releases stored, which every reader
+        computes from ``config.json``, or whether the family ignores that tensor and the checkpoint has the
+        tensor that shows that it may."""
+        family = get_family(cfg.architecture)
+        witness = family.witness(name)
+        has_witness = witness is None or witness in self.tensors
+        return name.endswith(".rotary_emb.inv_freq") or (family.is_ignored(cfg, name) and has_witness)
 
 
 def _is_plain_name(name: str) -> bool:

@@ -15,7 +15,7 @@ def entries(tensor: StoredParam, shape: tuple[int, ...]) -> tuple[StoredEntry, .
     stored = stored_shape(tensor.form, shape)
     if tensor.format is None:
         return (StoredEntry(tensor.name, stored, tuple(DTYPES)),)
-    if tensor.form.is_transposed:
+    if tensor.form.is_transposed and tensor.form.row_layout != "plain":
         raise ValueError(f"tensor {tensor.name!r}: {tensor.format.name} is not read transposed")
     return tensor.format.entries(tensor.name, stored)
 
@@ -34,6 +34,8 @@ def in_stored_order(out: np.ndarray, form: Form) -> np.ndarray:
     Its axes may be finer than the stored ones. Values assigned to it, part by part along its first axis, go
     into the slice.
     """
+    if form.halved_heads:
+        return out.reshape(form.halved_heads, 2, -1, *out.shape[1:]).swapaxes(1, 2)
     if form.row_layout == "alternate":
         out = out.swapaxes(0, 1)
     if not form.is_transposed:

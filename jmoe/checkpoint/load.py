@@ -11,14 +11,13 @@ from jmoe.blueprint import Blueprint
 from jmoe.checkpoint.codings import Quantize, read_codings
 from jmoe.checkpoint.facts import (
     embedding_names,
-    has_weights,
     is_wider,
     own_dtype,
     stored_tensors,
     with_own_head,
 )
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import HFCheckpoint, aligned_empty
+from jmoe.checkpoint.hf_reader import Checkpoint, aligned_empty
 from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import (
     ParamSpec,
@@ -28,10 +27,9 @@ from jmoe.checkpoint.params import (
     put_on_mesh,
     tensors_by_path,
 )
-from jmoe.checkpoint.quantisation import read_quantisation
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
-from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
+from jmoe.checkpoint.source import is_gguf, source_of
 from jmoe.checkpoint.stacks import into_stacks
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
@@ -39,7 +37,7 @@ from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
-from jmoe.models import Family, get_family, model_config
+from jmoe.models import model_config
 from jmoe.models.decoder import Decoder, make_blueprint
 from jmoe.placement.placement import Placement
 
@@ -54,10 +52,10 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
     It raises ValueError, naming the file, if the file is absent, malformed or of an unsupported model.
     """
     directory = check_directory(directory)
-    path = directory / "config.json"
-    hf = read_json(path)
+    source = source_of(directory)
+    path, hf = source.config_path, source.config()
     hf["dtype"] = own_dtype(directory, hf) if dtype == "auto" else dtype
-    read_quantisation(directory)  # what is not read is refused here already
+    source.quantisation()  # what is not read is refused here already
     with named(path):
         cfg = model_config(hf)
         longest = cfg.longest_context
@@ -67,8 +65,9 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
 
 
 def check_directory(directory: Path | str) -> Path:
-    path = Path(directory)
-    if not path.is_dir():
+    """Returns the path of a model; raises ValueError if it is neither a directory nor a GGUF file."""
+    path = source_of(directory).path
+    if not path.is_dir() and not is_gguf(path):
         what = "is a file; give its directory" if path.exists() else "is not a directory"
         raise ValueError(f"{str(directory)!r} {what} (nothing is ever downloaded: models are local folders)")
     return path
@@ -142,7 +141,7 @@ def read_model(
 
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
-    with HFCheckpoint(directory) as checkpoint:
+    with source_of(directory).open() as checkpoint:
         model, specs, table = match(checkpoint, blueprint, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
@@ -157,7 +156,7 @@ def read_model(
 
 
 def match(
-    checkpoint: HFCheckpoint, blueprint: Blueprint, placement: Placement | None = None, *, own_dtypes: bool
+    checkpoint: Checkpoint, blueprint: Blueprint, placement: Placement | None = None, *, own_dtypes: bool
 ) -> tuple[Decoder, dict[str, ParamSpec], dict[str, list[StoredParam]]]:
     """Returns the abstract model, its parameters and the tensors that fill each; checks every name and shape.
 
@@ -191,27 +190,25 @@ def match(
     return model, specs, table
 
 
-def read_param(checkpoint: HFCheckpoint, spec: ParamSpec, tensors: list[StoredParam]) -> Buffer:
+def read_param(checkpoint: Checkpoint, spec: ParamSpec, tensors: list[StoredParam]) -> Buffer:
     """Returns one parameter in the checkpoint's dtype, each tensor read straight into its slice of one
     buffer, or of the buffers of a quantised parameter."""
     if not tensors:
         return entry_numbers(spec)
     buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
     for stored in tensors:
-        read_slice(checkpoint, stored, buffer[stored.index], spec.written)
+        read_slice(checkpoint, stored, stored.part_of(buffer), spec.written)
     return buffer
 
 
-def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
+def check_names(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the family's tensors.
 
-    Three kinds of extra tensors are allowed and not read: ``lm_head.weight`` of a tied model, which
-    ``with_own_head`` has found equal to the embedding, the rotary frequencies that old releases stored,
-    which every reader computes from ``config.json``, and scales of activations beside quantised weights. A
-    family may allow more.
+    Some extra tensors are allowed and not read: the head of a tied model, which ``with_own_head`` has found
+    equal to the embedding, those that the checkpoint ignores, and scales of activations next to quantised
+    weights.
     """
-    family, expected = get_family(cfg.architecture), set()
-    quantisation = read_quantisation(checkpoint.directory)
+    expected, quantisation = set(), source_of(checkpoint.directory).quantisation()
     for stored in stored_tensors(checkpoint, cfg):
         for name in stored.names:
             if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
@@ -225,28 +222,15 @@ def check_names(checkpoint: HFCheckpoint, cfg: ModelConfig) -> None:
                     f"for: it is {list(info.shape)}"
                 )
             expected.add(name)
-    _, head = embedding_names(cfg)
+    _, head = embedding_names(checkpoint, cfg)
     for name, info in checkpoint.tensors.items():
         if name in expected:
             continue
         tied_head = cfg.tie_word_embeddings and name == head
-        known = (
-            tied_head
-            or name.endswith(".rotary_emb.inv_freq")
-            or quantisation.is_unread(name)
-            or _is_ignored(checkpoint, family, cfg, name)
-        )
-        if not known:
+        if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
             raise ValueError(
                 f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as config.json has it"
             )
-
-
-def _is_ignored(checkpoint: HFCheckpoint, family: Family, cfg: ModelConfig, name: str) -> bool:
-    """Returns whether the family ignores that tensor, and the checkpoint has the tensor that shows that it
-    may."""
-    witness = family.witness(name)
-    return family.is_ignored(cfg, name) and (witness is None or witness in checkpoint.tensors)
 
 
 def parameter_specs(
@@ -262,7 +246,8 @@ def parameter_specs(
         from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above
 
         return expected_model(directory, read_manifest(directory), blueprint, own_dtypes=dtype == "auto")[1]
-    if not has_weights(directory):
+    source = source_of(directory)
+    if not source.has_weights():
         return abstract_decoder(blueprint)[1]
-    with HFCheckpoint(directory) as checkpoint:
+    with source.open() as checkpoint:
         return match(checkpoint, blueprint, own_dtypes=dtype == "auto")[1]

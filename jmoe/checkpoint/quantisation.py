@@ -31,6 +31,11 @@ class Quantisation:
     source: str = "config.json, which has no quantization_config"
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no weight is quantised."""
+        return not self.rules
+
     def rule_of(self, name: str) -> Rule | None:
         """Returns the rule about the weight of that name, or None if there is none."""
         module = name.removesuffix(WEIGHT)

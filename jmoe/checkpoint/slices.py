@@ -14,7 +14,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, dequantised
 
 from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, all_finite
+from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint, all_finite
 from jmoe.checkpoint.layouts import entries, in_stored_order, stored_shape
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantise import quantise
@@ -26,7 +26,7 @@ Buffer = np.ndarray | Quantised  # a slice of a parameter; a quantised one has a
 
 
 def read_slice(
-    checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer, written: Coding | None = None
+    checkpoint: Checkpoint, tensor: StoredParam, out: Buffer, written: Coding | None = None
 ) -> None:
     """Fills ``out``, a C-order slice in float32 or bfloat16, or a quantised one.
 
@@ -46,7 +46,7 @@ def read_slice(
         _read_numbers(checkpoint, tensor, out)
 
 
-def _read_numbers(checkpoint: HFCheckpoint, tensor: StoredParam, out: np.ndarray) -> None:
+def _read_numbers(checkpoint: Checkpoint, tensor: StoredParam, out: np.ndarray) -> None:
     if tensor.form == PLAIN:
         return checkpoint.read_into(tensor.name, out, tensor.expert)
     ordered = in_stored_order(out, tensor.form)
@@ -59,7 +59,7 @@ def _read_numbers(checkpoint: HFCheckpoint, tensor: StoredParam, out: np.ndarray
             rows[...] = values
 
 
-def _read_codes(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> None:
+def _read_codes(checkpoint: Checkpoint, tensor: StoredParam, out: Buffer) -> None:
     """Reads a quantised tensor as it is or, into plain numbers, dequantised."""
     assert tensor.format is not None
     codes = tensor.format.read(checkpoint, tensor.name, tensor.expert, stored_shape(tensor.form, out.shape))
@@ -69,7 +69,7 @@ def _read_codes(checkpoint: HFCheckpoint, tensor: StoredParam, out: Buffer) -> N
     ordered = in_stored_order(out, tensor.form)
     flat = codes.reshape(-1)
     for start, rows in _chunks(ordered):
-        first = start // out.shape[-1]
+        first = start // ordered.shape[-1]
         with np.errstate(over="ignore"):
             numbers = dequantised(flat[first : first + math.prod(rows.shape[:-1])]).astype(out.dtype)
         if not all_finite(numbers.reshape(-1)):
@@ -115,7 +115,7 @@ def check_shapes(
     for path, spec in specs.items():
         for stored in table[path]:
             try:
-                needed = entries(stored, spec.shape[len(stored.index) :])
+                needed = entries(stored, stored.part_shape(spec.shape))
             except ValueError as error:
                 raise ValueError(f"{tensors[stored.names[0]].file}: {error}") from None
             for entry in needed:

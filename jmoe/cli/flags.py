@@ -68,7 +68,8 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:
 def add_model_flags(p: Parser) -> None:
     """Adds the flags of every command that runs a model; absent ones keep the defaults of
     ``EngineSettings``."""
-    p.add_argument("model", metavar="MODEL", nargs="?", help="tiny (bundled, the default) or a directory")
+    what = "tiny (bundled, the default), a directory or a GGUF file"
+    p.add_argument("model", metavar="MODEL", nargs="?", help=what)
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
     p.add_argument("--dtype", choices=get_args(DTypeChoice))
     add_quantization_flags(p)

@@ -12,7 +12,7 @@ from jmoe_kernels.quantised import Coding, Quantised, Scales
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.formats.gptq import KEPT, check_symmetric, check_words, coded, scales_of, unpacked
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.safetensors_file import TensorInfo
 
 BITS, PER_WORD = 4, 8
@@ -57,9 +57,7 @@ class Awq(Format):
             StoredEntry(scales, (groups, out), tuple(KEPT)),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         entries = self.entries(name, shape)
         words, zero_words, scales = (read_array(checkpoint, each, entry) for each in entries)
         check_finite(checkpoint, entries[2].name, scales)

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES, TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor
@@ -65,15 +65,13 @@ class Format(ABC):
         """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
         return self
 
-    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
+    def of_contents(self, checkpoint: Checkpoint, name: str) -> Self:
         """Returns the format with what only the numbers in its tensors say. The tensors are not checked yet:
         any may be missing or wrong."""
         return self
 
     @abstractmethod
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         """Returns a weight as numpy arrays, in its coding (any, if that is None) and computed in float32.
 
         entry: entry of the leading axis of stacked tensors; None reads whole tensors.
@@ -97,7 +95,7 @@ class StoredParam(StoredTensor):
         return (self.name,) if self.format is None else self.format.tensor_names(self.name)
 
 
-def read_array(checkpoint: HFCheckpoint, entry: StoredEntry, part: int | None) -> np.ndarray:
+def read_array(checkpoint: Checkpoint, entry: StoredEntry, part: int | None) -> np.ndarray:
     """Returns a tensor, or one entry of its leading axis, in the dtype of the file."""
     info = checkpoint.tensors[entry.name]
     count = int(np.prod(entry.shape, dtype=np.int64))
@@ -105,7 +103,7 @@ def read_array(checkpoint: HFCheckpoint, entry: StoredEntry, part: int | None) -
     return raw.view(ARRAY_DTYPES[info.dtype]).reshape(entry.shape)
 
 
-def check_finite(checkpoint: HFCheckpoint, name: str, scales: np.ndarray, what: str = "scale") -> None:
+def check_finite(checkpoint: Checkpoint, name: str, scales: np.ndarray, what: str = "scale") -> None:
     """Raises ValueError naming the tensor if a scale is NaN or Inf."""
     if not np.isfinite(scales.astype(np.float32)).all():
         file = checkpoint.tensors[name].file

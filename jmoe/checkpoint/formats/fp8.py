@@ -13,7 +13,7 @@ from jmoe_kernels.quantised import Coding, Quantised, Scales, exponent_scales
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.formats.grids import Block, by_row, check_groups, grid_shape
 from jmoe.checkpoint.formats.mxfp4 import check_exponents
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.config.units import brief
 
 NO_NUMBER = 0x7F  # the bits of NaN, without the sign
@@ -51,9 +51,7 @@ class Fp8(Format):
             StoredEntry(name + self.suffix, grid_shape(shape, self.block), kinds),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         values, scales = (read_array(checkpoint, each, entry) for each in self.entries(name, shape))
         if (values.view(np.uint8) & NO_NUMBER == NO_NUMBER).any():
             raise ValueError(f"{checkpoint.tensors[name].file}: tensor {brief(name)} has NaN")

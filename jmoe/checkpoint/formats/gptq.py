@@ -13,7 +13,7 @@ import numpy as np
 from jmoe_kernels.quantised import Code, Coding, Quantised, Scales
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
 
@@ -60,7 +60,7 @@ class Gptq(Format):
         order = "ordinary" if f"{_stem(name)}.g_idx" in tensors else "none"
         return replace(self, order=order, scales=scales_of(f"{_stem(name)}.scales", tensors))
 
-    def of_contents(self, checkpoint: HFCheckpoint, name: str) -> Self:
+    def of_contents(self, checkpoint: Checkpoint, name: str) -> Self:
         info = checkpoint.tensors.get(f"{_stem(name)}.g_idx")
         if not self.has_any_order or info is None or info.dtype != "I32" or len(info.shape) != 1:
             return self
@@ -85,9 +85,7 @@ class Gptq(Format):
             for each, its_shape, dtypes in zip(self.tensor_names(name), shapes, kinds, strict=False)
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         entries = self.entries(name, shape)
         words, zeros, scales, *order = (read_array(checkpoint, each, entry) for each in entries)
         check_finite(checkpoint, entries[2].name, scales)
@@ -104,7 +102,7 @@ class Gptq(Format):
             values = (values ^ np.uint8(128)).view(np.int8)
         return coded(values, zeros.T, scales.T, self._coding(group))
 
-    def _check_order(self, checkpoint: HFCheckpoint, name: str, g_idx: np.ndarray, groups: int) -> None:
+    def _check_order(self, checkpoint: Checkpoint, name: str, g_idx: np.ndarray, groups: int) -> None:
         file = checkpoint.tensors[name].file
         if g_idx.min() < 0 or g_idx.max() >= groups:
             wrong = g_idx[(g_idx < 0) | (g_idx >= groups)][0]
@@ -142,7 +140,7 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     return raw if bits == 8 else np.stack([raw & 15, raw >> 4], axis=-1).reshape(*raw.shape[:-1], -1)
 
 
-def check_symmetric(checkpoint: HFCheckpoint, name: str, zeros: np.ndarray, bits: int) -> None:
+def check_symmetric(checkpoint: Checkpoint, name: str, zeros: np.ndarray, bits: int) -> None:
     """Raises ValueError naming the tensor if a zero is not the middle code."""
     middle = 2 ** (bits - 1)
     if (zeros != middle).any():

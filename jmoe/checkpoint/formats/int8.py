@@ -10,7 +10,7 @@ from jmoe_kernels.quantised import Coding, Quantised, Scales
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.safetensors_file import TensorInfo
 
 SCALE, ZERO = "_scale", "_zero_point"
@@ -49,9 +49,7 @@ class Int8(Format):
             *[StoredEntry(name + ZERO, grid, ("I8",))] * self.has_zeros,
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         values, scales, *zeros = (read_array(checkpoint, e, entry) for e in self.entries(name, shape))
         check_finite(checkpoint, name + SCALE, scales)
         lows = -zeros[0].astype(np.float32) * scales.astype(np.float32) if zeros else None

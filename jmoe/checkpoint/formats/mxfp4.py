@@ -9,7 +9,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, read_array
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.config.units import brief
 
 BLOCK = 32  # numbers that share a scale
@@ -38,9 +38,7 @@ class Mxfp4Blocks(Format):
             StoredEntry(name + SCALES, per_row, ("U8",)),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         blocks, scales = (read_array(checkpoint, each, entry) for each in self.entries(name, shape))
         check_exponents(checkpoint, name + SCALES, scales)
         values = blocks.reshape(*shape[:-1], shape[-1] // 2)
@@ -66,9 +64,7 @@ class Mxfp4Rows(Format):
             StoredEntry(name + SCALE, _scale_shape(name, shape), ("U8", "F8_E8M0")),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         values, scales = (read_array(checkpoint, each, entry) for each in self.entries(name, shape))
         check_exponents(checkpoint, name + SCALE, scales)
         return Quantised(values, scales, None, self.coding, "float32")
@@ -80,7 +76,7 @@ def _scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // BLOCK)
 
 
-def check_exponents(checkpoint: HFCheckpoint, name: str, scales: np.ndarray) -> None:
+def check_exponents(checkpoint: Checkpoint, name: str, scales: np.ndarray) -> None:
     """Raises ValueError naming the tensor if a scale is the byte that means NaN."""
     if (scales == NO_NUMBER).any():
         file = checkpoint.tensors[name].file

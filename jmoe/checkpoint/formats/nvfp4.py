@@ -9,7 +9,7 @@ import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.config.units import brief
 
 BLOCK = 16  # numbers that share a scale
@@ -47,9 +47,7 @@ class Nvfp4(Format):
             StoredEntry(name + self.global_scale, (1,), ("F32",)),
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         values, scales, whole = (read_array(checkpoint, e, entry) for e in self.entries(name, shape))
         check_finite(checkpoint, name + self.scale, scales)
         check_finite(checkpoint, name + self.global_scale, whole)

@@ -16,7 +16,7 @@ from jmoe_kernels.quantised import Coding, Quantised, Scales
 from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
 from jmoe.checkpoint.formats.int8 import SCALE, ZERO, scales_in_memory
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
 
@@ -66,9 +66,7 @@ class PackedInts(Format):
             *[StoredEntry(name + ZERO, zeros, ("I32",))] * self.has_zeros,
         )
 
-    def read(
-        self, checkpoint: HFCheckpoint, name: str, entry: int | None, shape: tuple[int, ...]
-    ) -> Quantised:
+    def read(self, checkpoint: Checkpoint, name: str, entry: int | None, shape: tuple[int, ...]) -> Quantised:
         words, scales, stated, *zeros = (read_array(checkpoint, e, entry) for e in self.entries(name, shape))
         if tuple(stated.tolist()) != shape:
             raise ValueError(

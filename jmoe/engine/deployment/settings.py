@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from jmoe.checkpoint.codings import Quantize
+from jmoe.checkpoint.source import model_path
 from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Size, check_fields
@@ -105,8 +106,8 @@ class EngineSettings:
 
 
 def model_directory(model: str | Path) -> Path:
-    """Returns the directory of a bundled model's name or of a path; raises ValueError if ``model`` is
-    neither."""
+    """Returns the directory of a bundled model's name or of a path, or the GGUF file that it is or holds (see
+    ``model_path``); raises ValueError if ``model`` is neither a name nor a path."""
     if not isinstance(model, str | Path):
         raise ValueError(f"a model is a name or a directory, got {model!r}")
-    return BUNDLED.get(str(model), Path(model))
+    return BUNDLED.get(str(model)) or model_path(Path(model))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from jmoe.checkpoint.source import source_of
 from jmoe.engine.text.channels import AnswerText
 from jmoe.engine.text.fewest_tokens import FewestTokens
 from jmoe.engine.text.token_bytes import TokenBytes
@@ -16,7 +17,7 @@ LONG = 1 << 18  # characters; longer texts are tokenized one at a time: each tak
 def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
     """Returns the codec, or None if the directory has no tokenizer in any format; raises ValueError if it has
     one that cannot be read."""
-    if not (directory / "tokenizer.json").is_file() and missing(directory) is None:
+    if not source_of(directory).has_tokenizer() and missing(directory) is None:
         return None
     return TextCodec(directory, vocab_size)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
+from jmoe.checkpoint.source import TOKENIZER, source_of
+
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = "additional_special_tokens"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -78,8 +80,12 @@ def guarded(action: str) -> Iterator[None]:
 
 def json_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; raises ValueError if the file holds something else."""
+    return _object(path.read_bytes())
+
+
+def _object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -117,14 +123,14 @@ class TokenizerConfig:
 
 def read_config(directory: Path) -> TokenizerConfig:
     """Reads the files other than ``tokenizer.json``. A ValueError names the file that cannot be read."""
-    config = _optional(directory / "tokenizer_config.json")
+    config = _optional(directory, "tokenizer_config.json")
     kind = _kind(config, directory)
     found = dict(config)
     decoder = config.get("added_tokens_decoder")
     named, older, before = {}, {}, []
     if decoder is None:  # an older checkpoint has these two files instead
-        named = _optional(directory / "special_tokens_map.json")
-        older = _optional(directory / "added_tokens.json")
+        named = _optional(directory, "special_tokens_map.json")
+        older = _optional(directory, "added_tokens.json")
         before = found.get(MORE) or []
         found |= named
     try:
@@ -142,17 +148,19 @@ def read_config(directory: Path) -> TokenizerConfig:
     return TokenizerConfig(config, kind, special, more, added)
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _optional(directory: Path, name: str) -> dict[str, Any]:
+    source = source_of(directory)
     try:
-        return json_object(path) if path.is_file() else {}
+        text = source.read_text(name)
+        return {} if text is None else _object(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {source.text_path(name)}: {error}") from None
 
 
 def _kind(config: dict[str, Any], directory: Path) -> str:
     named = config.get("tokenizer_class")
     if not isinstance(named, str):
-        model = _optional(directory / "config.json")
+        model = _optional(directory, "config.json")
         named = model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")), "")
     return str(named).removesuffix("Fast")
 
@@ -196,14 +204,15 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
     vocab_size: vocabulary size of the model, which limits the ids.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+    source = source_of(directory)
+    path, text = source.text_path(TOKENIZER), source.read_text(TOKENIZER)
+    if text is None:
         raise ValueError(
             missing(directory) or f"{directory} has no tokenizer.json; prompts must be token ids"
         )
     try:
         with guarded("be read"):
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_buffer(text)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     config = read_config(directory)
