@@ -1,5 +1,8 @@
-"""The view that a predictor of offloaded experts has of a step, and the data that it learns from. Both executors use this: the
-compiled step (``step_techniques``) and the one that the host drives (``jmoe.engine.offload``)."""
+"""The view that a predictor of offloaded experts has of a step, and the data that it learns from.
+
+Both executors use this: the compiled step (``step_techniques``) and the one that the host drives
+(``jmoe.engine.offload``).
+"""
 
 from collections.abc import Sequence
 
