@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face directories, read and written, and converted (Orbax) ones."""
 
-from jmoe.checkpoint.convert import convert
+from jmoe.checkpoint.converted.convert import convert
 from jmoe.checkpoint.hf_writer import save_hf
 from jmoe.checkpoint.load import load_model, read_config
 

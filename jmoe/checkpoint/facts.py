@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.checkpoint.formats import StoredParam
+from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint
-from jmoe.checkpoint.manifest import is_converted, read_manifest
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.checkpoint.source import source_of
 from jmoe.config.model import ModelConfig

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jmoe.checkpoint.formats import StoredEntry, StoredParam
+from jmoe.checkpoint.quantised.formats import StoredEntry, StoredParam
 from jmoe.checkpoint.safetensors_file import DTYPES
 from jmoe.models.weights import Form
 

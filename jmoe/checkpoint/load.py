@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jmoe.blueprint import Blueprint
-from jmoe.checkpoint.codings import Quantize, read_codings
+from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.facts import (
     embedding_names,
     is_wider,
@@ -16,9 +16,7 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
-from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import Checkpoint, aligned_empty
-from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import (
     ParamSpec,
     abstract_decoder,
@@ -27,6 +25,8 @@ from jmoe.checkpoint.params import (
     put_on_mesh,
     tensors_by_path,
 )
+from jmoe.checkpoint.quantised.codings import Quantize, read_codings
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
 from jmoe.checkpoint.source import is_gguf, source_of
@@ -119,7 +119,9 @@ def load_decoder(
     if placement is not None:
         check_fits(placement, blueprint.cfg)
     if is_converted(directory):
-        from jmoe.checkpoint.orbax_io import restore_model  # heavy, and only converted checkpoints need it
+        from jmoe.checkpoint.converted.orbax_io import (
+            restore_model,  # heavy, and only converted checkpoints need it
+        )
 
         model = restore_model(Path(directory), blueprint, placement, report, own_dtypes=own_dtypes)
     else:
@@ -243,7 +245,7 @@ def parameter_specs(
     codings = read_codings(directory, cfg, quantize)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), codings)
     if is_converted(directory):
-        from jmoe.checkpoint.orbax_io import expected_model  # heavy, as above
+        from jmoe.checkpoint.converted.orbax_io import expected_model  # heavy, as above
 
         return expected_model(directory, read_manifest(directory), blueprint, own_dtypes=dtype == "auto")[1]
     source = source_of(directory)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import in_layer
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.config.model import ModelConfig
 from jmoe.models.decoder import Decoder
 from jmoe.moe.expert_leaves import LEAVES

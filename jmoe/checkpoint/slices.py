@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, dequantised
 
-from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint, all_finite
 from jmoe.checkpoint.layouts import entries, in_stored_order, stored_shape
 from jmoe.checkpoint.params import ParamSpec
-from jmoe.checkpoint.quantise import quantise
+from jmoe.checkpoint.quantised.formats import StoredParam
+from jmoe.checkpoint.quantised.quantise import quantise
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import PLAIN

@@ -1,4 +1,4 @@
-"""What a model is read from: a directory of files, Hugging Face's or a converted one, or a GGUF file.
+"""The source of a model: a directory of files, Hugging Face's or a converted one, or a GGUF file.
 
 Everything that asks what kind of model it has before it reads it asks here.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jmoe.checkpoint.converted.manifest import is_converted
 from jmoe.checkpoint.gguf.checkpoint import PART, ByType, GgufCheckpoint
 from jmoe.checkpoint.gguf.config import config_values
 from jmoe.checkpoint.gguf.tokenizer import has_vocabulary, tokenizer_config, tokenizer_json, why_unread
 from jmoe.checkpoint.hf_reader import INDEX, Checkpoint, HFCheckpoint
-from jmoe.checkpoint.manifest import is_converted
-from jmoe.checkpoint.quantisation import Quantisation, read_quantisation
+from jmoe.checkpoint.quantised.quantisation import Quantisation, read_quantisation
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.reading import named
 

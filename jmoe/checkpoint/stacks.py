@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, in_layer
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.moe.expert_leaves import LEAVES
 
 STACKS = {f"moe.experts.{leaf.name}": f"store.{leaf.store_name}" for leaf in LEAVES}

@@ -187,7 +187,7 @@ def run_place(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     from jmoe.checkpoint import convert
-    from jmoe.checkpoint.codings import Quantize
+    from jmoe.checkpoint.quantised.codings import Quantize
 
     method = getattr(args, "quantization", None)
     quantize = method and Quantize(method, getattr(args, "quantize", "all"))

@@ -12,7 +12,7 @@ from flax import nnx
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
-from jmoe.checkpoint.manifest import MANIFEST
+from jmoe.checkpoint.converted.manifest import MANIFEST
 from jmoe.checkpoint.safetensors_file import ALIGN
 from jmoe.mesh import make_mesh
 
@@ -74,7 +74,7 @@ def test_what_lies_next_to_the_weights(converted):
     assert {n for n in names if not n.startswith("params/")} == {"config.json", *BESIDE, MANIFEST}
     assert read_config(converted / "out") == read_config(converted / "hf")
     manifest = json.loads((converted / "out" / MANIFEST).read_text())
-    assert manifest["version"] == 2
+    assert manifest["version"] == 3
     assert manifest["dtype"] == "bfloat16"
     assert {p.name for p in (converted / "out" / "params").iterdir()} == {"top", "layers.0", "layers.1"}
 
@@ -133,7 +133,7 @@ def _flip(out):
         (lambda out: (out / "params" / "top" / "more").write_text(""), "more: is not listed"),
         (lambda out: (out / MANIFEST).write_text("{"), "damaged JSON"),
         (lambda out: (out / MANIFEST).write_text("{}"), "is not the manifest"),
-        (_edit(lambda m: m.update(version=1)), "has version 1; this release reads 2"),
+        (_edit(lambda m: m.update(version=1)), "has version 1; this release reads 3"),
         (_edit(lambda m: m.pop("files")), "is damaged: KeyError: 'files'"),
         (_edit(lambda m: m["files"].update({"../x": [1, ""]})), "lies outside the checkpoint"),
         (_edit(lambda m: m["parameters"].pop("norm.scale_D")), "parameter 'norm.scale_D' is missing"),

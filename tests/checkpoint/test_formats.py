@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 from support.models import stored_forms as forms
 
 from jmoe.checkpoint import slices
-from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.formats.mxfp4 import Mxfp4Blocks
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.layouts import entries
 from jmoe.checkpoint.params import ParamSpec
+from jmoe.checkpoint.quantised.formats import StoredParam
+from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Blocks
 from jmoe.checkpoint.slices import check_shapes, read_slice
 from jmoe.models.weights import PLAIN, Form
 

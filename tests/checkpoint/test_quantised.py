@@ -13,9 +13,9 @@ from support.models.small import mesh_of
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.checkpoint import convert, load_model
-from jmoe.checkpoint.codings import CODINGS, Quantize, read_codings
+from jmoe.checkpoint.converted.manifest import MANIFEST
 from jmoe.checkpoint.load import parameter_specs, read_config
-from jmoe.checkpoint.manifest import MANIFEST
+from jmoe.checkpoint.quantised.codings import CODINGS, Quantize, read_codings
 from jmoe.config.techniques import OffloadConfig
 from jmoe.nn.sequences import Sequences
 

@@ -16,7 +16,7 @@ from support.damage import CHANGES, damaged, loaded, refused
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert
-from jmoe.checkpoint.manifest import MANIFEST
+from jmoe.checkpoint.converted.manifest import MANIFEST
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from support.models import hf_tiny
 from support.models.routed import VOCAB, builder_for, planted_homes, planted_requests
 
 from jmoe.checkpoint import convert, read_config
+from jmoe.checkpoint.converted.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.facts import end_tokens
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.load import match, read_param
-from jmoe.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.cli.flags import read_serve_config
 from jmoe.config.moe import MoEConfig
@@ -224,7 +224,7 @@ def manifest(tmp: Path) -> Reader:
 
 def orbax(tmp: Path) -> Reader:
     """Reads damaged files that still have the right checksums in the manifest."""
-    from jmoe.checkpoint.orbax_io import grouped, restore_group
+    from jmoe.checkpoint.converted.orbax_io import grouped, restore_group
 
     files = converted(tmp)
     _, specs = abstract_decoder(make_blueprint(read_config(tmp / "hf"), MoEConfig(), one_device()))

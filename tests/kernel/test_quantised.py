@@ -12,7 +12,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.quantised import TABLES, Coding, Quantised, as_float, dequantised
 
-from jmoe.checkpoint.quantise import quantise
+from jmoe.checkpoint.quantised.quantise import quantise
 from jmoe.checkpoint.slices import regrouped
 
 CODINGS = (

@@ -13,10 +13,10 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite
-from jmoe.checkpoint.formats.mxfp4 import check_exponents
 from jmoe.checkpoint.gguf.file import TYPES
 from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite
+from jmoe.checkpoint.quantised.formats.mxfp4 import check_exponents
 
 Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes (nibbles packed), scales, lows
 CHUNK = 1 << 12  # blocks that are unpacked at a time, so that they stay in the cache

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jmoe.checkpoint.formats import Format
 from jmoe.checkpoint.gguf.blocks import BLOCKS, FORMATS, READ
 from jmoe.checkpoint.gguf.file import GgufHeader, open_gguf
 from jmoe.checkpoint.gguf.names import tensor_names
 from jmoe.checkpoint.hf_reader import Checkpoint
-from jmoe.checkpoint.quantisation import Quantisation
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.quantisation import Quantisation
 from jmoe.checkpoint.safetensors_file import ITEM_SIZES, TensorInfo
 from jmoe.config.model import ModelConfig
 from jmoe.config.units import brief

@@ -50,7 +50,7 @@ SHORTEST_ENTRY, SHORTEST_TENSOR, SHORTEST_STRING = 13, 24, 8  # bytes
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says before its data.
+    """The part of a file before its data.
 
     metadata: values by key; an array is a list.
     tensors: every tensor by its name; the last axis of a shape is the contiguous one.

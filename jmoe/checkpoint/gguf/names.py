@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file holds each parameter: the names follow from the parameters' paths alone.
+"""The tensors of a GGUF file that hold the parameters: names follow from the parameters' paths alone.
 
 Families that keep all experts, or the gate and the up rows, in one tensor of a Hugging Face checkpoint have
 the same separate stacks as the others here. Two writers of llama.cpp reorder the rows of queries and keys.

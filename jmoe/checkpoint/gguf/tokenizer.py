@@ -25,7 +25,7 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDS}?|[^\r\n\p{{L}}\p{{N}
 
 @dataclass(frozen=True)
 class Rule:
-    """How a text is split before merges apply.
+    """The rules by which a text is split before merges apply.
 
     patterns: regular expressions; each splits what those before it left.
     is_gpt2: whether GPT-2's own pattern follows.

@@ -17,7 +17,7 @@ from jmoe_kernels.backends import Executor
 
 from jmoe.blueprint import Blueprint
 from jmoe.checkpoint import read_config
-from jmoe.checkpoint.codings import read_codings
+from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from jmoe.checkpoint.codings import Quantize
+from jmoe.checkpoint.quantised.codings import Quantize
 from jmoe.checkpoint.source import model_path
 from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
 from jmoe.config.moe import MoEConfig

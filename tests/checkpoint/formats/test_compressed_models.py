@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from support.models import compressed as ct
 
 from jmoe.checkpoint import convert, load_model, read_config
-from jmoe.checkpoint.codings import read_codings
+from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.nn.sequences import Sequences

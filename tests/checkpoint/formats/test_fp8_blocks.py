@@ -10,8 +10,8 @@ from support.models import compressed as ct
 from support.models import hf_tiny
 
 from jmoe.checkpoint import load_model, read_config
-from jmoe.checkpoint.codings import read_codings
 from jmoe.checkpoint.params import abstract_decoder
+from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models import get_family, model_config

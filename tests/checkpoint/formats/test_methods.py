@@ -25,14 +25,14 @@ from support.models.published_quantisation import (
     weights_of,
 )
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.int8 import Int8
-from jmoe.checkpoint.formats.mxfp4 import Mxfp4Blocks, Mxfp4Rows
-from jmoe.checkpoint.formats.nvfp4 import Nvfp4
-from jmoe.checkpoint.formats.packed_ints import PackedInts
-from jmoe.checkpoint.methods import METHODS
-from jmoe.checkpoint.quantisation import Quantisation, parsed
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.formats.fp8 import Fp8
+from jmoe.checkpoint.quantised.formats.int8 import Int8
+from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Blocks, Mxfp4Rows
+from jmoe.checkpoint.quantised.formats.nvfp4 import Nvfp4
+from jmoe.checkpoint.quantised.formats.packed_ints import PackedInts
+from jmoe.checkpoint.quantised.methods import METHODS
+from jmoe.checkpoint.quantised.quantisation import Quantisation, parsed
 
 PATH = Path("config.json")
 EXPERT, Q_PROJ = "model.layers.5.mlp.experts.7.down_proj.weight", "model.layers.5.self_attn.q_proj.weight"

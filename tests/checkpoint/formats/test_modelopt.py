@@ -9,11 +9,11 @@ from jmoe_kernels.quantised import Coding, Quantised, dequantised
 from support.models import modelopt_files as files
 from support.models.quantised_pair import assert_equal_logits, load, opened, rewrite, write_pair
 
-from jmoe.checkpoint.formats.format import Format
-from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.nvfp4 import Nvfp4
-from jmoe.checkpoint.methods.modelopt import READ
-from jmoe.checkpoint.quantisation import Quantisation, read_quantisation
+from jmoe.checkpoint.quantised.formats.format import Format
+from jmoe.checkpoint.quantised.formats.fp8 import Fp8
+from jmoe.checkpoint.quantised.formats.nvfp4 import Nvfp4
+from jmoe.checkpoint.quantised.methods.modelopt import READ
+from jmoe.checkpoint.quantised.quantisation import Quantisation, read_quantisation
 
 TWIN = "hf_quant_config.json"
 WRITERS = {"NVFP4": files.nvfp4, "W4A16_NVFP4": files.nvfp4, "FP8": files.fp8, "MXFP8": files.mxfp8}

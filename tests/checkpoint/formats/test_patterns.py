@@ -2,7 +2,7 @@
 
 import pytest
 
-from jmoe.checkpoint.methods.patterns import Whole, matcher, patterns, runs
+from jmoe.checkpoint.quantised.methods.patterns import Whole, matcher, patterns, runs
 
 GATE, EXPERT = "model.layers.3.mlp.gate", "model.layers.3.mlp.experts.17.gate_proj"
 Q_PROJ, SHARED = "model.layers.3.self_attn.q_proj", "model.layers.3.mlp.shared_experts.up_proj"

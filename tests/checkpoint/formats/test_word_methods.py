@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.checkpoint.formats.awq import Awq
-from jmoe.checkpoint.formats.format import Format
-from jmoe.checkpoint.formats.gptq import Gptq
-from jmoe.checkpoint.quantisation import Quantisation, parsed
+from jmoe.checkpoint.quantised.formats.awq import Awq
+from jmoe.checkpoint.quantised.formats.format import Format
+from jmoe.checkpoint.quantised.formats.gptq import Gptq
+from jmoe.checkpoint.quantised.quantisation import Quantisation, parsed
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}

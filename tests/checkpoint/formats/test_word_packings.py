@@ -10,13 +10,13 @@ from jmoe_kernels.quantised import Coding, Quantised, dequantised
 from support.models import word_packings as words
 from support.models.quantised_pair import assert_equal_logits, load, opened, rewrite, write_pair
 
-from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.formats.awq import Awq
-from jmoe.checkpoint.formats.format import Format
-from jmoe.checkpoint.formats.gptq import Gptq
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.layouts import entries
-from jmoe.checkpoint.quantisation import read_quantisation
+from jmoe.checkpoint.quantised.formats import StoredParam
+from jmoe.checkpoint.quantised.formats.awq import Awq
+from jmoe.checkpoint.quantised.formats.format import Format
+from jmoe.checkpoint.quantised.formats.gptq import Gptq
+from jmoe.checkpoint.quantised.quantisation import read_quantisation
 
 SHAPE = (24, 64)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}

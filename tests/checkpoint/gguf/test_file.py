@@ -16,9 +16,9 @@ from support.models import hf_tiny
 from support.models.gguf_models import gguf, write_gguf
 
 from jmoe.checkpoint import read_config
-from jmoe.checkpoint.codings import read_codings
 from jmoe.checkpoint.gguf.file import open_gguf
 from jmoe.checkpoint.load import match, read_param
+from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.checkpoint.source import source_of
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.text.codec import load_codec

@@ -13,9 +13,9 @@ from support.models.gguf_models import ARCHITECTURES, gguf, merged, tensors, wri
 
 from jmoe import LLM
 from jmoe.checkpoint import convert, read_config
-from jmoe.checkpoint.codings import read_codings
 from jmoe.checkpoint.gguf.blocks import FORMATS
 from jmoe.checkpoint.params import abstract_decoder
+from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.checkpoint.source import source_of
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh

@@ -20,10 +20,10 @@ from jmoe_kernels.quantised import Coding, dequantised
 from safetensors.numpy import save_file
 from support.models import hf_tiny
 
-from jmoe.checkpoint.formats import StoredParam
 from jmoe.checkpoint.hf_reader import HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
-from jmoe.checkpoint.quantisation import parsed
+from jmoe.checkpoint.quantised.formats import StoredParam
+from jmoe.checkpoint.quantised.quantisation import parsed
 from jmoe.checkpoint.slices import check_shapes, read_slice
 
 BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)

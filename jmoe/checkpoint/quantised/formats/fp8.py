@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales, exponent_scales
 
-from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.formats.grids import Block, by_row, check_groups, grid_shape
-from jmoe.checkpoint.formats.mxfp4 import check_exponents
 from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
+from jmoe.checkpoint.quantised.formats.grids import Block, by_row, check_groups, grid_shape
+from jmoe.checkpoint.quantised.formats.mxfp4 import check_exponents
 from jmoe.config.units import brief
 
 NO_NUMBER = 0x7F  # the bits of NaN, without the sign

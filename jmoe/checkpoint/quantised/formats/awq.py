@@ -10,9 +10,16 @@ from typing import ClassVar, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales
 
-from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.formats.gptq import KEPT, check_symmetric, check_words, coded, scales_of, unpacked
 from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
+from jmoe.checkpoint.quantised.formats.gptq import (
+    KEPT,
+    check_symmetric,
+    check_words,
+    coded,
+    scales_of,
+    unpacked,
+)
 from jmoe.checkpoint.safetensors_file import TensorInfo
 
 BITS, PER_WORD = 4, 8

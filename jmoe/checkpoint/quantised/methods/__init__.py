@@ -1,7 +1,7 @@
 """The methods of quantisation whose checkpoints are read: one row per value of ``quant_method``."""
 
-from jmoe.checkpoint.methods import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
-from jmoe.checkpoint.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
 
 METHODS = {
     method.name: method

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.formats.format import Format, StoredEntry, read_array
 from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, read_array
 from jmoe.config.units import brief
 
 BLOCK = 32  # numbers that share a scale

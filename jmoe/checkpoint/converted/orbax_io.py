@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from jmoe.blueprint import Blueprint, Codings
-from jmoe.checkpoint.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
+from jmoe.checkpoint.converted.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, by_path, fill, joined, put_on_mesh
 from jmoe.checkpoint.renumber import permuted
 from jmoe.checkpoint.stacks import Stacks

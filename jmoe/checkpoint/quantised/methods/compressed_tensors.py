@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.grids import LARGEST, Block
-from jmoe.checkpoint.formats.int8 import Int8
-from jmoe.checkpoint.formats.mxfp4 import Mxfp4Rows
-from jmoe.checkpoint.formats.nvfp4 import Nvfp4
-from jmoe.checkpoint.formats.packed_ints import PackedInts
-from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import REGEX, matcher, patterns
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.formats.fp8 import Fp8
+from jmoe.checkpoint.quantised.formats.grids import LARGEST, Block
+from jmoe.checkpoint.quantised.formats.int8 import Int8
+from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Rows
+from jmoe.checkpoint.quantised.formats.nvfp4 import Nvfp4
+from jmoe.checkpoint.quantised.formats.packed_ints import PackedInts
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods.patterns import REGEX, matcher, patterns
 from jmoe.config.reading import check_fields, check_keys, from_table, named, shown
 
 MIXED, DENSE = "mixed-precision", "dense"

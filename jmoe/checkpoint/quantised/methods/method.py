@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.methods.patterns import nearest
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.methods.patterns import nearest
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.grids import LARGEST
-from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import matcher, patterns
+from jmoe.checkpoint.quantised.formats.fp8 import Fp8
+from jmoe.checkpoint.quantised.formats.grids import LARGEST
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods.patterns import matcher, patterns
 from jmoe.config.reading import shown
 
 

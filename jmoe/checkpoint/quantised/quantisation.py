@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.methods import METHODS, Rule
-from jmoe.checkpoint.methods.patterns import Whole, runs
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.methods import METHODS, Rule
+from jmoe.checkpoint.quantised.methods.patterns import Whole, runs
 from jmoe.checkpoint.safetensors_file import TensorInfo, read_json
 from jmoe.config.reading import named, shown
 from jmoe.config.units import brief

@@ -13,10 +13,10 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales
 
-from jmoe.checkpoint.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
-from jmoe.checkpoint.formats.int8 import SCALE, ZERO, scales_in_memory
 from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
+from jmoe.checkpoint.quantised.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
+from jmoe.checkpoint.quantised.formats.int8 import SCALE, ZERO, scales_in_memory
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.formats.gptq import CODES, Gptq
-from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, one_of, table
-from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import REGEX, matcher
+from jmoe.checkpoint.quantised.formats.gptq import CODES, Gptq
+from jmoe.checkpoint.quantised.methods.fields import Config, flag, group_size, names_in, one_of, table
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods.patterns import REGEX, matcher
 from jmoe.config.reading import named, shown
 from jmoe.config.units import brief
 

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.formats.awq import BITS, Awq
-from jmoe.checkpoint.methods import gptq
-from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, one_of, table
-from jmoe.checkpoint.methods.method import Method, Rule, listed
-from jmoe.checkpoint.methods.patterns import REGEX, matcher, nearest
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.formats.awq import BITS, Awq
+from jmoe.checkpoint.quantised.methods import gptq
+from jmoe.checkpoint.quantised.methods.fields import Config, flag, group_size, names_in, one_of, table
+from jmoe.checkpoint.quantised.methods.method import Method, Rule, listed
+from jmoe.checkpoint.quantised.methods.patterns import REGEX, matcher, nearest
 from jmoe.config.reading import named, shown
 from jmoe.config.units import brief
 

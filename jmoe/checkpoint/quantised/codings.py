@@ -8,10 +8,10 @@ from pathlib import Path
 from jmoe_kernels.quantised import Coding
 
 from jmoe.blueprint import UNQUANTISED, Codings
+from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.facts import stored_tensors
-from jmoe.checkpoint.formats import StoredParam
-from jmoe.checkpoint.manifest import is_converted, read_manifest
 from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.source import source_of
 from jmoe.config.choices import QuantizationName, QuantizedProducts
 from jmoe.config.model import ModelConfig

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from jmoe.checkpoint.formats.awq import BITS, Awq
-from jmoe.checkpoint.methods.fields import Config, flag, group_size, names_in, one_of
-from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import contains
+from jmoe.checkpoint.quantised.formats.awq import BITS, Awq
+from jmoe.checkpoint.quantised.methods.fields import Config, flag, group_size, names_in, one_of
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods.patterns import contains
 from jmoe.config.reading import shown
 from jmoe.config.units import brief
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.formats.mxfp4 import Mxfp4Blocks
-from jmoe.checkpoint.methods.method import Method, Rule
-from jmoe.checkpoint.methods.patterns import matcher, patterns
+from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Blocks
+from jmoe.checkpoint.quantised.methods.method import Method, Rule
+from jmoe.checkpoint.quantised.methods.patterns import matcher, patterns
 
 EXPERTS = matcher("re:.*\\.experts\\.(gate_up|down)_proj$")
 

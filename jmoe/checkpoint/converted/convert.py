@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.checkpoint.codings import Quantize, read_codings
-from jmoe.checkpoint.formats import StoredParam
+from jmoe.checkpoint.converted.manifest import MANIFEST, is_converted, write_manifest
 from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
-from jmoe.checkpoint.manifest import MANIFEST, is_converted, write_manifest
 from jmoe.checkpoint.params import ParamSpec, by_path
+from jmoe.checkpoint.quantised.codings import Quantize, read_codings
+from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
@@ -112,7 +112,7 @@ def _locked(directory: Path) -> Iterator[bool]:
 def _write(
     hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgress | None, quantize: Quantize | None
 ) -> None:
-    from jmoe.checkpoint.orbax_io import grouped, save_group  # heavy: seconds to import
+    from jmoe.checkpoint.converted.orbax_io import grouped, save_group  # heavy: seconds to import
 
     cfg = read_config(hf_dir, dtype)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(hf_dir, cfg, quantize))

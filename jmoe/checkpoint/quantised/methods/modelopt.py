@@ -7,12 +7,12 @@ and of cached keys and values are not needed for products of weights, so they ar
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.formats import Format
-from jmoe.checkpoint.formats.fp8 import Fp8
-from jmoe.checkpoint.formats.nvfp4 import BLOCK, Nvfp4
-from jmoe.checkpoint.methods.fields import Config, first, names_in, one_of, table
-from jmoe.checkpoint.methods.method import Method, Rule, Twin, listed
-from jmoe.checkpoint.methods.patterns import matcher
+from jmoe.checkpoint.quantised.formats import Format
+from jmoe.checkpoint.quantised.formats.fp8 import Fp8
+from jmoe.checkpoint.quantised.formats.nvfp4 import BLOCK, Nvfp4
+from jmoe.checkpoint.quantised.methods.fields import Config, first, names_in, one_of, table
+from jmoe.checkpoint.quantised.methods.method import Method, Rule, Twin, listed
+from jmoe.checkpoint.quantised.methods.patterns import matcher
 from jmoe.config.reading import named, shown
 from jmoe.config.units import brief
 

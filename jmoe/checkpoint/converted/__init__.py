@@ -1,0 +1,1 @@
+"""Converted checkpoints: Orbax arrays with a manifest, written by ``convert`` and restored onto a mesh."""
