@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jmoe_kernels.grouped_mlp import storage_dtype
+from jmoe_kernels.paged_attention import has_scales
 
 from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
@@ -101,7 +102,7 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
 def _choices(deployment: Deployment) -> list[dict[str, str]]:
     mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.blueprint.kernels
     dtype = jnp.dtype(deployment.cfg.dtype)
-    storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
+    storage = storage_dtype(dtype, platform_of(mesh))
     rows = [
         ("grouped experts", kernels.experts, kernels.why),
         (
@@ -118,11 +119,7 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
             if storage != dtype
             else "as computed",
         ),
-        (
-            "KV cache kept as",
-            str(kept),
-            "XLA:CPU updates a bfloat16 array by copying it" if kept != dtype else "as computed",
-        ),
+        ("KV cache kept as", *_kept_cache(deployment)),
         (
             "transport",
             moe.transport if mesh.size > 1 else "local",
@@ -132,6 +129,17 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
         ),
     ]
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
+
+
+def _kept_cache(deployment: Deployment) -> tuple[str, str]:
+    """Returns the dtype in which keys and values are kept, and why."""
+    cfg, kept = deployment.cfg, kv_dtype(deployment.cfg, deployment.mesh)
+    if cfg.kv_cache_dtype == "auto":
+        is_own = kept == jnp.dtype(cfg.dtype)
+        return str(kept), "as computed" if is_own else "XLA:CPU updates a bfloat16 array by copying it"
+    if has_scales(deployment.blueprint.kernels.attention):
+        return cfg.kv_cache_dtype, "kv_cache_dtype; a float32 scale for each token and head"
+    return cfg.kv_cache_dtype, "kv_cache_dtype; without scales: the kernel takes none of single tokens"
 
 
 def _offload_lines(offload: dict[str, Any]) -> list[str]:

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from jmoe.checkpoint import read_config
 from jmoe.checkpoint.codings import Quantize
+from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
-from jmoe.config.quantisation import QuantizationName, QuantizedProducts
+from jmoe.config.quantisation import KVCacheName, QuantizationName, QuantizedProducts
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
 
@@ -31,6 +33,8 @@ class EngineSettings:
     enable_prefix_caching: whether prompts with equal beginnings share pages.
     quantization: how weights are quantised while they load; None keeps them as the checkpoint has them.
     quantize: weights that are quantised, those of routed experts or of all products.
+    kv_cache_dtype: how keys and values are cached: "auto" in the model's dtype, "int8" or "fp8" in one byte a
+        number.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """
@@ -39,6 +43,7 @@ class EngineSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: QuantizationName | None = None
     quantize: QuantizedProducts = "all"
+    kv_cache_dtype: KVCacheName = "auto"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
@@ -94,6 +99,13 @@ class EngineSettings:
         if self.dispatch != REASONS and ranks == 1:
             lines.append("dispatch has no effect with one rank: every request goes to it")
         return lines
+
+
+def read_model(directory: Path, settings: EngineSettings) -> ModelConfig:
+    """Returns the model's shape, with the dtypes of the settings; raises ValueError as ``read_config``
+    does."""
+    cfg = read_config(directory, settings.dtype)
+    return dataclasses.replace(cfg, kv_cache_dtype=settings.kv_cache_dtype)
 
 
 def model_directory(model: str | Path) -> Path:

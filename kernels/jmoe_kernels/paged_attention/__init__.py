@@ -10,6 +10,7 @@ another.
 from jmoe_kernels.backends import AttentionKernel
 from jmoe_kernels.paged_attention.api import (
     attend_all,
+    has_scales,
     heads_axis,
     page_shapes,
     paged_attention,
@@ -17,6 +18,7 @@ from jmoe_kernels.paged_attention.api import (
     why_not,
 )
 from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
+from jmoe_kernels.paged_attention.one_byte import PageCode
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
 from jmoe_kernels.settings import Span
 
@@ -26,8 +28,10 @@ __all__ = [
     "Heads",
     "LayerPages",
     "NewTokens",
+    "PageCode",
     "Span",
     "attend_all",
+    "has_scales",
     "heads_axis",
     "page_shapes",
     "paged_attention",

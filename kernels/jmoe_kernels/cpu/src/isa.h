@@ -39,6 +39,8 @@ struct Isa {
   // acc[q, d] += share[q, n] . v[n, d]; rows of share are lds apart; scratch holds n * d floats.
   void (*values)(const float* share, int64_t lds, int64_t queries, const void* v, bool bf16, int64_t n, float* acc,
                  int64_t d, float* scratch);
+  // to[i * d + j] = value of code j of row i, times scales[i]; codes are int8, or e4m3.
+  void (*unpack)(const void* codes, bool e4m3, const float* scales, int64_t rows, int64_t d, float* to);
 };
 
 const Isa* isa_base();
