@@ -1,7 +1,7 @@
 // Attention over paged keys and values: a query attends to the keys at its own position and before it, within
 // the window or chunk if there is one. Pages are [P, H, S, d]; position p of sequence b lies in row p % S of
 // page table[b, p / S]. Latent pages are keys and values at once: both pointers are the same. Pages of one byte a
-// number have a float32 scale for each row, [P, H, S]; an item converts the rows that it reads to float32.
+// number have a float32 scale for each row, [P, H, S], with which scores and shares are multiplied.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,9 +18,6 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr float NEVER = -1e30f;
-
-// How pages keep their numbers.
-enum class Kept { F32, BF16, INT8, E4M3 };
 
 Kept kept_as(const ffi::AnyBuffer& pages) {
   switch (pages.element_type()) {
@@ -62,19 +59,22 @@ struct Item {
   int64_t b, g, t0, t1, h0, h1;
 };
 
-// Scratch of one item, in the order of its parts. clean: a page's values with 0 for what is not finite; keys,
-// plain: a page's keys and values in float32, if they have scales.
+const Gemm& gemm_of(Kept kept) {
+  const Isa& set = isa();
+  return kept == Kept::F32 ? set.f32 : kept == Kept::BF16 ? set.bf16 : kept == Kept::INT8 ? set.int8 : set.e4m3;
+}
+
+// Scratch of one item, in the order of its parts. clean: a page's values, or their scales, with 0 for what is not
+// finite.
 struct State {
-  float *q, *acc, *top, *total, *scores, *scratch, *clean, *keys, *plain;
+  float *q, *acc, *top, *total, *scores, *scratch, *clean;
   char* packed;
   State(const Problem& p, const Gemm& gemm, int64_t queries) {
     thread_local Scratch floats, bytes;
     const int64_t d = p.d, lanes = (p.page + 15) / 16 * 16;
-    const int64_t parts = has_scales(p.kept) ? 4 : 2;  // of a page's size
-    q = floats.get<float>(2 * queries * d + 2 * queries + queries * lanes + parts * p.page * d);
+    q = floats.get<float>(2 * queries * d + 2 * queries + queries * lanes + 2 * p.page * d);
     acc = q + queries * d, top = acc + queries * d, total = top + queries;
     scores = total + queries, scratch = scores + queries * lanes, clean = scratch + p.page * d;
-    keys = clean + p.page * d, plain = keys + p.page * d;
     packed = bytes.get<char>(gemm.packed_bytes(queries, d));
   }
 };
@@ -128,8 +128,8 @@ void attend_item(const Problem& p, const Item& item, bool careful = false) {
   const auto [b, g, t0, t1, h0, h1] = item;
   const int64_t share = h1 - h0, queries = (t1 - t0) * share, d = p.d;
   const int64_t lanes = (p.page + 15) / 16 * 16, width = bytes_of(p.kept);
-  const bool bf16 = p.kept == Kept::BF16, e4m3 = p.kept == Kept::E4M3;
-  const Gemm& gemm = bf16 ? isa().bf16 : isa().f32;
+  const bool scaled = has_scales(p.kept);
+  const Gemm& gemm = gemm_of(p.kept);
   State state(p, gemm, queries);
   const float scale = 1.f / std::sqrt((float)d);
   const int32_t* positions = p.positions + b * p.tokens;
@@ -154,22 +154,21 @@ void attend_item(const Problem& p, const Item& item, bool careful = false) {
     const int64_t keys = last + 1 - base < p.page ? last + 1 - base : p.page;
     const int64_t row = (page * p.kv_heads + g) * p.page, at = row * d * width;
     if (j < last / p.page && j + 1 < p.table_len) ask_for(p, p.table[b * p.table_len + j + 1], g);
-    const char *page_keys = p.k + at, *values = p.v + at;
-    if (has_scales(p.kept)) {
-      isa().unpack(page_keys, e4m3, p.k_scales + row, keys, d, state.keys);
-      page_keys = (char*)state.keys;
-      if (p.v != p.k) isa().unpack(values, e4m3, p.v_scales + row, keys, d, state.plain);
-      values = p.v != p.k ? (char*)state.plain : page_keys;
-    }
-    gemm.run(state.packed, queries, d, page_keys, d, keys, state.scores, lanes);
-    if (careful) {
-      bf16 ? clean_rows<uint16_t>(values, 0x7f80u, keys, d, (char*)state.clean, broken.get())
-           : clean_rows<uint32_t>(values, INF, keys, d, (char*)state.clean, broken.get());
+    gemm.run(state.packed, queries, d, p.k + at, d, keys, state.scores, lanes);
+    const char* values = p.v + at;
+    const float* scales = p.v_scales + row;
+    if (careful && scaled) {
+      clean_rows<uint32_t>((const char*)scales, INF, keys, 1, (char*)state.clean, broken.get());
+      scales = state.clean;
+    } else if (careful) {
+      p.kept == Kept::BF16 ? clean_rows<uint16_t>(values, 0x7f80u, keys, d, (char*)state.clean, broken.get())
+                           : clean_rows<uint32_t>(values, INF, keys, d, (char*)state.clean, broken.get());
       values = (char*)state.clean;
     }
     for (int64_t i = 0; i < queries; i++) {
       const int64_t position = positions[t0 + i / share];
       float* scores = state.scores + i * lanes;
+      for (int64_t s = 0; scaled && s < keys; s++) scores[s] *= p.k_scales[row + s];
       const int64_t from = p.first(position) - base;
       if (position < base || from >= keys) {
         for (int64_t s = 0; s < keys; s++) scores[s] = 0.f;  // nothing visible: no share of any value
@@ -180,8 +179,9 @@ void attend_item(const Problem& p, const Item& item, bool careful = false) {
         if (broken[s]) tainted[i] = 1;
       }
       isa().online(scores, keys, state.top + i, state.total + i, state.acc + i * d, d);
+      for (int64_t s = 0; scaled && s < keys; s++) scores[s] *= scales[s];
     }
-    isa().values(state.scores, lanes, queries, values, bf16, keys, state.acc, d, state.scratch);
+    isa().values(state.scores, lanes, queries, values, p.kept, keys, state.acc, d, state.scratch);
   }
   if (!careful && largest_bits(state.acc, queries * d) >= INF) return attend_item(p, item, true);
   for (int64_t i = 0; i < queries; i++) {
