@@ -1,5 +1,7 @@
 """The C++ dense products and attention as jax functions; ``get_library()`` must have loaded them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +86,7 @@ def write_latent(
 def _write(pages: tuple[Pages, ...], rows: tuple[Array, ...], *address: Array) -> tuple[Pages, ...]:
     """Writes the rows of every array of pages. The kernel takes all arrays of pages, then all scales."""
     has_scales = isinstance(pages[0], tuple)
-    arrays = [a for each in zip(*pages, strict=True) for a in each] if has_scales else list(pages)
+    arrays: list[Any] = [a for each in zip(*pages, strict=True) for a in each] if has_scales else list(pages)
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     before = len(address) + len(rows)
     aliases = {before + i: i for i in range(len(arrays))}

@@ -13,10 +13,11 @@ from jmoe_kernels.settings import Span
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
     """Returns the pages with the new rows; a run may have any length."""
     address, kv = (new.positions_BT, new.table_BM), _with_scales(pages)
+    written: tuple[Any, ...]
     if new.v_BTGd is None:
         written = (cpu.write_latent(kv[0], new.k_BTGd, *address),)
     else:
-        written = cpu.write_pages(*kv, new.k_BTGd, new.v_BTGd, *address)
+        written = cpu.write_pages(kv[0], kv[1], new.k_BTGd, new.v_BTGd, *address)
     if pages.scales is None:
         return LayerPages(written)
     codes, scales = zip(*written, strict=True)

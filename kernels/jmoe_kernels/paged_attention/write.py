@@ -1,9 +1,10 @@
 """Writes of new rows into pages, in place: single rows, or whole pages of a longer run.
 
 No compiler may walk over the pool for them, and each compiler needs another form for it. XLA on a CPU counts
-a scatter as its whole operand, and on TPU it gives a scatter of whole pages another layout than the pool has,
-and so copies the pool there and back. Updates one after another are in place on both. On a GPU each of them
-would be a launch; there, and for single rows on TPU, one scatter does them all.
+a scatter as its whole operand, and on TPU it gives a scatter of whole pages, or of rows of one byte a number,
+another layout than the pool has, and so copies the pool there and back. Updates one after another are in
+place on both. On a GPU each of them would be a launch; there, and for other single rows on TPU, one scatter
+does them all.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,7 +98,8 @@ def _write(pages: Array, new_BTGd: Array, positions_BT: Array, table_BM: Array, 
     page_N = jnp.where(position_BN >= 0, page_BN, -1).reshape(-1)
     row_N = jnp.maximum(position_BN, 0).reshape(-1) % size
     each, scatter = partial(_update_each, axis=axis), partial(_scatter_all, axis=axis)
-    forms = {"cpu": each} if t == 1 else {"cpu": each, "tpu": each}
+    has_other_layout = t > 1 or pages.dtype.itemsize == 1 or pages.ndim == 3  # in a scatter on a TPU
+    forms = {"cpu": each, "tpu": each} if has_other_layout else {"cpu": each}
     return lax.platform_dependent(pages, blocks_N, page_N, row_N, default=scatter, **forms)
 
 

@@ -48,17 +48,18 @@ def gather_pages(
     float32.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them. Those of scales are heads
+    and rows, so they are gathered by page.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
     ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
-
-    def gather(a: Array) -> Array:
-        return a.reshape(-1, *a.shape[2:]).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
-
-    rows = numbers_of(gather(pages_PGSd), None if scales_PGS is None else gather(scales_PGS))
-    return rows.reshape(b, g, n * size, d)
+    rows = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
+    rows = rows.reshape(b, g, n * size, d)
+    if scales_PGS is None:
+        return numbers_of(rows, None)
+    scales_BNGS = scales_PGS.at[ids_BN].get(mode="promise_in_bounds")
+    return numbers_of(rows, scales_BNGS.swapaxes(1, 2).reshape(b, g, n * size))
 
 
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
