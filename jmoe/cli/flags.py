@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
+from jmoe.config.choices import (
+    AttentionSplit,
+    DTypeChoice,
+    KVCacheName,
+    QuantizationName,
+    QuantizedProducts,
+)
 from jmoe.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -79,6 +85,7 @@ def add_model_flags(p: Parser) -> None:
     split = "sequences or heads over the expert ranks"
     p.add_argument("--attention", choices=get_args(AttentionSplit), help=split)
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
+    p.add_argument("--kv-cache-dtype", choices=get_args(KVCacheName), help="keys and values in one byte")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from jmoe_kernels.settings import Activation, Span
 from msgspec import Meta
 
+from jmoe.config.choices import KVCacheName
 from jmoe.config.parts import SIZE_LIMIT, Count, LatentConfig, NotNegative, RopeConfig, RouterConfig
 from jmoe.config.reading import (
     Natural,
@@ -64,6 +65,7 @@ class ModelConfig:
     shared_expert_gate: whether the shared expert's output is weighted by a sigmoid of the token.
     hidden_act: activation of all MLPs.
     quant_method: format in which the checkpoint stores experts; they are computed in ``dtype``.
+    kv_cache_dtype: how keys and values are cached, "auto" in ``dtype``. No checkpoint says it.
     """
 
     architecture: str
@@ -107,6 +109,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: DTypeName = "bfloat16"
     quant_method: str | None = None
+    kv_cache_dtype: KVCacheName = "auto"
     eos_token_ids: tuple[TokenId, ...] = ()
     bos_token_id: TokenId | None = None
 

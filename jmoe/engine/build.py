@@ -126,9 +126,9 @@ def page_kind(request: Request, runner: Runner) -> str:
     """Names what the pages of a request depend on other than its tokens.
 
     If a lossy technique is on, the pages depend on its settings of the moment. The pages of a request that
-    opted out are those of a lossless engine.
+    opted out are those of a lossless engine. How the keys and values are kept is named too.
     """
     lossy = None
     if runner.is_lossy and not request.params.exact:
         lossy = [[dataclasses.asdict(table) for table in runner.moe.stages], runner.knobs]
-    return json.dumps([request.params.cache_salt, lossy], sort_keys=True)
+    return json.dumps([request.params.cache_salt, lossy, runner.cfg.kv_cache_dtype], sort_keys=True)

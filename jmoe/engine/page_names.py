@@ -1,9 +1,10 @@
 """Names of pages: hashes of a sequence's tokens, so that sequences with equal beginnings share pages.
 
 A page's name hashes the name of the previous page and the page's own tokens. The first page hashes the
-``kind`` instead: what else the content depends on (the request's cache salt, and the lossy techniques that
-touched it), so that pages of one kind never serve another. The hash is SHA-256, as in vLLM: with a short hash
-somebody could make two prompts whose pages are mistaken for each other.
+``kind`` instead: what else the content depends on (the request's cache salt, the lossy techniques that
+touched it, and how keys and values are kept), so that pages of one kind never serve another. The hash is
+SHA-256, as in vLLM: with a short hash somebody could make two prompts whose pages are mistaken for each
+other.
 """
 
 import hashlib

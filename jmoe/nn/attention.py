@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         cls, cfg: ModelConfig, split: Split, kernel: AttentionKernel, sizes: StateSizes
     ) -> LayerPages:
         """Returns the layer's state, as shapes with dtypes and shardings."""
-        return page_layout(cls.cached_heads(cfg), cfg.dtype, split, kernel, sizes)
+        return page_layout(cls.cached_heads(cfg), cfg, split, kernel, sizes)
 
     def __init__(self, blueprint: Blueprint, layer: int, make: ParamMaker):
         """Checks that the heads can be split; a kind then makes its weights with ``make``."""

@@ -4,14 +4,16 @@ A kind is a subclass of ``Attention``. It owns its weights and their names, the 
 layout of its state; everything else here calls the kinds of a model's layers.
 """
 
+import math
+
 import jax
-from jmoe_kernels.paged_attention import AttentionKernel, Heads, LayerPages
+from jmoe_kernels.paged_attention import AttentionKernel, Heads, LayerPages, pick
 
 from jmoe.config.model import AttentionKind, ModelConfig
-from jmoe.mesh import Split
+from jmoe.mesh import Split, platform_of
 from jmoe.nn.attention import Attention
 from jmoe.nn.grouped_query import GroupedQueryAttention
-from jmoe.nn.kv_cache import StateSizes, zeros
+from jmoe.nn.kv_cache import PAGE_CODES, StateSizes, zeros
 from jmoe.nn.latent import LatentAttention
 
 KINDS: dict[AttentionKind, type[Attention]] = {
@@ -36,7 +38,8 @@ def paged_heads(cfg: ModelConfig, split: Split) -> tuple[Heads, ...]:
         cached = kind_of(cfg, layer).cached_heads(cfg)
         kv = cached.heads_per_array(split) // split.head_ranks
         queries = cfg.num_attention_heads // split.head_ranks
-        return Heads(queries, kv, cached.dim, cfg.span(layer), cfg.attention_sinks, cached.value_dim)
+        span, code = cfg.span(layer), PAGE_CODES[cfg.kv_cache_dtype]
+        return Heads(queries, kv, cached.dim, span, cfg.attention_sinks, cached.value_dim, code)
 
     paged = [layer for layer in range(cfg.num_hidden_layers) if kind_of(cfg, layer).state_axis == "page"]
     return tuple(dict.fromkeys(map(heads, paged)))
@@ -44,9 +47,13 @@ def paged_heads(cfg: ModelConfig, split: Split) -> tuple[Heads, ...]:
 
 def page_bytes(cfg: ModelConfig, split: Split, page_size: int) -> int:
     """Returns the bytes of one page over all layers whose state is in pages."""
-    kinds = [kind_of(cfg, layer) for layer in range(cfg.num_hidden_layers)]
-    heads = [kind.cached_heads(cfg) for kind in kinds if kind.state_axis == "page"]
-    return sum(each.page_bytes(cfg.dtype, split, page_size) for each in heads)
+    kernel: AttentionKernel = "xla"
+    if cfg.kv_cache_dtype != "auto":  # it decides whether there are scales
+        kernel, _ = pick(platform_of(split.mesh), cfg.dtype, paged_heads(cfg, split))
+    layers = state_layout(cfg, split, kernel, StateSizes(1, page_size, 1))
+    paged = [kind_of(cfg, layer).state_axis == "page" for layer in range(cfg.num_hidden_layers)]
+    arrays = jax.tree.leaves([pages for pages, is_paged in zip(layers, paged, strict=True) if is_paged])
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) // split.sequence_ranks
 
 
 def state_layout(

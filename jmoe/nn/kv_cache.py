@@ -4,19 +4,32 @@ The pages axis is split over the ranks that hold sequences, so entries of page t
 ``jmoe.nn.kinds`` makes the state of all layers; ``jmoe_kernels.paged_attention`` reads and writes the pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.grouped_mlp import storage_dtype
-from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, heads_axis, page_shapes
+from jmoe_kernels.paged_attention import (
+    AttentionKernel,
+    LayerPages,
+    PageCode,
+    has_scales,
+    heads_axis,
+    page_shapes,
+)
+from jmoe_kernels.quantised import code_storage
 
+from jmoe.config.choices import KVCacheName
+from jmoe.config.model import ModelConfig
 from jmoe.mesh import Split, platform_of
+
+# how each setting of the KV cache keeps the numbers
+PAGE_CODES: dict[KVCacheName, PageCode | None] = {"auto": None, "int8": "int8", "fp8": "e4m3"}
 
 
 class StateSizes(NamedTuple):
@@ -49,20 +62,17 @@ class CachedHeads:
         """Returns the number of heads in the cache; if more ranks share the heads, each rank has one."""
         return max(self.num_heads, split.head_ranks)
 
-    def page_bytes(self, dtype: str, split: Split, page_size: int) -> int:
-        """Returns the bytes of one page of one layer: keys and values, or one array that serves as both."""
-        arrays = 2 if self.value_dim is None else 1
-        item = kv_dtype(jnp.dtype(dtype), split.mesh).itemsize
-        return arrays * page_size * self.heads_per_array(split) * self.dim * item
 
-
-def kv_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
-    """Returns the dtype in which keys and values of a ``dtype`` model are stored on ``mesh``.
+def kv_dtype(cfg: ModelConfig, mesh: Mesh) -> jnp.dtype:
+    """Returns the dtype in which keys and values of a model are stored on ``mesh``.
 
     On CPU bfloat16 is stored as uint16 (``storage_dtype``), because an update of a bfloat16 array copies the
-    whole array there (21.8 ms against 0.013).
+    whole array there (21.8 ms against 0.013), and eight-bit floats as bytes (``code_storage``).
     """
-    return storage_dtype(jnp.dtype(dtype), platform_of(mesh))
+    code = PAGE_CODES[cfg.kv_cache_dtype]
+    if code is not None:
+        return jnp.dtype(code_storage(code, platform_of(mesh)))
+    return storage_dtype(jnp.dtype(cfg.dtype), platform_of(mesh))
 
 
 def page_spec(attention: AttentionKernel, split: Split) -> PartitionSpec:
@@ -71,15 +81,21 @@ def page_spec(attention: AttentionKernel, split: Split) -> PartitionSpec:
 
 
 def page_layout(
-    heads: CachedHeads, dtype: str, split: Split, attention: AttentionKernel, sizes: StateSizes
+    heads: CachedHeads, cfg: ModelConfig, split: Split, attention: AttentionKernel, sizes: StateSizes
 ) -> LayerPages:
     """Returns the arrays of one layer's pages, as shapes with dtypes and shardings."""
     count, is_value = sizes.num_pages * split.sequence_ranks, heads.value_dim is not None
-    stored = kv_dtype(jnp.dtype(dtype), split.mesh)
+    stored = kv_dtype(cfg, split.mesh)
     where = NamedSharding(split.mesh, page_spec(attention, split))
     num_heads = heads.heads_per_array(split)
     shapes = page_shapes(attention, count, num_heads, sizes.page_size, heads.dim, latent=is_value)
-    return LayerPages(tuple(jax.ShapeDtypeStruct(s, stored, sharding=where) for s in shapes))  # pyright: ignore
+
+    def arrays(shapes: Iterable[tuple[int, ...]], dtype: Any) -> Any:
+        return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape in shapes)
+
+    if cfg.kv_cache_dtype == "auto" or not has_scales(attention):
+        return LayerPages(arrays(shapes, stored))
+    return LayerPages(arrays(shapes, stored), arrays((shape[:-1] for shape in shapes), jnp.float32))
 
 
 def zeros(layout: jax.ShapeDtypeStruct) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jmoe_kernels.backends import get_backend
 from jmoe_kernels.grouped_mlp import storage_dtype
+from jmoe_kernels.paged_attention import has_scales
 
 from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
@@ -102,8 +103,7 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
 def _choices(deployment: Deployment) -> list[dict[str, str]]:
     mesh, moe, kernels = deployment.mesh, deployment.settings.moe, deployment.blueprint.kernels
     backend, dtype = get_backend(platform_of(mesh)), jnp.dtype(deployment.cfg.dtype)
-    storage, kept = storage_dtype(dtype, platform_of(mesh)), kv_dtype(dtype, mesh)
-    codings = deployment.blueprint.codings
+    storage, codings = storage_dtype(dtype, platform_of(mesh)), deployment.blueprint.codings
     rows = [
         ("grouped experts", kernels.experts, kernels.why_experts),
         (
@@ -119,11 +119,7 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
             backend.why_weight_storage if storage != dtype else "as computed",
         ),
         *([("quantised weights", str(codings), _why_quantised(deployment))] if codings else []),
-        (
-            "KV cache kept as",
-            str(kept),
-            backend.why_cache_storage if kept != dtype else "as computed",
-        ),
+        ("KV cache kept as", *_kept_cache(deployment)),
         (
             "transport",
             moe.transport if mesh.size > 1 else "local",
@@ -138,6 +134,18 @@ def _choices(deployment: Deployment) -> list[dict[str, str]]:
 def _why_quantised(deployment: Deployment) -> str:
     method = deployment.settings.quantization
     return "as the checkpoint has them" if method is None else f"quantization = {method!r}"
+
+
+def _kept_cache(deployment: Deployment) -> tuple[str, str]:
+    """Returns the dtype in which keys and values are kept, and why."""
+    backend = get_backend(platform_of(deployment.mesh))
+    cfg, kept = deployment.cfg, kv_dtype(deployment.cfg, deployment.mesh)
+    if cfg.kv_cache_dtype == "auto":
+        is_own = kept == jnp.dtype(cfg.dtype)
+        return str(kept), "as computed" if is_own else backend.why_cache_storage
+    if has_scales(deployment.blueprint.kernels.attention):
+        return cfg.kv_cache_dtype, "kv_cache_dtype; a float32 scale for each token and head"
+    return cfg.kv_cache_dtype, "kv_cache_dtype; without scales: the kernel takes none of single tokens"
 
 
 def _offload_lines(offload: dict[str, Any]) -> list[str]:

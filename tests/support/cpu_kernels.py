@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jmoe_kernels import cpu
 from jmoe_kernels.cpu import build
 from jmoe_kernels.grouped_mlp.cpu import ACTIVATIONS, combined_mlp_cpu, grouped_mlp_cpu
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 
-RNG = np.random.default_rng
+RNG, E4M3 = np.random.default_rng, ml_dtypes.float8_e4m3fn
 
 
 def rounded(a: np.ndarray) -> np.ndarray:
@@ -195,6 +196,66 @@ def check_attention():
             np.testing.assert_allclose(got, want, atol=tolerance, err_msg=where)
 
 
+def codes_of(rows: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of rows in one byte a number, and their scales."""
+    largest = np.float32(127 if dtype == np.int8 else 448)
+    most = np.abs(rows).max(-1)
+    scaled = rows * (largest / most)[..., None]
+    codes = np.rint(scaled).astype(np.int8) if dtype == np.int8 else scaled.astype(E4M3).view(np.uint8)
+    return codes, most * (np.float32(1) / largest)
+
+
+def check_one_byte_pages():
+    """Writes a run into pages of one byte a number, then attends to them; the oracle reads what they hold.
+
+    Scales that no query sees are not finite.
+    """
+    rng = RNG(5)
+    for b, t, heads, groups, d, size, table_len, window, chunk, sink, dtype in (
+        (3, 1, 4, 2, 64, 32, 3, None, None, None, np.int8),
+        (2, 32, 4, 4, 16, 32, 2, None, None, 1.0, np.uint8),
+        (1, 40, 6, 2, 20, 8, 8, 11, None, None, np.int8),
+        (4, 1, 8, 2, 24, 4, 9, None, 10, 1e4, np.uint8),
+        (1, 1, 40, 1, 72, 8, 40, None, None, None, np.int8),
+        (2, 3, 130, 1, 37, 8, 3, None, None, 1.0, np.uint8),
+    ):
+        sinks = None if sink is None else (sink * rng.random(heads)).astype(np.float32)
+        pages = b * table_len + 2
+        q, *new = (rng.standard_normal((b, t, h, d), np.float32) for h in (heads, groups, groups))
+        table = rng.permutation(pages)[: b * table_len].reshape(b, table_len).astype(np.int32)
+        start = rng.integers(0, table_len * size - t + 1, b)
+        positions = (start[:, None] + np.arange(t)).astype(np.int32)
+        kept, want = [], []
+        for rows in new[: 1 if heads > 8 else 2]:  # latent pages are keys and values at once
+            codes, scales = codes_of(rng.standard_normal((pages, groups, size, d), np.float32), dtype)
+            new_codes, new_scales = codes_of(rows, dtype)
+            seen = np.full_like(scales, np.nan)
+            for i in range(b):
+                for p in range(positions[i, -1] + 1):
+                    at = table[i, p // size], slice(None), p % size
+                    seen[at] = scales[at]
+                    if p >= start[i]:
+                        codes[at], seen[at] = new_codes[i, p - start[i]], new_scales[i, p - start[i]]
+            want.append((codes, seen))
+            kept.append((jnp.asarray(codes), jnp.asarray(seen)))
+        if len(kept) == 1:
+            got = [cpu.write_latent(kept[0], new[0], positions, table)]
+        else:
+            got = cpu.write_pages(*kept, *new, positions, table)
+        for array, expected in zip(got, want, strict=True):
+            np.testing.assert_array_equal(array[0], expected[0])
+            np.testing.assert_array_equal(array[1], expected[1])
+        values = [
+            (codes if dtype == np.int8 else codes.view(E4M3)).astype(np.float64) * scales[..., None]
+            for codes, scales in want
+        ]
+        see = [window, chunk, sinks]
+        expected = attention(q.astype(np.float64), values[0], values[-1], positions, table, *see)
+        out = cpu.attend(q, got[0], got[-1], positions, table, (window, chunk), sinks)
+        where = f"{b} {t} {heads} {groups} {d} {window} {chunk} {sink} {dtype}"
+        np.testing.assert_allclose(out, expected, atol=2e-5, err_msg=where)
+
+
 def check_rotate():
     rng = RNG(4)
     x = rng.standard_normal((2, 35, 3, 12), np.float32)
@@ -217,7 +278,9 @@ def check_rotate():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-CHECKS = (check_linear, check_grouped, check_combined, check_attention, check_rotate)
+CHECKS = (
+    check_linear, check_grouped, check_combined, check_attention, check_one_byte_pages, check_rotate,
+)  # fmt: skip
 
 
 def main() -> None:

@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
 
 from jmoe.blueprint import Blueprint
-from jmoe.checkpoint import read_config
 from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed
-from jmoe.engine.deployment.settings import EngineSettings, model_directory
+from jmoe.engine.deployment.settings import EngineSettings, model_directory, read_model
 from jmoe.engine.deployment.sizes import PAGE_SIZE, context_length, fit_pages, sizes_for
 from jmoe.engine.offload.build import pick_executor
 from jmoe.engine.step.inputs import Sizes
@@ -72,7 +71,7 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     """Resolves a model and its settings; raises ValueError if either is refused or does not fit the
     machine."""
     directory, moe = model_directory(model), settings.moe
-    cfg = read_config(directory, settings.dtype)
+    cfg = read_model(directory, settings)
     split = settings_split(settings)
     requested = context_length(cfg, settings.max_model_len)
     codings = read_codings(directory, cfg, settings.quantization_request)

@@ -7,9 +7,17 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from jmoe.checkpoint import read_config
 from jmoe.checkpoint.quantised.codings import Quantize
 from jmoe.checkpoint.source import model_path
-from jmoe.config.choices import AttentionSplit, DTypeChoice, QuantizationName, QuantizedProducts
+from jmoe.config.choices import (
+    AttentionSplit,
+    DTypeChoice,
+    KVCacheName,
+    QuantizationName,
+    QuantizedProducts,
+)
+from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import AtLeastOne, Size, check_fields
 from jmoe.engine.schedule.admission import REASONS, Reason
@@ -40,6 +48,8 @@ class EngineSettings:
     enable_prefix_caching: whether prompts with equal beginnings share pages.
     quantization: how weights are quantised while they load; None keeps them as the checkpoint has them.
     quantize: weights that are quantised, those of routed experts or of all products.
+    kv_cache_dtype: how keys and values are cached: "auto" in the model's dtype, "int8" or "fp8" in one byte a
+        number.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """
@@ -48,6 +58,7 @@ class EngineSettings:
     dtype: DTypeChoice = "auto"
     quantization: QuantizationName | None = None
     quantize: QuantizedProducts = "all"
+    kv_cache_dtype: KVCacheName = "auto"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
@@ -103,6 +114,13 @@ class EngineSettings:
         if self.dispatch != REASONS and ranks == 1:
             lines.append("dispatch has no effect with one rank: every request goes to it")
         return lines
+
+
+def read_model(directory: Path, settings: EngineSettings) -> ModelConfig:
+    """Returns the model's shape, with the dtypes of the settings; raises ValueError as ``read_config``
+    does."""
+    cfg = read_config(directory, settings.dtype)
+    return dataclasses.replace(cfg, kv_cache_dtype=settings.kv_cache_dtype)
 
 
 def model_directory(model: str | Path) -> Path:

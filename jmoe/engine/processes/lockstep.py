@@ -20,11 +20,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jmoe.checkpoint import read_config
 from jmoe.config.techniques import Phase
 from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
-from jmoe.engine.deployment.settings import EngineSettings, model_directory
+from jmoe.engine.deployment.settings import EngineSettings, model_directory, read_model
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.channel import Channel, Followers
 from jmoe.engine.processes.nodes import Nodes, free_port, join, listen
@@ -188,5 +187,5 @@ def follow(
 def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
     """Returns what all processes must have in common: their number, settings and the model's configuration.
     Its ValueErrors are raised before the processes connect, so that none waits for one that failed."""
-    cfg = read_config(model_directory(model), settings.dtype)
+    cfg = read_model(model_directory(model), settings)
     return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)

@@ -39,7 +39,6 @@ TARGETS = {
     "jmoe_linear": "JmoeLinear",
     "jmoe_attend": "JmoeAttend",
     "jmoe_write_pages": "JmoeWritePages",
-    "jmoe_write_latent": "JmoeWriteLatent",
     "jmoe_rotate": "JmoeRotate",
 }
 

@@ -1,10 +1,16 @@
 """The C++ dense products and attention as jax functions; ``get_library()`` must have loaded them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Shaped
+
+# [P, G, S, d]: float32, or bfloat16 (also stored as uint16), or with the scales [P, G, S] int8 or e4m3 (also
+# stored as uint8)
+Pages = Array | tuple[Array, Array]
 
 
 def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | float) -> Array:
@@ -27,8 +33,8 @@ def linear(x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"]) -> Float[Array
 
 def attend(
     q_BTHd: Float[Array, "B T H d"],
-    k_PGSd: Shaped[Array, "P G S d"],
-    v_PGSd: Shaped[Array, "P G S d"],
+    k: Pages,
+    v: Pages,
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
     span: tuple[int | None, int | None] = (None, None),
@@ -36,46 +42,58 @@ def attend(
 ) -> Float[Array, "B T H d"]:
     """Returns each query's float32 attention to the paged keys up to its position, in its window or chunk.
 
-    Pages are float32, or bfloat16 (also stored as uint16). A padding query (position -1) gives zeros. Latent
-    pages are keys and values at once, and are passed as both. span: the window and the chunk.
+    A padding query (position -1) gives zeros. Latent pages are keys and values at once, and are passed as
+    both. span: the window and the chunk.
     """
     window, chunk = span
-    sinks = jnp.zeros((0,), jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    args = (q_BTHd, k_PGSd, v_PGSd, positions_BT, table_BM, sinks)
+    none = jnp.zeros((0,), jnp.float32)
+    (k_PGSd, k_PGS), (v_PGSd, v_PGS) = (kept if isinstance(kept, tuple) else (kept, none) for kept in (k, v))
+    sinks = none if sinks_H is None else sinks_H.astype(jnp.float32)
+    args = (q_BTHd, k_PGSd, v_PGSd, k_PGS, v_PGS, positions_BT, table_BM, sinks)
     return call("jmoe_attend", q_BTHd.shape, *args, window=window or 0, chunk=chunk or 0)
 
 
 def write_pages(
-    k_PGSd: Shaped[Array, "P G S d"],
-    v_PGSd: Shaped[Array, "P G S d"],
+    k: Pages,
+    v: Pages,
     k_BTGd: Float[Array, "B T G d"],
     v_BTGd: Float[Array, "B T G d"],
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
-) -> tuple[Array, Array]:
+) -> tuple[Pages, Pages]:
     """Returns the pages with the new keys and values at their positions, written in place.
 
     Position -1 writes nothing.
     """
-    results = [jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PGSd, v_PGSd)]
-    run = jax.ffi.ffi_call("jmoe_write_pages", results, input_output_aliases={0: 0, 1: 1})
-    k, v = run(k_PGSd, v_PGSd, k_BTGd, v_BTGd, positions_BT, table_BM)
-    return k, v
+    written_k, written_v = _write((k, v), (k_BTGd, v_BTGd), positions_BT, table_BM)
+    return written_k, written_v
 
 
 def write_latent(
-    pages_PGSd: Shaped[Array, "P G S d"],
+    pages: Pages,
     rows_BTGd: Float[Array, "B T G d"],
     positions_BT: Int[Array, "B T"],
     table_BM: Int[Array, "B M"],
-) -> Array:
+) -> Pages:
     """Returns the latent pages with the new rows at their positions, written in place.
 
     Position -1 writes nothing.
     """
-    result = jax.ShapeDtypeStruct(pages_PGSd.shape, pages_PGSd.dtype)
-    run = jax.ffi.ffi_call("jmoe_write_latent", result, input_output_aliases={0: 0})
-    return run(pages_PGSd, rows_BTGd, positions_BT, table_BM)
+    [written] = _write((pages,), (rows_BTGd,), positions_BT, table_BM)
+    return written
+
+
+def _write(pages: tuple[Pages, ...], rows: tuple[Array, ...], *address: Array) -> tuple[Pages, ...]:
+    """Writes the rows of every array of pages. The kernel takes all arrays of pages, then all scales."""
+    has_scales = isinstance(pages[0], tuple)
+    arrays: list[Any] = [a for each in zip(*pages, strict=True) for a in each] if has_scales else list(pages)
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    before = len(address) + len(rows)
+    aliases = {before + i: i for i in range(len(arrays))}
+    run = jax.ffi.ffi_call("jmoe_write_pages", results, input_output_aliases=aliases)
+    written = run(*address, *rows, *arrays)
+    n = len(pages)
+    return tuple(zip(written[:n], written[n:], strict=True)) if has_scales else tuple(written)
 
 
 def rotate(

@@ -8,8 +8,9 @@ another.
 """
 
 from jmoe_kernels.backends import AttentionKernel
-from jmoe_kernels.paged_attention.api import attend_all, heads_axis, page_shapes, pick, why_not
+from jmoe_kernels.paged_attention.api import attend_all, has_scales, heads_axis, page_shapes, pick, why_not
 from jmoe_kernels.paged_attention.implementations import IMPLEMENTATIONS
+from jmoe_kernels.paged_attention.one_byte import PageCode
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens
 from jmoe_kernels.settings import Span
 
@@ -19,8 +20,10 @@ __all__ = [
     "Heads",
     "LayerPages",
     "NewTokens",
+    "PageCode",
     "Span",
     "attend_all",
+    "has_scales",
     "heads_axis",
     "page_shapes",
     "pick",

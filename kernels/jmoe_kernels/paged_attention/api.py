@@ -16,7 +16,7 @@ from jmoe_kernels.settings import Span
 def why_not(implementation: str, platform: str, dtype: Any, heads: Heads) -> str | None:
     """Returns why ``implementation`` cannot run on ``platform``, or None if it can.
 
-    dtype: dtype of the keys and values.
+    dtype: dtype of the keys and values before they are quantised.
     heads: heads of one rank.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -62,6 +62,12 @@ def page_shapes(
     return layout.shapes(pages, kv_heads, size, dim)
 
 
+def has_scales(implementation: AttentionKernel) -> bool:
+    """Returns whether quantised pages have arrays of scales, whose shapes are those of the pages without the
+    last axis."""
+    return IMPLEMENTATIONS[implementation].has_scales
+
+
 def heads_axis(implementation: AttentionKernel) -> int:
     """Returns the axis of those arrays on which the heads lie; pages are always the first axis."""
     return IMPLEMENTATIONS[implementation].layout.heads_axis
@@ -93,14 +99,17 @@ def attend_all(
     """
     record = IMPLEMENTATIONS[implementation]
     for new in pieces:
-        _check(implementation, new, span, sinks_H)
+        _check(implementation, new, pages, span, sinks_H)
         pages = record.write(new, pages)
     return [record.attend(new, pages, span, sinks_H) for new in pieces], pages
 
 
-def _check(implementation: AttentionKernel, new: NewTokens, span: Span, sinks_H: Array | None) -> None:
+def _check(
+    implementation: AttentionKernel, new: NewTokens, pages: LayerPages, span: Span, sinks_H: Array | None
+) -> None:
     """Raises ValueError if a named kernel lacks what the layer needs."""
     (_, _, query, dim), kv = new.q_BTHd.shape, new.k_BTGd.shape[2]
-    heads = Heads(query, kv, dim, span, sinks_H is not None, dim if new.v_BTGd is None else None)
+    value_dim = dim if new.v_BTGd is None else None
+    heads = Heads(query, kv, dim, span, sinks_H is not None, value_dim, pages.code)
     if (reason := IMPLEMENTATIONS[implementation].lacks(heads)) is not None:
         raise ValueError(f"paged attention {implementation!r}: {reason}; 'xla' can run")

@@ -25,6 +25,7 @@ class Implementation:
         of every query.
     write: function of the tokens and the pages that returns the pages with the tokens' rows.
     layout: layout of pages that are not latent.
+    has_scales: whether quantised rows have scales of their own.
     why_missing: function that returns why this machine cannot run it, or None if it can.
     limit: function (heads, dtype) that returns the limit that heads of one rank exceed, or None.
     lacks: function (heads) that returns what the heads need and it does not have, whatever their sizes, or
@@ -35,6 +36,7 @@ class Implementation:
     attend: Callable[[NewTokens, LayerPages, Span, Array | None], Array]
     write: Callable[[NewTokens, LayerPages], LayerPages]
     layout: PageLayout = APART
+    has_scales: bool = True
     why_missing: Callable[[], str | None] = lambda: None
     limit: Callable[[Heads, jnp.dtype], str | None] = lambda heads, dtype: None
     lacks: Callable[[Heads], str | None] = lambda heads: None
@@ -53,6 +55,7 @@ IMPLEMENTATIONS: dict[AttentionKernel, Implementation] = {
         lambda new, pages, span, sinks_H: jax_tpu.attend(new, pages, span.window),
         jax_tpu.write_tokens,
         layout=JOINED,
+        has_scales=False,
         limit=jax_tpu.limit,
         lacks=jax_tpu.lacks,
         describe=lambda: "jax's ragged paged attention",

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
-from jmoe_kernels.paged_attention.write import write, write_last
+from jmoe_kernels.paged_attention.write import write, write_last, write_pages
 from jmoe_kernels.paged_attention.xla import finite_rows, gather_pages, taint, visible
 from jmoe_kernels.settings import Span
 
@@ -38,34 +38,28 @@ def lacks(heads: Heads) -> str | None:
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
     """Returns the pages with the new rows.
 
-    After a row that is written alone, its page's values become zero: the decode kernel gives what earlier
-    owners left there a weight of 0, and 0 times NaN is NaN.
+    After a row that is written alone, its page's values and their scales become zero: the decode kernel gives
+    what earlier owners left there a weight of 0, and 0 times NaN is NaN.
     """
     assert new.v_BTGd is not None, "latent pages are refused before"
-    k_PGSd, v_PGSd = pages.kv
-    address = new.positions_BT, new.table_BM
-    put = write_last if new.positions_BT.shape[1] == 1 else write
-    return LayerPages((write(k_PGSd, new.k_BTGd, *address), put(v_PGSd, new.v_BTGd, *address)))
+    return write_pages(new, pages, write_last if new.positions_BT.shape[1] == 1 else write)
 
 
 def attend(new: NewTokens, pages: LayerPages, *, interpret: bool = False) -> Float[Array, "B T H d"]:
     """Returns the output of every query over pages that hold the new rows, zero for padding."""
-    k_PGSd, v_PGSd = pages.kv
-    q, address = new.q_BTHd.astype(k_PGSd.dtype), (new.positions_BT, new.table_BM)
+    q = new.q_BTHd.astype(pages.kv[0].dtype if pages.code is None else jnp.bfloat16)
     run = _decode if new.positions_BT.shape[1] == 1 else _prefill
-    out = run(q, k_PGSd, v_PGSd, *address, interpret).astype(jnp.float32)
+    out = run(q, pages, new.positions_BT, new.table_BM, interpret).astype(jnp.float32)
     return jnp.where((new.positions_BT >= 0)[:, :, None, None], out, 0.0)
 
 
-def _decode(
-    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
-) -> Array:
+def _decode(q_BTHd: Array, pages: LayerPages, positions_BT: Array, table_BM: Array, interpret: bool) -> Array:
     """Runs the decode kernel, to which each (sequence, kv head) is a sequence: it wants heads outermost."""
     from jax.experimental.pallas.ops.gpu.paged_attention import (  # slow to import, for GPUs only
         paged_attention,
     )
 
-    (b, _, h, d), (count, g, size, _) = q_BTHd.shape, k_PGSd.shape
+    (b, _, h, d), (count, g, size, _) = q_BTHd.shape, pages.kv[0].shape
     table = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % (KEY_SPLITS * PAGES_PER_BLOCK))))
     is_own = jnp.arange(table.shape[1], dtype=jnp.int32)[None] <= positions_BT // size
     table = jnp.where(is_own, table, table[:, :1])  # a block past the own pages reads the first page again
@@ -73,10 +67,10 @@ def _decode(
     length_B = jnp.maximum(positions_BT[:, 0] + 1, 1)  # padding reads one row of page 0
     out = paged_attention(
         q_BTHd.reshape(b * g, h // g, d) * d**-0.5,
-        k_PGSd.reshape(1, count * g, size, d),
-        v_PGSd.reshape(1, count * g, size, d),
+        *(a.reshape(1, count * g, size, d) for a in pages.kv),
         table_BGM.reshape(b * g, -1),
         jnp.repeat(length_B, g),
+        *(a.reshape(1, count * g, size) for a in pages.scales or ()),
         k_splits=KEY_SPLITS,
         pages_per_compute_block=PAGES_PER_BLOCK,
         interpret=interpret,
@@ -85,10 +79,12 @@ def _decode(
 
 
 def _prefill(
-    q_BTHd: Array, k_PGSd: Array, v_PGSd: Array, positions_BT: Array, table_BM: Array, interpret: bool
+    q_BTHd: Array, pages: LayerPages, positions_BT: Array, table_BM: Array, interpret: bool
 ) -> Array:
+    scales = pages.scales or (None, None)
     (k_BGSd, broken_k), (v_BGSd, broken_v) = (
-        finite_rows(gather_pages(a, table_BM)) for a in (k_PGSd, v_PGSd)
+        finite_rows(gather_pages(a, table_BM, own).astype(q_BTHd.dtype))
+        for a, own in zip(pages.kv, scales, strict=True)
     )
     keys = jnp.arange(k_BGSd.shape[2], dtype=jnp.int32)[None]
     # A padding query sees the first key: a softmax over nothing is not a number.
@@ -103,5 +99,5 @@ def _prefill(
         implementation="xla" if interpret else "cudnn",
     )
     tainted_BGT = taint(visible_BTS[:, None], broken_k | broken_v)
-    tainted_BTH = jnp.repeat(tainted_BGT, q_BTHd.shape[2] // k_PGSd.shape[1], axis=1).swapaxes(1, 2)
+    tainted_BTH = jnp.repeat(tainted_BGT, q_BTHd.shape[2] // k_BGSd.shape[1], axis=1).swapaxes(1, 2)
     return jnp.where(tainted_BTH[..., None], jnp.nan, out)

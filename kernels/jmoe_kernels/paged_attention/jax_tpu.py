@@ -2,15 +2,19 @@
 
 The kernel walks only the pages that a sequence fills, loads several pages ahead of the one in use, and keeps
 a running softmax: it is FlashAttention (https://arxiv.org/abs/2205.14135) with a page table. Besides the
-causal mask it supports only a window, in jax 0.10 and 0.11.
+causal mask it supports only a window, in jax 0.10 and 0.11. Its scales of quantised pages are two numbers of
+the compiled program, so it has none for single rows: e4m3 pages hold the keys and values themselves, rounded
+and within its range.
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from jmoe_kernels.paged_attention.one_byte import code_of
 from jmoe_kernels.paged_attention.types import Heads, LayerPages, NewTokens, beyond_windows
 from jmoe_kernels.paged_attention.write import write_joined
+from jmoe_kernels.quantised import DTYPES
 
 KEYS_PER_BLOCK, QUERIES_PER_BLOCK = 256, 64  # they fit VMEM at every head count that is supported
 VMEM_LIMIT = 64 << 20  # bytes
@@ -22,18 +26,20 @@ def limit(heads: Heads, dtype: jnp.dtype) -> str | None:
         return reason
     if heads.head_dim % 128:
         return f"the head dimension must be a multiple of 128, got {heads.head_dim}"
-    rows = (
-        2 * heads.num_kv_heads * jnp.dtype(dtype).itemsize // 4
-    )  # rows of 32 bits with a token's keys and values
-    if rows not in (1, 2, 4, 8) and rows % 8:
-        name = jnp.dtype(dtype).name
-        given = f"{heads.num_kv_heads} {name} kv heads per rank"
-        return f"{given} do not tile; 1, 2, 4 and multiples of 8 do in both dtypes"
+    kept = jnp.dtype(dtype) if heads.code is None else DTYPES[heads.code]
+    words, rest = divmod(2 * heads.num_kv_heads * kept.itemsize, 4)  # of 32 bits, a token's keys and values
+    if rest or (words not in (1, 2, 4, 8) and words % 8):
+        given = f"{heads.num_kv_heads} {kept.name} kv heads per rank"
+        return f"{given} do not tile; " + (
+            "1, 2, 4 and multiples of 8 do in both dtypes" if heads.code is None else "2, 4, 8 and 16 do"
+        )
     return None
 
 
 def lacks(heads: Heads) -> str | None:
     """Returns what these heads need that the kernel does not have, whatever their sizes, or None."""
+    if heads.code == "int8":
+        return "int8 pages, which have a scale for each row, are not supported"
     return beyond_windows(heads)
 
 
@@ -80,8 +86,9 @@ def _ragged(
     n, _, d = q_NHd.shape
     _, size, _, _ = kv_PSGd.shape
     sequences = jnp.full((1,), length_B.shape[0], jnp.int32)
+    is_quantised = code_of(kv_PSGd) is not None
     out = ragged_paged_attention(
-        lax.convert_element_type(q_NHd, kv_PSGd.dtype),
+        q_NHd.astype(jnp.bfloat16 if is_quantised else kv_PSGd.dtype),
         kv_PSGd,
         length_B,
         table_BM,
@@ -89,6 +96,8 @@ def _ragged(
         sequences,
         sm_scale=d**-0.5,
         sliding_window=window,
+        k_scale=1.0 if is_quantised else None,  # with a scale it converts the pages to the queries' dtype
+        v_scale=1.0 if is_quantised else None,
         num_kv_pages_per_block=max(1, min(KEYS_PER_BLOCK // size, table_BM.shape[1])),
         num_queries_per_block=min(n, QUERIES_PER_BLOCK),
         vmem_limit_bytes=VMEM_LIMIT,

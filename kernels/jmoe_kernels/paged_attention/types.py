@@ -6,6 +6,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int
 
+from jmoe_kernels.paged_attention.one_byte import PageCode, code_of
 from jmoe_kernels.settings import Span
 
 
@@ -41,10 +42,18 @@ class LayerPages:
     kv: arrays of one of three layouts. ``APART``: keys and values, each ``[P, G, S, d]``. ``JOINED``: one
         array ``[P, S, 2 * G, d]`` in which the value of a head follows its key. ``LATENT``: one array
         ``[P, G, S, d]`` whose rows are keys and values at once, as DeepSeek's latent attention keeps them
-        (https://arxiv.org/abs/2405.04434, section 2.1).
+        (https://arxiv.org/abs/2405.04434, section 2.1). Numbers are float32, bfloat16 (also as uint16),
+        int8 or e4m3 (also as uint8).
+    scales: float32 scale of each row of the arrays of ``kv``, ``[P, G, S]``; None if they have no scales.
     """
 
     kv: tuple[Array, ...]
+    scales: tuple[Array, ...] | None = None
+
+    @property
+    def code(self) -> PageCode | None:
+        """Code of the numbers; None if they are not quantised."""
+        return code_of(self.kv[0])
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +89,7 @@ class Heads:
     has_sinks: whether each query head has a logit of its own in the softmax's denominator.
     value_dim: number of columns of a row that are its value if pages are latent; None if keys and values lie
         apart.
+    code: code in which pages keep the numbers; None if they are not quantised.
     """
 
     num_query_heads: int
@@ -88,6 +98,7 @@ class Heads:
     span: Span = field(default_factory=Span)
     has_sinks: bool = False
     value_dim: int | None = None
+    code: PageCode | None = None
 
 
 def beyond_windows(heads: Heads) -> str | None:

@@ -6,9 +6,9 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jmoe_kernels.matmul import dot
+from jmoe_kernels.paged_attention.one_byte import numbers_of
 from jmoe_kernels.paged_attention.types import LayerPages, NewTokens
-from jmoe_kernels.paged_attention.write import write
-from jmoe_kernels.quantised import as_float
+from jmoe_kernels.paged_attention.write import write_pages
 from jmoe_kernels.settings import Span
 
 BLOCK = 128  # queries that attend together, and keys that a step of the loop reads
@@ -40,28 +40,31 @@ def taint(mask: Bool[Array, "*B T S"], broken: Bool[Array, "*B S"]) -> Bool[Arra
 
 
 def gather_pages(
-    pages_PGSd: Shaped[Array, "P G S d"], ids_BN: Int[Array, "B N"]
+    pages_PGSd: Shaped[Array, "P G S d"],
+    ids_BN: Int[Array, "B N"],
+    scales_PGS: Float[Array, "P G S"] | None = None,
 ) -> Float[Array, "B G N*S d"]:
-    """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype.
+    """Returns the rows of each sequence's pages ``ids_BN`` in order, in the model's dtype; quantised ones in
+    float32.
 
     Heads are gathered as pages of their own, so that the result needs no transposition. The last two axes
-    stay apart: a TPU lays them out in tiles, and would copy the pool to join them.
+    stay apart: a TPU lays them out in tiles, and would copy the pool to join them. Those of scales are heads
+    and rows, so they are gathered by page.
     """
     _, g, size, d = pages_PGSd.shape
     b, n = ids_BN.shape
     ids_BGN = ids_BN[:, None] * g + jnp.arange(g, dtype=jnp.int32)[None, :, None]
     rows = pages_PGSd.reshape(-1, size, d).at[ids_BGN.reshape(-1)].get(mode="promise_in_bounds")
-    return as_float(rows).reshape(b, g, n * size, d)
+    rows = rows.reshape(b, g, n * size, d)
+    if scales_PGS is None:
+        return numbers_of(rows, None)
+    scales_BNGS = scales_PGS.at[ids_BN].get(mode="promise_in_bounds")
+    return numbers_of(rows, scales_BNGS.swapaxes(1, 2).reshape(b, g, n * size))
 
 
 def write_tokens(new: NewTokens, pages: LayerPages) -> LayerPages:
     """Returns the pages with the new rows."""
-    address = new.positions_BT, new.table_BM
-    if new.v_BTGd is None:
-        [kv_PGSd] = pages.kv
-        return LayerPages((write(kv_PGSd, new.k_BTGd, *address),))
-    k_PGSd, v_PGSd = pages.kv
-    return LayerPages((write(k_PGSd, new.k_BTGd, *address), write(v_PGSd, new.v_BTGd, *address)))
+    return write_pages(new, pages)
 
 
 def attend(
@@ -74,15 +77,13 @@ def attend(
     ends: queries of the block are of one row, or of several short rows.
     """
     q_BTHd, positions_BT, table_BM = new.q_BTHd, new.positions_BT, new.table_BM
-    k_PGSd, v_PGSd = pages.kv[0], pages.kv[-1]  # latent pages are both
     b, t = positions_BT.shape
     parts = [slice(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
     rows = b if t == 1 else max(1, BLOCK // t)
 
     def attend_rows(inputs: tuple[Array, Array, Array]) -> Array:
         q, positions, table = inputs
-        kv = k_PGSd, v_PGSd
-        outputs = [_attend_block(q[:, p], *kv, positions[:, p], table, span, sinks_H) for p in parts]
+        outputs = [_attend_block(q[:, p], pages, positions[:, p], table, span, sinks_H) for p in parts]
         return jnp.concatenate(outputs, axis=1)
 
     if rows >= b:
@@ -97,13 +98,14 @@ def attend(
 
 def _attend_block(
     q_BTHd: Array,
-    k_PGSd: Array,
-    v_PGSd: Array,
+    pages: LayerPages,
     positions_BT: Array,
     table_BM: Array,
     span: Span,
     sinks_H: Array | None,
 ) -> Array:
+    k_PGSd, v_PGSd = pages.kv[0], pages.kv[-1]  # latent pages are both
+    k_PGS, v_PGS = (None, None) if pages.scales is None else (pages.scales[0], pages.scales[-1])
     (b, t, h, d), (_, g, size, _) = q_BTHd.shape, k_PGSd.shape
     most_pages = BLOCK_BYTES // (b * g * size * d * 4)
     per_block = max(1, min(most_pages, BLOCK // size, table_BM.shape[1]))
@@ -117,11 +119,11 @@ def _attend_block(
         key_BS = jnp.broadcast_to(j * keys + jnp.arange(keys, dtype=jnp.int32)[None], (b, keys))
         visible_BTS = visible(positions_BT, key_BS, span)
         mask = jnp.tile(visible_BTS[:, None], (1, 1, h // g, 1))
-        scores = jnp.where(mask, dot("bgqd,bgsd->bgqs", q, gather_pages(k_PGSd, ids)), MASK_VALUE)
+        scores = jnp.where(mask, dot("bgqd,bgsd->bgqs", q, gather_pages(k_PGSd, ids, k_PGS)), MASK_VALUE)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         share = jnp.where(mask, jnp.exp(scores - new_top), 0.0)
         decay = jnp.exp(top - new_top)
-        values = gather_pages(v_PGSd, ids)
+        values = gather_pages(v_PGSd, ids, v_PGS)
         if t == 1:  # there is one query, so a value that it does not see is used by nobody
             values = jnp.where(visible_BTS.swapaxes(1, 2)[:, None], values, 0)
         else:

@@ -30,6 +30,8 @@ def cells() -> list:
         ("plain", DECODE, "xla"),
         ("latent", MIXED, "cpu"),
         ("sinks and windows", MIXED, "xla"),
+        ("int8", MIXED, "cpu"),
+        ("fp8", DECODE, "xla"),
     }
     pairs = [
         (kind, tokens, "cpu" if (tokens == MIXED) != (kind == "sinks and windows") else "xla")

@@ -15,6 +15,7 @@ CASES: dict[str, pool_aot.Case] = {
     "latent, decode": (Pool("latent", DECODE, wide=True, pages=PAGES), ONE),
     "a page's copy": (Pool(wide=True, pages=PAGES, copies=True), ONE),
     "mixed, on a mesh": (Pool(wide=True, pages=PAGES), (1, 4, 2)),
+    "fp8, decode": (Pool("fp8", DECODE, wide=True, pages=PAGES), ONE),
 }
 
 

@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "latent": LatentConfig(96, 32, 32, 32), "qk_norm": "none", "num_attention_heads": 4,
         "num_key_value_heads": 4,
     },
+    "int8": {"kv_cache_dtype": "int8"},
+    "fp8": {"kv_cache_dtype": "fp8"},
 }  # fmt: skip
 
 

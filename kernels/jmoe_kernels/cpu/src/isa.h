@@ -26,9 +26,12 @@ struct Gemm {
   void (*run)(const void* packed, int64_t m, int64_t k, const void* w, int64_t ldw, int64_t n, float* c, int64_t ldc);
 };
 
+// How numbers lie in memory.
+enum class Kept { F32, BF16, INT8, E4M3 };
+
 struct Isa {
   const char* name;
-  Gemm bf16, f32;
+  Gemm bf16, f32, int8, e4m3;  // by what w is
   // h = act(gate) * up over n numbers; activation as in grouped_mlp/cpu.py.
   void (*gated)(int activation, const float* gate, const float* up, int64_t n, float* h);
   // y += weight * x over n numbers
@@ -37,7 +40,7 @@ struct Isa {
   // exp(score - running maximum); the running sum and weighted values acc[d] are rescaled to that maximum.
   void (*online)(float* scores, int64_t n, float* top, float* total, float* acc, int64_t d);
   // acc[q, d] += share[q, n] . v[n, d]; rows of share are lds apart; scratch holds n * d floats.
-  void (*values)(const float* share, int64_t lds, int64_t queries, const void* v, bool bf16, int64_t n, float* acc,
+  void (*values)(const float* share, int64_t lds, int64_t queries, const void* v, Kept kept, int64_t n, float* acc,
                  int64_t d, float* scratch);
 };
 
