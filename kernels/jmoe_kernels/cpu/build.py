@@ -146,7 +146,7 @@ def _library_path(library: Path, name: str, directory: Path | None = None) -> Pa
 
 def _sources() -> list[Path]:
     """Returns the files to compile, the longest first."""
-    return sorted(SOURCE.glob("*.cc"), key=lambda p: -p.stat().st_size)
+    return sorted(SOURCE.rglob("*.cc"), key=lambda p: -p.stat().st_size)
 
 
 def _flags(source: Path) -> tuple[str, ...]:
@@ -171,6 +171,6 @@ def _run(command: list[str]) -> None:
 def _key(compiler: str, extra: tuple[str, ...]) -> str:
     compiler_version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     parts = [compiler_version, platform.machine(), version("jaxlib"), *extra]
-    for source in sorted(SOURCE.iterdir()):
+    for source in sorted(path for path in SOURCE.rglob("*") if path.is_file()):
         parts += [source.name, source.read_text(), *_flags(source)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
