@@ -31,7 +31,9 @@ X86_FLAGS = {
     "isa_avx2.cc": ("-mavx2", "-mfma"),
     "isa_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
 }
+X86_FLAGS["isa_avx512_vnni.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512vnni")
 X86_FLAGS["isa_avx512_bf16.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512bf16")
+X86_FLAGS["e4m3.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mavx512vbmi")
 X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16")
 TARGETS = {
     "jmoe_grouped_mlp": "JmoeGroupedMlp",

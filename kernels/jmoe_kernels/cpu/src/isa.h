@@ -70,7 +70,9 @@ struct Isa {
 const Isa* isa_base();
 const Isa* isa_avx2();         // null if the processor or the build lacks it, as below
 const Isa* isa_avx512();
+const Isa* isa_avx512_vnni();
 const Isa* isa_avx512_bf16();
 const Isa* isa_amx();
+const QuantisedGemm* e4m3_bf16();  // for weights of that code only
 
 }  // namespace jmoe
