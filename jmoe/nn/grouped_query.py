@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 from jmoe_kernels import cpu
-from jmoe_kernels.matmul import linear
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
@@ -75,8 +74,8 @@ class GroupedQueryAttention(Attention):
     def project(
         self, w: Weights, x_BTD: Array, rotation: Rotation, positions_BT: Array
     ) -> tuple[Array, Array, Array | None]:
-        cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
-        q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
+        cfg, (b, t, _), multiply = self.cfg, x_BTD.shape, self.kernels.multiply
+        q, k, v = (multiply(x_BTD, w[f"{n}_proj"]) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
         if self._has_fused_rotation():  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))
             q = cpu.rotate(q, *rotation, w.get("q_norm"), cfg.rms_norm_eps)

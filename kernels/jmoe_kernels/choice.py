@@ -4,9 +4,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from jax import Array
+
 from jmoe_kernels import binning, grouped_mlp, paged_attention
 from jmoe_kernels.backends import AttentionKernel, BinningKernel, DenseKernel, ExpertKernel, get_backend
+from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import Heads
+from jmoe_kernels.quantised import Weight
+from jmoe_kernels.settings import Activations
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Kernels:
     binning: implementation of binning of decode batches; "xla" if binning is not configured.
     why_binning: reason for the kernel of binning, likewise.
     has_fused_rotation: whether one kernel norms and rotates queries and keys.
+    activations: what kernels that multiply with the codes of quantised weights round the other factor to.
     """
 
     platform: str
@@ -33,6 +39,11 @@ class Kernels:
     binning: BinningKernel
     why_binning: str
     has_fused_rotation: bool
+    activations: Activations = "auto"
+
+    def multiply(self, x: Array, w: Weight) -> Array:
+        """Returns the dense product ``x @ w.T`` in float32 (see ``linear``)."""
+        return linear(x, w, self.dense, self.activations)
 
 
 def choose_kernels(

@@ -35,6 +35,17 @@ def interleave(array: np.ndarray, part: Part) -> None:
         words[...] = steps.reshape(words.shape)
 
 
+def interleaved(array: np.ndarray, part: Part) -> np.ndarray:
+    """Returns a copy of rows in the order of the layout; it begins at a multiple of 64 bytes, so that a
+    device can use its memory."""
+    room = np.empty(array.nbytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    copy = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    interleave(copy, part)
+    return copy
+
+
 def rows_of(array: Any, part: Part) -> Any:
     """Returns an array of numpy or jax in the order of a checkpoint that is in the order of the layout."""
     if part == "scales":

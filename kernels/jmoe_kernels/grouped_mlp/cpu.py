@@ -25,7 +25,9 @@ def grouped_mlp_cpu(
 
     activations: what the rows are rounded to for quantised weights.
     """
-    return _call("jmoe_grouped_mlp", x_ND, weights, (group_sizes_E.astype(jnp.int32),), activation, activations)
+    return _call(
+        "jmoe_grouped_mlp", x_ND, weights, (group_sizes_E.astype(jnp.int32),), activation, activations
+    )
 
 
 def combined_mlp_cpu(
