@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from jmoe_kernels.settings import Activations
 from msgspec import Meta
 
 from jmoe.checkpoint.codings import Quantize
@@ -31,6 +32,8 @@ class EngineSettings:
     enable_prefix_caching: whether prompts with equal beginnings share pages.
     quantization: how weights are quantised while they load; None keeps them as the checkpoint has them.
     quantize: weights that are quantised, those of routed experts or of all products.
+    activation_dtype: what activations are rounded to where a kernel multiplies with the codes of quantised
+        weights; "auto" is the kernel's own choice, int16 on a CPU.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """
@@ -39,6 +42,7 @@ class EngineSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: QuantizationName | None = None
     quantize: QuantizedProducts = "all"
+    activation_dtype: Activations = "auto"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1
