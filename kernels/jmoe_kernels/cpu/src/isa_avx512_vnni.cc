@@ -12,6 +12,7 @@ struct Whole {
   static constexpr int STEP = 64;
   static constexpr bool IS_TWICE = false, STREAMS = true;
   static INLINE V begin(const int32_t* init) { return init ? _mm512_set1_epi32(*init) : _mm512_setzero_si512(); }
+  static INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
   static INLINE __m512 real(V sum) { return _mm512_cvtepi32_ps(sum); }
 };
 

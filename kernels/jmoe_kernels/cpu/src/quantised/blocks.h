@@ -1,7 +1,7 @@
 // Products of packed rows (packed.h) with the steps of quantised weights, for AVX-512. A set defines how a step
 // is unpacked and multiplied, as a class with
 //   K: columns of a step of 64 bytes; NV: vectors that it unpacks to; AT: bytes of a packed number
-//   Sum: the vector type of sums; load(step, table, vectors), dot(sum, vector, pair), real(sum).
+//   Sum: the vector type of sums; load(step, table, vectors), dot(sum, vector, pair), add(sum, sum), real(sum)
 // A lane is a row of the weight, so nothing is summed over lanes, and an activation is broadcast.
 #pragma once
 #include "packed.h"
@@ -24,9 +24,15 @@ struct Blocks {
   int64_t per_unit;         // floats from one unit's scales to the next: 16, or 0
 };
 
-template <class F, int M, int NB>
+// Sums of one output that do not wait for each other: a product takes some cycles, and one may start in each.
+template <int OUTPUTS>
+constexpr int CHAINS = OUTPUTS >= 6 ? 1 : OUTPUTS > 2 ? 2 : 4;
+
+// first: number of the first chain to add to.
+template <class F, int M, int NB, int C>
 INLINE void multiply_step(const uint8_t* const (&steps)[NB], int64_t step, const char* x, const char* low, int64_t ld,
-                          V table, typename F::Sum (&acc)[M][NB]) {
+                          V table, int first, typename F::Sum (&acc)[M][NB][C]) {
+  constexpr int TIMES = F::IS_TWICE ? 2 : 1;
   V v[NB][F::NV];
   UNROLLED for (int b = 0; b < NB; b++) {
     F::load(steps[b] + step * F::STEP, table, v[b]);
@@ -34,12 +40,12 @@ INLINE void multiply_step(const uint8_t* const (&steps)[NB], int64_t step, const
   }
   UNROLLED for (int i = 0; i < F::NV; i++)
     UNROLLED for (int m = 0; m < M; m++) {
-      int32_t pair;
-      __builtin_memcpy(&pair, x + m * ld + i * 4, 4);
-      UNROLLED for (int b = 0; b < NB; b++) acc[m][b] = F::dot(acc[m][b], v[b][i], _mm512_set1_epi32(pair));
-      if constexpr (F::IS_TWICE) {
-        __builtin_memcpy(&pair, low + m * ld + i * 4, 4);
-        UNROLLED for (int b = 0; b < NB; b++) acc[m][b] = F::dot(acc[m][b], v[b][i], _mm512_set1_epi32(pair));
+      UNROLLED for (int twice = 0; twice < TIMES; twice++) {
+        int32_t pair;
+        __builtin_memcpy(&pair, (twice ? low : x) + m * ld + i * 4, 4);
+        const int chain = ((first + i) * TIMES + twice) % C;
+        UNROLLED for (int b = 0; b < NB; b++)
+          acc[m][b][chain] = F::dot(acc[m][b][chain], v[b][i], _mm512_set1_epi32(pair));
       }
     }
 }
@@ -49,27 +55,33 @@ INLINE void multiply_step(const uint8_t* const (&steps)[NB], int64_t step, const
 template <class F, int G, int M, int NB>
 void product(const Operand& x, int64_t m0, const Blocks<NB>& w, V table, int64_t k0, int64_t k1, float* c,
              int64_t ldc, bool adds) {
+  constexpr int C = CHAINS<M * NB>;
   __m512 total[M][NB];
   UNROLLED for (int m = 0; m < M; m++)
     UNROLLED for (int b = 0; b < NB; b++)
       total[m][b] = adds ? _mm512_loadu_ps(c + m * ldc + b * 16) : _mm512_setzero_ps();
   const char *numbers = x.numbers + m0 * x.ld, *low = x.low + m0 * x.ld;
   for (int64_t u = k0 / x.unit, k = k0; k < k1; u++, k += x.unit) {
-    typename F::Sum acc[M][NB];
+    typename F::Sum acc[M][NB][C];
     UNROLLED for (int m = 0; m < M; m++)
       UNROLLED for (int b = 0; b < NB; b++)
-        acc[m][b] = F::begin(x.inits ? x.inits + (m0 + m) * x.units + u : nullptr);
+        UNROLLED for (int i = 0; i < C; i++)
+          acc[m][b][i] = F::begin(i == 0 && x.inits ? x.inits + (m0 + m) * x.units + u : nullptr);
     const int64_t end = k + x.unit < k1 ? k + x.unit : k1;
     int64_t i = k;
     for (; i + G <= end; i += G)
       UNROLLED for (int t = 0; t < G / F::K; t++)
-        multiply_step<F, M, NB>(w.steps, (i - k0) / F::K + t, numbers + (i + t * F::K) * F::AT,
-                                low + (i + t * F::K) * F::AT, x.ld, table, acc);
+        multiply_step<F, M, NB, C>(w.steps, (i - k0) / F::K + t, numbers + (i + t * F::K) * F::AT,
+                                   low + (i + t * F::K) * F::AT, x.ld, table, t * F::NV, acc);
     for (; i < end; i += F::K)
-      multiply_step<F, M, NB>(w.steps, (i - k0) / F::K, numbers + i * F::AT, low + i * F::AT, x.ld, table, acc);
+      multiply_step<F, M, NB, C>(w.steps, (i - k0) / F::K, numbers + i * F::AT, low + i * F::AT, x.ld, table, 0, acc);
     UNROLLED for (int b = 0; b < NB; b++) {
       const __m512 scale = _mm512_loadu_ps(w.scales[b] + (k - k0) / x.unit * w.per_unit);
-      UNROLLED for (int m = 0; m < M; m++) total[m][b] = _mm512_fmadd_ps(F::real(acc[m][b]), scale, total[m][b]);
+      UNROLLED for (int m = 0; m < M; m++) {
+        auto sum = acc[m][b][0];
+        UNROLLED for (int i = 1; i < C; i++) sum = F::add(sum, acc[m][b][i]);
+        total[m][b] = _mm512_fmadd_ps(F::real(sum), scale, total[m][b]);
+      }
     }
   }
   UNROLLED for (int m = 0; m < M; m++)

@@ -37,6 +37,7 @@ struct Brain {
   static constexpr int K = 4, NV = 2, AT = 2;
   static constexpr bool IS_TWICE = TWICE;
   static INLINE __m512 begin(const int32_t*) { return _mm512_setzero_ps(); }
+  static INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static INLINE __m512 real(__m512 sum) { return sum; }
   static INLINE __m512 dot(__m512 sum, V w, V x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 };
