@@ -3,7 +3,7 @@
 Why at first use and not at install: a wheel would have to carry one binary per processor family and jaxlib
 version, and a source install builds in isolation, where the jaxlib present is not the one that will run. The
 cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
-(about 8 s on two cores). A cached library whose bytes are not those that were written compiles again too.
+(about 15 s on two cores). A cached library whose bytes are not those that were written compiles again too.
 Without a compiler, or if the build or the load fails, the portable kernels run and the reason is kept for
 ``jmoe doctor``.
 """
@@ -34,7 +34,7 @@ X86_FLAGS = {
 X86_FLAGS["isa_avx512_vnni.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512vnni")
 X86_FLAGS["isa_avx512_bf16.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512bf16")
 X86_FLAGS["e4m3.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mavx512vbmi")
-X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16")
+X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 TARGETS = {
     "jmoe_grouped_mlp": "JmoeGroupedMlp",
     "jmoe_combined_mlp": "JmoeCombinedMlp",

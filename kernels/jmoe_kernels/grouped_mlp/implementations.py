@@ -35,8 +35,8 @@ class Implementation:
     describe: function that returns what it is, in a few words for a person.
     rows_dtype: dtype to which rows are converted first; None takes them as they are.
     has_interpreter: whether it has an interpreter, which runs on any platform.
-    rounds_activations: whether it multiplies with codes of quantised weights, and ``run`` takes
-        ``activations``, what the other factor is rounded to.
+    rounds_activations: whether it multiplies with codes of quantised weights; its functions then take
+        what the other factor is rounded to.
     is_for_training: whether it takes a capacity, and jax differentiates it; the others have the gradient of
         "batched".
     """

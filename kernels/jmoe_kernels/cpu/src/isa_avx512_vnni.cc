@@ -72,14 +72,9 @@ struct NibblesA16 : A16 {
   }
 };
 
-// The numbers of a nibble, twice those of E2M1, as signed words or as bytes with a zero point.
+// The numbers of a nibble as signed words, or as bytes with a zero point.
 V table_of(const Form& form) {
-  static const int8_t NUMBERS[3][16] = {
-      {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
-      {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
-      {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
-  if (!has_nibbles(form)) return _mm512_setzero_si512();
-  const __m128i numbers = _mm_loadu_si128((const __m128i*)NUMBERS[form.code - INT4]);
+  const __m128i numbers = numbers_of(form);
   if (!form.is_a8) return _mm512_broadcast_i64x4(_mm256_cvtepi8_epi16(numbers));
   return _mm512_broadcast_i32x4(_mm_add_epi8(numbers, _mm_set1_epi8((char)zero_point(form))));
 }

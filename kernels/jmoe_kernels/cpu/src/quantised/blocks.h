@@ -118,21 +118,20 @@ inline const uint8_t* unpack_steps(const uint8_t* steps, V table, int64_t column
 }
 
 // c[m][16] += sums of x in groups [g0, g1), times their lows.
-inline void add_lows(const Packing& p, const char* packed, int64_t m, int64_t g0, int64_t g1, const float* lows,
+inline void add_lows(const float* sums, int64_t groups, int64_t m, int64_t g0, int64_t g1, const float* lows,
                      float* c, int64_t ldc) {
   for (int64_t i = 0; i < m; i++) {
     __m512 v = _mm512_loadu_ps(c + i * ldc);
-    const float* sums = (const float*)(packed + p.sums) + i * p.groups;
     for (int64_t g = g0; g < g1; g++)
-      v = _mm512_fmadd_ps(_mm512_loadu_ps(lows + (g - g0) * 16), _mm512_set1_ps(sums[g]), v);
+      v = _mm512_fmadd_ps(_mm512_loadu_ps(lows + (g - g0) * 16), _mm512_set1_ps(sums[i * groups + g]), v);
     _mm512_storeu_ps(c + i * ldc, v);
   }
 }
 
 // Multiplies c[m][16] with the scales of the rows of x.
-inline void scale_rows(const Packing& p, const char* packed, int64_t m, float* c, int64_t ldc) {
+inline void scale_rows(const float* scales, int64_t m, float* c, int64_t ldc) {
   for (int64_t i = 0; i < m; i++) {
-    const __m512 scale = _mm512_set1_ps(((const float*)(packed + p.scales))[i]);
+    const __m512 scale = _mm512_set1_ps(scales[i]);
     _mm512_storeu_ps(c + i * ldc, _mm512_mul_ps(_mm512_loadu_ps(c + i * ldc), scale));
   }
 }
@@ -214,9 +213,9 @@ void run_form(const Form& form, const Numbers& numbers, const void* packed, int6
       for (int64_t g = 0; form.has_lows && g < p.groups; g += MOST_UNITS) {
         const int64_t end = g + MOST_UNITS < p.groups ? g + MOST_UNITS : p.groups;
         spread_scaled(form, block.lows, p.groups, g, end, rows, 1.f, lows);
-        add_lows(p, x_data, m, g, end, lows, out + b * 16, ldo);
+        add_lows((const float*)(x_data + p.sums), p.groups, m, g, end, lows, out + b * 16, ldo);
       }
-      scale_rows(p, x_data, m, out + b * 16, ldo);
+      scale_rows((const float*)(x_data + p.scales), m, out + b * 16, ldo);
       if (is_edge)
         for (int64_t i = 0; i < m; i++)
           for (int r = 0; r < rows; r++) c[i * ldc + j + b * 16 + r] = out[i * ldo + b * 16 + r];

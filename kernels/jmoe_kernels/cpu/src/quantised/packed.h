@@ -8,8 +8,12 @@
 
 #include "form.h"
 
-// Loops over registers must vanish, or the compiler keeps the registers in memory.
-#ifndef UNROLLED
+// Loops over registers must vanish, or the compiler keeps the registers in memory; but checks of every access
+// make unrolled loops so long that they compile for minutes.
+#ifdef __SANITIZE_ADDRESS__
+#undef UNROLLED
+#define UNROLLED
+#elif !defined(UNROLLED)
 #define UNROLLED _Pragma("GCC unroll 32")
 #endif
 #define INLINE inline __attribute__((always_inline))
@@ -68,6 +72,30 @@ inline V to_brain(__m512 v) {  // rounds to nearest even
   return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
 }
 
+// How a row of x is rounded: to whole numbers of x * per, each of which means scale.
+struct Rounding {
+  float per, scale;
+};
+
+inline Rounding rounding_of(const Form& form, const Rows& x, int64_t at, int64_t k) {
+  V tops = _mm512_setzero_si512();  // as bits, so that a NaN is the greatest
+  for (int64_t c = 0; c < k; c += 16)
+    tops = _mm512_max_epi32(tops, (V)_mm512_abs_ps(row16(x, at + c, k - c)));
+  const float top = bits_float(_mm512_reduce_max_epi32(tops)), most = form.is_a8 ? 127.f : 32767.f;
+  if (top - top != 0) return {0.f, __builtin_nanf("")};
+  // A row whose largest number is so small that its inverse overflows counts as zeros.
+  return {top > 1e-33f ? most / top : 0.f, top / most};
+}
+
+// The numbers of a nibble, twice those of E2M1.
+inline __m128i numbers_of(const Form& form) {
+  static const int8_t NUMBERS[3][16] = {
+      {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+      {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+      {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
+  return has_nibbles(form) ? _mm_loadu_si128((const __m128i*)NUMBERS[form.code - INT4]) : _mm_setzero_si128();
+}
+
 size_t whole_bytes(const Form& form, int64_t m, int64_t k) { return packing_of(form, m, k).bytes; }
 
 void whole_pack(const Form& form, const Rows& x, int64_t m, int64_t k, void* packed) {
@@ -78,14 +106,9 @@ void whole_pack(const Form& form, const Rows& x, int64_t m, int64_t k, void* pac
   char* const out = (char*)packed;
   for (int64_t i = 0; i < m; i++) {
     const int64_t at = x.ld * (x.index ? x.index[i] : i);
-    V tops = _mm512_setzero_si512();  // as bits, so that a NaN is the greatest
-    for (int64_t c = 0; c < k; c += 16)
-      tops = _mm512_max_epi32(tops, (V)_mm512_abs_ps(row16(x, at + c, k - c)));
-    const float top = bits_float(_mm512_reduce_max_epi32(tops)), most = form.is_a8 ? 127.f : 32767.f;
-    const bool is_finite = top - top == 0, rounds = kind != BRAINS || form.is_a8;
-    // A row whose largest number is so small that its inverse overflows counts as zeros.
-    const float per = is_finite && top > 1e-33f ? most / top : 0.f;
-    ((float*)(out + p.scales))[i] = !is_finite ? __builtin_nanf("") : rounds ? top / most : 1.f;
+    const Rounding rounding = rounding_of(form, x, at, k);
+    const bool rounds = kind != BRAINS || form.is_a8 || rounding.scale != rounding.scale;
+    ((float*)(out + p.scales))[i] = rounds ? rounding.scale : 1.f;
     char* const numbers = out + p.numbers + i * p.ld;
     float* const sums = (float*)(out + p.sums) + i * p.groups;
     int32_t* const inits = (int32_t*)(out + p.inits) + i * p.units;
@@ -96,7 +119,7 @@ void whole_pack(const Form& form, const Rows& x, int64_t m, int64_t k, void* pac
       const int64_t end = (u + 1) * unit < p.columns ? (u + 1) * unit : p.columns;
       for (int64_t c = u * unit; c < end; c += 16) {
         const __m512 v = c < k ? row16(x, at + c, k - c) : _mm512_setzero_ps();
-        const V q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(per)));
+        const V q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(rounding.per)));
         if (kind == BYTES) _mm_storeu_si128((__m128i*)(numbers + c), _mm512_cvtepi32_epi8(q));
         if (kind == WORDS) _mm256_storeu_si256((__m256i*)(numbers + c * 2), pairs16(q));
         if (kind == BRAINS) {
