@@ -6,6 +6,9 @@ The weights of several layers lie in memory as the loader places them (huge page
 that caches do not hold them. Read bandwidth is the best of several passes of numpy over as many bytes, one
 thread a core. "xla" is the portable form of the same layer. Medians of paired rounds. Run it on an idle
 machine.
+
+With ``--forms`` it prints instead what every form of quantised weights reaches, by rows an expert: weights
+per second and stored bytes per second; the best of the runs of some seconds.
 """
 
 import argparse
@@ -24,6 +27,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="cores that everything is pinned to")
     parser.add_argument("--layers", type=int, default=4, help="layers of weights taken in turn")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--forms", action="store_true", help="measure the forms of quantised weights")
+    parser.add_argument("--megabytes", type=int, default=384, help="with --forms: stored bytes of a form")
+    parser.add_argument("--seconds", type=float, default=1.0, help="with --forms: time of a measurement")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -34,6 +40,31 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
 
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(allowed)[:k] for _ in range(tokens)]).astype(np.int32)
+
+
+def measure_forms(args: argparse.Namespace, dims: tuple[int, int, int]) -> None:
+    """Prints a table of the forms, with experts of the model's sizes, as many as needed."""
+    import jax
+    from shared.quantised_timing import FORMS, measure, random_experts
+
+    _, inner, model = dims
+    rows, found = (1, 2, 4, 8, 32, 64), []
+    print("| form | activations | " + " | ".join(f"{n} rows: Gweights/s (GB/s)" for n in rows) + " |")
+    print("|---|---|" + "---|" * len(rows))
+    for name, coding in FORMS.items():
+        one = 3 * inner * model * 2 if coding is None else coding.nbytes((3, inner, model))
+        weights = random_experts(coding, (max(2, (args.megabytes << 20) // one), inner, model))
+        stored = sum(a.nbytes for a in jax.tree.leaves(weights))
+        for activations in ("auto",) if coding is None else ("auto", "int8"):
+            speeds = [measure(weights, n, activations, stored, args.seconds) for n in rows]
+            cells = [f"{s.weights / 1e9:.1f} ({s.read / 1e9:.1f})" for s in speeds]
+            print(f"| {name} | {activations} | " + " | ".join(cells) + " |", flush=True)
+            found.append(
+                {"form": name, "activations": activations, "rows": rows}
+                | {"weights_per_s": [s.weights for s in speeds], "bytes_per_s": [s.read for s in speeds]}
+            )
+    if args.json:
+        args.json.write_text(json.dumps({"threads": args.threads, "forms": found}, indent=1))
 
 
 def main() -> None:
@@ -52,6 +83,8 @@ def main() -> None:
         raise SystemExit(f"no C++ kernels here: {library}")
     cfg = ModelConfig.from_dict(read_toml(args.model))
     e, f, d, k = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size, cfg.num_experts_per_tok
+    if args.forms:
+        return measure_forms(args, (e, f, d))
     layers = make_layers(cfg, args.layers)
     bandwidth = read_bandwidth([np.asarray(w.gate_up_E2FD) for w in layers], args.threads)
     print(f"{library.isa}, {args.threads} threads; read bandwidth {bandwidth / 1e9:.1f} GB/s")

@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jmoe_kernels import cpu
+from jmoe_kernels.interleave import Layout, Part, interleave, interleaved
 from jmoe_kernels.quantised import Coding, code_storage
 
 from jmoe.blueprint import Blueprint
@@ -39,6 +41,8 @@ class ParamSpec:
         quantised.
     coding: how its numbers are stored; None is not quantised.
     written: coding in a checkpoint: of ranks that cut its groups, ``coding`` has smaller ones.
+    layout: order of a quantised parameter's numbers in memory.
+    part: what this array of a quantised parameter is to ``interleave``; None leaves it as it is.
     """
 
     path: str
@@ -50,6 +54,8 @@ class ParamSpec:
     products: Products | None = None
     coding: Coding | None = None
     written: Coding | None = None
+    layout: Layout = "rows"
+    part: Part | None = None
 
     def in_float32(self) -> "ParamSpec":
         """Returns the same parameter in float32."""
@@ -70,12 +76,14 @@ class ParamSpec:
             where = jax.tree.map(lambda _: whole, shapes)
         platform = next(iter(whole.device_set)).platform
 
-        def one(name: str, array: jax.ShapeDtypeStruct, sharding: Sharding) -> ParamSpec:
+        def one(name: str, array: jax.ShapeDtypeStruct, sharding: Sharding, part: Part) -> ParamSpec:
             storage = code_storage(coding.code, platform) if name == "values" else array.dtype
-            return ParamSpec(f"{self.path}.{name}", array.shape, array.dtype, storage, sharding)
+            spec = ParamSpec(f"{self.path}.{name}", array.shape, array.dtype, storage, sharding)
+            return replace(spec, part=part) if self.layout == "n16" else spec
 
         names = replace(shapes, values="values", scales="scales", lows=shapes.lows and "lows")
-        return jax.tree.map(one, names, shapes, where)
+        parts = replace(coding.parts, dtype=shapes.dtype)
+        return replace(jax.tree.map(one, names, shapes, where, parts), layout=self.layout)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +123,7 @@ def abstract_decoder(blueprint: Blueprint) -> tuple[Decoder, dict[str, ParamSpec
         has_own_dtype = value.ndim == 1 or bool(param.get_metadata("has_own_dtype", False))
         products = param.get_metadata("products", None)
         spec = ParamSpec(path, value.shape, dtype, value.dtype, sharding, has_own_dtype, products)
-        specs[path] = with_coding(spec, coding_at(blueprint, path))
+        specs[path] = _with_layout(with_coding(spec, coding_at(blueprint, path)), blueprint)
     if blueprint.codings:
         model = fill(model, {path: shapes_of(spec) for path, spec in specs.items()})
     return model, specs
@@ -138,6 +146,19 @@ def with_coding(spec: ParamSpec, coding: Coding | None) -> ParamSpec:
         inner = spec.shape[-1]
         local = spec.sharding.shard_shape(spec.shape)[-1]
         return replace(spec, coding=coding.split(inner, inner // local), written=coding)
+
+
+def _with_layout(spec: ParamSpec, blueprint: Blueprint) -> ParamSpec:
+    """Returns the parameter in the layout of the kernel that multiplies with it."""
+    if spec.coding is None:
+        return spec
+    kernels, is_head = blueprint.kernels, in_layer(spec.path)[0] < 0 and spec.path not in STACKED
+    kernel = kernels.experts if spec.products == "experts" else kernels.dense
+    if is_head and not is_single(blueprint.mesh):
+        kernel = "xla"  # as the decoder has it
+    local = spec.sharding.shard_shape(spec.shape)
+    fits = kernel == "cpu" and cpu.limit(spec.coding) is None and spec.coding.can_interleave(local)
+    return replace(spec, layout="n16") if fits else spec
 
 
 def shapes_of(spec: ParamSpec) -> Any:
@@ -190,7 +211,14 @@ def put_on_mesh(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
     to it any more; it is made read-only.
     """
     stored = buffer.view(spec.storage)
+    if spec.part is not None and isinstance(spec.sharding, SingleDeviceSharding):
+        interleave(stored, spec.part)
     buffer.flags.writeable = stored.flags.writeable = False
     if isinstance(spec.sharding, SingleDeviceSharding):
         return jax.device_put(stored, spec.sharding, may_alias=True)
-    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: stored[index])
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: _shard(stored[index], spec))
+
+
+def _shard(own: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """Returns a device's part of an array in the layout of its parameter."""
+    return own if spec.part is None else interleaved(own, spec.part)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from jmoe_kernels.settings import Activations
+
 from jmoe.config.choices import (
     AttentionSplit,
     DTypeChoice,
@@ -79,6 +81,8 @@ def add_model_flags(p: Parser) -> None:
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
     p.add_argument("--dtype", choices=get_args(DTypeChoice))
     add_quantization_flags(p)
+    rounded = "what activations are rounded to in products of quantised weights on a CPU (auto: int16)"
+    p.add_argument("--activation-dtype", choices=get_args(Activations), help=rounded)
     p.add_argument("--data-parallel-size", type=integer, metavar="N")
     p.add_argument("--expert-parallel-size", type=integer, metavar="N")
     p.add_argument("--tensor-parallel-size", type=integer, metavar="N")
@@ -90,6 +94,7 @@ def add_model_flags(p: Parser) -> None:
 
 
 def add_quantization_flags(p: Parser) -> None:
+    """Adds the flags that say how weights are quantised while they load."""
     methods, products = get_args(QuantizationName), get_args(QuantizedProducts)
     p.add_argument("--quantization", choices=methods, help="quantise a plain checkpoint while it loads")
     p.add_argument("--quantize", choices=products, help="what is quantised (default: all products)")

@@ -5,7 +5,7 @@ accumulation. Differences between families are in ``ModelConfig`` (norms, biases
 and in the family's own file in this folder (field and weight names).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,7 +18,8 @@ from jmoe_kernels.choice import choose_kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.matmul import DenseKernel, linear
 from jmoe_kernels.paged_attention import LayerPages
-from jmoe_kernels.quantised import as_float
+from jmoe_kernels.quantised import Quantised
+from jmoe_kernels.settings import Activations
 
 from jmoe.blueprint import UNQUANTISED, Blueprint, Codings
 from jmoe.config.model import ModelConfig
@@ -84,11 +85,18 @@ def _apply(graph: nnx.GraphDef, state: nnx.State, *args):
     return nnx.merge(graph, state)(*args)
 
 
-def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, codings: Codings = UNQUANTISED) -> Blueprint:
+def make_blueprint(
+    cfg: ModelConfig,
+    moe: MoEConfig,
+    mesh: Mesh,
+    codings: Codings = UNQUANTISED,
+    activations: Activations = "auto",
+) -> Blueprint:
     """Decides how a model is built on ``mesh``: how attention is split, and which kernels a rank uses; raises
     ValueError for a kernel that cannot run, or codings that the mesh cannot split.
 
     codings: how the quantised parameters are stored, by path.
+    activations: what kernels that multiply with codes round the other factor to.
     """
     experts, inner = cfg.num_experts // mesh.shape[EXPERT], cfg.moe_intermediate_size // mesh.shape[TENSOR]
     split = split_attention(mesh, moe.attention)
@@ -98,7 +106,7 @@ def make_blueprint(cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, codings: Coding
         platform_of(mesh), cfg.dtype, moe.kernel, dims, paged_heads(cfg, split), needs,
         local_codings(cfg, codings, mesh),
     )  # fmt: skip
-    return Blueprint(cfg, moe, split, kernels, codings)
+    return Blueprint(cfg, moe, split, replace(kernels, activations=activations), codings)
 
 
 class Decoder(nnx.Module):
@@ -163,7 +171,9 @@ class Decoder(nnx.Module):
     def begin(self, seqs: Sequences) -> tuple[Float[Array, "N D"], Rotations]:
         """Returns the rows before the first layer, and their rotations in attention."""
         cfg = self.cfg
-        x_ND = as_float(self.embed[...][seqs.tokens_RN.reshape(-1)]).astype(jnp.float32)
+        embed, ids_N = self.embed[...], seqs.tokens_RN.reshape(-1)
+        rows_ND = embed.take_rows(ids_N) if isinstance(embed, Quantised) else embed[ids_N]
+        x_ND = rows_ND.astype(jnp.float32)
         if cfg.embedding_multiplier != 1:
             x_ND = x_ND * cfg.embedding_multiplier
         dims = dict.fromkeys(kind.rotary_dim(cfg) for kind in kinds_of(cfg))
@@ -178,7 +188,7 @@ class Decoder(nnx.Module):
         """Returns next-token logits in float32."""
         with jax.named_scope("logits"):
             head = (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...]
-            logits_NV = linear(hidden_ND, head, self.dense)
+            logits_NV = linear(hidden_ND, head, self.dense, self.kernels.activations)
             if self.lm_head_bias_V is not None:
                 bias_V = self.lm_head_bias_V[...].astype(jnp.float32)
                 logits_NV = logits_NV + jnp.expand_dims(bias_V, tuple(range(logits_NV.ndim - 1)))

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS, Activation, ExpertKernel, ExpertWeights, grouped_mlp
 from jmoe_kernels.rows import take_rows
+from jmoe_kernels.settings import Activations
 
 from jmoe.config.model import ModelConfig
 from jmoe.config.techniques import Phase
@@ -102,6 +103,7 @@ class ExpertMath:
     weigh_input: whether a weight multiplies an expert's input, not its output.
     tensor_ranks: number of tensor ranks that share an expert.
     max_rows: rows of one expert in the training form; None computes all rows.
+    activations: what a kernel that multiplies with codes rounds the other factor to.
     """
 
     implementation: ExpertKernel
@@ -110,6 +112,7 @@ class ExpertMath:
     weigh_input: bool = False
     tensor_ranks: int = 1
     max_rows: int | None = None
+    activations: Activations = "auto"
 
     def __call__(
         self,
@@ -123,7 +126,9 @@ class ExpertMath:
         experts = biased_once(experts, self.tensor_ranks)
         run_combined = IMPLEMENTATIONS[self.implementation].run_combined
         if run_combined is not None and not self.weigh_input:
-            return run_combined(x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation)
+            return run_combined(
+                x_TD, weights_TK, plan.order_N, experts, plan.group_sizes_L, self.activation, self.activations
+            )
         t, k = weights_TK.shape
         order_N, inverse_N = plan.order_N, plan.inverse_N
         input_ND = take_rows(x_TD, order_N // k, inverse_N.reshape(t, k))
@@ -150,7 +155,7 @@ class ExpertMath:
     def _run_rows(self, rows_ND: Array, group_sizes_L: Array, biased: ExpertWeights) -> Array:
         return grouped_mlp(
             rows_ND, biased, group_sizes_L, activation=self.activation, max_rows=self.max_rows,
-            implementation=self.implementation, platform=self.platform,
+            implementation=self.implementation, platform=self.platform, activations=self.activations,
         )  # fmt: skip
 
 

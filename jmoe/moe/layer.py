@@ -44,8 +44,9 @@ class MoELayer(nnx.Module):
         self.router = Router(cfg, make)
         self.experts = Experts(cfg, make) if moe.offload is None else None
         self.math = ExpertMath(
-            kernels.experts, kernels.platform, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR]
-        )
+            kernels.experts, kernels.platform, cfg.hidden_act, cfg.router.weigh_input, mesh.shape[TENSOR],
+            activations=kernels.activations,
+        )  # fmt: skip
         self.decider = Decider(blueprint)
         self.cfg, self.moe, self.mesh, self.kernels = cfg, moe, mesh, kernels
 

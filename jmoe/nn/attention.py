@@ -16,7 +16,6 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
-from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import AttentionKernel, LayerPages, NewTokens, attend_all
 
 from jmoe.blueprint import Blueprint
@@ -156,7 +155,7 @@ class Attention(nnx.Module):
                 out, pages = self._attend(seqs, q, k, v, pages, sinks_H)
         with jax.named_scope("out"):
             out = self.read_out(w, out).reshape(-1, w["o_proj"].shape[1])
-            y_ND = linear(out, w["o_proj"], self.kernels.dense)
+            y_ND = self.kernels.multiply(out, w["o_proj"])
         y_ND = y_ND if move is None else y_ND[move.new_order.token_N]
         return self._scatter(y_ND) + bias_of(w, "o_bias", 2), pages
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
-from jmoe_kernels.matmul import linear
 from jmoe_kernels.rotation import IMPLEMENTATIONS as ROTATIONS
 
 from jmoe.blueprint import Blueprint
@@ -75,8 +74,8 @@ class GroupedQueryAttention(Attention):
     def project(
         self, w: Weights, x_BTD: Array, rotation: Rotation, positions_BT: Array
     ) -> tuple[Array, Array, Array | None]:
-        cfg, (b, t, _), dense = self.cfg, x_BTD.shape, self.kernels.dense
-        q, k, v = (linear(x_BTD, w[f"{n}_proj"], dense) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
+        cfg, (b, t, _), multiply = self.cfg, x_BTD.shape, self.kernels.multiply
+        q, k, v = (multiply(x_BTD, w[f"{n}_proj"]) + bias_of(w, f"{n}_bias", 3) for n in "qkv")
         fused = ROTATIONS[self.kernels.rotation] if self._can_fuse_rotation() else None
         if fused is not None:  # norm and rotation in one kernel
             q, k, v = (a.reshape(b, t, -1, cfg.head_dim) for a in (q, k, v))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 from jmoe_kernels.backends import get_backend
-from jmoe_kernels.matmul import dot, linear
+from jmoe_kernels.matmul import dot
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.model import ModelConfig
@@ -94,11 +94,11 @@ class LatentAttention(Attention):
     def project(
         self, w: Weights, x_BTD: Array, rotation: Rotation, positions_BT: Array
     ) -> tuple[Array, Array, Array | None]:
-        size, (b, t, _), dense = self.latent, x_BTD.shape, self.kernels.dense
+        size, (b, t, _) = self.latent, x_BTD.shape
         interleaved = self.cfg.rope.interleaved
         q = self._queries(w, x_BTD).reshape(b, t, -1, size.qk_head_dim)
         q_nope, q_rope = q[..., : size.qk_nope_head_dim], q[..., size.qk_nope_head_dim :]
-        kv = linear(x_BTD, w["kv_a_proj"], dense) + bias_of(w, "kv_a_bias", 3)
+        kv = self.kernels.multiply(x_BTD, w["kv_a_proj"]) + bias_of(w, "kv_a_bias", 3)
         latent_BTl = rms_norm(kv[..., : size.kv_lora_rank], w["kv_norm"], EPS)
         k_rope = rotate(kv[:, :, None, size.kv_lora_rank :], rotation, interleaved=interleaved)
         absorbed = dot("bthn,hnl->bthl", q_nope, self._split_heads(w)[:, : size.qk_nope_head_dim])
@@ -110,11 +110,11 @@ class LatentAttention(Attention):
         return dot("bthl,hvl->bthv", latents, self._split_heads(w)[:, self.latent.qk_nope_head_dim :])
 
     def _queries(self, w: Weights, x_BTD: Array) -> Float[Array, "B T Hd"]:
-        dense = self.kernels.dense
+        multiply = self.kernels.multiply
         if self.latent.q_lora_rank is None:
-            return linear(x_BTD, w["q_proj"], dense)
-        compressed = linear(x_BTD, w["q_a_proj"], dense) + bias_of(w, "q_a_bias", 3)
-        return linear(rms_norm(compressed, w["q_norm"], EPS), w["q_b_proj"], dense)
+            return multiply(x_BTD, w["q_proj"])
+        compressed = multiply(x_BTD, w["q_a_proj"]) + bias_of(w, "q_a_bias", 3)
+        return multiply(rms_norm(compressed, w["q_norm"], EPS), w["q_b_proj"])
 
     def _split_heads(self, w: Weights) -> Float[Array, "H n+v l"]:
         size = self.latent

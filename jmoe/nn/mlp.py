@@ -1,14 +1,11 @@
 """A dense gated MLP: the MLP of layers without experts, and the shared expert that every token passes."""
 
-from functools import partial
-
 import jax
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 from jmoe_kernels.grouped_mlp import gated
-from jmoe_kernels.matmul import linear
 from jmoe_kernels.quantised import Weight
 
 from jmoe.blueprint import Blueprint
@@ -44,7 +41,7 @@ class DenseMLP(nnx.Module):
         return run(weights, x_TD)
 
     def _shard(self, w: dict[str, Weight], x_TD: Array) -> Array:
-        multiply = partial(linear, implementation=self.kernels.dense)
+        multiply = self.kernels.multiply
         gate_up = w["gate_up_2FD"]
         inner = gate_up.shape[1]
         rows = jax.tree.map(lambda array: array.reshape(2 * inner, array.shape[-1]), gate_up)

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from jax import Array
+
 from jmoe_kernels import binning, grouped_mlp, paged_attention
 from jmoe_kernels.backends import (
     AttentionKernel,
@@ -13,7 +15,10 @@ from jmoe_kernels.backends import (
     RotationKernel,
     get_backend,
 )
+from jmoe_kernels.matmul import linear
 from jmoe_kernels.paged_attention import Heads
+from jmoe_kernels.quantised import Weight
+from jmoe_kernels.settings import Activations
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Kernels:
     binning: implementation of binning of decode batches; "xla" if binning is not configured.
     why_binning: reason for the kernel of binning, likewise.
     rotation: kernel that norms and rotates queries and keys; "xla" is none.
+    activations: what kernels that multiply with the codes of quantised weights round the other factor to.
     """
 
     platform: str
@@ -40,6 +46,11 @@ class Kernels:
     binning: BinningKernel
     why_binning: str
     rotation: RotationKernel
+    activations: Activations = "auto"
+
+    def multiply(self, x: Array, w: Weight) -> Array:
+        """Returns the dense product ``x @ w.T`` in float32 (see ``linear``)."""
+        return linear(x, w, self.dense, self.activations)
 
 
 def choose_kernels(

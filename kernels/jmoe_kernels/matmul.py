@@ -21,7 +21,8 @@ from jaxtyping import Float
 
 from jmoe_kernels import cpu
 from jmoe_kernels.backends import DenseKernel
-from jmoe_kernels.quantised import Quantised, as_float
+from jmoe_kernels.quantised import Coding, Quantised, as_float
+from jmoe_kernels.settings import Activations
 
 
 def dot(form: str, a: Array, b: Array) -> Array:
@@ -77,18 +78,30 @@ def _linear_bwd(implementation: DenseKernel, residuals: tuple[Array, Array], g: 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
+def takes_codes(implementation: DenseKernel, coding: Coding) -> bool:
+    """Returns whether an implementation multiplies with the codes of a matrix; others dequantise it first."""
+    return implementation == "cpu" and cpu.limit(coding) is None
+
+
 def linear(
-    x: Float[Array, "*B M K"], w: Float[Array, "*E N K"] | Quantised, implementation: DenseKernel = "xla"
+    x: Float[Array, "*B M K"],
+    w: Float[Array, "*E N K"] | Quantised,
+    implementation: DenseKernel = "xla",
+    activations: Activations = "auto",
 ) -> Float[Array, "*B M N"]:
     """Returns ``x @ w.T`` in float32, computed in the dtype of ``w``.
 
     x: rows with any leading axes if ``w`` is a matrix, or ``[E, M, K]`` if ``w`` is a stack.
     w: matrix ``[N, K]`` or a stack ``[E, N, K]``; bfloat16 may be stored as uint16. A quantised weight is
-        dequantised first.
+        dequantised first, unless the implementation takes its codes.
     implementation: "cpu" runs the C++ kernel for a matrix; a stack always runs in XLA.
+    activations: what ``x`` is rounded to if the codes are multiplied.
     """
+    if isinstance(w, Quantised) and w.ndim == 2 and takes_codes(implementation, w.coding):
+        flat: Array = cpu.linear(x.reshape(-1, x.shape[-1]), w, activations)
+        return flat.reshape(*x.shape[:-1], w.shape[0])
     w = as_float(w)
     if w.ndim > 2:
         return _linear(x, w, "xla")
-    flat: Array = _linear(x.reshape(-1, x.shape[-1]), w, implementation)
+    flat = _linear(x.reshape(-1, x.shape[-1]), w, implementation)
     return flat.reshape(*x.shape[:-1], w.shape[0])

@@ -20,6 +20,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from jmoe_kernels.interleave import BLOCK, Layout, Part, rows_of
+
 Code = Literal["int8", "e4m3", "int4", "e2m1", "iq4"]
 Scales = Literal["float32", "bfloat16", "float16", "uint8"]
 
@@ -63,6 +65,16 @@ class Coding:
     def num_packed(self) -> int:
         """Number of codes in one element of the array of values."""
         return 2 if self.code in TABLES else 1
+
+    @property
+    def parts(self) -> "Quantised":
+        """Returns what each array of a weight is to ``interleave``."""
+        values: Part = "bytes" if self.num_packed == 1 else "nibbles"
+        return Quantised(values, "scales", "scales" if self.has_lows else None, self, "float32")
+
+    def can_interleave(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether a weight of that shape fits the layout "n16": in whole blocks and steps."""
+        return len(shape) > 1 and shape[-2] % BLOCK == 0 and shape[-1] % (4 * self.num_packed) == 0
 
     def num_groups(self, inner: int) -> int:
         """Returns the number of groups of a row of ``inner`` numbers."""
@@ -110,6 +122,7 @@ class Quantised:
     lows: lows, shaped as the scales; None adds nothing.
     coding: how numbers are stored.
     dtype: name of the dtype in which products with the weight are computed.
+    layout: order of the numbers within sixteen rows: that of a checkpoint, or that of ``interleave``.
     """
 
     values: Any
@@ -117,6 +130,7 @@ class Quantised:
     lows: Any
     coding: Coding = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    layout: Layout = field(default="rows", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,8 +143,16 @@ class Quantised:
         return len(self.values.shape)
 
     def __getitem__(self, index: Any) -> "Quantised":
-        """Indexes the axes before ``out``, as an array does; ``...`` is the weight itself."""
+        """Indexes the axes before ``out``, as an array does; ``...`` is the weight itself. In the layout
+        "rows" it can index ``out`` too."""
         return jax.tree.map(lambda a: a[index], self)
+
+    def take_rows(self, ids: Array) -> Array:
+        """Returns rows of a matrix ``[out, in]`` as floats in the dtype of its products."""
+        if self.layout == "rows":
+            return as_float(self[ids])
+        blocks = jax.tree.map(lambda a: a.reshape(-1, BLOCK, a.shape[-1])[ids // BLOCK], self)
+        return jnp.take_along_axis(as_float(blocks), (ids % BLOCK)[:, None, None], axis=1)[:, 0]
 
     def reshape(self, *front: int) -> "Quantised":
         """Returns the weight with other axes before ``in``."""
@@ -155,6 +177,9 @@ def code_storage(code: Code, platform: str) -> np.dtype:
 
 def dequantised(weight: Quantised) -> Any:
     """Returns the numbers in float32, as an array of numpy or jax as the weight's arrays are."""
+    if weight.layout == "n16":
+        parts = replace(weight.coding.parts, dtype=weight.dtype, layout=weight.layout)
+        weight = replace(jax.tree.map(lambda part, array: rows_of(array, part), parts, weight), layout="rows")
     xp, coding, inner = weight.values.__array_namespace__(), weight.coding, weight.shape[-1]
 
     def spread(per_group: Any) -> Any:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from jax import Array
 
 Activation = Literal["silu", "gelu_tanh", "relu", "swiglu_oai"]
+Activations = Literal["auto", "int8"]  # what the factor of a quantised weight is rounded to
 BinningMethod = Literal["affinity", "oea", "budget", "popularity", "random"]
 Position = TypeVar("Position", int, "Array")
 

@@ -284,10 +284,12 @@ CHECKS = (
 
 
 def main() -> None:
+    import quantised_kernels  # next to this file, which is run as a program here
+
     library = build.load(build.build(Path(sys.argv[1]), tuple(sys.argv[2:])))
     for isa in library.isas:
         library.use(isa)
-        for check in CHECKS:
+        for check in (*CHECKS, *quantised_kernels.CHECKS):
             check()
         print(isa, flush=True)
 

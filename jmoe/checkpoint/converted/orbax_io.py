@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jmoe_kernels.interleave import interleaved
 
 from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.converted.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
@@ -204,11 +205,17 @@ class _LateReads:
 
 
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
-    """Returns ``array`` viewed in the storage dtype; on CPU its memory is reused, not copied."""
-    if array.dtype == spec.storage:
+    """Returns ``array`` in the storage dtype and layout; on CPU its memory is reused if the layout is the
+    checkpoint's."""
+    if array.dtype == spec.storage and spec.part is None:
         return array
+
+    def stored(own: np.ndarray) -> np.ndarray:
+        viewed = own.view(spec.storage)
+        return viewed if spec.part is None else interleaved(viewed, spec.part)
+
     shards = [
-        jax.device_put(np.asarray(shard.data).view(spec.storage), shard.device, may_alias=True)
+        jax.device_put(stored(np.asarray(shard.data)), shard.device, may_alias=True)
         for shard in array.addressable_shards
     ]
     if isinstance(spec.sharding, SingleDeviceSharding):

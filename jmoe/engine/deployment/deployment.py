@@ -81,18 +81,28 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     held = pages * page_bytes(cfg, split, PAGE_SIZE) // split.head_ranks
     memory = replace(needed(cfg, settings, split, length, codings), pages=held)
     check_memory(memory)
+    blueprint = make_blueprint(cfg.for_context(length), moe, split.mesh, codings, settings.activation_dtype)
     return Deployment(
         directory=directory,
         settings=settings,
-        blueprint=make_blueprint(cfg.for_context(length), moe, split.mesh, codings),
+        blueprint=blueprint,
         max_model_len=length,
         sizes=sizes_for(settings, split, length, pages),
         memory=memory,
         placement=read_placement(moe.shuffle, cfg, split.mesh),
         profile=read_profile(moe.offload),
         executor=None if moe.offload is None else pick_executor(moe.offload, split.mesh),
-        notes=(*notes, *settings.without_effect(*split.mesh.shape.values())),
+        notes=(*notes, *settings.without_effect(*split.mesh.shape.values()), *_unused_activations(blueprint)),
     )
+
+
+def _unused_activations(blueprint: Blueprint) -> tuple[str, ...]:
+    """Returns a line if activations are to be rounded and no product of a quantised weight does that."""
+    kernels = blueprint.kernels
+    if kernels.activations == "auto" or (blueprint.codings and "cpu" in (kernels.experts, kernels.dense)):
+        return ()
+    why = "without the C++ kernels" if blueprint.codings else "because no weight is quantised"
+    return (f"activation_dtype = {kernels.activations!r} has no effect {why}",)
 
 
 def settings_split(settings: EngineSettings) -> Split:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from jmoe_kernels.settings import Activations
 from msgspec import Meta
 
 from jmoe.checkpoint import read_config
@@ -50,6 +51,8 @@ class EngineSettings:
     quantize: weights that are quantised, those of routed experts or of all products.
     kv_cache_dtype: how keys and values are cached: "auto" in the model's dtype, "int8" or "fp8" in one byte a
         number.
+    activation_dtype: what activations are rounded to where a kernel multiplies with the codes of quantised
+        weights; "auto" is the kernel's own choice, int16 on a CPU.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """
@@ -59,6 +62,7 @@ class EngineSettings:
     quantization: QuantizationName | None = None
     quantize: QuantizedProducts = "all"
     kv_cache_dtype: KVCacheName = "auto"
+    activation_dtype: Activations = "auto"
     data_parallel_size: AtLeastOne = 1
     expert_parallel_size: AtLeastOne = 1
     tensor_parallel_size: AtLeastOne = 1

@@ -65,7 +65,7 @@ def make_cache(
     codings = codings_of(store)
     slots = count_slots(cfg, offload, mesh, codings)
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
-    pool = _empty_pool(cfg, slots, mesh, codings)
+    pool = jax.tree.map(_in_layout, store, _empty_pool(cfg, slots, mesh, codings), is_leaf=_is_quantised)
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
     start = ranks.over(partial(_fill_pool, pool), *specs)
     cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
@@ -194,6 +194,15 @@ def _empty_pool(
         return replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
 
     return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, Quantised)
+
+
+def _in_layout(stored: Any, shapes: Any) -> Any:
+    """Returns the shapes of a pool's leaf in the layout of the store's."""
+    return replace(shapes, layout=stored.layout) if isinstance(stored, Quantised) else shapes
 
 
 def _predictor(

@@ -7,9 +7,9 @@ of both; of ``rotate``, h = d / 2 angles per position.
 """
 
 from jmoe_kernels.cpu.build import Library, get_library, why_missing
-from jmoe_kernels.cpu.calls import attend, call, linear, rotate, write_latent, write_pages
+from jmoe_kernels.cpu.calls import attend, call, limit, linear, operands, rotate, write_latent, write_pages
 
 __all__ = [
-    "Library", "attend", "call", "get_library", "linear", "rotate", "why_missing", "write_latent",
-    "write_pages",
+    "Library", "attend", "call", "get_library", "limit", "linear", "operands", "rotate", "why_missing",
+    "write_latent", "write_pages",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 They are not compiled at installation: a wheel would have to carry one binary per processor family and jaxlib
 version, and an installation from source builds in isolation, with another jaxlib than the one that will run.
 The cache is keyed by source, flags, compiler, processor and jaxlib, so that a changed machine compiles again
-(about 8 s on two cores). A cached library whose bytes are not those that were written compiles again too.
+(about 15 s on two cores). A cached library whose bytes are not those that were written compiles again too.
 Without a compiler, or if the build or the load fails, the portable kernels run and the reason is kept for
 ``jmoe doctor``.
 """
@@ -31,8 +31,10 @@ X86_FLAGS = {
     "isa_avx2.cc": ("-mavx2", "-mfma"),
     "isa_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
 }
+X86_FLAGS["isa_avx512_vnni.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512vnni")
 X86_FLAGS["isa_avx512_bf16.cc"] = (*X86_FLAGS["isa_avx512.cc"], "-mavx512bf16")
-X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16")
+X86_FLAGS["e4m3.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mavx512vbmi")
+X86_FLAGS["isa_amx.cc"] = (*X86_FLAGS["isa_avx512_bf16.cc"], "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 TARGETS = {
     "jmoe_grouped_mlp": "JmoeGroupedMlp",
     "jmoe_combined_mlp": "JmoeCombinedMlp",
@@ -145,7 +147,7 @@ def _library_path(library: Path, name: str, directory: Path | None = None) -> Pa
 
 def _sources() -> list[Path]:
     """Returns the files to compile, the longest first."""
-    return sorted(SOURCE.glob("*.cc"), key=lambda p: -p.stat().st_size)
+    return sorted(SOURCE.rglob("*.cc"), key=lambda p: -p.stat().st_size)
 
 
 def _flags(source: Path) -> tuple[str, ...]:
@@ -170,6 +172,6 @@ def _run(command: list[str]) -> None:
 def _key(compiler: str, extra: tuple[str, ...]) -> str:
     compiler_version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     parts = [compiler_version, platform.machine(), version("jaxlib"), *extra]
-    for source in sorted(SOURCE.iterdir()):
+    for source in sorted(path for path in SOURCE.rglob("*") if path.is_file()):
         parts += [source.name, source.read_text(), *_flags(source)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -8,9 +8,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
+from jmoe_kernels.quantised import Coding, Quantised, Weight
+from jmoe_kernels.settings import Activations
+
 # [P, G, S, d]: float32, or bfloat16 (also stored as uint16), or with the scales [P, G, S] int8 or e4m3 (also
 # stored as uint8)
 Pages = Array | tuple[Array, Array]
+CODES = ("int8", "e4m3", "int4", "e2m1", "iq4")  # from 1 on, as isa.h numbers them
+SCALES = ("float32", "bfloat16", "float16", "uint8")
+UNIT = 256  # columns that the kernels add up as integers at most
 
 
 def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | float) -> Array:
@@ -23,12 +29,36 @@ def call(target: str, shape: tuple[int, ...], *args: Array, **attributes: int | 
     return run(*args, **values)
 
 
-def linear(x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"]) -> Float[Array, "M N"]:
+def linear(
+    x_MK: Float[Array, "M K"], w_NK: Shaped[Array, "N K"] | Quantised, activations: Activations = "auto"
+) -> Float[Array, "M N"]:
     """Returns ``x @ w.T`` in float32.
 
-    w_NK: float32, or bfloat16 (also stored as uint16), to which x is then rounded.
+    w_NK: float32; bfloat16 (also stored as uint16), to which x is then rounded; or quantised (see ``limit``).
+    activations: what x is rounded to for a quantised weight.
     """
-    return call("jmoe_linear", (x_MK.shape[0], w_NK.shape[0]), x_MK, w_NK)
+    shape = x_MK.shape[0], w_NK.shape[0]
+    values, rest, form = operands(w_NK, activations)
+    return call("jmoe_linear", shape, x_MK, values, *rest, form=form)
+
+
+def limit(coding: Coding) -> str | None:
+    """Returns why the kernels cannot take weights with this coding, or None if they can."""
+    group = coding.group
+    if group is None or (group % 16 == 0 and (UNIT % group == 0 or group % UNIT == 0)):
+        return None
+    return f"weights are quantised ({coding}); the kernel takes groups of 16, 32, 64, 128 or multiples of 256"
+
+
+def operands(weight: Weight, activations: Activations) -> tuple[Array, tuple[Array, ...], int]:
+    """Returns the values of a weight, its scales and lows, and its form as ``src/weight.h`` reads it."""
+    if not isinstance(weight, Quantised):
+        return weight, (), 0
+    coding = weight.coding
+    form = CODES.index(coding.code) + 1 | SCALES.index(coding.scales) << 4 | coding.has_lows << 8
+    form |= (weight.layout == "n16") << 9 | (activations == "int8") << 10 | (coding.group or 0) << 16
+    rest = (weight.scales,) if weight.lows is None else (weight.scales, weight.lows)
+    return weight.values, rest, form
 
 
 def attend(

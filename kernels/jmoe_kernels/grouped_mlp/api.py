@@ -14,7 +14,7 @@ from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
 from jmoe_kernels.grouped_mlp.implementations import IMPLEMENTATIONS, Implementation
 from jmoe_kernels.grouped_mlp.types import ExpertCodings, ExpertWeights
 from jmoe_kernels.quantised import Coding
-from jmoe_kernels.settings import Activation
+from jmoe_kernels.settings import Activation, Activations
 
 PLAIN: ExpertCodings = (None, None)
 
@@ -102,6 +102,7 @@ def grouped_mlp(
     implementation: ExpertKernel | None = None,
     platform: str | None = None,
     max_rows: int | None = None,
+    activations: Activations = "auto",
 ) -> Float[Array, "N D"]:
     """Computes the gated MLP of each row's expert in float32; ``x_ND`` is sorted by expert.
 
@@ -109,6 +110,7 @@ def grouped_mlp(
     implementation: name of the implementation; None picks one (see ``pick``).
     platform: platform of the devices that it will run on; None is jax's default.
     max_rows: largest number of rows of an expert, for an implementation for training.
+    activations: what the rows are rounded to by an implementation that multiplies with codes of weights.
 
     Every implementation can be differentiated, with the gradient of "batched".
     Raises ValueError with the reason if the named implementation cannot run.
@@ -127,7 +129,7 @@ def grouped_mlp(
     record = IMPLEMENTATIONS[name]
     if record.is_for_training:
         return record.run(x_ND, weights, group_sizes_E, activation, max_rows=max_rows)
-    return _forward(record, activation, x_ND, weights, group_sizes_E)
+    return _forward(record, (activation, activations), x_ND, weights, group_sizes_E)
 
 
 def _why_no_max_rows(name: ExpertKernel, max_rows: int | None) -> str | None:
@@ -159,23 +161,26 @@ def _mismatch(x_ND: Array, weights: ExpertWeights, group_sizes_E: Array, activat
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward(
     record: Implementation,
-    activation: Activation,
+    settings: tuple[Activation, Activations],
     x_ND: Array,
     weights: ExpertWeights,
     group_sizes_E: Array,
 ) -> Array:
     if record.rows_dtype is not None:
         x_ND = x_ND.astype(record.rows_dtype)
-    return record.run(x_ND, weights, group_sizes_E, activation=activation)
+    more = {"activations": settings[1]} if record.rounds_activations else {}
+    return record.run(x_ND, weights, group_sizes_E, activation=settings[0], **more)
 
 
 def _forward_with_residuals(*args: Any) -> tuple[Array, tuple]:
     return _forward(*args), args[2:]
 
 
-def _backward(record: Implementation, activation: Activation, residuals: tuple, g_ND: Array) -> tuple:
+def _backward(
+    record: Implementation, settings: tuple[Activation, Activations], residuals: tuple, g_ND: Array
+) -> tuple:
     x_ND, weights, group_sizes_E = residuals
-    _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, activation), x_ND, weights)
+    _, pull = jax.vjp(lambda x, w: grouped_mlp_batched(x, w, group_sizes_E, settings[0]), x_ND, weights)
     return (*pull(g_ND), None)
 
 

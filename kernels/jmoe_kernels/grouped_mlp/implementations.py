@@ -27,14 +27,16 @@ class Implementation:
     """One way to compute the grouped MLP. The defaults hold for one that runs anywhere, on any shapes.
 
     run: function (x_ND, weights, group_sizes_E, activation=...) that returns the outputs of the rows.
-    run_combined: function (x_TD, weights_TK, order_N, weights, group_sizes_E, activation) that also gathers
-        the rows of tokens and sums each token's outputs; None if there is none.
+    run_combined: function (x_TD, weights_TK, order_N, weights, group_sizes_E, activation, activations) that
+        also gathers the rows of tokens and sums each token's outputs; None if there is none.
     why_missing: function that returns why this machine cannot run it, or None if it can.
     limit: function (weights, rows, activation) that returns the limit that static shapes or dtypes
         exceed, or None.
     describe: function that returns what it is, in a few words for a person.
     rows_dtype: dtype to which rows are converted first; None takes them as they are.
     has_interpreter: whether it has an interpreter, which runs on any platform.
+    rounds_activations: whether it multiplies with codes of quantised weights; its functions then take
+        what the other factor is rounded to.
     is_for_training: whether it takes a limit on an expert's rows, and jax differentiates it; the others have
         the gradient of "batched".
     """
@@ -46,6 +48,7 @@ class Implementation:
     describe: Callable[[], str] = lambda: "portable XLA"
     rows_dtype: str | None = None
     has_interpreter: bool = False
+    rounds_activations: bool = False
     is_for_training: bool = False
 
 
@@ -70,6 +73,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         why_missing=cpu.why_missing,
         limit=limit,
         describe=describe,
+        rounds_activations=True,
     ),
     "batched": Implementation(grouped_mlp_batched, is_for_training=True),
     "reference": Implementation(grouped_mlp_reference),

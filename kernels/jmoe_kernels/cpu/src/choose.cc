@@ -6,14 +6,23 @@
 namespace jmoe {
 namespace {
 
-const Isa* best() {
-  for (const Isa* isa : {isa_amx(), isa_avx512_bf16(), isa_avx512(), isa_avx2()})
-    if (isa) return isa;
-  return isa_base();
+constexpr int COUNT = 6;
+
+// The sets from the best to the plainest; null where one cannot run.
+const Isa* const* all() {
+  static const Isa* const sets[COUNT] = {isa_amx(),    isa_avx512_bf16(), isa_avx512_vnni(),
+                                         isa_avx512(), isa_avx2(),        isa_base()};
+  return sets;
+}
+
+const Isa* named(const char* name) {  // or the best, if null
+  for (int i = 0; i < COUNT; i++)
+    if (all()[i] && (!name || !std::strcmp(all()[i]->name, name))) return all()[i];
+  return nullptr;
 }
 
 const Isa*& chosen() {
-  static const Isa* isa = best();
+  static const Isa* isa = named(nullptr);
   return isa;
 }
 
@@ -31,18 +40,16 @@ const char* jmoe_isa() { return jmoe::isa().name; }
 const char* jmoe_isas() {
   static char names[256] = "";
   if (!names[0])
-    for (const jmoe::Isa* isa :
-         {jmoe::isa_amx(), jmoe::isa_avx512_bf16(), jmoe::isa_avx512(), jmoe::isa_avx2(), jmoe::isa_base()})
-      if (isa) std::strcat(std::strcat(names, isa->name), "\n");
+    for (int i = 0; i < jmoe::COUNT; i++)
+      if (jmoe::all()[i]) std::strcat(std::strcat(names, jmoe::all()[i]->name), "\n");
   return names;
 }
 
 // Uses the set of that name from now on; returns false if it cannot run here. Tests call it.
 bool jmoe_use_isa(const char* name) {
-  for (const jmoe::Isa* isa :
-       {jmoe::isa_amx(), jmoe::isa_avx512_bf16(), jmoe::isa_avx512(), jmoe::isa_avx2(), jmoe::isa_base()})
-    if (isa && !std::strcmp(isa->name, name)) return jmoe::chosen() = isa, true;
-  return false;
+  const jmoe::Isa* isa = jmoe::named(name);
+  if (isa) jmoe::chosen() = isa;
+  return isa;
 }
 
 }  // extern "C"

@@ -28,6 +28,30 @@ struct Gemm {
 
 // How numbers lie in memory.
 enum class Kept { F32, BF16, INT8, E4M3 };
+enum Code : int8_t { PLAIN, INT8, E4M3, INT4, E2M1, IQ4 };
+enum ScaleType : int8_t { FLOAT32, BFLOAT16, FLOAT16, E8M0 };
+
+// How a quantised weight is stored (see quantised/form.h) and multiplied.
+struct Form {
+  Code code;
+  ScaleType scales;
+  bool has_lows, is_n16;
+  bool is_a8;     // whether activations are rounded to int8, and not to int16 or not at all
+  int64_t group;  // numbers of a row that share a scale; 0 is the whole row
+};
+
+// Rows of a quantised weight, from some row on. In the layout "n16" that row is a multiple of 16.
+struct Codes {
+  const void *values, *scales, *lows;
+};
+
+// The product with a quantised weight, as in Gemm. x is packed in whole rows, because a row has one scale.
+struct QuantisedGemm {
+  size_t (*packed_bytes)(const Form& form, int64_t m, int64_t k);
+  void (*pack)(const Form& form, const Rows& x, int64_t m, int64_t k, void* packed);
+  void (*run)(const Form& form, const void* packed, int64_t m, int64_t k, const Codes& w, int64_t n, float* c,
+              int64_t ldc);
+};
 
 struct Isa {
   const char* name;
@@ -42,12 +66,15 @@ struct Isa {
   // acc[q, d] += share[q, n] . v[n, d]; rows of share are lds apart; scratch holds n * d floats.
   void (*values)(const float* share, int64_t lds, int64_t queries, const void* v, Kept kept, int64_t n, float* acc,
                  int64_t d, float* scratch);
+  QuantisedGemm quantised;
 };
 
 const Isa* isa_base();
 const Isa* isa_avx2();         // null if the processor or the build lacks it, as below
 const Isa* isa_avx512();
+const Isa* isa_avx512_vnni();
 const Isa* isa_avx512_bf16();
 const Isa* isa_amx();
+const QuantisedGemm* e4m3_bf16();  // for weights of that code only
 
 }  // namespace jmoe

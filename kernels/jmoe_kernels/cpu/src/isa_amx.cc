@@ -1,12 +1,12 @@
-// AMX bfloat16 tiles (Sapphire Rapids and later): weights are the first operand, straight from memory in
-// the checkpoint's layout; x is interleaved in pairs as the second.
+// AMX bfloat16 and int8 tiles (Sapphire Rapids and later). In bfloat16, weights are the first operand, straight from
+// memory in the checkpoint's layout, and x is interleaved in pairs as the second; quantised/amx.h has int8.
 #include "isa.h"
 #if defined(JMOE_EMULATE_AMX)
 #include <immintrin.h>
 
 #include "amx_emulated.inc"
 #define HAVE_AMX 1
-#elif defined(__AMX_BF16__) && defined(__linux__)
+#elif defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -31,6 +31,14 @@ void configure_tiles() {
   for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
   _tile_loadconfig(&config);
 }
+
+}  // namespace
+}  // namespace jmoe
+
+#include "quantised/amx.h"
+
+namespace jmoe {
+namespace {
 
 // Stores a tile of products, [16 weight rows][16 rows of x], to c[row of x][weight row].
 inline void keep(const float* tile, int64_t rows, float* c, int64_t ldc) {
@@ -105,7 +113,7 @@ bool permitted() {
   return true;
 #else
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #endif
 }
 
@@ -118,6 +126,7 @@ const Isa* isa_amx() {
   isa = *base;
   isa.name = "AMX bfloat16";
   isa.bf16 = {interleaved_bytes, pack, run};
+  isa.quantised = {tile_bytes, tile_pack, tile_run};
   return &isa;
 }
 }  // namespace jmoe

@@ -121,15 +121,34 @@ void run(const void* packed, int64_t m, int64_t k, const void* weights, int64_t 
   lanes(x, left, k, w, ldw, n, c + first * ldc, ldc);
 }
 
+const Isa* before() { return isa_avx512_vnni() ? isa_avx512_vnni() : isa_avx512(); }
+
+const QuantisedGemm& quantised_by(const Form& form) {
+  const QuantisedGemm* e4m3 = form.code == E4M3 ? e4m3_bf16() : nullptr;
+  return e4m3 ? *e4m3 : before()->quantised;
+}
+
+size_t quantised_bytes(const Form& form, int64_t m, int64_t k) { return quantised_by(form).packed_bytes(form, m, k); }
+
+void quantised_pack(const Form& form, const Rows& x, int64_t m, int64_t k, void* packed) {
+  quantised_by(form).pack(form, x, m, k, packed);
+}
+
+void quantised_run(const Form& form, const void* packed, int64_t m, int64_t k, const Codes& w, int64_t n, float* c,
+                   int64_t ldc) {
+  quantised_by(form).run(form, packed, m, k, w, n, c, ldc);
+}
+
 }  // namespace
 
 const Isa* isa_avx512_bf16() {
   static Isa isa;
-  const Isa* base = isa_avx512();
+  const Isa* base = before();
   if (!base || !__builtin_cpu_supports("avx512bf16")) return nullptr;
   isa = *base;
   isa.name = "AVX-512 bfloat16";
   isa.bf16 = {packed_bytes, pack, run};
+  isa.quantised = {quantised_bytes, quantised_pack, quantised_run};
   return &isa;
 }
 }  // namespace jmoe
