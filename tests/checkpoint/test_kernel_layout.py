@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jmoe.checkpoint.codings import Quantize
+from jmoe.checkpoint.quantised.codings import Quantize
 from jmoe_kernels import cpu
 from jmoe_kernels.quantised import Quantised, dequantised
 from support.models import hf_tiny
