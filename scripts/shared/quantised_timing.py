@@ -37,7 +37,7 @@ FORMS: dict[str, Coding | None] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run reached.
+    """The rates that a run reached.
 
     weights: weights per second.
     read: stored bytes per second, with scales.

@@ -97,7 +97,7 @@ def test_groups_that_the_kernels_cannot_take_run_in_portable_form():
     dims, pick = (4, 32, 96), lambda c: choose_kernels("cpu", "float32", dims=dims, codings=((c, c),))
     assert pick(even).experts == "cpu"
     kernels = pick(odd)
-    assert kernels.experts == "xla" and "groups of 24); the kernel takes groups of 16" in kernels.why
+    assert kernels.experts == "xla" and "groups of 24); the kernel takes groups of 16" in kernels.why_experts
     x, weight = np.ones((3, 96), np.float32), on_device(random_weight(odd, (32, 96)))
     np.testing.assert_allclose(linear(x, weight, "cpu"), x @ dequantised(weight).T, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"moe.kernel: implementation 'cpu': weights are quantised"):
