@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jmoe.checkpoint.quantised.codings import Quantize
 from jmoe_kernels import cpu
 from jmoe_kernels.quantised import Quantised, dequantised
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, load_model
 from jmoe.checkpoint.params import dotted
+from jmoe.checkpoint.quantised.codings import Quantize
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh
