@@ -45,7 +45,7 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
 def measure_forms(args: argparse.Namespace, dims: tuple[int, int, int]) -> None:
     """Prints a table of the forms, with experts of the model's sizes, as many as needed."""
     import jax
-    from shared.quantised_timing import FORMS, measure, random_experts
+    from cpu_kernels.quantised import FORMS, measure, random_experts
 
     _, inner, model = dims
     rows, found = (1, 2, 4, 8, 32, 64), []
