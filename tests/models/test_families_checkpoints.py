@@ -67,8 +67,10 @@ def gpt_oss(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gpt_oss_in_mxfp4_is_what_its_numbers_are(gpt_oss: Path, dtype: str):
     tokens = np.random.default_rng(0).integers(0, 45, 30)
-    found = logits(gpt_oss / "mxfp4", tokens, dtype)
-    np.testing.assert_array_equal(found, logits(gpt_oss / "plain", tokens, dtype))
+    found, want = logits(gpt_oss / "mxfp4", tokens, dtype), logits(gpt_oss / "plain", tokens, dtype)
+    # kernels multiply with the codes and round activations in another way (to int16 on a CPU)
+    tolerance = {"float32": 1e-3, "bfloat16": 3e-2}[dtype]
+    np.testing.assert_allclose(found, want, atol=tolerance * np.abs(want).max())
     assert np.isfinite(found).all() and found.std() > 0.1
 
 
@@ -83,7 +85,7 @@ def test_mxfp4_without_its_scales_is_refused(gpt_oss: Path, tmp_path: Path):
     tensors = load_file(gpt_oss / "mxfp4" / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.down_proj_scales"]
     config = json.loads((gpt_oss / "mxfp4" / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"tensor 'model\.layers\.1\..*down_proj_scales' .* is missing"):
+    with pytest.raises(ValueError, match=r"tensor 'model\.layers\.1\..*down_proj_scales' .*is missing"):
         LLM(write(tmp_path / "torn", config, tensors))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jmoe import LLM, SamplingParams
 from jmoe.checkpoint import convert, read_config
-from jmoe.engine.deployment import deployment
+from jmoe.engine.deployment import settings as engine_settings
 from jmoe.models import get_family, model_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,7 +44,7 @@ def test_a_wrong_norm_would_be_seen(monkeypatch: pytest.MonkeyPatch):
     cfg = read_config(directory)
     router = dataclasses.replace(cfg.router, norm_topk_prob=not cfg.router.norm_topk_prob)
     wrong_cfg = dataclasses.replace(cfg, router=router)
-    monkeypatch.setattr(deployment, "read_config", lambda *args: wrong_cfg)
+    monkeypatch.setattr(engine_settings, "read_config", lambda *args: wrong_cfg)
     wrong = load(directory).logits(golden["tokens"])
     assert np.abs(wrong - golden["logits"]).max() > 1e-2
 
