@@ -103,7 +103,7 @@ def test_four_bits_are_what_their_format_says(tmp_path_factory, gate_up, sizes, 
     want = forms.decoded(blocks, scales)[1].astype(dtype)
     if gate_up:
         want = np.stack([want[0::2], want[1::2]])
-    stored = StoredParam("w", "p", (), 1, forms.TURNS if gate_up else PLAIN, MXFP4)
+    stored = StoredParam("w", "p", (), 1, forms.TURNS if gate_up else PLAIN, format=MXFP4)
     assert [e.shape for e in entries(stored, want.shape)] == [blocks.shape[1:], scales.shape[1:]]
     whole, slices.CHUNK = slices.CHUNK, chunk
     try:
@@ -158,7 +158,7 @@ def test_bytes_next_to_the_entry_are_not_read(tmp_path):
 )
 def test_an_entry_takes_the_memory_of_a_chunk_and_of_its_codes(tmp_path, form, number_format):
     shape = (2, 2048, 1024)  # 16 MiB
-    stored = StoredParam("t", "p", (), 1, form, number_format)
+    stored = StoredParam("t", "p", (), 1, form, format=number_format)
     dtype = np.uint8 if number_format else np.float32
     tensors = {e.name: np.zeros((2, *e.shape), dtype) for e in entries(stored, shape)}
     with checkpoint_of(tmp_path, tensors) as checkpoint:
@@ -174,18 +174,18 @@ def test_a_scale_that_is_no_number_and_numbers_beyond_the_dtype(tmp_path):
     blocks, scales = np.full((2, 4, 1, 16), 0x22, np.uint8), np.full((2, 4, 1), 127, np.uint8)
     scales[1, 2] = 255
     with checkpoint_of(tmp_path, {"w_blocks": blocks, "w_scales": scales}) as checkpoint:
-        assert (read(checkpoint, StoredParam("w", "p", (), 0, PLAIN, MXFP4), (4, 32)) == 1).all()
+        assert (read(checkpoint, StoredParam("w", "p", (), 0, PLAIN, format=MXFP4), (4, 32)) == 1).all()
         with pytest.raises(
             ValueError, match=r"model\.safetensors: tensor 'w_scales' has the scale 255, .*NaN"
         ):
-            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, MXFP4), (4, 32))
+            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, format=MXFP4), (4, 32))
     scales[1, 2], blocks[1, 2, 0, 3] = 254, 0x42  # 1 and 2 times 2^127
     for dtype in FLOATS:
         with (
             checkpoint_of(tmp_path, {"w_blocks": blocks, "w_scales": scales}) as checkpoint,
             pytest.raises(ValueError, match=rf"'w_blocks' has NaN or Inf \(as {dtype}\)"),
         ):
-            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, MXFP4), (4, 32), dtype)
+            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, format=MXFP4), (4, 32), dtype)
 
 
 def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
@@ -194,9 +194,9 @@ def test_scales_that_are_cut_off_while_they_are_read(tmp_path):
         last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
         assert last == checkpoint.tensors["w_scales"]
         os.truncate(last.file, last.offset + 6)
-        read(checkpoint, StoredParam("w", "p", (), 0, PLAIN, MXFP4), (4, 32))
+        read(checkpoint, StoredParam("w", "p", (), 0, PLAIN, format=MXFP4), (4, 32))
         with pytest.raises(ValueError, match="truncated"):
-            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, MXFP4), (4, 32))
+            read(checkpoint, StoredParam("w", "p", (), 1, PLAIN, format=MXFP4), (4, 32))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_shapes_and_dtypes_are_checked_as_they_are_stored(tmp_path, tensors, for
     quantised = MXFP4 if "w_blocks" in tensors else None
     dtype = tensors.pop("dtype", np.uint8 if quantised else np.float32)
     spec = ParamSpec("p", (3, 2, 4, 32), *FLOATS[:1] * 2, SingleDeviceSharding(jax.devices()[0]))
-    table = {"p": [StoredParam("w", "p", (e,), e, form, quantised) for e in range(3)]}
+    table = {"p": [StoredParam("w", "p", (e,), e, form, format=quantised) for e in range(3)]}
     with checkpoint_of(tmp_path, {n: np.zeros(s, dtype) for n, s in tensors.items()}) as checkpoint:
         if message is None:
             check_shapes(checkpoint.tensors, table, {"p": spec})
