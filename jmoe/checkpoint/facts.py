@@ -17,6 +17,7 @@ from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.checkpoint.source import source_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
+from jmoe.config.units import brief
 from jmoe.models.fields import HFConfig
 
 log = logging.getLogger(__name__)
@@ -120,9 +121,23 @@ def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredP
             stored_format = quantisation.format_of(name, names, is_product=is_product(stored.path))
             if stored_format is not None:
                 stored_format = stored_format.of_contents(checkpoint, name)
-        yield StoredParam(
+        found = StoredParam(
             name, stored.path, stored.index, stored.expert, stored.form, stored.rows, stored_format
         )
+        _check_entry(checkpoint, found)
+        yield found
+
+
+def _check_entry(checkpoint: Checkpoint, stored: StoredParam) -> None:
+    """Raises ValueError if a stacked tensor is too short for the entry: an absurd number of experts in
+    ``config.json`` ends here."""
+    for name in () if stored.expert is None else stored.names:
+        info = checkpoint.tensors.get(name)
+        if info is not None and stored.expert >= (*info.shape, 0)[0]:
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} has no entry {stored.expert}, which config.json asks "
+                f"for: it is {list(info.shape)}"
+            )
 
 
 def is_product(path: str) -> bool:

@@ -217,12 +217,6 @@ def check_names(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
                 raise ValueError(
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
                 )
-            info = checkpoint.tensors[name]
-            if stored.expert is not None and stored.expert >= (*info.shape, 0)[0]:  # an absurd num_experts
-                raise ValueError(
-                    f"{info.file}: tensor {brief(name)} has no entry {stored.expert}, which config.json asks "
-                    f"for: it is {list(info.shape)}"
-                )
             expected.add(name)
     _, head = embedding_names(checkpoint, cfg)
     for name, info in checkpoint.tensors.items():

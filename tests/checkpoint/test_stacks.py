@@ -96,7 +96,7 @@ def test_what_is_stacked_is_not_written(tmp_path: Path, monkeypatch):
         (
             {},
             {"model.layers.1.mlp.experts.down_proj_scales": None},
-            r"down_proj_scales' of Qwen3\w+ is missing",
+            r"down_proj_scales' is missing: by config\.json's quantization_config",
         ),
         (
             {},
@@ -122,13 +122,6 @@ def test_what_a_family_reads_is_checked(config, tensors, message, tmp_path: Path
     with pytest.raises(ValueError, match=message) as error:
         load_model(tmp_path / "stacked", one_device())
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_method_that_the_architecture_does_not_read(tmp_path: Path):
-    config = hf_tiny.hf_config(quantization_config={"quant_method": "mxfp4"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="method 'mxfp4' is not read of Qwen3MoeForCausalLM"):
-        read_config(tmp_path)
 
 
 def test_a_method_may_be_named_without_a_table(tmp_path: Path):

@@ -139,7 +139,8 @@ def read_quantisation(directory: Path) -> Quantisation:
 def parsed(config: Any, path: Path, key: str = "quantization_config") -> Quantisation:
     """Returns a ``quantization_config``, or what a file has in its place, as rules."""
     with named(f"{path}: {key}"):
-        name = _object(config).get("quant_method")
+        config = {"quant_method": config} if isinstance(config, str) else _object(config)
+        name = config.get("quant_method")
         if not isinstance(name, str) or name not in METHODS:
             read = ", ".join(map(repr, METHODS))
             raise ValueError(f"method {shown(name)} is not read; {read} are")

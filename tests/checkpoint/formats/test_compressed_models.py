@@ -14,6 +14,7 @@ from support.models import compressed as ct
 
 from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.quantised.codings import read_codings
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.nn.sequences import Sequences
@@ -24,6 +25,9 @@ WHOLE = (
     "MXFP4", "MXFP8",
 )  # fmt: skip
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+PORTABLE = MoEConfig(kernel="xla")  # it rounds no activations
 
 
 def one_device():
@@ -38,7 +42,7 @@ def logits(model: Decoder) -> jax.Array:
 
 
 def assert_equal_logits(stored, plain) -> None:
-    got, want = (logits(load_model(directory, one_device())) for directory in (stored, plain))
+    got, want = (logits(load_model(directory, one_device(), PORTABLE)) for directory in (stored, plain))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
@@ -57,9 +61,10 @@ def test_a_converted_model_on_eight_devices(tmp_path):
     form = ct.CASES["int4 g32 with zeros"]
     stored, plain = ct.write_models(tmp_path, form, form.config(*IGNORED))
     convert(stored, tmp_path / "converted")
-    want = logits(load_model(plain, one_device()))
+    want = logits(load_model(plain, one_device(), PORTABLE))
     for directory in (stored, tmp_path / "converted"):
-        model = load_model(directory, make_mesh(data=2, expert=2, tensor=2, devices=jax.devices()[:8]))
+        mesh = make_mesh(data=2, expert=2, tensor=2, devices=jax.devices()[:8])
+        model = load_model(directory, mesh, PORTABLE)
         codings = read_codings(stored, model.cfg)
         assert coding_of(model.expert_weights.down_EDF) == codings["layers.0.moe.experts.down_EDF"]
         np.testing.assert_allclose(logits(model), want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -30,7 +30,9 @@ SAID_OTHERWISE = {"deepseek_v2": {"mscale": 0.6}}
 
 
 def logits(model: Path, dtype: str = "float32") -> np.ndarray:
-    llm = LLM(model, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=64, warm_up=False)
+    """Returns logits that the portable kernels compute, which round no activations."""
+    portable = MoEConfig(kernel="xla")
+    llm = LLM(model, moe=portable, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=64, warm_up=False)
     return llm.logits(TOKENS)
 
 

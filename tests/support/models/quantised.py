@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jmoe_kernels.quantised import Quantised, dequantised
 
+from jmoe.checkpoint.hf_writer import canonical
 from jmoe.models.decoder import Decoder
 
 
@@ -15,7 +16,7 @@ def plain_values(model: Decoder) -> dict[str, np.ndarray]:
     def numbers(value) -> np.ndarray:
         if isinstance(value, Quantised):
             return _shard_by_shard(value)
-        array = np.asarray(value)
+        array = canonical(np.asarray(value))
         return array if array.dtype.kind == "i" else array.astype(np.float32)
 
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))

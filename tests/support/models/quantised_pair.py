@@ -12,6 +12,7 @@ from support.models import hf_tiny
 
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder
 from jmoe.nn.sequences import Sequences
@@ -48,7 +49,10 @@ def rewrite(directory: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def load(directory: Path) -> Decoder:
-    return load_model(directory, make_mesh(devices=jax.devices()[:1]), dtype="float32")
+    """Returns the model in portable form, which rounds no activations."""
+    return load_model(
+        directory, make_mesh(devices=jax.devices()[:1]), MoEConfig(kernel="xla"), dtype="float32"
+    )
 
 
 @nnx.jit
