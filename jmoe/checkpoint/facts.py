@@ -131,11 +131,13 @@ def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredP
 def _check_entry(checkpoint: Checkpoint, stored: StoredParam) -> None:
     """Raises ValueError if a stacked tensor is too short for the entry: an absurd number of experts in
     ``config.json`` ends here."""
-    for name in () if stored.expert is None else stored.names:
+    if (entry := stored.expert) is None:
+        return
+    for name in stored.names:
         info = checkpoint.tensors.get(name)
-        if info is not None and stored.expert >= (*info.shape, 0)[0]:
+        if info is not None and entry >= (*info.shape, 0)[0]:
             raise ValueError(
-                f"{info.file}: tensor {brief(name)} has no entry {stored.expert}, which config.json asks "
+                f"{info.file}: tensor {brief(name)} has no entry {entry}, which config.json asks "
                 f"for: it is {list(info.shape)}"
             )
 

@@ -19,6 +19,7 @@ from gpu_checks.rows import Check
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from jmoe_kernels.quantised import as_float
 from shared.layer_sizes import layer_sizes
 
 from jmoe.offload.copies import copy_in, fetch, install
@@ -117,7 +118,7 @@ class Bench:
                 x_ND = x_ND + y_ND
                 if one is not None:
                     pool = install(pool, one, jnp.int32(self.slots - 1))
-            return x_ND, pool.down_EDF[self.slots - 1, 0, 0]
+            return x_ND, as_float(pool.down_EDF)[self.slots - 1, 0, 0]
 
         x_ND = jnp.full((rows, self.dims[2]), 0.01, jnp.float32)
         return self._median(lambda: chain(x_ND, self.pool, self.store)) / LAYERS

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.quantised import as_float
 from jmoe_kernels.settings import Activation
 from shared.gpu_timing import stack_count, weight_bytes
 
@@ -47,8 +48,8 @@ def by_ragged_dot(sizes: np.ndarray, product: Callable = lax.ragged_dot) -> Call
 def one_group(x: Array, w: ExpertWeights) -> Array:
     """Returns all rows after the first expert. This is the dense bound."""
     _, inner, model = w.dims
-    gu = x @ w.gate_up_E2FD[0].reshape(2 * inner, model).T
-    return gated("silu", gu[:, :inner], gu[:, inner:]) @ w.down_EDF[0].T
+    gu = x @ as_float(w.gate_up_E2FD)[0].reshape(2 * inner, model).T
+    return gated("silu", gu[:, :inner], gu[:, inner:]) @ as_float(w.down_EDF)[0].T
 
 
 def even_batch(x: Array, w: ExpertWeights) -> Array:

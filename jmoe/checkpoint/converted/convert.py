@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmoe.blueprint import Codings
 from jmoe.checkpoint.converted.manifest import MANIFEST, is_converted, write_manifest
 from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
@@ -135,7 +136,7 @@ def _write(
     write_manifest(
         working, cfg.architecture, cfg.dtype,
         {path: array.shape for path, array in by_path(spec.arrays for spec in specs.values()).items()}, kept,
-        {path: spec.coding for path, spec in specs.items() if spec.coding is not None},
+        Codings({path: spec.coding for path, spec in specs.items() if spec.coding is not None}),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jmoe_kernels.interleave import interleaved
 
 from jmoe.blueprint import Blueprint, Codings
@@ -113,8 +113,9 @@ def as_written(spec: ParamSpec) -> Any:
         return arrays
 
     def with_whole_rows(array: ParamSpec) -> ParamSpec:
-        axes = PartitionSpec(*array.sharding.spec[:-1], None)
-        return replace(array, sharding=array.sharding.update(spec=axes))
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding), "one device cuts no groups"
+        return replace(array, sharding=sharding.update(spec=PartitionSpec(*sharding.spec[:-1], None)))
 
     return replace(arrays, **{name: with_whole_rows(getattr(arrays, name)) for name in _grouped(arrays)})
 

@@ -129,10 +129,9 @@ def _predictor(subject: Subject, name: str, setting: Setting) -> Predictor:
     if name == "next_gate alone":
         return NextGate(None, setting.distance, experts, k)
     base, _, online = name.partition(" ")
-    sizes = PredictorSizes(setting.distance, k, layers, experts, seats=subject.traces[0].tokens_NB.shape[1])
-    inputs = PredictorInputs(
-        subject.profile, subject.embeddings_VD, setting.store, is_online=True if online else None
-    )
+    seats = subject.traces[0].tokens_NB.shape[1]
+    sizes = PredictorSizes(setting.distance, k, layers, experts, seats, setting.store)
+    inputs = PredictorInputs(subject.profile, subject.embeddings_VD, True if online else None)
     return make_predictor(base, sizes, inputs)  # pyright: ignore[reportArgumentType]
 
 
