@@ -134,7 +134,8 @@ IN_WEIGHTS = "config_groups.group_0: weights: "
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("int4", "it must be an object, it is 'int4'"),
+        ("int4", "method 'int4' is not read; " + ", ".join(map(repr, METHODS)) + " are"),
+        (4, "it must be an object, it is 4"),
         ({"quant_method": "exl3"}, "method 'exl3' is not read; " + ", ".join(map(repr, METHODS)) + " are"),
         (
             compressed("marlin-24", group(INT4_G32)),
