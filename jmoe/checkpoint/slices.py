@@ -19,6 +19,7 @@ from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.quantise import quantise
 from jmoe.checkpoint.safetensors_file import TensorInfo
+from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.models.weights import PLAIN
 
@@ -41,7 +42,9 @@ def read_slice(
     elif isinstance(out, Quantised):
         numbers = np.empty(out.shape, np.float32)
         _read_numbers(checkpoint, tensor, numbers)
-        _copy(regrouped(quantise(numbers, written or out.coding), out.coding), out)
+        with named(f"{checkpoint.tensors[tensor.name].file}: tensor {brief(tensor.name)}"):
+            codes = quantise(numbers, written or out.coding)
+        _copy(regrouped(codes, out.coding), out)
     else:
         _read_numbers(checkpoint, tensor, out)
 

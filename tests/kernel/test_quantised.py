@@ -126,6 +126,14 @@ def test_zeros_stay_zeros(coding: Coding):
         assert not dequantised(quantise(np.zeros((2, 64), np.float32), coding)).any()
 
 
+def test_numbers_that_no_scale_holds_are_refused():
+    numbers = np.full((1, 32), 1e6, np.float32)
+    numbers[0, 0] = -1e6
+    with pytest.raises(ValueError, match=r"too large for float16 scales \(int4, groups of 32 with lows\)"):
+        quantise(numbers, Coding("int4", 32, "float16", has_lows=True))
+    assert np.isfinite(dequantised(quantise(numbers, Coding("int8", None)))).all()
+
+
 def test_what_cannot_be_packed_or_split_is_refused():
     with pytest.raises(ValueError, match="rows of 33 numbers do not pack into whole bytes of int4"):
         Coding("int4", 32).shapes((2, 33))

@@ -13,6 +13,7 @@ def quantise(numbers: np.ndarray, coding: Coding) -> Quantised:
     A symmetric scale makes the group's largest magnitude the largest code. With lows, a group takes the
     better of symmetric codes and of codes from its least to its greatest number, by the sum of squared
     errors. A scale in E8M0 is the power of two that the OCP Microscaling formats (v1.0, section 6.3) say.
+    Raises ValueError for numbers whose scales or lows the coding's dtype cannot hold.
     """
     groups = _grouped(numbers.astype(np.float32), coding)
     symmetric = _symmetric(groups, coding)
@@ -44,7 +45,8 @@ def _symmetric(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarr
         scales = np.clip(exponent - 1 - E2M1_EXPONENT + 127, 0, 254).astype(np.uint8)
         divisor = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
     else:
-        scales = (top / LARGEST[coding.code]).astype(coding.scales)
+        with np.errstate(over="ignore"):  # refused at the end
+            scales = (top / LARGEST[coding.code]).astype(coding.scales)
         divisor = scales.astype(np.float32)
     safe = np.where(divisor == 0, 1, divisor)
     return _nearest(groups / safe[..., None], coding), scales
@@ -53,9 +55,10 @@ def _symmetric(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarr
 def _min_max(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns codes, scales and lows that reach from the least to the greatest number of each group."""
     least, greatest = groups.min(axis=-1), groups.max(axis=-1)
-    scales = ((greatest - least) / 15).astype(coding.scales)
-    each = scales.astype(np.float32)
-    lows = (least + 8 * each).astype(coding.scales)
+    with np.errstate(over="ignore", invalid="ignore"):  # refused at the end, if they are better at all
+        scales = ((greatest - least) / 15).astype(coding.scales)
+        each = scales.astype(np.float32)
+        lows = (least + 8 * each).astype(coding.scales)
     safe = np.where(each == 0, 1, each)
     values = _nearest((groups - lows.astype(np.float32)[..., None]) / safe[..., None], coding)
     return values, scales, lows
@@ -83,6 +86,9 @@ def _nearest(scaled: np.ndarray, coding: Coding) -> np.ndarray:
 def _assembled(
     values: np.ndarray, scales: np.ndarray, lows: np.ndarray | None, shape: tuple[int, ...], coding: Coding
 ) -> Quantised:
+    for per_group in (scales, lows):
+        if per_group is not None and not np.isfinite(per_group.astype(np.float32)).all():
+            raise ValueError(f"its numbers are too large for {coding.scales} scales ({coding})")
     *front, inner = shape
     codes = np.ascontiguousarray(values.reshape(*front, -1)[..., :inner])
     if coding.num_packed == 2:
