@@ -16,16 +16,6 @@ from support import cpu_kernels, unread_experts
 
 LIBRARY = cpu.get_library()
 needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no C++ kernels here: {LIBRARY}")
-ISAS = () if isinstance(LIBRARY, str) else LIBRARY.isas
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    assert isinstance(LIBRARY, cpu.Library)
-    best = LIBRARY.isa
-    LIBRARY.use(request.param)
-    yield request.param
-    LIBRARY.use(best)
 
 
 @pytest.mark.parametrize("check", cpu_kernels.CHECKS, ids=lambda c: c.__name__)

@@ -15,17 +15,7 @@ from support import quantised_kernels
 from support.quantised_kernels import CODES, in_blocks, on_device, random_weight
 
 LIBRARY = cpu.get_library()
-ISAS = () if isinstance(LIBRARY, str) else LIBRARY.isas
 needs_library = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no C++ kernels here: {LIBRARY}")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    assert isinstance(LIBRARY, cpu.Library)
-    best = LIBRARY.isa
-    LIBRARY.use(request.param)
-    yield request.param
-    LIBRARY.use(best)
 
 
 @pytest.mark.parametrize("check", quantised_kernels.CHECKS, ids=lambda c: c.__name__)
