@@ -9,42 +9,38 @@ namespace {
 
 struct Whole {
   typedef V Sum;
-  static constexpr int STEP = 64;
-  static constexpr bool IS_TWICE = false, STREAMS = true;
+  static constexpr bool IS_TWICE = false;
   static INLINE V begin(const int32_t* init) { return init ? _mm512_set1_epi32(*init) : _mm512_setzero_si512(); }
   static INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
   static INLINE __m512 real(V sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
+// The products are written as instructions, because GCC 12 copies the sums around its own functions for them, up
+// to twice for each product (315 GFlop/s instead of 469 in a loop of twelve sums on a Zen 4 core).
+//
 // Products with int8 activations want unsigned weights.
 struct A8 : Whole {
   static constexpr int AT = 1;
-  static INLINE V dot(V sum, V w, V x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  static INLINE V dot(V sum, V w, V x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
 };
 struct A16 : Whole {
   static constexpr int AT = 2;
-  static INLINE V dot(V sum, V w, V x) { return _mm512_dpwssd_epi32(sum, w, x); }
-};
-
-template <class Math>
-struct Unpacked : Math {
-  static constexpr int K = 4, NV = Math::AT;
-  static constexpr int STEP = 64 * Math::AT;
-  static constexpr bool STREAMS = false;
-  static INLINE void load(const uint8_t* p, V, V (&v)[NV]) {
-    UNROLLED for (int i = 0; i < NV; i++) v[i] = _mm512_load_si512(p + 64 * i);
+  static INLINE V dot(V sum, V w, V x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
   }
 };
 
 struct BytesA8 : A8 {
-  typedef Unpacked<A8> Panel;
   static constexpr int K = 4, NV = 1;
   static INLINE void load(const uint8_t* p, V, V (&v)[NV]) {
     v[0] = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)128));
   }
 };
 struct BytesA16 : A16 {
-  typedef Unpacked<A16> Panel;
   static constexpr int K = 4, NV = 2;
   static INLINE void load(const uint8_t* p, V, V (&v)[NV]) {
     const V w = _mm512_loadu_si512(p);
@@ -52,7 +48,6 @@ struct BytesA16 : A16 {
   }
 };
 struct NibblesA8 : A8 {
-  typedef Unpacked<A8> Panel;
   static constexpr int K = 8, NV = 2;
   static INLINE void load(const uint8_t* p, V table, V (&v)[NV]) {
     const V w = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
@@ -61,7 +56,6 @@ struct NibblesA8 : A8 {
   }
 };
 struct NibblesA16 : A16 {
-  typedef Unpacked<A16> Panel;
   static constexpr int K = 8, NV = 4;
   // The index of vpermw is the low five bits; the table has its sixteen numbers twice.
   static INLINE void load(const uint8_t* p, V table, V (&v)[NV]) {

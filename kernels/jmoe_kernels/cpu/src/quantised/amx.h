@@ -9,7 +9,7 @@
 namespace jmoe {
 namespace {
 
-bool fits_tiles(const Form& form, int64_t m) { return form.code != E4M3 && m > FEW && unit_of(form) % 64 == 0; }
+bool fits_tiles(const Form& form, int64_t m) { return form.code != E4M3 && m > AT_ONCE && unit_of(form) % 64 == 0; }
 
 // Where the parts of rows packed for tiles lie, in bytes from their beginning.
 struct TilePacking {
@@ -103,10 +103,9 @@ void tile_unit(const char* high, const char* low, int64_t ld, const uint8_t* pan
 void tile_run(const Form& form, const void* packed, int64_t m, int64_t k, const Codes& w, int64_t n, float* c,
               int64_t ldc) {
   if (!fits_tiles(form, m)) return isa_avx512_bf16()->quantised.run(form, packed, m, k, w, n, c, ldc);
-  constexpr int64_t ROWS = 64;
   alignas(64) uint32_t room[SPAN / 4 * 16];
   alignas(64) uint8_t panel[SPAN * 16];
-  alignas(64) float scales[SPAN / 64 * 16], lows[16], out[ROWS * 16];
+  alignas(64) float scales[SPAN / 64 * 16], lows[16], out[MOST_ROWS * 16];
   const TilePacking p = tile_packing(form, m, k);
   const char* x = (const char*)packed;
   const int64_t unit = unit_of(form);
@@ -131,11 +130,9 @@ void tile_run(const Form& form, const void* packed, int64_t m, int64_t k, const 
     }
     for (int64_t g = 0; form.has_lows && g < p.groups; g++) {
       spread_scaled(form, block.lows, p.groups, g, g + 1, rows, 1.f, lows);
-      add_lows((const float*)(x + p.sums), p.groups, m, g, g + 1, lows, out, 16);
+      add_lows((const float*)(x + p.sums), p.groups, m, g, g + 1, lows, out);
     }
-    scale_rows((const float*)(x + p.scales), m, out, 16);
-    for (int64_t i = 0; i < m; i++)
-      for (int r = 0; r < rows; r++) c[i * ldc + j + r] = out[i * 16 + r];
+    store_scaled((const float*)(x + p.scales), m, out, rows, c + j, ldc);
   }
   _tile_release();
 }

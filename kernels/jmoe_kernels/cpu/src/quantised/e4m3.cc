@@ -39,23 +39,14 @@ struct Brain {
   static INLINE __m512 begin(const int32_t*) { return _mm512_setzero_ps(); }
   static INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static INLINE __m512 real(__m512 sum) { return sum; }
-  static INLINE __m512 dot(__m512 sum, V w, V x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-};
-
-template <bool TWICE>
-struct UnpackedBrain : Brain<TWICE> {
-  static constexpr int STEP = 128;
-  static constexpr bool STREAMS = false;
-  static INLINE void load(const uint8_t* p, V, V (&v)[2]) {
-    v[0] = _mm512_load_si512(p), v[1] = _mm512_load_si512(p + 64);
+  static INLINE __m512 dot(__m512 sum, V w, V x) {  // an instruction for the reason in isa_avx512_vnni.cc
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
   }
 };
 
 template <bool TWICE>
 struct E4m3 : Brain<TWICE> {
-  typedef UnpackedBrain<TWICE> Panel;
-  static constexpr int STEP = 64;
-  static constexpr bool STREAMS = true;
   static INLINE void load(const uint8_t* p, V, V (&v)[2]) {
     const V w = _mm512_loadu_si512(p);
     const V low = _mm512_permutex2var_epi8(_mm512_load_si512(TABLES.low), w, _mm512_load_si512(TABLES.low + 64));
