@@ -1,5 +1,7 @@
 """Tests the C++ kernels with quantised weights, their layout, and their agreement with the portable form."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -79,6 +81,18 @@ def test_the_kernels_agree_with_the_portable_form(code):
     rounded = grouped_mlp(x, weights, sizes, implementation="cpu", activations="int8")
     error = np.abs(rounded - own).max() / scale
     assert 1e-5 < error < 3e-2
+
+
+def test_eight_bit_floats_of_a_bfloat16_model_take_activations_in_bfloat16(isa: str):
+    """Instruction sets without products in bfloat16 keep the activations as they are."""
+    x = np.random.default_rng(2).standard_normal((11, 96), np.float32)
+    weight = random_weight(Coding("e4m3", 32), (48, 96))
+    rounded = x.astype(jax.numpy.bfloat16).astype(np.float64)
+    exact, rough = (rows @ dequantised(weight).astype(np.float64).T for rows in (x, rounded))
+    found = np.asarray(linear(x, on_device(in_blocks(replace(weight, dtype="bfloat16"))), "cpu"))
+    scale = np.abs(exact).max()
+    errors = [np.abs(found - want).max() / scale for want in (exact, rough)]
+    assert min(errors) < 1e-6 and max(errors) > 1e-4
 
 
 @needs_library

@@ -52,7 +52,8 @@ class EngineSettings:
     kv_cache_dtype: how keys and values are cached: "auto" in the model's dtype, "int8" or "fp8" in one byte a
         number.
     activation_dtype: what activations are rounded to where a kernel multiplies with the codes of quantised
-        weights; "auto" is the kernel's own choice, int16 on a CPU.
+        weights; "auto" is the kernel's own choice: on a CPU int16, or the model's dtype for weights of
+        eight-bit floats.
     dispatch: reasons that choose the rank of a request, the first one first (see
         ``jmoe.engine.schedule.admission``).
     """

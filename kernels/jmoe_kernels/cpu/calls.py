@@ -56,7 +56,8 @@ def operands(weight: Weight, activations: Activations) -> tuple[Array, tuple[Arr
         return weight, (), 0
     coding = weight.coding
     form = CODES.index(coding.code) + 1 | SCALES.index(coding.scales) << 4 | coding.has_lows << 8
-    form |= (weight.layout == "n16") << 9 | (activations == "int8") << 10 | (coding.group or 0) << 16
+    form |= (weight.layout == "n16") << 9 | (activations == "int8") << 10 | (weight.dtype == "bfloat16") << 11
+    form |= (coding.group or 0) << 16
     rest = (weight.scales,) if weight.lows is None else (weight.scales, weight.lows)
     return weight.values, rest, form
 

@@ -37,6 +37,7 @@ struct Form {
   ScaleType scales;
   bool has_lows, is_n16;
   bool is_a8;     // whether activations are rounded to int8, and not to int16 or not at all
+  bool is_bf16;   // whether products with eight-bit floats are computed in bfloat16, as the model's others are
   int64_t group;  // numbers of a row that share a scale; 0 is the whole row
 };
 

@@ -35,20 +35,20 @@ struct A16 : Whole {
 };
 
 struct BytesA8 : A8 {
-  static constexpr int K = 4, NV = 1;
+  static constexpr int K = 4, NV = 1, AHEAD = 4;
   static INLINE void load(const uint8_t* p, V, V (&v)[NV]) {
     v[0] = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)128));
   }
 };
 struct BytesA16 : A16 {
-  static constexpr int K = 4, NV = 2;
+  static constexpr int K = 4, NV = 2, AHEAD = 2;
   static INLINE void load(const uint8_t* p, V, V (&v)[NV]) {
     const V w = _mm512_loadu_si512(p);
     v[0] = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), v[1] = _mm512_srai_epi16(w, 8);
   }
 };
 struct NibblesA8 : A8 {
-  static constexpr int K = 8, NV = 2;
+  static constexpr int K = 8, NV = 2, AHEAD = 5;
   static INLINE void load(const uint8_t* p, V table, V (&v)[NV]) {
     const V w = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
     v[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(w, low));
@@ -56,7 +56,7 @@ struct NibblesA8 : A8 {
   }
 };
 struct NibblesA16 : A16 {
-  static constexpr int K = 8, NV = 4;
+  static constexpr int K = 8, NV = 4, AHEAD = 5;
   // The index of vpermw is the low five bits; the table has its sixteen numbers twice.
   static INLINE void load(const uint8_t* p, V table, V (&v)[NV]) {
     const V w = _mm512_loadu_si512(p);

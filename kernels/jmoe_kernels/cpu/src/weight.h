@@ -11,7 +11,7 @@ class Weight {
   Weight(const xla::ffi::AnyBuffer& values, int64_t form, const xla::ffi::RemainingArgs& rest, size_t& next, int64_t k)
       : k_(k) {
     form_ = {(Code)(form & 15), (ScaleType)(form >> 4 & 15), (form >> 8 & 1) != 0, (form >> 9 & 1) != 0,
-             (form >> 10 & 1) != 0, form >> 16};
+             (form >> 10 & 1) != 0, (form >> 11 & 1) != 0, form >> 16};
     codes_.values = values.untyped_data();
     if (!is_quantised()) {
       width_ = values.element_type() != xla::ffi::F32 ? 2 : 4;

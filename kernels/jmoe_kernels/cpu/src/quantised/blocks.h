@@ -1,6 +1,7 @@
 // Products of packed rows (packed.h) with the steps of quantised weights, for AVX-512. A set defines how a step
 // is unpacked and multiplied, as a class with
 //   K: columns of a step of 64 bytes; NV: vectors that it unpacks to; AT: bytes of a packed number
+//   AHEAD: rows of x from which codes are prefetched; with fewer, the processor's own prefetcher is quicker alone
 //   IS_TWICE: whether a number of x is the sum of two packed ones
 //   Sum: the vector type of sums; load(step, table, vectors), dot(sum, vector, pair), add(sum, sum), real(sum)
 // A lane is a row of the weight, so nothing is summed over lanes, and an activation is broadcast.
@@ -35,7 +36,7 @@ INLINE void multiply_step(const uint8_t* steps, int64_t step, const char* x, con
   constexpr int TIMES = F::IS_TWICE ? 2 : 1;
   V v[F::NV];
   F::load(steps + step * 64, table, v);
-  _mm_prefetch((const char*)steps + step * 64 + 4096, _MM_HINT_T0);
+  if constexpr (M >= F::AHEAD) _mm_prefetch((const char*)steps + step * 64 + 12288, _MM_HINT_T1);
   UNROLLED for (int i = 0; i < F::NV; i++)
     UNROLLED for (int m = 0; m < M; m++)
       UNROLLED for (int twice = 0; twice < TIMES; twice++) {

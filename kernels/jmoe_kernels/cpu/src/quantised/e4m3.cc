@@ -1,6 +1,6 @@
 // Products of weights of eight-bit floats (e4m3) on AVX-512 with bfloat16 and VBMI (Zen 4, Sapphire Rapids and
-// later). A code is a bfloat16 exactly. An activation is the sum of two bfloat16 numbers, or one if activations
-// are rounded to int8, whose steps are bfloat16 numbers too.
+// later). A code is a bfloat16 exactly. An activation is the sum of two bfloat16 numbers; or it is one, if the
+// model computes in bfloat16, or if activations are rounded to int8, whose steps are bfloat16 numbers too.
 #include "../isa.h"
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #include "blocks.h"
@@ -34,7 +34,7 @@ constexpr Tables TABLES = make_tables();
 template <bool TWICE>
 struct Brain {
   typedef __m512 Sum;
-  static constexpr int K = 4, NV = 2, AT = 2;
+  static constexpr int K = 4, NV = 2, AT = 2, AHEAD = 2;
   static constexpr bool IS_TWICE = TWICE;
   static INLINE __m512 begin(const int32_t*) { return _mm512_setzero_ps(); }
   static INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
@@ -61,7 +61,7 @@ struct E4m3 : Brain<TWICE> {
 void run(const Form& form, const void* packed, int64_t m, int64_t k, const Codes& w, int64_t n, float* c,
          int64_t ldc) {
   const Numbers numbers = {_mm512_setzero_si512(), 1.f};
-  if (form.is_a8) run_form<E4m3<false>>(form, numbers, packed, m, k, w, n, c, ldc);
+  if (!has_rest(form)) run_form<E4m3<false>>(form, numbers, packed, m, k, w, n, c, ldc);
   else run_form<E4m3<true>>(form, numbers, packed, m, k, w, n, c, ldc);
 }
 

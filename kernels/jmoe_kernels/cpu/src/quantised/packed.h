@@ -23,9 +23,11 @@ namespace {
 
 typedef __m512i V;
 
-enum Kind { BYTES, WORDS, BRAINS };  // int8, int16, two bfloat16 whose sum is the number
+enum Kind { BYTES, WORDS, BRAINS };  // int8, int16, one or two bfloat16 whose sum is the number
 
 inline Kind kind_of(const Form& form) { return form.code == E4M3 ? BRAINS : form.is_a8 ? BYTES : WORDS; }
+
+inline bool has_rest(const Form& form) { return kind_of(form) == BRAINS && !form.is_a8 && !form.is_bf16; }
 
 // The unsigned codes of int8 activations have this zero point; those of int16 activations have none.
 inline int zero_point(const Form& form) {
@@ -50,7 +52,7 @@ inline Packing packing_of(const Form& form, int64_t m, int64_t k) {
   p.numbers = (p.sums + (form.has_lows ? m * p.groups * 4 : 0) + 63) / 64 * 64;
   p.ld = p.columns * (kind_of(form) == BYTES ? 1 : 2);
   p.low = m * p.ld;
-  p.bytes = p.numbers + m * p.ld * (kind_of(form) == BRAINS && !form.is_a8 ? 2 : 1);
+  p.bytes = p.numbers + m * p.ld * (has_rest(form) ? 2 : 1);
   return p;
 }
 
@@ -125,9 +127,11 @@ void whole_pack(const Form& form, const Rows& x, int64_t m, int64_t k, void* pac
         if (kind == BRAINS) {
           const __m512 number = form.is_a8 ? _mm512_cvtepi32_ps(q) : v;
           const V high = to_brain(number);
-          const __m512 rest = _mm512_sub_ps(number, (__m512)_mm512_slli_epi32(high, 16));
           _mm256_storeu_si256((__m256i*)(numbers + c * 2), pairs16(high));
-          if (!form.is_a8) _mm256_storeu_si256((__m256i*)(numbers + p.low + c * 2), pairs16(to_brain(rest)));
+          if (has_rest(form)) {
+            const __m512 rest = _mm512_sub_ps(number, (__m512)_mm512_slli_epi32(high, 16));
+            _mm256_storeu_si256((__m256i*)(numbers + p.low + c * 2), pairs16(to_brain(rest)));
+          }
           real = _mm512_add_ps(real, number);
         }
         whole = _mm512_add_epi32(whole, q);
