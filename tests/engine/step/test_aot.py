@@ -98,6 +98,7 @@ def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all():
 
 
 @needs_tpu_compiler
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", ["deepseek-v2-lite", "gpt-oss-20b"])
 def test_other_families_steps_compile_for_a_v5e_slice(model: str):
     """One has a dense layer, latent attention, a shared expert; the other sinks, windows, expert biases."""
