@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.checkpoint.checkpoint import CHUNK, Checkpoint
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
-from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
 from jmoe.checkpoint.source import source_of
@@ -89,8 +89,8 @@ def with_own_head(checkpoint: Checkpoint, cfg: ModelConfig) -> ModelConfig:
     if tensors[embed].shape == tensors[head].shape and _are_equal(checkpoint, embed, head, cfg.dtype):
         return cfg
     log.warning(
-        "%s: config.json ties the head to the embedding, but %r is another matrix: it is read as the head",
-        checkpoint.directory, head,
+        "%s: %s ties the head to the embedding, but %r is another matrix: it is read as the head",
+        checkpoint.directory, checkpoint.sizes_source, head,
     )  # fmt: skip
     return replace(cfg, tie_word_embeddings=False)
 
@@ -137,8 +137,8 @@ def _check_entry(checkpoint: Checkpoint, stored: StoredParam) -> None:
         info = checkpoint.tensors.get(name)
         if info is not None and entry >= (*info.shape, 0)[0]:
             raise ValueError(
-                f"{info.file}: tensor {brief(name)} has no entry {entry}, which config.json asks "
-                f"for: it is {list(info.shape)}"
+                f"{info.file}: tensor {brief(name)} has no entry {entry}, which "
+                f"{checkpoint.sizes_source} asks for: it is {list(info.shape)}"
             )
 
 

@@ -8,7 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from jmoe.blueprint import Blueprint
+from jmoe.checkpoint.checkpoint import Checkpoint, aligned_empty
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
+from jmoe.checkpoint.experts.renumber import check_fits, check_model, into_slots, permute_gate
+from jmoe.checkpoint.experts.stacks import into_stacks
 from jmoe.checkpoint.facts import (
     embedding_names,
     is_wider,
@@ -16,7 +19,6 @@ from jmoe.checkpoint.facts import (
     stored_tensors,
     with_own_head,
 )
-from jmoe.checkpoint.hf_reader import Checkpoint, aligned_empty
 from jmoe.checkpoint.params import (
     ParamSpec,
     abstract_decoder,
@@ -27,10 +29,8 @@ from jmoe.checkpoint.params import (
 )
 from jmoe.checkpoint.quantised.codings import Quantize, read_codings
 from jmoe.checkpoint.quantised.formats import StoredParam
-from jmoe.checkpoint.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
 from jmoe.checkpoint.source import is_gguf, source_of
-from jmoe.checkpoint.stacks import into_stacks
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -188,7 +188,7 @@ def match(
         table = into_stacks(table, cfg.moe_layers)
     for path in specs.keys() - table.keys():
         table[path] = []
-    check_shapes(checkpoint.tensors, table, specs)
+    check_shapes(checkpoint, table, specs)
     return model, specs, table
 
 
@@ -225,7 +225,8 @@ def check_names(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
         tied_head = cfg.tie_word_embeddings and name == head
         if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
             raise ValueError(
-                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as config.json has it"
+                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as "
+                f"{checkpoint.sizes_source} has it"
             )
 
 

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, dequantised
 
-from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint, all_finite
+from jmoe.checkpoint.checkpoint import CHUNK, Checkpoint, all_finite
 from jmoe.checkpoint.layouts import entries, in_stored_order, stored_shape
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.quantise import quantise
-from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.models.weights import PLAIN
@@ -111,9 +110,10 @@ def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def check_shapes(
-    tensors: Mapping[str, TensorInfo], table: Mapping[str, list[StoredParam]], specs: Mapping[str, ParamSpec]
+    checkpoint: Checkpoint, table: Mapping[str, list[StoredParam]], specs: Mapping[str, ParamSpec]
 ) -> None:
     """Raises ValueError for a tensor whose shape or dtype does not match the slice that it fills."""
+    tensors = checkpoint.tensors
     stacks = _stacked(stored for path in specs for stored in table[path])
     for path, spec in specs.items():
         for stored in table[path]:
@@ -126,8 +126,8 @@ def check_shapes(
                 expected = (*stacks.get(stored.name, ()), *entry.shape)
                 if (info.shape or (1,)) != (expected or (1,)):  # a single number may have no axis
                     raise ValueError(
-                        f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by config.json, "
-                        f"it is {list(info.shape)}"
+                        f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by "
+                        f"{checkpoint.sizes_source}, it is {list(info.shape)}"
                     )
                 if info.dtype not in entry.dtypes:
                     known = ", ".join(entry.dtypes)

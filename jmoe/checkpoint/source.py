@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.converted.manifest import is_converted
 from jmoe.checkpoint.gguf.checkpoint import PART, ByType, GgufCheckpoint
 from jmoe.checkpoint.gguf.config import config_values
 from jmoe.checkpoint.gguf.tokenizer import has_vocabulary, tokenizer_config, tokenizer_json, why_unread
-from jmoe.checkpoint.hf_reader import INDEX, Checkpoint, HFCheckpoint
+from jmoe.checkpoint.hf.reader import INDEX, HFCheckpoint
 from jmoe.checkpoint.quantised.quantisation import Quantisation, read_quantisation
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.reading import named

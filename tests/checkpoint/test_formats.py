@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from support.models import stored_forms as forms
 
 from jmoe.checkpoint import slices
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.layouts import entries
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantised.formats import StoredParam
@@ -238,8 +238,8 @@ def test_shapes_and_dtypes_are_checked_as_they_are_stored(tmp_path, tensors, for
     table = {"p": [StoredParam("w", "p", (e,), e, form, format=quantised) for e in range(3)]}
     with checkpoint_of(tmp_path, {n: np.zeros(s, dtype) for n, s in tensors.items()}) as checkpoint:
         if message is None:
-            check_shapes(checkpoint.tensors, table, {"p": spec})
+            check_shapes(checkpoint, table, {"p": spec})
             return
         with pytest.raises(ValueError, match=message) as error:
-            check_shapes(checkpoint.tensors, table, {"p": spec})
+            check_shapes(checkpoint, table, {"p": spec})
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

@@ -19,7 +19,7 @@ from support.models.routed import VOCAB, builder_for, planted_homes, planted_req
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.converted.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.facts import end_tokens
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.cli.flags import read_serve_config

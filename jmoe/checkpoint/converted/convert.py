@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from jmoe.blueprint import Codings
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.converted.manifest import MANIFEST, is_converted, write_manifest
-from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
 from jmoe.checkpoint.params import ParamSpec, by_path
 from jmoe.checkpoint.quantised.codings import Quantize, read_codings

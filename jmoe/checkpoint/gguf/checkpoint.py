@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.gguf.blocks import BLOCKS, FORMATS, READ
 from jmoe.checkpoint.gguf.file import GgufHeader, open_gguf
 from jmoe.checkpoint.gguf.names import tensor_names
-from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.quantised.formats import Format
 from jmoe.checkpoint.quantised.quantisation import Quantisation
 from jmoe.checkpoint.safetensors_file import ITEM_SIZES, TensorInfo
@@ -59,6 +59,10 @@ class GgufCheckpoint(Checkpoint):
         if total != len(found):
             raise ValueError(f"{self.directory}: the files have {len(found)} tensors, the first says {total}")
         return found
+
+    @property
+    def sizes_source(self) -> str:
+        return f"the metadata of {self.directory.name}"
 
     def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
         yield from tensor_names(cfg, self.tensors)

@@ -10,7 +10,7 @@ from jmoe_kernels.quantised import Coding, Quantised, dequantised
 from support.models import word_packings as words
 from support.models.quantised_pair import assert_equal_logits, load, opened, rewrite, write_pair
 
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.layouts import entries
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.formats.awq import Awq

@@ -12,7 +12,7 @@ from support.models import hf_tiny
 from support.models.gguf_models import ARCHITECTURES, gguf, merged, tensors, write_gguf
 
 from jmoe import LLM
-from jmoe.checkpoint import convert, read_config
+from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.gguf.blocks import FORMATS
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.checkpoint.quantised.codings import read_codings
@@ -214,6 +214,16 @@ def test_a_split_model_is_read_from_its_first_part_or_its_directory(tmp_path: Pa
     parts[-1].unlink()
     with pytest.raises(ValueError, match="is missing"):
         read_config(parts[0])
+
+
+def test_a_wrong_shape_is_refused_by_the_metadata(tmp_path: Path):
+    directory = golden("qwen3_moe", tmp_path / "hf")
+    config = json.loads((directory / "config.json").read_text())
+    config["moe_intermediate_size"] += 8
+    (directory / "config.json").write_text(json.dumps(config))
+    write_gguf(directory, tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"_exps.weight' must be \[.*\] by the metadata of m.gguf, it is \["):
+        load_model(tmp_path / "m.gguf", make_mesh(devices=jax.devices()[:1]))
 
 
 def test_a_directory_with_several_models_is_refused(tmp_path: Path):

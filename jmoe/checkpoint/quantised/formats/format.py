@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES, TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor

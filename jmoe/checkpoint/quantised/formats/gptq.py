@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from jmoe_kernels.quantised import Code, Coding, Quantised, Scales
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.quantised.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
 from jmoe.checkpoint.quantised.formats.int8 import SCALE, ZERO, scales_in_memory
@@ -71,7 +71,7 @@ class PackedInts(Format):
         if tuple(stated.tolist()) != shape:
             raise ValueError(
                 f"{checkpoint.tensors[name + SHAPE].file}: tensor {brief(name + SHAPE)} says "
-                f"{stated.tolist()}, config.json says {list(shape)}"
+                f"{stated.tolist()}, {checkpoint.sizes_source} says {list(shape)}"
             )
         check_finite(checkpoint, name + SCALE, scales)
         codes = _bytes(words)[..., : shape[-1] * self.bits // 8]
