@@ -31,6 +31,7 @@ from jmoe.checkpoint.quantised.codings import Quantize, read_codings
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
 from jmoe.checkpoint.source import is_gguf, source_of
+from jmoe.checkpoint.workers import Workers
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -85,9 +86,9 @@ def load_model(
 ) -> Decoder:
     """Returns the model of ``directory`` with its parameters on ``mesh``, sharded as they declare.
 
-    It needs host memory for the whole model on CPU, otherwise for one parameter. It raises ValueError, before
-    any memory is allocated, for a name or shape that is not exactly the model's; also for the placement of
-    another model.
+    It needs host memory for the whole model on CPU, otherwise for one parameter, and for one tensor of each
+    of a few threads. It raises ValueError, before any memory is allocated, for a name or shape that is not
+    exactly the model's; also for the placement of another model.
 
     dtype: requested dtype; "auto" keeps the checkpoint's dtype, and for routers and vectors each tensor's
         own.
@@ -139,15 +140,16 @@ def read_model(
     *,
     own_dtypes: bool,
 ) -> Decoder:
-    """Returns the model of a Hugging Face directory, read one parameter at a time.
+    """Returns the model of a Hugging Face directory or a GGUF file, read one parameter at a time, and of each
+    parameter several tensors at once.
 
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
-    with source_of(directory).open() as checkpoint:
+    with source_of(directory).open() as checkpoint, Workers() as workers:
         model, specs, table = match(checkpoint, blueprint, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
-            buffer = read_param(checkpoint, spec, table[path])
+            buffer = read_param(checkpoint, spec, table[path], workers)
             if placement is not None:
                 permute_gate(path, buffer, placement, blueprint.cfg.moe_layers)
             # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
@@ -192,14 +194,19 @@ def match(
     return model, specs, table
 
 
-def read_param(checkpoint: Checkpoint, spec: ParamSpec, tensors: list[StoredParam]) -> Buffer:
+def read_param(
+    checkpoint: Checkpoint, spec: ParamSpec, tensors: list[StoredParam], workers: Workers
+) -> Buffer:
     """Returns one parameter in the checkpoint's dtype, each tensor read straight into its slice of one
     buffer, or of the buffers of a quantised parameter."""
     if not tensors:
         return entry_numbers(spec)
     buffer = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), spec.arrays)
-    for stored in tensors:
+
+    def read(stored: StoredParam) -> None:
         read_slice(checkpoint, stored, stored.part_of(buffer), spec.written)
+
+    workers.each(read, tensors)
     return buffer
 
 

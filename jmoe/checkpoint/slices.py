@@ -2,7 +2,8 @@
 
 Of a stacked tensor only the needed entry is read. Plain numbers are read in chunks: in addition to the slice
 there is memory for one chunk, and a transposed chunk is transposed while it is in the cache. Of quantised
-numbers the codes of one entry are in memory in addition.
+numbers the codes of one entry are in memory in addition; of plain ones that are quantised, the numbers of one
+tensor, and what quantising a chunk of them needs.
 """
 
 import math
@@ -42,8 +43,8 @@ def read_slice(
         numbers = np.empty(out.shape, np.float32)
         _read_numbers(checkpoint, tensor, numbers)
         with named(f"{checkpoint.tensors[tensor.name].file}: tensor {brief(tensor.name)}"):
-            codes = quantise(numbers, written or out.coding)
-        _copy(regrouped(codes, out.coding), out)
+            for rows in _steps(numbers):
+                _copy(regrouped(quantise(numbers[rows], written or out.coding), out.coding), out[rows])
     else:
         _read_numbers(checkpoint, tensor, out)
 
@@ -104,9 +105,15 @@ def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields parts of ``ordered`` along its first axis, of about CHUNK bytes, each with its start in
     elements."""
     row = math.prod(ordered.shape[1:])
-    step = max(1, CHUNK // max(1, row * ordered.itemsize))
+    for part in _steps(ordered):
+        yield part.start * row, ordered[part]
+
+
+def _steps(ordered: np.ndarray) -> Iterator[slice]:
+    """Yields slices of the first axis of ``ordered``, each of about CHUNK bytes."""
+    step = max(1, CHUNK // max(1, math.prod(ordered.shape[1:]) * ordered.itemsize))
     for at in range(0, len(ordered), step):
-        yield at * row, ordered[at : at + step]
+        yield slice(at, at + step)
 
 
 def check_shapes(

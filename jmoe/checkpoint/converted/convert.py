@@ -26,6 +26,7 @@ from jmoe.checkpoint.params import ParamSpec, by_path
 from jmoe.checkpoint.quantised.codings import Quantize, read_codings
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.source import Source, source_of
+from jmoe.checkpoint.workers import Workers
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -118,12 +119,12 @@ def _write(
     cfg = read_config(hf_dir, dtype)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(hf_dir, cfg, quantize))
     source = source_of(hf_dir)
-    with source.open() as checkpoint:
+    with source.open() as checkpoint, Workers() as workers:
         model, specs, table = match(checkpoint, blueprint, own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():
-            save_group(working, group, _read_arrays(checkpoint, [specs[p] for p in paths], table))
+            save_group(working, group, _read_arrays(checkpoint, [specs[p] for p in paths], table, workers))
             done += sum(specs[p].nbytes for p in paths)
             if progress is not None:
                 progress(done, total)
@@ -151,12 +152,15 @@ def _texts(source: Source) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_arrays(
-    checkpoint: Checkpoint, specs: list[ParamSpec], table: Mapping[str, list[StoredParam]]
+    checkpoint: Checkpoint,
+    specs: list[ParamSpec],
+    table: Mapping[str, list[StoredParam]],
+    workers: Workers,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of parameters by path."""
     found: dict[str, np.ndarray] = {}
     for spec in specs:
-        value = read_param(checkpoint, spec, table[spec.path])
+        value = read_param(checkpoint, spec, table[spec.path], workers)
         arrays = zip(jax.tree.leaves(spec.arrays), jax.tree.leaves(value), strict=True)
         found |= {array.path: buffer for array, buffer in arrays}
     return found
