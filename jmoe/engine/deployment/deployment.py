@@ -14,8 +14,10 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
+from jmoe_kernels.matmul import why_dequantised
 
 from jmoe.blueprint import Blueprint
+from jmoe.checkpoint.params import abstract_decoder, dense_kernel
 from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
@@ -44,7 +46,8 @@ class Deployment:
     placement: placement by which experts are renumbered and tokens are shuffled; None without one.
     profile: profile from which an expert cache starts; None starts cold.
     executor: executor of the steps and the reason for its choice; None if no experts are offloaded.
-    notes: what the user should know about settings that were changed or have no effect, a line each.
+    notes: what the user should know about settings that were changed or have no effect, and about weights
+        for which there is no kernel, a line each.
     """
 
     directory: Path
@@ -92,7 +95,12 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
         placement=read_placement(moe.shuffle, cfg, split.mesh),
         profile=read_profile(moe.offload),
         executor=None if moe.offload is None else pick_executor(moe.offload, split.mesh),
-        notes=(*notes, *settings.without_effect(*split.mesh.shape.values()), *_unused_activations(blueprint)),
+        notes=(
+            *notes,
+            *settings.without_effect(*split.mesh.shape.values()),
+            *_unused_activations(blueprint),
+            *_dequantised_in_steps(blueprint),
+        ),
     )
 
 
@@ -103,6 +111,21 @@ def _unused_activations(blueprint: Blueprint) -> tuple[str, ...]:
         return ()
     why = "without the C++ kernels" if blueprint.codings else "because no weight is quantised"
     return (f"activation_dtype = {kernels.activations!r} has no effect {why}",)
+
+
+def _dequantised_in_steps(blueprint: Blueprint) -> tuple[str, ...]:
+    """Returns a line for each reason for which quantised dense weights are dequantised in every step. The
+    same of experts is the reason for their kernel."""
+    reasons: dict[str, list[str]] = {}
+    for path, spec in abstract_decoder(blueprint)[1].items() if blueprint.codings else ():
+        if spec.products == "dense" and spec.coding is not None:
+            why = why_dequantised(dense_kernel(spec, blueprint), spec.coding)
+            if why is not None:
+                reasons.setdefault(why, []).append(path)
+    return tuple(
+        f"dense weights that are dequantised in every step: {len(paths)}, such as {paths[0]}; {why}"
+        for why, paths in reasons.items()
+    )
 
 
 def settings_split(settings: EngineSettings) -> Split:
