@@ -1,6 +1,7 @@
 """Facts of a checkpoint that ``config.json`` does not state, or states wrongly."""
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,22 @@ def _check_entry(checkpoint: Checkpoint, stored: StoredParam) -> None:
 def is_product(path: str) -> bool:
     """Returns whether a parameter is a matrix of attention, of an expert or of an MLP."""
     return PRODUCT.search(path) is not None
+
+
+def check_zero(checkpoint: Checkpoint, name: str) -> None:
+    """Raises ValueError unless a bias that the model does not have is zero."""
+    info = checkpoint.tensors[name]
+    size = math.prod(info.shape)
+    numbers = np.empty(min(size, CHUNK), np.float32)
+    for at in range(0, size, CHUNK):
+        part = numbers[: size - at]
+        checkpoint.read_run(name, at, part)
+        if part.any():
+            found = part[part != 0][0]
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} has the number {found:g}; the model has no such bias, so "
+                "only zeros are read"
+            )
 
 
 def _are_equal(checkpoint: Checkpoint, first: str, second: str, dtype: str) -> bool:

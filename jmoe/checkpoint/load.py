@@ -13,6 +13,7 @@ from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.experts.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.experts.stacks import into_stacks
 from jmoe.checkpoint.facts import (
+    check_zero,
     embedding_names,
     is_wider,
     own_dtype,
@@ -169,9 +170,9 @@ def match(
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
     cfg = with_own_head(checkpoint, blueprint.cfg)
-    check_names(checkpoint, cfg)
+    tensors = listed(checkpoint, cfg)
     model, specs = abstract_decoder(replace(blueprint, cfg=cfg))
-    table = tensors_by_path(stored_tensors(checkpoint, cfg))
+    table = tensors_by_path(tensors)
     if own_dtypes:
         wide = {
             path
@@ -210,24 +211,29 @@ def read_param(
     return buffer
 
 
-def check_names(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
-    """Raises ValueError unless the checkpoint has exactly the family's tensors.
+def listed(checkpoint: Checkpoint, cfg: ModelConfig) -> list[StoredParam]:
+    """Returns every tensor of the model; raises ValueError unless the checkpoint has exactly these.
 
     Some extra tensors are allowed and not read: the head of a tied model, which ``with_own_head`` has found
-    equal to the embedding, those that the checkpoint ignores, and scales of activations next to quantised
-    weights.
+    equal to the embedding, those that the checkpoint ignores, scales of activations next to quantised
+    weights, and biases of quantised weights that are zero.
     """
-    expected, quantisation = set(), source_of(checkpoint.directory).quantisation()
+    found, quantisation = [], source_of(checkpoint.directory).quantisation()
     for stored in stored_tensors(checkpoint, cfg):
         for name in stored.names:
             if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
                 raise ValueError(
                     f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
                 )
-            expected.add(name)
+        found.append(stored)
+    expected = {name for stored in found for name in stored.names}
+    spare = {bias for each in found if each.format is not None for bias in each.format.zero_biases(each.name)}
     _, head = embedding_names(checkpoint, cfg)
     for name, info in checkpoint.tensors.items():
         if name in expected:
+            continue
+        if name in spare:
+            check_zero(checkpoint, name)
             continue
         tied_head = cfg.tie_word_embeddings and name == head
         if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
@@ -235,6 +241,7 @@ def check_names(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
                 f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as "
                 f"{checkpoint.sizes_source} has it"
             )
+    return found
 
 
 def parameter_specs(

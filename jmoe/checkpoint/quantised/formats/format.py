@@ -61,6 +61,10 @@ class Format(ABC):
     def tensor_names(self, name: str) -> tuple[str, ...]:
         """Returns the names of the tensors that store a weight; the first holds the codes."""
 
+    def zero_biases(self, name: str) -> tuple[str, ...]:
+        """Returns the names of biases that a writer adds to a weight even if its model has none: zeros."""
+        return ()
+
     def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
         """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""
         return self

@@ -74,6 +74,10 @@ class Gptq(Format):
         parts = ("qweight", "qzeros", "scales") + (() if self.order == "none" else ("g_idx",))
         return tuple(f"{_stem(name)}.{part}" for part in parts)
 
+    def zero_biases(self, name: str) -> tuple[str, ...]:
+        """Returns the bias of a layer: old releases of AutoGPTQ write one for every layer."""
+        return (f"{_stem(name)}.bias",)
+
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
         check_words(name, shape, 32 // self.bits)
         out, inner = shape
