@@ -15,7 +15,7 @@ from jmoe.checkpoint.checkpoint import CHUNK, Checkpoint
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
-from jmoe.checkpoint.source import source_of
+from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
 from jmoe.config.units import brief
@@ -29,7 +29,7 @@ COMPUTED = {"float16": "float32"}
 PRODUCT = re.compile(r"\.(\w+_proj|gate_up_E?2FD|down_E?DF)$")  # at the end of a parameter's path
 
 
-def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
+def own_dtype(source: Source, hf: Mapping[str, Any]) -> Any:
     """Returns the dtype in which a model is computed by its own files: ``config.json`` states it, or the text
     model's config in that file; if neither does, it is the dtype of most of the tensors' bytes."""
     text = hf.get("text_config")
@@ -38,9 +38,8 @@ def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
             if config.get(name) is not None:
                 stated = config[name]
                 return COMPUTED.get(stated, stated) if isinstance(stated, str) else stated
-    if is_converted(directory):
-        return read_manifest(directory).dtype
-    source = source_of(directory)
+    if is_converted(source.path):
+        return read_manifest(source.path).dtype
     if not source.has_weights():
         return "float32"
     with source.open() as checkpoint:

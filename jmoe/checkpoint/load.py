@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jmoe.blueprint import Blueprint
+from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.checkpoint import Checkpoint, aligned_empty
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.experts.renumber import check_fits, check_model, into_slots, permute_gate
@@ -31,7 +31,7 @@ from jmoe.checkpoint.params import (
 from jmoe.checkpoint.quantised.codings import Quantize, read_codings
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.slices import Buffer, check_shapes, read_slice
-from jmoe.checkpoint.source import is_gguf, source_of
+from jmoe.checkpoint.source import ModelFiles, Source, is_gguf, source_of
 from jmoe.checkpoint.workers import Workers
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
@@ -47,16 +47,15 @@ LoadProgress = Callable[[int, int], None]
 LONGEST = 2**31 - 1  # tokens of a context: positions are 32-bit
 
 
-def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConfig:
+def read_config(model: ModelFiles, dtype: DTypeChoice = "auto") -> ModelConfig:
     """Returns the model's shape from ``config.json``, with its own dtype (see ``own_dtype``) or the requested
     one.
 
     It raises ValueError, naming the file, if the file is absent, malformed or of an unsupported model.
     """
-    directory = check_directory(directory)
-    source = source_of(directory)
+    source = check_source(model)
     path, hf = source.config_path, source.config()
-    hf["dtype"] = own_dtype(directory, hf) if dtype == "auto" else dtype
+    hf["dtype"] = own_dtype(source, hf) if dtype == "auto" else dtype
     source.quantisation()  # what is not read is refused here already
     with named(path):
         cfg = model_config(hf)
@@ -66,13 +65,14 @@ def read_config(directory: Path | str, dtype: DTypeChoice = "auto") -> ModelConf
     return cfg
 
 
-def check_directory(directory: Path | str) -> Path:
-    """Returns the path of a model; raises ValueError if it is neither a directory nor a GGUF file."""
-    path = source_of(directory).path
+def check_source(model: ModelFiles) -> Source:
+    """Returns the files of a model; raises ValueError if it is neither a directory nor a GGUF file."""
+    source = source_of(model)
+    path = source.path
     if not path.is_dir() and not is_gguf(path):
         what = "is a file; give its directory" if path.exists() else "is not a directory"
-        raise ValueError(f"{str(directory)!r} {what} (nothing is ever downloaded: models are local folders)")
-    return path
+        raise ValueError(f"{str(path)!r} {what} (nothing is ever downloaded: models are local folders)")
+    return source
 
 
 def load_model(
@@ -98,16 +98,17 @@ def load_model(
     context: tokens of the longest sequence; by default the model's longest context.
     quantize: how plain weights are quantised while they load; None keeps them.
     """
-    cfg = read_config(directory, dtype)
-    codings = read_codings(Path(directory), cfg, quantize)
+    source = source_of(directory)
+    cfg = read_config(source, dtype)
+    codings = read_codings(source, cfg, quantize)
     sized = cfg.for_context(context or cfg.longest_context)
     blueprint = make_blueprint(sized, moe or MoEConfig(), mesh, codings)
     report = (lambda done, total: None) if progress is None else progress
-    return load_decoder(directory, blueprint, placement, report, own_dtypes=dtype == "auto")
+    return load_decoder(source, blueprint, placement, report, own_dtypes=dtype == "auto")
 
 
 def load_decoder(
-    directory: Path | str,
+    source: Source,
     blueprint: Blueprint,
     placement: Placement | None,
     report: LoadProgress,
@@ -120,21 +121,21 @@ def load_decoder(
     """
     if placement is not None:
         check_fits(placement, blueprint.cfg)
-    if is_converted(directory):
+    if is_converted(source.path):
         from jmoe.checkpoint.converted.orbax_io import (
             restore_model,  # heavy, and only converted checkpoints need it
         )
 
-        model = restore_model(Path(directory), blueprint, placement, report, own_dtypes=own_dtypes)
+        model = restore_model(source.path, blueprint, placement, report, own_dtypes=own_dtypes)
     else:
-        model = read_model(directory, blueprint, placement, report, own_dtypes=own_dtypes)
+        model = read_model(source, blueprint, placement, report, own_dtypes=own_dtypes)
     if placement is not None:
         check_model(placement, model)
     return model
 
 
 def read_model(
-    directory: Path | str,
+    source: Source,
     blueprint: Blueprint,
     placement: Placement | None,
     report: LoadProgress,
@@ -146,7 +147,7 @@ def read_model(
 
     own_dtypes: whether a router or vector that is stored in a wider dtype than the model's stays float32.
     """
-    with source_of(directory).open() as checkpoint, Workers() as workers:
+    with source.open() as checkpoint, Workers() as workers:
         model, specs, table = match(checkpoint, blueprint, placement, own_dtypes=own_dtypes)
         total, done, arrays = sum(s.nbytes for s in specs.values()), 0, {}
         for path, spec in specs.items():
@@ -245,19 +246,22 @@ def listed(checkpoint: Checkpoint, cfg: ModelConfig) -> list[StoredParam]:
 
 
 def parameter_specs(
-    directory: Path | str, cfg: ModelConfig, dtype: DTypeChoice, quantize: Quantize | None = None
+    model: ModelFiles, cfg: ModelConfig, dtype: DTypeChoice, codings: Codings
 ) -> dict[str, ParamSpec]:
     """Returns the parameters as ``load_model`` would make them on one device; by ``cfg`` alone if the
     directory has no weights. It raises ValueError for weights that ``load_model`` would reject without
-    reading them."""
-    directory = Path(directory)
-    codings = read_codings(directory, cfg, quantize)
+    reading them.
+
+    codings: how they are kept, as ``read_codings`` returns it.
+    """
+    source = source_of(model)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), codings)
-    if is_converted(directory):
+    if is_converted(source.path):
         from jmoe.checkpoint.converted.orbax_io import expected_model  # heavy, as above
 
-        return expected_model(directory, read_manifest(directory), blueprint, own_dtypes=dtype == "auto")[1]
-    source = source_of(directory)
+        return expected_model(source.path, read_manifest(source.path), blueprint, own_dtypes=dtype == "auto")[
+            1
+        ]
     if not source.has_weights():
         return abstract_decoder(blueprint)[1]
     with source.open() as checkpoint:

@@ -19,6 +19,7 @@ from jmoe_kernels.matmul import why_dequantised
 from jmoe.blueprint import Blueprint
 from jmoe.checkpoint.params import abstract_decoder, dense_kernel
 from jmoe.checkpoint.quantised.codings import read_codings
+from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed
@@ -37,7 +38,7 @@ from jmoe.placement.profile import Profile
 class Deployment:
     """The result of a model and of settings on this machine.
 
-    directory: directory of the model.
+    source: files of the model.
     settings: settings of the user.
     blueprint: model for contexts of ``max_model_len`` tokens, mesh and kernels.
     max_model_len: tokens of a context.
@@ -50,7 +51,7 @@ class Deployment:
         for which there is no kernel, a line each.
     """
 
-    directory: Path
+    source: Source
     settings: EngineSettings
     blueprint: Blueprint
     max_model_len: int
@@ -60,6 +61,11 @@ class Deployment:
     profile: Profile | None
     executor: tuple[Executor, str] | None
     notes: tuple[str, ...]
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the model, or its GGUF file."""
+        return self.source.path
 
     @property
     def cfg(self) -> ModelConfig:
@@ -73,11 +79,11 @@ class Deployment:
 def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     """Resolves a model and its settings; raises ValueError if either is refused or does not fit the
     machine."""
-    directory, moe = model_directory(model), settings.moe
-    cfg = read_model(directory, settings)
+    source, moe = source_of(model_directory(model)), settings.moe
+    cfg = read_model(source, settings)
     split = settings_split(settings)
     requested = context_length(cfg, settings.max_model_len)
-    codings = read_codings(directory, cfg, settings.quantization_request)
+    codings = read_codings(source, cfg, settings.quantization_request)
     memory = needed(cfg, settings, split, requested, codings)
     check_memory(memory)
     length, pages, notes = fit_pages(cfg, settings, split, requested, memory.left)
@@ -86,7 +92,7 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     check_memory(memory)
     blueprint = make_blueprint(cfg.for_context(length), moe, split.mesh, codings, settings.activation_dtype)
     return Deployment(
-        directory=directory,
+        source=source,
         settings=settings,
         blueprint=blueprint,
         max_model_len=length,
