@@ -107,6 +107,39 @@ def embedding_names(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[str, str]
     return paths["embed"], paths["lm_head"]
 
 
+def listed(checkpoint: Checkpoint, cfg: ModelConfig) -> list[StoredParam]:
+    """Returns every tensor of the model; raises ValueError unless the checkpoint has exactly these.
+
+    Some extra tensors are allowed and not read: the head of a tied model, which ``with_own_head`` has found
+    equal to the embedding, those that the checkpoint ignores, scales of activations next to quantised
+    weights, and biases of quantised weights that are zero.
+    """
+    found, quantisation = [], source_of(checkpoint.directory).quantisation()
+    for stored in stored_tensors(checkpoint, cfg):
+        for name in stored.names:
+            if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
+                raise ValueError(
+                    f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
+                )
+        found.append(stored)
+    expected = {name for stored in found for name in stored.names}
+    spare = {bias for each in found if each.format is not None for bias in each.format.zero_biases(each.name)}
+    _, head = embedding_names(checkpoint, cfg)
+    for name, info in checkpoint.tensors.items():
+        if name in expected:
+            continue
+        if name in spare:
+            _check_zero(checkpoint, name)
+            continue
+        tied_head = cfg.tie_word_embeddings and name == head
+        if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as "
+                f"{checkpoint.sizes_source} has it"
+            )
+    return found
+
+
 def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredParam]:
     """Yields every tensor of the model, as this checkpoint names and stores it: a matrix shared by embedding
     and head may be stored under either name. Raises ValueError if the checkpoint contradicts itself."""
@@ -147,7 +180,7 @@ def is_product(path: str) -> bool:
     return PRODUCT.search(path) is not None
 
 
-def check_zero(checkpoint: Checkpoint, name: str) -> None:
+def _check_zero(checkpoint: Checkpoint, name: str) -> None:
     """Raises ValueError unless a bias that the model does not have is zero."""
     info = checkpoint.tensors[name]
     size = math.prod(info.shape)

@@ -12,14 +12,7 @@ from jmoe.checkpoint.checkpoint import Checkpoint, aligned_empty
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.experts.renumber import check_fits, check_model, into_slots, permute_gate
 from jmoe.checkpoint.experts.stacks import into_stacks
-from jmoe.checkpoint.facts import (
-    check_zero,
-    embedding_names,
-    is_wider,
-    own_dtype,
-    stored_tensors,
-    with_own_head,
-)
+from jmoe.checkpoint.facts import is_wider, listed, own_dtype, with_own_head
 from jmoe.checkpoint.params import (
     ParamSpec,
     abstract_decoder,
@@ -37,7 +30,6 @@ from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import named
-from jmoe.config.units import brief
 from jmoe.mesh import make_mesh
 from jmoe.models import model_config
 from jmoe.models.decoder import Decoder, make_blueprint
@@ -210,39 +202,6 @@ def read_param(
 
     workers.each(read, tensors)
     return buffer
-
-
-def listed(checkpoint: Checkpoint, cfg: ModelConfig) -> list[StoredParam]:
-    """Returns every tensor of the model; raises ValueError unless the checkpoint has exactly these.
-
-    Some extra tensors are allowed and not read: the head of a tied model, which ``with_own_head`` has found
-    equal to the embedding, those that the checkpoint ignores, scales of activations next to quantised
-    weights, and biases of quantised weights that are zero.
-    """
-    found, quantisation = [], source_of(checkpoint.directory).quantisation()
-    for stored in stored_tensors(checkpoint, cfg):
-        for name in stored.names:
-            if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
-                raise ValueError(
-                    f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
-                )
-        found.append(stored)
-    expected = {name for stored in found for name in stored.names}
-    spare = {bias for each in found if each.format is not None for bias in each.format.zero_biases(each.name)}
-    _, head = embedding_names(checkpoint, cfg)
-    for name, info in checkpoint.tensors.items():
-        if name in expected:
-            continue
-        if name in spare:
-            check_zero(checkpoint, name)
-            continue
-        tied_head = cfg.tie_word_embeddings and name == head
-        if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
-            raise ValueError(
-                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as "
-                f"{checkpoint.sizes_source} has it"
-            )
-    return found
 
 
 def parameter_specs(
