@@ -17,7 +17,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 class HFCheckpoint(Checkpoint):
     """The safetensors of a Hugging Face directory."""
 
-    sizes_source = "config.json"
+    @property
+    def sizes_source(self) -> str:
+        return "config.json"
 
     def _open(self) -> dict[str, TensorInfo]:
         weight_map = self._weight_map()
