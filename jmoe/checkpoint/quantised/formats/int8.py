@@ -48,9 +48,9 @@ class ScaledInts(Format):
         self, values: np.ndarray, scales: np.ndarray, lows: np.ndarray | None, shape: tuple[int, ...]
     ) -> Quantised:
         """Returns a weight of that shape; scales and lows are one for each block."""
-        grids = scales.astype(self.coding.scales), lows
-        by_rows = (None if grid is None else by_row(grid, shape, self.block) for grid in grids)
-        return Quantised(values, *by_rows, self.coding, "float32")
+        scales = by_row(scales.astype(self.coding.scales), shape, self.block)
+        lows = None if lows is None else by_row(lows, shape, self.block)
+        return Quantised(values, scales, lows, self.coding, "float32")
 
 
 @dataclass(frozen=True)
