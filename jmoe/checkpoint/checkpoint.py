@@ -90,7 +90,7 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def sizes_source(self) -> str:
-        """What gives the model's sizes, for messages such as "by config.json"."""
+        """The name of the file or metadata with the sizes of the model, for messages."""
 
     @abstractmethod
     def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
